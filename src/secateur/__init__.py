@@ -1,0 +1,1 @@
+"""Cut a language model down to the text encoder you can afford."""

@@ -1,0 +1,434 @@
+"""What a run leaves on disk: tables with their provenance, written whole or not at all.
+
+A result is a table. Each table is a frozen dataclass whose ``rows`` are tidy: one row per (model, depth) or per
+(model, task). It is saved as one JSON file with a ``kind``, a schema version and a :class:`Provenance`, so that every
+number can be traced to a command, a seed and a data file. ``load(path)`` gives back what ``table.save(path)`` wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from secateur.errors import DataError, OutputError
+
+SCHEMA_VERSION = 1
+LIBRARIES = ("secateur", "torch", "transformers", "sentence-transformers", "peft", "mteb", "numpy")
+
+T = TypeVar("T", bound="Table")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A data file as it was read: ``sha256`` of its bytes, ``rows`` used, and its licence where a file tells it."""
+
+    name: str
+    sha256: str
+    rows: int
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a table comes from: the command, when, with which seed, versions, data, and on what machine."""
+
+    command: str
+    created: str
+    seed: int | None
+    versions: Mapping[str, str]
+    data: tuple[Fingerprint, ...]
+    hardware: Mapping[str, Any]
+
+
+def provenance(data: Sequence[Fingerprint] = (), seed: int | None = None, command: str | None = None) -> Provenance:
+    """Describe this process. ``command`` defaults to the command line that started it."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return Provenance(
+        command=command or command_line(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seed=seed,
+        versions=versions,
+        data=tuple(data),
+        hardware={"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+    )
+
+
+def command_line() -> str:
+    """The command that started this process, as it can be typed again."""
+    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def fingerprint(file: Path, rows: int, licence: str = "") -> Fingerprint:
+    """Hash a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return Fingerprint(file.name, digest.hexdigest(), rows, licence)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows and their provenance. Subclasses say what a row is.
+
+    Attributes:
+        kind: Name of the table in its file; tells a profile from scores.
+        file: Name that the table's file has by convention.
+    """
+
+    kind: ClassVar[str] = ""
+    file: ClassVar[str] = ""
+
+    provenance: Provenance
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """The tidy rows, each a frozen dataclass."""
+        raise AttributeError(f"{type(self).__name__} has no rows")
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One flat dict per row."""
+        return [asdict(row) for row in self.rows]
+
+    def to_dataframe(self) -> Any:
+        """The rows as a ``pandas.DataFrame``."""
+        import pandas as pd
+
+        return pd.DataFrame(self.to_dicts())
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the table into ``folder`` under its conventional name, whole or not at all."""
+        path = Path(folder) / self.file
+        content = {"kind": self.kind, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        write_text(path, json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
+        return path
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """One depth of a profile: the state after ``depth`` blocks, through the model's final norm, pooled.
+
+    ``loss`` is the mean over batches, in nats, and ``loss_se`` its standard error (None with one batch);
+    ``block_influence`` belongs to the block that ends at this depth; ``effective_rank`` is that of the pooled vectors.
+    """
+
+    depth: int
+    loss: float
+    loss_se: float | None
+    block_influence: float
+    effective_rank: float
+
+
+@dataclass(frozen=True)
+class Profile(Table):
+    """What each depth of one model is worth. ``rows`` has one :class:`DepthRow` for each depth from 1 to ``depth``."""
+
+    kind: ClassVar[str] = "profile"
+    file: ClassVar[str] = "profile.json"
+
+    model: str
+    depth: int
+    pooling: str
+    scale: float
+    dtype: str
+    batch_size: int
+    batches: int
+    max_length: int
+    prompt: str
+    depths: tuple[DepthRow, ...]
+
+    @property
+    def rows(self) -> tuple[DepthRow, ...]:
+        return self.depths
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One model on one task. ``score`` is the task's main metric in mteb's own unit (0 to 1)."""
+
+    model: str
+    task: str
+    type: str
+    metric: str
+    score: float
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scores(Table):
+    """Scores of one or more models on one or more tasks."""
+
+    kind: ClassVar[str] = "scores"
+    file: ClassVar[str] = "scores.json"
+
+    scores: tuple[ScoreRow, ...]
+
+    @property
+    def rows(self) -> tuple[ScoreRow, ...]:
+        return self.scores
+
+    def average(self, model: str) -> float:
+        """Mean of the model's scores over its tasks."""
+        own = [row.score for row in self.scores if row.model == model]
+        return sum(own) / len(own)
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What one model costs: counted parameters, bytes of its folder, and measured speed on this machine.
+
+    ``texts_per_second`` is the median over repetitions, ``speed_low`` and ``speed_high`` their extremes.
+    """
+
+    model: str
+    depth: int
+    parameters: int
+    embedding_parameters: int
+    bytes: int
+    texts_per_second: float
+    speed_low: float
+    speed_high: float
+
+
+@dataclass(frozen=True)
+class Costs(Table):
+    """Costs of the models of a run, measured side by side."""
+
+    kind: ClassVar[str] = "costs"
+    file: ClassVar[str] = "costs.json"
+
+    costs: tuple[CostRow, ...]
+
+    @property
+    def rows(self) -> tuple[CostRow, ...]:
+        return self.costs
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """One logged step of a training: mean loss since the last logged step, and the learning rate then."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Training(Table):
+    """How a model was healed. ``settings`` is the resolved configuration; ``prompts`` are by data set."""
+
+    kind: ClassVar[str] = "training"
+    file: ClassVar[str] = "training.json"
+
+    model: str
+    steps: int
+    seconds: float
+    trained_parameters: int
+    settings: Mapping[str, Any]
+    prompts: Mapping[str, str]
+    losses: tuple[LossRow, ...]
+
+    @property
+    def rows(self) -> tuple[LossRow, ...]:
+        return self.losses
+
+
+@dataclass(frozen=True)
+class Origin(Table):
+    """``secateur.json`` in a model folder: which blocks of which model it holds, and how it came to be.
+
+    ``kept`` are the original indices of the blocks kept, of ``depth`` blocks in all; ``history`` has one line for each
+    command that made the folder, oldest first; ``check`` is the largest difference between the folder's vectors and
+    those of the model it was written from, on a few texts.
+    """
+
+    kind: ClassVar[str] = "model"
+    file: ClassVar[str] = "secateur.json"
+
+    base_model: str
+    depth: int
+    kept: tuple[int, ...]
+    pooling: str
+    check: float
+    history: tuple[str, ...] = field(default=())
+
+
+_TABLES: tuple[type[Table], ...] = (Profile, Scores, Costs, Training, Origin)
+
+
+def load(path: str | Path, kind: type[T]) -> T:
+    """Read a table back.
+
+    Args:
+        path: The file, or the folder that holds it under its conventional name.
+        kind: The table class expected there.
+
+    Raises:
+        DataError: The file is missing, is not JSON, is another kind of table, or of a newer schema.
+    """
+    file = Path(path) / kind.file if Path(path).is_dir() else Path(path)
+    content = read_json(file)
+    if not isinstance(content, dict) or content.get("kind") != kind.kind:
+        found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+        raise DataError(file, f"holds {found!r}, not a {kind.kind}", f"give the file that secateur wrote as {kind.file}")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            file, f"schema version {content.get('schema_version')}, but this secateur reads {SCHEMA_VERSION}"
+        )
+    try:
+        return _build(kind, content)
+    except (KeyError, TypeError) as error:
+        raise DataError(file, f"is not a whole {kind.kind}", f"missing or unexpected: {error}") from error
+
+
+def read_json(file: Path) -> Any:
+    """Parse a JSON file, with the line in the error where it is broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(file, "no such file") from None
+    except json.JSONDecodeError as error:
+        raise DataError(file, f"broken JSON ({error.msg})", line=error.lineno) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(file, f"cannot be read ({error})") from None
+
+
+_ROWS: dict[str, type] = {"depths": DepthRow, "scores": ScoreRow, "costs": CostRow, "losses": LossRow}
+
+
+def _build(kind: type[T], content: Mapping[str, Any]) -> T:
+    values = {f.name: content[f.name] for f in fields(kind)}
+    origin = dict(values["provenance"])
+    origin["data"] = tuple(Fingerprint(**item) for item in origin["data"])
+    values["provenance"] = Provenance(**origin)
+    for name, row in _ROWS.items():
+        if name in values:
+            values[name] = tuple(row(**item) for item in values[name])
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite is written as null, never as a word that other readers refuse."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it: readers see the old file or the new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """As :func:`write_text`, for bytes.
+
+    Raises:
+        OutputError: The disk is full, or the place cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise output_error(path, error) from error
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is complete.
+
+    Yields ``<path>.partial``; on success it is renamed to ``path``, on an error it is removed.
+
+    Raises:
+        OutputError: ``path`` holds something already, or cannot be written.
+    """
+    path = Path(path)
+    partial = partial_folder(path)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        finish_folder(path)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise output_error(path, error) from error
+        raise
+
+
+def partial_folder(path: str | Path) -> Path:
+    """Where a folder is prepared until it is complete. Refuses a ``path`` that holds something already."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(path, "already holds something else", "name a new folder, or remove this one")
+    return path.with_name(path.name + ".partial")
+
+
+def finish_folder(path: str | Path) -> None:
+    """Give a completed ``<path>.partial`` its name."""
+    path = Path(path)
+    if path.exists():
+        path.rmdir()
+    path.with_name(path.name + ".partial").rename(path)
+
+
+def results_folder(path: str | Path, *own: str) -> Path:
+    """A folder for results, made where absent. It may hold earlier results (the files named in ``own``), no others.
+
+    Raises:
+        OutputError: It is a file, or holds something else.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise OutputError(path, "is a file", "name a folder")
+    foreign = sorted(item.name for item in path.iterdir() if item.name not in own) if path.exists() else []
+    if foreign:
+        raise OutputError(path, f"already holds something else ({foreign[0]})", "name a new folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(path, error) from error
+    return path
+
+
+def output_error(path: str | Path, error: OSError) -> OutputError:
+    """Say in the user's words why a path could not be written."""
+    reasons = {
+        errno.ENOSPC: ("the disk is full", "free some space and run the same command again"),
+        errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again"),
+        errno.EACCES: ("no permission to write there", "name another folder"),
+        errno.EROFS: ("the file system is read-only", "name another folder"),
+    }
+    problem, hint = reasons.get(error.errno or 0, (f"cannot be written ({error.strerror or error})", ""))
+    return OutputError(path, problem, hint)

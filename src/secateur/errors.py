@@ -1,0 +1,123 @@
+"""Everything that can go wrong, as one tree.
+
+    SecateurError
+    ├── ModelError                a model that is missing, half written, or not a text model
+    │   └── UnsupportedArchitecture   its blocks cannot be found or cut
+    ├── IllegalDepth              a depth or set of blocks that this model cannot be cut to
+    ├── DataError                 a data or task file: which file, which line, which field
+    ├── ConfigError               an option or a configuration key
+    ├── OutputError               the place results should go to
+    ├── MissingPackage            an optional dependency that is not installed
+    ├── VerificationFailed        a written model does not give the vectors that it should
+    └── TrainingDiverged          a loss that is not a number, or exploded
+
+Every member says what was wrong and what would be right, and carries the values that disagree as attributes. The
+command line prints ``str(error)`` on one line and exits with 2; Python users catch :class:`SecateurError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class SecateurError(Exception):
+    """Base of all errors that secateur raises on purpose.
+
+    Args:
+        problem: What was wrong and where, with the values that disagree.
+        hint: What would be right; empty where the problem says it already.
+    """
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        self.problem = problem
+        self.hint = hint
+        super().__init__(f"{problem}: {hint}" if hint else problem)
+
+
+class ModelError(SecateurError):
+    """A model that cannot be opened. ``model`` is what the user named."""
+
+    def __init__(self, model: str | Path, problem: str, hint: str = "") -> None:
+        self.model = str(model)
+        super().__init__(f"model {self.model}: {problem}", hint)
+
+
+class UnsupportedArchitecture(ModelError):
+    """A model whose blocks cannot be found, or cannot be cut at all."""
+
+
+class IllegalDepth(SecateurError):
+    """A depth, or a set of blocks, that a model cannot be cut to.
+
+    ``asked`` is what was asked for, ``depth`` how many blocks the model has, ``nearest`` the closest legal depths.
+    """
+
+    def __init__(self, asked: object, depth: int, problem: str, nearest: Sequence[int] = ()) -> None:
+        self.asked = asked
+        self.depth = depth
+        self.nearest = tuple(nearest)
+        hint = f"nearest legal: {', '.join(map(str, self.nearest))}" if self.nearest else ""
+        super().__init__(f"cannot cut {depth} blocks to {asked}: {problem}", hint)
+
+
+class DataError(SecateurError):
+    """A file with texts, pairs or a task. ``line`` counts from 1; ``field`` is the column or key."""
+
+    def __init__(
+        self, file: str | Path, problem: str, hint: str = "", *, line: int | None = None, field: str | None = None
+    ) -> None:
+        self.file = str(file)
+        self.line = line
+        self.field = field
+        where = self.file + (f", line {line}" if line is not None else "") + (f', "{field}"' if field else "")
+        super().__init__(f"{where}: {problem}", hint)
+
+
+class ConfigError(SecateurError):
+    """An option, or a key of a configuration file. ``key`` and ``value`` are what was given."""
+
+    def __init__(self, key: str, value: object, problem: str, hint: str = "") -> None:
+        self.key = key
+        self.value = value
+        super().__init__(f"{key}: {problem}", hint)
+
+
+class OutputError(SecateurError):
+    """A place that results cannot be written to."""
+
+    def __init__(self, path: str | Path, problem: str, hint: str = "") -> None:
+        self.path = Path(path)
+        super().__init__(f"output {path}: {problem}", hint)
+
+
+class MissingPackage(SecateurError):
+    """An optional dependency that a command needs. ``install`` is the command that brings it."""
+
+    def __init__(self, package: str, purpose: str, install: str) -> None:
+        self.package = package
+        self.install = install
+        super().__init__(f"{purpose} needs the package {package}", install)
+
+
+class VerificationFailed(SecateurError):
+    """A written model that does not give the expected vectors. ``measured`` should have been at most ``allowed``."""
+
+    def __init__(self, what: str | Path, measured: float, allowed: float) -> None:
+        self.measured = measured
+        self.allowed = allowed
+        super().__init__(
+            f"{what}: after reloading, vectors differ by {measured:.3g}, more than {allowed:.3g}",
+            "the folder is not safe to use; please report the architecture",
+        )
+
+
+class TrainingDiverged(SecateurError):
+    """A training whose loss is not finite or exploded at ``step``; ``checkpoint`` is the last good state."""
+
+    def __init__(self, step: int, loss: float, checkpoint: str | Path | None) -> None:
+        self.step = step
+        self.loss = loss
+        self.checkpoint = checkpoint
+        kept = f"the last good state is {checkpoint}" if checkpoint else "no state was saved before it"
+        super().__init__(f"training diverged at step {step} (loss {loss:g}); {kept}", "try a smaller learning rate")
