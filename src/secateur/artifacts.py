@@ -163,7 +163,12 @@ class Profile(Table):
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One model on one task. ``score`` is the task's main metric in mteb's own unit (0 to 1)."""
+    """One model on one task.
+
+    ``type`` is mteb's name of the task's type, ``score`` the task's main metric in mteb's own unit (0 to 1), ``samples``
+    the rows it was computed on. ``sample`` and ``seed`` are what was asked for (None: the whole task), ``prompt`` is
+    what stood before the texts or queries; ``data`` and ``weights`` are fingerprints of the task and of the model.
+    """
 
     model: str
     task: str
@@ -172,6 +177,11 @@ class ScoreRow:
     score: float
     samples: int
     seconds: float
+    sample: int | None = None
+    seed: int = 42
+    prompt: str = ""
+    data: str = ""
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -188,9 +198,31 @@ class Scores(Table):
         return self.scores
 
     def average(self, model: str) -> float:
-        """Mean of the model's scores over its tasks."""
-        own = [row.score for row in self.scores if row.model == model]
-        return sum(own) / len(own)
+        """Mean of the model's scores over its tasks: ``Mean (Task)`` of the MTEB leaderboard.
+
+        Raises:
+            DataError: The table has no scores of that model.
+        """
+        own = self._of(model)
+        return sum(row.score for row in own) / len(own)
+
+    def average_over_types(self, model: str) -> float:
+        """Mean over task types of the mean within each: ``Mean (TaskType)`` of the MTEB leaderboard.
+
+        Raises:
+            DataError: The table has no scores of that model.
+        """
+        by_type: dict[str, list[float]] = {}
+        for row in self._of(model):
+            by_type.setdefault(row.type, []).append(row.score)
+        return sum(sum(scores) / len(scores) for scores in by_type.values()) / len(by_type)
+
+    def _of(self, model: str) -> list[ScoreRow]:
+        own = [row for row in self.scores if row.model == model]
+        if not own:
+            known = ", ".join(sorted({row.model for row in self.scores})) or "none at all"
+            raise DataError(self.file, f"has no scores of {model}", f"it has those of {known}")
+        return own
 
 
 @dataclass(frozen=True)
@@ -290,7 +322,9 @@ def load(path: str | Path, kind: type[T]) -> T:
     content = read_json(file)
     if not isinstance(content, dict) or content.get("kind") != kind.kind:
         found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-        raise DataError(file, f"holds {found!r}, not a {kind.kind}", f"give the file that secateur wrote as {kind.file}")
+        raise DataError(
+            file, f"holds {found!r}, not a {kind.kind}", f"give the file that secateur wrote as {kind.file}"
+        )
     if content.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             file, f"schema version {content.get('schema_version')}, but this secateur reads {SCHEMA_VERSION}"
