@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -29,24 +30,30 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
-from secateur.errors import IllegalDepth, SecateurError, UnsupportedArchitecture
+from secateur.errors import IllegalDepth, UnsupportedArchitecture
 
 # Fields that list the indices of some layers. Any other list of one item for each layer is sliced.
-INDEX_LISTS = frozenset(
-    "attn_layer_indices cross_attention_layers full_attn_idxs hybrid_layer_ids mlp_only_layers moe_layers "
-    "ple_layer_ids rope_scaling_layers".split()
-)
+INDEX_LISTS = {
+    "attn_layer_indices",
+    "cross_attention_layers",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "mlp_only_layers",
+    "moe_layers",
+    "ple_layer_ids",
+    "rope_scaling_layers",
+}
 # Fields that count layers from the first, or from the last.
-COUNTS_FROM_FRONT = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers")
-COUNTS_FROM_BACK = ("num_kv_shared_layers",)
+COUNTS_FROM_FRONT = {"first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers"}
+COUNTS_FROM_BACK = {"num_kv_shared_layers"}
 # Lists that have nothing to do with layers, whatever their length.
 NOT_PER_LAYER = re.compile(r"^_|token_ids?$|^architectures$|^pos_att_type$|^time_step_limit$|^mrope_section$")
-# Attributes of modules that only repeat where a block stands, or how many blocks there are.
-POSITIONS = frozenset("block_idx index kv_shared_layer_index layer_id layer_idx layer_index layer_number".split())
-DEPTHS = frozenset("first_kv_shared_layer_idx n_layer n_layers num_hidden_layers num_layers".split())
-# Flags of modules that say whether a later block wants this block's keys and values; never change its own output.
-FOR_LATER_BLOCKS = frozenset({"store_full_length_kv"})
-NOT_COMPARED = frozenset({"training", "gradient_checkpointing"})
+# Attributes of a block's modules that only repeat where the block stands, or how many blocks (of a kind) there are.
+POSITIONS = {"block_idx", "index", "kv_shared_layer_index", "layer_id", "layer_idx", "layer_index", "layer_number"}
+DEPTHS = {"n_layer", "n_layers", "num_fwd_mem_blocks", "num_hidden_layers", "num_layers"}
+# Whether a later block wants this block's keys and values; changes nothing in the block's own output.
+FOR_LATER_BLOCKS = {"store_full_length_kv"}
+NOT_COMPARED = {"training", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -113,9 +120,8 @@ def _text_tower(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 def _rules(tower: nn.Module) -> tuple[tuple[str, Callable[[nn.Module], bool]], ...]:
     """Ways to tell blocks, the surest first."""
-    parts = [module for module in tower.modules() if isinstance(module, PreTrainedModel)]
-    recorded = tuple({cls for part in parts for cls in _recorded(part)})
-    unsplit = {name for part in parts for name in part._no_split_modules or ()}
+    recorded = tuple({cls for part in _parts(tower) for cls in _recorded(part, "hidden_states")})
+    unsplit = {name for part in _parts(tower) for name in part._no_split_modules or ()}
     return (
         ("recorded outputs", lambda block: isinstance(block, recorded)),
         ("unsplit modules", lambda block: type(block).__name__ in unsplit),
@@ -124,9 +130,13 @@ def _rules(tower: nn.Module) -> tuple[tuple[str, Callable[[nn.Module], bool]], .
     )
 
 
-def _recorded(model: PreTrainedModel) -> list[type]:
-    """The classes whose outputs transformers records as hidden states."""
-    recorders = _CAN_RECORD_REGISTRY.get(model).get("hidden_states")
+def _parts(model: nn.Module) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _recorded(model: PreTrainedModel, what: str) -> list[type]:
+    """The classes whose outputs transformers records under a name."""
+    recorders = _CAN_RECORD_REGISTRY.get(model).get(what)
     recorders = recorders if isinstance(recorders, (list, tuple)) else [recorders]
     classes = [item.target_class if isinstance(item, OutputRecorder) else item for item in recorders]
     return [cls for cls in classes if isinstance(cls, type)]
@@ -179,17 +189,20 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 def embeddings_of(model: PreTrainedModel) -> nn.Module:
     """The table of token embeddings."""
-    return model.get_input_embeddings()
+    table: nn.Module = model.get_input_embeddings()
+    return table
 
 
 def head_of(model: PreTrainedModel) -> nn.Module | None:
     """The language-model head, None where the model was opened without one."""
-    return model.get_output_embeddings()
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
 
 
 def states_of(output: Any) -> torch.Tensor:
     """The hidden states in what a block returns: itself, or the first of a tuple."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+    states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return states
 
 
 @torch.no_grad()
@@ -209,7 +222,7 @@ def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -
         expected = model(**features).last_hidden_state
     finally:
         hook.remove()
-    if caught[-1].shape != expected.shape:
+    if not caught or caught[-1].shape != expected.shape:
         return False
     real = features["attention_mask"].bool()
     found = final_norm(model)(caught[-1])
@@ -225,19 +238,15 @@ def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
     """
     config = text_config(config)
     depth = config.num_hidden_layers
-    overrides = getattr(config, "_heterogeneity_spec", None)
     for name, value in _cut_fields(config, depth, keep).items():
         setattr(config, name, value)
     config.num_hidden_layers = len(keep)
-    if overrides is not None:
+    spec = getattr(config, "_heterogeneity_spec", None)
+    if spec is not None:
         # In place: the public setter checks it against a configuration that is half edited.
-        kept = {
-            new: overrides.per_layer_overrides[old]
-            for new, old in enumerate(keep)
-            if old in overrides.per_layer_overrides
-        }
-        overrides.per_layer_overrides.clear()
-        overrides.per_layer_overrides.update(kept)
+        overrides = dict(spec.per_layer_overrides)
+        spec.per_layer_overrides.clear()
+        spec.per_layer_overrides.update({new: overrides[old] for new, old in enumerate(keep) if old in overrides})
 
 
 def _cut_fields(config: PretrainedConfig, depth: int, keep: Sequence[int]) -> dict[str, Any]:
@@ -266,11 +275,7 @@ def check_keep(config: PretrainedConfig, keep: Sequence[int]) -> None:
         IllegalDepth: The blocks are not there, not ascending, or the architecture cannot be cut to them.
         UnsupportedArchitecture: The architecture cannot be cut at all.
     """
-    _check_indices(keep, text_config(config).num_hidden_layers)
-    full = skeleton(config)
-    problem = _plan(full, keep).problem
-    if problem:
-        raise IllegalDepth(_say(keep), len(blocks_of(full)), problem, _nearest(legal_depths(config), len(keep)))
+    _legal_plan(skeleton(config), keep)
 
 
 def legal_depths(config: PretrainedConfig) -> tuple[int, ...]:
@@ -279,24 +284,30 @@ def legal_depths(config: PretrainedConfig) -> tuple[int, ...]:
     Raises:
         UnsupportedArchitecture: The architecture cannot be cut at all.
     """
-    full = skeleton(config)
+    return _legal_depths(skeleton(config))
+
+
+def _legal_depths(full: PreTrainedModel) -> tuple[int, ...]:
     return tuple(k for k in range(1, depth_of(full) + 1) if not _plan(full, range(k)).problem)
 
 
-def _check_indices(keep: Sequence[int], depth: int) -> None:
-    asked = _say(keep)
-    if not len(keep):
-        raise IllegalDepth(asked, depth, "at least one block must stay", (1,))
-    outside = [i for i in keep if not 0 <= i < depth]
-    if outside:
-        raise IllegalDepth(asked, depth, f"its blocks are 0 to {depth - 1}", (depth,))
-    if list(keep) != sorted(set(keep)):
-        raise IllegalDepth(asked, depth, "blocks must ascend, each at most once", (len(set(keep)),))
-
-
-def _say(keep: Sequence[int]) -> str:
-    """A prefix as its length, another set as its indices."""
-    return str(len(keep)) if list(keep) == list(range(len(keep))) else f"blocks {', '.join(map(str, keep))}"
+def _legal_plan(full: PreTrainedModel, keep: Sequence[int]) -> _Plan:
+    """The plan of a cut, or an error that names the nearest legal depths."""
+    depth = depth_of(full)
+    kept = list(keep)
+    asked = str(len(kept)) if kept == list(range(len(kept))) else f"blocks {', '.join(map(str, kept))}"
+    if not kept:
+        raise IllegalDepth(asked, depth, "at least one block must stay", _nearest(_legal_depths(full), 1))
+    if not all(0 <= i < depth for i in kept):
+        problem = f"its blocks are 0 to {depth - 1}"
+    elif kept != sorted(set(kept)):
+        problem = "blocks must ascend, each at most once"
+    else:
+        plan = _plan(full, kept)
+        if not plan.problem:
+            return plan
+        problem = plan.problem
+    raise IllegalDepth(asked, depth, problem, _nearest(_legal_depths(full), len(kept)))
 
 
 def _nearest(legal: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -304,6 +315,13 @@ def _nearest(legal: Sequence[int], depth: int) -> tuple[int, ...]:
     below = [k for k in legal if k <= depth]
     above = [k for k in legal if k > depth]
     return (*below[-1:], *above[:1])
+
+
+def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that holds the encoder of an encoder-decoder alone, such as ``T5EncoderModel``; None for others."""
+    known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    found = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)] if known else None
+    return found if found is not None and found.__name__.endswith("EncoderModel") else None
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -314,12 +332,15 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         UnsupportedArchitecture: transformers has no such model.
     """
-    if config.is_encoder_decoder and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
-        return _build(MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)], config)
+    config = copy.deepcopy(config)
+    encoder = encoder_class(config)
+    if encoder is not None:
+        config.is_encoder_decoder = False
+        return _build(encoder, config)
     try:
         return _build(AutoModel.from_config, config)
     except ValueError as error:
-        raise UnsupportedArchitecture(config.name_or_path or config.model_type, _first_line(error)) from None
+        raise UnsupportedArchitecture(config.name_or_path or config.model_type, _last_line(error)) from None
 
 
 def _build(make: Callable[[PretrainedConfig], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -327,22 +348,26 @@ def _build(make: Callable[[PretrainedConfig], PreTrainedModel], config: Pretrain
         return make(config)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+def _last_line(error: Exception) -> str:
+    """What an error of transformers says, without the lines around it."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What a cut changes besides the list of blocks.
 
-    ``values`` are (module, attribute, value) and ``packed`` (module, tensor, dimension, indices), by the paths of the cut model;
-    ``problem`` says why the cut is not possible and is empty where it is.
+    Attributes:
+        problem: Why the cut is not possible; empty where it is.
+        values: (module, attribute, value), by the paths of the cut model.
+        packed: (module, tensor, axis) of tensors that pack one slice for each block along an axis.
+        unused: Modules, by the paths of the cut model, that only blocks now gone have used.
     """
 
     problem: str = ""
     values: tuple[tuple[str, str, Any], ...] = ()
     packed: tuple[tuple[str, str, int], ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 class _Misfit(Exception):
@@ -350,25 +375,27 @@ class _Misfit(Exception):
 
 
 def _plan(full: PreTrainedModel, keep: Sequence[int]) -> _Plan:
-    """Compare the model without weights, cut, with the one that transformers builds from the cut configuration."""
+    """Compare the model, cut, with the one that transformers builds from the cut configuration."""
     config = copy.deepcopy(full.config)
+    path = find_stack(full).path
     try:
         with _quiet():
             cut_config(config, keep)
             _check_survives(config)
             target = _build(type(full), config)
-            return _compare(full, target, keep)
     except _Misfit as misfit:
         return _Plan(str(misfit))
-    except Exception as error:  # whatever transformers raises here, it says that such a configuration is not legal
-        if isinstance(error, SecateurError):
-            raise
-        return _Plan(f"transformers refuses the cut configuration ({_first_line(error)})")
+    except Exception as error:  # of whatever kind: transformers does not take the cut configuration
+        return _Plan(f"transformers refuses the cut configuration ({_last_line(error)})")
+    try:
+        return _compare(_cut_modules(full, path, keep), dict(target.named_modules()), path, keep)
+    except _Misfit as misfit:
+        return _Plan(str(misfit))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Legal and illegal configurations are tried on purpose: what transformers logs of them is not for the user."""
+    """Configurations are tried on purpose: what transformers logs of the illegal ones is not for the user."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
@@ -378,86 +405,93 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_survives(config: PretrainedConfig) -> None:
-    """A configuration must come back from its own JSON as it was written."""
-    back = type(config).from_dict(json.loads(config.to_json_string()))
+    """A configuration must come back from its own file as it was written."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        back = type(config).from_pretrained(folder)
     written, read = text_config(config).to_dict(), text_config(back).to_dict()
-    changed = [name for name in written if name in read and written[name] != read[name]]
-    if changed:
-        raise _Misfit(f"{config.model_type} rewrites {', '.join(changed)} of the cut configuration when it is loaded")
+    for name, value in written.items():
+        if name in read and read[name] != value:
+            raise _Misfit(f"{config.model_type} would rewrite {name} on loading, from {value} to {read[name]}")
 
 
-def _compare(full: PreTrainedModel, target: PreTrainedModel, keep: Sequence[int]) -> _Plan:
-    path = find_stack(full).path
-    blocks = f"{path}."
-    old = dict(full.named_modules())
-    new = dict(target.named_modules())
-    source = {name: _source(name, blocks, keep) for name in new}
-    expected = {name for name in old if not name.startswith(blocks) or int(name[len(blocks) :].split(".")[0]) in keep}
-    if set(source.values()) != expected:
-        odd = sorted(set(source.values()) ^ expected)[0]
-        raise _Misfit(f"a model of the cut configuration would have other modules ({odd})")
-    place = {i: j for j, i in enumerate(keep)}
+def _cut_modules(full: PreTrainedModel, path: str, keep: Sequence[int]) -> dict[str, nn.Module]:
+    """The modules of a model by the paths that they have after the cut."""
+    place = {str(old): str(new) for new, old in enumerate(keep)}
+    modules = {}
+    for name, module in full.named_modules():
+        if name.startswith(f"{path}."):
+            index, dot, rest = name[len(path) + 1 :].partition(".")
+            if index not in place:
+                continue
+            name = f"{path}.{place[index]}{dot}{rest}"
+        modules[name] = module
+    return modules
+
+
+def _compare(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], path: str, keep: Sequence[int]) -> _Plan:
+    """Compare a cut model's modules with those that its configuration would give it."""
+    for name, module in after.items():
+        if type(before.get(name)) is not type(module):
+            found = type(before[name]).__name__ if name in before else "nothing"
+            raise _Misfit(f"{name} depends on place or depth: {found} would become {type(module).__name__}")
     values, packed = [], []
-    for name, module in new.items():
-        before = old[source[name]]
-        if type(module) is not type(before):
-            raise _Misfit(
-                f"in its new place, {source[name]} would be a {type(module).__name__}, not a {type(before).__name__}"
-            )
-        values += [(name, *change) for change in _changed_values(source[name], before, module, place)]
-        packed += [
-            (name, *change)
-            for change in _changed_shapes(
-                source[name], before, module, name.startswith(blocks), len(old[path]), len(keep)
-            )
-        ]
-    return _Plan("", tuple(values), tuple(packed))
+    place = {old: new for new, old in enumerate(keep)}
+    ratio = Fraction(len(keep), len(before[path]))  # type: ignore[arg-type]  # a ModuleList
+    for name, module in after.items():
+        inside = name.startswith(f"{path}.")
+        for attribute, old, new in _changed_values(before[name], module):
+            if not (_is_copy(attribute, old, new, place) if inside else isinstance(new, int)):
+                raise _Misfit(f"{name}.{attribute} depends on place or depth: {old} would become {new}")
+            values.append((name, attribute, new))
+        for tensor, old_shape, new_shape in _changed_shapes(before[name], module):
+            axis = None if inside else _packed_axis(old_shape, new_shape, ratio)
+            if axis is None:
+                raise _Misfit(f"{name}.{tensor} depends on place or depth: {old_shape} would become {new_shape}")
+            packed.append((name, tensor, axis))
+    return _Plan("", tuple(values), tuple(packed), _unused(before, after, keep))
 
 
-def _source(name: str, blocks: str, keep: Sequence[int]) -> str:
-    """The path that a module of the cut model has in the full model."""
-    if not name.startswith(blocks):
-        return name
-    index, dot, rest = name[len(blocks) :].partition(".")
-    return f"{blocks}{keep[int(index)]}{dot}{rest}"
-
-
-def _changed_values(
-    path: str, before: nn.Module, after: nn.Module, place: Mapping[int, int]
-) -> Iterator[tuple[str, Any]]:
-    """Attributes to bring in step; a misfit where a number that matters would change with the position or depth."""
-    for name, value in vars(after).items():
+def _changed_values(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Numbers, flags and words of a module that differ: (attribute, old, new)."""
+    for name, new in vars(after).items():
         old = vars(before).get(name)
-        if (
-            name.startswith("_")
-            or name in NOT_COMPARED
-            or not isinstance(value, (bool, int, float, str))
-            or value == old
-        ):
+        if name.startswith("_") or name in NOT_COMPARED or not isinstance(new, (int, float, str)):
             continue
-        moved = name in POSITIONS and place.get(old) == value
-        sized = name in DEPTHS | {"in_features", "embedding_dim", "out_features"} | FOR_LATER_BLOCKS
-        if not (moved or sized):
-            raise _Misfit(f"in its new place, {path} would have {name} {value}, not {old}")
-        yield name, value
+        same = math.isclose(old, new, rel_tol=1e-9) if isinstance(old, float) and isinstance(new, float) else old == new
+        if not same:
+            yield name, old, new
 
 
-def _changed_shapes(path, before, after, inside, depth, kept) -> Iterator[tuple[str, int]]:
-    for name, tensor in (*after.named_parameters(recurse=False), *after.named_buffers(recurse=False)):
-        old = before.get_parameter(name) if name in before._parameters else before.get_buffer(name)
-        if old.shape == tensor.shape:
-            continue
-        axes = [i for i, (a, b) in enumerate(zip(old.shape, tensor.shape)) if a != b]
-        if (
-            inside
-            or old.dim() != tensor.dim()
-            or len(axes) != 1
-            or old.shape[axes[0]] * kept != tensor.shape[axes[0]] * depth
-        ):
-            raise _Misfit(
-                f"in its new place, {path}.{name} would have the shape {tuple(tensor.shape)}, not {tuple(old.shape)}"
-            )
-        yield name, axes[0]
+def _is_copy(attribute: str, old: Any, new: Any, place: Mapping[int, int]) -> bool:
+    """Whether a changed attribute of a block only repeats its position, the depth, or what others want of it."""
+    return (attribute in POSITIONS and place.get(old) == new) or attribute in DEPTHS | FOR_LATER_BLOCKS
+
+
+def _changed_shapes(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    old = {**before._parameters, **before._buffers}
+    for name, tensor in {**after._parameters, **after._buffers}.items():
+        was = old.get(name)
+        if tensor is not None and (was is None or was.shape != tensor.shape):
+            yield name, () if was is None else tuple(was.shape), tuple(tensor.shape)
+
+
+def _packed_axis(old: tuple[int, ...], new: tuple[int, ...], ratio: Fraction) -> int | None:
+    """The one axis that shrinks as the depth does."""
+    axes = [axis for axis, sizes in enumerate(zip(old, new, strict=False)) if sizes[0] != sizes[1]]
+    shrinks = len(old) == len(new) and len(axes) == 1 and old[axes[0]] * ratio == new[axes[0]]
+    return axes[0] if shrinks else None
+
+
+def _unused(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], keep: Sequence[int]) -> tuple[str, ...]:
+    """Items at the end of lists that only later blocks use, as Zamba 2's adapters of its shared block."""
+    gone = [name for name in before if name not in after]
+    tops = [name for name in gone if name.rpartition(".")[0] in after]
+    for name in tops:
+        in_list = isinstance(after[name.rpartition(".")[0]], nn.ModuleList)
+        if not in_list or list(keep) != list(range(len(keep))):
+            raise _Misfit(f"{name} depends on place or depth: {type(before[name]).__name__} would be gone")
+    return tuple(tops)
 
 
 def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
@@ -467,48 +501,39 @@ def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
     needs none, and hybrids cut below their first attention block fail with one.
 
     Args:
-        model: The model; its weights are not copied.
+        model: The model; the weights of its blocks are not copied.
         keep: Indices of the blocks that stay, ascending.
 
     Raises:
         IllegalDepth: The model cannot be cut to these blocks; it is unchanged then.
         UnsupportedArchitecture: The model cannot be cut at all.
     """
-    stack = find_stack(model)
+    path = find_stack(model).path
     depth = depth_of(model)
-    _check_indices(keep, depth)
-    full = _build(type(model), copy.deepcopy(model.config))
-    plan = _plan(full, keep)
-    if plan.problem:
-        legal = [k for k in range(1, depth + 1) if not _plan(full, range(k)).problem]
-        raise IllegalDepth(_say(keep), depth, plan.problem, _nearest(legal, len(keep)))
-    _keep_blocks(model, stack.path, keep)
-    for path, name, value in plan.values:
-        setattr(model.get_submodule(path), name, value)
-    for path, name, axis in plan.packed:
-        _slice(model.get_submodule(path), name, axis, depth, keep)
-    for config in _configs(model, stack.path):
-        cut_config(config, keep)
-    for module in model.modules():
-        if getattr(getattr(module, "config", None), "use_cache", False):
-            module.config.use_cache = False
-
-
-def _keep_blocks(model: PreTrainedModel, path: str, keep: Sequence[int]) -> None:
+    plan = _legal_plan(_build(type(model), copy.deepcopy(model.config)), keep)
     owner, _, attribute = path.rpartition(".")
-    blocks = blocks_of(model)
-    setattr(model.get_submodule(owner), attribute, nn.ModuleList([blocks[i] for i in keep]))
+    setattr(model.get_submodule(owner), attribute, nn.ModuleList([blocks_of(model)[i] for i in keep]))
+    for module, name, value in plan.values:
+        setattr(model.get_submodule(module), name, value)
+    for module, name, axis in plan.packed:
+        _slice(model.get_submodule(module), name, axis, depth, keep)
+    for module in reversed(plan.unused):
+        parent, _, index = module.rpartition(".")
+        del model.get_submodule(parent)[int(index)]
+    for config in _configs(model, path):
+        cut_config(config, keep)
+    for part in model.modules():
+        if getattr(getattr(part, "config", None), "use_cache", False):
+            part.config.use_cache = False
 
 
 @torch.no_grad()
 def _slice(module: nn.Module, name: str, axis: int, depth: int, keep: Sequence[int]) -> None:
     """Keep the slices of the kept blocks in a tensor that packs one for each block along an axis."""
     tensor = getattr(module, name)
-    width = tensor.shape[axis] // depth
-    index = torch.cat([torch.arange(i * width, (i + 1) * width) for i in keep]).to(tensor.device)
-    kept = tensor.index_select(axis, index)
-    is_parameter = isinstance(tensor, nn.Parameter)
-    setattr(module, name, nn.Parameter(kept, requires_grad=tensor.requires_grad) if is_parameter else kept)
+    slices = tensor.chunk(depth, axis)
+    kept = torch.cat([slices[i] for i in keep], axis)
+    setattr(module, name, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
 
 
 def _configs(model: PreTrainedModel, path: str) -> list[PretrainedConfig]:
@@ -537,12 +562,24 @@ def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
     """The linear modules inside the blocks, as peft's ``target_modules``: fused projections and GPT-2's Conv1D too.
 
     Names are relative to a block (``self_attn.q_proj``) where that means the blocks alone, else full paths (a vision
-    tower may use the same names).
+    tower may use the same names). Left out are routers of experts that are linear modules themselves, for they return
+    more than a product, and the output projection of state-space mixers, whose weight fused kernels read past any adapter.
     """
     prefix = find_stack(model).path + "."
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    inside = [name for name in linear if name.startswith(prefix)]
-    short = list(dict.fromkeys(name[len(prefix) :].partition(".")[2] for name in inside))
+    routers = tuple({cls for part in _parts(model) for cls in _recorded(part, "router_logits")})
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, routers)
+    ]
+    inside = [name for name in linear if name.startswith(prefix) and not _is_read_past(model, name)]
     outside = [name for name in linear if not name.startswith(prefix)]
+    short = list(dict.fromkeys(name[len(prefix) :].partition(".")[2] for name in inside))
     clash = any(f".{name}".endswith(f".{end}") for name in outside for end in short)
     return tuple(inside if clash else short)
+
+
+def _is_read_past(model: nn.Module, name: str) -> bool:
+    parent, _, attribute = name.rpartition(".")
+    mixer = model.get_submodule(parent)
+    return attribute == "out_proj" and hasattr(mixer, "A_log") and hasattr(mixer, "D")
