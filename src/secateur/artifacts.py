@@ -165,8 +165,8 @@ class Profile(Table):
 class ScoreRow:
     """One model on one task.
 
-    ``type`` is mteb's name of the task's type, ``score`` the task's main metric in mteb's own unit (0 to 1), ``samples``
-    the rows it was computed on. ``sample`` and ``seed`` are what was asked for (None: the whole task), ``prompt`` is
+    ``type`` is mteb's name of the task's type, ``score`` its main metric in mteb's own unit (0 to 1), ``samples`` the
+    rows it was computed on. ``sample`` and ``seed`` are what was asked for (None: the whole task), ``prompt`` is
     what stood before the texts or queries; ``data`` and ``weights`` are fingerprints of the task and of the model.
     """
 

@@ -41,26 +41,27 @@ class Task:
     """One task, checked and ready.
 
     Attributes:
-        name: As in ``task.json``, or mteb's.
-        type: mteb's name of the type: ``STS``, ``Retrieval``, …
-        metric: mteb's name of the main metric.
+        metadata: mteb's description of it.
         instruction: What the texts or queries are encoded for; may be empty.
         source: Fingerprint of the data, before sampling.
         make: Gives a fresh mteb task. Each model needs its own: a clustering task draws on from its random state, so
             that a second model would be scored on other texts.
     """
 
-    name: str
-    type: str
-    metric: str
+    metadata: TaskMetadata
     instruction: str
     source: Fingerprint
     make: Callable[[], AbsTask]
 
     @property
-    def prompt_key(self) -> str:
-        """The key under which mteb looks for this task's prompt: queries only where queries and documents differ."""
-        return f"{self.type}-query" if self.type.endswith(("Retrieval", "Reranking")) else self.type
+    def name(self) -> str:
+        """As in ``task.json``, or mteb's."""
+        return str(self.metadata.name)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether queries and documents differ, so that an instruction is for the queries alone."""
+        return str(self.metadata.simplified_task_type) == "retrieval"
 
 
 def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) -> Task:
@@ -81,17 +82,10 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
         return _named(task, sample)
     folder = read_task_folder(task)
     kind = _KINDS[folder.type]
-    metric = _metric(folder, kind)
+    metadata = _metadata(folder, kind)
     if sample is not None:
         folder = sample_task(folder, sample, seed)
-    return Task(
-        folder.name,
-        kind.mteb_type,
-        metric,
-        folder.instruction,
-        folder.source,
-        lambda: _local_task(folder, kind, metric),
-    )
+    return Task(metadata, folder.instruction, folder.source, lambda: _local_task(folder, kind, metadata))
 
 
 def _named(task: str | Path, sample: int | None) -> Task:
@@ -112,7 +106,7 @@ def _named(task: str | Path, sample: int | None) -> Task:
     prompt = about.prompt.get("query", "") if isinstance(about.prompt, dict) else about.prompt
     revision = f"{about.dataset['path']}@{about.dataset['revision']}"
     source = Fingerprint(name, sha256(revision.encode()).hexdigest(), 0, str(about.license or ""))
-    return Task(name, about.type, about.main_score, prompt or known.abstask_prompt, source, lambda: _download(name))
+    return Task(about, prompt or known.abstask_prompt, source, lambda: _download(name))
 
 
 def _download(name: str) -> AbsTask:
@@ -169,10 +163,9 @@ def _metric(folder: TaskFolder, kind: _Kind) -> str:
     return metric
 
 
-def _local_task(folder: TaskFolder, kind: _Kind, metric: str) -> AbsTask:
-    """An mteb task whose data is in memory already."""
-    symmetric = kind.base is not AbsTaskRetrieval
-    metadata = TaskMetadata(
+def _metadata(folder: TaskFolder, kind: _Kind) -> TaskMetadata:
+    prompt = {"query": folder.instruction} if kind.base is AbsTaskRetrieval else folder.instruction
+    return TaskMetadata(
         name=folder.name,
         type=kind.mteb_type,
         category="t2c" if kind.base in (AbsTaskClassification, AbsTaskClustering) else "t2t",
@@ -180,10 +173,14 @@ def _local_task(folder: TaskFolder, kind: _Kind, metric: str) -> AbsTask:
         dataset={"path": folder.path.name, "revision": folder.source.sha256},
         eval_splits=["test"],
         eval_langs=["und-Zyyy"],  # a task folder does not say its language
-        main_score=metric,
-        prompt=(folder.instruction if symmetric else {"query": folder.instruction}) if folder.instruction else None,
+        main_score=_metric(folder, kind),
+        prompt=prompt if folder.instruction else None,
         is_public=False,
     )
+
+
+def _local_task(folder: TaskFolder, kind: _Kind, metadata: TaskMetadata) -> AbsTask:
+    """An mteb task whose data is in memory already."""
     task = type(f"Local{kind.mteb_type}", (kind.base,), {"metadata": metadata, **kind.settings(folder)})()
     task.dataset = kind.data(folder)
     task.data_loaded = True

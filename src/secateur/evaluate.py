@@ -1,0 +1,288 @@
+"""Models × tasks → scores, computed by mteb and saved one by one, so that a killed evaluation resumes.
+
+What stands before a text follows from the model. One that was trained with instructions (its saved prompts have the
+form ``"<instruction>; "``) gets the instruction of each task in the same form: on queries only in retrieval and
+reranking, on every text elsewhere, as mteb's own instruction wrappers do. One that came with other prompts (E5's
+``"query: "``) keeps them. One without prompts gets the bare text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partialmethod
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import mteb
+import tqdm.auto  # type: ignore[import-untyped]
+from mteb.models.abs_encoder import get_prompt_name
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+from torch import uint8
+
+from secateur.artifacts import Fingerprint, ScoreRow, Scores, load, output_error, provenance
+from secateur.data import instruction_prompt
+from secateur.errors import ConfigError, ModelError
+from secateur.models import model_label, open_model
+from secateur.progress import Progress, silent
+from secateur.tasks import Task, count_samples, open_task
+
+Model: TypeAlias = str | Path | SentenceTransformer
+
+
+def evaluate(
+    models: Sequence[Model],
+    tasks: Sequence[str | Path],
+    *,
+    sample: int | None = None,
+    seed: int = 42,
+    batch_size: int = 32,
+    instructions: bool = True,
+    instructed: Sequence[bool] | None = None,
+    names: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    progress: Progress = silent,
+) -> Scores:
+    """Score models on tasks.
+
+    The score is each task's main metric, by mteb's code on mteb's protocol (see :mod:`secateur.tasks` for what that
+    samples and repeats by itself).
+
+    Args:
+        models: Names, folders or open models. One at a time is in memory.
+        tasks: Task folders, or names of mteb tasks, whose data mteb downloads. All folders are checked before any text
+            is encoded.
+        sample: Evaluate on at most so many rows of each task, the same for all models (see
+            :func:`secateur.task_folder.sample_task`). Sampled retrieval is easier than the whole task.
+        seed: Decides which rows; mteb's own draws keep mteb's own seed.
+        batch_size: Texts encoded at once.
+        instructions: False: no instruction and no prompt before any text, for no model.
+        instructed: Whether each model was trained with instructions. Default: read from its prompts.
+        names: What to call the models in the table. Default: the last part of their paths.
+        out: Folder of ``scores.json``, written after each task. Scores that it holds already are not computed again if
+            the model's weights, the task's data, ``sample``, ``seed`` and the prompt are the same; those of other
+            models and tasks stay in the file.
+        progress: Called before each task and at the end, with the number of scores that are there.
+
+    Returns:
+        One row for each model and task, by model.
+
+    Raises:
+        DataError: A task is not right, or cannot be downloaded.
+        ModelError: A model cannot be opened, or its vectors are not numbers or all alike.
+        ConfigError: No models, no tasks, equal names, or a number that is too small.
+    """
+    labels = _labels(models, names)
+    if instructed is not None and len(instructed) != len(models):
+        raise ConfigError("instructed", instructed, f"{len(instructed)} values for {len(models)} models")
+    if batch_size < 1:
+        raise ConfigError("batch_size", batch_size, f"{batch_size} texts are none", "1 or more")
+    opened = _open_tasks(tasks, sample, seed)
+    ledger = _Ledger.open(out, [(label, task.name) for label in labels for task in opened], opened, seed)
+    total = len(labels) * len(opened)
+    for i, (label, given) in enumerate(zip(labels, models, strict=True)):
+        model = given if isinstance(given, SentenceTransformer) else open_model(given)
+        told = _instructed(model) if instructed is None else instructed[i]
+        weights = fingerprint_model(model)
+        for j, task in enumerate(opened):
+            progress(f"{label} on {task.name}", i * len(opened) + j, total)
+            prompts = _prompts(task, told) if instructions else {}
+            with _quiet(), _as_encoder(model, label, prompts) as encoder:
+                key: dict[str, Any] = {"sample": sample, "seed": seed, "prompt": _prompt(encoder, task)}
+                key |= {"data": task.source.sha256, "weights": weights}
+                if not ledger.holds(label, task.name, key):
+                    ledger.add(ScoreRow(**_score(encoder, label, task, batch_size), **key))
+    progress("scores", total, total)
+    return ledger.table()
+
+
+def _labels(models: Sequence[Model], names: Sequence[str] | None) -> list[str]:
+    """One name for each model."""
+    if not models:
+        raise ConfigError("models", models, "there are none", "name one at least")
+    if names is not None and len(names) != len(models):
+        raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
+    labels = list(names) if names is not None else [_label(model, i) for i, model in enumerate(models)]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ConfigError("names", labels, f"two models are called {twice[0]}", "give each its own name")
+    return labels
+
+
+def _label(model: Model, index: int) -> str:
+    if isinstance(model, SentenceTransformer):
+        return model_label(model.model_card_data.base_model or f"model-{index + 1}")
+    return model_label(model)
+
+
+def _open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:
+    if not tasks:
+        raise ConfigError("tasks", tasks, "there are none", "name one at least")
+    opened = [open_task(task, sample=sample, seed=seed) for task in tasks]
+    names = [task.name for task in opened]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError("tasks", tasks, f"two tasks are called {twice[0]}", 'change "name" in one task.json')
+    return opened
+
+
+@dataclass
+class _Ledger:
+    """The scores so far, in memory and on disk: those asked for now, and others that the file held already."""
+
+    out: Path | None
+    wanted: list[tuple[str, str]]
+    rows: dict[tuple[str, str], ScoreRow]
+    data: dict[str, Fingerprint]
+    seed: int
+
+    @classmethod
+    def open(cls, out: str | Path | None, wanted: list[tuple[str, str]], tasks: Sequence[Task], seed: int) -> _Ledger:
+        """Make sure, before hours of work, that ``out`` can be written, and read what it holds."""
+        folder = Path(out) if out is not None else None
+        rows: dict[tuple[str, str], ScoreRow] = {}
+        data: dict[str, Fingerprint] = {}
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise output_error(folder, error) from error
+            if (folder / Scores.file).exists():
+                earlier = load(folder, Scores)
+                rows = {(row.model, row.task): row for row in earlier.rows}
+                data = {item.name: item for item in earlier.provenance.data}
+        return cls(folder, wanted, rows, data | {task.name: task.source for task in tasks}, seed)
+
+    def holds(self, model: str, task: str, key: dict[str, Any]) -> bool:
+        row = self.rows.get((model, task))
+        return row is not None and all(getattr(row, name) == value for name, value in key.items())
+
+    def add(self, row: ScoreRow) -> None:
+        self.rows[row.model, row.task] = row
+        if self.out is not None:
+            self._of([*self.rows]).save(self.out)
+
+    def table(self) -> Scores:
+        """The scores that were asked for."""
+        return self._of(self.wanted)
+
+    def _of(self, pairs: Sequence[tuple[str, str]]) -> Scores:
+        rows = tuple(self.rows[pair] for pair in pairs)
+        used = {row.task for row in rows}
+        data = [item for name, item in self.data.items() if name in used]
+        return Scores(provenance=provenance(data, self.seed), scores=rows)
+
+
+def fingerprint_model(model: SentenceTransformer) -> str:
+    """SHA-256 over what a model's vectors follow from: modules, configuration and weights."""
+    digest = hashlib.sha256(repr(model).encode())
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    for config in configs.values():
+        settings = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _instructed(model: SentenceTransformer) -> bool:
+    """Whether a saved prompt has the form in which this package trains with instructions."""
+    ending = instruction_prompt("x").removeprefix("x")
+    return any(prompt and prompt.endswith(ending) for prompt in model.prompts.values())
+
+
+def _prompts(task: Task, instructed: bool) -> dict[str, str] | None:
+    """Prompts by mteb's keys (task type, with ``-query`` where only queries get one); None: those of the model."""
+    if not instructed:
+        return None
+    key = f"{task.metadata.type}-{PromptType.query.value}" if task.asymmetric else str(task.metadata.type)
+    return {key: instruction_prompt(task.instruction)} if task.instruction else {}
+
+
+@contextmanager
+def _as_encoder(
+    model: SentenceTransformer, label: str, prompts: dict[str, str] | None
+) -> Iterator[SentenceTransformerEncoderWrapper]:
+    """The model as mteb's encoder, under its own name and with these prompts; itself unchanged afterwards."""
+    card = model.model_card_data
+    before = model.prompts, model.default_prompt_name, card.model_name
+    try:
+        card.model_name = f"secateur/{label}"  # mteb wants organization/name, and takes it from the card
+        if prompts is not None:  # else sentence-transformers falls back on the model's own
+            model.prompts, model.default_prompt_name = {}, None
+        yield SentenceTransformerEncoderWrapper(model, model_prompts=prompts or None)
+    finally:
+        model.prompts, model.default_prompt_name, card.model_name = before
+
+
+def _prompt(encoder: SentenceTransformerEncoderWrapper, task: Task) -> str:
+    """What will stand before the queries, or before all texts."""
+    prompts, model = encoder.model_prompts or {}, encoder.model
+    name = get_prompt_name(prompts, task.metadata, PromptType.query if task.asymmetric else None)
+    return str((prompts[name] if name else model.prompts.get(model.default_prompt_name)) or "")
+
+
+def _score(encoder: SentenceTransformerEncoderWrapper, label: str, task: Task, batch_size: int) -> dict[str, Any]:
+    """Let mteb run one task; the measured columns of its row."""
+    made = task.make()
+    started = time.monotonic()
+    try:
+        result = mteb.evaluate(
+            encoder,
+            made,
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+        )
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise ModelError(label, f"gives vectors with NaN on {task.name}") from error
+    score = float(result.task_results[0].get_score())
+    metric = str(task.metadata.main_score)
+    if not math.isfinite(score):
+        raise ModelError(label, f"{metric} on {task.name} is not a number", "are its vectors all alike?")
+    return {
+        "model": label,
+        "task": task.name,
+        "type": str(task.metadata.type),
+        "metric": metric,
+        "score": score,
+        "samples": count_samples(made),
+        "seconds": time.monotonic() - started,
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the bars, warnings and logs of mteb and its libraries off the screen."""
+    loggers = [logging.getLogger(name) for name in ("mteb", "sentence_transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    bars, bar_init = datasets.are_progress_bars_disabled(), tqdm.auto.tqdm.__init__
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            datasets.disable_progress_bars()
+            # Some of mteb's bars ask nobody; a bar that is told so explicitly still shows.
+            tqdm.auto.tqdm.__init__ = partialmethod(bar_init, disable=True)
+            yield
+    finally:
+        tqdm.auto.tqdm.__init__ = bar_init
+        if not bars:
+            datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
