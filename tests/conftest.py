@@ -1,0 +1,51 @@
+"""Tiny random encoders, built in memory: no download, milliseconds a batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789;:,.?' "
+MakeEncoder = Callable[..., SentenceTransformer]
+
+
+def tiny_transformer(folder: Path, architecture: str = "bert", depth: int = 3, seed: int = 0) -> Path:
+    """Write a random transformer, one token a letter, as a plain transformers folder."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": 128}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": depth}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
+    if architecture == "bert":
+        model = BertModel(BertConfig(**sizes, initializer_range=0.3))
+    else:
+        model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, initializer_range=0.3))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_encoder(tmp_path: Path) -> MakeEncoder:
+    """Factory of tiny ``SentenceTransformer``s: ``make_encoder("llama", depth=4, seed=1, prompts={...})``."""
+
+    def make(architecture: str = "bert", depth: int = 3, seed: int = 0, **options: object) -> SentenceTransformer:
+        folder = tiny_transformer(tmp_path / f"{architecture}-{depth}-{seed}", architecture, depth, seed)
+        transformer = Transformer(str(folder))
+        pooling = Pooling(transformer.get_embedding_dimension(), "mean", include_prompt=False)
+        return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu", **options).eval()
+
+    return make
