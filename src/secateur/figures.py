@@ -1,0 +1,369 @@
+"""Figures of a run: the curve of a profile, what quality costs, how healing went.
+
+A figure is a plain ``matplotlib.figure.Figure`` (pyplot and its global state are not used), written by :func:`svg` or
+:func:`save_png`. The same tables give the same bytes. Backgrounds are transparent and neutral colours legible on white
+and on black; series differ in colour (Okabe and Ito's palette, for the colour-blind), in marker and in dashes.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from secateur.artifacts import Profile, Training, write_bytes
+
+# Text and axes: 4.6:1 on white and on black. Inlined in a page, CSS gives the exact neutral by --figure-ink.
+INK = "#757575"
+# Okabe and Ito, without their yellow, and with orange and sky blue darkened to reach 3:1 on white.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b87d00", "#3a8fc4")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+
+NAME_LENGTH = 40
+WIDTH, NARROW = 5.6, 4.8  # inches, of 72 units each: type of 9 units is still legible on a phone
+
+_STYLE: dict[str, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": INK,
+    "grid.alpha": 0.22,
+    "grid.linewidth": 0.5,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6.5,
+    "svg.hashsalt": "secateur",
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in :func:`trade_off`. ``score`` is an average from 0 to 1.
+
+    ``series`` names the variants that a line joins, ``label`` stands beside the point. ``speed`` is in texts per
+    second, with the lowest and the highest that were measured.
+    """
+
+    series: str
+    label: str
+    score: float
+    parameters: int
+    speed: float
+    speed_low: float
+    speed_high: float
+
+
+def loss_curve(profile: Profile, choice: Mapping[str, int] | None = None) -> Figure:
+    """The loss of the untrained model against depth, with the chosen depths marked.
+
+    Beneath, on the same axis: Block Influence and effective rank. The band is one standard error of the mean over
+    batches, on either side.
+
+    Args:
+        profile: The table to draw.
+        choice: Name of a choice → depth, such as ``{"small": 7, "large": 24}``.
+    """
+    choice = choice or {}
+    depths = [row.depth for row in profile.rows]
+    losses = [_number(row.loss) for row in profile.rows]
+    errors = [_number(row.loss_se) for row in profile.rows]
+    with _drawing():
+        figure = _figure(4.6)
+        top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3.2, 1, 1))
+        low = [loss - error for loss, error in zip(losses, errors, strict=True)]
+        high = [loss + error for loss, error in zip(losses, errors, strict=True)]
+        top.fill_between(depths, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+        top.plot(depths, losses, color=COLOURS[0], marker="o", markersize=3)
+        top.margins(y=0.13)
+        middle.bar(depths, [_number(row.block_influence) for row in profile.rows], color=COLOURS[2], width=0.7)
+        bottom.plot(
+            depths, [_number(row.effective_rank) for row in profile.rows], color=COLOURS[3], linestyle=DASHES[1]
+        )
+        for axes, title in ((top, "Loss (nats)"), (middle, "Block\nInfluence"), (bottom, "Effective\nrank")):
+            axes.set_ylabel(title)
+            for depth in sorted(set(choice.values())):
+                axes.axvline(depth, color=COLOURS[1], linewidth=0.9, linestyle=DASHES[2], zorder=0.5)
+        bottom.set_xlabel(f"Depth (blocks kept, of {profile.depth})")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        bottom.set_xlim(0.5, profile.depth + 0.5)
+        figure.align_ylabels()
+        by_depth = {row.depth: loss for row, loss in zip(profile.rows, losses, strict=True)}
+        marked: dict[int, list[str]] = {}
+        for name, depth in choice.items():
+            marked.setdefault(depth, []).append(name)
+        labels = [
+            (float(depth), by_depth[depth], f"{shorten(', '.join(names))}: {depth}")
+            for depth, names in sorted(marked.items())
+            if math.isfinite(by_depth.get(depth, math.nan))
+        ]
+        if labels:
+            top.plot(*zip(*[(x, y) for x, y, _ in labels], strict=True), "D", color=COLOURS[1], markersize=7, zorder=3)
+        _label_points(figure, top, labels, [(depths, losses)])
+    return figure
+
+
+def trade_off(points: Sequence[Point], against: Literal["parameters", "speed"]) -> Figure:
+    """Average score (× 100) against what it costs: one labelled point per model, a line through each series."""
+    horizontal: Callable[[Point], float] = lambda point: getattr(point, against)  # noqa: E731
+    series = list(dict.fromkeys(point.series for point in points))
+    with _drawing():
+        figure = _figure(3.6, NARROW)
+        axes = figure.subplots()
+        lines = []
+        for index, name in enumerate(series):
+            own = sorted((point for point in points if point.series == name), key=horizontal)
+            x, y = [horizontal(point) for point in own], [100 * point.score for point in own]
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            dashes = DASHES[index % len(DASHES)]
+            axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, label=shorten(name), clip_on=False)
+            if against == "speed":
+                ranges = [[p.speed - p.speed_low for p in own], [p.speed_high - p.speed for p in own]]
+                axes.errorbar(x, y, xerr=ranges, color=colour, linestyle="none", linewidth=0.8, capsize=2)
+            lines.append((x, y))
+        _cost_axis(axes, [horizontal(point) for point in points])
+        axes.set_xlabel("Parameters, embedding table included" if against == "parameters" else "Texts per second")
+        axes.set_ylabel("Average score (× 100)")
+        axes.margins(x=0.1, y=0.14)
+        _legend(figure, axes)
+        labels = [(horizontal(point), 100 * point.score, shorten(point.label)) for point in points]
+        _label_points(figure, axes, labels, lines)
+    return figure
+
+
+def training_curves(trainings: Mapping[str, Training]) -> Figure:
+    """Training loss against step, one line per healed model."""
+    with _drawing():
+        figure = _figure(3.3)
+        axes = figure.subplots()
+        for index, (name, training) in enumerate(trainings.items()):
+            steps, losses = [row.step for row in training.rows], [_number(row.loss) for row in training.rows]
+            colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+            marker = MARKERS[index % len(MARKERS)]
+            every = max(1, len(steps) // 8)
+            axes.plot(
+                steps, losses, color=colour, linestyle=dashes, marker=marker, markersize=4.5, markevery=every,
+                linewidth=1.4, label=shorten(name),
+            )  # fmt: skip
+        axes.set_xlabel("Step")
+        axes.set_ylabel("Training loss (nats)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(figure, axes)
+    return figure
+
+
+def svg(figure: Figure, name: str, title: str, description: str) -> str:
+    """The figure as an ``<svg>`` element to stand in a page, labelled for those who do not see it.
+
+    Text stays text in the page's own font, and neutral colours follow the CSS variable ``--figure-ink``.
+
+    Args:
+        figure: What one of the functions above drew.
+        name: Prefix of all ids in the element; unique in its page, of letters, digits and ``-``.
+        title: Short name of the figure.
+        description: What there is to see, in words.
+    """
+    stream = io.BytesIO()
+    _save(figure, stream, "svg", {"Date": None, "Creator": None, "Format": None, "Type": None})
+    ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ElementTree.fromstring(stream.getvalue())  # noqa: S314  our own output
+    for metadata in root.findall("{*}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        element.attrib = {key: _page_attribute(key, value, name) for key, value in element.attrib.items()}
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title {name}-description"}
+    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
+        element = ElementTree.Element(f"{{http://www.w3.org/2000/svg}}{tag}")
+        element.attrib["id"] = f"{name}-{'title' if tag == 'title' else 'description'}"
+        element.text = printable(text)
+        root.insert(position, element)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def save_png(figure: Figure, path: str | Path) -> Path:
+    """Write the figure as PNG at 200 dots per inch, whole or not at all.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
+    stream = io.BytesIO()
+    _save(figure, stream, "png", {"Software": None}, dpi=200)
+    write_bytes(path, stream.getvalue())
+    return Path(path)
+
+
+def shorten(text: str, length: int = NAME_LENGTH) -> str:
+    """A name as it is drawn: printable, with its middle left out where it is longer than ``length`` characters."""
+    text = printable(text)
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 2
+    return f"{text[:head]}…{text[-(length - 1 - head) :]}"
+
+
+def printable(text: str) -> str:
+    """The text without control characters, lone surrogates, and marks that turn the reading order."""
+    return "".join("�" if unicodedata.category(mark) in {"Cc", "Cs", "Cf", "Co", "Cn"} else mark for mark in text)
+
+
+def _figure(height: float, width: float = WIDTH) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Our style for the time of drawing; the process's own settings are left as they are."""
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A name in a script that the bundled font lacks is drawn with boxes; the tables hold it in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def _number(value: float | None) -> float:
+    # A number that was not finite is null in the file; NaN leaves a gap in the line.
+    return math.nan if value is None else value
+
+
+def _save(figure: Figure, stream: io.BytesIO, kind: str, metadata: Mapping[str, None], **options: Any) -> None:
+    with _drawing():
+        figure.savefig(stream, format=kind, metadata=dict(metadata), **options)
+
+
+def _page_attribute(key: str, value: str, name: str) -> str:
+    """Make ids unique in the page, and leave fonts and neutral colours to it."""
+    if key == "id":
+        return f"{name}-{value}"
+    if key.endswith("href"):
+        return value.replace("#", f"#{name}-", 1)
+    value = value.replace("url(#", f"url(#{name}-")
+    if key == "style":
+        value = re.sub(r";?\s*font-family: [^;]*", "", value)
+        value = value.replace(INK, f"var(--figure-ink, {INK})")
+    return value
+
+
+def _cost_axis(axes: Any, values: Sequence[float]) -> None:
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_count(value)))
+
+
+def _short_count(value: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g}"
+
+
+def _legend(figure: Figure, axes: Any) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        room = int(figure.get_figwidth() * 12 / (8 + max(map(len, names))))  # about twelve letters to an inch
+        columns = max(1, min(room, len(names)))
+        figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=3.2, fontsize=8.5)
+
+
+_Line = tuple[Sequence[float], Sequence[float]]
+_Place = tuple[float, float, str, str]
+
+
+def _places() -> list[_Place]:
+    """Where a label may stand: offset from its point in typographic points, and its alignment; the best first."""
+    places: list[_Place] = []
+    for radius in (8, 18, 32, 48):
+        for angle in (90, 45, 135, 0, 180, 270, 315, 225):
+            dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+            across = "left" if dx > 1 else "right" if dx < -1 else "center"
+            places.append((dx, dy, across, "bottom" if dy > 1 else "top" if dy < -1 else "center"))
+    return places
+
+
+def _label_points(
+    figure: Figure, axes: Any, labels: Sequence[tuple[float, float, str]], lines: Sequence[_Line]
+) -> None:
+    """Put each label near its point, where it hides least: first of all no other label or point, then no line."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the axes must not move once the free places are known
+    frame, pixel = axes.get_window_extent(), figure.dpi / 72
+    frame = Bbox.from_extents(frame.x0, frame.y0, figure.bbox.x1, frame.y1 + 12 * pixel)
+    on_lines = [place for line in lines for place in _along(axes, line)]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (axes.transData.transform(p[:2]) for p in labels)]
+
+    def hidden(box: Bbox) -> float:
+        outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
+        covered = sum(box.overlaps(other) for other in taken)
+        return 1e6 * outside + 1e3 * covered + 10 * sum(box.contains(*place) for place in on_lines)
+
+    for x, y, text in labels:
+        boxes = {place: _extent(figure, _annotate(axes, text, (x, y), place)).padded(2 * pixel) for place in _places()}
+        for trial in axes.texts[-len(boxes) :]:
+            trial.remove()
+        best = min(boxes, key=lambda place: hidden(boxes[place]) + math.hypot(*place[:2]))
+        _annotate(axes, text, (x, y), best)
+        taken.append(boxes[best])
+
+
+def _extent(figure: Figure, label: Any) -> Bbox:
+    """The box of a label's text in pixels, without its arrow."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    label.update_positions(renderer)
+    return Text.get_window_extent(label, renderer)
+
+
+def _annotate(axes: Any, text: str, point: tuple[float, float], place: _Place) -> Any:
+    dx, dy, across, along = place
+    far = math.hypot(dx, dy) > 10
+    arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4} if far else None
+    return axes.annotate(
+        text, point, (dx, dy), textcoords="offset points", ha=across, va=along, fontsize=8.5, fontweight="bold",
+        arrowprops=arrow, zorder=4, annotation_clip=False,
+    )  # fmt: skip
+
+
+def _along(axes: Any, line: _Line) -> list[tuple[float, float]]:
+    """Pixels along a line, about every eighth."""
+    corners = [axes.transData.transform(point) for point in zip(*line, strict=True) if all(map(math.isfinite, point))]
+    pixels = [(float(x), float(y)) for x, y in corners]
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+        parts = max(1, int(math.hypot(x1 - x0, y1 - y0) / 8))
+        pixels += [(float(x0 + (x1 - x0) * i / parts), float(y0 + (y1 - y0) * i / parts)) for i in range(1, parts)]
+    return pixels

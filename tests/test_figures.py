@@ -1,0 +1,176 @@
+"""Figures: what is drawn is what the tables hold, in words a page can trust, the same every time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import image
+from matplotlib.text import Text
+
+from secateur.artifacts import DepthRow, LossRow, Profile, Provenance, Training
+from secateur.figures import COLOURS, INK, Point, loss_curve, save_png, shorten, svg, trade_off, training_curves
+
+MADE = Provenance("secateur study", "2026-01-02T03:04:05+00:00", 7, {}, (), {})
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def profile(losses, errors=None) -> Profile:
+    rows = tuple(
+        DepthRow(depth, loss, errors and errors[depth - 1], 0.1 * depth, 3.0 + depth)
+        for depth, loss in enumerate(losses, 1)
+    )
+    return Profile(MADE, "a/model", len(losses), "mean", 20.0, "float32", 8, 4, 64, "", rows)
+
+
+def points(labels=("2", "4", "8")) -> list[Point]:
+    return [
+        Point("tiny, healed", label, 0.4 + 0.05 * i, 1000 * (i + 1), 90.0 - i, 88.0 - i, 93.0 - i)
+        for i, label in enumerate(labels)
+    ]
+
+
+def words(text: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(text).iter(f"{SVG}text")]
+
+
+def test_loss_curve_draws_the_losses_with_one_standard_error_and_marks_the_choice() -> None:
+    losses, errors = [3.0, 2.0, 2.5, 1.5, 1.75], [0.1, 0.2, 0.3, 0.1, 0.05]
+    figure = loss_curve(profile(losses, errors), {"small": 2, "large": 4})
+    top = figure.axes[0]
+    line = next(line for line in top.lines if len(line.get_xdata()) == len(losses))
+    assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
+    assert list(line.get_ydata()) == losses
+    corners = top.collections[0].get_paths()[0].vertices
+    for depth, (loss, error) in enumerate(zip(losses, errors, strict=True), 1):
+        heights = corners[corners[:, 0] == depth][:, 1]
+        assert heights.min() == pytest.approx(loss - error)
+        assert heights.max() == pytest.approx(loss + error)
+    text = words(svg(figure, "c", "t", "d"))
+    assert "small: 2" in text
+    assert "large: 4" in text
+
+
+def test_a_depth_with_two_names_is_labelled_once_with_both() -> None:
+    text = words(svg(loss_curve(profile([2.0, 1.0]), {"small": 2, "large": 2}), "c", "t", "d"))
+    assert [word for word in text if ": 2" in word] == ["small, large: 2"]
+
+
+def test_losses_that_are_not_numbers_leave_a_gap() -> None:
+    figure = loss_curve(profile([2.0, None, 1.0]), {"small": 2, "large": 3})
+    drawn = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == 3).get_ydata()
+    assert math.isnan(drawn[1])
+    text = words(svg(figure, "c", "t", "d"))
+    assert "large: 3" in text
+    assert not any("small" in word for word in text)
+
+
+def test_trade_off_draws_each_model_once_with_its_label_and_speed_range() -> None:
+    for against, expected in (("parameters", [1000, 2000, 3000]), ("speed", [88.0, 89.0, 90.0])):
+        figure = trade_off(points(), against)
+        axes = figure.axes[0]
+        line = axes.lines[0]
+        assert list(line.get_xdata()) == expected
+        assert sorted(line.get_ydata()) == pytest.approx([40, 45, 50])
+        assert {"2", "4", "8", "tiny, healed"} <= set(words(svg(figure, "f", "t", "d")))
+    bars = axes.collections[0].get_segments()
+    assert sorted(x for segment in bars for x, _ in segment) == [86, 87, 88, 91, 92, 93]
+
+
+def test_labels_of_points_on_top_of_each_other_do_not_overlap() -> None:
+    crowd = [Point("s", f"model number {i}", 0.5, 1000, 10.0, 9.0, 11.0) for i in range(4)]
+    figure = trade_off([*crowd, Point("s", "other", 0.6, 2000, 12.0, 11.0, 13.0)], "parameters")
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without arrows
+    assert len(boxes) == 5
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_training_curves_draw_every_logged_loss() -> None:
+    rows = tuple(LossRow(step, 1.0 / step, 1e-4) for step in (5, 10, 15))
+    training = Training(MADE, "m", 15, 1.0, 10, {}, {}, rows)
+    figure = training_curves({"tiny-2-healed": training})
+    line = figure.axes[0].lines[0]
+    assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(row.step, row.loss) for row in rows]
+    assert "tiny-2-healed" in words(svg(figure, "f", "t", "d"))
+
+
+def test_svg_is_labelled_and_its_ids_are_its_own() -> None:
+    drawn = loss_curve(profile([2.0, 1.0, 3.0], [0.1, 0.1, 0.1]), {"small": 1})
+    text = svg(drawn, "curve-1", "A <title>", 'of "what" & where')
+    root = ElementTree.fromstring(text)
+    assert root.get("role") == "img"
+    label = {e.get("id"): e.text for e in root if e.tag in {f"{SVG}title", f"{SVG}desc"}}
+    assert label == {"curve-1-title": "A <title>", "curve-1-description": 'of "what" & where'}
+    assert root.get("aria-labelledby") == " ".join(label)
+    ids = [element.get("id") for element in root.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    assert all(name.startswith("curve-1-") for name in ids)
+    used = [value for e in root.iter() for key, value in e.attrib.items() if key.endswith("href") or "url(" in value]
+    assert used
+    assert all(value.split("#")[1].rstrip(")") in ids for value in used)
+    assert "var(--figure-ink" in text
+    assert "font-family" not in text
+    assert "<metadata" not in text
+
+
+def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
+    def drawn() -> tuple[str, bytes]:
+        figure = loss_curve(profile([2.0, 1.0, 3.0], [0.1, 0.1, 0.1]), {"small": 2})
+        return svg(figure, "f", "t", "d"), save_png(figure, tmp_path / "curve.png").read_bytes()
+
+    assert drawn() == drawn()
+
+
+def test_drawing_leaves_matplotlib_as_it_was() -> None:
+    before = dict(matplotlib.rcParams)
+    svg(trade_off(points(), "speed"), "f", "t", "d")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_png_is_transparent_and_holds_the_colours(tmp_path: Path) -> None:
+    pixels = image.imread(save_png(trade_off(points(), "parameters"), tmp_path / "new" / "figure.png"))
+    assert pixels[0, 0, 3] == 0
+    blue = np.array([int(COLOURS[0][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    assert (np.abs(pixels[..., :3] - blue).max(axis=-1) < 0.01).sum() > 100
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["figure.png"]
+
+
+def contrast(a: str, b: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_are_legible_in_light_and_dark() -> None:
+    """WCAG 2.2: 4.5:1 for text (here on plain white and black), 3:1 for what must be told apart in a graphic."""
+    assert min(contrast(INK, "#ffffff"), contrast(INK, "#000000")) >= 4.5
+    for colour in COLOURS:
+        assert contrast(colour, "#fdfdfc") >= 3, colour
+        assert contrast(colour, "#15171a") >= 3, colour
+
+
+HOSTILE = ("$x_{$", "<script>alert(1)</script>", "a\x00b\u202ec\ud800", "n" * 10_000, "模型", "שלום")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", HOSTILE, ids=("formula", "script", "control", "long", "glyphs", "right-to-left"))
+def test_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
+    figure = trade_off(points((name, "4", "8")), "speed")
+    text = svg(figure, "f", name, name)
+    assert shorten(name) in words(text)
+    assert "<script" not in text
+    save_png(figure, tmp_path / "f.png")
+
+
+def test_shorten_keeps_both_ends() -> None:
+    assert shorten("a" * 30 + "b" * 30, 11) == "aaaaa…bbbbb"
+    assert shorten("short", 5) == "short"
