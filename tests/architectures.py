@@ -17,6 +17,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -417,9 +418,10 @@ class Outcome:
     subset_refused: str = ""
     padding: str = ""  # sides on which a padded batch gives the vectors of its single texts
     lora: tuple[str, ...] = ()
-    adapted: int = 0  # modules that got an adapter
-    linear: int = 0  # linear modules inside the blocks
-    learning: int = 0  # adapters with a gradient that is not zero
+    adapters: int = 0  # adapters that peft attached
+    idle: tuple[str, ...] = ()  # adapters without a gradient
+    bare: tuple[str, ...] = ()  # linear modules inside the blocks that got no adapter
+    experts: bool = False  # whether peft adapts packed experts too
 
 
 @cache
@@ -441,7 +443,7 @@ def outcome(name: str) -> Outcome:
         subset_refused = str(error)
     tail_is_norm = blocks.tail_is_norm(model, features)
     through_norm = distance(states(back, features), hooked(model, kept, features)) if tail_is_norm else None
-    adapted, linear, learning = adapt(back, features)
+    adapters, idle, bare, experts = adapt(back, features)
     return Outcome(
         name,
         path=stack.path,
@@ -459,9 +461,10 @@ def outcome(name: str) -> Outcome:
         subset_refused=subset_refused,
         padding=padding(model),
         lora=blocks.linear_names(model),
-        adapted=adapted,
-        linear=linear,
-        learning=learning,
+        adapters=adapters,
+        idle=idle,
+        bare=bare,
+        experts=experts,
     )
 
 
@@ -519,19 +522,21 @@ def padding(model: PreTrainedModel) -> str:
     return "both" if len(sides) == 2 else "".join(sides) or "none"
 
 
-def adapt(model: PreTrainedModel, features: dict[str, torch.Tensor]) -> tuple[int, int, int]:
-    """Adapters attached, linear modules inside the blocks, adapters that learn."""
+def adapt(
+    model: PreTrainedModel, features: dict[str, torch.Tensor]
+) -> tuple[int, tuple[str, ...], tuple[str, ...], bool]:
+    """Train one step of LoRA: adapters attached, those without a gradient, linear modules left bare, packed experts."""
     stack = blocks.blocks_of(model)
-    linear = {id(module) for module in stack.modules() if isinstance(module, (nn.Linear, Conv1D))}
-    names = list(blocks.linear_names(model))
-    config = peft.LoraConfig(r=2, target_modules=names, fan_in_fan_out=False, init_lora_weights=False)
+    linear = {id(module): name for name, module in stack.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    config = peft.LoraConfig(r=2, target_modules=list(blocks.linear_names(model)), init_lora_weights=False)
     adapted = peft.get_peft_model(model.train(), config)
     adapted(**features).last_hidden_state.square().mean().backward()
-    layers = [module for module in adapted.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-    gradients = [layer.lora_B["default"].weight.grad for layer in layers]
-    inside = [layer for layer in layers if id(layer.get_base_layer()) in linear]
-    learning = sum(gradient is not None and bool(gradient.abs().max() > 0) for gradient in gradients)
-    return len(inside), len(linear), learning
+    layers = {name: layer for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)}
+    gradients = {name: layer.lora_B["default"].weight.grad for name, layer in layers.items()}
+    idle = tuple(name for name, gradient in gradients.items() if gradient is None or not gradient.any())
+    covered = {id(layer.get_base_layer()) for layer in layers.values()}
+    bare = tuple(name for key, name in linear.items() if key not in covered)
+    return len(layers), idle, bare, any(isinstance(layer, ParamWrapper) for layer in layers.values())
 
 
 HEADER = """# Architectures
@@ -544,7 +549,11 @@ with stock transformers and compared with the full model whose other blocks hand
 - **Subsets**: whether blocks 0, 2 and the last can be kept alone.
 - **Profile**: `one pass` where the final norm of a block's states is what the model returns; `per depth` where
   something else stands after the blocks, so that a profile takes a forward pass for each depth.
-- **Padding**: the side on which a padded batch gives the vectors of its single texts.
+- **Padding**: the side on which a padded batch gives the vectors of its single texts; `none` where padding reaches the
+  vectors on either side (convolutions or landmarks over the padding), so that texts should be encoded one by one or by
+  equal length.
+- **LoRA targets**: what `secateur heal` adapts. *+ experts* where peft adapts the packed experts too; of those models
+  it leaves the dense gate, up and down projections alone.
 
 | architecture | blocks | final norm | legal depths | subsets | profile | padding | LoRA targets |
 |---|---|---|---|---|---|---|---|
@@ -563,7 +572,8 @@ def row(result: Outcome) -> str:
         "prefixes only" if result.subset is None else "yes",
         "one pass" if result.tail_is_norm else "per depth",
         result.padding,
-        ", ".join(f"`{short}`" for short in dict.fromkeys(name.rpartition(".")[2] for name in result.lora)),
+        ", ".join(f"`{short}`" for short in dict.fromkeys(name.rpartition(".")[2] for name in result.lora))
+        + (" *+ experts*" if result.experts else ""),
     )
     return f"| {' | '.join(cells)} |"
 

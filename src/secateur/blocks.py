@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers import logging as transformers_logging
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
@@ -337,10 +338,10 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     if encoder is not None:
         config.is_encoder_decoder = False
         return _build(encoder, config)
-    try:
-        return _build(AutoModel.from_config, config)
-    except ValueError as error:
-        raise UnsupportedArchitecture(config.name_or_path or config.model_type, _last_line(error)) from None
+    if type(config) not in MODEL_MAPPING:
+        problem = f"transformers {transformers_version} has no text model of the type {config.model_type}"
+        raise UnsupportedArchitecture(config.name_or_path or type(config).__name__, problem)
+    return _build(AutoModel.from_config, config)
 
 
 def _build(make: Callable[[PretrainedConfig], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -411,7 +412,8 @@ def _check_survives(config: PretrainedConfig) -> None:
         back = type(config).from_pretrained(folder)
     written, read = text_config(config).to_dict(), text_config(back).to_dict()
     for name, value in written.items():
-        if name in read and read[name] != value:
+        # Names with an underscore tell where a configuration was read from, not what it says.
+        if not name.startswith("_") and name in read and read[name] != value:
             raise _Misfit(f"{config.model_type} would rewrite {name} on loading, from {value} to {read[name]}")
 
 
@@ -562,8 +564,8 @@ def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
     """The linear modules inside the blocks, as peft's ``target_modules``: fused projections and GPT-2's Conv1D too.
 
     Names are relative to a block (``self_attn.q_proj``) where that means the blocks alone, else full paths (a vision
-    tower may use the same names). Left out are routers of experts that are linear modules themselves, for they return
-    more than a product, and the output projection of state-space mixers, whose weight fused kernels read past any adapter.
+    tower may use the same names). Left out are routers of experts that return more than a product, and the
+    projections of state-space mixers whose weights are read past any adapter.
     """
     prefix = find_stack(model).path + "."
     routers = tuple({cls for part in _parts(model) for cls in _recorded(part, "router_logits")})
@@ -582,4 +584,4 @@ def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
 def _is_read_past(model: nn.Module, name: str) -> bool:
     parent, _, attribute = name.rpartition(".")
     mixer = model.get_submodule(parent)
-    return attribute == "out_proj" and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+    return attribute in ("dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
