@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import mteb
+import numpy as np
 import tqdm.auto  # type: ignore[import-untyped]
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
@@ -202,6 +203,17 @@ def _instructed(model: SentenceTransformer) -> bool:
     return any(prompt and prompt.endswith(ending) for prompt in model.prompts.values())
 
 
+class _FiniteEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
+    """mteb's own encoder, that refuses vectors which are not numbers: mteb ranks NaN somewhere, and gives a score."""
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        vectors = super().encode(*args, **kwargs)
+        if not np.isfinite(np.asarray(vectors)).all():
+            name = str(self.mteb_model_meta.name).removeprefix("secateur/")
+            raise ModelError(name, f"gives vectors with NaN or infinity on {kwargs['task_metadata'].name}")
+        return vectors
+
+
 def _prompts(task: Task, instructed: bool) -> dict[str, str] | None:
     """Prompts by mteb's keys (task type, with ``-query`` where only queries get one); None: those of the model."""
     if not instructed:
@@ -211,9 +223,7 @@ def _prompts(task: Task, instructed: bool) -> dict[str, str] | None:
 
 
 @contextmanager
-def _as_encoder(
-    model: SentenceTransformer, label: str, prompts: dict[str, str] | None
-) -> Iterator[SentenceTransformerEncoderWrapper]:
+def _as_encoder(model: SentenceTransformer, label: str, prompts: dict[str, str] | None) -> Iterator[_FiniteEncoder]:
     """The model as mteb's encoder, under its own name and with these prompts; itself unchanged afterwards."""
     card = model.model_card_data
     before = model.prompts, model.default_prompt_name, card.model_name
@@ -221,35 +231,30 @@ def _as_encoder(
         card.model_name = f"secateur/{label}"  # mteb wants organization/name, and takes it from the card
         if prompts is not None:  # else sentence-transformers falls back on the model's own
             model.prompts, model.default_prompt_name = {}, None
-        yield SentenceTransformerEncoderWrapper(model, model_prompts=prompts or None)
+        yield _FiniteEncoder(model, model_prompts=prompts or None)
     finally:
         model.prompts, model.default_prompt_name, card.model_name = before
 
 
-def _prompt(encoder: SentenceTransformerEncoderWrapper, task: Task) -> str:
+def _prompt(encoder: _FiniteEncoder, task: Task) -> str:
     """What will stand before the queries, or before all texts."""
     prompts, model = encoder.model_prompts or {}, encoder.model
     name = get_prompt_name(prompts, task.metadata, PromptType.query if task.asymmetric else None)
     return str((prompts[name] if name else model.prompts.get(model.default_prompt_name)) or "")
 
 
-def _score(encoder: SentenceTransformerEncoderWrapper, label: str, task: Task, batch_size: int) -> dict[str, Any]:
+def _score(encoder: _FiniteEncoder, label: str, task: Task, batch_size: int) -> dict[str, Any]:
     """Let mteb run one task; the measured columns of its row."""
     made = task.make()
     started = time.monotonic()
-    try:
-        result = mteb.evaluate(
-            encoder,
-            made,
-            cache=None,
-            co2_tracker=False,
-            show_progress_bar=False,
-            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-        )
-    except ValueError as error:
-        if "NaN" not in str(error):
-            raise
-        raise ModelError(label, f"gives vectors with NaN on {task.name}") from error
+    result = mteb.evaluate(
+        encoder,
+        made,
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+        encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+    )
     score = float(result.task_results[0].get_score())
     metric = str(task.metadata.main_score)
     if not math.isfinite(score):

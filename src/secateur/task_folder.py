@@ -38,7 +38,7 @@ Row = Mapping[str, Any]
 
 TRAIN_PER_LABEL = 8
 """A sampled classification task keeps so many training texts of each label: what mteb fits one classifier on."""
-DISTRACTORS_PER_QUERY = 10
+DISTRACTORS_PER_QUERY = 4
 """A sampled retrieval task keeps, besides all judged documents of its queries, so many others for each query."""
 QRELS_HEADER = ("query-id", "corpus-id", "score")
 

