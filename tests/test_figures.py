@@ -81,12 +81,15 @@ def test_trade_off_draws_each_model_once_with_its_label_and_speed_range() -> Non
     assert sorted(x for segment in bars for x, _ in segment) == [86, 87, 88, 91, 92, 93]
 
 
-def test_labels_of_points_on_top_of_each_other_do_not_overlap() -> None:
-    crowd = [Point("s", f"model number {i}", 0.5, 1000, 10.0, 9.0, 11.0) for i in range(4)]
-    figure = trade_off([*crowd, Point("s", "other", 0.6, 2000, 12.0, 11.0, 13.0)], "parameters")
+def test_labels_of_crowded_points_do_not_overlap() -> None:
+    crowd = [Point("s", f"{i} blocks", 0.5 + 0.0001 * i, 1500 + i, 10.0, 9.0, 11.0) for i in range(5)]
+    ends = [
+        Point("s", label, score, size, 9.0, 8.0, 10.0) for label, score, size in (("a", 0.4, 1000), ("b", 0.6, 2000))
+    ]
+    figure = trade_off([*crowd, *ends], "parameters")
     figure.draw_without_rendering()
     boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without arrows
-    assert len(boxes) == 5
+    assert len(boxes) == 7
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
 
 

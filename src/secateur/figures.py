@@ -11,7 +11,6 @@ import io
 import itertools
 import math
 import re
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,6 +66,9 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "secateur",
     "svg.fonttype": "none",
 }
+
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def shorten(text: str, length: int = NAME_LENGTH) -> str:
 
 def printable(text: str) -> str:
     """The text without control characters, lone surrogates, and marks that turn the reading order."""
-    return "".join("�" if unicodedata.category(mark) in {"Cc", "Cs", "Cf", "Co", "Cn"} else mark for mark in text)
+    return _UNPRINTABLE.sub("�", text)
 
 
 def _figure(height: float, width: float = WIDTH) -> Figure:
@@ -330,11 +332,11 @@ def _label_points(
 
     def hidden(box: Bbox) -> float:
         outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
-        covered = sum(box.overlaps(other) for other in taken)
+        covered = sum(box.padded(2 * pixel).overlaps(other) for other in taken)
         return 1e6 * outside + 1e3 * covered + 10 * sum(box.contains(*place) for place in on_lines)
 
     for x, y, text in labels:
-        boxes = {place: _extent(figure, _annotate(axes, text, (x, y), place)).padded(2 * pixel) for place in _places()}
+        boxes = {place: _extent(figure, _annotate(axes, text, (x, y), place)) for place in _places()}
         for trial in axes.texts[-len(boxes) :]:
             trial.remove()
         best = min(boxes, key=lambda place: hidden(boxes[place]) + math.hypot(*place[:2]))

@@ -1,0 +1,456 @@
+"""The report of a run: every number of its tables, nothing that the tables do not say, and nothing that runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from secateur.artifacts import (
+    CostRow,
+    Costs,
+    DepthRow,
+    Fingerprint,
+    LossRow,
+    Origin,
+    Profile,
+    Provenance,
+    ScoreRow,
+    Scores,
+    Training,
+)
+from secateur.errors import DataError
+from secateur.report import CARD_MARK, read_run, report, verdict
+
+TASKS = (("STSBenchmark", "sts", "cosine_spearman", 1379), ("Banking77", "classification", "accuracy", 3080))
+SCORES = {
+    "tiny-8-healed": (0.80, 0.60),
+    "tiny-6-healed": (0.78, 0.608),
+    "tiny-2-healed": (0.61, 0.51),
+    "tiny-8-zero-shot": (0.41, 0.37),
+    "tiny-2-zero-shot": (0.33, 0.29),
+}
+SPEEDS = {8: (100.0, 96.0, 104.0), 6: (131.0, 127.0, 136.0), 2: (340.0, 322.0, 351.0)}
+
+
+def made(command: str, seed: int | None = 42, *data: Fingerprint) -> Provenance:
+    versions = {"python": "3.11.7", "secateur": "0.1.0", "torch": "2.13.0"}
+    machine = {"machine": "x86_64", "system": "Linux", "cores": 2}
+    return Provenance(command, "2026-03-04T05:06:07+00:00", seed, versions, data, machine)
+
+
+NLI = Fingerprint("allnli.jsonl.gz", "a1" * 32, 277230, "CC BY-SA 4.0")
+SICK = Fingerprint("sick.jsonl", "b2" * 32, 320)
+
+
+def write_profile(run: Path, base: str = "tiny") -> None:
+    rows = tuple(DepthRow(k, 3.125 - 0.211 * k, 0.021 * k, 0.317 / k, 11.3 + k) for k in range(1, 9))
+    profile = Profile(
+        made("secateur profile org/tiny --data sick.jsonl", 42, SICK),
+        "org/tiny", 8, "weightedmean", 20.0, "float32", 64, 5, 128, "", rows,
+    )  # fmt: skip
+    profile.save(run / "profiles" / base)
+    (run / "profiles" / base / "choice.json").write_text(json.dumps({"small": 2, "large": 6}))
+
+
+def write_model(run: Path, name: str, depth: int, healed: bool, base_model: str = "org/tiny", seed: int = 42) -> Path:
+    history = [f"secateur prune {base_model} --depth {depth}"] + ["secateur heal cut --steps 30"] * healed
+    origin = Origin(made(history[-1]), base_model, 8, tuple(range(depth)), "mean", 1.5e-7, tuple(history))
+    folder = run / "models" / name
+    origin.save(folder)
+    if healed:
+        losses = tuple(LossRow(step, 2.718 - 0.0271 * step, 1e-4) for step in (10, 20, 30))
+        settings = {"learning_rate": 2e-4, "loss": "contrastive"}
+        provenance = made(history[-1], seed, NLI)
+        Training(provenance, name, 30, 61.0, 1_234_567, settings, {"allnli": "find"}, losses).save(folder)
+    return folder
+
+
+def write_scores(run: Path, name: str, values=None, tasks=TASKS) -> None:
+    values = values or SCORES[name]
+    rows = tuple(ScoreRow(name, *task[:3], value, task[3], 1.0) for task, value in zip(tasks, values, strict=True))
+    Scores(made(f"secateur evaluate {name} --tasks eval"), rows).save(run / "scores" / name)
+
+
+def write_costs(run: Path, names=SCORES) -> None:
+    rows = []
+    for name in names:
+        depth = int(name.split("-")[1])
+        rows.append(CostRow(name, depth, 10_000_000 + 3_540_000 * depth, 10_000_000, 4321 * depth, *SPEEDS[depth]))
+    Costs(made("secateur cost models"), tuple(rows)).save(run)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "demo"
+    write_profile(folder)
+    for name in SCORES:
+        write_model(folder, name, int(name.split("-")[1]), name.endswith("healed"))
+        write_scores(folder, name)
+    write_costs(folder)
+    (folder / "study.yaml").write_text("models:\n  tiny: org/tiny\n# <b>not markup</b>\n")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would see: text, tags with attributes, headings, tables by caption."""
+
+    VOID = frozenset({"meta", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.headings: list[int] = []
+        self.cells: list[list[str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "tr":
+            self.cells.append([])
+        if tag in {"td", "th", "small"}:
+            self.text += " "
+        if tag in {"td", "th"}:
+            self.cells[-1].append("")
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if "td" in self.open or "th" in self.open:
+            self.cells[-1][-1] += data
+
+    def row(self, first: str) -> list[str]:
+        return next([cell.strip() for cell in row] for row in self.cells if row[0].strip().startswith(first))
+
+
+def read(page: Path) -> Page:
+    return Page(page.read_text(encoding="utf-8"))
+
+
+def plain(text: str) -> str:
+    return text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_every_number_of_the_tables_is_in_the_page_and_in_the_markdown(run: Path) -> None:
+    page, markdown = read(report(run)), plain((run / "report.md").read_text(encoding="utf-8"))
+    markdown = re.sub(r"\\(.)", r"\1", markdown)
+    expected = {f"{number:.3f}" for k in range(1, 9) for number in (3.125 - 0.211 * k, 0.021 * k, 0.317 / k)} | {
+        f"{11.3 + k:.1f}" for k in range(1, 9)
+    }
+    expected |= {f"{100 * score:.1f}" for scores in SCORES.values() for score in scores}
+    expected |= {f"{50 * sum(scores):.1f}" for scores in SCORES.values()}
+    expected |= {f"{(10 + 3.54 * k):.1f} M" for k in SPEEDS} | {f"{4.321 * k:.1f} kB" for k in SPEEDS} | {"10.0 M"}
+    expected |= {f"{number:.0f}" for numbers in SPEEDS.values() for number in numbers if number >= 100}
+    expected |= {f"{2.718 - 0.0271 * step:.3f}" for step in (10, 20, 30)}
+    expected |= {"1379", "3080", "277,230", "320", "1.2 M", "61 s", "2 of 8", "6 of 8", "8 of 8"}
+    for number in expected:
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", plain(page.text)), number
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", markdown), number
+    for fingerprint in (NLI, SICK):
+        assert fingerprint.sha256 in page.text
+        assert fingerprint.sha256 in markdown
+    for text in ("CC BY-SA 4.0", "2026-03-04 05:06 UTC", "x86_64", "2.13.0", "secateur heal cut --steps 30"):
+        assert text in page.text
+        assert text in markdown
+
+
+def test_rows_hold_the_values_of_their_model(run: Path) -> None:
+    page = read(report(run))
+    row = [plain(cell) for cell in page.row("tiny-6-healed")]
+    assert row[1:5] == ["6 of 8", "31.2 M", "10.0 M", "25.9 kB"]
+    assert row[5] == "131127 to 136"
+    assert row[6] == "69.4"
+    assert row[7] == "−0.6to tiny, healed"
+    assert page.row("tiny-2-zero-shot")[-1] == "−8.0to tiny, zero-shot"
+    assert page.row("tiny-8-healed")[-1] == "–"
+    header = next(row for row in page.cells if row[0] == "Task")
+    values = dict(zip(header[1:], page.row("Banking77")[1:], strict=True))
+    assert values == {name: f"{100 * scores[1]:.1f}" for name, scores in SCORES.items()}
+
+
+def test_verdict_says_what_the_numbers_say(run: Path) -> None:
+    sentences = verdict(read_run(run))
+    assert [plain(sentence) for sentence in sentences] == [
+        "tiny, healed: 6 of 8 blocks keep 99.1 % of the healed full model’s average score at 1.3 × its speed; "
+        "2 keep 80.0 % at 3.4 × its speed."
+    ]
+    page = read(report(run))
+    assert sentences[0] in page.text
+    assert "one seed (42)" in page.text
+    assert "chance" in page.text
+
+
+def test_a_better_cut_reaches_and_overlapping_speeds_are_no_claim(run: Path) -> None:
+    write_scores(run, "tiny-6-healed", (0.9, 0.6))
+    costs = [replace(row, texts_per_second=101.0, speed_low=95.0, speed_high=105.0) for row in read_run(run).costs.rows]
+    Costs(made("secateur cost"), tuple(costs)).save(run)
+    (sentence,) = verdict(read_run(run))
+    assert "6 of 8 blocks reach 107.1" in sentence
+    assert "does not tell from its own" in sentence
+    assert "×" not in sentence
+
+
+def test_without_a_trained_full_model_the_untrained_one_is_named(run: Path) -> None:
+    for path in (run / "scores" / "tiny-8-healed", run / "models" / "tiny-8-healed"):
+        for file in path.iterdir():
+            file.unlink()
+    write_costs(run, [name for name in SCORES if name != "tiny-8-healed"])
+    (sentence,) = verdict(read_run(run))
+    assert "of the zero-shot full model’s average score" in sentence
+    assert read(report(run)).row("tiny-6-healed")[-1] == "+30.4to tiny, zero-shot"
+
+
+def test_averages_over_different_tasks_are_not_compared(run: Path) -> None:
+    write_scores(run, "tiny-6-healed", (0.9,), TASKS[:1])
+    page = read(report(run))
+    assert page.row("tiny-6-healed")[-2:] == ["90.0", "–"]
+    assert page.row("Banking77")[2] == "–"
+    assert "6 of 8 blocks" not in " ".join(verdict(read_run(run)))
+
+
+def test_a_score_that_is_not_a_number_is_no_zero(run: Path) -> None:
+    write_scores(run, "tiny-6-healed", (float("nan"), 0.6))
+    page = read(report(run))
+    assert page.row("tiny-6-healed")[-2:] == ["–", "–"]
+
+
+def test_several_seeds_are_told(run: Path) -> None:
+    write_model(run, "tiny-2-healed", 2, healed=True, seed=7)
+    text = read(report(run)).text
+    assert "2 seeds (7, 42)" in text
+    assert "one seed" not in text
+
+
+def test_the_page_loads_and_runs_nothing(run: Path) -> None:
+    page = read(report(run))
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "embed", "image", "base"}
+    for _, attributes in page.tags:
+        for key, value in attributes.items():
+            assert not key.startswith("on")
+            if key in {"src", "href", "xlink:href", "srcset", "action"}:
+                assert value is not None
+                assert value.startswith("#")
+    source = (run / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in source
+    assert not re.search(r"url\((?!#)", source)
+    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
+    assert policy is not None
+    assert "default-src 'none'" in policy
+
+
+def test_the_page_is_sound_html(run: Path) -> None:
+    page = read(report(run))
+    assert page.headings[0] == 1
+    assert page.headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        for key in ("href", "xlink:href"):
+            if key in attributes:
+                assert attributes[key][1:] in ids
+        for key in ("aria-labelledby",):
+            assert all(name in ids for name in (attributes.get(key) or "").split())
+    count = {tag: sum(other == tag for other, _ in page.tags) for tag in ("table", "caption", "figure", "figcaption")}
+    assert count["table"] == count["caption"] == 6
+    assert count["figure"] == count["figcaption"] == 4
+    assert all(a.get("role") == "img" and a.get("aria-labelledby") for tag, a in page.tags if tag == "svg")
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+    assert ("html", {"lang": "en"}) in page.tags
+
+
+def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
+    def files() -> dict[str, bytes]:
+        report(run)
+        return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    first = files()
+    assert {"report.html", "report.md", "figures/curve-1.png", "models/tiny-2-healed/README.md"} <= set(first)
+    assert files() == first
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"'><img src=x onerror=alert(1)>",
+    "\u202egnp.exe\u2069",
+    "$x_{$ `code` | **bold** [a](javascript:alert(1))",
+    "n" * 10_000,
+    "</style></title></svg><b>",
+    "\ud800\x00 half",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=("script", "quotes", "rtl", "markup", "long", "closing", "surrogate"))
+def test_hostile_names_are_shown_and_run_nothing(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    write_profile(run, "tiny")
+    profile = json.loads((run / "profiles/tiny/profile.json").read_text())
+    provenance = profile["provenance"]
+    provenance["command"] = provenance["hardware"]["machine"] = provenance["versions"]["torch"] = name
+    provenance["data"] = [{"name": name, "sha256": name, "rows": 1, "licence": name}]
+    (run / "profiles/tiny/profile.json").write_text(json.dumps({**profile, "model": name, "pooling": name}))
+    (run / "profiles/tiny/choice.json").write_text(json.dumps({name: 3}))
+    folder = write_model(run, "tiny-2-healed", 2, healed=True, base_model="m")
+    origin = json.loads((folder / "secateur.json").read_text())
+    (folder / "secateur.json").write_text(json.dumps({**origin, "base_model": name, "history": [name, name + "2"]}))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {name: name}}))
+    (run / "study.yaml").write_text(name, errors="replace")
+    scores = [{"model": name, "task": name, "type": name, "metric": name, "score": 0.5, "samples": 1, "seconds": 1.0}]
+    cost = {"model": name, "depth": 2, "parameters": 5, "embedding_parameters": 2, "bytes": 9}
+    cost |= {"texts_per_second": 2.0, "speed_low": 1.0, "speed_high": 3.0}
+    for file, kind, rows in (("scores/s/scores.json", "scores", scores), ("costs.json", "costs", [cost])):
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).write_text(json.dumps({"kind": kind, "schema_version": 1, "provenance": provenance, kind: rows}))
+
+    page = read(report(run))
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "img", "iframe", "b", "link"}
+    assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
+    assert all(a["href"].startswith("#") for _, a in page.tags if "href" in a)
+    shown = re.sub("[\u202e\u2069\ud800\x00]", "�", name)
+    assert page.row(shown)
+    assert not re.search("[\u202e\u2069\x00]", page.text)
+    markdown = (run / "report.md").read_text(encoding="utf-8")
+    outside_code = re.sub(r"^(`{3,})[^\n]*\n.*?^\1$", "", markdown, flags=re.S | re.M)
+    assert not re.search(r"(?<!\\)<(?!br)", outside_code)
+    assert "**bold**" not in outside_code
+    rows = [line for line in outside_code.splitlines() if line.startswith("| ")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in rows}
+    assert columns == {2, 5, 8, 9}  # tasks and losses, profile and data, models, how they were made
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert "base_model" not in front
+
+
+@pytest.mark.parametrize("part", ["profile", "models", "scores", "costs"])
+def test_one_table_is_enough_and_missing_parts_are_left_out(tmp_path: Path, part: str) -> None:
+    if part == "profile":
+        write_profile(tmp_path)
+    elif part == "models":
+        write_model(tmp_path, "tiny-2-zero-shot", 2, healed=False)
+    elif part == "scores":
+        write_scores(tmp_path, "tiny-2-healed")
+    else:
+        write_costs(tmp_path)
+    page = read(report(tmp_path))
+    expected = {"profile": {"depth"}, "models": {"models"}, "scores": {"models", "tasks"}, "costs": {"models"}}
+    sections = {a["id"] for tag, a in page.tags if tag == "h2" and "id" in a}
+    assert sections == {*expected[part], "commands", "provenance"}
+    links = {a["href"][1:] for tag, a in page.tags if tag == "a"}
+    assert links == sections
+    headings = re.findall("^## (.*)$", (tmp_path / "report.md").read_text(encoding="utf-8"), flags=re.M)
+    names = {"depth": "Loss by depth", "models": "Models", "tasks": "Score per task"}
+    assert set(headings) == {names[s] for s in expected[part]} | {"Commands", "Provenance"}
+    assert verdict(read_run(tmp_path))[0] in page.text
+
+
+def test_a_folder_with_nothing_to_show_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no profile, model, scores or costs"):
+        report(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        report(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("choice", ['{"small": 9}', '{"small": 0}', '{"small": true}', '{"small": "2"}', "[2]", "{"])
+def test_a_broken_choice_is_an_error_and_nothing_is_written(run: Path, choice: str) -> None:
+    (run / "profiles" / "tiny" / "choice.json").write_text(choice)
+    with pytest.raises(DataError, match=r"choice\.json"):
+        report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_two_scores_of_one_model_on_one_task_are_an_error(run: Path) -> None:
+    write_scores(run, "tiny-2-healed")
+    again = run / "scores" / "again"
+    again.mkdir()
+    (again / "scores.json").write_bytes((run / "scores" / "tiny-2-healed" / "scores.json").read_bytes())
+    with pytest.raises(DataError, match="two scores of tiny-2-healed on STSBenchmark"):
+        report(run)
+
+
+def test_markdown_shows_its_figures(run: Path) -> None:
+    report(run)
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", (run / "report.md").read_text(encoding="utf-8"))
+    assert len(shown) == 4
+    for name in shown:
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_card_has_metadata_scores_and_use(run: Path) -> None:
+    folder = run / "models" / "tiny-6-healed"
+    prompts = {"query": "Find: ", "document": ""}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    report(run)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    front, body = card.split("---\n", 2)[1:]
+    content = yaml.safe_load(front)
+    assert content == {
+        "base_model": "org/tiny",
+        "base_model_relation": "finetune",
+        "pipeline_tag": "sentence-similarity",
+        "library_name": "sentence-transformers",
+        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "secateur", "pruned"],
+    }
+    assert "the first 6 of the 8 blocks" in body
+    code = re.search(r"```python\n(.*?)```", body, re.S)
+    assert code is not None
+    compile(code[1], "card", "exec")
+    assert "encode_query" in code[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("|")]
+    assert ["STSBenchmark", r"cosine\_spearman", "1379", "78.0", "80.0"] in rows
+    assert ["**Average**", "", "", "**69.4**", "**70.0**"] in rows
+    assert ["query", '"Find: "'] in rows
+    assert "secateur prune org/tiny --depth 6" in body
+    assert "learning_rate: 0.0002" in body
+    assert NLI.sha256 in body
+    assert "one seed (42)" in body
+    assert "trained with the same settings" in body
+    untrained = (run / "models" / "tiny-2-zero-shot" / "README.md").read_text(encoding="utf-8")
+    assert "not been trained after the cut" in untrained
+    assert "encode_query" not in untrained
+
+
+@pytest.mark.parametrize("base", ["./local", "/models/tiny", "tiny", "org/tiny.gguf", "a/b/c", "../x"])
+def test_a_base_model_that_is_not_on_the_hub_is_no_metadata(tmp_path: Path, base: str) -> None:
+    folder = write_model(tmp_path, "tiny-2-healed", 2, healed=True, base_model=base)
+    report(tmp_path)
+    content = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert not {"base_model", "base_model_relation", "license"} & set(content)
+
+
+def test_a_card_of_the_users_own_is_left_alone(run: Path) -> None:
+    own, generated = run / "models" / "tiny-2-healed" / "README.md", run / "models" / "tiny-6-healed" / "README.md"
+    own.write_text("# My model\n")
+    generated.write_text("# X\n\nThis is a [sentence-transformers](https://www.SBERT.net) model trained.\n")
+    report(run)
+    assert own.read_text() == "# My model\n"
+    assert CARD_MARK in generated.read_text(encoding="utf-8")
+
+
+def test_other_subsets_are_named_by_block(tmp_path: Path) -> None:
+    origin = Origin(made("secateur prune"), "org/tiny", 8, (0, 1, 2, 5, 7), "mean", 0.0, ())
+    origin.save(tmp_path / "models" / "tiny-5-zero-shot")
+    page = read(report(tmp_path))
+    assert "1 to 3, 6, 8" in page.text
+    assert "secateur prune" in page.text
