@@ -1,0 +1,103 @@
+"""A stand-in for the Hub on this machine: what downloads need of it, with ranges, counting what it sends."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class StandIn(ThreadingHTTPServer):
+    """Serves one folder as the repository ``me/tiny``.
+
+    Attributes:
+        ranges: Whether requests for ranges are understood.
+        break_after: After how many bytes to break the next longer answer, once.
+        sent: Bytes of bodies sent so far.
+        asked: The requests so far, as "method path range".
+    """
+
+    commit = "c0ffee" + "0" * 34
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = root
+        self.ranges = True
+        self.break_after: int | None = None
+        self.sent = 0
+        self.asked: list[str] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address) -> None:
+        pass  # a client that hangs up is none
+
+
+@contextlib.contextmanager
+def serve(root: Path) -> Iterator[StandIn]:
+    server = StandIn(root)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: StandIn
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        asked = self.headers.get("Range", "")
+        self.server.asked.append(f"{self.command} {self.path} {asked}")
+        match = re.fullmatch(r"/me/tiny/resolve/([^/]+)/(.+)", self.path)
+        file = self.server.root / match[2] if match else None
+        if file is None or not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if match else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        size = file.stat().st_size
+        start, end = self._head(file, size, re.fullmatch(r"bytes=(\d+)-(\d*)", asked))
+        if body:
+            self._body(file, start, end)
+
+    def _head(self, file: Path, size: int, span: re.Match[str] | None) -> tuple[int, int]:
+        start, end = 0, size
+        if span and self.server.ranges:
+            start, end = int(span[1]), min(size, int(span[2] or size) + 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("ETag", f'"{file.name}-{size}"')
+        self.send_header("X-Repo-Commit", self.server.commit)
+        self.end_headers()
+        return start, end
+
+    def _body(self, file: Path, start: int, end: int) -> None:
+        limit = self.server.break_after
+        if limit is not None and end - start > limit:
+            self.server.break_after, end, self.close_connection = None, start + limit, True
+        if end > start:
+            with file.open("rb") as stream:
+                self.server.sent += self.connection.sendfile(stream, start, end - start)
+
+    def log_message(self, *args) -> None:
+        pass
