@@ -145,6 +145,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 2},
     "esm": {"mask_token_id": 3, "position_embedding_type": "rotary", "emb_layer_norm_before": True},
+    "esmc": {"num_key_value_heads": 4},
     "eurobert": {},
     "exaone4": {"sliding_window": 8, "sliding_window_pattern": 2},
     "falcon": {
@@ -189,6 +190,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {},
     "gpt_neo": {"num_layers": DEPTH, "num_heads": 4, "attention_types": [[["global", "local"], 3]]},
     "gpt_neox": {},
+    "gpt_neox_japanese": {},
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gptj": {"rotary_dim": 4},
     "granite": {},
@@ -568,14 +570,21 @@ def row(result: Outcome) -> str:
         result.name,
         f"`{result.path}`",
         f"`{result.norm}`" if result.norm else "none",
-        "all" if len(result.legal) == DEPTH else f"{', '.join(map(str, result.legal))} of {DEPTH}",
-        "prefixes only" if result.subset is None else "yes",
+        legal_cell(result.legal),
+        "yes" if result.subset is not None else "prefixes only" if len(result.legal) > 1 else "no",
         "one pass" if result.tail_is_norm else "per depth",
         result.padding,
         ", ".join(f"`{short}`" for short in dict.fromkeys(name.rpartition(".")[2] for name in result.lora))
         + (" *+ experts*" if result.experts else ""),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def legal_cell(legal: Sequence[int]) -> str:
+    if len(legal) == DEPTH:
+        return "all"
+    cuts = [str(depth) for depth in legal if depth < DEPTH]
+    return f"{', '.join(cuts)} of {DEPTH}" if cuts else "none: its blocks depend on the depth"
 
 
 def main() -> None:

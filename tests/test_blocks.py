@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    ResNetConfig,
     T5Config,
     T5Model,
 )
@@ -82,6 +83,10 @@ class TestFinding:
                 refused(model_of("albert"))
         with pytest.raises(UnsupportedArchitecture, match="share the weights"):
             blocks.check_keep(config_of("albert"), [0, 1])
+
+    def test_a_model_without_a_stack_of_blocks_is_refused(self):
+        with pytest.raises(UnsupportedArchitecture, match="ResNetModel has no list of its blocks"):
+            blocks.find_stack(AutoModel.from_config(ResNetConfig(hidden_sizes=[8], depths=[1], embedding_size=8)))
 
     def test_a_configuration_without_a_text_model_is_refused(self):
         config = llama()
@@ -225,6 +230,17 @@ class TestRefusals:
             blocks.check_keep(config_of("gemma4_text"), range(depth))
         assert error.value.nearest == nearest
         assert f"nearest legal: {', '.join(map(str, nearest))}" in str(error.value)
+
+    def test_a_depth_that_the_blocks_are_scaled_by_is_refused(self):
+        with pytest.raises(IllegalDepth, match="scaling_factor depends on place or depth") as error:
+            blocks.check_keep(config_of("esmc"), range(3))
+        assert error.value.nearest == (DEPTH,)
+
+    def test_what_transformers_cannot_build_is_refused(self):
+        config = llama()
+        config.hidden_act = "no such activation"
+        with pytest.raises(UnsupportedArchitecture, match="cannot build it"):
+            blocks.legal_depths(config)
 
     @pytest.mark.parametrize("name", ["diffllama", "jamba", "gpt2+inverse_scale"])
     def test_blocks_that_depend_on_their_place_may_not_move(self, name):

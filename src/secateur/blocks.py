@@ -47,6 +47,8 @@ INDEX_LISTS = {
 # Fields that count layers from the first, or from the last.
 COUNTS_FROM_FRONT = {"first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers"}
 COUNTS_FROM_BACK = {"num_kv_shared_layers"}
+# Fields that repeat the depth under another name.
+REPEATS_OF_DEPTH = {"num_blocks"}
 # Lists that have nothing to do with layers, whatever their length.
 NOT_PER_LAYER = re.compile(r"^_|token_ids?$|^architectures$|^pos_att_type$|^time_step_limit$|^mrope_section$")
 # Attributes of a block's modules that only repeat where the block stands, or how many blocks (of a kind) there are.
@@ -90,12 +92,12 @@ def find_stack(model: PreTrainedModel) -> Stack:
     """
     if model.config.is_encoder_decoder and hasattr(model, "decoder"):
         raise UnsupportedArchitecture(_name(model), "is an encoder-decoder", "open its encoder alone")
-    depth = text_config(model).num_hidden_layers
+    depth = getattr(text_config(model), "num_hidden_layers", 0)
     prefix, tower = _text_tower(model)
     lists = [
         (path, module)
         for path, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
     ]
     for found_by, is_block in _rules(tower):
         hits = [path for path, blocks in lists if all(map(is_block, blocks))]
@@ -147,7 +149,7 @@ def _why_no_blocks(model: PreTrainedModel, depth: int) -> tuple[str, str]:
     groups = getattr(text_config(model), "num_hidden_groups", depth)
     if groups < depth:
         return f"its {depth} layers share the weights of {groups} block(s), so no block can be taken out", ""
-    return f"{type(model).__name__} has no list of {depth} blocks", "only stacks of separate blocks can be cut"
+    return f"{type(model).__name__} has no list of {depth or 'its'} blocks", "only stacks of separate blocks can be cut"
 
 
 def _find_norm(tower: nn.Module, path: str) -> str | None:
@@ -263,6 +265,8 @@ def _cut_fields(config: PretrainedConfig, depth: int, keep: Sequence[int]) -> di
             edits[name] = sum(i < value for i in keep)
         elif name in COUNTS_FROM_BACK and isinstance(value, int):
             edits[name] = sum(i >= depth - value for i in keep)
+        elif name in REPEATS_OF_DEPTH and value == depth:
+            edits[name] = len(keep)
         elif name == "scale_depth" and value is not None:
             # MiniCPM scales each residual by scale_depth / sqrt(depth): the quotient must stay.
             edits[name] = value * math.sqrt(len(keep) / depth)
@@ -334,14 +338,18 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
         UnsupportedArchitecture: transformers has no such model.
     """
     config = copy.deepcopy(config)
+    name = config.name_or_path or type(config).__name__
     encoder = encoder_class(config)
+    if encoder is None and type(config) not in MODEL_MAPPING:
+        problem = f"transformers {transformers_version} has no text model of the type {config.model_type}"
+        raise UnsupportedArchitecture(name, problem)
     if encoder is not None:
         config.is_encoder_decoder = False
-        return _build(encoder, config)
-    if type(config) not in MODEL_MAPPING:
-        problem = f"transformers {transformers_version} has no text model of the type {config.model_type}"
-        raise UnsupportedArchitecture(config.name_or_path or type(config).__name__, problem)
-    return _build(AutoModel.from_config, config)
+    try:
+        return _build(encoder or AutoModel.from_config, config)
+    except Exception as error:  # of whatever kind: a configuration that is not whole, or a package that it needs
+        problem = f"transformers {transformers_version} cannot build it ({_last_line(error)})"
+        raise UnsupportedArchitecture(name, problem) from error
 
 
 def _build(make: Callable[[PretrainedConfig], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -412,9 +420,14 @@ def _check_survives(config: PretrainedConfig) -> None:
         back = type(config).from_pretrained(folder)
     written, read = text_config(config).to_dict(), text_config(back).to_dict()
     for name, value in written.items():
-        # Names with an underscore tell where a configuration was read from, not what it says.
-        if not name.startswith("_") and name in read and read[name] != value:
-            raise _Misfit(f"{config.model_type} would rewrite {name} on loading, from {value} to {read[name]}")
+        # Names with an underscore tell where a configuration was read from; None stands for a default to fill in.
+        if name.startswith("_") or value is None or read.get(name, value) == value:
+            continue
+        found = read[name]
+        if isinstance(value, list) and isinstance(found, list) and len(value) == len(found):
+            i = next(i for i, item in enumerate(value) if item != found[i])
+            name, value, found = f"{name}[{i}]", value[i], found[i]
+        raise _Misfit(f"{config.model_type} would rewrite {name} on loading, from {value} to {found}")
 
 
 def _cut_modules(full: PreTrainedModel, path: str, keep: Sequence[int]) -> dict[str, nn.Module]:
@@ -511,14 +524,14 @@ def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
         UnsupportedArchitecture: The model cannot be cut at all.
     """
     path = find_stack(model).path
-    depth = depth_of(model)
+    blocks = blocks_of(model)
     plan = _legal_plan(_build(type(model), copy.deepcopy(model.config)), keep)
     owner, _, attribute = path.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.ModuleList([blocks_of(model)[i] for i in keep]))
+    setattr(model.get_submodule(owner), attribute, nn.ModuleList([blocks[i] for i in keep]))
     for module, name, value in plan.values:
         setattr(model.get_submodule(module), name, value)
     for module, name, axis in plan.packed:
-        _slice(model.get_submodule(module), name, axis, depth, keep)
+        _slice(model.get_submodule(module), name, axis, len(blocks), keep)
     for module in reversed(plan.unused):
         parent, _, index = module.rpartition(".")
         del model.get_submodule(parent)[int(index)]
