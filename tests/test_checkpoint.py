@@ -21,6 +21,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
+from architectures import ARCHITECTURES, model_of
 from hub import StandIn, serve
 from secateur import blocks
 from secateur.checkpoint import Pruned, prune_checkpoint
@@ -139,6 +140,14 @@ def test_names_are_those_that_transformers_would_write(llama, out, tmp_path):
     assert load_file(out / "model.safetensors").keys() == load_file(tmp_path / "reference/model.safetensors").keys()
 
 
+def test_configuration_tells_no_paths(llama, out):
+    edit_json(llama / "config.json", auto_map={"AutoModel": "modeling.Own"})
+    prune_checkpoint(llama, [0], out)
+    text = (out / "config.json").read_text()
+    assert str(llama) not in text and "auto_map" not in text
+    assert json.loads(text)["use_cache"] is False
+
+
 def test_bert_without_pooler_says_so(tmp_path, out):
     tiny("bert", AutoModelForMaskedLM).save_pretrained(tmp_path / "m")
     result = prune_checkpoint(tmp_path / "m", [0, 1], out)
@@ -221,6 +230,29 @@ def test_small_files_come_along_and_code_does_not(llama, out):
         "generation_config.json",
         "model.safetensors",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [[0, 1, 2, 3], [1, 3, 5]], ids=["first", "some"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(tmp_path, out, name, keep):
+    """Each is cut to the same tensors as in memory, or refused as it is there."""
+    whole = model_of(name)
+    tower = getattr(whole, "language_model", whole)
+    expected = copy.deepcopy(tower)
+    try:
+        blocks.cut(expected, keep)
+    except SecateurError as refusal:
+        kind = type(refusal)
+        whole.save_pretrained(tmp_path / "m")
+        with pytest.raises(kind):
+            prune_checkpoint(tmp_path / "m", keep, out)
+        return
+    whole.save_pretrained(tmp_path / "m", max_shard_size="100KB")
+    prune_checkpoint(tmp_path / "m", keep, out, max_shard_bytes=60_000)
+    found = type(expected).from_pretrained(out).state_dict()
+    assert found.keys() == expected.state_dict().keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.state_dict().items())
 
 
 # ---- adapters
@@ -370,6 +402,14 @@ def test_index_that_lies(llama, out):
     other = next(file for file in names.values() if file != names["model.norm.weight"])
     edit_json(index, weight_map=names | {"model.norm.weight": other})
     refused(llama, out, "model.norm.weight", other)
+
+
+def test_one_tensor_in_two_shards(llama, out):
+    shard = first_shard(llama)
+    tensors = load_file(shard)
+    other = next(file for file in llama.glob("*.safetensors") if file != shard)
+    save_file(tensors | load_file(other), shard)
+    refused(llama, out, shard.name, other.name)
 
 
 @pytest.mark.parametrize("path", ["../stolen.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "", "x.bin"])
@@ -614,7 +654,7 @@ def test_header_reader_gives_a_result_or_a_model_error(tmp_path, content):
 
 
 @pytest.mark.slow
-@settings(max_examples=40_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=st.one_of(whole_files(), odd_files(), st.binary(max_size=40)))
 def test_header_reader_for_a_minute(tmp_path, content):
     fuzz(content, tmp_path)

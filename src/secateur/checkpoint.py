@@ -400,7 +400,7 @@ def _choose(
             continue
         file = names[name]
         if file not in headers:
-            headers[file] = read_header(source, file)
+            headers[file] = _read_shard_header(source, file, names)
         if name not in headers[file]:
             raise ModelError(source.where(file), f"does not hold {name}, which {INDEX} says it does")
         new_name = _new_name(source, name, place, converted, cut.block(target), cut)
@@ -408,6 +408,15 @@ def _choose(
         outputs.append(output if converted else _fit(source, output, target, place, cut, adapter, changes.get(target)))
     _check_unique(source, outputs)
     return outputs, tuple(dropped)
+
+
+def _read_shard_header(source: Source, file: str, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of one shard; none may be another shard's by the index, for who would know which one is meant."""
+    header = read_header(source, file)
+    for name in header:
+        if names.get(name, file) != file:
+            raise ModelError(source.where(file), f"holds {name}, which by {INDEX} is in {names[name]}")
+    return header
 
 
 def _check_depth(source: Source, targets: Sequence[str], cut: _Cut) -> None:

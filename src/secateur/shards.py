@@ -497,7 +497,8 @@ class Hub:
         headers = build_hf_headers(token=self.token)
         headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", self._url(file), headers=headers, timeout=timeout) as response:
+        request = get_session().stream("GET", self._url(file), headers=headers, timeout=timeout, follow_redirects=True)
+        with request as response:
             hf_raise_for_status(response)
             served = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
             if response.status_code != 206 or served is None:
