@@ -1,1 +1,62 @@
-"""Cut a language model down to the text encoder you can afford."""
+"""Cut a language model down to the text encoder you can afford.
+
+The way through, each step a function here and a command of the same name:
+``profile → choose → prune → heal → evaluate → report``, and all of them together as ``study``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.choose import choose
+    from secateur.cost import cost
+    from secateur.errors import SecateurError
+    from secateur.evaluate import evaluate
+    from secateur.heal import heal
+    from secateur.models import open_model
+    from secateur.profile import profile
+    from secateur.prune import prune
+    from secateur.report import report
+    from secateur.study import read_scores, study
+
+__all__ = [
+    "SecateurError",
+    "choose",
+    "cost",
+    "evaluate",
+    "heal",
+    "open_model",
+    "profile",
+    "prune",
+    "read_scores",
+    "report",
+    "study",
+]
+
+_HOMES = {"SecateurError": "errors", "open_model": "models", "read_scores": "study"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a step's module when the step is first used: ``import secateur`` stays quick."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Steps and their modules share names: ``secateur.profile`` is the step, also once its module is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

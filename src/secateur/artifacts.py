@@ -19,6 +19,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
@@ -71,8 +72,23 @@ def provenance(data: Sequence[Fingerprint] = (), seed: int | None = None, comman
     )
 
 
+_command: ContextVar[str] = ContextVar("command", default="")
+
+
+@contextlib.contextmanager
+def acting_as(command: str) -> Iterator[None]:
+    """Within: tables say that they come from this command, the one that would do a study's step alone."""
+    token = _command.set(command)
+    try:
+        yield
+    finally:
+        _command.reset(token)
+
+
 def command_line() -> str:
-    """The command that started this process, as it can be typed again."""
+    """The command behind what is done now, as it can be typed again."""
+    if _command.get():
+        return _command.get()
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
     return shlex.join([program, *sys.argv[1:]])
 
@@ -351,7 +367,7 @@ _ROWS: dict[str, type] = {"depths": DepthRow, "scores": ScoreRow, "costs": CostR
 
 
 def _build(kind: type[T], content: Mapping[str, Any]) -> T:
-    values = {f.name: content[f.name] for f in fields(kind)}
+    values: dict[str, Any] = {f.name: content[f.name] for f in fields(kind)}
     origin = dict(values["provenance"])
     origin["data"] = tuple(Fingerprint(**item) for item in origin["data"])
     values["provenance"] = Provenance(**origin)

@@ -18,8 +18,8 @@ def choose(profile: Profile | str | Path) -> dict[str, int]:
         profile: A profile, its file, or the folder that holds it.
 
     Returns:
-        ``{"small": k, "large": k}``, numbers of blocks to keep: ``small`` from the first ``depth // 2`` depths, ``large``
-        from the others. Of equal losses the shallowest wins.
+        ``{"small": k, "large": k}``, numbers of blocks to keep: ``small`` from the first ``depth // 2`` depths and
+        ``large`` from the others. Of equal losses the shallowest wins.
 
     Raises:
         DataError: The file is no profile.
@@ -53,7 +53,9 @@ def target_depth(to: str | int | float, depth: int, profile: Profile | str | Pat
     try:
         number = float(text)
     except ValueError:
-        raise ConfigError("to", to, f"is {text!r}", "give large, small, a number of blocks, or a share to remove") from None
+        raise ConfigError(
+            "to", to, f"is {text!r}", "give large, small, a number of blocks, or a share to remove"
+        ) from None
     if 0 < number < 1:
         kept = math.floor(depth * (1 - number) + 1e-9)  # 30 × (1 − 0.8) is 5.999… in floating point
     elif number.is_integer():

@@ -94,7 +94,7 @@ def read_pairs(file: str | Path, *, instruction: str | None = None) -> Pairs:
 
 
 def batches(pairs: Pairs, size: int) -> list[Batch]:
-    """Cut a data set into batches in its own order. A last batch that is not full is left out, if it is not the only one.
+    """Cut a data set into batches in its own order; a last one that is not full is left out, unless it is the only one.
 
     The loss depends on the size of a batch, so batches of two sizes must not be averaged.
     """

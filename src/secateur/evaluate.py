@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partialmethod
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import datasets
 import mteb
 import numpy as np
-import tqdm.auto  # type: ignore[import-untyped]
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
@@ -35,7 +30,7 @@ from secateur.artifacts import Fingerprint, ScoreRow, Scores, load, output_error
 from secateur.data import instruction_prompt
 from secateur.errors import ConfigError, ModelError
 from secateur.models import model_label, open_model
-from secateur.progress import Progress, silent
+from secateur.progress import Progress, quiet, silent
 from secateur.tasks import Task, count_samples, open_task
 
 Model: TypeAlias = str | Path | SentenceTransformer
@@ -96,14 +91,14 @@ def evaluate(
         told = _instructed(model) if instructed is None else instructed[i]
         weights = fingerprint_model(model)
         for j, task in enumerate(opened):
-            progress(f"{label} on {task.name}", i * len(opened) + j, total)
+            progress("evaluate", i * len(opened) + j, total)
             prompts = _prompts(task, told) if instructions else {}
-            with _quiet(), _as_encoder(model, label, prompts) as encoder:
+            with quiet(), _as_encoder(model, label, prompts) as encoder:
                 key: dict[str, Any] = {"sample": sample, "seed": seed, "prompt": _prompt(encoder, task)}
                 key |= {"data": task.source.sha256, "weights": weights}
                 if not ledger.holds(label, task.name, key):
                     ledger.add(ScoreRow(**_score(encoder, label, task, batch_size), **key))
-    progress("scores", total, total)
+    progress("evaluate", total, total)
     return ledger.table()
 
 
@@ -268,26 +263,3 @@ def _score(encoder: _FiniteEncoder, label: str, task: Task, batch_size: int) -> 
         "samples": count_samples(made),
         "seconds": time.monotonic() - started,
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the bars, warnings and logs of mteb and its libraries off the screen."""
-    loggers = [logging.getLogger(name) for name in ("mteb", "sentence_transformers", "datasets")]
-    levels = [logger.level for logger in loggers]
-    bars, bar_init = datasets.are_progress_bars_disabled(), tqdm.auto.tqdm.__init__
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            datasets.disable_progress_bars()
-            # Some of mteb's bars ask nobody; a bar that is told so explicitly still shows.
-            tqdm.auto.tqdm.__init__ = partialmethod(bar_init, disable=True)
-            yield
-    finally:
-        tqdm.auto.tqdm.__init__ = bar_init
-        if not bars:
-            datasets.enable_progress_bars()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

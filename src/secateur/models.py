@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from secateur.artifacts import Origin, read_json
 from secateur.blocks import depth_of, find_stack, tensor_of_block
 from secateur.errors import ModelError, VerificationFailed
 from secateur.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
+from secateur.progress import quiet
 
 DEMO_MODEL = "smollm2"
 PROBES = (
@@ -76,9 +78,9 @@ def open_model(
         ModelError: The model is missing, half written, not a text model, or holds no safetensors.
     """
     source = _resolve(name)
-    options = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True}
-    with _as_model_error(name), _quiet():
+    with _as_model_error(name), quiet():
         if isinstance(source, Path) and source.suffix == ".gguf":
             with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
                 convert_gguf(source, Path(folder))
@@ -147,10 +149,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 def _wrap(
     source: str | Path,
-    model_kwargs: dict[str, object],
+    model_kwargs: dict[str, Any],
     pooling: PoolingName | None,
     max_length: int,
-    options: dict[str, object],
+    options: dict[str, Any],
 ) -> SentenceTransformer:
     """A bare transformer as a ``SentenceTransformer``: text in, pooled and normalised vector out."""
     shared = {key: options[key] for key in ("revision", "trust_remote_code")}
@@ -238,7 +240,9 @@ def _check_blocks(folder: Path, model: SentenceTransformer) -> None:
     expected = set(range(depth_of(transformer)))
     if found and not expected <= found:
         missing = ", ".join(map(str, sorted(expected - found)[:5]))
-        raise ModelError(folder, f"config.json says {len(expected)} blocks, but the weights of block {missing} are missing")
+        raise ModelError(
+            folder, f"config.json says {len(expected)} blocks, but the weights of block {missing} are missing"
+        )
 
 
 @contextmanager
@@ -259,21 +263,6 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' bars and reports off the screen while a model is opened."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
-
-
 def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, tolerance: float = 1e-5) -> Origin:
     """Write a model as a plain folder, reopen it in a fresh process with stock libraries, and compare vectors.
 
@@ -289,7 +278,7 @@ def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, tole
     Raises:
         VerificationFailed: The reopened folder gives other vectors.
     """
-    with _stock_modules(model), _quiet():
+    with _stock_modules(model), quiet():
         model.save(str(folder), create_model_card=False)
         expected = _probe(model)
     _write_for_all_readers(folder)

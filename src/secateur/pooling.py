@@ -18,7 +18,7 @@ PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls"]
 POOLINGS: tuple[str, ...] = get_args(PoolingName)
 
 
-class WeightedMean(Pooling):
+class WeightedMean(Pooling):  # type: ignore[misc]
     """Position-weighted mean over the tokens of the text: weights 1, 2, …, n, the prompt attended to but not pooled.
 
     The stock ``Pooling("weightedmean", include_prompt=False)`` starts to count at the first token of the *prompt*, so
@@ -33,7 +33,8 @@ class WeightedMean(Pooling):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Pool ``token_embeddings`` (batch, length, width) into ``sentence_embedding`` (batch, width)."""
         if "prompt_length" not in features:
-            return super().forward(features, **kwargs)
+            features = super().forward(features, **kwargs)
+            return features
         prompt_length = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
         # With the prompt masked out, the stock module takes it for left padding and counts from the text.
         text_mask = self._exclude_prompt_from_mask(features["attention_mask"], prompt_length)
@@ -75,4 +76,5 @@ def pool(model: SentenceTransformer, states: Tensor, features: dict[str, Any]) -
     current: dict[str, Any] = dict(features, token_embeddings=states)
     for module in list(model)[1:]:
         current = module(current)
-    return current["sentence_embedding"]
+    vectors: Tensor = current["sentence_embedding"]
+    return vectors

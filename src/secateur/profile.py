@@ -121,7 +121,9 @@ def _read(
     share = max(2, max_examples // len(read))
     for pairs in read:
         if len({(row.anchor, row.positive) for row in pairs.rows}) < 2:
-            raise DataError(pairs.source.name, "holds fewer than two different pairs", "a loss needs something to tell apart")
+            raise DataError(
+                pairs.source.name, "holds fewer than two different pairs", "a loss needs something to tell apart"
+            )
     return [pairs.sample(share, seed) for pairs in read]
 
 
@@ -150,8 +152,8 @@ def _measure(
             here.losses.append(float(contrastive_loss(a, positives, negatives if len(negatives) else None, scale)))
             if kept < RANK_SAMPLE:
                 here.vectors.append(torch.cat([a, positives]))
-        for here, a, o in zip(sums, anchors.influence, others.influence, strict=True):
-            here.influence += a + o
+        for here, of_anchors, of_others in zip(sums, anchors.influence, others.influence, strict=True):
+            here.influence += of_anchors + of_others
         tokens += anchors.tokens + others.tokens
         kept += 2 * len(batch.anchors)
         _check_finite(name, sums)
@@ -173,7 +175,11 @@ def _row(depth: int, sums: _Sums, tokens: int) -> DepthRow:
 def _check_finite(name: str, sums: Sequence[_Sums]) -> None:
     for depth, here in enumerate(sums, start=1):
         if not math.isfinite(here.losses[-1]):
-            raise ModelError(name, f"gives vectors that are not finite at depth {depth}", "its weights hold NaN, or overflow in this dtype")
+            raise ModelError(
+                name,
+                f"gives vectors that are not finite at depth {depth}",
+                "its weights hold NaN, or overflow in this dtype",
+            )
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,12 @@ def prune(
     with new_folder(out) as folder:
         progress("prune", 0, 3)
         opened = open_model(
-            model, pooling=pooling, max_length=max_length, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code
+            model,
+            pooling=pooling,
+            max_length=max_length,
+            dtype=dtype,
+            device="cpu",
+            trust_remote_code=trust_remote_code,
         )
         progress("prune", 1, 3)
         transformer = opened[0].auto_model

@@ -1,0 +1,223 @@
+"""The options of every command, once: the command line and YAML files are both made from these models.
+
+An unknown key is refused. The Python functions of the same names take the same options; a test holds their defaults
+together. This module imports nothing heavy, so that ``secateur --help`` is quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
+from pydantic_core import PydanticUndefined
+
+from secateur.errors import ConfigError, DataError
+
+PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
+ONE: JsonDict = {"argument": True}
+
+
+class Options(BaseModel):
+    """What all commands' options have in common."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
+
+
+def _model() -> Any:
+    return Field(description=MODEL, json_schema_extra=ONE)
+
+
+def _out(what: str) -> Any:
+    return Field(description=what, json_schema_extra={"short": "-o"})
+
+
+_DATA = "Files of query (or anchor), positive and optional negative: .jsonl, .jsonl.gz, .csv or .parquet."
+_INSTRUCTION = "Goes before each query, in place of the one that comes with the data."
+_POOLING = (
+    "How a bare language model pools its tokens [default: weighted_mean, or mean where attention goes both ways]."
+)
+_LENGTH = "Tokens after which a text is cut, for a bare language model."
+_TRUST = "Run the model code that a repository brings along."
+_DEVICE = "Torch device [default: the GPU where there is one]."
+
+
+class ProfileOptions(Options):
+    """Measure what every depth of a model is worth, in one pass.
+
+    Example: secateur profile smollm2 --data pairs.jsonl -o profile
+    """
+
+    model: str = _model()
+    data: list[Path] = Field(description=_DATA, min_length=1)
+    out: Path = _out("Folder for profile.json and curve.png.")
+    scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
+    instruction: str | None = Field(None, description=_INSTRUCTION)
+    pooling: PoolingName | None = Field(None, description=_POOLING)
+    batch_size: int = Field(64, ge=2, description="Pairs per batch; the loss depends on it.")
+    max_examples: int = Field(1280, ge=2, description="Pairs used, drawn by the seed.")
+    max_length: int = Field(512, ge=1, description=_LENGTH)
+    dtype: Dtype = Field("auto", description="Number format of the weights; auto: as stored.")
+    device: str | None = Field(None, description=_DEVICE)
+    seed: int = Field(42, description="Of the drawing.")
+    trust_remote_code: bool = Field(False, description=_TRUST)
+
+
+class ChooseOptions(Options):
+    """Choose the depths to cut to, from a profile.
+
+    Example: secateur choose profile --json
+    """
+
+    profile: Path = Field(description="A profile's file or folder.", json_schema_extra=ONE)
+
+
+class PruneOptions(Options):
+    """Cut a model to its first blocks and write it as a plain model folder.
+
+    Example: secateur prune smollm2 --to large --profile profile -o smollm2-large
+    """
+
+    model: str = _model()
+    to: str = Field(description="large or small, a number of blocks to keep, or a share to remove (0.3).")
+    out: Path = _out("The model folder to write.")
+    profile: Path | None = Field(None, description="Where large and small come from: a profile's file or folder.")
+    pooling: PoolingName | None = Field(None, description=_POOLING)
+    max_length: int = Field(512, ge=1, description=_LENGTH)
+    dtype: Dtype = Field("auto", description="Number format of the written weights; auto: as stored.")
+    trust_remote_code: bool = Field(False, description=_TRUST)
+
+
+class HealSettings(Options):
+    """The numbers of a training; the defaults are the paper's."""
+
+    steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(64, ge=2, description="Pairs per step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak of the schedule: 30 % warm-up, linear decay.")
+    scale: float = Field(50.0, gt=0, description="Inverse temperature of the contrastive loss.")
+    max_length: int = Field(512, ge=1, description="Tokens per text while training.")
+    lora_rank: int = Field(16, ge=1, description="Rank of the adapters.")
+    lora_alpha: int = Field(32, ge=1, description="Scale of the adapters times their rank.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapters.")
+    gradient_checkpointing: bool = Field(False, description="Save memory for time; the numbers stay the same.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the arithmetic; auto: bfloat16 where the processor has it."
+    )
+    seed: int = Field(42, description="Of adapters, dropout and the order of the data.")
+
+
+class HealOptions(HealSettings):
+    """Train a cut model on pairs until it encodes well again.
+
+    Example: secateur heal smollm2-large --data pairs.jsonl --steps 1000 -o smollm2-large-healed
+    """
+
+    model: str = _model()
+    data: list[Path] = Field(description=_DATA, min_length=1)
+    out: Path = _out("The model folder to write.")
+    instruction: str | None = Field(None, description=_INSTRUCTION)
+    device: str | None = Field(None, description=_DEVICE)
+    trust_remote_code: bool = Field(False, description=_TRUST)
+
+
+class EvaluateOptions(Options):
+    """Score models on tasks, with mteb's own evaluators.
+
+    Example: secateur evaluate smollm2-large-healed --tasks tasks/my-search -o scores
+    """
+
+    models: list[str] = Field(description=MODEL, json_schema_extra=ONE, min_length=1)
+    tasks: list[str] = Field(description="Task folders, or names of tasks that mteb knows.", min_length=1)
+    out: Path = _out("Folder for scores.json.")
+    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
+    seed: int = Field(42, description="Of the sample.")
+    batch_size: int = Field(32, ge=1, description="Texts per batch.")
+
+
+class ReportOptions(Options):
+    """Write a run's report: one HTML page, the same as Markdown, and a model card in each model folder.
+
+    Example: secateur report run
+    """
+
+    run: Path = Field(description="A run folder.", json_schema_extra=ONE)
+
+
+class StudyOptions(HealSettings):
+    """Go the whole way: profile, choose, prune, heal, evaluate, report; run it again to resume.
+
+    Example: secateur study smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o run
+    """
+
+    models: list[str] = Field(default=[], description=MODEL, json_schema_extra=ONE)
+    data: list[Path] = Field(default=[], description=_DATA)
+    tasks: list[str] = Field(default=[], description="Task folders, or names of tasks that mteb knows.")
+    out: Path = _out("The run folder.")
+    preset: Literal["demo"] | None = Field(
+        None, description="demo: SmolLM2 on API documentation, in a quarter of an hour."
+    )
+    depths: list[str] = Field(default=["large", "small"], description="As prune --to; the full depth is always there.")
+    profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the profile's loss.")
+    max_examples: int = Field(1280, ge=2, description="Pairs used by the profile.")
+    pooling: PoolingName | None = Field(None, description=_POOLING)
+    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
+
+
+def make(options: type[O], values: dict[str, Any]) -> O:
+    """Validate options.
+
+    Raises:
+        ConfigError: The first key that is unknown, missing, or of a wrong value.
+    """
+    try:
+        return options(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "options"
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(options.model_fields)
+            raise ConfigError(key, first["input"], "no such option", f"one of {known}") from None
+        if first["type"] in ("missing", "too_short"):
+            raise ConfigError(key, None, "is missing", options.model_fields[key].description or "") from None
+        raise ConfigError(key, first["input"], f"{first['input']!r} will not do", first["msg"]) from None
+
+
+def default_of(options: type[Options], key: str) -> Any:
+    """An option's default, or None where it must be given."""
+    default = options.model_fields[key].get_default(call_default_factory=True)
+    return None if default is PydanticUndefined else default
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Keys and values of a configuration file.
+
+    Raises:
+        DataError: It is missing, broken (with its line), or no mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(file, "no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(file, f"cannot be read ({error})") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise DataError(file, f"broken YAML ({error.problem})", line=line) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise DataError(file, f"holds a {type(content).__name__}, not keys and values")
+    return content
+
+
+def to_yaml(options: Options) -> str:
+    """The resolved options as YAML, which :func:`read_yaml` reads back."""
+    return yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
