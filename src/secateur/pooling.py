@@ -33,8 +33,7 @@ class WeightedMean(Pooling):  # type: ignore[misc]
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Pool ``token_embeddings`` (batch, length, width) into ``sentence_embedding`` (batch, width)."""
         if "prompt_length" not in features:
-            features = super().forward(features, **kwargs)
-            return features
+            return dict(super().forward(features, **kwargs))
         prompt_length = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
         # With the prompt masked out, the stock module takes it for left padding and counts from the text.
         text_mask = self._exclude_prompt_from_mask(features["attention_mask"], prompt_length)
