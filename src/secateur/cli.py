@@ -300,7 +300,7 @@ def _show_scores(scores: Scores) -> None:
     table = Table()
     table.add_column("task")
     for model in models:
-        table.add_column(escape(model), justify="right")
+        table.add_column(escape(model), justify="right", overflow="fold")
     for task, metric in dict.fromkeys((row.task, row.metric) for row in scores.rows):
         found = {row.model: f"{row.score:.4f}" for row in scores.rows if row.task == task}
         table.add_row(escape(f"{task} ({metric})"), *(found.get(model, "") for model in models))

@@ -290,7 +290,7 @@ def _claim_sentence(claims: Sequence[tuple[Variant, Variant]]) -> str:
     parts: list[str] = []
     for variant, full in claims:
         share = (variant.average or 0.0) / (full.average or math.nan)
-        verb = ("keeps" if variant.depth == 1 else "keep") if share <= 1 else "reach"
+        verb = ("keep" if share <= 1 else "reach") if variant.depth != 1 else ("keeps" if share <= 1 else "reaches")
         which, of_what = str(variant.depth), ""
         if not parts:
             which += f" of {variant.blocks} blocks"
