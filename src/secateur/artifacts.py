@@ -374,7 +374,8 @@ def _build(kind: type[T], content: Mapping[str, Any]) -> T:
     for name, row in _ROWS.items():
         if name in values:
             values[name] = tuple(row(**item) for item in values[name])
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return kind(**values)
 
 
 def _finite(value: Any) -> Any:

@@ -240,36 +240,34 @@ def _given(options: config.Options) -> dict[str, Any]:
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
-    """Bars on standard error, one for each piece of work, with its rate and the time left."""
+    """Bars on standard error, one for each piece of work, with the time left; in a log, one line for each when done."""
+    import time
     import warnings
 
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     warnings.filterwarnings("ignore")
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+    console = Console(stderr=True)
+    amount: tuple[bars.ProgressColumn, ...] = (bars.BarColumn(), bars.MofNCompleteColumn())
+    times: tuple[bars.ProgressColumn, ...] = (
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(),
     )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    tasks: dict[str, bars.TaskID] = {}
+    started: dict[str, float] = {}
+    with bars.Progress(
+        bars.TextColumn("{task.description}"), *amount, *times, console=console, disable=not console.is_terminal
+    ) as shown:
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks or done == 0:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+                tasks[what] = shown.add_task(what, total=total)
+                started[what] = time.monotonic()
+            shown.update(tasks[what], completed=done, total=total)
+            if done == total and not console.is_terminal:
+                typer.echo(f"{what}: {total} in {time.monotonic() - started[what]:.0f} s", err=True)
 
         yield progress
 
