@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sentence_transformers import (
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from secateur.artifacts import LossRow
 from secateur.blocks import linear_names
@@ -40,6 +42,10 @@ WARMUP = 0.3
 CHECKPOINTS = 10
 """How many a training writes on its way, so that a killed one loses at most a tenth."""
 
+LOGGED = 100
+"""About how many losses a training logs."""
+
+LENGTH_STEP = 16
 TRAINED_WEIGHTS = "trained.safetensors"
 
 
@@ -113,9 +119,13 @@ def training_sets(sources: Sequence[Pairs], batch_size: int) -> list[TrainingSet
     cut to the fewest. A set that does not fill a batch is left out.
 
     Raises:
-        DataError: Nothing fills a batch.
+        DataError: Nothing fills a batch, or two files have one name.
     """
     sets = []
+    names = [pairs.name for pairs in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(name, "two data files have this name, and a prompt belongs to a name", "rename one")
     for pairs in sources:
         bare = [row for row in pairs.rows if not row.negatives]
         hard = [row for row in pairs.rows if row.negatives]
@@ -165,7 +175,7 @@ def train(
     started = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        trainer.go_on(last_checkpoint(folder))
     # The trainer left its autocast around the model: what is saved and compared is the model without it.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = own_length
@@ -188,6 +198,9 @@ def _add_adapters(model: SentenceTransformer, recipe: Recipe) -> None:
 
 
 def _arguments(sets: Sequence[TrainingSet], recipe: Recipe, folder: Path) -> SentenceTransformerTrainingArguments:
+    log_every = max(1, recipe.steps // LOGGED)
+    # A logged loss is the mean since the one before: a checkpoint between two would lose the steps that led to it.
+    save_every = log_every * math.ceil(recipe.steps / CHECKPOINTS / log_every)
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
@@ -205,9 +218,9 @@ def _arguments(sets: Sequence[TrainingSet], recipe: Recipe, folder: Path) -> Sen
         multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
         prompts={item.name: dict(item.prompts) for item in sets if item.prompts} or None,
         save_strategy="steps",
-        save_steps=max(1, math.ceil(recipe.steps / CHECKPOINTS)),
+        save_steps=save_every,
         save_total_limit=2,
-        logging_steps=max(1, recipe.steps // 100),
+        logging_steps=log_every,
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
@@ -220,8 +233,22 @@ class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
     The stock one saves a model folder whose adapters point at the base by path; that path may be gone on resuming.
     """
 
+    def get_data_collator(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
+        collator = super().get_data_collator(model, *args, **kwargs)
+        collator.preprocess_fn = rounded_lengths(model)
+        return collator
+
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """The card is the report's; the stock one would tokenize the data for its examples."""
+
+    def go_on(self, checkpoint: str | None) -> None:
+        """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
+        if state is None or state.global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=checkpoint)
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = state
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -234,6 +261,28 @@ class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(saved[name])
+
+
+def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]:
+    """``model.preprocess`` with batches padded to a multiple of :data:`LENGTH_STEP` tokens.
+
+    On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back.
+    """
+    tokenizer = model.tokenizer
+    left = tokenizer.padding_side == "left"
+    fill = {"input_ids": tokenizer.pad_token_id or 0}
+
+    def preprocess(texts: list[str], **options: Any) -> dict[str, Any]:
+        features: dict[str, Any] = dict(model.preprocess(texts, **options))
+        length = features["input_ids"].shape[1]
+        missing = -length % LENGTH_STEP
+        for key, value in features.items():
+            if isinstance(value, torch.Tensor) and value.shape[:2] == (len(texts), length):
+                sides = (missing, 0) if left else (0, missing)
+                features[key] = torch.nn.functional.pad(value, sides, value=fill.get(key, 0))
+        return features
+
+    return preprocess
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -259,15 +308,21 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; those that were cut off while being written are removed.
-
-    The trainer's state is the last file of a checkpoint that the trainer writes.
-    """
+    """The newest whole checkpoint; those that were cut off while being written are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if (path / "trainer_state.json").is_file()]
+    whole = [path for path in found if _is_whole(path)]
     for path in set(found) - set(whole):
         shutil.rmtree(path)
     return str(whole[-1]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the trainer's state, the last file of a checkpoint that the trainer writes, is there to its end."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _loss_rows(state: TrainerState) -> list[LossRow]:
