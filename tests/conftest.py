@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +38,33 @@ def tiny_transformer(folder: Path, architecture: str = "bert", depth: int = 3, s
         model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, initializer_range=0.3))
     model.save_pretrained(folder)
     return folder
+
+
+def example_pairs(count: int = 24, seed: int = 0) -> list[dict[str, object]]:
+    """Queries whose positive repeats their word, in letters that the tiny tokenizer knows."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(count)]
+    return [{"query": f"what is {w}?", "positive": f"{w}, {w}.", "negative": [f"{w[::-1]}."]} for w in words]
+
+
+def write_pairs(file: Path, rows: Sequence[Mapping[str, object]], instruction: str = "") -> Path:
+    """A JSON Lines data file, and its instruction in the JSON file beside it."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if instruction:
+        file.with_suffix(".json").write_text(json.dumps({"query_instruction": instruction}), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of three blocks, a plain transformers folder, to be read only."""
+    return tiny_transformer(tmp_path_factory.mktemp("llama") / "tiny", "llama", depth=3)
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 triplets with an instruction, to be read only."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "words.jsonl", example_pairs(), "find the word")
 
 
 @pytest.fixture

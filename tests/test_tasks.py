@@ -44,13 +44,22 @@ def test_retrieval_keeps_ids_titles_and_grades(tmp_path: Path):
     assert split["relevant_docs"]["q0"] == {"d0": 3}
 
 
-def test_gzip_byte_order_mark_and_blank_lines_change_nothing(tmp_path: Path):
+def test_gzip_and_blank_lines_change_nothing(tmp_path: Path):
     rows = example_rows("sts")
     plain = read_task_folder(write_task(tmp_path / "plain", "sts", rows))
     packed = write_task(tmp_path / "packed", "sts", {})
     lines = "\n\n".join(json.dumps(row) for row in rows["test"])
-    (packed / "test.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines.encode()))
+    (packed / "test.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     assert read_task_folder(packed).tables == plain.tables
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "task.json"])
+def test_a_byte_order_mark_is_refused(name: str, tmp_path: Path):
+    file = write_task(tmp_path / "t", "sts", example_rows("sts")) / name
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    with pytest.raises(DataError, match="byte order mark: save it as UTF-8 without BOM") as caught:
+        read_task_folder(tmp_path / "t")
+    assert (caught.value.file, caught.value.line) == (str(file), 1)
 
 
 def test_empty_documents_leave_the_corpus_but_not_the_judgments(tmp_path: Path):

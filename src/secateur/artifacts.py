@@ -7,6 +7,7 @@ number can be traced to a command, a seed and a data file. ``load(path)`` gives 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -25,6 +27,8 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+
+from safetensors import SafetensorError
 
 from secateur.errors import DataError, OutputError
 
@@ -354,13 +358,25 @@ def load(path: str | Path, kind: type[T]) -> T:
 def read_json(file: Path) -> Any:
     """Parse a JSON file, with the line in the error where it is broken."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        check_no_byte_order_mark(file, content)
+        return json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise DataError(file, "no such file") from None
     except json.JSONDecodeError as error:
         raise DataError(file, f"broken JSON ({error.msg})", line=error.lineno) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(file, f"cannot be read ({error})") from None
+
+
+def check_no_byte_order_mark(file: Path, start: bytes) -> None:
+    """Refuse a file that starts with a UTF-8 byte order mark, which would become part of its first word.
+
+    Raises:
+        DataError: It does.
+    """
+    if start.startswith(codecs.BOM_UTF8):
+        raise DataError(file, "starts with a byte order mark", "save it as UTF-8 without BOM", line=1)
 
 
 _ROWS: dict[str, type] = {"depths": DepthRow, "scores": ScoreRow, "costs": CostRow, "losses": LossRow}
@@ -389,6 +405,9 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it: readers see the old file or the new one."""
     write_bytes(path, text.encode("utf-8"))
@@ -401,7 +420,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         OutputError: The disk is full, or the place cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # as in _TEMPORARY
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
@@ -427,14 +446,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = partial_folder(path)
     try:
+        with writing(path):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            give_name(partial, path)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        finish_folder(path)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise output_error(path, error) from error
         raise
 
 
@@ -446,16 +464,17 @@ def partial_folder(path: str | Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def finish_folder(path: str | Path) -> None:
-    """Give a completed ``<path>.partial`` its name."""
-    path = Path(path)
+def give_name(folder: Path, path: Path) -> None:
+    """Rename a folder to ``path``, which is absent or an empty folder."""
     if path.exists():
         path.rmdir()
-    path.with_name(path.name + ".partial").rename(path)
+    folder.rename(path)
 
 
 def results_folder(path: str | Path, *own: str) -> Path:
     """A folder for results, made where absent. It may hold earlier results (the files named in ``own``), no others.
+
+    What a process that was killed had not finished writing is removed.
 
     Raises:
         OutputError: It is a file, or holds something else.
@@ -463,14 +482,39 @@ def results_folder(path: str | Path, *own: str) -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise OutputError(path, "is a file", "name a folder")
-    foreign = sorted(item.name for item in path.iterdir() if item.name not in own) if path.exists() else []
+    held = [item for item in path.iterdir() if item.name not in own] if path.exists() else []
+    unfinished = [item for item in held if (found := _TEMPORARY.fullmatch(item.name)) and found[1] in own]
+    foreign = sorted(item.name for item in held if item not in unfinished)
     if foreign:
         raise OutputError(path, f"already holds something else ({foreign[0]})", "name a new folder")
     try:
+        for item in unfinished:
+            item.unlink()
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(path, error) from error
     return path
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within: what fails because ``path`` cannot be written is an OutputError.
+
+    On a full disk, safetensors and torch raise errors of their own, which do not tell.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise output_error(path, error) from error
+    except (RuntimeError, SafetensorError) as error:
+        if not _is_full(Path(path)) and f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise output_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+
+
+def _is_full(path: Path) -> bool:
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    return shutil.disk_usage(there).free < 4096
 
 
 def output_error(path: str | Path, error: OSError) -> OutputError:

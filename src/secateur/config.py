@@ -211,11 +211,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         raise DataError(file, f"broken YAML ({error.problem})", line=line) from None
+    except yaml.YAMLError as error:
+        raise DataError(file, f"broken YAML ({error})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}, not keys and values")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def to_yaml(options: Options) -> str:

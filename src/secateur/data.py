@@ -9,13 +9,14 @@ name beside it (``pairs.jsonl`` and ``pairs.json``) may hold ``query_instruction
 from __future__ import annotations
 
 import csv
+import io
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.artifacts import Fingerprint, fingerprint, read_json
+from secateur.artifacts import Fingerprint, check_no_byte_order_mark, fingerprint, read_json
 from secateur.errors import DataError
 from secateur.jsonl import read_json_lines
 
@@ -129,17 +130,20 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    content = path.read_bytes()
+    check_no_byte_order_mark(path, content)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(path, "has another number of columns than the first line", line=reader.line_num)
-                yield reader.line_num, row
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(path, "has another number of columns than the first line", line=reader.line_num)
+            yield reader.line_num, {name: value for name, value in row.items() if name != "negative" or value}
     except UnicodeDecodeError as error:
-        raise DataError(path, f"is not UTF-8 ({error.reason} at byte {error.start})") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(path, "is not UTF-8", "save the file as UTF-8", line=line) from error
     except csv.Error as error:
-        raise DataError(path, f"broken CSV ({error})", line=reader.line_num) from error
+        first = reader.line_num + 1  # of the row: a quote that is not closed runs on to the end of the file
+        raise DataError(path, f"broken CSV ({error})", line=first) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -155,26 +159,27 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _pair(path: Path, line: int, row: Mapping[str, Any]) -> Pair:
     anchor = next((name for name in ANCHOR_NAMES if name in row), ANCHOR_NAMES[0])
+    for field in (anchor, "positive"):
+        if field not in row:
+            columns = f"each row needs {' or '.join(ANCHOR_NAMES)}, and positive"
+            raise DataError(path, "the column is missing", columns, line=line, field=field)
     return Pair(
-        anchor=_text(path, line, anchor, row.get(anchor)),
-        positive=_text(path, line, "positive", row.get("positive")),
+        anchor=_text(path, line, anchor, row[anchor]),
+        positive=_text(path, line, "positive", row["positive"]),
         negatives=_negatives(path, line, row.get("negative")),
     )
 
 
 def _negatives(path: Path, line: int, value: Any) -> tuple[str, ...]:
-    if value is None or value == "":
+    if value is None:
         return ()
     texts = value if isinstance(value, list) else [value]
     return tuple(_text(path, line, "negative", text) for text in texts)
 
 
 def _text(path: Path, line: int, field: str, value: Any) -> str:
-    if value is None:
-        columns = f"each row needs {' or '.join(ANCHOR_NAMES)}, and positive"
-        raise DataError(path, "the column is missing", columns, line=line, field=field)
     if not isinstance(value, str):
-        raise DataError(path, f"is a {type(value).__name__}, not a text", line=line, field=field)
+        raise DataError(path, f"is {value!r:.60}, not a text", line=line, field=field)
     if not value.strip():
         raise DataError(path, "the text is empty", "leave the row out", line=line, field=field)
     return value

@@ -14,12 +14,12 @@ from typing import Any
 
 from secateur.artifacts import (
     Training,
-    finish_folder,
-    output_error,
+    give_name,
     partial_folder,
     provenance,
     read_json,
     write_text,
+    writing,
 )
 from secateur.blocks import depth_of
 from secateur.data import Pairs, read_pairs
@@ -107,7 +107,7 @@ def heal(
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
     use_stock_modules(opened)
     opened.prompts.update(model_prompts(sources))
-    try:
+    with writing(out):
         outcome = train(opened, sets, recipe, partial / "checkpoints", progress)
         finished = _empty(partial / "model")
         depth = depth_of(opened[0].auto_model)
@@ -123,9 +123,8 @@ def heal(
             losses=outcome.losses,
         )
         table.save(finished)
-        _hand_over(partial, Path(out))
-    except OSError as error:
-        raise output_error(out, error) from error
+        give_name(finished, Path(out))
+        shutil.rmtree(partial)
     return Path(out)
 
 
@@ -157,13 +156,3 @@ def _empty(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder
-
-
-def _hand_over(partial: Path, out: Path) -> None:
-    """Let the finished model take the name of the folder it was made in, and drop the checkpoints."""
-    finished = partial.with_name(partial.name + ".done")
-    shutil.rmtree(finished, ignore_errors=True)
-    (partial / "model").rename(finished)
-    shutil.rmtree(partial)
-    finished.rename(partial)
-    finish_folder(out)

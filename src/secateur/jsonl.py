@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import json
 import zlib
@@ -10,16 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from secateur.artifacts import check_no_byte_order_mark
 from secateur.errors import DataError
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows of a JSON Lines file, each with the number of its line, counted from 1.
 
-    Blank lines are skipped (and counted). A name that ends in ``.gz`` is unpacked. A UTF-8 byte order mark is ignored.
+    Blank lines are skipped (and counted). A name that ends in ``.gz`` is unpacked.
 
     Raises:
-        DataError: The file is missing or damaged, or a line is not UTF-8, not JSON, or not a JSON object.
+        DataError: The file is missing, damaged or starts with a byte order mark; or a line is not UTF-8, not JSON, or
+            not a JSON object.
     """
     for number, line in _lines(file):
         if line.strip():
@@ -31,7 +32,9 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if number == 1:
+                    check_no_byte_order_mark(file, line)
+                yield number, line
     except FileNotFoundError:
         raise DataError(file, "no such file") from None
     except IsADirectoryError:

@@ -15,15 +15,18 @@ study again, after any interruption, does only what is missing:
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shlex
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.artifacts import Costs, Profile, Scores, acting_as, load, results_folder, write_text
 from secateur.blocks import depth_of
-from secateur.choose import choose, target_depth
+from secateur.choose import SIZES, choose, target_depth
 from secateur.config import HealSettings, StudyOptions, make, read_yaml, to_yaml
 from secateur.cost import cost
 from secateur.data import read_pairs
@@ -37,8 +40,10 @@ from secateur.progress import Progress, silent
 from secateur.prune import prune
 from secateur.report import report
 from secateur.tasks import open_task
+from secateur.train import training_sets
 
 SETTINGS = "study.yaml"
+CURVE, CHOICE = "curve.png", "choice.json"
 FOLDERS = ("data", "tasks", "models", "profiles", "pruned", "scores", "figures")
 OWN = (SETTINGS, *FOLDERS, Costs.file, "report.html", "report.md")
 
@@ -68,11 +73,13 @@ def study(
     run = results_folder(out, *OWN)
     named = {"models": [str(model) for model in models]} if models else {}
     settings = _settings(run, make(StudyOptions, {**named, "out": run, **options}), progress)
-    _check(settings)
     names = _base_names(settings.models)
+    depths = _check(run, names, settings)
+    if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
+        write_text(run / SETTINGS, to_yaml(settings))
     variants: dict[str, Path] = {}
     for name, model in names.items():
-        variants |= _make_models(run, name, model, settings, progress)
+        variants |= _make_models(run, name, model, depths[name], settings, progress)
     for variant, folder in variants.items():
         _score(run, variant, folder, settings, progress)
     _cost(run, variants, progress)
@@ -106,21 +113,29 @@ def _settings(run: Path, given: StudyOptions, progress: Progress) -> StudyOption
         return earlier
     if not given.models:
         raise ConfigError("models", None, "no model given, and no study to go on with in the run folder")
-    write_text(file, to_yaml(given))
     return given
 
 
-def _check(settings: StudyOptions) -> None:
-    """Find out before hours of work whether all of it can be done."""
+def _check(run: Path, names: Mapping[str, str], settings: StudyOptions) -> dict[str, int]:
+    """Find out before hours of work whether all of it can be done; how many blocks each model has."""
     if not settings.data:
         raise ConfigError("data", None, "no data to profile and heal with", "give --data FILE")
-    for file in settings.data:
-        read_pairs(file)
+    training_sets([read_pairs(file) for file in settings.data], settings.batch_size)
     for task in settings.tasks:
         open_task(task, sample=settings.sample, seed=settings.seed)
-    for depth in settings.depths:
-        if depth not in ("large", "small"):
-            target_depth(depth, 1_000_000)
+    depths = {name: _depth(run, name, model) for name, model in names.items()}
+    for to, depth in itertools.product(settings.depths, depths.values()):
+        if to not in SIZES:
+            target_depth(to, depth)
+    return depths
+
+
+def _depth(run: Path, name: str, model: str) -> int:
+    """How many blocks a model has: told by its folder in the run, where it is there already."""
+    found = (re.fullmatch(rf"{re.escape(name)}-(\d+)-zero-shot", path.name) for path in run.glob("models/*"))
+    return next((int(match[1]) for match in found if match), 0) or depth_of(
+        open_model(model, device="cpu")[0].auto_model
+    )
 
 
 def _base_names(models: Sequence[str]) -> dict[str, str]:
@@ -131,15 +146,17 @@ def _base_names(models: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, models, strict=True))
 
 
-def _make_models(run: Path, name: str, model: str, settings: StudyOptions, progress: Progress) -> dict[str, Path]:
+def _make_models(
+    run: Path, name: str, model: str, depth: int, settings: StudyOptions, progress: Progress
+) -> dict[str, Path]:
     """The model as it came, profiled, and healed at its full and each chosen depth: variant → folder."""
-    full, depth = _as_it_came(run, name, model, settings, progress)
+    full = _as_it_came(run, name, model, depth, settings, progress)
     variants = {full.name: full}
     chosen = _choose(run, name, full, settings, progress)
     for kept in sorted({depth, *(target_depth(to, depth, chosen) for to in settings.depths)}, reverse=True):
         source = full if kept == depth else _prune(run, name, full, kept, progress)
         folder = run / "models" / f"{name}-{kept}-healed"
-        if not folder.exists():
+        if not _is_done(folder):
             with acting_as(_heal_command(source, folder, settings)):
                 heal(
                     source,
@@ -152,24 +169,28 @@ def _make_models(run: Path, name: str, model: str, settings: StudyOptions, progr
     return variants
 
 
-def _as_it_came(run: Path, name: str, model: str, settings: StudyOptions, progress: Progress) -> tuple[Path, int]:
-    found = sorted((run / "models").glob(f"{name}-*-zero-shot"))
-    if found:
-        return found[0], int(found[0].name.removesuffix("-zero-shot").rpartition("-")[2])
-    depth = depth_of(open_model(model, device="cpu")[0].auto_model)
+def _as_it_came(run: Path, name: str, model: str, depth: int, settings: StudyOptions, progress: Progress) -> Path:
     folder = run / "models" / f"{name}-{depth}-zero-shot"
-    pooling = f" --pooling {settings.pooling}" if settings.pooling else ""
-    with acting_as(f"secateur prune {shlex.quote(model)} --to {depth}{pooling} -o {shlex.quote(str(folder))}"):
-        prune(model, depth, pooling=settings.pooling, out=folder, progress=_named(progress, folder.name))
-    return folder, depth
+    if not _is_done(folder):
+        pooling = ["--pooling", settings.pooling] if settings.pooling else []
+        with acting_as(shlex.join(["secateur", "prune", model, "--to", str(depth), *pooling, "-o", str(folder)])):
+            prune(model, depth, pooling=settings.pooling, out=folder, progress=_named(progress, folder.name))
+    return folder
+
+
+def _is_done(folder: Path) -> bool:
+    """Whether a step's model is there; what a killed step left beside it goes."""
+    if folder.exists():
+        shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+    return folder.exists()
 
 
 def _choose(run: Path, name: str, full: Path, settings: StudyOptions, progress: Progress) -> Profile:
     folder = run / "profiles" / name
-    if not (folder / Profile.file).is_file():
-        files = shlex.join(map(str, settings.data))
-        command = f"secateur profile {full} --data {files} --scale {settings.profile_scale:g} --seed {settings.seed}"
-        with acting_as(f"{command} --max-examples {settings.max_examples} -o {folder}"):
+    if not (folder / CURVE).is_file():  # the last file that a profile writes
+        words = ["secateur", "profile", full, "--data", *settings.data, "--scale", settings.profile_scale]
+        words += ["--max-examples", settings.max_examples, "--seed", settings.seed, "-o", folder]
+        with acting_as(shlex.join(map(str, words))):
             profile(
                 full,
                 settings.data,
@@ -180,14 +201,14 @@ def _choose(run: Path, name: str, full: Path, settings: StudyOptions, progress: 
                 progress=_named(progress, f"profile {name}"),
             )
     measured = load(folder, Profile)
-    if measured.depth > 1:
-        write_text(folder / "choice.json", json.dumps(choose(measured)) + "\n")
+    if measured.depth > 1 and not (folder / CHOICE).is_file():
+        write_text(folder / CHOICE, json.dumps(choose(measured)) + "\n")
     return measured
 
 
 def _prune(run: Path, name: str, full: Path, kept: int, progress: Progress) -> Path:
     folder = run / "pruned" / f"{name}-{kept}"
-    if not folder.exists():
+    if not _is_done(folder):
         with acting_as(shlex.join(["secateur", "prune", str(full), "--to", str(kept), "-o", str(folder)])):
             prune(full, kept, out=folder, progress=_named(progress, f"prune to {kept}"))
     return folder

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import example_pairs, write_pairs
+from secateur.data import Pair, Pairs, batches, read_pairs
+from secateur.errors import DataError
+
+ROWS = [
+    {"query": 'with "quotes", a comma\nand a line', "positive": "Blätter 葉", "negative": "n1"},
+    {"query": "q2", "positive": "p2", "negative": "n2"},
+]
+
+
+def as_csv(file: Path, rows: list[dict]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def as_parquet(file: Path, rows: list[dict]) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def as_gzip(file: Path, rows: list[dict]) -> None:
+    file.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode()))
+
+
+WRITERS = {"jsonl": write_pairs, "jsonl.gz": as_gzip, "csv": as_csv, "parquet": as_parquet}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_format_gives_the_same_pairs(suffix: str, tmp_path: Path):
+    file = tmp_path / f"mine.{suffix}"
+    WRITERS[suffix](file, ROWS)
+    pairs = read_pairs(file)
+    assert pairs.rows == tuple(Pair(row["query"], row["positive"], (row["negative"],)) for row in ROWS)
+    assert (pairs.name, pairs.prompt, pairs.passage_prompt, pairs.source.rows) == ("mine", "", "", 2)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_row_without_a_negative_has_none(suffix: str, tmp_path: Path):
+    file = tmp_path / f"mine.{suffix}"
+    nothing = "" if suffix == "csv" else None
+    WRITERS[suffix](file, [ROWS[0], {"query": "q2", "positive": "p2", "negative": nothing}])
+    assert [row.negatives for row in read_pairs(file).rows] == [("n1",), ()]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_anchor_is_another_word_for_query_and_negatives_may_be_a_list(suffix: str, tmp_path: Path):
+    file = tmp_path / f"mine.{suffix}"
+    WRITERS[suffix](file, [{"anchor": "q", "positive": "p", "negative": ["a", "b"], "other": 1}])
+    assert read_pairs(file).rows == (Pair("q", "p", ("a", "b")),)
+
+
+def good_lines(bad: str, line: int = 37, last: int = 40) -> bytes:
+    lines = [json.dumps({"query": f"q{i}", "positive": f"p{i}"}) for i in range(1, last + 1)]
+    lines[line - 1] = bad
+    return "\n".join(lines).encode()
+
+
+def good_csv(bad: bytes) -> bytes:
+    """The bad line is the 3001st, so that no reader has the whole file in its first buffer."""
+    return b"query,positive\n" + b"".join(b"q%d,p%d\n" % (i, i) for i in range(2999)) + bad
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "field", "says"),
+    [
+        ("a.jsonl", good_lines('{"query": "q"'), 37, None, "broken JSON"),
+        ("a.jsonl", good_lines('{"query": "q"}'), 37, "positive", "column is missing.*query or anchor, and positive"),
+        ("a.jsonl", good_lines('{"positive": "p"}'), 37, "query", "column is missing"),
+        ("a.jsonl", good_lines('{"query": "", "positive": "p"}'), 37, "query", "text is empty"),
+        ("a.jsonl", good_lines('{"query": "q", "positive": " \\t"}'), 37, "positive", "text is empty"),
+        ("a.jsonl", good_lines('{"query": "q", "positive": null}'), 37, "positive", "is None, not a text"),
+        ("a.jsonl", good_lines('{"query": 7, "positive": "p"}'), 37, "query", "is 7, not a text"),
+        ("a.jsonl", good_lines('{"query": "q", "positive": ["p"]}'), 37, "positive", "not a text"),
+        ("a.jsonl", good_lines('{"query": "q", "positive": "p", "negative": ""}'), 37, "negative", "text is empty"),
+        ("a.jsonl", good_lines('{"query": "q", "positive": "p", "negative": [""]}'), 37, "negative", "text is empty"),
+        ("a.jsonl", good_lines('{"query": "q", "positive": "p", "negative": [1]}'), 37, "negative", "not a text"),
+        ("a.jsonl", good_lines('["q", "p"]'), 37, None, "a list, not an object"),
+        ("a.jsonl", good_lines("X").replace(b"X", b'{"query": "\xff"}'), 37, None, "not UTF-8"),
+        ("a.jsonl", b"\xef\xbb\xbf" + good_lines("{}"), 1, None, "byte order mark: save it as UTF-8 without BOM"),
+        ("a.jsonl", b"", None, None, "has no rows"),
+        ("a.jsonl", b"\n \n", None, None, "has no rows"),
+        ("a.jsonl.gz", gzip.compress(good_lines("X")), 37, None, "broken JSON"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(good_lines('{"query": "q", "positive": "p"}'))[:-9],
+            None,
+            None,
+            "not a whole gzip file",
+        ),
+        ("a.jsonl.gz", good_lines("{}"), None, None, "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + good_lines("{}")), 1, None, "byte order mark"),
+        ("a.csv", good_csv(b"q,\n"), 3001, "positive", "text is empty"),
+        ("a.csv", good_csv(b"q\n"), 3001, None, "another number of columns"),
+        ("a.csv", good_csv(b"q,p,n\n"), 3001, None, "another number of columns"),
+        ("a.csv", good_csv(b'q,"p\n1\n2\n'), 3001, None, "broken CSV"),
+        ("a.csv", good_csv(b"q,\xff\n"), 3001, None, "not UTF-8"),
+        ("a.csv", b"query,answer\nq,p\n", 2, "positive", "column is missing"),
+        ("a.csv", b"query,positive\n", None, None, "has no rows"),
+        ("a.csv", b"\xef\xbb\xbf" + good_csv(b""), 1, None, "byte order mark"),
+        ("a.parquet", good_lines("{}"), None, None, "not a readable Parquet file"),
+        ("a.txt", good_lines("{}"), None, None, "no known format: expected one of .jsonl"),
+    ],
+)
+def test_a_mistake_is_found_in_its_file_line_and_field(name, content, line, field, says, tmp_path: Path):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=says) as caught:
+        read_pairs(file)
+    assert (caught.value.file, caught.value.line, caught.value.field) == (str(file), line, field)
+
+
+@pytest.mark.parametrize(
+    ("rows", "field", "says"),
+    [
+        ([{"query": "q", "positive": "p"}, {"query": "q", "positive": ""}], "positive", "text is empty"),
+        ([{"query": "q", "positive": "p"}, {"query": "q", "positive": None}], "positive", "not a text"),
+        ([{"query": 1, "positive": "p"}] * 2, "query", "not a text"),
+        ([{"text": "only"}] * 2, "query", "column is missing"),
+    ],
+)
+def test_a_mistake_in_parquet_is_found_in_its_row(rows, field, says, tmp_path: Path):
+    as_parquet(tmp_path / "a.parquet", rows)
+    with pytest.raises(DataError, match=says) as caught:
+        read_pairs(tmp_path / "a.parquet")
+    assert (caught.value.line, caught.value.field) == (2 if rows[0] != rows[1] else 1, field)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path):
+    for name in ("nothing.jsonl", "."):
+        with pytest.raises(DataError, match="no such file") as caught:
+            read_pairs(tmp_path / name)
+        assert caught.value.file == str(tmp_path / name)
+
+
+def test_the_file_beside_the_data_gives_instructions_unless_one_is_given(tmp_path: Path):
+    file = write_pairs(tmp_path / "a.jsonl", example_pairs(3))
+    beside = {"query_instruction": "Find it ", "passage_instruction": "Keep it", "licence": "MIT", "notes": 3}
+    (tmp_path / "a.json").write_text(json.dumps(beside))
+    pairs = read_pairs(file)
+    assert (pairs.prompt, pairs.passage_prompt, pairs.source.licence) == ("Find it; ", "Keep it; ", "MIT")
+    mine = read_pairs(file, instruction="Mine")
+    assert (mine.prompt, mine.passage_prompt, mine.source.licence) == ("Mine; ", "", "MIT")
+    assert read_pairs(file, instruction="").prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "field", "says"),
+    [
+        (b'{"query_instruction": 3}', None, "query_instruction", "not a text"),
+        (b"[]", None, None, "not an object"),
+        (b'{\n"query_instruction" "x"}', 2, None, "broken JSON"),
+        (b"\xef\xbb\xbf{}", 1, None, "byte order mark"),
+    ],
+)
+def test_a_mistake_in_the_file_beside_the_data_is_found(content, line, field, says, tmp_path: Path):
+    file = write_pairs(tmp_path / "a.jsonl", example_pairs(3))
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=says) as caught:
+        read_pairs(file)
+    assert (caught.value.file, caught.value.line, caught.value.field) == (str(tmp_path / "a.json"), line, field)
+
+
+@pytest.fixture
+def hundred(tmp_path: Path) -> Pairs:
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": [f"n{i}", f"m{i}"]} for i in range(100)]
+    return read_pairs(write_pairs(tmp_path / "a.jsonl", rows, "Do it"))
+
+
+def test_a_sample_follows_from_the_seed_and_keeps_the_order_of_the_file(hundred: Pairs):
+    one, again, other = (hundred.sample(30, seed).rows for seed in (1, 1, 2))
+    assert one == again != other
+    assert len(set(one)) == 30
+    assert [row for row in hundred.rows if row in one] == list(one)
+    assert hundred.sample(30, 1).source.rows == 30
+    assert hundred.sample(100, 1) == hundred == hundred.sample(1000, 1)
+
+
+def test_batches_are_full_and_in_order(hundred: Pairs):
+    made = batches(hundred, 32)
+    assert [text for batch in made for text in batch.anchors] == [f"q{i}" for i in range(96)]
+    assert made[1].positives == tuple(f"p{i}" for i in range(32, 64))
+    assert made[1].negatives[:4] == ("n32", "m32", "n33", "m33")
+    assert {batch.prompt for batch in made} == {"Do it; "}
+    (only,) = batches(hundred, 101)
+    assert len(only.anchors) == 100
