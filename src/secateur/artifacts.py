@@ -22,7 +22,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -147,20 +147,48 @@ class Table:
 class DepthRow:
     """One depth of a profile: the state after ``depth`` blocks, through the model's final norm, pooled.
 
-    ``loss`` is the mean over batches, in nats, and ``loss_se`` its standard error (None with one batch);
-    ``block_influence`` belongs to the block that ends at this depth; ``effective_rank`` is that of the pooled vectors.
+    ``loss`` is the mean over batches, in nats, ``loss_se`` its standard error and ``loss_low`` to ``loss_high`` its
+    95 % bootstrap interval (None with one batch); ``chance`` is the share of bootstrap draws in which L3Prune's rule
+    chooses this depth. ``accuracy``, ``ndcg_at_10`` and ``alignment`` are of pairs too, and None with texts alone.
+    ``block_influence`` belongs to the block that ends at this depth; ``effective_rank``, ``uniformity`` and
+    ``mean_cosine`` are of the pooled vectors; ``next_token_loss`` is that of the language-model head at this depth, in
+    nats, None where the model has none.
     """
 
     depth: int
-    loss: float
+    loss: float | None
     loss_se: float | None
     block_influence: float
-    effective_rank: float
+    effective_rank: float | None
+    loss_low: float | None = None
+    loss_high: float | None = None
+    chance: float | None = None
+    accuracy: float | None = None
+    ndcg_at_10: float | None = None
+    alignment: float | None = None
+    uniformity: float | None = None
+    mean_cosine: float | None = None
+    next_token_loss: float | None = None
+
+
+Matrix = tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True)
 class Profile(Table):
-    """What each depth of one model is worth. ``rows`` has one :class:`DepthRow` for each depth from 1 to ``depth``."""
+    """What each depth of one model is worth. ``rows`` has one :class:`DepthRow` for each depth from 1 to ``depth``.
+
+    Attributes:
+        batches: Batches read, of ``batch_size`` pairs (or texts).
+        texts: Distinct texts run, and ``tokens`` theirs, prompts included.
+        settled: Whether 95 % of bootstrap draws agree with the choice of L3Prune's rule; None without pairs.
+        cka: Linear CKA between depths, (depth, depth); null where a depth gives all texts the same vector.
+        angular: Mean angular distance of the last token's states between depths, (depth + 1, depth + 1), the first
+            being the embeddings; empty where an architecture's states have another layout.
+        losses_by_pooling: Pooling → its loss at each depth; the model's own pooling is among them.
+        batch_losses: (batches, depth), what ``loss`` is the mean of, for any other rule's bootstrap.
+        notes: What a reader must know: what was measured to decide, what could not be computed, and why.
+    """
 
     kind: ClassVar[str] = "profile"
     file: ClassVar[str] = "profile.json"
@@ -175,6 +203,14 @@ class Profile(Table):
     max_length: int
     prompt: str
     depths: tuple[DepthRow, ...]
+    texts: int = 0
+    tokens: int = 0
+    settled: bool | None = None
+    cka: Matrix = ()
+    angular: Matrix = ()
+    losses_by_pooling: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    batch_losses: Matrix = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> tuple[DepthRow, ...]:
@@ -311,7 +347,8 @@ class Origin(Table):
 
     ``kept`` are the original indices of the blocks kept, of ``depth`` blocks in all; ``history`` has one line for each
     command that made the folder, oldest first; ``check`` is the largest difference between the folder's vectors and
-    those of the model it was written from, on a few texts.
+    those of ``checked_against``, on a few texts; ``left_out`` names the parts of the source that are no blocks and
+    were not kept: heads, a vision tower.
     """
 
     kind: ClassVar[str] = "model"
@@ -323,6 +360,8 @@ class Origin(Table):
     pooling: str
     check: float
     history: tuple[str, ...] = field(default=())
+    checked_against: str = "the model in memory"
+    left_out: tuple[str, ...] = ()
 
 
 _TABLES: tuple[type[Table], ...] = (Profile, Scores, Costs, Training, Origin)
@@ -383,7 +422,10 @@ _ROWS: dict[str, type] = {"depths": DepthRow, "scores": ScoreRow, "costs": CostR
 
 
 def _build(kind: type[T], content: Mapping[str, Any]) -> T:
-    values: dict[str, Any] = {f.name: content[f.name] for f in fields(kind)}
+    optional = {f.name for f in fields(kind) if f.default is not MISSING}
+    values: dict[str, Any] = {
+        f.name: content[f.name] for f in fields(kind) if f.name in content or f.name not in optional
+    }
     origin = dict(values["provenance"])
     origin["data"] = tuple(Fingerprint(**item) for item in origin["data"])
     values["provenance"] = Provenance(**origin)
