@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,15 +30,25 @@ def tiny_transformer(folder: Path, architecture: str = "bert", depth: int = 3, s
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": 128}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": depth}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
-    if architecture == "bert":
-        model = BertModel(BertConfig(**sizes, initializer_range=0.3))
-    else:
-        model = LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, initializer_range=0.3))
-    model.save_pretrained(folder)
+    make = bert_model if architecture == "bert" else llama_model
+    make(len(vocabulary), depth, seed).save_pretrained(folder)
     return folder
+
+
+def llama_model(vocabulary: int, depth: int = 3, seed: int = 0) -> LlamaModel:
+    torch.manual_seed(seed)
+    return LlamaModel(LlamaConfig(**_sizes(vocabulary, depth), num_key_value_heads=2))
+
+
+def bert_model(vocabulary: int, depth: int = 3, seed: int = 0) -> BertModel:
+    torch.manual_seed(seed)
+    return BertModel(BertConfig(**_sizes(vocabulary, depth)))
+
+
+def _sizes(vocabulary: int, depth: int) -> dict[str, Any]:
+    sizes = {"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": depth}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}
+    return sizes | {"initializer_range": 0.3}
 
 
 def example_pairs(count: int = 24, seed: int = 0) -> list[dict[str, object]]:
