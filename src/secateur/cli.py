@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-import click
 import typer
 
 from secateur import config
@@ -33,17 +32,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+UsageError: Any = typer.BadParameter.__base__
+"""An option or command that does not exist. Its home depends on the version: typer brings a click of its own."""
+
 
 def main() -> None:
     """Run a command; turn what goes wrong into one line."""
     try:
         # typer returns the code of a click.Exit (--help) instead of raising it.
-        sys.exit(app(_spread(sys.argv[1:]), standalone_mode=False) or 0)
+        sys.exit(app(_spread(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0)
     except SecateurError as error:
         _fail(str(error), 2)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except UsageError as error:
+        _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; the same command goes on where it can", 130)
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)

@@ -1,0 +1,371 @@
+"""The contract of the command line: one line and exit code 2 for each mistake, results only where ``--out`` says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from transformers import ViTConfig, ViTModel
+
+import secateur
+from conftest import example_pairs, write_pairs
+from secateur import cli, config
+from secateur.artifacts import DepthRow, Profile, load, provenance
+from secateur.errors import ConfigError, DataError
+from task_folders import example_rows, write_task
+
+COMMANDS = ("profile", "choose", "prune", "heal", "evaluate", "report", "study")
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in this process, as the installed ``secateur`` does."""
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return Ended(int(caught.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def place(tmp_path: Path, llama_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a model, data and a task, named as in the cases below."""
+    (tmp_path / "model").symlink_to(llama_folder)
+    for file in (pairs_file, pairs_file.with_suffix(".json")):
+        shutil.copy(file, tmp_path)
+    write_task(tmp_path / "task", "sts", example_rows("sts"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def is_one_line(ended: Ended) -> bool:
+    return ended.code == 2 and ended.out == "" and ended.err.startswith("secateur: ") and ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_one_sentence_and_an_example(command: str, run: Run):
+    ended = run(command, "--help")
+    paragraphs = [" ".join(part.split()) for part in ended.out.split("\n\n")]
+    usage, sentence, example = paragraphs[:3]
+    assert ended.code == 0
+    assert usage.startswith(f"Usage: secateur {command}")
+    assert sentence.endswith(".") and sentence.count(". ") == 0
+    assert example.startswith(f"Example: secateur {command} ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_has_no_unknown_options(command: str, run: Run):
+    helped = run(command, "--help").out
+    example = next(part for part in helped.split("\n\n") if "Example:" in part).split()
+    assert all(word in helped.split("Options:")[1] for word in example if word.startswith("-"))
+
+
+def lines_with_a_mistake(line: str) -> str:
+    rows = [json.dumps(row) for row in example_pairs(40)]
+    rows[36] = line
+    return "\n".join(rows)
+
+
+BAD_FILES: dict[str, str | bytes] = {
+    "no-column.jsonl": lines_with_a_mistake('{"query": "q"}'),
+    "broken.jsonl": lines_with_a_mistake('{"query": "q", "positive'),
+    "empty-text.jsonl": lines_with_a_mistake('{"query": " ", "positive": "p"}'),
+    "bom.jsonl": b"\xef\xbb\xbf" + lines_with_a_mistake('{"query": "q", "positive": "p"}').encode(),
+    "bom.csv": b"\xef\xbb\xbfquery,positive\nq,p\n",
+    "nothing.jsonl": "",
+    "two.jsonl": lines_with_a_mistake('{"query": "q", "positive": "p"}').splitlines()[0],
+}
+BAD_DATA = {
+    "no-column.jsonl": 'no-column.jsonl, line 37, "positive": the column is missing',
+    "broken.jsonl": "broken.jsonl, line 37: broken JSON",
+    "empty-text.jsonl": 'empty-text.jsonl, line 37, "query": the text is empty',
+    "bom.jsonl": "bom.jsonl, line 1: starts with a byte order mark: save it as UTF-8 without BOM",
+    "bom.csv": "bom.csv, line 1: starts with a byte order mark",
+    "nothing.jsonl": "nothing.jsonl: has no rows",
+    "absent.jsonl": "absent.jsonl: no such file",
+    "model": "model: ",
+}
+
+
+@pytest.mark.parametrize("file", BAD_DATA)
+@pytest.mark.parametrize("command", ["profile", "heal", "study"])
+def test_bad_data_is_one_line_and_nothing_is_written(command: str, file: str, place: Path, run: Run):
+    for name, content in BAD_FILES.items():
+        (place / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = sorted(place.rglob("*"))
+    ended = run(command, "model", "--data", file, "-o", "out")
+    assert is_one_line(ended), ended
+    assert BAD_DATA[file] in ended.err
+    assert [path for path in sorted(place.rglob("*")) if path not in before and not path.is_dir()] == []
+
+
+def bad_models(place: Path, llama: Path) -> dict[str, str]:
+    """Names of models that cannot be opened, and what is said of each."""
+    for name in ("no-config", "no-weights", "half", "no-block"):
+        shutil.copytree(llama, place / name)
+    (place / "no-config" / "config.json").unlink()
+    (place / "no-weights" / "model.safetensors").unlink()
+    content = (llama / "model.safetensors").read_bytes()
+    (place / "half" / "model.safetensors").write_bytes(content[: len(content) // 2])
+    settings = json.loads((llama / "config.json").read_text())
+    (place / "no-block" / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 4}))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(place / "images")
+    return {
+        "./nowhere": "no such file or folder",
+        "no-config": "has no config.json",
+        "no-weights": "has no safetensors",
+        "half": "model.safetensors is damaged or half written",
+        "no-block": "weights of block 3 are missing",
+        "images": "not a text model",
+        "words.jsonl": "is not a model folder",
+    }
+
+
+def test_a_model_that_cannot_be_opened_is_one_line_in_every_command(place: Path, llama_folder: Path, run: Run):
+    for name, says in bad_models(place, llama_folder).items():
+        for command in (
+            ("profile", name, "--data", "words.jsonl"),
+            ("prune", name, "--to", "1"),
+            ("heal", name, "--data", "words.jsonl", "--batch-size", "8"),
+            ("evaluate", name, "--tasks", "task"),
+            ("study", name, "--data", "words.jsonl", "--batch-size", "8"),
+        ):
+            ended = run(*command, "-o", f"out-{command[0]}")
+            assert is_one_line(ended), (command, ended)
+            assert says in ended.err, command
+            assert f"model {name}: " in ended.err
+            shutil.rmtree(f"out-{command[0]}", ignore_errors=True)
+            shutil.rmtree(f"out-{command[0]}.partial", ignore_errors=True)
+
+
+@pytest.fixture
+def measured(place: Path) -> Path:
+    """A profile of the model's three depths."""
+    losses = (2.0, 1.0, 3.0)
+    rows = tuple(DepthRow(k, loss, None, 0.1, 2.0) for k, loss in enumerate(losses, start=1))
+    about = {"model": "model", "depth": 3, "pooling": "weighted_mean", "scale": 20.0, "dtype": "float32"}
+    about |= {"batch_size": 8, "batches": 1, "max_length": 128, "prompt": ""}
+    Profile(provenance(), **about, depths=rows).save(place / "measured")
+    return place / "measured"
+
+
+def test_choose_prints_the_two_depths(measured: Path, run: Run):
+    ended = run("choose", measured, "--json")
+    assert (ended.code, ended.err) == (0, "")
+    assert json.loads(ended.out) == {"small": 1, "large": 2} == secateur.choose(measured)
+    assert run("choose", measured / "profile.json").out == "small: 1\nlarge: 2\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("prune", "model", "--to", "0"), "cannot cut 3 blocks to 0"),
+        (("prune", "model", "--to", "4"), "cannot cut 3 blocks to 4: that would keep 4: nearest legal: 3"),
+        (("prune", "model", "--to", "-1"), "cannot cut 3 blocks to -1"),
+        (("prune", "model", "--to", "0.9"), "cannot cut 3 blocks to 0.9: that would keep 0"),
+        (("prune", "model", "--to", "1.5"), "to: is 1.5"),
+        (("prune", "model", "--to", "nan"), "to: is nan"),
+        (("prune", "model", "--to", "inf"), "to: is inf"),
+        (("prune", "model", "--to", "most"), "to: is 'most'"),
+        (("prune", "model", "--to", "large"), "needs a profile: give --profile DIR"),
+        (("prune", "model", "--to", "large", "--profile", "nowhere"), "nowhere: no such file"),
+        (("prune", "model", "--to", "large", "--profile", "words.json"), "words.json: holds None, not a profile"),
+        (("prune", "model", "--to", "1", "--pooling", "max"), "pooling: 'max' will not do"),
+        (("prune", "model"), "to: is missing"),
+        (("prune", "--to", "1"), "model: is missing"),
+        (("prune", "model", "--to", "1", "--nonesuch", "1"), "No such option: --nonesuch"),
+        (("profile", "model"), "data: is missing"),
+        (("profile", "model", "--data", "words.jsonl", "--scale", "0"), "scale: 0.0 will not do"),
+        (("profile", "model", "--data", "words.jsonl", "--batch-size", "1"), "batch_size: 1 will not do"),
+        (("profile", "model", "--data", "words.jsonl", "--seed", "x"), "seed"),
+        (("heal", "model", "--data", "words.jsonl"), "nothing fills a batch of 64"),
+        (("heal", "model", "--data", "words.jsonl", "--steps", "0"), "steps: 0 will not do"),
+        (("evaluate", "--tasks", "task"), "models: is missing"),
+        (("evaluate", "model", "--tasks", "task", "--sample", "0"), "sample: 0 will not do"),
+        (("evaluate", "model", "--tasks", "./nowhere"), "nowhere"),
+        (("evaluate", "model", "--tasks", "NoSuchTaskAnywhere"), "NoSuchTaskAnywhere"),
+        (("study",), "no model given"),
+        (("study", "model"), "no data to profile and heal with"),
+        (("study", "model", "--data", "words.jsonl", "--batch-size", "8", "--depths", "1", "9"), "3 blocks to 9"),
+        (("study", "model", "--data", "words.jsonl", "--batch-size", "8", "--tasks", "./nowhere"), "nowhere"),
+        (("study", "model", "model", "--data", "words.jsonl"), "two models are called model"),
+        (("study", "--preset", "other"), "preset: 'other' will not do"),
+    ],
+)
+def test_mistakes_in_options_are_one_line(arguments: tuple[str, ...], says: str, place: Path, run: Run):
+    ended = run(*arguments, "-o", "out")
+    assert is_one_line(ended), ended
+    assert says in ended.err
+    assert not [path for path in place.rglob("out*") if path.is_file() or path.suffix == ".partial"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("choose", "nowhere"), "nowhere: no such file"),
+        (("choose", "words.jsonl"), "words.jsonl"),
+        (("report", "nowhere"), "nowhere"),
+        (("report", "task"), "task"),
+        (("nonesuch",), "No such command 'nonesuch'"),
+        (("prune", "model", "--to", "1"), "out: is missing"),
+    ],
+)
+def test_mistakes_without_an_output_are_one_line(arguments: tuple[str, ...], says: str, place: Path, run: Run):
+    ended = run(*arguments)
+    assert is_one_line(ended), ended
+    assert says in ended.err
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "below a file"])
+def test_an_output_that_holds_something_else_is_left_alone(kind: str, place: Path, run: Run):
+    out = place / "out"
+    if kind == "folder":
+        out.mkdir()
+    mine = out / "mine.txt" if kind == "folder" else out
+    mine.write_text("mine")
+    named = out / "deeper" if kind == "below a file" else out
+    for command in (
+        ("profile", "model", "--data", "words.jsonl"),
+        ("prune", "model", "--to", "1"),
+        ("heal", "model", "--data", "words.jsonl", "--batch-size", "8"),
+        ("study", "model", "--data", "words.jsonl", "--batch-size", "8"),
+    ):
+        ended = run(*command, "-o", named)
+        assert is_one_line(ended), (command, ended)
+        assert f"output {named}" in ended.err, command
+    assert mine.read_text() == "mine"
+    assert not list(place.glob("out.partial"))
+
+
+def test_options_come_from_yaml_and_the_command_line_wins(place: Path, run: Run):
+    (place / "options.yaml").write_text("data: [words.jsonl]\nbatch_size: 6\nscale: 50\nmax_examples: 12\n")
+    ended = run("profile", "model", "--config", "options.yaml", "--scale", "30", "-o", "out")
+    assert ended.code == 0, ended.err
+    table = load(place / "out", Profile)
+    assert (table.scale, table.batch_size, table.batches) == (30.0, 6, 2)
+    assert table.provenance.command == "secateur profile model --config options.yaml --scale 30 -o out"
+    assert sorted(path.name for path in (place / "out").iterdir()) == ["curve.png", "profile.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"data: [words.jsonl]\nsteps: 3\n", "steps: no such option: one of model, data"),
+        (b"data: [words.jsonl]\nscale: much\n", "scale: 'much' will not do"),
+        (b"data: [words.jsonl]\n3: much\n", "3: no such option"),
+        (b"data: [words.jsonl\nscale: 1\n", "options.yaml, line 2: broken YAML"),
+        (b"data: \x01\n", "options.yaml: broken YAML"),
+        (b"data: \xff\n", "options.yaml: cannot be read"),
+        (b"- data\n", "options.yaml: holds a list, not keys and values"),
+    ],
+)
+def test_a_mistake_in_yaml_is_one_line(content: bytes, says: str, place: Path, run: Run):
+    (place / "options.yaml").write_bytes(content)
+    ended = run("profile", "model", "--config", "options.yaml", "-o", "out")
+    assert is_one_line(ended), ended
+    assert says in ended.err
+
+
+def test_a_yaml_file_that_is_missing_is_one_line(run: Run):
+    assert is_one_line(run("profile", "model", "--config", "./nowhere.yaml", "-o", "out"))
+
+
+def test_options_written_as_yaml_are_read_back(tmp_path: Path):
+    options = config.make(config.StudyOptions, {"models": ["m"], "data": ["a", "b"], "out": "run", "steps": 3})
+    (tmp_path / "study.yaml").write_text(config.to_yaml(options))
+    assert config.make(config.StudyOptions, config.read_yaml(tmp_path / "study.yaml")) == options
+    with pytest.raises(ConfigError, match="stepz: no such option"):
+        config.make(config.StudyOptions, {"out": "run", "stepz": 3})
+    with pytest.raises(DataError, match="no such file"):
+        config.read_yaml(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    "spelling", [("--data", "words.jsonl", "b.jsonl"), ("--data", "words.jsonl", "--data", "b.jsonl")]
+)
+def test_an_option_of_several_values_is_given_once_or_again(spelling: tuple[str, ...], place: Path, run: Run):
+    write_pairs(place / "b.jsonl", example_pairs(8, seed=1))
+    ended = run("profile", "model", *spelling, "--batch-size", "8", "-o", "out")
+    assert ended.code == 0, ended.err
+    assert [source.name for source in load(place / "out", Profile).provenance.data] == ["words.jsonl", "b.jsonl"]
+
+
+def test_a_bug_is_one_line_too_and_debug_shows_where(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("first line\nsecond line")
+
+    monkeypatch.setattr(secateur, "choose", broken, raising=False)
+    ended = run("choose", "anything")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err == "secateur: unexpected ZeroDivisionError: first line second line; SECATEUR_DEBUG=1 shows where\n"
+    monkeypatch.setenv("SECATEUR_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["secateur", "choose", "anything"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 60 kB, less than the tiny model takes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("file systems can be mounted by root alone")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a file system of Linux")
+def test_a_full_disk_is_one_line(full_disk: Path, place: Path, run: Run):
+    for command in (
+        ("profile", "model", "--data", "words.jsonl", "--batch-size", "8"),
+        ("prune", "model", "--to", "1"),
+        ("heal", "model", "--data", "words.jsonl", "--batch-size", "8", "--steps", "2", "--precision", "float32"),
+        ("study", "model", "--data", "words.jsonl", "--batch-size", "8"),
+    ):
+        filler = full_disk / "filler"
+        filler.write_bytes(bytes(8192) if command[0] != "profile" else bytes(57344))
+        ended = run(*command, "-o", full_disk / "deeper" / "out")
+        assert ended.code == 2, (command, ended)
+        assert ended.err.splitlines()[-1].startswith("secateur: output "), ended.err
+        assert "the disk is full: free some space" in ended.err
+        assert "Traceback" not in ended.err
+        shutil.rmtree(full_disk / "deeper")
+
+
+def test_the_installed_command_answers(tmp_path: Path):
+    """One real process: the entry point, the exit code and the streams."""
+    command = Path(sys.executable).with_name("secateur")
+    if not command.is_file():
+        pytest.skip("not installed as a command")
+    done = subprocess.run(
+        [command, "choose", "./nowhere"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "20"}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    version = subprocess.run([command, "--version"], capture_output=True, text=True)
+    assert version.returncode == 0
+    assert version.stdout.strip()[0].isdigit()

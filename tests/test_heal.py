@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import secateur
+from conftest import example_pairs, write_pairs
+from killing import run_until
+from secateur.artifacts import Origin, Training, load
+from secateur.data import Pairs, read_pairs
+from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
+from secateur.progress import silent
+from secateur.train import TRAINED_WEIGHTS, Outcome, Recipe, train, training_sets
+
+STEPS = 20
+SETTINGS = {"steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "lora_rank": 4, "lora_dropout": 0.1}
+SETTINGS |= {"precision": "float32", "scale": 20.0}
+
+
+@pytest.fixture(scope="module")
+def healed(llama_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path_factory.mktemp("healed") / "model")
+
+
+def test_training_lowers_the_loss_and_leaves_a_plain_model(healed: Path, llama_folder: Path):
+    table = load(healed, Training)
+    losses = [row.loss for row in table.losses]
+    assert [row.step for row in table.losses] == list(range(1, STEPS + 1))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert list(healed.parent.iterdir()) == [healed]
+    before, after = (load_file(folder / "model.safetensors") for folder in (llama_folder, healed))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    linear = {name for name, tensor in before.items() if tensor.ndim == 2 and "embed" not in name}
+    assert before.keys() == after.keys()
+    assert changed == linear
+    assert table.trained_parameters == sum(4 * sum(before[name].shape) for name in linear)
+
+
+def test_a_healed_folder_knows_its_prompts_and_where_it_comes_from(healed: Path):
+    model = secateur.open_model(healed, device="cpu")
+    prompts = {name: prompt for name, prompt in model.prompts.items() if prompt}
+    assert prompts == {"words": "find the word; ", "query": "find the word; "}
+    assert model.prompts["document"] == ""
+    assert load(healed, Training).prompts["query"] == "find the word; "
+    origin = load(healed, Origin)
+    assert (origin.depth, origin.kept, origin.pooling) == (3, (0, 1, 2), "weighted_mean")
+    assert origin.check <= 1e-5
+
+
+def test_a_killed_training_ends_as_if_it_had_not_been(healed: Path, llama_folder: Path, pairs_file: Path, tmp_path):
+    """Killed at a checkpoint; then, gone on, while the trained model is being written; with dropout."""
+    out = tmp_path / "model"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    command = ("heal", llama_folder, "--data", pairs_file, *options, "-o", out)
+    for moment in ("checkpoint-8/trainer_state.json", "../model/model.safetensors"):
+        run_until(tmp_path, f"model.partial/checkpoints/{moment}", *command)
+        assert not out.exists()
+    secateur.heal(llama_folder, pairs_file, **SETTINGS, out=out)
+    assert load(out, Training).losses == load(healed, Training).losses
+    one, other = (load_file(folder / "model.safetensors") for folder in (out, healed))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def trained(folder: Path, data: Sequence[Pairs], llama: Path, **changes: object) -> tuple[torch.nn.Module, Outcome]:
+    recipe = Recipe(**(SETTINGS | {"steps": 4} | changes))
+    model = secateur.open_model(llama, device="cpu")
+    outcome = train(model, training_sets(data, recipe.batch_size), recipe, folder, silent)
+    return model, outcome
+
+
+def test_merged_weights_are_the_base_and_the_product_of_the_factors(llama_folder: Path, pairs_file: Path, tmp_path):
+    model, _ = trained(tmp_path, [read_pairs(pairs_file)], llama_folder, lora_alpha=6)
+    base = load_file(llama_folder / "model.safetensors")
+    factors = load_file(tmp_path / "checkpoint-4" / TRAINED_WEIGHTS)
+    merged = dict(model[0].auto_model.named_parameters())
+    assert merged.keys() == base.keys()
+    found = 0
+    for name, tensor in base.items():
+        a, b = (
+            next((factors[key] for key in factors if f"{name.removesuffix('weight')}lora_{x}" in key), None)
+            for x in "AB"
+        )
+        expected = tensor if a is None else tensor + 6 / 4 * b @ a
+        found += a is not None
+        assert torch.allclose(merged[name], expected, atol=1e-6), name
+    assert 2 * found == len(factors)
+
+
+def test_gradient_checkpointing_changes_no_number(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    pairs = [read_pairs(pairs_file)]
+    saved, other = (
+        trained(tmp_path / str(on), pairs, llama_folder, gradient_checkpointing=on)[1].losses for on in (True, False)
+    )
+    assert [row.loss for row in saved] == pytest.approx([row.loss for row in other], abs=1e-5)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(llama_folder: Path, pairs_file: Path, tmp_path):
+    pairs = [read_pairs(pairs_file)]
+    model, outcome = trained(tmp_path, pairs, llama_folder)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"best_')
+    again, same = trained(tmp_path, pairs, llama_folder)
+    assert same.losses == outcome.losses
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_every_checkpoint_is_at_a_logged_step(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    """Else the loss logged next, a mean since the last one, would lack steps after a kill."""
+    _, outcome = trained(tmp_path, [read_pairs(pairs_file)], llama_folder, steps=230)
+    logged = {row.step for row in outcome.losses}
+    kept = {int(folder.name.rpartition("-")[2]) for folder in tmp_path.iterdir()}
+    assert len(kept) == 2
+    assert kept - {230} <= logged
+
+
+def test_rows_with_and_without_negatives_are_two_sets(tmp_path: Path):
+    rows = example_pairs(16)
+    for row in rows[:6]:
+        del row["negative"]
+    rows[7]["negative"] = ["one", "two"]
+    pairs = read_pairs(write_pairs(tmp_path / "mixed.jsonl", rows, "find it"))
+    bare, hard = training_sets([pairs], 6)
+    assert (bare.name, bare.rows.column_names, len(bare.rows)) == ("mixed", ["anchor", "positive"], 6)
+    assert (hard.name, hard.rows.column_names, len(hard.rows)) == (
+        "mixed-hard",
+        ["anchor", "positive", "negative_1"],
+        10,
+    )
+    assert bare.prompts == hard.prompts == {"anchor": "find it; "}
+    assert hard.rows[1]["negative_1"] == "one"
+    (only,) = training_sets([pairs], 8)
+    assert only.name == "mixed-hard"
+
+
+def test_mistakes_are_told_before_anything_is_written(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"nothing fills a batch of 64 \(words.jsonl: 24 rows\)"):
+        secateur.heal(llama_folder, pairs_file, out=out)
+    namesake = write_pairs(tmp_path / "words.jsonl", example_pairs(9))
+    with pytest.raises(DataError, match="two data files have this name"):
+        secateur.heal(llama_folder, [pairs_file, namesake], batch_size=8, out=out)
+    for option in ({"steps": 0}, {"learning_rate": -1.0}, {"batch_size": 1}, {"lora_dropout": 1.0}, {"precision": "x"}):
+        with pytest.raises(ConfigError, match=next(iter(option))):
+            secateur.heal(llama_folder, pairs_file, **(SETTINGS | option), out=out)
+    assert sorted(tmp_path.iterdir()) == [namesake]
+    with pytest.raises(OutputError, match="already holds something else"):
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path)
+
+
+def test_a_diverging_training_says_at_which_step_and_keeps_its_settings(llama_folder: Path, pairs_file: Path, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(TrainingDiverged, match="try a smaller learning rate") as caught:
+        secateur.heal(llama_folder, pairs_file, **(SETTINGS | {"learning_rate": 1e30}), out=out)
+    assert 1 <= caught.value.step <= STEPS
+    assert not math.isfinite(caught.value.loss)
+    assert not out.exists()
+    if caught.value.checkpoint:
+        state = json.loads((Path(caught.value.checkpoint) / "trainer_state.json").read_text())
+        assert all(math.isfinite(row["loss"]) for row in state["log_history"])
+    with pytest.raises(OutputError, match="unfinished training with other settings"):
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, out=out)
