@@ -58,12 +58,12 @@ CONFIG = "config.json"
 # Files beside the weights that belong to the text encoder. On the Hub, where there is no listing to match, by name.
 COMPANIONS = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json", "vocab*.txt", "merges*.txt",
-    "*.model", "chat_template*.json", "chat_template*.jinja", "generation_config.json", "*processor_config.json",
+    "*.model", "chat_template*.json", "chat_template*.jinja", "generation_config.json",
 )  # fmt: skip
 HUB_COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.json",
-    "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 MAX_COMPANION_BYTES = 100_000_000
 DEPTH_FIELDS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"})
@@ -82,6 +82,11 @@ class Pruned:
         bytes_kept: Bytes of the written tensors.
         bytes_read: Bytes read from the source's weights, headers included.
         shards: Names of the written files, in order.
+        keep: Indices of the kept blocks, of ``depth`` in all.
+        depth: Blocks of the source.
+        left_out: What of ``dropped`` belongs to no block, by module: heads, a decoder, a vision tower.
+        base: Where the weights came from: ``source``, or the base that an adapter named.
+        adapter: The adapter that was merged.
     """
 
     kept: tuple[str, ...]
@@ -90,17 +95,23 @@ class Pruned:
     bytes_kept: int
     bytes_read: int
     shards: tuple[str, ...]
+    keep: tuple[int, ...]
+    depth: int
+    left_out: tuple[str, ...]
+    base: str
+    adapter: str | None
 
 
 def prune_checkpoint(
     source: str | Path,
-    keep: Sequence[int],
+    keep: Sequence[int] | Callable[[int], Sequence[int]],
     out: Path,
     *,
     adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     endpoint: str | None = None,
+    mirror: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pruned:
@@ -111,12 +122,13 @@ def prune_checkpoint(
 
     Args:
         source: A folder with ``config.json`` and safetensors, or a model on the Hub; or a LoRA adapter that names one.
-        keep: Indices of the blocks that stay, ascending.
+        keep: Indices of the blocks that stay, ascending; or a function that gives them for the source's depth.
         out: An empty folder to write to. It is empty again after an error.
         adapter: A LoRA adapter as peft saves it, to merge on the way; a folder, or on the Hub.
         revision: Branch, tag or commit of ``source`` on the Hub.
         token: For the Hub; by default what ``hf auth login`` or ``HF_TOKEN`` left.
         endpoint: Address of the Hub; by default ``HF_ENDPOINT``.
+        mirror: An empty folder to leave what is read of a model on the Hub in (:class:`secateur.shards.Hub`).
         max_shard_bytes: The most bytes of tensors in one written file (a larger tensor has a file to itself).
         progress: Called as ``progress(bytes done, bytes in all)``.
 
@@ -130,14 +142,17 @@ def prune_checkpoint(
     if max_shard_bytes < 1:
         raise ConfigError("max_shard_bytes", max_shard_bytes, f"{max_shard_bytes} is not a size", "at least 1")
     with _all_or_nothing(out):
-        opened, change = _open(source, adapter, revision, token, endpoint)
+        opened, change = _open(source, adapter, revision, token, endpoint, mirror)
         config_file = _config_file(opened)
         names = shard_names(opened)
-        cut = _plan_cut(opened, _read_config(opened, config_file, len(names)), keep)
+        config = _read_config(opened, config_file, len(names))
+        if callable(keep):
+            keep = keep(text_config(config).num_hidden_layers)
+        cut = _plan_cut(opened, config, keep)
         outputs, dropped = _choose(opened, names, cut, change)
         missing = _check_loads(opened, outputs, cut)
         shards = _share_out(outputs, max_shard_bytes)
-        _check_space(out, sum(item.size for item in outputs))
+        _check_space(out, sum(item.size for item in outputs) * (2 if mirror and isinstance(opened, Hub) else 1))
         _write_shards(out, shards, opened, change, cut, progress)
         cut.target.config.save_pretrained(out)
         _copy_companions(opened, out)
@@ -148,6 +163,11 @@ def prune_checkpoint(
         bytes_kept=sum(item.size for item in outputs),
         bytes_read=opened.bytes_read + (change.source.bytes_read if change else 0),
         shards=tuple(shards),
+        keep=cut.keep,
+        depth=cut.depth,
+        left_out=_left_out(dropped, cut),
+        base=opened.name,
+        adapter=change.source.name if change else None,
     )
 
 
@@ -168,10 +188,15 @@ def _all_or_nothing(out: Path) -> Iterator[None]:
 
 
 def _open(
-    source: str | Path, adapter: str | Path | None, revision: str | None, token: str | None, endpoint: str | None
+    source: str | Path,
+    adapter: str | Path | None,
+    revision: str | None,
+    token: str | None,
+    endpoint: str | None,
+    mirror: Path | None,
 ) -> tuple[Source, Adapter | None]:
     """The base, and the adapter to merge into it. A source that is itself an adapter names its base."""
-    opened = open_source(source, revision=revision, token=token, endpoint=endpoint)
+    opened = open_source(source, revision=revision, token=token, endpoint=endpoint, mirror=mirror)
     if adapter is not None:
         return opened, read_adapter(open_source(adapter, token=token, endpoint=endpoint))
     if opened.find(CONFIG) is not None or opened.find(ADAPTER_CONFIG) is None:
@@ -179,7 +204,8 @@ def _open(
     change = read_adapter(opened)
     if not isinstance(change.base, str) or not change.base:
         raise ModelError(opened.where(ADAPTER_CONFIG), "names no base model", "give the base, and this as its adapter")
-    return open_source(change.base, revision=change.base_revision, token=token, endpoint=endpoint), change
+    revision = change.base_revision
+    return open_source(change.base, revision=revision, token=token, endpoint=endpoint, mirror=mirror), change
 
 
 def _config_file(source: Source) -> Path:
@@ -408,6 +434,21 @@ def _choose(
         outputs.append(output if converted else _fit(source, output, target, place, cut, adapter, changes.get(target)))
     _check_unique(source, outputs)
     return outputs, tuple(dropped)
+
+
+def _left_out(dropped: Sequence[str], cut: _Cut) -> tuple[str, ...]:
+    """The modules that tensors outside the blocks belong to, where nothing of the module was kept."""
+    kept = {name.partition(".")[0] for name in cut.part.shapes}
+    prefixes = {"model", "transformer", cut.full.model.base_model_prefix, *cut.tower.rstrip(".").split(".")}
+    modules: dict[str, None] = {}
+    for name in dropped:
+        target, _ = cut.full.load(name)
+        parts = target.split(".")
+        while len(parts) > 1 and parts[0] in prefixes:
+            parts.pop(0)
+        if cut.block(target) is None and parts[0] not in kept:
+            modules[parts[0]] = None
+    return tuple(modules)
 
 
 def _read_shard_header(source: Source, file: str, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -691,3 +732,12 @@ def _copy_companions(source: Source, out: Path) -> None:
         file = source.find(name)
         if file is not None and file.stat().st_size <= MAX_COMPANION_BYTES:
             shutil.copyfile(file, out / name)
+    _free_tokenizer(out / "tokenizer_config.json")
+
+
+def _free_tokenizer(file: Path) -> None:
+    """A multimodal model's tokenizer names the processor that it belongs to, whose images are not for a text tower."""
+    content = read_json(file) if file.is_file() else None
+    if isinstance(content, dict) and "processor_class" in content:
+        del content["processor_class"]
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -182,9 +182,13 @@ def choose_command(
 @_command(config.PruneOptions)
 def prune_command(options: config.PruneOptions) -> None:
     import secateur
+    from secateur.artifacts import Origin, load
 
     with _bars() as progress:
         folder = secateur.prune(**_given(options), progress=progress)
+    left_out = load(folder, Origin).left_out
+    if left_out:
+        typer.echo(f"left out: {', '.join(left_out)}", err=True)
     typer.echo(folder)
 
 

@@ -47,6 +47,7 @@ _POOLING = (
 )
 _LENGTH = "Tokens after which a text is cut, for a bare language model."
 _TRUST = "Run the model code that a repository brings along."
+_CACHE = "Folder that keeps vectors, so that no text is encoded twice by the same model."
 _DEVICE = "Torch device [default: the GPU where there is one]."
 
 
@@ -81,18 +82,24 @@ class ChooseOptions(Options):
 
 
 class PruneOptions(Options):
-    """Cut a model to its first blocks and write it as a plain model folder.
+    """Cut a model to its first blocks, or any others, and write it as a plain model folder.
 
     Example: secateur prune smollm2 --to large --profile profile -o smollm2-large
     """
 
     model: str = _model()
-    to: str = Field(description="large or small, a number of blocks to keep, or a share to remove (0.3).")
+    to: str | None = Field(
+        None, description="large or small, a number of first blocks to keep, or a share to remove (0.3)."
+    )
+    keep: str | None = Field(None, description="In place of --to: the blocks that stay, from 0, such as 0-5,8,11.")
+    drop: str | None = Field(None, description="In place of --to: the blocks that go, such as 20-27.")
     out: Path = _out("The model folder to write.")
     profile: Path | None = Field(None, description="Where large and small come from: a profile's file or folder.")
     pooling: PoolingName | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
     dtype: Dtype = Field("auto", description="Number format of the written weights; auto: as stored.")
+    adapter: str | None = Field(None, description="A LoRA adapter to merge into the weights: a folder or a Hub id.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the model on the Hub.")
     trust_remote_code: bool = Field(False, description=_TRUST)
 
 
@@ -140,6 +147,7 @@ class EvaluateOptions(Options):
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     seed: int = Field(42, description="Of the sample.")
     batch_size: int = Field(32, ge=1, description="Texts per batch.")
+    cache: Path | None = Field(None, description=_CACHE)
 
 
 class ReportOptions(Options):

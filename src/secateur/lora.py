@@ -104,7 +104,8 @@ def _read_config(source: Source, where: str) -> dict[str, Any]:
         raise UnsupportedArchitecture(where, f"uses {', '.join(used)}, beyond plain LoRA", hint)
     for key in ("r", "lora_alpha"):
         value = config.get(key)
-        if type(value) not in (int, float) or not math.isfinite(value) or (key == "r" and value < 1):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or config["r"] < 1:
             raise ModelError(where, f"{key} is {value!r}, not a number")
     return config
 
@@ -146,7 +147,7 @@ def merged(
         start = weight.start + row * row_bytes
         piece = _load(source, weight, start, start + count * row_bytes).reshape(count, columns).to(precision)
         piece += factors.scaling * (left[row : row + count] @ right)
-        yield memoryview(piece.to(FLOATS[weight.dtype]).contiguous().view(torch.uint8).numpy()).cast("B")
+        yield piece.to(FLOATS[weight.dtype]).contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _load(source: Source, tensor: Tensor, start: int, end: int) -> torch.Tensor:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
@@ -30,19 +26,14 @@ from tokenizers import Regex, normalizers
 
 from secateur.artifacts import Origin, read_json
 from secateur.blocks import depth_of, find_stack, tensor_of_block
-from secateur.errors import ModelError, VerificationFailed
+from secateur.errors import ModelError
+from secateur.gguf import convert_gguf
 from secateur.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
 from secateur.progress import quiet
+from secateur.verify import PROBES as PROBES
+from secateur.verify import Expected, difference, probe
 
 DEMO_MODEL = "smollm2"
-PROBES = (
-    "The gardener cut the hedge back to half its height.",
-    "def add(a, b): return a + b",
-    "Blätter, 葉, листья 🌿",
-    "one",
-)
-"""Texts on which a written folder is compared with the model it was written from."""
-
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LEGACY_TYPES = {
     "Transformer": "sentence_transformers.models.Transformer",
@@ -77,7 +68,7 @@ def open_model(
     Raises:
         ModelError: The model is missing, half written, not a text model, or holds no safetensors.
     """
-    source = _resolve(name)
+    source = resolve(name)
     options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True}
     with _as_model_error(name), quiet():
@@ -98,8 +89,12 @@ def open_model(
         return model
 
 
-def _resolve(name: str | Path) -> str | Path:
-    """A path where the user named one, else a Hub id."""
+def resolve(name: str | Path) -> str | Path:
+    """A path where the user named one, else a Hub id.
+
+    Raises:
+        ModelError: There is no such file or folder.
+    """
     if str(name) == DEMO_MODEL and not Path(name).exists():
         return demo_model()
     path = Path(name).expanduser()
@@ -126,27 +121,6 @@ def model_label(name: str | Path) -> str:
     return Path(str(name)).name.removesuffix(".gguf") or "model"
 
 
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Write a GGUF file as a transformers folder: float32 safetensors and the tokenizer.
-
-    transformers refuses to save a model that it read from GGUF, even dequantized; so its weights are moved into a
-    fresh model of the same configuration.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(file, "is a GGUF file", "pip install 'secateur[gguf]'")
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    read = transformers.AutoModel.from_pretrained(**where, dtype=torch.float32)
-    config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        fresh = type(read)(config)
-    # Buffers that are not saved (rotary frequencies) are not in the state, and come with the modules that own them.
-    fresh.load_state_dict(read.state_dict(), assign=True)
-    fresh.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-
-
 def _wrap(
     source: str | Path,
     model_kwargs: dict[str, Any],
@@ -168,6 +142,10 @@ def _wrap(
     )
     transformer.max_seq_length = min(max_length, transformer.max_seq_length or max_length)
     _keep_prompt_apart(transformer)
+    # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
+    # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
+    # (docs/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
+    transformer.tokenizer.padding_side = "right"
     transformer.auto_model.config.use_cache = False
     if pooling is None:
         pooling = "weighted_mean" if attends_backwards_only(transformer) else "mean"
@@ -263,14 +241,14 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, tolerance: float = 1e-5) -> Origin:
+def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expected: Expected | None = None) -> Origin:
     """Write a model as a plain folder, reopen it in a fresh process with stock libraries, and compare vectors.
 
     Args:
         model: The model in memory.
         folder: An existing empty folder.
         origin: Where the model comes from; its ``check`` is filled in and it is written as ``secateur.json``.
-        tolerance: The largest difference allowed between the vectors in memory and those of the reopened folder.
+        expected: What the folder should give; by default, what the model in memory gives.
 
     Returns:
         The origin as written.
@@ -278,14 +256,34 @@ def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, tole
     Raises:
         VerificationFailed: The reopened folder gives other vectors.
     """
-    with _stock_modules(model), quiet():
-        model.save(str(folder), create_model_card=False)
-        expected = _probe(model)
-    _write_for_all_readers(folder)
-    difference = float(np.abs(expected - _probe_in_fresh_process(folder, str(model.device))).max())
-    if not difference <= tolerance:
-        raise VerificationFailed(folder, difference, tolerance)
-    written = replace(origin, check=difference, pooling=pooling_name(model))
+    write_files(model, folder)
+    if expected is None:
+        with _stock_modules(model), quiet():
+            expected = Expected(probe(model))
+    return check_written(folder, replace(origin, pooling=pooling_name(model)), expected, str(model.device))
+
+
+def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = True) -> None:
+    """Write a model's folder; without ``weights``, all but those of the transformer, which are there already."""
+    transformer = model[0].model
+    if not weights:
+        transformer.save_pretrained = lambda *_, **__: None
+    try:
+        with _stock_modules(model), quiet():
+            model.save(str(folder), create_model_card=False)
+    finally:
+        vars(transformer).pop("save_pretrained", None)
+    write_for_all_readers(folder)
+
+
+def check_written(folder: Path, origin: Origin, expected: Expected, device: str = "cpu") -> Origin:
+    """Compare a written folder with what it should give, and write ``secateur.json``: the last step of saving.
+
+    Raises:
+        VerificationFailed: It gives other vectors.
+    """
+    found = difference(folder, expected, device)
+    written = replace(origin, check=found, checked_against=expected.source)
     written.save(folder)
     return written
 
@@ -308,8 +306,8 @@ def use_stock_modules(model: SentenceTransformer) -> None:
             model._modules[key] = module.stock()
 
 
-def _write_for_all_readers(folder: Path) -> None:
-    """Both spellings of a pooling, and the module names that older tools know.
+def write_for_all_readers(folder: Path) -> None:
+    """Write both spellings of a pooling, and the module names that older tools know.
 
     text-embeddings-inference reads only the booleans, sentence-transformers 6 writes only the name; both accept both.
     """
@@ -320,7 +318,8 @@ def _write_for_all_readers(folder: Path) -> None:
         config = folder / module["path"] / "config.json"
         if module["type"].endswith(".Pooling"):
             settings = json.loads(config.read_text())
-            config.write_text(json.dumps(settings | _pooling_booleans(settings["pooling_mode"]), indent=1))
+            if "pooling_mode" in settings:
+                config.write_text(json.dumps(settings | _pooling_booleans(settings["pooling_mode"]), indent=1))
     file.write_text(json.dumps(modules, indent=1))
 
 
@@ -335,40 +334,3 @@ def _pooling_booleans(mode: str | list[str]) -> dict[str, bool | int]:
         "lasttoken": "pooling_mode_lasttoken",
     }
     return {key: name in modes for name, key in keys.items()}
-
-
-def _probe(model: SentenceTransformer) -> np.ndarray:
-    """Vectors of the probes, each alone and all in one batch, without and with each prompt: (rows, dimension)."""
-    prompts = ["", *sorted({prompt for prompt in model.prompts.values() if prompt})]
-    encode = model.encode
-    parts = [encode(list(PROBES), prompt=p, batch_size=b, show_progress_bar=False) for p in prompts for b in (1, 4)]
-    return np.concatenate(parts).astype(np.float32)
-
-
-_PROBE_SCRIPT = """
-import json, sys
-import numpy as np
-from sentence_transformers import SentenceTransformer
-assert not any(name.split(".")[0] == "secateur" for name in sys.modules)
-model = SentenceTransformer(sys.argv[1], device=sys.argv[2])
-probes = json.loads(sys.argv[3])
-prompts = ["", *sorted({prompt for prompt in model.prompts.values() if prompt})]
-parts = [model.encode(probes, prompt=p, batch_size=b, show_progress_bar=False) for p in prompts for b in (1, 4)]
-np.save(sys.argv[4], np.concatenate(parts).astype(np.float32))
-"""
-
-
-def _probe_in_fresh_process(folder: Path, device: str) -> np.ndarray:
-    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
-        vectors = Path(scratch) / "vectors.npy"
-        arguments = [str(folder), device, json.dumps(PROBES), str(vectors)]
-        command = [sys.executable, "-c", _PROBE_SCRIPT, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
-        if done.returncode:
-            raise ModelError(folder, f"does not reopen in a fresh process ({_last_line(done.stderr)})")
-        loaded: np.ndarray = np.load(vectors)
-        return loaded
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1][:300]

@@ -386,18 +386,25 @@ class Hub:
 
     A shard that is in the local cache already is read from there. Where the server does not serve ranges, the shards
     that are needed are downloaded into the cache whole. From the first file on, all are of one commit.
+
+    Attributes:
+        mirror: A folder in which to leave what is read, each byte at its place: the files are as long as on the Hub,
+            with holes where nothing was read. The rest of the checkpoint can be opened from there by anyone.
     """
 
     name: str
     revision: str | None = None
     token: str | None = None
     endpoint: str | None = None
+    mirror: Path | None = None
     bytes_read: int = 0
     _sizes: dict[str, int] = field(default_factory=dict)
 
     def find(self, file: str) -> Path | None:
         try:
-            return self._download(file)
+            found = self._download(file)
+            self._link(file, found)
+            return found
         except hub_errors.EntryNotFoundError as error:
             if isinstance(error, hub_errors.LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
                 raise self.error(file, error) from error
@@ -433,6 +440,7 @@ class Hub:
                 return b"".join(self._ranged(file, start, end))
             except _NoRanges:
                 local = self._whole(file)
+        self._link(file, local)
         self._sizes[file] = local.stat().st_size
         return _read_range(local, start, min(end, self._sizes[file]))
 
@@ -447,8 +455,28 @@ class Hub:
             except _NoRanges:
                 local = self._whole(file)
         if local is not None:
+            self._link(file, local)
             for count in _copy_range(local, start, end, sink):
                 moved(count)
+
+    def _link(self, file: str, local: Path) -> None:
+        """Let the mirror have a file that is here whole, in the place of what it may have of it."""
+        if self.mirror is not None and not (self.mirror / file).is_symlink():
+            (self.mirror / file).parent.mkdir(parents=True, exist_ok=True)
+            (self.mirror / file).unlink(missing_ok=True)
+            (self.mirror / file).symlink_to(local.absolute())
+
+    def _mirror(self, file: str, start: int, piece: bytes) -> None:
+        if self.mirror is None:
+            return
+        (self.mirror / file).parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.mirror / file, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.truncate(descriptor, self._sizes[file])
+            os.lseek(descriptor, start, os.SEEK_SET)
+            write_all(descriptor, piece)
+        finally:
+            os.close(descriptor)
 
     def _cached(self, file: str) -> Path | None:
         found = try_to_load_from_cache(self.name, file, revision=self.revision)
@@ -481,6 +509,7 @@ class Hub:
             before = start
             try:
                 for piece in self._request(file, start, end):
+                    self._mirror(file, start, piece)
                     start += len(piece)
                     self.bytes_read += len(piece)
                     yield piece
@@ -570,9 +599,14 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def open_source(
-    name: str | Path, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    mirror: Path | None = None,
 ) -> Source:
-    """The checkpoint that a user names: a local folder, else a model on the Hub.
+    """The checkpoint that a user names: a local folder, else a model on the Hub (with a ``mirror``, see :class:`Hub`).
 
     Raises:
         ModelError: It is a file, or a path where there is no folder.
@@ -584,4 +618,4 @@ def open_source(
         raise ModelError(name, "is a file", "give the folder of the model")
     if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(name, "no such folder")
-    return Hub(name, revision, token, endpoint)
+    return Hub(name, revision, token, endpoint, mirror)

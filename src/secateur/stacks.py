@@ -1,0 +1,235 @@
+"""Where an architecture keeps its blocks, final norm and linear layers, found by structure.
+
+Nothing here knows an architecture by name. The blocks are found by what transformers says of every model: the classes
+whose outputs it records, the classes it does not split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
+
+from secateur.errors import UnsupportedArchitecture
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where a model keeps its blocks.
+
+    Attributes:
+        path: Dotted path of the ``ModuleList`` from the model, such as ``layers`` or ``language_model.layers``.
+        norm: Dotted path of the final norm; None where the blocks end normed (post-LN encoders).
+        found_by: The rule that told the blocks from other lists of modules.
+    """
+
+    path: str
+    norm: str | None
+    found_by: str
+
+
+def text_config(model_or_config: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that describes the text encoder's blocks. Edits to it are edits to the whole."""
+    config = getattr(model_or_config, "config", model_or_config)
+    encoder = getattr(config, "encoder", None)
+    if isinstance(encoder, PretrainedConfig):
+        return encoder
+    # Without arguments: with decoder= or encoder=, transformers hands out a copy for older encoder-decoders.
+    return config.get_text_config()
+
+
+def find_stack(model: PreTrainedModel) -> Stack:
+    """Find the list of blocks and the final norm by structure.
+
+    Raises:
+        UnsupportedArchitecture: The model has no list of as many blocks as its configuration counts.
+    """
+    if model.config.is_encoder_decoder and hasattr(model, "decoder"):
+        raise UnsupportedArchitecture(_name(model), "is an encoder-decoder", "open its encoder alone")
+    depth = getattr(text_config(model), "num_hidden_layers", 0)
+    prefix, tower = _text_tower(model)
+    lists = [
+        (path, module)
+        for path, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+    ]
+    for found_by, is_block in _rules(tower):
+        hits = [path for path, blocks in lists if all(map(is_block, blocks))]
+        if hits:
+            path = min(hits, key=lambda hit: hit.count("."))
+            norm = _find_norm(tower, path)
+            return Stack(prefix + path, None if norm is None else prefix + norm, found_by)
+    raise UnsupportedArchitecture(_name(model), *_why_no_blocks(model, depth))
+
+
+def _name(model: PreTrainedModel) -> str:
+    return model.name_or_path or type(model).__name__
+
+
+def _text_tower(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The part of a model that the text configuration describes, and its path with a dot at the end."""
+    config = text_config(model)
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module.config is config:
+            return f"{path}." if path else "", module
+    return "", model
+
+
+def _rules(tower: nn.Module) -> tuple[tuple[str, Callable[[nn.Module], bool]], ...]:
+    """Ways to tell blocks, the surest first."""
+    recorded = tuple({cls for part in _parts(tower) for cls in _recorded(part, "hidden_states")})
+    unsplit = {name for part in _parts(tower) for name in part._no_split_modules or ()}
+    return (
+        ("recorded outputs", lambda block: isinstance(block, recorded)),
+        ("unsplit modules", lambda block: type(block).__name__ in unsplit),
+        ("checkpointed layers", lambda block: isinstance(block, GradientCheckpointingLayer)),
+        ("length", lambda block: True),
+    )
+
+
+def _parts(model: nn.Module) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _recorded(model: PreTrainedModel, what: str) -> list[type]:
+    """The classes whose outputs transformers records under a name."""
+    recorders = _CAN_RECORD_REGISTRY.get(model).get(what)
+    recorders = recorders if isinstance(recorders, (list, tuple)) else [recorders]
+    classes = [item.target_class if isinstance(item, OutputRecorder) else item for item in recorders]
+    return [cls for cls in classes if isinstance(cls, type)]
+
+
+def _why_no_blocks(model: PreTrainedModel, depth: int) -> tuple[str, str]:
+    groups = getattr(text_config(model), "num_hidden_groups", depth)
+    if groups < depth:
+        return f"its {depth} layers share the weights of {groups} block(s), so no block can be taken out", ""
+    return f"{type(model).__name__} has no list of {depth or 'its'} blocks", "only stacks of separate blocks can be cut"
+
+
+def _find_norm(tower: nn.Module, path: str) -> str | None:
+    """A norm beside the blocks: registered after them, or before them under a name that says it is the final one."""
+    hidden = text_config(tower).hidden_size
+    owner_path, _, attribute = path.rpartition(".")
+    for place, anchor in ((owner_path, attribute), ("", path.partition(".")[0])):
+        children = dict(tower.get_submodule(place).named_children())
+        names = list(children)
+        position = names.index(anchor)
+        before = [name for name in names[:position] if re.search(r"final|ln_f|norm_f|^norm$", name)]
+        for name in (*names[position + 1 :], *before):
+            if _is_norm(children[name], hidden) and not name.startswith("per_layer"):
+                return f"{place}.{name}" if place else name
+    return None
+
+
+def _is_norm(module: nn.Module, hidden: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and (weight is None or weight.shape == (hidden,))
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks, in order."""
+    blocks = model.get_submodule(find_stack(model).path)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def depth_of(model: PreTrainedModel) -> int:
+    """How many blocks the model has."""
+    return len(blocks_of(model))
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm after the last block; an ``nn.Identity`` where there is none."""
+    norm = find_stack(model).norm
+    return nn.Identity() if norm is None else model.get_submodule(norm)
+
+
+def embeddings_of(model: PreTrainedModel) -> nn.Module:
+    """The table of token embeddings."""
+    table: nn.Module = model.get_input_embeddings()
+    return table
+
+
+def head_of(model: PreTrainedModel) -> nn.Module | None:
+    """The language-model head, None where the model was opened without one."""
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
+
+
+def states_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returns: itself, or the first of a tuple."""
+    states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return states
+
+
+@torch.no_grad()
+def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the final norm of the last block's output is what the model itself returns.
+
+    Where it is, one forward pass with hooks gives every depth. It is not where something else stands after the blocks
+    (OPT-350m's projection, Gemma 3n's merging of streams): there, each depth takes a forward pass of its own.
+
+    Args:
+        model: The model, in evaluation mode.
+        features: A batch: ``input_ids`` and ``attention_mask``, (texts, tokens).
+    """
+    caught: list[torch.Tensor] = []
+    hook = blocks_of(model)[-1].register_forward_hook(lambda *call: caught.append(states_of(call[-1])))
+    try:
+        expected = model(**features).last_hidden_state
+    finally:
+        hook.remove()
+    if not caught or caught[-1].shape != expected.shape:
+        return False
+    real = features["attention_mask"].bool()
+    found = final_norm(model)(caught[-1])
+    return bool(torch.allclose(found[real].float(), expected[real].float(), rtol=1e-3, atol=1e-4))
+
+
+def tensor_of_block(name: str, path: str) -> tuple[int, str] | None:
+    """Tell which block a tensor of a checkpoint belongs to.
+
+    Args:
+        name: Of the tensor, such as ``model.layers.7.mlp.up_proj.weight``.
+        path: Of the blocks (:attr:`Stack.path`), such as ``layers``; the name may have a prefix before it.
+
+    Returns:
+        The block's index and the name inside the block, ``(7, "mlp.up_proj.weight")``; None for other tensors.
+    """
+    match = re.search(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """The linear modules inside the blocks, as peft's ``target_modules``: fused projections and GPT-2's Conv1D too.
+
+    Names are relative to a block (``self_attn.q_proj``) where that means the blocks alone, else full paths (a vision
+    tower may use the same names). Left out are routers of experts that return more than a product, and the
+    projections of state-space mixers whose weights are read past any adapter.
+    """
+    prefix = find_stack(model).path + "."
+    routers = tuple({cls for part in _parts(model) for cls in _recorded(part, "router_logits")})
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, routers)
+    ]
+    inside = [name for name in linear if name.startswith(prefix) and not _is_read_past(model, name)]
+    outside = [name for name in linear if not name.startswith(prefix)]
+    short = list(dict.fromkeys(name[len(prefix) :].partition(".")[2] for name in inside))
+    clash = any(f".{name}".endswith(f".{end}") for name in outside for end in short)
+    return tuple(inside if clash else short)
+
+
+def _is_read_past(model: nn.Module, name: str) -> bool:
+    parent, _, attribute = name.rpartition(".")
+    mixer = model.get_submodule(parent)
+    return attribute in ("dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
