@@ -23,11 +23,12 @@ from sentence_transformers.sentence_transformer.evaluation import (
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ndcg_score, v_measure_score
+from tokenizers import normalizers
 
 from conftest import MakeEncoder
 from secateur.artifacts import Provenance, ScoreRow, Scores, load
 from secateur.errors import ConfigError, DataError, ModelError, OutputError
-from secateur.evaluate import evaluate, fingerprint_model
+from secateur.evaluate import evaluate, fingerprint_model, read_draws
 from secateur.tasks import open_task
 from task_folders import TYPES, example_rows, write_task
 
@@ -215,7 +216,7 @@ def test_a_killed_evaluation_resumes(make_encoder: MakeEncoder, tmp_path: Path):
 
     with pytest.raises(Killed):
         evaluate([model], paths, names=["m"], out=out, progress=kill)
-    assert told == [("m on one", 0, 2), ("m on two", 1, 2)]
+    assert told == [("evaluate", 0, 2), ("evaluate", 1, 2)]
     kept = load(out, Scores).rows
     assert [row.task for row in kept] == ["one"]
     scores = evaluate([model], paths, names=["m"], out=out)
@@ -303,6 +304,126 @@ def test_a_broken_model_gets_no_score(make_encoder: MakeEncoder, tmp_path: Path)
             parameter.fill_(1.0 if parameter.requires_grad and parameter.ndim > 1 else 0.0)
     with pytest.raises(ModelError, match="alike"):
         evaluate([alike], [paths["sts"]], names=["alike"])
+
+
+METRICS = {
+    "sts": ["cosine_spearman", "euclidean_pearson", "spearman"],
+    "pair_classification": ["max_ap", "cosine_f1", "manhattan_accuracy"],
+    "classification": ["accuracy", "f1", "recall_weighted"],
+    "clustering": ["v_measure"],
+    "retrieval": ["ndcg_at_10", "mrr_at_10", "recall_at_5", "hit_rate_at_1", "precision_at_3"],
+    "reranking": ["map_at_1000", "mrr_at_1000"],
+    "summarization": ["cosine_spearman", "dot_pearson"],
+}
+UNITS = {"classification": "test texts", "clustering": "texts", "summarization": "texts"}
+
+
+@pytest.mark.parametrize("type_", TYPES)
+def test_every_score_has_an_interval_around_it(type_: str, make_encoder: MakeEncoder, tmp_path: Path):
+    """An interval is there only where the predictions gave mteb's score to 1e-4: this is the check of all types."""
+    model, out = make_encoder(), tmp_path / "out"
+    paths = [write_task(tmp_path / m, type_, example_rows(type_), metric=m, name=m) for m in METRICS[type_]]
+    for row in evaluate([model], paths, names=["m"], out=out).rows:
+        assert row.metric == row.task
+        assert row.low < row.score < row.high
+        assert (row.units, row.unit) == (
+            24,
+            UNITS.get(type_, "queries" if type_ in ("retrieval", "reranking") else "pairs"),
+        )
+        draws = read_draws(out, row)
+        assert draws.shape == (2000,)
+        assert np.nanmean(draws) == pytest.approx(row.score, abs=1e-4)
+        assert (row.low, row.high) == pytest.approx(tuple(np.nanquantile(draws, [0.025, 0.975])))
+
+
+def test_a_partly_embedded_clustering_follows_mtebs_draws(make_encoder: MakeEncoder, tmp_path: Path):
+    rows = [{"text": f"{'ab' if i % 2 else 'xy'} text {i}", "label": i % 2} for i in range(600)]
+    row = evaluate([make_encoder()], [write_task(tmp_path / "t", "clustering", {"test": rows})], names=["m"]).rows[0]
+    assert row.units == row.samples == 24
+    assert row.low < row.high
+
+
+def test_the_same_model_differs_from_itself_by_nothing_in_every_draw(make_encoder: MakeEncoder, tmp_path: Path):
+    path = write_task(tmp_path / "t", "retrieval", example_rows("retrieval"))
+    models = [make_encoder(), make_encoder(), make_encoder(seed=1)]
+    one, two, other = evaluate(models, [path], names=["a", "b", "c"], out=tmp_path / "out").rows
+    draws = [read_draws(tmp_path / "out", row) for row in (one, two, other)]
+    assert np.array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+
+
+def test_too_few_rows_and_unknown_spreads_have_no_interval(make_encoder: MakeEncoder, tmp_path: Path):
+    few = write_task(tmp_path / "few", "reranking", example_rows("reranking", 4))
+    ami = write_task(tmp_path / "ami", "clustering", example_rows("clustering"), metric="ami")
+    for row in evaluate([make_encoder()], [few, ami], names=["m"], out=tmp_path / "out").rows:
+        assert (row.low, row.high, row.unit, row.units, row.draws) == (None, None, "", 0, "")
+        assert read_draws(tmp_path / "out", row) is None
+
+
+def test_draws_that_are_gone_are_drawn_again(make_encoder: MakeEncoder, tmp_path: Path):
+    path, model, out = write_task(tmp_path / "t", "sts", example_rows("sts")), make_encoder(), tmp_path / "out"
+    first = evaluate([model], [path], names=["m"], out=out).rows[0]
+    file = next((out / "draws").iterdir())
+    file.unlink()
+    with pytest.raises(DataError, match="draws of m on t"):
+        read_draws(out, first)
+    again = evaluate([model], [path], names=["m"], out=out).rows[0]
+    assert (again.low, again.high) == (first.low, first.high)
+    assert file.is_file()
+
+
+def test_results_are_in_mtebs_own_format(make_encoder: MakeEncoder, tmp_path: Path):
+    paths = [write_task(tmp_path / type_, type_, example_rows(type_)) for type_ in ("sts", "retrieval", "clustering")]
+    models = [make_encoder(depth=1), make_encoder(depth=1, seed=1)]
+    rows = evaluate(models, paths, names=["a", "b"], out=tmp_path / "out").rows
+    found = mteb.ResultCache(tmp_path / "out/mteb").load_results(require_model_meta=True)
+    scores = {
+        (str(model.model_name), task.task_name): task.get_score()
+        for model in found.model_results
+        for task in model.task_results
+    }
+    assert scores == {(f"secateur/{row.model}", row.task): pytest.approx(row.score, abs=1e-6) for row in rows}
+
+
+@pytest.mark.parametrize("prompts", [None, {"query": "query: ", "document": "passage: "}, {"query": "Do; "}])
+def test_a_second_evaluation_encodes_nothing(prompts, make_encoder: MakeEncoder, tmp_path: Path):
+    types = TYPES if prompts is None else ["retrieval", "sts"]
+    paths = [write_task(tmp_path / type_, type_, example_rows(type_), instruction="Find") for type_ in types]
+    model = make_encoder("llama", depth=1, prompts=prompts)
+    plain = evaluate([model], paths, names=["m"]).rows
+    cached = evaluate([model], paths, names=["m"], cache=tmp_path / "cache").rows
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a text was encoded")
+
+    hook = model[0].register_forward_pre_hook(refuse)
+    again = evaluate([model], paths, names=["m"], cache=tmp_path / "cache").rows
+    hook.remove()
+    assert [row.score for row in again] == pytest.approx([row.score for row in plain], abs=1e-5)
+    assert [row.score for row in again] == [row.score for row in cached]
+    assert [row.prompt for row in again] == [row.prompt for row in plain]
+
+
+def test_kept_vectors_are_those_of_the_model_and_the_prompt(make_encoder: MakeEncoder, tmp_path: Path):
+    path = write_task(tmp_path / "t", "sts", example_rows("sts"), instruction="Find")
+    runs = [
+        (make_encoder("llama"), {}),
+        (make_encoder("llama"), {"instructed": [True]}),
+        (make_encoder("llama", seed=1), {}),
+    ]
+    for model, options in runs * 2:
+        cached = evaluate([model], [path], names=["m"], cache=tmp_path / "cache", **options).rows[0].score
+        assert cached == pytest.approx(evaluate([model], [path], names=["m"], **options).rows[0].score, abs=1e-6)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_fingerprint_sees_the_tokenizer_and_the_length(make_encoder: MakeEncoder):
+    model = make_encoder("llama")
+    before = fingerprint_model(model)
+    model.max_seq_length = 17
+    shorter = fingerprint_model(model)
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert len({before, shorter, fingerprint_model(model)}) == 3
 
 
 def test_averages_over_tasks_and_over_types():

@@ -224,6 +224,10 @@ class ScoreRow:
     ``type`` is mteb's name of the task's type, ``score`` its main metric in mteb's own unit (0 to 1), ``samples`` the
     rows it was computed on. ``sample`` and ``seed`` are what was asked for (None: the whole task), ``prompt`` is
     what stood before the texts or queries; ``data`` and ``weights`` are fingerprints of the task and of the model.
+
+    ``low`` to ``high`` is the 95 % bootstrap interval of the score over ``units`` things drawn again, ``unit`` says
+    which (:mod:`secateur.predictions`); None where they cannot be. ``draws`` names the file of the draws, which
+    :func:`secateur.evaluate.read_draws` reads.
     """
 
     model: str
@@ -238,6 +242,11 @@ class ScoreRow:
     prompt: str = ""
     data: str = ""
     weights: str = ""
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    units: int = 0
+    draws: str = ""
 
 
 @dataclass(frozen=True)

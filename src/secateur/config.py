@@ -179,6 +179,33 @@ class StudyOptions(HealSettings):
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
 
 
+class ServeOptions(Options):
+    """Serve a model over HTTP, as the OpenAI embeddings API.
+
+    Example: secateur serve smollm2-large-healed --port 8000
+    """
+
+    model: str = _model()
+    host: str = Field("127.0.0.1", description="Address to listen at; others than loopback need an API key.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen at; 0 takes a free one.")
+    name: str | None = Field(None, min_length=1, description="What clients call the model [default: its folder].")
+    api_key_file: Path | None = Field(None, description="API keys, one a line; also in SECATEUR_API_KEYS.")
+    auth: bool = Field(True, description="--no-auth serves everybody who reaches the address.")
+    workers: int = Field(0, ge=0, description="Encoder processes, replaced when they die; 0: a thread of the server.")
+    batch_tokens: int = Field(4096, ge=1, description="Tokens in one pass of the model.")
+    queue_tokens: int = Field(500_000, ge=1, description="Tokens that may wait; more are answered with 429.")
+    max_items: int = Field(2048, ge=1, description="Texts in a request.")
+    max_tokens: int = Field(300_000, ge=1, description="Tokens in a request.")
+    max_bytes: int = Field(4 << 20, ge=1, description="Bytes of a request's body.")
+    timeout: float = Field(60.0, gt=0, description="Seconds that a request may take.")
+    truncate: bool = Field(False, description="Cut texts that are too long; else they are refused.")
+    pooling: PoolingName | None = Field(None, description=_POOLING)
+    max_length: int = Field(512, ge=1, description=_LENGTH)
+    dtype: Dtype = Field("auto", description="Number format of the weights; auto: as stored.")
+    device: str | None = Field(None, description=_DEVICE)
+    trust_remote_code: bool = Field(False, description=_TRUST)
+
+
 def make(options: type[O], values: dict[str, Any]) -> O:
     """Validate options.
 

@@ -4,34 +4,62 @@ What stands before a text follows from the model. One that was trained with inst
 form ``"<instruction>; "``) gets the instruction of each task in the same form: on queries only in retrieval and
 reranking, on every text elsewhere, as mteb's own instruction wrappers do. One that came with other prompts (E5's
 ``"query: "``) keeps them. One without prompts gets the bare text.
+
+Each score has a 95 % bootstrap interval (:mod:`secateur.intervals`). Its draws are the same for all models on the same
+data, so that differences between models have paired intervals too (:mod:`secateur.compare`). The folder of results:
+
+    OUT/scores.json                  the table
+    OUT/draws/<name>.npy             the score of each draw, named in the table's rows
+    OUT/mteb/results/<model>/...     the same results in mteb's own format, for ``mteb.ResultCache(OUT/mteb)``
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import mteb
 import numpy as np
+from datasets import Dataset
+from mteb.cache import ResultCache
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch import uint8
+from torch.utils.data import DataLoader
 
-from secateur.artifacts import Fingerprint, ScoreRow, Scores, load, output_error, provenance
+from secateur.artifacts import (
+    Fingerprint,
+    ScoreRow,
+    Scores,
+    load,
+    output_error,
+    provenance,
+    read_json,
+    write_bytes,
+    writing,
+)
 from secateur.data import instruction_prompt
-from secateur.errors import ConfigError, ModelError
+from secateur.errors import ConfigError, DataError, ModelError
+from secateur.intervals import FEWEST, Array, interval, mean_of, resample, whole
 from secateur.models import model_label, open_model
+from secateur.predictions import predicted
 from secateur.progress import Progress, quiet, silent
 from secateur.tasks import Task, count_samples, open_task
+from secateur.vectors import VectorCache
+
+DRAWS_FOLDER, MTEB_FOLDER = "draws", "mteb"
+SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
 
 Model: TypeAlias = str | Path | SentenceTransformer
 
@@ -46,6 +74,7 @@ def evaluate(
     instructions: bool = True,
     instructed: Sequence[bool] | None = None,
     names: Sequence[str] | None = None,
+    cache: str | Path | None = None,
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> Scores:
@@ -65,6 +94,7 @@ def evaluate(
         instructions: False: no instruction and no prompt before any text, for no model.
         instructed: Whether each model was trained with instructions. Default: read from its prompts.
         names: What to call the models in the table. Default: the last part of their paths.
+        cache: Folder that keeps vectors (:mod:`secateur.vectors`): a text is not encoded twice by the same model.
         out: Folder of ``scores.json``, written after each task. Scores that it holds already are not computed again if
             the model's weights, the task's data, ``sample``, ``seed`` and the prompt are the same; those of other
             models and tasks stay in the file.
@@ -90,14 +120,15 @@ def evaluate(
         model = given if isinstance(given, SentenceTransformer) else open_model(given)
         told = _instructed(model) if instructed is None else instructed[i]
         weights = fingerprint_model(model)
+        vectors = VectorCache(cache, weights) if cache is not None else None
         for j, task in enumerate(opened):
             progress("evaluate", i * len(opened) + j, total)
             prompts = _prompts(task, told) if instructions else {}
-            with quiet(), _as_encoder(model, label, prompts) as encoder:
+            with quiet(), _as_encoder(model, label, prompts, vectors) as encoder:
                 key: dict[str, Any] = {"sample": sample, "seed": seed, "prompt": _prompt(encoder, task)}
                 key |= {"data": task.source.sha256, "weights": weights}
                 if not ledger.holds(label, task.name, key):
-                    ledger.add(ScoreRow(**_score(encoder, label, task, batch_size), **key))
+                    ledger.add(_score(encoder, label, task, batch_size, key))
     progress("evaluate", total, total)
     return ledger.table()
 
@@ -161,12 +192,23 @@ class _Ledger:
 
     def holds(self, model: str, task: str, key: dict[str, Any]) -> bool:
         row = self.rows.get((model, task))
-        return row is not None and all(getattr(row, name) == value for name, value in key.items())
+        if row is None or any(getattr(row, name) != value for name, value in key.items()):
+            return False
+        return self.out is None or not row.draws or _draws_file(self.out, row.draws).is_file()
 
-    def add(self, row: ScoreRow) -> None:
+    def add(self, scored: _Scored) -> None:
+        """Keep a score; on disk the row comes last, so that what it names is there."""
+        row = scored.row
         self.rows[row.model, row.task] = row
-        if self.out is not None:
-            self._of([*self.rows]).save(self.out)
+        if self.out is None:
+            return
+        if scored.draws is not None:
+            stream = io.BytesIO()
+            np.save(stream, scored.draws)
+            write_bytes(_draws_file(self.out, row.draws), stream.getvalue())
+        with writing(self.out / MTEB_FOLDER):
+            ResultCache(self.out / MTEB_FOLDER).save_to_cache(scored.result, scored.meta)
+        self._of([*self.rows]).save(self.out)
 
     def table(self) -> Scores:
         """The scores that were asked for."""
@@ -179,9 +221,31 @@ class _Ledger:
         return Scores(provenance=provenance(data, self.seed), scores=rows)
 
 
+def _draws_file(out: Path, name: str) -> Path:
+    return out / DRAWS_FOLDER / f"{name}.npy"
+
+
+def read_draws(out: str | Path, row: ScoreRow) -> Array | None:
+    """The score of each bootstrap draw of a row of ``out/scores.json``: (draws,); None where it was not resampled.
+
+    Raises:
+        DataError: The file that the row names is missing or damaged.
+    """
+    if not row.draws:
+        return None
+    file = _draws_file(Path(out), row.draws)
+    try:
+        draws: Array = np.load(file)
+    except (OSError, ValueError, EOFError):
+        problem = f"is missing or damaged, the draws of {row.model} on {row.task}"
+        raise DataError(file, problem, "evaluate again into the same folder") from None
+    return draws
+
+
 def fingerprint_model(model: SentenceTransformer) -> str:
-    """SHA-256 over what a model's vectors follow from: modules, configuration and weights."""
-    digest = hashlib.sha256(repr(model).encode())
+    """SHA-256 over what a model's vectors follow from: modules, tokenizer, configuration and weights."""
+    digest = hashlib.sha256(f"{model!r} {model.max_seq_length} {model.truncate_dim}".encode())
+    digest.update(_tokenizer_settings(model).encode())
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     for config in configs.values():
         settings = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
@@ -192,17 +256,46 @@ def fingerprint_model(model: SentenceTransformer) -> str:
     return digest.hexdigest()
 
 
+def _tokenizer_settings(model: SentenceTransformer) -> str:
+    """What decides on tokens. Padding and truncation are left out: they are settings of the last call."""
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return repr(model.tokenizer)
+    settings = json.loads(backend.to_str())
+    return json.dumps({key: value for key, value in settings.items() if key not in ("padding", "truncation")})
+
+
 def _instructed(model: SentenceTransformer) -> bool:
     """Whether a saved prompt has the form in which this package trains with instructions."""
     ending = instruction_prompt("x").removeprefix("x")
     return any(prompt and prompt.endswith(ending) for prompt in model.prompts.values())
 
 
-class _FiniteEncoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
-    """mteb's own encoder, that refuses vectors which are not numbers: mteb ranks NaN somewhere, and gives a score."""
+class _Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
+    """mteb's own encoder, with kept vectors, that refuses vectors which are not numbers.
 
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        vectors = super().encode(*args, **kwargs)
+    mteb ranks NaN somewhere, and gives a score.
+    """
+
+    vectors: VectorCache | None = None
+
+    def encode(self, inputs: Any, **kwargs: Any) -> Any:
+        if self.vectors is None:
+            return self._encode(inputs, kwargs)
+        texts = [text for batch in inputs for text in batch["text"]]
+        prompts = self.model_prompts or {}
+        name = get_prompt_name(prompts, kwargs["task_metadata"], kwargs.get("prompt_type"))
+        # Without a prompt of the task, the model chooses one of its own by the kind of text.
+        before = [prompts.get(name), kwargs.get("prompt_type"), self.model.prompts, self.model.default_prompt_name]
+
+        def encode(missing: list[str]) -> Any:
+            batches = DataLoader(Dataset.from_dict({"text": missing}), batch_size=kwargs.get("batch_size", 32))
+            return self._encode(batches, kwargs)
+
+        return self.vectors.encode(texts, json.dumps(before, sort_keys=True), encode)
+
+    def _encode(self, inputs: Any, kwargs: dict[str, Any]) -> Any:
+        vectors = super().encode(inputs, **kwargs)
         if not np.isfinite(np.asarray(vectors)).all():
             name = str(self.mteb_model_meta.name).removeprefix("secateur/")
             raise ModelError(name, f"gives vectors with NaN or infinity on {kwargs['task_metadata'].name}")
@@ -218,7 +311,9 @@ def _prompts(task: Task, instructed: bool) -> dict[str, str] | None:
 
 
 @contextmanager
-def _as_encoder(model: SentenceTransformer, label: str, prompts: dict[str, str] | None) -> Iterator[_FiniteEncoder]:
+def _as_encoder(
+    model: SentenceTransformer, label: str, prompts: dict[str, str] | None, vectors: VectorCache | None
+) -> Iterator[_Encoder]:
     """The model as mteb's encoder, under its own name and with these prompts; itself unchanged afterwards."""
     card = model.model_card_data
     before = model.prompts, model.default_prompt_name, card.model_name
@@ -226,40 +321,81 @@ def _as_encoder(model: SentenceTransformer, label: str, prompts: dict[str, str] 
         card.model_name = f"secateur/{label}"  # mteb wants organization/name, and takes it from the card
         if prompts is not None:  # else sentence-transformers falls back on the model's own
             model.prompts, model.default_prompt_name = {}, None
-        yield _FiniteEncoder(model, model_prompts=prompts or None)
+        encoder = _Encoder(model, model_prompts=prompts or None)
+        encoder.vectors = vectors
+        yield encoder
     finally:
         model.prompts, model.default_prompt_name, card.model_name = before
 
 
-def _prompt(encoder: _FiniteEncoder, task: Task) -> str:
+def _prompt(encoder: _Encoder, task: Task) -> str:
     """What will stand before the queries, or before all texts."""
     prompts, model = encoder.model_prompts or {}, encoder.model
     name = get_prompt_name(prompts, task.metadata, PromptType.query if task.asymmetric else None)
     return str((prompts[name] if name else model.prompts.get(model.default_prompt_name)) or "")
 
 
-def _score(encoder: _FiniteEncoder, label: str, task: Task, batch_size: int) -> dict[str, Any]:
-    """Let mteb run one task; the measured columns of its row."""
+@dataclass(frozen=True)
+class _Scored:
+    """One score as it is kept: our row and its draws, and mteb's result and description of the model."""
+
+    row: ScoreRow
+    draws: Array | None
+    result: Any
+    meta: Any
+
+
+def _score(encoder: _Encoder, label: str, task: Task, batch_size: int, key: dict[str, Any]) -> _Scored:
+    """Let mteb run one task."""
     made = task.make()
-    started = time.monotonic()
-    result = mteb.evaluate(
-        encoder,
-        made,
-        cache=None,
-        co2_tracker=False,
-        show_progress_bar=False,
-        encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-    )
-    score = float(result.task_results[0].get_score())
+    started, state = time.monotonic(), made.rng_state.getstate()
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        result = mteb.evaluate(
+            encoder,
+            made,
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+            prediction_folder=folder,
+        ).task_results[0]
+        file = Path(folder) / made.prediction_file_name
+        predictions = read_json(file) if file.is_file() else {}
+    score = float(result.get_score())
     metric = str(task.metadata.main_score)
     if not math.isfinite(score):
         raise ModelError(label, f"{metric} on {task.name} is not a number", "are its vectors all alike?")
-    return {
-        "model": label,
-        "task": task.name,
-        "type": str(task.metadata.type),
-        "metric": metric,
-        "score": score,
-        "samples": count_samples(made),
-        "seconds": time.monotonic() - started,
-    }
+    row = ScoreRow(
+        model=label,
+        task=task.name,
+        type=str(task.metadata.type),
+        metric=metric,
+        score=score,
+        samples=count_samples(made),
+        seconds=time.monotonic() - started,
+        **key,
+    )
+    row, draws = _resampled(row, made, predictions, state)
+    # The revision tells mteb's tools one state of a model from another under the same name.
+    meta = encoder.mteb_model_meta.model_copy(update={"revision": row.weights[:12]})
+    return _Scored(row, draws, result, meta)
+
+
+def _resampled(
+    row: ScoreRow, task: Any, predictions: dict[str, Any], state: tuple[Any, ...]
+) -> tuple[ScoreRow, Array | None]:
+    """A score with its interval and draws, where the predictions give mteb's own score and there are enough of them."""
+    parts = predicted(task, predictions, row.metric, state)
+    if not parts or min(part.units for part in parts) < FEWEST:
+        return row, None
+    again = float(np.mean([whole(part.statistic, part.units) for part in parts]))
+    if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
+        return row, None
+    # By the data alone: every model is scored on the same draws.
+    seeds = [int(hashlib.sha256(f"{row.data} {i}".encode()).hexdigest()[:8], 16) for i in range(len(parts))]
+    draws = mean_of([resample(part.statistic, part.units, seed) for part, seed in zip(parts, seeds, strict=True)])
+    low, high = interval(draws)
+    identity = json.dumps([row.model, row.task, row.sample, row.seed, row.prompt, row.data, row.weights])
+    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    units = sum(part.units for part in parts)
+    return replace(row, low=low, high=high, unit=parts[0].unit, units=units, draws=name), draws

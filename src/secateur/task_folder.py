@@ -24,6 +24,7 @@ import codecs
 import hashlib
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ TRAIN_PER_LABEL = 8
 """A sampled classification task keeps so many training texts of each label: what mteb fits one classifier on."""
 DISTRACTORS_PER_QUERY = 4
 """A sampled retrieval task keeps, besides all judged documents of its queries, so many others for each query."""
+LONGEST_NAME = 120
+_FILE_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
 QRELS_HEADER = ("query-id", "corpus-id", "score")
 
 
@@ -100,6 +103,9 @@ def _read_about(folder: Path) -> dict[str, str]:
             problem = "is missing" if key not in content else f"is {value!r}, not a text"
             raise DataError(file, problem, field=key)
         about[key] = value.strip()
+    if len(about["name"]) > LONGEST_NAME or not _FILE_NAME.fullmatch(about["name"]):
+        problem = f"{about['name']!r:.60} cannot be a part of file names"
+        raise DataError(file, problem, f"at most {LONGEST_NAME} characters, no slash, no dot in front", field="name")
     if about["type"] not in _COLUMNS:
         raise DataError(file, f"unknown type {about['type']!r}", f"one of {', '.join(_COLUMNS)}", field="type")
     return about

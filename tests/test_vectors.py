@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from secateur.vectors import VectorCache
+
+
+def encode(texts: list[str]) -> np.ndarray:
+    return np.array([[len(text), sum(map(ord, text)), 0.1] for text in texts], dtype=np.float32)
+
+
+def never(texts: list[str]) -> np.ndarray:
+    raise AssertionError(f"encoded again: {texts}")
+
+
+def test_vectors_come_back_in_order_and_no_text_is_encoded_twice(tmp_path: Path):
+    asked: list[list[str]] = []
+
+    def counted(texts: list[str]) -> np.ndarray:
+        asked.append(texts)
+        return encode(texts)
+
+    cache = VectorCache(tmp_path, "m")
+    cache.encode(["a", "bb", "a"], "", counted)
+    assert np.array_equal(cache.encode(["ccc", "bb", "a", "ccc"], "", counted), encode(["ccc", "bb", "a", "ccc"]))
+    assert asked == [["a", "bb"], ["ccc"]]
+    again = VectorCache(tmp_path, "m")
+    assert len(again) == 3
+    assert np.array_equal(again.encode(["bb", "ccc"], "", never), encode(["bb", "ccc"]))
+
+
+def test_another_model_or_prompt_is_another_vector(tmp_path: Path):
+    VectorCache(tmp_path, "m").encode(["a"], "", encode)
+    for cache, context in ((VectorCache(tmp_path, "m"), "query: "), (VectorCache(tmp_path, "other"), "")):
+        with pytest.raises(AssertionError, match="encoded again"):
+            cache.encode(["a"], context, never)
+
+
+@pytest.mark.parametrize("damage", ["no keys", "half the vectors", "half the keys", "rubbish", "other length"])
+def test_what_a_killed_writer_left_is_not_there(damage: str, tmp_path: Path):
+    cache = VectorCache(tmp_path, "m")
+    cache.encode(["a", "b"], "", encode)
+    cache.encode(["c"], "", encode)
+    keys = next(f for f in cache.folder.glob("*.keys.npy") if np.load(f).shape[0] == 2)
+    vectors = keys.with_name(keys.name.replace(".keys", ""))
+    if damage == "no keys":
+        keys.unlink()
+    elif damage == "rubbish":
+        vectors.write_bytes(b"rubbish")
+    elif damage == "other length":
+        np.save(vectors, encode(["a", "b", "c"]))
+    else:
+        file = vectors if "vectors" in damage else keys
+        file.write_bytes(file.read_bytes()[:-8])
+    again = VectorCache(tmp_path, "m")
+    assert len(again) == 1
+    assert np.array_equal(again.encode(["a", "c", "b"], "", encode), encode(["a", "c", "b"]))
+
+
+def test_two_writers_at_once(tmp_path: Path):
+    one, two = VectorCache(tmp_path, "m"), VectorCache(tmp_path, "m")
+    one.encode(["a", "b"], "", encode)
+    two.encode(["b", "c"], "", encode)
+    assert np.array_equal(VectorCache(tmp_path, "m").encode(["a", "b", "c"], "", never), encode(["a", "b", "c"]))
+
+
+def test_vectors_are_mapped_into_memory(tmp_path: Path):
+    VectorCache(tmp_path, "m").encode(["a"], "", encode)
+    assert all(isinstance(vectors, np.memmap) for vectors in VectorCache(tmp_path, "m")._files)
