@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from secateur.artifacts import LossRow
 from secateur.blocks import linear_names
 from secateur.data import Pair, Pairs
 from secateur.errors import ConfigError, DataError, TrainingDiverged
-from secateur.progress import Progress
+from secateur.progress import Progress, quiet
 
 WARMUP = 0.3
 """Share of the steps in which the learning rate rises: the paper's 300 of 1,000."""
@@ -173,8 +172,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         trainer.go_on(last_checkpoint(folder))
     # The trainer left its autocast around the model: what is saved and compared is the model without it.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
