@@ -154,6 +154,8 @@ def prune_checkpoint(
         shards = _share_out(outputs, max_shard_bytes)
         _check_space(out, sum(item.size for item in outputs) * (2 if mirror and isinstance(opened, Hub) else 1))
         _write_shards(out, shards, opened, change, cut, progress)
+        if isinstance(opened, Hub):
+            opened.complete_mirror(set(names.values()))
         cut.target.config.save_pretrained(out)
         _copy_companions(opened, out)
     return Pruned(

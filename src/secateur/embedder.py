@@ -16,6 +16,7 @@ TRANSFORMER_FILES = ("sentence_bert_config.json", "sentence_roberta_config.json"
 MODULE_FILES = ("config.json", "model.safetensors")
 COPIED = frozenset({".json", ".safetensors", ".txt"})
 PICKLE = "pytorch_model.bin"
+CONFIGURED = frozenset({"Pooling", "Dense", "LayerNorm"})
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ def read_embedder(source: Source) -> Embedder | None:
     kind = modules[0]["type"].rpartition(".")[2]
     if kind != "Transformer":
         raise UnsupportedArchitecture(source.name, f"it begins with a {kind}, not with a transformer")
+    for module in modules[1:]:
+        if module["type"].rpartition(".")[2] in CONFIGURED and source.find(f"{module['path']}/config.json") is None:
+            raise ModelError(
+                source.where(module["path"]), "has no config.json", "the model is incomplete: fetch it again"
+            )
     if modules[0]["path"] and not isinstance(source, Folder):
         problem = f"keeps its transformer in {modules[0]['path']}"
         raise ModelError(source.name, problem, "fetch it (hf download) and give the folder")

@@ -312,12 +312,12 @@ def write_for_all_readers(folder: Path) -> None:
     text-embeddings-inference reads only the booleans, sentence-transformers 6 writes only the name; both accept both.
     """
     file = folder / "modules.json"
-    modules = json.loads(file.read_text())
+    modules = read_json(file)
     for module in modules:
         module["type"] = _LEGACY_TYPES.get(module["type"].rpartition(".")[2], module["type"])
         config = folder / module["path"] / "config.json"
         if module["type"].endswith(".Pooling"):
-            settings = json.loads(config.read_text())
+            settings = read_json(config)
             if "pooling_mode" in settings:
                 config.write_text(json.dumps(settings | _pooling_booleans(settings["pooling_mode"]), indent=1))
     file.write_text(json.dumps(modules, indent=1))

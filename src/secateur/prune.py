@@ -172,6 +172,8 @@ def _cut_checkpoint(job: Job, selection: Selection, progress: Progress) -> None:
     embedder = read_embedder(source)
     if embedder is not None and job.opening.pooling is not None:
         raise ModelError(job.source, f"is a trained embedder and pools its own way, not by {job.opening.pooling}")
+    # What is read first on the Hub settles the commit.
+    job = replace(job, revision=getattr(source, "revision", None))
     result = _copy_transformer(job, embedder, selection, progress)
     if embedder is not None:
         copy_modules(source, embedder, job.cut)
