@@ -25,7 +25,6 @@ from sentence_transformers.util import is_sentence_transformer_model
 from tokenizers import Regex, normalizers
 
 from secateur.artifacts import Origin, read_json
-from secateur.blocks import depth_of, find_stack, tensor_of_block
 from secateur.errors import ModelError
 from secateur.gguf import convert_gguf
 from secateur.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
@@ -85,7 +84,7 @@ def open_model(
         else:
             model = _wrap(source, model_kwargs, pooling, max_length, options)
         if isinstance(source, Path):
-            _check_blocks(source, model)
+            _check_whole(source, model)
         return model
 
 
@@ -203,24 +202,19 @@ def _check_folder(folder: Path) -> None:
             raise ModelError(folder, f"{file.name} is damaged or half written ({_first_line(error)})") from error
 
 
-def _check_blocks(folder: Path, model: SentenceTransformer) -> None:
-    """Compare the blocks that the configuration promises with those whose weights are there.
+def _check_whole(folder: Path, model: SentenceTransformer) -> None:
+    """Refuse weights that are not all there: transformers makes up what is missing, at random, and only logs it.
 
-    transformers fills blocks whose weights are missing with random numbers, and only logs it.
+    Asked on the meta device, transformers reads names and shapes alone. A missing pooler is no loss: no vector of
+    ours goes through it.
     """
     transformer = model[0].auto_model
-    path = find_stack(transformer).path
-    names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            names.update(tensors.keys())
-    found = {block[0] for name in names if (block := tensor_of_block(name, path))}
-    expected = set(range(depth_of(transformer)))
-    if found and not expected <= found:
-        missing = ", ".join(map(str, sorted(expected - found)[:5]))
-        raise ModelError(
-            folder, f"config.json says {len(expected)} blocks, but the weights of block {missing} are missing"
-        )
+    options = {"device_map": "meta", "output_loading_info": True, "config": transformer.config}
+    _, found = type(transformer).from_pretrained(transformer.config.name_or_path, **options)
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(folder, f"has no weights for {missing[0]}{others}", "copy or save the folder again")
 
 
 @contextmanager
