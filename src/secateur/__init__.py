@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.choose import choose
+    from secateur.compare import compare
     from secateur.cost import cost
     from secateur.errors import SecateurError
     from secateur.evaluate import evaluate
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from secateur.profile import profile
     from secateur.prune import prune
     from secateur.report import report
+    from secateur.serve import serve
     from secateur.study import read_scores, study
 
 __all__ = [
     "SecateurError",
     "choose",
+    "compare",
     "cost",
     "evaluate",
     "heal",
@@ -34,6 +37,7 @@ __all__ = [
     "prune",
     "read_scores",
     "report",
+    "serve",
     "study",
 ]
 

@@ -216,6 +216,11 @@ class Profile(Table):
     def rows(self) -> tuple[DepthRow, ...]:
         return self.depths
 
+    @property
+    def can_choose(self) -> bool:
+        """Whether there is something to choose from, and losses to choose by."""
+        return self.depth > 1 and all(row.loss is not None for row in self.depths)
+
 
 @dataclass(frozen=True)
 class ScoreRow:
@@ -292,9 +297,17 @@ class Scores(Table):
 
 @dataclass(frozen=True)
 class CostRow:
-    """What one model costs: counted parameters, bytes of its folder, and measured speed on this machine.
+    """What one model costs: counted parameters, bytes and operations, and measured times on this machine.
 
-    ``texts_per_second`` is the median over repetitions, ``speed_low`` and ``speed_high`` their extremes.
+    ``parameters`` counts a weight that is used twice once; ``embedding_parameters`` of them are the table of tokens.
+    ``bytes`` are those of its folder, ``memory_bytes`` those of its weights in memory, ``peak_bytes`` the most that a
+    fresh process held while encoding long texts, libraries included (None: not measured). ``flops_per_token`` are
+    counted by :mod:`secateur.flops` on a text of ``flops_tokens`` tokens.
+
+    ``texts_per_second`` is for short texts (``short_tokens`` each) in batches of ``short_batch``, the quickest tried;
+    the median over repetitions, ``speed_low`` and ``speed_high`` their extremes; ``long_*`` likewise for long texts.
+    ``latency_p50`` and ``latency_p95`` are seconds for one short text alone. Times take in the tokenizer. ``device``
+    and ``threads`` say where, ``dtype`` is that of the weights.
     """
 
     model: str
@@ -305,6 +318,23 @@ class CostRow:
     texts_per_second: float
     speed_low: float
     speed_high: float
+    memory_bytes: int = 0
+    peak_bytes: int | None = None
+    flops_per_token: float = 0.0
+    flops_tokens: int = 0
+    load_seconds: float = 0.0
+    latency_p50: float = 0.0
+    latency_p95: float = 0.0
+    short_tokens: float = 0.0
+    short_batch: int = 0
+    long_tokens: float = 0.0
+    long_batch: int = 0
+    long_texts_per_second: float = 0.0
+    long_speed_low: float = 0.0
+    long_speed_high: float = 0.0
+    dtype: str = ""
+    device: str = ""
+    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -319,6 +349,75 @@ class Costs(Table):
     @property
     def rows(self) -> tuple[CostRow, ...]:
         return self.costs
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """One model against the reference on one task; ``task`` is empty in the row of the mean over all tasks.
+
+    ``difference`` is ``score`` - ``reference_score``, with its paired 95 % bootstrap interval over ``units`` things
+    drawn again (``unit`` says which); None where the two were not scored on the same things.
+    """
+
+    model: str
+    reference: str
+    task: str
+    metric: str
+    score: float
+    reference_score: float
+    difference: float
+    low: float | None
+    high: float | None
+    unit: str = ""
+    units: int = 0
+
+    @property
+    def apart(self) -> bool:
+        """Whether the difference is outside the error."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
+class OverlapRow:
+    """How alike two spaces are: the mean share of a text's ``neighbours`` nearest texts that it has in both."""
+
+    model: str
+    reference: str
+    overlap: float
+    neighbours: int
+    texts: int
+
+
+@dataclass(frozen=True)
+class ChangedRow:
+    """A text whose nearest texts changed: those ``lost`` and those ``gained`` against the reference, nearest first."""
+
+    model: str
+    reference: str
+    text: str
+    overlap: float
+    lost: tuple[str, ...]
+    gained: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison(Table):
+    """Models side by side; the first is the ``reference`` of the others. ``rows`` are the differences of scores."""
+
+    kind: ClassVar[str] = "comparison"
+    file: ClassVar[str] = "comparison.json"
+
+    reference: str
+    models: tuple[str, ...]
+    differences: tuple[DifferenceRow, ...]
+    overlaps: tuple[OverlapRow, ...]
+    changed: tuple[ChangedRow, ...]
+    scores: tuple[ScoreRow, ...]
+    costs: tuple[CostRow, ...]
+
+    @property
+    def rows(self) -> tuple[DifferenceRow, ...]:
+        return self.differences
 
 
 @dataclass(frozen=True)
@@ -427,7 +526,15 @@ def check_no_byte_order_mark(file: Path, start: bytes) -> None:
         raise DataError(file, "starts with a byte order mark", "save it as UTF-8 without BOM", line=1)
 
 
-_ROWS: dict[str, type] = {"depths": DepthRow, "scores": ScoreRow, "costs": CostRow, "losses": LossRow}
+_ROWS: dict[str, type] = {
+    "depths": DepthRow,
+    "scores": ScoreRow,
+    "costs": CostRow,
+    "losses": LossRow,
+    "differences": DifferenceRow,
+    "overlaps": OverlapRow,
+    "changed": ChangedRow,
+}
 
 
 def _build(kind: type[T], content: Mapping[str, Any]) -> T:
@@ -440,9 +547,15 @@ def _build(kind: type[T], content: Mapping[str, Any]) -> T:
     values["provenance"] = Provenance(**origin)
     for name, row in _ROWS.items():
         if name in values:
-            values[name] = tuple(row(**item) for item in values[name])
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return kind(**values)
+            values[name] = tuple(row(**_frozen(item)) for item in values[name])
+    return kind(**{name: _frozen(value) for name, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _finite(value: Any) -> Any:

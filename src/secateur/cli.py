@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -21,7 +21,7 @@ from secateur import config
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
-    from secateur.artifacts import Profile, Scores
+    from secateur.artifacts import Comparison, CostRow, Profile, Scores
     from secateur.progress import Progress
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ def _fail(message: str, code: int) -> None:
 
 def _spread(arguments: list[str]) -> list[str]:
     """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``."""
-    several = {"--data", "--tasks", "--depths"}
+    several = {"--data", "--tasks", "--texts", "--depths"}
     spread: list[str] = []
     current = ""
     for argument in arguments:
@@ -211,6 +211,26 @@ def evaluate_command(options: config.EvaluateOptions) -> None:
     typer.echo(f"\n{options.out / 'scores.json'}")
 
 
+@_command(config.CostOptions)
+def cost_command(options: config.CostOptions) -> None:
+    import secateur
+
+    with _bars() as progress:
+        costs = secateur.cost(**_given(options), progress=progress)
+    _show_costs(costs.rows)
+    typer.echo(f"\n{options.out / 'costs.json'}")
+
+
+@_command(config.CompareOptions)
+def compare_command(options: config.CompareOptions) -> None:
+    import secateur
+
+    with _bars() as progress:
+        comparison = secateur.compare(**_given(options), progress=progress)
+    _show_comparison(comparison)
+    typer.echo(f"\n{options.out / 'comparison.json'}")
+
+
 @_command(config.ReportOptions)
 def report_command(options: config.ReportOptions) -> None:
     import secateur
@@ -226,6 +246,13 @@ def study_command(options: config.StudyOptions) -> None:
         page = secateur.study(**_given(options), progress=progress)
     _show_scores(secateur.read_scores(options.out))
     typer.echo(f"\n{page}")
+
+
+@_command(config.ServeOptions)
+def serve_command(options: config.ServeOptions) -> None:
+    import secateur
+
+    secateur.serve(**_given(options))
 
 
 @app.callback(invoke_without_command=True)
@@ -284,15 +311,33 @@ def _show_profile(profile: Profile) -> None:
 
     import secateur
 
-    chosen = {depth: size for size, depth in secateur.choose(profile).items()} if profile.depth > 1 else {}
+    chosen = {depth: size for size, depth in secateur.choose(profile).items()} if profile.can_choose else {}
     table = Table(title=f"{profile.model}: {profile.depth} blocks, {profile.pooling}, scale {profile.scale:g}")
-    for column in ("depth", "loss", "± se", "block influence", "effective rank", "choice"):
-        table.add_column(column, justify="left" if column == "choice" else "right")
+    # Where a profile could not tell (texts alone, no language-model head), the whole column is left out.
+    columns = [name for name in _PROFILE_COLUMNS if any(getattr(row, name) is not None for row in profile.depths)]
+    for heading in ("depth", *(_PROFILE_COLUMNS[name][0] for name in columns), "choice"):
+        table.add_column(heading, justify="left" if heading == "choice" else "right")
     for row in profile.depths:
-        error = "" if row.loss_se is None else f"{row.loss_se:.3f}"
-        numbers = (str(row.depth), f"{row.loss:.4f}", error, f"{row.block_influence:.3f}", f"{row.effective_rank:.0f}")
-        table.add_row(*numbers, chosen.get(row.depth, ""))
+        values = ((_PROFILE_COLUMNS[name][1], getattr(row, name)) for name in columns)
+        cells = ("" if value is None else form.format(value) for form, value in values)
+        table.add_row(str(row.depth), *cells, chosen.get(row.depth, ""))
     Console().print(table)
+    for note in profile.notes:
+        typer.echo(f"note: {note}")
+
+
+_PROFILE_COLUMNS = {
+    "loss": ("loss", "{:.4f}"),
+    "loss_low": ("from", "{:.3f}"),
+    "loss_high": ("to", "{:.3f}"),
+    "chance": ("sure", "{:.0%}"),
+    "ndcg_at_10": ("nDCG@10", "{:.3f}"),
+    "next_token_loss": ("next token", "{:.2f}"),
+    "block_influence": ("influence", "{:.3f}"),
+    "effective_rank": ("rank", "{:.0f}"),
+    "mean_cosine": ("cosine", "{:.3f}"),
+}
+"""Column of a profile → its heading and format."""
 
 
 def _show_scores(scores: Scores) -> None:
@@ -306,11 +351,85 @@ def _show_scores(scores: Scores) -> None:
     for model in models:
         table.add_column(escape(model), justify="right", overflow="fold")
     for task, metric in dict.fromkeys((row.task, row.metric) for row in scores.rows):
-        found = {row.model: f"{row.score:.4f}" for row in scores.rows if row.task == task}
+        found = {row.model: _score(row.score, row.low, row.high) for row in scores.rows if row.task == task}
         table.add_row(escape(f"{task} ({metric})"), *(found.get(model, "") for model in models))
     table.add_section()
     table.add_row("average", *(f"{scores.average(model):.4f}" for model in models))
     Console().print(table)
+
+
+def _score(score: float, low: float | None, high: float | None, sign: str = "") -> str:
+    """A score with its 95 % interval."""
+    return f"{score:{sign}.4f}" + (f" [{low:{sign}.3f}, {high:{sign}.3f}]" if low is not None else "")
+
+
+_COST_ROWS: dict[str, Callable[[CostRow], str]] = {
+    "blocks": lambda row: str(row.depth),
+    "parameters, M": lambda row: f"{row.parameters / 1e6:.1f}",
+    "of them token table, M": lambda row: f"{row.embedding_parameters / 1e6:.1f}",
+    "on disk, MB": lambda row: f"{row.bytes / 1e6:.1f}",
+    "weights in memory, MB": lambda row: f"{row.memory_bytes / 1e6:.1f}",
+    "peak memory, MB": lambda row: f"{row.peak_bytes / 1e6:.0f}" if row.peak_bytes is not None else "",
+    "MFLOPs per token": lambda row: f"{row.flops_per_token / 1e6:.1f}",
+    "load, s": lambda row: f"{row.load_seconds:.2f}",
+    "one short text, ms (p50)": lambda row: f"{1000 * row.latency_p50:.1f}",
+    "one short text, ms (p95)": lambda row: f"{1000 * row.latency_p95:.1f}",
+    "short texts per s": lambda row: f"{row.texts_per_second:.1f} (batch {row.short_batch})",
+    "long texts per s": lambda row: f"{row.long_texts_per_second:.2f} (batch {row.long_batch})",
+}
+
+
+def _show_costs(rows: Sequence[CostRow]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    first = rows[0]
+    table = Table(title=escape(f"costs on {first.device}, {first.threads} threads, {first.dtype}"))
+    table.add_column("")
+    for row in rows:
+        table.add_column(escape(row.model), justify="right", overflow="fold")
+    for name, show in _COST_ROWS.items():
+        cells = [show(row) for row in rows]
+        if any(cells):
+            table.add_row(name, *cells)
+    Console().print(table)
+
+
+def _show_comparison(comparison: Comparison) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    if comparison.differences:
+        table = Table(title=escape(f"score minus that of {comparison.reference}, with its 95 % interval"))
+        for column in ("task", "model", "score", "difference", ""):
+            table.add_column(column, justify="left" if column in ("task", "model") else "right", overflow="fold")
+        for row in comparison.differences:
+            verdict = "" if row.low is None else "outside the error" if row.apart else "within the error"
+            difference = _score(row.difference, row.low, row.high, "+")
+            task = f"{row.task} ({row.metric})" if row.task else "mean"
+            table.add_row(escape(task), escape(row.model), f"{row.score:.4f}", difference, verdict)
+        console.print(table)
+    if comparison.costs:
+        _show_costs(comparison.costs)
+    for own in comparison.overlaps:
+        share = f"{100 * own.overlap:.1f} % of each text's {own.neighbours} nearest texts"
+        console.print(escape(f"\n{own.model} keeps {share} ({own.texts} texts). Those that changed most:"))
+        for changed in comparison.changed:
+            if changed.model == own.model:
+                console.print(escape(f"  {100 * changed.overlap:3.0f} %  {_line(changed.text)}"))
+                for sign, texts in (("-", changed.lost), ("+", changed.gained)):
+                    for text in texts[:2]:
+                        console.print(escape(f"         {sign} {_line(text)}"))
+
+
+def _line(text: str, width: int = 90) -> str:
+    """A text on one line, without control characters."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in text)
+    plain = " ".join(plain.split())
+    return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
 if __name__ == "__main__":

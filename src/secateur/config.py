@@ -58,15 +58,16 @@ class ProfileOptions(Options):
     """
 
     model: str = _model()
-    data: list[Path] = Field(description=_DATA, min_length=1)
+    data: list[Path] = Field(description=_DATA + " Or of texts alone: .txt, or .jsonl with text.", min_length=1)
     out: Path = _out("Folder for profile.json and curve.png.")
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
     pooling: PoolingName | None = Field(None, description=_POOLING)
     batch_size: int = Field(64, ge=2, description="Pairs per batch; the loss depends on it.")
     max_examples: int = Field(1280, ge=2, description="Pairs used, drawn by the seed.")
+    until_sure: bool = Field(False, description="Stop as soon as 95 % of bootstrap draws agree on the choice.")
     max_length: int = Field(512, ge=1, description=_LENGTH)
-    dtype: Dtype = Field("auto", description="Number format of the weights; auto: as stored.")
+    dtype: Dtype = Field("auto", description="Number format of the arithmetic; auto: the quickest, by measurement.")
     device: str | None = Field(None, description=_DEVICE)
     seed: int = Field(42, description="Of the drawing.")
     trust_remote_code: bool = Field(False, description=_TRUST)
@@ -147,6 +148,38 @@ class EvaluateOptions(Options):
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     seed: int = Field(42, description="Of the sample.")
     batch_size: int = Field(32, ge=1, description="Texts per batch.")
+    cache: Path | None = Field(None, description=_CACHE)
+
+
+class CostOptions(Options):
+    """Count what models cost, and time them side by side.
+
+    Example: secateur cost smollm2 smollm2-large -o costs
+    """
+
+    models: list[str] = Field(description=MODEL, json_schema_extra=ONE, min_length=1)
+    out: Path = _out("Folder for costs.json.")
+    repetitions: int = Field(3, ge=1, description="Timed rounds.")
+    thorough: bool = Field(False, description="More texts and batches; load time and peak memory in fresh processes.")
+    device: str | None = Field(None, description=_DEVICE)
+
+
+class CompareOptions(Options):
+    """Compare models on your data: scores with paired intervals, costs, and the texts whose neighbours changed.
+
+    Example: secateur compare smollm2 smollm2-large --tasks tasks/my-search --texts notes.txt -o comparison
+    """
+
+    models: list[str] = Field(description=MODEL, json_schema_extra=ONE, min_length=2)
+    tasks: list[str] = Field([], description="Task folders, or names of tasks that mteb knows.")
+    texts: list[Path] = Field([], description="Files of texts: .txt, or .jsonl with text [default: the tasks' own].")
+    out: Path = _out("Folder for comparison.json and the scores.")
+    neighbours: int = Field(10, ge=1, description="Nearest texts compared for each text.")
+    max_texts: int = Field(2000, ge=2, description="Texts used for the neighbours, drawn by the seed.")
+    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
+    seed: int = Field(42, description="Of the samples.")
+    batch_size: int = Field(32, ge=1, description="Texts per batch.")
+    timed: bool = Field(True, description="Count and time the models too.")
     cache: Path | None = Field(None, description=_CACHE)
 
 

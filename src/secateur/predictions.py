@@ -18,7 +18,7 @@ the rows as they are they give mteb's score, which :func:`secateur.evaluate.eval
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -172,7 +172,8 @@ def binary_metric(measure: str, labels: Array, scores: Array, counts: Array) -> 
         inside = taken < total  # mteb leaves out the threshold below all rows
         if measure == "accuracy":
             correct = positives + (total - positive) - (taken - positives)
-            return np.where(inside & (taken > 0), correct / total, 0.0).max(axis=1)
+            best: Array = np.where(inside & (taken > 0), correct / total, 0.0).max(axis=1)
+            return best
         f1 = np.where(inside & (positives > 0), 2 * precision * recall / (precision + recall), 0.0)
     at = f1.argmax(axis=1)[:, None]
     chosen: Array = np.take_along_axis({"f1": f1, "precision": precision, "recall": recall}[measure], at, axis=1)[:, 0]
@@ -256,7 +257,8 @@ def _v_measure(units: NDArray[Any], gold: NDArray[Any], found: NDArray[Any], tot
         homogeneity = np.divide(shared, by_class, out=np.ones_like(shared), where=by_class > 0)
         completeness = np.divide(shared, by_cluster, out=np.ones_like(shared), where=by_cluster > 0)
         both = homogeneity + completeness
-        return np.divide(2 * homogeneity * completeness, both, out=np.zeros_like(both), where=both > 0)
+        measure: Array = np.divide(2 * homogeneity * completeness, both, out=np.zeros_like(both), where=both > 0)
+        return measure
 
     return statistic
 
@@ -294,7 +296,7 @@ def _summarized(task: AbsTask, data: Any, content: Mapping[str, Any], metric: st
     return Predicted("texts", len(values), mean_statistic(values))
 
 
-_BUILDERS = {
+_BUILDERS: dict[type[AbsTask], Callable[..., Predicted]] = {
     AbsTaskSTS: _sts,
     AbsTaskPairClassification: _pairs,
     AbsTaskClassification: _classified,

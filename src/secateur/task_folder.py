@@ -320,6 +320,17 @@ def _fingerprint(folder: Path, about: Mapping[str, str], tables: Mapping[str, _T
     return Fingerprint(about["name"], digest.hexdigest(), len(main.rows), about["licence"])
 
 
+def texts_of(task: TaskFolder) -> list[str]:
+    """The distinct texts of a task's rows, in their order; labels and ids are none."""
+    found: dict[str, None] = {}
+    for stem, rows in task.tables.items():
+        for row in rows if stem != "qrels" else ():
+            values = [value for column, value in row.items() if column not in ("_id", "label", "title", "relevance")]
+            for value in values:
+                found |= dict.fromkeys(text for text in (value if isinstance(value, list) else [value]) if text)
+    return [text for text in found if isinstance(text, str)]
+
+
 def sample_task(task: TaskFolder, count: int, seed: int) -> TaskFolder:
     """Draw at most ``count`` test rows by ``seed``; what is drawn depends on nothing else.
 

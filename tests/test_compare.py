@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.neighbors import NearestNeighbors
+
+from conftest import MakeEncoder
+from secateur.artifacts import Comparison, ScoreRow, load
+from secateur.compare import compare, nearest_texts, overlap, score_differences
+from secateur.errors import ConfigError, DataError
+from secateur.evaluate import evaluate, read_draws
+from task_folders import example_rows, sentences, write_task
+
+
+@pytest.fixture
+def folders(make_encoder: MakeEncoder, tmp_path: Path) -> list[Path]:
+    """A model, the same again, and another."""
+    found = []
+    for name, seed in (("full", 0), ("same", 0), ("other", 1)):
+        make_encoder("llama", depth=1, seed=seed).save(str(tmp_path / name), create_model_card=False)
+        found.append(tmp_path / name)
+    return found
+
+
+def test_models_side_by_side(folders: list[Path], tmp_path: Path):
+    tasks = [write_task(tmp_path / type_, type_, example_rows(type_)) for type_ in ("sts", "retrieval")]
+    out = tmp_path / "out"
+    found = compare(folders, tasks=tasks, neighbours=5, out=out, timed=False)
+    assert load(out, Comparison) == found
+    assert (found.reference, found.models) == ("full", ("full", "same", "other"))
+    assert [(row.model, row.task) for row in found.rows] == [
+        (model, task) for model in ("same", "other") for task in ("sts", "retrieval", "")
+    ]
+    scores = {(row.model, row.task): row for row in evaluate(folders, tasks, out=out).rows}
+    for row in found.rows:
+        if row.task:
+            own, reference = scores[row.model, row.task], scores["full", row.task]
+            expected = own.score - reference.score
+            draws = read_draws(out, own) - read_draws(out, reference)
+            assert (row.low, row.high) == pytest.approx(tuple(np.nanquantile(draws, [0.025, 0.975])))
+        else:
+            expected = np.mean([r.difference for r in found.rows if r.task and r.model == row.model])
+        assert row.difference == pytest.approx(expected)
+        assert row.low <= row.difference <= row.high
+    same = [row for row in found.rows if row.model == "same"]
+    assert [(row.difference, row.low, row.high, row.apart) for row in same] == [(0, 0, 0, False)] * 3
+    same_overlap, other_overlap = (row.overlap for row in found.overlaps)
+    assert other_overlap < same_overlap == 1
+    assert {row.model for row in found.changed} == {"other"}
+    assert found.overlaps[0].neighbours == 5
+
+
+def test_texts_alone(folders: list[Path], tmp_path: Path):
+    texts = sentences(40)
+    (tmp_path / "texts.txt").write_text("\n".join([*texts, texts[0]]))
+    found = compare([folders[0], folders[2]], texts=[tmp_path / "texts.txt"], neighbours=4, timed=False)
+    assert (found.differences, found.scores, found.costs) == ((), (), ())
+    assert found.overlaps[0].texts == 40
+    assert [item.name for item in found.provenance.data] == ["texts.txt"]
+    shares = [row.overlap for row in found.changed]
+    assert shares == sorted(shares)
+    for row in found.changed:
+        assert len(row.lost) == len(row.gained) == round(4 * (1 - row.overlap)) > 0
+        assert row.text in texts
+        assert not {row.text} & {*row.lost, *row.gained}
+        assert not {*row.lost} & {*row.gained}
+    assert compare(folders[:2], texts=[tmp_path / "texts.txt"], max_texts=10, timed=False).overlaps[0].texts == 10
+
+
+def test_costs_are_there_and_kept_vectors_are_used(folders: list[Path], tmp_path: Path):
+    (tmp_path / "texts.txt").write_text("\n".join(sentences(12)))
+    options = {"texts": [tmp_path / "texts.txt"], "cache": tmp_path / "cache"}
+    found = compare(folders[1:], **options)
+    assert [row.model for row in found.costs] == ["same", "other"]
+    assert compare(folders[1:], **options, timed=False).overlaps == found.overlaps
+    assert len(list((tmp_path / "cache").rglob("*.keys.npy"))) == 2
+
+
+def test_neighbours_are_sklearns_and_overlap_is_their_share():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(300, 8)).astype(np.float32)
+    found = nearest_texts(vectors, 7)
+    theirs = NearestNeighbors(n_neighbors=8, metric="cosine").fit(vectors).kneighbors(vectors)[1][:, 1:]
+    assert np.array_equal(found, theirs)
+    assert overlap(np.array([[1, 2, 3, 4]]), np.array([[4, 9, 2, 8]])).tolist() == [0.5]
+
+
+def test_scores_on_other_rows_have_no_interval():
+    rows = [
+        ScoreRow("a", "t", "STS", "spearman", 0.5, 10, 1.0, units=10, unit="pairs", data="x"),
+        ScoreRow("b", "t", "STS", "spearman", 0.7, 10, 1.0, units=10, unit="pairs", data="y"),
+        ScoreRow("b", "u", "STS", "spearman", 0.7, 10, 1.0),
+    ]
+    draws = [np.linspace(0, 1, 9), np.linspace(0, 2, 9), None]
+    (found,) = score_differences(rows, "a", draws)
+    assert (found.low, found.high, found.apart, found.units) == (None, None, False, 0)
+    assert found.difference == pytest.approx(0.2)
+
+
+def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path):
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    for models, options, says in (
+        (folders[:1], {"tasks": ["t"]}, "two or more"),
+        (folders, {}, "--tasks or --texts"),
+        (folders, {"texts": [tmp_path / "two.txt"]}, "2 distinct texts"),
+        (folders, {"tasks": ["t"], "names": ["a", "a", "b"]}, "same name"),
+        ([folders[0], folders[0]], {"tasks": ["t"]}, "same name"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            compare(models, **options)
+    with pytest.raises(DataError, match="neither a task folder"):
+        compare(folders, tasks=["no-such-task"])

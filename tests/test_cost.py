@@ -1,0 +1,157 @@
+"""Counts against closed forms and torch's own counter, on tiny models of many architectures; times are only there."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from architectures import batch, model_of, padding_id, states
+from conftest import MakeEncoder
+from secateur.artifacts import Costs, load
+from secateur.blocks import embeddings_of
+from secateur.cost import bytes_on_disk, cost, long_texts, measure_alone, short_texts
+from secateur.errors import ConfigError, ModelError
+from secateur.flops import MatrixProducts, flops_per_token
+
+DENSE = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "bert",
+    "modernbert",
+    "mpnet",
+    "t5",
+    "mamba",
+)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_operations_are_those_of_torchs_counter(name: str):
+    """torch's counter does not see the fused attention of CPUs, so attention is unfolded for it."""
+    model = model_of(name).eval()
+    features = batch(pad=padding_id(model))
+    with torch.no_grad(), MatrixProducts() as products:
+        states(model, features)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as theirs:
+        states(model, features)
+    assert products.flops == theirs.get_total_flops() > 0
+
+
+def test_operations_of_experts_are_those_of_the_experts_asked():
+    """torch's counter misses grouped products: dense part from its count, experts from the formula."""
+    model = model_of("mixtral").eval()
+    features = batch(pad=padding_id(model))
+    with torch.no_grad(), MatrixProducts() as products:
+        states(model, features)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as theirs:
+        states(model, features)
+    c = model.config
+    tokens, experts = features["input_ids"].numel(), c.num_experts_per_tok
+    expected = 2 * tokens * experts * 3 * c.hidden_size * c.intermediate_size * c.num_hidden_layers
+    assert products.flops == theirs.get_total_flops() + expected
+
+
+def test_operations_per_token_of_a_llama_are_the_closed_form(make_encoder: MakeEncoder):
+    model = make_encoder("llama", depth=2)
+    c = model[0].auto_model.config
+    heads = c.hidden_size * (2 + 2 * c.num_key_value_heads / c.num_attention_heads)
+    for length in (16, 64):
+        flops, tokens = flops_per_token(model, length)
+        block = 2 * c.hidden_size * (heads + 3 * c.intermediate_size) + 4 * length * c.hidden_size
+        assert tokens == length
+        assert flops == 2 * block
+    assert flops_per_token(model, 5000)[1] == 128  # the longest text that it takes
+
+
+def tensors_of(folder: Path) -> dict[str, int]:
+    """Elements of each stored tensor, from the file's header alone."""
+    with (folder / "model.safetensors").open("rb") as stream:
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    sizes = {}
+    for name, about in header.items():
+        if name != "__metadata__":
+            sizes[name] = 1
+            for side in about["shape"]:
+                sizes[name] *= side
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3_text", "gpt2", "bert", "mpnet", "opt", "t5", "mixtral", "qwen3", "phi3"]
+)
+def test_parameters_are_those_in_the_file(name: str, tmp_path: Path):
+    model = model_of(name)
+    model.save_pretrained(tmp_path)
+    stored = tensors_of(tmp_path)
+    assert sum(parameter.numel() for parameter in model.parameters()) == sum(stored.values())
+    table = embeddings_of(model).weight
+    assert table.numel() == model.config.vocab_size * table.shape[1] in stored.values()
+
+
+def test_costs_of_models_side_by_side(make_encoder: MakeEncoder, tmp_path: Path):
+    folders = {}
+    for depth in (6, 1):
+        folders[f"tiny-{depth}"] = tmp_path / f"tiny-{depth}"
+        make_encoder("llama", depth=depth).save(str(folders[f"tiny-{depth}"]), create_model_card=False)
+    told: list[tuple[str, int, int]] = []
+    costs = cost(folders, repetitions=2, out=tmp_path / "out", progress=lambda *args: told.append(args))
+    assert told == [("cost", i, 3) for i in range(4)]
+    assert load(tmp_path / "out", Costs) == costs
+    large, small = costs.rows
+    assert (large.model, large.depth, small.model, small.depth) == ("tiny-6", 6, "tiny-1", 1)
+    for row in costs.rows:
+        stored = tensors_of(folders[row.model])
+        assert row.parameters == sum(stored.values())
+        assert row.embedding_parameters == next(n for name, n in stored.items() if "embed_tokens" in name)
+        assert row.memory_bytes >= 4 * row.parameters
+        assert row.bytes == sum(f.stat().st_size for f in folders[row.model].rglob("*") if f.is_file())
+        assert 0 < row.speed_low <= row.texts_per_second <= row.speed_high
+        assert 0 < row.long_speed_low <= row.long_texts_per_second <= row.long_speed_high
+        assert 0 < row.latency_p50 <= row.latency_p95
+        assert row.load_seconds > 0
+        assert (row.dtype, row.device, row.threads) == ("float32", "cpu", torch.get_num_threads())
+        assert (row.short_batch, row.long_batch) in [(a, b) for a in (4, 16) for b in (1, 2)]
+    assert large.parameters - small.parameters == 5 * (large.parameters - large.embedding_parameters - 32) // 6
+    assert large.flops_per_token > 5 * small.flops_per_token
+    assert large.latency_p50 > small.latency_p50
+
+
+def test_peak_memory_and_load_time_are_those_of_a_fresh_process(make_encoder: MakeEncoder, tmp_path: Path):
+    make_encoder("llama").save(str(tmp_path / "tiny"), create_model_card=False)
+    ballast = torch.ones(400_000_000)  # this process's memory is not the other's
+    alone = measure_alone(tmp_path / "tiny", "cpu", 1)
+    assert 1e8 < alone["peak"] < ballast.nbytes
+    assert alone["load"] > 0
+    with pytest.raises(ModelError, match="no such file"):
+        measure_alone(tmp_path / "nothing", "cpu", 1)
+
+
+def test_texts_differ_and_long_ones_are_long():
+    assert len(set(short_texts(50))) == len(set(long_texts(50))) == 50
+    assert len(long_texts(1)[0].split()) > 12 * len(short_texts(1)[0].split())
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path):
+    for arguments, options, says in (
+        ([[]], {}, "there are none"),
+        ([["a/final", "b/final"]], {}, "same name"),
+        ([["a"]], {"repetitions": 0}, "1 or more"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            cost(*arguments, **options)
+    with pytest.raises(ModelError, match="not found"):
+        bytes_on_disk("nobody/no-such-model")
