@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import is_sentence_transformer_model
 from tokenizers import Regex, normalizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secateur.artifacts import Origin, read_json
 from secateur.errors import ModelError
@@ -168,6 +169,18 @@ def _keep_prompt_apart(transformer: Transformer) -> None:
         return
     strip = normalizers.Replace(Regex(" +$"), "")
     backend.normalizer = normalizers.Sequence([strip, *([backend.normalizer] if backend.normalizer else [])])
+    transformer.processor = _as_stored(tokenizer)
+
+
+def _as_stored(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """A tokenizer of the class that takes its rules from ``tokenizer.json``; those of many models (Gemma, Qwen) write
+    them there, but have their own again when they are opened.
+    """
+    kept = ("model_max_length", "truncation_side", "model_input_names", "clean_up_tokenization_spaces")
+    options = {name: getattr(tokenizer, name) for name in kept} | {"chat_template": tokenizer.chat_template}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **options
+    )
 
 
 @torch.no_grad()

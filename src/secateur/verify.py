@@ -32,7 +32,7 @@ PROBES = (
     "The gardener cut the hedge back to half its height.",
     "def add(a, b): return a + b",
     "Blätter, 葉, листья 🌿",
-    "one",
+    "one; ",
 )
 """Texts on which a written folder is compared with the model it was written from."""
 
