@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from secateur.artifacts import Profile, load
-from secateur.errors import ConfigError, IllegalDepth
+from secateur.errors import ConfigError, DataError, IllegalDepth
 
 SIZES = ("small", "large")
 
@@ -22,15 +22,18 @@ def choose(profile: Profile | str | Path) -> dict[str, int]:
         ``large`` from the others. Of equal losses the shallowest wins.
 
     Raises:
-        DataError: The file is no profile.
+        DataError: The file is no profile, or one of texts alone.
         IllegalDepth: The model has a single block.
     """
     table = profile if isinstance(profile, Profile) else load(profile, Profile)
+    losses = [row.loss for row in table.depths if row.loss is not None]
+    if len(losses) < table.depth:
+        raise DataError(table.file, "has no losses", "it was made from texts alone; profile on pairs", field="loss")
     half = table.depth // 2
     if half == 0:
         raise IllegalDepth("small and large", table.depth, "a single block has no halves")
-    halves = (table.depths[:half], table.depths[half:])
-    return {size: min(rows, key=lambda row: row.loss).depth for size, rows in zip(SIZES, halves, strict=True)}
+    small, large = losses[:half], losses[half:]
+    return {"small": small.index(min(small)) + 1, "large": large.index(min(large)) + half + 1}
 
 
 def target_depth(to: str | int | float, depth: int, profile: Profile | str | Path | None = None) -> int:

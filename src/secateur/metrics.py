@@ -1,10 +1,19 @@
-"""What a depth is worth, in numbers: pure functions on vectors and states."""
+"""What a depth is worth, in numbers: pure functions on vectors and states.
+
+Leading dimensions, written ``...``, are free: one call does one depth, or all of them at once.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+TIE = 1e-6
+"""Cosines closer than this are equal: float32 rounds the same text in two columns of a product differently."""
 
 
 def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor | None, scale: float) -> Tensor:
@@ -14,18 +23,137 @@ def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor | Non
     cosine × ``scale``.
 
     Args:
-        anchors: (batch, dimension).
-        positives: (batch, dimension), row i belonging to anchor i.
-        negatives: (any, dimension), or None.
+        anchors: (..., batch, dimension).
+        positives: (..., batch, dimension), row i belonging to anchor i.
+        negatives: (..., any, dimension), or None.
         scale: Inverse temperature; 20 for selection and 50 for training in the paper's code.
 
     Returns:
-        The mean loss over the batch, in nats: a scalar; ``log(number of candidates)`` is what chance gives.
+        The mean loss over the batch, in nats: (...); ``log(number of candidates)`` is what chance gives.
     """
-    candidates = positives if negatives is None else torch.cat([positives, negatives])
-    cosines = functional.normalize(anchors.float(), dim=-1) @ functional.normalize(candidates.float(), dim=-1).T
-    own = torch.arange(len(anchors), device=anchors.device)
-    return functional.cross_entropy(cosines * scale, own)
+    candidates = positives if negatives is None else torch.cat([positives, negatives], dim=-2)
+    return loss_of_cosines(cosines(anchors, candidates), scale)
+
+
+def cosines(one: Tensor, other: Tensor) -> Tensor:
+    """Cosine of each row of (..., n, dimension) with each of (..., m, dimension), in float32: (..., n, m)."""
+    return functional.normalize(one.float(), dim=-1) @ functional.normalize(other.float(), dim=-1).mT
+
+
+def loss_of_cosines(found: Tensor, scale: float) -> Tensor:
+    """The loss of :func:`contrastive_loss` from cosines (..., batch, candidates), candidate i being anchor i's own."""
+    own = found.diagonal(dim1=-2, dim2=-1)
+    return ((found * scale).logsumexp(dim=-1) - own * scale).mean(dim=-1)
+
+
+class Retrieval(NamedTuple):
+    """How anchors find their own positives; each (...)."""
+
+    accuracy: Tensor
+    ndcg_at_10: Tensor
+
+
+def retrieval(found: Tensor) -> Retrieval:
+    """Accuracy at 1 and nDCG@10 of finding each anchor's own positive among all candidates of its batch.
+
+    With one relevant candidate at rank r, nDCG@10 is 1 / log2(r + 1) for r ≤ 10, else 0 (Järvelin & Kekäläinen 2002).
+    Candidates with the same cosine are in random order: the expected value is returned, so that a model that gives
+    all texts the same vector scores what chance gives.
+
+    Args:
+        found: Cosines (..., batch, candidates), candidate i being anchor i's own.
+    """
+    own = found.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    better = (found > own + TIE).sum(dim=-1)
+    tied = ((found - own).abs() <= TIE).sum(dim=-1)  # with itself
+    gains = torch.zeros(found.shape[-1] + 1, device=found.device)
+    top = min(10, found.shape[-1])
+    gains[1 : top + 1] = 1 / torch.arange(2, top + 2, device=found.device).log2()
+    total = gains.cumsum(0)
+    ndcg = (total[better + tied] - total[better]) / tied
+    return Retrieval(((better == 0) / tied).mean(dim=-1), ndcg.mean(dim=-1))
+
+
+def alignment(anchors: Tensor, positives: Tensor) -> Tensor:
+    """Mean squared distance of a text to its positive on the unit sphere: Wang & Isola (arXiv 2005.10242), α = 2.
+
+    Args:
+        anchors: (..., pairs, dimension).
+        positives: Same shape.
+
+    Returns:
+        (...), from 0 (the same direction) to 4.
+    """
+    return (2 - 2 * functional.cosine_similarity(anchors.float(), positives.float(), dim=-1)).mean(dim=-1)
+
+
+def uniformity(vectors: Tensor) -> float:
+    """How evenly vectors spread over the unit sphere: log of the mean of exp(−2‖x − y‖²) over all pairs.
+
+    Wang & Isola (arXiv 2005.10242), t = 2; 0 where all are the same, more negative is more even.
+
+    Args:
+        vectors: (rows, dimension), at least two rows.
+    """
+    squared = 2 - 2 * cosines(vectors, vectors)
+    rows = len(vectors)
+    # Each row's distance to itself is 0 and adds 1 to the sum, which runs over pairs of different rows only.
+    return float(((-2 * squared).exp().double().sum() - rows).clamp_min(1e-300).log() - math.log(rows * (rows - 1)))
+
+
+def mean_cosine(vectors: Tensor) -> float:
+    """Mean cosine over pairs of different rows of (rows, dimension): anisotropy, Ethayarajh (arXiv 1909.00512)."""
+    total = functional.normalize(vectors.double(), dim=-1).sum(dim=0)
+    rows = len(vectors)
+    return float((total @ total - rows) / (rows * (rows - 1)))
+
+
+def effective_rank(vectors: Tensor) -> float:
+    """How many directions vectors really use: exp of the entropy of their normalised singular values.
+
+    Roy & Vetterli, *The effective rank* (EUSIPCO 2007), of the centred vectors (rows, dimension): from 1 to the
+    smaller side of the matrix. NaN where all vectors are the same.
+    """
+    centred = _centred(vectors)
+    if not bool(centred.any()):
+        return math.nan
+    # The singular values by way of the smaller product, in float64: several times faster than decomposing itself.
+    square = centred.mT @ centred if centred.shape[0] >= centred.shape[1] else centred @ centred.mT
+    singular = torch.linalg.eigvalsh(square).clamp_min(0).sqrt()
+    share = singular / singular.sum()
+    entropy = -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
+    return float(entropy.exp())
+
+
+def _centred(vectors: Tensor) -> Tensor:
+    """In float64, without the mean; what is only rounding of equal vectors is zero."""
+    exact = vectors.double()
+    centred = exact - exact.mean(dim=0)
+    return centred if centred.abs().max() > 1e-6 * exact.abs().max() else torch.zeros_like(centred)
+
+
+def linear_cka(vectors: Tensor, *, rows: int = 128) -> Tensor:
+    """Linear centred kernel alignment between all pairs of depths: Kornblith et al. (arXiv 1905.00414).
+
+    ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of the centred vectors, computed as the cosine of the two Gram matrices, some rows of them
+    at a time.
+
+    Args:
+        vectors: (depths, texts, dimension).
+        rows: Of each Gram matrix in memory at once.
+
+    Returns:
+        (depths, depths), in float64, from 0 to 1; NaN for a depth at which all vectors are the same.
+    """
+    centred = torch.stack([_centred(v).float() for v in vectors])
+    # Gram matrices are compared by direction only; without this their squares may leave float32.
+    centred /= centred.abs().amax(dim=(1, 2), keepdim=True)
+    products = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for start in range(0, centred.shape[1], rows):
+        gram = (centred[:, start : start + rows] @ centred.mT).flatten(1)
+        products += (gram @ gram.T).double().cpu()
+    norms = products.diagonal().sqrt()
+    return products / (norms[:, None] * norms[None, :])
 
 
 def block_influence(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
@@ -39,18 +167,22 @@ def block_influence(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
     Returns:
         The sum, a scalar; divided by the number of tokens it is the Block Influence, from 0 (idle) to 2.
     """
-    cosines = functional.cosine_similarity(before.float(), after.float(), dim=-1)
-    return ((1 - cosines) * mask).sum()
+    found = functional.cosine_similarity(before.float(), after.float(), dim=-1)
+    return ((1 - found) * mask).sum()
 
 
-def effective_rank(vectors: Tensor) -> float:
-    """How many directions vectors really use: exp of the entropy of their normalised singular values.
+def angular_distances(states: Tensor) -> Tensor:
+    """Angle between a token's states at all pairs of depths, arccos(cosine) / π.
 
-    Roy & Vetterli, *The effective rank* (EUSIPCO 2007), of the centred vectors (rows, dimension): from 1 to the
-    smaller side of the matrix. NaN where all vectors are the same.
+    *The Unreasonable Ineffectiveness of the Deeper Layers* (arXiv 2403.17887), which takes each text's last token.
+
+    Args:
+        states: (texts, depths, width).
+
+    Returns:
+        The mean over texts: (depths, depths), from 0 (the same direction) to 1 (opposite).
     """
-    centred = vectors.float() - vectors.float().mean(dim=0)
-    singular = torch.linalg.svdvals(centred)
-    share = singular / singular.sum()
-    entropy = -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
-    return float(entropy.exp())
+    found = cosines(states, states).clamp(-1, 1)
+    # arccos turns float32's rounding of 1 into an angle of 1e-4; a state's angle with itself is 0.
+    found.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return (found.arccos() / math.pi).mean(dim=0)

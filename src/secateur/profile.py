@@ -1,46 +1,62 @@
 """One pass over the data: what every depth of a model is worth to text encoding.
 
-Hooks on the blocks take each block's output through the model's final norm and its own pooling at once, so that the
-vector at depth k is the vector of the model cut to k, and no hidden states are kept.
+Each distinct text is run once (:mod:`secateur.depths`); batches are then put together from the pooled vectors. Only
+vectors that a later batch needs are kept: memory grows with the size of a group of batches, not with the data.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
+from secateur import bootstrap
 from secateur.artifacts import DepthRow, Profile, provenance, results_folder
-from secateur.blocks import blocks_of, final_norm, find_stack, states_of
-from secateur.data import Batch, Pairs, batches, read_pairs
-from secateur.errors import ConfigError, DataError, ModelError
-from secateur.metrics import block_influence, contrastive_loss, effective_rank
+from secateur.data import Pair, Pairs, batches, read_pairs
+from secateur.depths import DepthEncoder, Depths
+from secateur.errors import ConfigError, DataError
+from secateur.forward import block_seconds
+from secateur.lens import POSITIONS, find_lens
+from secateur.metrics import (
+    alignment,
+    cosines,
+    effective_rank,
+    linear_cka,
+    loss_of_cosines,
+    mean_cosine,
+    retrieval,
+    uniformity,
+)
 from secateur.models import model_label, open_model
-from secateur.pooling import PoolingName, pool, pooling_name
+from secateur.pooling import PoolingName, pooling_name
 from secateur.progress import Progress, silent
+from secateur.texts import Texts, holds_texts, read_texts
 
-RANK_SAMPLE = 1024
-"""Vectors per depth that the effective rank is computed from, so that memory does not grow with the data."""
+SAMPLE = 1024
+"""Vectors per depth that the label-free metrics are computed from, so that memory does not grow with the data."""
+HELD_BYTES = 128 << 20
+"""Of the pooled vectors of one group of batches, which are sorted by length together."""
+
+Data = str | Path | Pairs | Texts
 
 
 def profile(
     model: str | Path | SentenceTransformer,
-    data: str | Path | Pairs | Sequence[str | Path | Pairs],
+    data: Data | Sequence[Data],
     *,
     scale: float = 20.0,
     instruction: str | None = None,
     pooling: PoolingName | None = None,
     batch_size: int = 64,
     max_examples: int = 1280,
+    until_sure: bool = False,
     max_length: int = 512,
     dtype: str = "auto",
     device: str | None = None,
@@ -49,18 +65,23 @@ def profile(
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> Profile:
-    """Measure every depth of a model in one pass over (anchor, positive, negative) data.
+    """Measure every depth of a model in one pass over (anchor, positive, negative) data, or over texts alone.
 
     Args:
         model: Anything :func:`secateur.models.open_model` opens, or an opened model.
-        data: Data files (see :mod:`secateur.data`); each batch comes from one of them.
+        data: Files of pairs (see :mod:`secateur.data`; each batch comes from one of them) or of texts (see
+            :mod:`secateur.texts`), from which all but the supervised columns can be told.
         scale: Inverse temperature of the contrastive loss.
         instruction: Goes before each anchor, in place of those that come with the data.
         pooling: For a bare language model.
         batch_size: Pairs per batch; the loss depends on it.
-        max_examples: Rows used, shared evenly by the files and drawn by ``seed``, in the order of the file.
+        max_examples: Rows used, shared evenly by the files and drawn by ``seed``; batches keep the order of the file
+            within, and are visited in an order drawn by ``seed``.
+        until_sure: Stop before ``max_examples`` when the choice of L3Prune's rule is settled: 95 % of bootstrap draws
+            over the batches so far choose the same two depths.
         max_length: Tokens per text, for a bare language model.
-        dtype: As for ``open_model``.
+        dtype: As for ``open_model``; ``auto`` takes, on the CPU, the quicker of bfloat16 and float32, as measured on
+            the model's first block. An opened model stays as it is.
         device: Torch device.
         seed: Of the drawing.
         trust_remote_code: As for ``open_model``.
@@ -78,30 +99,36 @@ def profile(
     if out is not None:
         out = results_folder(out, Profile.file, "curve.png", "choice.json")
     sources = _read(data, instruction, max_examples, seed)
-    todo = [batch for pairs in sources for batch in batches(pairs, batch_size)]
     name = model_label(model) if isinstance(model, (str, Path)) else "model"
+    notes: list[str] = []
     if not isinstance(model, SentenceTransformer):
-        model = open_model(
-            model,
-            pooling=pooling,
-            max_length=max_length,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
-    measured = _measure(model, todo, scale, progress, name)
+        options = {"device": device, "trust_remote_code": trust_remote_code}
+        model = open_model(model, pooling=pooling, max_length=max_length, dtype=dtype, **options)  # type: ignore[arg-type]
+        notes += _quicken(model) if dtype == "auto" else []
+    corpus = _corpus(sources, batch_size, seed)
+    encoder = DepthEncoder(model, every_pooling=True, name=name)
+    sums = _measure(encoder, corpus, scale, seed, until_sure, progress)
+    settled = bootstrap.is_settled(sums.losses, seed) if sums.batch_losses else None
     result = Profile(
-        provenance=provenance([pairs.source for pairs in sources], seed),
+        provenance=provenance([source.source for source in sources], seed),
         model=name,
-        depth=len(measured),
+        depth=encoder.depth,
         pooling=pooling_name(model),
         scale=scale,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        batch_size=len(todo[0].anchors),
-        batches=len(todo),
+        batch_size=max(len(batch.anchors) for batch in corpus.batches),
+        batches=sums.batches,
         max_length=model.max_seq_length,
-        prompt=todo[0].prompt,
-        depths=measured,
+        prompt=sources[0].prompt,
+        depths=_rows(model, sums, seed, notes),
+        texts=sums.texts,
+        tokens=sums.tokens,
+        settled=settled,
+        cka=_table(linear_cka(sums.vectors)),
+        angular=() if sums.angles is None else _table(sums.angles / sums.texts),
+        losses_by_pooling=sums.losses_by_pooling(encoder.poolings),
+        batch_losses=_table(sums.losses) if sums.batch_losses else (),
+        notes=(*notes, *encoder.notes, *corpus.notes),
     )
     if out is not None:
         from secateur.figures import loss_curve, save_png
@@ -111,184 +138,246 @@ def profile(
     return result
 
 
-def _read(
-    data: str | Path | Pairs | Sequence[str | Path | Pairs], instruction: str | None, max_examples: int, seed: int
-) -> list[Pairs]:
-    files = [data] if isinstance(data, (str, Path, Pairs)) else list(data)
+def _quicken(model: SentenceTransformer) -> list[str]:
+    """Put a model on the CPU into the number format that is measured to be quicker, and say so."""
+    if model.device.type != "cpu":
+        return []
+    seconds = block_seconds(model)
+    quickest = min(seconds, key=lambda dtype: seconds[dtype])
+    model.to(quickest)
+    told = ", ".join(
+        f"{value * 1000:.1f} ms in {str(dtype).removeprefix('torch.')}" for dtype, value in seconds.items()
+    )
+    return [f"number format by measurement: one block took {told}"]
+
+
+def _read(data: Data | Sequence[Data], instruction: str | None, max_examples: int, seed: int) -> list[Pairs | Texts]:
+    files = [data] if isinstance(data, (str, Path, Pairs, Texts)) else list(data)
     if not files:
         raise ConfigError("data", files, "no data file given")
-    read = [item if isinstance(item, Pairs) else read_pairs(item, instruction=instruction) for item in files]
+    read = [_read_one(item, instruction) for item in files]
+    for source in read:
+        distinct = {(row.anchor, row.positive) if isinstance(row, Pair) else row for row in source.rows}
+        if len(distinct) < 2:
+            what = "pairs" if isinstance(source, Pairs) else "texts"
+            hint = "a loss needs something to tell apart"
+            raise DataError(source.source.name, f"holds fewer than two different {what}", hint)
     share = max(2, max_examples // len(read))
-    for pairs in read:
-        if len({(row.anchor, row.positive) for row in pairs.rows}) < 2:
-            raise DataError(
-                pairs.source.name, "holds fewer than two different pairs", "a loss needs something to tell apart"
-            )
-    return [pairs.sample(share, seed) for pairs in read]
+    return [source.sample(share, seed) for source in read]
+
+
+def _read_one(item: Data, instruction: str | None) -> Pairs | Texts:
+    if isinstance(item, (Pairs, Texts)):
+        return item
+    if holds_texts(item):
+        return read_texts(item)
+    return read_pairs(item, instruction=instruction)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Indices of distinct texts; a batch of texts alone has anchors only."""
+
+    anchors: tuple[int, ...]
+    positives: tuple[int, ...] = ()
+    negatives: tuple[int, ...] = ()
+
+    @property
+    def texts(self) -> set[int]:
+        return {*self.anchors, *self.positives, *self.negatives}
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """The distinct texts, each with its prompt, and the batches in the order in which they are visited."""
+
+    texts: tuple[tuple[str, str], ...]
+    batches: tuple[_Batch, ...]
+    notes: tuple[str, ...]
+
+
+def _corpus(sources: Sequence[Pairs | Texts], size: int, seed: int) -> _Corpus:
+    places: dict[tuple[str, str], int] = {}
+
+    def indices(prompt: str, texts: Iterable[str]) -> tuple[int, ...]:
+        return tuple(places.setdefault((prompt, text), len(places)) for text in texts)
+
+    found = []
+    for source in sources:
+        if isinstance(source, Texts):
+            starts = range(0, len(source.rows), size)
+            found += [_Batch(indices(source.prompt, source.rows[start : start + size])) for start in starts]
+            continue
+        for batch in batches(source, size):
+            others = (indices(batch.passage_prompt, texts) for texts in (batch.positives, batch.negatives))
+            found.append(_Batch(indices(batch.prompt, batch.anchors), *others))
+    # In a drawn order the first batches stand for all of them, whatever the order of the files.
+    random.Random(seed).shuffle(found)  # noqa: S311 - not for secrets
+    sizes = sorted({len(batch.anchors) for batch in found if batch.positives})
+    note = f"losses of batches of {' and '.join(map(str, sizes))} pairs were averaged: their chance levels differ"
+    return _Corpus(tuple(places), tuple(found), (note,) if len(sizes) > 1 else ())
 
 
 @dataclass
 class _Sums:
-    """Running sums of one depth."""
+    """What the pass has told so far; per batch (poolings, depths), the model's own pooling first."""
 
-    losses: list[float]
-    influence: float
-    vectors: list[Tensor]
+    batches: int = 0
+    texts: int = 0
+    tokens: int = 0
+    batch_losses: list[Tensor] = field(default_factory=list)
+    accuracy: list[Tensor] = field(default_factory=list)
+    ndcg: list[Tensor] = field(default_factory=list)
+    alignment: list[Tensor] = field(default_factory=list)
+    influence: Tensor = field(default_factory=lambda: torch.zeros(()))
+    angles: Tensor | None = field(default_factory=lambda: torch.zeros(()))
+    sample: dict[int, Tensor] = field(default_factory=dict)
+    states: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+
+    @property
+    def losses(self) -> Tensor:
+        """(batches, depths), by the model's own pooling."""
+        return torch.stack(self.batch_losses)[:, 0]
+
+    @property
+    def vectors(self) -> Tensor:
+        """(depths, texts, dimension), of the sampled texts by the model's own pooling."""
+        return torch.stack(list(self.sample.values()), dim=1)
+
+    def losses_by_pooling(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+        if not self.batch_losses:
+            return {}
+        means = torch.stack(self.batch_losses).double().mean(dim=0)
+        return {name: tuple(losses.tolist()) for name, losses in zip(names, means, strict=True)}
 
 
-@torch.inference_mode()
 def _measure(
-    model: SentenceTransformer, todo: Sequence[Batch], scale: float, progress: Progress, name: str
-) -> tuple[DepthRow, ...]:
-    depth = len(blocks_of(model[0].auto_model))
-    sums = [_Sums([], 0.0, []) for _ in range(depth)]
-    tokens = kept = 0
-    progress("profile", 0, len(todo))
-    for done, batch in enumerate(todo, start=1):
-        anchors = depth_vectors(model, batch.anchors, batch.prompt)
-        others = depth_vectors(model, batch.positives + batch.negatives, batch.passage_prompt)
-        for here, a, o in zip(sums, anchors.vectors, others.vectors, strict=True):
-            positives, negatives = o[: len(a)], o[len(a) :]
-            here.losses.append(float(contrastive_loss(a, positives, negatives if len(negatives) else None, scale)))
-            if kept < RANK_SAMPLE:
-                here.vectors.append(torch.cat([a, positives]))
-        for here, of_anchors, of_others in zip(sums, anchors.influence, others.influence, strict=True):
-            here.influence += of_anchors + of_others
-        tokens += anchors.tokens + others.tokens
-        kept += 2 * len(batch.anchors)
-        _check_finite(name, sums)
-        progress("profile", done, len(todo))
-    return tuple(_row(depth, here, tokens) for depth, here in enumerate(sums, start=1))
+    encoder: DepthEncoder, corpus: _Corpus, scale: float, seed: int, until_sure: bool, progress: Progress
+) -> _Sums:
+    sums = _Sums()
+    held: dict[int, Tensor] = {}
+    last_use = {text: number for number, batch in enumerate(corpus.batches) for text in batch.texts}
+    progress("profile", 0, len(corpus.batches))
+    for group in _groups(corpus, encoder, one_by_one=until_sure):
+        members = sorted(set().union(*(batch.texts for batch in group)) - held.keys())
+        _encode(encoder, corpus, members, held, sums, seed)
+        for batch in group:
+            _score(batch, held, scale, sums)
+            progress("profile", sums.batches, len(corpus.batches))
+        # A copy frees the batch that a vector came with.
+        held = {text: vectors.clone() for text, vectors in held.items() if last_use[text] >= sums.batches}
+        if until_sure and sums.batch_losses and bootstrap.is_settled(sums.losses, seed):
+            break
+    return sums
 
 
-def _row(depth: int, sums: _Sums, tokens: int) -> DepthRow:
-    losses = torch.tensor(sums.losses, dtype=torch.float64)
-    return DepthRow(
-        depth=depth,
-        loss=float(losses.mean()),
-        loss_se=float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else None,
-        block_influence=sums.influence / tokens,
-        effective_rank=effective_rank(torch.cat(sums.vectors)[:RANK_SAMPLE]),
-    )
+def _groups(corpus: _Corpus, encoder: DepthEncoder, one_by_one: bool) -> Iterator[tuple[_Batch, ...]]:
+    """Batches whose texts are encoded together: the more, the more alike are the lengths in a forward pass."""
+    largest = max(len(batch.texts) for batch in corpus.batches)
+    size = 1 if one_by_one else max(1, HELD_BYTES // (largest * encoder.bytes_per_text))
+    batches = iter(corpus.batches)
+    while group := tuple(itertools.islice(batches, size)):
+        yield group
 
 
-def _check_finite(name: str, sums: Sequence[_Sums]) -> None:
-    for depth, here in enumerate(sums, start=1):
-        if not math.isfinite(here.losses[-1]):
-            raise ModelError(
-                name,
-                f"gives vectors that are not finite at depth {depth}",
-                "its weights hold NaN, or overflow in this dtype",
-            )
+def _encode(
+    encoder: DepthEncoder, corpus: _Corpus, members: list[int], held: dict[int, Tensor], sums: _Sums, seed: int
+) -> None:
+    """Run texts and keep their vectors (poolings, depths, dimension)."""
+    missing = POSITIONS - sum(map(len, sums.targets))
+    sampled = set(random.Random(seed).sample(members, min(missing, len(members))))  # noqa: S311 - not for secrets
+    for prompt in sorted({corpus.texts[text][0] for text in members}):
+        own = [text for text in members if corpus.texts[text][0] == prompt]
+        picks = [place for place, text in enumerate(own) if text in sampled]
+        for found in encoder.run([corpus.texts[text][1] for text in own], prompt, picks, seed):
+            for row, vectors in zip(found.rows, found.vectors, strict=True):
+                held[own[row]] = vectors
+            _add(found, sums)
 
 
-@dataclass(frozen=True)
-class DepthVectors:
-    """Some texts at every depth.
-
-    Attributes:
-        vectors: Pooled vectors, one (texts, dimension) tensor per depth from 1 on.
-        influence: Per block, the sum over tokens of 1 − cosine(input, output).
-        tokens: How many tokens that sum runs over.
-    """
-
-    vectors: tuple[Tensor, ...]
-    influence: tuple[float, ...]
-    tokens: int
+def _add(found: Depths, sums: _Sums) -> None:
+    sums.texts += len(found.rows)
+    sums.tokens += found.tokens
+    sums.influence = sums.influence + found.influence
+    sums.angles = None if sums.angles is None or found.angles is None else sums.angles + found.angles
+    if len(found.targets):
+        sums.states.append(found.states)
+        sums.targets.append(found.targets)
 
 
-@torch.inference_mode()
-def depth_vectors(model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> DepthVectors:
-    """Encode texts once, as one batch, and pool the state after every block.
-
-    Args:
-        model: An opened model in evaluation mode.
-        texts: At least one text.
-        prompt: Goes before each text.
-
-    Returns:
-        The vectors at each depth; those at depth k are what ``model`` cut to its first k blocks gives.
-    """
-    features = model.preprocess(list(texts), prompt=prompt or None)
-    features = {key: v.to(model.device) if isinstance(v, Tensor) else v for key, v in features.items()}
-    vectors, influence = _one_pass(model, features) or _pass_per_depth(model, features)
-    return DepthVectors(vectors, influence, int(features["attention_mask"].sum()))
-
-
-_Depths = tuple[tuple[Tensor, ...], tuple[float, ...]]
-
-
-def _one_pass(model: SentenceTransformer, features: dict[str, Any]) -> _Depths | None:
-    """Vectors and influence of each block, or None for an architecture with more than a norm after its blocks."""
-    transformer = model[0].auto_model
-    norm = final_norm(transformer)
-    blocks = blocks_of(transformer)
-    vectors: dict[int, Tensor] = {}
-    influence: dict[int, float] = {}
-
-    def visit(index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before, after = _input_of(args, kwargs), states_of(output)
-        if after.shape[:2] == features["attention_mask"].shape:
-            vectors[index] = pool(model, norm(after), features)
-            influence[index] = float(block_influence(before, after, features["attention_mask"]))
-
-    with _hooks(blocks, visit):
-        own = model(dict(features))["sentence_embedding"]
-    order = range(len(blocks))
-    # The model's own vector costs nothing here, and tells whether the last depth is what the model computes.
-    if len(vectors) < len(blocks) or own.shape != vectors[order[-1]].shape or not _same(own, vectors[order[-1]]):
-        return None
-    return tuple(vectors[i] for i in order), tuple(influence[i] for i in order)
+def _score(batch: _Batch, held: dict[int, Tensor], scale: float, sums: _Sums) -> None:
+    """What one batch tells, at all depths at once."""
+    sums.batches += 1
+    for text in (*batch.anchors, *batch.positives):
+        if len(sums.sample) < SAMPLE and text not in sums.sample:
+            sums.sample[text] = held[text][0].clone()
+    if not batch.positives:
+        return
+    losses = []
+    for pooling in range(len(held[batch.anchors[0]])):
+        anchors = torch.stack([held[text][pooling] for text in batch.anchors], dim=1)
+        others = torch.stack([held[text][pooling] for text in (*batch.positives, *batch.negatives)], dim=1)
+        found = cosines(anchors, others)
+        losses.append(loss_of_cosines(found, scale))
+        if pooling == 0:
+            accuracy, ndcg = retrieval(found)
+            sums.accuracy.append(accuracy)
+            sums.ndcg.append(ndcg)
+            sums.alignment.append(alignment(anchors, others[:, : len(batch.positives)]))
+    sums.batch_losses.append(torch.stack(losses))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Equal up to rounding, where a value that is not finite equals itself: that is reported elsewhere."""
-    return torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-3, equal_nan=True)
+def _rows(model: SentenceTransformer, sums: _Sums, seed: int, notes: list[str]) -> tuple[DepthRow, ...]:
+    vectors = sums.vectors
+    columns: dict[str, Sequence[float | None]] = {
+        "block_influence": (sums.influence / sums.tokens).tolist(),
+        "effective_rank": [_number(effective_rank(here)) for here in vectors],
+        "uniformity": [uniformity(here) for here in vectors],
+        "mean_cosine": [mean_cosine(here) for here in vectors],
+        **_supervised(sums, seed, notes),
+    }
+    flat = [str(depth) for depth, rank in enumerate(columns["effective_rank"], start=1) if rank is None]
+    if flat:
+        notes.append(f"all vectors are the same at depth {', '.join(flat)}: no effective rank and no CKA there")
+    lens = find_lens(model) if sums.targets else None
+    if lens is not None:
+        losses = lens.losses(torch.cat(sums.states), torch.cat(sums.targets)).tolist()
+        columns["next_token_loss"] = [_number(loss) for loss in losses]
+    values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return tuple(DepthRow(depth=depth, **row) for depth, row in enumerate(values, start=1))
 
 
-def _pass_per_depth(model: SentenceTransformer, features: dict[str, Any]) -> _Depths:
-    """For the few architectures where more than a norm follows the blocks: one forward pass per depth."""
-    transformer = model[0].auto_model
-    vectors = []
-    influence: dict[int, float] = {}
-
-    def visit(index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before, after = _input_of(args, kwargs), states_of(output)
-        mask = features["attention_mask"]
-        # Blocks of these architectures may keep several streams or another layout: every state counts the same.
-        if before.shape[:-1] != mask.shape:
-            mask = torch.ones(before.shape[:-1], device=before.device) * (mask.sum() / before.shape[:-1].numel())
-        influence[index] = float(block_influence(before, after, mask))
-
-    with _hooks(blocks_of(transformer), visit):
-        for depth in range(1, len(blocks_of(transformer)) + 1):
-            with _first_blocks(transformer, depth):
-                vectors.append(model(dict(features))["sentence_embedding"])
-    return tuple(vectors), tuple(influence[i] for i in sorted(influence))
-
-
-@contextmanager
-def _first_blocks(transformer: PreTrainedModel, depth: int) -> Iterator[None]:
-    """The model without its later blocks, for the time of a forward pass."""
-    owner_path, _, name = find_stack(transformer).path.rpartition(".")
-    owner = transformer.get_submodule(owner_path)
-    every = getattr(owner, name)
-    setattr(owner, name, every[:depth])
-    try:
-        yield
-    finally:
-        setattr(owner, name, every)
+def _supervised(sums: _Sums, seed: int, notes: list[str]) -> dict[str, Sequence[float | None]]:
+    """The columns that need pairs."""
+    depths = len(sums.influence)
+    if not sums.batch_losses:
+        notes.append("texts alone: no loss, accuracy, nDCG@10 and alignment")
+        return {"loss": [None] * depths, "loss_se": [None] * depths}
+    losses = sums.losses.double()
+    columns: dict[str, Sequence[float | None]] = {
+        "loss": losses.mean(dim=0).tolist(),
+        "loss_se": [None] * depths,
+        "accuracy": torch.stack(sums.accuracy).mean(dim=0).tolist(),
+        "ndcg_at_10": torch.stack(sums.ndcg).mean(dim=0).tolist(),
+        "alignment": torch.stack(sums.alignment).mean(dim=0).tolist(),
+    }
+    if len(losses) < 2:
+        notes.append("one batch only: no standard errors and no intervals")
+        return columns
+    draws = bootstrap.draws_of(losses, seed)
+    low, high = bootstrap.intervals(draws)
+    return columns | {
+        "loss_se": (losses.std(dim=0) / math.sqrt(len(losses))).tolist(),
+        "loss_low": low.tolist(),
+        "loss_high": high.tolist(),
+        "chance": bootstrap.chances(draws).tolist(),
+    }
 
 
-@contextmanager
-def _hooks(blocks: nn.ModuleList, visit: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            handle = block.register_forward_hook(partial(visit, index), with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
-def _input_of(args: Any, kwargs: Any) -> Tensor:
-    states: Tensor = args[0] if args else kwargs["hidden_states"]
-    return states
+def _table(matrix: Tensor) -> tuple[tuple[float | None, ...], ...]:
+    return tuple(tuple(_number(value) for value in row) for row in matrix.double().tolist())

@@ -310,8 +310,8 @@ def _speed_claim(variant: Variant, full: Variant) -> str:
 def _choice_sentence(run: Run, name: str) -> str:
     profile, choice = run.profiles[name], run.choices.get(name, {})
     chosen = ", ".join(f"“{label}” keeps {depth}" for label, depth in sorted(choice.items(), key=lambda item: item[1]))
-    lowest = min((row for row in profile.rows if row.loss is not None), key=lambda row: row.loss, default=None)
-    curve = f"the untrained loss is lowest at depth {lowest.depth} of {profile.depth}" if lowest else "no loss is known"
+    lowest = min(((row.loss, row.depth) for row in profile.rows if row.loss is not None), default=None)
+    curve = f"the untrained loss is lowest at depth {lowest[1]} of {profile.depth}" if lowest else "no loss is known"
     return f"{shorten(name)}: {curve}{'; ' + chosen if chosen else ''}. No model is scored yet."
 
 

@@ -1,0 +1,147 @@
+"""Each metric against its definition, written out with loops and other libraries."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur import bootstrap, metrics
+
+
+def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cosine(one, other) -> float:
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
+
+
+def test_contrastive_loss_is_the_cross_entropy_of_finding_the_own_positive():
+    anchors, positives, negatives = (vectors(n, 6, seed=n).numpy().astype(float) for n in (5, 5, 3))
+    anchors = anchors[:5]
+    expected = []
+    for i, anchor in enumerate(anchors):
+        scores = [20 * cosine(anchor, other) for other in (*positives, *negatives)]
+        expected.append(math.log(sum(map(math.exp, scores))) - scores[i])
+    found = metrics.contrastive_loss(*(torch.tensor(v) for v in (anchors, positives, negatives)), 20)
+    assert float(found) == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_all_depths_at_once_are_each_depth_alone():
+    anchors, positives, negatives = vectors(4, 5, 6), vectors(4, 5, 6, seed=1), vectors(4, 3, 6, seed=2)
+    together = metrics.contrastive_loss(anchors, positives, negatives, 20)
+    alone = [metrics.contrastive_loss(*parts, 20) for parts in zip(anchors, positives, negatives, strict=True)]
+    assert torch.allclose(together, torch.stack(alone))
+    found = metrics.cosines(anchors, positives)
+    assert torch.allclose(
+        metrics.retrieval(found).accuracy, torch.stack([metrics.retrieval(c).accuracy for c in found])
+    )
+
+
+def test_retrieval_ranks_the_own_positive():
+    found = torch.full((3, 14), -1.0)
+    found[0, :3] = torch.tensor([0.9, 0.5, 0.1])  # rank 1
+    found[1, :3] = torch.tensor([0.9, 0.5, 0.1])  # rank 2
+    found[2] = torch.linspace(1, 0.5, 14)
+    found[2, 2] = 0  # rank 14
+    accuracy, ndcg = metrics.retrieval(found)
+    assert float(accuracy) == pytest.approx(1 / 3)
+    assert float(ndcg) == pytest.approx((1 + 1 / math.log2(3) + 0) / 3)
+
+
+def test_a_model_that_gives_every_text_the_same_vector_retrieves_by_chance():
+    same = torch.ones(16, 8)
+    accuracy, ndcg = metrics.retrieval(metrics.cosines(same, same))
+    assert float(accuracy) == pytest.approx(1 / 16)
+    assert float(ndcg) == pytest.approx(sum(1 / math.log2(r + 1) for r in range(1, 11)) / 16, abs=1e-6)
+
+
+def test_alignment_uniformity_and_mean_cosine():
+    one, other = vectors(9, 5), vectors(9, 5, seed=1)
+    unit = torch.nn.functional.normalize(one, dim=-1)
+    pairs = torch.pdist(unit)
+    apart = (unit - torch.nn.functional.normalize(other, dim=-1)).norm(dim=-1)
+    assert float(metrics.alignment(one, other)) == pytest.approx(float(apart.square().mean()), abs=1e-5)
+    assert metrics.uniformity(one) == pytest.approx(float(pairs.square().mul(-2).exp().mean().log()), abs=1e-5)
+    off = [cosine(one[i].numpy(), one[j].numpy()) for i in range(9) for j in range(9) if i != j]
+    assert metrics.mean_cosine(one) == pytest.approx(np.mean(off), abs=1e-6)
+    assert metrics.uniformity(torch.ones(4, 3)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (6, 40)])
+def test_effective_rank_is_the_entropy_of_singular_values(shape):
+    found = vectors(*shape)
+    values = np.linalg.svd((found - found.mean(0)).numpy(), compute_uv=False)
+    share = values / values.sum()
+    share = share[share > 1e-7]
+    assert metrics.effective_rank(found) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+
+
+def test_effective_rank_of_one_direction_and_of_one_vector():
+    assert metrics.effective_rank(torch.arange(9.0)[:, None] * torch.ones(1, 4)) == pytest.approx(1, abs=1e-5)
+    assert math.isnan(metrics.effective_rank(torch.full((5, 4), 0.3)))
+
+
+def test_linear_cka_against_its_definition():
+    depths = vectors(3, 20, 6)
+    depths[2] = depths[0] @ torch.linalg.qr(vectors(6, 6, seed=3))[0] * 1000 + 7  # turned, scaled and moved
+    found = metrics.linear_cka(depths, rows=7)
+    centred = [(d - d.mean(0)).double() for d in depths]
+    for i, x in enumerate(centred):
+        for j, y in enumerate(centred):
+            expected = (y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+            assert float(found[i, j]) == pytest.approx(float(expected), abs=1e-5)
+    assert float(found[0, 2]) == pytest.approx(1, abs=1e-5)
+
+
+def test_block_influence_leaves_padding_out():
+    before, after = vectors(2, 3, 5), vectors(2, 3, 5, seed=1)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    expected = sum(
+        1 - cosine(before[i, j].numpy(), after[i, j].numpy()) for i in range(2) for j in range(3) if mask[i, j]
+    )
+    assert float(metrics.block_influence(before, after, mask)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_angular_distances():
+    states = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]])
+    expected = torch.tensor([[0, 0.5, 1], [0.5, 0, 0.5], [1, 0.5, 0]])
+    assert torch.allclose(metrics.angular_distances(states), expected, atol=1e-6)
+
+
+def test_lowest_in_each_half():
+    assert bootstrap.lowest_in_each_half(torch.tensor([3.0, 1, 2, 5, 4])).tolist() == [2, 3]
+    assert bootstrap.lowest_in_each_half(torch.tensor([[2.0, 2, 1, 1]])).tolist() == [[1, 3]]
+    assert bootstrap.lowest_in_each_half(torch.tensor([2.0])).tolist() == [1]
+
+
+def test_draws_spread_as_the_standard_error_does():
+    losses = vectors(12, 4).double() + torch.arange(4)
+    draws = bootstrap.draws_of(losses, seed=0, draws=20000)
+    error = losses.std(dim=0) / math.sqrt(12)
+    assert torch.allclose(draws.mean(dim=0), losses.mean(dim=0), atol=0.02)
+    assert torch.allclose(draws.std(dim=0), error, rtol=0.03)
+    low, high = bootstrap.intervals(draws)
+    assert torch.allclose((high - low) / 2, 1.96 * error, rtol=0.1)
+
+
+def test_a_difference_that_all_batches_share_is_settled_and_noise_is_not():
+    noise = vectors(10, 1).double()  # batches differ much, but at all depths alike
+    apart = noise + torch.tensor([1.0, 0.9, 2.0, 1.9])
+    assert bootstrap.is_settled(apart, seed=0)
+    assert bootstrap.chances(bootstrap.draws_of(apart, seed=0)).tolist() == [0, 1, 0, 1]
+    assert not bootstrap.is_settled(vectors(10, 4).double(), seed=0)
+    assert not bootstrap.is_settled(apart[:4], seed=0), "four batches settle nothing"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 7), st.integers(0, 99))
+def test_chances_of_each_half_sum_to_one(batches, depths, seed):
+    chances = bootstrap.chances(bootstrap.draws_of(vectors(batches, depths, seed=seed), seed, draws=50))
+    assert float(chances[: depths // 2].sum()) == pytest.approx(1)
+    assert float(chances[depths // 2 :].sum()) == pytest.approx(1)

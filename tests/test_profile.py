@@ -1,0 +1,405 @@
+"""The profile against the paper's procedure written out plainly, and against the cut models themselves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import architectures
+from conftest import LETTERS, example_pairs, tiny_transformer
+from secateur import bootstrap
+from secateur.artifacts import Profile, load
+from secateur.blocks import blocks_of, cut, legal_depths
+from secateur.choose import choose
+from secateur.data import read_pairs
+from secateur.depths import DepthEncoder
+from secateur.errors import DataError, ModelError
+from secateur.forward import plan, rounded, tokenize
+from secateur.models import open_model
+from secateur.profile import profile
+from secateur.texts import read_texts
+
+INSTRUCTION = "find the word that is asked for"
+SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared"))
+GOLDEN = SHARED / "data" / "golden"
+
+
+def write(file: Path, rows: list[dict]) -> Path:
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("profile")
+
+
+@pytest.fixture(scope="module")
+def pairs(folder) -> Path:
+    rows = example_pairs(24)
+    for row in rows[::3]:
+        row["query"] += " " + "and so on " * 3  # lengths that differ
+    return write(folder / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def llama(folder) -> Path:
+    return tiny_transformer(folder / "llama", "llama", depth=4)
+
+
+def architecture(folder: Path, name: str) -> Path:
+    """A tiny random model of an architecture, with a tokenizer of one token a letter."""
+    home = folder / name
+    if not home.exists():
+        vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", *LETTERS])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        special = {"pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": 64}
+        model = architectures.model_of(name)
+        model.save_pretrained(home)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(home)
+    return home
+
+
+def papers_losses(model, pairs, scale: float, size: int) -> np.ndarray:
+    """L3Prune's selection as METHOD says it: one text at a time, loops, the other blocks bypassed; (depths,)."""
+    transformer, tokenizer = model[0].auto_model, model.tokenizer
+    depth = len(blocks_of(transformer))
+
+    @torch.no_grad()
+    def vector(text: str, prompt: str, kept: int) -> np.ndarray:
+        ids = torch.tensor([tokenizer(prompt + text)["input_ids"]])
+        skipped = len(tokenizer(prompt)["input_ids"]) if prompt else 0
+        with architectures.bypassed(transformer, range(kept)):
+            states = transformer(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0, skipped:]
+        backwards = model[1].pooling_mode == "weightedmean"
+        weights = [i + 1 if backwards else 1 for i in range(len(states))]
+        return sum(w * s.numpy() for w, s in zip(weights, states, strict=True)) / sum(weights)
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    losses = np.zeros(depth)
+    starts = range(0, len(pairs.rows) - size + 1, size)
+    for kept in range(1, depth + 1):
+        for start in starts:
+            rows = pairs.rows[start : start + size]
+            anchors = [vector(row.anchor, pairs.prompt, kept) for row in rows]
+            others = [vector(row.positive, "", kept) for row in rows]
+            others += [vector(text, "", kept) for row in rows for text in row.negatives]
+            for i, anchor in enumerate(anchors):
+                scores = [scale * cosine(anchor, other) for other in others]
+                losses[kept - 1] += (math.log(sum(map(math.exp, scores))) - scores[i]) / (size * len(starts))
+    return losses
+
+
+# The blank that ends a prompt is a token of its own for this tokenizer: nothing is glued, the plain count is right.
+TEN = (
+    "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi3", "mistral", "bert", "modernbert",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_losses_are_the_papers(folder, name):
+    data = read_pairs(write(folder / "few.jsonl", example_pairs(12)), instruction="find it")
+    model = open_model(architecture(folder, name), max_length=64, dtype="float32")
+    found = profile(model, data, batch_size=6)
+    expected = papers_losses(model, data, 20, 6)
+    assert np.abs([row.loss for row in found.rows] - expected).max() < 1e-3
+    assert choose(found) == {"small": int(expected[:3].argmin()) + 1, "large": int(expected[3:].argmin()) + 4}
+    assert not [note for note in found.notes if "pass of its own" in note]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "bert", "opt+projected", "xlnet", "falcon_mamba"])
+def test_the_vector_at_each_depth_is_that_of_the_cut_model(folder, name):
+    model = open_model(architecture(folder, name), max_length=64, dtype="float32")
+    texts = [f"{row['query']} {'x' * i}" for i, row in enumerate(example_pairs(12))]
+    prompt = "find the word; "
+    encoder = DepthEncoder(model, budget=120)
+    by_row = {row: v[0] for b in encoder.run(texts, prompt) for row, v in zip(b.rows, b.vectors, strict=True)}
+    found = torch.stack([by_row[row] for row in range(len(texts))])
+    for depth in legal_depths(model[0].auto_model.config):
+        pruned = copy.deepcopy(model)
+        cut(pruned[0].auto_model, range(depth))
+        # One by one: some of these architectures see the padding of a batch.
+        alone = name in ("xlnet", "falcon_mamba")
+        expected = pruned.encode(texts, prompt=prompt, batch_size=1 if alone else 4, convert_to_tensor=True)
+        tolerance = 1e-4 if not alone else 1
+        assert (found[:, depth - 1] - expected).abs().max() < tolerance, depth
+
+
+def test_a_shared_instruction_is_computed_once_with_the_same_vectors(llama):
+    model = open_model(llama, dtype="float32")
+    texts = [row["query"] + "x" * (i % 20) for i, row in enumerate(example_pairs(150))]
+    ran = []
+    model[0].auto_model.embed_tokens.register_forward_hook(lambda _, args, __: ran.append(args[0].numel()))
+
+    def read(prompt: str, together: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        encoder = DepthEncoder(model, every_pooling=True)
+        rows, influence, tokens = {}, 0, 0
+        ran.clear()
+        for start in range(0, len(texts), together):
+            part = texts[start : start + together]
+            for batch in encoder.run(part, prompt):
+                rows |= {start + row: v for row, v in zip(batch.rows, batch.vectors, strict=True)}
+                influence, tokens = influence + batch.influence, tokens + batch.tokens
+        assert not encoder.notes
+        return torch.stack([rows[i] for i in range(len(texts))]), influence / tokens, tokens, sum(ran)
+
+    once, influence, tokens, computed = read(INSTRUCTION + "; ", len(texts))
+    anew, expected, same_tokens, plainly = read(INSTRUCTION + "; ", 8)  # too few texts to share
+    assert (once - anew).abs().max() < 1e-4
+    assert torch.allclose(influence, expected, atol=1e-5)
+    assert tokens == same_tokens
+    assert computed < 0.8 * plainly
+
+
+def test_every_pooling_is_what_a_model_of_that_pooling_gives(llama, pairs):
+    found = profile(llama, pairs, batch_size=8, instruction=INSTRUCTION, dtype="float32")
+    assert set(found.losses_by_pooling) == {"weighted_mean", "mean", "lasttoken", "cls"}
+    assert found.losses_by_pooling["weighted_mean"] == pytest.approx([row.loss for row in found.rows])
+    for name in ("mean", "lasttoken"):
+        alone = profile(llama, pairs, batch_size=8, instruction=INSTRUCTION, dtype="float32", pooling=name)
+        assert alone.losses_by_pooling[name] == pytest.approx(found.losses_by_pooling[name], abs=1e-4)
+        assert [row.loss for row in alone.rows] == pytest.approx(found.losses_by_pooling[name], abs=1e-4)
+
+
+def test_each_distinct_text_is_run_once(llama, folder):
+    rows = [{**row, "query": "what is it?"} for row in example_pairs(16)]  # one query for all
+    model = open_model(llama, dtype="float32")
+    sizes = []
+    model[0].auto_model.layers[0].register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    found = profile(model, write(folder / "same.jsonl", rows), batch_size=4)
+    distinct = {row["query"] for row in rows} | {row["positive"] for row in rows} | {r["negative"][0] for r in rows}
+    assert found.texts == len(distinct)
+    probes = 2 + 2 * 8  # the model is asked whether it is blind to what follows, and the quick way is checked
+    assert sum(sizes) <= len(distinct) + 2 * probes
+
+
+def test_angles_influence_and_tables_have_their_shapes(llama, pairs, tmp_path):
+    found = profile(llama, pairs, batch_size=8, dtype="float32", out=tmp_path / "out")
+    assert load(tmp_path / "out", Profile) == found
+    cka, angular = np.array(found.cka), np.array(found.angular)
+    assert cka.shape == (4, 4) and angular.shape == (5, 5)
+    assert np.allclose(np.diag(cka), 1) and np.allclose(np.diag(angular), 0)
+    assert np.allclose(cka, cka.T) and ((cka >= 0) & (cka <= 1 + 1e-6)).all()
+    assert np.array(found.batch_losses).mean(axis=0) == pytest.approx([row.loss for row in found.rows])
+    for row in found.rows:
+        assert row.loss_low <= row.loss <= row.loss_high
+        assert 0 <= row.accuracy <= row.ndcg_at_10 <= 1
+    assert sum(row.chance for row in found.rows) == pytest.approx(2)
+
+
+@torch.no_grad()
+def raw_states(transformer, ids: torch.Tensor) -> list[np.ndarray]:
+    """The last token's state before the first block and after each, none of them normed."""
+    caught = []
+    handles = [transformer.layers[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))]
+    handles += [
+        block.register_forward_hook(lambda _, __, output: caught.append(output)) for block in transformer.layers
+    ]
+    transformer(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return [states.reshape(-1, states.shape[-1])[-1].numpy() for states in caught]
+
+
+def test_the_angle_is_that_of_the_last_tokens_states(llama):
+    model = open_model(llama, dtype="float32")
+    texts = ["a word?", "a much longer text, so that there is padding."]
+    (batch,) = DepthEncoder(model).run(texts)
+    angles = np.zeros((5, 5))
+    for text in texts:
+        ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+        states = raw_states(model[0].auto_model, ids)
+        for i, one in enumerate(states):
+            for j, other in enumerate(states):
+                cos = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+                angles[i, j] += math.acos(min(1, max(-1, float(cos)))) / math.pi if i != j else 0
+    assert np.allclose(batch.angles.numpy(), angles, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_next_token_loss_is_that_of_the_language_model(tied, tmp_path):
+    home = tiny_transformer(tmp_path / "lm", "llama", depth=3)
+    config = LlamaConfig.from_pretrained(home)
+    config.tie_word_embeddings = tied
+    language_model = LlamaForCausalLM(config).eval()
+    language_model.save_pretrained(home)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(row["query"] for row in example_pairs(40)))
+    found = profile(home, texts, dtype="float32", batch_size=8)
+    # Every position of every text, where the profile samples one of each: equal within the sample's spread.
+    losses = []
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home)
+    with torch.no_grad():
+        for text in read_texts(texts).rows:
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            scores = language_model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            losses += (-scores[torch.arange(len(scores)), ids[0, 1:]]).tolist()
+    spread = np.std(losses) / math.sqrt(40)
+    assert found.rows[-1].next_token_loss == pytest.approx(np.mean(losses), abs=4 * spread)
+
+
+def test_no_next_token_loss_without_a_head(folder, llama, pairs):
+    untied = profile(llama, pairs, batch_size=8, dtype="float32")  # its config is not tied, its folder has no head
+    both_ways = profile(tiny_transformer(folder / "bert", "bert"), pairs, batch_size=8, dtype="float32")
+    assert all(row.next_token_loss is None for row in (*untied.rows, *both_ways.rows))
+
+
+def test_texts_alone_tell_all_but_the_supervised_columns(llama, folder):
+    rows = [{"text": row["query"]} for row in example_pairs(20)]
+    found = profile(llama, write(folder / "texts.jsonl", rows), dtype="float32", batch_size=8)
+    assert all(row.loss is None and row.chance is None and row.accuracy is None for row in found.rows)
+    assert all(row.effective_rank > 1 and row.uniformity < 0 and row.block_influence > 0 for row in found.rows)
+    assert len(found.cka) == 4 and any("texts alone" in note for note in found.notes)
+    with pytest.raises(DataError, match="texts alone"):
+        choose(found)
+
+
+def test_until_sure_stops_early_with_the_full_choice(llama, folder):
+    data = write(folder / "many.jsonl", example_pairs(200))
+    full = profile(llama, data, batch_size=4, dtype="float32")
+    early = profile(llama, data, batch_size=4, dtype="float32", until_sure=True)
+    assert early.batches < full.batches == 50
+    assert early.settled and early.batches >= bootstrap.FEWEST
+    # Batches are visited in the same order, so what was read is what the full pass read first.
+    assert np.allclose(early.batch_losses, full.batch_losses[: early.batches], atol=1e-4)
+
+
+def test_half_precision_gives_nearly_the_same(llama, pairs):
+    exact = profile(llama, pairs, batch_size=8, dtype="float32")
+    rough = profile(llama, pairs, batch_size=8, dtype="bfloat16")
+    assert rough.dtype == "bfloat16"
+    assert [row.loss for row in rough.rows] == pytest.approx([row.loss for row in exact.rows], abs=0.1)
+    measured = profile(llama, pairs, batch_size=8)
+    assert measured.dtype in ("float32", "bfloat16")
+    assert "by measurement" in measured.notes[0]
+
+
+def test_one_row_and_identical_texts_are_refused(llama, folder):
+    row = example_pairs(1)[0]
+    for rows in ([row], [row] * 5, [{"text": "same"}] * 3):
+        with pytest.raises(DataError, match="fewer than two different"):
+            profile(llama, write(folder / "bad.jsonl", rows))
+
+
+def test_empty_texts_are_refused_with_their_line(llama, folder):
+    with pytest.raises(DataError, match='line 2, "text": the text is empty'):
+        profile(llama, write(folder / "empty.jsonl", [{"text": "a"}, {"text": " "}]))
+    model = open_model(llama, dtype="float32")
+    with pytest.raises(DataError, match="has no tokens"):
+        list(DepthEncoder(model).run(["word", ""]))
+
+
+def test_an_instruction_that_fills_the_length_is_refused(llama, pairs):
+    with pytest.raises(DataError, match="its prompt fills them all"):
+        profile(llama, pairs, instruction="x" * 60, max_length=32, batch_size=8, dtype="float32")
+
+
+def test_weights_that_are_not_finite_are_refused_with_their_depth(llama, pairs):
+    model = open_model(llama, dtype="float32")
+    with torch.no_grad():
+        model[0].auto_model.layers[2].mlp.up_proj.weight[0] = math.nan
+    with pytest.raises(ModelError, match="not finite at depth 3"):
+        profile(model, pairs, batch_size=8)
+
+
+def test_the_same_vector_for_all_texts_is_said(folder, llama):
+    rows = [{"text": "w" + row["query"]} for row in example_pairs(12)]  # the first token is all that cls pooling sees
+    found = profile(llama, write(folder / "first.jsonl", rows), pooling="cls", dtype="float32", batch_size=4)
+    assert all(row.effective_rank is None for row in found.rows)
+    assert any("the same at depth 1, 2, 3, 4" in note for note in found.notes)
+    assert "NaN" not in json.dumps(found.to_dicts())
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(llama):
+    model = open_model(llama, dtype="float32")
+    texts = [row["query"] for row in example_pairs(32)]
+    expected = DepthEncoder(model)
+    whole = {row: v for b in expected.run(texts) for row, v in zip(b.rows, b.vectors, strict=True)}
+
+    def refuse(_, args) -> None:
+        if len(args[0]) > 10:
+            raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
+
+    model[0].auto_model.layers[1].register_forward_pre_hook(refuse)
+    encoder = DepthEncoder(model)
+    found = {row: v for b in encoder.run(texts) for row, v in zip(b.rows, b.vectors, strict=True)}
+    assert encoder.notes == ["a batch was too large for the memory and was halved"]
+    assert all(torch.allclose(found[i], whole[i], atol=1e-5) for i in range(32))
+
+
+def test_plan_keeps_to_the_budget_and_runs_every_text_once():
+    lengths = torch.randint(1, 90, (200,), generator=torch.Generator().manual_seed(0))
+    batches = plan(lengths, 256)
+    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    for batch in batches:
+        assert len(batch) * rounded(int(lengths[batch].max())) <= 256
+    assert all(length <= rounded(length) <= max(length + 0, length * 9 / 8 + 1) for length in range(1, 2000))
+    assert len({rounded(length) for length in range(1, 513)}) < 60
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_can_be_padded_on_either_side(llama, side):
+    model = open_model(llama, dtype="float32")
+    model.tokenizer.padding_side = side
+    tokens = tokenize(model, ["abc", "defghij"])
+    for left in (True, False):
+        batch = tokens.batch([0, 1], left=left)
+        expected = model.tokenizer(["abc", "defghij"], padding=True, padding_side="left" if left else "right")
+        assert batch["input_ids"].tolist() == expected["input_ids"]
+        assert batch["attention_mask"].tolist() == expected["attention_mask"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference losses are not here")
+def test_smollm2_gives_the_losses_of_the_public_code(monkeypatch):
+    pytest.importorskip("gguf")
+    reference = json.loads((GOLDEN / "losses.json").read_text())
+    model = open_model("smollm2", dtype="float32")
+    data = read_pairs(GOLDEN / "triplets.jsonl", instruction=reference["instruction"])
+
+    def difference(scale: str, found: Profile) -> float:
+        return float(np.abs(np.array(reference["results"][scale]["losses"]) - [r.loss for r in found.rows]).max())
+
+    found = {scale: profile(model, data, scale=float(scale)) for scale in reference["results"]}
+    assert difference("20", found["20"]) < 2e-3
+    for scale, expected in reference["results"].items():
+        assert choose(found[scale]) == {"small": expected["small"], "large": expected["large"]}
+
+    # The public code tokenizes a text alone and pools that many tokens from the end, which is off where a text's first
+    # word has another number of tokens after a blank. Counted its way, nothing else is left.
+    from secateur.pooling import WeightedMean
+
+    tokenizer = model.tokenizer
+    by_ids = {
+        tuple(tokenizer(data.prompt + row.anchor)["input_ids"]): len(tokenizer(row.anchor)["input_ids"])
+        for row in data.rows
+    }
+    plain = WeightedMean.forward
+
+    def publicly(self, features, **kwargs):
+        if "prompt_length" not in features:
+            return plain(self, features, **kwargs)
+        mask = features["attention_mask"].clone()
+        for row, (ids, real) in enumerate(zip(features["input_ids"], mask.bool(), strict=True)):
+            places = real.nonzero().flatten()
+            mask[row, places[: -by_ids[tuple(ids[real].tolist())]]] = 0
+        text_only = {key: value for key, value in features.items() if key != "prompt_length"}
+        return features | {
+            "sentence_embedding": plain(self, text_only | {"attention_mask": mask})["sentence_embedding"]
+        }
+
+    monkeypatch.setattr(WeightedMean, "forward", publicly)
+    for scale in reference["results"]:
+        assert difference(scale, profile(model, data, scale=float(scale))) < 1e-5
