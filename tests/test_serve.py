@@ -1,0 +1,670 @@
+"""The server as clients meet it: the real ``openai`` client and raw sockets, over a real uvicorn server."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import inspect
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+import secateur
+from conftest import tiny_transformer
+from secateur.config import ServeOptions
+from secateur.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
+from secateur.errors import ConfigError, ModelError
+from secateur.queueing import Batcher, EncodingFailed, QueueFull, choose_batch
+from secateur.serve import (
+    API_KEYS,
+    JsonLines,
+    Keys,
+    Limits,
+    Server,
+    bind,
+    make_app,
+    make_server,
+    open_encoder,
+    read_keys,
+)
+
+PROMPTS = {"query": "find: ", "document": ""}
+TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers folder with prompts that are not pooled, and vectors of 32 numbers."""
+    made = tmp_path_factory.mktemp("served")
+    transformer = Transformer(str(tiny_transformer(made / "bare", "llama", depth=2)))
+    pooling = Pooling(transformer.get_embedding_dimension(), "mean", include_prompt=False)
+    modules = [transformer, pooling, Normalize()]
+    SentenceTransformer(modules=modules, device="cpu", prompts=PROMPTS).save(str(made / "tiny"))
+    return made / "tiny"
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> ModelEncoder:
+    return ModelEncoder(secateur.open_model(folder, device="cpu"), "tiny")
+
+
+@dataclass
+class Running:
+    """A server in a thread of this process."""
+
+    server: Server
+    port: int
+    thread: threading.Thread
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **options: object) -> openai.OpenAI:
+        settings = {"base_url": f"{self.address}/v1", "api_key": "none", "max_retries": 0, "timeout": 30}
+        return openai.OpenAI(**{**settings, **options})
+
+    def get(self, path: str) -> tuple[int, str]:
+        return fetch(urllib.request.Request(self.address + path))
+
+    def post(self, body: bytes, **headers: str) -> tuple[int, str]:
+        headers = {"Content-Type": "application/json", **headers}
+        return fetch(urllib.request.Request(f"{self.address}/v1/embeddings", body, headers))
+
+    def metric(self, name: str) -> float:
+        lines = self.get("/metrics")[1].splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+def fetch(request: urllib.request.Request) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@contextlib.contextmanager
+def running(app) -> Iterator[Running]:
+    server = make_server(app, timeout=20)
+    with bind("127.0.0.1", 0, Keys()) as listener:
+        port = listener.getsockname()[1]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        wait_until(lambda: server.started)
+        try:
+            yield Running(server, port, thread)
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def wait_until(true, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def served(encoder: ModelEncoder) -> Iterator[Running]:
+    limits = Limits(max_items=64, max_tokens=2000, max_bytes=100_000)
+    with running(make_app(encoder, "tiny", limits=limits)) as server:
+        yield server
+
+
+def vectors(response) -> np.ndarray:
+    return np.array([row.embedding for row in response.data], dtype=np.float32)
+
+
+def refused(status: int, answer: tuple[int, str]) -> dict[str, str | None]:
+    """The error of a refusal, in OpenAI's shape."""
+    assert answer[0] == status, answer
+    error = json.loads(answer[1])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def request(**fields: object) -> bytes:
+    return json.dumps({"model": "tiny", "input": "one", **fields}).encode()
+
+
+class Slow:
+    """An encoder that takes its time, fails where it is told to, and remembers what it was given."""
+
+    def __init__(self, encoder: ModelEncoder, seconds: float = 0.0) -> None:
+        self.__dict__.update({key: getattr(encoder, key) for key in ("dimension", "max_length", "vocabulary")})
+        self.prompts, self.default_prompt = encoder.prompts, encoder.default_prompt
+        self.tokenize = encoder.tokenize
+        self._encoder = encoder
+        self.seconds = seconds
+        self.poison: int | None = None
+        self.failures = 0
+        self.batches: list[list[Tokens]] = []
+
+    def encode(self, batch: Sequence[Tokens]) -> Vectors:
+        self.batches.append(list(batch))
+        time.sleep(self.seconds)
+        if self.failures or any(self.poison in tokens.ids for tokens in batch):
+            self.failures = max(0, self.failures - 1)
+            raise RuntimeError("no memory")
+        return self._encoder.encode(batch)
+
+
+# What clients get
+
+
+def test_vectors_are_those_of_the_model_itself(served: Running, model: SentenceTransformer):
+    expected = model.encode(TEXTS)
+    with served.client() as client:
+        for form in ("float", "base64"):
+            answer = client.embeddings.create(model="tiny", input=TEXTS, encoding_format=form)
+            if form == "base64":
+                raw = [base64.b64decode(row.embedding) for row in answer.data]
+                found = np.array([np.frombuffer(row, dtype="<f4") for row in raw])
+            else:
+                found = vectors(answer)
+            assert [row.index for row in answer.data] == list(range(len(TEXTS)))
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+        by_default = client.embeddings.create(model="tiny", input="one")  # base64 on the way, unpacked by the client
+        np.testing.assert_allclose(vectors(by_default), expected[:1], atol=1e-5)
+        tokens = sum(len(model.tokenizer(text)["input_ids"]) for text in TEXTS)
+        assert answer.usage.prompt_tokens == answer.usage.total_tokens == tokens
+        assert answer.model == "tiny"
+
+
+def test_token_ids_are_taken_as_they_are(served: Running, model: SentenceTransformer):
+    ids = [model.tokenizer(text)["input_ids"] for text in TEXTS]
+    with served.client() as client:
+        several = vectors(client.embeddings.create(model="tiny", input=ids))
+        one = vectors(client.embeddings.create(model="tiny", input=ids[1]))
+    np.testing.assert_allclose(several, model.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(one[0], several[1], atol=1e-5)
+
+
+def test_dimensions_cut_and_make_one_long(served: Running, model: SentenceTransformer):
+    with served.client() as client:
+        found = vectors(client.embeddings.create(model="tiny", input=TEXTS, dimensions=8))
+        with pytest.raises(openai.BadRequestError, match="vectors have 32 numbers") as error:
+            client.embeddings.create(model="tiny", input="one", dimensions=33)
+    assert error.value.param == "dimensions"
+    expected = model.encode(TEXTS, truncate_dim=8, normalize_embeddings=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_prompts_by_name(served: Running, model: SentenceTransformer):
+    def found(**extra: str) -> np.ndarray:
+        with served.client() as client:
+            return vectors(client.embeddings.create(model="tiny", input=TEXTS, extra_body=extra))
+
+    expected = model.encode(TEXTS, prompt_name="query")
+    np.testing.assert_allclose(found(prompt="query"), expected, atol=1e-5)
+    np.testing.assert_allclose(found(prompt="document"), model.encode(TEXTS), atol=1e-5)
+    assert np.abs(expected - model.encode(TEXTS)).max() > 0.01
+    with pytest.raises(openai.BadRequestError, match="it has document, query"):
+        found(prompt="passage")
+    assert refused(400, served.post(request(prompt="query", input=[5])))["param"] == "prompt"
+
+
+def test_the_models_own_default_prompt_is_kept(folder: Path):
+    model = SentenceTransformer(str(folder), device="cpu", default_prompt_name="query")
+    with running(make_app(ModelEncoder(model), "tiny")) as server, server.client() as client:
+        found = vectors(client.embeddings.create(model="tiny", input=TEXTS))
+    np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-5)
+
+
+def test_the_model_is_listed_and_another_is_not_served(served: Running):
+    with served.client() as client:
+        assert [card.id for card in client.models.list()] == ["tiny"]
+        assert client.models.retrieve("tiny").object == "model"
+        with pytest.raises(openai.NotFoundError, match="this server has tiny"):
+            client.embeddings.create(model="ada", input="one")
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("some/ada")
+
+
+def test_long_answers_come_in_pieces_and_whole(encoder: ModelEncoder, model: SentenceTransformer):
+    texts = [f"text {i}" for i in range(2000)]
+    with running(make_app(encoder, "tiny")) as server, server.client() as client:
+        answer = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
+    np.testing.assert_allclose(vectors(answer), model.encode(texts), atol=1e-5)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"input": ""}, "input", "at least 1 character"),
+        ({"input": ["one", ""]}, "input[1]", "at least 1 character"),
+        ({"input": []}, "input", "at least 1 item"),
+        ({"input": [[]]}, "input[0]", "at least 1 item"),
+        ({"input": [1, "one"]}, "input[1]", "valid integer"),
+        ({"input": [True]}, "input[0]", "valid integer"),
+        ({"input": {"text": "one"}}, "input", "valid list"),
+        ({"input": None}, "input", "valid list"),
+        ({"input": [-1]}, "input[0]", "greater than or equal to 0"),
+        ({"input": [[5], [10**30]]}, "input[1]", "does not have"),
+        ({"input": ["one", "x" * 129]}, "input[1]", "129 tokens are too many: the model reads at most 128"),
+        ({"input": "x" * 10_000}, "input", "10000 characters are too many"),
+        ({"input": [[5] * 129]}, "input[0]", "129 tokens are too many"),
+        ({"input": ["a"] * 65}, "input", "65 texts in one request, at most 64"),
+        ({"input": ["a" * 100] * 30}, "input", "more than 2000 tokens in one request"),
+        ({"input": [[5] * 100] * 30}, "input", "more than 2000 tokens in one request"),
+        ({"dimensions": 0}, "dimensions", "greater than or equal to 1"),
+        ({"dimensions": 8.5}, "dimensions", "valid integer"),
+        ({"encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
+        ({"input_type": "query"}, "input_type", "no such field"),
+        ({"model": 3}, "model", "valid string"),
+    ],
+)
+def test_a_refusal_names_the_field_and_the_limit(served: Running, fields: dict, param: str, said: str):
+    error = refused(400, served.post(request(**fields)))
+    assert error["param"] == param
+    assert said in error["message"]
+
+
+def test_texts_are_cut_only_where_the_server_was_told_to(encoder: ModelEncoder, model: SentenceTransformer):
+    texts = ["word, " * 100, "word, " * 5000]
+    with running(make_app(encoder, "tiny", limits=Limits(truncate=True))) as server, server.client() as client:
+        answer = client.embeddings.create(model="tiny", input=texts)
+    np.testing.assert_allclose(vectors(answer), model.encode(texts), atol=1e-5)
+    assert answer.usage.prompt_tokens == 256
+
+
+HOSTILE = {
+    "nothing": (b"", 400),
+    "no JSON": (b"{", 400),
+    "no object": (b'["model"]', 400),
+    "not UTF-8": (b'{"model": "tiny", "input": "\xff\xfe"}', 400),
+    "half a surrogate": (b'{"model": "tiny", "input": "\\ud800"}', 400),
+    "UTF-16": (request().decode().encode("utf-16"), 400),
+    "deep lists": (b'{"model": "tiny", "input": ' + b"[" * 45_000 + b"]" * 45_000 + b"}", 400),
+    "deep objects": (b'{"a":' * 15_000 + b"1" + b"}" * 15_000, 400),
+    "no number": (b'{"model": "tiny", "input": [NaN]}', 400),
+    "infinite": (b'{"model": "tiny", "input": "one", "dimensions": 1e999}', 400),
+    "a huge number": (b'{"model": "tiny", "input": "one", "dimensions": ' + b"9" * 90_000 + b"}", 400),
+    "many keys": (b"{" + b",".join(b'"%d":1' % i for i in range(9000)) + b"}", 400),
+    "many empty lists": (b'{"model": "tiny", "input": [' + b"[]," * 30_000 + b"[]]}", 400),
+    "many wrong types": (b'{"model": "tiny", "input": ["a"' + b",1" * 40_000 + b"]}", 400),
+    "a key that is long": (b'{"' + b"k" * 90_000 + b'": 1}', 400),
+    "too large": (request(input="x" * 100_000), 413),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bodies_are_refused_and_the_server_goes_on(served: Running, name: str):
+    body, status = HOSTILE[name]
+    error = refused(status, served.post(body))
+    assert len(error["message"]) < 500
+    assert served.post(request())[0] == 200
+
+
+def raw(port: int, *parts: bytes, seconds: float = 10) -> bytes:
+    """What the server answers to bytes on a socket, until it closes or falls silent."""
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
+        for part in parts:
+            connection.sendall(part)
+        answer = b""
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            while chunk := connection.recv(65536):
+                answer += chunk
+    return answer
+
+
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\x00\xff\r\n\r\n", b"400"),
+        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", b"400"),
+        (HEAD + b"Content-Length: x\r\n\r\n", b"400"),
+        (HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n{", b"4"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + (b"4000\r\n" + b"x" * 0x4000 + b"\r\n") * 7, b"413"),
+        (HEAD + b"Authorization: Bearer \xff\xfe\r\nContent-Length: 2\r\n\r\n{}", b"400"),
+        (b"GET /%ff%fe HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"404"),
+        (b"BREW /v1/embeddings HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"405"),
+    ],
+)
+def test_hostile_bytes_get_a_4xx(served: Running, sent: bytes, status: bytes):
+    assert raw(served.port, sent).startswith(b"HTTP/1.1 " + status)
+    assert served.get("/ready")[0] == 200
+
+
+def test_other_paths_methods_and_types_are_errors_in_the_same_shape(served: Running):
+    assert refused(404, served.get("/v1/chat"))["type"] == "invalid_request_error"
+    refused(404, served.get("/v1/embeddings/"))
+    refused(405, served.get("/v1/embeddings"))
+    refused(415, served.post(request(), **{"Content-Type": "text/plain"}))
+
+
+def test_bodies_in_memory_are_bounded_together(encoder: ModelEncoder):
+    limits = Limits(max_bytes=1000)
+    with running(make_app(encoder, "tiny", limits=limits)) as server, contextlib.ExitStack() as held:
+        for _ in range(8):  # each holds a body but for its last byte
+            connection = held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + b" " * 990)
+        wait_until(lambda: server.post(request(input="x" * 100))[0] == 429)
+        held.close()
+        wait_until(lambda: server.post(request(input="x" * 100))[0] == 200)
+
+
+def test_schemathesis_finds_nothing_against_the_servers_own_schema(served: Running):
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{served.address}/openapi.json"]
+    done = subprocess.run(
+        [*command, "--max-examples", "15", "--seed", "1", "--no-color"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "6 selected / 6 total" in done.stdout
+    assert served.get("/ready")[0] == 200
+
+
+# Keys
+
+
+def test_keys(encoder: ModelEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    (tmp_path / "keys").write_text("from-file\n\nanother\n")
+    monkeypatch.setenv(API_KEYS, "from-environment, ")
+    caplog.set_level(logging.DEBUG)
+    with running(make_app(encoder, "tiny", keys=read_keys(tmp_path / "keys"))) as server:
+        for key in ("from-file", "another", "from-environment"):
+            with server.client(api_key=key) as client:
+                assert len(client.embeddings.create(model="tiny", input="one").data) == 1
+        for key in ("from-fil", "from-file2", "ключ".encode().decode("latin-1"), "from-environment,"):
+            refused(401, server.post(request(), Authorization=f"Bearer {key}"))
+        refused(401, server.post(b"x" * 10_000_000))
+        refused(401, server.post(request(), Authorization="Basic from-file"))
+        assert [server.get(path)[0] for path in ("/metrics", "/v1/models", "/health", "/ready")] == [401, 401, 200, 200]
+    assert "from-" not in caplog.text
+
+
+def test_other_machines_are_served_only_with_a_key_or_when_told_so(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0 is reachable from other machines.*--no-auth"):
+        bind("0.0.0.0", 0, Keys())
+    with pytest.raises(ConfigError, match="reachable"):
+        bind("::", 0, Keys())
+    bind("0.0.0.0", 0, Keys(), auth=False).close()
+    bind("0.0.0.0", 0, Keys(["key"])).close()
+    with bind("127.0.0.1", 0, Keys()) as taken:
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"cannot listen at 127\.0\.0\.1"):
+            bind("127.0.0.1", taken.getsockname()[1], Keys())
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        read_keys(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(tmp_path / "none")
+
+
+# Under load
+
+
+def test_requests_of_many_clients_share_batches(encoder: ModelEncoder, model: SentenceTransformer):
+    slow = Slow(encoder, 0.05)
+    texts = [f"text number {i}" for i in range(40)]
+    with running(make_app(slow, "tiny")) as server, server.client() as client, ThreadPoolExecutor(20) as clients:
+        one = partial(client.embeddings.create, model="tiny")
+        found = np.concatenate([vectors(answer) for answer in clients.map(lambda text: one(input=text), texts)])
+        assert server.metric("secateur_texts_total") == 40
+        assert server.metric("secateur_batch_texts_count") == len(slow.batches) < 20
+        assert server.metric("secateur_queue_seconds_count") == 40
+    np.testing.assert_allclose(found, model.encode(texts), atol=1e-5)
+
+
+def test_a_full_queue_says_when_to_come_again(encoder: ModelEncoder):
+    slow = Slow(encoder, 0.5)
+    limits = Limits(queue_tokens=50)
+    with running(make_app(slow, "tiny", limits=limits)) as server, ThreadPoolExecutor(12) as clients:
+
+        def ask(_: int) -> str:
+            try:
+                with server.client() as client:
+                    client.embeddings.create(model="tiny", input="ten tokens")
+            except openai.RateLimitError as error:
+                assert 1 <= int(error.response.headers["retry-after"]) <= 60
+                return "busy"
+            return "answered"
+
+        outcomes = list(clients.map(ask, range(12)))
+        assert outcomes.count("busy") == 7
+        with server.client(max_retries=5) as client:  # the real client waits, and comes again
+            client.embeddings.create(model="tiny", input="ten tokens")
+
+
+def test_a_request_that_takes_too_long_leaves_the_queue(encoder: ModelEncoder):
+    slow = Slow(encoder, 1.0)
+    with running(make_app(slow, "tiny", limits=Limits(timeout=0.3))) as server:
+        assert refused(503, server.post(request()))["code"] == "timeout"
+        wait_until(lambda: server.metric("secateur_queue_tokens") == 0)
+
+
+def test_who_leaves_is_not_encoded(encoder: ModelEncoder):
+    slow = Slow(encoder, 0.6)
+    body = request(input="left")
+    sent = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with running(make_app(slow, "tiny")) as server, ThreadPoolExecutor(1) as other:
+        first = other.submit(server.post, request(input="first"))
+        wait_until(lambda: slow.batches)
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                connection.sendall(sent)
+                wait_until(lambda: server.metric("secateur_queue_tokens") > len("first"))
+        wait_until(lambda: server.metric("secateur_queue_tokens") <= len("first"))
+        assert first.result()[0] == 200
+        assert server.post(request(input="second"))[0] == 200
+        assert server.metric('secateur_requests_total{path="/v1/embeddings",status="499"}') == 5
+    assert sum(len(batch) for batch in slow.batches) == 2
+
+
+def test_a_batch_that_fails_fails_only_whom_it_must(encoder: ModelEncoder, model: SentenceTransformer):
+    slow = Slow(encoder, 0.1)
+    slow.poison = int(model.tokenizer("?")["input_ids"][0])
+    texts = ["what?" if i == 3 else f"text {i}" for i in range(8)]
+    with running(make_app(slow, "tiny")) as server, ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda text: server.post(request(input=text)), texts))
+        assert [status for status, _ in answers] == [200, 200, 200, 500, 200, 200, 200, 200]
+        assert refused(500, answers[3]) == {
+            "message": "the model failed on these texts",
+            "type": "server_error",
+            "param": None,
+            "code": "encoding_failed",
+        }
+        found = [json.loads(answer)["data"][0]["embedding"] for status, answer in answers if status == 200]
+        slow.failures = 1  # a failure that passes is not noticed
+        assert server.post(request())[0] == 200
+    others = [text for i, text in enumerate(texts) if i != 3]
+    np.testing.assert_allclose(np.array(found), model.encode(others), atol=1e-5)
+
+
+def test_a_server_told_to_end_finishes_what_it_took(encoder: ModelEncoder):
+    slow = Slow(encoder, 0.3)
+    with running(make_app(slow, "tiny", limits=Limits(batch_tokens=16))) as server, ThreadPoolExecutor(10) as clients:
+        asked = [clients.submit(server.post, request(input=f"text {i}")) for i in range(10)]
+        wait_until(lambda: server.metric("secateur_queue_tokens") == 60)
+        server.server.should_exit = True
+        assert [answer.result()[0] for answer in asked] == [200] * 10
+        server.thread.join(10)
+        with pytest.raises(urllib.error.URLError):
+            server.get("/health")
+
+
+@pytest.mark.slow  # two processes start, one after the other
+def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
+    encoder: ModelEncoder, folder: Path, model: SentenceTransformer
+):
+    deaths: list[int] = []
+    process = EncoderProcess(partial(open_encoder, folder, {"device": "cpu"}), lambda: deaths.append(1))
+    texts = [f"text {i:02}" for i in range(8)]
+    with running(make_app(encoder, "tiny", processes=[process])) as server, ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(server.post, request(input=text)) for text in texts]
+        wait_until(lambda: server.metric("secateur_queue_tokens") == 7 * 8)
+        os.kill(process.pid, signal.SIGKILL)  # it holds the first batch
+        assert [answer.result()[0] for answer in answers] == [200] * 8
+        assert deaths == [1]
+        assert server.metric("secateur_batch_errors_total") == 1
+    found = [json.loads(answer.result()[1])["data"][0]["embedding"] for answer in answers]
+    np.testing.assert_allclose(np.array(found), model.encode(texts), atol=1e-5)
+    with pytest.raises(EncoderDied):
+        process.encode(numbers(3))
+
+
+# The queue by itself
+
+
+def numbers(*lengths: int, prompt: int = 0) -> list[Tokens]:
+    return [Tokens(np.zeros(length, dtype=np.int32), prompt) for length in lengths]
+
+
+def test_a_batch_is_the_first_text_and_those_nearest_to_it_in_length():
+    assert choose_batch(numbers(20, 100, 17, 3, 32), budget=96, max_length=128) == [0, 2, 4]
+    assert choose_batch(numbers(20, 100, 17, 3, 32), budget=1000, max_length=128) == [0, 2, 4, 3, 1]
+    assert choose_batch(numbers(200, 3), budget=96, max_length=256) == [0]
+    assert choose_batch([*numbers(5), *numbers(5, prompt=2), *numbers(5)], budget=96, max_length=128) == [0, 2]
+
+
+def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
+    rng = np.random.default_rng(0)
+
+    def encode(batch: Sequence[Tokens]) -> Vectors:
+        if rng.random() < 0.1:
+            raise RuntimeError
+        return np.array([[tokens.ids[0], len(tokens)] for tokens in batch], dtype=np.float32)
+
+    async def ask(batcher: Batcher, number: int) -> bool:
+        texts = [Tokens(np.full(1 + (number * 7 + i) % 40, number * 10 + i, dtype=np.int32)) for i in range(number % 4)]
+        texts = texts or numbers(3)
+        asked = asyncio.ensure_future(batcher.embed(texts))
+        if number % 10 == 7:
+            await asyncio.sleep(0)
+            asked.cancel()
+        try:
+            found = await asked
+        except asyncio.CancelledError:
+            return True
+        except EncodingFailed:
+            return False
+        assert found.tolist() == [[text.ids[0], len(text)] for text in texts]
+        return True
+
+    async def everything() -> list[bool]:
+        batcher = Batcher([encode, encode], max_length=40, batch_tokens=200, queue_tokens=10**6)
+        batcher.start()
+        outcomes = await asyncio.gather(*(ask(batcher, number) for number in range(1000)))
+        assert batcher.tokens == 0
+        assert batcher.running
+        await batcher.close()
+        return outcomes
+
+    assert sum(asyncio.run(everything())) >= 950
+
+
+def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
+    async def everything() -> None:
+        batcher = Batcher(
+            [lambda batch: np.zeros((len(batch), 1), np.float32)], max_length=40, batch_tokens=200, queue_tokens=10
+        )
+        first = asyncio.ensure_future(batcher.embed(numbers(20)))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await batcher.embed(numbers(1))
+        batcher.start()
+        await first
+        await batcher.embed(numbers(1))
+        await batcher.close()
+
+    asyncio.run(everything())
+
+
+# The process, its log, its options
+
+
+def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, tmp_path: Path):
+    log = tmp_path / "log"
+    secret = "a text that nobody should read"
+    environment = os.environ | {API_KEYS: "sesame-open"}
+    command = [sys.executable, "-m", "secateur.cli", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stderr=stream, env=environment)
+    try:
+        wait_until(lambda: '"serving"' in log.read_text() or process.poll() is not None, 60)
+        first = json.loads(log.read_text().splitlines()[0])
+        address = f"{first['address']}/v1"
+        with openai.OpenAI(base_url=address, api_key="sesame-open", max_retries=9) as client:
+            answer = client.embeddings.with_raw_response.create(model="tiny", input=[secret, "two"])
+            with pytest.raises(openai.BadRequestError):
+                client.embeddings.create(model="tiny", input=secret * 100)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["serving", "request", "request", "ended"]
+    told = lines[1]
+    assert told["request"] == answer.headers["x-request-id"]
+    assert (told["path"], told["status"], told["texts"], told["tokens"]) == ("/v1/embeddings", 200, 2, len(secret) + 3)
+    assert lines[2]["error"] == "text_refused"
+    assert secret not in log.read_text()
+    assert "sesame" not in log.read_text()
+
+
+def test_a_traceback_in_the_log_says_where_but_not_what():
+    try:
+        raise ValueError("a text")
+    except ValueError:
+        record = logging.LogRecord("a", logging.ERROR, __file__, 1, "bug", None, sys.exc_info())
+    line = JsonLines().format(record)
+    assert json.loads(line)["error"] == "ValueError"
+    assert "test_serve.py:" in line
+    assert "a text" not in line
+
+
+def test_a_model_that_gives_other_vectors_in_batches_is_not_served(folder: Path):
+    model = secateur.open_model(folder, device="cpu")
+    model[1].register_forward_pre_hook(
+        lambda _, features: (
+            (features[0] | {"token_embeddings": features[0]["token_embeddings"].roll(1, 2)},)
+            if features[0]["input_ids"].shape[1] % 16 == 0
+            else None
+        )
+    )
+    with pytest.raises(ModelError, match="gives other vectors in batches"):
+        ModelEncoder(model, "tiny")
+
+
+def test_the_function_and_the_command_have_the_same_options():
+    parameters = inspect.signature(secateur.serve).parameters
+    assert set(parameters) == set(ServeOptions.model_fields)
+    for name, option in ServeOptions.model_fields.items():
+        if not option.is_required():
+            assert parameters[name].default == option.get_default(), name
