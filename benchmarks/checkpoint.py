@@ -1,11 +1,13 @@
-"""What it costs to cut a checkpoint without opening it: memory, bytes, time, and bytes from the Hub, in one run.
+"""What it costs to cut a checkpoint without opening it, and to open what was cut: memory, bytes and time, in one run.
 
     python benchmarks/checkpoint.py                      # Llama-3-8B's configuration: 16 GB, and 10 GB for the results
     python benchmarks/checkpoint.py --hidden-size 1024   # a quick run: 1.4 GB
 
-A sharded checkpoint of random bytes is written, and cut to its first blocks in fresh processes: from the folder, in
+A sharded checkpoint of random numbers is written, and cut to its first blocks in fresh processes: from the folder, in
 turns with ``cp`` of as many bytes (page cache emptied of both sources, results brought to the disk by both), and from a
-stand-in of the Hub on this machine that counts what it sends.
+stand-in of the Hub on this machine that counts what it sends. Then the whole command runs, from the folder and from the
+stand-in: it opens what it wrote and compares vectors with the source's. Last, the whole checkpoint and the cut one are
+opened by transformers, and encode a text.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -22,6 +23,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from hub import StandIn, serve
 
 SHARD_BYTES = 5_000_000_000  # as transformers' save_pretrained
 VOCABULARY, HEAD = 128_256, 128
@@ -47,6 +55,39 @@ print(json.dumps({
 }))
 """
 
+COMMAND = """
+import json, re, resource, sys, time
+start = time.perf_counter()
+import secateur
+folder = secateur.prune(sys.argv[1], int(sys.argv[2]), pooling="mean", out=sys.argv[3])
+status = open("/proc/self/status").read()
+print(json.dumps({
+    "seconds": time.perf_counter() - start,
+    "peak": int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024,
+    "anonymous": int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]) * 1024,
+    "checked": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+}))
+"""
+
+OPEN = """
+import json, re, sys, time
+import torch, transformers
+from transformers import LlamaModel
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+before, start = peak(), time.perf_counter()
+model = LlamaModel.from_pretrained(sys.argv[1])
+opened = time.perf_counter() - start
+with torch.no_grad():
+    model(torch.arange(8)[None], use_cache=False)
+print(json.dumps({"opened": opened, "seconds": time.perf_counter() - start, "peak": peak() - before}))
+"""
+
 
 def main() -> None:
     args = arguments()
@@ -56,6 +97,8 @@ def main() -> None:
         print(f"checkpoint   {total / 1e9:.2f} GB, {args.layers} blocks, first {args.keep} kept")
         from_folder(folder, args)
         from_hub(folder, args)
+        whole_command(folder, args)
+        opening(folder)
 
 
 def arguments() -> argparse.Namespace:
@@ -90,6 +133,9 @@ def write_checkpoint(folder: Path, hidden: int, layers: int) -> int:
         "eos_token_id": 128_001,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "one": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>").save_pretrained(folder)
     block = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (groups * HEAD, hidden),
@@ -117,7 +163,9 @@ def write_shards(folder: Path, tensors: dict[str, tuple[tuple[int, ...], int]]) 
         if sum(size for _, size in groups[-1].values()) + size > SHARD_BYTES:
             groups.append({})
         groups[-1][name] = (shape, size)
-    noise = random.Random(0).randbytes(1 << 26)
+    # bfloat16 is the upper half of float32; the numbers must be such that a model of them gives numbers.
+    normal = np.random.default_rng(0).standard_normal(1 << 25, dtype=np.float32) * np.float32(0.02)
+    noise = (normal.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -166,15 +214,42 @@ def from_folder(folder: Path, args: argparse.Namespace) -> None:
     print(f"             each: {', '.join(pairs)}")
 
 
-def from_hub(folder: Path, args: argparse.Namespace) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from hub import serve
+def whole_command(folder: Path, args: argparse.Namespace) -> None:
+    forget(folder / "model")
+    run = child(folder / "model", args.keep, folder / "pruned", {}, COMMAND)
+    print(f"command      {run['seconds']:.1f} s with imports and the check; {shown(run)}")
+    with serve(folder / "model") as server:
+        run = child("me/tiny", args.keep, folder / "pruned-hub", hub_environment(server, folder / "home-2"), COMMAND)
+        kept = sum(file.stat().st_size for file in files(folder / "pruned", ".safetensors"))
+        print(f"  from a Hub {run['seconds']:.1f} s; {server.sent / kept:.4f} bytes sent for each kept; {shown(run)}")
 
+
+def shown(run: dict[str, float]) -> str:
+    peaks = f"peak RSS {run['peak'] / 1e6:.0f} MB, of it allocated {run['anonymous'] / 1e6:.0f} MB at the end"
+    return f"{peaks}; the process that checks {run['checked'] / 1e6:.0f} MB"
+
+
+def opening(folder: Path) -> None:
+    size: dict[str, int] = {}
+    for name in ("model", "pruned"):
+        size[name] = sum(file.stat().st_size for file in files(folder / name, ".safetensors"))
+        forget(folder / name)
+        command = [sys.executable, "-c", OPEN, str(folder / name)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        run = json.loads(done.stdout.splitlines()[-1])
+        print(f"open {name:7s} {size[name] / 1e9:.2f} GB: {run['opened']:.2f} s, with a first text ", end="")
+        print(f"{run['seconds']:.2f} s; {run['peak'] / 1e9:.2f} GB more resident")
+
+
+def hub_environment(server: StandIn, home: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": server.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+
+
+def from_hub(folder: Path, args: argparse.Namespace) -> None:
     out = folder / "downloaded"
     out.mkdir()
     with serve(folder / "model") as server:
-        environment = {"HF_ENDPOINT": server.address, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
-        run = child("me/tiny", args.keep, out, environment)
+        run = child("me/tiny", args.keep, out, hub_environment(server, folder / "home"))
         same = all((out / file.name).read_bytes() == file.read_bytes() for file in files(folder / "kept", ".json"))
         same &= all(equal(out / file.name, file) for file in files(folder / "kept", ".safetensors"))
         print(f"from the Hub {server.sent / run['kept']:.4f} bytes sent for each kept; ", end="")
@@ -192,9 +267,11 @@ def equal(left: Path, right: Path) -> bool:
     return subprocess.run(["cmp", "--quiet", left, right]).returncode == 0
 
 
-def child(source: Path | str, keep: int, out: Path, environment: dict[str, str]) -> dict[str, float]:
+def child(
+    source: Path | str, keep: int, out: Path, environment: dict[str, str], script: str = CHILD
+) -> dict[str, float]:
     """Prune in a fresh process that measures itself."""
-    command = [sys.executable, "-c", CHILD, str(source), str(keep), str(out)]
+    command = [sys.executable, "-c", script, str(source), str(keep), str(out)]
     done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

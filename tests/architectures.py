@@ -553,7 +553,7 @@ with stock transformers and compared with the full model whose other blocks hand
   something else stands after the blocks, so that a profile takes a forward pass for each depth.
 - **Padding**: the side on which a padded batch gives the vectors of its single texts; `none` where padding reaches the
   vectors on either side (convolutions or landmarks over the padding), so that texts should be encoded one by one or by
-  equal length.
+  equal length. A language model's folder is written with right padding.
 - **LoRA targets**: what `secateur heal` adapts. *+ experts* where peft adapts the packed experts too; of those models
   it leaves the dense gate, up and down projections alone.
 

@@ -71,7 +71,7 @@ def open_model(
     source = resolve(name)
     options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True}
-    with _as_model_error(name), quiet():
+    with as_model_error(name), quiet():
         if isinstance(source, Path) and source.suffix == ".gguf":
             with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
                 convert_gguf(source, Path(folder))
@@ -231,7 +231,7 @@ def _check_whole(folder: Path, model: SentenceTransformer) -> None:
 
 
 @contextmanager
-def _as_model_error(name: str | Path) -> Iterator[None]:
+def as_model_error(name: str | Path) -> Iterator[None]:
     """Turn what libraries raise on a model that they cannot open into one line about that model."""
     try:
         yield

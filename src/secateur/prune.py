@@ -21,6 +21,7 @@ from secateur.checkpoint import Pruned, prune_checkpoint
 from secateur.embedder import Embedder, copy_modules, read_embedder
 from secateur.errors import ConfigError, ModelError
 from secateur.models import (
+    as_model_error,
     check_written,
     model_label,
     open_model,
@@ -183,7 +184,7 @@ def _cut_checkpoint(job: Job, selection: Selection, progress: Progress) -> None:
     progress(STEP, 80, 100)
     if job.cut != job.folder or embedder is None:
         write_files(opened, job.folder, weights=job.cut != job.folder)
-    with quiet():
+    with as_model_error(job.source), quiet():
         expected = _expected(job, opened, result)
     origin = replace(origin, pooling=pooling_name(opened))
     del opened  # the fresh process has a copy of its own
