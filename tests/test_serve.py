@@ -548,7 +548,8 @@ def numbers(*lengths: int, prompt: int = 0) -> list[Tokens]:
 
 def test_a_batch_is_the_first_text_and_those_nearest_to_it_in_length():
     assert choose_batch(numbers(20, 100, 17, 3, 32), budget=96, max_length=128) == [0, 2, 4]
-    assert choose_batch(numbers(20, 100, 17, 3, 32), budget=1000, max_length=128) == [0, 2, 4, 3, 1]
+    assert choose_batch(numbers(20, 100, 17, 3, 32, 16, 30), budget=1000, max_length=128) == [0, 2, 6, 4]
+    assert choose_batch(numbers(*[120] * 9, 100), budget=2000, max_length=128) == [*range(10)]
     assert choose_batch(numbers(200, 3), budget=96, max_length=256) == [0]
     assert choose_batch([*numbers(5), *numbers(5, prompt=2), *numbers(5)], budget=96, max_length=128) == [0, 2]
 
