@@ -278,5 +278,5 @@ def test_a_sample_of_none_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "x" * 121, "a\x00b"])
 def test_a_name_that_cannot_be_a_file_name_is_refused(name: str, tmp_path: Path):
-    with pytest.raises(DataError, match='"name": .*file names'):
+    with pytest.raises(DataError, match=r'"name": .*file names'):
         open_task(write_task(tmp_path / "t", "sts", example_rows("sts"), name=name))
