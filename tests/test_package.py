@@ -20,7 +20,7 @@ gguf pooling models
 jsonl data texts
 metrics bootstrap forward lens depths profile choose selection prune
 train heal
-task_folder tasks intervals predictions vectors evaluate flops cost
+task_folder tasks intervals predictions vectors evaluate flops cost compare
 report
 encoders queueing serve
 demo study
@@ -34,6 +34,7 @@ def test_the_exported_names():
     assert secateur.__all__ == [
         "SecateurError",
         "choose",
+        "compare",
         "cost",
         "evaluate",
         "heal",
@@ -42,6 +43,7 @@ def test_the_exported_names():
         "prune",
         "read_scores",
         "report",
+        "serve",
         "study",
     ]
     assert dir(secateur) == secateur.__all__
