@@ -138,7 +138,7 @@ def bad_models(place: Path, llama: Path) -> dict[str, str]:
         "no-config": "has no config.json",
         "no-weights": "has no safetensors",
         "half": "model.safetensors is damaged or half written",
-        "no-block": "weights of block 3 are missing",
+        "no-block": "no weights for layers.3",
         "images": "not a text model",
         "words.jsonl": "is not a model folder",
     }
