@@ -24,6 +24,7 @@ task_folder tasks intervals predictions vectors evaluate flops cost compare
 report
 encoders queueing serve
 demo study
+graph runtime convert compatibility export
 cli
 """
 FLOW = ORDER.split()
@@ -37,6 +38,7 @@ def test_the_exported_names():
         "compare",
         "cost",
         "evaluate",
+        "export",
         "heal",
         "open_model",
         "profile",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secateur.cost import cost
     from secateur.errors import SecateurError
     from secateur.evaluate import evaluate
+    from secateur.export import export
     from secateur.heal import heal
     from secateur.models import open_model
     from secateur.profile import profile
@@ -31,6 +32,7 @@ __all__ = [
     "compare",
     "cost",
     "evaluate",
+    "export",
     "heal",
     "open_model",
     "profile",

@@ -22,6 +22,7 @@ from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
     from secateur.artifacts import Comparison, CostRow, Profile, Scores
+    from secateur.export import Export
     from secateur.progress import Progress
 
 app = typer.Typer(
@@ -231,6 +232,16 @@ def compare_command(options: config.CompareOptions) -> None:
     typer.echo(f"\n{options.out / 'comparison.json'}")
 
 
+@_command(config.ExportOptions)
+def export_command(options: config.ExportOptions) -> None:
+    import secateur
+
+    with _bars() as progress:
+        result = secateur.export(**_given(options), progress=progress)
+    _show_export(result)
+    typer.echo(f"\n{options.out}")
+
+
 @_command(config.ReportOptions)
 def report_command(options: config.ReportOptions) -> None:
     import secateur
@@ -338,6 +349,22 @@ _PROFILE_COLUMNS = {
     "mean_cosine": ("cosine", "{:.3f}"),
 }
 """Column of a profile → its heading and format."""
+
+
+def _show_export(result: Export) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    typer.echo(f"cosine with the original: least {result.cosine_min:.5f}, mean {result.cosine_mean:.5f}")
+    if result.points_lost is not None:
+        typer.echo(f"points lost on {len(result.rows)} tasks: {result.points_lost:.2f}")
+    table = Table()
+    for column in ("reader", "loads", "why"):
+        table.add_column(column)
+    for note in result.notes:
+        table.add_row(note.reader, note.loads, escape(note.why))
+    Console().print(table)
 
 
 def _show_scores(scores: Scores) -> None:

@@ -183,6 +183,39 @@ class CompareOptions(Options):
     cache: Path | None = Field(None, description=_CACHE)
 
 
+class ExportOptions(Options):
+    """Write a model for ONNX Runtime or OpenVINO, and compare it with the original.
+
+    Example: secateur export smollm2-large-healed --to openvino --precision int8 -o smollm2-large-int8
+    """
+
+    model: str = _model()
+    out: Path = _out("The folder to write.")
+    to: Literal["onnx", "openvino"] = Field("onnx", description="The runtime.")
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = Field("float32", description="Of the graph.")
+    quantization: Literal["static", "dynamic"] | None = Field(
+        None, description="How int8 rounds activations: by ranges measured on texts, or anew [default: the faster]."
+    )
+    data: list[Path] = Field(
+        default=[],
+        description="Files of texts or pairs to calibrate and compare on [default: documentation of Python].",
+    )
+    dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
+    vectors: Literal["float32", "int8", "uint8", "binary", "ubinary"] = Field(
+        "float32", description="Form in which the runtime gives vectors."
+    )
+    tasks: list[str] = Field(default=[], description="Tasks to score both on: folders, or names that mteb knows.")
+    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
+    seed: int = Field(42, description="Of the samples.")
+    min_cosine: float | None = Field(
+        None, ge=-1, le=1, description="Least cosine with the original that any text may have [default: by precision]."
+    )
+    max_loss: float = Field(0.5, ge=0, description="Points of 100 that the average over the tasks may fall by.")
+    pooling: PoolingName | None = Field(None, description=_POOLING)
+    max_length: int = Field(512, ge=1, description=_LENGTH)
+    trust_remote_code: bool = Field(False, description=_TRUST)
+
+
 class ReportOptions(Options):
     """Write a run's report: one HTML page, the same as Markdown, and a model card in each model folder.
 

