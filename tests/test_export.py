@@ -20,7 +20,7 @@ from conftest import MakeEncoder, tiny_transformer
 from secateur import config, runtime
 from secateur.artifacts import load
 from secateur.compatibility import compatibility
-from secateur.errors import ConfigError, DataError, MissingPackage, ModelError, OutputError, VerificationFailed
+from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
 from secateur.export import LEAST_COSINE, Export, as_numbers, cosines, export
 from secateur.graph import EncoderGraph
 from secateur.models import open_model
@@ -281,13 +281,13 @@ def test_short_vectors_in_few_bits_and_scores(folders: Callable[[str], Path], tm
     lost = [row.original - row.exported for row in result.rows]
     assert result.points_lost == pytest.approx(100 * np.mean(lost))
     assert result.points_lost != 0  # one bit a dimension does not score as 32 do
-    with pytest.raises(VerificationFailed, match="points lost"):
+    with pytest.raises(ExportTooFar, match="points on the average"):
         export(folders("bert"), to="openvino", out=tmp_path / "no", **options | {"max_loss": result.points_lost - 0.01})
     assert not (tmp_path / "no").exists()
 
 
 def test_an_export_that_is_too_far_off_leaves_nothing(folders: Callable[[str], Path], tmp_path: Path):
-    with pytest.raises(VerificationFailed, match="least cosine"):
+    with pytest.raises(ExportTooFar, match="least cosine between"):
         export(folders("bert"), to="openvino", precision="bfloat16", min_cosine=1.0, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -112,6 +112,13 @@ class VerificationFailed(SecateurError):
         )
 
 
+class ExportTooFar(SecateurError):
+    """An export whose vectors or scores are too far from the original's; ``problem`` says by how much."""
+
+    def __init__(self, out: str | Path, problem: str, hint: str) -> None:
+        super().__init__(f"{out}: {problem}; nothing was written", hint)
+
+
 class TrainingDiverged(SecateurError):
     """A training whose loss is not finite or exploded at ``step``; ``checkpoint`` is the last good state."""
 

@@ -24,7 +24,7 @@ from secateur.compatibility import Note, compatibility
 from secateur.convert import Features, Form, convert, form_of
 from secateur.data import read_pairs
 from secateur.demo import pairs_of
-from secateur.errors import ConfigError, ModelError, VerificationFailed
+from secateur.errors import ConfigError, ExportTooFar, ModelError
 from secateur.evaluate import evaluate
 from secateur.graph import EncoderGraph
 from secateur.models import open_model, write_files
@@ -174,7 +174,7 @@ def export(
     Raises:
         ModelError, DataError, ConfigError, OutputError: Bad input.
         MissingPackage: The backend is not installed.
-        VerificationFailed: The export's vectors or scores are too far from the original's; no folder is left.
+        ExportTooFar: The export's vectors or scores are too far from the original's; no folder is left.
     """
     form = form_of(to, precision, quantization)
     if vectors not in FORMATS:
@@ -204,13 +204,16 @@ def export(
         progress(STEP, 60, 100)
         encoder = runtime.load(folder)
         found = _compare(opened, encoder, compared, expected[: len(compared)], dimensions)
-        _check(f"{out} ({to}, {precision}): least cosine", 1 - found.min(), 1 - least)
+        if found.min() < least:
+            problem = f"the least cosine between its vectors and the original's is {found.min():.4f}, below {least:g}"
+            raise ExportTooFar(out, problem, "another --precision or --to, or a lower --min-cosine")
         progress(STEP, 70, 100)
         scores = _score(opened, encoder, tasks, sample, seed, dimensions)
         about |= {"cosine_min": float(found.min()), "cosine_mean": float(found.mean()), "task_scores": scores}
         result = Export(**about, compared=len(compared), readers=_readers(folder))
-        if result.points_lost is not None:
-            _check(f"{out} ({to}, {precision}): points lost on the tasks", result.points_lost, max_loss)
+        if result.points_lost is not None and not result.points_lost <= max_loss:
+            problem = f"it loses {result.points_lost:.2f} points on the average of the tasks, more than {max_loss:g}"
+            raise ExportTooFar(out, problem, "another --precision or --to, or a higher --max-loss")
         result.save(folder)
         progress(STEP, 100, 100)
     return result
@@ -221,11 +224,6 @@ def _check_dimensions(dimensions: int | None, model: SentenceTransformer) -> int
     if dimensions is not None and not 0 < dimensions <= whole:
         raise ConfigError("dimensions", dimensions, f"cannot be {dimensions}", f"1 to {whole}")
     return dimensions
-
-
-def _check(what: str, measured: float, allowed: float) -> None:
-    if not measured <= allowed:
-        raise VerificationFailed(what, measured, allowed)
 
 
 def _texts(data: Sequence[str | Path], seed: int) -> tuple[list[str], list[str], tuple[Fingerprint, ...]]:
