@@ -171,6 +171,25 @@ class DepthRow:
     next_token_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class DepthScoreRow:
+    """One task at one depth of an untrained model: what :func:`secateur.evaluate` gives for the model cut to it.
+
+    ``kind`` is mteb's name of the task's type, ``score`` the task's main metric (0 to 1), ``low`` to ``high`` its 95 %
+    bootstrap interval, None where rows cannot be drawn again; ``samples`` are the rows it was computed on. A depth at
+    which a score is no number (all vectors alike) has no row, and a note in the profile.
+    """
+
+    task: str
+    kind: str
+    metric: str
+    depth: int
+    score: float
+    low: float | None = None
+    high: float | None = None
+    samples: int = 0
+
+
 Matrix = tuple[tuple[float | None, ...], ...]
 
 
@@ -187,6 +206,7 @@ class Profile(Table):
             being the embeddings; empty where an architecture's states have another layout.
         losses_by_pooling: Pooling → its loss at each depth; the model's own pooling is among them.
         batch_losses: (batches, depth), what ``loss`` is the mean of, for any other rule's bootstrap.
+        task_scores: Tasks × depths, one :class:`DepthScoreRow` each; empty where no task was asked for.
         notes: What a reader must know: what was measured to decide, what could not be computed, and why.
     """
 
@@ -210,6 +230,7 @@ class Profile(Table):
     angular: Matrix = ()
     losses_by_pooling: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     batch_losses: Matrix = ()
+    task_scores: tuple[DepthScoreRow, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -528,6 +549,7 @@ def check_no_byte_order_mark(file: Path, start: bytes) -> None:
 
 _ROWS: dict[str, type] = {
     "depths": DepthRow,
+    "task_scores": DepthScoreRow,
     "scores": ScoreRow,
     "costs": CostRow,
     "losses": LossRow,
