@@ -145,17 +145,41 @@ def _training_set(pairs: Pairs, name: str, rows: Sequence[Pair]) -> TrainingSet:
     return TrainingSet(name, Dataset.from_dict(columns), {column: text for column, text in prompts.items() if text})
 
 
+Objective = Callable[[SentenceTransformer, Recipe], torch.nn.Module]
+"""Makes the loss of a training, as sentence-transformers has them: a module with
+``forward(sentence_features, labels) -> scalar``.
+
+``sentence_features`` has one dictionary of tokens for each text column of the set that the batch is from, in the order
+of its columns (anchor, positive, negative_1, …); ``labels`` is the column ``label`` of that set as a tensor, or None.
+Parameters of its own are trained and kept in the checkpoints with those of the model. The module must embed through
+its attribute ``model``, which the trainer replaces by the wrapped one when there are several processes.
+"""
+
+
+def make_loss(model: SentenceTransformer, recipe: Recipe) -> torch.nn.Module:
+    """The paper's objective: each anchor finds its positive among all positives and negatives of the batch."""
+    loss: torch.nn.Module = MultipleNegativesRankingLoss(model, scale=recipe.scale)
+    return loss
+
+
 def train(
-    model: SentenceTransformer, sets: Sequence[TrainingSet], recipe: Recipe, folder: Path, progress: Progress
+    model: SentenceTransformer,
+    sets: Sequence[TrainingSet],
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
+    objective: Objective = make_loss,
 ) -> Outcome:
     """Train adapters and merge them into the model, in place.
 
     Args:
         model: The model; its own modules pool and normalise.
-        sets: Each batch comes from one of them, drawn in proportion to their rows.
+        sets: Each batch comes from one of them, drawn in proportion to their rows. Columns are texts, but for one
+            that is called ``label``: numbers, or lists of numbers of equal length, which the objective is given.
         recipe: The numbers.
         folder: Where checkpoints go; a training that stopped there goes on.
         progress: Told after each step.
+        objective: Makes the loss.
 
     Raises:
         TrainingDiverged: The loss is not finite.
@@ -167,7 +191,7 @@ def train(
         model=model,
         args=_arguments(sets, recipe, folder),
         train_dataset=DatasetDict({item.name: item.rows for item in sets}),
-        loss=MultipleNegativesRankingLoss(model, scale=recipe.scale),
+        loss=objective(model, recipe),
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
@@ -251,14 +275,20 @@ class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(_trained(self.model), folder / TRAINED_WEIGHTS)
+        save_file({name: p.detach().contiguous() for name, p in self._trained().items()}, folder / TRAINED_WEIGHTS)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         saved = load_file(Path(checkpoint_path) / TRAINED_WEIGHTS)
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(saved[name])
+            for name, parameter in self._trained().items():
+                parameter.copy_(saved[name])
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained: of the model by its own names, and of the loss what it has besides."""
+        of_model = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        known = {id(parameter) for parameter in self.model.parameters()}
+        own = {f"loss.{name}": p for name, p in self.loss.named_parameters() if id(p) not in known and p.requires_grad}
+        return of_model | own
 
 
 def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]:
@@ -281,10 +311,6 @@ def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]
         return features
 
     return preprocess
-
-
-def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
