@@ -22,7 +22,7 @@ metrics bootstrap forward lens depths profile choose selection prune
 train heal
 task_folder tasks intervals predictions vectors evaluate flops cost compare
 report
-encoders queueing serve
+encoders queueing gate embeddings serve
 demo study
 graph runtime convert compatibility export
 cli
@@ -59,6 +59,14 @@ def test_a_step_stays_the_step_once_its_module_is_imported():
 
     for name in set(secateur.__all__) - {"SecateurError"}:
         assert inspect.isfunction(getattr(secateur, name)), name
+
+
+def test_a_step_without_its_packages_says_what_to_install():
+    script = "import sys\nsys.modules['uvicorn'] = None\nimport secateur\nsecateur.serve"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.stderr.rstrip().endswith(
+        "MissingPackage: secateur serve needs the package uvicorn: pip install 'secateur[serve]'"
+    )
 
 
 def imports(module: Path) -> set[str]:

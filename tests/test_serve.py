@@ -35,19 +35,9 @@ from conftest import tiny_transformer
 from secateur.config import ServeOptions
 from secateur.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
 from secateur.errors import ConfigError, ModelError
+from secateur.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
 from secateur.queueing import Batcher, EncodingFailed, QueueFull, choose_batch
-from secateur.serve import (
-    API_KEYS,
-    JsonLines,
-    Keys,
-    Limits,
-    Server,
-    bind,
-    make_app,
-    make_server,
-    open_encoder,
-    read_keys,
-)
+from secateur.serve import Server, bind, make_app, make_server, open_encoder
 
 PROMPTS = {"query": "find: ", "document": ""}
 TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]

@@ -44,13 +44,24 @@ __all__ = [
 ]
 
 _HOMES = {"SecateurError": "errors", "open_model": "models", "read_scores": "study"}
+_EXTRAS = {"serve": "serve"}
+"""Steps whose packages do not come with secateur itself → the extra that brings them."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a step's module when the step is first used: ``import secateur`` stays quick."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    except ModuleNotFoundError as error:
+        if name not in _EXTRAS or str(error.name).startswith(__name__):
+            raise
+        from secateur.errors import MissingPackage
+
+        install = f"pip install 'secateur[{_EXTRAS[name]}]'"
+        raise MissingPackage(str(error.name), f"secateur {name}", install) from None
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:
