@@ -22,9 +22,9 @@ metrics bootstrap forward lens depths profile choose selection prune
 train heal
 task_folder tasks intervals predictions vectors evaluate flops cost compare
 report
-encoders queueing gate embeddings serve
 demo study
 graph runtime convert compatibility export
+encoders exported queueing gate embeddings serve
 cli
 """
 FLOW = ORDER.split()

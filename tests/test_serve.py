@@ -37,7 +37,7 @@ from secateur.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens,
 from secateur.errors import ConfigError, ModelError
 from secateur.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
 from secateur.queueing import Batcher, EncodingFailed, QueueFull, choose_batch
-from secateur.serve import Server, bind, make_app, make_server, open_encoder
+from secateur.serve import OPENING, Server, bind, make_app, make_server, open_encoder
 
 PROMPTS = {"query": "find: ", "document": ""}
 TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]
@@ -62,6 +62,13 @@ def model(folder: Path) -> SentenceTransformer:
 @pytest.fixture(scope="module")
 def encoder(folder: Path) -> ModelEncoder:
     return ModelEncoder(secateur.open_model(folder, device="cpu"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "onnx"
+    secateur.export(folder, out=out)
+    return out
 
 
 @dataclass
@@ -659,3 +666,22 @@ def test_the_function_and_the_command_have_the_same_options():
     for name, option in ServeOptions.model_fields.items():
         if not option.is_required():
             assert parameters[name].default == option.get_default(), name
+
+
+def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTransformer):
+    encoder = open_encoder(exported, OPENING)
+    with running(make_app(encoder, "tiny")) as server:
+        client = server.client()
+        given = client.embeddings.create(model="tiny", input=[text for text in TEXTS if text.strip()])
+        instructed = client.embeddings.create(model="tiny", input="one", extra_body={"prompt": "query"})
+        refused = server.post(json.dumps({"model": "tiny", "input": "word " * 5000}).encode())
+    expected = model.encode([text for text in TEXTS if text.strip()])
+    assert np.array([row.embedding for row in given.data]) == pytest.approx(expected, abs=1e-5)
+    assert np.array(instructed.data[0].embedding) == pytest.approx(model.encode("one", prompt_name="query"), abs=1e-5)
+    assert refused[0] == 400
+    assert "too many" in refused[1]
+
+
+def test_what_an_export_has_decided_cannot_be_chosen_again(exported: Path):
+    with pytest.raises(ConfigError, match="--max-length"):
+        open_encoder(exported, {**OPENING, "max_length": 8})

@@ -97,6 +97,45 @@ def padded_length(length: int, max_length: int) -> int:
     return min(-(-length // LENGTH_STEP) * LENGTH_STEP, max(max_length, length))
 
 
+def read_slices(
+    read: Callable[[list[str]], list[Tokens]], texts: Sequence[str], max_length: int, *, truncate: bool, limit: int
+) -> list[Tokens]:
+    """Tokenize by slices, so that a request that is far too long is refused before all of it is tokenized.
+
+    Args:
+        read: Tokenizes some texts.
+        texts: As for :meth:`Encoder.tokenize`, and so with its errors.
+        max_length: Tokens that the model reads of a text.
+        truncate: As for :meth:`Encoder.tokenize`.
+        limit: As for :meth:`Encoder.tokenize`.
+    """
+    longest = max_length * CHARACTERS_PER_TOKEN
+    tokens: list[Tokens] = []
+    total = start = 0
+    while start < len(texts):
+        end, characters = start, 0
+        while end < len(texts) and (end == start or characters + len(texts[end]) <= SLICE_CHARACTERS):
+            if len(texts[end]) > longest and not truncate:
+                raise TextRefused(end, f"{len(texts[end])} characters are too many", f"at most {longest}")
+            characters += min(len(texts[end]), longest)
+            end += 1
+        for found in read([text[:longest] for text in texts[start:end]]):
+            _check(found, len(tokens), max_length)
+            tokens.append(found)
+            total += len(found)
+        if total > limit:
+            raise TextRefused(None, f"more than {limit} tokens in one request", "send fewer texts at once")
+        start = end
+    return tokens
+
+
+def _check(tokens: Tokens, place: int, max_length: int) -> None:
+    if len(tokens) > max_length:
+        raise TextRefused(place, f"{len(tokens)} tokens are too many", f"the model reads at most {max_length}")
+    if len(tokens) <= tokens.prompt_length:
+        raise TextRefused(place, "the text has no tokens")
+
+
 class ModelEncoder:
     """A ``SentenceTransformer`` as an :class:`Encoder`, compared with the model's own ``encode`` when it is made.
 
@@ -125,25 +164,11 @@ class ModelEncoder:
 
     def tokenize(self, texts: Sequence[str], prompt: str | None, *, truncate: bool, limit: int) -> list[Tokens]:
         """See :meth:`Encoder.tokenize`."""
-        longest = self.max_length * CHARACTERS_PER_TOKEN
-        tokens: list[Tokens] = []
-        total = start = 0
-        while start < len(texts):
-            # By slices, so that a request that is far too long is refused before all of it is tokenized.
-            end, characters = start, 0
-            while end < len(texts) and (end == start or characters + len(texts[end]) <= SLICE_CHARACTERS):
-                if len(texts[end]) > longest and not truncate:
-                    raise TextRefused(end, f"{len(texts[end])} characters are too many", f"at most {longest}")
-                characters += min(len(texts[end]), longest)
-                end += 1
-            for read in self._read([text[:longest] for text in texts[start:end]], prompt, truncate):
-                self._check(read, len(tokens))
-                tokens.append(read)
-                total += len(read)
-            if total > limit:
-                raise TextRefused(None, f"more than {limit} tokens in one request", "send fewer texts at once")
-            start = end
-        return tokens
+
+        def read(some: list[str]) -> list[Tokens]:
+            return self._read(some, prompt, truncate)
+
+        return read_slices(read, texts, self.max_length, truncate=truncate, limit=limit)
 
     def _read(self, texts: list[str], prompt: str | None, truncate: bool) -> list[Tokens]:
         prefix = self.prompts[prompt] if prompt else None
@@ -153,12 +178,6 @@ class ModelEncoder:
         )
         length = int(read.get("prompt_length") or 0)
         return [Tokens(np.asarray(ids, dtype=np.int32), length) for ids in read["input_ids"]]
-
-    def _check(self, tokens: Tokens, place: int) -> None:
-        if len(tokens) > self.max_length:
-            raise TextRefused(place, f"{len(tokens)} tokens are too many", f"the model reads at most {self.max_length}")
-        if len(tokens) <= tokens.prompt_length:
-            raise TextRefused(place, "the text has no tokens")
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Tokens]) -> Vectors:

@@ -40,10 +40,14 @@ from secateur.embeddings import (
 )
 from secateur.encoders import Encoder, EncoderProcess, ModelEncoder
 from secateur.errors import ConfigError
+from secateur.exported import ExportEncoder, is_export
 from secateur.gate import API_KEYS, ApiError, ClientLeft, Gate, Keys, Limits, Metrics, busy, log, log_as_json, read_keys
 from secateur.models import model_label, open_model
 from secateur.pooling import PoolingName
 from secateur.queueing import Batcher, EncodingFailed, QueueFull
+
+OPENING: Mapping[str, Any] = {"pooling": None, "max_length": 512, "dtype": "auto"}
+"""How a model is opened where nothing else is said."""
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection, so that it is they who close it."""
@@ -274,7 +278,8 @@ def serve(
     """Serve a model until the process is told to end (SIGTERM, Ctrl-C); then finish what was taken.
 
     Args:
-        model: As :func:`~secateur.models.open_model` takes it, to which ``pooling`` and all that follow it go.
+        model: A folder that ``secateur export`` wrote; or as :func:`~secateur.models.open_model` takes it, to which
+            ``pooling`` and all that follow it go.
         host: Address to listen at; others than loopback need a key.
         port: Port to listen at; 0 takes a free one, which the log tells.
         name: What clients call the model; default: the last part of its path or Hub id.
@@ -305,7 +310,7 @@ def serve(
     metrics = Metrics()
     with bind(host, port, keys, auth) as listener:
         encoder = open_encoder(model, opening | {"device": "cpu" if workers else device})
-        if workers:
+        if workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")  # only its tokenizer is needed here
         share = max(1, torch.get_num_threads() // max(1, workers))
         make = partial(open_encoder, model, opening | {"device": device}, threads=share)
@@ -319,8 +324,18 @@ def serve(
         log.info("ended")
 
 
-def open_encoder(model: str | Path, opening: Mapping[str, Any], threads: int | None = None) -> ModelEncoder:
-    """A model, opened with these options, as the server's encoder; ``threads`` is its share of the processor."""
+def open_encoder(model: str | Path, opening: Mapping[str, Any], threads: int | None = None) -> Encoder:
+    """A model or an export as the server's encoder; ``threads`` is its share of the processor.
+
+    Raises:
+        ConfigError: An option that an export has decided already.
+    """
+    if is_export(model):
+        for name, default in OPENING.items():
+            if opening[name] != default:
+                problem = "cannot be chosen for an export, which has decided it"
+                raise ConfigError(name, opening[name], problem, f"leave --{name.replace('_', '-')} out")
+        return ExportEncoder(model, threads)
     if threads:
         torch.set_num_threads(threads)
     return ModelEncoder(open_model(model, **opening), model_label(model))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.runtime.sessions import Ids, Session, open_session
@@ -112,7 +112,6 @@ class Encoder:
         self.settings = settings
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(settings.max_length, direction=settings.truncation_side)
         self._session = session
         self._prompt_lengths: dict[str, int] = {}
 
@@ -169,25 +168,43 @@ class Encoder:
         self, texts: Sequence[str], prompt: str, batch_size: int | None, batch_tokens: int
     ) -> npt.NDArray[np.float32]:
         vectors = np.zeros((len(texts), self.settings.dimension), np.float32)
-        length = self._prompt_length(prompt) if prompt else 0
-        tokens = [encoding.ids for encoding in self._tokenize(texts, prompt)]
+        tokens = self.tokenize(texts, prompt)
+        length = self.prompt_length(prompt)
         for batch in _batches([len(ids) for ids in tokens], batch_size, batch_tokens, self.settings.max_length):
-            ids, mask = self._padded([tokens[i] for i in batch])
-            vectors[batch] = self._session(ids, mask, length)
+            vectors[batch] = self.run([tokens[i] for i in batch], length)
         return vectors
 
-    def _tokenize(self, texts: Sequence[str], prompt: str) -> Iterator[Encoding]:
+    def tokenize(self, texts: Sequence[str], prompt: str = "", *, truncate: bool = True) -> list[list[int]]:
+        """Token ids of each text with a prompt before it; without ``truncate`` also of what is too long."""
+        if truncate:
+            self._tokenizer.enable_truncation(self.settings.max_length, direction=self.settings.truncation_side)
+        else:
+            self._tokenizer.no_truncation()
+        tokens: list[list[int]] = []
         for start in range(0, len(texts), CHUNK):
-            yield from self._tokenizer.encode_batch([prompt + text for text in texts[start : start + CHUNK]])
+            prompted = [prompt + text for text in texts[start : start + CHUNK]]
+            tokens += [encoding.ids for encoding in self._tokenizer.encode_batch(prompted)]
+        return tokens
 
-    def _prompt_length(self, prompt: str) -> int:
+    def run(self, tokens: Sequence[Sequence[int]], prompt_length: int = 0) -> npt.NDArray[np.float32]:
+        """Vectors (texts, dimension) of texts that start with as many tokens of a prompt, in one pass of the graph."""
+        return self._session(*self._padded(tokens), prompt_length)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt, counted as sentence-transformers does: alone, without a special token at its end."""
+        if not prompt:
+            return 0
         if prompt not in self._prompt_lengths:
             ids = self._tokenizer.encode(prompt).ids
             self._prompt_lengths[prompt] = len(ids) - (bool(ids) and ids[-1] in self.settings.special)
         return self._prompt_lengths[prompt]
 
-    def _padded(self, tokens: Sequence[list[int]]) -> tuple[Ids, Ids]:
+    def _padded(self, tokens: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
         """Arrays (batch, length), padded on the right: there a text has the positions that it has alone."""
         length = _rounded(max(map(len, tokens)), self.settings.max_length)
         ids = np.full((len(tokens), length), self.settings.padding, np.int64)
