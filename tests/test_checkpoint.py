@@ -26,7 +26,8 @@ from hub import StandIn, serve
 from secateur import blocks
 from secateur.checkpoint import Pruned, prune_checkpoint
 from secateur.errors import IllegalDepth, ModelError, OutputError, SecateurError, UnsupportedArchitecture
-from secateur.shards import Folder, read_header
+from secateur.shards import read_header
+from secateur.sources import Folder
 
 DEPTH = 5
 COMMON = {

@@ -15,7 +15,7 @@ SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
 errors artifacts figures progress config
-stacks legality blocks shards lora checkpoint embedder verify
+stacks legality blocks shards sources lora cut_plan shard_writer checkpoint embedder verify
 gguf pooling models
 jsonl data texts
 metrics curves bootstrap forward lens depths profile selectors choose selection prune

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.errors import ModelError, UnsupportedArchitecture
-from secateur.shards import Folder, Source, read_json
+from secateur.shards import Source, read_json
+from secateur.sources import Folder
 
 MODULES = "modules.json"
 ROOT_FILES = (MODULES, "config_sentence_transformers.json")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from secateur.errors import ModelError, UnsupportedArchitecture
-from secateur.shards import Source, Tensor, absent, read_header, read_json
+from secateur.shards import Source, Tensor, read_header, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -67,7 +67,7 @@ def read_adapter(source: Source) -> Adapter:
     where = source.where(CONFIG)
     config = _read_config(source, where)
     if not source.exists(WEIGHTS):
-        raise absent(source, WEIGHTS, "save the adapter as safetensors")
+        raise source.absent(WEIGHTS, "save the adapter as safetensors")
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_header(source, WEIGHTS).items():
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
@@ -86,7 +86,7 @@ def read_adapter(source: Source) -> Adapter:
 def _read_config(source: Source, where: str) -> dict[str, Any]:
     file = source.find(CONFIG)
     if file is None:
-        raise absent(source, CONFIG, "give the folder that peft's save_pretrained wrote")
+        raise source.absent(CONFIG, "give the folder that peft's save_pretrained wrote")
     config = read_json(file)
     if not isinstance(config, dict):
         raise ModelError(where, "is not a JSON object")

@@ -33,7 +33,7 @@ from secateur.models import (
 from secateur.pooling import PoolingName, pooling_name
 from secateur.progress import Progress, quiet, silent
 from secateur.selection import Selection
-from secateur.shards import open_source
+from secateur.sources import open_source
 from secateur.verify import Expected, expected_of, expected_of_checkpoint
 
 STEP = "prune, %"

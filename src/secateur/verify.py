@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from secateur.blocks import bypassed, cut_config, encoder_class, opens_at, skeleton, text_config
 from secateur.errors import ModelError, VerificationFailed
 from secateur.lora import read_adapter
-from secateur.shards import open_source
+from secateur.sources import open_source
 
 PROBES = (
     "The gardener cut the hedge back to half its height.",
