@@ -53,9 +53,9 @@ def test_gzip_and_blank_lines_change_nothing(tmp_path: Path):
     assert read_task_folder(packed).tables == plain.tables
 
 
-@pytest.mark.parametrize("name", ["test.jsonl", "task.json"])
-def test_a_byte_order_mark_is_refused(name: str, tmp_path: Path):
-    file = write_task(tmp_path / "t", "sts", example_rows("sts")) / name
+@pytest.mark.parametrize(("kind", "name"), [("sts", "test.jsonl"), ("sts", "task.json"), ("retrieval", "qrels.tsv")])
+def test_a_byte_order_mark_is_refused(kind: str, name: str, tmp_path: Path):
+    file = write_task(tmp_path / "t", kind, example_rows(kind)) / name
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     with pytest.raises(DataError, match="byte order mark: save it as UTF-8 without BOM") as caught:
         read_task_folder(tmp_path / "t")

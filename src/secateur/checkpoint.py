@@ -223,7 +223,7 @@ def _has(content: Mapping[str, Any], field: str) -> bool:
 def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise OutputError(out, f"the result needs {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free")
+        raise OutputError(out, f"the disk is too full: the result needs {needed:,} bytes, and {free:,} are free")
 
 
 def _copy_companions(source: Source, out: Path) -> None:

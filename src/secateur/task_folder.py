@@ -20,7 +20,6 @@ type), ``instruction``, ``licence`` and ``notes``; other keys are for people. Ea
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import math
 import random
@@ -31,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.artifacts import Fingerprint, fingerprint, read_json
+from secateur.artifacts import Fingerprint, check_no_byte_order_mark, fingerprint, read_json
 from secateur.errors import DataError
 from secateur.jsonl import read_json_lines
 
@@ -151,13 +150,14 @@ def _read_table(folder: Path, stem: str, columns: _Columns) -> _Table:
 def _read_qrels(file: Path) -> _Table:
     """Relevance judgments: a header and ``query-id``, ``corpus-id``, ``score`` (an integer, 0 or more) between tabs."""
     try:
-        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        content = file.read_bytes()
     except FileNotFoundError:
         raise DataError(file, "no such file") from None
     except OSError as error:
         raise DataError(file, f"cannot be read ({error.strerror or error})") from None
+    check_no_byte_order_mark(file, content)
     table = _Table(file, [], [])
-    for number, raw in enumerate(lines, start=1):
+    for number, raw in enumerate(content.splitlines(), start=1):
         try:
             cells = raw.decode("utf-8").split("\t")
         except UnicodeDecodeError:
