@@ -28,9 +28,10 @@ from tokenizers import normalizers
 from conftest import MakeEncoder
 from secateur.artifacts import Provenance, ScoreRow, Scores, load
 from secateur.errors import ConfigError, DataError, ModelError, OutputError
-from secateur.evaluate import evaluate, fingerprint_model, read_draws
+from secateur.evaluate import evaluate, read_draws
 from secateur.task_folder import read_task_folder, sample_task
 from secateur.tasks import open_task
+from secateur.vectors import fingerprint_model
 from task_folders import TYPES, example_rows, write_task
 
 

@@ -18,9 +18,9 @@ errors artifacts figures progress config
 stacks legality blocks shards sources lora cut_plan shard_writer checkpoint embedder verify
 gguf pooling models
 jsonl data texts
-metrics curves bootstrap forward lens depths profile selectors choose selection prune
-train heal
-task_folder tasks intervals predictions vectors evaluate flops cost compare
+metrics bootstrap forward lens depths profile choose selection prune
+vectors remote teacher objectives train heal
+task_folder tasks intervals predictions evaluate flops cost compare
 report
 demo study
 graph runtime convert compatibility export

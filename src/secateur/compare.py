@@ -28,13 +28,13 @@ from secateur.artifacts import (
 )
 from secateur.cost import cost
 from secateur.errors import ConfigError
-from secateur.evaluate import evaluate, fingerprint_model, read_draws
+from secateur.evaluate import evaluate, read_draws
 from secateur.intervals import Array, interval, mean_of
 from secateur.models import model_label, open_model
 from secateur.progress import Progress, silent
 from secateur.task_folder import read_task_folder, texts_of
 from secateur.texts import read_texts
-from secateur.vectors import VectorCache
+from secateur.vectors import VectorCache, fingerprint_model
 
 MOST_CHANGED = 10
 """Texts listed for each model."""

@@ -35,7 +35,6 @@ from mteb.models.abs_encoder import get_prompt_name
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
-from torch import uint8
 from torch.utils.data import DataLoader
 
 from secateur.artifacts import (
@@ -56,7 +55,7 @@ from secateur.models import model_label, open_model
 from secateur.predictions import predicted
 from secateur.progress import Progress, quiet, silent
 from secateur.tasks import Task, count_samples, open_task
-from secateur.vectors import VectorCache
+from secateur.vectors import VectorCache, fingerprint_model
 
 DRAWS_FOLDER, MTEB_FOLDER = "draws", "mteb"
 SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
@@ -240,29 +239,6 @@ def read_draws(out: str | Path, row: ScoreRow) -> Array | None:
         problem = f"is missing or damaged, the draws of {row.model} on {row.task}"
         raise DataError(file, problem, "evaluate again into the same folder") from None
     return draws
-
-
-def fingerprint_model(model: SentenceTransformer) -> str:
-    """SHA-256 over what a model's vectors follow from: modules, tokenizer, configuration and weights."""
-    digest = hashlib.sha256(f"{model!r} {model.max_seq_length} {model.truncate_dim}".encode())
-    digest.update(_tokenizer_settings(model).encode())
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    for config in configs.values():
-        settings = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _tokenizer_settings(model: SentenceTransformer) -> str:
-    """What decides on tokens. Padding and truncation are left out: they are settings of the last call."""
-    backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return repr(model.tokenizer)
-    settings = json.loads(backend.to_str())
-    return json.dumps({key: value for key, value in settings.items() if key not in ("padding", "truncation")})
 
 
 def _instructed(model: SentenceTransformer) -> bool:

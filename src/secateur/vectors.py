@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from torch import uint8
 
 from secateur.artifacts import write_bytes
 
@@ -34,8 +37,9 @@ class VectorCache:
 
     def __init__(self, folder: str | Path, model: str) -> None:
         self.folder = Path(folder) / model[:32]
-        self._where: dict[bytes, tuple[int, int]] = {}
+        self._where: dict[bytes, int] = {}
         self._files: list[NDArray[Any]] = []
+        self._starts: list[int] = []
         for file in sorted(self.folder.glob(f"*{_KEYS}")):
             self._open(file)
 
@@ -52,20 +56,33 @@ class VectorCache:
             context: Whatever else a vector depends on, such as the prompt.
             encode: Called with the texts that are missing, if any.
         """
-        keys = [hashlib.sha256(f"{context}\0{text}".encode()).digest()[:_HASH_BYTES] for text in texts]
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._where}
+        missing = self.missing(texts, context)
         if missing:
-            self._add(list(missing), np.asarray(encode(list(missing.values())), dtype=np.float32))
-        return self._read(keys)
+            keys = [_key(text, context) for text in missing]
+            self._add(keys, np.asarray(encode(missing), dtype=np.float32))
+        return self.read(self.rows(texts, context))
 
-    def _read(self, keys: Sequence[bytes]) -> NDArray[np.float32]:
-        places = np.array([self._where[key] for key in keys]).reshape(-1, 2)
-        dimension = self._files[0].shape[1] if self._files else 0
-        vectors = np.empty((len(keys), dimension), dtype=np.float32)
-        for number in np.unique(places[:, 0]):
-            rows = places[:, 0] == number
-            vectors[rows] = self._files[number][places[rows, 1]]
+    def missing(self, texts: Iterable[str], context: str) -> list[str]:
+        """The distinct texts that are not kept yet, in order."""
+        return [text for text in dict.fromkeys(texts) if _key(text, context) not in self._where]
+
+    def rows(self, texts: Sequence[str], context: str) -> NDArray[np.int64]:
+        """Numbers by which :meth:`read` finds the vectors of kept texts, in this process: (texts,)."""
+        return np.array([self._where[_key(text, context)] for text in texts], dtype=np.int64)
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Vectors by their numbers, (rows, dimension)."""
+        vectors = np.empty((len(rows), self.dimension), dtype=np.float32)
+        files = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(files):
+            own = files == number
+            vectors[own] = self._files[number][rows[own] - self._starts[number]]
         return vectors
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers a vector has; 0 while there is none."""
+        return int(self._files[0].shape[1]) if self._files else 0
 
     def _add(self, keys: Sequence[bytes], vectors: NDArray[np.float32]) -> None:
         name = uuid.uuid4().hex
@@ -83,11 +100,40 @@ class VectorCache:
             return
         if keys.shape != (len(vectors), _HASH_BYTES) or keys.dtype != np.uint8 or vectors.ndim != 2:
             return
-        self._where |= {key.tobytes(): (len(self._files), row) for row, key in enumerate(keys)}
+        start = self._starts[-1] + len(self._files[-1]) if self._files else 0
+        self._where |= {key.tobytes(): start + row for row, key in enumerate(keys)}
         self._files.append(vectors)
+        self._starts.append(start)
 
 
 def _as_npy(array: NDArray[Any]) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array)
     return stream.getvalue()
+
+
+def _key(text: str, context: str) -> bytes:
+    return hashlib.sha256(f"{context}\0{text}".encode()).digest()[:_HASH_BYTES]
+
+
+def fingerprint_model(model: SentenceTransformer) -> str:
+    """SHA-256 over what a model's vectors follow from: modules, tokenizer, configuration and weights."""
+    digest = hashlib.sha256(f"{model!r} {model.max_seq_length} {model.truncate_dim}".encode())
+    digest.update(_tokenizer_settings(model).encode())
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    for config in configs.values():
+        settings = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tokenizer_settings(model: SentenceTransformer) -> str:
+    """What decides on tokens. Padding and truncation are left out: they are settings of the last call."""
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return repr(model.tokenizer)
+    settings = json.loads(backend.to_str())
+    return json.dumps({key: value for key, value in settings.items() if key not in ("padding", "truncation")})
