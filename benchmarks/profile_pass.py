@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from secateur import bootstrap
+from secateur import bootstrap, curves
 from secateur.artifacts import Profile, load
 from secateur.blocks import final_norm
 from secateur.data import Pairs, batches, read_pairs
@@ -129,9 +129,9 @@ def sure(options: argparse.Namespace) -> None:
         for seed in range(SEEDS):
             order = random.Random(seed).sample(range(len(pool_of)), half)
             losses = pool_of[order]
-            full = bootstrap.lowest_in_each_half(losses.mean(dim=0)).tolist()
+            full = curves.lowest_in_each_half(losses.mean(dim=0)).tolist()
             stop = next((n for n in range(1, half + 1) if bootstrap.is_settled(losses[:n], seed)), half)
-            early = bootstrap.lowest_in_each_half(losses[:stop].mean(dim=0)).tolist()
+            early = curves.lowest_in_each_half(losses[:stop].mean(dim=0)).tolist()
             same += early == full
             read.append(stop / half)
             print(f"seed {seed}: {full} of {half} batches, {early} after {stop}")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur import bootstrap, metrics
+from secateur import bootstrap, curves, metrics
 
 
 def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -115,9 +115,9 @@ def test_angular_distances():
 
 
 def test_lowest_in_each_half():
-    assert bootstrap.lowest_in_each_half(torch.tensor([3.0, 1, 2, 5, 4])).tolist() == [2, 3]
-    assert bootstrap.lowest_in_each_half(torch.tensor([[2.0, 2, 1, 1]])).tolist() == [[1, 3]]
-    assert bootstrap.lowest_in_each_half(torch.tensor([2.0])).tolist() == [1]
+    assert curves.lowest_in_each_half(torch.tensor([3.0, 1, 2, 5, 4])).tolist() == [2, 3]
+    assert curves.lowest_in_each_half(torch.tensor([[2.0, 2, 1, 1]])).tolist() == [[1, 3]]
+    assert curves.lowest_in_each_half(torch.tensor([2.0])).tolist() == [1]
 
 
 def test_draws_spread_as_the_standard_error_does():

@@ -18,7 +18,7 @@ errors artifacts figures progress config
 stacks legality blocks shards sources lora cut_plan shard_writer checkpoint embedder verify
 gguf pooling models
 jsonl data texts
-metrics bootstrap forward lens depths profile choose selection prune
+metrics curves bootstrap forward lens depths profile selectors choose selection prune
 vectors remote teacher objectives train heal
 task_folder tasks intervals predictions evaluate flops cost compare
 report

@@ -7,32 +7,15 @@ that what batches have in common (some are harder at every depth) does not blur 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+from secateur.curves import Rule, lowest_in_each_half
 
 DRAWS = 2000
 CONFIDENCE = 0.95
 FEWEST = 5
 """Batches below which a bootstrap means nothing."""
-
-Rule = Callable[[Tensor], Tensor]
-"""Losses (draws, depths) → chosen depths (draws, choices), counted from 1."""
-
-
-def lowest_in_each_half(losses: Tensor) -> Tensor:
-    """L3Prune's rule (arXiv 2410.14578, section 3): the depth of the lowest loss in each half.
-
-    Args:
-        losses: (..., depths); the first ``depths // 2`` are the first half. Of equal losses the shallowest wins.
-
-    Returns:
-        (..., 2), depths counted from 1, the smaller first; of a single depth (..., 1).
-    """
-    half = losses.shape[-1] // 2
-    parts = [(losses[..., :half], 1), (losses[..., half:], half + 1)]
-    return torch.stack([part.argmin(dim=-1) + first for part, first in parts if part.shape[-1]], dim=-1)
 
 
 def draws_of(losses: Tensor, seed: int, draws: int = DRAWS) -> Tensor:

@@ -90,12 +90,13 @@ class PruneOptions(Options):
 
     model: str = _model()
     to: str | None = Field(
-        None, description="large or small, a number of first blocks to keep, or a share to remove (0.3)."
+        None,
+        description="A number of first blocks to keep, a share to remove (0.3), large, small, or another selector.",
     )
     keep: str | None = Field(None, description="In place of --to: the blocks that stay, from 0, such as 0-5,8,11.")
     drop: str | None = Field(None, description="In place of --to: the blocks that go, such as 20-27.")
     out: Path = _out("The model folder to write.")
-    profile: Path | None = Field(None, description="Where large and small come from: a profile's file or folder.")
+    profile: Path | None = Field(None, description="What selectors choose from: a profile's file or folder.")
     pooling: PoolingName | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
     dtype: Dtype = Field("auto", description="Number format of the written weights; auto: as stored.")

@@ -61,10 +61,11 @@ def prune(
 
     Args:
         model: Anything :func:`secateur.models.open_model` opens, or a LoRA adapter that names its base.
-        to: ``large``, ``small``, a number of blocks to keep, or a share to remove: the first blocks stay.
+        to: A number of blocks to keep, or a share to remove: the first blocks stay; ``large``, ``small``, or another
+            selector, such as ``knee`` or ``uniform:7`` (:func:`secateur.choose.blocks_to_keep`).
         keep: Blocks that stay, counted from 0: ``"0-5,8,11"``, or their indices.
         drop: Blocks that go, in the same way.
-        profile: Where ``large`` and ``small`` come from.
+        profile: What selectors choose from.
         pooling: For a bare language model.
         max_length: Tokens per text, for a bare language model.
         dtype: Of the written weights.

@@ -1,4 +1,4 @@
-"""Which blocks stay, as a person says it: ``--to 7``, ``--keep 0-5,8,11`` or ``--drop 20-27``."""
+"""Which blocks stay, as a person says it: ``--to 7`` or ``--to knee``, ``--keep 0-5,8,11`` or ``--drop 20-27``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.artifacts import Profile
-from secateur.choose import target_depth
+from secateur.choose import blocks_to_keep
 from secateur.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ class Selection:
             ConfigError: A piece of the choice is no block of this model.
         """
         if self.to is not None:
-            return tuple(range(target_depth(self.to, depth, self.profile)))
+            return blocks_to_keep(self.to, depth, self.profile)
         if self.keep is not None:
             return _parse("keep", self.keep, depth)
         assert self.drop is not None

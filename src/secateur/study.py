@@ -26,7 +26,7 @@ from typing import Any
 
 from secateur.artifacts import Costs, Profile, Scores, acting_as, load, results_folder, write_text
 from secateur.blocks import depth_of
-from secateur.choose import SIZES, choose, target_depth
+from secateur.choose import choose, needs_profile, target_depth
 from secateur.config import HealSettings, StudyOptions, make, read_yaml, to_yaml
 from secateur.cost import cost
 from secateur.data import read_pairs
@@ -125,7 +125,7 @@ def _check(run: Path, names: Mapping[str, str], settings: StudyOptions) -> dict[
         open_task(task, sample=settings.sample, seed=settings.seed)
     depths = {name: _depth(run, name, model) for name, model in names.items()}
     for to, depth in itertools.product(settings.depths, depths.values()):
-        if to not in SIZES:
+        if not needs_profile(to):
             target_depth(to, depth)
     return depths
 

@@ -1,0 +1,244 @@
+"""Selectors against hand-made curves and tables, where the right answer is seen or written out anew."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.signal
+import torch
+
+from secateur.artifacts import DepthRow, DepthScoreRow, Profile, provenance
+from secateur.choose import blocks_to_keep, choice_of, choose, needs_profile
+from secateur.curves import PROMINENCE, smoothed, valleys
+from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
+from secateur.selectors import SELECTORS
+
+SHARES = ("first", "uniform", "random", "block-influence", "angular")
+
+
+def table(losses: list[float] | None, *, depth: int = 0, batches: int = 0, **more: object) -> Profile:
+    """A profile of these losses; of texts alone where there are none. Its batches scatter around them."""
+    depth = depth or len(losses or ())
+    rows = tuple(
+        DepthRow(k, losses[k - 1] if losses else None, None, block_influence=(k * 7 % 11) / 11, effective_rank=2.0)
+        for k in range(1, depth + 1)
+    )
+    noise = np.random.default_rng(0).normal(0, 0.05, (batches, depth))
+    noise -= noise.mean(axis=0) if batches else 0
+    about = {"model": "model", "depth": depth, "pooling": "mean", "scale": 20.0, "dtype": "float32", "batch_size": 8}
+    about |= {"batches": batches, "max_length": 128, "prompt": "", "depths": rows}
+    about |= {"batch_losses": tuple(map(tuple, (np.array(losses) + noise).tolist())) if batches and losses else ()}
+    return Profile(provenance(seed=3), **(about | more))
+
+
+def depth_of(spec: str, profile: Profile) -> int:
+    blocks = blocks_to_keep(spec, profile.depth, profile)
+    assert blocks == tuple(range(len(blocks)))
+    return len(blocks)
+
+
+def test_l3prune_is_the_lowest_loss_of_each_half():
+    rng = random.Random(0)
+    for depth in (2, 3, 4, 7, 30):
+        losses = [round(rng.random(), 1) for _ in range(depth)]  # ties are frequent
+        half = depth // 2
+        small = min(range(half), key=lambda i: (losses[i], i)) + 1
+        large = min(range(half, depth), key=lambda i: (losses[i], i)) + 1
+        profile = table(losses)
+        assert choose(profile) == {"small": small, "large": large}
+        for spec, expected in (("small", small), ("l3prune-small", small), ("large", large), ("l3prune-large", large)):
+            assert depth_of(spec, profile) == expected
+
+
+VALLEYS = [2.0, 4, 5, 3.5, 2.5, 3.5, 5, 5, 4, 3.0, 4, 5]
+
+
+def test_interior_minima_are_true_minima():
+    profile = table(VALLEYS)
+    assert choose(profile) == {"small": 1, "large": 10}  # the edge, and a valley
+    assert depth_of("l3prune-interior-small", profile) == 5
+    assert depth_of("l3prune-interior-large", profile) == 10
+    assert not choice_of("l3prune-interior-small", 12, profile).warning
+
+
+def test_valleys_are_those_of_scipys_peaks_upside_down():
+    rng = np.random.default_rng(1)
+    found = 0
+    for _ in range(200):
+        losses = rng.normal(size=24).cumsum().tolist()
+        curve = -np.array(smoothed(losses))
+        prominence = PROMINENCE * np.ptp(curve)
+        expected = scipy.signal.find_peaks(curve, prominence=prominence)[0] + 1
+        assert valleys(losses) == expected.tolist()
+        found += len(expected)
+    assert found > 100
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[5.0, 4, 3, 2, 1, 0], [0.0, 1, 2, 3, 4, 5], [1.0] * 6, [5.0, 1], [10, 6.0, 5.99, 6.0, 2, 1, 0.5, 0.25]],
+    ids=["falling", "rising", "flat", "two", "a ripple"],
+)
+def test_without_a_valley_interior_is_l3prune_and_says_so(losses: list[float]):
+    profile = table(losses)
+    for size, depth in choose(profile).items():
+        choice = choice_of(f"l3prune-interior-{size}", len(losses), profile)
+        assert len(choice.blocks) == depth
+        assert "no valley" in choice.warning and "as l3prune" in choice.warning
+
+
+def test_the_knee_is_where_the_curve_is_farthest_below_the_straight_line():
+    losses = [10.0, 5, 2.5, 2, 1.8, 1.6, 1.5, 1.4, 1.3, 1.2]
+    line = [losses[0] + (losses[-1] - losses[0]) * i / 9 for i in range(10)]
+    assert depth_of("knee", table(losses)) == max(range(10), key=lambda i: line[i] - losses[i]) + 1 == 3
+    bump = [10.0, 5, 7, 9, 2.5, 8, 1.8, 1.6, 1.5, 1.2]  # what rises in between is no worse than what was before
+    best = list(itertools.accumulate(bump, min))
+    assert depth_of("knee", table(bump)) == max(range(10), key=lambda i: line[i] - best[i]) + 1 == 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "depth"),
+    [([4.0, 3, 2, 1], 4), ([1.0, 2, 3, 4], 1), ([2.0, 2, 2], 1), ([9.0, 8, 6, 3], 4), ([1.0], 1)],
+    ids=["straight", "rising", "flat", "concave", "one"],
+)
+def test_without_a_knee_it_is_the_lowest_loss_and_says_so(losses: list[float], depth: int):
+    profile = table(losses)
+    assert depth_of("knee", profile) == depth
+    assert choice_of("knee", len(losses), profile).warning == "the curve has no knee"
+
+
+def scores(**by_task: list[float]) -> tuple[DepthScoreRow, ...]:
+    return tuple(
+        DepthScoreRow(task, "STS", "cosine_spearman", depth, score)
+        for task, own in by_task.items()
+        for depth, score in enumerate(own, start=1)
+        if not math.isnan(score)
+    )
+
+
+def test_best_task_is_the_highest_mean_score():
+    profile = table([3.0, 2, 1, 4], task_scores=scores(one=[0.1, 0.9, 0.5, 0.6], two=[0.2, 0.2, 0.7, 0.6]))
+    assert depth_of("best-task", profile) == 3  # of 3 and 4, equally good on average, the shallower
+    missing = table([3.0, 2, 1, 4], task_scores=scores(one=[0.1, 0.9, 0.5, 0.6], two=[math.nan, 1, math.nan, 0.6]))
+    assert depth_of("best-task", missing) == 2
+    with pytest.raises(DataError, match="has no task scores: profile with --tasks"):
+        depth_of("best-task", table([3.0, 2, 1]))
+    with pytest.raises(DataError, match="no depth at which every task"):
+        nowhere = scores(one=[0.1, math.nan], two=[math.nan, 0.2])
+        depth_of("best-task", table([1.0, 2], task_scores=nowhere))
+
+
+def test_block_influence_keeps_the_blocks_that_change_most():
+    profile = table(None, depth=10)
+    influence = [row.block_influence for row in profile.depths]
+    for count in range(1, 11):
+        kept = blocks_to_keep(f"block-influence:{count}", 10, profile)
+        assert sorted(influence[i] for i in kept) == sorted(influence)[10 - count :]
+    same = replace(profile, depths=tuple(replace(row, block_influence=0.5) for row in profile.depths))
+    assert blocks_to_keep("block-influence:3", 10, same) == (0, 1, 2)
+
+
+def test_angular_drops_the_run_that_turns_the_state_least():
+    rng = np.random.default_rng(2)
+    angles = rng.random((9, 9))
+    profile = table(None, depth=8, angular=tuple(map(tuple, angles.tolist())))
+    for count in range(1, 9):
+        gone = 8 - count
+        start = int(np.argmin([angles[i, i + gone] for i in range(8 - gone + 1)]))
+        expected = tuple(i for i in range(8) if i not in range(start, start + gone))
+        assert blocks_to_keep(f"angular:{count}", 8, profile) == expected
+    with pytest.raises(DataError, match="another layout"):
+        blocks_to_keep("angular:3", 8, table(None, depth=8))
+
+
+def test_uniform_is_even_and_holds_both_ends():
+    assert blocks_to_keep("uniform:5", 9) == (0, 2, 4, 6, 8)
+    assert blocks_to_keep("uniform:1", 9) == (0,)
+    for depth, count in itertools.combinations_with_replacement(range(2, 14), 2):
+        blocks = blocks_to_keep(f"uniform:{depth}", count)
+        assert len(set(blocks)) == depth and blocks[0] == 0 and blocks[-1] == count - 1
+        gaps = {b - a for a, b in itertools.pairwise(blocks)}
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_random_is_drawn_by_the_seed():
+    draws = {blocks_to_keep(f"random:7:{seed}", 30) for seed in range(20)}
+    assert len(draws) > 15
+    assert all(len(blocks) == 7 and sorted(set(blocks)) == list(blocks) for blocks in draws)
+    assert blocks_to_keep("random:7:5", 30) == blocks_to_keep("random:7", 30, seed=5)
+    assert blocks_to_keep("random:7", 30) == blocks_to_keep("random:7:42", 30)
+
+
+def test_numbers_and_first_are_the_first_blocks():
+    assert blocks_to_keep(3, 8) == blocks_to_keep("3", 8) == blocks_to_keep("first:3", 8) == (0, 1, 2)
+    assert len(blocks_to_keep(0.8, 30)) == len(blocks_to_keep("0.8", 30)) == 6
+
+
+def test_how_sure_a_choice_is():
+    profile = table([3.0, 1, 3, 3, 2, 3], batches=20)
+    assert choice_of("small", 6, profile).chance == 1
+    unsure = table([1.0, 1.001, 3, 3, 2, 3], batches=20)
+    chance = choice_of("small", 6, unsure).chance
+    assert chance is not None and 0.2 < chance < 0.8
+    valley = choice_of("l3prune-interior-small", 12, table(VALLEYS, batches=20))
+    assert valley.chance is not None and valley.chance > 0.9
+    assert choice_of("small", 6, table([3.0, 1, 3, 3, 2, 3])).chance is None
+    assert choice_of("uniform:3", 6).chance is None
+
+
+def test_texts_alone_choose_by_what_they_tell():
+    profile = table(None, depth=6, angular=tuple(map(tuple, torch.rand(7, 7).tolist())))
+    for name, selector in SELECTORS.items():
+        if selector.counts:
+            assert len(blocks_to_keep(f"{name}:2", 6, profile)) == 2
+        else:
+            with pytest.raises(DataError):
+                blocks_to_keep(name, 6, profile)
+
+
+def test_a_single_block():
+    profile = table([1.0], angular=((0.0, 0.1), (0.1, 0.0)), task_scores=scores(one=[0.5]))
+    for name in SHARES:
+        assert blocks_to_keep(f"{name}:1", 1, profile) == (0,)
+    assert depth_of("knee", profile) == depth_of("best-task", profile) == 1
+    for name in ("small", "large", "l3prune-interior-small"):
+        with pytest.raises(IllegalDepth, match="a single block has no halves"):
+            depth_of(name, profile)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("l3prune", "to: is 'l3prune': give a number of blocks"),
+        ("uniform", "uniform must be told how many blocks to keep: uniform:7"),
+        ("uniform:", "must be told"),
+        ("uniform:-1", "must be told"),
+        ("uniform:2:3", "must be told"),
+        ("random:2:3:4", "must be told"),
+        ("knee:3", "knee decides by itself"),
+        ("uniform:0", "cannot cut 6 blocks to 0"),
+        ("random:7", "cannot cut 6 blocks to 7: that would keep 7: nearest legal: 6"),
+        ("", "to: is ''"),
+        ("nan", "to: is nan"),
+        ("1e400", "to: is 1e400"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(spec: str, says: str):
+    with pytest.raises(SecateurError) as caught:
+        blocks_to_keep(spec, 6, table([6.0, 5, 4, 3, 2, 1]))
+    assert says in str(caught.value)
+
+
+def test_profiles_that_are_missing_or_of_another_model():
+    for name in ("knee", "large", "block-influence:2"):
+        assert needs_profile(name)
+        with pytest.raises(ConfigError, match="which needs a profile: give --profile DIR"):
+            blocks_to_keep(name, 6)
+        with pytest.raises(ConfigError, match="has 3 depths, but the model has 6 blocks"):
+            blocks_to_keep(name, 6, table([3.0, 2, 1]))
+    assert not any(map(needs_profile, ("7", 0.3, "uniform:7", "random:7:1", "first:7")))
