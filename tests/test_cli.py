@@ -268,7 +268,8 @@ def test_options_come_from_yaml_and_the_command_line_wins(place: Path, run: Run)
     table = load(place / "out", Profile)
     assert (table.scale, table.batch_size, table.batches) == (30.0, 6, 2)
     assert table.provenance.command == "secateur profile model --config options.yaml --scale 30 -o out"
-    assert sorted(path.name for path in (place / "out").iterdir()) == ["curve.png", "profile.json"]
+    pictures = {f"{name}.{kind}" for name in ("curve", "cka", "angles") for kind in ("png", "svg")}
+    assert {path.name for path in (place / "out").iterdir()} == {"profile.json", *pictures}
 
 
 @pytest.mark.parametrize(

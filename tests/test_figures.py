@@ -12,19 +12,40 @@ import pytest
 from matplotlib import image
 from matplotlib.text import Text
 
-from secateur.artifacts import DepthRow, LossRow, Profile, Provenance, Training
-from secateur.figures import COLOURS, INK, Point, loss_curve, save_png, shorten, svg, trade_off, training_curves
+from secateur.artifacts import DepthRow, DepthScoreRow, LossRow, Profile, Provenance, Training
+from secateur.figures import (
+    COLOURS,
+    INK,
+    Point,
+    loss_curve,
+    profile_figures,
+    save_png,
+    shorten,
+    svg,
+    trade_off,
+    training_curves,
+)
 
 MADE = Provenance("secateur study", "2026-01-02T03:04:05+00:00", 7, {}, (), {})
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def profile(losses, errors=None) -> Profile:
+def profile(losses, ends=None, lens=None, **tables) -> Profile:
+    """Depths with these losses, ``ends`` away from both ends of their intervals."""
     rows = tuple(
-        DepthRow(depth, loss, errors and errors[depth - 1], 0.1 * depth, 3.0 + depth)
+        DepthRow(
+            depth,
+            loss,
+            None,
+            0.1 * depth,
+            3.0 + depth,
+            loss_low=ends and loss - ends[depth - 1],
+            loss_high=ends and loss + ends[depth - 1],
+            next_token_loss=lens and lens[depth - 1],
+        )
         for depth, loss in enumerate(losses, 1)
     )
-    return Profile(MADE, "a/model", len(losses), "mean", 20.0, "float32", 8, 4, 64, "", rows)
+    return Profile(MADE, "a/model", len(losses), "mean", 20.0, "float32", 8, 4, 64, "", rows, **tables)
 
 
 def points(labels=("2", "4", "8")) -> list[Point]:
@@ -38,7 +59,7 @@ def words(text: str) -> list[str]:
     return [element.text or "" for element in ElementTree.fromstring(text).iter(f"{SVG}text")]
 
 
-def test_loss_curve_draws_the_losses_with_one_standard_error_and_marks_the_choice() -> None:
+def test_loss_curve_draws_the_losses_with_their_intervals_and_marks_the_choice() -> None:
     losses, errors = [3.0, 2.0, 2.5, 1.5, 1.75], [0.1, 0.2, 0.3, 0.1, 0.05]
     figure = loss_curve(profile(losses, errors), {"small": 2, "large": 4})
     top = figure.axes[0]
@@ -67,6 +88,47 @@ def test_losses_that_are_not_numbers_leave_a_gap() -> None:
     text = words(svg(figure, "c", "t", "d"))
     assert "large: 3" in text
     assert not any("small" in word for word in text)
+
+
+def test_maps_draw_each_pair_of_depths_and_tick_the_choice() -> None:
+    cka = ((1.0, 0.5, None), (0.5, 1.0, 0.25), (None, 0.25, 1.0))
+    angular = tuple(tuple(0.1 * abs(i - j) for j in range(4)) for i in range(4))
+    table = profile([3.0, 2.0, 1.0], cka=cka, angular=angular)
+    drawn = profile_figures(table, {"small": 1, "large": 3})
+    assert [*drawn] == ["curve", "cka", "angles"]
+    for name, matrix, first in (("cka", cka, 1), ("angles", angular, 0)):
+        mesh = drawn[name].axes[0].collections[0]
+        values = np.ma.filled(mesh.get_array(), np.nan).flatten()
+        assert values == pytest.approx(np.array(matrix, dtype=float).flatten(), nan_ok=True)
+        assert mesh.get_coordinates()[0, 0].tolist() == [first - 0.5, first - 0.5]
+        text = words(svg(drawn[name], "m", "t", "d"))
+        assert {"small: 1", "large: 3", "Depth"} <= set(text)
+        assert "<image" not in svg(drawn[name], "m", "t", "d")  # the page's policy forbids them
+
+
+def test_solved_by_depth_marks_the_best_depth_and_the_first_as_good() -> None:
+    scores = [
+        ("sts", "STS", (0.2, 0.55, 0.6)),
+        ("one", "Retrieval", (0.5, 0.3, 0.1)),
+        ("two", "Retrieval", (0.1, 0.2, 0.3)),
+    ]
+    rows = tuple(
+        DepthScoreRow(task, kind, "score", depth, value, value - 0.06, value + 0.06)
+        for task, kind, values in scores
+        for depth, value in enumerate(values, 1)
+    )
+    table = profile([3.0, 1.0, 0.9], [0.2] * 3, lens=[9.0, 5.0, 2.0], task_scores=rows)
+    figure = profile_figures(table)["solved"]
+    titles = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
+    assert [*titles] == ["Contrastive loss (nats)", "STS: sts", "Retrieval (2 tasks)", "Next-token loss (nats)"]
+    marks = {
+        title: sorted({int(line.get_xdata()[0]) for line in axes.lines if len(line.get_xdata()) == 1})
+        for title, axes in titles.items()
+    }
+    assert [*marks.values()] == [[2, 3], [2, 3], [1, 3], [3]]
+    assert [text.get_text() for text in titles["Retrieval (2 tasks)"].texts] == ["one: 1", "two: 3"]
+    (line,) = [line for line in titles["STS: sts"].lines if len(line.get_xdata()) == 3]
+    assert line.get_ydata() == pytest.approx([20, 55, 60])
 
 
 def test_trade_off_draws_each_model_once_with_its_label_and_speed_range() -> None:

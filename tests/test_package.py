@@ -18,9 +18,11 @@ errors artifacts figures progress config
 stacks legality blocks shards sources lora cut_plan shard_writer checkpoint embedder verify
 gguf pooling models
 jsonl data texts
-metrics curves bootstrap forward lens depths profile selectors choose selection prune
-vectors remote teacher objectives train heal
-task_folder tasks intervals predictions evaluate flops cost compare
+metrics curves bootstrap forward lens depths
+vectors task_folder tasks intervals predictions evaluate depth_scores
+profile selectors choose selection prune
+remote teacher objectives train heal
+flops cost compare
 report
 demo study
 graph runtime convert compatibility export
@@ -110,7 +112,8 @@ def test_commands_and_functions_have_the_same_options_and_defaults(step: str):
     for name, field in STEPS[step].model_fields.items():
         assert name in parameters, f"secateur.{step} lacks {name}"
         if not field.is_required():
-            assert parameters[name].default == field.get_default(), name
+            default = parameters[name].default
+            assert (list(default) if isinstance(default, tuple) else default) == field.get_default(), name
 
 
 def test_the_study_heals_as_heal_does():

@@ -161,7 +161,9 @@ def profile_command(options: config.ProfileOptions) -> None:
     with _bars() as progress:
         result = secateur.profile(**_given(options), progress=progress)
     _show_profile(result)
-    typer.echo(f"\n{options.out / 'profile.json'}\n{options.out / 'curve.png'}")
+    typer.echo(f"\n{options.out / 'profile.json'}")
+    for picture in sorted(options.out.glob("*.png")):
+        typer.echo(picture)
 
 
 @_command(config.ChooseOptions)
@@ -333,8 +335,33 @@ def _show_profile(profile: Profile) -> None:
         cells = ("" if value is None else form.format(value) for form, value in values)
         table.add_row(str(row.depth), *cells, chosen.get(row.depth, ""))
     Console().print(table)
+    _show_task_scores(profile)
     for note in profile.notes:
         typer.echo(f"note: {note}")
+
+
+def _show_task_scores(profile: Profile) -> None:
+    """Tasks × depths, the best depth of each task marked."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not profile.task_scores:
+        return
+    scores: dict[str, dict[int, float]] = {}
+    for row in profile.task_scores:
+        scores.setdefault(f"{row.task} ({row.metric})", {})[row.depth] = row.score
+    table = Table(title="zero-shot scores by depth; * the best of a task")
+    table.add_column("depth", justify="right")
+    for task in scores:
+        table.add_column(escape(task), justify="right", overflow="fold")
+    for depth in range(1, profile.depth + 1):
+        cells = []
+        for own in scores.values():
+            mark = "*" if depth in own and own[depth] == max(own.values()) else " "
+            cells.append(f"{own[depth]:.4f}{mark}" if depth in own else "")
+        table.add_row(str(depth), *cells)
+    Console().print(table)
 
 
 _PROFILE_COLUMNS = {

@@ -54,12 +54,12 @@ _DEVICE = "Torch device [default: the GPU where there is one]."
 class ProfileOptions(Options):
     """Measure what every depth of a model is worth, in one pass.
 
-    Example: secateur profile smollm2 --data pairs.jsonl -o profile
+    Example: secateur profile smollm2 --data pairs.jsonl --tasks tasks/my-search -o profile
     """
 
     model: str = _model()
     data: list[Path] = Field(description=_DATA + " Or of texts alone: .txt, or .jsonl with text.", min_length=1)
-    out: Path = _out("Folder for profile.json and curve.png.")
+    out: Path = _out("Folder for profile.json and its pictures.")
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
     pooling: PoolingName | None = Field(None, description=_POOLING)
@@ -70,6 +70,8 @@ class ProfileOptions(Options):
     dtype: Dtype = Field("auto", description="Number format of the arithmetic; auto: the quickest, by measurement.")
     device: str | None = Field(None, description=_DEVICE)
     seed: int = Field(42, description="Of the drawing.")
+    tasks: list[str] = Field([], description="Score these at every depth too: task folders, or names that mteb knows.")
+    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     trust_remote_code: bool = Field(False, description=_TRUST)
 
 

@@ -112,22 +112,22 @@ def evaluate(
         raise ConfigError("instructed", instructed, f"{len(instructed)} values for {len(models)} models")
     if batch_size < 1:
         raise ConfigError("batch_size", batch_size, f"{batch_size} texts are none", "1 or more")
-    opened = _open_tasks(tasks, sample, seed)
+    opened = open_tasks(tasks, sample, seed)
     ledger = _Ledger.open(out, [(label, task.name) for label in labels for task in opened], opened, seed)
     total = len(labels) * len(opened)
     for i, (label, given) in enumerate(zip(labels, models, strict=True)):
         model = given if isinstance(given, SentenceTransformer) else open_model(given)
-        told = _instructed(model) if instructed is None else instructed[i]
+        told = is_instructed(model) if instructed is None else instructed[i]
         weights = fingerprint_model(model)
         vectors = VectorCache(cache, weights) if cache is not None else None
         for j, task in enumerate(opened):
             progress("evaluate", i * len(opened) + j, total)
-            prompts = _prompts(task, told) if instructions else {}
-            with quiet(), _as_encoder(model, label, prompts, vectors) as encoder:
+            prompts = task_prompts(task, told) if instructions else {}
+            with quiet(), as_encoder(model, label, prompts, vectors) as encoder:
                 key: dict[str, Any] = {"sample": sample, "seed": seed, "prompt": _prompt(encoder, task)}
                 key |= {"data": task.source.sha256, "weights": weights}
                 if not ledger.holds(label, task.name, key):
-                    ledger.add(_score(encoder, label, task, batch_size, key))
+                    ledger.add(_finite(score_task(encoder, label, task, batch_size, key)))
     progress("evaluate", total, total)
     return ledger.table()
 
@@ -151,7 +151,12 @@ def _label(model: Model, index: int) -> str:
     return model_label(model)
 
 
-def _open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:
+def open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:
+    """Open all tasks, whose names must differ.
+
+    Raises:
+        DataError, ConfigError: As :func:`secateur.tasks.open_task`; or no tasks, or two of one name.
+    """
     if not tasks:
         raise ConfigError("tasks", tasks, "there are none", "name one at least")
     opened = [open_task(task, sample=sample, seed=seed) for task in tasks]
@@ -195,7 +200,7 @@ class _Ledger:
             return False
         return self.out is None or not row.draws or _draws_file(self.out, row.draws).is_file()
 
-    def add(self, scored: _Scored) -> None:
+    def add(self, scored: Scored) -> None:
         """Keep a score; on disk the row comes last, so that what it names is there."""
         row = scored.row
         self.rows[row.model, row.task] = row
@@ -241,13 +246,13 @@ def read_draws(out: str | Path, row: ScoreRow) -> Array | None:
     return draws
 
 
-def _instructed(model: SentenceTransformer) -> bool:
+def is_instructed(model: SentenceTransformer) -> bool:
     """Whether a saved prompt has the form in which this package trains with instructions."""
     ending = instruction_prompt("x").removeprefix("x")
     return any(prompt and prompt.endswith(ending) for prompt in model.prompts.values())
 
 
-class _Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
+class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
     """mteb's own encoder, with kept vectors, that refuses vectors which are not numbers.
 
     mteb ranks NaN somewhere, and gives a score.
@@ -278,7 +283,7 @@ class _Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         return vectors
 
 
-def _prompts(task: Task, instructed: bool) -> dict[str, str] | None:
+def task_prompts(task: Task, instructed: bool) -> dict[str, str] | None:
     """Prompts by mteb's keys (task type, with ``-query`` where only queries get one); None: those of the model."""
     if not instructed:
         return None
@@ -287,9 +292,9 @@ def _prompts(task: Task, instructed: bool) -> dict[str, str] | None:
 
 
 @contextmanager
-def _as_encoder(
+def as_encoder(
     model: SentenceTransformer, label: str, prompts: dict[str, str] | None, vectors: VectorCache | None
-) -> Iterator[_Encoder]:
+) -> Iterator[Encoder]:
     """The model as mteb's encoder, under its own name and with these prompts; itself unchanged afterwards."""
     card = model.model_card_data
     before = model.prompts, model.default_prompt_name, card.model_name
@@ -297,14 +302,14 @@ def _as_encoder(
         card.model_name = f"secateur/{label}"  # mteb wants organization/name, and takes it from the card
         if prompts is not None:  # else sentence-transformers falls back on the model's own
             model.prompts, model.default_prompt_name = {}, None
-        encoder = _Encoder(model, model_prompts=prompts or None)
+        encoder = Encoder(model, model_prompts=prompts or None)
         encoder.vectors = vectors
         yield encoder
     finally:
         model.prompts, model.default_prompt_name, card.model_name = before
 
 
-def _prompt(encoder: _Encoder, task: Task) -> str:
+def _prompt(encoder: Encoder, task: Task) -> str:
     """What will stand before the queries, or before all texts."""
     prompts, model = encoder.model_prompts or {}, encoder.model
     name = get_prompt_name(prompts, task.metadata, PromptType.query if task.asymmetric else None)
@@ -312,7 +317,7 @@ def _prompt(encoder: _Encoder, task: Task) -> str:
 
 
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """One score as it is kept: our row and its draws, and mteb's result and description of the model."""
 
     row: ScoreRow
@@ -321,8 +326,19 @@ class _Scored:
     meta: Any
 
 
-def _score(encoder: _Encoder, label: str, task: Task, batch_size: int, key: dict[str, Any]) -> _Scored:
-    """Let mteb run one task."""
+def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: dict[str, Any]) -> Scored:
+    """Let mteb run one task.
+
+    Args:
+        encoder: From :func:`as_encoder`.
+        label: What the model is called in the row.
+        task: Is made anew.
+        batch_size: Texts encoded at once.
+        key: The row's ``sample``, ``seed``, ``prompt``, ``data`` and ``weights``.
+
+    Returns:
+        The score, which is NaN where mteb's is, such as a correlation with vectors that are all alike.
+    """
     made = task.make()
     started, state = time.monotonic(), made.rng_state.getstate()
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
@@ -337,16 +353,12 @@ def _score(encoder: _Encoder, label: str, task: Task, batch_size: int, key: dict
         ).task_results[0]
         file = Path(folder) / made.prediction_file_name
         predictions = read_json(file) if file.is_file() else {}
-    score = float(result.get_score())
-    metric = str(task.metadata.main_score)
-    if not math.isfinite(score):
-        raise ModelError(label, f"{metric} on {task.name} is not a number", "are its vectors all alike?")
     row = ScoreRow(
         model=label,
         task=task.name,
         type=str(task.metadata.type),
-        metric=metric,
-        score=score,
+        metric=str(task.metadata.main_score),
+        score=float(result.get_score()),
         samples=count_samples(made),
         seconds=time.monotonic() - started,
         **key,
@@ -354,14 +366,21 @@ def _score(encoder: _Encoder, label: str, task: Task, batch_size: int, key: dict
     row, draws = _resampled(row, made, predictions, state)
     # The revision tells mteb's tools one state of a model from another under the same name.
     meta = encoder.mteb_model_meta.model_copy(update={"revision": row.weights[:12]})
-    return _Scored(row, draws, result, meta)
+    return Scored(row, draws, result, meta)
+
+
+def _finite(scored: Scored) -> Scored:
+    row = scored.row
+    if not math.isfinite(row.score):
+        raise ModelError(row.model, f"{row.metric} on {row.task} is not a number", "are its vectors all alike?")
+    return scored
 
 
 def _resampled(
     row: ScoreRow, task: Any, predictions: dict[str, Any], state: tuple[Any, ...]
 ) -> tuple[ScoreRow, Array | None]:
     """A score with its interval and draws, where the predictions give mteb's own score and there are enough of them."""
-    parts = predicted(task, predictions, row.metric, state)
+    parts = predicted(task, predictions, row.metric, state) if math.isfinite(row.score) else None
     if not parts or min(part.units for part in parts) < FEWEST:
         return row, None
     again = float(np.mean([whole(part.statistic, part.units) for part in parts]))

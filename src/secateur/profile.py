@@ -12,13 +12,14 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from secateur import bootstrap
-from secateur.artifacts import DepthRow, Profile, provenance, results_folder
+from secateur.artifacts import DepthRow, DepthScoreRow, Profile, provenance, results_folder
 from secateur.data import Pair, Pairs, batches, read_pairs
 from secateur.depths import DepthEncoder, Depths
 from secateur.errors import ConfigError, DataError
@@ -39,8 +40,12 @@ from secateur.pooling import PoolingName, pooling_name
 from secateur.progress import Progress, silent
 from secateur.texts import Texts, holds_texts, read_texts
 
+if TYPE_CHECKING:
+    from secateur.tasks import Task
+
 SAMPLE = 1024
 """Vectors per depth that the label-free metrics are computed from, so that memory does not grow with the data."""
+PICTURES = tuple(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg"))
 HELD_BYTES = 128 << 20
 """Of the pooled vectors of one group of batches, which are sorted by length together."""
 
@@ -61,6 +66,8 @@ def profile(
     dtype: str = "auto",
     device: str | None = None,
     seed: int = 42,
+    tasks: Sequence[str | Path] = (),
+    sample: int | None = None,
     trust_remote_code: bool = False,
     out: str | Path | None = None,
     progress: Progress = silent,
@@ -84,8 +91,11 @@ def profile(
             the model's first block. An opened model stays as it is.
         device: Torch device.
         seed: Of the drawing.
+        tasks: Task folders, or names of mteb tasks: their zero-shot scores at every depth, from one encoding of their
+            texts, are those of ``evaluate`` on the model cut there (:mod:`secateur.depth_scores`).
+        sample: As for ``evaluate``: at most so many rows of each task.
         trust_remote_code: As for ``open_model``.
-        out: A folder for ``profile.json`` and ``curve.png``.
+        out: A folder for ``profile.json`` and its pictures.
         progress: Told after each batch.
 
     Returns:
@@ -97,8 +107,9 @@ def profile(
     if batch_size < 2:
         raise ConfigError("batch_size", batch_size, f"is {batch_size}; in-batch negatives need at least 2")
     if out is not None:
-        out = results_folder(out, Profile.file, "curve.png", "choice.json")
+        out = results_folder(out, Profile.file, "choice.json", *PICTURES)
     sources = _read(data, instruction, max_examples, seed)
+    opened = _open_tasks(tasks, sample, seed)
     name = model_label(model) if isinstance(model, (str, Path)) else "model"
     notes: list[str] = []
     if not isinstance(model, SentenceTransformer):
@@ -109,8 +120,10 @@ def profile(
     encoder = DepthEncoder(model, every_pooling=True, name=name)
     sums = _measure(encoder, corpus, scale, seed, until_sure, progress)
     settled = bootstrap.is_settled(sums.losses, seed) if sums.batch_losses else None
+    rows = _rows(model, sums, seed, notes)
+    task_scores = _score_tasks(model, opened, sample, seed, name, progress, notes)
     result = Profile(
-        provenance=provenance([source.source for source in sources], seed),
+        provenance=provenance([*(source.source for source in sources), *(task.source for task in opened)], seed),
         model=name,
         depth=encoder.depth,
         pooling=pooling_name(model),
@@ -120,7 +133,7 @@ def profile(
         batches=sums.batches,
         max_length=model.max_seq_length,
         prompt=sources[0].prompt,
-        depths=_rows(model, sums, seed, notes),
+        depths=rows,
         texts=sums.texts,
         tokens=sums.tokens,
         settled=settled,
@@ -128,14 +141,58 @@ def profile(
         angular=() if sums.angles is None else _table(sums.angles / sums.texts),
         losses_by_pooling=sums.losses_by_pooling(encoder.poolings),
         batch_losses=_table(sums.losses) if sums.batch_losses else (),
-        notes=(*notes, *encoder.notes, *corpus.notes),
+        task_scores=task_scores,
+        notes=tuple(dict.fromkeys([*notes, *encoder.notes, *corpus.notes])),
     )
     if out is not None:
-        from secateur.figures import loss_curve, save_png
-
         result.save(out)
-        save_png(loss_curve(result), out / "curve.png")
+        _draw(result, out)
     return result
+
+
+def _draw(result: Profile, out: Path) -> None:
+    """The pictures of a profile; those of an earlier one that it does not have are removed."""
+    from secateur.figures import profile_figures, save_png, save_svg
+
+    choice: dict[str, int] = {}
+    if result.can_choose:
+        losses = torch.tensor([row.loss for row in result.depths], dtype=torch.float64)
+        choice = dict(zip(("small", "large"), bootstrap.lowest_in_each_half(losses).tolist(), strict=True))
+    drawn = profile_figures(result, choice)
+    for name in PICTURES:
+        if name.partition(".")[0] not in drawn:
+            (out / name).unlink(missing_ok=True)
+    for name, figure in reversed(drawn.items()):  # the curve is the last file of a profile: with it, all is there
+        save_svg(figure, out / f"{name}.svg")
+        save_png(figure, out / f"{name}.png")
+
+
+def _open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:
+    if not tasks:
+        if sample is not None:
+            raise ConfigError("sample", sample, "is a number of rows of each task, and there are none", "give tasks")
+        return []
+    from secateur.evaluate import open_tasks  # with mteb, which takes a while to import
+
+    return open_tasks(tasks, sample, seed)
+
+
+def _score_tasks(
+    model: SentenceTransformer,
+    tasks: list[Task],
+    sample: int | None,
+    seed: int,
+    name: str,
+    progress: Progress,
+    notes: list[str],
+) -> tuple[DepthScoreRow, ...]:
+    if not tasks:
+        return ()
+    from secateur.depth_scores import depth_scores
+
+    found = depth_scores(model, tasks, sample=sample, seed=seed, name=name, progress=progress)
+    notes += found.notes
+    return found.rows
 
 
 def _quicken(model: SentenceTransformer) -> list[str]:

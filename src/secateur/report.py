@@ -24,6 +24,7 @@ from secateur import figures
 from secateur.artifacts import (
     CostRow,
     Costs,
+    DepthScoreRow,
     Fingerprint,
     Origin,
     Profile,
@@ -455,7 +456,11 @@ class Drawing:
 
 def _figures(run: Run) -> dict[str, Drawing]:
     """Every figure that the tables allow, by file name."""
-    drawn = {f"curve-{number}": _curve(run, name) for number, name in enumerate(run.profiles, 1)}
+    drawn = {
+        f"{kind}-{number}": drawing
+        for number, name in enumerate(run.profiles, 1)
+        for kind, drawing in _profile_figures(run, name).items()
+    }
     points = [point for variant in run.variants if (point := _point(variant))]
     if points:
         text = "; ".join(
@@ -483,16 +488,58 @@ def _figures(run: Run) -> dict[str, Drawing]:
     return drawn
 
 
-def _curve(run: Run, name: str) -> Drawing:
+def _profile_figures(run: Run, name: str) -> dict[str, Drawing]:
+    """The figures of one profile: ``curve`` and, where it has them, ``solved``, ``cka`` and ``angles``."""
     profile, choice = run.profiles[name], run.choices.get(name, {})
     marks = ", ".join(f"“{label}” at {depth}" for label, depth in sorted(choice.items(), key=lambda item: item[1]))
     caption = (
         f"Contrastive loss of the untrained {profile.model} after each block, {_plural(profile.batches, 'batch')} of "
-        f"{profile.batch_size}, scale {profile.scale:g}, {profile.pooling} pooling; the band is one standard error. "
+        f"{profile.batch_size}, scale {profile.scale:g}, {profile.pooling} pooling; the band is its 95 % interval. "
         + (f"Chosen: {marks}." if marks else "")
     )
-    text = "; ".join(f"depth {row.depth}: {_loss(row.loss)}" for row in profile.rows)
-    return Drawing("curve", f"Loss by depth: {name}", caption, text, figures.loss_curve(profile, choice))
+    losses = "; ".join(f"depth {row.depth}: {_loss(row.loss)}" for row in profile.rows)
+    told = {
+        "curve": (f"Loss by depth: {name}", caption, losses),
+        "solved": (
+            f"Where in depth tasks are solved: {name}",
+            "What the untrained model is worth at each depth, task by task; scores × 100, bands are 95 % intervals.",
+            _best_depths(profile),
+        ),
+        "cka": (
+            f"Likeness of depths: {name}",
+            "Linear CKA of the vectors at all pairs of depths: 1 is the same up to rotation and scale.",
+            f"{_farthest(profile.cka, 1)} the least alike.",
+        ),
+        "angles": (
+            f"Angles between depths: {name}",
+            "Angular distance of the last token’s states at all pairs of depths, from the embeddings (0) on. "
+            "Light squares along the diagonal are runs of blocks that turn the states little.",
+            f"{_farthest([[-(v or 0.0) for v in row] for row in profile.angular], 0)} the farthest apart.",
+        ),
+    }  # fmt: skip
+    drawn = figures.profile_figures(profile, choice)
+    return {kind: Drawing("curve", *told[kind], figure) for kind, figure in drawn.items()}
+
+
+def _best_depths(profile: Profile) -> str:
+    """In words: the depth at which each task scores best."""
+    best: dict[str, DepthScoreRow] = {}
+    for row in profile.task_scores:
+        if row.task not in best or row.score > best[row.task].score:
+            best[row.task] = row
+    sentences = [f"{task} is best at depth {row.depth} ({_score(row.score)})" for task, row in best.items()]
+    lens = [(row.next_token_loss, row.depth) for row in profile.rows if row.next_token_loss is not None]
+    sentences += [f"the next-token loss is lowest at depth {min(lens)[1]}"] if lens else []
+    return "; ".join(sentences)
+
+
+def _farthest(likeness: Sequence[Sequence[float | None]], first: int) -> str:
+    """In words: the two depths that are the least alike."""
+    pairs = [(value, i, j) for i, row in enumerate(likeness) for j, value in enumerate(row) if value is not None]
+    if not pairs:
+        return "No two depths can be compared; none are"
+    _, i, j = min(pairs)
+    return f"Depths {i + first} and {j + first} are"
 
 
 def _point(variant: Variant) -> figures.Point | None:
