@@ -20,6 +20,7 @@ from torch import Tensor
 
 from secateur import bootstrap
 from secateur.artifacts import DepthRow, DepthScoreRow, Profile, provenance, results_folder
+from secateur.curves import lowest_in_each_half
 from secateur.data import Pair, Pairs, batches, read_pairs
 from secateur.depths import DepthEncoder, Depths
 from secateur.errors import ConfigError, DataError
@@ -157,7 +158,7 @@ def _draw(result: Profile, out: Path) -> None:
     choice: dict[str, int] = {}
     if result.can_choose:
         losses = torch.tensor([row.loss for row in result.depths], dtype=torch.float64)
-        choice = dict(zip(("small", "large"), bootstrap.lowest_in_each_half(losses).tolist(), strict=True))
+        choice = dict(zip(("small", "large"), lowest_in_each_half(losses).tolist(), strict=True))
     drawn = profile_figures(result, choice)
     for name in PICTURES:
         if name.partition(".")[0] not in drawn:
