@@ -18,11 +18,11 @@ errors artifacts figures progress config
 stacks legality blocks shards sources lora cut_plan shard_writer checkpoint embedder verify
 gguf pooling models
 jsonl data texts
-metrics curves bootstrap forward lens depths
+metrics curves bootstrap forward lens flops parts depths
 vectors task_folder tasks intervals predictions evaluate depth_scores
 profile selectors choose selection prune
 remote teacher objectives train heal
-flops cost compare
+cost compare
 report
 demo study
 graph runtime convert compatibility export

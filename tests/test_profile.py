@@ -25,6 +25,7 @@ from secateur.depths import DepthEncoder
 from secateur.errors import DataError, ModelError
 from secateur.forward import plan, rounded, tokenize
 from secateur.models import open_model
+from secateur.parts import BATCH, BATCHES, SINGLES
 from secateur.profile import profile
 from secateur.texts import read_texts
 
@@ -182,7 +183,8 @@ def test_each_distinct_text_is_run_once(llama, folder):
     distinct = {row["query"] for row in rows} | {row["positive"] for row in rows} | {r["negative"][0] for r in rows}
     assert found.texts == len(distinct)
     probes = 2 + 2 * 8  # the model is asked whether it is blind to what follows, and the quick way is checked
-    assert sum(sizes) <= len(distinct) + 2 * probes
+    timed = 1 + (1 + SINGLES) + (1 + BATCHES) * BATCH  # what the parts of the model cost
+    assert sum(sizes) <= len(distinct) + 2 * probes + timed
 
 
 def test_angles_influence_and_tables_have_their_shapes(llama, pairs, tmp_path):

@@ -190,6 +190,25 @@ class DepthScoreRow:
     samples: int = 0
 
 
+@dataclass(frozen=True)
+class PartRow:
+    """What one part of a model costs; any cut costs the sum of the parts that it keeps.
+
+    ``part`` 0 is all that is no block (token table, norms, pooling, and the tokenizer's time), ``part`` k the k-th
+    block. ``parameters`` counts a weight that is used twice once; ``bytes`` are those of the weights as the model was
+    opened (as stored, but for a number format that was asked for); ``flops_per_token`` are counted on a text of 128
+    tokens. ``latency`` is the median time in seconds for one text of some 20 tokens, ``seconds`` that for a batch of 8,
+    in the number format and on the device of the profile.
+    """
+
+    part: int
+    parameters: int
+    bytes: int
+    flops_per_token: float
+    latency: float
+    seconds: float
+
+
 Matrix = tuple[tuple[float | None, ...], ...]
 
 
@@ -207,6 +226,7 @@ class Profile(Table):
         losses_by_pooling: Pooling → its loss at each depth; the model's own pooling is among them.
         batch_losses: (batches, depth), what ``loss`` is the mean of, for any other rule's bootstrap.
         task_scores: Tasks × depths, one :class:`DepthScoreRow` each; empty where no task was asked for.
+        parts: What each part of the model costs; empty in profiles of earlier versions.
         notes: What a reader must know: what was measured to decide, what could not be computed, and why.
     """
 
@@ -231,6 +251,7 @@ class Profile(Table):
     losses_by_pooling: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     batch_losses: Matrix = ()
     task_scores: tuple[DepthScoreRow, ...] = ()
+    parts: tuple[PartRow, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -550,6 +571,7 @@ def check_no_byte_order_mark(file: Path, start: bytes) -> None:
 _ROWS: dict[str, type] = {
     "depths": DepthRow,
     "task_scores": DepthScoreRow,
+    "parts": PartRow,
     "scores": ScoreRow,
     "costs": CostRow,
     "losses": LossRow,

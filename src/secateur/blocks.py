@@ -19,9 +19,11 @@ from secateur.legality import (
     check_keep,
     cut_config,
     encoder_class,
+    late_modules,
     legal_depths,
     legal_plan,
     opens_at,
+    packed_tensors,
     skeleton,
 )
 from secateur.stacks import (
@@ -52,9 +54,11 @@ __all__ = [
     "final_norm",
     "find_stack",
     "head_of",
+    "late_modules",
     "legal_depths",
     "linear_names",
     "opens_at",
+    "packed_tensors",
     "skeleton",
     "states_of",
     "tail_is_norm",

@@ -29,6 +29,7 @@ from secateur.artifacts import CostRow, Costs, provenance
 from secateur.blocks import depth_of, embeddings_of
 from secateur.errors import ConfigError, ModelError
 from secateur.flops import flops_per_token
+from secateur.forward import wait
 from secateur.models import demo_model, model_label, open_model
 from secateur.progress import Progress, quiet, silent
 
@@ -213,12 +214,6 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
         work()
     wait(device)
     return time.perf_counter() - started
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given. A CPU has."""
-    if device.type in ("cuda", "mps", "xpu"):
-        getattr(torch, device.type).synchronize()
 
 
 def device_name(device: torch.device) -> str:

@@ -10,12 +10,14 @@ misses the fused attention of CPUs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _TEXT = "Return the element of the sequence at this position, or raise an error where there is none. "
@@ -42,7 +44,6 @@ class MatrixProducts(TorchFunctionMode):
         return result
 
 
-@torch.inference_mode()
 def flops_per_token(model: SentenceTransformer, length: int) -> tuple[float, int]:
     """Operations for each token of one text.
 
@@ -53,6 +54,13 @@ def flops_per_token(model: SentenceTransformer, length: int) -> tuple[float, int
     Returns:
         Operations for each token, and the tokens that the text had.
     """
+    (whole,), width = flops_by_block(model, length, ())
+    return whole, width
+
+
+@torch.inference_mode()
+def flops_by_block(model: SentenceTransformer, length: int, blocks: Iterable[nn.Module]) -> tuple[list[float], int]:
+    """As :func:`flops_per_token`, of all that is no block first, then of each block."""
     features = model.preprocess([_TEXT * length])
     width = min(length, features["input_ids"].shape[1])
     device = next(model.parameters()).device
@@ -60,9 +68,28 @@ def flops_per_token(model: SentenceTransformer, length: int) -> tuple[float, int
         key: value[:, :width].to(device) if isinstance(value, Tensor) and value.ndim == 2 else value
         for key, value in features.items()
     }
-    with MatrixProducts() as products:
+    with MatrixProducts() as products, _counters(products, blocks) as inside:
         model(cut)
-    return products.flops / width, width
+    return [(products.flops - sum(inside)) / width, *(flops / width for flops in inside)], width
+
+
+@contextmanager
+def _counters(products: MatrixProducts, blocks: Iterable[nn.Module]) -> Iterator[list[int]]:
+    """Within: operations counted while a block runs are added to its own."""
+    inside: list[int] = []
+
+    def before(index: int, *_: Any) -> None:
+        inside[index] -= products.flops
+
+    def after(index: int, *_: Any) -> None:
+        inside[index] += products.flops
+
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            inside.append(0)
+            hooks.callback(block.register_forward_pre_hook(partial(before, index)).remove)
+            hooks.callback(block.register_forward_hook(partial(after, index)).remove)
+        yield inside
 
 
 def _product(result: Tensor, first: Tensor, *_: Any, **__: Any) -> int:

@@ -160,6 +160,12 @@ def run_after(transformer: PreTrainedModel, prefix: SharedPrefix, length: int, f
     )
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given. A CPU has."""
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).synchronize()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a batch was too large for the machine."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

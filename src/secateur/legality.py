@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 
 from secateur.errors import IllegalDepth, UnsupportedArchitecture
-from secateur.stacks import depth_of, find_stack, text_config
+from secateur.stacks import blocks_of, depth_of, find_stack, text_config
 
 # Fields that list the indices of some layers. Any other list of one item for each layer is sliced.
 INDEX_LISTS = {
@@ -127,6 +127,29 @@ def opens_at(config: PretrainedConfig, depth: int) -> bool:
     """
     plan = _plan(skeleton(config), range(depth))
     return not plan.problem and not plan.packed
+
+
+def packed_tensors(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the tensors outside the blocks that pack one slice for each block, as per-layer embeddings do."""
+    _, plan = next(_cuts(model), (0, Plan()))
+    return tuple(f"{module}.{tensor}".lstrip(".") for module, tensor, _ in plan.packed)
+
+
+def late_modules(model: PreTrainedModel) -> dict[str, int]:
+    """Modules of a shared block that only a later block uses, as Zamba 2's adapters → the index of that block."""
+    weights = [weight for block in blocks_of(model) for weight in block.parameters()]
+    if len(set(map(id, weights))) == len(weights):  # no block is shared
+        return {}
+    return {name: depth for depth, plan in _cuts(model) for name in plan.unused}
+
+
+def _cuts(model: PreTrainedModel) -> Iterator[tuple[int, Plan]]:
+    """The depths that a model can be cut to, from the shallowest, and what each cut changes."""
+    full = build(type(model), copy.deepcopy(model.config))
+    for depth in range(1, depth_of(full)):
+        plan = _plan(full, range(depth))
+        if not plan.problem:
+            yield depth, plan
 
 
 def legal_plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:

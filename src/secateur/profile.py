@@ -37,6 +37,7 @@ from secateur.metrics import (
     uniformity,
 )
 from secateur.models import model_label, open_model
+from secateur.parts import measure_parts, part_sizes
 from secateur.pooling import PoolingName, pooling_name
 from secateur.progress import Progress, silent
 from secateur.texts import Texts, holds_texts, read_texts
@@ -113,10 +114,12 @@ def profile(
     opened = _open_tasks(tasks, sample, seed)
     name = model_label(model) if isinstance(model, (str, Path)) else "model"
     notes: list[str] = []
+    as_given = isinstance(model, SentenceTransformer)
     if not isinstance(model, SentenceTransformer):
         options = {"device": device, "trust_remote_code": trust_remote_code}
         model = open_model(model, pooling=pooling, max_length=max_length, dtype=dtype, **options)  # type: ignore[arg-type]
-        notes += _quicken(model) if dtype == "auto" else []
+    sizes = part_sizes(model)  # as stored
+    notes += _quicken(model) if dtype == "auto" and not as_given else []
     corpus = _corpus(sources, batch_size, seed)
     encoder = DepthEncoder(model, every_pooling=True, name=name)
     sums = _measure(encoder, corpus, scale, seed, until_sure, progress)
@@ -143,6 +146,7 @@ def profile(
         losses_by_pooling=sums.losses_by_pooling(encoder.poolings),
         batch_losses=_table(sums.losses) if sums.batch_losses else (),
         task_scores=task_scores,
+        parts=measure_parts(model, sizes),
         notes=tuple(dict.fromkeys([*notes, *encoder.notes, *corpus.notes])),
     )
     if out is not None:
