@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,15 @@ from safetensors.torch import load_file
 import secateur
 from conftest import example_pairs, write_pairs
 from killing import run_until
+from secateur import trainable
 from secateur.artifacts import Origin, Training, load
 from secateur.data import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
 from secateur.progress import silent
-from secateur.train import TRAINED_WEIGHTS, Outcome, Recipe, train, training_sets
+from secateur.recipe import LEARNING_RATES, Recipe
+from secateur.train import Outcome, train, training_sets
+from secateur.trainable import decide
+from secateur.trainer import TRAINED_WEIGHTS
 
 STEPS = 20
 SETTINGS = {"steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "lora_rank": 4, "lora_dropout": 0.1}
@@ -74,6 +80,48 @@ def trained(folder: Path, data: Sequence[Pairs], llama: Path, **changes: object)
     model = secateur.open_model(llama, device="cpu")
     outcome = train(model, training_sets(data, recipe.batch_size), recipe, folder, silent)
     return model, outcome
+
+
+@pytest.mark.parametrize("mode", ["lora", "blocks", "all"])
+def test_each_mode_trains_what_it_says_and_goes_on_bit_for_bit(
+    mode: str, llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
+    options = {"train": mode, "learning_rate": 1e-3, "steps": 3}
+    model, outcome = trained(tmp_path, [read_pairs(pairs_file)], llama_folder, **options)
+    base, now = load_file(llama_folder / "model.safetensors"), dict(model[0].auto_model.named_parameters())
+    changed = {name for name in base if not torch.equal(base[name], now[name])}
+    linear = {name for name in base if base[name].ndim == 2 and "embed" not in name}
+    assert changed == {"lora": linear, "blocks": set(base) - {"embed_tokens.weight"}, "all": set(base)}[mode]
+    if mode != "lora":
+        assert outcome.trained_parameters == sum(base[name].numel() for name in changed)
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    again, same = trained(tmp_path, [read_pairs(pairs_file)], llama_folder, **options)
+    assert same.losses == outcome.losses
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_weights_stored_in_bfloat16_are_trained_in_float32(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    """Their steps are below the last bit of a bfloat16; what is written has the format that it had."""
+    recipe = Recipe(**(SETTINGS | {"steps": 2, "train": "blocks", "learning_rate": 1e-5}))
+    model = secateur.open_model(llama_folder, device="cpu", dtype="bfloat16")
+    before = model[0].auto_model.norm.weight.detach().clone()
+    train(model, training_sets([read_pairs(pairs_file)], 8), recipe, tmp_path, silent)
+    saved = load_file(tmp_path / "checkpoint-2" / TRAINED_WEIGHTS)
+    norm = next(tensor for name, tensor in saved.items() if name.endswith("model.norm.weight"))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert norm.dtype == torch.float32
+    assert not torch.equal(norm, before.float())
+    assert torch.equal(model[0].auto_model.norm.weight, before)
+
+
+def test_auto_trains_the_blocks_where_they_fit_and_says_so(llama_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    model = secateur.open_model(llama_folder, device="cpu")
+    assert decide(model, Recipe(train="auto")).train == "blocks"
+    weights = sum(p.numel() for p in model[0].auto_model.layers.parameters())
+    for memory, expected in ((32 * weights, "blocks"), (32 * weights - 1, "lora")):
+        monkeypatch.setattr(trainable.psutil, "virtual_memory", lambda memory=memory: SimpleNamespace(total=memory))
+        decided = decide(model, Recipe(train="auto"))
+        assert (decided.train, decided.learning_rate) == (expected, LEARNING_RATES[expected])
 
 
 def test_merged_weights_are_the_base_and_the_product_of_the_factors(llama_folder: Path, pairs_file: Path, tmp_path):

@@ -472,8 +472,20 @@ class LossRow:
 
 
 @dataclass(frozen=True)
+class TrialRow:
+    """A score of a model that is being trained, after ``step`` steps; higher is better."""
+
+    step: int
+    score: float
+
+
+@dataclass(frozen=True)
 class Training(Table):
-    """How a model was healed. ``settings`` is the resolved configuration; ``prompts`` are by data set."""
+    """How a model was healed. ``settings`` is the resolved configuration; ``prompts`` are by data set.
+
+    ``trials`` are the scores on the way, where there were any, and ``best_step`` is the step whose weights were kept;
+    None is the last.
+    """
 
     kind: ClassVar[str] = "training"
     file: ClassVar[str] = "training.json"
@@ -485,6 +497,8 @@ class Training(Table):
     settings: Mapping[str, Any]
     prompts: Mapping[str, str]
     losses: tuple[LossRow, ...]
+    trials: tuple[TrialRow, ...] = ()
+    best_step: int | None = None
 
     @property
     def rows(self) -> tuple[LossRow, ...]:
@@ -575,6 +589,7 @@ _ROWS: dict[str, type] = {
     "scores": ScoreRow,
     "costs": CostRow,
     "losses": LossRow,
+    "trials": TrialRow,
     "differences": DifferenceRow,
     "overlaps": OverlapRow,
     "changed": ChangedRow,

@@ -63,7 +63,7 @@ def _fail(message: str, code: int) -> None:
 
 def _spread(arguments: list[str]) -> list[str]:
     """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``."""
-    several = {"--data", "--tasks", "--texts", "--depths"}
+    several = {"--data", "--tasks", "--texts", "--depths", "--eval-data", "--eval-tasks"}
     spread: list[str] = []
     current = ""
     for argument in arguments:

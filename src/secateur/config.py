@@ -108,16 +108,28 @@ class PruneOptions(Options):
 
 
 class HealSettings(Options):
-    """The numbers of a training; the defaults are the paper's."""
+    """The numbers of a training; those that are not given are the recipe's."""
 
-    steps: int = Field(1000, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(64, ge=2, description="Pairs per step.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak of the schedule: 30 % warm-up, linear decay.")
-    scale: float = Field(50.0, gt=0, description="Inverse temperature of the contrastive loss.")
-    max_length: int = Field(512, ge=1, description="Tokens per text while training.")
-    lora_rank: int = Field(16, ge=1, description="Rank of the adapters.")
-    lora_alpha: int = Field(32, ge=1, description="Scale of the adapters times their rank.")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapters.")
+    recipe: Literal["l3prune", "everyday"] = Field("l3prune", description="Where the numbers not given come from.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps [1000].")
+    batch_size: int | None = Field(None, ge=2, description="Pairs per step, of all processes together [64].")
+    train: Literal["lora", "blocks", "all", "auto"] | None = Field(
+        None, description="What is trained: adapters, the blocks' weights, everything; auto: by memory [lora]."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak of the schedule [by what is trained; 2e-4 for lora]."
+    )
+    warmup: float | None = Field(
+        None, ge=0, lt=1, description="Share of the steps in which the learning rate rises [0.3]."
+    )
+    scale: float | None = Field(None, gt=0, description="Inverse temperature of the contrastive loss [50].")
+    max_length: int | None = Field(None, ge=1, description="Tokens per text while training [512].")
+    lora_rank: int | None = Field(None, ge=1, description="Rank of the adapters [16].")
+    lora_alpha: int | None = Field(None, ge=1, description="Scale of the adapters times their rank [32].")
+    lora_dropout: float | None = Field(None, ge=0, lt=1, description="Dropout before the adapters [0.05].")
+    mini_batch_tokens: int | None = Field(
+        None, ge=1, description="Tokens in memory at once, for batches that do not fit; the numbers stay the same."
+    )
     gradient_checkpointing: bool = Field(False, description="Save memory for time; the numbers stay the same.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the arithmetic; auto: bfloat16 where the processor has it."
@@ -135,6 +147,13 @@ class HealOptions(HealSettings):
     data: list[Path] = Field(description=_DATA, min_length=1)
     out: Path = _out("The model folder to write.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
+    bidirectional: bool = Field(False, description="Let a decoder's tokens see those after them, from here on.")
+    eval_data: list[Path] | None = Field(None, description="Held-out files like --data, measured on the way.")
+    eval_tasks: list[str] | None = Field(None, description="Tasks measured on the way; the best model is kept.")
+    eval_sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each of them.")
+    eval_every: int | None = Field(None, ge=1, description="Steps between measurements [a tenth of all].")
+    patience: int | None = Field(None, ge=1, description="Stop after so many measurements without a better one.")
+    report_to: str = Field("none", description="A tracker that transformers knows: tensorboard, wandb, mlflow, ...")
     device: str | None = Field(None, description=_DEVICE)
     trust_remote_code: bool = Field(False, description=_TRUST)
 

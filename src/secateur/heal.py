@@ -12,6 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from sentence_transformers import SentenceTransformer
+
+from secateur import processes
 from secateur.artifacts import (
     Training,
     give_name,
@@ -23,31 +27,49 @@ from secateur.artifacts import (
 )
 from secateur.blocks import depth_of
 from secateur.data import Pairs, read_pairs
-from secateur.errors import OutputError
-from secateur.models import model_label, open_model, save_model, use_stock_modules
+from secateur.errors import ConfigError, OutputError
+from secateur.evaluate import evaluate
+from secateur.metrics import cosines, retrieval
+from secateur.models import attend_both_ways, model_label, open_model, save_model, use_stock_modules
 from secateur.progress import Progress, silent
 from secateur.prune import origin_of
-from secateur.train import Recipe, train, training_sets
+from secateur.recipe import L3PRUNE, make_recipe
+from secateur.tasks import open_task
+from secateur.train import Outcome, check_processes, training_sets
+from secateur.train import train as run_training
+from secateur.trainable import decide
+from secateur.trainer import Validation
 
-DEFAULTS = Recipe()
+Files = str | Path | Pairs | Sequence[str | Path | Pairs]
 
 
 def heal(
     model: str | Path,
-    data: str | Path | Pairs | Sequence[str | Path | Pairs],
+    data: Files,
     *,
-    steps: int = DEFAULTS.steps,
-    batch_size: int = DEFAULTS.batch_size,
-    learning_rate: float = DEFAULTS.learning_rate,
-    scale: float = DEFAULTS.scale,
-    max_length: int = DEFAULTS.max_length,
-    lora_rank: int = DEFAULTS.lora_rank,
-    lora_alpha: int = DEFAULTS.lora_alpha,
-    lora_dropout: float = DEFAULTS.lora_dropout,
-    gradient_checkpointing: bool = DEFAULTS.gradient_checkpointing,
-    precision: str = DEFAULTS.precision,
-    seed: int = DEFAULTS.seed,
+    recipe: str = L3PRUNE,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    train: str | None = None,
+    learning_rate: float | None = None,
+    warmup: float | None = None,
+    scale: float | None = None,
+    max_length: int | None = None,
+    lora_rank: int | None = None,
+    lora_alpha: int | None = None,
+    lora_dropout: float | None = None,
+    mini_batch_tokens: int | None = None,
+    gradient_checkpointing: bool = False,
+    precision: str = "auto",
+    seed: int = 42,
     instruction: str | None = None,
+    bidirectional: bool = False,
+    eval_data: Files | None = None,
+    eval_tasks: Sequence[str | Path] | None = None,
+    eval_sample: int | None = None,
+    eval_every: int | None = None,
+    patience: int | None = None,
+    report_to: str = "none",
     device: str | None = None,
     trust_remote_code: bool = False,
     out: str | Path,
@@ -55,24 +77,37 @@ def heal(
 ) -> Path:
     """Train a model on (anchor, positive, negative) data and write it as a plain model folder.
 
-    The defaults are the paper's recipe (:class:`secateur.train.Recipe`). A training that was killed goes on from its
-    last checkpoint when the same command runs again.
+    Numbers that are not given are the recipe's (:mod:`secateur.recipe`); those named below are the paper's. A training
+    that was killed goes on from its last checkpoint when the same command runs again. Started by ``torchrun`` or
+    ``accelerate launch``, all processes train one model, and the first writes it.
 
     Args:
         model: A model folder, usually a pruned one; or anything :func:`secateur.models.open_model` opens.
         data: Data files (see :mod:`secateur.data`); their instructions become the model's prompts.
-        steps: Optimizer steps; the learning rate rises over the first 30 % and falls linearly to 0.
-        batch_size: Pairs per step.
-        learning_rate: Peak of the schedule.
-        scale: Inverse temperature of the loss.
-        max_length: Tokens per text while training.
-        lora_rank: Rank of the adapters, on every linear layer of the blocks.
-        lora_alpha: Their scale times the rank.
-        lora_dropout: Dropout before them.
+        recipe: ``l3prune`` or ``everyday``.
+        steps: Optimizer steps (1,000).
+        batch_size: Pairs per step, of all processes together (64).
+        train: ``lora``, ``blocks``, ``all`` or ``auto`` (:mod:`secateur.trainable`; ``lora``).
+        learning_rate: Peak of the schedule (:data:`secateur.recipe.LEARNING_RATES`).
+        warmup: Share of the steps in which the learning rate rises (0.3); then it falls linearly to 0.
+        scale: Inverse temperature of the loss (50).
+        max_length: Tokens per text while training (512).
+        lora_rank: Rank of the adapters, on every linear layer of the blocks (16).
+        lora_alpha: Their scale times the rank (32).
+        lora_dropout: Dropout before them (0.05).
+        mini_batch_tokens: Tokens in memory at once, for batches that do not fit; the numbers stay the same.
         gradient_checkpointing: Compute activations twice to save memory; the numbers stay the same.
         precision: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 where the processor computes in it.
         seed: Of adapters, dropout and the order of the data.
         instruction: Goes before each anchor, in place of those that come with the data.
+        bidirectional: Let a decoder's tokens see those after them, in training and in the written model.
+        eval_data: Held-out files: the nDCG@10 of finding each anchor's positive among all positives and negatives.
+        eval_tasks: Tasks as :func:`secateur.evaluate` takes them.
+        eval_sample: Use a seeded sample of this size of each of them.
+        eval_every: Steps between measurements (a tenth of all). Of all models measured, the best is written, by the
+            mean over ``eval_data`` and ``eval_tasks``.
+        patience: Stop after so many measurements without a better one.
+        report_to: A tracker that transformers' trainer knows (``tensorboard``, ``wandb``, ``mlflow``).
         device: Torch device.
         trust_remote_code: As for ``open_model``.
         out: The folder to write; it must not hold anything yet.
@@ -83,49 +118,112 @@ def heal(
 
     Raises:
         ModelError, DataError, ConfigError, OutputError: Bad input.
-        TrainingDiverged: The loss is not finite.
+        TrainingDiverged: The loss is not finite, or exploded.
         VerificationFailed: The written folder gives other vectors.
     """
-    recipe = Recipe(
+    numbers = make_recipe(
+        recipe,
         steps=steps,
         batch_size=batch_size,
+        train=train,
         learning_rate=learning_rate,
+        warmup=warmup,
         scale=scale,
         max_length=max_length,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
+        mini_batch_tokens=mini_batch_tokens,
         gradient_checkpointing=gradient_checkpointing,
         precision=precision,
         seed=seed,
     )
-    files = [data] if isinstance(data, (str, Path, Pairs)) else list(data)
-    sources = [item if isinstance(item, Pairs) else read_pairs(item, instruction=instruction) for item in files]
-    sets = training_sets(sources, batch_size)
-    settings = asdict(recipe) | {"data": {item.name: len(item.rows) for item in sets}}
-    partial = _claim(Path(out), model, settings, sources)
+    processes.join()
+    check_processes(numbers.batch_size)
+    sources = _read(data, instruction)
+    sets = training_sets(sources, numbers.batch_size)
+    validation = _validation(
+        _read(eval_data or (), instruction), eval_tasks or (), eval_sample, eval_every, patience, seed
+    )
+    partial_folder(out)
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
     use_stock_modules(opened)
+    if bidirectional:
+        attend_both_ways(opened, model)
     opened.prompts.update(model_prompts(sources))
+    numbers = decide(opened, numbers)
+    settings = {"recipe": recipe} | asdict(numbers) | {"data": {item.name: len(item.rows) for item in sets}}
+    settings |= {"bidirectional": bidirectional, "eval_every": eval_every, "patience": patience}
+    partial = _claim(Path(out), model, settings, sources)
     with writing(out):
-        outcome = train(opened, sets, recipe, partial / "checkpoints", progress)
-        finished = _empty(partial / "model")
-        depth = depth_of(opened[0].auto_model)
-        save_model(opened, finished, origin_of(model, depth, range(depth)))
-        table = Training(
-            provenance=provenance([pairs.source for pairs in sources], seed),
-            model=model_label(model),
-            steps=steps,
-            seconds=outcome.seconds,
-            trained_parameters=outcome.trained_parameters,
-            settings=settings,
-            prompts=model_prompts(sources),
-            losses=outcome.losses,
+        outcome = run_training(
+            opened, sets, numbers, partial / "checkpoints", progress, validation=validation, report_to=report_to
         )
-        table.save(finished)
-        give_name(finished, Path(out))
-        shutil.rmtree(partial)
+        if processes.is_first():
+            finished = _empty(partial / "model")
+            depth = depth_of(opened[0].auto_model)
+            save_model(opened, finished, origin_of(model, depth, range(depth)))
+            _table(model, sources, settings, outcome).save(finished)
+            give_name(finished, Path(out))
+            shutil.rmtree(partial)
+        processes.wait()
     return Path(out)
+
+
+def _read(data: Files, instruction: str | None) -> list[Pairs]:
+    files = [data] if isinstance(data, (str, Path, Pairs)) else list(data)
+    return [item if isinstance(item, Pairs) else read_pairs(item, instruction=instruction) for item in files]
+
+
+def _table(model: str | Path, sources: Sequence[Pairs], settings: dict[str, Any], outcome: Outcome) -> Training:
+    return Training(
+        provenance=provenance([pairs.source for pairs in sources], settings["seed"]),
+        model=model_label(model),
+        steps=settings["steps"],
+        seconds=outcome.seconds,
+        trained_parameters=outcome.trained_parameters,
+        settings=settings,
+        prompts=model_prompts(sources),
+        losses=outcome.losses,
+        trials=outcome.trials,
+        best_step=outcome.best_step,
+    )
+
+
+def _validation(
+    held_out: Sequence[Pairs],
+    tasks: Sequence[str | Path],
+    sample: int | None,
+    every: int | None,
+    patience: int | None,
+    seed: int,
+) -> Validation | None:
+    """How a model is measured on the way: the mean over held-out files and tasks."""
+    if not held_out and not tasks:
+        for key, value in (("eval_every", every), ("patience", patience), ("eval_sample", sample)):
+            if value is not None:
+                raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
+        return None
+    for task in tasks:
+        open_task(task, sample=sample, seed=seed)
+    sampled = [pairs if sample is None else pairs.sample(sample, seed) for pairs in held_out]
+
+    def score(model: SentenceTransformer) -> float:
+        found = [held_out_ndcg(model, pairs) for pairs in sampled]
+        if tasks:
+            found += [row.score for row in evaluate([model], tasks, sample=sample, seed=seed, names=["model"]).rows]
+        return sum(found) / len(found)
+
+    return Validation(score, every, patience)
+
+
+def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
+    """nDCG@10 of finding each anchor's positive among all positives and negatives of a file, 0 to 1."""
+    options: dict[str, Any] = {"convert_to_tensor": True, "show_progress_bar": False}
+    anchors = model.encode([row.anchor for row in pairs.rows], prompt=pairs.prompt or None, **options)
+    texts = [row.positive for row in pairs.rows] + [text for row in pairs.rows for text in row.negatives]
+    candidates: torch.Tensor = model.encode(texts, prompt=pairs.passage_prompt or None, **options)
+    return float(retrieval(cosines(anchors, candidates)).ndcg_at_10)
 
 
 def model_prompts(sources: Sequence[Pairs]) -> dict[str, str]:
@@ -140,6 +238,10 @@ def model_prompts(sources: Sequence[Pairs]) -> dict[str, str]:
 def _claim(out: Path, model: str | Path, settings: dict[str, Any], sources: Sequence[Pairs]) -> Path:
     """The folder that a training works in; one that an equal training left unfinished is taken up again."""
     partial = partial_folder(out)
+    processes.wait()  # or a late one would find what the first one wrote
+    if not processes.is_first():
+        processes.wait()
+        return partial
     wanted = json.loads(json.dumps({"model": str(model), **settings, "sha256": [p.source.sha256 for p in sources]}))
     note = partial / "training.json"
     if note.is_file() and read_json(note) != wanted:
@@ -149,6 +251,7 @@ def _claim(out: Path, model: str | Path, settings: dict[str, Any], sources: Sequ
     if not note.is_file():
         shutil.rmtree(partial, ignore_errors=True)
         write_text(note, json.dumps(wanted, indent=1))
+    processes.wait()
     return partial
 
 

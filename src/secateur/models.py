@@ -26,7 +26,8 @@ from tokenizers import Regex, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secateur.artifacts import Origin, read_json
-from secateur.errors import ModelError
+from secateur.blocks import text_config
+from secateur.errors import ModelError, UnsupportedArchitecture
 from secateur.gguf import convert_gguf
 from secateur.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
 from secateur.progress import quiet
@@ -190,6 +191,22 @@ def attends_backwards_only(transformer: Transformer) -> bool:
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=model.device)
     states = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.float()
     return bool(torch.allclose(states[0, 0], states[1, 0], atol=1e-5))
+
+
+def attend_both_ways(model: SentenceTransformer, name: str | Path) -> None:
+    """Let every token of a decoder see those after it, in place; the saved configuration says so too.
+
+    Raises:
+        ModelError: It does already.
+        UnsupportedArchitecture: Its code does not ask its configuration.
+    """
+    transformer = model[0].auto_model.eval()
+    if not attends_backwards_only(model[0]):
+        raise ModelError(name, "attends both ways already", "leave bidirectional out")
+    for config in (transformer.config, text_config(transformer)):
+        config.is_causal = False
+    if attends_backwards_only(model[0]):
+        raise UnsupportedArchitecture(name, "cannot attend both ways: is_causal changes none of its vectors")
 
 
 def _check_folder(folder: Path) -> None:

@@ -1,42 +1,32 @@
-"""Contrastive LoRA training on sentence-transformers' trainer: the sets, the checkpoints, the merge.
+"""Training on sentence-transformers' trainer: the sets, the objective, the numbers, the outcome.
 
 :mod:`secateur.heal` is the command around it.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PrinterCallback, TrainerState
 
-from secateur.artifacts import LossRow
-from secateur.blocks import linear_names
+from secateur import processes
+from secateur.artifacts import LossRow, TrialRow
 from secateur.data import Pair, Pairs
-from secateur.errors import ConfigError, DataError, TrainingDiverged
+from secateur.errors import ConfigError, DataError
+from secateur.minibatches import MiniBatchedLoss
 from secateur.progress import Progress, quiet
-
-WARMUP = 0.3
-"""Share of the steps in which the learning rate rises: the paper's 300 of 1,000."""
+from secateur.recipe import Recipe
+from secateur.trainable import decide, finish, prepare
+from secateur.trainer import SCORE, Judge, Trainer, Validation, Watch, last_checkpoint
 
 CHECKPOINTS = 10
 """How many a training writes on its way, so that a killed one loses at most a tenth."""
@@ -44,62 +34,20 @@ CHECKPOINTS = 10
 LOGGED = 100
 """About how many losses a training logs."""
 
-LENGTH_STEP = 16
-TRAINED_WEIGHTS = "trained.safetensors"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The numbers of a training; the defaults are the paper's (L3Prune, arXiv 2410.14578, section 4).
-
-    ``precision`` is ``float32``, ``bfloat16`` (autocast) or ``auto``: bfloat16 where the processor multiplies in it.
-    ``gradient_checkpointing`` saves memory, costs time, and changes no number.
-    """
-
-    steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 2e-4
-    scale: float = 50.0
-    max_length: int = 512
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.05
-    gradient_checkpointing: bool = False
-    precision: str = "auto"
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no training can run with."""
-        for name in ("steps", "learning_rate", "scale", "max_length", "lora_rank", "lora_alpha"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ConfigError(name, value, f"is {value}", "it must be positive")
-        if self.batch_size < 2:
-            raise ConfigError(
-                "batch_size", self.batch_size, f"is {self.batch_size}", "in-batch negatives need at least 2"
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError("lora_dropout", self.lora_dropout, f"is {self.lora_dropout}", "it is a share below 1")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ConfigError("precision", self.precision, f"is {self.precision!r}", "auto, float32 or bfloat16")
-
-    @property
-    def in_bfloat16(self) -> bool:
-        """``precision``, with ``auto`` decided for this machine."""
-        if self.precision != "auto":
-            return self.precision == "bfloat16"
-        if torch.cuda.is_available():
-            return bool(torch.cuda.is_bf16_supported())
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training did: the logged losses, seconds since the (re)start, and how many numbers were trained."""
+    """What a training did.
+
+    ``losses`` are those logged, ``trials`` the scores on the way, ``best_step`` the one whose weights were kept (None:
+    the last); ``seconds`` since the (re)start, ``trained_parameters`` how many numbers were trained.
+    """
 
     losses: tuple[LossRow, ...]
     seconds: float
     trained_parameters: int
+    trials: tuple[TrialRow, ...] = ()
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,8 +105,17 @@ its attribute ``model``, which the trainer replaces by the wrapped one when ther
 
 
 def make_loss(model: SentenceTransformer, recipe: Recipe) -> torch.nn.Module:
-    """The paper's objective: each anchor finds its positive among all positives and negatives of the batch."""
-    loss: torch.nn.Module = MultipleNegativesRankingLoss(model, scale=recipe.scale)
+    """The paper's objective: each anchor finds its positive among all positives and negatives of the batch.
+
+    With several processes, the batch is that of all of them. No text is a negative of its own: a batch holds no text
+    twice (the sampler sees to that, over all columns, before texts are cut).
+    """
+    options = {"scale": recipe.scale, "gather_across_devices": processes.count() > 1}
+    loss: torch.nn.Module = (
+        MultipleNegativesRankingLoss(model, **options)
+        if recipe.mini_batch_tokens is None
+        else MiniBatchedLoss(model, recipe.mini_batch_tokens, **options)
+    )
     return loss
 
 
@@ -169,66 +126,74 @@ def train(
     folder: Path,
     progress: Progress,
     objective: Objective = make_loss,
+    *,
+    validation: Validation | None = None,
+    report_to: str = "none",
 ) -> Outcome:
-    """Train adapters and merge them into the model, in place.
+    """Train a model in place.
 
     Args:
         model: The model; its own modules pool and normalise.
         sets: Each batch comes from one of them, drawn in proportion to their rows. Columns are texts, but for one
             that is called ``label``: numbers, or lists of numbers of equal length, which the objective is given.
-        recipe: The numbers.
+        recipe: The numbers; what is left open in them (:func:`secateur.trainable.decide`) is decided here.
         folder: Where checkpoints go; a training that stopped there goes on.
-        progress: Told after each step.
+        progress: Told the pairs seen, after each step.
         objective: Makes the loss.
+        validation: Scores on the way; the model is left at the best.
+        report_to: A tracker that the trainer knows: ``tensorboard``, ``wandb``, ``mlflow``, …
 
     Raises:
-        TrainingDiverged: The loss is not finite.
+        TrainingDiverged: The loss is not finite, or exploded.
     """
-    _add_adapters(model, recipe)
+    recipe = decide(model, recipe)
+    before = prepare(model, recipe)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.max_seq_length, own_length = min(recipe.max_length, model.max_seq_length), model.max_seq_length
-    watch = _Watch(folder, progress)
-    trainer = _Trainer(
+    arguments = _arguments(sets, recipe, folder, validation, report_to)  # joins the processes, which a loss may ask for
+    patience = validation.patience if validation else None
+    trainer = Trainer(
         model=model,
-        args=_arguments(sets, recipe, folder),
+        args=arguments,
         train_dataset=DatasetDict({item.name: item.rows for item in sets}),
         loss=objective(model, recipe),
-        callbacks=[watch],
+        evaluator=Judge(validation.score, own_length) if validation else None,
+        callbacks=[Watch(folder, f"heal ({recipe.train}), pairs", recipe.batch_size, patience, progress)],
     )
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     with quiet():
-        trainer.go_on(last_checkpoint(folder))
+        trainer.go_on(last_checkpoint(folder), patience)
     # The trainer left its autocast around the model: what is saved and compared is the model without it.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = own_length
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    merge_adapters(model)
-    return Outcome(tuple(_loss_rows(trainer.state)), time.monotonic() - started, trained)
-
-
-def _add_adapters(model: SentenceTransformer, recipe: Recipe) -> None:
-    torch.manual_seed(recipe.seed)
-    model.add_adapter(
-        LoraConfig(
-            r=recipe.lora_rank,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            bias="none",
-            target_modules=list(linear_names(model[0].auto_model)),
-        )
+    finish(model, before)
+    return Outcome(
+        losses=tuple(_loss_rows(trainer.state)),
+        seconds=time.monotonic() - started,
+        trained_parameters=trained,
+        trials=tuple(TrialRow(row["step"], row[SCORE]) for row in trainer.state.log_history if SCORE in row),
+        best_step=trainer.state.best_global_step if validation else None,
     )
 
 
-def _arguments(sets: Sequence[TrainingSet], recipe: Recipe, folder: Path) -> SentenceTransformerTrainingArguments:
+def _arguments(
+    sets: Sequence[TrainingSet], recipe: Recipe, folder: Path, validation: Validation | None, report_to: str
+) -> SentenceTransformerTrainingArguments:
     log_every = max(1, recipe.steps // LOGGED)
     # A logged loss is the mean since the one before: a checkpoint between two would lose the steps that led to it.
     save_every = log_every * math.ceil(recipe.steps / CHECKPOINTS / log_every)
+    if validation and validation.every:
+        save_every = validation.every
+        log_every = math.gcd(log_every, save_every)
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
+        # A batch is drawn whole and divided among the processes, so that their number changes no loss.
+        accelerator_config={"split_batches": True},
         learning_rate=recipe.learning_rate,
-        warmup_steps=round(WARMUP * recipe.steps),
+        warmup_steps=round(recipe.warmup * recipe.steps),
         lr_scheduler_type="linear",
         bf16=recipe.in_bfloat16,
         use_cpu=not torch.cuda.is_available(),
@@ -239,114 +204,19 @@ def _arguments(sets: Sequence[TrainingSet], recipe: Recipe, folder: Path) -> Sen
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
         prompts={item.name: dict(item.prompts) for item in sets if item.prompts} or None,
+        eval_strategy="steps" if validation else "no",
+        eval_steps=save_every if validation else None,
+        load_best_model_at_end=validation is not None,
+        metric_for_best_model=SCORE if validation else None,
+        greater_is_better=True if validation else None,
         save_strategy="steps",
         save_steps=save_every,
         save_total_limit=2,
         logging_steps=log_every,
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=report_to,
         disable_tqdm=True,
     )
-
-
-class _Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
-    """Keeps in a checkpoint only the weights that are trained.
-
-    The stock one saves a model folder whose adapters point at the base by path; that path may be gone on resuming.
-    """
-
-    def get_data_collator(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
-        collator = super().get_data_collator(model, *args, **kwargs)
-        collator.preprocess_fn = rounded_lengths(model)
-        return collator
-
-    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """The card is the report's; the stock one would tokenize the data for its examples."""
-
-    def go_on(self, checkpoint: str | None) -> None:
-        """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
-        if state is None or state.global_step < self.args.max_steps:
-            self.train(resume_from_checkpoint=checkpoint)
-        else:
-            self._load_from_checkpoint(str(checkpoint))
-            self.state = state
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self._trained().items()}, folder / TRAINED_WEIGHTS)
-
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
-        saved = load_file(Path(checkpoint_path) / TRAINED_WEIGHTS)
-        with torch.no_grad():
-            for name, parameter in self._trained().items():
-                parameter.copy_(saved[name])
-
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained: of the model by its own names, and of the loss what it has besides."""
-        of_model = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        known = {id(parameter) for parameter in self.model.parameters()}
-        own = {f"loss.{name}": p for name, p in self.loss.named_parameters() if id(p) not in known and p.requires_grad}
-        return of_model | own
-
-
-def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]:
-    """``model.preprocess`` with batches padded to a multiple of :data:`LENGTH_STEP` tokens.
-
-    On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back.
-    """
-    tokenizer = model.tokenizer
-    left = tokenizer.padding_side == "left"
-    fill = {"input_ids": tokenizer.pad_token_id or 0}
-
-    def preprocess(texts: list[str], **options: Any) -> dict[str, Any]:
-        features: dict[str, Any] = dict(model.preprocess(texts, **options))
-        length = features["input_ids"].shape[1]
-        missing = -length % LENGTH_STEP
-        for key, value in features.items():
-            if isinstance(value, torch.Tensor) and value.shape[:2] == (len(texts), length):
-                sides = (missing, 0) if left else (0, missing)
-                features[key] = torch.nn.functional.pad(value, sides, value=fill.get(key, 0))
-        return features
-
-    return preprocess
-
-
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Tells the progress, and stops a training whose loss is not a number any more."""
-
-    def __init__(self, folder: Path, progress: Progress) -> None:
-        self.folder = folder
-        self.progress = progress
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress("heal", state.global_step, state.max_steps)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise TrainingDiverged(state.global_step, loss, last_checkpoint(self.folder))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; those that were cut off while being written are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if _is_whole(path)]
-    for path in set(found) - set(whole):
-        shutil.rmtree(path)
-    return str(whole[-1]) if whole else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the trainer's state, the last file of a checkpoint that the trainer writes, is there to its end."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
 
 
 def _loss_rows(state: TrainerState) -> list[LossRow]:
@@ -354,18 +224,12 @@ def _loss_rows(state: TrainerState) -> list[LossRow]:
     return [LossRow(entry["step"], entry["loss"], entry["learning_rate"]) for entry in logged]
 
 
-def merge_adapters(model: SentenceTransformer) -> None:
-    """Fold each adapter into the layer it stands on, and put that layer back in its place."""
-    transformer = model[0].auto_model
-    adapted = [(name, layer) for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)]
-    for name, layer in adapted:
-        layer.merge(safe_merge=True)
-        owner, _, attribute = name.rpartition(".")
-        setattr(transformer.get_submodule(owner), attribute, layer.get_base_layer())
-    # transformers would otherwise go on to save an adapter in place of the model.
-    transformer._hf_peft_config_loaded = False
-    if hasattr(transformer, "peft_config"):
-        del transformer.peft_config
-    for parameter in transformer.parameters():
-        parameter.requires_grad_(True)
-    model.eval()
+def check_processes(batch_size: int) -> None:
+    """Refuse a batch that does not divide evenly among the processes.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if batch_size % processes.count():
+        problem = f"{batch_size} pairs do not divide among {processes.count()} processes"
+        raise ConfigError("batch_size", batch_size, problem, f"a multiple of {processes.count()}")
