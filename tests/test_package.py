@@ -27,6 +27,7 @@ report
 demo study
 graph runtime convert compatibility export
 encoders exported queueing gate embeddings serve
+engine pools rows vector_files encode
 cli
 """
 FLOW = ORDER.split()
@@ -36,9 +37,11 @@ FLOW = ORDER.split()
 def test_the_exported_names():
     assert secateur.__all__ == [
         "SecateurError",
+        "accelerate",
         "choose",
         "compare",
         "cost",
+        "encode",
         "evaluate",
         "export",
         "heal",
@@ -103,6 +106,7 @@ STEPS = {
     "prune": config.PruneOptions,
     "heal": config.HealOptions,
     "evaluate": config.EvaluateOptions,
+    "encode": config.EncodeOptions,
 }
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from secateur.choose import choose
     from secateur.compare import compare
     from secateur.cost import cost
+    from secateur.encode import encode
+    from secateur.engine import accelerate
     from secateur.errors import SecateurError
     from secateur.evaluate import evaluate
     from secateur.export import export
@@ -28,9 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SecateurError",
+    "accelerate",
     "choose",
     "compare",
     "cost",
+    "encode",
     "evaluate",
     "export",
     "heal",
@@ -43,7 +47,7 @@ __all__ = [
     "study",
 ]
 
-_HOMES = {"SecateurError": "errors", "open_model": "models", "read_scores": "study"}
+_HOMES = {"SecateurError": "errors", "accelerate": "engine", "open_model": "models", "read_scores": "study"}
 _EXTRAS = {"serve": "serve"}
 """Steps whose packages do not come with secateur itself → the extra that brings them."""
 

@@ -261,6 +261,20 @@ def study_command(options: config.StudyOptions) -> None:
     typer.echo(f"\n{page}")
 
 
+@_command(config.EncodeOptions)
+def encode_command(options: config.EncodeOptions) -> None:
+    import secateur
+
+    with _bars() as progress:
+        done = secateur.encode(**_given(options), progress=progress)
+    typer.echo(
+        f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} numbers each, {done.dtype}", err=True
+    )
+    if done.encoded:
+        typer.echo(f"encoded {done.encoded} texts, {done.encoded / done.seconds:.1f} per second", err=True)
+    typer.echo(done.file)
+
+
 @_command(config.ServeOptions)
 def serve_command(options: config.ServeOptions) -> None:
     import secateur

@@ -267,6 +267,37 @@ class StudyOptions(HealSettings):
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
 
 
+class EncodeOptions(Options):
+    """Encode files of texts into one file of vectors; a run that was killed goes on where it stopped.
+
+    Example: secateur encode smollm2-large-healed articles.jsonl -o articles.parquet
+    """
+
+    model: str = Field(description=MODEL + " Or a folder that export wrote.", json_schema_extra=ONE)
+    files: list[Path] = Field(
+        description="Texts: .jsonl, .jsonl.gz, .csv, .parquet, or .txt and .txt.gz with one on each line.",
+        json_schema_extra=ONE,
+        min_length=1,
+    )
+    out: Path = _out("The file to write: .parquet, .arrow (or .feather), or .npy.")
+    column: str | None = Field(None, description="Column with the texts [default: text, or the first known name].")
+    prompt_name: str | None = Field(None, description="The model's prompt before each text [default: its own default].")
+    instruction: str | None = Field(None, description="Goes before each text, in place of a named prompt.")
+    normalize: bool = Field(False, description="Make vectors of length 1, also where the model does not.")
+    dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
+    precision: Literal["float32", "int8", "binary"] = Field("float32", description="Form of the vectors.")
+    batch_tokens: int = Field(1024, ge=1, description="Tokens in a batch, padding included.")
+    processes: int = Field(1, ge=1, description="Processes of this machine, or workers of the cluster.")
+    ray: str | None = Field(None, description="Address of a Ray cluster (auto, ray://host:10001), or local.")
+    dtype: Literal["auto", "float32", "mixed", "bfloat16", "float16"] = Field(
+        "auto", description="Of the arithmetic; auto: the quickest that keeps a cosine of 0.9999, by measurement."
+    )
+    pooling: PoolingName | None = Field(None, description=_POOLING)
+    max_length: int = Field(512, ge=1, description=_LENGTH)
+    device: str | None = Field(None, description=_DEVICE)
+    trust_remote_code: bool = Field(False, description=_TRUST)
+
+
 class ServeOptions(Options):
     """Serve a model over HTTP, as the OpenAI embeddings API.
 

@@ -164,25 +164,32 @@ class ModelEncoder:
 
     def tokenize(self, texts: Sequence[str], prompt: str | None, *, truncate: bool, limit: int) -> list[Tokens]:
         """See :meth:`Encoder.tokenize`."""
+        before = self.prompts[prompt] if prompt else ""
 
         def read(some: list[str]) -> list[Tokens]:
-            return self._read(some, prompt, truncate)
+            return self.read(some, before, truncate=truncate)
 
         return read_slices(read, texts, self.max_length, truncate=truncate, limit=limit)
 
-    def _read(self, texts: list[str], prompt: str | None, truncate: bool) -> list[Tokens]:
-        prefix = self.prompts[prompt] if prompt else None
+    def read(self, texts: Sequence[str], prompt: str, *, truncate: bool) -> list[Tokens]:
+        """Token ids of each text after a prompt; a text may have none."""
         text_options = {"padding": False, "truncation": truncate, "verbose": False}
         read = self.model.preprocess(
-            texts, prompt=prefix, processing_kwargs={"text": text_options, "common": {"return_tensors": None}}
+            list(texts),
+            prompt=prompt or None,
+            processing_kwargs={"text": text_options, "common": {"return_tensors": None}},
         )
         length = int(read.get("prompt_length") or 0)
         return [Tokens(np.asarray(ids, dtype=np.int32), length) for ids in read["input_ids"]]
 
     @torch.inference_mode()
-    def encode(self, batch: Sequence[Tokens]) -> Vectors:
-        """See :meth:`Encoder.encode`."""
-        width = padded_length(max(map(len, batch)), self.max_length)
+    def encode(self, batch: Sequence[Tokens], width: int | None = None) -> Vectors:
+        """See :meth:`Encoder.encode`; ``width`` is the length that texts are padded to."""
+        width = width or padded_length(max(map(len, batch)), self.max_length)
+        return self.vectors(self.model(self.features(batch, width))["sentence_embedding"])
+
+    def features(self, batch: Sequence[Tokens], width: int) -> dict[str, Any]:
+        """What the model's modules take: tensors (batch, width), padded on the right."""
         padding = self.model.tokenizer.pad_token_id or 0
         ids = np.full((len(batch), width), padding, dtype=np.int64)
         mask = np.zeros((len(batch), width), dtype=np.int64)
@@ -197,8 +204,11 @@ class ModelEncoder:
         }
         if batch[0].prompt_length:
             features["prompt_length"] = batch[0].prompt_length
-        found = self.model(features)["sentence_embedding"][:, : self.dimension]
-        vectors: Vectors = found.float().cpu().numpy()
+        return features
+
+    def vectors(self, found: torch.Tensor) -> Vectors:
+        """What the model gave, as an array; refuses numbers that are not finite."""
+        vectors: Vectors = found[:, : self.dimension].float().cpu().numpy()
         if not np.isfinite(vectors).all():
             raise FloatingPointError("the model gave a vector that is not finite")
         return vectors
@@ -216,6 +226,13 @@ class ModelEncoder:
             raise ModelError(name, f"gives other vectors in batches than alone (cosine {cosine:.4f})")
 
 
+class Encoding(Protocol):
+    """What a process can do: batches of whatever it understands to vectors."""
+
+    def encode(self, batch: Sequence[Any], /) -> Vectors:
+        """Vectors (batch, dimension)."""
+
+
 class EncoderProcess:
     """The encoding of an :class:`Encoder` in a process of its own, replaced when it dies.
 
@@ -224,7 +241,7 @@ class EncoderProcess:
         on_restart: Called when a dead process is replaced.
     """
 
-    def __init__(self, make: Callable[[], Encoder], on_restart: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, make: Callable[[], Encoding], on_restart: Callable[[], None] = lambda: None) -> None:
         self._make = make
         self._on_restart = on_restart
         self._closed = False
@@ -242,7 +259,7 @@ class EncoderProcess:
         self._process.start()
         theirs.close()
 
-    def encode(self, batch: Sequence[Tokens]) -> Vectors:
+    def encode(self, batch: Sequence[Any]) -> Vectors:
         """See :meth:`Encoder.encode`; used by one thread.
 
         Raises:
@@ -270,7 +287,7 @@ class EncoderProcess:
         self._process.join()
 
 
-def _answer(pipe: Connection, make: Callable[[], Encoder]) -> None:
+def _answer(pipe: Connection, make: Callable[[], Encoding]) -> None:
     """The life of an encoder process: batches in, vectors out, until the other end is closed."""
     # Ctrl-C reaches all processes of a terminal; the server decides when its encoders end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

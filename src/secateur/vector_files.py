@@ -1,0 +1,109 @@
+"""Vectors to one file of any size: Parquet, Arrow IPC or NumPy, by its suffix, a piece at a time.
+
+Parquet and Arrow get the columns ``row`` (from 0, over all inputs) and ``embedding`` (a list of fixed length), and the
+description under the key ``secateur`` of the schema's metadata. NumPy gets an array (rows, numbers), which
+``numpy.load(file, mmap_mode="r")`` maps into memory, and the description in a JSON file beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet as parquet
+from numpy.typing import DTypeLike, NDArray
+
+from secateur.artifacts import write_text
+from secateur.errors import ConfigError
+
+Pieces = Iterable[NDArray[Any]]
+
+
+def check_suffix(file: Path) -> None:
+    """Refuse a name whose suffix says no known format.
+
+    Raises:
+        ConfigError: What the known ones are.
+    """
+    if file.suffix not in _WRITERS:
+        raise ConfigError("out", str(file), f"{file.name} is of no known format", f"one of {', '.join(_WRITERS)}")
+
+
+def write_vectors(
+    file: Path, pieces: Pieces, shape: tuple[int, int], dtype: DTypeLike, about: Mapping[str, Any], suffix: str
+) -> None:
+    """Write pieces (rows, numbers), one after the other, into a new file.
+
+    Args:
+        file: The file.
+        pieces: Together of ``shape``.
+        shape: Rows and numbers.
+        dtype: Of each number.
+        about: What the file says of itself, as JSON.
+        suffix: ``.parquet``, ``.arrow``, ``.feather`` or ``.npy``.
+    """
+    _WRITERS[suffix](file, pieces, shape, np.dtype(dtype), json.dumps(about))
+
+
+def _schema(shape: tuple[int, int], dtype: np.dtype[Any], about: str) -> pyarrow.Schema:
+    embedding = pyarrow.list_(pyarrow.from_numpy_dtype(dtype), shape[1])
+    fields = [pyarrow.field("row", pyarrow.int64(), False), pyarrow.field("embedding", embedding, False)]
+    return pyarrow.schema(fields, metadata={"secateur": about})
+
+
+def _batches(pieces: Pieces, schema: pyarrow.Schema) -> Iterable[pyarrow.RecordBatch]:
+    row = 0
+    for piece in pieces:
+        rows = pyarrow.array(np.arange(row, row + len(piece), dtype=np.int64))
+        values = pyarrow.array(np.ascontiguousarray(piece).reshape(-1))
+        embeddings = pyarrow.FixedSizeListArray.from_arrays(values, type=schema.field("embedding").type)
+        yield pyarrow.RecordBatch.from_arrays([rows, embeddings], schema=schema)
+        row += len(piece)
+
+
+def _write_parquet(file: Path, pieces: Pieces, shape: tuple[int, int], dtype: np.dtype[Any], about: str) -> None:
+    schema = _schema(shape, dtype, about)
+    # Numbers of a vector hardly repeat: a dictionary or compression would cost time and save nothing.
+    with parquet.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
+        for batch in _batches(pieces, schema):
+            writer.write_batch(batch)
+
+
+def _write_arrow(file: Path, pieces: Pieces, shape: tuple[int, int], dtype: np.dtype[Any], about: str) -> None:
+    schema = _schema(shape, dtype, about)
+    with pyarrow.ipc.new_file(str(file), schema) as writer:
+        for batch in _batches(pieces, schema):
+            writer.write_batch(batch)
+
+
+def _write_numpy(file: Path, pieces: Pieces, shape: tuple[int, int], dtype: np.dtype[Any], about: str) -> None:
+    with file.open("wb") as stream:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for piece in pieces:
+            stream.write(np.ascontiguousarray(piece, dtype=dtype).data)
+
+
+_WRITERS: dict[str, Callable[[Path, Pieces, tuple[int, int], np.dtype[Any], str], None]] = {
+    ".parquet": _write_parquet,
+    ".arrow": _write_arrow,
+    ".feather": _write_arrow,
+    ".npy": _write_numpy,
+}
+
+
+def description_file(file: Path) -> Path | None:
+    """Where a file's description stands, if not in the file itself."""
+    return file.with_name(f"{file.name}.json") if file.suffix == ".npy" else None
+
+
+def write_description(file: Path, about: Mapping[str, Any]) -> None:
+    """Write the description that a file cannot hold itself."""
+    beside = description_file(file)
+    if beside is not None:
+        write_text(beside, json.dumps(about, indent=1))

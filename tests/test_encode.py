@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet as parquet
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
+
+from conftest import LETTERS, MakeEncoder, tiny_transformer
+from killing import run_until
+from secateur import accelerate, encode, open_model
+from secateur.cli import app
+from secateur.encode import SHARD
+from secateur.engine import Engine, cosines, use_mixed_products
+from secateur.errors import ConfigError, DataError, OutputError
+
+SCRIPTS = (
+    "The gardener cut the hedge.",
+    "Садовник подрезал изгородь.",
+    "Ο κηπουρός έκοψε τον φράχτη.",
+    "園丁修剪了樹籬。",
+    "庭師が生け垣を刈り込んだ。",
+    "정원사가 울타리를 잘랐다.",
+    "قص البستاني السياج.",
+    "הגנן גזם את הגדר החיה.",
+    "माली ने बाड़ काटी।",
+    "คนสวนตัดพุ่มไม้",
+)
+ODD = ("", " ", "🌿✂️🧑‍🌾", "a\x00b\x07\x1b[0m\t\r\n", "a" * 100_000, "cut the hedge back. " * 5000, "x")
+MIXED = (*SCRIPTS, *ODD, *(f"text {i} " + "and so on, " * (i % 9) for i in range(40)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny language model, cut off at 64 tokens."""
+    folder = tiny_transformer(tmp_path_factory.mktemp("model") / "plain", "llama", depth=2)
+    opened = open_model(folder, pooling="mean", max_length=64, device="cpu")
+    opened.prompts = {"query": "find the word that is meant: "}
+    opened.save(str(folder.with_name("tiny")))
+    return folder.with_name("tiny")
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(model), device="cpu")
+
+
+def write_lines(file: Path, texts) -> Path:
+    file.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    return file
+
+
+def vectors_of(file: Path) -> np.ndarray:
+    if file.suffix == ".npy":
+        return np.load(file)
+    table = parquet.read_table(file) if file.suffix == ".parquet" else pyarrow.feather.read_table(file)
+    assert table["row"].to_pylist() == list(range(len(table)))
+    return np.array(table["embedding"].to_pylist())
+
+
+def same(found: np.ndarray, expected: np.ndarray, least: float = 0.9999) -> None:
+    assert found.shape == expected.shape
+    assert cosines(found, expected).min() >= least
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.linalg.norm(expected, axis=1), rtol=1e-3)
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("prompt", ["", "find the word that is meant: "])
+def test_accelerate_gives_the_vectors_of_the_model(make_encoder: MakeEncoder, architecture: str, prompt: str):
+    own = make_encoder(architecture)
+    fast = accelerate(own, batch_tokens=128)
+    same(fast.encode(list(MIXED), prompt=prompt), own.encode(list(MIXED), prompt=prompt))
+
+
+@pytest.mark.parametrize("pooling", ["weighted_mean", "mean", "lasttoken", "cls"])
+def test_a_shared_instruction_is_pooled_as_it_should_be(llama_folder: Path, pooling: str):
+    own = open_model(llama_folder, pooling=pooling, device="cpu")
+    texts = [f"{i} and so on"[: 3 + i % 7] for i in range(50)]
+    prompt = "a long instruction, that all of them share; "
+    same(accelerate(own).encode(texts, prompt=prompt), own.encode(texts, prompt=prompt))
+
+
+def test_a_prompt_is_run_once(make_encoder: MakeEncoder):
+    own = make_encoder("llama")
+    tokens = []
+    own[0].auto_model.embed_tokens.register_forward_hook(lambda _, args, out: tokens.append(args[0].numel()))
+    texts = [f"{i:04}" for i in range(400)]
+    engine = Engine(own)
+    engine.encode(texts, "0123456789" * 5)  # finds out that the prompt can be shared
+    tokens.clear()
+    engine.encode(texts, "0123456789" * 5)
+    assert sum(tokens) < 400 * 10, "54 tokens each where the prompt is run with every text"
+
+
+def test_accelerate_keeps_the_signature(make_encoder: MakeEncoder):
+    own = make_encoder("llama", prompts={"query": "what? "})
+    fast = accelerate(own)
+    texts = ["one", "two", "one", "three, and more"]
+    for options in (
+        {"convert_to_tensor": True},
+        {"normalize_embeddings": True, "truncate_dim": 8},
+        {"prompt_name": "query"},
+        {"precision": "binary"},
+        {"convert_to_numpy": False},
+    ):
+        found, expected = fast.encode(texts, **options), own.encode(texts, **options)
+        assert type(found) is type(expected)
+        same(np.stack([np.asarray(v) for v in found]), np.stack([np.asarray(v) for v in expected]))
+    assert fast.encode("one").shape == own.encode("one").shape
+    assert fast.encode([]).shape == own.encode([]).shape
+    tokens = fast.encode(["one"], output_value="token_embeddings")
+    np.testing.assert_allclose(tokens[0], own.encode(["one"], output_value="token_embeddings")[0])
+    same(fast.encode_query(texts), own.encode_query(texts))
+    assert isinstance(fast, SentenceTransformer)
+
+
+def test_mixed_products_round_little_and_can_be_undone(make_encoder: MakeEncoder):
+    own = make_encoder("llama")
+    expected = own.encode(list(SCRIPTS))
+    undo = use_mixed_products(own)
+    mixed = own.encode(list(SCRIPTS))
+    assert not np.array_equal(mixed, expected)
+    assert cosines(mixed, expected).min() >= 0.999
+    undo()
+    np.testing.assert_array_equal(own.encode(list(SCRIPTS)), expected)
+
+
+# --- files in, one file out ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".npy"])
+def test_files_become_one_file_in_order(model: Path, reference, tmp_path: Path, suffix: str):
+    lines = write_lines(tmp_path / "a.jsonl", MIXED)
+    packed = tmp_path / "b.txt.gz"
+    packed.write_bytes(gzip.compress(b"one\n\nthree\r\nfour"))
+    done = encode(model, [lines, packed], out=tmp_path / f"v{suffix}", dtype="float32")
+    expected = reference.encode([*MIXED, "one", "", "three", "four"])
+    same(vectors_of(done.file), expected)
+    assert (done.rows, done.distinct, done.dimension) == (len(MIXED) + 4, len(MIXED) + 3, 32)
+    assert [item.name for item in tmp_path.iterdir() if "partial" in item.name] == []
+
+
+def test_every_input_format_gives_the_same(model: Path, tmp_path: Path):
+    texts = ["one", "two, with a comma", 'three "quoted"\nlines', "émigré 🌿"]
+    write_lines(tmp_path / "a.jsonl", texts)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("id", "text"), *enumerate(texts)])
+    parquet.write_table(pyarrow.table({"id": range(4), "text": texts}), tmp_path / "a.parquet")
+    names = ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"]
+    found = [
+        vectors_of(encode(model, [tmp_path / name], out=tmp_path / f"{name}.npy", dtype="float32").file)
+        for name in names
+    ]
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)
+
+
+def test_prompts_lengths_and_precisions(model: Path, reference, tmp_path: Path):
+    file = write_lines(tmp_path / "a.jsonl", [*SCRIPTS, *LETTERS])
+    texts = [*SCRIPTS, *LETTERS]
+
+    def run(name: str, **options):
+        return vectors_of(encode(model, [file], out=tmp_path / f"{name}.npy", dtype="float32", **options).file)
+
+    same(run("prompt", prompt_name="query"), reference.encode(texts, prompt_name="query"))
+    same(run("instruction", instruction="find"), reference.encode(texts, prompt="find; "))
+    short = reference.encode(texts, truncate_dim=8, normalize_embeddings=True)
+    same(run("short", dimensions=8, normalize=True), short)
+    whole = run("whole")
+    np.testing.assert_array_equal(run("int8", precision="int8"), quantize_embeddings(whole, "int8"))
+    np.testing.assert_array_equal(run("binary", precision="binary"), quantize_embeddings(whole, "binary"))
+    ranges = np.array(json.loads((tmp_path / "int8.npy.json").read_text())["ranges"])
+    np.testing.assert_allclose(ranges, [whole.min(axis=0), whole.max(axis=0)])
+
+
+def test_each_distinct_text_is_encoded_once(model: Path, reference, tmp_path: Path):
+    rng = random.Random(0)
+    texts = [f"text {rng.randrange(300)}" for _ in range(SHARD + 500)]
+    done = encode(model, [write_lines(tmp_path / "a.jsonl", texts)], out=tmp_path / "v.npy", dtype="float32")
+    assert done.distinct == done.encoded == len(set(texts))
+    by_text = dict(zip(sorted(set(texts)), reference.encode(sorted(set(texts))), strict=True))
+    same(vectors_of(done.file), np.stack([by_text[text] for text in texts]))
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_goes_on(model: Path, reference, tmp_path: Path):
+    texts = [f"{i} {'word ' * (i % 5)}" for i in range(6 * SHARD // 2)]
+    texts += texts[:100]
+    file = write_lines(tmp_path / "a.jsonl", texts)
+    command = ("encode", model, file, "-o", tmp_path / "v.parquet", "--dtype", "float32")
+    for shard in ("seen.sqlite", "job.json", "00000000.npy", "00000001.npy", "result"):
+        run_until(tmp_path / "v.parquet.partial", shard, *command)
+    assert not (tmp_path / "v.parquet").exists()
+    done = encode(model, [file], out=tmp_path / "v.parquet", dtype="float32")
+    assert done.encoded < len(texts), "what was finished is not done again"
+    same(vectors_of(done.file), reference.encode(texts))
+
+
+def test_a_partial_run_is_finished_only_by_itself(model: Path, tmp_path: Path):
+    file = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    run_until(tmp_path / "v.npy.partial", "job.json", "encode", model, file, "-o", tmp_path / "v.npy")
+    with pytest.raises(OutputError, match="unfinished run with other prompt"):
+        encode(model, [file], out=tmp_path / "v.npy", instruction="find")
+    write_lines(file, ["one", "three"])
+    with pytest.raises(OutputError, match="unfinished run with other inputs"):
+        encode(model, [file], out=tmp_path / "v.npy")
+    write_lines(file, ["one", "two"])
+    encode(model, [file], out=tmp_path / "v.npy")
+    with pytest.raises(OutputError, match="exists already"):
+        encode(model, [file], out=tmp_path / "v.npy")
+
+
+class Killer(threading.Thread):
+    """Kills one of this process's descendants, one whose command line holds ``name``, once ``file`` is there."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        super().__init__(daemon=True)
+        self.file, self.name_of_victim = file, name
+        self.killed = self.over = False
+
+    def run(self) -> None:
+        while not (self.killed or self.over):
+            for child in psutil.Process().children(recursive=True) if self.file.exists() else []:
+                if self.name_of_victim in " ".join(child.cmdline()):
+                    child.kill()
+                    self.killed = True
+                    return
+
+    def __enter__(self) -> Killer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over = True
+        self.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options"), [("spawn_main", {}), ("_PromptedWorker", {"ray": "local"})])
+def test_a_dead_worker_is_replaced(model: Path, reference, tmp_path: Path, name: str, options):
+    if options:
+        pytest.importorskip("ray")
+    texts = [f"{i} {'word ' * (i % 5)}" for i in range(6 * SHARD)]
+    file = write_lines(tmp_path / "a.jsonl", texts)
+    with Killer(tmp_path / "v.npy.partial" / "00000000.npy", name) as killer:
+        done = encode(model, [file], out=tmp_path / "v.npy", dtype="float32", processes=2, **options)
+    assert killer.killed
+    same(vectors_of(done.file), reference.encode(texts))
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "one"}\n{"text": 5}\n', 'line 2, "text": holds a int, not a text'),
+        ("a.jsonl", '{"text": "one"}\n{"text": null}\n', 'line 2, "text": has no text'),
+        ("a.jsonl", '{"id": 1, "words": "one"}\n', "line 1: none of its columns is known .* id, words"),
+        ("a.jsonl", '{"text": "one"}\n{"words": "one"}\n', "line 2: no column text: .* words"),
+        ("a.jsonl", '{"text": "one"}\n{"text": \n', "line 2: broken JSON"),
+        ("a.jsonl", "", "holds no text"),
+        ("a.csv", "id,words\n1,one\n", "line 1: none of its columns is known .* id, words"),
+        ("a.csv", "id,text\n1,one\n2\n", "line 3: has 1 columns, the first line 2"),
+        ("a.csv", 'id,text\n1,"one\n', "broken CSV"),
+        ("a.txt", b"one\ntw\xff\n", "line 2: byte 3 is not UTF-8"),
+        ("a.txt.gz", b"not gzip", "not a whole gzip file"),
+        ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
+        ("a.xlsx", "", "of no known format"),
+    ],
+)
+def test_a_mistake_in_the_input_is_found_before_the_model_is_opened(tmp_path: Path, name: str, content, message: str):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        encode(tmp_path / "no model", [file], out=tmp_path / "v.npy")
+
+
+def test_mistakes_in_the_options(model: Path, tmp_path: Path):
+    file = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    with pytest.raises(ConfigError, match=r"one of .parquet, .arrow, .feather, .npy"):
+        encode(model, [file], out=tmp_path / "v.json")
+    with pytest.raises(ConfigError, match="its prompts: query"):
+        encode(model, [file], out=tmp_path / "v.npy", prompt_name="passage")
+    with pytest.raises(ConfigError, match="at most 32"):
+        encode(model, [file], out=tmp_path / "v.npy", dimensions=64)
+    with pytest.raises(DataError, match="no such file"):
+        encode(model, [tmp_path / "b.jsonl"], out=tmp_path / "v.npy")
+    with pytest.raises(DataError, match=r"no column words.*id, text"):
+        encode(model, [file], out=tmp_path / "v.npy", column="words")
+
+
+def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    file = write_lines(tmp_path / "a.jsonl", ["one", "two", "one"])
+    app(["encode", str(model), str(file), "-o", str(tmp_path / "v.parquet")], standalone_mode=False)
+    told = capsys.readouterr()
+    assert told.out.strip() == str(tmp_path / "v.parquet")
+    assert "3 rows, 2 distinct texts, 32 numbers each" in told.err
