@@ -30,7 +30,7 @@ from secateur.cost import cost
 from secateur.errors import ConfigError
 from secateur.evaluate import evaluate, read_draws
 from secateur.intervals import Array, interval, mean_of
-from secateur.models import fingerprint_model, model_label, open_model
+from secateur.models import model_label, open_model
 from secateur.progress import Progress, silent
 from secateur.task_folder import read_task_folder, texts_of
 from secateur.texts import read_texts

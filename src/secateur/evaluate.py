@@ -51,7 +51,7 @@ from secateur.artifacts import (
 from secateur.data import instruction_prompt
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.intervals import FEWEST, Array, interval, mean_of, resample, whole
-from secateur.models import fingerprint_model, model_label, open_model
+from secateur.models import model_label, open_model
 from secateur.predictions import predicted
 from secateur.progress import Progress, quiet, silent
 from secateur.tasks import Task, count_samples, open_task

@@ -7,7 +7,6 @@ out is a folder that stock libraries load: :func:`save_model` reopens it in a fr
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import tempfile
@@ -121,29 +120,6 @@ def demo_model() -> Path:
 def model_label(name: str | Path) -> str:
     """A short name for files and tables: the last part of a path or Hub id, without ``.gguf``."""
     return Path(str(name)).name.removesuffix(".gguf") or "model"
-
-
-def fingerprint_model(model: SentenceTransformer) -> str:
-    """SHA-256 over what a model's vectors follow from: modules, tokenizer, configuration and weights."""
-    digest = hashlib.sha256(f"{model!r} {model.max_seq_length} {model.truncate_dim}".encode())
-    digest.update(_tokenizer_settings(model).encode())
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    for config in configs.values():
-        settings = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _tokenizer_settings(model: SentenceTransformer) -> str:
-    """What decides on tokens. Padding and truncation are left out: they are settings of the last call."""
-    backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return repr(model.tokenizer)
-    settings = json.loads(backend.to_str())
-    return json.dumps({key: value for key, value in settings.items() if key not in ("padding", "truncation")})
 
 
 def _wrap(

@@ -27,8 +27,9 @@ from secateur.encoders import EncoderDied, EncoderProcess, Vectors
 from secateur.engine import BATCH_TOKENS, Engine, quicken, use_mixed_products
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.exported import is_export
-from secateur.models import fingerprint_model, open_model
+from secateur.models import open_model
 from secateur.pooling import PoolingName
+from secateur.vectors import fingerprint_model
 
 TRIES = 3
 """How often a piece is given to a worker before the run fails."""
