@@ -295,6 +295,16 @@ def test_one_row_and_identical_texts_are_refused(llama, folder):
             profile(llama, write(folder / "bad.jsonl", rows))
 
 
+def test_a_drawing_of_one_pair_or_text_is_refused(llama, folder):
+    row, other = example_pairs(2)
+    mostly = write(folder / "mostly.jsonl", [row] * 50 + [other])
+    with pytest.raises(DataError, match="two different pairs were drawn from it, of 4: raise --max-examples"):
+        profile(llama, mostly, max_examples=4, dtype="float32")
+    texts = write(folder / "mostly_texts.jsonl", [{"text": "same"}] * 50 + [{"text": "other"}])
+    with pytest.raises(DataError, match="two different texts were drawn from it, of 2"):
+        profile(llama, texts, max_examples=2, dtype="float32")
+
+
 def test_empty_texts_are_refused_with_their_line(llama, folder):
     with pytest.raises(DataError, match='line 2, "text": the text is empty'):
         profile(llama, write(folder / "empty.jsonl", [{"text": "a"}, {"text": " "}]))
@@ -314,6 +324,18 @@ def test_weights_that_are_not_finite_are_refused_with_their_depth(llama, pairs):
         model[0].auto_model.layers[2].mlp.up_proj.weight[0] = math.nan
     with pytest.raises(ModelError, match="not finite at depth 3"):
         profile(model, pairs, batch_size=8)
+
+
+def test_a_head_with_numbers_that_are_not_finite_is_said(tmp_path, pairs):
+    config = LlamaConfig.from_pretrained(tiny_transformer(tmp_path / "lm", "llama", depth=2))
+    config.tie_word_embeddings = False
+    language_model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        language_model.lm_head.weight[3] = math.nan
+    language_model.save_pretrained(tmp_path / "lm")
+    found = profile(tmp_path / "lm", pairs, batch_size=8, dtype="float32")
+    assert all(row.next_token_loss is None and math.isfinite(row.loss) for row in found.rows)
+    assert any("next-token loss is no number at depth 1, 2: the language-model head" in note for note in found.notes)
 
 
 def test_the_same_vector_for_all_texts_is_said(folder, llama):
@@ -339,6 +361,32 @@ def test_a_batch_too_large_for_the_memory_is_halved(llama):
     found = {row: v for b in encoder.run(texts) for row, v in zip(b.rows, b.vectors, strict=True)}
     assert encoder.notes == ["a batch was too large for the memory and was halved"]
     assert all(torch.allclose(found[i], whole[i], atol=1e-5) for i in range(32))
+
+
+def test_a_model_that_has_room_for_few_texts_only_is_still_profiled(llama, pairs):
+    expected = profile(llama, pairs, batch_size=8, dtype="float32", instruction=INSTRUCTION)
+    model = open_model(llama, dtype="float32")
+
+    def refuse(_, args) -> None:
+        if len(args[0]) > 3:  # less than what the quick ways are tried on
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    model[0].auto_model.layers[1].register_forward_pre_hook(refuse)
+    found = profile(model, pairs, batch_size=8, instruction=INSTRUCTION)
+    assert [row.loss for row in found.rows] == pytest.approx([row.loss for row in expected.rows], abs=1e-4)
+    assert "a batch was too large for the memory and was halved" in found.notes
+
+
+def test_a_single_text_too_large_for_the_memory_is_said(llama, pairs):
+    model = open_model(llama, dtype="float32")
+
+    def refuse(_, args) -> None:
+        if args[0].shape[1] > 10:
+            raise MemoryError
+
+    model[0].auto_model.layers[1].register_forward_pre_hook(refuse)
+    with pytest.raises(ModelError, match=r"a text of [0-9]+ tokens does not fit into memory: lower --max-length"):
+        profile(model, pairs, batch_size=8)
 
 
 def test_plan_keeps_to_the_budget_and_runs_every_text_once():

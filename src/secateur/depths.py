@@ -32,6 +32,7 @@ from secateur.forward import (
     halves,
     is_out_of_memory,
     plan,
+    rounded,
     run_after,
     run_prefix,
     tokenize,
@@ -135,7 +136,7 @@ class DepthEncoder:
         """
         tokens = tokenize(self._model, texts, prompt)
         if self._one_pass is None:
-            self._one_pass = self._check_one_pass(tokens)
+            self._one_pass = self._check_one_pass(tokens, _spread(tokens, self._budget))
         prefix = self._share(tokens)
         picks = {row: random.Random(f"{seed} {texts[row]}").random() for row in sampled}  # noqa: S311
         todo = deque(plan(tokens.lengths - (prefix.length if prefix else 0), self._budget))
@@ -166,9 +167,17 @@ class DepthEncoder:
             problem = f"gives vectors that are not finite at depth {int(finite.long().argmin()) + 1}"
             raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
 
-    def _check_one_pass(self, tokens: Tokens) -> bool:
-        """Whether the last depth, read by hooks, is what the model itself computes."""
-        features = self._to_device(tokens.batch(_spread(tokens)))
+    def _check_one_pass(self, tokens: Tokens, rows: list[int]) -> bool:
+        """Whether the last depth, read by hooks, is what the model itself computes; on fewer texts if need be."""
+        try:
+            return self._is_one_pass(tokens, rows)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return self._check_one_pass(tokens, self._smaller(rows, tokens)[0])
+
+    def _is_one_pass(self, tokens: Tokens, rows: list[int]) -> bool:
+        features = self._to_device(tokens.batch(rows))
         own = self._model(dict(features))["sentence_embedding"]
         found = self._hooked(features, None, {})
         if found is not None and self._agree(found.vectors[:, 0, -1], own):
@@ -196,15 +205,15 @@ class DepthEncoder:
             return known
         if len(start) < SHORTEST_PREFIX:
             return None
-        rows = _spread(tokens)
-        plain = self._hooked(self._to_device(tokens.batch(rows)), None, {})
+        rows = _spread(tokens, self._budget)
         try:
+            plain = self._hooked(self._to_device(tokens.batch(rows)), None, {})
             prefix = self._run_prefix(start)
             shared = self._hooked(self._to_device(tokens.batch(rows, left=False)), prefix, {})
-        except REFUSALS as error:
+        except (MemoryError, *REFUSALS) as error:
             if is_out_of_memory(error):
-                raise
-            shared = None
+                return None  # no room to try it: the batches themselves are cut until they fit
+            plain = shared = None
         if plain is not None and shared is not None and self._agree(shared.vectors, plain.vectors, exact=1e-4):
             self._prefix = prefix
             return prefix
@@ -427,10 +436,13 @@ def _positions(features: dict[str, Any], skipped: int, picks: dict[int, float]) 
     return table[:, 0], table[:, 1]
 
 
-def _spread(tokens: Tokens) -> list[int]:
-    """A few texts from the shortest to the longest."""
+def _spread(tokens: Tokens, budget: int) -> list[int]:
+    """A few texts from the shortest to the longest, as many as fit into a batch."""
     order = tokens.lengths.argsort().tolist()
-    return [order[i * (len(order) - 1) // (PROBES - 1)] for i in range(PROBES)] if len(order) > PROBES else order
+    rows = [order[i * (len(order) - 1) // (PROBES - 1)] for i in range(PROBES)] if len(order) > PROBES else order
+    while len(rows) > 1 and len(rows) * rounded(int(tokens.lengths[rows[-1]])) > budget:
+        rows = rows[:-1:2]
+    return rows
 
 
 @contextmanager

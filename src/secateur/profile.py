@@ -219,13 +219,18 @@ def _read(data: Data | Sequence[Data], instruction: str | None, max_examples: in
         raise ConfigError("data", files, "no data file given")
     read = [_read_one(item, instruction) for item in files]
     for source in read:
-        distinct = {(row.anchor, row.positive) if isinstance(row, Pair) else row for row in source.rows}
-        if len(distinct) < 2:
-            what = "pairs" if isinstance(source, Pairs) else "texts"
-            hint = "a loss needs something to tell apart"
-            raise DataError(source.source.name, f"holds fewer than two different {what}", hint)
+        _check_differ(source, "holds fewer than two different {}", "a loss needs something to tell apart")
     share = max(2, max_examples // len(read))
-    return [source.sample(share, seed) for source in read]
+    drawn = [source.sample(share, seed) for source in read]
+    for source in drawn:
+        _check_differ(source, f"fewer than two different {{}} were drawn from it, of {share}", "raise --max-examples")
+    return drawn
+
+
+def _check_differ(source: Pairs | Texts, problem: str, hint: str) -> None:
+    if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in source.rows}) < 2:
+        what = "pairs" if isinstance(source, Pairs) else "texts"
+        raise DataError(source.source.name, problem.format(what), hint)
 
 
 def _read_one(item: Data, instruction: str | None) -> Pairs | Texts:
@@ -406,6 +411,12 @@ def _rows(model: SentenceTransformer, sums: _Sums, seed: int, notes: list[str]) 
     if lens is not None:
         losses = lens.losses(torch.cat(sums.states), torch.cat(sums.targets)).tolist()
         columns["next_token_loss"] = [_number(loss) for loss in losses]
+        lost = [str(depth) for depth, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
+        if lost:
+            notes.append(
+                f"the next-token loss is no number at depth {', '.join(lost)}: the language-model head holds NaN, or "
+                "overflows in this dtype"
+            )
     values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return tuple(DepthRow(depth=depth, **row) for depth, row in enumerate(values, start=1))
 
