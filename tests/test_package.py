@@ -21,7 +21,7 @@ jsonl data texts
 metrics curves bootstrap forward lens flops parts depths
 vectors task_folder tasks intervals predictions evaluate depth_scores
 profile selectors choose selection prune
-remote recipe processes teacher minibatches objectives trainable trainer train heal
+remote recipe processes teacher minibatches objectives trainable trainer train lessons heal
 cost compare
 report
 demo study

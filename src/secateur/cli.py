@@ -63,7 +63,7 @@ def _fail(message: str, code: int) -> None:
 
 def _spread(arguments: list[str]) -> list[str]:
     """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``."""
-    several = {"--data", "--tasks", "--texts", "--depths", "--eval-data", "--eval-tasks"}
+    several = {"--data", "--tasks", "--texts", "--depths", "--dims", "--eval-data", "--eval-tasks"}
     spread: list[str] = []
     current = ""
     for argument in arguments:
@@ -198,9 +198,11 @@ def prune_command(options: config.PruneOptions) -> None:
 @_command(config.HealOptions)
 def heal_command(options: config.HealOptions) -> None:
     import secateur
+    from secateur.artifacts import Training, load
 
     with _bars() as progress:
         folder = secateur.heal(**_given(options), progress=progress)
+    typer.echo(f"trained by {load(folder, Training).settings['objective']}", err=True)
     typer.echo(folder)
 
 

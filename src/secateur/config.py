@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticUndefined
 
@@ -41,6 +41,7 @@ def _out(what: str) -> Any:
 
 
 _DATA = "Files of query (or anchor), positive and optional negative: .jsonl, .jsonl.gz, .csv or .parquet."
+_TEXTS = " Or of texts alone: .txt, or .jsonl with text."
 _INSTRUCTION = "Goes before each query, in place of the one that comes with the data."
 _POOLING = (
     "How a bare language model pools its tokens [default: weighted_mean, or mean where attention goes both ways]."
@@ -58,7 +59,7 @@ class ProfileOptions(Options):
     """
 
     model: str = _model()
-    data: list[Path] = Field(description=_DATA + " Or of texts alone: .txt, or .jsonl with text.", min_length=1)
+    data: list[Path] = Field(description=_DATA + _TEXTS, min_length=1)
     out: Path = _out("Folder for profile.json and its pictures.")
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
@@ -110,7 +111,9 @@ class PruneOptions(Options):
 class HealSettings(Options):
     """The numbers of a training; those that are not given are the recipe's."""
 
-    recipe: Literal["l3prune", "everyday"] = Field("l3prune", description="Where the numbers not given come from.")
+    recipe: Literal["l3prune", "everyday", "distill"] | None = Field(
+        None, description="Where the numbers not given come from [l3prune; distill for a teacher and texts alone]."
+    )
     steps: int | None = Field(None, ge=1, description="Optimizer steps [1000].")
     batch_size: int | None = Field(None, ge=2, description="Pairs per step, of all processes together [64].")
     train: Literal["lora", "blocks", "all", "auto"] | None = Field(
@@ -138,15 +141,23 @@ class HealSettings(Options):
 
 
 class HealOptions(HealSettings):
-    """Train a cut model on pairs until it encodes well again.
+    """Train a cut model on pairs, or let a teacher teach it on texts, until it encodes well again.
 
     Example: secateur heal smollm2-large --data pairs.jsonl --steps 1000 -o smollm2-large-healed
     """
 
     model: str = _model()
-    data: list[Path] = Field(description=_DATA, min_length=1)
+    data: list[Path] = Field(description=_DATA + _TEXTS, min_length=1)
     out: Path = _out("The model folder to write.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
+    teacher: str | None = Field(None, description="Whose vectors are imitated: a model, or a server's http://host/v1.")
+    teacher_model: str | None = Field(None, description="What a server calls its model [the only one it has].")
+    teacher_weight: float | None = Field(
+        None, ge=0, le=1, description="Of the teacher beside the pairs [0.5; texts alone leave it all]."
+    )
+    depths: list[int] | None = Field(None, description="Train these depths too, to be cut later: 6,12,24.")
+    dims: list[int] | None = Field(None, description="Train vectors cut to these sizes too: 64,128.")
+    cache: Path | None = Field(None, description=_CACHE)
     bidirectional: bool = Field(False, description="Let a decoder's tokens see those after them, from here on.")
     eval_data: list[Path] | None = Field(None, description="Held-out files like --data, measured on the way.")
     eval_tasks: list[str] | None = Field(None, description="Tasks measured on the way; the best model is kept.")
@@ -156,6 +167,13 @@ class HealOptions(HealSettings):
     report_to: str = Field("none", description="A tracker that transformers knows: tensorboard, wandb, mlflow, ...")
     device: str | None = Field(None, description=_DEVICE)
     trust_remote_code: bool = Field(False, description=_TRUST)
+
+    @field_validator("depths", "dims", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """Take ``6,12`` for ``6 12``."""
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return None if value is None else [part for item in items for part in str(item).split(",")]
 
 
 class EvaluateOptions(Options):

@@ -1,4 +1,4 @@
-"""A cut model → a healed one: trained on pairs, adapters merged, written as a plain model folder.
+"""A cut model → a healed one: trained on pairs, or on texts alone, and written as a plain model folder.
 
 What is trained is the folder's own pooling, prompt and length rules, so that training and use cannot differ.
 """
@@ -26,28 +26,33 @@ from secateur.artifacts import (
     writing,
 )
 from secateur.blocks import depth_of
-from secateur.data import Pairs, read_pairs
-from secateur.errors import ConfigError, OutputError
+from secateur.data import Pairs
+from secateur.errors import ConfigError, DataError, OutputError
 from secateur.evaluate import evaluate
+from secateur.lessons import Aim, dropout_of, find_aim, make_objective, read_source, sets_of, teach
 from secateur.metrics import cosines, retrieval
 from secateur.models import attend_both_ways, model_label, open_model, save_model, use_stock_modules
+from secateur.objectives import check_views
 from secateur.progress import Progress, silent
 from secateur.prune import origin_of
-from secateur.recipe import L3PRUNE, make_recipe
+from secateur.recipe import make_recipe
 from secateur.tasks import open_task
-from secateur.train import Outcome, check_processes, training_sets
+from secateur.teacher import Teacher, open_teacher
+from secateur.texts import Texts
+from secateur.train import Outcome, check_processes
 from secateur.train import train as run_training
 from secateur.trainable import decide
 from secateur.trainer import Validation
 
-Files = str | Path | Pairs | Sequence[str | Path | Pairs]
+Source = Pairs | Texts
+Files = str | Path | Source | Sequence[str | Path | Source]
 
 
 def heal(
     model: str | Path,
     data: Files,
     *,
-    recipe: str = L3PRUNE,
+    recipe: str | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     train: str | None = None,
@@ -63,6 +68,12 @@ def heal(
     precision: str = "auto",
     seed: int = 42,
     instruction: str | None = None,
+    teacher: str | Path | None = None,
+    teacher_model: str | None = None,
+    teacher_weight: float | None = None,
+    depths: Sequence[int] | None = None,
+    dims: Sequence[int] | None = None,
+    cache: str | Path | None = None,
     bidirectional: bool = False,
     eval_data: Files | None = None,
     eval_tasks: Sequence[str | Path] | None = None,
@@ -75,7 +86,7 @@ def heal(
     out: str | Path,
     progress: Progress = silent,
 ) -> Path:
-    """Train a model on (anchor, positive, negative) data and write it as a plain model folder.
+    """Train a model on pairs, on texts alone, or by a teacher, and write it as a plain model folder.
 
     Numbers that are not given are the recipe's (:mod:`secateur.recipe`); those named below are the paper's. A training
     that was killed goes on from its last checkpoint when the same command runs again. Started by ``torchrun`` or
@@ -83,8 +94,10 @@ def heal(
 
     Args:
         model: A model folder, usually a pruned one; or anything :func:`secateur.models.open_model` opens.
-        data: Data files (see :mod:`secateur.data`); their instructions become the model's prompts.
-        recipe: ``l3prune`` or ``everyday``.
+        data: Files of pairs (see :mod:`secateur.data`); their instructions become the model's prompts. Or files of
+            texts alone (see :mod:`secateur.texts`).
+        recipe: ``l3prune``, ``everyday`` or ``distill``. Default: ``distill`` where a teacher teaches on texts alone,
+            else ``l3prune``.
         steps: Optimizer steps (1,000).
         batch_size: Pairs per step, of all processes together (64).
         train: ``lora``, ``blocks``, ``all`` or ``auto`` (:mod:`secateur.trainable`; ``lora``).
@@ -99,7 +112,13 @@ def heal(
         gradient_checkpointing: Compute activations twice to save memory; the numbers stay the same.
         precision: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 where the processor computes in it.
         seed: Of adapters, dropout and the order of the data.
-        instruction: Goes before each anchor, in place of those that come with the data.
+        instruction: Goes before each anchor, in place of those that come with the data; before each text alone.
+        teacher: A model, or the address of a server (see :mod:`secateur.teacher`), whose vectors are imitated.
+        teacher_model: What a server calls its model.
+        teacher_weight: Of the teacher beside the contrastive loss (0.5); texts alone leave it all.
+        depths: Train these depths too, so that the model can be cut there later without training.
+        dims: Train vectors cut to these sizes too.
+        cache: Folder that keeps the teacher's vectors (:mod:`secateur.vectors`) beyond this training.
         bidirectional: Let a decoder's tokens see those after them, in training and in the written model.
         eval_data: Held-out files: the nDCG@10 of finding each anchor's positive among all positives and negatives.
         eval_tasks: Tasks as :func:`secateur.evaluate` takes them.
@@ -121,6 +140,12 @@ def heal(
         TrainingDiverged: The loss is not finite, or exploded.
         VerificationFailed: The written folder gives other vectors.
     """
+    partial_folder(out)
+    sources = _read(data, instruction)
+    aim = find_aim(
+        sources, taught=teacher is not None, teacher_weight=teacher_weight, depths=depths or (), dims=dims or ()
+    )
+    recipe = recipe or aim.recipe
     numbers = make_recipe(
         recipe,
         steps=steps,
@@ -140,13 +165,13 @@ def heal(
     )
     processes.join()
     check_processes(numbers.batch_size)
-    sources = _read(data, instruction)
-    sets = training_sets(sources, numbers.batch_size)
+    sets = sets_of(sources, numbers.batch_size, aim)
     validation = _validation(
-        _read(eval_data or (), instruction), eval_tasks or (), eval_sample, eval_every, patience, seed
+        _read_pairs(eval_data, instruction), eval_tasks or (), eval_sample, eval_every, patience, seed
     )
-    partial_folder(out)
+    guide = _open_teacher(teacher, teacher_model, device, trust_remote_code)
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
+    check_views(opened, aim.depths, aim.dims)
     use_stock_modules(opened)
     if bidirectional:
         attend_both_ways(opened, model)
@@ -154,11 +179,24 @@ def heal(
     numbers = decide(opened, numbers)
     settings = {"recipe": recipe} | asdict(numbers) | {"data": {item.name: len(item.rows) for item in sets}}
     settings |= {"bidirectional": bidirectional, "eval_every": eval_every, "patience": patience}
+    settings |= _aim_settings(aim, guide, teacher_model)
     partial = _claim(Path(out), model, settings, sources)
     with writing(out):
-        outcome = run_training(
-            opened, sets, numbers, partial / "checkpoints", progress, validation=validation, report_to=report_to
-        )
+        vectors = None
+        if guide:
+            sets, vectors = teach(sets, guide, Path(cache or partial / "teacher"), progress)
+            guide = None  # its weights are not needed any more
+        with dropout_of(opened, aim):
+            outcome = run_training(
+                opened,
+                sets,
+                numbers,
+                partial / "checkpoints",
+                progress,
+                lambda model, recipe: make_objective(model, recipe, aim=aim, teacher=vectors),
+                validation=validation,
+                report_to=report_to,
+            )
         if processes.is_first():
             finished = _empty(partial / "model")
             depth = depth_of(opened[0].auto_model)
@@ -170,12 +208,39 @@ def heal(
     return Path(out)
 
 
-def _read(data: Files, instruction: str | None) -> list[Pairs]:
-    files = [data] if isinstance(data, (str, Path, Pairs)) else list(data)
-    return [item if isinstance(item, Pairs) else read_pairs(item, instruction=instruction) for item in files]
+def _read(data: Files, instruction: str | None) -> list[Source]:
+    files = [data] if isinstance(data, (str, Path, Pairs, Texts)) else list(data)
+    return [item if isinstance(item, (Pairs, Texts)) else read_source(item, instruction) for item in files]
 
 
-def _table(model: str | Path, sources: Sequence[Pairs], settings: dict[str, Any], outcome: Outcome) -> Training:
+def _read_pairs(data: Files | None, instruction: str | None) -> list[Pairs]:
+    """Held-out data, which are pairs."""
+    found = []
+    for source in _read(data or (), instruction):
+        if isinstance(source, Texts):
+            raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
+        found.append(source)
+    return found
+
+
+def _open_teacher(name: str | Path | None, model: str | None, device: str | None, trusted: bool) -> Teacher | None:
+    if name is not None:
+        return open_teacher(name, model=model, device=device, trust_remote_code=trusted)
+    if model is not None:
+        raise ConfigError("teacher_model", model, "there is no teacher", "name one with --teacher")
+    return None
+
+
+def _aim_settings(aim: Aim, teacher: Teacher | None, model: str | None) -> dict[str, Any]:
+    """What goes into ``training.json`` of what was aimed at, and of the teacher."""
+    settings: dict[str, Any] = {"objective": aim.kind, "depths": aim.depths, "dims": aim.dims}
+    if teacher:
+        settings |= {"teacher": teacher.name, "teacher_model": model, "teacher_fingerprint": teacher.fingerprint}
+        settings |= {"teacher_weight": aim.teacher_weight}
+    return settings
+
+
+def _table(model: str | Path, sources: Sequence[Source], settings: dict[str, Any], outcome: Outcome) -> Training:
     return Training(
         provenance=provenance([pairs.source for pairs in sources], settings["seed"]),
         model=model_label(model),
@@ -226,16 +291,21 @@ def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
     return float(retrieval(cosines(anchors, candidates)).ndcg_at_10)
 
 
-def model_prompts(sources: Sequence[Pairs]) -> dict[str, str]:
-    """The prompts that stay with a model: by data set, and as ``query`` and ``document`` where all data agree."""
-    prompts = {pairs.name: pairs.prompt for pairs in sources if pairs.prompt}
-    queries, passages = ({pairs.prompt for pairs in sources}, {pairs.passage_prompt for pairs in sources})
+def model_prompts(sources: Sequence[Source]) -> dict[str, str]:
+    """The prompts that stay with a model: by data set, and as ``query`` and ``document`` where all data agree.
+
+    Texts alone without an instruction leave the model those that it has.
+    """
+    told = [source for source in sources if isinstance(source, Pairs) or source.prompt]
+    prompts = {source.name: source.prompt for source in told if source.prompt}
+    queries = {source.prompt for source in told}
+    passages = {source.passage_prompt if isinstance(source, Pairs) else source.prompt for source in told}
     if len(queries) == len(passages) == 1:
         prompts |= {"query": queries.pop(), "document": passages.pop()}
     return prompts
 
 
-def _claim(out: Path, model: str | Path, settings: dict[str, Any], sources: Sequence[Pairs]) -> Path:
+def _claim(out: Path, model: str | Path, settings: dict[str, Any], sources: Sequence[Source]) -> Path:
     """The folder that a training works in; one that an equal training left unfinished is taken up again."""
     partial = partial_folder(out)
     processes.wait()  # or a late one would find what the first one wrote

@@ -22,6 +22,7 @@ from sentence_transformers.util import all_gather, get_rank
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur import processes
 from secateur.blocks import blocks_of, embeddings_of, final_norm, legal_depths, states_of, tail_is_norm
 from secateur.errors import ConfigError, IllegalDepth, UnsupportedArchitecture
 from secateur.metrics import cosines
@@ -51,7 +52,7 @@ def contrastive_loss(columns: Sequence[Tensor], never: Tensor | None, scale: flo
         found = cosines(anchors, candidates)
         return found if never is None else found.masked_fill(never, -torch.inf)
 
-    stock = MultipleNegativesRankingLoss(None, scale, similarity, gather_across_devices=_processes() > 1)
+    stock = MultipleNegativesRankingLoss(None, scale, similarity, gather_across_devices=processes.count() > 1)
     loss: Tensor = stock.compute_loss_from_embeddings(list(columns), None)
     return loss
 
@@ -95,7 +96,7 @@ def false_negatives(keys: Sequence[Tensor]) -> Tensor:
         keys: :func:`row_keys` of each column, (batch,).
     """
     anchors, positives = keys[0][:, None], keys[1][:, None]
-    every = [all_gather(column) if _processes() > 1 else column for column in keys]
+    every = [all_gather(column) if processes.count() > 1 else column for column in keys]
     candidates = torch.cat(every[1:])[None]
     never = (candidates == positives) | (candidates == anchors)
     batch = every[0].shape[0]
@@ -103,10 +104,6 @@ def false_negatives(keys: Sequence[Tensor]) -> Tensor:
     own = torch.arange(len(anchors), device=never.device)
     never[own, own + get_rank() * len(anchors)] = False
     return never
-
-
-def _processes() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]
@@ -209,17 +206,18 @@ class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]
         return torch.stack(losses).mean()
 
     def _at(self, columns: Sequence[Tensor], targets: list[Tensor] | None) -> Tensor:
-        """The loss at one depth and size."""
+        """The loss at one depth and size; texts alone have no contrastive part."""
         loss = columns[0].new_zeros(())
-        if self.teacher_weight < 1:
+        weight = self.teacher_weight if len(columns) > 1 else 1.0
+        if weight < 1:
             never = false_negatives(self._keys)
-            loss = loss + (1 - self.teacher_weight) * contrastive_loss(columns, never, self.scale)
+            loss = loss + (1 - weight) * contrastive_loss(columns, never, self.scale)
         if targets is not None:
             keys = torch.cat(self._keys)
             taught = similarity_loss(torch.cat(list(columns)), torch.cat(targets), keys == keys[:, None], self.scale)
             if self._near is not None and columns[0].shape[1] == self._width:
                 taught = taught + self._near.compute_loss_from_embeddings(list(columns), targets)
-            loss = loss + self.teacher_weight * taught
+            loss = loss + weight * taught
         return loss
 
     def _targets(self, labels: Tensor | None) -> list[Tensor]:
@@ -237,11 +235,22 @@ def _sizes(dims: Sequence[int], width: int) -> tuple[int, ...]:
     return (width, *sorted(set(dims) - {width}, reverse=True))
 
 
+def check_views(model: SentenceTransformer, depths: Sequence[int], dims: Sequence[int]) -> None:
+    """Find out before a training whether a model has these depths and sizes.
+
+    Raises:
+        ConfigError, IllegalDepth, UnsupportedArchitecture: As for :class:`Objective`.
+    """
+    _sizes(dims, int(model.get_embedding_dimension()))
+    if depths:
+        DepthVectors(model, depths)
+
+
 def _near(model: SentenceTransformer, teacher: TeacherVectors) -> EmbedDistillLoss:
     """``1 - cosine`` with the teacher's vectors; with a linear map where the widths differ."""
     width = teacher.dimension if teacher.dimension != model.get_embedding_dimension() else None
     near = EmbedDistillLoss(model, "cosine", projection_dim=width)
-    if width and _processes() > 1:
+    if width and processes.count() > 1:
         for parameter in near.projection.parameters():  # the wrapper around the model knows nothing of them
             parameter.register_hook(_mean_over_processes)
     return near
@@ -249,7 +258,7 @@ def _near(model: SentenceTransformer, teacher: TeacherVectors) -> EmbedDistillLo
 
 def _mean_over_processes(gradient: Tensor) -> Tensor:
     torch.distributed.all_reduce(gradient := gradient.clone())
-    return gradient / _processes()
+    return gradient / processes.count()
 
 
 class DepthVectors:

@@ -74,12 +74,14 @@ class Recipe:
         return LEARNING_RATES[self.train] if self.learning_rate is None else self.learning_rate
 
 
-L3PRUNE = "l3prune"
+L3PRUNE, DISTILL = "l3prune", "distill"
 RECIPES: Mapping[str, Recipe] = {
     L3PRUNE: Recipe(),
     "everyday": Recipe(train="auto", warmup=0.1, scale=20.0, max_length=128),
+    DISTILL: Recipe(train="auto", learning_rate=1e-3, warmup=0.1, scale=20.0, max_length=128),
 }
-"""Named sets of defaults: the paper's, and one for every day (docs/healing.md says how they compare)."""
+"""Named sets of defaults: the paper's, one for every day, and one for a small model that a teacher teaches on texts
+alone (docs/healing.md says how they were found)."""
 
 
 def make_recipe(name: str = L3PRUNE, **given: Any) -> Recipe:

@@ -38,7 +38,7 @@ from secateur.models import model_label, open_model
 from secateur.profile import profile
 from secateur.progress import Progress, silent
 from secateur.prune import prune
-from secateur.recipe import make_recipe
+from secateur.recipe import L3PRUNE, make_recipe
 from secateur.report import report
 from secateur.tasks import open_task
 from secateur.train import training_sets
@@ -121,7 +121,7 @@ def _check(run: Path, names: Mapping[str, str], settings: StudyOptions) -> dict[
     """Find out before hours of work whether all of it can be done; how many blocks each model has."""
     if not settings.data:
         raise ConfigError("data", None, "no data to profile and heal with", "give --data FILE")
-    recipe = make_recipe(settings.recipe, batch_size=settings.batch_size)
+    recipe = make_recipe(settings.recipe or L3PRUNE, batch_size=settings.batch_size)
     training_sets([read_pairs(file) for file in settings.data], recipe.batch_size)
     for task in settings.tasks:
         open_task(task, sample=settings.sample, seed=settings.seed)

@@ -1,0 +1,145 @@
+"""Healing by a teacher, at several depths, and on texts alone, through the function that users call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import secateur
+from conftest import example_pairs, tiny_transformer, write_pairs
+from secateur.artifacts import Training, load
+from secateur.config import HealOptions, make
+from secateur.data import Pairs, read_pairs
+from secateur.errors import ConfigError, DataError
+from secateur.lessons import LABEL, find_aim, sets_of, teach
+from secateur.progress import silent
+from secateur.teacher import open_teacher
+from secateur.texts import read_texts
+from secateur.vectors import fingerprint_model
+
+SETTINGS = {"steps": 30, "batch_size": 8, "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "words.txt"
+    rows = [str(row[key]) for row in example_pairs(40) for key in ("query", "positive")]
+    file.write_text("\n".join([*rows, *rows[:5]]) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of another architecture."""
+    return tiny_transformer(tmp_path_factory.mktemp("wide") / "bert", "bert", depth=2, seed=5)
+
+
+def closeness(one: Path, other: Path) -> float:
+    """Mean cosine of two models' vectors of texts that neither was trained on."""
+    texts = [str(row["query"]) for row in example_pairs(20, seed=9)]
+    vectors = [secateur.open_model(folder, device="cpu").encode(texts) for folder in (one, other)]
+    return float((vectors[0] * vectors[1]).sum(axis=1).mean())
+
+
+def test_a_cut_model_is_taught_by_the_whole_one_on_texts_alone(llama_folder: Path, texts_file: Path, tmp_path: Path):
+    cut, cache = secateur.prune(llama_folder, to="2", out=tmp_path / "cut"), tmp_path / "vectors"
+    out = secateur.heal(cut, texts_file, teacher=llama_folder, cache=cache, **SETTINGS, out=tmp_path / "taught")
+    table = load(out, Training)
+    told = {key: table.settings[key] for key in ("recipe", "objective", "teacher", "teacher_weight")}
+    assert told == {
+        "recipe": "distill",
+        "objective": "distillation",
+        "teacher": str(llama_folder),
+        "teacher_weight": 1.0,
+    }
+    whole = secateur.open_model(llama_folder, device="cpu")
+    assert table.settings["teacher_fingerprint"] == fingerprint_model(whole)
+    assert np.mean([row.loss for row in table.losses[-5:]]) < 0.7 * np.mean([row.loss for row in table.losses[:5]])
+    assert 1 - closeness(out, llama_folder) < 0.7 * (1 - closeness(cut, llama_folder))
+    assert table.prompts == {}
+    kept = sorted(cache.rglob("*.npy"))
+    assert sum(len(np.load(file)) for file in kept if "keys" not in file.name) == 80 + 1  # and the probe
+    again = teach(
+        sets_of([read_texts(texts_file)], 8, find_aim([], taught=True)), open_teacher(llama_folder), cache, silent
+    )
+    assert sorted(cache.rglob("*.npy")) == kept
+    assert again[0][0].rows.column_names == ["text", LABEL]
+
+
+def test_pairs_with_a_teacher_at_several_depths_and_sizes(
+    llama_folder: Path, pairs_file: Path, wide: Path, tmp_path: Path
+):
+    options = SETTINGS | {"steps": 4, "depths": [1], "dims": [8], "learning_rate": 1e-3}
+    out = secateur.heal(llama_folder, pairs_file, teacher=wide, **options, out=tmp_path / "elastic")
+    settings = load(out, Training).settings
+    assert settings["objective"] == "contrast and distillation"
+    assert (settings["recipe"], settings["teacher_weight"]) == ("l3prune", 0.5)
+    assert (settings["depths"], settings["dims"]) == ((1,), (8,))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elastic"]
+
+
+def test_texts_alone_without_a_teacher_are_their_own_positives(llama_folder: Path, texts_file: Path, tmp_path: Path):
+    out = secateur.heal(llama_folder, texts_file, **(SETTINGS | {"learning_rate": 1e-3}), out=tmp_path / "alone")
+    table = load(out, Training)
+    assert table.settings["objective"] == "contrast, each text alone its own positive under dropout (SimCSE)"
+    assert table.settings["data"] == {"words.txt": 80}
+    losses = [row.loss for row in table.losses]
+    assert 0 < np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: Path, texts_file: Path, tmp_path: Path):
+    sources = [read_pairs(pairs_file), read_texts(texts_file, "say; ")]
+    aim = find_aim(sources, taught=True)
+    sets, vectors = teach(sets_of(sources, 8, aim), open_teacher(llama_folder, device="cpu"), tmp_path, silent)
+    model = secateur.open_model(llama_folder, device="cpu")
+    for item, prompts in zip(sets, (["find the word; ", "", ""], ["say; "]), strict=True):
+        row = item.rows[3]
+        found = vectors.read(np.array(row.pop(LABEL)))
+        expected = [
+            model.encode(text, prompt=prompt or None) for text, prompt in zip(row.values(), prompts, strict=True)
+        ]
+        assert np.allclose(found, expected, atol=1e-5)
+
+
+def test_mistakes_are_told_before_anything_is_written(
+    llama_folder: Path, pairs_file: Path, texts_file: Path, tmp_path: Path
+):
+    few = tmp_path / "few.txt"
+    few.write_text("one\ntwo\n", encoding="utf-8")
+    namesake = tmp_path / "words.txt"
+    namesake.write_text(texts_file.read_text(), encoding="utf-8")
+    taught = {"teacher": llama_folder}
+    for data, options, kind, told in (
+        (pairs_file, {"teacher_weight": 0.5}, ConfigError, "teacher_weight: there is no teacher"),
+        (pairs_file, {"teacher_model": "m"}, ConfigError, "teacher_model: there is no teacher"),
+        (pairs_file, taught | {"teacher_model": "m"}, ConfigError, "teacher_model: names a server's model"),
+        (pairs_file, taught | {"teacher_weight": 2.0}, ConfigError, "teacher_weight: is 2.0"),
+        (pairs_file, {"depths": [9]}, ConfigError, "depths: is 9: the model has 3 blocks"),
+        (pairs_file, {"dims": [99]}, ConfigError, "dims: is 99: the vectors have 32 numbers"),
+        (pairs_file, {"eval_data": texts_file}, DataError, "holds texts alone"),
+        (few, taught, DataError, "2 texts do not fill a batch of 8"),
+        ([texts_file, namesake], taught, DataError, "two data files have this name"),
+    ):
+        with pytest.raises(kind, match=told):
+            secateur.heal(llama_folder, data, **(SETTINGS | options), out=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.txt", "words.txt"]
+
+
+def test_numbers_may_stand_with_commas():
+    values = {"model": "m", "data": ["d"], "out": "o", "depths": ["6,12", "24"], "dims": [64]}
+    options = make(HealOptions, values)
+    assert (options.depths, options.dims) == ([6, 12, 24], [64])
+    with pytest.raises(ConfigError, match="depths"):
+        make(HealOptions, values | {"depths": "6,many"})
+
+
+def test_texts_alone_are_pairs_of_themselves_only_without_a_teacher(pairs_file: Path, texts_file: Path, tmp_path: Path):
+    sources: list[Pairs] = [read_pairs(write_pairs(tmp_path / "p.jsonl", example_pairs(9)))]
+    texts = read_texts(texts_file)
+    alone, taught = (find_aim([*sources, texts], taught=told) for told in (False, True))
+    assert [item.rows.column_names for item in sets_of([texts], 8, alone)] == [["anchor", "positive"]]
+    assert [item.rows.column_names for item in sets_of([texts], 8, taught)] == [["text"]]
+    assert taught.teacher_weight == 0.5
+    assert find_aim([texts], taught=True).teacher_weight == 1.0
