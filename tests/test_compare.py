@@ -8,9 +8,10 @@ from sklearn.neighbors import NearestNeighbors
 
 from conftest import MakeEncoder
 from secateur.artifacts import Comparison, ScoreRow, load
-from secateur.compare import compare, nearest_texts, overlap, score_differences
+from secateur.compare import compare, nearest_texts, overlap
+from secateur.differences import read_draws, score_differences
 from secateur.errors import ConfigError, DataError
-from secateur.evaluate import evaluate, read_draws
+from secateur.evaluate import evaluate
 from task_folders import example_rows, sentences, write_task
 
 

@@ -27,8 +27,9 @@ from tokenizers import normalizers
 
 from conftest import MakeEncoder
 from secateur.artifacts import Provenance, ScoreRow, Scores, load
+from secateur.differences import read_draws
 from secateur.errors import ConfigError, DataError, ModelError, OutputError
-from secateur.evaluate import evaluate, read_draws
+from secateur.evaluate import evaluate
 from secateur.task_folder import read_task_folder, sample_task
 from secateur.tasks import open_task
 from secateur.vectors import fingerprint_model

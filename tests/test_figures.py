@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,12 +18,13 @@ from secateur.figures import (
     COLOURS,
     INK,
     Point,
+    frontier,
     loss_curve,
     profile_figures,
     save_png,
     shorten,
+    size_curve,
     svg,
-    trade_off,
     training_curves,
 )
 
@@ -50,7 +52,7 @@ def profile(losses, ends=None, lens=None, **tables) -> Profile:
 
 def points(labels=("2", "4", "8")) -> list[Point]:
     return [
-        Point("tiny, healed", label, 0.4 + 0.05 * i, 1000 * (i + 1), 90.0 - i, 88.0 - i, 93.0 - i)
+        Point("tiny, healed", label, 0.4 + 0.05 * i, 0.38, 0.6, 90.0 - i, 88.0 - i, 93.0 - i)
         for i, label in enumerate(labels)
     ]
 
@@ -131,24 +133,70 @@ def test_solved_by_depth_marks_the_best_depth_and_the_first_as_good() -> None:
     assert line.get_ydata() == pytest.approx([20, 55, 60])
 
 
-def test_trade_off_draws_each_model_once_with_its_label_and_speed_range() -> None:
-    for against, expected in (("parameters", [1000, 2000, 3000]), ("speed", [88.0, 89.0, 90.0])):
-        figure = trade_off(points(), against)
-        axes = figure.axes[0]
-        line = axes.lines[0]
-        assert list(line.get_xdata()) == expected
-        assert sorted(line.get_ydata()) == pytest.approx([40, 45, 50])
-        assert {"2", "4", "8", "tiny, healed"} <= set(words(svg(figure, "f", "t", "d")))
-    bars = axes.collections[0].get_segments()
-    assert sorted(x for segment in bars for x, _ in segment) == [86, 87, 88, 91, 92, 93]
+def test_frontier_draws_each_model_once_with_its_label_interval_and_range() -> None:
+    figure = frontier(points(), "Texts per second")
+    axes = figure.axes[0]
+    assert list(axes.lines[0].get_xdata()) == [88.0, 89.0, 90.0]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([50, 45, 40])
+    assert {"2", "4", "8", "tiny, healed"} <= set(words(svg(figure, "f", "t", "d")))
+    bars = [segment for lines in axes.collections for segment in lines.get_segments()]
+    upright = [bar for bar in bars if bar[0][0] == bar[1][0]]
+    assert sorted(x for bar in upright for x, _ in bar) == [88, 88, 89, 89, 90, 90]
+    assert {round(y) for bar in upright for _, y in bar} == {38, 60}
+    assert sorted(x for bar in bars if bar[0][0] != bar[1][0] for x, _ in bar) == [86, 87, 88, 91, 92, 93]
+
+
+def test_the_front_is_a_line_through_the_best() -> None:
+    front = [replace(point, best=point.label != "4") for point in points()]
+    drawn = next(line for line in frontier(front, "c").axes[0].lines if line.get_label() == "best at its cost")
+    assert list(zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)) == [(88.0, 50.0), (90.0, 40.0)]
+
+
+def test_points_are_links_that_tell_what_they_are() -> None:
+    hostile = "<script>alert(1)</script> \u202e"
+    shown = [
+        replace(points()[0], note=(hostile, "secateur prune " + 40 * "long "), link="models/a%20b/"),
+        replace(points()[1], note=("no folder",)),
+    ]
+    text = svg(frontier(shown, "c"), "f", "t", "d", shown)
+    root = ElementTree.fromstring(text)
+    assert root.get("role") == "group"
+    (link,) = root.iter(f"{SVG}a")
+    assert link.get("href") == "models/a%20b/"
+    assert link.get("tabindex") == "0"
+    title = link.find(f"{SVG}title")
+    assert title is not None
+    assert (title.text or "").startswith("<script>alert(1)</script> �")
+    tip = [span.text for span in link.iter(f"{SVG}tspan")]
+    assert tip[0] == "<script>alert(1)</script> �"
+    assert all(len(line or "") <= 74 for line in tip)
+    assert "<script" not in text
+    height = float(root.get("viewBox", "").split()[3])
+    assert all(float(span.get("y", "nan")) <= height for span in root.iter(f"{SVG}tspan"))
+    other = next(group for group in root.iter(f"{SVG}g") if group.get("class") == "point")
+    assert other.get("tabindex") == "0"
+
+
+def test_with_many_points_the_keyboard_stops_at_the_best_only() -> None:
+    many = [Point("s", "", 0.5 + 0.001 * i, None, None, 10.0 + i, best=i == 29, link="m/") for i in range(30)]
+    root = ElementTree.fromstring(svg(frontier(many, "c"), "f", "t", "d", many))
+    assert [link.get("tabindex") for link in root.iter(f"{SVG}a")].count("0") == 1
+
+
+def test_the_size_curve_draws_curve_plateau_and_price() -> None:
+    axes = size_curve(points(), lambda size: size / 1000, 0.7, 89.0).axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    curve = lines["fitted curve"]
+    assert curve.get_ydata() == pytest.approx([x / 10 for x in curve.get_xdata()])
+    assert (min(curve.get_xdata()), max(curve.get_xdata())) == pytest.approx((88, 90))
+    assert list(lines["plateau"].get_ydata()) == [70, 70]
+    assert list(lines["beyond: too dear"].get_xdata()) == [89, 89]
 
 
 def test_labels_of_crowded_points_do_not_overlap() -> None:
-    crowd = [Point("s", f"{i} blocks", 0.5 + 0.0001 * i, 1500 + i, 10.0, 9.0, 11.0) for i in range(5)]
-    ends = [
-        Point("s", label, score, size, 9.0, 8.0, 10.0) for label, score, size in (("a", 0.4, 1000), ("b", 0.6, 2000))
-    ]
-    figure = trade_off([*crowd, *ends], "parameters")
+    crowd = [Point("s", f"{i} blocks", 0.5 + 0.0001 * i, None, None, 1500 + i) for i in range(5)]
+    ends = [Point("s", label, score, None, None, size) for label, score, size in (("a", 0.4, 1000), ("b", 0.6, 2000))]
+    figure = frontier([*crowd, *ends], "Parameters")
     figure.draw_without_rendering()
     boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without arrows
     assert len(boxes) == 7
@@ -193,12 +241,12 @@ def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_drawing_leaves_matplotlib_as_it_was() -> None:
     before = dict(matplotlib.rcParams)
-    svg(trade_off(points(), "speed"), "f", "t", "d")
+    svg(frontier(points(), "c"), "f", "t", "d")
     assert dict(matplotlib.rcParams) == before
 
 
 def test_png_is_transparent_and_holds_the_colours(tmp_path: Path) -> None:
-    pixels = image.imread(save_png(trade_off(points(), "parameters"), tmp_path / "new" / "figure.png"))
+    pixels = image.imread(save_png(frontier(points(), "c"), tmp_path / "new" / "figure.png"))
     assert pixels[0, 0, 3] == 0
     blue = np.array([int(COLOURS[0][i : i + 2], 16) / 255 for i in (1, 3, 5)])
     assert (np.abs(pixels[..., :3] - blue).max(axis=-1) < 0.01).sum() > 100
@@ -229,7 +277,7 @@ HOSTILE = ("$x_{$", "<script>alert(1)</script>", "a\x00b\u202ec\ud800", "n" * 10
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", HOSTILE, ids=("formula", "script", "control", "long", "glyphs", "right-to-left"))
 def test_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
-    figure = trade_off(points((name, "4", "8")), "speed")
+    figure = frontier(points((name, "4", "8")), "c")
     text = svg(figure, "f", name, name)
     assert shorten(name) in words(text)
     assert "<script" not in text

@@ -19,11 +19,11 @@ stacks legality blocks shards sources lora cut_plan shard_writer checkpoint embe
 gguf pooling models
 jsonl data texts
 metrics curves bootstrap forward lens flops parts depths
-vectors task_folder tasks intervals predictions evaluate depth_scores
+vectors task_folder tasks intervals differences predictions evaluate depth_scores
 profile selectors choose selection prune
 remote recipe processes teacher minibatches objectives trainable trainer train lessons heal
 cost compare
-report
+run findings saturation printing verdict drawings card report
 demo study
 graph runtime convert compatibility export
 encoders exported queueing gate embeddings serve
@@ -107,6 +107,7 @@ STEPS = {
     "heal": config.HealOptions,
     "evaluate": config.EvaluateOptions,
     "encode": config.EncodeOptions,
+    "report": config.ReportOptions,
 }
 
 

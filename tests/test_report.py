@@ -24,8 +24,12 @@ from secateur.artifacts import (
     Scores,
     Training,
 )
+from secateur.card import CARD_MARK
 from secateur.errors import DataError
-from secateur.report import CARD_MARK, read_run, report, verdict
+from secateur.findings import find
+from secateur.report import report
+from secateur.run import read_run
+from secateur.verdict import verdict
 
 TASKS = (("STSBenchmark", "sts", "cosine_spearman", 1379), ("Banking77", "classification", "accuracy", 3080))
 SCORES = {
@@ -139,12 +143,19 @@ class Page(HTMLParser):
         if "td" in self.open or "th" in self.open:
             self.cells[-1][-1] += data
 
+    def rows(self, first: str) -> list[list[str]]:
+        return [[cell.strip() for cell in row] for row in self.cells if row[0].strip().startswith(first)]
+
     def row(self, first: str) -> list[str]:
-        return next([cell.strip() for cell in row] for row in self.cells if row[0].strip().startswith(first))
+        return self.rows(first)[0]
 
 
 def read(page: Path) -> Page:
     return Page(page.read_text(encoding="utf-8"))
+
+
+def find_in(run: Path):
+    return find(read_run(run))
 
 
 def plain(text: str) -> str:
@@ -181,18 +192,22 @@ def test_rows_hold_the_values_of_their_model(run: Path) -> None:
     assert row[5] == "131127 to 136"
     assert row[6] == "69.4"
     assert row[7] == "−0.6to tiny, healed"
-    assert page.row("tiny-2-zero-shot")[-1] == "−8.0to tiny, zero-shot"
-    assert page.row("tiny-8-healed")[-1] == "–"
+    assert page.row("tiny-2-zero-shot")[-2] == "−8.0to tiny, zero-shot"
+    assert page.row("tiny-8-healed")[-2] == "–"
     header = next(row for row in page.cells if row[0] == "Task")
     values = dict(zip(header[1:], page.row("Banking77")[1:], strict=True))
-    assert values == {name: f"{100 * scores[1]:.1f}" for name, scores in SCORES.items()}
+    lost = {"tiny-6-healed": "+0.8", "tiny-2-healed": "−9.0", "tiny-2-zero-shot": "−8.0"}
+    assert values == {name: f"{100 * scores[1]:.1f}{lost.get(name, '')}" for name, scores in SCORES.items()}
+    costs = [plain(cell) for cell in page.rows("tiny-6-healed")[2]]
+    assert costs[1:4] == ["31.2 M", "10.0 M", "25.9 kB"]
+    assert costs[10] == "131127 to 136"
 
 
 def test_verdict_says_what_the_numbers_say(run: Path) -> None:
-    sentences = verdict(read_run(run))
+    sentences = verdict(find_in(run))
     assert [plain(sentence) for sentence in sentences] == [
-        "tiny, healed: 6 of 8 blocks keep 99.1 % of the healed full model’s average score at 1.3 × its speed; "
-        "2 keep 80.0 % at 3.4 × its speed."
+        "tiny, healed: 6 of 8 blocks keep 99.1 % of the healed full model’s average score on your 2 tasks at 1.3 × its "
+        "speed; 2 keep 80.0 % at 3.4 × its speed."
     ]
     page = read(report(run))
     assert sentences[0] in page.text
@@ -204,7 +219,7 @@ def test_a_better_cut_reaches_and_overlapping_speeds_are_no_claim(run: Path) -> 
     write_scores(run, "tiny-6-healed", (0.9, 0.6))
     costs = [replace(row, texts_per_second=101.0, speed_low=95.0, speed_high=105.0) for row in read_run(run).costs.rows]
     Costs(made("secateur cost"), tuple(costs)).save(run)
-    (sentence,) = verdict(read_run(run))
+    (sentence,) = verdict(find_in(run))
     assert "6 of 8 blocks reach 107.1" in sentence
     assert "does not tell from its own" in sentence
     assert "×" not in sentence
@@ -215,30 +230,38 @@ def test_without_a_trained_full_model_the_untrained_one_is_named(run: Path) -> N
         for file in path.iterdir():
             file.unlink()
     write_costs(run, [name for name in SCORES if name != "tiny-8-healed"])
-    (sentence,) = verdict(read_run(run))
+    (sentence,) = verdict(find_in(run))
     assert "of the zero-shot full model’s average score" in sentence
-    assert read(report(run)).row("tiny-6-healed")[-1] == "+30.4to tiny, zero-shot"
+    assert read(report(run)).row("tiny-6-healed")[-2] == "+30.4to tiny, zero-shot"
 
 
 def test_averages_over_different_tasks_are_not_compared(run: Path) -> None:
     write_scores(run, "tiny-6-healed", (0.9,), TASKS[:1])
     page = read(report(run))
-    assert page.row("tiny-6-healed")[-2:] == ["90.0", "–"]
+    assert page.row("tiny-6-healed")[-3:] == ["90.0", "–", "–"]
     assert page.row("Banking77")[2] == "–"
-    assert "6 of 8 blocks" not in " ".join(verdict(read_run(run)))
+    assert "6 of 8 blocks" not in " ".join(verdict(find_in(run)))
 
 
 def test_a_score_that_is_not_a_number_is_no_zero(run: Path) -> None:
     write_scores(run, "tiny-6-healed", (float("nan"), 0.6))
     page = read(report(run))
-    assert page.row("tiny-6-healed")[-2:] == ["–", "–"]
+    assert page.row("tiny-6-healed")[-3:] == ["–", "–", "–"]
 
 
-def test_several_seeds_are_told(run: Path) -> None:
-    write_model(run, "tiny-2-healed", 2, healed=True, seed=7)
-    text = read(report(run)).text
-    assert "2 seeds (7, 42)" in text
-    assert "one seed" not in text
+def test_several_seeds_are_one_row_with_their_mean_and_standard_error(run: Path) -> None:
+    for seed, scores in ((1, (0.60, 0.50)), (2, (0.64, 0.52)), (3, (0.62, 0.48))):
+        write_model(run, f"tiny-3-healed-seed{seed}", 3, healed=True, seed=seed)
+        write_scores(run, f"tiny-3-healed-seed{seed}", scores)
+    page = read(report(run))
+    row = page.row("tiny-3-healed")
+    assert len(page.rows("tiny-3-healed-seed1")) == 1  # how it was made: by model
+    assert row[0] == "tiny-3-healed"
+    mean, spread = 56.0, 1.73205  # of 55, 58 and 55
+    half = 4.30265 * spread / 3**0.5  # Student's t at 97.5 % with 2 degrees of freedom
+    assert row[-3] == f"{mean:.1f}{mean - half:.1f} to {mean + half:.1f}3 seeds, ± {spread / 3**0.5:.1f}"
+    assert "4 seeds (1, 2, 3, 42)" in page.text
+    assert "one seed" not in page.text
 
 
 def test_the_page_loads_and_runs_nothing(run: Path) -> None:
@@ -249,7 +272,7 @@ def test_the_page_loads_and_runs_nothing(run: Path) -> None:
             assert not key.startswith("on")
             if key in {"src", "href", "xlink:href", "srcset", "action"}:
                 assert value is not None
-                assert value.startswith("#")
+                assert re.match(r"#|models/[\w-]+/$", value)
     source = (run / "report.html").read_text(encoding="utf-8")
     assert "@import" not in source
     assert not re.search(r"url\((?!#)", source)
@@ -267,14 +290,15 @@ def test_the_page_is_sound_html(run: Path) -> None:
     assert len(ids) == len(set(ids))
     for _, attributes in page.tags:
         for key in ("href", "xlink:href"):
-            if key in attributes:
+            if attributes.get(key, "").startswith("#"):
                 assert attributes[key][1:] in ids
         for key in ("aria-labelledby",):
             assert all(name in ids for name in (attributes.get(key) or "").split())
+    assert page.tags[[tag for tag, _ in page.tags].index("body") + 1] == ("a", {"class": "skip", "href": "#content"})
     count = {tag: sum(other == tag for other, _ in page.tags) for tag in ("table", "caption", "figure", "figcaption")}
-    assert count["table"] == count["caption"] == 6
-    assert count["figure"] == count["figcaption"] == 4
-    assert all(a.get("role") == "img" and a.get("aria-labelledby") for tag, a in page.tags if tag == "svg")
+    assert count["table"] == count["caption"] == 6 + 1
+    assert count["figure"] == count["figcaption"] == 6
+    assert all(a.get("role") in {"img", "group"} and a.get("aria-labelledby") for tag, a in page.tags if tag == "svg")
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
     assert ("html", {"lang": "en"}) in page.tags
 
@@ -326,7 +350,7 @@ def test_hostile_names_are_shown_and_run_nothing(tmp_path: Path, name: str) -> N
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "img", "iframe", "b", "link"}
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
-    assert all(a["href"].startswith("#") for _, a in page.tags if "href" in a)
+    assert all(re.match(r"#|models/tiny-2-healed/$", a["href"] or "") for _, a in page.tags if "href" in a)
     shown = re.sub("[\u202e\u2069\ud800\x00]", "�", name)
     assert page.row(shown)
     assert not re.search("[\u202e\u2069\x00]", page.text)
@@ -336,7 +360,7 @@ def test_hostile_names_are_shown_and_run_nothing(tmp_path: Path, name: str) -> N
     assert "**bold**" not in outside_code
     rows = [line for line in outside_code.splitlines() if line.startswith("| ")]
     columns = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in rows}
-    assert columns == {2, 5, 8, 9}  # tasks and losses, profile and data, models, how they were made
+    assert columns == {2, 5, 6, 9, 11}  # tasks and losses, data, profile, models and how they were made, costs
     card = (folder / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---\n")[1])
     assert "base_model" not in front
@@ -353,15 +377,15 @@ def test_one_table_is_enough_and_missing_parts_are_left_out(tmp_path: Path, part
     else:
         write_costs(tmp_path)
     page = read(report(tmp_path))
-    expected = {"profile": {"depth"}, "models": {"models"}, "scores": {"models", "tasks"}, "costs": {"models"}}
+    expected = {"profile": {"depth"}, "models": {"models"}, "scores": {"models", "tasks"}, "costs": {"models", "costs"}}
     sections = {a["id"] for tag, a in page.tags if tag == "h2" and "id" in a}
     assert sections == {*expected[part], "commands", "provenance"}
-    links = {a["href"][1:] for tag, a in page.tags if tag == "a"}
-    assert links == sections
+    links = {a["href"][1:] for tag, a in page.tags if tag == "a" and a["href"].startswith("#")}
+    assert links == {*sections, "content"}
     headings = re.findall("^## (.*)$", (tmp_path / "report.md").read_text(encoding="utf-8"), flags=re.M)
-    names = {"depth": "Loss by depth", "models": "Models", "tasks": "Score per task"}
+    names = {"depth": "Quality by depth", "models": "Models", "tasks": "Score per task", "costs": "Costs"}
     assert set(headings) == {names[s] for s in expected[part]} | {"Commands", "Provenance"}
-    assert verdict(read_run(tmp_path))[0] in page.text
+    assert verdict(find_in(tmp_path))[0] in page.text
 
 
 def test_a_folder_with_nothing_to_show_is_an_error(tmp_path: Path) -> None:
@@ -392,7 +416,7 @@ def test_two_scores_of_one_model_on_one_task_are_an_error(run: Path) -> None:
 def test_markdown_shows_its_figures(run: Path) -> None:
     report(run)
     shown = re.findall(r"!\[.*?\]\((.*?)\)", (run / "report.md").read_text(encoding="utf-8"))
-    assert len(shown) == 4
+    assert len(shown) == 6
     for name in shown:
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
@@ -410,7 +434,20 @@ def test_the_model_card_has_metadata_scores_and_use(run: Path) -> None:
         "base_model_relation": "finetune",
         "pipeline_tag": "sentence-similarity",
         "library_name": "sentence-transformers",
-        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "secateur", "pruned"],
+        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "mteb", "secateur", "pruned"],
+        "model-index": [
+            {
+                "name": "tiny-6-healed",
+                "results": [
+                    {
+                        "task": {"type": kind, "name": kind},
+                        "dataset": {"type": task.lower(), "name": task},
+                        "metrics": [{"type": metric, "value": 100 * score, "name": metric}],
+                    }
+                    for (task, kind, metric, _), score in zip(TASKS, SCORES["tiny-6-healed"], strict=True)
+                ],
+            }
+        ],
     }
     assert "the first 6 of the 8 blocks" in body
     code = re.search(r"```python\n(.*?)```", body, re.S)
@@ -418,8 +455,8 @@ def test_the_model_card_has_metadata_scores_and_use(run: Path) -> None:
     compile(code[1], "card", "exec")
     assert "encode_query" in code[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("|")]
-    assert ["STSBenchmark", r"cosine\_spearman", "1379", "78.0", "80.0"] in rows
-    assert ["**Average**", "", "", "**69.4**", "**70.0**"] in rows
+    assert ["STSBenchmark", r"cosine\_spearman", "1379", "78.0", "–", "80.0"] in rows
+    assert ["**Average**", "", "", "**69.4**", "", "**70.0**"] in rows
     assert ["query", '"Find: "'] in rows
     assert "secateur prune org/tiny --depth 6" in body
     assert "learning_rate: 0.0002" in body

@@ -274,7 +274,7 @@ class ScoreRow:
 
     ``low`` to ``high`` is the 95 % bootstrap interval of the score over ``units`` things drawn again, ``unit`` says
     which (:mod:`secateur.predictions`); None where they cannot be. ``draws`` names the file of the draws, which
-    :func:`secateur.evaluate.read_draws` reads.
+    :func:`secateur.differences.read_draws` reads.
     """
 
     model: str

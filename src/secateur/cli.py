@@ -250,7 +250,7 @@ def export_command(options: config.ExportOptions) -> None:
 def report_command(options: config.ReportOptions) -> None:
     import secateur
 
-    typer.echo(secateur.report(options.run))
+    typer.echo(secateur.report(**_given(options)))
 
 
 @_command(config.StudyOptions)

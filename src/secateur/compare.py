@@ -22,14 +22,14 @@ from secateur.artifacts import (
     DifferenceRow,
     Fingerprint,
     OverlapRow,
-    ScoreRow,
     Scores,
     provenance,
 )
 from secateur.cost import cost
+from secateur.differences import read_draws, score_differences
 from secateur.errors import ConfigError
-from secateur.evaluate import evaluate, read_draws
-from secateur.intervals import Array, interval, mean_of
+from secateur.evaluate import evaluate
+from secateur.intervals import Array
 from secateur.models import model_label, open_model
 from secateur.progress import Progress, silent
 from secateur.task_folder import read_task_folder, texts_of
@@ -139,69 +139,6 @@ def _texts(
     if len(texts) > most:
         texts = [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), most))]  # noqa: S311
     return texts, [part.source for part in read]
-
-
-# Scores ---------------------------------------------------------------------------------------------------------------
-
-
-def score_differences(
-    rows: Sequence[ScoreRow], reference: str, draws: Sequence[Array | None]
-) -> tuple[DifferenceRow, ...]:
-    """Each model's scores minus the reference's, by task, and the mean over the tasks that both have.
-
-    Args:
-        rows: Scores of some models, the reference among them.
-        reference: Name of the model to subtract.
-        draws: Of each row, as :func:`secateur.evaluate.read_draws` gives them.
-    """
-    found = {(row.model, row.task): (row, drawn) for row, drawn in zip(rows, draws, strict=True)}
-    differences: list[DifferenceRow] = []
-    for model in dict.fromkeys(row.model for row in rows if row.model != reference):
-        tasks = [row.task for row in rows if row.model == model and (reference, row.task) in found]
-        pairs = [(found[model, task], found[reference, task]) for task in tasks]
-        parts = [_paired(*one, *two) for one, two in pairs]
-        own = [_difference(one[0], two[0], drawn) for (one, two), drawn in zip(pairs, parts, strict=True)]
-        differences += own
-        known = [drawn for drawn in parts if drawn is not None]
-        if len(own) > 1:
-            differences.append(_mean(own, mean_of(known) if len(known) == len(own) else None))
-    return tuple(differences)
-
-
-def _paired(row: ScoreRow, draws: Array | None, reference: ScoreRow, other: Array | None) -> Array | None:
-    """The difference on each draw; None where the draws are not of the same things."""
-    same = ("data", "sample", "metric", "units", "unit")
-    if draws is None or other is None or any(getattr(row, name) != getattr(reference, name) for name in same):
-        return None
-    if row.sample is not None and row.seed != reference.seed:
-        return None
-    difference: Array = draws - other
-    return difference
-
-
-def _difference(row: ScoreRow, reference: ScoreRow, draws: Array | None) -> DifferenceRow:
-    low, high = interval(draws) if draws is not None else (None, None)
-    return DifferenceRow(
-        model=row.model,
-        reference=reference.model,
-        task=row.task,
-        metric=row.metric,
-        score=row.score,
-        reference_score=reference.score,
-        difference=row.score - reference.score,
-        low=low,
-        high=high,
-        unit=row.unit if draws is not None else "",
-        units=row.units if draws is not None else 0,
-    )
-
-
-def _mean(rows: Sequence[DifferenceRow], draws: Array | None) -> DifferenceRow:
-    low, high = interval(draws) if draws is not None else (None, None)
-    score, reference = (float(np.mean([getattr(row, name) for row in rows])) for name in ("score", "reference_score"))
-    return DifferenceRow(
-        rows[0].model, rows[0].reference, "", "mean", score, reference, score - reference, low, high, "tasks", len(rows)
-    )
 
 
 # Neighbours -----------------------------------------------------------------------------------------------------------

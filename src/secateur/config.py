@@ -263,6 +263,7 @@ class ReportOptions(Options):
     """
 
     run: Path = Field(description="A run folder.", json_schema_extra=ONE)
+    threshold: float = Field(100.0, gt=0, description="Million parameters that one more point of score may cost.")
 
 
 class StudyOptions(HealSettings):

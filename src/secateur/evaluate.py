@@ -49,7 +49,8 @@ from secateur.artifacts import (
     writing,
 )
 from secateur.data import instruction_prompt
-from secateur.errors import ConfigError, DataError, ModelError
+from secateur.differences import draws_file
+from secateur.errors import ConfigError, ModelError
 from secateur.intervals import FEWEST, Array, interval, mean_of, resample, whole
 from secateur.models import model_label, open_model
 from secateur.predictions import predicted
@@ -57,7 +58,7 @@ from secateur.progress import Progress, quiet, silent
 from secateur.tasks import Task, count_samples, open_task
 from secateur.vectors import VectorCache, fingerprint_model
 
-DRAWS_FOLDER, MTEB_FOLDER = "draws", "mteb"
+MTEB_FOLDER = "mteb"
 SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
 
 Model: TypeAlias = str | Path | SentenceTransformer
@@ -198,7 +199,7 @@ class _Ledger:
         row = self.rows.get((model, task))
         if row is None or any(getattr(row, name) != value for name, value in key.items()):
             return False
-        return self.out is None or not row.draws or _draws_file(self.out, row.draws).is_file()
+        return self.out is None or not row.draws or draws_file(self.out, row.draws).is_file()
 
     def add(self, scored: Scored) -> None:
         """Keep a score; on disk the row comes last, so that what it names is there."""
@@ -209,7 +210,7 @@ class _Ledger:
         if scored.draws is not None:
             stream = io.BytesIO()
             np.save(stream, scored.draws)
-            write_bytes(_draws_file(self.out, row.draws), stream.getvalue())
+            write_bytes(draws_file(self.out, row.draws), stream.getvalue())
         with writing(self.out / MTEB_FOLDER):
             ResultCache(self.out / MTEB_FOLDER).save_to_cache(scored.result, scored.meta)
         self._of([*self.rows]).save(self.out)
@@ -223,27 +224,6 @@ class _Ledger:
         used = {row.task for row in rows}
         data = [item for name, item in self.data.items() if name in used]
         return Scores(provenance=provenance(data, self.seed), scores=rows)
-
-
-def _draws_file(out: Path, name: str) -> Path:
-    return out / DRAWS_FOLDER / f"{name}.npy"
-
-
-def read_draws(out: str | Path, row: ScoreRow) -> Array | None:
-    """The score of each bootstrap draw of a row of ``out/scores.json``: (draws,); None where it was not resampled.
-
-    Raises:
-        DataError: The file that the row names is missing or damaged.
-    """
-    if not row.draws:
-        return None
-    file = _draws_file(Path(out), row.draws)
-    try:
-        draws: Array = np.load(file)
-    except (OSError, ValueError, EOFError):
-        problem = f"is missing or damaged, the draws of {row.model} on {row.task}"
-        raise DataError(file, problem, "evaluate again into the same folder") from None
-    return draws
 
 
 def is_instructed(model: SentenceTransformer) -> bool:

@@ -11,12 +11,13 @@ import io
 import itertools
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -38,6 +39,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 NAME_LENGTH = 40
+MOST_SERIES = 12
+"""Beyond, a legend says less than it hides."""
 WIDTH, NARROW = 5.6, 4.8  # inches, of 72 units each: type of 9 units is still legible on a phone
 
 _STYLE: dict[str, Any] = {
@@ -75,19 +78,24 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2
 
 @dataclass(frozen=True)
 class Point:
-    """One model in :func:`trade_off`. ``score`` is an average from 0 to 1.
+    """One model in :func:`frontier`. ``score`` is an average from 0 to 1, with its interval where it has one.
 
-    ``series`` names the variants that a line joins, ``label`` stands beside the point. ``speed`` is in texts per
-    second, with the lowest and the highest that were measured.
+    ``series`` names the variants that a line joins, ``label`` stands beside the point. ``cost`` is what the horizontal
+    axis shows, with the range that was measured; ``best``: no model is as good for less. ``note`` are lines that the
+    page shows of the point, the first its name, and ``link`` where it leads.
     """
 
     series: str
     label: str
     score: float
-    parameters: int
-    speed: float
-    speed_low: float
-    speed_high: float
+    low: float | None
+    high: float | None
+    cost: float
+    cost_low: float | None = None
+    cost_high: float | None = None
+    best: bool = False
+    note: tuple[str, ...] = ()
+    link: str = ""
 
 
 def loss_curve(profile: Profile, choice: Mapping[str, int] | None = None) -> Figure:
@@ -331,31 +339,89 @@ def profile_figures(profile: Profile, choice: Mapping[str, int] | None = None) -
     return drawn
 
 
-def trade_off(points: Sequence[Point], against: Literal["parameters", "speed"]) -> Figure:
-    """Average score (× 100) against what it costs: one labelled point per model, a line through each series."""
-    horizontal: Callable[[Point], float] = lambda point: getattr(point, against)  # noqa: E731
+def frontier(points: Sequence[Point], cost: str) -> Figure:
+    """Average score (× 100) against what it costs: a point per model with its intervals, a line through each series.
+
+    A dashed line joins the best models at their cost (the Pareto front). Each point's element has the id ``point-<i>``.
+    """
     series = list(dict.fromkeys(point.series for point in points))
     with _drawing():
         figure = _figure(3.6, NARROW)
         axes = figure.subplots()
         lines = []
         for index, name in enumerate(series):
-            own = sorted((point for point in points if point.series == name), key=horizontal)
-            x, y = [horizontal(point) for point in own], [100 * point.score for point in own]
-            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-            dashes = DASHES[index % len(DASHES)]
-            axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, label=shorten(name), clip_on=False)
-            if against == "speed":
-                ranges = [[p.speed - p.speed_low for p in own], [p.speed_high - p.speed for p in own]]
-                axes.errorbar(x, y, xerr=ranges, color=colour, linestyle="none", linewidth=0.8, capsize=2)
+            own = sorted((point for point in points if point.series == name), key=lambda point: point.cost)
+            x, y = [point.cost for point in own], [100 * point.score for point in own]
+            axes.plot(x, y, color=COLOURS[index % len(COLOURS)], linestyle=DASHES[index % len(DASHES)], linewidth=1.2)
             lines.append((x, y))
-        _cost_axis(axes, [horizontal(point) for point in points])
-        axes.set_xlabel("Parameters, embedding table included" if against == "parameters" else "Texts per second")
+        _draw_points(axes, points)
+        front = sorted((point.cost, 100 * point.score) for point in points if point.best)
+        if len(front) > 1:
+            axes.plot(
+                *zip(*front, strict=True),
+                color=INK,
+                linestyle=(0, (4, 3)),
+                linewidth=1,
+                zorder=1.5,
+                label="best at its cost",
+            )
+        _cost_axis(axes, [point.cost for point in points])
+        axes.set_xlabel(cost)
         axes.set_ylabel("Average score (× 100)")
         axes.margins(x=0.1, y=0.14)
-        _legend(figure, axes)
-        labels = [(horizontal(point), 100 * point.score, shorten(point.label)) for point in points]
+        if len(series) <= MOST_SERIES:
+            _legend(figure, axes)
+        labels = [(point.cost, 100 * point.score, shorten(point.label)) for point in points if point.label]
         _label_points(figure, axes, labels, lines)
+    return figure
+
+
+def _draw_points(axes: Any, points: Sequence[Point]) -> None:
+    """Markers by series, with error bars: the interval of the score, the range of the cost."""
+    series = list(dict.fromkeys(point.series for point in points))
+    for index, name in enumerate(series):
+        look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        axes.plot([], [], linestyle="none", label=shorten(name), **look)
+    for place, point in enumerate(points):
+        index = series.index(point.series)
+        look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        (drawn,) = axes.plot(point.cost, 100 * point.score, clip_on=False, **look)
+        drawn.set_gid(f"point-{place}")
+        style = {"color": look["color"], "linewidth": 0.9}
+        if point.low is not None and point.high is not None:
+            axes.vlines(point.cost, 100 * point.low, 100 * point.high, **style)
+        if point.cost_low is not None and point.cost_high is not None:
+            axes.hlines(100 * point.score, point.cost_low, point.cost_high, **style)
+
+
+def size_curve(
+    points: Sequence[Point], curve: Callable[[float], float] | None, plateau: float | None, dear: float | None
+) -> Figure:
+    """Average score (× 100) against parameters over all models, with the fitted curve and its plateau where there are.
+
+    Args:
+        points: As for :func:`frontier`, their cost in parameters.
+        curve: Parameters → score.
+        plateau: The score that the curve levels off at.
+        dear: The size beyond which a point costs more than the threshold.
+    """
+    with _drawing():
+        figure = _figure(3.3)
+        axes = figure.subplots()
+        _draw_points(axes, points)
+        sizes = [point.cost for point in points]
+        if curve is not None:
+            steps = [min(sizes) * (max(sizes) / min(sizes)) ** (i / 100) for i in range(101)]
+            axes.plot(steps, [100 * curve(size) for size in steps], color=INK, linewidth=1.3, label="fitted curve")
+        if plateau is not None:
+            axes.axhline(100 * plateau, color=INK, linewidth=0.9, linestyle=DASHES[2], label="plateau")
+        if dear is not None:
+            axes.axvline(dear, color=COLOURS[1], linewidth=0.9, linestyle=DASHES[1], label="beyond: too dear")
+        _cost_axis(axes, sizes)
+        axes.set_xlabel("Parameters, embedding table included")
+        axes.set_ylabel("Average score (× 100)")
+        if len({point.series for point in points}) <= MOST_SERIES:
+            _legend(figure, axes)
     return figure
 
 
@@ -376,20 +442,24 @@ def training_curves(trainings: Mapping[str, Training]) -> Figure:
         axes.set_xlabel("Step")
         axes.set_ylabel("Training loss (nats)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(figure, axes)
+        if len(trainings) <= MOST_SERIES:
+            _legend(figure, axes)
     return figure
 
 
-def svg(figure: Figure, name: str, title: str, description: str) -> str:
+def svg(figure: Figure, name: str, title: str, description: str, points: Sequence[Point] = ()) -> str:
     """The figure as an ``<svg>`` element to stand in a page, labelled for those who do not see it.
 
-    Text stays text in the page's own font, and neutral colours follow the CSS variable ``--figure-ink``.
+    Text stays text in the page's own font, and neutral colours follow the CSS variable ``--figure-ink``. Points become
+    links: pointed at, or reached by keyboard, they show their notes at the foot of the figure (classes ``point``,
+    ``tip`` and ``hint``, for the page's style).
 
     Args:
         figure: What one of the functions above drew.
         name: Prefix of all ids in the element; unique in its page, of letters, digits and ``-``.
         title: Short name of the figure.
         description: What there is to see, in words.
+        points: Those that :func:`frontier` or :func:`size_curve` drew.
     """
     stream = io.BytesIO()
     _save(figure, stream, "svg", {"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -402,13 +472,52 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
         element.attrib = {key: _page_attribute(key, value, name) for key, value in element.attrib.items()}
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title {name}-description"}
+    root.attrib |= {"role": "group" if points else "img", "aria-labelledby": f"{name}-title {name}-description"}
+    if points:
+        _link_points(root, name, points)
     for position, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ElementTree.Element(f"{{http://www.w3.org/2000/svg}}{tag}")
         element.attrib["id"] = f"{name}-{'title' if tag == 'title' else 'description'}"
         element.text = printable(text)
         root.insert(position, element)
     return ElementTree.tostring(root, encoding="unicode")
+
+
+_SVG, _FOOT, _LETTERS = "{http://www.w3.org/2000/svg}", 56, 74
+
+
+def _link_points(root: ElementTree.Element, name: str, points: Sequence[Point]) -> None:
+    """Wrap each point's element in a link with its notes; they stand in a strip added below the figure."""
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    root.attrib["viewBox"] = f"0 0 {width:g} {height + _FOOT:g}"
+    parents = {child: parent for parent in root.iter() for child in parent}
+    elements = {element.attrib["id"]: element for element in root.iter() if "id" in element.attrib}
+    hint = _child(root, "text", {"class": "hint", "x": "4", "y": f"{height + 14:g}"})
+    hint.text = "Point at a model, or tab to it, for its numbers and the command that made it."
+    for index, point in enumerate(points):
+        element = elements[f"{name}-point-{index}"]
+        parent = parents[element]
+        link = ElementTree.Element(f"{_SVG}a" if point.link else f"{_SVG}g", {"class": "point"})
+        link.attrib |= {"href": point.link} if point.link else {}
+        # Past two dozen points, the keyboard stops at the best only; the tables hold the others.
+        link.attrib["tabindex"] = "0" if point.best or len(points) <= 24 else "-1"
+        parent[list(parent).index(element)] = link
+        _child(link, "title", {}).text = "\n".join(printable(line) for line in point.note)
+        link.append(element)
+        marker = next(element.iter(f"{_SVG}use")).attrib
+        _child(link, "circle", {"class": "hit", "cx": marker["x"], "cy": marker["y"], "r": "9"})
+        tip = _child(link, "text", {"class": "tip", "aria-hidden": "true"})
+        lines = [part for line in point.note for part in _wrapped(line)][: _FOOT // 11]
+        for row, line in enumerate(lines):
+            _child(tip, "tspan", {"x": "4", "y": f"{height + 14 + 11 * row:g}"}).text = line
+
+
+def _child(parent: ElementTree.Element, tag: str, attributes: dict[str, str]) -> ElementTree.Element:
+    return ElementTree.SubElement(parent, f"{_SVG}{tag}", attributes)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(shorten(text, 3 * _LETTERS), _LETTERS) or [""]
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:
