@@ -1,0 +1,399 @@
+"""What healing recovers: the same model cut and trained in several ways, on the same batches, scored on the same tasks.
+
+    python benchmarks/quality.py MODEL DATA TASKS -o OUT [--embedder MINILM] [--rows ROW ...] [--steps 100]
+
+MODEL is a language model's folder, DATA a folder of training files, TASKS a folder of task folders. Each row and seed
+is a folder of OUT: it goes on where it was stopped, and is skipped once it is scored. Trained models are removed after
+scoring, but for the full-depth one, which is a teacher (--keep-models keeps all). At the end, and with --table alone,
+prints a Markdown table: the average over task types ± standard error over the seeds, in points.
+
+Every row has the same batches (same seed, same steps), but for the rows of equal compute, whose steps are scaled by
+the counted FLOPs of a training step, and the label-free rows, which see texts alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytrec_eval
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import secateur
+from secateur.artifacts import Scores, Training, load, read_json, write_text
+from secateur.blocks import depth_of
+from secateur.data import instruction_prompt, read_pairs
+from secateur.jsonl import read_json_lines
+from secateur.models import open_model, use_stock_modules
+from secateur.progress import silent
+from secateur.recipe import Recipe
+from secateur.train import make_loss, train, training_sets
+from secateur.trainable import prepare
+
+PAPER = {"recipe": "l3prune"}
+SEARCHES = ("Cranfield", "PubMedQA-L")
+STATIC_LEARNING_RATE = 1e-2
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: how the model is cut, and what it is healed with."""
+
+    about: str
+    blocks: Callable[[argparse.Namespace, int, int], tuple[int, ...]]
+    settings: dict[str, Any] = field(default_factory=lambda: PAPER)
+    pooling: str | None = None
+    equal_compute: bool = False
+    teacher: bool = False
+    embedder: bool = False
+
+
+def first(name: str) -> Callable[[argparse.Namespace, int, int], tuple[int, ...]]:
+    return lambda args, depth, seed: tuple(range(depth if name == "full" else getattr(args, name)))
+
+
+def uniform(args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
+    return tuple(round(i * (depth - 1) / (args.small - 1)) for i in range(args.small))
+
+
+def at_random(args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
+    return tuple(sorted(random.Random(seed).sample(range(depth), args.small)))
+
+
+def nothing(args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
+    return ()
+
+
+ROWS = {
+    "full-lora": Row("full depth, the paper's recipe", first("full")),
+    "small-lora": Row("small, the paper's recipe", first("small")),
+    "small-blocks": Row("small, its blocks' weights, same steps", first("small"), {"train": "blocks"}),
+    "small-blocks-compute": Row(
+        "small, its blocks' weights, equal compute", first("small"), {"train": "blocks"}, equal_compute=True
+    ),
+    "large-lora": Row("large, the paper's recipe", first("large")),
+    "small-all": Row("small, every weight", first("small"), {"train": "all"}),
+    "small-everyday": Row("small, the everyday recipe", first("small"), {"recipe": "everyday", "train": "blocks"}),
+    "small-everyday-compute": Row(
+        "small, the everyday recipe, equal compute",
+        first("small"),
+        {"recipe": "everyday", "train": "blocks"},
+        equal_compute=True,
+    ),
+    "small-teacher": Row(
+        "small, the everyday recipe and the healed full model as teacher",
+        first("small"),
+        {"recipe": "everyday", "train": "blocks"},
+        teacher=True,
+    ),
+    "random": Row("random blocks, the paper's recipe", at_random),
+    "uniform": Row("evenly spaced blocks, the paper's recipe", uniform),
+    "small-both-ways": Row("small, attention both ways", first("small"), PAPER | {"bidirectional": True}),
+    "small-mean": Row("small, mean pooling", first("small"), pooling="mean"),
+    "static": Row("token embeddings alone", nothing, {"train": "all", "learning_rate": STATIC_LEARNING_RATE}),
+    "embedder": Row("the embedder, as it came", first("full"), {}, embedder=True),
+    "embedder-small": Row(
+        "the embedder's first blocks, distilled on texts alone", first("embedder_small"), {}, embedder=True
+    ),
+}
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        check_same(args)
+        for seed in args.seeds:
+            for name in args.rows:
+                if ROWS[name].embedder and args.embedder is None:
+                    print(f"{name}: left out, no --embedder", flush=True)
+                elif not (args.out / f"{name}-{seed}" / "done.json").is_file():
+                    run(args, name, seed)
+    print(table(args))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("tasks", type=Path)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--embedder", type=Path, help="a trained embedder, for the label-free rows")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--small", type=int, default=7, help="blocks of the small cuts")
+    parser.add_argument("--large", type=int, default=24, help="blocks of the large cut")
+    parser.add_argument("--embedder-small", type=int, default=3, help="blocks of the embedder's cut")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-length", type=int, default=64, help="tokens per text in training")
+    parser.add_argument("--distill-steps", type=int, default=1000, help="of the label-free row, whose steps are cheap")
+    parser.add_argument("--texts", type=int, default=30000, help="texts of the label-free row")
+    parser.add_argument("--sample", type=int, default=300, help="of each task; 0: the whole task")
+    parser.add_argument("--eval-length", type=int, default=128, help="tokens per text in scoring, for all rows")
+    parser.add_argument("--eval-dtype", default="bfloat16")
+    parser.add_argument("--keep-models", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+    return parser.parse_args()
+
+
+def check_same(args: argparse.Namespace) -> None:
+    """Rows of one folder must be comparable: refuse to go on with other settings."""
+    keys = ("small", "large", "embedder_small", "steps", "batch_size", "max_length", "distill_steps", "texts")
+    keys += ("sample", "eval_length", "eval_dtype")
+    settings = {key: getattr(args, key) for key in keys} | {"model": str(args.model), "tasks": str(args.tasks)}
+    note = args.out / "settings.json"
+    if note.is_file() and read_json(note) != settings:
+        raise SystemExit(f"{note} has other settings: name another --out")
+    write_text(note, json.dumps(settings, indent=1))
+
+
+def run(args: argparse.Namespace, name: str, seed: int) -> None:
+    """Cut, heal and score one row with one seed."""
+    row, folder = ROWS[name], args.out / f"{name}-{seed}"
+    folder.mkdir(exist_ok=True)
+    print(f"{time.strftime('%H:%M:%S')} {folder.name}", flush=True)
+    source = args.embedder if row.embedder else args.model
+    depth = depth_of(open_model(source, device="cpu")[0].auto_model)
+    blocks = row.blocks(args, depth, seed)
+    about: dict[str, Any] = {"blocks": len(blocks), "kept": blocks}
+    if name == "static":
+        score(args, static(args, row, folder, seed, about), folder, seed)
+    elif name == "embedder":
+        score(args, source, folder, seed)
+    else:
+        model = folder / "model"
+        if not model.exists():
+            heal(args, row, folder, source, blocks, depth, seed)
+        about |= trained(load(model, Training))
+        score(args, model, folder, seed)
+        if name == "embedder-small":
+            about["searches"] = searches(args, model, args.embedder)
+        if name == "small-teacher":
+            about["searches"] = searches(args, model, args.out / f"full-lora-{seed}" / "model")
+    write_text(folder / "done.json", json.dumps(about, indent=1))
+    if name != "full-lora" and not args.keep_models:
+        for leftover in ("model", "cut", "checkpoints"):
+            shutil.rmtree(folder / leftover, ignore_errors=True)
+
+
+def heal(
+    args: argparse.Namespace, row: Row, folder: Path, source: Path, blocks: tuple[int, ...], depth: int, seed: int
+) -> None:
+    cut = folder / "cut"
+    if not cut.exists():
+        secateur.prune(source, keep=blocks, pooling=row.pooling, out=cut)
+    options: dict[str, Any] = {"seed": seed, "batch_size": args.batch_size, "max_length": args.max_length}
+    options |= {"steps": args.steps, **row.settings}
+    if row.equal_compute:
+        options["steps"] = equal_steps(args, row, cut)
+    if row.embedder:
+        options |= {"teacher": source, "steps": args.distill_steps, "cache": args.out / "vectors"}
+    if row.teacher:
+        options |= {"teacher": args.out / f"full-lora-{seed}" / "model", "cache": args.out / "vectors"}
+    data: list[Path] = [texts(args)] if row.embedder else training_files(args)
+    secateur.heal(cut, data, out=folder / "model", progress=silent, **options)
+
+
+def training_files(args: argparse.Namespace) -> list[Path]:
+    return sorted(path for path in args.data.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")))
+
+
+def texts(args: argparse.Namespace) -> Path:
+    """Texts of the training files, without what belongs to what."""
+    file: Path = args.out / "texts.jsonl"
+    if not file.is_file():
+        rows = [row for path in training_files(args) for row in read_pairs(path).rows]
+        known = sorted({text for row in rows for text in (row.anchor, row.positive, *row.negatives)})
+        drawn = random.Random(0).sample(known, min(args.texts, len(known)))
+        write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in drawn))
+    return file
+
+
+def equal_steps(args: argparse.Namespace, row: Row, cut: Path) -> int:
+    """Steps of a cut model that cost what the full model's adapters cost in ``--steps``, by counted FLOPs."""
+    full = step_flops(args, args.model, {})
+    steps = round(args.steps * full / step_flops(args, cut, row.settings))
+    print(f"  {steps} steps in place of {args.steps}", flush=True)
+    return steps
+
+
+def step_flops(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> int:
+    """Counted in one forward and backward pass of a batch of triplets at full length."""
+    model = open_model(folder, device="cpu")
+    use_stock_modules(model)
+    recipe = Recipe(train=settings.get("train", "lora"), batch_size=4, precision="float32")
+    prepare(model, recipe)
+    loss = make_loss(model.train(), recipe)
+    batch = [" ".join(["word"] * 600)] * 4
+    model.max_seq_length = args.max_length
+    columns = [model.preprocess(batch) for _ in range(3)]
+    with FlopCounterMode(display=False) as counted:
+        loss(columns, None).backward()
+    return int(counted.get_total_flops())
+
+
+def static(args: argparse.Namespace, row: Row, folder: Path, seed: int, about: dict[str, Any]) -> Any:
+    """The model without any block, its token table trained; in memory, for no plain folder has 0 blocks."""
+    model = open_model(args.model, device="cpu")
+    transformer = model[0].auto_model
+    transformer.layers = torch.nn.ModuleList()
+    transformer.config.num_hidden_layers = 0
+    use_stock_modules(model)
+    sources = [read_pairs(file) for file in training_files(args)]
+    model.prompts.update({pairs.name: pairs.prompt for pairs in sources if pairs.prompt})
+    numbers = {"steps": args.steps, "batch_size": args.batch_size, "max_length": args.max_length, "seed": seed}
+    recipe = Recipe(**numbers, **row.settings)
+    outcome = train(model, training_sets(sources, args.batch_size), recipe, folder / "checkpoints", silent)
+    about |= {"steps": args.steps, "seconds": outcome.seconds, "trained_parameters": outcome.trained_parameters}
+    return model
+
+
+def trained(table: Training) -> dict[str, Any]:
+    kept = {"steps": table.steps, "seconds": table.seconds, "trained_parameters": table.trained_parameters}
+    return kept | {"settings": dict(table.settings), "losses": [(row.step, row.loss) for row in table.losses]}
+
+
+def score(args: argparse.Namespace, model: Any, folder: Path, seed: int) -> None:
+    """Into the row's own folder; one by one, so that a killed scoring goes on."""
+    if isinstance(model, Path):
+        model = open_model(model, dtype=args.eval_dtype, device="cpu")
+    else:
+        model.to(getattr(torch, args.eval_dtype))
+    model.max_seq_length = min(args.eval_length, model.max_seq_length)
+    tasks = sorted(path for path in args.tasks.iterdir() if (path / "task.json").is_file())
+    secateur.evaluate([model], tasks, sample=args.sample or None, names=[folder.name], out=folder)
+
+
+def searches(args: argparse.Namespace, student: Path, teacher: Path) -> dict[str, dict[str, float]]:
+    """nDCG@10 of the student alone, of its queries over the teacher's documents, and of the teacher alone."""
+    student_model, teacher_model = (
+        open_model(path, dtype=args.eval_dtype, device="cpu") for path in (student, teacher)
+    )
+    for model in (student_model, teacher_model):
+        model.max_seq_length = min(args.eval_length, model.max_seq_length)
+    found = {}
+    for name in SEARCHES:
+        if not (args.tasks / name).is_dir():
+            continue
+        query, document, judged = read_search(args.tasks / name, args.sample)
+        prompt = instruction_prompt(read_json(args.tasks / name / "task.json").get("instruction", ""))
+        # Prompts as `evaluate` gives them: only to a model that was trained with instructions.
+        prompts = {id(model): prompt if any(model.prompts.values()) else "" for model in (student_model, teacher_model)}
+        queries, documents = (
+            [
+                encode(model, texts.values(), prompts[id(model)] if texts is query else "")
+                for model in (student_model, teacher_model)
+            ]
+            for texts in (query, document)
+        )
+        ways = {"student": (0, 0), "student's queries, teacher's documents": (0, 1), "teacher": (1, 1)}
+        found[name] = {
+            way: ndcg(queries[i] @ documents[j].T, list(query), list(document), judged) for way, (i, j) in ways.items()
+        }
+    return found
+
+
+def encode(model: Any, texts: Iterable[str], prompt: str) -> np.ndarray:
+    options = {"normalize_embeddings": True, "show_progress_bar": False, "convert_to_tensor": True}
+    vectors: np.ndarray = model.encode(list(texts), prompt=prompt or None, **options).float().numpy()
+    return vectors
+
+
+def read_search(folder: Path, sample: int) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
+    """Queries, documents and judgements; of a sample, its judged documents and as many others as fit ten times."""
+
+    def lines(stem: str) -> Iterable[dict[str, Any]]:
+        file = next(folder.glob(f"{stem}.jsonl*"))
+        return (dict(row) for _, row in read_json_lines(file))
+
+    queries = {row["_id"]: row["text"] for row in lines("queries")}
+    documents = {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in lines("corpus")}
+    judged: dict[str, dict[str, int]] = {}
+    for line in next(folder.glob("qrels*")).read_text(encoding="utf-8").splitlines()[1:]:
+        query, document, grade = line.split("\t")
+        judged.setdefault(query, {})[document] = int(grade)
+    asked = [query for query in queries if any(judged.get(query, {}).values())]
+    if sample:
+        asked = sorted(random.Random(42).sample(asked, min(sample, len(asked))))
+        needed = {document for query in asked for document in judged[query]}
+        others = sorted(set(documents) - needed)
+        needed |= set(random.Random(42).sample(others, min(10 * sample, len(others))))
+        documents = {key: text for key, text in documents.items() if key in needed}
+    return {query: queries[query] for query in asked}, documents, {query: judged[query] for query in asked}
+
+
+def ndcg(similarity: np.ndarray, queries: list[str], documents: list[str], judged: dict[str, dict[str, int]]) -> float:
+    run = {}
+    for query, row in zip(queries, similarity, strict=True):
+        best = np.argsort(-row)[:10]
+        run[query] = {documents[i]: float(row[i]) for i in best}
+    found = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(run)
+    return 100 * statistics.mean(result["ndcg_cut_10"] for result in found.values())
+
+
+def table(args: argparse.Namespace) -> str:
+    """All rows that are there."""
+    average = partial(averages, args)
+    reference = average("full-lora")
+    types = sorted({kind for name in ROWS for kinds in average(name).values() for kind in kinds if kind})
+    heads = ["row", "blocks", "steps", "trained, M", "train, s", "average", "− reference", *types, "seeds"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    extra = []
+    for name, row in ROWS.items():
+        scores = average(name)
+        if not scores:
+            continue
+        notes = [read_json(args.out / f"{name}-{seed}" / "done.json") for seed in scores]
+        common = [seed for seed in scores if seed in reference]
+        apart = [scores[seed][""] - reference[seed][""] for seed in common]
+        cells = [row.about, str(notes[0]["blocks"]), str(notes[0].get("steps", ""))]
+        cells += [f"{notes[0]['trained_parameters'] / 1e6:.1f}" if "trained_parameters" in notes[0] else ""]
+        cells += [f"{statistics.mean(note['seconds'] for note in notes):.0f}" if "seconds" in notes[0] else ""]
+        cells += [with_error([kinds[""] for kinds in scores.values()]), with_error(apart, "+") if apart else ""]
+        cells += [f"{statistics.mean(kinds[kind] for kinds in scores.values()):.1f}" for kind in types]
+        lines.append("| " + " | ".join([*cells, str(len(scores))]) + " |")
+        for task in SEARCHES:
+            found = [note["searches"][task] for note in notes if task in note.get("searches", {})]
+            if found:
+                ways = (f"{way} {with_error([one[way] for one in found])}" for way in found[0])
+                extra.append(f"- {row.about}, nDCG@10 on {task}: {', '.join(ways)}")
+    return "\n".join([*lines, "", *extra])
+
+
+def averages(args: argparse.Namespace, name: str) -> dict[int, dict[str, float]]:
+    """Seed → task type → mean score in points; the mean over types under the empty name. Finished rows only."""
+    found = {}
+    for seed in args.seeds:
+        folder = args.out / f"{name}-{seed}"
+        if (folder / "done.json").is_file():
+            kinds: dict[str, list[float]] = {}
+            for row in load(folder, Scores).rows:
+                kinds.setdefault(row.type, []).append(100 * row.score)
+            means = {kind: statistics.mean(values) for kind, values in kinds.items()}
+            found[seed] = means | {"": statistics.mean(means.values())}
+    return found
+
+
+def with_error(values: list[float], sign: str = "") -> str:
+    """Mean ± standard error."""
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+
+
+if __name__ == "__main__":
+    main()
