@@ -20,6 +20,7 @@ import random
 import shutil
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -113,15 +114,28 @@ ROWS = {
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    if not args.table:
-        check_same(args)
-        for seed in args.seeds:
-            for name in args.rows:
-                if ROWS[name].embedder and args.embedder is None:
-                    print(f"{name}: left out, no --embedder", flush=True)
-                elif not (args.out / f"{name}-{seed}" / "done.json").is_file():
-                    run(args, name, seed)
+    failed = [] if args.table else run_all(args)
     print(table(args))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def run_all(args: argparse.Namespace) -> list[str]:
+    """Every row with the first seed, then with the next; a row that fails does not keep the others from running."""
+    check_same(args)
+    failed = []
+    for seed in args.seeds:
+        for name in args.rows:
+            folder = args.out / f"{name}-{seed}"
+            if ROWS[name].embedder and args.embedder is None:
+                print(f"{name}: left out, no --embedder", flush=True)
+            elif not (folder / "done.json").is_file():
+                try:
+                    run(args, name, seed)
+                except Exception:
+                    traceback.print_exc()
+                    failed.append(folder.name)
+    return failed
 
 
 def arguments() -> argparse.Namespace:
@@ -279,10 +293,8 @@ def score(args: argparse.Namespace, model: Any, folder: Path, seed: int) -> None
 
 def searches(args: argparse.Namespace, student: Path, teacher: Path) -> dict[str, dict[str, float]]:
     """nDCG@10 of the student alone, of its queries over the teacher's documents, and of the teacher alone."""
-    student_model, teacher_model = (
-        open_model(path, dtype=args.eval_dtype, device="cpu") for path in (student, teacher)
-    )
-    for model in (student_model, teacher_model):
+    models = [open_model(path, dtype=args.eval_dtype, device="cpu") for path in (student, teacher)]
+    for model in models:
         model.max_seq_length = min(args.eval_length, model.max_seq_length)
     found = {}
     for name in SEARCHES:
@@ -291,14 +303,9 @@ def searches(args: argparse.Namespace, student: Path, teacher: Path) -> dict[str
         query, document, judged = read_search(args.tasks / name, args.sample)
         prompt = instruction_prompt(read_json(args.tasks / name / "task.json").get("instruction", ""))
         # Prompts as `evaluate` gives them: only to a model that was trained with instructions.
-        prompts = {id(model): prompt if any(model.prompts.values()) else "" for model in (student_model, teacher_model)}
-        queries, documents = (
-            [
-                encode(model, texts.values(), prompts[id(model)] if texts is query else "")
-                for model in (student_model, teacher_model)
-            ]
-            for texts in (query, document)
-        )
+        told = [prompt if any(model.prompts.values()) else "" for model in models]
+        queries = [encode(model, query.values(), own) for model, own in zip(models, told, strict=True)]
+        documents = [encode(model, document.values(), "") for model in models]
         ways = {"student": (0, 0), "student's queries, teacher's documents": (0, 1), "teacher": (1, 1)}
         found[name] = {
             way: ndcg(queries[i] @ documents[j].T, list(query), list(document), judged) for way, (i, j) in ways.items()
