@@ -115,6 +115,8 @@ def test_mistakes_are_told_before_anything_is_written(
         (pairs_file, {"teacher_weight": 0.5}, ConfigError, "teacher_weight: there is no teacher"),
         (pairs_file, {"teacher_model": "m"}, ConfigError, "teacher_model: there is no teacher"),
         (pairs_file, taught | {"teacher_model": "m"}, ConfigError, "teacher_model: names a server's model"),
+        (pairs_file, {"distill": "both"}, ConfigError, "distill: there is no teacher"),
+        (pairs_file, taught | {"distill": "x"}, ConfigError, "distill: is 'x'"),
         (pairs_file, taught | {"teacher_weight": 2.0}, ConfigError, "teacher_weight: is 2.0"),
         (pairs_file, {"depths": [9]}, ConfigError, "depths: is 9: the model has 3 blocks"),
         (pairs_file, {"dims": [99]}, ConfigError, "dims: is 99: the vectors have 32 numbers"),

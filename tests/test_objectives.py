@@ -62,7 +62,7 @@ def divergence(vectors: np.ndarray, targets: np.ndarray) -> float:
         p, q = (np.exp([SCALE * float(unit(v)[i] @ unit(v)[j]) for j in others]) for v in (targets, vectors))
         p, q = p / p.sum(), q / q.sum()
         total += float((p * np.log(p / q)).sum())
-    return total / len(vectors)
+    return total / len(vectors) / SCALE
 
 
 def test_false_negatives_are_left_out_of_the_contrastive_loss(make_encoder: MakeEncoder):
@@ -81,24 +81,30 @@ def test_false_negatives_are_left_out_of_the_contrastive_loss(make_encoder: Make
     assert float(contrastive_loss(columns, None, SCALE)) == pytest.approx(plain, abs=1e-5) != pytest.approx(found)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_the_loss_of_pairs_with_a_teacher_is_what_its_formula_says(weight: float, make_encoder, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("weight", "distill"), [(0.0, "vectors"), (0.3, "vectors"), (0.3, "both"), (1.0, "similarities")]
+)
+def test_the_loss_of_pairs_with_a_teacher_is_what_its_formula_says(
+    weight: float, distill: str, make_encoder, tmp_path: Path
+):
     model = make_encoder()
     texts = ANCHORS + POSITIVES + NEGATIVES
     teacher, targets = taught(tmp_path, texts, 32)
-    loss = Objective(model, scale=SCALE, teacher=teacher, teacher_weight=weight)
+    loss = Objective(model, scale=SCALE, teacher=teacher, teacher_weight=weight, distill=distill)
     labels = torch.from_numpy(np.stack([teacher.rows(column) for column in (ANCHORS, POSITIVES, NEGATIVES)], axis=1))
     found = loss(tokens(model, ANCHORS, POSITIVES, NEGATIVES), labels)
     vectors = model.encode(texts)
     near = float((1 - (unit(vectors) * unit(targets)).sum(axis=1)).mean())
-    expected = (1 - weight) * info_nce(vectors[:4], vectors[4:]) + weight * (near + divergence(vectors, targets))
+    taught_part = {"vectors": near, "similarities": divergence(vectors, targets)}
+    part = taught_part.get(distill, sum(taught_part.values()))
+    expected = (1 - weight) * info_nce(vectors[:4], vectors[4:]) + weight * part
     assert float(found) == pytest.approx(expected, abs=1e-4)
 
 
 def test_texts_alone_go_through_a_linear_map_where_the_widths_differ(make_encoder: MakeEncoder, tmp_path: Path):
     model = make_encoder()
     teacher, targets = taught(tmp_path, ANCHORS, 5)
-    loss = Objective(model, scale=SCALE, teacher=teacher, teacher_weight=1.0)
+    loss = Objective(model, scale=SCALE, teacher=teacher, teacher_weight=1.0, distill="both")
     own = {name: p for name, p in loss.named_parameters() if not name.startswith("model.") and ".model." not in name}
     assert sorted(tuple(p.shape) for p in own.values()) == [(5,), (5, 32)]
     found = loss(tokens(model, ANCHORS), torch.from_numpy(teacher.rows(ANCHORS))[:, None])
@@ -115,7 +121,7 @@ def test_doubles_do_not_drown_the_similarities_of_the_others(make_encoder: MakeE
     model = make_encoder()
     texts = ["one", "one", "two", "three"]
     teacher, _ = taught(tmp_path, ["one", "two", "three"], 7)
-    loss = Objective(model, scale=SCALE, teacher=teacher, teacher_weight=1.0)
+    loss = Objective(model, scale=SCALE, teacher=teacher, teacher_weight=1.0, distill="both")
     once, twice = (
         loss(tokens(model, column), torch.from_numpy(teacher.rows(column))[:, None]) for column in (texts[1:], texts)
     )

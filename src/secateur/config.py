@@ -155,6 +155,9 @@ class HealOptions(HealSettings):
     teacher_weight: float | None = Field(
         None, ge=0, le=1, description="Of the teacher beside the pairs [0.5; texts alone leave it all]."
     )
+    distill: Literal["vectors", "similarities", "both"] | None = Field(
+        None, description="What of the teacher is imitated: vectors stay in its space [vectors]."
+    )
     depths: list[int] | None = Field(None, description="Train these depths too, to be cut later: 6,12,24.")
     dims: list[int] | None = Field(None, description="Train vectors cut to these sizes too: 64,128.")
     cache: Path | None = Field(None, description=_CACHE)

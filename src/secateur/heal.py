@@ -71,6 +71,7 @@ def heal(
     teacher: str | Path | None = None,
     teacher_model: str | None = None,
     teacher_weight: float | None = None,
+    distill: str | None = None,
     depths: Sequence[int] | None = None,
     dims: Sequence[int] | None = None,
     cache: str | Path | None = None,
@@ -116,6 +117,8 @@ def heal(
         teacher: A model, or the address of a server (see :mod:`secateur.teacher`), whose vectors are imitated.
         teacher_model: What a server calls its model.
         teacher_weight: Of the teacher beside the contrastive loss (0.5); texts alone leave it all.
+        distill: What of the teacher is imitated: its ``vectors`` (the default; the student then stays in its space),
+            the ``similarities`` between texts, or ``both``.
         depths: Train these depths too, so that the model can be cut there later without training.
         dims: Train vectors cut to these sizes too.
         cache: Folder that keeps the teacher's vectors (:mod:`secateur.vectors`) beyond this training.
@@ -143,7 +146,12 @@ def heal(
     partial_folder(out)
     sources = _read(data, instruction)
     aim = find_aim(
-        sources, taught=teacher is not None, teacher_weight=teacher_weight, depths=depths or (), dims=dims or ()
+        sources,
+        taught=teacher is not None,
+        teacher_weight=teacher_weight,
+        distill=distill,
+        depths=depths or (),
+        dims=dims or (),
     )
     recipe = recipe or aim.recipe
     numbers = make_recipe(
@@ -236,7 +244,7 @@ def _aim_settings(aim: Aim, teacher: Teacher | None, model: str | None) -> dict[
     settings: dict[str, Any] = {"objective": aim.kind, "depths": aim.depths, "dims": aim.dims}
     if teacher:
         settings |= {"teacher": teacher.name, "teacher_model": model, "teacher_fingerprint": teacher.fingerprint}
-        settings |= {"teacher_weight": aim.teacher_weight}
+        settings |= {"teacher_weight": aim.teacher_weight, "distill": aim.distill}
     return settings
 
 

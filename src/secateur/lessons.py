@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from secateur import processes
 from secateur.data import Pair, Pairs, instruction_prompt, read_pairs
 from secateur.errors import ConfigError, DataError
-from secateur.objectives import DROPOUT, TEACHER_WEIGHT, Objective, dropout
+from secateur.objectives import DROPOUT, IMITATED, TEACHER_WEIGHT, VECTORS, Objective, dropout
 from secateur.progress import Progress
 from secateur.recipe import DISTILL, L3PRUNE, Recipe
 from secateur.teacher import Teacher, TeacherVectors, keep_vectors
@@ -38,6 +38,7 @@ class Aim:
 
     Attributes:
         teacher_weight: Of the teacher beside the contrastive loss.
+        distill: What of the teacher is imitated (:class:`secateur.objectives.Objective`).
         depths: Depths that are trained besides the full one.
         dims: Sizes of vectors that are trained besides the full one.
         taught: Whether there is a teacher.
@@ -45,6 +46,7 @@ class Aim:
     """
 
     teacher_weight: float = TEACHER_WEIGHT
+    distill: str = VECTORS
     depths: tuple[int, ...] = ()
     dims: tuple[int, ...] = ()
     taught: bool = False
@@ -83,23 +85,27 @@ def find_aim(
     *,
     taught: bool,
     teacher_weight: float | None = None,
+    distill: str | None = None,
     depths: Sequence[int] = (),
     dims: Sequence[int] = (),
 ) -> Aim:
     """What follows from the data and from whether there is a teacher; texts alone leave it the whole weight.
 
     Raises:
-        ConfigError: A weight is out of range, or of no teacher.
+        ConfigError: A value is out of range, or of no teacher.
     """
-    if teacher_weight is not None and not taught:
-        raise ConfigError("teacher_weight", teacher_weight, "there is no teacher", "name one with --teacher")
+    for key, value in (("teacher_weight", teacher_weight), ("distill", distill)):
+        if value is not None and not taught:
+            raise ConfigError(key, value, "there is no teacher", "name one with --teacher")
+    if distill is not None and distill not in IMITATED:
+        raise ConfigError("distill", distill, f"is {distill!r}", f"one of {', '.join(IMITATED)}")
     if teacher_weight is not None and not 0 <= teacher_weight <= 1:
         raise ConfigError("teacher_weight", teacher_weight, f"is {teacher_weight}", "it is a share, from 0 to 1")
     pairs = any(isinstance(source, Pairs) for source in sources)
     default = TEACHER_WEIGHT if pairs else 1.0
     weight = default if teacher_weight is None or not pairs else teacher_weight
     alone = not taught and any(isinstance(source, Texts) for source in sources)
-    return Aim(weight, tuple(depths), tuple(dims), taught, alone)
+    return Aim(weight, distill or VECTORS, tuple(depths), tuple(dims), taught, alone)
 
 
 def sets_of(sources: Sequence[Pairs | Texts], batch_size: int, aim: Aim) -> list[TrainingSet]:
@@ -178,6 +184,7 @@ def make_objective(
         scale=recipe.scale,
         teacher=teacher,
         teacher_weight=aim.teacher_weight,
+        distill=aim.distill,
         depths=aim.depths,
         dims=aim.dims,
         mini_batch_tokens=recipe.mini_batch_tokens,

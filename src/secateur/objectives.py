@@ -33,6 +33,8 @@ from secateur.verify import PROBES
 TEACHER_WEIGHT = 0.5
 """Of the teacher beside the contrastive loss, where the data have pairs."""
 
+VECTORS, SIMILARITIES, BOTH = IMITATED = ("vectors", "similarities", "both")
+
 DROPOUT = 0.1
 """SimCSE's."""
 
@@ -62,7 +64,8 @@ def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float
 
     Each text's cosines with all others, as a distribution: softmax of cosine × ``scale``, itself and its doubles left
     out. The loss is the mean KL divergence of the student's distributions from the teacher's (SEED, arXiv 2101.04731,
-    with the batch in place of its queue; no factor T²).
+    with the batch in place of its queue), over ``scale``: its slope is then that of a cosine, and it may stand beside
+    one. Undivided, it kept a student from the teacher's vectors (docs/healing.md).
 
     Args:
         vectors: The student's, (texts, dimension).
@@ -71,7 +74,7 @@ def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float
         scale: Inverse temperature.
     """
     own, taught = (_log_shares(found, same, scale) for found in (vectors, targets))
-    return functional.kl_div(own, taught, log_target=True, reduction="batchmean")
+    return functional.kl_div(own, taught, log_target=True, reduction="batchmean") / scale
 
 
 def _log_shares(vectors: Tensor, same: Tensor, scale: float) -> Tensor:
@@ -110,9 +113,10 @@ class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]
     """A training's loss, on sentence-transformers' interface.
 
     For each listed depth and size, ``teacher_weight × teacher's + (1 - teacher_weight) × contrastive``, averaged. The
-    teacher's part is ``1 - cosine`` of each vector with the teacher's (EmbedDistill, arXiv 2301.12005, by
-    sentence-transformers' ``EmbedDistillLoss``), through a linear map that is trained and thrown away where the widths
-    differ, plus :func:`similarity_loss`; at sizes below the full one, the latter alone.
+    teacher's part is, by ``distill``, of ``vectors`` ``1 - cosine`` of each with the teacher's (EmbedDistill, arXiv
+    2301.12005, by sentence-transformers' ``EmbedDistillLoss``), through a linear map that is trained and thrown away
+    where the widths differ; of ``similarities`` :func:`similarity_loss`; or the sum of ``both``. Vectors that are cut
+    to a size have no counterpart among the teacher's: there, it is the similarities always.
 
     With mini-batches, gradients are cached (GradCache, arXiv 2101.06983): the batch may be larger than the memory.
 
@@ -121,6 +125,7 @@ class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]
         scale: Inverse temperature of both parts.
         teacher: Its vectors; then ``labels`` are row numbers in them, (batch, columns).
         teacher_weight: Of the teacher's part; 1 is all of it, and needs no pairs.
+        distill: What is imitated: ``vectors``, ``similarities`` or ``both``.
         depths: Train the states after so many blocks too, each as the model cut there would have it.
         dims: Train the vectors' first so many numbers too (Matryoshka, arXiv 2205.13147).
         mini_batch_tokens: Tokens embedded at once; None: the whole batch.
@@ -137,6 +142,7 @@ class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]
         scale: float,
         teacher: TeacherVectors | None = None,
         teacher_weight: float = TEACHER_WEIGHT,
+        distill: str = VECTORS,
         depths: Sequence[int] = (),
         dims: Sequence[int] = (),
         mini_batch_tokens: int | None = None,
@@ -144,6 +150,8 @@ class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]
         super().__init__()
         if not 0 <= teacher_weight <= 1:
             raise ConfigError("teacher_weight", teacher_weight, f"is {teacher_weight}", "it is a share, from 0 to 1")
+        if distill not in IMITATED:
+            raise ConfigError("distill", distill, f"is {distill!r}", f"one of {', '.join(IMITATED)}")
         self.model: nn.Module = model  # the trainer wraps it, where there are several processes
         self.scale = scale
         self.teacher = teacher
@@ -153,7 +161,8 @@ class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]
         self._depths = DepthVectors(model, depths) if depths else None
         self._width = int(model.get_embedding_dimension())
         self._sizes = _sizes(dims, self._width)
-        self._near = _near(model, teacher) if teacher else None
+        self._near = _near(model, teacher) if teacher and distill != SIMILARITIES else None
+        self._similarities = distill != VECTORS
 
     def forward(self, sentence_features: Any, labels: Tensor | None = None) -> Tensor:
         """The loss of one batch, with one dictionary of tokens for each column."""
@@ -213,11 +222,19 @@ class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]
             never = false_negatives(self._keys)
             loss = loss + (1 - weight) * contrastive_loss(columns, never, self.scale)
         if targets is not None:
+            loss = loss + weight * self._taught(columns, targets)
+        return loss
+
+    def _taught(self, columns: Sequence[Tensor], targets: list[Tensor]) -> Tensor:
+        """The teacher's part at one depth and size."""
+        whole = columns[0].shape[1] == self._width
+        loss = columns[0].new_zeros(())
+        if self._near is not None and whole:
+            loss = loss + self._near.compute_loss_from_embeddings(list(columns), targets)
+        if self._similarities or not whole:
             keys = torch.cat(self._keys)
-            taught = similarity_loss(torch.cat(list(columns)), torch.cat(targets), keys == keys[:, None], self.scale)
-            if self._near is not None and columns[0].shape[1] == self._width:
-                taught = taught + self._near.compute_loss_from_embeddings(list(columns), targets)
-            loss = loss + weight * taught
+            same = keys == keys[:, None]
+            loss = loss + similarity_loss(torch.cat(list(columns)), torch.cat(targets), same, self.scale)
         return loss
 
     def _targets(self, labels: Tensor | None) -> list[Tensor]:
