@@ -31,8 +31,7 @@ from secateur.forward import (
     block_seconds,
     halves,
     is_out_of_memory,
-    plan,
-    rounded,
+    plan_evenly,
     run_after,
     run_prefix,
 )
@@ -40,7 +39,7 @@ from secateur.models import attends_backwards_only
 from secateur.pooling import pool
 from secateur.verify import PROBES
 
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 512
 """Tokens in a batch, padding included: enough for the processor's full rate, few enough to stay in its cache."""
 
 WINDOW = 512
@@ -214,14 +213,14 @@ class Engine:
         alone = sorted(set(range(len(tokens))) - set(shared))
         for rows, before in ((shared, prefix), (alone, None)):
             lengths = torch.tensor([len(tokens[i]) - (len(before.ids) if before else 0) for i in rows])
-            for places in plan(lengths.clamp_min(1), self._budget) if rows else []:
+            for places in plan_evenly(lengths, self._budget) if rows else []:
                 batch = [rows[place] for place in places]
                 vectors[batch] = self._run([tokens[i] for i in batch], before)
         return vectors
 
     def _run(self, batch: list[Tokens], prefix: _Prefix | None) -> Vectors:
         try:
-            return self._encode_after(batch, prefix) if prefix else self._encoder.encode(batch, self._width(batch))
+            return self._encode_after(batch, prefix) if prefix else self._encoder.encode(batch, _longest(batch))
         except FloatingPointError as error:
             problem = "gives vectors that are not finite"
             raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype") from error
@@ -235,14 +234,10 @@ class Engine:
         parts = [self._run([batch[i] for i in rows], prefix) for rows in halves(range(len(batch)))]
         return np.concatenate(parts)
 
-    def _width(self, batch: Sequence[Tokens], skipped: int = 0) -> int:
-        longest = max(map(len, batch))
-        return max(1, longest, min(skipped + rounded(longest - skipped), self._encoder.max_length))
-
     def _encode_after(self, batch: Sequence[Tokens], prefix: _Prefix) -> Vectors:
         """As :meth:`ModelEncoder.encode`, for texts that start with what has been run already."""
         length = len(prefix.ids)
-        features = self._encoder.features(batch, self._width(batch, length))
+        features = self._encoder.features(batch, _longest(batch))
         found = run_after(self._model[0].auto_model, prefix.cache, length, features).last_hidden_state
         states = torch.cat([prefix.states.expand(len(batch), -1, -1), found], dim=1)
         return self._encoder.vectors(pool(self._model, states, features))
@@ -281,7 +276,7 @@ class Engine:
 
     def _agree(self, probes: list[Tokens], prefix: _Prefix) -> bool:
         """Whether texts get the same vectors after the prefix as whole, up to rounding."""
-        expected = self._encoder.encode(probes, self._width(probes))
+        expected = self._encoder.encode(probes, _longest(probes))
         try:
             found = self._encode_after(probes, prefix)
         except REFUSALS as error:
@@ -290,6 +285,11 @@ class Engine:
             return False
         least = 1 - 1e-6 if self._model.dtype == torch.float32 else 0.999
         return bool(cosines(found, expected).min() >= least)
+
+
+def _longest(batch: Sequence[Tokens]) -> int:
+    """The length that a batch is padded to; a text without tokens needs a place, too."""
+    return max(1, *(len(text) for text in batch))
 
 
 def _common_start(starts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:

@@ -23,6 +23,10 @@ from secateur.errors import DataError
 
 BUDGET = 2048
 """Tokens in a batch, padding included."""
+PADDING = 1.05
+"""How many times its real tokens a batch may have with its padding, where it has enough of them already."""
+FEWEST = 192
+"""Tokens that are enough for a processor to multiply at its full rate."""
 SHORTEST_PREFIX = 4
 """Tokens in common below which sharing them saves nothing."""
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -107,6 +111,33 @@ def plan(lengths: Tensor, budget: int = BUDGET) -> list[list[int]]:
         count = max(1, budget // rounded(int(lengths[order[start]])))
         batches.append(order[start : start + count])
         start += count
+    return batches
+
+
+def plan_evenly(lengths: Tensor, budget: int = BUDGET) -> list[list[int]]:
+    """As :func:`plan`, for long runs: batches end early rather than be much padded, and keep their own lengths.
+
+    A new shape is compiled once and met again; padding is paid for in every batch.
+
+    Args:
+        lengths: (texts,), tokens of each.
+        budget: Tokens in a batch, padding included; a text longer than that makes a batch alone.
+
+    Returns:
+        Indices of texts, by batch.
+    """
+    order = lengths.argsort(descending=True, stable=True).tolist()
+    batches: list[list[int]] = []
+    longest = real = 0
+    for row in order:
+        length = max(1, int(lengths[row]))
+        padded = (len(batches[-1]) + 1) * longest if batches else 0
+        wasteful = real >= FEWEST and padded > PADDING * (real + length)
+        if not batches or padded > budget or wasteful:
+            batches.append([])
+            longest, real = length, 0
+        batches[-1].append(row)
+        real += length
     return batches
 
 
