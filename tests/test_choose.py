@@ -12,7 +12,8 @@ import pytest
 import scipy.signal
 import torch
 
-from secateur.artifacts import DepthRow, DepthScoreRow, Profile, provenance
+from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile, provenance
+from secateur.candidates import candidates, ranges
 from secateur.choose import blocks_to_keep, choice_of, choose, needs_profile
 from secateur.curves import PROMINENCE, smoothed, valleys
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
@@ -73,8 +74,9 @@ def test_valleys_are_those_of_scipys_peaks_upside_down():
         losses = rng.normal(size=24).cumsum().tolist()
         curve = -np.array(smoothed(losses))
         prominence = PROMINENCE * np.ptp(curve)
-        expected = scipy.signal.find_peaks(curve, prominence=prominence)[0] + 1
-        assert valleys(losses) == expected.tolist()
+        bottoms = scipy.signal.find_peaks(curve, prominence=prominence)[0]
+        expected = {max(1, i - 1) + int(np.argmin(losses[max(1, i - 1) : min(23, i + 2)])) + 1 for i in bottoms}
+        assert valleys(losses) == sorted(expected)
         found += len(expected)
     assert found > 100
 
@@ -242,3 +244,87 @@ def test_profiles_that_are_missing_or_of_another_model():
         with pytest.raises(ConfigError, match="has 3 depths, but the model has 6 blocks"):
             blocks_to_keep(name, 6, table([3.0, 2, 1]))
     assert not any(map(needs_profile, ("7", 0.3, "uniform:7", "random:7:1", "first:7")))
+
+
+PARTS = tuple(PartRow(k, 1000 + 100 * k, 4000 + 400 * k, 10.0 * k, 0.001 * (k + 1), 0.01) for k in range(7))
+"""Costs of six blocks that differ."""
+
+
+def costs(column: str) -> list[float]:
+    """Of the depths 1 to 6."""
+    return list(itertools.accumulate(getattr(row, column) for row in PARTS))[1:]
+
+
+LOSSES = [1.2, 2.0, 3.0, 1.0, 1.04, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("limit", "column", "unit"),
+    [("max_params", "parameters", 1), ("max_bytes", "bytes", 1), ("max_latency_ms", "latency", 1000)],
+)
+def test_budgets_of_costs(limit: str, column: str, unit: int):
+    profile, texts = table(LOSSES, parts=PARTS), table(None, depth=6, parts=PARTS)
+    for deepest, cost in enumerate(costs(column), start=1):
+        expected = min(range(deepest // 2 + 1, deepest + 1), key=lambda k: LOSSES[k - 1])
+        assert choose(profile, **{limit: unit * cost + 1e-6}) == {"budget": expected}
+        assert choose(texts, **{limit: unit * cost + 1e-6}) == {"budget": deepest}
+    least = unit * costs(column)[0]
+    with pytest.raises(ConfigError, match=f"{limit}: no depth has at most .*the smallest, depth 1, has ") as caught:
+        choose(profile, **{limit: 0.9 * least})
+    assert f"{least:,.0f} " in str(caught.value)
+    with pytest.raises(DataError, match="profile again"):
+        choose(table(LOSSES), **{limit: 1e9})
+
+
+def test_a_budget_of_loss_is_the_shallowest_near_enough_to_the_lowest():
+    profile = table(LOSSES, parts=PARTS, batches=20)
+    for increase, depth in ((0, 4), (0.05, 4), (0.199, 4), (0.201, 1)):
+        assert choose(profile, max_loss_increase=increase) == {"budget": depth}
+    three = costs("parameters")[2]
+    assert choose(profile, max_loss_increase=0.3, max_params=three) == {"budget": 1}
+    with pytest.raises(
+        ConfigError, match=r"no depth that fits \(up to 3\) .* within 0.1 of the lowest: 0.2 allows depth 1"
+    ):
+        choose(profile, max_loss_increase=0.1, max_params=three)
+    with pytest.raises(DataError, match="texts alone"):
+        choose(table(None, depth=6, parts=PARTS), max_loss_increase=0.1)
+
+
+def test_all_choices_side_by_side():
+    angles = tuple(map(tuple, torch.rand(7, 7).tolist()))
+    profile = table(LOSSES, parts=PARTS, batches=20, angular=angles, task_scores=scores(one=[0, 1, 2, 3, 4, 5]))
+    found = candidates(profile, max_params=costs("parameters")[2])
+    assert (found.model, found.depth, found.refused) == ("model", 6, {})
+    sizes = {len(row.blocks) for row in found.rows if ":" not in row.name and row.name in ("budget", *found.depths)}
+    rows = {row.name: row for row in found.rows}
+    wanted = {len(rows[name].blocks) for name in ("budget", "l3prune-small", "l3prune-large")}
+    assert wanted <= sizes
+    assert {int(name.split(":")[1]) for name in rows if ":" in name} == wanted
+    assert {name.split(":")[0] for name in rows} == {*SELECTORS, "full", "budget"} - {"first"}
+    for row in found.rows:
+        if row.name not in ("full", "budget"):
+            assert blocks_to_keep(row.name, 6, profile) == row.blocks
+        kept = [PARTS[0], *(PARTS[i + 1] for i in row.blocks)]
+        assert row.parameters == sum(part.parameters for part in kept)
+        assert row.bytes == sum(part.bytes for part in kept)
+        assert row.flops_per_token == sum(part.flops_per_token for part in kept)
+        assert row.latency == pytest.approx(sum(part.latency for part in kept))
+        assert row.speed == pytest.approx(7 / (1 + len(row.blocks)))
+        is_prefix = row.blocks == tuple(range(len(row.blocks)))
+        assert row.loss == (LOSSES[len(row.blocks) - 1] if is_prefix else None)
+    assert rows["full"].speed == 1 and len(rows["full"].blocks) == 6
+
+
+def test_side_by_side_of_little_data():
+    texts = candidates(table(None, depth=6))
+    assert [row.name for row in texts.rows] == ["full", "block-influence:3", "uniform:3", "random:3"]
+    assert texts.depths == {} and "small" not in texts.to_dict()
+    assert "texts alone" in texts.refused["knee"] and "another layout" in texts.refused["angular:3"]
+    one = candidates(table([1.0]))
+    assert [row.name for row in one.rows] == ["full", "knee"]
+    assert "no halves" in one.refused["l3prune-small"]
+
+
+def test_ranges_are_what_keep_takes():
+    assert ranges((0,)) == "0"
+    assert ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"

@@ -173,11 +173,33 @@ def measured(place: Path) -> Path:
     return place / "measured"
 
 
-def test_choose_prints_the_two_depths(measured: Path, run: Run):
+def test_choose_prints_all_choices_side_by_side(measured: Path, run: Run):
     ended = run("choose", measured, "--json")
     assert (ended.code, ended.err) == (0, "")
-    assert json.loads(ended.out) == {"small": 1, "large": 2} == secateur.choose(measured)
-    assert run("choose", measured / "profile.json").out == "small: 1\nlarge: 2\n"
+    found = json.loads(ended.out)
+    assert {size: found[size] for size in ("small", "large")} == {"small": 1, "large": 2} == secateur.choose(measured)
+    assert found["choices"] == json.loads(json.dumps(secateur.candidates(measured).to_dict()["choices"]))
+    assert "--tasks" in found["refused"]["best-task"]
+    shown = run("choose", measured / "profile.json").out
+    for row in found["choices"]:
+        assert row["name"] in shown and (row["reason"] in shown or row["name"] == "full")
+    assert "best-task: cannot be told: profile.json" in shown
+
+
+def test_choose_within_a_budget(measured: Path, run: Run):
+    ended = run("choose", measured, "--json", "--max-loss-increase", "1")
+    assert json.loads(ended.out)["budget"] == 1
+    for option in ("--max-params", "--max-bytes", "--max-latency-ms"):
+        ended = run("choose", measured, option, "1e6")
+        assert is_one_line(ended) and "profile again" in ended.err  # it was saved without its parts
+    assert "max_params: 0.0 will not do" in run("choose", measured, "--max-params", "0").err
+
+
+def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run):
+    for to, kept in (("knee", [0, 1]), ("uniform:2", [0, 2]), ("large", [0, 1])):
+        ended = run("prune", "model", "--to", to, "--profile", measured, "-o", f"out-{to}")
+        assert ended.code == 0, ended.err
+        assert json.loads((place / f"out-{to}" / "secateur.json").read_text())["kept"] == kept
 
 
 @pytest.mark.parametrize(
@@ -319,7 +341,7 @@ def test_a_bug_is_one_line_too_and_debug_shows_where(place: Path, run: Run, monk
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr(secateur, "choose", broken, raising=False)
+    monkeypatch.setattr(secateur, "candidates", broken, raising=False)
     ended = run("choose", "anything")
     assert (ended.code, ended.out) == (1, "")
     assert ended.err == "secateur: unexpected ZeroDivisionError: first line second line; SECATEUR_DEBUG=1 shows where\n"

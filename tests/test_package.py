@@ -20,7 +20,7 @@ gguf pooling models
 jsonl data texts
 metrics curves bootstrap forward lens flops parts depths
 vectors task_folder tasks intervals differences predictions evaluate depth_scores
-profile selectors choose selection prune
+profile selectors budgets choose candidates selection prune
 remote recipe processes teacher minibatches objectives trainable trainer train lessons heal
 cost compare
 run findings saturation printing verdict drawings card report
@@ -38,6 +38,7 @@ def test_the_exported_names():
     assert secateur.__all__ == [
         "SecateurError",
         "accelerate",
+        "candidates",
         "choose",
         "compare",
         "cost",

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from secateur.candidates import candidates
     from secateur.choose import choose
     from secateur.compare import compare
     from secateur.cost import cost
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SecateurError",
     "accelerate",
+    "candidates",
     "choose",
     "compare",
     "cost",

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from secateur.artifacts import Profile, load
+from secateur.budgets import Budget, within
 from secateur.errors import ConfigError, IllegalDepth
 from secateur.selectors import SEED, SELECTORS, Choice, Question, Selector, l3prune, prefix
 
@@ -14,21 +15,38 @@ SHORT = {"small": "l3prune-small", "large": "l3prune-large"}
 """Short names of the paper's two choices."""
 
 
-def choose(profile: Profile | str | Path) -> dict[str, int]:
-    """L3Prune's two depths (arXiv 2410.14578, section 3): where the untrained model's loss is lowest in each half.
+def choose(
+    profile: Profile | str | Path,
+    *,
+    max_params: float | None = None,
+    max_bytes: float | None = None,
+    max_latency_ms: float | None = None,
+    max_loss_increase: float | None = None,
+) -> dict[str, int]:
+    """Choose depths from a profile: L3Prune's two (arXiv 2410.14578, section 3), or one within a budget.
 
     Args:
         profile: A profile, its file, or the folder that holds it.
+        max_params: Most parameters, the token table included. With any of the limits, the choice is what
+            :func:`secateur.budgets.within` gives.
+        max_bytes: Most bytes of the weights.
+        max_latency_ms: Most milliseconds for one text of some 20 tokens, as measured when the profile was made.
+        max_loss_increase: Most by which the loss may be above the lowest of all depths, as a share: 0.05 is 5 %.
 
     Returns:
-        ``{"small": k, "large": k}``, numbers of blocks to keep: ``small`` from the first ``depth // 2`` depths and
-        ``large`` from the others. Of equal losses the shallowest wins.
+        ``{"small": k, "large": k}``, numbers of blocks to keep: where the untrained model's loss is lowest, ``small``
+        in the first ``depth // 2`` depths and ``large`` in the others. Of equal losses the shallowest wins. With
+        limits, ``{"budget": k}``.
 
     Raises:
-        DataError: The file is no profile, or one of texts alone.
+        DataError: The file is no profile, or does not tell what is asked for, as one of texts alone has no losses.
         IllegalDepth: The model has a single block.
+        ConfigError: No depth is within the limits.
     """
     table = read_profile(profile)
+    budget = Budget(max_params, max_bytes, max_latency_ms, max_loss_increase)
+    if budget.is_given:
+        return {"budget": len(within(budget, table).blocks)}
     question = Question(table.depth, table)
     return {name: len(l3prune(question, half).blocks) for half, name in enumerate(SHORT)}
 

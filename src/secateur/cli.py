@@ -22,6 +22,7 @@ from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
     from secateur.artifacts import Comparison, CostRow, Profile, Scores
+    from secateur.candidates import Candidates
     from secateur.export import Export
     from secateur.progress import Progress
 
@@ -174,12 +175,11 @@ def choose_command(
 ) -> None:
     import secateur
 
-    choice = secateur.choose(options.profile)
+    found = secateur.candidates(**_given(options))
     if as_json:
-        typer.echo(json.dumps(choice))
+        typer.echo(json.dumps(found.to_dict()))
         return
-    for size, depth in choice.items():
-        typer.echo(f"{size}: {depth}")
+    _show_candidates(found)
 
 
 @_command(config.PruneOptions)
@@ -408,6 +408,42 @@ def _show_export(result: Export) -> None:
     for note in result.notes:
         table.add_row(note.reader, note.loads, escape(note.why))
     Console().print(table)
+
+
+def _show_candidates(found: Candidates) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from secateur.candidates import is_prefix, ranges
+
+    table = Table(title=f"{found.model}: {found.depth} blocks", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = [name for name in _CANDIDATE_COLUMNS if any(getattr(row, name) is not None for row in found.rows)]
+    for heading in ("", "blocks", *(_CANDIDATE_COLUMNS[name][0] for name in columns)):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    for row in found.rows:
+        values = ((_CANDIDATE_COLUMNS[name][1], getattr(row, name)) for name in columns)
+        table.add_row(row.name, str(len(row.blocks)), *("" if value is None else show(value) for show, value in values))
+    Console().print(table)
+    typer.echo()
+    for row in found.rows[1:]:
+        kept = "" if is_prefix(row.blocks) else f"blocks {ranges(row.blocks)}, "
+        typer.echo(f"{row.name}: {kept}{row.reason}" + (f" (note: {row.warning})" if row.warning else ""))
+    for name, why in found.refused.items():
+        typer.echo(f"{name}: cannot be told: {why}")
+
+
+_CANDIDATE_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "chance": ("sure", "{:.0%}".format),
+    "loss": ("loss", "{:.3f}".format),
+    "loss_low": ("from", "{:.2f}".format),
+    "loss_high": ("to", "{:.2f}".format),
+    "parameters": ("params", lambda count: f"{count / 1e6:.1f}M"),
+    "bytes": ("MB", lambda count: f"{count / 1e6:.0f}"),
+    "flops_per_token": ("MFLOPs", lambda count: f"{count / 1e6:.0f}"),
+    "latency": ("ms", lambda seconds: f"{1000 * seconds:.1f}"),
+    "speed": ("speed", "{:.1f}×".format),
+}
+"""Column of a candidate → its heading and format."""
 
 
 def _show_scores(scores: Scores) -> None:

@@ -77,12 +77,18 @@ class ProfileOptions(Options):
 
 
 class ChooseOptions(Options):
-    """Choose the depths to cut to, from a profile.
+    """Show what every selector chooses from a profile, with what it would cost; or choose within a budget.
 
-    Example: secateur choose profile --json
+    Example: secateur choose profile --max-params 100e6
     """
 
     profile: Path = Field(description="A profile's file or folder.", json_schema_extra=ONE)
+    max_params: float | None = Field(None, gt=0, description="Most parameters, the token table included.")
+    max_bytes: float | None = Field(None, gt=0, description="Most bytes of the weights.")
+    max_latency_ms: float | None = Field(None, gt=0, description="Most milliseconds for one short text, as profiled.")
+    max_loss_increase: float | None = Field(
+        None, ge=0, description="Most by which the loss may be above the lowest of all depths; 0.05 is 5 %."
+    )
 
 
 class PruneOptions(Options):

@@ -51,16 +51,17 @@ def valleys_in_each_half(losses: Tensor) -> Tensor:
         found = valleys(curve)
         for place, own in enumerate(([k for k in found if k <= half], [k for k in found if k > half])):
             if own:
-                pair[place] = min(own, key=lambda k: smoothed(curve)[k - 1])
+                pair[place] = min(own, key=lambda k: curve[k - 1])
     return torch.tensor(depths).reshape(chosen.shape)
 
 
 def valleys(losses: Sequence[float]) -> list[int]:
-    """The depths at which a smoothed curve has a true minimum: lower than both neighbours, and prominent.
+    """The depths at which a curve has a true minimum: where, smoothed, it is lower than around, and prominent.
 
-    The prominence of a minimum is how far the curve rises on its lower side before it falls below the minimum; it must
-    be :data:`PROMINENCE` of the whole curve's range. The first and the last depth are no minima: nobody knows what
-    stands beyond. Of a flat bottom, the shallowest depth.
+    The prominence of a minimum is how far the smoothed curve rises on its lower side before it falls below the minimum;
+    it must be :data:`PROMINENCE` of the whole smoothed curve's range. The depth is that of the lowest loss among the
+    three that were averaged there. The first and the last depth are no minima: nobody knows what stands beyond. Of
+    equal losses the shallowest counts.
 
     Args:
         losses: One for each depth.
@@ -72,7 +73,9 @@ def valleys(losses: Sequence[float]) -> list[int]:
     enough = PROMINENCE * (max(curve) - min(curve))
     starts = [i for i in range(1, len(curve)) if curve[i] < curve[i - 1]]
     found = [(i, min(_rise(curve[i::-1]), _rise(curve[i:]))) for i in starts]
-    return [i + 1 for i, prominence in found if prominence > 0 and prominence >= enough]
+    bottoms = [i for i, prominence in found if prominence > 0 and prominence >= enough]
+    inner = range(1, len(losses) - 1)
+    return sorted({min((k for k in (i - 1, i, i + 1) if k in inner), key=losses.__getitem__) + 1 for i in bottoms})
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
