@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,3 +329,9 @@ def test_side_by_side_of_little_data():
 def test_ranges_are_what_keep_takes():
     assert ranges((0,)) == "0"
     assert ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
+
+
+def test_the_documentation_names_every_selector():
+    text = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    for name, selector in SELECTORS.items():
+        assert (f"`{name}:K`" if selector.counts else f"`{name}`") in text
