@@ -1,14 +1,15 @@
 """What a profile costs beside one plain encoding, and beside the paper's procedure; how soon ``--until-sure`` stops.
 
-    python benchmarks/profile_pass.py cost MODEL PAIRS --examples 128 --repeats 3
+    python benchmarks/profile_pass.py cost MODEL PAIRS --examples 640 --repeats 3
     python benchmarks/profile_pass.py sure PROFILE [PROFILE ...]
 
 ``cost`` runs three workers in turn, each in a process of its own (so that its peak memory is its own), all on the same
-rows, number format and threads, and prints medians of their ratios: processor seconds, which other work on the machine
+rows and threads, and prints medians of their ratios: processor seconds, which other work on the machine
 disturbs least, and peak resident memory. ``encode`` is
 ``SentenceTransformer.encode`` of the profile's distinct texts in batches of about the profile's token budget;
-``papers`` is L3Prune's procedure: per batch three padded passes with all hidden states kept, in float32, each state
-normed and pooled.
+``papers`` is L3Prune's procedure as its public code has it, in float32: per batch three padded passes with the states
+of all blocks kept. ``profile`` has all its columns: fixed costs (checks of the quick ways, the language-model head,
+timing the parts) weigh more on few examples than on the usual 1280.
 
 ``sure`` replays the rule that stops ``--until-sure`` on the losses by batch that profiles hold: a batch's losses do
 not depend on when the rule stops. Each of 20 seeds draws half of a profile's batches as its data, in its own order.
@@ -33,10 +34,9 @@ from secateur import bootstrap, curves
 from secateur.artifacts import Profile, load
 from secateur.blocks import final_norm
 from secateur.data import Pairs, batches, read_pairs
-from secateur.forward import BUDGET
+from secateur.forward import BUDGET, block_seconds
 from secateur.metrics import contrastive_loss
 from secateur.models import open_model
-from secateur.pooling import pool
 from secateur.profile import profile
 
 SIZE = 64
@@ -59,20 +59,37 @@ def run_encode(model, data: Pairs) -> None:
 
 @torch.inference_mode()
 def run_papers(model, data: Pairs) -> None:
-    transformer = model[0].auto_model
+    """L3Prune's selection as its public code goes about it.
+
+    Of each batch three passes (anchors, positives, negatives), padded on the left to the longest text; each text is
+    tokenized once more alone, to find its part of the sequence; keys and values are kept; so are the states after
+    every block and, beside them, the normed ones; pooling weights are made text by text, at every depth.
+    """
+    transformer, tokenizer = model[0].auto_model, model.tokenizer
     norm = final_norm(transformer)
-    depth = transformer.config.num_hidden_layers
-    sums = torch.zeros(depth)
+    tokenizer.padding_side = "left"
+    sums = torch.zeros(transformer.config.num_hidden_layers)
     for batch in batches(data, SIZE):
         vectors = []
         for texts, prompt in ((batch.anchors, batch.prompt), (batch.positives, ""), (batch.negatives, "")):
-            features = model.preprocess(list(texts), prompt=prompt or None)
-            inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
-            hidden = transformer(**inputs, output_hidden_states=True, use_cache=True).hidden_states[1:]
-            normed = [*map(norm, hidden[:-1]), hidden[-1]]
-            vectors.append([pool(model, states, features) for states in normed])
+            limit = {"truncation": True, "max_length": model.max_seq_length}
+            whole = [prompt + text for text in texts]
+            features = tokenizer(whole, padding=True, return_tensors="pt", **limit)
+            lengths = [len(tokenizer(text, add_special_tokens=False, **limit)["input_ids"]) for text in texts]
+            states = transformer(**features, output_hidden_states=True, use_cache=True).hidden_states[1:]
+            # What transformers calls the last hidden state has gone through the norm already.
+            normed = [*(norm(state) for state in states[:-1]), states[-1]]
+            vectors.append([weighted_mean(state, lengths) for state in normed])
         for k, (a, p, n) in enumerate(zip(*vectors, strict=True)):
             sums[k] += contrastive_loss(a, p, n, 20)
+
+
+def weighted_mean(states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    weights = torch.zeros(states.shape[:2])
+    for row, length in enumerate(lengths):
+        weights[row, -length:] = torch.arange(length) + 1
+        weights[row] /= weights[row].sum()
+    return (states * weights.unsqueeze(-1)).sum(dim=1)
 
 
 def work(kind: str, model: str, file: str, examples: int, instruction: str, dtype: str) -> dict:
@@ -98,6 +115,10 @@ def work(kind: str, model: str, file: str, examples: int, instruction: str, dtyp
 
 def cost(options: argparse.Namespace) -> None:
     runs: dict[str, list[dict]] = {}
+    if options.dtype == "auto":  # as a profile decides it, once for all workers
+        seconds = block_seconds(open_model(options.model, dtype="float32", device="cpu"))
+        options.dtype = str(min(seconds, key=lambda dtype: seconds[dtype])).removeprefix("torch.")
+    print(f"profile and encode in {options.dtype}, the paper's procedure in float32")
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)")
     for repeat in range(options.repeats):
         for kind in ("encode", "profile", "papers"):
@@ -145,10 +166,10 @@ def main() -> None:
     one = commands.add_parser("cost")
     one.add_argument("model")
     one.add_argument("pairs")
-    one.add_argument("--examples", type=int, default=128)
+    one.add_argument("--examples", type=int, default=640)
     one.add_argument("--repeats", type=int, default=3)
     one.add_argument("--instruction", default="")
-    one.add_argument("--dtype", default="float32")
+    one.add_argument("--dtype", default="auto", help="auto: the quicker, measured as a profile does")
     other = commands.add_parser("sure")
     other.add_argument("profiles", nargs="+")
     if sys.argv[1:2] == ["work"]:

@@ -43,7 +43,7 @@ from secateur.pooling import POOLINGS, make_pooling, pool, pooling_name
 
 LINEAR = ("mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "cls")
 """Poolings of sentence-transformers that are a weighted sum of the tokens' states."""
-PROBES = 8
+PROBES = 4
 """Texts on which a quick way is compared with the plain one before it is believed."""
 
 
@@ -135,9 +135,11 @@ class DepthEncoder:
             DataError: A text has no tokens, or its prompt leaves no room for them.
         """
         tokens = tokenize(self._model, texts, prompt)
+        probe = None
         if self._one_pass is None:
-            self._one_pass = self._check_one_pass(tokens, _spread(tokens, self._budget))
-        prefix = self._share(tokens)
+            probe = self._check_one_pass(tokens, _spread(tokens, self._budget))
+            self._one_pass = probe is not None
+        prefix = self._share(tokens, probe)
         picks = {row: random.Random(f"{seed} {texts[row]}").random() for row in sampled}  # noqa: S311
         todo = deque(plan(tokens.lengths - (prefix.length if prefix else 0), self._budget))
         while todo:
@@ -167,21 +169,22 @@ class DepthEncoder:
             problem = f"gives vectors that are not finite at depth {int(finite.long().argmin()) + 1}"
             raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
 
-    def _check_one_pass(self, tokens: Tokens, rows: list[int]) -> bool:
-        """Whether the last depth, read by hooks, is what the model itself computes; on fewer texts if need be."""
+    def _check_one_pass(self, tokens: Tokens, rows: list[int]) -> Depths | None:
+        """A few texts read by hooks, if their last depth is what the model itself computes; fewer if need be."""
         try:
-            return self._is_one_pass(tokens, rows)
+            found = self._one_pass_over(tokens, rows)
+            return None if found is None else replace(found, rows=tuple(rows))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         return self._check_one_pass(tokens, self._smaller(rows, tokens)[0])
 
-    def _is_one_pass(self, tokens: Tokens, rows: list[int]) -> bool:
+    def _one_pass_over(self, tokens: Tokens, rows: list[int]) -> Depths | None:
         features = self._to_device(tokens.batch(rows))
         own = self._model(dict(features))["sentence_embedding"]
         found = self._hooked(features, None, {})
         if found is not None and self._agree(found.vectors[:, 0, -1], own):
-            return True
+            return found
         if self._head is not None:
             # The pooling may do more than a weighted sum; the model's own modules tell.
             head, self._head = self._head, None
@@ -190,14 +193,19 @@ class DepthEncoder:
                 self.notes.append(
                     f"other poolings than {head.names[0]} were not read: the model's own is more than one"
                 )
-                return True
+                return found
         self._shares = False
         self.notes.append("more than a norm follows the blocks of this model: each depth took a pass of its own")
-        return False
+        return None
 
-    def _share(self, tokens: Tokens) -> _Prefix | None:
-        """What all texts start with, computed once, if that gives the vectors of the plain way."""
-        if not (self._shares and len(tokens.lengths) > PROBES):
+    def _share(self, tokens: Tokens, probe: Depths | None) -> _Prefix | None:
+        """What all texts start with, computed once, if that gives the vectors of the plain way.
+
+        Args:
+            tokens: Of the texts.
+            probe: Some of them as the plain way gives them, where that is known already.
+        """
+        if not (self._shares and len(tokens.lengths) > 2 * PROBES):
             return None
         start = common_start(tokens)
         known = self._prefix
@@ -205,9 +213,9 @@ class DepthEncoder:
             return known
         if len(start) < SHORTEST_PREFIX:
             return None
-        rows = _spread(tokens, self._budget)
+        rows = list(probe.rows) if probe is not None else _spread(tokens, self._budget)
         try:
-            plain = self._hooked(self._to_device(tokens.batch(rows)), None, {})
+            plain = probe or self._hooked(self._to_device(tokens.batch(rows)), None, {})
             prefix = self._run_prefix(start)
             shared = self._hooked(self._to_device(tokens.batch(rows, left=False)), prefix, {})
         except (MemoryError, *REFUSALS) as error:

@@ -31,9 +31,9 @@ def positions(texts: int) -> int:
     """How many tokens to sample from so many texts.
 
     At a vocabulary of 50,000 a token through the head at every depth costs about as much as encoding ten, so one text
-    in eight gives one.
+    in sixteen gives one.
     """
-    return max(FEWEST, min(MOST, texts // 8))
+    return max(FEWEST, min(MOST, texts // 16))
 
 
 class _Output(BaseModelOutputWithPast):  # type: ignore[misc]

@@ -19,12 +19,12 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from secateur import bootstrap
-from secateur.artifacts import DepthRow, DepthScoreRow, Profile, provenance, results_folder
+from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile, provenance, results_folder
 from secateur.curves import lowest_in_each_half
 from secateur.data import Pair, Pairs, batches, read_pairs
 from secateur.depths import DepthEncoder, Depths
 from secateur.errors import ConfigError, DataError
-from secateur.forward import block_seconds
+from secateur.forward import block_seconds, is_out_of_memory
 from secateur.lens import find_lens, positions
 from secateur.metrics import (
     alignment,
@@ -37,7 +37,7 @@ from secateur.metrics import (
     uniformity,
 )
 from secateur.models import model_label, open_model
-from secateur.parts import measure_parts, part_sizes
+from secateur.parts import Size, measure_parts, part_sizes
 from secateur.pooling import PoolingName, pooling_name
 from secateur.progress import Progress, silent
 from secateur.texts import Texts, holds_texts, read_texts
@@ -126,6 +126,7 @@ def profile(
     settled = bootstrap.is_settled(sums.losses, seed) if sums.batch_losses else None
     rows = _rows(model, sums, seed, notes)
     task_scores = _score_tasks(model, opened, sample, seed, name, progress, notes)
+    parts = _parts(model, sizes, notes)
     result = Profile(
         provenance=provenance([*(source.source for source in sources), *(task.source for task in opened)], seed),
         model=name,
@@ -146,13 +147,23 @@ def profile(
         losses_by_pooling=sums.losses_by_pooling(encoder.poolings),
         batch_losses=_table(sums.losses) if sums.batch_losses else (),
         task_scores=task_scores,
-        parts=measure_parts(model, sizes),
+        parts=parts,
         notes=tuple(dict.fromkeys([*notes, *encoder.notes, *corpus.notes])),
     )
     if out is not None:
         result.save(out)
         _draw(result, out)
     return result
+
+
+def _parts(model: SentenceTransformer, sizes: Sequence[Size], notes: list[str]) -> tuple[PartRow, ...]:
+    try:
+        return measure_parts(model, sizes)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    notes.append("the batch that times the parts of the model does not fit into memory: no costs of cut models")
+    return ()
 
 
 def _draw(result: Profile, out: Path) -> None:
