@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 
 import secateur
 from conftest import example_pairs, write_pairs
@@ -18,12 +23,14 @@ from killing import run_until
 from secateur import trainable
 from secateur.artifacts import Origin, Training, load
 from secateur.data import Pairs, read_pairs
-from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
+from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
+from secateur.heal import held_out_ndcg
+from secateur.models import attends_backwards_only
 from secateur.progress import silent
-from secateur.recipe import LEARNING_RATES, Recipe
-from secateur.train import Outcome, train, training_sets
+from secateur.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
+from secateur.train import Outcome, make_loss, train, training_sets
 from secateur.trainable import decide
-from secateur.trainer import TRAINED_WEIGHTS
+from secateur.trainer import TRAINED_WEIGHTS, Validation
 
 STEPS = 20
 SETTINGS = {"steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "lora_rank": 4, "lora_dropout": 0.1}
@@ -122,6 +129,115 @@ def test_auto_trains_the_blocks_where_they_fit_and_says_so(llama_folder: Path, m
         monkeypatch.setattr(trainable.psutil, "virtual_memory", lambda memory=memory: SimpleNamespace(total=memory))
         decided = decide(model, Recipe(train="auto"))
         assert (decided.train, decided.learning_rate) == (expected, LEARNING_RATES[expected])
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateur"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    """The same batches, each anchor with the candidates of both; one of them writes."""
+    settings = SETTINGS | {"steps": 6, "lora_dropout": 0.0}
+    one = secateur.heal(llama_folder, pairs_file, **settings, out=tmp_path / "one")
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, more in (("two", []), ("cached", ["--mini-batch-tokens=200"])):
+        command = [*LAUNCH, "heal", llama_folder, "--data", pairs_file, *options, *more, "-o", tmp_path / name]
+        done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses, expected = ([row.loss for row in load(folder, Training).losses] for folder in (tmp_path / name, one))
+        assert losses == pytest.approx(expected, rel=1e-4), name
+        weights, same = (load_file(folder / "model.safetensors") for folder in (tmp_path / name, one))
+        assert all(torch.allclose(weights[key], same[key], atol=1e-4) for key in same)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["cached", "one", "two"]
+
+
+def scores_of(*values: float) -> Callable[[object], float]:
+    """A measurement that gives one number after the other."""
+    left = list(values)
+    return lambda model: left.pop(0)
+
+
+def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
+    sets = training_sets([read_pairs(pairs_file)], 8)
+    recipe = Recipe(**(SETTINGS | {"steps": 10}))
+    model = secateur.open_model(llama_folder, device="cpu")
+    validation = Validation(scores_of(0.1, 0.5, 0.4, 0.5), every=1, patience=2)
+    outcome = train(model, sets, recipe, tmp_path / "long", silent, validation=validation)
+    assert [(row.step, row.score) for row in outcome.trials] == [(1, 0.1), (2, 0.5), (3, 0.4), (4, 0.5)]
+    assert outcome.best_step == 2
+    best = load_file(tmp_path / "long" / "checkpoint-2" / TRAINED_WEIGHTS)
+    name = "layers.0.self_attn.q_proj"
+    a, b = (next(best[key] for key in best if f"{name}.lora_{x}" in key) for x in "AB")
+    base = load_file(llama_folder / "model.safetensors")[f"{name}.weight"]
+    merged = model[0].auto_model.get_submodule(name).weight
+    assert torch.allclose(merged, base + recipe.lora_alpha / recipe.lora_rank * b @ a, atol=1e-6)
+    # Killed after its last step, it has nothing left to train or to measure.
+    again = secateur.open_model(llama_folder, device="cpu")
+    same = train(again, sets, recipe, tmp_path / "long", silent, validation=replace(validation, score=scores_of()))
+    assert (same.trials, same.best_step) == (outcome.trials, 2)
+    assert torch.equal(again[0].auto_model.get_submodule(name).weight, merged)
+
+
+def test_held_out_rows_are_measured_on_the_way(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    held_out = write_pairs(tmp_path / "held.jsonl", example_pairs(12, seed=1), "find the word")
+    options = SETTINGS | {"steps": 4, "eval_data": [held_out], "eval_every": 2}
+    healed = secateur.heal(llama_folder, pairs_file, **options, out=tmp_path / "out")
+    table = load(healed, Training)
+    assert [row.step for row in table.trials] == [2, 4]
+    kept = max(row.score for row in table.trials)
+    assert table.best_step == next(row.step for row in table.trials if row.score == kept)
+    found = held_out_ndcg(secateur.open_model(healed, device="cpu"), read_pairs(held_out))
+    assert found == pytest.approx(kept, abs=1e-5)
+    with pytest.raises(ConfigError, match="nothing to measure on the way"):
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, patience=2, out=tmp_path / "other")
+
+
+class Exploding(torch.nn.Module):
+    """Grows a thousandfold after eleven steps."""
+
+    def __init__(self, model: SentenceTransformer, recipe: Recipe) -> None:
+        super().__init__()
+        self.loss, self.calls = make_loss(model, recipe), 0
+
+    def forward(self, features: object, labels: object) -> torch.Tensor:
+        self.calls += 1
+        return self.loss(features, labels) * (1000 if self.calls > 11 else 1)
+
+
+def test_an_exploding_loss_stops_with_the_last_good_state(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    model = secateur.open_model(llama_folder, device="cpu")
+    sets = training_sets([read_pairs(pairs_file)], 8)
+    recipe = Recipe(**(SETTINGS | {"steps": 20}))
+    with pytest.raises(TrainingDiverged) as caught:
+        train(model, sets, recipe, tmp_path, silent, Exploding)
+    assert caught.value.step == 12
+    assert Path(str(caught.value.checkpoint)).name == "checkpoint-10"
+
+
+def test_both_ways_is_kept_in_the_folder_and_refused_where_it_changes_nothing(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
+    settings = SETTINGS | {"steps": 1, "bidirectional": True}
+    healed = secateur.heal(llama_folder, pairs_file, **settings, out=tmp_path / "out")
+    assert not attends_backwards_only(SentenceTransformer(str(healed), device="cpu")[0])
+    assert load(healed, Training).settings["bidirectional"] is True
+    with pytest.raises(ModelError, match="attends both ways already"):
+        secateur.heal(healed, pairs_file, **settings, out=tmp_path / "again")
+
+
+def test_a_recipe_is_a_set_of_defaults():
+    paper = make_recipe("l3prune")
+    numbers = (paper.steps, paper.batch_size, paper.scale, paper.max_length, paper.warmup * paper.steps)
+    assert numbers == (1000, 64, 50.0, 512, 300)
+    assert (paper.train, paper.lora_rank, paper.lora_alpha, paper.lora_dropout) == ("lora", 16, 32, 0.05)
+    assert (paper.peak_learning_rate, paper.seed) == (2e-4, 42)
+    given = make_recipe("everyday", steps=3, scale=None, train="all")
+    assert (given.steps, given.train, given.scale) == (3, "all", RECIPES["everyday"].scale)
+    with pytest.raises(ConfigError, match="one of l3prune"):
+        make_recipe("nonesuch")
 
 
 def test_merged_weights_are_the_base_and_the_product_of_the_factors(llama_folder: Path, pairs_file: Path, tmp_path):

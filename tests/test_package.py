@@ -29,6 +29,7 @@ graph runtime convert compatibility export
 encoders exported queueing gate embeddings serve
 engine pools rows vector_files encode
 cli
+__main__
 """
 FLOW = ORDER.split()
 """The way through: a module imports only what stands before it."""

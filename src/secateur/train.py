@@ -150,7 +150,8 @@ def train(
     before = prepare(model, recipe)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.max_seq_length, own_length = min(recipe.max_length, model.max_seq_length), model.max_seq_length
-    arguments = _arguments(sets, recipe, folder, validation, report_to)  # joins the processes, which a loss may ask for
+    # They join the processes, whose number a loss may ask for.
+    arguments = training_arguments(sets, recipe, folder, validation, report_to)
     patience = validation.patience if validation else None
     trainer = Trainer(
         model=model,
@@ -177,9 +178,14 @@ def train(
     )
 
 
-def _arguments(
-    sets: Sequence[TrainingSet], recipe: Recipe, folder: Path, validation: Validation | None, report_to: str
+def training_arguments(
+    sets: Sequence[TrainingSet],
+    recipe: Recipe,
+    folder: Path,
+    validation: Validation | None = None,
+    report_to: str = "none",
 ) -> SentenceTransformerTrainingArguments:
+    """A decided recipe as the trainer takes it."""
     log_every = max(1, recipe.steps // LOGGED)
     # A logged loss is the mean since the one before: a checkpoint between two would lose the steps that led to it.
     save_every = log_every * math.ceil(recipe.steps / CHECKPOINTS / log_every)
