@@ -316,20 +316,24 @@ def _bars() -> Iterator[Progress]:
         bars.TimeElapsedColumn(),
         bars.TextColumn("left"),
         bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[rate]}"),
     )
     tasks: dict[str, bars.TaskID] = {}
     started: dict[str, float] = {}
+    since: dict[str, int] = {}  # what a run that was stopped had done before
     with bars.Progress(
         bars.TextColumn("{task.description}"), *amount, *times, console=console, disable=not console.is_terminal
     ) as shown:
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks or done == 0:
-                tasks[what] = shown.add_task(what, total=total)
-                started[what] = time.monotonic()
-            shown.update(tasks[what], completed=done, total=total)
+                tasks[what] = shown.add_task(what, total=total, rate="")
+                started[what], since[what] = time.monotonic(), done
+            seconds = time.monotonic() - started[what]
+            rate = f"{(done - since[what]) / seconds:.3g}/s" if seconds >= 1 else ""
+            shown.update(tasks[what], completed=done, total=total, rate=rate)
             if done == total and not console.is_terminal:
-                typer.echo(f"{what}: {total} in {time.monotonic() - started[what]:.0f} s", err=True)
+                typer.echo(f"{what}: {total} in {seconds:.0f} s" + (f", {rate}" if rate else ""), err=True)
 
         yield progress
 

@@ -145,6 +145,7 @@ def train(
 
     Raises:
         TrainingDiverged: The loss is not finite, or exploded.
+        ConfigError: The launcher asks for FSDP.
     """
     recipe = decide(model, recipe)
     before = prepare(model, recipe)
@@ -161,6 +162,8 @@ def train(
         evaluator=Judge(validation.score, own_length) if validation else None,
         callbacks=[Watch(folder, f"heal ({recipe.train}), pairs", recipe.batch_size, patience, progress)],
     )
+    if trainer.is_fsdp_enabled:
+        raise ConfigError("fsdp", True, "weights cannot be sharded", "start the processes without FSDP")
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     with quiet():
