@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import example_pairs, write_pairs
-from secateur.data import Pair, Pairs, batches, read_pairs
+from secateur.data import Pair, Pairs, batches, data_files, read_pairs
+from secateur.e5_mix import INSTRUCTIONS
 from secateur.errors import DataError
 
 ROWS = [
@@ -196,3 +197,21 @@ def test_batches_are_full_and_in_order(hundred: Pairs):
     assert {batch.prompt for batch in made} == {"Do it; "}
     (only,) = batches(hundred, 101)
     assert len(only.anchors) == 100
+
+
+def test_a_folder_of_the_e5_mix_is_read_with_its_instructions(tmp_path: Path):
+    row = {"query": "who?", "positive": "me", "negative": "you"}
+    for name in INSTRUCTIONS:
+        write_pairs(tmp_path / f"{name}.jsonl", [row])
+    found = [read_pairs(file) for file in data_files(tmp_path)]
+    assert len(found) == 14
+    prompts = {pairs.name: pairs.prompt for pairs in found}
+    assert prompts["fever"] == "Given a claim, retrieve documents that support or refute the claim; "
+    assert {pairs.passage_prompt for pairs in found} == {""}
+    assert found[0].rows[0].negatives == ("you",)
+    (tmp_path / "nq.jsonl").unlink()
+    assert read_pairs(tmp_path / "fever.jsonl").prompt == ""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match="holds no data files"):
+        data_files(empty)

@@ -17,7 +17,7 @@ ORDER = """
 errors artifacts figures progress config
 stacks legality blocks shards sources lora cut_plan shard_writer checkpoint embedder verify
 gguf pooling models
-jsonl data texts
+jsonl e5_mix data texts
 metrics curves bootstrap forward lens flops parts depths
 vectors task_folder tasks intervals differences predictions evaluate depth_scores
 profile selectors budgets choose candidates selection prune

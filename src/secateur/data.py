@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.artifacts import Fingerprint, check_no_byte_order_mark, fingerprint, read_json
+from secateur.e5_mix import instruction_of
 from secateur.errors import DataError
 from secateur.jsonl import read_json_lines
 
@@ -92,6 +93,21 @@ def read_pairs(file: str | Path, *, instruction: str | None = None) -> Pairs:
         passage_prompt=instruction_prompt(beside.get("passage_instruction", "") if instruction is None else ""),
         source=fingerprint(path, len(rows), beside.get("licence", "")),
     )
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """A data file; of a folder, all data files in it, by name.
+
+    Raises:
+        DataError: A folder holds none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return [folder]
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+    if not files:
+        raise DataError(folder, "holds no data files", f"expected {', '.join(SUFFIXES)}")
+    return files
 
 
 def batches(pairs: Pairs, size: int) -> list[Batch]:
@@ -186,10 +202,10 @@ def _text(path: Path, line: int, field: str, value: Any) -> str:
 
 
 def _read_beside(path: Path) -> Mapping[str, str]:
-    """What the JSON file of the same name tells about the data; empty where there is none."""
+    """What the JSON file of the same name tells about the data; without one, what the E5 mix's own papers tell."""
     file = path.with_name(_stem(path) + ".json")
     if not file.is_file():
-        return {}
+        return {"query_instruction": instruction_of(path)}
     content = read_json(file)
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}, not an object")

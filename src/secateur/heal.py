@@ -26,7 +26,7 @@ from secateur.artifacts import (
     writing,
 )
 from secateur.blocks import depth_of
-from secateur.data import Pairs
+from secateur.data import Pairs, data_files
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.evaluate import evaluate
 from secateur.lessons import Aim, dropout_of, find_aim, make_objective, read_source, sets_of, teach
@@ -95,8 +95,8 @@ def heal(
 
     Args:
         model: A model folder, usually a pruned one; or anything :func:`secateur.models.open_model` opens.
-        data: Files of pairs (see :mod:`secateur.data`); their instructions become the model's prompts. Or files of
-            texts alone (see :mod:`secateur.texts`).
+        data: Files of pairs (see :mod:`secateur.data`), or folders of them; their instructions become the model's
+            prompts. Or files of texts alone (see :mod:`secateur.texts`).
         recipe: ``l3prune``, ``everyday`` or ``distill``. Default: ``distill`` where a teacher teaches on texts alone,
             else ``l3prune``.
         steps: Optimizer steps (1,000).
@@ -218,7 +218,13 @@ def heal(
 
 def _read(data: Files, instruction: str | None) -> list[Source]:
     files = [data] if isinstance(data, (str, Path, Pairs, Texts)) else list(data)
-    return [item if isinstance(item, (Pairs, Texts)) else read_source(item, instruction) for item in files]
+    found: list[Source] = []
+    for item in files:
+        if isinstance(item, (Pairs, Texts)):
+            found.append(item)
+        else:
+            found += [read_source(file, instruction) for file in data_files(item)]
+    return found
 
 
 def _read_pairs(data: Files | None, instruction: str | None) -> list[Pairs]:
