@@ -12,7 +12,7 @@ from secateur.errors import ConfigError
 
 Trained = Literal["lora", "blocks", "all", "auto"]
 LEARNING_RATES = {"lora": 2e-4, "blocks": 2e-4, "all": 2e-4}
-"""Peak of the schedule by what is trained; the first is the paper's, the others were measured (docs/healing.md)."""
+"""Peak of the schedule by what is trained; the first is the paper's (docs/healing.md says what was measured)."""
 
 
 @dataclass(frozen=True)
