@@ -1,4 +1,4 @@
-"""Commands that are killed, with SIGKILL, at the moment at which a file appears."""
+"""Commands that are killed, with SIGKILL, at the moment at which a file appears, or after some time."""
 
 from __future__ import annotations
 
@@ -21,6 +21,32 @@ sys.argv = ["secateur", *sys.argv[3:]]
 from secateur.cli import main
 main()
 """
+
+
+_LATER = """
+import os, signal, sys, threading, time
+
+def watch(seconds):
+    while "secateur.study" not in sys.modules:
+        time.sleep(0.001)
+    time.sleep(float(seconds))
+    os.killpg(0, signal.SIGKILL)
+
+threading.Thread(target=watch, args=sys.argv[1:2], daemon=True).start()
+sys.argv = ["secateur", *sys.argv[2:]]
+from secateur.cli import main
+main()
+"""
+
+
+def run_for(seconds: float, *arguments: object) -> bool:
+    """Run a study, and kill its process group so many seconds after its modules are there; whether that came first."""
+    command = [sys.executable, "-c", _LATER, seconds, *arguments]
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=900, start_new_session=True
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode != 0
 
 
 def run_until(root: Path, pattern: str, *arguments: object) -> None:

@@ -24,7 +24,7 @@ profile selectors budgets choose candidates selection prune
 remote recipe processes teacher minibatches objectives trainable trainer train lessons heal
 cost compare
 run findings saturation printing verdict drawings card report
-demo study
+demo presets plan estimate runner study
 graph runtime convert compatibility export
 encoders exported queueing gate embeddings serve
 engine pools rows vector_files encode
@@ -48,9 +48,11 @@ def test_the_exported_names():
         "export",
         "heal",
         "open_model",
+        "plan_study",
         "profile",
         "prune",
         "read_scores",
+        "read_status",
         "report",
         "serve",
         "study",

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import csv
 import json
+import random
 import shlex
 import shutil
 import sys
@@ -11,14 +13,15 @@ import pytest
 
 import secateur
 from conftest import example_pairs, llama_model, tiny_transformer, write_pairs
-from killing import run_until
+from killing import run_for, run_until
 from secateur import cli
 from secateur.artifacts import Costs, Origin, Profile, Scores, Training, load
-from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, OutputError, SecateurError
+from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, OutputError, SecateurError, StudyFailed
+from secateur.study import join_tables
 from task_folders import example_rows, write_task
 
 OPTIONS = {"depths": ["1", "small"], "steps": 10, "batch_size": 8, "learning_rate": 1e-3, "lora_rank": 4}
-OPTIONS |= {"precision": "float32", "max_examples": 16, "scale": 20.0, "sample": 16}
+OPTIONS |= {"precision": "float32", "max_examples": 16, "scale": 20.0, "sample": 16, "profile_dtype": "float32"}
 VARIANTS = ["tiny-2-zero-shot", "tiny-2-healed", "tiny-1-healed"]
 
 
@@ -67,7 +70,8 @@ def test_a_study_goes_the_whole_way(run: Path):
     assert [row["task"] for row in found["scores"]] == ["task"] * 3
     assert found["kept"] == {VARIANTS[0]: (0, 1), VARIANTS[1]: (0, 1), VARIANTS[2]: (0,)}
     assert [name for name, *_ in found["costs"]] == VARIANTS
-    expected = {"study.yaml", "models", "profiles", "pruned", "scores", "costs.json", "report.html", "report.md"}
+    expected = {"study.yaml", "plan.json", "steps.jsonl", "models", "profiles", "pruned", "scores", "cache"}
+    expected |= {"costs.json", "table.csv", "report.html", "report.md"}
     assert {path.name for path in run.iterdir()} - {"figures"} == expected
     assert sorted(path.name for path in (run / "models").iterdir()) == sorted(VARIANTS)
 
@@ -114,15 +118,6 @@ def test_a_study_that_cannot_end_does_not_begin(changes, error, says, place: Pat
     assert not (place / "not-begun").exists() or list((place / "not-begun").iterdir()) == []
 
 
-def test_a_model_whose_name_begins_another_name_is_not_taken_for_it(place: Path, tmp_path: Path):
-    """`tiny-1` and `tiny`, resumed: the folder of the one is not the other's."""
-    from secateur.study import _depth
-
-    (tmp_path / "models" / "tiny-1-7-zero-shot").mkdir(parents=True)
-    assert _depth(tmp_path, "tiny", str(place / "tiny")) == 2
-    assert _depth(tmp_path, "tiny-1", "nowhere") == 7
-
-
 def test_the_printed_commands_give_the_same_tables(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Each table's command is typed again, in a copy of the run folder."""
     before = {
@@ -158,18 +153,166 @@ MOMENTS = (
 @pytest.mark.slow
 def test_a_study_killed_at_any_point_ends_with_the_same_tables(run: Path, tmp_path: Path):
     place = make_place(tmp_path)
-    options = [word for name, value in OPTIONS.items() if name != "depths" for word in (f"--{name}", value)]
-    options = [str(word).replace("_", "-") if str(word).startswith("--") else str(word) for word in options]
     command = ["study", place / "tiny", "--data", place / "words.jsonl", "--tasks", place / "task"]
-    command += ["--depths", *OPTIONS["depths"], *options, "-o", place / "run"]
+    command += [*words_of(OPTIONS), "-o", place / "run"]
     for moment in MOMENTS:
         run_until(place / "run", moment, *command)
     run_study(place)
     assert tables(place / "run") == tables(run)
     assert not list((place / "run").rglob("*.partial"))
+    assert_each_step_was_done_once(place / "run")
     for name in VARIANTS:
         one, other = (secateur.open_model(there / "models" / name, device="cpu") for there in (run, place / "run"))
         assert np.array_equal(one.encode(["the word"]), other.encode(["the word"]))
+
+
+def assert_each_step_was_done_once(run: Path) -> None:
+    """By the journal: every step of the plan ends well once, and is not begun again."""
+    entries = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    done: list[str] = []
+    for entry in entries:
+        assert entry["step"] not in done, f"{entry} after it was done"
+        done += [entry["step"]] if entry["outcome"] == "done" else []
+    steps = json.loads((run / "plan.json").read_text())["steps"]
+    assert sorted(done) == sorted(step["name"] for step in steps)
+
+
+def words_of(options: dict[str, object]) -> list[str]:
+    words: list[str] = []
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def test_a_study_killed_twice_does_each_step_once(place: Path, tmp_path: Path):
+    options = OPTIONS | {"depths": ["1"], "recipes": ["none"]}
+    command = ["study", place / "tiny", "--data", place / "words.jsonl", *words_of(options), "-o", tmp_path / "run"]
+    for moment in ("models/tiny-2-zero-shot", "profiles/tiny/profile.json"):
+        run_until(tmp_path / "run", moment, *command)
+    assert secateur.study(out=tmp_path / "run").is_file()
+    assert_each_step_was_done_once(tmp_path / "run")
+    state = secateur.read_status(tmp_path / "run")
+    assert {state.of(step) for step in state.plan.steps} == {"done"}
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_twenty_random_moments_ends_with_the_same_tables(tmp_path: Path):
+    """Two models, three depths, two seeds."""
+    place = make_place(tmp_path)
+    tiny_transformer(place / "other", "bert", depth=3)
+    options = OPTIONS | {"depths": ["1", "0.34"], "seeds": [1, 2], "steps": 4}
+    command = ["study", place / "tiny", place / "other", "--data", place / "words.jsonl", "--tasks", place / "task"]
+    command += words_of(options)
+    assert not run_for(800, *command, "-o", place / "whole")
+    rng = random.Random(0)
+    kills = sum(run_for(rng.uniform(0, 12), *command, "-o", place / "killed") for _ in range(20))
+    assert kills >= 10
+    assert not run_for(800, *command, "-o", place / "killed")
+
+    def found(run: Path) -> list[dict[str, object]]:
+        timed = {"train_seconds", "texts_per_second", "long_texts_per_second", "latency_p50", "latency_p95"}
+        return [{k: v for k, v in row.items() if k not in timed} for row in join_tables(run)]
+
+    assert found(place / "killed") == found(place / "whole")
+    assert len(found(place / "whole")) == (1 + 2 + 2) + (1 + 2 + 2 + 2)
+    for run in (place / "whole", place / "killed"):
+        assert_each_step_was_done_once(run)
+        assert not list(run.rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_give_the_same_tables(run: Path, place: Path, tmp_path: Path):
+    assert run_study(place, str(tmp_path / "two"), jobs=2).is_file()
+    assert tables(tmp_path / "two") == tables(run)
+    assert_each_step_was_done_once(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_tables(run: Path, place: Path, tmp_path: Path):
+    pytest.importorskip("ray")
+    assert run_study(place, str(tmp_path / "ray"), ray="local", jobs=2).is_file()
+    assert tables(tmp_path / "ray") == tables(run)
+
+
+def test_the_joined_table_has_a_row_for_each_model_and_task(run: Path):
+    rows = join_tables(run)
+    assert [(row["variant"], row["task"]) for row in rows] == [(name, "task") for name in VARIANTS]
+    assert [(row["kept"], row["recipe"], row["seed"]) for row in rows] == [
+        (2, "none", None),
+        (2, "healed", 42),
+        (1, "healed", 42),
+    ]
+    assert rows[2]["specs"] == "1 small"
+    scores = {row.model: row.score for row in secateur.read_scores(run).rows}
+    assert {row["variant"]: row["score"] for row in rows} == scores
+    with (run / "table.csv").open() as stream:
+        written = list(csv.DictReader(stream))
+    assert [float(row["score"]) for row in written] == [row["score"] for row in rows]
+
+
+def test_a_plan_is_shown_and_nothing_is_written(place: Path, tmp_path: Path, monkeypatch, capsys):
+    state = secateur.plan_study(
+        [place / "tiny"], data=[place / "words.jsonl"], tasks=[str(place / "task")], batch_size=8, out=tmp_path / "run"
+    )
+    assert {state.of(step) for step in state.plan.steps} == {"waiting"}
+    assert all(step.seconds and step.seconds > 0 for step in state.plan.steps)
+    assert state.seconds_left == pytest.approx(sum(step.seconds or 0 for step in state.plan.steps))
+    assert not (tmp_path / "run").exists()
+    words = ["study", place / "tiny", "--data", place / "words.jsonl", "--batch-size", "8", "-o", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words), "--plan"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    assert "heal tiny-(large)-healed" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_status_and_resume_are_commands(run: Path, place: Path, tmp_path: Path, monkeypatch, capsys):
+    def command(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        said = capsys.readouterr()
+        return int(caught.value.code or 0), said.out + said.err
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert "waiting" not in command("study", "status", copy)[1]
+    shutil.rmtree(copy / "scores" / VARIANTS[2])
+    code, said = command("study", "status", copy)
+    assert code == 0
+    assert "1 waiting" in said
+    assert command("study", "resume", copy)[0] == 0
+    assert "waiting" not in command("study", "status", copy)[1]
+    assert secateur.read_scores(copy).to_dicts()[2]["score"] == secateur.read_scores(run).to_dicts()[2]["score"]
+    for what in ("status", "resume"):
+        assert command("study", what, tmp_path / "nowhere") == (
+            2,
+            f"secateur: {tmp_path / 'nowhere'}: holds no study: name the folder that `secateur study` was given\n",
+        )
+
+
+def test_one_models_failure_leaves_the_others_whole(run: Path, place: Path, tmp_path: Path):
+    """The weights of a finished step's model are spoilt: what needs it fails with a log, the rest is done."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for gone in (*(copy / "scores").iterdir(), copy / "models" / VARIANTS[2]):
+        shutil.rmtree(gone)
+    (copy / "costs.json").unlink()
+    shutil.rmtree(copy / "cache")
+    (copy / "pruned" / "tiny-1" / "model.safetensors").write_bytes(b"spoilt")
+    with pytest.raises(StudyFailed) as caught:
+        secateur.study(out=copy)
+    assert list(caught.value.failed) == [f"heal {VARIANTS[2]}"]
+    assert "Traceback" in (copy / "logs" / f"heal-{VARIANTS[2]}.log").read_text()
+    assert caught.value.page is not None
+    assert {row.model for row in load(copy, Costs).rows} == set(VARIANTS[:2])
+    assert {row.model for row in secateur.read_scores(copy).rows} == set(VARIANTS[:2])
+    state = secateur.read_status(copy)
+    assert {step.name: state.of(step) for step in state.plan.steps if state.of(step) != "done"} == {
+        f"heal {VARIANTS[2]}": "failed",
+        f"evaluate {VARIANTS[2]}": "blocked",
+    }
 
 
 def test_what_a_kill_left_half_written_does_not_stop_a_study_but_other_files_do(place: Path, run: Path, tmp_path: Path):

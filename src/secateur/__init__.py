@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from secateur.prune import prune
     from secateur.report import report
     from secateur.serve import serve
-    from secateur.study import read_scores, study
+    from secateur.study import plan_study, read_scores, read_status, study
 
 __all__ = [
     "SecateurError",
@@ -41,15 +41,18 @@ __all__ = [
     "export",
     "heal",
     "open_model",
+    "plan_study",
     "profile",
     "prune",
     "read_scores",
+    "read_status",
     "report",
     "serve",
     "study",
 ]
 
-_HOMES = {"SecateurError": "errors", "accelerate": "engine", "open_model": "models", "read_scores": "study"}
+_HOMES = {"SecateurError": "errors", "accelerate": "engine", "open_model": "models"}
+_HOMES |= dict.fromkeys(("plan_study", "read_scores", "read_status"), "study")
 _EXTRAS = {"serve": "serve"}
 """Steps whose packages do not come with secateur itself → the extra that brings them."""
 

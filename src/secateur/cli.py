@@ -11,7 +11,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,10 +21,13 @@ from secateur import config
 from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from secateur.artifacts import Comparison, CostRow, Profile, Scores
     from secateur.candidates import Candidates
     from secateur.export import Export
     from secateur.progress import Progress
+    from secateur.runner import State, Watch
 
 app = typer.Typer(
     help="Cut a language model down to the text encoder you can afford.",
@@ -63,8 +66,14 @@ def _fail(message: str, code: int) -> None:
 
 
 def _spread(arguments: list[str]) -> list[str]:
-    """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``."""
+    """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``.
+
+    ``study status`` and ``study resume`` are commands whose names have a blank.
+    """
     several = {"--data", "--tasks", "--texts", "--depths", "--dims", "--eval-data", "--eval-tasks"}
+    several |= {"--recipes", "--seeds"}
+    if tuple(arguments[:2]) in (("study", "status"), ("study", "resume")):
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]
     spread: list[str] = []
     current = ""
     for argument in arguments:
@@ -94,7 +103,7 @@ def _command(options: type[config.Options]) -> Callable[[Callable[..., None]], C
         parameters += [*(p.replace(annotation=_resolve(run, p), kind=p.KEYWORD_ONLY) for p in extras), _CONFIG]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
-        name = run.__name__.removesuffix("_command")
+        name = run.__name__.removesuffix("_command").replace("_", " ")
         sentence, _, example = (options.__doc__ or "").partition("Example:")
         text = f"{' '.join(sentence.split())}\n\nExample: {' '.join(example.split())}"
         app.command(name, help=text, short_help=" ".join(sentence.split()))(command)
@@ -134,7 +143,7 @@ def _parameter(options: type[config.Options], name: str) -> inspect.Parameter:
         names = [flag, *([str(extra["short"])] if "short" in extra else [])]
         if kind is bool:
             names = [f"{flag}/--no-{flag[2:]}"]
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
         suffix = f" [default: {shown}]" if shown not in (None, False, "") else ""
         required = " [required]" if field.is_required() else ""
         metavar = f"{name.upper().rstrip('S')}..." if get_origin(kind) is list else None
@@ -150,7 +159,7 @@ def _plain(annotation: Any) -> Any:
         return _plain(next(part for part in get_args(annotation) if part is not type(None)))
     if get_origin(annotation) is Literal or annotation is Path:
         return str
-    if get_origin(annotation) is list:
+    if get_origin(annotation) in (list, dict):
         return list[str]
     return annotation
 
@@ -254,12 +263,47 @@ def report_command(options: config.ReportOptions) -> None:
 
 
 @_command(config.StudyOptions)
-def study_command(options: config.StudyOptions) -> None:
+def study_command(
+    options: config.StudyOptions,
+    *,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show the steps and their estimated times, and do nothing.")
+    ] = False,
+) -> None:
     import secateur
 
-    with _bars() as progress:
-        page = secateur.study(**_given(options), progress=progress)
-    _show_scores(secateur.read_scores(options.out))
+    if plan:
+        with _bars() as progress:
+            state = secateur.plan_study(**_given(options), progress=progress)
+        _show_steps(state, options.jobs)
+        return
+    _study(_given(options))
+
+
+@_command(config.StatusOptions)
+def study_status_command(options: config.StatusOptions) -> None:
+    import secateur
+
+    _show_steps(secateur.read_status(options.run), 1)
+
+
+@_command(config.ResumeOptions)
+def study_resume_command(options: config.ResumeOptions) -> None:
+    import secateur
+
+    secateur.read_status(options.run)  # a folder without a study is no place to begin one
+    given = _given(options)
+    _study({"out": given.pop("run"), **given})
+
+
+def _study(given: dict[str, Any]) -> None:
+    import secateur
+    from secateur.errors import DataError
+
+    with _study_bars(int(given.get("jobs", 1))) as (progress, watch):
+        page = secateur.study(**given, progress=progress, watch=watch)
+    with suppress(DataError):  # a study without tasks has no scores
+        _show_scores(secateur.read_scores(given["out"]))
     typer.echo(f"\n{page}")
 
 
@@ -336,6 +380,94 @@ def _bars() -> Iterator[Progress]:
                 typer.echo(f"{what}: {total} in {seconds:.0f} s" + (f", {rate}" if rate else ""), err=True)
 
         yield progress
+
+
+@contextmanager
+def _study_bars(slots: int) -> Iterator[tuple[Progress, Watch]]:
+    """The plan, then on standard error a bar for the study and one for each running step; in a log, a line for each."""
+    import time
+    import warnings
+
+    from rich import progress as bars
+    from rich.console import Console
+
+    warnings.filterwarnings("ignore")
+    console = Console(stderr=True)
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
+    tasks: dict[str, bars.TaskID] = {}
+    told: set[str] = set()
+    with bars.Progress(*columns, bars.TimeElapsedColumn(), console=console, disable=not console.is_terminal) as shown:
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done, total=total)
+
+        def watch(state: State) -> None:
+            if not told:
+                _show_steps(state, slots, console)
+                told.update(("", *state.done))
+            over = state.done | state.failed.keys()
+            for name in sorted(over - told):
+                line = (
+                    f"failed: {state.failed[name]}" if name in state.failed else f"{state.seconds.get(name, 0):.0f} s"
+                )
+                shown.print(
+                    f"{time.strftime('%H:%M:%S')}  {name}: {line}", markup=False, highlight=False, soft_wrap=True
+                )
+                if name in tasks:
+                    shown.remove_task(tasks.pop(name))
+            told.update(over)
+            for name in state.running:
+                if name not in tasks:
+                    tasks[name] = shown.add_task(name, total=None)
+            if "" not in tasks:
+                tasks[""] = shown.add_task("")
+            total, done = len(state.plan.steps), len(state.done)
+            shown.update(tasks[""], completed=done, total=total, description=_summary(state, slots))
+
+        yield progress, watch
+
+
+def _summary(state: State, slots: int) -> str:
+    """``5 done, 1 running, 7 waiting; about 12 min left``."""
+    found = [state.of(step) for step in state.plan.steps]
+    counts = ", ".join(f"{found.count(word)} {word}" for word in _WORDS if word in found)
+    left = state.seconds_left / max(1, slots)
+    return counts + (f"; about {_duration(left)} left" if left else "")
+
+
+_WORDS = ("done", "running", "waiting", "failed", "blocked")
+
+
+def _duration(seconds: float) -> str:
+    """Two digits at most: it is an estimate."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}"
+    return f"{max(1, round(seconds))} s"
+
+
+def _show_steps(state: State, slots: int, console: Console | None = None) -> None:
+    """A plan, or how far it is; times are estimates where a step has not finished."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("step", "", "time", "needs"):
+        table.add_column(heading, justify="right" if heading == "time" else "left", overflow="fold")
+    for step in state.plan.steps:
+        seconds, about = state.expected[step.name], "" if step.name in state.seconds else "about "
+        needs = ", ".join(step.needs) if len(step.needs) < 4 else f"{len(step.needs)} models"
+        word = state.of(step)
+        took = "" if word == "done" and about else "?" if seconds is None else about + _duration(seconds)
+        table.add_row(escape(step.name), word, took, escape(needs))
+    console = console or Console()
+    console.print(table)
+    console.print(_summary(state, slots), highlight=False)
+    for name, reason in state.failed.items():
+        console.print(f"{name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_profile(profile: Profile) -> None:

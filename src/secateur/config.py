@@ -285,14 +285,60 @@ class StudyOptions(HealSettings):
     data: list[Path] = Field(default=[], description=_DATA)
     tasks: list[str] = Field(default=[], description="Task folders, or names of tasks that mteb knows.")
     out: Path = _out("The run folder.")
-    preset: Literal["demo"] | None = Field(
-        None, description="demo: SmolLM2 on API documentation, in a quarter of an hour."
+    preset: Literal["demo", "paper", "shrink"] | None = Field(
+        None,
+        description="demo: SmolLM2 on API documentation, in a quarter of an hour; paper: L3Prune's experiments; "
+        "shrink: an embedder's parts learn from the whole, on texts alone.",
     )
     depths: list[str] = Field(default=["large", "small"], description="As prune --to; the full depth is always there.")
+    recipes: dict[str, dict[str, Any]] = Field(
+        default={"healed": {}},
+        description="Names of trainings; none leaves the cut models as they are. In YAML: name -> options of heal.",
+    )
+    teacher: str | None = Field(None, description="As heal --teacher; self: the whole model teaches its parts.")
+    seeds: list[int] = Field(default=[], description="Train once with each [default: --seed].")
     profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the profile's loss.")
+    profile_dtype: Dtype = Field("auto", description="Number format of the profile's arithmetic; auto: the quickest.")
     max_examples: int = Field(1280, ge=2, description="Pairs used by the profile.")
     pooling: PoolingName | None = Field(None, description=_POOLING)
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
+    cache: Path | None = Field(None, description=_CACHE + " [default: cache in the run folder]")
+    jobs: int = Field(1, ge=1, description="Steps at once, each in a process of its own.")
+    ray: str | None = Field(None, description="Run the steps on the Ray cluster at this address, or auto, or local.")
+
+    @field_validator("recipes", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """The command line names recipes, and YAML may leave one empty: both without settings of their own."""
+        if isinstance(given, list):
+            return {name: {} for name in given}
+        return {name: own or {} for name, own in given.items()} if isinstance(given, dict) else given
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, given: list[int]) -> list[int]:
+        if len(set(given)) < len(given):
+            raise ValueError("each seed once")
+        return given
+
+
+class StatusOptions(Options):
+    """Show how far a study is.
+
+    Example: secateur study status run
+    """
+
+    run: Path = Field(description="A run folder.", json_schema_extra=ONE)
+
+
+class ResumeOptions(StatusOptions):
+    """Go on with a study that was stopped, or whose steps failed.
+
+    Example: secateur study resume run --jobs 4
+    """
+
+    jobs: int = Field(1, ge=1, description="Steps at once, each in a process of its own.")
+    ray: str | None = Field(None, description="Run the steps on the Ray cluster at this address, or auto, or local.")
 
 
 class EncodeOptions(Options):

@@ -9,7 +9,9 @@
     ├── OutputError               the place results should go to
     ├── MissingPackage            an optional dependency that is not installed
     ├── VerificationFailed        a written model does not give the vectors that it should
-    └── TrainingDiverged          a loss that is not a number, or exploded
+    ├── TrainingDiverged          a loss that is not a number, or exploded
+    ├── StepFailed                a study's step that ended with an error in another process
+    └── StudyFailed               steps of a study that failed, while the rest was done
 
 Every member says what was wrong and what would be right, and carries the values that disagree as attributes. The
 command line prints ``str(error)`` on one line and exits with 2; Python users catch :class:`SecateurError`.
@@ -17,7 +19,7 @@ command line prints ``str(error)`` on one line and exits with 2; Python users ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -128,3 +130,18 @@ class TrainingDiverged(SecateurError):
         self.checkpoint = checkpoint
         kept = f"the last good state is {checkpoint}" if checkpoint else "no state was saved before it"
         super().__init__(f"training diverged at step {step} (loss {loss:g}); {kept}", "try a smaller learning rate")
+
+
+class StepFailed(SecateurError):
+    """A step of a study that ended with an error in another process; the message is the last line of its log."""
+
+
+class StudyFailed(SecateurError):
+    """Steps of a study that failed; what does not need them is done. ``failed`` is step → why, ``page`` the report."""
+
+    def __init__(self, run: str | Path, failed: Mapping[str, str], page: Path | None) -> None:
+        self.failed = dict(failed)
+        self.page = page
+        said = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        many = f"{len(failed)} steps" if len(failed) > 1 else "a step"
+        super().__init__(f"{many} failed ({said})", f"see {run}/logs; the same command tries again")

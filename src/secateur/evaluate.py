@@ -50,7 +50,7 @@ from secateur.artifacts import (
 )
 from secateur.data import instruction_prompt
 from secateur.differences import draws_file
-from secateur.errors import ConfigError, ModelError
+from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.intervals import FEWEST, Array, interval, mean_of, resample, whole
 from secateur.models import model_label, open_model
 from secateur.predictions import predicted
@@ -95,7 +95,8 @@ def evaluate(
         instructed: Whether each model was trained with instructions. Default: read from its prompts.
         names: What to call the models in the table. Default: the last part of their paths.
         cache: Folder that keeps vectors (:mod:`secateur.vectors`): a text is not encoded twice by the same model.
-        out: Folder of ``scores.json``, written after each task. Scores that it holds already are not computed again if
+        out: Folder of ``scores.json``, written after each task; a task that fails does not keep the others from being
+            scored, its error comes at the end. Scores that it holds already are not computed again if
             the model's weights, the task's data, ``sample``, ``seed`` and the prompt are the same; those of other
             models and tasks stay in the file.
         progress: Called before each task and at the end, with the number of scores that are there.
@@ -116,6 +117,7 @@ def evaluate(
     opened = open_tasks(tasks, sample, seed)
     ledger = _Ledger.open(out, [(label, task.name) for label in labels for task in opened], opened, seed)
     total = len(labels) * len(opened)
+    failures: list[SecateurError] = []
     for i, (label, given) in enumerate(zip(labels, models, strict=True)):
         model = given if isinstance(given, SentenceTransformer) else open_model(given)
         told = is_instructed(model) if instructed is None else instructed[i]
@@ -127,9 +129,17 @@ def evaluate(
             with quiet(), as_encoder(model, label, prompts, vectors) as encoder:
                 key: dict[str, Any] = {"sample": sample, "seed": seed, "prompt": _prompt(encoder, task)}
                 key |= {"data": task.source.sha256, "weights": weights}
-                if not ledger.holds(label, task.name, key):
+                if ledger.holds(label, task.name, key):
+                    continue
+                try:
                     ledger.add(_finite(score_task(encoder, label, task, batch_size, key)))
+                except (DataError, ModelError) as error:
+                    if out is None:
+                        raise
+                    failures.append(error)
     progress("evaluate", total, total)
+    if failures:
+        raise failures[0]
     return ledger.table()
 
 

@@ -1,0 +1,241 @@
+"""Plans as data, and running them: what comes after what, what goes on after a failure, what the journal says."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from secateur.artifacts import DepthRow, Profile, provenance
+from secateur.config import HealOptions, StudyOptions, make
+from secateur.errors import ConfigError, IllegalDepth, OutputError
+from secateur.estimate import corrected
+from secateur.plan import Base, Plan, Step, blocked, plan_steps
+from secateur.presets import SHRINK
+from secateur.runner import Executor, Journal, State, read_journal, run_steps
+
+BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]
+
+
+def options(**given: object) -> StudyOptions:
+    return make(
+        StudyOptions, {"models": ["org/big", "tiny"], "data": ["a.jsonl"], "tasks": ["t"], "out": "run", **given}
+    )
+
+
+def profile_of(base: str, losses: list[float | None]) -> Profile:
+    rows = tuple(DepthRow(i + 1, loss, 0.0, 0.1, 1.0) for i, loss in enumerate(losses))
+    return Profile(provenance(command="x"), base, len(losses), "mean", 20.0, "float32", 8, 1, 32, "", rows)
+
+
+def names(plan: Plan) -> list[str]:
+    return [variant.name for variant in plan.variants]
+
+
+def test_models_depths_recipes_and_seeds_are_multiplied():
+    study = options(
+        depths=["2", "uniform:2"], recipes={"none": {}, "lora": {}, "blocks": {"train": "blocks"}}, seeds=[1, 2]
+    )
+    plan = plan_steps(study, BASES, {})
+    own = [name.removeprefix("tiny-") for name in names(plan) if name.startswith("tiny")]
+    trained = [f"{recipe}-seed{seed}" for recipe in ("lora", "blocks") for seed in (1, 2)]
+    expected = ["4-zero-shot", *(f"4-{t}" for t in trained)]
+    for label in ("2", "2-uniform"):
+        expected += [f"{label}-zero-shot", *(f"{label}-{t}" for t in trained)]
+    assert sorted(own) == sorted(expected)
+    assert len(names(plan)) == len(set(names(plan))) == 2 * len(expected)
+    heal = next(step for step in plan.steps if step.name == "heal tiny-2-uniform-blocks-seed2")
+    assert heal.command_line == (
+        "secateur heal run/models/tiny-2-uniform-zero-shot --data a.jsonl --train blocks --seed 2 "
+        "-o run/models/tiny-2-uniform-blocks-seed2"
+    )
+
+
+def test_every_step_comes_after_those_that_it_needs_and_makes_something_of_its_own():
+    plan = plan_steps(options(depths=["0.3", "2", "large"], seeds=[1, 2]), BASES, {})
+    seen: set[str] = set()
+    for step in plan.steps:
+        assert seen.issuperset(step.needs), step.name
+        seen.add(step.name)
+    assert len(seen) == len(plan.steps) == len({step.makes for step in plan.steps})
+
+
+def test_what_a_profile_decides_stands_open_until_it_is_there():
+    study = options(depths=["small", "1"])
+    before = plan_steps(study, BASES[1:], {})
+    assert "tiny-(small)-healed" in names(before)
+    waiting = next(step for step in before.steps if step.name == "heal tiny-(small)-healed")
+    assert not waiting.known
+    assert "profile tiny" in waiting.needs
+    after = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [3.0, 2.0, 1.0, 2.0])})
+    assert names(after) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-2-healed", "tiny-1-healed"]
+    assert all(step.known for step in after.steps)
+    same = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [1.0, 2.0, 1.0, 2.0])})
+    assert [variant.specs for variant in same.variants if variant.name == "tiny-1-healed"] == [("small", "1")]
+    assert names(same) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-1-healed"]
+
+
+def test_a_profile_that_does_not_tell_fails_its_depths_alone():
+    study = options(depths=["small", "1"])
+    plan = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [None] * 4)})
+    assert list(plan.failed) == ["prune tiny-(small)"]
+    assert blocked(plan, plan.failed) == {"heal tiny-(small)-healed", "evaluate tiny-(small)-healed"}
+    cost = plan.steps[-1]
+    assert cost.known
+    assert [Path(model).name for model in cost.options["models"]] == [
+        "tiny-4-zero-shot",
+        "tiny-4-healed",
+        "tiny-1-healed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "key"),
+    [
+        ({"recipes": {"a-b": {}}}, ConfigError, "recipes"),
+        ({"recipes": {"none": {"steps": 3}}}, ConfigError, "recipes"),
+        ({"recipes": {"mine": {"steps": 0}}}, ConfigError, "recipes.mine.steps"),
+        ({"recipes": {"mine": {"stepz": 1}}}, ConfigError, "recipes.mine.stepz"),
+        ({"recipes": {"mine": {"seed": 1}}}, ConfigError, "recipes.mine.seed"),
+        ({"depths": ["half"]}, ConfigError, "to"),
+        ({"depths": ["block-influence:11"]}, IllegalDepth, None),
+        ({"depths": ["5"]}, IllegalDepth, None),
+    ],
+)
+def test_a_description_that_is_not_right_is_refused_with_its_place(given, error, key):
+    with pytest.raises(error) as caught:
+        plan_steps(options(**given), BASES, {})
+    assert key is None or caught.value.key == key
+
+
+@pytest.mark.parametrize("given", [{"seeds": [1, 1]}, {"seeds": ["x"]}, {"jobs": 0}, {"recipes": 3}])
+def test_options_that_are_not_right_are_refused(given):
+    with pytest.raises(ConfigError) as caught:
+        options(**given)
+    assert caught.value.key.split(".")[0] == next(iter(given))
+
+
+def test_commands_say_what_their_options_say():
+    """Each command, parsed again, gives the options of the step."""
+    plan = plan_steps(options(depths=["2"], steps=7, gradient_checkpointing=True), BASES[1:], {})
+    heal = next(step for step in plan.steps if step.name == "heal tiny-2-healed")
+    assert heal.command[:3] == ("secateur", "heal", "run/pruned/tiny-2")
+    assert "--gradient-checkpointing" in heal.command
+    words = dict(zip(heal.command[3::1], heal.command[4::1], strict=False))
+    assert words["--steps"] == "7"
+    assert make(HealOptions, dict(heal.options)).steps == 7
+
+
+def test_the_whole_teaches_its_parts_and_not_itself():
+    plan = plan_steps(options(**SHRINK), BASES[1:], {})
+    assert names(plan) == ["tiny-4-zero-shot", "tiny-3-distilled", "tiny-2-distilled", "tiny-1-distilled"]
+    heals = [step for step in plan.steps if step.kind == "heal"]
+    assert {step.options["teacher"] for step in heals} == {"run/models/tiny-4-zero-shot"}
+
+
+def test_estimates_are_corrected_by_what_has_finished():
+    told = {"a": 10.0, "b": 10.0, "c": 4.0, "d": None}
+    kinds = {"a": "heal", "b": "heal", "c": "profile", "d": "evaluate"}
+    assert corrected(told, kinds, {}) == told
+    assert corrected(told, kinds, {"a": 20.0}) == {"a": 20.0, "b": 20.0, "c": 8.0, "d": None}
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+def step(run: Path, name: str, *needs: str, kind: str = "prune") -> Step:
+    return Step(name, kind, {"model": "m", "out": str(run / name)}, str(run / name), needs)
+
+
+def work(run: Path, steps: list[Step], do, slots: int = 1) -> tuple[dict[str, str], list[State]]:
+    """Run a plan whose steps make an empty file, after ``do``."""
+    states: list[State] = []
+
+    def run_one(one: Step, log: Path) -> None:
+        do(one.name)
+        Path(one.makes).touch()
+
+    with Journal.open(run) as journal:
+        failed = run_steps(
+            lambda _: Plan(tuple(steps), ()),
+            lambda one: Path(one.makes).exists(),
+            Executor(slots, run_one),
+            run,
+            journal,
+            states.append,
+        )
+    return failed, states
+
+
+def outcomes(run: Path) -> list[tuple[str, str]]:
+    return [(entry["step"], entry["outcome"]) for entry in read_journal(run)]
+
+
+def test_what_does_not_need_a_failed_step_goes_on_and_a_second_run_does_the_rest(tmp_path: Path):
+    steps = [step(tmp_path, "a"), step(tmp_path, "b", "a"), step(tmp_path, "c"), step(tmp_path, "d", "b", "c")]
+    broken = {"b"}
+
+    def do(name: str) -> None:
+        if name in broken:
+            raise ValueError("broken\nin two lines")
+
+    failed, states = work(tmp_path, steps, do)
+    assert failed == {"b": "ValueError: broken in two lines"}
+    assert {one.name: states[-1].of(one) for one in steps} == {"a": "done", "b": "failed", "c": "done", "d": "blocked"}
+    broken.clear()
+    assert work(tmp_path, steps, do)[0] == {}
+    ended = [name for name, outcome in outcomes(tmp_path) if outcome == "done"]
+    assert sorted(ended) == ["a", "b", "c", "d"]
+    entries = {(e["step"], e["outcome"]): e for e in read_journal(tmp_path)}
+    assert entries["b", "failed"]["error"] == "ValueError: broken in two lines"
+    assert entries["b", "done"]["command"] == f"secateur prune m -o {tmp_path / 'b'}"
+
+
+def test_two_steps_run_at_once_and_what_is_timed_runs_alone(tmp_path: Path):
+    meeting = threading.Barrier(2, timeout=20)
+    at_work: set[str] = set()
+    beside: dict[str, set[str]] = {}
+
+    def do(name: str) -> None:
+        at_work.add(name)
+        if name in "ab":
+            meeting.wait()  # neither ends before the other has begun
+        beside[name] = set(at_work)
+        at_work.discard(name)
+
+    steps = [step(tmp_path, "timed", kind="cost"), step(tmp_path, "a"), step(tmp_path, "b"), step(tmp_path, "c", "a")]
+    steps[0] = replace(steps[0], options={"models": ["m"], "out": str(tmp_path / "timed")})
+    failed, _ = work(tmp_path, steps, do, slots=3)
+    assert failed == {}
+    assert beside["timed"] == {"timed"}
+
+
+def test_the_journal_survives_a_torn_line_and_a_result_without_its_line(tmp_path: Path):
+    entry = {"step": "a", "outcome": "started", "started": "then", "command": "x"}
+    (tmp_path / "steps.jsonl").write_text(json.dumps(entry) + '\n{"step": "b", "outc')
+    (tmp_path / "a").touch()
+    begun: list[str] = []
+    assert work(tmp_path, [step(tmp_path, "a"), step(tmp_path, "b", "a")], begun.append)[0] == {}
+    assert begun == ["b"]
+    assert outcomes(tmp_path) == [("a", "started"), ("a", "done"), ("b", "started"), ("b", "done")]
+
+
+def test_two_studies_do_not_work_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("secateur.runner.LOCK_SECONDS", 0.2)
+    with Journal.open(tmp_path), pytest.raises(OutputError, match="another study"), Journal.open(tmp_path):
+        pass
+
+
+def test_a_place_that_cannot_be_written_ends_the_study(tmp_path: Path):
+    begun: list[str] = []
+
+    def do(name: str) -> None:
+        begun.append(name)
+        raise OutputError(tmp_path, "the disk is full")
+
+    with pytest.raises(OutputError, match="full"):
+        work(tmp_path, [step(tmp_path, "a"), step(tmp_path, "b")], do)
+    assert begun == ["a"]
