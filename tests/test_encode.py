@@ -18,7 +18,7 @@ from sentence_transformers.util import quantize_embeddings
 
 from conftest import LETTERS, MakeEncoder, tiny_transformer
 from killing import run_until
-from secateur import accelerate, encode, open_model
+from secateur import accelerate, encode, export, open_model
 from secateur.cli import app
 from secateur.encode import SHARD
 from secateur.engine import Engine, cosines, use_mixed_products
@@ -260,6 +260,16 @@ def test_a_dead_worker_is_replaced(model: Path, reference, tmp_path: Path, name:
         done = encode(model, [file], out=tmp_path / "v.npy", dtype="float32", processes=2, **options)
     assert killer.killed
     same(vectors_of(done.file), reference.encode(texts))
+
+
+@pytest.mark.slow
+def test_an_export_encodes_too(model: Path, reference, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    texts = ["one", "two and more", "", "one"]
+    export(model, out=tmp_path / "exported", to="onnx")
+    done = encode(tmp_path / "exported", [write_lines(tmp_path / "a.jsonl", texts)], out=tmp_path / "v.npy")
+    same(vectors_of(done.file), reference.encode(texts))
+    assert (done.rows, done.distinct) == (4, 3)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

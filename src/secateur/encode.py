@@ -103,7 +103,7 @@ def encode(
         batch_tokens: Tokens in a batch, padding included.
         processes: Processes of this machine, or actors of the cluster.
         ray: Address of a Ray cluster, or ``local``.
-        dtype: ``auto``: the quickest that keeps a cosine of 0.9999 to float32, by measurement; ``float32``;
+        dtype: ``auto``: the quickest that keeps a cosine of 0.9999 to float32 on a few texts, measured; ``float32``;
             ``mixed``: linear layers multiply in bfloat16; ``bfloat16`` or ``float16``.
         pooling: As for ``open_model``.
         max_length: As for ``open_model``.
