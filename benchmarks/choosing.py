@@ -1,6 +1,6 @@
 """Every selector's choice on real models, with the zero-shot loss of each: the tables of docs/choosing.md, as Markdown.
 
-    python benchmarks/selectors.py PAIRS --models smollm2 gemma-3-270m.gguf -o FOLDER
+    python benchmarks/choosing.py PAIRS --models smollm2 gemma-3-270m.gguf -o FOLDER
         [--tasks TASK ...] [--sample 300] [--examples 640] [--seed 42]
 
 A profile measures depths only, so each chosen set of other blocks is cut in memory and measured on the same batches.
