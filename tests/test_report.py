@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from secateur.artifacts import (
     CostRow,
@@ -466,6 +467,33 @@ def test_the_model_card_has_metadata_scores_and_use(run: Path) -> None:
     untrained = (run / "models" / "tiny-2-zero-shot" / "README.md").read_text(encoding="utf-8")
     assert "not been trained after the cut" in untrained
     assert "encode_query" not in untrained
+
+
+def test_scores_in_the_card_are_read_by_the_hubs_own_library(run: Path) -> None:
+    write_model(run, "tiny-6-healed", 6, True, str(run.parent / "base"))
+    (run.parent / "base").mkdir()
+    (run.parent / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    known = ("Banking77Classification", "Classification", "accuracy", 3080)
+    write_scores(run, "tiny-6-healed", (0.78, 0.608), (TASKS[0], known))
+    file = run / "scores" / "tiny-6-healed" / "scores.json"
+    table = json.loads(file.read_text())
+    for row, data in zip(table["scores"], ("d" * 64, "e" * 64), strict=True):
+        row |= {"weights": "0123456789abcdef", "data": data, "sample": 100, "seed": 7}
+        saved = run / "scores/tiny-6-healed/mteb/results/secateur__tiny-6-healed/0123456789ab" / f"{row['task']}.json"
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        # The first is from local files, whose fingerprint is the revision; the second from the Hub.
+        revision = data if row["task"] == "STSBenchmark" else "f" * 40
+        saved.write_text(json.dumps({"dataset_revision": revision, "scores": {"test": [{"main_score": 0.5}]}}))
+    file.write_text(json.dumps(table))
+    report(run)
+    card = ModelCard.load(run / "models" / "tiny-6-healed" / "README.md")
+    assert card.data.license == "apache-2.0"
+    local, hub = card.data.eval_results or []
+    assert (local.dataset_type, local.dataset_name) == ("stsbenchmark", "STSBenchmark")
+    assert (hub.dataset_type, hub.dataset_name) == ("mteb/banking77", "MTEB Banking77Classification")
+    assert (hub.dataset_split, hub.dataset_revision) == ("test", "f" * 40)
+    assert (hub.task_type, hub.metric_type, hub.metric_value) == ("Classification", "accuracy", 60.8)
+    assert hub.dataset_args == {"sample": 100, "seed": 7}
 
 
 @pytest.mark.parametrize("base", ["./local", "/models/tiny", "tiny", "org/tiny.gguf", "a/b/c", "../x"])

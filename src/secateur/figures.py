@@ -24,6 +24,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -181,10 +182,11 @@ def _depth_map(
     with _drawing():
         figure = _figure(4.0, NARROW)
         axes = figure.subplots()
-        # Cells as paths: a page that forbids images still shows them. Their own colour on their edges hides the seams.
+        # As an image within the figure: cells of 80 depths as paths would be a megabyte. Edges hide the seams.
         mesh = axes.pcolormesh(
-            edges, edges, values, cmap=colours, vmin=lowest, vmax=highest, edgecolors="face", linewidth=0.2
-        )
+            edges, edges, values, cmap=colours, vmin=lowest, vmax=highest, edgecolors="face", linewidth=0.2,
+            rasterized=True,
+        )  # fmt: skip
         axes.set_aspect("equal")
         axes.grid(visible=False)
         _tick_choices(axes, choice, edges[-1])
@@ -193,7 +195,7 @@ def _depth_map(
             label("Depth")
         bar: Any = figure.colorbar(mesh, ax=axes, label=title, shrink=0.9)
         bar.outline.set_visible(False)
-        bar.solids.set(edgecolor="face", rasterized=False)
+        bar.solids.set(edgecolor="face", rasterized=True)
     return figure
 
 
@@ -462,7 +464,7 @@ def svg(figure: Figure, name: str, title: str, description: str, points: Sequenc
         points: Those that :func:`frontier` or :func:`size_curve` drew.
     """
     stream = io.BytesIO()
-    _save(figure, stream, "svg", {"Date": None, "Creator": None, "Format": None, "Type": None})
+    _save(figure, stream, "svg", {"Date": None, "Creator": None, "Format": None, "Type": None}, dpi=200)
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(stream.getvalue())  # noqa: S314  our own output
@@ -539,7 +541,7 @@ def save_svg(figure: Figure, path: str | Path) -> Path:
         OutputError: The place cannot be written.
     """
     stream = io.BytesIO()
-    _save(figure, stream, "svg", {"Date": None, "Creator": None})
+    _save(figure, stream, "svg", {"Date": None, "Creator": None}, dpi=200)
     write_bytes(path, stream.getvalue())
     return Path(path)
 
@@ -587,6 +589,8 @@ def _page_attribute(key: str, value: str, name: str) -> str:
         return f"{name}-{value}"
     if key.endswith("href"):
         return value.replace("#", f"#{name}-", 1)
+    if key in ("d", "x", "y"):
+        return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", value)  # of units of 1/72 inch
     value = value.replace("url(#", f"url(#{name}-")
     if key == "style":
         value = re.sub(r";?\s*font-family: [^;]*", "", value)
@@ -638,8 +642,9 @@ def _label_points(
     figure: Figure, axes: Any, labels: Sequence[tuple[float, float, str]], lines: Sequence[_Line]
 ) -> None:
     """Put each label near its point, where it hides least: first of all no other label or point, then no line."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the axes must not move once the free places are known
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the axes must not move once the free places are known
     frame, pixel = axes.get_window_extent(), figure.dpi / 72
     frame = Bbox.from_extents(frame.x0, frame.y0, figure.bbox.x1, frame.y1 + 12 * pixel)
     on_lines = [place for line in lines for place in _along(axes, line)]
@@ -651,19 +656,30 @@ def _label_points(
         return 1e6 * outside + 1e3 * covered + 10 * sum(box.contains(*place) for place in on_lines)
 
     for x, y, text in labels:
-        boxes = {place: _extent(figure, _annotate(axes, text, (x, y), place)) for place in _places()}
-        for trial in axes.texts[-len(boxes) :]:
-            trial.remove()
+        boxes = _boxes(figure, axes, text, (x, y), pixel)
         best = min(boxes, key=lambda place: hidden(boxes[place]) + math.hypot(*place[:2]))
         _annotate(axes, text, (x, y), best)
         taken.append(boxes[best])
 
 
-def _extent(figure: Figure, label: Any) -> Bbox:
-    """The box of a label's text in pixels, without its arrow."""
+def _boxes(figure: Figure, axes: Any, text: str, point: tuple[float, float], pixel: float) -> dict[_Place, Bbox]:
+    """The box of a label's text in pixels, without its arrow, at each place. Its size is the same at all of them."""
+    trial = _annotate(axes, text, point, _places()[0])
     renderer = FigureCanvasAgg(figure).get_renderer()
-    label.update_positions(renderer)
-    return Text.get_window_extent(label, renderer)
+    trial.update_positions(renderer)
+    size = Text.get_window_extent(trial, renderer)
+    trial.remove()
+    left, bottom = {"left": 0.0, "center": 0.5, "right": 1.0}, {"bottom": 0.0, "center": 0.5, "top": 1.0}
+    x, y = axes.transData.transform(point)
+    return {
+        (dx, dy, across, along): Bbox.from_bounds(
+            x + dx * pixel - left[across] * size.width,
+            y + dy * pixel - bottom[along] * size.height,
+            size.width,
+            size.height,
+        )
+        for dx, dy, across, along in _places()
+    }
 
 
 def _annotate(axes: Any, text: str, point: tuple[float, float], place: _Place) -> Any:

@@ -95,8 +95,9 @@ def _part(claim: Claim, first: bool) -> str:
     own, full = claim.design.first, claim.reference.first
     one = own.depth == 1
     which = f"{own.depth} of {own.blocks} blocks" if first else str(own.depth)
-    where = f" as the {full.recipe} full model on your {plural(len(claim.tasks), 'task')}" if first else ""
-    of_it = f" of the {full.recipe} full model’s average score on your {plural(len(claim.tasks), 'task')}"
+    tasks = "your task" if len(claim.tasks) == 1 else f"your {len(claim.tasks)} tasks"
+    where = f" as the {full.recipe} full model on {tasks}" if first else ""
+    of_it = f" of the {full.recipe} full model’s average score on {tasks}"
     points = f"{signed(claim.difference.value)} points"
     if claim.difference.low is not None:
         points += f", {span(claim.difference.low, claim.difference.high, signed)}"

@@ -1,0 +1,201 @@
+"""Means over seeds, intervals of differences, the verdict's words and the fitted curve, against other arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from secateur.artifacts import CostRow, Costs, LossRow, Origin, Provenance, ScoreRow, Scores, Training
+from secateur.errors import DataError
+from secateur.findings import SAME, Claim, Findings, find, pareto
+from secateur.run import read_run
+from secateur.saturation import Saturation, fit_saturation
+from secateur.verdict import notes, verdict
+
+MADE = Provenance("secateur", "2026-03-04T05:06:07+00:00", None, {}, (), {})
+TASKS = ("sts", "search")
+NOISE = {task: np.random.default_rng(i).normal(0, 0.01, 2000) for i, task in enumerate(TASKS)}
+"""What the rows of a task do to every model alike: it cancels in differences."""
+
+
+def write_model(run: Path, name: str, depth: int, score: float, seed: int | None = 42, own: float = 0.001) -> None:
+    """A model of 8 blocks with a score on two tasks, and draws that are the shared noise and a little of its own."""
+    Origin(MADE, "org/tiny", 8, tuple(range(depth)), "mean", 0.0, ("secateur prune",)).save(run / "models" / name)
+    if seed is not None:
+        provenance = Provenance("secateur", MADE.created, seed, {}, (), {})
+        Training(provenance, name, 1, 1.0, 1, {}, {}, (LossRow(1, 1.0, 1e-4),)).save(run / "models" / name)
+    rows = []
+    for task in TASKS:
+        rng = np.random.default_rng([depth, seed or 0, len(task)])
+        file = run / "scores" / name / "draws" / f"{task}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, score + NOISE[task] + rng.normal(0, own, 2000))
+        rows.append(ScoreRow(name, task, "STS", "m", score, 9, 1.0, data=task, unit="rows", units=9, draws=task))
+    Scores(MADE, tuple(rows)).save(run / "scores" / name)
+
+
+def claims(run: Path) -> dict[str, Claim]:
+    return {claim.design.name: claim for own in find(read_run(run)).claims.values() for claim in own}
+
+
+def found(run: Path) -> Findings:
+    return find(read_run(run))
+
+
+def test_a_difference_is_paired_so_that_what_rows_share_cancels(tmp_path: Path) -> None:
+    write_model(tmp_path, "tiny-8-healed", 8, 0.80)
+    write_model(tmp_path, "tiny-4-healed", 4, 0.79)
+    claim = claims(tmp_path)["tiny-4-healed"]
+    read = {name: [np.load(tmp_path / f"scores/{name}/draws/{t}.npy") for t in TASKS] for name in
+            ("tiny-4-healed", "tiny-8-healed")}  # fmt: skip
+    draws = np.mean(read["tiny-4-healed"], axis=0) - np.mean(read["tiny-8-healed"], axis=0)
+    assert claim.difference.value == pytest.approx(-0.01)
+    assert (claim.difference.low, claim.difference.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
+    assert claim.outcome == "worse"
+    assert claim.won(-1) == TASKS
+    assert claim.share.value == pytest.approx(0.79 / 0.80)
+    average = claim.design.average
+    assert average is not None and average.low is not None and claim.difference.low is not None
+    assert average.value - average.low > 3 * (claim.difference.value - claim.difference.low)
+
+
+@pytest.mark.parametrize(
+    ("score", "own", "outcome", "words"),
+    [
+        (0.7999, 0.002, "same", "4 of 8 blocks give the same quality as the healed full model on your 2 tasks within"),
+        (0.7999, 0.05, "undecided", "4 of 8 blocks are not told apart from the healed full model on your 2 tasks"),
+        (0.70, 0.002, "worse", "4 of 8 blocks keep 87.5"),
+        (0.90, 0.002, "better", "4 of 8 blocks reach 112.5"),
+    ],
+)
+def test_the_verdict_claims_what_the_interval_carries(
+    tmp_path: Path, score: float, own: float, outcome: str, words: str
+) -> None:
+    write_model(tmp_path, "tiny-8-healed", 8, 0.80)
+    write_model(tmp_path, "tiny-4-healed", 4, score, own=own)
+    claim = claims(tmp_path)["tiny-4-healed"]
+    assert claim.outcome == outcome
+    (sentence,) = verdict(found(tmp_path))
+    assert words in sentence
+    if outcome == "undecided":
+        assert claim.difference.low is not None
+        assert claim.difference.low < -SAME
+        assert f"up to {-100 * claim.difference.low:.1f} points may be lost" in sentence
+    assert "one seed (42)" in " ".join(notes(found(tmp_path)))
+
+
+def test_the_smallest_equal_model_comes_first_and_smaller_ones_after(tmp_path: Path) -> None:
+    for depth, score in ((8, 0.8), (7, 0.8), (5, 0.8), (3, 0.6), (1, 0.3)):
+        write_model(tmp_path, f"tiny-{depth}-healed", depth, score)
+    (sentence,) = verdict(found(tmp_path))
+    assert "7 of 8" not in sentence
+    assert sentence.index("5 of 8 blocks give the same quality") < sentence.index("3 keep 75.0") < sentence.index("1 ")
+
+
+def test_seeds_widen_the_interval_by_their_pooled_spread(tmp_path: Path) -> None:
+    scores = {8: (0.80, 0.81, 0.79), 4: (0.70, 0.73, 0.67)}
+    for depth, values in scores.items():
+        for seed, score in enumerate(values):
+            write_model(tmp_path, f"tiny-{depth}-healed-seed{seed}", depth, score, seed)
+    claim = claims(tmp_path)["tiny-4-healed"]
+    variance = sum(np.var(values, ddof=1) for values in scores.values()) / 2
+    error = np.sqrt(2 * variance / 3)
+    assert claim.difference.value == pytest.approx(-0.1)
+    assert claim.difference.seed_error == pytest.approx(error)
+    assert claim.difference.low is not None
+    half = claim.difference.value - claim.difference.low
+    # Two groups that share a variance of 4 degrees of freedom: Welch's formula gives 8 for their sum.
+    assert half == pytest.approx(2.306 * error, rel=0.01)
+    assert "one seed" not in " ".join(notes(found(tmp_path)))
+    assert [design.name for design in found(tmp_path).designs] == ["tiny-8-healed", "tiny-4-healed"]
+
+
+def test_ways_of_choosing_and_recipes_are_other_designs(tmp_path: Path) -> None:
+    names = ("tiny-8-healed", "tiny-4-healed", "tiny-4-uniform-healed", "tiny-4-distilled", "tiny-8-zero-shot")
+    for name in names:
+        write_model(tmp_path, name, int(name[5]), 0.5, None if "zero" in name else 1)
+    run = read_run(tmp_path)
+    assert {v.name: (v.base, v.way, v.recipe) for v in run.variants} == {
+        "tiny-8-healed": ("tiny", "", "healed"),
+        "tiny-4-healed": ("tiny", "", "healed"),
+        "tiny-4-uniform-healed": ("tiny", "uniform", "healed"),
+        "tiny-4-distilled": ("tiny", "", "distilled"),
+        "tiny-8-zero-shot": ("tiny", "", "zero-shot"),
+    }
+    references = {name: claim.reference.name for name, claim in claims(tmp_path).items()}
+    assert references == {
+        "tiny-4-healed": "tiny-8-healed",
+        "tiny-4-uniform-healed": "tiny-8-healed",
+        "tiny-4-distilled": "tiny-8-zero-shot",
+    }
+
+
+def test_draws_of_other_rows_are_not_subtracted(tmp_path: Path) -> None:
+    write_model(tmp_path, "tiny-8-healed", 8, 0.80)
+    write_model(tmp_path, "tiny-4-healed", 4, 0.79)
+    file = tmp_path / "scores/tiny-4-healed/scores.json"
+    file.write_text(file.read_text().replace('"data": "sts"', '"data": "changed"'))
+    claim = claims(tmp_path)["tiny-4-healed"]
+    assert claim.tasks["sts"].low is None
+    assert claim.tasks["search"].low is not None
+    assert claim.difference.low is None
+    assert claim.outcome == "unknown"
+
+
+def test_missing_draws_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    write_model(tmp_path, "tiny-8-healed", 8, 0.80)
+    (tmp_path / "scores/tiny-8-healed/draws/sts.npy").unlink()
+    with pytest.raises(DataError, match=r"sts\.npy"):
+        found(tmp_path)
+
+
+def test_costs_of_several_seeds_are_their_means_and_extremes(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_model(tmp_path, f"tiny-4-healed-seed{seed}", 4, 0.7, seed)
+    rows = [CostRow(f"tiny-4-healed-seed{s}", 4, 10, 5, 40, 100.0 * s, 90.0 * s, 120.0 * s) for s in (1, 2)]
+    Costs(MADE, tuple(rows)).save(tmp_path)
+    (design,) = found(tmp_path).designs
+    assert design.cost is not None
+    assert (design.cost.texts_per_second, design.cost.speed_low, design.cost.speed_high) == (150.0, 90.0, 240.0)
+    assert (design.cost.parameters, design.cost.bytes) == (10, 40)
+
+
+def test_pareto_against_every_pair() -> None:
+    points = [(float(c), float(s)) for c, s in np.random.default_rng(0).integers(0, 12, (60, 2))]
+    front = {points[i] for i in pareto(points)}
+    for cost, score in points:
+        beaten = any((c <= cost and s > score) or (c < cost and s >= score) for c, s in points)
+        assert beaten != ((cost, score) in front)
+
+
+SIZES = np.geomspace(3e7, 1e9, 9)
+
+
+def test_the_curve_that_made_the_scores_is_found_and_priced() -> None:
+    noise = np.random.default_rng(1).normal(0, 0.002, 9)
+    fitted = fit_saturation(SIZES, 0.7 - 0.3 * (SIZES / SIZES[0]) ** -0.8 + noise, 100e6)
+    assert isinstance(fitted, Saturation)
+    assert (fitted.plateau, fitted.gain, fitted.exponent) == pytest.approx((0.7, 0.3, 0.8), rel=0.05)
+    assert fitted.plateau_low < 0.7 < fitted.plateau_high
+    assert fitted.explained > 0.99
+    assert fitted.dear is not None
+    step = 1e5  # by differences: at the price, so many more parameters are worth that share of a point
+    rise = 100 * (fitted.score(fitted.dear + step) - fitted.score(fitted.dear))
+    assert step / rise == pytest.approx(100e6, rel=0.01)
+    assert fitted.price(fitted.dear) == pytest.approx(100e6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scores", "reason"),
+    [
+        (SIZES[:4], [0.4, 0.5, 0.55, 0.56], "4 sizes are too few"),
+        (np.linspace(1e8, 1.5e8, 6), [0.4, 0.5, 0.55, 0.56, 0.57, 0.575], "only 1.5 times the smallest"),
+        (SIZES, 0.9 - 0.1 * np.log10(SIZES / 1e7), "do not grow with size"),
+        (SIZES, 0.1 * np.log(SIZES / 1e6), "no plateau is in sight"),
+        (SIZES, [0.5, 0.8, 0.4, 0.7, 0.5, 0.9, 0.4, 0.7, 0.6], "follow no such curve"),
+    ],
+)
+def test_a_curve_that_points_do_not_carry_is_refused(sizes, scores, reason: str) -> None:
+    assert reason in str(fit_saturation(list(sizes), list(scores), 100e6))
