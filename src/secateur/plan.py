@@ -72,11 +72,12 @@ class Step:
     Attributes:
         name: Its kind and what it makes; the steps of a study have different names.
         kind: The command: ``prune``, ``profile``, ``heal``, ``evaluate`` or ``cost``.
-        options: Of the command, those at their defaults left out; empty while they are not known.
+        options: Of the command, those at their defaults left out.
         makes: The file or folder that is there, whole, when the step is done.
         needs: Names of the steps that must be done before.
         base: The model it is about; empty where it is about several.
         blocks: How many blocks run in it; those of the whole model where they are not known yet.
+        known: Whether all of the options are final; else the step waits for a profile, which tells the blocks.
         seconds: An estimate of its time; None where nobody knows.
     """
 
@@ -87,12 +88,8 @@ class Step:
     needs: tuple[str, ...] = ()
     base: str = ""
     blocks: int = 0
+    known: bool = True
     seconds: float | None = None
-
-    @property
-    def known(self) -> bool:
-        """Whether all that it takes is known; else it waits for a profile."""
-        return bool(self.options)
 
     @property
     def alone(self) -> bool:
@@ -286,11 +283,12 @@ class _Making:
         step = Step(
             f"{kind} {name}",
             kind,
-            options if known else {},
+            options,
             str(makes),
             tuple(needs) if known else (*needs, self.profiled),
             self.base.name,
             blocks,
+            known,
         )
         self.steps.append(step)
         return step.name
@@ -418,9 +416,9 @@ def _cost(study: StudyOptions, variants: Sequence[Variant]) -> list[Step]:
     if not variants:
         return []
     known = all(variant.blocks is not None for variant in variants)
-    options = {"models": [variant.folder for variant in variants], "out": str(study.out)} if known else {}
+    options = {"models": [variant.folder for variant in variants], "out": str(study.out)}
     needs = tuple(variant.step for variant in variants)
-    return [Step("cost all", "cost", options, str(study.out / Costs.file), needs, blocks=0)]
+    return [Step("cost all", "cost", options, str(study.out / Costs.file), needs, known=known)]
 
 
 def _lost(steps: Sequence[Step], failed: Collection[str]) -> set[str]:
