@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from secateur.artifacts import Profile, load, write_text
+from secateur.artifacts import Profile, load
 from secateur.blocks import cut
 from secateur.candidates import Candidate, candidates, is_prefix, ranges
+from secateur.files import write_text
 from secateur.models import model_label, open_model
 from secateur.profile import profile
 

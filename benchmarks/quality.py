@@ -33,9 +33,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur
-from secateur.artifacts import Scores, Training, load, read_json, write_text
+from secateur.artifacts import Scores, Training, load
 from secateur.blocks import depth_of
 from secateur.data import instruction_prompt, read_pairs
+from secateur.files import read_json, write_text
 from secateur.jsonl import read_json_lines
 from secateur.models import open_model, use_stock_modules
 from secateur.progress import silent

@@ -13,11 +13,12 @@ import pytest
 import scipy.signal
 import torch
 
-from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile, provenance
+from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
 from secateur.candidates import candidates, ranges
 from secateur.choose import blocks_to_keep, choice_of, choose, needs_profile
 from secateur.curves import PROMINENCE, smoothed, valleys
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
+from secateur.provenance import provenance
 from secateur.selectors import SELECTORS
 
 SHARES = ("first", "uniform", "random", "block-influence", "angular")

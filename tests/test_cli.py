@@ -18,8 +18,9 @@ from transformers import ViTConfig, ViTModel
 import secateur
 from conftest import example_pairs, write_pairs
 from secateur import cli, config
-from secateur.artifacts import DepthRow, Profile, load, provenance
+from secateur.artifacts import DepthRow, Profile, load
 from secateur.errors import ConfigError, DataError
+from secateur.provenance import provenance
 from task_folders import example_rows, write_task
 
 COMMANDS = ("profile", "choose", "prune", "heal", "evaluate", "report", "study")

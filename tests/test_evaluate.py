@@ -26,10 +26,11 @@ from sklearn.metrics import ndcg_score, v_measure_score
 from tokenizers import normalizers
 
 from conftest import MakeEncoder
-from secateur.artifacts import Provenance, ScoreRow, Scores, load
+from secateur.artifacts import ScoreRow, Scores, load
 from secateur.differences import read_draws
 from secateur.errors import ConfigError, DataError, ModelError, OutputError
 from secateur.evaluate import evaluate
+from secateur.provenance import Provenance
 from secateur.task_folder import read_task_folder, sample_task
 from secateur.tasks import open_task
 from secateur.vectors import fingerprint_model

@@ -13,7 +13,7 @@ import pytest
 from matplotlib import image
 from matplotlib.text import Text
 
-from secateur.artifacts import DepthRow, DepthScoreRow, LossRow, Profile, Provenance, Training
+from secateur.artifacts import DepthRow, DepthScoreRow, LossRow, Profile, Training
 from secateur.figures import (
     COLOURS,
     INK,
@@ -27,6 +27,7 @@ from secateur.figures import (
     svg,
     training_curves,
 )
+from secateur.provenance import Provenance
 
 MADE = Provenance("secateur study", "2026-01-02T03:04:05+00:00", 7, {}, (), {})
 SVG = "{http://www.w3.org/2000/svg}"

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from secateur.artifacts import CostRow, Costs, LossRow, Origin, Provenance, ScoreRow, Scores, Training
+from secateur.artifacts import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training
 from secateur.errors import DataError
 from secateur.findings import SAME, Claim, Findings, find, pareto
+from secateur.provenance import Provenance
 from secateur.run import read_run
 from secateur.saturation import Saturation, fit_saturation
 from secateur.verdict import notes, verdict

@@ -14,7 +14,7 @@ from secateur import config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors artifacts figures progress config
+errors files provenance artifacts figures progress config
 stacks legality blocks shards sources lora cut_plan shard_writer checkpoint embedder verify
 gguf pooling models
 jsonl e5_mix data texts

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from secateur.artifacts import DepthRow, Profile, provenance
+from secateur.artifacts import DepthRow, Profile
 from secateur.config import HealOptions, StudyOptions, make
 from secateur.errors import ConfigError, IllegalDepth, OutputError
 from secateur.estimate import corrected
 from secateur.plan import Base, Plan, Step, blocked, plan_steps
 from secateur.presets import SHRINK
+from secateur.provenance import provenance
 from secateur.runner import Executor, Journal, State, read_journal, run_steps
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]

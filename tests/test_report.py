@@ -12,22 +12,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from secateur.artifacts import (
-    CostRow,
-    Costs,
-    DepthRow,
-    Fingerprint,
-    LossRow,
-    Origin,
-    Profile,
-    Provenance,
-    ScoreRow,
-    Scores,
-    Training,
-)
+from secateur.artifacts import CostRow, Costs, DepthRow, LossRow, Origin, Profile, ScoreRow, Scores, Training
 from secateur.card import CARD_MARK
 from secateur.errors import DataError
 from secateur.findings import find
+from secateur.provenance import Fingerprint, Provenance
 from secateur.report import report
 from secateur.run import read_run
 from secateur.verdict import verdict

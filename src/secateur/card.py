@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from secateur.artifacts import Origin, ScoreRow, Training, read_json
+from secateur.artifacts import Origin, ScoreRow, Training
+from secateur.files import read_json
 from secateur.run import Variant
 
 CARD = "README.md"

@@ -20,10 +20,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from secateur.artifacts import output_error
 from secateur.blocks import text_config
 from secateur.cut_plan import CONFIG, check_loads, choose_tensors, last_line, left_out, plan_cut, quiet_transformers
 from secateur.errors import ConfigError, ModelError, OutputError, UnsupportedArchitecture
+from secateur.files import output_error
 from secateur.lora import CONFIG as ADAPTER_CONFIG
 from secateur.lora import Adapter, read_adapter
 from secateur.shard_writer import share_out, write_shards

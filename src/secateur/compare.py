@@ -15,16 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.artifacts import (
-    ChangedRow,
-    Comparison,
-    CostRow,
-    DifferenceRow,
-    Fingerprint,
-    OverlapRow,
-    Scores,
-    provenance,
-)
+from secateur.artifacts import ChangedRow, Comparison, CostRow, DifferenceRow, OverlapRow, Scores
 from secateur.cost import cost
 from secateur.differences import read_draws, score_differences
 from secateur.errors import ConfigError
@@ -32,6 +23,7 @@ from secateur.evaluate import evaluate
 from secateur.intervals import Array
 from secateur.models import model_label, open_model
 from secateur.progress import Progress, silent
+from secateur.provenance import Fingerprint, provenance
 from secateur.task_folder import read_task_folder, texts_of
 from secateur.texts import read_texts
 from secateur.vectors import VectorCache, fingerprint_model

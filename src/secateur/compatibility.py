@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur.artifacts import read_json
+from secateur.files import read_json
 
 CHECKED = "2026-11"
 """When the rules below were read: in the sources of text-embeddings-inference (2026-07), vLLM (main), llama.cpp (main),

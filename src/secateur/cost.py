@@ -25,13 +25,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
 
-from secateur.artifacts import CostRow, Costs, provenance
+from secateur.artifacts import CostRow, Costs
 from secateur.blocks import depth_of, embeddings_of
 from secateur.errors import ConfigError, ModelError
 from secateur.flops import flops_per_token
 from secateur.forward import wait
 from secateur.models import demo_model, model_label, open_model
 from secateur.progress import Progress, quiet, silent
+from secateur.provenance import provenance
 
 SHORT = "Return element {n} of the sequence, or raise an error where there is none."
 LONG = " ".join([SHORT] * 16)

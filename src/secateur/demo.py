@@ -15,9 +15,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from secateur.artifacts import write_text
 from secateur.config import StudyOptions
 from secateur.errors import DataError
+from secateur.files import write_text
 from secateur.models import DEMO_MODEL
 from secateur.progress import Progress
 

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from secateur.artifacts import DepthScoreRow, ScoreRow, writing
+from secateur.artifacts import DepthScoreRow, ScoreRow
 from secateur.depths import DepthEncoder
 from secateur.evaluate import as_encoder, is_instructed, score_task, task_prompts
+from secateur.files import writing
 from secateur.progress import Progress, quiet, silent
 from secateur.tasks import Task
 

@@ -24,11 +24,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.artifacts import read_json, write_bytes, write_text, writing
 from secateur.data import instruction_prompt
 from secateur.encoders import Vectors
 from secateur.engine import BATCH_TOKENS
 from secateur.errors import ConfigError, DataError, OutputError
+from secateur.files import read_json, write_bytes, write_text, writing
 from secateur.pooling import PoolingName
 from secateur.pools import Facts, Opening, Run, Worker, in_processes, in_this_process, on_ray, open_worker
 from secateur.progress import Progress, silent

@@ -37,24 +37,16 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
-from secateur.artifacts import (
-    Fingerprint,
-    ScoreRow,
-    Scores,
-    load,
-    output_error,
-    provenance,
-    read_json,
-    write_bytes,
-    writing,
-)
+from secateur.artifacts import ScoreRow, Scores, load
 from secateur.data import instruction_prompt
 from secateur.differences import draws_file
 from secateur.errors import ConfigError, DataError, ModelError, SecateurError
+from secateur.files import output_error, read_json, write_bytes, writing
 from secateur.intervals import FEWEST, Array, interval, mean_of, resample, whole
 from secateur.models import model_label, open_model
 from secateur.predictions import predicted
 from secateur.progress import Progress, quiet, silent
+from secateur.provenance import Fingerprint, provenance
 from secateur.tasks import Task, count_samples, open_task
 from secateur.vectors import VectorCache, fingerprint_model
 

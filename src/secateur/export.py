@@ -19,17 +19,19 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
-from secateur.artifacts import Fingerprint, Scores, Table, new_folder, provenance
+from secateur.artifacts import Scores, Table
 from secateur.compatibility import Note, compatibility
 from secateur.convert import Features, Form, convert, form_of
 from secateur.data import read_pairs
 from secateur.demo import pairs_of
 from secateur.errors import ConfigError, ExportTooFar, ModelError
 from secateur.evaluate import evaluate
+from secateur.files import new_folder
 from secateur.graph import EncoderGraph
 from secateur.models import open_model, write_files
 from secateur.pooling import PoolingName
 from secateur.progress import Progress, quiet, silent
+from secateur.provenance import Fingerprint, provenance
 from secateur.runtime.encoder import MANIFEST
 from secateur.runtime.vectors import FORMATS, VectorFormat
 from secateur.texts import holds_texts, read_texts

@@ -30,7 +30,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from secateur.artifacts import DepthScoreRow, Matrix, Profile, Training, write_bytes
+from secateur.artifacts import DepthScoreRow, Matrix, Profile, Training
+from secateur.files import write_bytes
 
 # Text and axes: 4.6:1 on white and on black. Inlined in a page, CSS gives the exact neutral by --figure-ink.
 INK = "#757575"

@@ -16,24 +16,18 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from secateur import processes
-from secateur.artifacts import (
-    Training,
-    give_name,
-    partial_folder,
-    provenance,
-    read_json,
-    write_text,
-    writing,
-)
+from secateur.artifacts import Training
 from secateur.blocks import depth_of
 from secateur.data import Pairs, data_files
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.evaluate import evaluate
+from secateur.files import give_name, partial_folder, read_json, write_text, writing
 from secateur.lessons import Aim, dropout_of, find_aim, make_objective, read_source, sets_of, teach
 from secateur.metrics import cosines, retrieval
 from secateur.models import attend_both_ways, model_label, open_model, save_model, use_stock_modules
 from secateur.objectives import check_views
 from secateur.progress import Progress, silent
+from secateur.provenance import provenance
 from secateur.prune import origin_of
 from secateur.recipe import make_recipe
 from secateur.tasks import open_task

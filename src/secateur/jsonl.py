@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from secateur.artifacts import check_no_byte_order_mark
 from secateur.errors import DataError
+from secateur.files import check_no_byte_order_mark
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -25,9 +25,10 @@ from sentence_transformers.util import is_sentence_transformer_model
 from tokenizers import Regex, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from secateur.artifacts import Origin, read_json
+from secateur.artifacts import Origin
 from secateur.blocks import text_config
 from secateur.errors import ModelError, UnsupportedArchitecture
+from secateur.files import read_json
 from secateur.gguf import convert_gguf
 from secateur.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
 from secateur.progress import quiet

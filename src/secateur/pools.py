@@ -22,13 +22,13 @@ from typing import Any, Protocol
 import torch
 
 from secateur import runtime
-from secateur.artifacts import fingerprint
 from secateur.encoders import EncoderDied, EncoderProcess, Vectors
 from secateur.engine import BATCH_TOKENS, Engine, quicken, use_mixed_products
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.exported import is_export
 from secateur.models import open_model
 from secateur.pooling import PoolingName
+from secateur.provenance import fingerprint
 from secateur.vectors import fingerprint_model
 
 TRIES = 3

@@ -19,11 +19,12 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from secateur import bootstrap
-from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile, provenance, results_folder
+from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
 from secateur.curves import lowest_in_each_half
 from secateur.data import Pair, Pairs, batches, read_pairs
 from secateur.depths import DepthEncoder, Depths
 from secateur.errors import ConfigError, DataError
+from secateur.files import results_folder
 from secateur.forward import block_seconds, is_out_of_memory
 from secateur.lens import find_lens, positions
 from secateur.metrics import (
@@ -40,6 +41,7 @@ from secateur.models import model_label, open_model
 from secateur.parts import Size, measure_parts, part_sizes
 from secateur.pooling import PoolingName, pooling_name
 from secateur.progress import Progress, silent
+from secateur.provenance import provenance
 from secateur.texts import Texts, holds_texts, read_texts
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from secateur.artifacts import Origin, Profile, load, new_folder, provenance
+from secateur.artifacts import Origin, Profile, load
 from secateur.blocks import check_keep, cut, depth_of
 from secateur.checkpoint import Pruned, prune_checkpoint
 from secateur.embedder import Embedder, copy_modules, read_embedder
 from secateur.errors import ConfigError, ModelError
+from secateur.files import new_folder
 from secateur.models import (
     as_model_error,
     check_written,
@@ -32,6 +33,7 @@ from secateur.models import (
 )
 from secateur.pooling import PoolingName, pooling_name
 from secateur.progress import Progress, quiet, silent
+from secateur.provenance import provenance
 from secateur.selection import Selection
 from secateur.sources import open_source
 from secateur.verify import Expected, expected_of, expected_of_checkpoint

@@ -17,12 +17,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from secateur import card, figures, printing
-from secateur.artifacts import Fingerprint, Origin, Provenance, Training, write_text
+from secateur.artifacts import Origin, Training
 from secateur.config import ReportOptions, make
 from secateur.drawings import MOST_PROFILES, Drawing, captions, command_of, draw, folder_link
 from secateur.figures import printable, shorten
+from secateur.files import write_text
 from secateur.findings import Claim, Design, Findings, find
 from secateur.printing import NONE, signed, span
+from secateur.provenance import Fingerprint, Provenance
 from secateur.run import Run, Variant, read_run
 from secateur.verdict import notes, seed_note, verdict
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.artifacts import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Table, Training, load, read_json
+from secateur.artifacts import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Table, Training, load
 from secateur.errors import DataError
+from secateur.files import read_json
 
 UNTRAINED = "zero-shot"
 

@@ -24,15 +24,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from secateur.artifacts import acting_as, output_error
 from secateur.cost import cost
 from secateur.errors import MissingPackage, OutputError, SecateurError, StepFailed
 from secateur.estimate import corrected
 from secateur.evaluate import evaluate
+from secateur.files import output_error
 from secateur.heal import heal
 from secateur.plan import Plan, Step, blocked
 from secateur.profile import profile
 from secateur.progress import Progress, silent
+from secateur.provenance import acting_as
 from secateur.prune import prune
 
 JOURNAL, LOGS = "steps.jsonl", "logs"

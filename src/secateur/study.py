@@ -29,16 +29,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.artifacts import Costs, Profile, Scores, Training, acting_as, load, read_json, results_folder, write_text
+from secateur.artifacts import Costs, Profile, Scores, Training, load
 from secateur.choose import choose
 from secateur.config import StudyOptions, make, read_yaml, to_yaml
 from secateur.errors import ConfigError, DataError, StudyFailed
 from secateur.estimate import Amounts, estimate, measure_amounts, measure_base
+from secateur.files import read_json, results_folder, write_text
 from secateur.lessons import find_aim, read_source, sets_of
 from secateur.models import model_label
 from secateur.plan import NO_TRAINING, Base, Plan, Step, Variant, numbers_of, plan_steps, recipe_settings
 from secateur.presets import fill_in
 from secateur.progress import Progress, silent
+from secateur.provenance import acting_as
 from secateur.report import report
 from secateur.runner import (
     JOURNAL,

@@ -30,9 +30,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.artifacts import Fingerprint, check_no_byte_order_mark, fingerprint, read_json
 from secateur.errors import DataError
+from secateur.files import check_no_byte_order_mark, read_json
 from secateur.jsonl import read_json_lines
+from secateur.provenance import Fingerprint, fingerprint
 
 Row = Mapping[str, Any]
 

@@ -29,8 +29,8 @@ from mteb.abstasks import (
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from secateur.artifacts import Fingerprint
 from secateur.errors import ConfigError, DataError
+from secateur.provenance import Fingerprint
 from secateur.task_folder import Row, TaskFolder, read_task_folder, sample_task
 
 TEXTS_PER_CLUSTER = 10

@@ -7,9 +7,9 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from secateur.artifacts import Fingerprint, fingerprint
 from secateur.errors import DataError
 from secateur.jsonl import read_json_lines
+from secateur.provenance import Fingerprint, fingerprint
 
 LINES = (".jsonl", ".jsonl.gz")
 

@@ -18,8 +18,8 @@ import pyarrow.ipc
 import pyarrow.parquet as parquet
 from numpy.typing import DTypeLike, NDArray
 
-from secateur.artifacts import write_text
 from secateur.errors import ConfigError
+from secateur.files import write_text
 
 Pieces = Iterable[NDArray[Any]]
 

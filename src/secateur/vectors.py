@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch import uint8
 
-from secateur.artifacts import write_bytes
+from secateur.files import write_bytes
 
 _KEYS = ".keys.npy"
 _HASH_BYTES = 16

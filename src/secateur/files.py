@@ -1,0 +1,166 @@
+"""Files and folders of results: written whole or not at all, and read with the mistake's place in the error."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from secateur.errors import DataError, OutputError
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
+
+
+def read_json(file: Path) -> Any:
+    """Parse a JSON file, with the line in the error where it is broken."""
+    try:
+        content = file.read_bytes()
+        check_no_byte_order_mark(file, content)
+        return json.loads(content.decode("utf-8"))
+    except FileNotFoundError:
+        raise DataError(file, "no such file") from None
+    except json.JSONDecodeError as error:
+        raise DataError(file, f"broken JSON ({error.msg})", line=error.lineno) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(file, f"cannot be read ({error})") from None
+
+
+def check_no_byte_order_mark(file: Path, start: bytes) -> None:
+    """Refuse a file that starts with a UTF-8 byte order mark, which would become part of its first word.
+
+    Raises:
+        DataError: It does.
+    """
+    if start.startswith(codecs.BOM_UTF8):
+        raise DataError(file, "starts with a byte order mark", "save it as UTF-8 without BOM", line=1)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it: readers see the old file or the new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """As :func:`write_text`, for bytes.
+
+    Raises:
+        OutputError: The disk is full, or the place cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # as in _TEMPORARY
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise output_error(path, error) from error
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is complete.
+
+    Yields ``<path>.partial``; on success it is renamed to ``path``, on an error it is removed.
+
+    Raises:
+        OutputError: ``path`` holds something already, or cannot be written.
+    """
+    path = Path(path)
+    partial = partial_folder(path)
+    try:
+        with writing(path):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            give_name(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def partial_folder(path: str | Path) -> Path:
+    """Where a folder is prepared until it is complete. Refuses a ``path`` that holds something already."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(path, "already holds something else", "name a new folder, or remove this one")
+    return path.with_name(path.name + ".partial")
+
+
+def give_name(folder: Path, path: Path) -> None:
+    """Rename a folder to ``path``, which is absent or an empty folder."""
+    if path.exists():
+        path.rmdir()
+    folder.rename(path)
+
+
+def results_folder(path: str | Path, *own: str) -> Path:
+    """A folder for results, made where absent. It may hold earlier results (the files named in ``own``), no others.
+
+    What a process that was killed had not finished writing is removed.
+
+    Raises:
+        OutputError: It is a file, or holds something else.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise OutputError(path, "is a file", "name a folder")
+    held = [item for item in path.iterdir() if item.name not in own] if path.exists() else []
+    unfinished = [item for item in held if (found := _TEMPORARY.fullmatch(item.name)) and found[1] in own]
+    foreign = sorted(item.name for item in held if item not in unfinished)
+    if foreign:
+        raise OutputError(path, f"already holds something else ({foreign[0]})", "name a new folder")
+    try:
+        for item in unfinished:
+            item.unlink()
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(path, error) from error
+    return path
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within: what fails because ``path`` cannot be written is an OutputError.
+
+    On a full disk, safetensors and torch raise errors of their own, which do not tell.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise output_error(path, error) from error
+    except (RuntimeError, SafetensorError) as error:
+        if not _is_full(Path(path)) and f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise output_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+
+
+def _is_full(path: Path) -> bool:
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    return shutil.disk_usage(there).free < 4096
+
+
+def output_error(path: str | Path, error: OSError) -> OutputError:
+    """Say in the user's words why a path could not be written."""
+    reasons = {
+        errno.ENOSPC: ("the disk is full", "free some space and run the same command again"),
+        errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again"),
+        errno.EACCES: ("no permission to write there", "name another folder"),
+        errno.EROFS: ("the file system is read-only", "name another folder"),
+    }
+    problem, hint = reasons.get(error.errno or 0, (f"cannot be written ({error.strerror or error})", ""))
+    return OutputError(path, problem, hint)
