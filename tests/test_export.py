@@ -277,7 +277,7 @@ def test_short_vectors_in_few_bits_and_scores(folders: Callable[[str], Path], tm
     np.testing.assert_allclose(encoder.encode(texts, precision="float32"), expected, atol=1e-4)
     np.testing.assert_array_equal(encoder.encode(texts), quantize_embeddings(expected, "binary"))
     np.testing.assert_array_equal(np.sign(expected), as_numbers(encoder.encode(texts), "binary", 16))
-    assert [row.task for row in result.rows] == list(result.task_scores)
+    assert [row.task for row in result.rows] == list(result.scores_by_task)
     lost = [row.original - row.exported for row in result.rows]
     assert result.points_lost == pytest.approx(100 * np.mean(lost))
     assert result.points_lost != 0  # one bit a dimension does not score as 32 do

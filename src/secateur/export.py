@@ -84,7 +84,7 @@ class Export(Table):
         files: Name → bytes.
         cosine_min: Least cosine between the original's vector and the export's, over ``compared`` texts, alone and
             with each prompt; ``cosine_mean`` their mean; ``least_cosine`` what was asked for.
-        task_scores: Task → the scores of ``original`` and ``exported``.
+        scores_by_task: Task → the scores of ``original`` and ``exported``.
         readers: What other software makes of the folder (:mod:`secateur.compatibility`).
     """
 
@@ -110,12 +110,12 @@ class Export(Table):
     cosine_mean: float
     least_cosine: float
     compared: int
-    task_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    scores_by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     readers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[ScoreDifference, ...]:
-        return tuple(ScoreDifference(task, **scores) for task, scores in self.task_scores.items())
+        return tuple(ScoreDifference(task, **scores) for task, scores in self.scores_by_task.items())
 
     @property
     def points_lost(self) -> float | None:
@@ -211,7 +211,7 @@ def export(
             raise ExportTooFar(out, problem, "another --precision or --to, or a lower --min-cosine")
         progress(STEP, 70, 100)
         scores = _score(opened, encoder, tasks, sample, seed, dimensions)
-        about |= {"cosine_min": float(found.min()), "cosine_mean": float(found.mean()), "task_scores": scores}
+        about |= {"cosine_min": float(found.min()), "cosine_mean": float(found.mean()), "scores_by_task": scores}
         result = Export(**about, compared=len(compared), readers=_readers(folder))
         if result.points_lost is not None and not result.points_lost <= max_loss:
             problem = f"it loses {result.points_lost:.2f} points on the average of the tasks, more than {max_loss:g}"

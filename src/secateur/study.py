@@ -217,6 +217,7 @@ def _outline(run: Path, settings: StudyOptions) -> _Outline:
     if (run / SETTINGS).is_file() and (run / PLAN).is_file():
         content = read_json(run / PLAN)
         return _Outline(tuple(Base(**base) for base in content["models"]), Amounts(**content["amounts"]))
+    names = _names(settings.models)
     if not settings.data:
         raise ConfigError("data", None, "no data to profile and heal with", "give --data FILE")
     sources = [read_source(file, None) for file in settings.data]
@@ -226,17 +227,19 @@ def _outline(run: Path, settings: StudyOptions) -> _Outline:
             sets_of(sources, numbers_of(recipe).batch_size, aim)
     for task in settings.tasks:
         open_task(task, sample=settings.sample, seed=settings.seed)
-    outline = _Outline(_bases(settings.models), measure_amounts(settings, sources))
+    bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))
+    outline = _Outline(bases, measure_amounts(settings, sources))
     plan_steps(settings, outline.bases, {})
     return outline
 
 
-def _bases(models: Sequence[str]) -> tuple[Base, ...]:
+def _names(models: Sequence[str]) -> list[str]:
+    """What each model is called in the run folder."""
     names = [model_label(model) for model in models]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ConfigError("models", models, f"two models are called {twice[0]}", "rename one of the folders")
-    return tuple(measure_base(name, model) for name, model in zip(names, models, strict=True))
+    return names
 
 
 def _executor(settings: StudyOptions, progress: Progress) -> Executor:
