@@ -84,6 +84,7 @@ def test_times_are_those_of_a_clock_outside(make_encoder: MakeEncoder):
         assert getattr(cost_of(parts, range(2)), column) < 0.05 < getattr(cost_of(parts, range(4)), column)
 
 
+@pytest.mark.slow
 def test_a_profile_predicts_the_weights_that_prune_writes(pairs_file: Path, tmp_path: Path):
     source = tiny_transformer(tmp_path / "llama", "llama", depth=4)
     open_model(source, dtype="bfloat16")[0].auto_model.save_pretrained(source)
