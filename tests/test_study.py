@@ -200,7 +200,7 @@ def test_a_study_killed_at_twenty_random_moments_ends_with_the_same_tables(tmp_p
     """Two models, three depths, two seeds."""
     place = make_place(tmp_path)
     tiny_transformer(place / "other", "bert", depth=3)
-    options = OPTIONS | {"depths": ["1", "0.34"], "seeds": [1, 2], "steps": 4}
+    options = OPTIONS | {"depths": ["1", "0.3"], "seeds": [1, 2], "steps": 4}
     command = ["study", place / "tiny", place / "other", "--data", place / "words.jsonl", "--tasks", place / "task"]
     command += words_of(options)
     assert not run_for(800, *command, "-o", place / "whole")
