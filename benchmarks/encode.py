@@ -29,8 +29,9 @@ import psutil
 import torch
 
 from secateur import accelerate, open_model
-from secateur.engine import BATCH_TOKENS, cosines, use_mixed_products
+from secateur.engine import BATCH_TOKENS, use_mixed_products
 from secateur.flops import flops_per_token
+from secateur.metrics import paired_cosines
 from secateur.models import model_label
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
@@ -152,7 +153,7 @@ def compare(
     for way in ways:
         found = variants[way]
         each = ", ".join(f"{b / s:.2f}" for b, s in zip(best.seconds, found.seconds, strict=True))
-        least = cosines(found.vectors, best.vectors).min()
+        least = paired_cosines(found.vectors, best.vectors).min()
         goal = aim or AIMS[way.partition(",")[0]]
         gain = f"{best.median / found.median:.2f} times (aim {goal}; each round {each})"
         print(f"    {way:24} {len(texts) / found.median:8.1f} texts/s, {gain}, cosine ≥ {least:.6f}")
@@ -269,7 +270,7 @@ def check_rows(model: Path, vectors: np.ndarray, rows: int) -> None:
     assert len(vectors) == rows, f"{len(vectors)} rows of {rows}"
     sample = sorted(random.Random(0).sample(range(rows), min(rows, 5000)))
     expected = open_model(model, device="cpu").encode([made(row) for row in sample], show_progress_bar=False)
-    least = cosines(vectors[sample], expected).min()
+    least = paired_cosines(vectors[sample], expected).min()
     print(f"{rows} rows; {len(sample)} of them compared with the model's own: cosine ≥ {least:.6f}")
     assert least >= 0.9999, "a row has not its own vector"
 

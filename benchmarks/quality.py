@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import secateur
 from secateur.artifacts import Scores, Training, load
 from secateur.blocks import depth_of
+from secateur.choose import blocks_to_keep
 from secateur.data import instruction_prompt, read_pairs
 from secateur.files import read_json, write_text
 from secateur.jsonl import read_json_lines
@@ -67,11 +68,11 @@ def first(name: str) -> Callable[[argparse.Namespace, int, int], tuple[int, ...]
 
 
 def uniform(args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
-    return tuple(round(i * (depth - 1) / (args.small - 1)) for i in range(args.small))
+    return blocks_to_keep(f"uniform:{args.small}", depth)
 
 
 def at_random(args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
-    return tuple(sorted(random.Random(seed).sample(range(depth), args.small)))
+    return blocks_to_keep(f"random:{args.small}", depth, seed=seed)
 
 
 def nothing(args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:

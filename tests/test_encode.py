@@ -21,8 +21,9 @@ from killing import run_until
 from secateur import accelerate, encode, export, open_model
 from secateur.cli import app
 from secateur.encode import SHARD
-from secateur.engine import Engine, cosines, use_mixed_products
+from secateur.engine import Engine, use_mixed_products
 from secateur.errors import ConfigError, DataError, OutputError
+from secateur.metrics import paired_cosines
 
 SCRIPTS = (
     "The gardener cut the hedge.",
@@ -70,7 +71,7 @@ def vectors_of(file: Path) -> np.ndarray:
 
 def same(found: np.ndarray, expected: np.ndarray, least: float = 0.9999) -> None:
     assert found.shape == expected.shape
-    assert cosines(found, expected).min() >= least
+    assert paired_cosines(found, expected).min() >= least
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.linalg.norm(expected, axis=1), rtol=1e-3)
 
 
@@ -133,7 +134,7 @@ def test_mixed_products_round_little_and_can_be_undone(make_encoder: MakeEncoder
     undo = use_mixed_products(own)
     mixed = own.encode(list(SCRIPTS))
     assert not np.array_equal(mixed, expected)
-    assert cosines(mixed, expected).min() >= 0.999
+    assert paired_cosines(mixed, expected).min() >= 0.999
     undo()
     np.testing.assert_array_equal(own.encode(list(SCRIPTS)), expected)
 

@@ -21,8 +21,9 @@ from secateur import config, runtime
 from secateur.artifacts import load
 from secateur.compatibility import compatibility
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
-from secateur.export import LEAST_COSINE, Export, as_numbers, cosines, export
+from secateur.export import LEAST_COSINE, Export, as_numbers, export
 from secateur.graph import EncoderGraph
+from secateur.metrics import paired_cosines
 from secateur.models import open_model
 from task_folders import example_rows, write_task
 
@@ -179,7 +180,7 @@ def assert_agrees(export: Path, source: Path, least: float) -> None:
     for prompt in ("", "find: "):
         found = encoder.encode(texts, prompt=prompt)
         expected = original(source, texts, prompt)
-        cosine = cosines(expected, found)
+        cosine = paired_cosines(expected, found)
         worst = int(cosine.argmin())
         assert cosine[worst] > least, (prompt, texts[worst][:20], cosine[worst])
         np.testing.assert_allclose(encoder.encode(texts[::-1], prompt=prompt, batch_size=3)[::-1], found, atol=0.2)
@@ -202,7 +203,7 @@ def test_fewer_bits_are_smaller_and_near(
     if to == "openvino":
         assert data < weights
     texts = [text for text in HOSTILE if text.isascii()]
-    cosine = cosines(original(folders(name), texts), runtime.load(folder).encode(texts))
+    cosine = paired_cosines(original(folders(name), texts), runtime.load(folder).encode(texts))
     assert cosine.mean() > 0.97
     assert result.cosine_min < 1
     names = {"openvino": "openvino/openvino_model_qint8_quantized.xml", "onnx": "onnx/model_quantized.onnx"}
@@ -328,7 +329,7 @@ def test_a_model_of_other_modules_is_refused(make_encoder: MakeEncoder):
 def test_cosines_of_nothing():
     a = np.array([[1, 0], [0, 0], [0, 0], [np.nan, 1]], np.float32)
     b = np.array([[1, 1], [0, 0], [1, 0], [1, 1]], np.float32)
-    np.testing.assert_allclose(cosines(a, b), [0.5**0.5, 1, 0, -1])
+    np.testing.assert_allclose(paired_cosines(a, b), [0.5**0.5, 1, 0, -1])
 
 
 def test_the_options_are_those_of_the_function():

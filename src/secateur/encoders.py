@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
 from secateur.errors import ModelError, SecateurError
+from secateur.metrics import paired_cosines
 from secateur.models import PROBES
 from secateur.progress import quiet
 
@@ -220,8 +221,7 @@ class ModelEncoder:
             expected = self.model.encode(texts, prompt_name=self.default_prompt, show_progress_bar=False)
         tokens = self.tokenize(texts, self.default_prompt, truncate=True, limit=len(texts) * self.max_length)
         found = self.encode(tokens)
-        norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-        cosine = float(((found * expected).sum(axis=1) / norms).min())
+        cosine = float(paired_cosines(found, expected).min())
         if not cosine >= LEAST_COSINE:
             raise ModelError(name, f"gives other vectors in batches than alone (cosine {cosine:.4f})")
 

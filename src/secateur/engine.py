@@ -35,6 +35,7 @@ from secateur.forward import (
     run_after,
     run_prefix,
 )
+from secateur.metrics import paired_cosines
 from secateur.models import attends_backwards_only
 from secateur.pooling import pool
 from secateur.verify import PROBES
@@ -112,7 +113,7 @@ def quicken(model: SentenceTransformer) -> str:
         if model.dtype == torch.float32 and gain > WORTH:
             expected = _probe(model)
             undo = use_mixed_products(model)
-            if cosines(_probe(model), expected).min() >= LEAST_COSINE:
+            if paired_cosines(_probe(model), expected).min() >= LEAST_COSINE:
                 return "mixed"
             undo()
         elif model.dtype != torch.float32 and gain * WORTH < 1:
@@ -123,15 +124,6 @@ def quicken(model: SentenceTransformer) -> str:
 def _probe(model: SentenceTransformer) -> NDArray[np.float32]:
     found: NDArray[np.float32] = model.encode(list(PROBES), show_progress_bar=False)
     return found
-
-
-def cosines(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
-    """Cosine of each row with the other's: (texts,). Rows that are zero in both agree."""
-    found, expected = found.astype(np.float64), expected.astype(np.float64)
-    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-    both_zero = ~found.any(axis=1) & ~expected.any(axis=1)
-    products: NDArray[np.float64] = (found * expected).sum(axis=1)
-    return np.where(both_zero, 1.0, products / np.where(norms == 0, 1.0, norms))
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +276,7 @@ class Engine:
                 raise
             return False
         least = 1 - 1e-6 if self._model.dtype == torch.float32 else 0.999
-        return bool(cosines(found, expected).min() >= least)
+        return bool(paired_cosines(found, expected).min() >= least)
 
 
 def _longest(batch: Sequence[Tokens]) -> int:

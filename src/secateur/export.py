@@ -28,6 +28,7 @@ from secateur.errors import ConfigError, ExportTooFar, ModelError
 from secateur.evaluate import evaluate
 from secateur.files import new_folder
 from secateur.graph import EncoderGraph
+from secateur.metrics import paired_cosines
 from secateur.models import open_model, write_files
 from secateur.pooling import PoolingName
 from secateur.progress import Progress, quiet, silent
@@ -319,20 +320,11 @@ def _compare(
     dimensions: int | None,
 ) -> npt.NDArray[np.float64]:
     """Cosine of each text's two vectors: without a prompt and with each of the model's."""
-    found = [cosines(expected, encoder.encode(texts, prompt="", precision="float32"))]
+    found = [paired_cosines(expected, encoder.encode(texts, prompt="", precision="float32"))]
     for prompt in sorted({prompt for prompt in model.prompts.values() if prompt}):
         vectors = encoder.encode(texts, prompt=prompt, precision="float32")
-        found.append(cosines(_reference(model, texts, dimensions, prompt), vectors))
+        found.append(paired_cosines(_reference(model, texts, dimensions, prompt), vectors))
     return np.concatenate(found)
-
-
-def cosines(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Cosine of each row with the row beside it; two rows of zeros are the same, one is not (or is no number)."""
-    a, b = left.astype(np.float64), right.astype(np.float64)
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    both = ~a.any(axis=1) & ~b.any(axis=1)
-    result: npt.NDArray[np.float64] = np.where(both, 1.0, (a * b).sum(axis=1) / np.where(lengths == 0, 1.0, lengths))
-    return np.nan_to_num(result, nan=-1.0)
 
 
 def _readers(folder: Path) -> dict[str, dict[str, str]]:

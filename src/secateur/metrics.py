@@ -6,9 +6,11 @@ Leading dimensions, written ``...``, are free: one call does one depth, or all o
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -186,3 +188,15 @@ def angular_distances(states: Tensor) -> Tensor:
     # arccos turns float32's rounding of 1 into an angle of 1e-4; a state's angle with itself is 0.
     found.diagonal(dim1=-2, dim2=-1).fill_(1)
     return (found.arccos() / math.pi).mean(dim=0)
+
+
+def paired_cosines(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
+    """Cosine of each row with the row beside it, (rows,), in double precision.
+
+    Two rows of zeros are the same: 1. One row of zeros is like nothing: 0. A row that is not finite gives -1.
+    """
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    both = ~a.any(axis=1) & ~b.any(axis=1)
+    result: NDArray[np.float64] = np.where(both, 1.0, (a * b).sum(axis=1) / np.where(lengths == 0, 1.0, lengths))
+    return np.nan_to_num(result, nan=-1.0)
