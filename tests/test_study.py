@@ -6,6 +6,7 @@ import random
 import shlex
 import shutil
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,28 @@ def tables(run: Path) -> dict[str, object]:
         "costs": [(row.model, row.depth, row.parameters) for row in load(run, Costs).rows],
         "kept": {name: load(run / "models" / name, Origin).kept for name in VARIANTS},
     }
+
+
+def assert_same_but_for_rounding(found: object, expected: object) -> None:
+    """Processes side by side have other numbers of threads, which sum in another order."""
+    values, known = values_apart(found), values_apart(expected)
+    assert values.keys() == known.keys()
+    for path, value in known.items():
+        near = pytest.approx(value, rel=1e-3, abs=1e-6) if isinstance(value, float) else value
+        assert values[path] == near, path
+
+
+def values_apart(found: object, name: str = "") -> dict[str, object]:
+    """Each value of a nested table under its path; without the fingerprints of weights, which tell of every bit."""
+    if is_dataclass(found):
+        found = vars(found)
+    if isinstance(found, dict):
+        parts = [(key, value) for key, value in found.items() if key != "weights"]
+    elif isinstance(found, list | tuple):
+        parts = list(enumerate(found))
+    else:
+        return {name: found}
+    return {path: value for key, part in parts for path, value in values_apart(part, f"{name}/{key}").items()}
 
 
 def test_a_study_goes_the_whole_way(run: Path):
@@ -224,7 +247,7 @@ def test_a_study_killed_at_twenty_random_moments_ends_with_the_same_tables(tmp_p
 @pytest.mark.slow
 def test_processes_side_by_side_give_the_same_tables(run: Path, place: Path, tmp_path: Path):
     assert run_study(place, str(tmp_path / "two"), jobs=2).is_file()
-    assert tables(tmp_path / "two") == tables(run)
+    assert_same_but_for_rounding(tables(tmp_path / "two"), tables(run))
     assert_each_step_was_done_once(tmp_path / "two")
 
 
@@ -232,7 +255,7 @@ def test_processes_side_by_side_give_the_same_tables(run: Path, place: Path, tmp
 def test_a_ray_cluster_gives_the_same_tables(run: Path, place: Path, tmp_path: Path):
     pytest.importorskip("ray")
     assert run_study(place, str(tmp_path / "ray"), ray="local", jobs=2).is_file()
-    assert tables(tmp_path / "ray") == tables(run)
+    assert_same_but_for_rounding(tables(tmp_path / "ray"), tables(run))
 
 
 def test_the_joined_table_has_a_row_for_each_model_and_task(run: Path):
