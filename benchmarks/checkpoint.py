@@ -41,7 +41,7 @@ import torch, transformers
 def status(file, field):
     return int(re.search(rf"{field}:\\s+(\\d+)", open(f"/proc/self/{file}").read())[1])
 
-from secateur.checkpoint import prune_checkpoint
+from secateur.checkpoints.checkpoint import prune_checkpoint
 imported, read = status("status", "VmHWM") * 1024, status("io", "rchar")
 source, keep, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 start = time.perf_counter()

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from secateur.architectures.blocks import cut
 from secateur.artifacts import Profile, load
-from secateur.blocks import cut
-from secateur.candidates import Candidate, candidates, is_prefix, ranges
+from secateur.choosing.candidates import Candidate, candidates, is_prefix, ranges
 from secateur.files import write_text
-from secateur.models import model_label, open_model
-from secateur.profile import profile
+from secateur.loading.models import model_label, open_model
+from secateur.profiling.profile import profile
 
 DTYPE = "float32"
 

@@ -29,10 +29,10 @@ import psutil
 import torch
 
 from secateur import accelerate, open_model
-from secateur.engine import BATCH_TOKENS, use_mixed_products
-from secateur.flops import flops_per_token
-from secateur.metrics import paired_cosines
-from secateur.models import model_label
+from secateur.encoding.engine import BATCH_TOKENS, use_mixed_products
+from secateur.loading.models import model_label
+from secateur.measures.flops import flops_per_token
+from secateur.measures.metrics import paired_cosines
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
 INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best; "

@@ -27,9 +27,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
-from secateur.demo import pairs_of
-from secateur.export import Export, export
-from secateur.models import open_model
+from secateur.data.demo import pairs_of
+from secateur.exporting.export import Export, export
+from secateur.loading.models import open_model
 
 WAYS = (("onnx", "int8", "dynamic"), ("openvino", "int8", "static"), ("openvino", "bfloat16", None))
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[2] / "shared"))

@@ -30,14 +30,14 @@ from pathlib import Path
 
 import torch
 
-from secateur import bootstrap, curves
+from secateur.architectures.blocks import final_norm
+from secateur.architectures.forward import BUDGET, block_seconds
 from secateur.artifacts import Profile, load
-from secateur.blocks import final_norm
-from secateur.data import Pairs, batches, read_pairs
-from secateur.forward import BUDGET, block_seconds
-from secateur.metrics import contrastive_loss
-from secateur.models import open_model
-from secateur.profile import profile
+from secateur.data.pairs import Pairs, batches, read_pairs
+from secateur.loading.models import open_model
+from secateur.measures import bootstrap, curves
+from secateur.measures.metrics import contrastive_loss
+from secateur.profiling.profile import profile
 
 SIZE = 64
 SEEDS = 20

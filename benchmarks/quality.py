@@ -33,17 +33,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur
+from secateur.architectures.blocks import depth_of
 from secateur.artifacts import Scores, Training, load
-from secateur.blocks import depth_of
-from secateur.choose import blocks_to_keep
-from secateur.data import instruction_prompt, read_pairs
+from secateur.choosing.choose import blocks_to_keep
+from secateur.data.jsonl import read_json_lines
+from secateur.data.pairs import instruction_prompt, read_pairs
 from secateur.files import read_json, write_text
-from secateur.jsonl import read_json_lines
-from secateur.models import open_model, use_stock_modules
+from secateur.healing.recipe import Recipe
+from secateur.healing.train import make_loss, train, training_sets
+from secateur.healing.trainable import prepare
+from secateur.loading.models import open_model, use_stock_modules
 from secateur.progress import silent
-from secateur.recipe import Recipe
-from secateur.train import make_loss, train, training_sets
-from secateur.trainable import prepare
 
 PAPER = {"recipe": "l3prune"}
 SEARCHES = ("Cranfield", "PubMedQA-L")

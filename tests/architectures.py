@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from secateur import blocks
+from secateur.architectures import blocks
 from secateur.errors import IllegalDepth, UnsupportedArchitecture
 
 DEPTH, WIDTH, VOCABULARY = 6, 32, 120

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from architectures import ARCHITECTURES, DEPTH, TOLERANCE, batch, bypassed, config_of, distance, model_of, states
-from secateur import blocks
+from secateur.architectures import blocks
 from secateur.errors import IllegalDepth, UnsupportedArchitecture
 
 

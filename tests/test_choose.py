@@ -14,12 +14,12 @@ import scipy.signal
 import torch
 
 from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
-from secateur.candidates import candidates, ranges
-from secateur.choose import blocks_to_keep, choice_of, choose, needs_profile
-from secateur.curves import PROMINENCE, smoothed, valleys
+from secateur.choosing.candidates import candidates, ranges
+from secateur.choosing.choose import blocks_to_keep, choice_of, choose, needs_profile
+from secateur.choosing.selectors import SELECTORS
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
+from secateur.measures.curves import PROMINENCE, smoothed, valleys
 from secateur.provenance import provenance
-from secateur.selectors import SELECTORS
 
 SHARES = ("first", "uniform", "random", "block-influence", "angular")
 

@@ -8,10 +8,10 @@ from sklearn.neighbors import NearestNeighbors
 
 from conftest import MakeEncoder
 from secateur.artifacts import Comparison, ScoreRow, load
-from secateur.compare import compare, nearest_texts, overlap
-from secateur.differences import read_draws, score_differences
 from secateur.errors import ConfigError, DataError
-from secateur.evaluate import evaluate
+from secateur.evaluation.differences import read_draws, score_differences
+from secateur.evaluation.evaluate import evaluate
+from secateur.reporting.compare import compare, nearest_texts, overlap
 from task_folders import example_rows, sentences, write_task
 
 

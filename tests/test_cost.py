@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from architectures import batch, model_of, padding_id, states
 from conftest import MakeEncoder
+from secateur.architectures.blocks import embeddings_of
 from secateur.artifacts import Costs, load
-from secateur.blocks import embeddings_of
-from secateur.cost import bytes_on_disk, cost, long_texts, measure_alone, short_texts
 from secateur.errors import ConfigError, ModelError
-from secateur.flops import MatrixProducts, flops_per_token
+from secateur.measures.flops import MatrixProducts, flops_per_token
+from secateur.reporting.cost import bytes_on_disk, cost, long_texts, measure_alone, short_texts
 
 DENSE = (
     "llama",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import example_pairs, write_pairs
-from secateur.data import Pair, Pairs, batches, data_files, read_pairs
-from secateur.e5_mix import INSTRUCTIONS
+from secateur.data.e5_mix import INSTRUCTIONS
+from secateur.data.pairs import Pair, Pairs, batches, data_files, read_pairs
 from secateur.errors import DataError
 
 ROWS = [

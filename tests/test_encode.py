@@ -20,10 +20,10 @@ from conftest import LETTERS, MakeEncoder, tiny_transformer
 from killing import run_until
 from secateur import accelerate, encode, export, open_model
 from secateur.cli import app
-from secateur.encode import SHARD
-from secateur.engine import Engine, use_mixed_products
+from secateur.encoding.encode import SHARD
+from secateur.encoding.engine import Engine, use_mixed_products
 from secateur.errors import ConfigError, DataError, OutputError
-from secateur.metrics import paired_cosines
+from secateur.measures.metrics import paired_cosines
 
 SCRIPTS = (
     "The gardener cut the hedge.",

@@ -27,13 +27,13 @@ from tokenizers import normalizers
 
 from conftest import MakeEncoder
 from secateur.artifacts import ScoreRow, Scores, load
-from secateur.differences import read_draws
+from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, DataError, ModelError, OutputError
-from secateur.evaluate import evaluate
+from secateur.evaluation.differences import read_draws
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.task_folder import read_task_folder, sample_task
+from secateur.evaluation.tasks import open_task
 from secateur.provenance import Provenance
-from secateur.task_folder import read_task_folder, sample_task
-from secateur.tasks import open_task
-from secateur.vectors import fingerprint_model
 from task_folders import TYPES, example_rows, write_task
 
 

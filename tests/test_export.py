@@ -19,12 +19,12 @@ from architectures import config_of
 from conftest import MakeEncoder, tiny_transformer
 from secateur import config, runtime
 from secateur.artifacts import load
-from secateur.compatibility import compatibility
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
-from secateur.export import LEAST_COSINE, Export, as_numbers, export
-from secateur.graph import EncoderGraph
-from secateur.metrics import paired_cosines
-from secateur.models import open_model
+from secateur.exporting.compatibility import compatibility
+from secateur.exporting.export import LEAST_COSINE, Export, as_numbers, export
+from secateur.exporting.graph import EncoderGraph
+from secateur.loading.models import open_model
+from secateur.measures.metrics import paired_cosines
 from task_folders import example_rows, write_task
 
 ARCHITECTURES = ("llama", "bert", "gemma3_text", "qwen3", "modernbert")

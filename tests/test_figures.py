@@ -14,19 +14,12 @@ from matplotlib import image
 from matplotlib.text import Text
 
 from secateur.artifacts import DepthRow, DepthScoreRow, LossRow, Profile, Training
-from secateur.figures import (
-    COLOURS,
-    INK,
-    Point,
-    frontier,
-    loss_curve,
-    profile_figures,
-    save_png,
-    shorten,
-    size_curve,
-    svg,
-    training_curves,
-)
+from secateur.figures.depth import loss_curve, profile_figures
+from secateur.figures.frontier import Point, frontier, size_curve
+from secateur.figures.saving import save_png, svg
+from secateur.figures.style import COLOURS, INK
+from secateur.figures.text import shorten
+from secateur.figures.training import training_curves
 from secateur.provenance import Provenance
 
 MADE = Provenance("secateur study", "2026-01-02T03:04:05+00:00", 7, {}, (), {})

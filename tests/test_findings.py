@@ -9,11 +9,11 @@ import pytest
 
 from secateur.artifacts import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training
 from secateur.errors import DataError
-from secateur.findings import SAME, Claim, Findings, find, pareto
 from secateur.provenance import Provenance
-from secateur.run import read_run
-from secateur.saturation import Saturation, fit_saturation
-from secateur.verdict import notes, verdict
+from secateur.reporting.findings import SAME, Claim, Findings, find, pareto
+from secateur.reporting.run import read_run
+from secateur.reporting.saturation import Saturation, fit_saturation
+from secateur.reporting.verdict import notes, verdict
 
 MADE = Provenance("secateur", "2026-03-04T05:06:07+00:00", None, {}, (), {})
 TASKS = ("sts", "search")

@@ -20,17 +20,17 @@ from sentence_transformers import SentenceTransformer
 import secateur
 from conftest import example_pairs, write_pairs
 from killing import run_until
-from secateur import trainable
 from secateur.artifacts import Origin, Training, load
-from secateur.data import Pairs, read_pairs
+from secateur.data.pairs import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
-from secateur.heal import held_out_ndcg
-from secateur.models import attends_backwards_only
+from secateur.healing import trainable
+from secateur.healing.heal import held_out_ndcg
+from secateur.healing.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
+from secateur.healing.train import Outcome, make_loss, train, training_sets
+from secateur.healing.trainable import decide
+from secateur.healing.trainer import TRAINED_WEIGHTS, Validation
+from secateur.loading.models import attends_backwards_only
 from secateur.progress import silent
-from secateur.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
-from secateur.train import Outcome, make_loss, train, training_sets
-from secateur.trainable import decide
-from secateur.trainer import TRAINED_WEIGHTS, Validation
 
 STEPS = 20
 SETTINGS = {"steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "lora_rank": 4, "lora_dropout": 0.1}

@@ -10,8 +10,7 @@ from mteb.abstasks import AbsTaskPairClassification
 from scipy.stats import binomtest, pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_score, recall_score, v_measure_score
 
-from secateur.intervals import interval, mean_of, resample, resampled_counts, whole
-from secateur.predictions import (
+from secateur.evaluation.predictions import (
     _averaged_metric,
     _v_measure,
     binary_metric,
@@ -19,6 +18,7 @@ from secateur.predictions import (
     pearson,
     spearman,
 )
+from secateur.measures.intervals import interval, mean_of, resample, resampled_counts, whole
 
 
 def covers(successes: int, trials: int) -> bool:

@@ -11,13 +11,13 @@ import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
 from secateur.artifacts import Training, load
 from secateur.config import HealOptions, make
-from secateur.data import Pairs, read_pairs
+from secateur.data.pairs import Pairs, read_pairs
+from secateur.data.texts import read_texts
+from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, DataError
-from secateur.lessons import LABEL, find_aim, sets_of, teach
+from secateur.healing.lessons import LABEL, find_aim, sets_of, teach
+from secateur.healing.teacher import open_teacher
 from secateur.progress import silent
-from secateur.teacher import open_teacher
-from secateur.texts import read_texts
-from secateur.vectors import fingerprint_model
 
 SETTINGS = {"steps": 30, "batch_size": 8, "precision": "float32"}
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur import bootstrap, curves, metrics
+from secateur.measures import bootstrap, curves, metrics
 
 
 def vectors(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,10 +9,10 @@ from datasets import Dataset
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from conftest import MakeEncoder, example_pairs
-from secateur.minibatches import Column, MiniBatchedLoss
-from secateur.recipe import Recipe
-from secateur.train import TrainingSet, training_arguments
-from secateur.trainer import Trainer
+from secateur.healing.minibatches import Column, MiniBatchedLoss
+from secateur.healing.recipe import Recipe
+from secateur.healing.train import TrainingSet, training_arguments
+from secateur.healing.trainer import Trainer
 
 
 def columns(model: torch.nn.Module, count: int) -> list[dict[str, torch.Tensor]]:

@@ -16,9 +16,9 @@ from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTModel
 import secateur
 from conftest import tiny_transformer
 from secateur.errors import ModelError, SecateurError
-from secateur.models import attends_backwards_only, demo_model, save_model
-from secateur.pooling import pooling_name
-from secateur.prune import origin_of
+from secateur.loading.models import attends_backwards_only, demo_model, save_model
+from secateur.loading.pooling import pooling_name
+from secateur.pruning.prune import origin_of
 
 TEXTS = ["the hedge is cut back", "one", "def add: return a, b"]
 CHAT = "{% for m in messages %}chat chat {{ m['content'] }}{% endfor %}"

@@ -14,10 +14,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from conftest import MakeEncoder
-from secateur.blocks import cut
+from secateur.architectures.blocks import cut
 from secateur.errors import ConfigError
-from secateur.objectives import DepthVectors, Objective, contrastive_loss, dropout, false_negatives, row_keys
-from secateur.teacher import Teacher, TeacherVectors, keep_vectors
+from secateur.healing.objectives import DepthVectors, Objective, contrastive_loss, dropout, false_negatives, row_keys
+from secateur.healing.teacher import Teacher, TeacherVectors, keep_vectors
 
 ANCHORS = ["what is a hedge?", "who cuts it", "when", "where do they stand now?"]
 POSITIVES = ["a row of shrubs", "the gardener", "in spring, before the birds", "here"]

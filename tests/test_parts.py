@@ -13,12 +13,12 @@ import torch
 
 from architectures import model_of
 from conftest import MakeEncoder, tiny_transformer
-from secateur.blocks import cut, legal_depths
-from secateur.flops import flops_per_token
-from secateur.models import open_model
-from secateur.parts import cost_of, measure_parts, part_sizes
-from secateur.profile import profile
-from secateur.prune import prune
+from secateur.architectures.blocks import cut, legal_depths
+from secateur.loading.models import open_model
+from secateur.measures.flops import flops_per_token
+from secateur.profiling.parts import cost_of, measure_parts, part_sizes
+from secateur.profiling.profile import profile
+from secateur.pruning.prune import prune
 
 VARIED = (
     "llama", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "bert", "opt", "t5", "mixtral",

@@ -12,11 +12,11 @@ import pytest
 from secateur.artifacts import DepthRow, Profile
 from secateur.config import HealOptions, StudyOptions, make
 from secateur.errors import ConfigError, IllegalDepth, OutputError
-from secateur.estimate import corrected
-from secateur.plan import Base, Plan, Step, blocked, plan_steps
-from secateur.presets import SHRINK
 from secateur.provenance import provenance
-from secateur.runner import Executor, Journal, State, read_journal, run_steps
+from secateur.studies.estimate import corrected
+from secateur.studies.plan import Base, Plan, Step, blocked, plan_steps
+from secateur.studies.presets import SHRINK
+from secateur.studies.runner import Executor, Journal, State, read_journal, run_steps
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]
 
@@ -225,7 +225,7 @@ def test_the_journal_survives_a_torn_line_and_a_result_without_its_line(tmp_path
 
 
 def test_two_studies_do_not_work_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("secateur.runner.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("secateur.studies.runner.LOCK_SECONDS", 0.2)
     with Journal.open(tmp_path), pytest.raises(OutputError, match="another study"), Journal.open(tmp_path):
         pass
 

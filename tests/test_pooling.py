@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import secateur
 from conftest import llama_model
-from secateur.pooling import make_pooling, pool, pooling_name
+from secateur.loading.pooling import make_pooling, pool, pooling_name
 
 WIDTH = 5
 

@@ -16,18 +16,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import architectures
 from conftest import LETTERS, example_pairs, tiny_transformer
-from secateur import bootstrap
+from secateur.architectures.blocks import blocks_of, cut, legal_depths
+from secateur.architectures.forward import plan, rounded, tokenize
 from secateur.artifacts import Profile, load
-from secateur.blocks import blocks_of, cut, legal_depths
-from secateur.choose import choose
-from secateur.data import read_pairs
-from secateur.depths import DepthEncoder
+from secateur.choosing.choose import choose
+from secateur.data.pairs import read_pairs
+from secateur.data.texts import read_texts
 from secateur.errors import DataError, ModelError
-from secateur.forward import plan, rounded, tokenize
-from secateur.models import open_model
-from secateur.parts import BATCH, BATCHES, SINGLES
-from secateur.profile import profile
-from secateur.texts import read_texts
+from secateur.loading.models import open_model
+from secateur.measures import bootstrap
+from secateur.profiling.depths import DepthEncoder
+from secateur.profiling.parts import BATCH, BATCHES, SINGLES
+from secateur.profiling.profile import profile
 
 INSTRUCTION = "find the word that is asked for"
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared"))
@@ -430,7 +430,7 @@ def test_smollm2_gives_the_losses_of_the_public_code(monkeypatch):
 
     # The public code tokenizes a text alone and pools that many tokens from the end, which is off where a text's first
     # word has another number of tokens after a blank. Counted its way, nothing else is left.
-    from secateur.pooling import WeightedMean
+    from secateur.loading.pooling import WeightedMean
 
     tokenizer = model.tokenizer
     by_ids = {

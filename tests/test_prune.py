@@ -35,11 +35,11 @@ import secateur
 from architectures import bypassed, model_of
 from conftest import llama_model, tiny_transformer
 from hub import serve
+from secateur.architectures.blocks import final_norm
 from secateur.artifacts import Origin, load
-from secateur.blocks import final_norm
+from secateur.checkpoints.verify import Expected, difference
 from secateur.errors import ConfigError, IllegalDepth, ModelError, OutputError, SecateurError, VerificationFailed
-from secateur.models import demo_model, open_model
-from secateur.verify import Expected, difference
+from secateur.loading.models import demo_model, open_model
 
 TEXTS = ["the hedge is cut back by half", "one", "def add: return a, b"]
 DEPTH = 5
@@ -108,7 +108,7 @@ def test_weights_are_the_sources_bytes(source: Path, cut: Path):
 
 
 def test_a_subset_of_a_subset_and_a_source_too_large_to_open_whole(source: Path, cut: Path, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.verify.SMALL", 0)
+    monkeypatch.setattr("secateur.checkpoints.verify.SMALL", 0)
     again = secateur.prune(cut, drop=[0, 2], out=tmp_path / "again")
     origin = load(again, Origin)
     assert (origin.kept, origin.depth, origin.base_model, len(origin.history)) == ((2,), DEPTH, "llama", 2)

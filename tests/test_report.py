@@ -13,13 +13,13 @@ import yaml
 from huggingface_hub import ModelCard
 
 from secateur.artifacts import CostRow, Costs, DepthRow, LossRow, Origin, Profile, ScoreRow, Scores, Training
-from secateur.card import CARD_MARK
 from secateur.errors import DataError
-from secateur.findings import find
 from secateur.provenance import Fingerprint, Provenance
-from secateur.report import report
-from secateur.run import read_run
-from secateur.verdict import verdict
+from secateur.reporting.card import CARD_MARK
+from secateur.reporting.findings import find
+from secateur.reporting.report import report
+from secateur.reporting.run import read_run
+from secateur.reporting.verdict import verdict
 
 TASKS = (("STSBenchmark", "sts", "cosine_spearman", 1379), ("Banking77", "classification", "accuracy", 3080))
 SCORES = {

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from secateur.report import report
+from secateur.reporting.report import report
 from test_report import HOSTILE, write_costs, write_model, write_profile, write_scores
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -33,11 +33,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 import secateur
 from conftest import tiny_transformer
 from secateur.config import ServeOptions
-from secateur.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
 from secateur.errors import ConfigError, ModelError
-from secateur.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
-from secateur.queueing import Batcher, EncodingFailed, QueueFull, choose_batch
-from secateur.serve import OPENING, Server, bind, make_app, make_server, open_encoder
+from secateur.serving.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
+from secateur.serving.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
+from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, choose_batch
+from secateur.serving.serve import OPENING, Server, bind, make_app, make_server, open_encoder
 
 PROMPTS = {"query": "find: ", "document": ""}
 TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]

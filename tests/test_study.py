@@ -18,7 +18,7 @@ from killing import run_for, run_until
 from secateur import cli
 from secateur.artifacts import Costs, Origin, Profile, Scores, Training, load
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, OutputError, SecateurError, StudyFailed
-from secateur.study import join_tables
+from secateur.studies.study import join_tables
 from task_folders import example_rows, write_task
 
 OPTIONS = {"depths": ["1", "small"], "steps": 10, "batch_size": 8, "learning_rate": 1e-3, "lora_rank": 4}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import ConfigError, DataError
-from secateur.task_folder import DISTRACTORS_PER_QUERY, TRAIN_PER_LABEL, read_task_folder, sample_task
-from secateur.tasks import count_samples, open_task
+from secateur.evaluation.task_folder import DISTRACTORS_PER_QUERY, TRAIN_PER_LABEL, read_task_folder, sample_task
+from secateur.evaluation.tasks import count_samples, open_task
 from task_folders import TYPES, example_rows, write_lines, write_task
 
 
@@ -216,7 +216,7 @@ def test_mteb_names_are_looked_up_in_mteb():
 def test_an_mteb_task_that_cannot_be_downloaded_is_one_clear_error(tmp_path: Path):
     script = """
 from secateur.errors import DataError
-from secateur.tasks import open_task
+from secateur.evaluation.tasks import open_task
 try:
     open_task("STS12").make()
 except DataError as error:

@@ -20,8 +20,8 @@ from sentence_transformers import SentenceTransformer
 
 from conftest import MakeEncoder
 from secateur.errors import ConfigError, ModelError
-from secateur.remote import COMMON_KEY, KEY, Server, connect, embed
-from secateur.teacher import CHUNK, PROBE, Teacher, keep_vectors, open_teacher
+from secateur.healing.remote import COMMON_KEY, KEY, Server, connect, embed
+from secateur.healing.teacher import CHUNK, PROBE, Teacher, keep_vectors, open_teacher
 
 TEXTS = ["a hedge", "a longer hedge, cut back.", "q", "葉 🌿"]
 

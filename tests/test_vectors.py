@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from secateur.vectors import VectorCache
+from secateur.data.vectors import VectorCache
 
 
 def encode(texts: list[str]) -> np.ndarray:

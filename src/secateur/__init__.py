@@ -7,27 +7,25 @@ The way through, each step a function here and a command of the same name:
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.candidates import candidates
-    from secateur.choose import choose
-    from secateur.compare import compare
-    from secateur.cost import cost
-    from secateur.encode import encode
-    from secateur.engine import accelerate
+    from secateur.choosing.candidates import candidates
+    from secateur.choosing.choose import choose
+    from secateur.encoding.encode import encode
+    from secateur.encoding.engine import accelerate
     from secateur.errors import SecateurError
-    from secateur.evaluate import evaluate
-    from secateur.export import export
-    from secateur.heal import heal
-    from secateur.models import open_model
-    from secateur.profile import profile
-    from secateur.prune import prune
-    from secateur.report import report
-    from secateur.serve import serve
-    from secateur.study import plan_study, read_scores, read_status, study
+    from secateur.evaluation.evaluate import evaluate
+    from secateur.exporting.export import export
+    from secateur.healing.heal import heal
+    from secateur.loading.models import open_model
+    from secateur.profiling.profile import profile
+    from secateur.pruning.prune import prune
+    from secateur.reporting.compare import compare
+    from secateur.reporting.cost import cost
+    from secateur.reporting.report import report
+    from secateur.serving.serve import serve
+    from secateur.studies.study import plan_study, read_scores, read_status, study
 
 __all__ = [
     "SecateurError",
@@ -51,8 +49,27 @@ __all__ = [
     "study",
 ]
 
-_HOMES = {"SecateurError": "errors", "accelerate": "engine", "open_model": "models"}
-_HOMES |= dict.fromkeys(("plan_study", "read_scores", "read_status"), "study")
+_HOMES = {
+    "SecateurError": "errors",
+    "accelerate": "encoding.engine",
+    "candidates": "choosing.candidates",
+    "choose": "choosing.choose",
+    "compare": "reporting.compare",
+    "cost": "reporting.cost",
+    "encode": "encoding.encode",
+    "evaluate": "evaluation.evaluate",
+    "export": "exporting.export",
+    "heal": "healing.heal",
+    "open_model": "loading.models",
+    "plan_study": "studies.study",
+    "profile": "profiling.profile",
+    "prune": "pruning.prune",
+    "read_scores": "studies.study",
+    "read_status": "studies.study",
+    "report": "reporting.report",
+    "serve": "serving.serve",
+    "study": "studies.study",
+}
 _EXTRAS = {"serve": "serve"}
 """Steps whose packages do not come with secateur itself → the extra that brings them."""
 
@@ -62,7 +79,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     except ModuleNotFoundError as error:
         if name not in _EXTRAS or str(error.name).startswith(__name__):
             raise
@@ -75,14 +92,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Steps and their modules share names: ``secateur.profile`` is the step, also once its module is imported."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

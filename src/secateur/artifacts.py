@@ -2,7 +2,7 @@
 
 A result is a table. Each table is a frozen dataclass whose ``rows`` are tidy: one row per (model, depth) or per
 (model, task). It is saved as one JSON file with a ``kind``, a schema version and a
-:class:`~secateur.provenance.Provenance`, so that every number can be traced to a command, a seed and a data file.
+:class:`.Provenance`, so that every number can be traced to a command, a seed and a data file.
 ``load(path)`` gives back what ``table.save(path)`` wrote.
 """
 
@@ -91,7 +91,7 @@ class DepthRow:
 
 @dataclass(frozen=True)
 class DepthScoreRow:
-    """One task at one depth of an untrained model: what :func:`secateur.evaluate` gives for the model cut to it.
+    """One task at one depth of an untrained model: what :func:`.evaluate` gives for the model cut to it.
 
     ``kind`` is mteb's name of the task's type, ``score`` the task's main metric (0 to 1), ``low`` to ``high`` its 95 %
     bootstrap interval, None where rows cannot be drawn again; ``samples`` are the rows it was computed on. A depth at
@@ -191,8 +191,8 @@ class ScoreRow:
     what stood before the texts or queries; ``data`` and ``weights`` are fingerprints of the task and of the model.
 
     ``low`` to ``high`` is the 95 % bootstrap interval of the score over ``units`` things drawn again, ``unit`` says
-    which (:mod:`secateur.predictions`); None where they cannot be. ``draws`` names the file of the draws, which
-    :func:`secateur.differences.read_draws` reads.
+    which (:mod:`.predictions`); None where they cannot be. ``draws`` names the file of the draws, which
+    :func:`.read_draws` reads.
     """
 
     model: str
@@ -262,7 +262,7 @@ class CostRow:
     ``parameters`` counts a weight that is used twice once; ``embedding_parameters`` of them are the table of tokens.
     ``bytes`` are those of its folder, ``memory_bytes`` those of its weights in memory, ``peak_bytes`` the most that a
     fresh process held while encoding long texts, libraries included (None: not measured). ``flops_per_token`` are
-    counted by :mod:`secateur.flops` on a text of ``flops_tokens`` tokens.
+    counted by :mod:`.flops` on a text of ``flops_tokens`` tokens.
 
     ``texts_per_second`` is for short texts (``short_tokens`` each) in batches of ``short_batch``, the quickest tried;
     the median over repetitions, ``speed_low`` and ``speed_high`` their extremes; ``long_*`` likewise for long texts.

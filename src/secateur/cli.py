@@ -1,4 +1,4 @@
-"""The commands. No logic: options come from :mod:`secateur.config`, work is done by the functions of the same names.
+"""The commands. No logic: options come from :mod:`.config`, work is done by the functions of the same names.
 
 A mistake of the user gives one line on standard error and exit code 2; ``SECATEUR_DEBUG=1`` shows the traceback.
 """
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from secateur.artifacts import Comparison, CostRow, Profile, Scores
-    from secateur.candidates import Candidates
-    from secateur.export import Export
+    from secateur.choosing.candidates import Candidates
+    from secateur.exporting.export import Export
     from secateur.progress import Progress
-    from secateur.runner import State, Watch
+    from secateur.studies.runner import State, Watch
 
 app = typer.Typer(
     help="Cut a language model down to the text encoder you can afford.",
@@ -550,7 +550,7 @@ def _show_candidates(found: Candidates) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from secateur.candidates import is_prefix, ranges
+    from secateur.choosing.candidates import is_prefix, ranges
 
     table = Table(title=f"{found.model}: {found.depth} blocks", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     columns = [name for name in _CANDIDATE_COLUMNS if any(getattr(row, name) is not None for row in found.rows)]

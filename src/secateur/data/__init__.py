@@ -1,0 +1,1 @@
+"""Texts, pairs and vectors, from files and to files."""

@@ -1,0 +1,127 @@
+"""The demo's data: semantic search over API documentation, made from the docstrings that are installed here.
+
+A pair is the first line of a docstring and the rest of it. Packages are split into training and test, so that the
+search is over libraries that the model was not healed on. Source files are parsed, never imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import json
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from secateur.config import StudyOptions
+from secateur.errors import DataError
+from secateur.files import write_text
+from secateur.loading.models import DEMO_MODEL
+from secateur.progress import Progress
+
+TRAIN_PACKAGES = ("numpy", "sklearn", "networkx", "matplotlib", "pandas")
+TEST_PACKAGES = ("scipy",)
+INSTRUCTION = "Given what a function does, retrieve the rest of its documentation"
+SUMMARY_WORDS = (4, 24)
+BODY_WORDS = (12, 32)
+"""Docstrings with a shorter body are left out, longer bodies are cut."""
+
+TRAIN_PAIRS = 4000
+TEST_PAIRS = 400
+SETTINGS = {"steps": 30, "batch_size": 32, "learning_rate": 5e-4, "max_length": 32, "max_examples": 320}
+"""Small enough for 15 minutes on 2 cores; the paper's recipe has 1,000 steps of 64 pairs."""
+
+
+def demo_study(given: StudyOptions, run: Path, progress: Progress) -> StudyOptions:
+    """Fill in what the demo decides: model, data, task and small settings. What the user gave stays.
+
+    Raises:
+        DataError: Too few docstrings are installed.
+    """
+    data, task = run / "data" / "api-docs.jsonl", run / "tasks" / "api-docs"
+    if not (task / "task.json").is_file():
+        write_demo_data(data, task, given.seed, progress)
+    decided = {"models": [DEMO_MODEL], "data": [data], "tasks": [str(task)], **SETTINGS}
+    left_open = {key: value for key, value in decided.items() if key not in given.model_fields_set}
+    return given.model_copy(update=left_open)
+
+
+def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> None:
+    """Write a training file and a retrieval task folder; ``task.json`` comes last and tells that all is there."""
+    packages = ("", *TRAIN_PACKAGES, *TEST_PACKAGES)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for done, package in enumerate(packages):
+        progress("read docstrings", done, len(packages))
+        found[package] = list(pairs_of(package))
+    progress("read docstrings", len(packages), len(packages))
+    train = _draw([pair for name in ("", *TRAIN_PACKAGES) for pair in found[name]], TRAIN_PAIRS, seed)
+    known = {text for pair in train for text in pair}
+    test = [pair for name in TEST_PACKAGES for pair in found[name] if not known.intersection(pair)]
+    test = _draw(test, TEST_PAIRS, seed)
+    if len(train) < 1000 or len(test) < 100:
+        raise DataError("docstrings", f"only {len(train)} for training and {len(test)} for the test are installed")
+    _write_lines(data, [{"query": summary, "positive": body} for summary, body in train])
+    write_text(data.with_suffix(".json"), json.dumps({"query_instruction": INSTRUCTION}) + "\n")
+    _write_lines(
+        task / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": body} for i, (_, body) in enumerate(test)]
+    )
+    _write_lines(task / "queries.jsonl", [{"_id": f"q{i}", "text": summary} for i, (summary, _) in enumerate(test)])
+    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(len(test)))
+    write_text(task / "qrels.tsv", "query-id\tcorpus-id\tscore\n" + judged)
+    about = {
+        "name": "api-docs",
+        "type": "retrieval",
+        "metric": "ndcg_at_10",
+        "instruction": INSTRUCTION,
+        "licence": "as the packages: BSD-3-Clause",
+        "notes": f"First line of a docstring → the rest of it; packages {', '.join(TEST_PACKAGES)}.",
+    }
+    write_text(task / "task.json", json.dumps(about, indent=1) + "\n")
+
+
+def pairs_of(package: str) -> Iterator[tuple[str, str]]:
+    """(first line, rest) of the docstrings of an installed package; ``""`` is the standard library."""
+    seen: set[str] = set()
+    for file in _source_files(package):
+        for docstring in _docstrings(file):
+            summary, _, body = (" ".join(part.split()) for part in docstring.partition("\n\n"))
+            words = body.split()
+            if not SUMMARY_WORDS[0] <= len(summary.split()) <= SUMMARY_WORDS[1] or len(words) < BODY_WORDS[0]:
+                continue
+            body = " ".join(words[: BODY_WORDS[1]])
+            if not {summary, body} & seen and summary not in body:
+                seen |= {summary, body}
+                yield summary, body
+
+
+def _source_files(package: str) -> list[Path]:
+    if package:
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.origin).parent if spec and spec.origin else None
+    else:
+        root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+    files = root.rglob("*.py") if root else []
+    return sorted(file for file in files if root and not skip.intersection(file.relative_to(root).parts))
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):  # a file of another Python version or encoding is no documentation
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield inspect.cleandoc(docstring)
+
+
+def _draw(pairs: list[tuple[str, str]], count: int, seed: int) -> list[tuple[str, str]]:
+    return random.Random(seed).sample(pairs, min(count, len(pairs)))  # noqa: S311 - not for secrets
+
+
+def _write_lines(file: Path, rows: list[dict[str, str]]) -> None:
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,1 @@
+"""Files of texts made into files of vectors."""

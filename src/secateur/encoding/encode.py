@@ -1,0 +1,366 @@
+"""Files of texts → one file of vectors: constant memory, each distinct text once, and a killed run goes on.
+
+The inputs are read twice. The first time each text is checked, counted and given the number of its first occurrence
+(``places.npy``); so a mistake in the last line is found before the model has done anything. The second time the
+distinct texts go through the model, by :data:`SHARD`, each shard a file in ``OUT.partial`` that appears when it is
+complete. At the end every row looks up its vector, and the result is renamed to its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.data.pairs import instruction_prompt
+from secateur.encoding.engine import BATCH_TOKENS
+from secateur.encoding.pools import Facts, Opening, Run, Worker, in_processes, in_this_process, on_ray, open_worker
+from secateur.encoding.rows import read_rows
+from secateur.encoding.vector_files import check_suffix, description_file, write_description, write_vectors
+from secateur.errors import ConfigError, DataError, OutputError
+from secateur.files import read_json, write_bytes, write_text, writing
+from secateur.loading.pooling import PoolingName
+from secateur.progress import Progress, silent
+from secateur.runtime.vectors import quantize
+from secateur.serving.encoders import Vectors
+
+SHARD = 2048
+"""Distinct texts that are encoded together, and what a killed run loses at most of each worker's work."""
+
+JOB, PLACES, RESULT = "job.json", "places.npy", "result"
+WHAT = "texts"
+OPEN_SHARDS = 64
+
+Precision = Literal["float32", "int8", "binary"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What was written: ``rows`` vectors of ``dimension`` numbers in ``file``, from ``distinct`` texts.
+
+    Attributes:
+        dtype: Of the model's arithmetic.
+        encoded: Texts that went through the model in this run; fewer than ``distinct`` where it went on.
+        seconds: That they took.
+    """
+
+    file: Path
+    rows: int
+    distinct: int
+    dimension: int
+    dtype: str
+    encoded: int
+    seconds: float
+
+
+def encode(
+    model: str | Path,
+    files: Sequence[str | Path],
+    *,
+    out: str | Path,
+    column: str | None = None,
+    prompt_name: str | None = None,
+    instruction: str | None = None,
+    normalize: bool = False,
+    dimensions: int | None = None,
+    precision: Precision = "float32",
+    batch_tokens: int = BATCH_TOKENS,
+    processes: int = 1,
+    ray: str | None = None,
+    dtype: str = "auto",
+    pooling: PoolingName | None = None,
+    max_length: int = 512,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Encoded:
+    """Encode files of texts into one file of vectors; a run that was killed goes on where it stopped.
+
+    Args:
+        model: As for ``open_model``, or a folder that ``export`` wrote.
+        files: JSON Lines, CSV, Parquet or plain text, read one after the other (:mod:`.rows`).
+        out: The file to write: ``.parquet``, ``.arrow``, ``.feather`` or ``.npy`` (:mod:`.vector_files`).
+        column: The column that holds the texts; default: ``text``, or the first known name that is there.
+        prompt_name: The model's prompt that goes before each text; default: the model's own default.
+        instruction: Goes before each text, in place of a named prompt.
+        normalize: Make vectors of length 1, also where the model does not.
+        dimensions: Keep so many numbers of each vector (Matryoshka); they are normalised after that if at all.
+        precision: ``float32``; ``int8``: 256 steps between each dimension's least and greatest value in these vectors,
+            which the file's description tells; ``binary``: one bit a dimension, packed by eight. As
+            ``sentence_transformers.quantize_embeddings`` does it.
+        batch_tokens: Tokens in a batch, padding included.
+        processes: Processes of this machine, or actors of the cluster.
+        ray: Address of a Ray cluster, or ``local``.
+        dtype: ``auto``: the quickest that keeps a cosine of 0.9999 to float32 on a few texts, measured; ``float32``;
+            ``mixed``: linear layers multiply in bfloat16; ``bfloat16`` or ``float16``.
+        pooling: As for ``open_model``.
+        max_length: As for ``open_model``.
+        device: Torch device; default: the GPU where there is one.
+        trust_remote_code: As for ``open_model``.
+        progress: Called as work goes on.
+
+    Raises:
+        DataError: A file or a text cannot be read; or there are none.
+        ConfigError: An option does not go with the model.
+        OutputError: ``out`` exists, or cannot be written; or its partial folder holds another run's work.
+        ModelError: The model cannot be opened, or a worker died too often.
+    """
+    out = Path(out)
+    folder = _partial_folder(out)
+    texts = partial(_read_all, files, column)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        inputs = _number_texts(texts, folder, progress)
+    if not inputs.rows:
+        raise DataError(files[0] if files else "files", "holds no text")
+    opening = Opening(
+        str(model),
+        dtype=_earlier_dtype(folder) if dtype == "auto" else dtype,
+        batch_tokens=batch_tokens,
+        pooling=pooling,
+        max_length=max_length,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    worker: Worker | None = open_worker(opening)
+    assert worker is not None
+    facts = worker.facts()
+    prompt = _prompt(facts, str(model), prompt_name, instruction)
+    numbers = _numbers(facts, dimensions)
+    opening = replace(opening, dtype=facts.dtype, prompt=prompt)
+    job = _Job(inputs, facts.fingerprint, facts.dtype, prompt, numbers, normalize)
+    _take_over(folder, job)
+    if ray is None and processes == 1:
+        pool = in_this_process(worker, prompt)
+    else:
+        worker = None  # its memory is the workers' now
+        pool = in_processes(opening, processes) if ray is None else on_ray(opening, ray, processes)
+    with writing(folder):
+        encoded, seconds = _encode_shards(pool, texts, job, folder, progress)
+        about = {"model": str(model), **asdict(job), "precision": precision}
+        _finish(folder, job, precision, about, out)
+    return Encoded(out, inputs.rows, inputs.distinct, numbers, facts.dtype, encoded, seconds)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What was read: ``rows`` texts, ``distinct`` different ones, and a hash over all of them in order."""
+
+    rows: int
+    distinct: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that the vectors in a partial folder depend on; other inputs or settings are other work."""
+
+    inputs: _Inputs
+    fingerprint: str
+    dtype: str
+    prompt: str
+    dimension: int
+    normalize: bool
+
+
+def _partial_folder(out: Path) -> Path:
+    check_suffix(out)
+    for taken in (out, description_file(out)):
+        if taken is not None and taken.exists():
+            raise OutputError(taken, "exists already", "name another file, or remove this one")
+    return out.with_name(out.name + ".partial")
+
+
+def _take_over(folder: Path, job: _Job) -> None:
+    """Make the folder this job's; refuse one that holds the work of another."""
+    file = folder / JOB
+    if not file.exists():
+        write_text(file, json.dumps(asdict(job), indent=1))
+        return
+    earlier, now = read_json(file), asdict(job)
+    differing = [key for key in now if not isinstance(earlier, dict) or earlier.get(key) != now[key]]
+    if differing:
+        problem = f"holds an unfinished run with other {', '.join(differing).replace('fingerprint', 'weights')}"
+        raise OutputError(folder, problem, "give that run's inputs and options to finish it, or remove the folder")
+
+
+def _earlier_dtype(folder: Path) -> str:
+    """What the run that is gone on with has measured; a second measurement may come out differently."""
+    file = folder / JOB
+    job = read_json(file) if file.exists() else {}
+    return str(job.get("dtype", "auto")) if isinstance(job, dict) else "auto"
+
+
+def _prompt(facts: Facts, model: str, name: str | None, instruction: str | None) -> str:
+    if instruction is not None and name is not None:
+        raise ConfigError("instruction", instruction, "does not go with --prompt-name", "give one of the two")
+    if instruction is not None:
+        return instruction_prompt(instruction)
+    name = name if name is not None else facts.default_prompt
+    if name is not None and name not in facts.prompts:
+        known = ", ".join(facts.prompts) or "none"
+        raise ConfigError("prompt_name", name, f"the model has no prompt {name!r}", f"its prompts: {known}")
+    return facts.prompts[name] if name is not None else ""
+
+
+def _numbers(facts: Facts, dimensions: int | None) -> int:
+    if dimensions is not None and dimensions > facts.dimension:
+        problem = f"{dimensions} are more than the model's vectors have"
+        raise ConfigError("dimensions", dimensions, problem, f"at most {facts.dimension}")
+    return dimensions or facts.dimension
+
+
+def _read_all(files: Sequence[str | Path], column: str | None) -> Iterator[str]:
+    for file in files:
+        yield from read_rows(file, column)
+
+
+Texts = Callable[[], Iterator[str]]
+
+
+def _number_texts(texts: Texts, folder: Path, progress: Progress) -> _Inputs:
+    """Read all texts once; write for each row the number of its text, counted by first occurrence.
+
+    Which texts have been seen is kept on disk, so that any number of them takes the same memory.
+    """
+    seen = folder / "seen.sqlite"
+    digest = hashlib.sha256()
+    rows = distinct = 0
+    seen.unlink(missing_ok=True)
+    with closing(sqlite3.connect(seen, isolation_level=None)) as index, (folder / PLACES).open("wb") as places:
+        index.execute("PRAGMA journal_mode=OFF")
+        index.execute("PRAGMA synchronous=OFF")
+        index.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
+        index.execute("BEGIN")
+        for rows, text in enumerate(texts(), start=1):  # noqa: B007
+            key = _add(digest, text)
+            if index.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, distinct)).rowcount:
+                number, distinct = distinct, distinct + 1
+            else:
+                (number,) = index.execute("SELECT number FROM seen WHERE key = ?", (key,)).fetchone()
+            places.write(number.to_bytes(8, "little"))
+    seen.unlink()
+    progress("read", rows, rows)
+    return _Inputs(rows, distinct, digest.hexdigest())
+
+
+def _add(digest: hashlib._Hash, text: str) -> bytes:
+    """Add a text to the hash over all; return its own."""
+    content = text.encode()
+    digest.update(len(content).to_bytes(8, "little"))
+    digest.update(content)
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _places(folder: Path) -> NDArray[np.int64]:
+    return np.memmap(folder / PLACES, dtype="<i8", mode="r")
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.npy"
+
+
+def _encode_shards(
+    pool: AbstractContextManager[Run], texts: Texts, job: _Job, folder: Path, progress: Progress
+) -> tuple[int, float]:
+    """Encode what is not there yet; how many texts that were, and how many seconds they took."""
+    distinct = job.inputs.distinct
+    sizes = [min(SHARD, distinct - start) for start in range(0, distinct, SHARD)]
+    todo = [number for number in range(len(sizes)) if not _shard(folder, number).exists()]
+    done = before = distinct - sum(sizes[number] for number in todo)
+    progress(WHAT, done, distinct)
+    if not todo:
+        return 0, 0.0
+    with pool as run:
+        start = time.monotonic()
+        for number, vectors in zip(todo, run(_pieces(texts, job.inputs, folder, set(todo))), strict=False):
+            write_bytes(_shard(folder, number), _as_npy(_finished(vectors, job)))
+            done += len(vectors)
+            progress(WHAT, done, distinct)
+    return done - before, time.monotonic() - start
+
+
+def _pieces(texts: Texts, inputs: _Inputs, folder: Path, todo: set[int]) -> Iterator[list[str]]:
+    """The distinct texts of each shard in ``todo``, in order."""
+    digest = hashlib.sha256()
+    places = _places(folder)
+    distinct = 0
+    piece: list[str] = []
+    for row, text in enumerate(texts()):
+        _add(digest, text)
+        if row < len(places) and places[row] == distinct:
+            if distinct // SHARD in todo:
+                piece.append(text)
+            distinct += 1
+            if piece and distinct % SHARD == 0:
+                yield piece
+                piece = []
+    if digest.hexdigest() != inputs.sha256:
+        raise DataError("the input", "changed while it was read", "run again when nothing writes to it")
+    if piece:
+        yield piece
+
+
+def _finished(vectors: Vectors, job: _Job) -> Vectors:
+    """Shortened, and of length 1 where that is asked for; a vector of zeros stays one."""
+    vectors = vectors[:, : job.dimension]
+    if job.normalize:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def _as_npy(array: NDArray[Any]) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def _finish(folder: Path, job: _Job, precision: Precision, about: dict[str, Any], out: Path) -> None:
+    """Write the result from the shards, give it its name, and remove the folder."""
+    ranges = _ranges(folder, job) if precision == "int8" else np.zeros((2, 0), dtype=np.float32)
+    if precision == "int8":
+        about["ranges"] = ranges.tolist()
+    width = -(-job.dimension // 8) if precision == "binary" else job.dimension
+    dtype = np.float32 if precision == "float32" else np.int8
+    pieces = (quantize(vectors, precision, ranges) for vectors in _rows(folder, job))
+    write_vectors(folder / RESULT, pieces, (job.inputs.rows, width), dtype, about, out.suffix)
+    write_description(out, about)
+    (folder / RESULT).replace(out)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rows(folder: Path, job: _Job) -> Iterator[Vectors]:
+    """The vectors of all rows, in their order, a piece at a time."""
+    places = _places(folder)
+
+    @lru_cache(OPEN_SHARDS)
+    def shard(number: int) -> NDArray[Any]:
+        found: NDArray[Any] = np.load(_shard(folder, number), mmap_mode="r")
+        return found
+
+    for start in range(0, len(places), SHARD):
+        numbers = places[start : start + SHARD]
+        vectors = np.empty((len(numbers), job.dimension), dtype=np.float32)
+        for number in np.unique(numbers // SHARD):
+            here = numbers // SHARD == number
+            vectors[here] = shard(int(number))[numbers[here] % SHARD]
+        yield vectors
+
+
+def _ranges(folder: Path, job: _Job) -> Vectors:
+    """Least and greatest value of each dimension over all vectors: (2, dimension)."""
+    shards = [np.load(_shard(folder, number), mmap_mode="r") for number in range(-(-job.inputs.distinct // SHARD))]
+    least = np.min([shard.min(axis=0) for shard in shards], axis=0)
+    return np.stack([least, np.max([shard.max(axis=0) for shard in shards], axis=0)]).astype(np.float32)

@@ -1,0 +1,329 @@
+"""Many texts → vectors, as quickly as the processor can: what bulk encoding and :func:`accelerate` run on.
+
+The vectors are those of ``SentenceTransformer.encode``; the way to them is shorter. The texts of a window are sorted by
+length and run in batches of about as many tokens, so that little is padding. A prompt's keys and values are computed
+once where a model attends only backwards. Texts are tokenized beside the model. Where the processor multiplies
+bfloat16 faster, linear layers may do so, while everything between them stays in float32 (:class:`MixedLinear`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import truncate_embeddings
+from torch import Tensor, nn
+
+from secateur.architectures.blocks import blocks_of
+from secateur.architectures.forward import (
+    REFUSALS,
+    SHORTEST_PREFIX,
+    SharedPrefix,
+    block_seconds,
+    halves,
+    is_out_of_memory,
+    plan_evenly,
+    run_after,
+    run_prefix,
+)
+from secateur.checkpoints.verify import PROBES
+from secateur.errors import ModelError
+from secateur.loading.models import attends_backwards_only
+from secateur.loading.pooling import pool
+from secateur.measures.metrics import paired_cosines
+from secateur.serving.encoders import ModelEncoder, Tokens, Vectors
+
+BATCH_TOKENS = 512
+"""Tokens in a batch, padding included: enough for the processor's full rate, few enough to stay in its cache."""
+
+WINDOW = 512
+"""Texts tokenized, and cut into batches, together; they come sorted by their characters."""
+
+SLICE_CHARACTERS = 1 << 16
+"""Characters tokenized at once: what a tokenizer returns is many times larger than its ids."""
+
+WORTH = 1.1
+"""How many times as fast another number format must be to be taken."""
+
+LEAST_COSINE = 0.9999
+"""To the vectors of float32: below it, a quicker format is not taken unless it is asked for."""
+
+
+class MixedLinear(nn.Module):
+    """A linear layer that multiplies in bfloat16, adds up in float32 and hands on float32.
+
+    Only its weights and inputs are rounded. What a model adds up over its blocks is not: rounding that is what makes
+    the vectors of a model in bfloat16 differ.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.bfloat16), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """States (…, in) → (…, out), both float32."""
+        product = nn.functional.linear(states.to(torch.bfloat16), self.weight).float()
+        return product if self.bias is None else product + self.bias
+
+
+def use_mixed_products(model: SentenceTransformer) -> Callable[[], None]:
+    """Replace the linear layers in the blocks of a float32 model by :class:`MixedLinear`.
+
+    Returns:
+        What puts the layers back.
+    """
+    linears = [
+        (parent, name, child)
+        for block in blocks_of(model[0].auto_model)
+        for parent in list(block.modules())
+        for name, child in list(parent.named_children())
+        if type(child) is nn.Linear
+    ]
+    for parent, name, linear in linears:
+        setattr(parent, name, MixedLinear(linear))
+
+    def undo() -> None:
+        for parent, name, linear in linears:
+            setattr(parent, name, linear)
+
+    return undo
+
+
+def quicken(model: SentenceTransformer) -> str:
+    """Give a model the quickest arithmetic that keeps its vectors, by measurement on this processor.
+
+    A float32 model gets mixed products where bfloat16 is quicker and a few texts keep a cosine of 0.9999; one in
+    another format goes to float32 where that is quicker. On a GPU nothing changes.
+
+    Returns:
+        ``mixed``, or the number format that the model is in now.
+    """
+    if model.device.type == "cpu":
+        seconds = block_seconds(model)
+        gain = seconds[torch.float32] / seconds[torch.bfloat16]
+        if model.dtype == torch.float32 and gain > WORTH:
+            expected = _probe(model)
+            undo = use_mixed_products(model)
+            if paired_cosines(_probe(model), expected).min() >= LEAST_COSINE:
+                return "mixed"
+            undo()
+        elif model.dtype != torch.float32 and gain * WORTH < 1:
+            model.float()
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _probe(model: SentenceTransformer) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = model.encode(list(PROBES), show_progress_bar=False)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Prefix:
+    """What texts under one prompt start with: token ids, keys and values, and the last states (1, tokens, width)."""
+
+    ids: NDArray[np.int32]
+    cache: SharedPrefix
+    states: Tensor
+
+    def starts(self, text: Tokens) -> bool:
+        length = len(self.ids)
+        return len(text) > length and bool((text.ids[:length] == self.ids).all())
+
+
+class Engine:
+    """Runs texts through a model, many at a time. One thread may tokenize while another one runs.
+
+    Args:
+        model: An opened model; changed to evaluation mode.
+        batch_tokens: Tokens in a batch, padding included.
+        name: What errors call the model.
+
+    Raises:
+        ModelError: The model is no transformer, or gives other vectors in batches than its own ``encode``.
+    """
+
+    def __init__(self, model: SentenceTransformer, *, batch_tokens: int = BATCH_TOKENS, name: str = "model") -> None:
+        self._model = model
+        self._name = name
+        self._encoder = ModelEncoder(model, name)
+        self._budget = batch_tokens
+        self._shares = attends_backwards_only(model[0])
+        self._prefixes: dict[tuple[int, ...], _Prefix] = {}
+        self.dimension = self._encoder.dimension
+
+    def encode(self, texts: Sequence[str], prompt: str = "") -> Vectors:
+        """Vectors (texts, dimension) in float32, in the order of the texts; each distinct text is run once.
+
+        Args:
+            texts: May be empty, and may repeat.
+            prompt: Goes before each.
+        """
+        distinct = sorted(dict.fromkeys(texts), key=len, reverse=True)
+        windows = [distinct[start : start + WINDOW] for start in range(0, len(distinct), WINDOW)]
+        vectors = np.zeros((len(distinct), self.dimension), dtype=np.float32)
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as thread:
+            coming: list[Future[list[Tokens]]] = [thread.submit(self.tokenize, texts, prompt) for texts in windows[:1]]
+            for number, _ in enumerate(windows):
+                tokens = coming.pop().result()
+                coming += [thread.submit(self.tokenize, texts, prompt) for texts in windows[number + 1 : number + 2]]
+                vectors[number * WINDOW : (number + 1) * WINDOW] = self.run(tokens)
+        places = {text: place for place, text in enumerate(distinct)}
+        return vectors[[places[text] for text in texts]]
+
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokens]:
+        """Texts as the model reads them, cut where they are too long for it."""
+        tokens: list[Tokens] = []
+        start = 0
+        while start < len(texts):
+            end, characters = start, 0
+            while end < len(texts) and (end == start or characters + len(texts[end]) <= SLICE_CHARACTERS):
+                characters += len(texts[end])
+                end += 1
+            tokens += self._encoder.read(texts[start:end], prompt, truncate=True)
+            start = end
+        return tokens
+
+    @torch.inference_mode()
+    def run(self, tokens: Sequence[Tokens]) -> Vectors:
+        """Vectors (texts, dimension) of texts under one prompt.
+
+        Raises:
+            ModelError: A vector is not finite, or a single text is too large for the memory.
+        """
+        vectors = np.zeros((len(tokens), self.dimension), dtype=np.float32)
+        prefix = self._share(tokens)
+        shared = [i for i, text in enumerate(tokens) if prefix and prefix.starts(text)]
+        alone = sorted(set(range(len(tokens))) - set(shared))
+        for rows, before in ((shared, prefix), (alone, None)):
+            lengths = torch.tensor([len(tokens[i]) - (len(before.ids) if before else 0) for i in rows])
+            for places in plan_evenly(lengths, self._budget) if rows else []:
+                batch = [rows[place] for place in places]
+                vectors[batch] = self._run([tokens[i] for i in batch], before)
+        return vectors
+
+    def _run(self, batch: list[Tokens], prefix: _Prefix | None) -> Vectors:
+        try:
+            return self._encode_after(batch, prefix) if prefix else self._encoder.encode(batch, _longest(batch))
+        except FloatingPointError as error:
+            problem = "gives vectors that are not finite"
+            raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype") from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                problem = f"a text of {len(batch[0])} tokens does not fit into memory"
+                raise ModelError(self._name, problem, "lower --max-length") from error
+        self._budget = max(1, self._budget // 2)
+        parts = [self._run([batch[i] for i in rows], prefix) for rows in halves(range(len(batch)))]
+        return np.concatenate(parts)
+
+    def _encode_after(self, batch: Sequence[Tokens], prefix: _Prefix) -> Vectors:
+        """As :meth:`ModelEncoder.encode`, for texts that start with what has been run already."""
+        length = len(prefix.ids)
+        features = self._encoder.features(batch, _longest(batch))
+        found = run_after(self._model[0].auto_model, prefix.cache, length, features).last_hidden_state
+        states = torch.cat([prefix.states.expand(len(batch), -1, -1), found], dim=1)
+        return self._encoder.vectors(pool(self._model, states, features))
+
+    def _share(self, tokens: Sequence[Tokens]) -> _Prefix | None:
+        """The part of the prompt that most texts start with, if running it once gives the vectors of the plain way."""
+        length = tokens[0].prompt_length if tokens else 0
+        if not self._shares or length < SHORTEST_PREFIX:
+            return None
+        start = _common_start([text.ids[:length] for text in tokens])
+        key = tuple(start.tolist())
+        if len(start) >= SHORTEST_PREFIX and key not in self._prefixes:
+            self._prefixes = {}  # of one prompt at a time
+            prefix = self._run_prefix(start)
+            probes = [text for text in tokens if prefix and prefix.starts(text)][:: max(1, len(tokens) // 8)]
+            if prefix is None or not probes:
+                return None
+            if not self._agree(probes, prefix):
+                self._shares = False
+                return None
+            self._prefixes[key] = prefix
+        return self._prefixes.get(key)
+
+    def _run_prefix(self, start: NDArray[np.int32]) -> _Prefix | None:
+        transformer = self._model[0].auto_model
+        ids = torch.from_numpy(start.astype(np.int64))
+        try:
+            cache = run_prefix(transformer, ids)
+            states = transformer(input_ids=ids[None].to(transformer.device)).last_hidden_state
+        except REFUSALS as error:
+            if is_out_of_memory(error):
+                raise
+            self._shares = False
+            return None
+        return _Prefix(start, cache, states)
+
+    def _agree(self, probes: list[Tokens], prefix: _Prefix) -> bool:
+        """Whether texts get the same vectors after the prefix as whole, up to rounding."""
+        expected = self._encoder.encode(probes, _longest(probes))
+        try:
+            found = self._encode_after(probes, prefix)
+        except REFUSALS as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        least = 1 - 1e-6 if self._model.dtype == torch.float32 else 0.999
+        return bool(paired_cosines(found, expected).min() >= least)
+
+
+def _longest(batch: Sequence[Tokens]) -> int:
+    """The length that a batch is padded to; a text without tokens needs a place, too."""
+    return max(1, *(len(text) for text in batch))
+
+
+def _common_start(starts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """The longest start that nine of ten share."""
+    longest = max(starts, key=len)
+    same = [int((ids == longest[: len(ids)]).cumprod().sum()) for ids in starts]
+    return longest[: int(np.quantile(same, 0.1, method="lower"))]
+
+
+class FastEncoder(SentenceTransformer):  # type: ignore[misc]
+    """A ``SentenceTransformer`` whose ``encode`` runs on an :class:`Engine`; :func:`accelerate` makes it."""
+
+    def _inference(self, inputs: list[Any], **options: Any) -> Any:
+        """The place of ``encode`` where texts become vectors; prompts and number formats are settled around it."""
+        handled = {"prompt", "batch_size", "show_progress_bar", "output_value", "save_to_cpu", "device"}
+        handled |= {"normalize_embeddings", "truncate_dim"}
+        elsewhere = options.get("device") is not None and torch.device(options["device"]) != self.device
+        plain = options["output_value"] == "sentence_embedding" and all(isinstance(text, str) for text in inputs)
+        if elsewhere or not plain or not inputs or options.keys() - handled:
+            return super()._inference(inputs, **options)
+        vectors = torch.from_numpy(self._engine.encode(inputs, options["prompt"] or ""))
+        if options["truncate_dim"] is not None:
+            vectors = truncate_embeddings(vectors, options["truncate_dim"])
+        if options["normalize_embeddings"]:
+            vectors = nn.functional.normalize(vectors, p=2, dim=1)
+        return vectors if options["save_to_cpu"] else vectors.to(self.device)
+
+
+def accelerate(model: SentenceTransformer, *, batch_tokens: int = BATCH_TOKENS) -> SentenceTransformer:
+    """A model whose ``encode`` is faster: the same signature, the same vectors, the same weights in memory.
+
+    ``batch_size`` means nothing to it: batches are made by tokens. What it cannot do faster (token embeddings, other
+    devices, inputs that are no texts), the model's own ``encode`` does. mteb and LangChain take it as the model.
+
+    Args:
+        model: Shared, not copied: train or change the one, and the other changes with it.
+        batch_tokens: Tokens in a batch, padding included.
+
+    Raises:
+        ModelError: The model is no transformer, or gives other vectors in batches than its own ``encode``.
+    """
+    fast = copy.copy(model)
+    fast.__class__ = FastEncoder
+    fast._engine = Engine(model, batch_tokens=batch_tokens)
+    return fast

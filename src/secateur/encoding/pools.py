@@ -1,0 +1,258 @@
+"""Who encodes: this process, several processes of this machine, or a Ray cluster; all asked in the same way.
+
+A pool takes pieces of work (some texts) and gives futures of vectors. A worker that dies is replaced and its piece is
+given to another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from secateur import runtime
+from secateur.data.vectors import fingerprint_model
+from secateur.encoding.engine import BATCH_TOKENS, Engine, quicken, use_mixed_products
+from secateur.errors import ConfigError, MissingPackage, ModelError
+from secateur.loading.models import open_model
+from secateur.loading.pooling import PoolingName
+from secateur.provenance import fingerprint
+from secateur.serving.encoders import EncoderDied, EncoderProcess, Vectors
+from secateur.serving.exported import is_export
+
+TRIES = 3
+"""How often a piece is given to a worker before the run fails."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """All that a worker needs: the options of ``open_model`` (with ``mixed`` and ``auto`` of
+    :func:`.quicken` as ``dtype``), what goes before each text, and how many threads are its share.
+    """
+
+    model: str
+    prompt: str = ""
+    dtype: str = "auto"
+    batch_tokens: int = BATCH_TOKENS
+    pooling: PoolingName | None = None
+    max_length: int = 512
+    device: str | None = None
+    trust_remote_code: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run wants to know of an opened model; ``fingerprint`` changes with anything that its vectors depend on."""
+
+    dimension: int
+    dtype: str
+    fingerprint: str
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+
+
+class Worker(Protocol):
+    """A model in memory."""
+
+    def facts(self) -> Facts:
+        """What the run wants to know of it."""
+
+    def encode(self, texts: Sequence[str], prompt: str, /) -> Vectors:
+        """Vectors (texts, dimension), a prompt before each text."""
+
+
+class _ModelWorker:
+    """A ``SentenceTransformer`` on an :class:`Engine`."""
+
+    def __init__(self, opening: Opening) -> None:
+        if opening.threads:
+            torch.set_num_threads(opening.threads)
+        self._model = open_model(
+            opening.model,
+            dtype="float32" if opening.dtype == "mixed" else opening.dtype,
+            pooling=opening.pooling,
+            max_length=opening.max_length,
+            device=opening.device,
+            trust_remote_code=opening.trust_remote_code,
+        )
+        self._dtype = quicken(self._model) if opening.dtype == "auto" else opening.dtype
+        if opening.dtype == "mixed":
+            use_mixed_products(self._model)
+        self._engine = Engine(self._model, batch_tokens=opening.batch_tokens, name=opening.model)
+
+    def facts(self) -> Facts:
+        model = self._model
+        fingerprint = fingerprint_model(model)
+        return Facts(self._engine.dimension, self._dtype, fingerprint, dict(model.prompts), model.default_prompt_name)
+
+    def encode(self, texts: Sequence[str], prompt: str, /) -> Vectors:
+        return self._engine.encode(texts, prompt)
+
+
+class _ExportWorker:
+    """An export on its runtime, which has its own batches."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._folder = Path(opening.model)
+        self._batch_tokens = opening.batch_tokens
+        self._encoder = runtime.load(self._folder, threads=opening.threads)
+
+    def facts(self) -> Facts:
+        settings = self._encoder.settings
+        digest = hashlib.sha256()
+        for file in sorted(self._folder.rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.relative_to(self._folder)} {fingerprint(file, 0).sha256}".encode())
+        prompts, default = dict(settings.prompts), settings.default_prompt_name
+        return Facts(settings.dimension, settings.precision, digest.hexdigest(), prompts, default)
+
+    def encode(self, texts: Sequence[str], prompt: str, /) -> Vectors:
+        found: Vectors = self._encoder.encode(
+            texts, prompt=prompt, batch_tokens=self._batch_tokens, precision="float32"
+        )
+        return found
+
+
+def open_worker(opening: Opening) -> Worker:
+    """Open a model folder, a Hub id or an export.
+
+    Raises:
+        ModelError: It cannot be opened.
+    """
+    return _ExportWorker(opening) if is_export(opening.model) else _ModelWorker(opening)
+
+
+class _PromptedWorker:
+    """A worker elsewhere, which gets texts alone; opened where it works, whatever machine that is."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._prompt = opening.prompt
+        self._worker = open_worker(opening)
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        return self._worker.encode(texts, self._prompt)
+
+
+Run = Callable[[Iterable[Sequence[str]]], Iterator[Vectors]]
+"""Pieces of work in, their vectors out, in the same order; pieces are taken as they are needed."""
+
+
+@contextmanager
+def in_this_process(worker: Worker, prompt: str) -> Iterator[Run]:
+    """One piece after the other."""
+    yield lambda pieces: (worker.encode(piece, prompt) for piece in pieces)
+
+
+@contextmanager
+def in_processes(opening: Opening, count: int) -> Iterator[Run]:
+    """In ``count`` processes, each with the model in its memory and its share of the processor."""
+    threads = max(1, (os.cpu_count() or 1) // count)
+    make = partial(_PromptedWorker, replace(opening, threads=opening.threads or threads))
+    processes = [EncoderProcess(make) for _ in range(count)]
+    idle: queue.SimpleQueue[EncoderProcess] = queue.SimpleQueue()
+    for process in processes:
+        idle.put(process)
+
+    def encode(piece: Sequence[str]) -> Vectors:
+        process = idle.get()
+        try:
+            return _try_often(process, piece, opening.model)
+        finally:
+            idle.put(process)
+
+    with ThreadPoolExecutor(count, thread_name_prefix="process") as executor:
+        try:
+            yield lambda pieces: _in_order(lambda piece: executor.submit(encode, piece), pieces, 2 * count)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.close()
+
+
+def _try_often(process: EncoderProcess, piece: Sequence[str], model: str) -> Vectors:
+    for tries in range(1, TRIES + 1):
+        try:
+            return process.encode(piece)
+        except EncoderDied as error:
+            if tries == TRIES:
+                problem = f"{error}, {TRIES} times on the same {len(piece)} texts"
+                raise ModelError(model, problem, "too little memory? Fewer --processes need less") from None
+        except RuntimeError as error:
+            raise ModelError(model, str(error)) from None
+    raise AssertionError
+
+
+@contextmanager
+def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
+    """On a Ray cluster, in ``count`` actors; Ray starts those that die anew, on another machine if need be.
+
+    Args:
+        opening: The model must be found under this name on every machine.
+        address: Of the cluster (``auto``, ``ray://host:10001``), or ``local`` for a cluster on this machine alone.
+        count: Actors; 1 means one for each machine.
+
+    Raises:
+        MissingPackage: Ray is not installed.
+        ConfigError: There is no cluster at that address.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise MissingPackage("ray", "encoding on a cluster", "pip install 'secateur[ray]'") from None
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    ours = not ray.is_initialized()
+    try:
+        if ours:
+            ray.init(**(options if address == "local" else {"address": address, **options, "include_dashboard": None}))
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ConfigError("ray", address, f"no Ray cluster at {address} ({first:.200})") from None
+    try:
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        actors_wanted = count if count > 1 else nodes
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // actors_wanted)
+        remote = ray.remote(num_cpus=cores, max_restarts=-1, max_task_retries=TRIES - 1)(_PromptedWorker)
+        own = replace(opening, threads=opening.threads or cores)
+        actors = itertools.cycle([remote.remote(own) for _ in range(actors_wanted)])
+
+        def submit(piece: Sequence[str]) -> Future[Vectors]:
+            future: Future[Vectors] = next(actors).encode.remote(list(piece)).future()
+            return future
+
+        try:
+            yield lambda pieces: _in_order(submit, pieces, 2 * actors_wanted)
+        except ray.exceptions.RayError as error:
+            raise ModelError(opening.model, f"the workers failed ({_last_line(error)})") from error
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+def _in_order(
+    submit: Callable[[Sequence[str]], Future[Vectors]], pieces: Iterable[Sequence[str]], ahead: int
+) -> Iterator[Vectors]:
+    """Give pieces away, at most ``ahead`` at a time, and yield what they become in order."""
+    waiting: deque[Future[Vectors]] = deque()
+    for piece in pieces:
+        waiting.append(submit(piece))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,1 @@
+"""Scores of models on tasks, with intervals, by mteb."""

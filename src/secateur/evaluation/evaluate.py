@@ -1,0 +1,378 @@
+"""Models × tasks → scores, computed by mteb and saved one by one, so that a killed evaluation resumes.
+
+What stands before a text follows from the model. One that was trained with instructions (its saved prompts have the
+form ``"<instruction>; "``) gets the instruction of each task in the same form: on queries only in retrieval and
+reranking, on every text elsewhere, as mteb's own instruction wrappers do. One that came with other prompts (E5's
+``"query: "``) keeps them. One without prompts gets the bare text.
+
+Each score has a 95 % bootstrap interval (:mod:`.intervals`). Its draws are the same for all models on the same
+data, so that differences between models have paired intervals too (:mod:`.compare`). The folder of results:
+
+    OUT/scores.json                  the table
+    OUT/draws/<name>.npy             the score of each draw, named in the table's rows
+    OUT/mteb/results/<model>/...     the same results in mteb's own format, for ``mteb.ResultCache(OUT/mteb)``
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import mteb
+import numpy as np
+from datasets import Dataset
+from mteb.cache import ResultCache
+from mteb.models.abs_encoder import get_prompt_name
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+from torch.utils.data import DataLoader
+
+from secateur.artifacts import ScoreRow, Scores, load
+from secateur.data.pairs import instruction_prompt
+from secateur.data.vectors import VectorCache, fingerprint_model
+from secateur.errors import ConfigError, DataError, ModelError, SecateurError
+from secateur.evaluation.differences import draws_file
+from secateur.evaluation.predictions import predicted
+from secateur.evaluation.tasks import Task, count_samples, open_task
+from secateur.files import output_error, read_json, write_bytes, writing
+from secateur.loading.models import model_label, open_model
+from secateur.measures.intervals import FEWEST, Array, interval, mean_of, resample, whole
+from secateur.progress import Progress, quiet, silent
+from secateur.provenance import Fingerprint, provenance
+
+MTEB_FOLDER = "mteb"
+SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
+
+Model: TypeAlias = str | Path | SentenceTransformer
+
+
+def evaluate(
+    models: Sequence[Model],
+    tasks: Sequence[str | Path],
+    *,
+    sample: int | None = None,
+    seed: int = 42,
+    batch_size: int = 32,
+    instructions: bool = True,
+    instructed: Sequence[bool] | None = None,
+    names: Sequence[str] | None = None,
+    cache: str | Path | None = None,
+    out: str | Path | None = None,
+    progress: Progress = silent,
+) -> Scores:
+    """Score models on tasks.
+
+    The score is each task's main metric, by mteb's code on mteb's protocol (see :mod:`.tasks` for what that
+    samples and repeats by itself).
+
+    Args:
+        models: Names, folders or open models. One at a time is in memory.
+        tasks: Task folders, or names of mteb tasks, whose data mteb downloads. All folders are checked before any text
+            is encoded.
+        sample: Evaluate on at most so many rows of each task, the same for all models (see
+            :func:`.sample_task`). Sampled retrieval is easier than the whole task.
+        seed: Decides which rows; mteb's own draws keep mteb's own seed.
+        batch_size: Texts encoded at once.
+        instructions: False: no instruction and no prompt before any text, for no model.
+        instructed: Whether each model was trained with instructions. Default: read from its prompts.
+        names: What to call the models in the table. Default: the last part of their paths.
+        cache: Folder that keeps vectors (:mod:`.vectors`): a text is not encoded twice by the same model.
+        out: Folder of ``scores.json``, written after each task; a task that fails does not keep the others from being
+            scored, its error comes at the end. Scores that it holds already are not computed again if
+            the model's weights, the task's data, ``sample``, ``seed`` and the prompt are the same; those of other
+            models and tasks stay in the file.
+        progress: Called before each task and at the end, with the number of scores that are there.
+
+    Returns:
+        One row for each model and task, by model.
+
+    Raises:
+        DataError: A task is not right, or cannot be downloaded.
+        ModelError: A model cannot be opened, or its vectors are not numbers or all alike.
+        ConfigError: No models, no tasks, equal names, or a number that is too small.
+    """
+    labels = _labels(models, names)
+    if instructed is not None and len(instructed) != len(models):
+        raise ConfigError("instructed", instructed, f"{len(instructed)} values for {len(models)} models")
+    if batch_size < 1:
+        raise ConfigError("batch_size", batch_size, f"{batch_size} texts are none", "1 or more")
+    opened = open_tasks(tasks, sample, seed)
+    ledger = _Ledger.open(out, [(label, task.name) for label in labels for task in opened], opened, seed)
+    total = len(labels) * len(opened)
+    failures: list[SecateurError] = []
+    for i, (label, given) in enumerate(zip(labels, models, strict=True)):
+        model = given if isinstance(given, SentenceTransformer) else open_model(given)
+        told = is_instructed(model) if instructed is None else instructed[i]
+        weights = fingerprint_model(model)
+        vectors = VectorCache(cache, weights) if cache is not None else None
+        for j, task in enumerate(opened):
+            progress("evaluate", i * len(opened) + j, total)
+            prompts = task_prompts(task, told) if instructions else {}
+            with quiet(), as_encoder(model, label, prompts, vectors) as encoder:
+                key: dict[str, Any] = {"sample": sample, "seed": seed, "prompt": _prompt(encoder, task)}
+                key |= {"data": task.source.sha256, "weights": weights}
+                if ledger.holds(label, task.name, key):
+                    continue
+                try:
+                    ledger.add(_finite(score_task(encoder, label, task, batch_size, key)))
+                except (DataError, ModelError) as error:
+                    if out is None:
+                        raise
+                    failures.append(error)
+    progress("evaluate", total, total)
+    if failures:
+        raise failures[0]
+    return ledger.table()
+
+
+def _labels(models: Sequence[Model], names: Sequence[str] | None) -> list[str]:
+    """One name for each model."""
+    if not models:
+        raise ConfigError("models", models, "there are none", "name one at least")
+    if names is not None and len(names) != len(models):
+        raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
+    labels = list(names) if names is not None else [_label(model, i) for i, model in enumerate(models)]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ConfigError("names", labels, f"two models are called {twice[0]}", "give each its own name")
+    return labels
+
+
+def _label(model: Model, index: int) -> str:
+    if isinstance(model, SentenceTransformer):
+        return model_label(model.model_card_data.base_model or f"model-{index + 1}")
+    return model_label(model)
+
+
+def open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:
+    """Open all tasks, whose names must differ.
+
+    Raises:
+        DataError, ConfigError: As :func:`.open_task`; or no tasks, or two of one name.
+    """
+    if not tasks:
+        raise ConfigError("tasks", tasks, "there are none", "name one at least")
+    opened = [open_task(task, sample=sample, seed=seed) for task in tasks]
+    names = [task.name for task in opened]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError("tasks", tasks, f"two tasks are called {twice[0]}", 'change "name" in one task.json')
+    return opened
+
+
+@dataclass
+class _Ledger:
+    """The scores so far, in memory and on disk: those asked for now, and others that the file held already."""
+
+    out: Path | None
+    wanted: list[tuple[str, str]]
+    rows: dict[tuple[str, str], ScoreRow]
+    data: dict[str, Fingerprint]
+    seed: int
+
+    @classmethod
+    def open(cls, out: str | Path | None, wanted: list[tuple[str, str]], tasks: Sequence[Task], seed: int) -> _Ledger:
+        """Make sure, before hours of work, that ``out`` can be written, and read what it holds."""
+        folder = Path(out) if out is not None else None
+        rows: dict[tuple[str, str], ScoreRow] = {}
+        data: dict[str, Fingerprint] = {}
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise output_error(folder, error) from error
+            if (folder / Scores.file).exists():
+                earlier = load(folder, Scores)
+                rows = {(row.model, row.task): row for row in earlier.rows}
+                data = {item.name: item for item in earlier.provenance.data}
+        return cls(folder, wanted, rows, data | {task.name: task.source for task in tasks}, seed)
+
+    def holds(self, model: str, task: str, key: dict[str, Any]) -> bool:
+        row = self.rows.get((model, task))
+        if row is None or any(getattr(row, name) != value for name, value in key.items()):
+            return False
+        return self.out is None or not row.draws or draws_file(self.out, row.draws).is_file()
+
+    def add(self, scored: Scored) -> None:
+        """Keep a score; on disk the row comes last, so that what it names is there."""
+        row = scored.row
+        self.rows[row.model, row.task] = row
+        if self.out is None:
+            return
+        if scored.draws is not None:
+            stream = io.BytesIO()
+            np.save(stream, scored.draws)
+            write_bytes(draws_file(self.out, row.draws), stream.getvalue())
+        with writing(self.out / MTEB_FOLDER):
+            ResultCache(self.out / MTEB_FOLDER).save_to_cache(scored.result, scored.meta)
+        self._of([*self.rows]).save(self.out)
+
+    def table(self) -> Scores:
+        """The scores that were asked for."""
+        return self._of(self.wanted)
+
+    def _of(self, pairs: Sequence[tuple[str, str]]) -> Scores:
+        rows = tuple(self.rows[pair] for pair in pairs)
+        used = {row.task for row in rows}
+        data = [item for name, item in self.data.items() if name in used]
+        return Scores(provenance=provenance(data, self.seed), scores=rows)
+
+
+def is_instructed(model: SentenceTransformer) -> bool:
+    """Whether a saved prompt has the form in which this package trains with instructions."""
+    ending = instruction_prompt("x").removeprefix("x")
+    return any(prompt and prompt.endswith(ending) for prompt in model.prompts.values())
+
+
+class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
+    """mteb's own encoder, with kept vectors, that refuses vectors which are not numbers.
+
+    mteb ranks NaN somewhere, and gives a score.
+    """
+
+    vectors: VectorCache | None = None
+
+    def encode(self, inputs: Any, **kwargs: Any) -> Any:
+        if self.vectors is None:
+            return self._encode(inputs, kwargs)
+        texts = [text for batch in inputs for text in batch["text"]]
+        prompts = self.model_prompts or {}
+        name = get_prompt_name(prompts, kwargs["task_metadata"], kwargs.get("prompt_type"))
+        # Without a prompt of the task, the model chooses one of its own by the kind of text.
+        before = [prompts.get(name), kwargs.get("prompt_type"), self.model.prompts, self.model.default_prompt_name]
+
+        def encode(missing: list[str]) -> Any:
+            batches = DataLoader(Dataset.from_dict({"text": missing}), batch_size=kwargs.get("batch_size", 32))
+            return self._encode(batches, kwargs)
+
+        return self.vectors.encode(texts, json.dumps(before, sort_keys=True), encode)
+
+    def _encode(self, inputs: Any, kwargs: dict[str, Any]) -> Any:
+        vectors = super().encode(inputs, **kwargs)
+        if not np.isfinite(np.asarray(vectors)).all():
+            name = str(self.mteb_model_meta.name).removeprefix("secateur/")
+            raise ModelError(name, f"gives vectors with NaN or infinity on {kwargs['task_metadata'].name}")
+        return vectors
+
+
+def task_prompts(task: Task, instructed: bool) -> dict[str, str] | None:
+    """Prompts by mteb's keys (task type, with ``-query`` where only queries get one); None: those of the model."""
+    if not instructed:
+        return None
+    key = f"{task.metadata.type}-{PromptType.query.value}" if task.asymmetric else str(task.metadata.type)
+    return {key: instruction_prompt(task.instruction)} if task.instruction else {}
+
+
+@contextmanager
+def as_encoder(
+    model: SentenceTransformer, label: str, prompts: dict[str, str] | None, vectors: VectorCache | None
+) -> Iterator[Encoder]:
+    """The model as mteb's encoder, under its own name and with these prompts; itself unchanged afterwards."""
+    card = model.model_card_data
+    before = model.prompts, model.default_prompt_name, card.model_name
+    try:
+        card.model_name = f"secateur/{label}"  # mteb wants organization/name, and takes it from the card
+        if prompts is not None:  # else sentence-transformers falls back on the model's own
+            model.prompts, model.default_prompt_name = {}, None
+        encoder = Encoder(model, model_prompts=prompts or None)
+        encoder.vectors = vectors
+        yield encoder
+    finally:
+        model.prompts, model.default_prompt_name, card.model_name = before
+
+
+def _prompt(encoder: Encoder, task: Task) -> str:
+    """What will stand before the queries, or before all texts."""
+    prompts, model = encoder.model_prompts or {}, encoder.model
+    name = get_prompt_name(prompts, task.metadata, PromptType.query if task.asymmetric else None)
+    return str((prompts[name] if name else model.prompts.get(model.default_prompt_name)) or "")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One score as it is kept: our row and its draws, and mteb's result and description of the model."""
+
+    row: ScoreRow
+    draws: Array | None
+    result: Any
+    meta: Any
+
+
+def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: dict[str, Any]) -> Scored:
+    """Let mteb run one task.
+
+    Args:
+        encoder: From :func:`as_encoder`.
+        label: What the model is called in the row.
+        task: Is made anew.
+        batch_size: Texts encoded at once.
+        key: The row's ``sample``, ``seed``, ``prompt``, ``data`` and ``weights``.
+
+    Returns:
+        The score, which is NaN where mteb's is, such as a correlation with vectors that are all alike.
+    """
+    made = task.make()
+    started, state = time.monotonic(), made.rng_state.getstate()
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        result = mteb.evaluate(
+            encoder,
+            made,
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+            prediction_folder=folder,
+        ).task_results[0]
+        file = Path(folder) / made.prediction_file_name
+        predictions = read_json(file) if file.is_file() else {}
+    row = ScoreRow(
+        model=label,
+        task=task.name,
+        type=str(task.metadata.type),
+        metric=str(task.metadata.main_score),
+        score=float(result.get_score()),
+        samples=count_samples(made),
+        seconds=time.monotonic() - started,
+        **key,
+    )
+    row, draws = _resampled(row, made, predictions, state)
+    # The revision tells mteb's tools one state of a model from another under the same name.
+    meta = encoder.mteb_model_meta.model_copy(update={"revision": row.weights[:12]})
+    return Scored(row, draws, result, meta)
+
+
+def _finite(scored: Scored) -> Scored:
+    row = scored.row
+    if not math.isfinite(row.score):
+        raise ModelError(row.model, f"{row.metric} on {row.task} is not a number", "are its vectors all alike?")
+    return scored
+
+
+def _resampled(
+    row: ScoreRow, task: Any, predictions: dict[str, Any], state: tuple[Any, ...]
+) -> tuple[ScoreRow, Array | None]:
+    """A score with its interval and draws, where the predictions give mteb's own score and there are enough of them."""
+    parts = predicted(task, predictions, row.metric, state) if math.isfinite(row.score) else None
+    if not parts or min(part.units for part in parts) < FEWEST:
+        return row, None
+    again = float(np.mean([whole(part.statistic, part.units) for part in parts]))
+    if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
+        return row, None
+    # By the data alone: every model is scored on the same draws.
+    seeds = [int(hashlib.sha256(f"{row.data} {i}".encode()).hexdigest()[:8], 16) for i in range(len(parts))]
+    draws = mean_of([resample(part.statistic, part.units, seed) for part, seed in zip(parts, seeds, strict=True)])
+    low, high = interval(draws)
+    identity = json.dumps([row.model, row.task, row.sample, row.seed, row.prompt, row.data, row.weights])
+    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    units = sum(part.units for part in parts)
+    return replace(row, low=low, high=high, unit=parts[0].unit, units=units, draws=name), draws

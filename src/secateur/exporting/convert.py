@@ -1,0 +1,271 @@
+"""An encoder's graph in the formats of ONNX Runtime and OpenVINO, and their weights in fewer bits.
+
+The graph is traced once, in float32, by transformers' own exporters; fewer bits are made from the written graph, by
+the tools of the backend that will run it:
+
+    ==========  ==============================================  ================================================
+    precision   onnx                                            openvino
+    ==========  ==============================================  ================================================
+    float32     as traced                                       as traced
+    float16     weights stored in half, float32 arithmetic      the same
+    bfloat16    weights stored in bfloat16, float32 arithmetic  weights stored in half, bfloat16 arithmetic
+    int8        matrices and activations; tables in half        the same
+    ==========  ==============================================  ================================================
+
+In int8, activations are rounded by ranges that are measured beforehand on texts (``static``) or anew in every batch
+(``dynamic``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from secateur.errors import ConfigError, MissingPackage, ModelError
+from secateur.exporting.graph import INPUTS, EncoderGraph
+from secateur.progress import quiet
+
+LARGEST_PROTOBUF = 1_900_000_000
+SMALL = 1024
+"""Initializers of fewer numbers stay as they are: they save nothing, and some are scales."""
+
+Features = dict[str, npt.NDArray[np.int64]]
+"""Inputs of the graph, by name."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What to write. ``quantization`` is ``static`` or ``dynamic`` in int8, else None."""
+
+    backend: str
+    precision: str
+    quantization: str | None
+
+    @property
+    def file(self) -> str:
+        """Where sentence-transformers, transformers.js and the servers look for such a graph."""
+        return _FILES[self.backend, self.precision, self.quantization]
+
+
+_FILES = {
+    ("onnx", "float32", None): "onnx/model.onnx",
+    ("onnx", "float16", None): "onnx/model_fp16.onnx",
+    ("onnx", "bfloat16", None): "onnx/model_bf16.onnx",
+    ("onnx", "int8", "dynamic"): "onnx/model_quantized.onnx",
+    ("onnx", "int8", "static"): "onnx/model_static_quantized.onnx",
+    ("openvino", "float32", None): "openvino/openvino_model.xml",
+    ("openvino", "float16", None): "openvino/openvino_model_fp16.xml",
+    ("openvino", "bfloat16", None): "openvino/openvino_model_bf16.xml",
+    ("openvino", "int8", "static"): "openvino/openvino_model_qint8_quantized.xml",
+    ("openvino", "int8", "dynamic"): "openvino/openvino_model_qint8_dynamic.xml",
+}
+_BEST = {"onnx": "dynamic", "openvino": "static"}
+"""The faster way to int8 on each backend (docs/export.md)."""
+
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+
+
+def form_of(backend: str, precision: str, quantization: str | None) -> Form:
+    """Check what was asked for, and fill in what was left open.
+
+    Raises:
+        ConfigError: There is no such form.
+        MissingPackage: What makes it is not installed.
+    """
+    if backend not in _BEST:
+        raise ConfigError("to", backend, f"no such backend as {backend!r}", f"one of {', '.join(_BEST)}")
+    if quantization is not None and precision != "int8":
+        raise ConfigError(
+            "quantization", quantization, f"means nothing in {precision}", "it goes with --precision int8"
+        )
+    form = Form(backend, precision, (quantization or _BEST[backend]) if precision == "int8" else None)
+    if (form.backend, form.precision, form.quantization) not in _FILES:
+        if precision == "int8":
+            raise ConfigError("quantization", quantization, f"no such way as {quantization!r}", "static or dynamic")
+        known = ", ".join(sorted({key[1] for key in _FILES}))
+        raise ConfigError("precision", precision, f"no such precision as {precision!r}", f"one of {known}")
+    _check_packages(form)
+    return form
+
+
+def _check_packages(form: Form) -> None:
+    from importlib.util import find_spec
+
+    needed = _PACKAGES[form.backend]
+    if form.precision == "int8" and (form.backend == "openvino" or form.quantization == "static"):
+        needed += ("nncf",)
+    for package in needed:
+        if find_spec(package) is None:
+            raise MissingPackage(package, f"export to {form.backend}", f"pip install 'secateur[{form.backend}]'")
+
+
+def convert(
+    graph: EncoderGraph, form: Form, folder: Path, calibration: Callable[[], Sequence[Features]]
+) -> tuple[Path, ...]:
+    """Write a graph.
+
+    Args:
+        graph: The encoder, in float32, on the processor.
+        form: What to write.
+        folder: The export's folder; the graph goes where ``form.file`` says.
+        calibration: Batches of token ids that static int8 is calibrated on; not called for anything else.
+
+    Returns:
+        The files written, the graph first.
+
+    Raises:
+        ModelError: The architecture cannot be traced, or its weights do not fit the precision.
+    """
+    file = folder / form.file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write = {"onnx": _write_onnx, "openvino": _write_openvino}[form.backend]
+    with quiet(), _nothing_printed():
+        write(graph, form, file, calibration)
+    return file, *sorted(item for item in file.parent.iterdir() if item != file)
+
+
+def _trace(graph: EncoderGraph, exporter: Any, config: Any) -> Any:
+    """The graph as ``exporter``'s program, for batches of every size."""
+    ids = torch.full((2, 9), 1)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if graph.takes_prompt:
+        inputs["prompt_length"] = torch.tensor([2])
+    try:
+        with torch.no_grad():
+            return exporter.export(graph.eval(), inputs, config=config).program
+    except Exception as error:  # tracing raises errors of every kind, in every layer below
+        lines = str(error).strip().splitlines() or [""]
+        problem = f"cannot be traced ({type(error).__name__}: {lines[0][:200]})"
+        raise ModelError(type(graph.transformer).__name__, problem, "try the other backend") from error
+
+
+def _write_openvino(graph: EncoderGraph, form: Form, file: Path, calibration: Callable[[], Sequence[Features]]) -> None:
+    import openvino
+    from openvino._offline_transformations import compress_model_transformation
+    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+
+    model = _trace(graph, OpenVINOExporter(), OpenVINOConfig(dynamic=True))
+    if form.precision == "int8":
+        import nncf
+
+        if form.quantization == "static":
+            model = _static_int8(model, calibration())
+        else:
+            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+    if form.precision != "float32":
+        _check_half(form, float(max(p.abs().max() for p in graph.parameters())))
+        compress_model_transformation(model)
+    hint = "bf16" if form.precision == "bfloat16" else "f32"
+    model.set_rt_info(hint, ["runtime_options", "INFERENCE_PRECISION_HINT"])
+    openvino.save_model(model, str(file), compress_to_fp16=False)
+
+
+def _check_half(form: Form, largest: float) -> None:
+    if largest > np.finfo(np.float16).max:
+        problem = f"a weight of {largest:.3g} does not fit half precision"
+        raise ConfigError("precision", form.precision, problem, "export in float32")
+
+
+def _write_onnx(graph: EncoderGraph, form: Form, file: Path, calibration: Callable[[], Sequence[Features]]) -> None:
+    import onnx
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    program = _trace(graph, OnnxExporter(), OnnxConfig(dynamic=True))
+    exported = file.with_name("traced.onnx")
+    OnnxExporter.save_program(program, exported)
+    model = onnx.load(exported)
+    for written in OnnxExporter.program_files(exported.name):
+        (file.parent / written).unlink(missing_ok=True)
+    _default_prompt(model)
+    if form.precision == "int8":
+        # onnxruntime infers shapes anew, and stumbles over those of weights that it has transposed.
+        weights = {item.name for item in model.graph.initializer}
+        infos = [info for info in model.graph.value_info if info.name not in weights]
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(infos)
+        model = _to_int8(model, form, file, calibration)
+    if form.precision != "float32":
+        _store_in_half(model, form)
+    _save_onnx(model, file)
+
+
+def _to_int8(model: Any, form: Form, file: Path, calibration: Callable[[], Sequence[Features]]) -> Any:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    if form.quantization == "static":
+        return _static_int8(model, calibration())
+    kinds = ["MatMul", "Gemm"]
+    quantize_dynamic(model, file, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=kinds)
+    quantized = onnx.load(file)
+    file.unlink()
+    return quantized
+
+
+def _static_int8(model: Any, samples: Sequence[Features]) -> Any:
+    """Round matrices and activations by the ranges that they have on ``samples``, with NNCF."""
+    import nncf
+
+    return nncf.quantize(model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples))
+
+
+def _default_prompt(model: Any) -> None:
+    """A prompt of no tokens where a reader of the graph gives none: readers know ``input_ids`` and the mask alone."""
+    import onnx
+
+    name = INPUTS[2]
+    if any(port.name == name for port in model.graph.input):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), name))
+
+
+def _store_in_half(model: Any, form: Form) -> None:
+    """Keep large float32 weights in 16 bits, each with a cast back behind it."""
+    import ml_dtypes
+    import onnx
+
+    half: Any = ml_dtypes.bfloat16 if form.precision == "bfloat16" else np.float16
+    casts = []
+    for i, item in enumerate(model.graph.initializer):
+        if item.data_type != onnx.TensorProto.FLOAT or np.prod(item.dims) < SMALL:
+            continue
+        values = onnx.numpy_helper.to_array(item)
+        if half is np.float16:
+            _check_half(form, float(np.abs(values).max()))
+        name = item.name
+        model.graph.initializer[i].CopyFrom(onnx.numpy_helper.from_array(values.astype(half), f"{name}.half"))
+        casts.append(onnx.helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT))
+    for place, cast in enumerate(casts):
+        model.graph.node.insert(place, cast)
+
+
+def _save_onnx(model: Any, file: Path) -> None:
+    """One file, or, beyond what a protobuf holds, a second one with the weights, named as transformers.js has it."""
+    import onnx
+
+    if model.ByteSize() < LARGEST_PROTOBUF:
+        onnx.save(model, file)
+        return
+    onnx.save(model, file, save_as_external_data=True, location=f"{file.name}_data")
+
+
+@contextlib.contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Keep what the converters print and log off the screen."""
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.WARNING)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

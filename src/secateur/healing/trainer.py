@@ -1,0 +1,192 @@
+"""sentence-transformers' trainer with checkpoints that hold only what is trained, and an eye on the losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.evaluation import BaseEvaluator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from secateur.errors import TrainingDiverged
+from secateur.healing.minibatches import rounded
+from secateur.progress import Progress
+
+TRAINED_WEIGHTS = "trained.safetensors"
+
+FIRST_LOSSES = 10
+EXPLODED = 10.0
+"""A loss this many times the largest of the :data:`FIRST_LOSSES` logged first has exploded."""
+
+SCORE = "eval_score"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Scores of a model while it trains, of which the best is kept.
+
+    ``score`` gives a number that is higher for a better model, asked every ``every`` steps (None: as often as a
+    checkpoint is written) and after the last. After ``patience`` scores in a row that are no better than the best
+    before them, training stops.
+    """
+
+    score: Callable[[SentenceTransformer], float]
+    every: int | None = None
+    patience: int | None = None
+
+
+class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
+    """Keeps in a checkpoint only the weights that are trained.
+
+    The stock one saves a model folder whose adapters point at the base by path; that path may be gone on resuming.
+    """
+
+    def get_data_collator(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
+        collator = super().get_data_collator(model, *args, **kwargs)
+        collator.preprocess_fn = rounded_lengths(model)
+        return collator
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """The card is the report's; the stock one would tokenize the data for its examples."""
+
+    def go_on(self, checkpoint: str | None, patience: int | None) -> None:
+        """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
+        if state is None or (state.global_step < self.args.max_steps and not out_of_patience(state, patience)):
+            self.train(resume_from_checkpoint=checkpoint)
+        else:
+            self.state = state
+            self._load_from_checkpoint(str(checkpoint))
+            self._load_best_model()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in self._trained().items()}, folder / TRAINED_WEIGHTS)
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        saved = load_file(Path(checkpoint_path) / TRAINED_WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in self._trained().items():
+                parameter.copy_(saved[name])
+
+    def _load_best_model(self) -> None:
+        """The weights of the best score; the stock one only logs that it could not."""
+        best = self.state.best_global_step
+        if best and best != self.state.global_step:
+            self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{best}"))
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained: of the model by its own names, and of the loss what it has besides."""
+        of_model = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        known = {id(parameter) for parameter in self.model.parameters()}
+        own = {f"loss.{name}": p for name, p in self.loss.named_parameters() if id(p) not in known and p.requires_grad}
+        return of_model | own
+
+
+class Judge(BaseEvaluator):  # type: ignore[misc]
+    """A :class:`Validation`'s score as the trainer asks for it: of the model as it will be used, at its own length."""
+
+    def __init__(self, score: Callable[[SentenceTransformer], float], own_length: int) -> None:
+        super().__init__()
+        self.score = score
+        self.own_length = own_length
+
+    def __call__(self, model: SentenceTransformer, *_: Any, **__: Any) -> dict[str, float]:
+        """The score, under the name that the trainer looks for."""
+        trained_length, model.max_seq_length = model.max_seq_length, self.own_length
+        with torch.random.fork_rng():  # what the score draws must not change what the training draws
+            score = float(self.score(model))
+        model.max_seq_length = trained_length
+        return {"score": score}
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Tells the progress in pairs, and stops a training that has diverged, or gets no better."""
+
+    def __init__(self, folder: Path, what: str, batch_size: int, patience: int | None, progress: Progress) -> None:
+        self.folder = folder
+        self.what = what
+        self.batch_size = batch_size
+        self.patience = patience
+        self.progress = progress
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self.progress(self.what, state.global_step * self.batch_size, state.max_steps * self.batch_size)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        first = [entry["loss"] for entry in state.log_history if "loss" in entry][:FIRST_LOSSES]
+        finite = math.isfinite(loss) and math.isfinite(logs.get("grad_norm", 0.0))
+        if not finite or loss > EXPLODED * max(first):
+            raise TrainingDiverged(state.global_step, loss, last_checkpoint(self.folder))
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if out_of_patience(state, self.patience):
+            control.should_training_stop = True
+
+
+def out_of_patience(state: TrainerState, patience: int | None) -> bool:
+    """Whether the last ``patience`` scores are no better than the best before them."""
+    scores = [entry[SCORE] for entry in state.log_history if SCORE in entry]
+    return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience if scores else False
+
+
+def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]:
+    """``model.preprocess`` with batches padded to a multiple of :data:`.LENGTH_STEP` tokens.
+
+    On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back.
+    """
+    tokenizer = model.tokenizer
+    left = tokenizer.padding_side == "left"
+    fill = {"input_ids": tokenizer.pad_token_id or 0}
+
+    def preprocess(texts: list[str], **options: Any) -> dict[str, Any]:
+        features: dict[str, Any] = dict(model.preprocess(texts, **options))
+        length = features["input_ids"].shape[1]
+        missing = rounded(length) - length
+        for key, value in features.items():
+            if isinstance(value, torch.Tensor) and value.shape[:2] == (len(texts), length):
+                sides = (missing, 0) if left else (0, missing)
+                features[key] = torch.nn.functional.pad(value, sides, value=fill.get(key, 0))
+        return features
+
+    return preprocess
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; those that were cut off while being written are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in found if _is_whole(path)]
+    for path in set(found) - set(whole):
+        shutil.rmtree(path)
+    return str(whole[-1]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the trainer's state, the last file of a checkpoint that the trainer writes, is there to its end."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Whatever a user names, opened as a `SentenceTransformer`."""

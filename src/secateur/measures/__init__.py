@@ -1,0 +1,1 @@
+"""Formulas: losses, curves, intervals, counts."""

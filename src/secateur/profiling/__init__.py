@@ -1,0 +1,1 @@
+"""Every measure at every depth, from one pass over the data."""

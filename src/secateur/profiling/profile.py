@@ -1,0 +1,470 @@
+"""One pass over the data: what every depth of a model is worth to text encoding.
+
+Each distinct text is run once (:mod:`.depths`); batches are then put together from the pooled vectors. Only
+vectors that a later batch needs are kept: memory grows with the size of a group of batches, not with the data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from secateur.architectures.forward import block_seconds, is_out_of_memory
+from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
+from secateur.data.pairs import Pair, Pairs, batches, read_pairs
+from secateur.data.texts import Texts, holds_texts, read_texts
+from secateur.errors import ConfigError, DataError
+from secateur.files import results_folder
+from secateur.loading.models import model_label, open_model
+from secateur.loading.pooling import PoolingName, pooling_name
+from secateur.measures import bootstrap
+from secateur.measures.curves import lowest_in_each_half
+from secateur.measures.metrics import (
+    alignment,
+    cosines,
+    effective_rank,
+    linear_cka,
+    loss_of_cosines,
+    mean_cosine,
+    retrieval,
+    uniformity,
+)
+from secateur.profiling.depths import DepthEncoder, Depths
+from secateur.profiling.lens import find_lens, positions
+from secateur.profiling.parts import Size, measure_parts, part_sizes
+from secateur.progress import Progress, silent
+from secateur.provenance import provenance
+
+if TYPE_CHECKING:
+    from secateur.evaluation.tasks import Task
+
+SAMPLE = 1024
+"""Vectors per depth that the label-free metrics are computed from, so that memory does not grow with the data."""
+PICTURES = tuple(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg"))
+HELD_BYTES = 128 << 20
+"""Of the pooled vectors of one group of batches, which are sorted by length together."""
+
+Data = str | Path | Pairs | Texts
+
+
+def profile(
+    model: str | Path | SentenceTransformer,
+    data: Data | Sequence[Data],
+    *,
+    scale: float = 20.0,
+    instruction: str | None = None,
+    pooling: PoolingName | None = None,
+    batch_size: int = 64,
+    max_examples: int = 1280,
+    until_sure: bool = False,
+    max_length: int = 512,
+    dtype: str = "auto",
+    device: str | None = None,
+    seed: int = 42,
+    tasks: Sequence[str | Path] = (),
+    sample: int | None = None,
+    trust_remote_code: bool = False,
+    out: str | Path | None = None,
+    progress: Progress = silent,
+) -> Profile:
+    """Measure every depth of a model in one pass over (anchor, positive, negative) data, or over texts alone.
+
+    Args:
+        model: Anything :func:`.open_model` opens, or an opened model.
+        data: Files of pairs (see :mod:`.pairs`; each batch comes from one of them) or of texts (see
+            :mod:`.texts`), from which all but the supervised columns can be told.
+        scale: Inverse temperature of the contrastive loss.
+        instruction: Goes before each anchor, in place of those that come with the data.
+        pooling: For a bare language model.
+        batch_size: Pairs per batch; the loss depends on it.
+        max_examples: Rows used, shared evenly by the files and drawn by ``seed``; batches keep the order of the file
+            within, and are visited in an order drawn by ``seed``.
+        until_sure: Stop before ``max_examples`` when the choice of L3Prune's rule is settled: 95 % of bootstrap draws
+            over the batches so far choose the same two depths.
+        max_length: Tokens per text, for a bare language model.
+        dtype: As for ``open_model``; ``auto`` takes, on the CPU, the quicker of bfloat16 and float32, as measured on
+            the model's first block. An opened model stays as it is.
+        device: Torch device.
+        seed: Of the drawing.
+        tasks: Task folders, or names of mteb tasks: their zero-shot scores at every depth, from one encoding of their
+            texts, are those of ``evaluate`` on the model cut there (:mod:`.depth_scores`).
+        sample: As for ``evaluate``: at most so many rows of each task.
+        trust_remote_code: As for ``open_model``.
+        out: A folder for ``profile.json`` and its pictures.
+        progress: Told after each batch.
+
+    Returns:
+        The profile, one row per depth.
+
+    Raises:
+        ModelError, DataError, ConfigError, OutputError: Bad input; or a model whose vectors are not finite.
+    """
+    if batch_size < 2:
+        raise ConfigError("batch_size", batch_size, f"is {batch_size}; in-batch negatives need at least 2")
+    if out is not None:
+        out = results_folder(out, Profile.file, "choice.json", *PICTURES)
+    sources = _read(data, instruction, max_examples, seed)
+    opened = _open_tasks(tasks, sample, seed)
+    name = model_label(model) if isinstance(model, (str, Path)) else "model"
+    notes: list[str] = []
+    as_given = isinstance(model, SentenceTransformer)
+    if not isinstance(model, SentenceTransformer):
+        options = {"device": device, "trust_remote_code": trust_remote_code}
+        model = open_model(model, pooling=pooling, max_length=max_length, dtype=dtype, **options)  # type: ignore[arg-type]
+    sizes = part_sizes(model)  # as stored
+    notes += _quicken(model) if dtype == "auto" and not as_given else []
+    corpus = _corpus(sources, batch_size, seed)
+    encoder = DepthEncoder(model, every_pooling=True, name=name)
+    sums = _measure(encoder, corpus, scale, seed, until_sure, progress)
+    settled = bootstrap.is_settled(sums.losses, seed) if sums.batch_losses else None
+    rows = _rows(model, sums, seed, notes)
+    task_scores = _score_tasks(model, opened, sample, seed, name, progress, notes)
+    parts = _parts(model, sizes, notes)
+    result = Profile(
+        provenance=provenance([*(source.source for source in sources), *(task.source for task in opened)], seed),
+        model=name,
+        depth=encoder.depth,
+        pooling=pooling_name(model),
+        scale=scale,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        batch_size=max(len(batch.anchors) for batch in corpus.batches),
+        batches=sums.batches,
+        max_length=model.max_seq_length,
+        prompt=sources[0].prompt,
+        depths=rows,
+        texts=sums.texts,
+        tokens=sums.tokens,
+        settled=settled,
+        cka=_table(linear_cka(sums.vectors)),
+        angular=() if sums.angles is None else _table(sums.angles / sums.texts),
+        losses_by_pooling=sums.losses_by_pooling(encoder.poolings),
+        batch_losses=_table(sums.losses) if sums.batch_losses else (),
+        task_scores=task_scores,
+        parts=parts,
+        notes=tuple(dict.fromkeys([*notes, *encoder.notes, *corpus.notes])),
+    )
+    if out is not None:
+        result.save(out)
+        _draw(result, out)
+    return result
+
+
+def _parts(model: SentenceTransformer, sizes: Sequence[Size], notes: list[str]) -> tuple[PartRow, ...]:
+    try:
+        return measure_parts(model, sizes)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    notes.append("the batch that times the parts of the model does not fit into memory: no costs of cut models")
+    return ()
+
+
+def _draw(result: Profile, out: Path) -> None:
+    """The pictures of a profile; those of an earlier one that it does not have are removed."""
+    from secateur.figures.depth import profile_figures
+    from secateur.figures.saving import save_png, save_svg
+
+    choice: dict[str, int] = {}
+    if result.can_choose:
+        losses = torch.tensor([row.loss for row in result.depths], dtype=torch.float64)
+        choice = dict(zip(("small", "large"), lowest_in_each_half(losses).tolist(), strict=True))
+    drawn = profile_figures(result, choice)
+    for name in PICTURES:
+        if name.partition(".")[0] not in drawn:
+            (out / name).unlink(missing_ok=True)
+    for name, figure in reversed(drawn.items()):  # the curve is the last file of a profile: with it, all is there
+        save_svg(figure, out / f"{name}.svg")
+        save_png(figure, out / f"{name}.png")
+
+
+def _open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:
+    if not tasks:
+        if sample is not None:
+            raise ConfigError("sample", sample, "is a number of rows of each task, and there are none", "give tasks")
+        return []
+    from secateur.evaluation.evaluate import open_tasks  # with mteb, which takes a while to import
+
+    return open_tasks(tasks, sample, seed)
+
+
+def _score_tasks(
+    model: SentenceTransformer,
+    tasks: list[Task],
+    sample: int | None,
+    seed: int,
+    name: str,
+    progress: Progress,
+    notes: list[str],
+) -> tuple[DepthScoreRow, ...]:
+    if not tasks:
+        return ()
+    from secateur.profiling.depth_scores import depth_scores
+
+    found = depth_scores(model, tasks, sample=sample, seed=seed, name=name, progress=progress)
+    notes += found.notes
+    return found.rows
+
+
+def _quicken(model: SentenceTransformer) -> list[str]:
+    """Put a model on the CPU into the number format that is measured to be quicker, and say so."""
+    if model.device.type != "cpu":
+        return []
+    seconds = block_seconds(model)
+    quickest = min(seconds, key=lambda dtype: seconds[dtype])
+    model.to(quickest)
+    told = ", ".join(
+        f"{value * 1000:.1f} ms in {str(dtype).removeprefix('torch.')}" for dtype, value in seconds.items()
+    )
+    return [f"number format by measurement: one block took {told}"]
+
+
+def _read(data: Data | Sequence[Data], instruction: str | None, max_examples: int, seed: int) -> list[Pairs | Texts]:
+    files = [data] if isinstance(data, (str, Path, Pairs, Texts)) else list(data)
+    if not files:
+        raise ConfigError("data", files, "no data file given")
+    read = [_read_one(item, instruction) for item in files]
+    for source in read:
+        _check_differ(source, "holds fewer than two different {}", "a loss needs something to tell apart")
+    share = max(2, max_examples // len(read))
+    drawn = [source.sample(share, seed) for source in read]
+    for source in drawn:
+        _check_differ(source, f"fewer than two different {{}} were drawn from it, of {share}", "raise --max-examples")
+    return drawn
+
+
+def _check_differ(source: Pairs | Texts, problem: str, hint: str) -> None:
+    if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in source.rows}) < 2:
+        what = "pairs" if isinstance(source, Pairs) else "texts"
+        raise DataError(source.source.name, problem.format(what), hint)
+
+
+def _read_one(item: Data, instruction: str | None) -> Pairs | Texts:
+    if isinstance(item, (Pairs, Texts)):
+        return item
+    if holds_texts(item):
+        return read_texts(item)
+    return read_pairs(item, instruction=instruction)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Indices of distinct texts; a batch of texts alone has anchors only."""
+
+    anchors: tuple[int, ...]
+    positives: tuple[int, ...] = ()
+    negatives: tuple[int, ...] = ()
+
+    @property
+    def texts(self) -> set[int]:
+        return {*self.anchors, *self.positives, *self.negatives}
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """The distinct texts, each with its prompt, and the batches in the order in which they are visited."""
+
+    texts: tuple[tuple[str, str], ...]
+    batches: tuple[_Batch, ...]
+    notes: tuple[str, ...]
+
+
+def _corpus(sources: Sequence[Pairs | Texts], size: int, seed: int) -> _Corpus:
+    places: dict[tuple[str, str], int] = {}
+
+    def indices(prompt: str, texts: Iterable[str]) -> tuple[int, ...]:
+        return tuple(places.setdefault((prompt, text), len(places)) for text in texts)
+
+    found = []
+    for source in sources:
+        if isinstance(source, Texts):
+            starts = range(0, len(source.rows), size)
+            found += [_Batch(indices(source.prompt, source.rows[start : start + size])) for start in starts]
+            continue
+        for batch in batches(source, size):
+            others = (indices(batch.passage_prompt, texts) for texts in (batch.positives, batch.negatives))
+            found.append(_Batch(indices(batch.prompt, batch.anchors), *others))
+    # In a drawn order the first batches stand for all of them, whatever the order of the files.
+    random.Random(seed).shuffle(found)  # noqa: S311 - not for secrets
+    sizes = sorted({len(batch.anchors) for batch in found if batch.positives})
+    note = f"losses of batches of {' and '.join(map(str, sizes))} pairs were averaged: their chance levels differ"
+    return _Corpus(tuple(places), tuple(found), (note,) if len(sizes) > 1 else ())
+
+
+@dataclass
+class _Sums:
+    """What the pass has told so far; per batch (poolings, depths), the model's own pooling first."""
+
+    batches: int = 0
+    texts: int = 0
+    tokens: int = 0
+    batch_losses: list[Tensor] = field(default_factory=list)
+    accuracy: list[Tensor] = field(default_factory=list)
+    ndcg: list[Tensor] = field(default_factory=list)
+    alignment: list[Tensor] = field(default_factory=list)
+    influence: Tensor = field(default_factory=lambda: torch.zeros(()))
+    angles: Tensor | None = field(default_factory=lambda: torch.zeros(()))
+    sample: dict[int, Tensor] = field(default_factory=dict)
+    states: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+
+    @property
+    def losses(self) -> Tensor:
+        """(batches, depths), by the model's own pooling."""
+        return torch.stack(self.batch_losses)[:, 0]
+
+    @property
+    def vectors(self) -> Tensor:
+        """(depths, texts, dimension), of the sampled texts by the model's own pooling."""
+        return torch.stack(list(self.sample.values()), dim=1)
+
+    def losses_by_pooling(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+        if not self.batch_losses:
+            return {}
+        means = torch.stack(self.batch_losses).double().mean(dim=0)
+        return {name: tuple(losses.tolist()) for name, losses in zip(names, means, strict=True)}
+
+
+def _measure(
+    encoder: DepthEncoder, corpus: _Corpus, scale: float, seed: int, until_sure: bool, progress: Progress
+) -> _Sums:
+    sums = _Sums()
+    held: dict[int, Tensor] = {}
+    last_use = {text: number for number, batch in enumerate(corpus.batches) for text in batch.texts}
+    progress("profile", 0, len(corpus.batches))
+    for group in _groups(corpus, encoder, one_by_one=until_sure):
+        members = sorted(set().union(*(batch.texts for batch in group)) - held.keys())
+        _encode(encoder, corpus, members, held, sums, seed)
+        for batch in group:
+            _score(batch, held, scale, sums)
+            progress("profile", sums.batches, len(corpus.batches))
+        # A copy frees the batch that a vector came with.
+        held = {text: vectors.clone() for text, vectors in held.items() if last_use[text] >= sums.batches}
+        if until_sure and sums.batch_losses and bootstrap.is_settled(sums.losses, seed):
+            break
+    return sums
+
+
+def _groups(corpus: _Corpus, encoder: DepthEncoder, one_by_one: bool) -> Iterator[tuple[_Batch, ...]]:
+    """Batches whose texts are encoded together: the more, the more alike are the lengths in a forward pass."""
+    largest = max(len(batch.texts) for batch in corpus.batches)
+    size = 1 if one_by_one else max(1, HELD_BYTES // (largest * encoder.bytes_per_text))
+    batches = iter(corpus.batches)
+    while group := tuple(itertools.islice(batches, size)):
+        yield group
+
+
+def _encode(
+    encoder: DepthEncoder, corpus: _Corpus, members: list[int], held: dict[int, Tensor], sums: _Sums, seed: int
+) -> None:
+    """Run texts and keep their vectors (poolings, depths, dimension)."""
+    missing = max(0, positions(sums.texts + len(members)) - sum(map(len, sums.targets)))
+    sampled = set(random.Random(seed).sample(members, min(missing, len(members))))  # noqa: S311 - not for secrets
+    for prompt in sorted({corpus.texts[text][0] for text in members}):
+        own = [text for text in members if corpus.texts[text][0] == prompt]
+        picks = [place for place, text in enumerate(own) if text in sampled]
+        for found in encoder.run([corpus.texts[text][1] for text in own], prompt, picks, seed):
+            for row, vectors in zip(found.rows, found.vectors, strict=True):
+                held[own[row]] = vectors
+            _add(found, sums)
+
+
+def _add(found: Depths, sums: _Sums) -> None:
+    sums.texts += len(found.rows)
+    sums.tokens += found.tokens
+    sums.influence = sums.influence + found.influence
+    sums.angles = None if sums.angles is None or found.angles is None else sums.angles + found.angles
+    if len(found.targets):
+        sums.states.append(found.states)
+        sums.targets.append(found.targets)
+
+
+def _score(batch: _Batch, held: dict[int, Tensor], scale: float, sums: _Sums) -> None:
+    """What one batch tells, at all depths at once."""
+    sums.batches += 1
+    for text in (*batch.anchors, *batch.positives):
+        if len(sums.sample) < SAMPLE and text not in sums.sample:
+            sums.sample[text] = held[text][0].clone()
+    if not batch.positives:
+        return
+    losses = []
+    for pooling in range(len(held[batch.anchors[0]])):
+        anchors = torch.stack([held[text][pooling] for text in batch.anchors], dim=1)
+        others = torch.stack([held[text][pooling] for text in (*batch.positives, *batch.negatives)], dim=1)
+        found = cosines(anchors, others)
+        losses.append(loss_of_cosines(found, scale))
+        if pooling == 0:
+            accuracy, ndcg = retrieval(found)
+            sums.accuracy.append(accuracy)
+            sums.ndcg.append(ndcg)
+            sums.alignment.append(alignment(anchors, others[:, : len(batch.positives)]))
+    sums.batch_losses.append(torch.stack(losses))
+
+
+def _rows(model: SentenceTransformer, sums: _Sums, seed: int, notes: list[str]) -> tuple[DepthRow, ...]:
+    vectors = sums.vectors
+    columns: dict[str, Sequence[float | None]] = {
+        "block_influence": (sums.influence / sums.tokens).tolist(),
+        "effective_rank": [_number(effective_rank(here)) for here in vectors],
+        "uniformity": [uniformity(here) for here in vectors],
+        "mean_cosine": [mean_cosine(here) for here in vectors],
+        **_supervised(sums, seed, notes),
+    }
+    flat = [str(depth) for depth, rank in enumerate(columns["effective_rank"], start=1) if rank is None]
+    if flat:
+        notes.append(f"all vectors are the same at depth {', '.join(flat)}: no effective rank and no CKA there")
+    lens = find_lens(model) if sums.targets else None
+    if lens is not None:
+        losses = lens.losses(torch.cat(sums.states), torch.cat(sums.targets)).tolist()
+        columns["next_token_loss"] = [_number(loss) for loss in losses]
+        lost = [str(depth) for depth, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
+        if lost:
+            notes.append(
+                f"the next-token loss is no number at depth {', '.join(lost)}: the language-model head holds NaN, or "
+                "overflows in this dtype"
+            )
+    values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return tuple(DepthRow(depth=depth, **row) for depth, row in enumerate(values, start=1))
+
+
+def _supervised(sums: _Sums, seed: int, notes: list[str]) -> dict[str, Sequence[float | None]]:
+    """The columns that need pairs."""
+    depths = len(sums.influence)
+    if not sums.batch_losses:
+        notes.append("texts alone: no loss, accuracy, nDCG@10 and alignment")
+        return {"loss": [None] * depths, "loss_se": [None] * depths}
+    losses = sums.losses.double()
+    columns: dict[str, Sequence[float | None]] = {
+        "loss": losses.mean(dim=0).tolist(),
+        "loss_se": [None] * depths,
+        "accuracy": torch.stack(sums.accuracy).mean(dim=0).tolist(),
+        "ndcg_at_10": torch.stack(sums.ndcg).mean(dim=0).tolist(),
+        "alignment": torch.stack(sums.alignment).mean(dim=0).tolist(),
+    }
+    if len(losses) < 2:
+        notes.append("one batch only: no standard errors and no intervals")
+        return columns
+    draws = bootstrap.draws_of(losses, seed)
+    low, high = bootstrap.intervals(draws)
+    return columns | {
+        "loss_se": (losses.std(dim=0) / math.sqrt(len(losses))).tolist(),
+        "loss_low": low.tolist(),
+        "loss_high": high.tolist(),
+        "chance": bootstrap.chances(draws).tolist(),
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _table(matrix: Tensor) -> tuple[tuple[float | None, ...], ...]:
+    return tuple(tuple(_number(value) for value in row) for row in matrix.double().tolist())

@@ -1,0 +1,1 @@
+"""A model folder with the chosen blocks alone."""

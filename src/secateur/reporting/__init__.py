@@ -1,0 +1,1 @@
+"""Tables made into verdicts, figures, pages and cards."""

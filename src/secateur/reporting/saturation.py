@@ -1,0 +1,140 @@
+"""Quality against size: a curve that levels off, and the size beyond which another point costs too much.
+
+The curve is q(N) = a - b (N / N0)^(-c), with N parameters, N0 the smallest size measured, and a the plateau: the power
+law with an offset of the scaling laws (Kaplan et al. 2020; Hoffmann et al. 2022, eq. 2, in one variable), for a score
+in place of a loss. For each exponent c of a grid, a and b follow by linear least squares; the best c is kept. Intervals
+are those of the bootstrap over models.
+
+A curve is refused, with the reason, where the points do not carry it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from secateur.measures.intervals import Array, interval
+
+FEWEST_SIZES = 5
+"""Distinct sizes below which three parameters are not fitted."""
+SPAN = 2.0
+"""The largest size must be so many times the smallest."""
+LEAST_EXPLAINED = 0.5
+_EXPONENTS = np.geomspace(0.05, 5.0, 200)
+_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """A fitted curve.
+
+    Attributes:
+        plateau: a, the score that no size exceeds, and its 95 % interval.
+        gain: b, what the smallest size is below the plateau.
+        exponent: c.
+        smallest: N0, in parameters; ``largest`` is the largest size measured.
+        explained: R², the share of the scores' variance that the curve explains.
+        error: Standard deviation of the residuals, with 3 parameters fitted.
+        points: How many models it was fitted to.
+        dear: The size in parameters at which one more point of 100 begins to cost more than the threshold; None where
+            that is outside the sizes measured.
+        threshold: In parameters per point.
+    """
+
+    plateau: float
+    plateau_low: float
+    plateau_high: float
+    gain: float
+    exponent: float
+    smallest: float
+    largest: float
+    explained: float
+    error: float
+    points: int
+    dear: float | None
+    threshold: float
+
+    def score(self, size: float) -> float:
+        """The curve at a size in parameters."""
+        return self.plateau - self.gain * math.pow(size / self.smallest, -self.exponent)
+
+    def price(self, size: float) -> float:
+        """Parameters that one more point of 100 costs at a size."""
+        slope = self.gain * self.exponent / self.smallest * math.pow(size / self.smallest, -self.exponent - 1)
+        return 0.01 / slope
+
+
+def fit_saturation(sizes: Sequence[float], scores: Sequence[float], threshold: float) -> Saturation | str:
+    """Fit the curve, or say why not.
+
+    Args:
+        sizes: Parameters of each model.
+        scores: Its average score, 0 to 1.
+        threshold: Parameters that a point of 100 may cost.
+    """
+    size, score = np.asarray(sizes, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    if len(set(sizes)) < FEWEST_SIZES:
+        return f"{len(set(sizes))} sizes are too few for a curve of three parameters; it takes {FEWEST_SIZES}"
+    if size.max() < SPAN * size.min():
+        return f"the largest model is only {size.max() / size.min():.1f} times the smallest"
+    relative = size / size.min()
+    plateau, gain, exponent, squares = (float(part[0]) for part in _fit(relative, score, np.ones((1, len(size)))))
+    total = float(np.sum((score - score.mean()) ** 2))
+    if total == 0 or gain <= 0:
+        return "the scores do not grow with size"
+    if 1 - squares / total < LEAST_EXPLAINED:
+        return f"the scores follow no such curve: it explains {100 * (1 - squares / total):.0f} % of their variance"
+    if exponent <= _EXPONENTS[0]:
+        return "the scores still grow with the logarithm of the size: no plateau is in sight"
+    low, high = _plateau_interval(relative, score)
+    smallest, largest = float(size.min()), float(size.max())
+    dear = smallest * (100 * threshold * gain * exponent / smallest) ** (1 / (exponent + 1))
+    return Saturation(
+        plateau=plateau,
+        plateau_low=min(low, plateau),
+        plateau_high=max(high, plateau),
+        gain=gain,
+        exponent=exponent,
+        smallest=smallest,
+        largest=largest,
+        explained=1 - squares / total,
+        error=float(np.sqrt(squares / max(1, len(size) - 3))),
+        points=len(size),
+        dear=dear if smallest <= dear <= largest else None,
+        threshold=threshold,
+    )
+
+
+def _fit(relative: Array, score: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
+    """Least squares for each draw: counts (draws, models) → plateau, gain, exponent, sum of squares, (draws,) each."""
+    number = counts.sum(axis=1)
+    mean = counts @ score / number
+    best: tuple[Array, ...] | None = None
+    for exponent in _EXPONENTS:
+        falling = -(relative**-exponent)
+        centre = counts @ falling / number
+        across = counts @ falling**2 / number - centre**2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gain = np.where(across > 1e-12, (counts @ (falling * score) / number - centre * mean) / across, 0.0)
+        plateau = mean - gain * centre
+        squares = np.sum(counts * (score - plateau[:, None] - gain[:, None] * falling) ** 2, axis=1)
+        found = plateau, gain, np.full_like(plateau, exponent), squares
+        if best is None:
+            best = found
+        else:
+            better = squares < best[3]
+            best = tuple(np.where(better, new, old) for new, old in zip(found, best, strict=True))
+    assert best is not None
+    return best[0], best[1], best[2], best[3]
+
+
+def _plateau_interval(relative: Array, score: Array) -> tuple[float, float]:
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, len(score), (_DRAWS, len(score)))
+    counts = np.stack([np.bincount(row, minlength=len(score)) for row in picked]).astype(np.float64)
+    distinct = np.asarray([len(np.unique(relative[row])) for row in picked])
+    plateaus = _fit(relative, score, counts[distinct >= 4])[0]  # three parameters on three sizes fit anything
+    return interval(plateaus)

@@ -1,0 +1,1 @@
+"""The OpenAI embeddings API over a model folder or an export."""

@@ -1,0 +1,303 @@
+"""What the server asks of a model: texts to tokens, and batches of tokens to vectors.
+
+:class:`ModelEncoder` asks a ``SentenceTransformer``; :class:`EncoderProcess` keeps one in a process of its own and
+replaces it when it dies. Whatever else has the methods of :class:`Encoder` can be served as well.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+
+from secateur.errors import ModelError, SecateurError
+from secateur.loading.models import PROBES
+from secateur.measures.metrics import paired_cosines
+from secateur.progress import quiet
+
+LENGTH_STEP = 16
+"""Lengths of padded batches are rounded up to a multiple of this: each new shape costs a CPU a new kernel."""
+
+CHARACTERS_PER_TOKEN = 64
+"""A text with more characters than this for each token that the model reads is too long before it is tokenized."""
+
+SLICE_CHARACTERS = 1 << 16
+LEAST_COSINE = 0.999
+
+Vectors = npt.NDArray[np.float32]
+
+
+class TextRefused(SecateurError):
+    """A text that the model cannot encode. ``place`` is its index in the request, None where it is all of them."""
+
+    def __init__(self, place: int | None, problem: str, hint: str = "") -> None:
+        self.place = place
+        super().__init__(problem, hint)
+
+
+class EncoderDied(RuntimeError):
+    """The process of an encoder ended in the middle of a batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """One text as the model reads it: token ids, special ones included, the first ``prompt_length`` of a prompt."""
+
+    ids: npt.NDArray[np.int32]
+    prompt_length: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Encoder(Protocol):
+    """A model, as the server sees it.
+
+    Attributes:
+        dimension: Numbers in a vector.
+        max_length: Tokens in a text, special ones included.
+        vocabulary: Token ids are below this.
+        prompts: Texts that can go before a text, by name.
+        default_prompt: The name of the one that goes before it where none is named, or None.
+    """
+
+    dimension: int
+    max_length: int
+    vocabulary: int
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+
+    def tokenize(self, texts: Sequence[str], prompt: str | None, *, truncate: bool, limit: int) -> list[Tokens]:
+        """Texts as tokens; never called by two threads at once.
+
+        Args:
+            texts: Texts that are not empty.
+            prompt: A name of ``prompts``, or None.
+            truncate: Cut texts that are too long; else they are refused.
+            limit: Tokens of all texts together.
+
+        Raises:
+            TextRefused: A text is too long, has no tokens, or all together have more than ``limit``.
+        """
+
+    def encode(self, batch: Sequence[Tokens]) -> Vectors:
+        """Vectors (batch, dimension) of texts that share a prompt length, in one pass of the model."""
+
+
+def padded_length(length: int, max_length: int) -> int:
+    """The length that texts of up to ``length`` tokens are padded to."""
+    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, max(max_length, length))
+
+
+def read_slices(
+    read: Callable[[list[str]], list[Tokens]], texts: Sequence[str], max_length: int, *, truncate: bool, limit: int
+) -> list[Tokens]:
+    """Tokenize by slices, so that a request that is far too long is refused before all of it is tokenized.
+
+    Args:
+        read: Tokenizes some texts.
+        texts: As for :meth:`Encoder.tokenize`, and so with its errors.
+        max_length: Tokens that the model reads of a text.
+        truncate: As for :meth:`Encoder.tokenize`.
+        limit: As for :meth:`Encoder.tokenize`.
+    """
+    longest = max_length * CHARACTERS_PER_TOKEN
+    tokens: list[Tokens] = []
+    total = start = 0
+    while start < len(texts):
+        end, characters = start, 0
+        while end < len(texts) and (end == start or characters + len(texts[end]) <= SLICE_CHARACTERS):
+            if len(texts[end]) > longest and not truncate:
+                raise TextRefused(end, f"{len(texts[end])} characters are too many", f"at most {longest}")
+            characters += min(len(texts[end]), longest)
+            end += 1
+        for found in read([text[:longest] for text in texts[start:end]]):
+            _check(found, len(tokens), max_length)
+            tokens.append(found)
+            total += len(found)
+        if total > limit:
+            raise TextRefused(None, f"more than {limit} tokens in one request", "send fewer texts at once")
+        start = end
+    return tokens
+
+
+def _check(tokens: Tokens, place: int, max_length: int) -> None:
+    if len(tokens) > max_length:
+        raise TextRefused(place, f"{len(tokens)} tokens are too many", f"the model reads at most {max_length}")
+    if len(tokens) <= tokens.prompt_length:
+        raise TextRefused(place, "the text has no tokens")
+
+
+class ModelEncoder:
+    """A ``SentenceTransformer`` as an :class:`Encoder`, compared with the model's own ``encode`` when it is made.
+
+    Padding is always on the right: there a text gets the positions that it has alone, whatever it is batched with.
+
+    Args:
+        model: The model; its first module must be a transformer.
+        name: What errors call it.
+
+    Raises:
+        ModelError: The model is no transformer, or its own ``encode`` gives other vectors.
+    """
+
+    def __init__(self, model: SentenceTransformer, name: str = "model") -> None:
+        if not isinstance(model[0], Transformer) or model.tokenizer is None:
+            raise ModelError(name, "is not a transformer with a tokenizer", "other kinds cannot be served")
+        self.model = model.eval()
+        self.dimension = int(model.get_embedding_dimension() or 0)
+        config = model[0].auto_model.config.get_text_config()
+        self.max_length = int(model.max_seq_length or getattr(config, "max_position_embeddings", 512))
+        self.vocabulary = int(model[0].auto_model.get_input_embeddings().num_embeddings)
+        self.prompts: Mapping[str, str] = dict(model.prompts)
+        self.default_prompt: str | None = model.default_prompt_name
+        self._modality = model.preprocess(["a"])["modality"]
+        self._compare(name)
+
+    def tokenize(self, texts: Sequence[str], prompt: str | None, *, truncate: bool, limit: int) -> list[Tokens]:
+        """See :meth:`Encoder.tokenize`."""
+        before = self.prompts[prompt] if prompt else ""
+
+        def read(some: list[str]) -> list[Tokens]:
+            return self.read(some, before, truncate=truncate)
+
+        return read_slices(read, texts, self.max_length, truncate=truncate, limit=limit)
+
+    def read(self, texts: Sequence[str], prompt: str, *, truncate: bool) -> list[Tokens]:
+        """Token ids of each text after a prompt; a text may have none."""
+        text_options = {"padding": False, "truncation": truncate, "verbose": False}
+        read = self.model.preprocess(
+            list(texts),
+            prompt=prompt or None,
+            processing_kwargs={"text": text_options, "common": {"return_tensors": None}},
+        )
+        length = int(read.get("prompt_length") or 0)
+        return [Tokens(np.asarray(ids, dtype=np.int32), length) for ids in read["input_ids"]]
+
+    @torch.inference_mode()
+    def encode(self, batch: Sequence[Tokens], width: int | None = None) -> Vectors:
+        """See :meth:`Encoder.encode`; ``width`` is the length that texts are padded to."""
+        width = width or padded_length(max(map(len, batch)), self.max_length)
+        return self.vectors(self.model(self.features(batch, width))["sentence_embedding"])
+
+    def features(self, batch: Sequence[Tokens], width: int) -> dict[str, Any]:
+        """What the model's modules take: tensors (batch, width), padded on the right."""
+        padding = self.model.tokenizer.pad_token_id or 0
+        ids = np.full((len(batch), width), padding, dtype=np.int64)
+        mask = np.zeros((len(batch), width), dtype=np.int64)
+        for row, tokens in enumerate(batch):
+            ids[row, : len(tokens)] = tokens.ids
+            mask[row, : len(tokens)] = 1
+        device = self.model.device
+        features: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids).to(device),
+            "attention_mask": torch.from_numpy(mask).to(device),
+            "modality": self._modality,
+        }
+        if batch[0].prompt_length:
+            features["prompt_length"] = batch[0].prompt_length
+        return features
+
+    def vectors(self, found: torch.Tensor) -> Vectors:
+        """What the model gave, as an array; refuses numbers that are not finite."""
+        vectors: Vectors = found[:, : self.dimension].float().cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise FloatingPointError("the model gave a vector that is not finite")
+        return vectors
+
+    def _compare(self, name: str) -> None:
+        """Compare with the model's own ``encode``: a module may want more than tokens and a mask."""
+        texts = list(PROBES)
+        with quiet():
+            expected = self.model.encode(texts, prompt_name=self.default_prompt, show_progress_bar=False)
+        tokens = self.tokenize(texts, self.default_prompt, truncate=True, limit=len(texts) * self.max_length)
+        found = self.encode(tokens)
+        cosine = float(paired_cosines(found, expected).min())
+        if not cosine >= LEAST_COSINE:
+            raise ModelError(name, f"gives other vectors in batches than alone (cosine {cosine:.4f})")
+
+
+class Encoding(Protocol):
+    """What a process can do: batches of whatever it understands to vectors."""
+
+    def encode(self, batch: Sequence[Any], /) -> Vectors:
+        """Vectors (batch, dimension)."""
+
+
+class EncoderProcess:
+    """The encoding of an :class:`Encoder` in a process of its own, replaced when it dies.
+
+    Args:
+        make: Makes the encoder in the new process; a function that can be pickled.
+        on_restart: Called when a dead process is replaced.
+    """
+
+    def __init__(self, make: Callable[[], Encoding], on_restart: Callable[[], None] = lambda: None) -> None:
+        self._make = make
+        self._on_restart = on_restart
+        self._closed = False
+        self._start()
+
+    @property
+    def pid(self) -> int | None:
+        """The number of the process."""
+        return self._process.pid
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_answer, args=(theirs, self._make), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def encode(self, batch: Sequence[Any]) -> Vectors:
+        """See :meth:`Encoder.encode`; used by one thread.
+
+        Raises:
+            EncoderDied: The process ended; a new one has been started.
+        """
+        try:
+            self._pipe.send(batch)
+            answer: Vectors | str = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            if not self._closed:
+                self._start()
+                self._on_restart()
+            raise EncoderDied(f"an encoder process ended with code {self._process.exitcode}") from None
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        """End the process; a batch in it is lost."""
+        self._closed = True
+        self._process.terminate()
+        self._process.join()
+
+
+def _answer(pipe: Connection, make: Callable[[], Encoding]) -> None:
+    """The life of an encoder process: batches in, vectors out, until the other end is closed."""
+    # Ctrl-C reaches all processes of a terminal; the server decides when its encoders end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    encoder = make()
+    while True:
+        try:
+            batch = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(encoder.encode(batch))
+        except Exception as error:
+            pipe.send(f"{type(error).__name__}: {error}")

@@ -1,0 +1,57 @@
+"""An exported folder, served: the light runtime as the server's :class:`.Encoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from secateur import runtime
+from secateur.runtime.encoder import MANIFEST
+from secateur.serving.encoders import Tokens, Vectors, read_slices
+
+
+def is_export(folder: str | Path) -> bool:
+    """Whether a path is a folder that ``secateur export`` wrote."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+class ExportEncoder:
+    """An export as an :class:`.Encoder`.
+
+    Args:
+        folder: What ``secateur export`` wrote.
+        threads: Threads of the backend; None: all cores.
+
+    Raises:
+        ModelError: The folder is not whole.
+        MissingPackage: Its backend is not installed.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        self._runtime = runtime.load(folder, threads=threads)
+        settings = self._runtime.settings
+        self.dimension = settings.dimension
+        self.max_length = settings.max_length
+        self.vocabulary = self._runtime.vocabulary
+        self.prompts: Mapping[str, str] = settings.prompts
+        self.default_prompt = settings.default_prompt_name
+
+    def tokenize(self, texts: Sequence[str], prompt: str | None, *, truncate: bool, limit: int) -> list[Tokens]:
+        """See :meth:`.tokenize`."""
+        before = self.prompts[prompt] if prompt else ""
+        length = self._runtime.prompt_length(before)
+
+        def read(some: list[str]) -> list[Tokens]:
+            found = self._runtime.tokenize(some, before, truncate=truncate)
+            return [Tokens(np.asarray(ids, dtype=np.int32), length) for ids in found]
+
+        return read_slices(read, texts, self.max_length, truncate=truncate, limit=limit)
+
+    def encode(self, batch: Sequence[Tokens]) -> Vectors:
+        """See :meth:`.encode`."""
+        vectors = self._runtime.run([text.ids.tolist() for text in batch], batch[0].prompt_length)
+        if not np.isfinite(vectors).all():
+            raise FloatingPointError("the model gave a vector that is not finite")
+        return vectors

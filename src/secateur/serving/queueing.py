@@ -1,0 +1,241 @@
+"""Dynamic batching: texts of many requests wait in one queue, and go through the model together.
+
+There is no timer. While the model works, texts gather; when it is done, the longest waiting text is taken together with
+those nearest to it in length, as many as the token budget holds. An idle model starts at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from secateur.serving.encoders import Tokens, Vectors, padded_length
+
+LOOKAHEAD = 1024
+"""How many waiting texts are looked at when a batch is made."""
+
+TRIES = 3
+"""How often a text is given to the model before its request fails."""
+
+PADDING = 1.1
+"""A batch is padded to at most this many times the tokens that its texts would take one by one."""
+
+LONGEST_RETRY = 60
+
+
+class QueueFull(Exception):
+    """No room for a request; there should be some after ``retry_after`` seconds."""
+
+    def __init__(self, retry_after: int) -> None:
+        self.retry_after = retry_after
+        super().__init__(f"the queue is full; try again in {retry_after} s")
+
+
+class EncodingFailed(Exception):
+    """The model failed on the texts of one request, also when they were alone."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass of the model did: how many texts and tokens, seconds in it, and seconds that each text waited."""
+
+    texts: int
+    tokens: int
+    seconds: float
+    waits: tuple[float, ...]
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class _Job:
+    """The texts of one request."""
+
+    done: asyncio.Future[Vectors]
+    vectors: list[Vectors | None]
+    missing: int
+
+
+@dataclass(eq=False)
+class _Item:
+    """One text of a job."""
+
+    tokens: Tokens
+    job: _Job
+    place: int
+    since: float = field(default_factory=time.monotonic)
+    tries: int = 0
+
+
+def choose_batch(waiting: Sequence[Tokens], budget: int, max_length: int) -> list[int]:
+    """Which of the waiting texts go through the model together.
+
+    The first always does; the others have its prompt length, are nearest to it in length, and cost little padding:
+    on a CPU many batches of even lengths are quicker than few of mixed ones.
+
+    Args:
+        waiting: Texts, the longest waiting first.
+        budget: Tokens of the batch, padding included; a longer text goes alone.
+        max_length: Tokens that the model reads.
+    """
+    first = waiting[0]
+    near = [i for i, tokens in enumerate(waiting) if i and tokens.prompt_length == first.prompt_length]
+    near.sort(key=lambda i: abs(len(waiting[i]) - len(first)))
+    chosen, width = [0], padded_length(len(first), max_length)
+    alone = width
+    for i in near:
+        own = padded_length(len(waiting[i]), max_length)
+        padded = max(width, own) * (len(chosen) + 1)
+        if padded <= min(budget, PADDING * (alone + own)):
+            width, alone = max(width, own), alone + own
+            chosen.append(i)
+    return chosen
+
+
+class Batcher:
+    """One queue before one or several encoders, for the tasks of one event loop.
+
+    Args:
+        encoders: Functions from texts of one prompt length to vectors; each runs in a thread of its own.
+        max_length: Tokens in a text.
+        batch_tokens: Tokens in a pass of the model, padding included.
+        queue_tokens: Tokens that may wait or be encoded; more are refused.
+        observe: Told of every batch.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[Callable[[Sequence[Tokens]], Vectors]],
+        *,
+        max_length: int,
+        batch_tokens: int,
+        queue_tokens: int,
+        observe: Callable[[Batch], None] = lambda batch: None,
+    ) -> None:
+        self._encoders = encoders
+        self._max_length = max_length
+        self._batch_tokens = batch_tokens
+        self._queue_tokens = queue_tokens
+        self._observe = observe
+        self._waiting: dict[_Item, None] = {}  # in order; a set that keeps it
+        self._filled = asyncio.Event()
+        self._tokens = 0
+        self._rate = 0.0
+        self._threads = ThreadPoolExecutor(len(encoders), thread_name_prefix="encoder")
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait or are being encoded."""
+        return self._tokens
+
+    @property
+    def running(self) -> bool:
+        """Whether every encoder takes batches."""
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+
+    def start(self) -> None:
+        """Begin to take batches; in the event loop."""
+        self._tasks = [asyncio.create_task(self._work(encode)) for encode in self._encoders]
+
+    async def close(self) -> None:
+        """Stop taking batches. Who waited waits no more: their tasks are cancelled."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for item in self._waiting:
+            item.job.done.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def embed(self, texts: Sequence[Tokens]) -> Vectors:
+        """The vectors (texts, dimension) of one request; cancelled, its texts leave the queue.
+
+        Raises:
+            QueueFull: Too many tokens wait already.
+            EncodingFailed: The model failed on these texts.
+        """
+        tokens = sum(map(len, texts))
+        if self._tokens and self._tokens + tokens > self._queue_tokens:
+            seconds = self._tokens / self._rate if self._rate else 1
+            raise QueueFull(min(LONGEST_RETRY, max(1, math.ceil(seconds))))
+        job = _Job(asyncio.get_running_loop().create_future(), [None] * len(texts), len(texts))
+        items = [_Item(text, job, place) for place, text in enumerate(texts)]
+        self._tokens += tokens
+        self._waiting.update(dict.fromkeys(items))
+        self._filled.set()
+        try:
+            return await job.done
+        finally:
+            self._tokens -= tokens
+            for item in items:
+                self._waiting.pop(item, None)
+
+    async def _work(self, encode: Callable[[Sequence[Tokens]], Vectors]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._filled.wait()
+            batch = self._take()
+            if not batch:
+                self._filled.clear()
+                continue
+            start = time.monotonic()
+            error: Exception | None = None
+            try:
+                vectors = await loop.run_in_executor(self._threads, encode, [item.tokens for item in batch])
+                if len(vectors) != len(batch):
+                    raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
+                self._deliver(batch, vectors)
+            except Exception as caught:
+                error = caught
+                self._again(batch, caught)
+            self._record(batch, start, error)
+
+    def _take(self) -> list[_Item]:
+        """The next batch, taken out of the queue."""
+        ahead = list(itertools.islice(self._waiting, LOOKAHEAD))
+        if not ahead:
+            return []
+        # What failed with others is tried alone, so that one request's texts cannot fail another's.
+        first = ahead[0]
+        ahead = [item for item in ahead if item.job is first.job] if first.tries else [i for i in ahead if not i.tries]
+        chosen = choose_batch([item.tokens for item in ahead], self._batch_tokens, self._max_length)
+        batch = [ahead[i] for i in chosen]
+        for item in batch:
+            del self._waiting[item]
+        return batch
+
+    def _deliver(self, batch: Sequence[_Item], vectors: Vectors) -> None:
+        for item, vector in zip(batch, vectors, strict=True):
+            job = item.job
+            job.vectors[item.place] = vector
+            job.missing -= 1
+            if not job.missing and not job.done.done():
+                job.done.set_result(np.stack([vector for vector in job.vectors if vector is not None]))
+
+    def _again(self, batch: Sequence[_Item], error: Exception) -> None:
+        """Put a failed batch back in front, except what has failed too often or is waited for no more."""
+        again: dict[_Item, None] = {}
+        for item in batch:
+            item.tries += 1
+            if item.job.done.done():
+                continue
+            if item.tries < TRIES:
+                again[item] = None
+            else:
+                item.job.done.set_exception(EncodingFailed(f"{type(error).__name__}: {error}"))
+        self._waiting = {item: None for item in [*again, *self._waiting] if not item.job.done.done()}
+        self._filled.set()
+
+    def _record(self, batch: Sequence[_Item], start: float, error: Exception | None) -> None:
+        seconds = time.monotonic() - start
+        tokens = sum(len(item.tokens) for item in batch)
+        if error is None:
+            rate = tokens / max(seconds, 1e-6) * len(self._encoders)
+            self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
+        self._observe(Batch(len(batch), tokens, seconds, tuple(start - item.since for item in batch), error))

@@ -1,0 +1,1 @@
+"""The whole way over models, depths and seeds, in a run folder that resumes."""
