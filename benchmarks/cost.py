@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> list[CostRow]:
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "secateur.cli", "cost", *map(str, args.models), "-o", out]
+        command = [sys.executable, "-m", "secateur", "cost", *map(str, args.models), "-o", out]
         command += ["--repetitions", str(args.rounds), *(["--thorough"] if args.thorough else [])]
         before = os.getloadavg()[0]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

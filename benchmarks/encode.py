@@ -218,7 +218,7 @@ def large(args: argparse.Namespace) -> None:
         with texts.open("w") as stream:
             for row in range(args.rows):
                 stream.write(json.dumps({"text": made(row)}) + "\n")
-        command = [sys.executable, "-m", "secateur.cli", "encode", str(model), str(texts), "-o", str(out)]
+        command = [sys.executable, "-m", "secateur", "encode", str(model), str(texts), "-o", str(out)]
         shards = -(-args.rows // 2048)
         for kill in range(1, 6):
             wait_and_kill(command, out.with_name("vectors.npy.partial") / f"{shards * kill // 6:08d}.npy")

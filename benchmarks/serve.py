@@ -88,7 +88,7 @@ def made_texts(count: int, words: tuple[int, int], seed: int) -> list[str]:
 
 @contextlib.contextmanager
 def server(model: str, *options: str) -> Iterator[tuple[psutil.Process, str, int]]:
-    command = [sys.executable, "-m", "secateur.cli", "serve", model, "--name", "model", "--port", "0", *options]
+    command = [sys.executable, "-m", "secateur", "serve", model, "--name", "model", "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr

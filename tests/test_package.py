@@ -32,7 +32,8 @@ runtime
 exporting: graph convert compatibility export
 serving: encoders exported queueing gate embeddings serve
 encoding: engine pools rows vector_files encode
-cli __main__
+cli: arguments tables bars commands
+__main__
 """
 
 
@@ -46,6 +47,8 @@ def flow() -> list[str]:
 
 
 FLOW = flow()
+PARTS = {"runtime": "runtime", "cli": "cli.commands"}
+"""Packages whose names are had from the package itself → where they stand."""
 
 
 def test_the_exported_names():
@@ -96,7 +99,7 @@ def imports(module: Path) -> set[str]:
             found |= {whole} if whole in FLOW else {f"{whole}.{alias.name}".lstrip(".") for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("secateur.") for alias in node.names if "secateur." in alias.name}
-    return {"runtime" if name.startswith("runtime") else name for name in found}
+    return {name if name in FLOW else PARTS.get(name.split(".")[0], name) for name in found}
 
 
 def name_of(module: Path) -> str:

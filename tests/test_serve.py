@@ -611,7 +611,7 @@ def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, 
     log = tmp_path / "log"
     secret = "a text that nobody should read"
     environment = os.environ | {API_KEYS: "sesame-open"}
-    command = [sys.executable, "-m", "secateur.cli", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "secateur", "serve", str(folder), "--port", "0", "--device", "cpu"]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=stream, env=environment)
     try:

@@ -125,7 +125,7 @@ def test_a_model_teaches_by_its_own_pooling_and_prompts(make_encoder: MakeEncode
 def test_our_own_server_teaches_as_the_model_does(make_encoder: MakeEncoder, tmp_path: Path, monkeypatch):
     model = make_encoder("llama")
     folder, log = save(model, tmp_path / "tiny"), tmp_path / "log"
-    command = [sys.executable, "-m", "secateur.cli", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "secateur", "serve", str(folder), "--port", "0", "--device", "cpu"]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=stream, env=os.environ | {"SECATEUR_API_KEYS": "sesame-open"})
     try:

@@ -1,0 +1,112 @@
+"""Arguments of a command, made from the fields of its options (:mod:`.config`)."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from secateur import config
+
+
+def spread(arguments: list[str]) -> list[str]:
+    """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``.
+
+    ``study status`` and ``study resume`` are commands whose names have a blank.
+    """
+    several = {"--data", "--tasks", "--texts", "--depths", "--dims", "--eval-data", "--eval-tasks"}
+    several |= {"--recipes", "--seeds"}
+    if tuple(arguments[:2]) in (("study", "status"), ("study", "resume")):
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]
+    spread: list[str] = []
+    current = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            current = argument if argument in several else ""
+            spread += [] if current else [argument]
+        else:
+            spread += [current, argument] if current else [argument]
+    return spread
+
+
+def command_of(app: typer.Typer, options: type[config.Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command whose arguments are the fields of ``options``; ``--config FILE.yaml`` sets them too."""
+
+    def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            file, extra = (
+                given.pop("config"),
+                {key: given.pop(key) for key in list(given) if key not in options.model_fields},
+            )
+            values = config.read_yaml(Path(file)) if file else {}
+            values |= {key: value for key, value in given.items() if value not in (None, [], ())}
+            run(config.make(options, values), **extra)
+
+        extras = list(inspect.signature(run).parameters.values())[1:]
+        parameters = [_parameter(options, name) for name in options.model_fields]
+        parameters += [*(p.replace(annotation=_resolve(run, p), kind=p.KEYWORD_ONLY) for p in extras), _CONFIG]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        name = run.__name__.removesuffix("_command").replace("_", " ")
+        sentence, _, example = (options.__doc__ or "").partition("Example:")
+        text = f"{' '.join(sentence.split())}\n\nExample: {' '.join(example.split())}"
+        app.command(name, help=text, short_help=" ".join(sentence.split()))(command)
+        return run
+
+    return decorate
+
+
+def _resolve(run: Callable[..., None], parameter: inspect.Parameter) -> Any:
+    return inspect.get_annotations(run, eval_str=True)[parameter.name]
+
+
+_CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[str | None, typer.Option("--config", help="YAML file with options; those given here win.")],
+)
+
+
+def _parameter(options: type[config.Options], name: str) -> inspect.Parameter:
+    """One field as typer wants it: optional for the parser, since it may come from the configuration file."""
+    field = options.model_fields[name]
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    default = config.default_of(options, name)
+    text = field.description or ""
+    kind = _plain(field.annotation)
+    info: Any
+    if extra.get("argument"):
+        info = typer.Argument(
+            help=text,
+            show_default=False,
+            metavar=name.upper().rstrip("S") + ("..." if get_origin(kind) is list else ""),
+        )
+    else:
+        flag = "--" + name.replace("_", "-")
+        names = [flag, *([str(extra["short"])] if "short" in extra else [])]
+        if kind is bool:
+            names = [f"{flag}/--no-{flag[2:]}"]
+        shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
+        suffix = f" [default: {shown}]" if shown not in (None, False, "") else ""
+        required = " [required]" if field.is_required() else ""
+        metavar = f"{name.upper().rstrip('S')}..." if get_origin(kind) is list else None
+        info = typer.Option(*names, help=text + suffix + required, show_default=False, metavar=metavar)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
+
+
+def _plain(annotation: Any) -> Any:
+    """The type that the parser checks; the rest is pydantic's: a choice is a text, a path stays a text."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _plain(next(part for part in get_args(annotation) if part is not type(None)))
+    if get_origin(annotation) is Literal or annotation is Path:
+        return str
+    if get_origin(annotation) in (list, dict):
+        return list[str]
+    return annotation

@@ -1,0 +1,244 @@
+"""The commands. No logic: options come from :mod:`.config`, work is done by the functions of the same names.
+
+A mistake of the user gives one line on standard error and exit code 2; ``SECATEUR_DEBUG=1`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+
+from secateur import config
+from secateur.cli.arguments import command_of, spread
+from secateur.cli.bars import study_bars, work_bars
+from secateur.cli.tables import (
+    show_candidates,
+    show_comparison,
+    show_costs,
+    show_export,
+    show_profile,
+    show_scores,
+    show_steps,
+)
+from secateur.errors import SecateurError
+
+app = typer.Typer(
+    help="Cut a language model down to the text encoder you can afford.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+UsageError: Any = typer.BadParameter.__base__
+"""An option or command that does not exist. Its home depends on the version: typer brings a click of its own."""
+
+
+def main() -> None:
+    """Run a command; turn what goes wrong into one line."""
+    try:
+        # typer returns the code of a click.Exit (--help) instead of raising it.
+        sys.exit(app(spread(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0)
+    except SecateurError as error:
+        _fail(str(error), 2)
+    except UsageError as error:
+        _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; the same command goes on where it can", 130)
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
+    except Exception as error:  # the last line of defence: a bug, said in one line
+        _fail(f"unexpected {type(error).__name__}: {error}; SECATEUR_DEBUG=1 shows where", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("SECATEUR_DEBUG"):
+        raise  # called from an except block only
+    typer.echo("secateur: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+@command_of(app, config.ProfileOptions)
+def profile_command(options: config.ProfileOptions) -> None:
+    import secateur
+
+    with work_bars() as progress:
+        result = secateur.profile(**_given(options), progress=progress)
+    show_profile(result)
+    typer.echo(f"\n{options.out / 'profile.json'}")
+    for picture in sorted(options.out.glob("*.png")):
+        typer.echo(picture)
+
+
+@command_of(app, config.ChooseOptions)
+def choose_command(
+    options: config.ChooseOptions,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    import secateur
+
+    found = secateur.candidates(**_given(options))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    show_candidates(found)
+
+
+@command_of(app, config.PruneOptions)
+def prune_command(options: config.PruneOptions) -> None:
+    import secateur
+    from secateur.artifacts import Origin, load
+
+    with work_bars() as progress:
+        folder = secateur.prune(**_given(options), progress=progress)
+    left_out = load(folder, Origin).left_out
+    if left_out:
+        typer.echo(f"left out: {', '.join(left_out)}", err=True)
+    typer.echo(folder)
+
+
+@command_of(app, config.HealOptions)
+def heal_command(options: config.HealOptions) -> None:
+    import secateur
+    from secateur.artifacts import Training, load
+
+    with work_bars() as progress:
+        folder = secateur.heal(**_given(options), progress=progress)
+    typer.echo(f"trained by {load(folder, Training).settings['objective']}", err=True)
+    typer.echo(folder)
+
+
+@command_of(app, config.EvaluateOptions)
+def evaluate_command(options: config.EvaluateOptions) -> None:
+    import secateur
+
+    with work_bars() as progress:
+        scores = secateur.evaluate(**_given(options), progress=progress)
+    show_scores(scores)
+    typer.echo(f"\n{options.out / 'scores.json'}")
+
+
+@command_of(app, config.CostOptions)
+def cost_command(options: config.CostOptions) -> None:
+    import secateur
+
+    with work_bars() as progress:
+        costs = secateur.cost(**_given(options), progress=progress)
+    show_costs(costs.rows)
+    typer.echo(f"\n{options.out / 'costs.json'}")
+
+
+@command_of(app, config.CompareOptions)
+def compare_command(options: config.CompareOptions) -> None:
+    import secateur
+
+    with work_bars() as progress:
+        comparison = secateur.compare(**_given(options), progress=progress)
+    show_comparison(comparison)
+    typer.echo(f"\n{options.out / 'comparison.json'}")
+
+
+@command_of(app, config.ExportOptions)
+def export_command(options: config.ExportOptions) -> None:
+    import secateur
+
+    with work_bars() as progress:
+        result = secateur.export(**_given(options), progress=progress)
+    show_export(result)
+    typer.echo(f"\n{options.out}")
+
+
+@command_of(app, config.ReportOptions)
+def report_command(options: config.ReportOptions) -> None:
+    import secateur
+
+    typer.echo(secateur.report(**_given(options)))
+
+
+@command_of(app, config.StudyOptions)
+def study_command(
+    options: config.StudyOptions,
+    *,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show the steps and their estimated times, and do nothing.")
+    ] = False,
+) -> None:
+    import secateur
+
+    if plan:
+        with work_bars() as progress:
+            state = secateur.plan_study(**_given(options), progress=progress)
+        show_steps(state, options.jobs)
+        return
+    _study(_given(options))
+
+
+@command_of(app, config.StatusOptions)
+def study_status_command(options: config.StatusOptions) -> None:
+    import secateur
+
+    show_steps(secateur.read_status(options.run), 1)
+
+
+@command_of(app, config.ResumeOptions)
+def study_resume_command(options: config.ResumeOptions) -> None:
+    import secateur
+
+    secateur.read_status(options.run)  # a folder without a study is no place to begin one
+    given = _given(options)
+    _study({"out": given.pop("run"), **given})
+
+
+def _study(given: dict[str, Any]) -> None:
+    import secateur
+    from secateur.errors import DataError
+
+    with study_bars(int(given.get("jobs", 1))) as (progress, watch):
+        page = secateur.study(**given, progress=progress, watch=watch)
+    with suppress(DataError):  # a study without tasks has no scores
+        show_scores(secateur.read_scores(given["out"]))
+    typer.echo(f"\n{page}")
+
+
+@command_of(app, config.EncodeOptions)
+def encode_command(options: config.EncodeOptions) -> None:
+    import secateur
+
+    with work_bars() as progress:
+        done = secateur.encode(**_given(options), progress=progress)
+    typer.echo(
+        f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} numbers each, {done.dtype}", err=True
+    )
+    if done.encoded:
+        typer.echo(f"encoded {done.encoded} texts, {done.encoded / done.seconds:.1f} per second", err=True)
+    typer.echo(done.file)
+
+
+@command_of(app, config.ServeOptions)
+def serve_command(options: config.ServeOptions) -> None:
+    import secateur
+
+    secateur.serve(**_given(options))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("secateur"))
+        raise typer.Exit
+
+
+def _given(options: config.Options) -> dict[str, Any]:
+    """The options that the user set, so that the functions' own defaults and a study's earlier settings hold."""
+    return {name: getattr(options, name) for name in options.model_fields_set}
