@@ -133,6 +133,21 @@ def test_ways_of_choosing_and_recipes_are_other_designs(tmp_path: Path) -> None:
     }
 
 
+def test_the_first_blocks_come_first_and_other_choices_in_one_sentence(tmp_path: Path) -> None:
+    scores = {
+        "tiny-8-healed": 0.8,
+        "tiny-4-healed": 0.6,
+        "tiny-4-block_influence-healed": 0.4,
+        "tiny-4-random-healed": 0.2,
+    }
+    for name, score in scores.items():
+        write_model(tmp_path, name, int(name[5]), score)
+    first, others = verdict(found(tmp_path))
+    assert first.startswith("tiny, healed: 4 of 8 blocks keep 75.0")
+    assert others.startswith("tiny, healed, other blocks than the first: 4 of 8 blocks by block-influence keep 50.0")
+    assert "4 by random keep 25.0" in others
+
+
 def test_draws_of_other_rows_are_not_subtracted(tmp_path: Path) -> None:
     write_model(tmp_path, "tiny-8-healed", 8, 0.80)
     write_model(tmp_path, "tiny-4-healed", 4, 0.79)

@@ -110,6 +110,13 @@ def test_a_finished_study_does_nothing_again_but_the_report(run: Path, place: Pa
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+def test_a_run_folder_named_like_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="the name of the model"):
+        secateur.study(["smollm2"], data=["pairs.jsonl"], out="smollm2")
+    assert not (tmp_path / "smollm2").exists()
+
+
 @pytest.mark.parametrize("changes", [{"steps": 11}, {"depths": ["1"]}, {"sample": None}, {"seed": 1}, {"tasks": []}])
 def test_other_options_are_refused_in_the_same_run_folder(changes: dict[str, object], run: Path, place: Path):
     with pytest.raises(ConfigError, match=r"name a new run folder") as caught:

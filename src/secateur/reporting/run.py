@@ -53,7 +53,13 @@ class Variant:
     @property
     def series(self) -> str:
         """The variants it is drawn and listed with."""
-        return f"{self.base}, {self.state}" if self.state else self.base
+        chosen = f"blocks by {self.chooser}" if self.way else ""
+        return ", ".join(part for part in (self.base, self.recipe, chosen) if part)
+
+    @property
+    def chooser(self) -> str:
+        """The way its blocks were chosen, as ``choose`` spells it."""
+        return self.way.replace("_", "-")
 
     @property
     def is_full(self) -> bool:
@@ -148,7 +154,9 @@ def _variants(
     cost = {row.model: row for row in costs.rows} if costs else {}
     names: Iterable[str] = dict.fromkeys([*models, *scored, *cost])
     found = [_variant(name, models.get(name), cost.get(name), scored.get(name, {}), profiles) for name in names]
-    return tuple(sorted(found, key=lambda v: (v.base, v.state, -(v.depth or 0), v.seed or 0, v.name)))
+    return tuple(
+        sorted(found, key=lambda v: (v.base, v.way != "", v.recipe, v.way, -(v.depth or 0), v.seed or 0, v.name))
+    )
 
 
 def _variant(

@@ -12,8 +12,15 @@ MOST_SENTENCES = 6
 
 
 def verdict(findings: Findings) -> tuple[str, ...]:
-    """One sentence for each series of cut models: what is as good as the full model, and what the others keep."""
-    sentences = [_sentence(claims) for claims in findings.claims.values()]
+    """One sentence for each series of cut models: what is as good as the full model, and what the others keep.
+
+    What other blocks than the first ones are worth comes together, after the series they are compared with.
+    """
+    told: dict[tuple[str, str, bool], list[Claim]] = {}
+    for claim in (claim for claims in findings.claims.values() for claim in claims):
+        own = claim.design.first
+        told.setdefault((own.base, own.recipe, own.way != ""), []).append(claim)
+    sentences = [_choosers(claims) if chosen else _sentence(claims) for (*_, chosen), claims in told.items()]
     if len(sentences) > MOST_SENTENCES:
         left = plural(len(sentences) - MOST_SENTENCES, "more series of models")
         sentences = [*sentences[:MOST_SENTENCES], f"The tables tell of {left.removesuffix('s')} the same."]
@@ -79,6 +86,14 @@ def _sentence(claims: Sequence[Claim]) -> str:
     return f"{shorten(told[0].design.first.series)}: {'; '.join(parts)}."
 
 
+def _choosers(claims: Sequence[Claim]) -> str:
+    """What each way of choosing other blocks than the first ones keeps, the best first."""
+    best = sorted(claims, key=lambda claim: claim.difference.value, reverse=True)[:4]
+    parts = [_part(claim, first=claim is best[0], by=f" by {claim.design.first.chooser}") for claim in best]
+    own = best[0].design.first
+    return f"{shorten(own.base)}, {own.recipe}, other blocks than the first: {'; '.join(parts)}."
+
+
 def _less(claim: Claim, other: Claim) -> bool:
     return (claim.design.first.depth or 0) < (other.design.first.depth or 0)
 
@@ -91,10 +106,10 @@ def _spread(claims: Sequence[Claim], most: int) -> list[Claim]:
     return [claims[round((i + 1) * step) - 1] for i in range(most)]
 
 
-def _part(claim: Claim, first: bool) -> str:
+def _part(claim: Claim, first: bool, by: str = "") -> str:
     own, full = claim.design.first, claim.reference.first
     one = own.depth == 1
-    which = f"{own.depth} of {own.blocks} blocks" if first else str(own.depth)
+    which = (f"{own.depth} of {own.blocks} blocks" if first else str(own.depth)) + by
     tasks = "your task" if len(claim.tasks) == 1 else f"your {len(claim.tasks)} tasks"
     where = f" as the {full.recipe} full model on {tasks}" if first else ""
     of_it = f" of the {full.recipe} full model’s average score on {tasks}"

@@ -96,8 +96,9 @@ def study(
         StudyFailed: Steps failed; all that does not need them is done, and reported.
         SecateurError: The study cannot be begun as it is described.
     """
+    given = _given(models, Path(out), options)
     run = results_folder(out, *OWN)
-    settings = _settings(run, _given(models, run, options), progress)
+    settings = _settings(run, given, progress)
     outline = _outline(run, settings)
     executor = _executor(settings, progress)
     if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
@@ -190,6 +191,9 @@ class _Outline:
 
 def _given(models: Sequence[str | Path], run: Path, options: Mapping[str, Any]) -> StudyOptions:
     named = {"models": [str(model) for model in models]} if models else {}
+    if any(Path(model).resolve() == run.resolve() for model in models):
+        # Once there, the run folder would be taken for the model.
+        raise ConfigError("out", str(run), "is the name of the model", "name another folder")
     return make(StudyOptions, {**named, "out": run, **options})
 
 
