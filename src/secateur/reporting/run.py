@@ -53,7 +53,7 @@ class Variant:
     @property
     def series(self) -> str:
         """The variants it is drawn and listed with."""
-        chosen = f"blocks by {self.chooser}" if self.way else ""
+        chosen = f"by {self.chooser}" if self.way else ""
         return ", ".join(part for part in (self.base, self.recipe, chosen) if part)
 
     @property
