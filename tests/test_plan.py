@@ -79,6 +79,16 @@ def test_what_a_profile_decides_stands_open_until_it_is_there():
     assert names(same) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-1-healed"]
 
 
+@pytest.mark.parametrize(
+    ("given", "tasks"), [({}, None), ({"depth_scores": True}, ["task"]), ({"depths": ["best-task"]}, ["task"])]
+)
+def test_profiles_score_the_tasks_where_it_is_asked_for_or_needed(given, tasks):
+    plan = plan_steps(options(tasks=["task"], sample=50, **given), BASES, {})
+    measured = [step.options for step in plan.steps if step.kind == "profile"]
+    assert [step.get("tasks") for step in measured] == [tasks] * len(BASES)
+    assert [step.get("sample") for step in measured] == [50 if tasks else None] * len(BASES)
+
+
 def test_a_profile_that_does_not_tell_fails_its_depths_alone():
     study = options(depths=["small", "1"])
     plan = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [None] * 4)})

@@ -300,6 +300,7 @@ class StudyOptions(HealSettings):
     profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the profile's loss.")
     profile_dtype: Dtype = Field("auto", description="Number format of the profile's arithmetic; auto: the quickest.")
     max_examples: int = Field(1280, ge=2, description="Pairs used by the profile.")
+    depth_scores: bool = Field(False, description="Score the tasks at every depth of the models as they came, too.")
     pooling: PoolingName | None = Field(None, description=_POOLING)
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     cache: Path | None = Field(None, description=_CACHE + " [default: cache in the run folder]")

@@ -161,7 +161,10 @@ def _work(step: Step, amounts: Amounts) -> float | None:
     given = step.options
     if step.kind == "profile":
         examples = given.get("max_examples", default_of(ProfileOptions, "max_examples"))
-        return float(min(examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text)
+        pairs = float(min(examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text)
+        if not given.get("tasks"):
+            return pairs
+        return None if amounts.task_tokens is None else pairs + amounts.task_tokens
     if step.kind == "evaluate":
         return amounts.task_tokens
     numbers = numbers_of(given)

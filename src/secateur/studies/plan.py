@@ -39,6 +39,8 @@ CURVE = "curve.png"
 ZERO_SHOT, NO_TRAINING = "zero-shot", "none"
 ITSELF = "self"
 """As a teacher: the whole model, of which the cut ones are parts."""
+BY_TASKS = "best-task"
+"""As a depth: what the scores of the tasks at every depth choose."""
 
 _COMMANDS: dict[str, type[Options]] = {
     "prune": PruneOptions,
@@ -324,6 +326,8 @@ def _of_base(
         max_examples=study.max_examples,
         dtype=study.profile_dtype,
         seed=study.seed,
+        tasks=_tasks_by_depth(study),
+        sample=study.sample if _tasks_by_depth(study) else None,
     )
     making.add("profile", base.name, measured | {"out": str(profiled)}, profiled / CURVE, [came], full)
     _train(making, recipes, full, source, came)
@@ -342,6 +346,11 @@ def _of_base(
             making.failed[pruned] = cut.problem
         _train(making, recipes, cut, folder, pruned)
     return Plan(tuple(making.steps), tuple(making.variants), making.failed)
+
+
+def _tasks_by_depth(study: StudyOptions) -> list[str]:
+    """The tasks that profiles score at every depth: all, where that is asked for or a depth is chosen by it."""
+    return study.tasks if study.depth_scores or BY_TASKS in study.depths else []
 
 
 def _train(making: _Making, recipes: Mapping[str, Mapping[str, Any]], cut: _Cut, source: Path, made: str) -> None:
