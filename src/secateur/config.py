@@ -126,7 +126,7 @@ class HealSettings(Options):
         None, description="What is trained: adapters, the blocks' weights, everything; auto: by memory [lora]."
     )
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak of the schedule [by what is trained; 2e-4 for lora]."
+        None, gt=0, description="Peak of the schedule [by what is trained; 2e-4 for lora, 5e-4 for the rest]."
     )
     warmup: float | None = Field(
         None, ge=0, lt=1, description="Share of the steps in which the learning rate rises [0.3]."
