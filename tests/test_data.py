@@ -5,12 +5,15 @@ import gzip
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from conftest import example_pairs, write_pairs
 from secateur.data.e5_mix import INSTRUCTIONS
-from secateur.data.pairs import Pair, Pairs, batches, data_files, read_pairs
-from secateur.errors import DataError
+from secateur.data.pairs import Pair, Pairs, batches, read_pairs
+from secateur.data.sources import data_files, read_sources
+from secateur.data.texts import Texts
+from secateur.errors import ConfigError, DataError
 
 ROWS = [
     {"query": 'with "quotes", a comma\nand a line', "positive": "Blätter 葉", "negative": "n1"},
@@ -112,7 +115,7 @@ def good_csv(bad: bytes) -> bytes:
         ("a.csv", b"query,positive\n", None, None, "has no rows"),
         ("a.csv", b"\xef\xbb\xbf" + good_csv(b""), 1, None, "byte order mark"),
         ("a.parquet", good_lines("{}"), None, None, "not a readable Parquet file"),
-        ("a.txt", good_lines("{}"), None, None, "no known format: expected one of .jsonl"),
+        ("a.tsv", good_lines("{}"), None, None, "no known format: expected one of .jsonl"),
     ],
 )
 def test_a_mistake_is_found_in_its_file_line_and_field(name, content, line, field, says, tmp_path: Path):
@@ -215,3 +218,99 @@ def test_a_folder_of_the_e5_mix_is_read_with_its_instructions(tmp_path: Path):
     empty.mkdir()
     with pytest.raises(DataError, match="holds no data files"):
         data_files(empty)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def save_set(folder: Path, rows: list[dict], form: str) -> str:
+    """Write rows as the datasets library keeps them; the name to read them by."""
+    data = datasets.Dataset.from_list(rows)
+    if form == "parquet":
+        (folder / "triplet").mkdir(parents=True)
+        data.to_parquet(folder / "triplet" / "train-00000-of-00001.parquet")
+        data.select([0]).to_parquet(folder / "triplet" / "dev-00000-of-00001.parquet")
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: triplet\n  data_files:\n  - split: train\n    path: triplet/train-*\n"
+            "  - split: dev\n    path: triplet/dev-*\n---\n"
+        )
+        return f"hf:{folder}:triplet"
+    if form == "splits":
+        datasets.DatasetDict({"train": data, "dev": data.select([0])}).save_to_disk(folder)
+    else:
+        data.save_to_disk(folder)
+    return f"hf:{folder}"
+
+
+OTHERWISE = [{"premise": row["query"], "yes": row["positive"], "no": row["negative"], "idx": 7} for row in ROWS]
+MAP = {"anchor": "premise", "positive": "yes", "negative": "no"}
+
+
+@pytest.mark.parametrize("form", ["parquet", "splits", "saved"])
+def test_a_data_set_by_name_gives_the_pairs_of_a_file(form: str, tmp_path: Path):
+    file = tmp_path / "f.jsonl"
+    write_pairs(file, ROWS)
+    named = save_set(tmp_path / "owner" / "set.v1", OTHERWISE, form)
+    found = read_pairs(named, columns=MAP)
+    assert found.rows == read_pairs(file).rows
+    assert found.name == ("set.v1-triplet" if form == "parquet" else "set.v1")
+    assert (found.source.name, found.source.rows, len(found.source.sha256)) == (named, 2, 64)
+    assert read_pairs(named, columns=MAP, instruction="Do it").prompt == "Do it; "
+    changed = save_set(tmp_path / "changed", [*OTHERWISE[:1], {**OTHERWISE[1], "no": "n3"}], form)
+    assert read_pairs(changed, columns=MAP).source.sha256 != found.source.sha256
+    if form != "saved":
+        dev = read_pairs(f"{named}[dev]", columns=MAP)
+        assert (dev.rows, dev.name) == (found.rows[:1], f"{found.name}-dev")
+    if form == "parquet":
+        assert read_pairs(f"{named}[train[1:]]", columns=MAP).rows == found.rows[1:]
+
+
+@pytest.mark.parametrize(
+    ("ending", "says"),
+    [
+        (":nonesuch", "nonesuch.*triplet"),
+        (":triplet[test]", r"has no split test: it has train, dev"),
+        (":triplet[", "is no name of a data set: hf:NAME"),
+        ("/nowhere", "cannot be loaded"),
+    ],
+)
+def test_a_mistake_in_the_name_of_a_data_set_is_told(ending: str, says: str, tmp_path: Path):
+    save_set(tmp_path / "set", OTHERWISE, "parquet")
+    with pytest.raises(DataError, match=says) as caught:
+        read_pairs(f"hf:{tmp_path / 'set'}{ending}")
+    assert f"hf:{tmp_path / 'set'}" in str(caught.value)
+
+
+def test_code_that_comes_with_data_is_not_run(tmp_path: Path):
+    ran = tmp_path / "ran"
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "set.py").write_text(f"open({str(ran)!r}, 'w')")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        read_pairs(f"hf:{tmp_path / 'set'}")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("suffix", [*WRITERS, "hf"])
+def test_columns_are_mapped_and_missing_ones_named(suffix: str, tmp_path: Path):
+    data = tmp_path / f"data.{suffix}"
+    if suffix == "hf":
+        data = save_set(tmp_path / "set", OTHERWISE, "saved")
+    else:
+        WRITERS[suffix](data, OTHERWISE)
+    assert [row.anchor for row in read_pairs(data, columns=MAP).rows] == [row["query"] for row in ROWS]
+    assert not any(row.negatives for row in read_pairs(data, columns={"query": "premise", "positive": "yes"}).rows)
+    (texts,) = read_sources([data], "say", {"text": "no"})
+    assert isinstance(texts, Texts)
+    assert (texts.rows, texts.prompt) == (("n1", "n2"), "say; ")
+    for role in ("positive", "negative"):
+        with pytest.raises(DataError, match=r"column is missing: it has premise, yes, no") as caught:
+            read_pairs(data, columns={**MAP, role: "absent"})
+        assert (caught.value.file, caught.value.field) == (str(data), "absent")
+    with pytest.raises(DataError, match=r"needs query or anchor.*here are.*--columns"):
+        read_pairs(data, columns={"positive": "yes"})
+    with pytest.raises(ConfigError, match="answer is no role"):
+        read_pairs(data, columns={"answer": "yes"})
+    with pytest.raises(ConfigError, match="two words for one"):
+        read_pairs(data, columns={"query": "premise", "anchor": "premise"})

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -301,6 +302,19 @@ def test_rows_with_and_without_negatives_are_two_sets(tmp_path: Path):
     assert hard.rows[1]["negative_1"] == "one"
     (only,) = training_sets([pairs], 8)
     assert only.name == "mixed-hard"
+
+
+def test_a_data_set_by_name_trains_as_a_file_does(llama_folder: Path, healed: Path, tmp_path: Path, pairs_file: Path):
+    rows = read_pairs(pairs_file)
+    columns = {"anchor": "question", "positive": "answer", "negative": "wrong"}
+    named = [dict(zip(columns.values(), (p.anchor, p.positive, list(p.negatives)), strict=True)) for p in rows.rows]
+    datasets.Dataset.from_list(named).save_to_disk(tmp_path / "words")
+    given = {"columns": columns, "instruction": rows.prompt.removesuffix("; ")}
+    out = secateur.heal(llama_folder, f"hf:{tmp_path}/words", **SETTINGS, **given, out=tmp_path / "out")
+    table = load(out, Training)
+    assert [row.loss for row in table.losses] == [row.loss for row in load(healed, Training).losses]
+    assert (table.provenance.data[0].name, table.provenance.data[0].rows) == (f"hf:{tmp_path}/words", len(rows.rows))
+    assert table.settings["columns"] == columns
 
 
 def test_mistakes_are_told_before_anything_is_written(llama_folder: Path, pairs_file: Path, tmp_path: Path):

@@ -140,6 +140,19 @@ def test_commands_say_what_their_options_say():
     assert make(HealOptions, dict(heal.options)).steps == 7
 
 
+def test_mapped_columns_go_to_every_command_that_reads_the_data():
+    study = options(columns="query=question,positive=best answer", depths=["2"], data=["hf:org/set:all[train]"])
+    assert study.columns == {"query": "question", "positive": "best answer"}
+    lines = [step.command_line for step in plan_steps(study, BASES[1:], {}).steps if step.kind in ("profile", "heal")]
+    assert len(lines) == 3
+    assert all(
+        "--data 'hf:org/set:all[train]' --columns 'query=question,positive=best answer'" in line for line in lines
+    )
+    for value in ("query", "query=", ["query=a,=b"]):
+        with pytest.raises(ConfigError, match=r"columns: .* of the form query=question"):
+            options(columns=value)
+
+
 def test_the_whole_teaches_its_parts_and_not_itself():
     plan = plan_steps(options(**SHRINK), BASES[1:], {})
     assert names(plan) == ["tiny-4-zero-shot", "tiny-3-distilled", "tiny-2-distilled", "tiny-1-distilled"]

@@ -7,10 +7,10 @@ together. This module imports nothing heavy, so that ``secateur --help`` is quic
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticUndefined
 
@@ -40,7 +40,30 @@ def _out(what: str) -> Any:
     return Field(description=what, json_schema_extra={"short": "-o"})
 
 
-_DATA = "Files of query (or anchor), positive and optional negative: .jsonl, .jsonl.gz, .csv or .parquet."
+def _pairs_of_words(given: Any) -> Any:
+    """Take ``query=question,positive=answer`` for a mapping."""
+    if not given or not isinstance(given, (str, list)):
+        return given or None
+    words = [word for item in ([given] if isinstance(given, str) else given) for word in str(item).split(",")]
+    parts = {word: word.partition("=") for word in words}
+    for word, (role, _, column) in parts.items():
+        if not role.strip() or not column.strip():
+            raise ValueError(f"{word!r} is not of the form query=question")
+    return {role.strip(): column.strip() for role, _, column in parts.values()}
+
+
+Columns = Annotated[dict[str, str] | None, BeforeValidator(_pairs_of_words)]
+
+
+def _columns() -> Any:
+    names = "query=question,positive=answer,negative=wrong, or text=body"
+    return Field(None, description=f"What the data call these columns, where otherwise: {names}.")
+
+
+_DATA = (
+    "Files of query (or anchor), positive and optional negative: .jsonl, .jsonl.gz, .csv or .parquet; folders of them; "
+    "or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
+)
 _TEXTS = " Or of texts alone: .txt, or .jsonl with text."
 _INSTRUCTION = "Goes before each query, in place of the one that comes with the data."
 _POOLING = (
@@ -60,6 +83,7 @@ class ProfileOptions(Options):
 
     model: str = _model()
     data: list[Path] = Field(description=_DATA + _TEXTS, min_length=1)
+    columns: Columns = _columns()
     out: Path = _out("Folder for profile.json and its pictures.")
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
@@ -154,6 +178,7 @@ class HealOptions(HealSettings):
 
     model: str = _model()
     data: list[Path] = Field(description=_DATA + _TEXTS, min_length=1)
+    columns: Columns = _columns()
     out: Path = _out("The model folder to write.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
     teacher: str | None = Field(None, description="Whose vectors are imitated: a model, or a server's http://host/v1.")
@@ -283,6 +308,7 @@ class StudyOptions(HealSettings):
 
     models: list[str] = Field(default=[], description=MODEL, json_schema_extra=ONE)
     data: list[Path] = Field(default=[], description=_DATA)
+    columns: Columns = _columns()
     tasks: list[str] = Field(default=[], description="Task folders, or names of tasks that mteb knows.")
     out: Path = _out("The run folder.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(

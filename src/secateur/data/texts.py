@@ -1,17 +1,16 @@
-"""Texts without labels, from files: what a profile can be measured on where there are no pairs."""
+"""Texts without labels, from files and data sets: what a profile can be measured on where there are no pairs."""
 
 from __future__ import annotations
 
-import itertools
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from secateur.data.jsonl import read_json_lines
+from secateur.data.tables import TEXT, Table, open_table
 from secateur.errors import DataError
-from secateur.provenance import Fingerprint, fingerprint
-
-LINES = (".jsonl", ".jsonl.gz")
+from secateur.provenance import Fingerprint
 
 
 @dataclass(frozen=True)
@@ -31,49 +30,30 @@ class Texts:
         return replace(self, rows=tuple(self.rows[i] for i in chosen), source=replace(self.source, rows=count))
 
 
-def holds_texts(file: str | Path) -> bool:
-    """Whether a file holds texts and no pairs: ``.txt``, or JSON Lines whose first row has ``text`` and no positive."""
-    path = Path(file)
-    if path.suffix == ".txt":
-        return True
-    if not path.name.endswith(LINES) or not path.is_file():
-        return False
-    return any("text" in row and "positive" not in row for _, row in itertools.islice(read_json_lines(path), 1))
-
-
-def read_texts(file: str | Path, prompt: str = "") -> Texts:
-    """Read and check a file of texts: ``.txt``, one on each line, or JSON Lines with the field ``text``.
+def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str] | None = None) -> Texts:
+    """Read and check texts: ``.txt``, one on each line, or a file or data set with the column ``text``.
 
     Blank lines of a ``.txt`` are no texts.
 
     Raises:
-        DataError: The file is missing or has no texts; or, with its line, one is empty or not a text.
+        DataError: The data are missing or have no texts; or, with its line, one is empty or not a text.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise DataError(path, "no such file")
-    rows = tuple(_lines(path) if path.suffix == ".txt" else _fields(path))
+    return texts_of(open_table(data, columns), prompt)
+
+
+def texts_of(table: Table, prompt: str = "") -> Texts:
+    """The texts of an opened file or data set; see :func:`read_texts`."""
+    rows = tuple(_text(table.place, line, row) for line, row in table.rows)
     if not rows:
-        raise DataError(path, "holds no text")
-    return Texts(path.name, rows, prompt, fingerprint(path, len(rows)))
+        raise DataError(table.place, "holds no text")
+    return Texts(table.path.name if table.path else table.name, rows, prompt, table.fingerprint(len(rows)))
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(path, f"cannot be read ({error})", "save the file as UTF-8") from None
-    return [line for line in content.split("\n") if line.strip()]
-
-
-def _fields(path: Path) -> list[str]:
-    texts = []
-    for line, row in read_json_lines(path):
-        text = row.get("text")
-        if not isinstance(text, str):
-            problem = f"is a {type(text).__name__}, not a text" if "text" in row else "the field is missing"
-            raise DataError(path, problem, line=line, field="text")
-        if not text.strip():
-            raise DataError(path, "the text is empty", "leave the row out", line=line, field="text")
-        texts.append(text)
-    return texts
+def _text(place: str, line: int, row: Mapping[str, Any]) -> str:
+    text = row.get(TEXT)
+    if not isinstance(text, str):
+        problem = f"is a {type(text).__name__}, not a text" if TEXT in row else "the field is missing"
+        raise DataError(place, problem, line=line, field=TEXT)
+    if not text.strip():
+        raise DataError(place, "the text is empty", "leave the row out", line=line, field=TEXT)
+    return text

@@ -21,8 +21,7 @@ from sentence_transformers import SentenceTransformer
 from secateur import runtime
 from secateur.artifacts import Scores, Table
 from secateur.data.demo import pairs_of
-from secateur.data.pairs import read_pairs
-from secateur.data.texts import holds_texts, read_texts
+from secateur.data.sources import read_source
 from secateur.errors import ConfigError, ExportTooFar, ModelError
 from secateur.evaluation.evaluate import evaluate
 from secateur.exporting.compatibility import Note, compatibility
@@ -235,7 +234,7 @@ def _texts(data: Sequence[str | Path], seed: int) -> tuple[list[str], list[str],
     sources: tuple[Fingerprint, ...] = ()
     if data:
         share = -(-count // len(data))
-        opened = [(read_texts(file) if holds_texts(file) else read_pairs(file)).sample(share, seed) for file in data]
+        opened = [read_source(file).sample(share, seed) for file in data]
         sources = tuple(source.source for source in opened)
         rows = (row if isinstance(row, str) else row.positive for source in opened for row in source.rows)
         texts = list(dict.fromkeys(rows))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from sentence_transformers import SentenceTransformer
 
 from secateur.architectures.blocks import depth_of
 from secateur.artifacts import Training
-from secateur.data.pairs import Pairs, data_files
+from secateur.data.pairs import Pairs
+from secateur.data.sources import Data, Source, read_sources
 from secateur.data.texts import Texts
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.tasks import open_task
 from secateur.files import give_name, partial_folder, read_json, write_text, writing
 from secateur.healing import processes
-from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, read_source, sets_of, teach
+from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, sets_of, teach
 from secateur.healing.objectives import check_views
 from secateur.healing.recipe import make_recipe
 from secateur.healing.teacher import Teacher, open_teacher
@@ -38,14 +39,12 @@ from secateur.progress import Progress, silent
 from secateur.provenance import provenance
 from secateur.pruning.prune import origin_of
 
-Source = Pairs | Texts
-Files = str | Path | Source | Sequence[str | Path | Source]
-
 
 def heal(
     model: str | Path,
-    data: Files,
+    data: Data,
     *,
+    columns: Mapping[str, str] | None = None,
     recipe: str | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -70,7 +69,7 @@ def heal(
     dims: Sequence[int] | None = None,
     cache: str | Path | None = None,
     bidirectional: bool = False,
-    eval_data: Files | None = None,
+    eval_data: Data | None = None,
     eval_tasks: Sequence[str | Path] | None = None,
     eval_sample: int | None = None,
     eval_every: int | None = None,
@@ -90,7 +89,9 @@ def heal(
     Args:
         model: A model folder, usually a pruned one; or anything :func:`.open_model` opens.
         data: Files of pairs (see :mod:`.pairs`), or folders of them; their instructions become the model's
-            prompts. Or files of texts alone (see :mod:`.texts`).
+            prompts. Or files of texts alone (see :mod:`.texts`). Or data sets by name (see :mod:`.hub_sets`).
+        columns: Role → column, where the data call their ``query``, ``positive``, ``negative`` or ``text`` otherwise;
+            for ``eval_data`` too.
         recipe: ``l3prune``, ``everyday`` or ``distill``. Default: ``distill`` where a teacher teaches on texts alone,
             else ``l3prune``.
         steps: Optimizer steps (1,000).
@@ -138,7 +139,7 @@ def heal(
         VerificationFailed: The written folder gives other vectors.
     """
     partial_folder(out)
-    sources = _read(data, instruction)
+    sources = read_sources(data, instruction, columns)
     aim = find_aim(
         sources,
         taught=teacher is not None,
@@ -169,7 +170,7 @@ def heal(
     check_processes(numbers.batch_size)
     sets = sets_of(sources, numbers.batch_size, aim)
     validation = _validation(
-        _read_pairs(eval_data, instruction), eval_tasks or (), eval_sample, eval_every, patience, seed
+        _read_pairs(eval_data, instruction, columns), eval_tasks or (), eval_sample, eval_every, patience, seed
     )
     guide = _open_teacher(teacher, teacher_model, device, trust_remote_code)
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
@@ -180,7 +181,12 @@ def heal(
     opened.prompts.update(model_prompts(sources))
     numbers = decide(opened, numbers)
     settings = {"recipe": recipe} | asdict(numbers) | {"data": {item.name: len(item.rows) for item in sets}}
-    settings |= {"bidirectional": bidirectional, "eval_every": eval_every, "patience": patience}
+    settings |= {
+        "columns": dict(columns or {}),
+        "bidirectional": bidirectional,
+        "eval_every": eval_every,
+        "patience": patience,
+    }
     settings |= _aim_settings(aim, guide, teacher_model)
     partial = _claim(Path(out), model, settings, sources)
     with writing(out):
@@ -210,21 +216,10 @@ def heal(
     return Path(out)
 
 
-def _read(data: Files, instruction: str | None) -> list[Source]:
-    files = [data] if isinstance(data, (str, Path, Pairs, Texts)) else list(data)
-    found: list[Source] = []
-    for item in files:
-        if isinstance(item, (Pairs, Texts)):
-            found.append(item)
-        else:
-            found += [read_source(file, instruction) for file in data_files(item)]
-    return found
-
-
-def _read_pairs(data: Files | None, instruction: str | None) -> list[Pairs]:
+def _read_pairs(data: Data | None, instruction: str | None, columns: Mapping[str, str] | None) -> list[Pairs]:
     """Held-out data, which are pairs."""
     found = []
-    for source in _read(data or (), instruction):
+    for source in read_sources(data or (), instruction, columns):
         if isinstance(source, Texts):
             raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
         found.append(source)

@@ -18,8 +18,8 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from secateur.data.pairs import Pair, Pairs, instruction_prompt, read_pairs
-from secateur.data.texts import Texts, holds_texts, read_texts
+from secateur.data.pairs import Pair, Pairs
+from secateur.data.texts import Texts
 from secateur.errors import ConfigError, DataError
 from secateur.healing import processes
 from secateur.healing.objectives import DROPOUT, IMITATED, TEACHER_WEIGHT, VECTORS, Objective, dropout
@@ -63,21 +63,6 @@ class Aim:
     def recipe(self) -> str:
         """Whose numbers suit."""
         return DISTILL if self.taught and self.teacher_weight == 1 else L3PRUNE
-
-
-def read_source(file: str | Path, instruction: str | None) -> Pairs | Texts:
-    """Read a data file of pairs (:mod:`.pairs`), or of texts alone (:mod:`.texts`).
-
-    Args:
-        file: The file.
-        instruction: Goes before each anchor, or each text.
-
-    Raises:
-        DataError: It is not right.
-    """
-    if holds_texts(file):
-        return read_texts(file, instruction_prompt(instruction or ""))
-    return read_pairs(file, instruction=instruction)
 
 
 def find_aim(

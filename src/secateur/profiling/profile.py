@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from secateur.architectures.forward import block_seconds, is_out_of_memory
 from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
-from secateur.data.pairs import Pair, Pairs, batches, read_pairs
-from secateur.data.texts import Texts, holds_texts, read_texts
+from secateur.data.pairs import Pair, Pairs, batches
+from secateur.data.sources import Data, Source, read_sources
+from secateur.data.texts import Texts
 from secateur.errors import ConfigError, DataError
 from secateur.files import results_folder
 from secateur.loading.models import model_label, open_model
@@ -53,13 +54,12 @@ PICTURES = tuple(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved
 HELD_BYTES = 128 << 20
 """Of the pooled vectors of one group of batches, which are sorted by length together."""
 
-Data = str | Path | Pairs | Texts
-
 
 def profile(
     model: str | Path | SentenceTransformer,
-    data: Data | Sequence[Data],
+    data: Data,
     *,
+    columns: Mapping[str, str] | None = None,
     scale: float = 20.0,
     instruction: str | None = None,
     pooling: PoolingName | None = None,
@@ -81,9 +81,11 @@ def profile(
     Args:
         model: Anything :func:`.open_model` opens, or an opened model.
         data: Files of pairs (see :mod:`.pairs`; each batch comes from one of them) or of texts (see
-            :mod:`.texts`), from which all but the supervised columns can be told.
+            :mod:`.texts`), from which all but the supervised columns can be told; folders of them; or data sets by
+            name (see :mod:`.hub_sets`).
+        columns: Role → column, where the data call their ``query``, ``positive``, ``negative`` or ``text`` otherwise.
         scale: Inverse temperature of the contrastive loss.
-        instruction: Goes before each anchor, in place of those that come with the data.
+        instruction: Goes before each anchor, in place of those that come with the data; before each text alone.
         pooling: For a bare language model.
         batch_size: Pairs per batch; the loss depends on it.
         max_examples: Rows used, shared evenly by the files and drawn by ``seed``; batches keep the order of the file
@@ -112,7 +114,7 @@ def profile(
         raise ConfigError("batch_size", batch_size, f"is {batch_size}; in-batch negatives need at least 2")
     if out is not None:
         out = results_folder(out, Profile.file, "choice.json", *PICTURES)
-    sources = _read(data, instruction, max_examples, seed)
+    sources = _drawn(read_sources(data, instruction, columns), max_examples, seed)
     opened = _open_tasks(tasks, sample, seed)
     name = model_label(model) if isinstance(model, (str, Path)) else "model"
     notes: list[str] = []
@@ -227,11 +229,9 @@ def _quicken(model: SentenceTransformer) -> list[str]:
     return [f"number format by measurement: one block took {told}"]
 
 
-def _read(data: Data | Sequence[Data], instruction: str | None, max_examples: int, seed: int) -> list[Pairs | Texts]:
-    files = [data] if isinstance(data, (str, Path, Pairs, Texts)) else list(data)
-    if not files:
-        raise ConfigError("data", files, "no data file given")
-    read = [_read_one(item, instruction) for item in files]
+def _drawn(read: Sequence[Source], max_examples: int, seed: int) -> list[Source]:
+    if not read:
+        raise ConfigError("data", read, "no data file given")
     for source in read:
         _check_differ(source, "holds fewer than two different {}", "a loss needs something to tell apart")
     share = max(2, max_examples // len(read))
@@ -245,14 +245,6 @@ def _check_differ(source: Pairs | Texts, problem: str, hint: str) -> None:
     if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in source.rows}) < 2:
         what = "pairs" if isinstance(source, Pairs) else "texts"
         raise DataError(source.source.name, problem.format(what), hint)
-
-
-def _read_one(item: Data, instruction: str | None) -> Pairs | Texts:
-    if isinstance(item, (Pairs, Texts)):
-        return item
-    if holds_texts(item):
-        return read_texts(item)
-    return read_pairs(item, instruction=instruction)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from secateur.artifacts import Origin, ScoreRow, Training
+from secateur.data.hub_sets import is_hub_name, parse_name
 from secateur.files import read_json
 from secateur.reporting.run import Variant
 
@@ -87,7 +88,8 @@ def _is_hub_name(name: str) -> bool:
 def _hub_data(training: Training | None) -> list[str]:
     """Training data that have the form of names on the Hub."""
     files = training.provenance.data if training else ()
-    return list(dict.fromkeys(file.name for file in files if _HUB_NAME.fullmatch(file.name)))
+    names = [parse_name(file.name).name if is_hub_name(file.name) else file.name for file in files]
+    return list(dict.fromkeys(name for name in names if _HUB_NAME.fullmatch(name)))
 
 
 def _result(row: ScoreRow, place: Path) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def recipe_settings(study: StudyOptions) -> dict[str, dict[str, Any]]:
     return recipes
 
 
-_DECIDED = frozenset({"model", "data", "out", "seed"})
+_DECIDED = frozenset({"model", "data", "columns", "out", "seed"})
 
 
 def numbers_of(settings: Mapping[str, Any]) -> Recipe:
@@ -239,6 +239,8 @@ def command_words(kind: str, options: Mapping[str, Any]) -> tuple[str, ...]:
 def _values(value: Any) -> list[str]:
     if value is True:
         return []
+    if isinstance(value, Mapping):
+        return [",".join(f"{name}={item}" for name, item in value.items())]
     return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
@@ -322,6 +324,7 @@ def _of_base(
     measured = {"model": str(source), "data": [str(file) for file in study.data]}
     measured |= _unless_default(
         ProfileOptions,
+        columns=study.columns,
         scale=study.profile_scale,
         max_examples=study.max_examples,
         dtype=study.profile_dtype,
@@ -366,7 +369,7 @@ def _train(making: _Making, recipes: Mapping[str, Mapping[str, Any]], cut: _Cut,
             name = f"{making.base.name}-{cut.label}-{recipe}{suffix}"
             folder = making.run / "models" / name
             options = {"model": str(source), "data": [str(file) for file in making.study.data], **settings}
-            options |= _unless_default(HealSettings, seed=seed) | {"out": str(folder)}
+            options |= _unless_default(HealOptions, columns=making.study.columns, seed=seed) | {"out": str(folder)}
             step = making.add("heal", name, options, folder, [made], cut)
             making.add_variant(cut, recipe, seed, name, step)
 

@@ -32,10 +32,11 @@ from typing import Any
 from secateur.artifacts import Costs, Profile, Scores, Training, load
 from secateur.choosing.choose import choose
 from secateur.config import StudyOptions, make, read_yaml, to_yaml
+from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, StudyFailed
 from secateur.evaluation.tasks import open_task
 from secateur.files import read_json, results_folder, write_text
-from secateur.healing.lessons import find_aim, read_source, sets_of
+from secateur.healing.lessons import find_aim, sets_of
 from secateur.loading.models import model_label
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as
@@ -224,7 +225,7 @@ def _outline(run: Path, settings: StudyOptions) -> _Outline:
     names = _names(settings.models)
     if not settings.data:
         raise ConfigError("data", None, "no data to profile and heal with", "give --data FILE")
-    sources = [read_source(file, None) for file in settings.data]
+    sources = read_sources(settings.data, columns=settings.columns)
     for name, recipe in recipe_settings(settings).items():
         if name != NO_TRAINING:
             aim = find_aim(sources, taught="teacher" in recipe, teacher_weight=recipe.get("teacher_weight"))
