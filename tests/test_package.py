@@ -30,7 +30,7 @@ reporting: cost compare run findings saturation printing verdict drawings card r
 studies: presets plan estimate runner study
 runtime
 exporting: graph convert compatibility export
-serving: encoders exported queueing gate embeddings serve
+serving: encoders exported queueing gate embeddings app serve
 encoding: engine pools rows vector_files encode
 cli: arguments tables bars commands
 __main__

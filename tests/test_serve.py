@@ -34,10 +34,11 @@ import secateur
 from conftest import tiny_transformer
 from secateur.config import ServeOptions
 from secateur.errors import ConfigError, ModelError
+from secateur.serving.app import make_app
 from secateur.serving.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
 from secateur.serving.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
 from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, choose_batch
-from secateur.serving.serve import OPENING, Server, bind, make_app, make_server, open_encoder
+from secateur.serving.serve import OPENING, Server, bind, make_server, open_encoder
 
 PROMPTS = {"query": "find: ", "document": ""}
 TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]

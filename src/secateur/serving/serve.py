@@ -1,20 +1,11 @@
-"""The OpenAI embeddings API over a model folder: ``POST /v1/embeddings`` and ``GET /v1/models``.
-
-A request goes through four stations: :class:`.Gate` (key, size, time; for every path alike),
-:func:`.prepare` (JSON to tokens, in one thread), :class:`.Batcher` (tokens to
-vectors, together with other requests) and :func:`.respond` (vectors to JSON, piece by piece). What
-waits anywhere is bounded. Texts are never logged.
-"""
+"""A server that listens: where, with which keys and encoders, and how it ends."""
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,192 +13,29 @@ from typing import Any
 
 import torch
 import uvicorn
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import Response
-from fastapi.security import HTTPBearer
-from prometheus_client import generate_latest
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 
 from secateur.errors import ConfigError
 from secateur.loading.models import model_label, open_model
 from secateur.loading.pooling import PoolingName
-from secateur.serving.embeddings import (
-    EmbeddingList,
-    ErrorBody,
-    ModelCard,
-    ModelList,
-    prepare,
-    request_schema,
-    respond,
-    shorten,
-)
+from secateur.serving.app import make_app
 from secateur.serving.encoders import Encoder, EncoderProcess, ModelEncoder
 from secateur.serving.exported import ExportEncoder, is_export
 from secateur.serving.gate import (
     API_KEYS,
-    ApiError,
-    ClientLeft,
-    Gate,
     Keys,
     Limits,
     Metrics,
-    busy,
     log,
     log_as_json,
     read_keys,
 )
-from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull
 
 OPENING: Mapping[str, Any] = {"pooling": None, "max_length": 512, "dtype": "auto"}
 """How a model is opened where nothing else is said."""
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection, so that it is they who close it."""
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "A request that cannot be answered."},
-    401: {"model": ErrorBody, "description": "No valid API key."},
-    404: {"model": ErrorBody, "description": "No such model."},
-    408: {"model": ErrorBody, "description": "The body came too slowly."},
-    413: {"model": ErrorBody, "description": "The body is too large."},
-    415: {"model": ErrorBody, "description": "The body is not application/json."},
-    429: {"model": ErrorBody, "description": "Too much waits already; Retry-After says for how long."},
-    500: {"model": ErrorBody, "description": "The model failed on these texts."},
-    503: {"model": ErrorBody, "description": "Not in time."},
-}
-
-
-def make_app(
-    encoder: Encoder,
-    name: str,
-    *,
-    limits: Limits | None = None,
-    keys: Keys | None = None,
-    processes: Sequence[EncoderProcess] = (),
-    metrics: Metrics | None = None,
-) -> FastAPI:
-    """The server as an ASGI application.
-
-    Args:
-        encoder: Tokenizes; and encodes, in a thread, where there are no ``processes``.
-        name: What clients call the model.
-        limits: What is taken.
-        keys: API keys; none: everybody is served.
-        processes: Encode in place of ``encoder``, each batch in one of them.
-        metrics: Where to count.
-    """
-    limits, keys, metrics = limits or Limits(), keys or Keys(), metrics or Metrics()
-    batcher = Batcher(
-        [process.encode for process in processes] or [encoder.encode],
-        max_length=encoder.max_length,
-        batch_tokens=limits.batch_tokens,
-        queue_tokens=limits.queue_tokens,
-        observe=metrics.observe,
-    )
-    metrics.queue_tokens.set_function(lambda: batcher.tokens)
-    preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-
-    @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
-        yield
-        for process in processes:
-            process.close()
-        await batcher.close()
-        preparing.shutdown(wait=False, cancel_futures=True)
-
-    app = FastAPI(title="secateur", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Gate, keys=keys, limits=limits, metrics=metrics)
-    app.add_exception_handler(HTTPException, _http_error)
-    guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []  # told in the schema; the gate is what checks
-    content = {"application/json": {"schema": request_schema(encoder, name, limits)}}
-
-    async def answer(body: bytes, facts: dict[str, Any]) -> Response:
-        prepared = await asyncio.get_running_loop().run_in_executor(
-            preparing, partial(prepare, body, encoder, name, limits)
-        )
-        tokens = sum(map(len, prepared.texts))
-        facts.update(texts=len(prepared.texts), tokens=tokens)
-        vectors = await batcher.embed(prepared.texts)
-        return respond(shorten(vectors, prepared.dimensions), name, tokens, prepared.as_base64)
-
-    @app.post(
-        "/v1/embeddings",
-        responses={200: {"model": EmbeddingList}, **_ERRORS},
-        openapi_extra={"requestBody": {"required": True, "content": content}},
-        dependencies=guarded,
-    )
-    async def embeddings(request: Request) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
-        body = await request.body()
-        return await _while_connected(request, answer(body, request.state.facts), limits.timeout)
-
-    @app.get("/v1/models", responses={401: _ERRORS[401], 413: _ERRORS[413]}, dependencies=guarded)
-    async def models() -> ModelList:
-        return ModelList(data=[ModelCard(id=name)])
-
-    @app.get(
-        "/v1/models/{model:path}",
-        responses={status: _ERRORS[status] for status in (401, 404, 413)},
-        dependencies=guarded,
-    )
-    async def one_model(model: str) -> ModelCard:
-        if model != name:
-            raise ApiError(404, f"no such model; this server has {name}", param="model", code="model_not_found")
-        return ModelCard(id=name)
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/ready", responses={503: _ERRORS[503]})
-    async def ready() -> dict[str, str]:
-        if not batcher.running:
-            raise ApiError(503, "the encoder does not run", code="not_ready")
-        return {"status": "ready"}
-
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, 401: _ERRORS[401]},
-        dependencies=guarded,
-    )
-    async def measured() -> Response:
-        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
-
-    return app
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own errors (no such path, no such method) in OpenAI's shape."""
-    assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, error.detail, code="not_found", headers=error.headers).response()
-
-
-async def _while_connected(request: Request, answer: Any, timeout: float) -> Response:
-    """Await an answer as long as its client waits for it."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    work: asyncio.Task[Response] = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(left())
-    try:
-        await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        if gone.done():
-            raise ClientLeft
-        raise ApiError(503, f"not done in {timeout:g} s", code="timeout", headers={"Retry-After": "1"})
-    except QueueFull as error:
-        raise busy(error.retry_after) from None
-    except EncodingFailed:
-        raise ApiError(500, "the model failed on these texts", code="encoding_failed") from None
-    finally:
-        work.cancel()
-        gone.cancel()
 
 
 class Server(uvicorn.Server):
