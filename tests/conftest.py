@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +92,19 @@ def make_encoder(tmp_path: Path) -> MakeEncoder:
         return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu", **options).eval()
 
     return make
+
+
+@contextmanager
+def disk_of(kilobytes: int, folder: Path) -> Iterator[Path]:
+    """A file system of its own, so small that it is soon full."""
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
+    if (
+        not sys.platform.startswith("linux")
+        or subprocess.run(["mount", *options, folder], capture_output=True).returncode
+    ):
+        pytest.skip("file systems can be mounted by root alone, and like this on Linux")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # torch keeps the file open that it could not write

@@ -7,8 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from transformers import ViTConfig, ViTModel
 
 import secateur
-from conftest import example_pairs, write_pairs
+from conftest import disk_of, example_pairs, write_pairs
 from secateur import cli, config
 from secateur.artifacts import DepthRow, Profile, load
 from secateur.errors import ConfigError, DataError
@@ -350,22 +349,6 @@ def test_a_bug_is_one_line_too_and_debug_shows_where(place: Path, run: Run, monk
     monkeypatch.setattr(sys, "argv", ["secateur", "choose", "anything"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
-
-
-@contextmanager
-def disk_of(kilobytes: int, folder: Path) -> Iterator[Path]:
-    """A file system of its own, so small that it is soon full."""
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"]
-    if (
-        not sys.platform.startswith("linux")
-        or subprocess.run(["mount", *options, folder], capture_output=True).returncode
-    ):
-        pytest.skip("file systems can be mounted by root alone, and like this on Linux")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)  # torch keeps the file open that it could not write
 
 
 HEAL = ("heal", "model", "--data", "words.jsonl", "--batch-size", "8", "--steps", "2", "--precision", "float32")

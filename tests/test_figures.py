@@ -13,7 +13,7 @@ import pytest
 from matplotlib import image
 from matplotlib.text import Text
 
-from secateur.artifacts import DepthRow, DepthScoreRow, LossRow, Profile, Training
+from secateur.artifacts import DepthRow, DepthScoreRow, LossRow, Profile, Training, TrialRow
 from secateur.figures.depth import loss_curve, profile_figures
 from secateur.figures.frontier import Point, frontier, size_curve
 from secateur.figures.saving import save_png, svg
@@ -206,6 +206,19 @@ def test_training_curves_draw_every_logged_loss() -> None:
     line = figure.axes[0].lines[0]
     assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(row.step, row.loss) for row in rows]
     assert "tiny-2-healed" in words(svg(figure, "f", "t", "d"))
+
+
+def test_scores_on_the_way_are_drawn_below_with_the_kept_step_in_a_ring() -> None:
+    rows = tuple(LossRow(step, 1.0 / step, 1e-4) for step in (5, 10, 15))
+    trials = tuple(TrialRow(step, score) for step, score in ((5, 0.25), (10, 0.5), (15, 0.4)))
+    plain = Training(MADE, "m", 15, 1.0, 10, {}, {}, rows)
+    figure = training_curves({"plain": plain, "measured": replace(plain, trials=trials, best_step=10)})
+    losses, scores = figure.axes
+    assert len(losses.lines) == 2
+    line, ring = scores.lines
+    assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(5, 25.0), (10, 50.0), (15, 40.0)]
+    assert (list(ring.get_xdata()), list(ring.get_ydata()), ring.get_fillstyle()) == ([10], [50.0], "none")
+    assert line.get_color() == losses.lines[1].get_color() != losses.lines[0].get_color()
 
 
 def test_svg_is_labelled_and_its_ids_are_its_own() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 import secateur
-from conftest import example_pairs, write_pairs
+from conftest import disk_of, example_pairs, write_pairs
 from killing import run_until
 from secateur.artifacts import Origin, Training, load
 from secateur.data.pairs import Pairs, read_pairs
@@ -29,7 +30,7 @@ from secateur.healing.heal import held_out_ndcg
 from secateur.healing.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
 from secateur.healing.train import Outcome, make_loss, train, training_sets
 from secateur.healing.trainable import decide
-from secateur.healing.trainer import TRAINED_WEIGHTS, Validation
+from secateur.healing.trainer import TRAINED_WEIGHTS, Validation, last_checkpoint
 from secateur.loading.models import attends_backwards_only
 from secateur.progress import silent
 
@@ -81,6 +82,34 @@ def test_a_killed_training_ends_as_if_it_had_not_been(healed: Path, llama_folder
     one, other = (load_file(folder / "model.safetensors") for folder in (out, healed))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_disk_that_fills_up_on_the_way_loses_nothing(
+    healed: Path, llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
+    """Full from the fifth step on, so that the third checkpoint cannot be written; then freed."""
+    with disk_of(4000, tmp_path / "small") as disk:
+        filler = disk / "filler"
+
+        def fill(what: str, done: int, total: int) -> None:
+            if done == 5 * SETTINGS["batch_size"]:
+                with suppress(OSError), filler.open("wb", buffering=0) as stream:
+                    while True:
+                        stream.write(bytes(4096))
+
+        out = disk / "model"
+        with pytest.raises(OutputError, match=r"model: the disk is full: free some space and run the same command"):
+            secateur.heal(llama_folder, pairs_file, **SETTINGS, out=out, progress=fill)
+        assert not out.exists()
+        assert Path(str(last_checkpoint(disk / "model.partial" / "checkpoints"))).name == "checkpoint-4"
+        filler.unlink()
+        steps: list[int] = []
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, out=out, progress=lambda _, done, __: steps.append(done))
+        assert steps[0] == 4 * SETTINGS["batch_size"]
+        assert load(out, Training).losses == load(healed, Training).losses
+        one, other = (load_file(folder / "model.safetensors") for folder in (out, healed))
+        assert all(torch.equal(one[name], other[name]) for name in one | other)
+        assert list(disk.iterdir()) == [out]
 
 
 def trained(folder: Path, data: Sequence[Pairs], llama: Path, **changes: object) -> tuple[torch.nn.Module, Outcome]:

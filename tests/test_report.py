@@ -12,7 +12,18 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from secateur.artifacts import CostRow, Costs, DepthRow, LossRow, Origin, Profile, ScoreRow, Scores, Training
+from secateur.artifacts import (
+    CostRow,
+    Costs,
+    DepthRow,
+    LossRow,
+    Origin,
+    Profile,
+    ScoreRow,
+    Scores,
+    Training,
+    TrialRow,
+)
 from secateur.errors import DataError
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting.card import CARD_MARK
@@ -61,7 +72,9 @@ def write_model(run: Path, name: str, depth: int, healed: bool, base_model: str 
         losses = tuple(LossRow(step, 2.718 - 0.0271 * step, 1e-4) for step in (10, 20, 30))
         settings = {"learning_rate": 2e-4, "loss": "contrastive"}
         provenance = made(history[-1], seed, NLI)
-        Training(provenance, name, 30, 61.0, 1_234_567, settings, {"allnli": "find"}, losses).save(folder)
+        trials = tuple(TrialRow(step, value) for step, value in ((10, 0.6123), (20, 0.6547), (30, 0.6391)))
+        training = Training(provenance, name, 30, 61.0, 1_234_567, settings, {"allnli": "find"}, losses, trials, 20)
+        training.save(folder)
     return folder
 
 
@@ -175,6 +188,17 @@ def test_every_number_of_the_tables_is_in_the_page_and_in_the_markdown(run: Path
         assert text in markdown
 
 
+def test_scores_measured_on_the_way_are_beside_the_losses(run: Path) -> None:
+    page = read(report(run))
+    assert ["20", *["65.5"] * sum(name.endswith("healed") for name in SCORES)] in page.cells
+    assert "a ring marks the step whose weights were kept" in page.text
+    assert (
+        "tiny-6-healed ends at 1.905, and is kept from step 20, with a score of 65.5"
+        in run.joinpath("report.html").read_text()
+    )
+    assert "| Score at step |" in run.joinpath("report.md").read_text(encoding="utf-8")
+
+
 def test_rows_hold_the_values_of_their_model(run: Path) -> None:
     page = read(report(run))
     row = [plain(cell) for cell in page.row("tiny-6-healed")]
@@ -286,7 +310,7 @@ def test_the_page_is_sound_html(run: Path) -> None:
             assert all(name in ids for name in (attributes.get(key) or "").split())
     assert page.tags[[tag for tag, _ in page.tags].index("body") + 1] == ("a", {"class": "skip", "href": "#content"})
     count = {tag: sum(other == tag for other, _ in page.tags) for tag in ("table", "caption", "figure", "figcaption")}
-    assert count["table"] == count["caption"] == 6 + 1
+    assert count["table"] == count["caption"] == 7 + 1
     assert count["figure"] == count["figcaption"] == 6
     assert all(a.get("role") in {"img", "group"} and a.get("aria-labelledby") for tag, a in page.tags if tag == "svg")
     assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
-from secateur.artifacts import CostRow, DepthScoreRow, Profile
+from secateur.artifacts import CostRow, DepthScoreRow, Profile, Training
 from secateur.figures.depth import profile_figures
 from secateur.figures.frontier import Point, frontier, size_curve
 from secateur.figures.training import training_curves
@@ -95,15 +95,27 @@ def draw(findings: Findings, threshold: float) -> tuple[dict[str, Drawing], Satu
         drawn["saturation"] = sizes
     trainings = {v.name: v.training for v in findings.run.variants if v.training and v.training.rows}
     if trainings:
-        ends = [f"{name} ends at {loss(item.rows[-1].loss)}" for name, item in trainings.items()]
-        drawn["training"] = Drawing(
-            "training",
-            "Training loss",
-            "Loss of each healed model, the mean since the step logged before.",
-            _some(ends),
-            training_curves(trainings),
-        )
+        drawn["training"] = _training(trainings)
     return drawn, fitted
+
+
+def _training(trainings: Mapping[str, Training]) -> Drawing:
+    """Losses, and the scores on the way where there are any."""
+    caption = "Loss of each healed model, the mean since the step logged before."
+    scored = any(item.trials for item in trainings.values())
+    if scored:
+        caption += (
+            " Below, its score on the way, the mean over the held-out data that it was measured on; a ring marks the "
+            "step whose weights were kept."
+        )
+    title = "Training loss and scores on the way" if scored else "Training loss"
+    ends = [f"{name} ends at {loss(item.rows[-1].loss)}{_kept(item)}" for name, item in trainings.items()]
+    return Drawing("training", title, caption, _some(ends), training_curves(trainings))
+
+
+def _kept(training: Training) -> str:
+    best = next((row for row in training.trials if row.step == training.best_step), None)
+    return f", and is kept from step {best.step}, with a score of {score(best.score)}" if best else ""
 
 
 def _some(parts: Sequence[str]) -> str:

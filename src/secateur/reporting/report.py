@@ -83,6 +83,7 @@ def _shared(found: Findings, drawn: Mapping[str, Drawing]) -> dict[str, Any]:
         "built": [variant for variant in run.variants if variant.origin],
         "undrawn": list(run.profiles)[MOST_PROFILES:],
         "losses": _losses(run),
+        "trials": _trials(run),
         "settings": _settings(run),
         "steps": _steps(run),
         "origins": _origins(run),
@@ -168,8 +169,20 @@ def _losses(run: Run) -> tuple[list[str], dict[int, list[str]]]:
     """Names of the trained models, and step → the loss of each."""
     trained = {variant.name: variant.training for variant in run.variants if variant.training}
     curves = [{row.step: row.loss for row in training.rows} for training in trained.values()]
-    steps = sorted({step for curve in curves for step in curve})
-    return list(trained), {step: [printing.loss(curve.get(step)) for curve in curves] for step in steps}
+    return list(trained), {step: [printing.loss(curve.get(step)) for curve in curves] for step in _steps_of(curves)}
+
+
+def _trials(run: Run) -> tuple[list[str], dict[int, list[str]]]:
+    """Names of the models that were measured while they were trained, and step → the score of each."""
+    measured = {
+        variant.name: variant.training for variant in run.variants if variant.training and variant.training.trials
+    }
+    curves = [{row.step: row.score for row in training.trials} for training in measured.values()]
+    return list(measured), {step: [printing.score(curve.get(step)) for curve in curves] for step in _steps_of(curves)}
+
+
+def _steps_of(curves: Iterable[Mapping[int, object]]) -> list[int]:
+    return sorted({step for curve in curves for step in curve})
 
 
 def _settings(run: Run) -> list[tuple[list[str], Training]]:
