@@ -1,9 +1,14 @@
 """What ``secateur encode`` gains on ``SentenceTransformer.encode``, and how near it comes to what the processor can do.
 
-    python benchmarks/encode.py FULL [CUT ...]            # ratios; the other models are divided by the first
+    python benchmarks/encode.py FULL --depths 24 7        # ratios; the cut models are divided by the first
     python benchmarks/encode.py --rows 1000000            # memory of a large run, killed five times and resumed
 
-Ratios: every variant runs in turn, round by round, in one process; the median of the rounds counts.
+Ratios, for each model: ``encode`` to the model's own ``encode`` at its best batch size, on texts of mixed lengths and
+on short queries under one instruction, with the least cosine between their vectors; useful FLOPs per second to those of
+a matrix product in the same number format; and for each cut, texts per second to those of the first model, divided by
+the ratio of FLOPs.
+
+Every variant runs in turn, round by round, in one process; the median of the rounds counts.
 ``--clock cpu`` counts the process's own processor time, for a machine that is busy (with one thread only).
 """
 
@@ -28,8 +33,9 @@ import numpy as np
 import psutil
 import torch
 
-from secateur import accelerate, open_model
-from secateur.encoding.engine import BATCH_TOKENS, use_mixed_products
+from secateur import accelerate, open_model, prune
+from secateur.encoding.encode import SHARD
+from secateur.encoding.engine import BATCH_TOKENS, MixedLinear, quicken, use_mixed_products
 from secateur.loading.models import model_label
 from secateur.measures.flops import flops_per_token
 from secateur.measures.metrics import paired_cosines
@@ -37,8 +43,9 @@ from secateur.measures.metrics import paired_cosines
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
 INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best; "
 BATCH_SIZES = (4, 8, 16, 32, 64)
+MARKS = (10_000, 30_000, 100_000, 200_000, 300_000, 500_000, 700_000)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-AIMS = {"float32": 1.5, "mixed": 1.5, "bfloat16": 2.5}
+AIMS = {"float32": 1.5, "auto": 1.5, "mixed": 1.5, "bfloat16": 2.5}
 
 
 def main() -> None:
@@ -47,18 +54,21 @@ def main() -> None:
     if args.rows:
         large(args)
     else:
-        ratios(args)
+        with tempfile.TemporaryDirectory() as scratch:
+            cuts = [str(prune(args.models[0], depth, out=Path(scratch) / f"{depth} blocks")) for depth in args.depths]
+            ratios([*args.models, *cuts], args)
     print(f"load {os.getloadavg()[0]:.2f} after")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*")
+    parser.add_argument("--depths", type=int, nargs="*", default=[], help="also cut the first model to these depths")
     parser.add_argument("--texts", type=int, default=256, help="texts in a timed round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, nargs="+", default=[BATCH_TOKENS], help="budgets to try")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--dtypes", nargs="+", default=list(AIMS), choices=list(AIMS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "auto", "bfloat16"], choices=list(AIMS))
     parser.add_argument("--rows", type=int, help="rows of the large run, on a tiny random model")
     args = parser.parse_args()
     if not args.rows and not args.models:
@@ -99,19 +109,19 @@ def documents(count: int) -> list[str]:
     return [f"{i} " + " ".join(rng.choices(WORDS, k=180)) for i in range(count)]
 
 
-def ratios(args: argparse.Namespace) -> None:
+def ratios(models: Sequence[str], args: argparse.Namespace) -> None:
     peaks = {name: peak(dtype) for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))}
     print("matrix products: " + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in peaks.items()))
     rates: dict[str, dict[str, float]] = {}
     costs: dict[str, float] = {}
-    for name in args.models:
-        print(f"\n{model_label(name)}")
+    for name in models:
+        print(f"\n{model_label(name)}", flush=True)
         own, ways = open_ways(name, args)
         compare("mixed lengths", own, ways, mixed_lengths(args.texts), "", args)
         compare("queries under an instruction", own, ways, queries(args.texts), INSTRUCTION, args, aim=3)
         rates[name], costs[name] = against_peak(own, ways, peaks, args)
-    first = args.models[0]
-    for name in args.models[1:]:
+    first = models[0]
+    for name in models[1:]:
         for way, rate in rates[name].items():
             quicker, cheaper = rate / rates[first][way], costs[first] / costs[name]
             print(
@@ -125,11 +135,12 @@ def open_ways(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     ways = {}
     for budget in args.batch_tokens:
         for dtype in args.dtypes:
-            model = (
-                own if dtype == "float32" else open_model(name, device="cpu", dtype=dtype.replace("mixed", "float32"))
-            )
+            stored = "bfloat16" if dtype == "bfloat16" else "float32"
+            model = own if dtype == "float32" else open_model(name, device="cpu", dtype=stored)
             if dtype == "mixed":
                 use_mixed_products(model)
+            elif dtype == "auto":
+                print(f"  auto takes {quicken(model)}")
             ways[f"{dtype}, {budget} tokens"] = accelerate(model, batch_tokens=budget)
     return own, ways
 
@@ -200,10 +211,14 @@ def against_peak(
     run_in_turn(variants, texts, "", args)
     for way, variant in variants.items():
         rate = each * sum(tokens) / variant.median
-        of = peaks["float32" if way.startswith("float32") else "bfloat16"]
+        of = peaks["bfloat16" if multiplies_in_bfloat16(ways[way]) else "float32"]
         print(f"  documents: {way:24} {rate / 1e9:6.1f} useful GFLOP/s, {rate / of:.2f} of matrix products (aim 0.6)")
     rates = {way: len(texts) / variant.median for way, variant in variants.items()}
     return rates, each * sum(tokens) / len(texts)
+
+
+def multiplies_in_bfloat16(model: Any) -> bool:
+    return model.dtype == torch.bfloat16 or any(isinstance(module, MixedLinear) for module in model.modules())
 
 
 # --- a large run -----------------------------------------------------------------------------------------------------
@@ -219,15 +234,66 @@ def large(args: argparse.Namespace) -> None:
             for row in range(args.rows):
                 stream.write(json.dumps({"text": made(row)}) + "\n")
         command = [sys.executable, "-m", "secateur", "encode", str(model), str(texts), "-o", str(out)]
-        shards = -(-args.rows // 2048)
-        for kill in range(1, 6):
-            wait_and_kill(command, out.with_name("vectors.npy.partial") / f"{shards * kill // 6:08d}.npy")
-        memory = watch(command)
-        tenth = max(1, len(memory) // 10)
-        early, late = statistics.median(memory[tenth : 2 * tenth]), statistics.median(memory[-tenth:])
-        told = ", ".join(f"{value / 1e6:.0f} MB {when}" for value, when in ((early, "early"), (late, "at the end")))
-        print(f"last run: {told}, {max(memory) / 1e6:.0f} MB at most")
+        partial = out.with_name("vectors.npy.partial")
+        hundredth = max(1, args.rows // SHARD // 100)
+        run_and_watch(command, partial, until=lambda: (partial / "places.npy").exists(), when="while it read")
+        for shards in (hundredth, 2 * hundredth, 3 * hundredth):
+            file = partial / f"{shards:08d}.npy"
+            run_and_watch(command, partial, until=file.exists, when=f"once {file.name} was there")
+        memory = run_and_watch(command, partial, until=(partial / "result").exists, when="while it wrote the result")
+        tell(memory, args.rows)
+        print(f"finishing: {max(each.resident for each in run_and_watch(command, partial)) / 1e6:.0f} MB at most")
         check_rows(model, np.load(out, mmap_mode="r"), args.rows)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a process held at some moment, in bytes: resident, and of that its own (no files); and its finished rows."""
+
+    rows: int
+    resident: int
+    own: int
+
+
+def run_and_watch(
+    command: list[str], partial: Path, until: Callable[[], bool] | None = None, when: str = ""
+) -> list[Memory]:
+    """Run to the end, or until something is so and then kill; its memory, four times a second.
+
+    What is to be killed is watched once it has encoded something: before, it is smaller than it will be.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    known, memory, looked = psutil.Process(process.pid), [], 0.0
+    before = len(list(partial.glob("0*.npy")))
+    while process.poll() is None and not (until and until()):
+        if time.monotonic() - looked > 0.25:
+            looked = time.monotonic()
+            shards = len(list(partial.glob("0*.npy")))
+            found = known.memory_full_info()
+            if until is None or shards > before + 1:
+                memory.append(Memory(shards * SHARD, found.rss, found.uss))
+        time.sleep(0.005)
+    if until is None:
+        assert process.returncode == 0, "the run failed"
+        return memory
+    assert process.poll() is None, f"the run ended before it was killed {when}"
+    process.kill()
+    process.wait()
+    print(f"killed {when}", flush=True)
+    return memory
+
+
+def tell(memory: Sequence[Memory], rows: int) -> None:
+    """Memory at some numbers of rows: the median of what was seen between the one before and it."""
+    before = 0
+    for mark in (*(mark for mark in MARKS if mark < rows), rows):
+        seen = [each for each in memory if before <= each.rows <= mark + SHARD]
+        if seen:
+            resident = statistics.median(each.resident for each in seen) / 1e6
+            own = statistics.median(each.own for each in seen) / 1e6
+            print(f"encoding: to row {mark:9,}: {resident:.0f} MB resident, {own:.0f} MB of them its own")
+        before = mark
+    print(f"encoding: {max(each.resident for each in memory) / 1e6:.0f} MB at most")
 
 
 def made(row: int) -> str:
@@ -242,27 +308,6 @@ def tiny_model(folder: Path) -> Path:
     model = open_model(tiny_transformer(folder.with_name("plain"), "llama", depth=2), pooling="mean", device="cpu")
     model.save(str(folder))
     return folder
-
-
-def wait_and_kill(command: list[str], file: Path) -> None:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not file.exists() and process.poll() is None:
-        time.sleep(0.01)
-    assert process.poll() is None, f"the run ended before {file.name}"
-    process.kill()
-    process.wait()
-    print(f"killed once {file.name} was there")
-
-
-def watch(command: list[str]) -> list[int]:
-    """Run to the end; its resident memory, ten times a second."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    known, memory = psutil.Process(process.pid), []
-    while process.poll() is None:
-        memory.append(known.memory_info().rss)
-        time.sleep(0.1)
-    assert process.returncode == 0
-    return memory
 
 
 def check_rows(model: Path, vectors: np.ndarray, rows: int) -> None:

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.feather
 import pyarrow.parquet as parquet
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
@@ -21,7 +22,7 @@ from killing import run_until
 from secateur import accelerate, encode, export, open_model
 from secateur.cli import app
 from secateur.encoding.encode import SHARD
-from secateur.encoding.engine import Engine, use_mixed_products
+from secateur.encoding.engine import Engine, MixedLinear, use_arithmetic, use_mixed_products
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.measures.metrics import paired_cosines
 
@@ -137,6 +138,29 @@ def test_mixed_products_round_little_and_can_be_undone(make_encoder: MakeEncoder
     assert paired_cosines(mixed, expected).min() >= 0.999
     undo()
     np.testing.assert_array_equal(own.encode(list(SCRIPTS)), expected)
+
+
+def test_mixed_products_spare_the_first_blocks(make_encoder: MakeEncoder):
+    own = make_encoder("llama", depth=3)
+    assert use_arithmetic(own, "mixed:2") == "mixed:2"
+    mixed = [any(isinstance(m, MixedLinear) for m in block.modules()) for block in own[0].auto_model.layers]
+    assert mixed == [False, False, True]
+    states = torch.randn(3, 7, 32)  # 21 rows, which are filled up
+    layer = own[0].auto_model.layers[2].mlp.up_proj
+    rounded = states.bfloat16().double() @ layer.weight.double().T
+    torch.testing.assert_close(layer(states).double(), rounded, rtol=1e-2, atol=1e-3)
+
+
+def test_auto_keeps_its_bound_on_texts_that_it_has_not_seen(make_encoder: MakeEncoder, monkeypatch):
+    """Where bfloat16 is said to be quicker: random letters, hardest where they are few."""
+    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr("secateur.encoding.engine.block_seconds", lambda model: seconds)
+    own, exact = make_encoder("llama", depth=4, seed=1), make_encoder("llama", depth=4, seed=1)
+    taken = use_arithmetic(own, "auto")
+    assert taken in ("float32", "mixed", "mixed:1", "mixed:2")
+    rng = random.Random(3)
+    texts = ["".join(rng.choices(LETTERS, k=rng.randint(1, 12))) for _ in range(400)]
+    assert paired_cosines(own.encode(texts), exact.encode(texts)).min() >= 0.9999
 
 
 # --- files in, one file out ------------------------------------------------------------------------------------------
@@ -321,3 +345,20 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     told = capsys.readouterr()
     assert told.out.strip() == str(tmp_path / "v.parquet")
     assert "3 rows, 2 distinct texts, 32 numbers each" in told.err
+    assert "encoded 2 texts" in told.err
+    assert "tokens per second" in told.err
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_progress_counts_texts_and_tokens(model: Path, tmp_path: Path, processes: int):
+    texts = ["a" * (1 + i % 9) + str(i) for i in range(SHARD + 10)]
+    file, out, told = write_lines(tmp_path / "a.jsonl", [*texts, *texts]), tmp_path / "v.npy", []
+    done = encode(
+        model, [file], out=out, dtype="float32", processes=processes, progress=lambda *some: told.append(some)
+    )
+    assert done.tokens == sum(map(len, texts)), "one token a letter"
+    assert [some for some in told if some[0] == "texts"][-1] == ("texts", len(texts), len(texts))
+    assert [some for some in told if some[0] == "tokens"][-1] == ("tokens", done.tokens, 0)
+    counts = [count for what, count, _ in told if what == "texts"]
+    assert counts == sorted(counts)
+    assert len(counts) >= (20 if processes == 1 else 2), "it is told while a shard is at work"

@@ -391,7 +391,7 @@ class EncodeOptions(Options):
     processes: int = Field(1, ge=1, description="Processes of this machine, or workers of the cluster.")
     ray: str | None = Field(None, description="Address of a Ray cluster (auto, ray://host:10001), or local.")
     dtype: Literal["auto", "float32", "mixed", "bfloat16", "float16"] = Field(
-        "auto", description="Of the arithmetic; auto: the quickest that keeps a cosine of 0.9999 on some texts."
+        "auto", description="Of the arithmetic; auto: the quickest that keeps a cosine of 0.9999 to float32."
     )
     pooling: PoolingName | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)

@@ -13,7 +13,7 @@ import tqdm.auto  # type: ignore[import-untyped]
 import transformers
 
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, done, total)``, from 0 to ``total``."""
+"""Called as ``progress(what, done, total)``, from 0 to ``total``; a total of 0: nobody knows it."""
 
 CHATTY = ("mteb", "sentence_transformers", "datasets")
 

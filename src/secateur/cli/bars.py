@@ -37,20 +37,32 @@ def work_bars() -> Iterator[Progress]:
     started: dict[str, float] = {}
     since: dict[str, int] = {}  # what a run that was stopped had done before
     with bars.Progress(
-        bars.TextColumn("{task.description}"), *amount, *times, console=console, disable=not console.is_terminal
+        bars.TextColumn("{task.description}"),
+        *amount,
+        *times,
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,  # a piece of work may take minutes
     ) as shown:
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks or done == 0:
-                tasks[what] = shown.add_task(what, total=total, rate="")
+                # An earlier run's work says nothing of the speed of this one.
+                tasks[what] = shown.add_task(what, total=total or None, completed=done, rate="")
                 started[what], since[what] = time.monotonic(), done
             seconds = time.monotonic() - started[what]
-            rate = f"{(done - since[what]) / seconds:.3g}/s" if seconds >= 1 else ""
-            shown.update(tasks[what], completed=done, total=total, rate=rate)
-            if done == total and not console.is_terminal:
+            rate = f"{per_second(done - since[what], seconds)}/s" if seconds >= 1 else ""
+            shown.update(tasks[what], completed=done, total=total or None, rate=rate)
+            if 0 < done == total and not console.is_terminal:
                 typer.echo(f"{what}: {total} in {seconds:.0f} s" + (f", {rate}" if rate else ""), err=True)
 
         yield progress
+
+
+def per_second(done: int, seconds: float) -> str:
+    """A rate in three digits or more: ``4.27``, ``31.2``, ``5,311``."""
+    rate = done / seconds
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import typer
 
 from secateur import config
 from secateur.cli.arguments import command_of, spread
-from secateur.cli.bars import study_bars, work_bars
+from secateur.cli.bars import per_second, study_bars, work_bars
 from secateur.cli.tables import (
     show_candidates,
     show_comparison,
@@ -217,7 +217,8 @@ def encode_command(options: config.EncodeOptions) -> None:
         f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} numbers each, {done.dtype}", err=True
     )
     if done.encoded:
-        typer.echo(f"encoded {done.encoded} texts, {done.encoded / done.seconds:.1f} per second", err=True)
+        texts, tokens = (per_second(count, done.seconds) for count in (done.encoded, done.tokens))
+        typer.echo(f"encoded {done.encoded} texts, {texts} texts and {tokens} tokens per second", err=True)
     typer.echo(done.file)
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +41,7 @@ SHARD = 2048
 """Distinct texts that are encoded together, and what a killed run loses at most of each worker's work."""
 
 JOB, PLACES, RESULT = "job.json", "places.npy", "result"
-WHAT = "texts"
-OPEN_SHARDS = 64
+TEXTS, TOKENS = "texts", "tokens"
 
 Precision = Literal["float32", "int8", "binary"]
 
@@ -53,6 +53,7 @@ class Encoded:
     Attributes:
         dtype: Of the model's arithmetic.
         encoded: Texts that went through the model in this run; fewer than ``distinct`` where it went on.
+        tokens: Of these texts, prompts and special tokens included.
         seconds: That they took.
     """
 
@@ -62,6 +63,7 @@ class Encoded:
     dimension: int
     dtype: str
     encoded: int
+    tokens: int
     seconds: float
 
 
@@ -103,13 +105,13 @@ def encode(
         batch_tokens: Tokens in a batch, padding included.
         processes: Processes of this machine, or actors of the cluster.
         ray: Address of a Ray cluster, or ``local``.
-        dtype: ``auto``: the quickest that keeps a cosine of 0.9999 to float32 on a few texts, measured; ``float32``;
-            ``mixed``: linear layers multiply in bfloat16; ``bfloat16`` or ``float16``.
+        dtype: ``auto``: the quickest that keeps a cosine of 0.9999 to float32, measured (:func:`.quicken`);
+            ``float32``; ``mixed``: linear layers multiply in bfloat16; ``bfloat16`` or ``float16``.
         pooling: As for ``open_model``.
         max_length: As for ``open_model``.
         device: Torch device; default: the GPU where there is one.
         trust_remote_code: As for ``open_model``.
-        progress: Called as work goes on.
+        progress: Called as work goes on; of tokens, whose total nobody knows, with a total of 0.
 
     Raises:
         DataError: A file or a text cannot be read; or there are none.
@@ -148,10 +150,10 @@ def encode(
         worker = None  # its memory is the workers' now
         pool = in_processes(opening, processes) if ray is None else on_ray(opening, ray, processes)
     with writing(folder):
-        encoded, seconds = _encode_shards(pool, texts, job, folder, progress)
+        work = _encode_shards(pool, texts, job, folder, progress)
         about = {"model": str(model), **asdict(job), "precision": precision}
         _finish(folder, job, precision, about, out)
-    return Encoded(out, inputs.rows, inputs.distinct, numbers, facts.dtype, encoded, seconds)
+    return Encoded(out, inputs.rows, inputs.distinct, numbers, facts.dtype, work.texts, work.tokens, work.seconds)
 
 
 @dataclass(frozen=True)
@@ -264,43 +266,70 @@ def _add(digest: hashlib._Hash, text: str) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _places(folder: Path) -> NDArray[np.int64]:
-    return np.memmap(folder / PLACES, dtype="<i8", mode="r")
+def _places(folder: Path) -> Iterator[NDArray[np.int64]]:
+    """For each row the number of its text, :data:`SHARD` rows at a time: a mapped file would stay in memory."""
+    with (folder / PLACES).open("rb") as stream:
+        while len(numbers := np.fromfile(stream, dtype="<i8", count=SHARD)):
+            yield numbers
 
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.npy"
 
 
+def _open_shard(folder: Path, number: int) -> Vectors:
+    found: Vectors = np.load(_shard(folder, number), mmap_mode="r")
+    return found
+
+
+@dataclass
+class _Work:
+    """What this run has encoded so far; tells it to ``progress``, ``before`` being what an earlier run has done."""
+
+    before: int
+    distinct: int
+    progress: Progress
+    texts: int = 0
+    tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+
+    def add(self, texts: int, tokens: int) -> None:
+        self.texts, self.tokens = self.texts + texts, self.tokens + tokens
+        self.progress(TOKENS, self.tokens, 0)
+        self.progress(TEXTS, self.before + self.texts, self.distinct)
+
+
 def _encode_shards(
     pool: AbstractContextManager[Run], texts: Texts, job: _Job, folder: Path, progress: Progress
-) -> tuple[int, float]:
-    """Encode what is not there yet; how many texts that were, and how many seconds they took."""
+) -> _Work:
+    """Encode what is not there yet."""
     distinct = job.inputs.distinct
-    sizes = [min(SHARD, distinct - start) for start in range(0, distinct, SHARD)]
-    todo = [number for number in range(len(sizes)) if not _shard(folder, number).exists()]
-    done = before = distinct - sum(sizes[number] for number in todo)
-    progress(WHAT, done, distinct)
+    shards = -(-distinct // SHARD)
+    todo = [number for number in range(shards) if not _shard(folder, number).exists()]
+    left = sum(min(SHARD, distinct - number * SHARD) for number in todo)
+    progress(TEXTS, distinct - left, distinct)
     if not todo:
-        return 0, 0.0
+        return _Work(distinct, distinct, progress)
     with pool as run:
-        start = time.monotonic()
-        for number, vectors in zip(todo, run(_pieces(texts, job.inputs, folder, set(todo))), strict=False):
+        work = _Work(distinct - left, distinct, progress)
+        progress(TOKENS, 0, 0)
+        pieces = _pieces(texts, job.inputs, folder, set(todo))
+        for number, vectors in zip(todo, run(pieces, work.add), strict=False):
             write_bytes(_shard(folder, number), _as_npy(_finished(vectors, job)))
-            done += len(vectors)
-            progress(WHAT, done, distinct)
-    return done - before, time.monotonic() - start
+        work.seconds = time.monotonic() - work.started
+    return work
 
 
 def _pieces(texts: Texts, inputs: _Inputs, folder: Path, todo: set[int]) -> Iterator[list[str]]:
     """The distinct texts of each shard in ``todo``, in order."""
     digest = hashlib.sha256()
-    places = _places(folder)
+    numbers = itertools.chain.from_iterable(_places(folder))
     distinct = 0
     piece: list[str] = []
-    for row, text in enumerate(texts()):
+    for text, number in zip(texts(), itertools.chain(numbers, itertools.repeat(-1)), strict=False):
         _add(digest, text)
-        if row < len(places) and places[row] == distinct:
+        if number == distinct:
             if distinct // SHARD in todo:
                 piece.append(text)
             distinct += 1
@@ -343,24 +372,18 @@ def _finish(folder: Path, job: _Job, precision: Precision, about: dict[str, Any]
 
 def _rows(folder: Path, job: _Job) -> Iterator[Vectors]:
     """The vectors of all rows, in their order, a piece at a time."""
-    places = _places(folder)
-
-    @lru_cache(OPEN_SHARDS)
-    def shard(number: int) -> NDArray[Any]:
-        found: NDArray[Any] = np.load(_shard(folder, number), mmap_mode="r")
-        return found
-
-    for start in range(0, len(places), SHARD):
-        numbers = places[start : start + SHARD]
+    for numbers in _places(folder):
         vectors = np.empty((len(numbers), job.dimension), dtype=np.float32)
         for number in np.unique(numbers // SHARD):
             here = numbers // SHARD == number
-            vectors[here] = shard(int(number))[numbers[here] % SHARD]
+            vectors[here] = _open_shard(folder, int(number))[numbers[here] % SHARD]
         yield vectors
 
 
 def _ranges(folder: Path, job: _Job) -> Vectors:
     """Least and greatest value of each dimension over all vectors: (2, dimension)."""
-    shards = [np.load(_shard(folder, number), mmap_mode="r") for number in range(-(-job.inputs.distinct // SHARD))]
-    least = np.min([shard.min(axis=0) for shard in shards], axis=0)
-    return np.stack([least, np.max([shard.max(axis=0) for shard in shards], axis=0)]).astype(np.float32)
+    least, most = np.full(job.dimension, np.inf, np.float32), np.full(job.dimension, -np.inf, np.float32)
+    for number in range(-(-job.inputs.distinct // SHARD)):
+        vectors = _open_shard(folder, number)
+        least, most = np.minimum(least, vectors.min(axis=0)), np.maximum(most, vectors.max(axis=0))
+    return np.stack([least, most])

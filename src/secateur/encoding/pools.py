@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from secateur import runtime
 from secateur.data.vectors import fingerprint_model
-from secateur.encoding.engine import BATCH_TOKENS, Engine, quicken, use_mixed_products
+from secateur.encoding.engine import BATCH_TOKENS, MIXED, WINDOW, Engine, Told, use_arithmetic
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.loading.models import open_model
 from secateur.loading.pooling import PoolingName
@@ -37,8 +38,8 @@ TRIES = 3
 
 @dataclass(frozen=True)
 class Opening:
-    """All that a worker needs: the options of ``open_model`` (with ``mixed`` and ``auto`` of
-    :func:`.quicken` as ``dtype``), what goes before each text, and how many threads are its share.
+    """All that a worker needs: the options of ``open_model`` (with the names of
+    :func:`.use_arithmetic` as ``dtype``), what goes before each text, and how many threads are its share.
     """
 
     model: str
@@ -69,8 +70,8 @@ class Worker(Protocol):
     def facts(self) -> Facts:
         """What the run wants to know of it."""
 
-    def encode(self, texts: Sequence[str], prompt: str, /) -> Vectors:
-        """Vectors (texts, dimension), a prompt before each text."""
+    def encode(self, texts: Sequence[str], prompt: str, told: Told, /) -> Vectors:
+        """Vectors (texts, dimension), a prompt before each text; tells of its work as it goes on."""
 
 
 class _ModelWorker:
@@ -81,15 +82,13 @@ class _ModelWorker:
             torch.set_num_threads(opening.threads)
         self._model = open_model(
             opening.model,
-            dtype="float32" if opening.dtype == "mixed" else opening.dtype,
+            dtype="float32" if opening.dtype.startswith(MIXED) else opening.dtype,
             pooling=opening.pooling,
             max_length=opening.max_length,
             device=opening.device,
             trust_remote_code=opening.trust_remote_code,
         )
-        self._dtype = quicken(self._model) if opening.dtype == "auto" else opening.dtype
-        if opening.dtype == "mixed":
-            use_mixed_products(self._model)
+        self._dtype = use_arithmetic(self._model, opening.dtype)
         self._engine = Engine(self._model, batch_tokens=opening.batch_tokens, name=opening.model)
 
     def facts(self) -> Facts:
@@ -97,8 +96,8 @@ class _ModelWorker:
         fingerprint = fingerprint_model(model)
         return Facts(self._engine.dimension, self._dtype, fingerprint, dict(model.prompts), model.default_prompt_name)
 
-    def encode(self, texts: Sequence[str], prompt: str, /) -> Vectors:
-        return self._engine.encode(texts, prompt)
+    def encode(self, texts: Sequence[str], prompt: str, told: Told, /) -> Vectors:
+        return self._engine.encode(texts, prompt, told)
 
 
 class _ExportWorker:
@@ -118,11 +117,14 @@ class _ExportWorker:
         prompts, default = dict(settings.prompts), settings.default_prompt_name
         return Facts(settings.dimension, settings.precision, digest.hexdigest(), prompts, default)
 
-    def encode(self, texts: Sequence[str], prompt: str, /) -> Vectors:
-        found: Vectors = self._encoder.encode(
-            texts, prompt=prompt, batch_tokens=self._batch_tokens, precision="float32"
-        )
-        return found
+    def encode(self, texts: Sequence[str], prompt: str, told: Told, /) -> Vectors:
+        encoder, pieces = self._encoder, []
+        for start in range(0, len(texts), WINDOW):
+            tokens = encoder.tokenize(texts[start : start + WINDOW], prompt)
+            length = encoder.prompt_length(prompt)
+            pieces.append(encoder.encode_tokens(tokens, length, batch_tokens=self._batch_tokens))
+            told(len(tokens), sum(map(len, tokens)))
+        return np.concatenate(pieces)
 
 
 def open_worker(opening: Opening) -> Worker:
@@ -141,18 +143,31 @@ class _PromptedWorker:
         self._prompt = opening.prompt
         self._worker = open_worker(opening)
 
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        return self._worker.encode(texts, self._prompt)
+    def encode(self, texts: Sequence[str]) -> Answer:
+        done: list[tuple[int, int]] = []
+        vectors = self._worker.encode(texts, self._prompt, lambda *some: done.append(some))
+        return Answer(vectors, sum(tokens for _, tokens in done))
 
 
-Run = Callable[[Iterable[Sequence[str]]], Iterator[Vectors]]
-"""Pieces of work in, their vectors out, in the same order; pieces are taken as they are needed."""
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a worker elsewhere gives for a piece: vectors (texts, dimension), and how many tokens it has read."""
+
+    vectors: Vectors
+    tokens: int
+
+
+Run = Callable[[Iterable[Sequence[str]], Told], Iterator[Vectors]]
+"""Pieces of work in, their vectors out, in the same order; pieces are taken as they are needed.
+
+A worker elsewhere tells of its work when a piece is done.
+"""
 
 
 @contextmanager
 def in_this_process(worker: Worker, prompt: str) -> Iterator[Run]:
     """One piece after the other."""
-    yield lambda pieces: (worker.encode(piece, prompt) for piece in pieces)
+    yield lambda pieces, told: (worker.encode(piece, prompt, told) for piece in pieces)
 
 
 @contextmanager
@@ -161,11 +176,11 @@ def in_processes(opening: Opening, count: int) -> Iterator[Run]:
     threads = max(1, (os.cpu_count() or 1) // count)
     make = partial(_PromptedWorker, replace(opening, threads=opening.threads or threads))
     processes = [EncoderProcess(make) for _ in range(count)]
-    idle: queue.SimpleQueue[EncoderProcess] = queue.SimpleQueue()
+    idle: queue.SimpleQueue[EncoderProcess[Answer]] = queue.SimpleQueue()
     for process in processes:
         idle.put(process)
 
-    def encode(piece: Sequence[str]) -> Vectors:
+    def encode(piece: Sequence[str]) -> Answer:
         process = idle.get()
         try:
             return _try_often(process, piece, opening.model)
@@ -174,14 +189,14 @@ def in_processes(opening: Opening, count: int) -> Iterator[Run]:
 
     with ThreadPoolExecutor(count, thread_name_prefix="process") as executor:
         try:
-            yield lambda pieces: _in_order(lambda piece: executor.submit(encode, piece), pieces, 2 * count)
+            yield lambda pieces, told: _in_order(lambda piece: executor.submit(encode, piece), pieces, told, 2 * count)
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.close()
 
 
-def _try_often(process: EncoderProcess, piece: Sequence[str], model: str) -> Vectors:
+def _try_often(process: EncoderProcess[Answer], piece: Sequence[str], model: str) -> Answer:
     for tries in range(1, TRIES + 1):
         try:
             return process.encode(piece)
@@ -227,12 +242,12 @@ def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
         own = replace(opening, threads=opening.threads or cores)
         actors = itertools.cycle([remote.remote(own) for _ in range(actors_wanted)])
 
-        def submit(piece: Sequence[str]) -> Future[Vectors]:
-            future: Future[Vectors] = next(actors).encode.remote(list(piece)).future()
+        def submit(piece: Sequence[str]) -> Future[Answer]:
+            future: Future[Answer] = next(actors).encode.remote(list(piece)).future()
             return future
 
         try:
-            yield lambda pieces: _in_order(submit, pieces, 2 * actors_wanted)
+            yield lambda pieces, told: _in_order(submit, pieces, told, 2 * actors_wanted)
         except ray.exceptions.RayError as error:
             raise ModelError(opening.model, f"the workers failed ({_last_line(error)})") from error
     finally:
@@ -246,13 +261,19 @@ def _last_line(error: BaseException) -> str:
 
 
 def _in_order(
-    submit: Callable[[Sequence[str]], Future[Vectors]], pieces: Iterable[Sequence[str]], ahead: int
+    submit: Callable[[Sequence[str]], Future[Answer]], pieces: Iterable[Sequence[str]], told: Told, ahead: int
 ) -> Iterator[Vectors]:
     """Give pieces away, at most ``ahead`` at a time, and yield what they become in order."""
-    waiting: deque[Future[Vectors]] = deque()
+    waiting: deque[Future[Answer]] = deque()
+
+    def next_vectors() -> Vectors:
+        answer = waiting.popleft().result()
+        told(len(answer.vectors), answer.tokens)
+        return answer.vectors
+
     for piece in pieces:
         waiting.append(submit(piece))
         if len(waiting) >= ahead:
-            yield waiting.popleft().result()
+            yield next_vectors()
     while waiting:
-        yield waiting.popleft().result()
+        yield next_vectors()

@@ -167,11 +167,22 @@ class Encoder:
     def _vectors(
         self, texts: Sequence[str], prompt: str, batch_size: int | None, batch_tokens: int
     ) -> npt.NDArray[np.float32]:
-        vectors = np.zeros((len(texts), self.settings.dimension), np.float32)
-        tokens = self.tokenize(texts, prompt)
-        length = self.prompt_length(prompt)
+        return self.encode_tokens(
+            self.tokenize(texts, prompt), self.prompt_length(prompt), batch_size=batch_size, batch_tokens=batch_tokens
+        )
+
+    def encode_tokens(
+        self,
+        tokens: Sequence[Sequence[int]],
+        prompt_length: int = 0,
+        *,
+        batch_size: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> npt.NDArray[np.float32]:
+        """Vectors (texts, dimension) of tokenized texts under one prompt; the options are those of :meth:`encode`."""
+        vectors = np.zeros((len(tokens), self.settings.dimension), np.float32)
         for batch in _batches([len(ids) for ids in tokens], batch_size, batch_tokens, self.settings.max_length):
-            vectors[batch] = self.run([tokens[i] for i in batch], length)
+            vectors[batch] = self.run([tokens[i] for i in batch], prompt_length)
         return vectors
 
     def tokenize(self, texts: Sequence[str], prompt: str = "", *, truncate: bool = True) -> list[list[int]]:

@@ -31,7 +31,7 @@ from secateur.serving.embeddings import (
     respond,
     shorten,
 )
-from secateur.serving.encoders import Encoder, EncoderProcess
+from secateur.serving.encoders import Encoder, EncoderProcess, Vectors
 from secateur.serving.gate import ApiError, ClientLeft, Gate, Keys, Limits, Metrics, busy
 from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull
 
@@ -74,7 +74,7 @@ def make_app(
     *,
     limits: Limits | None = None,
     keys: Keys | None = None,
-    processes: Sequence[EncoderProcess] = (),
+    processes: Sequence[EncoderProcess[Vectors]] = (),
     metrics: Metrics | None = None,
 ) -> FastAPI:
     """The server as an ASGI application.

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -226,14 +226,18 @@ class ModelEncoder:
             raise ModelError(name, f"gives other vectors in batches than alone (cosine {cosine:.4f})")
 
 
-class Encoding(Protocol):
-    """What a process can do: batches of whatever it understands to vectors."""
-
-    def encode(self, batch: Sequence[Any], /) -> Vectors:
-        """Vectors (batch, dimension)."""
+Answer = TypeVar("Answer")
+AnswerOf = TypeVar("AnswerOf", covariant=True)
 
 
-class EncoderProcess:
+class Encoding(Protocol[AnswerOf]):
+    """What a process can do: batches of whatever it understands to vectors, maybe with more about them."""
+
+    def encode(self, batch: Sequence[Any], /) -> AnswerOf:
+        """Vectors (batch, dimension), or what holds them."""
+
+
+class EncoderProcess(Generic[Answer]):
     """The encoding of an :class:`Encoder` in a process of its own, replaced when it dies.
 
     Args:
@@ -241,7 +245,7 @@ class EncoderProcess:
         on_restart: Called when a dead process is replaced.
     """
 
-    def __init__(self, make: Callable[[], Encoding], on_restart: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, make: Callable[[], Encoding[Answer]], on_restart: Callable[[], None] = lambda: None) -> None:
         self._make = make
         self._on_restart = on_restart
         self._closed = False
@@ -259,7 +263,7 @@ class EncoderProcess:
         self._process.start()
         theirs.close()
 
-    def encode(self, batch: Sequence[Any]) -> Vectors:
+    def encode(self, batch: Sequence[Any]) -> Answer:
         """See :meth:`Encoder.encode`; used by one thread.
 
         Raises:
@@ -267,7 +271,7 @@ class EncoderProcess:
         """
         try:
             self._pipe.send(batch)
-            answer: Vectors | str = self._pipe.recv()
+            answer: Answer | str = self._pipe.recv()
         except (EOFError, OSError):
             self._process.kill()
             self._process.join()
@@ -287,7 +291,7 @@ class EncoderProcess:
         self._process.join()
 
 
-def _answer(pipe: Connection, make: Callable[[], Encoding]) -> None:
+def _answer(pipe: Connection, make: Callable[[], Encoding[Any]]) -> None:
     """The life of an encoder process: batches in, vectors out, until the other end is closed."""
     # Ctrl-C reaches all processes of a terminal; the server decides when its encoders end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
