@@ -28,7 +28,8 @@ from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
 from secateur.data.demo import pairs_of
-from secateur.exporting.export import Export, export
+from secateur.exporting.export import export
+from secateur.exporting.manifest import Export
 from secateur.loading.models import open_model
 
 WAYS = (("onnx", "int8", "dynamic"), ("openvino", "int8", "static"), ("openvino", "bfloat16", None))

@@ -21,8 +21,10 @@ from secateur import config, runtime
 from secateur.artifacts import load
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
 from secateur.exporting.compatibility import compatibility
-from secateur.exporting.export import LEAST_COSINE, Export, as_numbers, export
+from secateur.exporting.export import LEAST_COSINE, export
+from secateur.exporting.faithfulness import as_numbers
 from secateur.exporting.graph import EncoderGraph
+from secateur.exporting.manifest import Export
 from secateur.loading.models import open_model
 from secateur.measures.metrics import paired_cosines
 from task_folders import example_rows, write_task

@@ -14,7 +14,7 @@ from secateur import config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files provenance artifacts progress config
+errors files provenance artifacts progress clusters config
 figures: text style labels depth frontier training saving
 architectures: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
@@ -29,7 +29,7 @@ healing: remote recipe processes teacher minibatches objectives trainable traine
 reporting: cost compare run findings saturation printing verdict drawings card report
 studies: presets plan estimate runner study
 runtime
-exporting: graph convert compatibility export
+exporting: graph convert compatibility manifest faithfulness export
 serving: encoders exported queueing gate embeddings app serve
 encoding: engine pools rows vector_files encode
 cli: arguments tables bars commands

@@ -27,6 +27,8 @@ PADDING = 1.05
 """How many times its real tokens a batch may have with its padding, where it has enough of them already."""
 FEWEST = 192
 """Tokens that are enough for a processor to multiply at its full rate."""
+LENGTH_STEP = 16
+"""What :func:`padded_length` gives multiples of: each new shape costs a CPU a new kernel."""
 SHORTEST_PREFIX = 4
 """Tokens in common below which sharing them saves nothing."""
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -92,6 +94,17 @@ def rounded(length: int) -> int:
     """
     step = 1 << max(0, (length - 1).bit_length() - 4)
     return -(-length // step) * step
+
+
+def padded_length(length: int, longest: int | None = None) -> int:
+    """A length that batches are padded to where shapes come at random and should be few: a multiple of 16.
+
+    Args:
+        length: Tokens of the longest text of the batch.
+        longest: Not more than this, unless the text itself has more.
+    """
+    full = -(-max(1, length) // LENGTH_STEP) * LENGTH_STEP
+    return full if longest is None else min(full, max(longest, length))
 
 
 def plan(lengths: Tensor, budget: int = BUDGET) -> list[list[int]]:

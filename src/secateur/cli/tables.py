@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from secateur.artifacts import Comparison, CostRow, Profile, Scores
     from secateur.choosing.candidates import Candidates
-    from secateur.exporting.export import Export
+    from secateur.exporting.manifest import Export
     from secateur.studies.runner import State
 
 

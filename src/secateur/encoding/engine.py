@@ -38,16 +38,13 @@ from secateur.errors import ModelError
 from secateur.loading.models import attends_backwards_only
 from secateur.loading.pooling import pool
 from secateur.measures.metrics import paired_cosines
-from secateur.serving.encoders import ModelEncoder, Tokens, Vectors
+from secateur.serving.encoders import SLICE_CHARACTERS, ModelEncoder, Tokens, Vectors
 
 BATCH_TOKENS = 512
 """Tokens in a batch, padding included: enough for the processor's full rate, few enough to stay in its cache."""
 
 WINDOW = 512
 """Texts tokenized, and cut into batches, together; they come sorted by their characters."""
-
-SLICE_CHARACTERS = 1 << 16
-"""Characters tokenized at once: what a tokenizer returns is many times larger than its ids."""
 
 ROWS_STEP = 16
 """Rows of a product in bfloat16 are filled up to a multiple of this: oneDNN keeps a kernel for each number of rows."""

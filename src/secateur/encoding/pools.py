@@ -17,15 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from secateur import runtime
+from secateur.clusters import ray_cluster
 from secateur.data.vectors import fingerprint_model
 from secateur.encoding.engine import BATCH_TOKENS, MIXED, WINDOW, Engine, Told, use_arithmetic
-from secateur.errors import ConfigError, MissingPackage, ModelError
+from secateur.errors import ModelError
 from secateur.loading.models import open_model
 from secateur.loading.pooling import PoolingName
 from secateur.provenance import fingerprint
@@ -215,26 +216,10 @@ def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
 
     Args:
         opening: The model must be found under this name on every machine.
-        address: Of the cluster (``auto``, ``ray://host:10001``), or ``local`` for a cluster on this machine alone.
+        address: As for :func:`.ray_cluster`, and so with its errors.
         count: Actors; 1 means one for each machine.
-
-    Raises:
-        MissingPackage: Ray is not installed.
-        ConfigError: There is no cluster at that address.
     """
-    try:
-        import ray
-    except ImportError:
-        raise MissingPackage("ray", "encoding on a cluster", "pip install 'secateur[ray]'") from None
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    ours = not ray.is_initialized()
-    try:
-        if ours:
-            ray.init(**(options if address == "local" else {"address": address, **options, "include_dashboard": None}))
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ConfigError("ray", address, f"no Ray cluster at {address} ({first:.200})") from None
-    try:
+    with ray_cluster(address) as ray:
         nodes = sum(node["Alive"] for node in ray.nodes())
         actors_wanted = count if count > 1 else nodes
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // actors_wanted)
@@ -250,9 +235,6 @@ def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
             yield lambda pieces, told: _in_order(submit, pieces, told, 2 * actors_wanted)
         except ray.exceptions.RayError as error:
             raise ModelError(opening.model, f"the workers failed ({_last_line(error)})") from error
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 def _last_line(error: BaseException) -> str:

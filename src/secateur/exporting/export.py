@@ -8,32 +8,28 @@ what users will get. No folder appears whose vectors, or whose scores, differ by
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
-from secateur.artifacts import Scores, Table
 from secateur.data.demo import pairs_of
 from secateur.data.sources import read_source
 from secateur.errors import ConfigError, ExportTooFar, ModelError
-from secateur.evaluation.evaluate import evaluate
-from secateur.exporting.compatibility import Note, compatibility
+from secateur.exporting.compatibility import compatibility
 from secateur.exporting.convert import Features, Form, convert, form_of
+from secateur.exporting.faithfulness import cosines, reference_vectors, score_both
 from secateur.exporting.graph import EncoderGraph
+from secateur.exporting.manifest import Export
 from secateur.files import new_folder
 from secateur.loading.models import open_model, write_files
 from secateur.loading.pooling import PoolingName
-from secateur.measures.metrics import paired_cosines
-from secateur.progress import Progress, quiet, silent
+from secateur.progress import Progress, silent
 from secateur.provenance import Fingerprint, provenance
-from secateur.runtime.encoder import MANIFEST
 from secateur.runtime.vectors import FORMATS, VectorFormat
 
 STEP = "export"
@@ -44,7 +40,6 @@ CALIBRATION_LENGTH = 128
 LEAST_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.995, "int8": 0.9}
 """Of the text that fares worst. Measured: docs/export.md."""
 
-POINTS = 100
 WORLD = (
     "The gardener cut the hedge back to half its height.",
     "Садовник подстриг живую изгородь наполовину.",
@@ -59,74 +54,6 @@ WORLD = (
     "def prune(model, depth): return model[:depth]  # 🌿",
 )
 """Ten scripts and a line of code, beside the texts of the user or of the documentation that is installed."""
-
-
-@dataclass(frozen=True)
-class ScoreDifference:
-    """One task: the original's score and the export's, 0 to 1."""
-
-    task: str
-    original: float
-    exported: float
-
-
-@dataclass(frozen=True)
-class Export(Table):
-    """``export.json``: what :mod:`.runtime` needs to know, and how near the export is to the original.
-
-    Attributes:
-        graph: The graph's file.
-        quantization: How activations are rounded in int8: ``static`` or ``dynamic``.
-        dimension: Numbers in a vector; ``vectors`` is their form where the caller asks for none, ``ranges`` the least
-            and greatest value of each, (2, dimension).
-        max_length: Tokens after which a text is cut, on its ``truncation_side``.
-        padding: Token id of padding; ``special`` those of special tokens.
-        files: Name → bytes.
-        cosine_min: Least cosine between the original's vector and the export's, over ``compared`` texts, alone and
-            with each prompt; ``cosine_mean`` their mean; ``least_cosine`` what was asked for.
-        scores_by_task: Task → the scores of ``original`` and ``exported``.
-        readers: What other software makes of the folder (:mod:`.compatibility`).
-    """
-
-    kind: ClassVar[str] = "export"
-    file: ClassVar[str] = MANIFEST
-
-    model: str
-    backend: str
-    precision: str
-    quantization: str | None
-    graph: str
-    dimension: int
-    vectors: VectorFormat
-    ranges: tuple[tuple[float, ...], ...]
-    max_length: int
-    truncation_side: str
-    padding: int
-    special: tuple[int, ...]
-    prompts: Mapping[str, str]
-    default_prompt_name: str | None
-    files: Mapping[str, int]
-    cosine_min: float
-    cosine_mean: float
-    least_cosine: float
-    compared: int
-    scores_by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    readers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> tuple[ScoreDifference, ...]:
-        return tuple(ScoreDifference(task, **scores) for task, scores in self.scores_by_task.items())
-
-    @property
-    def points_lost(self) -> float | None:
-        """What the average over the tasks fell by, in points of 100; None without tasks."""
-        if not self.rows:
-            return None
-        return POINTS * float(np.mean([row.original - row.exported for row in self.rows]))
-
-    @property
-    def notes(self) -> tuple[Note, ...]:
-        return tuple(Note(reader, **note) for reader, note in self.readers.items())
 
 
 def export(
@@ -198,19 +125,19 @@ def export(
         convert(graph, form, folder, lambda: _features(opened, graph, calibration))
         _write_rest(opened, folder)
         progress(STEP, 50, 100)
-        expected = _reference(opened, [*compared, *calibration], dimensions)
+        expected = reference_vectors(opened, [*compared, *calibration], dimensions)
         about = _describe(opened, form, folder, expected, vectors) | {"least_cosine": least, "model": str(model)}
         about |= {"provenance": provenance(sources, seed)}
         draft = Export(**about, cosine_min=0.0, cosine_mean=0.0, compared=len(compared))
         draft.save(folder)
         progress(STEP, 60, 100)
         encoder = runtime.load(folder)
-        found = _compare(opened, encoder, compared, expected[: len(compared)], dimensions)
+        found = cosines(opened, encoder, compared, expected[: len(compared)], dimensions)
         if found.min() < least:
             problem = f"the least cosine between its vectors and the original's is {found.min():.4f}, below {least:g}"
             raise ExportTooFar(out, problem, "another --precision or --to, or a lower --min-cosine")
         progress(STEP, 70, 100)
-        scores = _score(opened, encoder, tasks, sample, seed, dimensions)
+        scores = score_both(opened, encoder, tasks, sample, seed, dimensions)
         about |= {"cosine_min": float(found.min()), "cosine_mean": float(found.mean()), "scores_by_task": scores}
         result = Export(**about, compared=len(compared), readers=_readers(folder))
         if result.points_lost is not None and not result.points_lost <= max_loss:
@@ -266,21 +193,6 @@ def _write_rest(model: SentenceTransformer, folder: Path) -> None:
     model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def _reference(
-    model: SentenceTransformer, texts: Sequence[str], dimensions: int | None, prompt: str = ""
-) -> npt.NDArray[np.float32]:
-    """The original's vectors (texts, dimension)."""
-    with quiet():
-        vectors = np.asarray(model.encode(list(texts), prompt=prompt, show_progress_bar=False), dtype=np.float32)
-    if not np.isfinite(vectors).all():
-        raise ModelError(type(model[0].auto_model).__name__, "gives vectors with NaN or infinity")
-    if dimensions is None:
-        return vectors
-    short = vectors[:, :dimensions]
-    lengths = np.linalg.norm(short, axis=1, keepdims=True)
-    return np.asarray(short / np.maximum(lengths, 1e-12), dtype=np.float32)
-
-
 def _describe(
     model: SentenceTransformer, form: Form, folder: Path, vectors: npt.NDArray[np.float32], given: VectorFormat
 ) -> dict[str, Any]:
@@ -311,83 +223,5 @@ def _longest(model: SentenceTransformer) -> int:
     return int(next(limit for limit in (*limits, 512) if limit))
 
 
-def _compare(
-    model: SentenceTransformer,
-    encoder: runtime.Encoder,
-    texts: Sequence[str],
-    expected: npt.NDArray[np.float32],
-    dimensions: int | None,
-) -> npt.NDArray[np.float64]:
-    """Cosine of each text's two vectors: without a prompt and with each of the model's."""
-    found = [paired_cosines(expected, encoder.encode(texts, prompt="", precision="float32"))]
-    for prompt in sorted({prompt for prompt in model.prompts.values() if prompt}):
-        vectors = encoder.encode(texts, prompt=prompt, precision="float32")
-        found.append(paired_cosines(_reference(model, texts, dimensions, prompt), vectors))
-    return np.concatenate(found)
-
-
 def _readers(folder: Path) -> dict[str, dict[str, str]]:
     return {note.reader: {"loads": note.loads, "why": note.why} for note in compatibility(folder)}
-
-
-def _score(
-    model: SentenceTransformer,
-    encoder: runtime.Encoder,
-    tasks: Sequence[str | Path],
-    sample: int | None,
-    seed: int,
-    dimensions: int | None,
-) -> dict[str, dict[str, float]]:
-    """Task → the scores of the original, with vectors of the same dimension, and of the export."""
-    if not tasks:
-        return {}
-    with _truncated(model, dimensions):
-        original = evaluate([model], tasks, sample=sample, seed=seed, names=["original"])
-    with _encoding_by(model, encoder):
-        exported = evaluate([model], tasks, sample=sample, seed=seed, names=["exported"])
-    return {task: {"original": _of(original, task), "exported": _of(exported, task)} for task in _names(original)}
-
-
-def _names(scores: Scores) -> list[str]:
-    return [row.task for row in scores.rows]
-
-
-def _of(scores: Scores, task: str) -> float:
-    return next(row.score for row in scores.rows if row.task == task)
-
-
-@contextmanager
-def _truncated(model: SentenceTransformer, dimensions: int | None) -> Iterator[None]:
-    before = model.truncate_dim
-    try:
-        model.truncate_dim = dimensions if dimensions is not None else before
-        yield
-    finally:
-        model.truncate_dim = before
-
-
-@contextmanager
-def _encoding_by(model: SentenceTransformer, encoder: runtime.Encoder) -> Iterator[None]:
-    """The model with all texts encoded by the export, so that it is scored as the original is, prompts included.
-
-    Bytes and bits are scored as the numbers that they stand for.
-    """
-
-    def encode(inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **_: Any) -> Any:
-        found = encoder.encode(inputs, prompt_name=prompt_name, prompt=prompt)
-        return as_numbers(found, encoder.settings.vectors, encoder.settings.dimension)
-
-    try:
-        model.encode = encode
-        yield
-    finally:
-        del model.encode
-
-
-def as_numbers(vectors: npt.NDArray[Any], form: VectorFormat, dimension: int) -> npt.NDArray[np.float32]:
-    """Vectors as they are compared: bytes as numbers around 0, bits as -1 and 1."""
-    if form in ("binary", "ubinary"):
-        packed = (vectors.astype(np.int16) + 128).astype(np.uint8) if form == "binary" else vectors
-        return np.unpackbits(packed, axis=-1, count=dimension).astype(np.float32) * 2 - 1
-    numbers = vectors.astype(np.float32)
-    return numbers - 128 if form == "uint8" else numbers

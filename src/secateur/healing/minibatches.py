@@ -19,16 +19,10 @@ from sentence_transformers.base.losses.gradcache import RandContext
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import Tensor
 
-LENGTH_STEP = 16
-"""Texts are padded to a multiple of so many tokens."""
+from secateur.architectures.forward import padded_length
 
 LOSS_ROWS = 1024
 """Anchors whose similarities to all candidates are in memory at once."""
-
-
-def rounded(length: int) -> int:
-    """The next multiple of :data:`LENGTH_STEP`."""
-    return max(1, math.ceil(length / LENGTH_STEP)) * LENGTH_STEP
 
 
 class Column(dict[str, Any]):
@@ -50,7 +44,7 @@ class Column(dict[str, Any]):
         # Padding on the left stays: what a model takes for a text's position may count from there.
         padded_left = bool((mask[:, 0] == 0).any())
         full = mask.shape[1]
-        self.widths = [full if padded_left else min(full, rounded(int(lengths[i]))) for i in order]
+        self.widths = [full if padded_left else padded_length(int(lengths[i]), full) for i in order]
         self.places = order.argsort().tolist()
         self.ranges = list(_split(self.widths, tokens))
 

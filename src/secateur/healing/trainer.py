@@ -17,8 +17,8 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from secateur.architectures.forward import padded_length
 from secateur.errors import TrainingDiverged
-from secateur.healing.minibatches import rounded
 from secateur.progress import Progress
 
 TRAINED_WEIGHTS = "trained.safetensors"
@@ -153,7 +153,7 @@ def out_of_patience(state: TrainerState, patience: int | None) -> bool:
 
 
 def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]:
-    """``model.preprocess`` with batches padded to a multiple of :data:`.LENGTH_STEP` tokens.
+    """``model.preprocess`` with batches padded as :func:`.padded_length` says.
 
     On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back.
     """
@@ -164,7 +164,7 @@ def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]
     def preprocess(texts: list[str], **options: Any) -> dict[str, Any]:
         features: dict[str, Any] = dict(model.preprocess(texts, **options))
         length = features["input_ids"].shape[1]
-        missing = rounded(length) - length
+        missing = padded_length(length) - length
         for key, value in features.items():
             if isinstance(value, torch.Tensor) and value.shape[:2] == (len(texts), length):
                 sides = (missing, 0) if left else (0, missing)

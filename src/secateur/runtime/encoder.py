@@ -22,7 +22,7 @@ from secateur.runtime.sessions import Ids, Session, open_session
 from secateur.runtime.vectors import FORMATS, VectorFormat, quantize
 
 MANIFEST = "export.json"
-LENGTH_STEP = 16
+LENGTH_STEP = 16  # as architectures.forward.padded_length; what runs without torch imports nothing of it
 BATCH_TOKENS = 4096
 CHUNK = 1024
 """Texts tokenized at once: a tokenizer's result is much larger than its ids."""

@@ -19,18 +19,18 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
+from secateur.architectures.forward import padded_length
 from secateur.errors import ModelError, SecateurError
 from secateur.loading.models import PROBES
 from secateur.measures.metrics import paired_cosines
 from secateur.progress import quiet
 
-LENGTH_STEP = 16
-"""Lengths of padded batches are rounded up to a multiple of this: each new shape costs a CPU a new kernel."""
-
 CHARACTERS_PER_TOKEN = 64
 """A text with more characters than this for each token that the model reads is too long before it is tokenized."""
 
 SLICE_CHARACTERS = 1 << 16
+"""Characters tokenized at once: what a tokenizer returns is many times larger than its ids."""
+
 LEAST_COSINE = 0.999
 
 Vectors = npt.NDArray[np.float32]
@@ -91,11 +91,6 @@ class Encoder(Protocol):
 
     def encode(self, batch: Sequence[Tokens]) -> Vectors:
         """Vectors (batch, dimension) of texts that share a prompt length, in one pass of the model."""
-
-
-def padded_length(length: int, max_length: int) -> int:
-    """The length that texts of up to ``length`` tokens are padded to."""
-    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, max(max_length, length))
 
 
 def read_slices(

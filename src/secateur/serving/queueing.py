@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from secateur.serving.encoders import Tokens, Vectors, padded_length
+from secateur.architectures.forward import padded_length
+from secateur.serving.encoders import Tokens, Vectors
 
 LOOKAHEAD = 1024
 """How many waiting texts are looked at when a batch is made."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -18,13 +17,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from secateur.errors import MissingPackage, OutputError, SecateurError, StepFailed
+from secateur.clusters import ray_cluster
+from secateur.errors import OutputError, SecateurError, StepFailed
 from secateur.evaluation.evaluate import evaluate
 from secateur.files import output_error
 from secateur.healing.heal import heal
@@ -368,20 +368,12 @@ def on_ray(address: str, jobs: int) -> Executor:
     paths (a shared file system).
 
     Args:
-        address: Of the cluster; ``auto`` for the one that this machine belongs to, ``local`` for a new one here.
+        address: As for :func:`.ray_cluster`, and so with its errors.
         jobs: Steps at once; 1: as many as the cluster has cores, with one core each.
-
-    Raises:
-        MissingPackage: ray is not installed.
-        ConfigError: There is no cluster at the address.
     """
-    try:
-        import ray  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError:
-        raise MissingPackage("ray", "--ray", "pip install 'secateur[ray]'") from None
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call,unused-ignore]
-    available = int(resources.get("CPU", 1))
+    connection = ExitStack()
+    ray = connection.enter_context(ray_cluster(address))
+    available = int(ray.cluster_resources().get("CPU", 1))
     threads = max(1, available // jobs) if jobs > 1 else 1
     slots = min(jobs, available) if jobs > 1 else available
     task = ray.remote(num_cpus=threads)(run_command)
@@ -392,7 +384,7 @@ def on_ray(address: str, jobs: int) -> Executor:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
 
-    return Executor(slots, run, ray.shutdown)
+    return Executor(slots, run, connection.close)
 
 
 def cores() -> int:
