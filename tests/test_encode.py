@@ -19,12 +19,13 @@ from sentence_transformers.util import quantize_embeddings
 
 from conftest import LETTERS, MakeEncoder, tiny_transformer
 from killing import run_until
-from secateur import accelerate, encode, export, open_model
+from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
 from secateur.encoding.encode import SHARD
 from secateur.encoding.engine import Engine, MixedLinear, use_arithmetic, use_mixed_products
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.measures.metrics import paired_cosines
+from task_folders import example_rows, write_task
 
 SCRIPTS = (
     "The gardener cut the hedge.",
@@ -127,6 +128,15 @@ def test_accelerate_keeps_the_signature(make_encoder: MakeEncoder):
     np.testing.assert_allclose(tokens[0], own.encode(["one"], output_value="token_embeddings")[0])
     same(fast.encode_query(texts), own.encode_query(texts))
     assert isinstance(fast, SentenceTransformer)
+
+
+@pytest.mark.parametrize("kind", ["sts", "retrieval"])
+def test_an_accelerated_model_has_the_same_scores(make_encoder: MakeEncoder, tmp_path: Path, kind: str):
+    own = make_encoder("llama", prompts={"query": "find the word that is meant: "})
+    task = write_task(tmp_path / kind, kind, example_rows(kind), instruction="find the word that is meant")
+    scores = evaluate([own, accelerate(own)], [task], names=["own", "fast"])
+    first, second = (row.score for row in scores.rows)
+    assert second == pytest.approx(first, abs=1e-4)
 
 
 def test_mixed_products_round_little_and_can_be_undone(make_encoder: MakeEncoder):
