@@ -27,7 +27,7 @@ _LATER = """
 import os, signal, sys, threading, time
 
 def watch(seconds):
-    while "secateur.study" not in sys.modules:
+    while "secateur.studies.study" not in sys.modules:
         time.sleep(0.001)
     time.sleep(float(seconds))
     os.killpg(0, signal.SIGKILL)
