@@ -145,6 +145,22 @@ def test_graded_retrieval_is_sklearns_ndcg(make_encoder: MakeEncoder, tmp_path: 
     assert score(model, path) == pytest.approx(ndcg_score(gold, similarity, k=10), abs=1e-5)
 
 
+def test_a_task_of_several_is_their_mean(make_encoder: MakeEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tasks of mteb's own, on other data than those that it would download."""
+    model, own = make_encoder(), {}
+    parts = mteb.get_task("CQADupstackRetrieval").metadata.tasks
+    for number, part in enumerate(parts):
+        path = write_task(tmp_path / str(number), "retrieval", example_rows("retrieval", 12 + number))
+        own[part.metadata.name] = score(model, path, instructions=False)
+        monkeypatch.setattr(part, "dataset", open_task(path).make().dataset, raising=False)
+        monkeypatch.setattr(part, "data_loaded", True)
+    assert len(set(own.values())) > 1
+    (row,) = evaluate([model], ["MTEB(eng, v1)/CQADupstackRetrieval"], names=["m"], out=tmp_path / "out").rows
+    assert row.score == pytest.approx(np.mean(list(own.values())), abs=1e-5)
+    assert row.samples == sum(12 + number for number in range(len(parts)))
+    assert (row.task, row.low, row.unit) == ("CQADupstackRetrieval", None, "")
+
+
 def test_every_model_is_scored_on_the_same_texts_in_any_company(make_encoder: MakeEncoder, tmp_path: Path):
     rows = [{"text": f"{'ab' if i % 2 else 'xy'} text {i}", "label": i % 2} for i in range(600)]
     path = write_task(tmp_path / "t", "clustering", {"test": rows})

@@ -298,6 +298,19 @@ def test_a_plan_is_shown_and_nothing_is_written(place: Path, tmp_path: Path, mon
     assert not (tmp_path / "run").exists()
 
 
+def test_the_papers_study_is_on_the_english_tasks_of_mteb(place: Path, tmp_path: Path):
+    tiny_transformer(tmp_path / "ten", "llama", depth=10)
+    data = [place / "words.jsonl"]
+    state = secateur.plan_study([tmp_path / "ten"], preset="paper", data=data, batch_size=8, out=tmp_path / "run")
+    steps = [step for step in state.plan.steps if step.kind == "evaluate"]
+    assert steps
+    for step in steps:
+        assert len(step.options["tasks"]) == 56
+        assert "MTEB(eng, v1)/STS17" in step.options["tasks"]
+    shares = {depth for variant in state.plan.variants for depth in variant.specs}
+    assert {f"0.{tenth}" for tenth in range(1, 9)} | {"large", "small"} <= shares
+
+
 def test_status_and_resume_are_commands(run: Path, place: Path, tmp_path: Path, monkeypatch, capsys):
     def command(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])

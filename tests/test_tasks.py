@@ -7,11 +7,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import mteb
 import pytest
 
 from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import DISTRACTORS_PER_QUERY, TRAIN_PER_LABEL, read_task_folder, sample_task
-from secateur.evaluation.tasks import count_samples, open_task
+from secateur.evaluation.tasks import count_samples, expand, open_task
 from task_folders import TYPES, example_rows, write_lines, write_task
 
 
@@ -211,6 +212,26 @@ def test_mteb_names_are_looked_up_in_mteb():
         open_task("CIFAR10")
     with pytest.raises(ConfigError, match="only task folders are sampled"):
         open_task("STS12", sample=10)
+
+
+def test_a_benchmark_is_its_tasks_on_the_languages_and_splits_that_it_takes(tmp_path: Path):
+    folder = write_task(tmp_path / "t", "sts", example_rows("sts"))
+    names = expand([folder, "MTEB(eng, v1)", "STS12", "unknown"])
+    assert (names[0], *names[-2:]) == (folder, "STS12", "unknown")
+    members = names[1:-2]
+    assert members == [f"MTEB(eng, v1)/{task.metadata.name}" for task in mteb.get_benchmark("MTEB(eng, v1)").tasks]
+    assert {"MTEB(eng, v1)/STS17", "MTEB(eng, v1)/CQADupstackRetrieval"} < set(members)
+    english, whole = open_task("MTEB(eng, v1)/STS17"), open_task("STS17")
+    assert english.name == whole.name == "STS17"
+    assert english.instruction == whole.instruction
+    assert english.source.sha256 != whole.source.sha256
+    assert (
+        open_task("MTEB(eng, v1)/CQADupstackRetrieval").instruction
+        == open_task("CQADupstackAndroidRetrieval").instruction
+    )
+    for name in ("MTEB(eng, v1)/STS129", "MTEB(eng, v9)/STS12", "MTEB(eng, v9)"):
+        with pytest.raises(DataError, match="neither a task folder nor"):
+            open_task(name)
 
 
 def test_an_mteb_task_that_cannot_be_downloaded_is_one_clear_error(tmp_path: Path):

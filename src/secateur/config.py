@@ -95,7 +95,9 @@ class ProfileOptions(Options):
     dtype: Dtype = Field("auto", description="Number format of the arithmetic; auto: the quickest, by measurement.")
     device: str | None = Field(None, description=_DEVICE)
     seed: int = Field(42, description="Of the drawing.")
-    tasks: list[str] = Field([], description="Score these at every depth too: task folders, or names that mteb knows.")
+    tasks: list[str] = Field(
+        [], description="Score these at every depth too: task folders, or tasks and benchmarks of mteb."
+    )
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     trust_remote_code: bool = Field(False, description=_TRUST)
 
@@ -217,7 +219,7 @@ class EvaluateOptions(Options):
     """
 
     models: list[str] = Field(description=MODEL, json_schema_extra=ONE, min_length=1)
-    tasks: list[str] = Field(description="Task folders, or names of tasks that mteb knows.", min_length=1)
+    tasks: list[str] = Field(description="Task folders, or names of mteb's tasks and benchmarks.", min_length=1)
     out: Path = _out("Folder for scores.json.")
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     seed: int = Field(42, description="Of the sample.")
@@ -245,7 +247,7 @@ class CompareOptions(Options):
     """
 
     models: list[str] = Field(description=MODEL, json_schema_extra=ONE, min_length=2)
-    tasks: list[str] = Field([], description="Task folders, or names of tasks that mteb knows.")
+    tasks: list[str] = Field([], description="Task folders, or names of mteb's tasks and benchmarks.")
     texts: list[Path] = Field([], description="Files of texts: .txt, or .jsonl with text [default: the tasks' own].")
     out: Path = _out("Folder for comparison.json and the scores.")
     neighbours: int = Field(10, ge=1, description="Nearest texts compared for each text.")
@@ -278,7 +280,9 @@ class ExportOptions(Options):
     vectors: Literal["float32", "int8", "uint8", "binary", "ubinary"] = Field(
         "float32", description="Form in which the runtime gives vectors."
     )
-    tasks: list[str] = Field(default=[], description="Tasks to score both on: folders, or names that mteb knows.")
+    tasks: list[str] = Field(
+        default=[], description="Tasks to score both on: folders, or tasks and benchmarks of mteb."
+    )
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     seed: int = Field(42, description="Of the samples.")
     min_cosine: float | None = Field(
@@ -309,7 +313,7 @@ class StudyOptions(HealSettings):
     models: list[str] = Field(default=[], description=MODEL, json_schema_extra=ONE)
     data: list[Path] = Field(default=[], description=_DATA)
     columns: Columns = _columns()
-    tasks: list[str] = Field(default=[], description="Task folders, or names of tasks that mteb knows.")
+    tasks: list[str] = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
     out: Path = _out("The run folder.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(
         None,

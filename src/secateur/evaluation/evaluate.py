@@ -43,7 +43,7 @@ from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.differences import draws_file
 from secateur.evaluation.predictions import predicted
-from secateur.evaluation.tasks import Task, count_samples, open_task
+from secateur.evaluation.tasks import Task, count_samples, expand, open_task
 from secateur.files import output_error, read_json, write_bytes, writing
 from secateur.loading.models import model_label, open_model
 from secateur.measures.intervals import FEWEST, Array, interval, mean_of, resample, whole
@@ -77,8 +77,8 @@ def evaluate(
 
     Args:
         models: Names, folders or open models. One at a time is in memory.
-        tasks: Task folders, or names of mteb tasks, whose data mteb downloads. All folders are checked before any text
-            is encoded.
+        tasks: Task folders, or names of mteb's tasks and benchmarks, whose data mteb downloads. All folders are checked
+            before any text is encoded.
         sample: Evaluate on at most so many rows of each task, the same for all models (see
             :func:`.sample_task`). Sampled retrieval is easier than the whole task.
         seed: Decides which rows; mteb's own draws keep mteb's own seed.
@@ -162,7 +162,7 @@ def open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> li
     """
     if not tasks:
         raise ConfigError("tasks", tasks, "there are none", "name one at least")
-    opened = [open_task(task, sample=sample, seed=seed) for task in tasks]
+    opened = [open_task(task, sample=sample, seed=seed) for task in expand(tasks)]
     names = [task.name for task in opened]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

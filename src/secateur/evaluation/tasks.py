@@ -1,4 +1,7 @@
-"""Evaluation tasks: a task folder, or the name of an mteb task, as a task that mteb itself scores.
+"""Evaluation tasks: a task folder, or what mteb knows by a name, as a task that mteb itself scores.
+
+A benchmark is the list of its tasks, each named ``BENCHMARK/TASK``: a benchmark may take a part of a task's languages
+and splits, as ``MTEB(eng, v1)/STS17`` is English alone.
 
 Every metric is mteb's own code on mteb's own protocol. What its protocol leaves out or repeats stays as it is:
 classification fits 10 logistic regressions on 8 training texts of each label and averages; clustering embeds 4 % of
@@ -9,7 +12,8 @@ label, or that was sampled already, embeds all its texts (mteb's ``max_fraction_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +30,7 @@ from mteb.abstasks import (
     AbsTaskSTS,
     AbsTaskSummarization,
 )
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
@@ -64,11 +69,27 @@ class Task:
         return str(self.metadata.simplified_task_type) == "retrieval"
 
 
+def expand(tasks: Sequence[str | Path]) -> list[str | Path]:
+    """Tasks with each benchmark's name replaced by the names of its tasks, in its order."""
+    return [own for task in tasks for own in _expanded(task)]
+
+
+def _expanded(task: str | Path) -> list[str | Path]:
+    if Path(task).exists():
+        return [task]
+    try:
+        benchmark = mteb.get_benchmark(str(task))
+    except KeyError:
+        return [task]
+    return [f"{task}/{own.metadata.name}" for own in benchmark.tasks]
+
+
 def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) -> Task:
     """Open a task folder, or an mteb task by its name.
 
     Args:
-        task: A folder (see :mod:`.task_folder`), or the name of a text task of mteb.
+        task: A folder (see :mod:`.task_folder`), or the name of a text task of mteb, or of one in a benchmark:
+            ``BENCHMARK/TASK``.
         sample: Draw at most so many test rows (see :func:`.sample_task`); folders only.
         seed: Decides which.
 
@@ -79,7 +100,7 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
     if sample is not None and sample < 1:
         raise ConfigError("sample", sample, f"{sample} rows are none", "1 or more")
     if not Path(task).exists():
-        return _named(task, sample)
+        return _named(str(task), sample)
     folder = read_task_folder(task)
     kind = _KINDS[folder.type]
     metadata = _metadata(folder, kind)
@@ -88,14 +109,8 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
     return Task(metadata, folder.instruction, folder.source, lambda: _local_task(folder, kind, metadata))
 
 
-def _named(task: str | Path, sample: int | None) -> Task:
-    name = str(task)
-    try:
-        known = mteb.get_task(name)
-    except KeyError as error:
-        near = str(error).partition("Did you mean: ")[2].strip("\"'?")
-        hint = f"did you mean {near}?" if near else "give a task folder, or the name of an mteb task"
-        raise DataError(name, "is neither a task folder nor the name of an mteb task", hint) from None
+def _named(name: str, sample: int | None) -> Task:
+    known = _look_up(name)
     about = known.metadata
     if about.modalities != ["text"]:
         raise DataError(name, f"is an mteb task on {', '.join(about.modalities)}", "name a task on text alone")
@@ -103,17 +118,52 @@ def _named(task: str | Path, sample: int | None) -> Task:
         raise ConfigError(
             "sample", sample, f"{name} is an mteb task, and only task folders are sampled", "run it whole"
         )
-    prompt = about.prompt.get("query", "") if isinstance(about.prompt, dict) else about.prompt
-    revision = f"{about.dataset['path']}@{about.dataset['revision']}"
-    source = Fingerprint(name, sha256(revision.encode()).hexdigest(), 0, str(about.license or ""))
-    return Task(about, prompt or known.abstask_prompt, source, lambda: _download(name))
+    source = Fingerprint(about.name, sha256(_revision(known).encode()).hexdigest(), 0, str(about.license or ""))
+    return Task(about, _instruction(known), source, lambda: _download(name))
+
+
+def _look_up(name: str) -> AbsTask:
+    """An mteb task without its data, each time a new one."""
+    benchmark, _, own = name.rpartition("/")
+    try:
+        if not benchmark:
+            return mteb.get_task(own)
+        members = {task.metadata.name: task for task in mteb.get_benchmark(benchmark).tasks}
+        return copy.deepcopy(members[own])
+    except KeyError as error:
+        near = str(error).partition("Did you mean: ")[2].strip("\"'?")
+        hint = f"did you mean {near}?" if near else "give a task folder, or the name of an mteb task or benchmark"
+        raise DataError(name, "is neither a task folder nor the name of an mteb task", hint) from None
+
+
+def parts_of(task: AbsTask) -> list[AbsTask]:
+    """The tasks that an aggregate task is the mean of, those that mteb runs; any other task alone."""
+    return list(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
+
+
+def _instruction(task: AbsTask) -> str:
+    """What mteb says for the task, else for its type; an aggregate has that of its parts."""
+    first = parts_of(task)[0]
+    prompt = first.metadata.prompt
+    own = prompt.get("query", "") if isinstance(prompt, dict) else prompt
+    return str(own or first.abstask_prompt)
+
+
+def _revision(task: AbsTask) -> str:
+    """Which data a task reads: data sets at their revisions, with the splits and languages that it takes."""
+    told = []
+    for part in parts_of(task):
+        data = part.metadata.dataset
+        told.append(f"{data['path']}@{data['revision']} {sorted(part.eval_splits)} {sorted(part.hf_subsets)}")
+    return "\n".join(told)
 
 
 def _download(name: str) -> AbsTask:
     """An mteb task with its data, which mteb fetches from the Hub or finds in the cache there."""
-    task = mteb.get_task(name)
+    task = _look_up(name)
     try:
-        task.load_data()
+        for part in parts_of(task):
+            part.load_data()
     except Exception as error:  # whatever the Hub, the cache, the network or the data set's own code raise
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         problem = f"mteb cannot load its data ({type(error).__name__}: {reason})"
@@ -123,7 +173,12 @@ def _download(name: str) -> AbsTask:
 
 def count_samples(task: AbsTask) -> int:
     """How many rows a loaded task is scored on: pairs, texts or, for retrieval and reranking, queries."""
-    return sum(_count(task, subset, split) for subset in task.hf_subsets for split in task.eval_splits)
+    return sum(
+        _count(part, subset, split)
+        for part in parts_of(task)
+        for subset in part.hf_subsets
+        for split in part.eval_splits
+    )
 
 
 def _count(task: AbsTask, subset: str, split: str) -> int:

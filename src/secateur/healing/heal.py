@@ -21,8 +21,7 @@ from secateur.data.pairs import Pairs
 from secateur.data.sources import Data, Source, read_sources
 from secateur.data.texts import Texts
 from secateur.errors import ConfigError, DataError, OutputError
-from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.tasks import open_task
+from secateur.evaluation.evaluate import evaluate, open_tasks
 from secateur.files import give_name, partial_folder, read_json, write_text, writing
 from secateur.healing import processes
 from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, sets_of, teach
@@ -272,8 +271,8 @@ def _validation(
             if value is not None:
                 raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
         return None
-    for task in tasks:
-        open_task(task, sample=sample, seed=seed)
+    if tasks:
+        open_tasks(tasks, sample, seed)
     sampled = [pairs if sample is None else pairs.sample(sample, seed) for pairs in held_out]
 
     def score(model: SentenceTransformer) -> float:

@@ -97,8 +97,8 @@ def profile(
             the model's first block. An opened model stays as it is.
         device: Torch device.
         seed: Of the drawing.
-        tasks: Task folders, or names of mteb tasks: their zero-shot scores at every depth, from one encoding of their
-            texts, are those of ``evaluate`` on the model cut there (:mod:`.depth_scores`).
+        tasks: Task folders, or names of mteb's tasks and benchmarks: their zero-shot scores at every depth, from one
+            encoding of their texts, are those of ``evaluate`` on the model cut there (:mod:`.depth_scores`).
         sample: As for ``evaluate``: at most so many rows of each task.
         trust_remote_code: As for ``open_model``.
         out: A folder for ``profile.json`` and its pictures.

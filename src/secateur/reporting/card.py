@@ -122,7 +122,9 @@ def _dataset_type(row: ScoreRow, local: bool) -> str:
         import mteb  # slow to import, and needed only here
 
         try:
-            return str(mteb.get_task(row.task).metadata.dataset["path"])
+            path = str(mteb.get_task(row.task).metadata.dataset["path"])
         except (KeyError, ValueError):
-            pass
+            path = ""
+        if _HUB_NAME.fullmatch(path):  # a mean of tasks has no data set of its own
+            return path
     return re.sub(r"[^a-z0-9]+", "-", row.task.lower()).strip("-") or "task"

@@ -53,7 +53,7 @@ def compare(
 
     Args:
         models: Two or more of what :func:`.open_model` opens.
-        tasks: Task folders or names of mteb tasks, to score the models on.
+        tasks: Task folders or names of mteb's tasks and benchmarks, to score the models on.
         texts: Files of texts (:func:`.read_texts`) to find neighbours among. Default: the texts of the
             task folders. Texts are encoded as they are, without an instruction.
         neighbours: Nearest texts compared for each text; fewer where there are not so many.

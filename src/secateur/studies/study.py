@@ -34,7 +34,8 @@ from secateur.choosing.choose import choose
 from secateur.config import StudyOptions, make, read_yaml, to_yaml
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, StudyFailed
-from secateur.evaluation.tasks import open_task
+from secateur.evaluation.evaluate import open_tasks
+from secateur.evaluation.tasks import expand
 from secateur.files import read_json, results_folder, write_text
 from secateur.healing.lessons import find_aim, sets_of
 from secateur.loading.models import model_label
@@ -206,6 +207,7 @@ def _settings(run: Path, given: StudyOptions, progress: Progress) -> StudyOption
     if earlier is not None and given.model_fields_set <= HOW:
         return earlier.model_copy(update=how)
     given = fill_in(given, run, progress)
+    given = given.model_copy(update={"tasks": [str(task) for task in expand(given.tasks)]})
     if earlier is not None:
         for key in StudyOptions.model_fields:
             there, here = getattr(earlier, key), getattr(given, key)
@@ -230,8 +232,8 @@ def _outline(run: Path, settings: StudyOptions) -> _Outline:
         if name != NO_TRAINING:
             aim = find_aim(sources, taught="teacher" in recipe, teacher_weight=recipe.get("teacher_weight"))
             sets_of(sources, numbers_of(recipe).batch_size, aim)
-    for task in settings.tasks:
-        open_task(task, sample=settings.sample, seed=settings.seed)
+    if settings.tasks:
+        open_tasks(settings.tasks, settings.sample, settings.seed)
     bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))
     outline = _Outline(bases, measure_amounts(settings, sources))
     plan_steps(settings, outline.bases, {})
