@@ -208,11 +208,12 @@ def test_rows_hold_the_values_of_their_model(run: Path) -> None:
     assert row[7] == "−0.6to tiny, healed"
     assert page.row("tiny-2-zero-shot")[-2] == "−8.0to tiny, zero-shot"
     assert page.row("tiny-8-healed")[-2] == "–"
-    header = next(row for row in page.cells if row[0] == "Task")
-    values = dict(zip(header[1:], page.row("Banking77")[1:], strict=True))
+    header = next(place for place, row in enumerate(page.cells) if len(row) == 3 and row[0] == "Model")
+    assert [cell.startswith(task[0]) for cell, task in zip(page.cells[header][1:], TASKS, strict=True)] == [True, True]
+    values = {row[0].removesuffix(" full model"): row[2].strip() for row in page.cells[header + 1 :] if len(row) == 3}
     lost = {"tiny-6-healed": "+0.8", "tiny-2-healed": "−9.0", "tiny-2-zero-shot": "−8.0"}
     assert values == {name: f"{100 * scores[1]:.1f}{lost.get(name, '')}" for name, scores in SCORES.items()}
-    costs = [plain(cell) for cell in page.rows("tiny-6-healed")[2]]
+    costs = [plain(cell) for cell in page.rows("tiny-6-healed")[3]]
     assert costs[1:4] == ["31.2 M", "10.0 M", "25.9 kB"]
     assert costs[10] == "131127 to 136"
 
@@ -253,7 +254,7 @@ def test_averages_over_different_tasks_are_not_compared(run: Path) -> None:
     write_scores(run, "tiny-6-healed", (0.9,), TASKS[:1])
     page = read(report(run))
     assert page.row("tiny-6-healed")[-3:] == ["90.0", "–", "–"]
-    assert page.row("Banking77")[2] == "–"
+    assert [row for row in page.rows("tiny-6-healed") if len(row) == 3] == [["tiny-6-healed", "90.0", "–"]]
     assert "6 of 8 blocks" not in " ".join(verdict(find_in(run)))
 
 
@@ -326,6 +327,55 @@ def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
     assert {"report.html", "report.md", "figures/curve-1.png", "models/tiny-2-healed/README.md"} <= set(first)
     assert files() == first
 
+
+def test_more_tasks_than_models_are_the_rows(tmp_path: Path) -> None:
+    tasks = tuple((f"task {i}", "sts", "cosine_spearman", 10) for i in range(4))
+    for name, score in (("tiny-8-healed", 0.5), ("tiny-2-healed", 0.25)):
+        write_model(tmp_path, name, int(name[5]), healed=True)
+        write_scores(tmp_path, name, [score + i / 100 for i in range(4)], tasks)
+    page = read(report(tmp_path))
+    assert page.row("task 3") == ["task 3 sts, cosine_spearman, 10 samples".replace(" sts", "sts"), "53.0", "28.0−25.0"]
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| task 3 \(sts, .*\) \| 53.0 \| 28.0 \(−25.0\) \|$", markdown, flags=re.M)
+
+
+def test_the_head_of_the_page_tells_of_every_series(tmp_path: Path) -> None:
+    for base in ("one", "two"):
+        for depth in range(1, 9):
+            write_model(tmp_path, f"{base}-{depth}-healed", depth, healed=True)
+            write_scores(tmp_path, f"{base}-{depth}-healed", (depth / 10, depth / 10))
+    page = read(report(tmp_path))
+    shown = re.findall(r"(one|two), healed: (\d) of 8 blocks\s+\d", page.text)
+    assert shown == [(base, depth) for base in ("one", "two") for depth in "631"]
+
+
+def test_the_base_models_licence_is_in_the_provenance(run: Path) -> None:
+    write_model(run, "tiny-6-healed", 6, True, str(run.parent / "base"))
+    (run.parent / "base").mkdir()
+    (run.parent / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    page = read(report(run))
+    assert "base (licence apache-2.0)" in page.text
+    assert "org/tiny (licence not known)" in page.text
+    assert "base (licence apache-2.0)" in (run / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_report_over_two_hundred_models_is_small(tmp_path: Path) -> None:
+    tasks = tuple((f"task {i}", "sts", "cosine_spearman", 10) for i in range(10))
+    names = [f"base{b}-{d}-{recipe}" for b in range(5) for d in (8, 6, 2) for recipe in RECIPES]
+    for name in names:
+        write_profile(tmp_path, name.partition("-")[0])
+        write_model(tmp_path, name, int(name.split("-")[1]), "zero" not in name)
+        write_scores(tmp_path, name, [0.3 + len(name) / 100 + i / 100 for i in range(10)], tasks)
+    write_costs(tmp_path, names)
+    made_at = report(tmp_path)
+    page = read(made_at)
+    assert len(names) == 210
+    assert made_at.stat().st_size < 5e6
+    assert {row[0].removesuffix(" full model") for row in page.cells if len(row) == 11} >= set(names)
+
+
+RECIPES = ("zero-shot", *(f"recipe{letter}" for letter in "abcdefghijklm"))
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -43,7 +43,10 @@ class Drawing:
 
 @dataclass(frozen=True)
 class _Measure:
-    """Something that a model costs: how it is called, read, and printed. ``gain``: more of it is better."""
+    """Something that a model costs: how it is called, read, and printed.
+
+    ``gain``: more of it is better. ``bars`` says what ``low`` and ``high`` are.
+    """
 
     key: str
     title: str
@@ -53,6 +56,7 @@ class _Measure:
     low: Callable[[CostRow], float | None] = lambda _: None
     high: Callable[[CostRow], float | None] = lambda _: None
     gain: bool = False
+    bars: str = ""
 
 
 _MEASURES = (
@@ -67,6 +71,7 @@ _MEASURES = (
         lambda c: c.speed_low,
         lambda c: c.speed_high,
         gain=True,
+        bars="Level bars span the slowest and the fastest repetition.",
     ),
     _Measure(
         "latency",
@@ -74,6 +79,9 @@ _MEASURES = (
         "Seconds for one short text (median)",
         lambda c: c.latency_p50 or None,  # 0: not measured
         duration,
+        lambda c: c.latency_p50,
+        lambda c: c.latency_p95,
+        bars="Level bars reach to the 95th percentile.",
     ),
 )
 
@@ -251,7 +259,7 @@ def _frontier(measure: _Measure, points: tuple[Point, ...]) -> Drawing:
     ]
     bars = "Upright bars are 95 % intervals. " if any(point.low is not None for point in points) else ""
     if any(point.cost_low is not None for point in points):
-        bars += "Level bars span the slowest and the fastest repetition."
+        bars += measure.bars
     caption = (
         f"Average score of each model against its cost: {measure.axis[0].lower()}{measure.axis[1:]}. Numbers are "
         f"blocks kept; solid lines join one series, the dashed one the best models at their cost. {bars}"

@@ -14,19 +14,23 @@ NONE = "–"
 
 def score(value: float | None) -> str:
     """A score from 0 to 1 as points of 100."""
-    return NONE if value is None or math.isnan(value) else f"{100 * value:.1f}"
+    return NONE if value is None or math.isnan(value) else _minus(f"{100 * value:.1f}")
 
 
 def signed(difference: float | None) -> str:
     """A difference of scores as points of 100, with its sign."""
     if difference is None or math.isnan(difference):
         return NONE
-    text = f"{100 * difference:+.1f}".replace("-", "−")
+    text = _minus(f"{100 * difference:+.1f}")
     return "0.0" if text[1:] == "0.0" else text
 
 
 def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+    return _minus(f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%")
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "−")
 
 
 def span(low: float | None, high: float | None, say: Callable[[float], str] = score) -> str:

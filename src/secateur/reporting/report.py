@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from secateur.reporting.drawings import MOST_PROFILES, Drawing, captions, comman
 from secateur.reporting.findings import Claim, Design, Findings, find
 from secateur.reporting.printing import NONE, signed, span
 from secateur.reporting.run import Run, Variant, read_run
-from secateur.reporting.verdict import notes, seed_note, verdict
+from secateur.reporting.verdict import notes, seed_note, telling, verdict
 
 MOST_CARDS = 6
 """Claims shown in short at the head of the page."""
@@ -74,7 +75,7 @@ def _shared(found: Findings, drawn: Mapping[str, Drawing]) -> dict[str, Any]:
         "verdict": verdict(found),
         "notes": notes(found),
         "figures": drawn,
-        "claims": [claim for own in found.claims.values() for claim in own][:MOST_CARDS],
+        "claims": _in_short(found),
         "groups": _groups(found),
         "costs": [design for design in found.designs if design.cost is not None],
         "tasks": _tasks(found),
@@ -112,6 +113,13 @@ def _card(found: Findings, variant: Variant, folder: Path, origin: Origin) -> st
 
 
 # Tables of the page ---------------------------------------------------------------------------------------------------
+
+
+def _in_short(found: Findings) -> list[Claim]:
+    """Claims for the head of the page: of each series what says most, so that no series crowds out another."""
+    ranked = chain.from_iterable(zip_longest(*(telling(own) for own in found.claims.values())))
+    shown = {claim.design.name for claim in [claim for claim in ranked if claim][:MOST_CARDS]}
+    return [claim for own in found.claims.values() for claim in own if claim.design.name in shown]
 
 
 def _groups(found: Findings) -> dict[str, list[dict[str, Any]]]:
@@ -223,14 +231,16 @@ def _kept(origin: Origin) -> str:
 
 
 def _origins(run: Run) -> dict[str, Any]:
-    """What all tables say of data, seeds, versions, machine and time."""
+    """What all tables say of base models, data, seeds, versions, machine and time."""
     made = [table.provenance for _, table in run.tables]
     files: dict[Fingerprint, list[str]] = {}
     for title, table in run.tables:
         for file in table.provenance.data:
             files.setdefault(file, []).append(title)
     times = sorted(item.created for item in made)
+    bases = dict.fromkeys(variant.origin.base_model for variant in run.variants if variant.origin)
     return {
+        "bases": {base: card.base_licence(base) for base in bases},
         "files": files,
         "seeds": _seen(made, lambda item: {} if item.seed is None else {"seed": item.seed}).get("seed", ""),
         "versions": _seen(made, lambda item: item.versions),

@@ -78,12 +78,17 @@ def _interval_note(findings: Findings) -> str:
 
 def _sentence(claims: Sequence[Claim]) -> str:
     """The smallest model that is as good as the full one, then the others from large to small: at most four."""
+    told = telling(claims)
+    parts = [_part(claim, first=claim is told[0]) for claim in told]
+    return f"{shorten(told[0].design.first.series)}: {'; '.join(parts)}."
+
+
+def telling(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims of a series that say most, the most important first."""
     equal = [claim for claim in claims if claim.outcome in ("same", "better")]
     smallest = equal[-1] if equal else None
     others = [claim for claim in claims if claim is not smallest and (smallest is None or _less(claim, smallest))]
-    told = ([smallest] if smallest else []) + _spread(others, 3)
-    parts = [_part(claim, first=claim is told[0]) for claim in told]
-    return f"{shorten(told[0].design.first.series)}: {'; '.join(parts)}."
+    return ([smallest] if smallest else []) + _spread(others, 3)
 
 
 def _choosers(claims: Sequence[Claim]) -> str:
@@ -123,7 +128,7 @@ def _part(claim: Claim, first: bool, by: str = "") -> str:
         said = (
             f"{'is' if one else 'are'} not told apart{where.replace(' as ', ' from ')} ({points}): up to {lost} points "
         )
-        said += "may be lost"
+        said += "may be lost,"
     else:
         share = claim.share
         verb = {(True, True): "reaches", (True, False): "reach"}.get((share.value > 1, one), "keeps" if one else "keep")
