@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +19,7 @@ from conftest import MakeEncoder
 from secateur.architectures.blocks import embeddings_of
 from secateur.artifacts import Costs, load
 from secateur.errors import ConfigError, ModelError
+from secateur.loading.models import open_model
 from secateur.measures.flops import MatrixProducts, flops_per_token
 from secateur.reporting.cost import bytes_on_disk, cost, long_texts, measure_alone, short_texts
 
@@ -128,6 +132,34 @@ def test_costs_of_models_side_by_side(make_encoder: MakeEncoder, tmp_path: Path)
     assert large.parameters - small.parameters == 5 * (large.parameters - large.embedding_parameters - 32) // 6
     assert large.flops_per_token > 5 * small.flops_per_token
     assert large.latency_p50 > small.latency_p50
+
+
+def test_models_that_do_not_fit_together_take_turns_in_memory(
+    make_encoder: MakeEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The real opening, watched: whenever a model is opened, no other is there."""
+    for depth in (3, 1):
+        make_encoder("llama", depth=depth).save(str(tmp_path / f"tiny-{depth}"), create_model_card=False)
+    folders = [tmp_path / "tiny-3", tmp_path / "tiny-1"]
+    together = cost(folders, repetitions=1)
+    opened: list[weakref.ref[SentenceTransformer]] = []
+
+    def watched(source: Path, **options: object) -> SentenceTransformer:
+        gc.collect()
+        assert not any(model() for model in opened)
+        model = open_model(source, **options)
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("secateur.reporting.cost.open_model", watched)
+    monkeypatch.setattr("secateur.reporting.cost.ROOM", 0.0)
+    apart = cost(folders, repetitions=1)
+    assert len(opened) == 2 * 3  # to warm up, to measure, and to count
+    counted = ("model", "depth", "parameters", "embedding_parameters", "bytes", "memory_bytes", "flops_per_token")
+    for one, other in zip(apart.rows, together.rows, strict=True):
+        assert [getattr(one, name) for name in counted] == [getattr(other, name) for name in counted]
+        assert 0 < one.speed_low <= one.texts_per_second
+        assert one.load_seconds > 0
 
 
 @pytest.mark.slow

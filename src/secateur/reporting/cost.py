@@ -2,11 +2,13 @@
 
 Times are those of ``encode``, the tokenizer included, which is what a user waits for. Repetitions go around all models
 in turn, so that a slow minute of the machine hits each of them alike: ratios between models are steadier than the
-times. The first round finds the quickest batch of each model, warms it up, and is not counted.
+times. The first round finds the quickest batch of each model, warms it up, and is not counted. Models stay open from
+round to round as far as the memory goes; the others are opened anew for each of theirs, and warmed up by a text.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import resource
@@ -20,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import get_device_name
 
 from secateur.architectures.blocks import depth_of, embeddings_of
 from secateur.architectures.forward import wait
@@ -38,6 +42,8 @@ SHORT = "Return element {n} of the sequence, or raise an error where there is no
 LONG = " ".join([SHORT] * 16)
 """A short text has some 20 tokens, a long one some 300."""
 FLOPS_TOKENS = 128
+ROOM = 0.5
+"""Share of the free memory that models may hold from round to round; the rest is for the one at work."""
 LEAST_SECONDS = 0.3
 """A shorter piece of work is repeated until it takes so long: chance weighs less."""
 
@@ -66,7 +72,7 @@ def cost(
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> Costs:
-    """Count and time models side by side. All of them are in memory at once.
+    """Count and time models side by side. Of those that do not fit into memory together, one is there at a time.
 
     Args:
         models: Anything :func:`.open_model` opens; or name → such.
@@ -86,13 +92,20 @@ def cost(
     if repetitions < 1:
         raise ConfigError("repetitions", repetitions, f"{repetitions} rounds are none", "1 or more")
     amount = THOROUGH if thorough else QUICK
-    runs = [_Run.open(name, model, device) for name, model in named.items()]
+    room = ROOM * free_memory(torch.device(device or get_device_name()))
+    runs = [_Run(name, model, device) for name, model in named.items()]
     for turn in range(repetitions + 1):
         progress("cost", turn, repetitions + 1)
         for run in runs if turn % 2 else reversed(runs):
-            run.measure(amount) if turn else run.warm_up(amount)
+            run.take_turn(amount)
+            if sum(other.held for other in runs) > room:
+                run.close()
     progress("cost", repetitions + 1, repetitions + 1)
-    costs = Costs(provenance=provenance(), costs=tuple(run.row(thorough) for run in runs))
+    rows = []
+    for run in runs:
+        rows.append(run.row(thorough))
+        run.close()
+    costs = Costs(provenance=provenance(), costs=tuple(rows))
     if out is not None:
         costs.save(out)
     return costs
@@ -115,18 +128,42 @@ class _Run:
 
     name: str
     source: str | Path
-    model: SentenceTransformer
-    load_seconds: float
+    device: str | None
+    open: SentenceTransformer | None = None
+    load_seconds: float = 0.0
     batches: dict[str, int] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
     speeds: dict[str, list[float]] = field(default_factory=lambda: {"short": [], "long": []})
 
-    @classmethod
-    def open(cls, name: str, source: str | Path, device: str | None) -> _Run:
-        started = time.perf_counter()
-        model = open_model(source, device=device)
-        return cls(name, source, model, time.perf_counter() - started)
+    @property
+    def model(self) -> SentenceTransformer:
+        """The model, opened where it is not."""
+        if self.open is None:
+            started = time.perf_counter()
+            self.open = open_model(self.source, device=self.device)
+            self.load_seconds = self.load_seconds or time.perf_counter() - started
+            self._encode(short_texts(1), 1)
+        return self.open
+
+    @property
+    def held(self) -> int:
+        """Bytes of its weights in memory; 0 while it is closed."""
+        return bytes_in_memory(self.open) if self.open is not None else 0
+
+    def close(self) -> None:
+        """Leave the memory to others."""
+        self.open = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def take_turn(self, amount: Amount) -> None:
+        """One repetition, or before the first one what is needed for them."""
+        if self.batches:
+            self.measure(amount)
+        else:
+            self.warm_up(amount)
 
     def warm_up(self, amount: Amount) -> None:
         """Find the quickest batch of each kind of text."""
@@ -174,7 +211,7 @@ class _Run:
             texts_per_second=statistics.median(self.speeds["short"]),
             speed_low=min(self.speeds["short"]),
             speed_high=max(self.speeds["short"]),
-            memory_bytes=sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers())),
+            memory_bytes=bytes_in_memory(self.model),
             peak_bytes=int(alone["peak"]) if alone else None,
             flops_per_token=flops,
             flops_tokens=tokens,
@@ -220,6 +257,18 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 def device_name(device: torch.device) -> str:
     """``cpu``, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def bytes_in_memory(model: SentenceTransformer) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in this machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def bytes_on_disk(model: str | Path) -> int:
