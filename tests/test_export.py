@@ -215,7 +215,7 @@ def test_fewer_bits_are_smaller_and_near(
 
 @pytest.fixture
 def one_loud_channel(folders: Callable[[str], Path], tmp_path: Path) -> Path:
-    """The tiny Llama with one of the channels between its projections 3,000 times as large, and its weights as small."""
+    """The tiny Llama with one of the channels between its projections 3,000 times as large."""
     model = SentenceTransformer(str(folders("llama")), device="cpu")
     mlp = model[0].auto_model.layers[1].mlp
     with torch.no_grad():
