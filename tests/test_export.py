@@ -25,6 +25,7 @@ from secateur.exporting.export import LEAST_COSINE, export
 from secateur.exporting.faithfulness import as_numbers
 from secateur.exporting.graph import EncoderGraph
 from secateur.exporting.manifest import Export
+from secateur.exporting.outliers import SplitLinear, outliers_apart
 from secateur.loading.models import open_model
 from secateur.measures.metrics import paired_cosines
 from task_folders import example_rows, write_task
@@ -210,6 +211,46 @@ def test_fewer_bits_are_smaller_and_near(
     assert result.cosine_min < 1
     names = {"openvino": "openvino/openvino_model_qint8_quantized.xml", "onnx": "onnx/model_quantized.onnx"}
     assert result.graph == (names[to] if precision == "int8" else "onnx/model_bf16.onnx")
+
+
+@pytest.fixture
+def one_loud_channel(folders: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The tiny Llama with one of the channels between its projections 3,000 times as large."""
+    model = SentenceTransformer(str(folders("llama")), device="cpu")
+    mlp = model[0].auto_model.layers[1].mlp
+    with torch.no_grad():
+        mlp.up_proj.weight[5] *= 3000
+        mlp.down_proj.weight[:, 5] /= 3000
+    model.save(str(tmp_path / "loud"))
+    return tmp_path / "loud"
+
+
+def test_a_channel_that_stands_out_is_kept_apart_and_put_back(one_loud_channel: Path):
+    model = SentenceTransformer(str(one_loud_channel), device="cpu")
+    features = model.preprocess(["what is it?", "a"])
+    sample = {name: features[name].numpy() for name in ("input_ids", "attention_mask")}
+    graph = EncoderGraph(model)
+    with torch.no_grad():
+        expected = graph(**{name: torch.from_numpy(values) for name, values in sample.items()})
+        with outliers_apart(graph, [sample]) as shapes:
+            split = {name: part for name, part in graph.named_modules() if isinstance(part, SplitLinear)}
+            found = graph(**{name: torch.from_numpy(values) for name, values in sample.items()})
+    assert {name: part.channels.tolist() for name, part in split.items()} == {"transformer.layers.1.mlp.down_proj": [5]}
+    assert shapes == {(1, model.get_embedding_dimension())}
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(part, SplitLinear) for part in graph.modules())
+    with outliers_apart(graph, []) as shapes:
+        assert not shapes
+
+
+def test_a_channel_that_stands_out_does_not_cost_int8_its_vectors(
+    one_loud_channel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {"to": "onnx", "precision": "int8", "min_cosine": -1.0}
+    apart = export(one_loud_channel, out=tmp_path / "apart", **options)
+    monkeypatch.setattr("secateur.exporting.outliers.FAR", float("inf"))
+    together = export(one_loud_channel, out=tmp_path / "together", **options)
+    assert 1 - apart.cosine_mean < (1 - together.cosine_mean) / 2
 
 
 LEAST_ON_HOSTILE = {

@@ -29,7 +29,7 @@ healing: remote recipe processes teacher minibatches objectives trainable traine
 reporting: cost compare run findings saturation printing verdict drawings card report
 studies: presets plan estimate runner study
 runtime
-exporting: graph convert compatibility manifest faithfulness export
+exporting: graph outliers convert compatibility manifest faithfulness export
 serving: encoders exported queueing gate embeddings app serve
 encoding: engine pools rows vector_files encode
 cli: arguments tables bars commands

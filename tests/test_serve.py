@@ -378,11 +378,10 @@ def test_bodies_in_memory_are_bounded_together(encoder: ModelEncoder):
         wait_until(lambda: server.post(request(input="x" * 100))[0] == 200)
 
 
-def test_schemathesis_finds_nothing_against_the_servers_own_schema(served: Running):
+def test_schemathesis_finds_nothing_against_the_servers_own_schema(served: Running, tmp_path: Path):
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{served.address}/openapi.json"]
-    done = subprocess.run(
-        [*command, "--max-examples", "15", "--seed", "1", "--no-color"], capture_output=True, text=True
-    )
+    options = ["--max-examples", "15", "--seed", "1", "--no-color"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)  # it keeps a cache there
     assert done.returncode == 0, done.stdout
     assert "6 selected / 6 total" in done.stdout
     assert served.get("/ready")[0] == 200

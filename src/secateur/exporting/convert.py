@@ -13,7 +13,7 @@ the tools of the backend that will run it:
     ==========  ==============================================  ================================================
 
 In int8, activations are rounded by ranges that are measured beforehand on texts (``static``) or anew in every batch
-(``dynamic``).
+(``dynamic``); channels that stand out far stay in floats (:mod:`.outliers`).
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.exporting.graph import INPUTS, EncoderGraph
+from secateur.exporting.outliers import Features, Shapes, outliers_apart
 from secateur.progress import quiet
 
 LARGEST_PROTOBUF = 1_900_000_000
+SMOOTHING = 0.6
+"""How much of the spread between channels goes from activations to weights (alpha of SmoothQuant, arXiv 2211.10438).
+
+NNCF's own 0.95 leaves 3.6 times the squared error with all-MiniLM-L6-v2.
+"""
+
 SMALL = 1024
 """Initializers of fewer numbers stay as they are: they save nothing, and some are scales."""
-
-Features = dict[str, npt.NDArray[np.int64]]
-"""Inputs of the graph, by name."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def convert(
         graph: The encoder, in float32, on the processor.
         form: What to write.
         folder: The export's folder; the graph goes where ``form.file`` says.
-        calibration: Batches of token ids that static int8 is calibrated on; not called for anything else.
+        calibration: Batches of token ids that int8 is calibrated on; not called for anything else.
 
     Returns:
         The files written, the graph first.
@@ -128,8 +131,9 @@ def convert(
     file = folder / form.file
     file.parent.mkdir(parents=True, exist_ok=True)
     write = {"onnx": _write_onnx, "openvino": _write_openvino}[form.backend]
-    with quiet(), _nothing_printed():
-        write(graph, form, file, calibration)
+    samples = calibration() if form.precision == "int8" else ()
+    with quiet(), _nothing_printed(), outliers_apart(graph, samples) as floats:
+        write(graph, form, file, samples, floats)
     return file, *sorted(item for item in file.parent.iterdir() if item != file)
 
 
@@ -150,7 +154,7 @@ def _trace(graph: EncoderGraph, exporter: Any, config: Any) -> Any:
         raise ModelError(type(graph.transformer).__name__, problem, "try the other backend") from error
 
 
-def _write_openvino(graph: EncoderGraph, form: Form, file: Path, calibration: Callable[[], Sequence[Features]]) -> None:
+def _write_openvino(graph: EncoderGraph, form: Form, file: Path, samples: Sequence[Features], floats: Shapes) -> None:
     import openvino
     from openvino._offline_transformations import compress_model_transformation
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
@@ -159,10 +163,16 @@ def _write_openvino(graph: EncoderGraph, form: Form, file: Path, calibration: Ca
     if form.precision == "int8":
         import nncf
 
+        spared = [
+            op.get_friendly_name()
+            for op in model.get_ops()
+            if op.get_type_name() == "MatMul" and _shape(op.input(1).get_partial_shape()) in floats
+        ]
         if form.quantization == "static":
-            model = _static_int8(model, calibration())
+            model = _static_int8(model, samples, spared)
         else:
-            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+            scope = nncf.IgnoredScope(names=spared)
+            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=scope)
     if form.precision != "float32":
         _check_half(form, float(max(p.abs().max() for p in graph.parameters())))
         compress_model_transformation(model)
@@ -171,13 +181,18 @@ def _write_openvino(graph: EncoderGraph, form: Form, file: Path, calibration: Ca
     openvino.save_model(model, str(file), compress_to_fp16=False)
 
 
+def _shape(partial: Any) -> tuple[int, ...]:
+    """A shape of OpenVINO, least length first, as :data:`.Shapes` has it; of what is not constant, none."""
+    return tuple(sorted(partial.to_shape())) if partial.is_static else ()
+
+
 def _check_half(form: Form, largest: float) -> None:
     if largest > np.finfo(np.float16).max:
         problem = f"a weight of {largest:.3g} does not fit half precision"
         raise ConfigError("precision", form.precision, problem, "export in float32")
 
 
-def _write_onnx(graph: EncoderGraph, form: Form, file: Path, calibration: Callable[[], Sequence[Features]]) -> None:
+def _write_onnx(graph: EncoderGraph, form: Form, file: Path, samples: Sequence[Features], floats: Shapes) -> None:
     import onnx
     from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -194,30 +209,41 @@ def _write_onnx(graph: EncoderGraph, form: Form, file: Path, calibration: Callab
         infos = [info for info in model.graph.value_info if info.name not in weights]
         del model.graph.value_info[:]
         model.graph.value_info.extend(infos)
-        model = _to_int8(model, form, file, calibration)
+        model = _to_int8(model, form, file, samples, floats)
     if form.precision != "float32":
         _store_in_half(model, form)
     _save_onnx(model, file)
 
 
-def _to_int8(model: Any, form: Form, file: Path, calibration: Callable[[], Sequence[Features]]) -> Any:
+def _to_int8(model: Any, form: Form, file: Path, samples: Sequence[Features], floats: Shapes) -> Any:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    few = {item.name for item in model.graph.initializer if tuple(sorted(item.dims)) in floats}
+    spared = [node.name for node in model.graph.node if few.intersection(node.input)]
     if form.quantization == "static":
-        return _static_int8(model, calibration())
-    kinds = ["MatMul", "Gemm"]
-    quantize_dynamic(model, file, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=kinds)
+        return _static_int8(model, samples, spared)
+    options = {"weight_type": QuantType.QInt8, "per_channel": True, "op_types_to_quantize": ["MatMul", "Gemm"]}
+    quantize_dynamic(model, file, nodes_to_exclude=spared, **options)
     quantized = onnx.load(file)
     file.unlink()
     return quantized
 
 
-def _static_int8(model: Any, samples: Sequence[Features]) -> Any:
-    """Round matrices and activations by the ranges that they have on ``samples``, with NNCF."""
+def _static_int8(model: Any, samples: Sequence[Features], spared: Sequence[str]) -> Any:
+    """Round matrices and activations by their ranges on ``samples``, with NNCF, but for the nodes ``spared``."""
     import nncf
+    from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters
 
-    return nncf.quantize(model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples))
+    smoothing = AdvancedSmoothQuantParameters(matmul=SMOOTHING)
+    return nncf.quantize(
+        model,
+        nncf.Dataset(samples),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(samples),
+        ignored_scope=nncf.IgnoredScope(names=list(spared)),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smoothing),
+    )
 
 
 def _default_prompt(model: Any) -> None:

@@ -21,10 +21,11 @@ from secateur.data.demo import pairs_of
 from secateur.data.sources import read_source
 from secateur.errors import ConfigError, ExportTooFar, ModelError
 from secateur.exporting.compatibility import compatibility
-from secateur.exporting.convert import Features, Form, convert, form_of
+from secateur.exporting.convert import Form, convert, form_of
 from secateur.exporting.faithfulness import cosines, reference_vectors, score_both
 from secateur.exporting.graph import EncoderGraph
 from secateur.exporting.manifest import Export
+from secateur.exporting.outliers import Features
 from secateur.files import new_folder
 from secateur.loading.models import open_model, write_files
 from secateur.loading.pooling import PoolingName
