@@ -2,11 +2,11 @@
 
     python benchmarks/training_step.py MODEL DATA [--small 7] [--batch-size 32] [--max-length 64] [--repeats 5]
 
-MODEL is a language model's folder, DATA a folder of training files. Three ways take turns on the same batches, each drawn
-from one file: ``plain`` is a loop as one writes it, in float32, every text padded to the maximum length, one pass for
-each column; ``secateur`` is the step of ``secateur heal``; ``small`` the same on the model's first blocks. A step is
-all of it: tokens, loss, gradients, clipping, the optimizer. Prints the median over the batches of the ratios, in
-seconds and in processor seconds (other work on the machine disturbs the latter less), after one batch that is not
+MODEL is a language model's folder, DATA a folder of training files. Three ways take turns on the same batches, each
+drawn from one file: ``plain`` is a loop as one writes it, in float32, every text padded to the maximum length, one
+pass for each column; ``secateur`` is the step of ``secateur heal``; ``small`` the same on the model's first blocks. A
+step is all of it: tokens, loss, gradients, clipping, the optimizer. Prints the median over the batches of the ratios,
+in seconds and in processor seconds (other work on the machine disturbs the latter less), after one batch that is not
 counted.
 """
 
