@@ -102,6 +102,8 @@ def plain(model: SentenceTransformer, recipe: Recipe) -> Step:
     """Stock calls alone; what is trained, and the optimizer's numbers, are the recipe's."""
     recipe = decide(model, recipe)
     prepare(model, recipe)
+    for layer in [module for module in model.modules() if hasattr(module, "lora_dropout")]:
+        layer.lora_dropout["default"] = torch.nn.Dropout(recipe.lora_dropout)
     model.float().train()
     model.max_seq_length = recipe.max_length
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
