@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from conftest import MakeEncoder, example_pairs
 from secateur.healing.minibatches import Column, MiniBatchedLoss
 from secateur.healing.recipe import Recipe
-from secateur.healing.train import TrainingSet, training_arguments
+from secateur.healing.train import TrainingSet, make_loss, training_arguments
 from secateur.healing.trainer import Trainer
+
+SCALE = 20.0
 
 
 def columns(model: torch.nn.Module, count: int) -> list[dict[str, torch.Tensor]]:
@@ -31,8 +34,8 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(make_encoder: MakeEncod
     features = columns(model, 9)
     losses = []
     for own, loss in (
-        (model, MultipleNegativesRankingLoss(model, scale=20.0)),
-        (other, MiniBatchedLoss(other, tokens, scale=20.0)),
+        (model, MultipleNegativesRankingLoss(model, scale=SCALE)),
+        (other, MiniBatchedLoss(other, tokens, SCALE)),
     ):
         loss = loss([dict(column) for column in features], None)
         loss.backward()
@@ -69,3 +72,18 @@ def test_no_text_is_in_a_batch_twice_in_whatever_column(make_encoder: MakeEncode
     for batch in drawn:
         texts = [text for i in batch for text in rows[i].values()]
         assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize("tokens", [None, 20])
+def test_texts_that_are_the_same_once_they_are_cut_are_no_negatives(make_encoder: MakeEncoder, tokens: int | None):
+    model = make_encoder("llama").eval()
+    model.max_seq_length = 4
+    anchors, positives = ["abc", "bcd", "cde", "def", "efg"], ["word one", "hedge", "word two", "spade", "word three"]
+    loss = make_loss(model, Recipe(scale=SCALE, mini_batch_tokens=tokens))
+    if isinstance(loss, MiniBatchedLoss):
+        loss.mini_batch_size = 2  # anchors that are compared at once
+    found = loss([model.preprocess(anchors), model.preprocess(positives)], None)
+    similar = SCALE * torch.from_numpy(model.encode(anchors) @ model.encode(positives).T).double()
+    others = {0: (1, 3), 1: (0, 2, 3, 4), 2: (1, 3), 3: (0, 1, 2, 4), 4: (1, 3)}
+    expected = [math.log(sum(math.exp(similar[i, j] - similar[i, i]) for j in (i, *others[i]))) for i in others]
+    assert float(found.detach()) == pytest.approx(sum(expected) / 5, rel=1e-4)

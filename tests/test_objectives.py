@@ -16,7 +16,8 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, Mu
 from conftest import MakeEncoder
 from secateur.architectures.blocks import cut
 from secateur.errors import ConfigError
-from secateur.healing.objectives import DepthVectors, Objective, contrastive_loss, dropout, false_negatives, row_keys
+from secateur.healing.doubles import false_negatives, row_keys
+from secateur.healing.objectives import DepthVectors, Objective, contrastive_loss, dropout
 from secateur.healing.teacher import Teacher, TeacherVectors, keep_vectors
 
 ANCHORS = ["what is a hedge?", "who cuts it", "when", "where do they stand now?"]

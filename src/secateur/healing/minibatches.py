@@ -20,6 +20,9 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import Tensor
 
 from secateur.architectures.forward import padded_length
+from secateur.healing import processes
+from secateur.healing.doubles import false_negatives, row_keys
+from secateur.measures.metrics import cosines
 
 LOSS_ROWS = 1024
 """Anchors whose similarities to all candidates are in memory at once."""
@@ -71,21 +74,24 @@ def _split(widths: list[int], tokens: int) -> Iterator[tuple[int, int]]:
 
 
 class MiniBatchedLoss(CachedMultipleNegativesRankingLoss):  # type: ignore[misc]
-    """:class:`MultipleNegativesRankingLoss`, loss and gradients, in mini-batches of at most ``tokens`` tokens.
+    """:func:`.contrastive_loss`, loss and gradients, in mini-batches of at most ``tokens`` tokens.
 
     Args:
         model: The model.
         tokens: Of a mini-batch, padding counted; a longer text is a mini-batch of its own.
-        **options: As for ``MultipleNegativesRankingLoss``.
+        scale: Inverse temperature.
     """
 
-    def __init__(self, model: SentenceTransformer, tokens: int, **options: Any) -> None:
-        super().__init__(model, mini_batch_size=LOSS_ROWS, **options)
+    def __init__(self, model: SentenceTransformer, tokens: int, scale: float) -> None:
+        gather = processes.count() > 1
+        super().__init__(model, scale, self._similarity, mini_batch_size=LOSS_ROWS, gather_across_devices=gather)
         self.tokens = tokens
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
         """The loss; its backward pass embeds once more."""
-        columns = [Column(features, self.tokens) for features in sentence_features]
+        given = list(sentence_features)
+        self._never = false_negatives([row_keys(features) for features in given])
+        columns = [Column(features, self.tokens) for features in given]
         self._places = [column.places for column in columns]
         loss: Tensor = self.forward_cached(columns, labels)
         return loss
@@ -98,8 +104,14 @@ class MiniBatchedLoss(CachedMultipleNegativesRankingLoss):  # type: ignore[misc]
         vectors = [
             torch.stack([column[place] for place in places]) for column, places in zip(rows, self._places, strict=True)
         ]
+        self._compared = 0
         loss: Tensor = super().calculate_loss([[column] for column in vectors], labels, with_backward=with_backward)
         return loss
+
+    def _similarity(self, anchors: Tensor, candidates: Tensor) -> Tensor:
+        """Cosines of the next anchors (the stock loss takes them in their order) without false negatives."""
+        begin, self._compared = self._compared, self._compared + len(anchors)
+        return cosines(anchors, candidates).masked_fill(self._never[begin : self._compared], -torch.inf)
 
     def embed_minibatch_iter(
         self,

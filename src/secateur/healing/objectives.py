@@ -7,7 +7,6 @@ averages the parts over the vectors that the model would give when it is cut: at
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -18,7 +17,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext, _create_minibatch
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss, MultipleNegativesRankingLoss
-from sentence_transformers.util import all_gather, get_rank
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +24,7 @@ from secateur.architectures.blocks import blocks_of, embeddings_of, final_norm, 
 from secateur.checkpoints.verify import PROBES
 from secateur.errors import ConfigError, IllegalDepth, UnsupportedArchitecture
 from secateur.healing import processes
+from secateur.healing.doubles import false_negatives, row_keys
 from secateur.healing.teacher import TeacherVectors
 from secateur.loading.pooling import pool
 from secateur.measures.metrics import cosines
@@ -80,33 +79,6 @@ def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float
 def _log_shares(vectors: Tensor, same: Tensor, scale: float) -> Tensor:
     # A large number in the place of infinity: a text that is alone with its doubles would give NaN.
     return (cosines(vectors, vectors) * scale).masked_fill(same, -1e4).log_softmax(dim=1)
-
-
-def row_keys(features: dict[str, Any]) -> Tensor:
-    """A number for each row of tokens, (rows,), the same for the same tokens whatever their padding."""
-    rows = zip(features["input_ids"].cpu(), features["attention_mask"].bool().cpu(), strict=True)
-    digests = [hashlib.blake2b(ids[real].numpy().tobytes(), digest_size=8).digest() for ids, real in rows]
-    keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
-    return torch.tensor(keys, device=features["input_ids"].device)
-
-
-def false_negatives(keys: Sequence[Tensor]) -> Tensor:
-    """Candidates that only seem to be negatives: (batch, candidates of all processes).
-
-    They are the same text as the anchor or as its positive, or positives of the same anchor.
-
-    Args:
-        keys: :func:`row_keys` of each column, (batch,).
-    """
-    anchors, positives = keys[0][:, None], keys[1][:, None]
-    every = [all_gather(column) if processes.count() > 1 else column for column in keys]
-    candidates = torch.cat(every[1:])[None]
-    never = (candidates == positives) | (candidates == anchors)
-    batch = every[0].shape[0]
-    never[:, :batch] |= every[0][None] == anchors
-    own = torch.arange(len(anchors), device=never.device)
-    never[own, own + get_rank() * len(anchors)] = False
-    return never
 
 
 class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import PrinterCallback, TrainerState
 
 from secateur.artifacts import LossRow, TrialRow
@@ -23,6 +22,7 @@ from secateur.data.pairs import Pair, Pairs
 from secateur.errors import ConfigError, DataError
 from secateur.healing import processes
 from secateur.healing.minibatches import MiniBatchedLoss
+from secateur.healing.objectives import Objective
 from secateur.healing.recipe import Recipe
 from secateur.healing.trainable import decide, finish, prepare
 from secateur.healing.trainer import SCORE, Judge, Trainer, Validation, Watch, last_checkpoint
@@ -93,7 +93,7 @@ def _training_set(pairs: Pairs, name: str, rows: Sequence[Pair]) -> TrainingSet:
     return TrainingSet(name, Dataset.from_dict(columns), {column: text for column, text in prompts.items() if text})
 
 
-Objective = Callable[[SentenceTransformer, Recipe], torch.nn.Module]
+MakeLoss = Callable[[SentenceTransformer, Recipe], torch.nn.Module]
 """Makes the loss of a training, as sentence-transformers has them: a module with
 ``forward(sentence_features, labels) -> scalar``.
 
@@ -108,15 +108,11 @@ def make_loss(model: SentenceTransformer, recipe: Recipe) -> torch.nn.Module:
     """The paper's objective: each anchor finds its positive among all positives and negatives of the batch.
 
     With several processes, the batch is that of all of them. No text is a negative of its own: a batch holds no text
-    twice (the sampler sees to that, over all columns, before texts are cut).
+    twice (the sampler sees to that, over all columns), and what is the same once it is cut is left out by the loss.
     """
-    options = {"scale": recipe.scale, "gather_across_devices": processes.count() > 1}
-    loss: torch.nn.Module = (
-        MultipleNegativesRankingLoss(model, **options)
-        if recipe.mini_batch_tokens is None
-        else MiniBatchedLoss(model, recipe.mini_batch_tokens, **options)
-    )
-    return loss
+    if recipe.mini_batch_tokens is None:
+        return Objective(model, scale=recipe.scale)
+    return MiniBatchedLoss(model, recipe.mini_batch_tokens, recipe.scale)
 
 
 def train(
@@ -125,7 +121,7 @@ def train(
     recipe: Recipe,
     folder: Path,
     progress: Progress,
-    objective: Objective = make_loss,
+    objective: MakeLoss = make_loss,
     *,
     validation: Validation | None = None,
     report_to: str = "none",

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers import SentenceTransformer
 
 from secateur.architectures.blocks import blocks_of, final_norm, linear_names
+from secateur.healing.on_cpu import use_bits_dropout
 from secateur.healing.recipe import Recipe
 
 BYTES_PER_WEIGHT = 16
@@ -71,6 +72,7 @@ def prepare(model: SentenceTransformer, recipe: Recipe) -> Mapping[str, torch.dt
                 target_modules=list(linear_names(model[0].auto_model)),
             )
         )
+        use_bits_dropout(model)
         return before
     if recipe.train == "blocks":
         model.requires_grad_(False)

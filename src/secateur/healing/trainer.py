@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from secateur.architectures.forward import padded_length
 from secateur.errors import TrainingDiverged
+from secateur.healing.on_cpu import attention_in_float32
 from secateur.progress import Progress
 
 TRAINED_WEIGHTS = "trained.safetensors"
@@ -57,6 +59,11 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """The card is the report's; the stock one would tokenize the data for its examples."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with attention_in_float32() if self.args.bf16 and self.args.device.type == "cpu" else nullcontext():
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+            return loss
 
     def go_on(self, checkpoint: str | None, patience: int | None) -> None:
         """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
