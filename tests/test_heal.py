@@ -225,6 +225,38 @@ def test_held_out_rows_are_measured_on_the_way(llama_folder: Path, pairs_file: P
         secateur.heal(llama_folder, pairs_file, **SETTINGS, patience=2, out=tmp_path / "other")
 
 
+def test_a_training_that_is_measured_goes_on_bit_for_bit_after_a_kill(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
+    """What the score draws at random must not change what the training draws."""
+    sets = training_sets([read_pairs(pairs_file)], 8)
+    recipe = Recipe(**(SETTINGS | {"steps": 6}))
+    runs = []
+    for killed in (False, True):
+        values, folder = [0.1, 0.4, 0.2], tmp_path / str(killed)
+
+        def score(model: object, values: list[float] = values) -> float:
+            torch.rand(3)
+            return values.pop(0)
+
+        def kill(what: str, done: int, total: int) -> None:
+            if done == 5 * 8:
+                raise KeyboardInterrupt
+
+        validation = Validation(score, every=2)
+        if killed:
+            with pytest.raises(KeyboardInterrupt):
+                model = secateur.open_model(llama_folder, device="cpu")
+                train(model, sets, recipe, folder, kill, validation=validation)
+            assert values == [0.2]
+        model = secateur.open_model(llama_folder, device="cpu")
+        runs.append((model, train(model, sets, recipe, folder, silent, validation=validation)))
+        assert not values
+    (one, whole), (other, resumed) = runs
+    assert (resumed.losses, resumed.trials, resumed.best_step) == (whole.losses, whole.trials, 4)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
 class Exploding(torch.nn.Module):
     """Grows a thousandfold after eleven steps."""
 
@@ -353,7 +385,8 @@ def test_mistakes_are_told_before_anything_is_written(llama_folder: Path, pairs_
     namesake = write_pairs(tmp_path / "words.jsonl", example_pairs(9))
     with pytest.raises(DataError, match="two data files have this name"):
         secateur.heal(llama_folder, [pairs_file, namesake], batch_size=8, out=out)
-    for option in ({"steps": 0}, {"learning_rate": -1.0}, {"batch_size": 1}, {"lora_dropout": 1.0}, {"precision": "x"}):
+    wrong = ({"steps": 0}, {"learning_rate": -1.0}, {"batch_size": 1}, {"lora_dropout": 1.0}, {"precision": "x"})
+    for option in (*wrong, {"report_to": "nonesuch"}):
         with pytest.raises(ConfigError, match=next(iter(option))):
             secateur.heal(llama_folder, pairs_file, **(SETTINGS | option), out=out)
     assert sorted(tmp_path.iterdir()) == [namesake]

@@ -28,7 +28,7 @@ from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, 
 from secateur.healing.objectives import check_views
 from secateur.healing.recipe import make_recipe
 from secateur.healing.teacher import Teacher, open_teacher
-from secateur.healing.train import Outcome, check_processes
+from secateur.healing.train import Outcome, check_processes, check_tracker
 from secateur.healing.train import train as run_training
 from secateur.healing.trainable import decide
 from secateur.healing.trainer import Validation
@@ -165,6 +165,7 @@ def heal(
         precision=precision,
         seed=seed,
     )
+    check_tracker(report_to)
     processes.join()
     check_processes(numbers.batch_size)
     sets = sets_of(sources, numbers.batch_size, aim)

@@ -16,6 +16,8 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 from transformers import PrinterCallback, TrainerState
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from secateur.artifacts import LossRow, TrialRow
 from secateur.data.pairs import Pair, Pairs
@@ -238,3 +240,16 @@ def check_processes(batch_size: int) -> None:
     if batch_size % processes.count():
         problem = f"{batch_size} pairs do not divide among {processes.count()} processes"
         raise ConfigError("batch_size", batch_size, problem, f"a multiple of {processes.count()}")
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that transformers does not know, or that is not installed.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+        raise ConfigError("report_to", name, f"is {name!r}", f"none, all, {', '.join(INTEGRATION_TO_CALLBACK)}")
+    # Flyte and Azure are not among those that transformers looks for by themselves.
+    if name not in ("none", "all", "flyte", "azure_ml", *get_available_reporting_integrations()):
+        raise ConfigError("report_to", name, f"{name} is not installed here", f"pip install {name}")
