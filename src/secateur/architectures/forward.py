@@ -50,7 +50,7 @@ class Tokens:
     left: bool
 
     def batch(self, rows: Sequence[int], *, left: bool | None = None) -> dict[str, Any]:
-        """The features of some rows, padded to a common length.
+        """The features of some rows, padded to the longest of them.
 
         Args:
             rows: Indices of texts.
@@ -60,7 +60,7 @@ class Tokens:
         index = torch.as_tensor(rows)
         lengths = self.lengths[index]
         longest = self.features["attention_mask"].shape[1]
-        width = min(rounded(int(lengths.max())), longest)
+        width = int(lengths.max())
         # Where padding moves to the other side, each row turns by as many places as it has padding.
         turn = (lengths - longest if left else longest - lengths) if left != self.left else torch.zeros_like(lengths)
         places = (torch.arange(longest)[None, :] + turn[:, None]) % longest
@@ -87,15 +87,6 @@ def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "")
     return Tokens(dict(features), lengths, left=bool((mask[:, 0] == 0).any()))
 
 
-def rounded(length: int) -> int:
-    """A length that batches are padded to: at most 1/8 more, so that few different shapes occur.
-
-    Every new shape costs the kernels of some processors (oneDNN) a compilation.
-    """
-    step = 1 << max(0, (length - 1).bit_length() - 4)
-    return -(-length // step) * step
-
-
 def padded_length(length: int, longest: int | None = None) -> int:
     """A length that batches are padded to where shapes come at random and should be few: a multiple of 16.
 
@@ -107,30 +98,11 @@ def padded_length(length: int, longest: int | None = None) -> int:
     return full if longest is None else min(full, max(longest, length))
 
 
-def plan(lengths: Tensor, budget: int = BUDGET) -> list[list[int]]:
-    """Cut texts into batches of about as many tokens, the longest texts first.
-
-    Args:
-        lengths: (texts,), tokens of each.
-        budget: Tokens in a batch, padding included; a text longer than that makes a batch alone.
-
-    Returns:
-        Indices of texts, by batch.
-    """
-    order = lengths.argsort(descending=True, stable=True).tolist()
-    batches = []
-    start = 0
-    while start < len(order):
-        count = max(1, budget // rounded(int(lengths[order[start]])))
-        batches.append(order[start : start + count])
-        start += count
-    return batches
-
-
 def plan_evenly(lengths: Tensor, budget: int = BUDGET) -> list[list[int]]:
-    """As :func:`plan`, for long runs: batches end early rather than be much padded, and keep their own lengths.
+    """Cut texts into batches of about as many tokens, the longest texts first, that are little padded.
 
-    A new shape is compiled once and met again; padding is paid for in every batch.
+    A batch ends early rather than be much padded, and keeps its own length: a new shape is compiled once (a CPU takes
+    some milliseconds for it) and met again; padding is paid for in every batch.
 
     Args:
         lengths: (texts,), tokens of each.

@@ -30,8 +30,7 @@ from secateur.architectures.forward import (
     common_start,
     halves,
     is_out_of_memory,
-    plan,
-    rounded,
+    plan_evenly,
     run_after,
     run_prefix,
     tokenize,
@@ -141,7 +140,7 @@ class DepthEncoder:
             self._one_pass = probe is not None
         prefix = self._share(tokens, probe)
         picks = {row: random.Random(f"{seed} {texts[row]}").random() for row in sampled}  # noqa: S311
-        todo = deque(plan(tokens.lengths - (prefix.length if prefix else 0), self._budget))
+        todo = deque(plan_evenly(tokens.lengths - (prefix.length if prefix else 0), self._budget))
         while todo:
             rows = todo.popleft()
             try:
@@ -181,22 +180,27 @@ class DepthEncoder:
 
     def _one_pass_over(self, tokens: Tokens, rows: list[int]) -> Depths | None:
         features = self._to_device(tokens.batch(rows))
-        own = self._model(dict(features))["sentence_embedding"]
-        found = self._hooked(features, None, {})
-        if found is not None and self._agree(found.vectors[:, 0, -1], own):
-            return found
-        if self._head is not None:
+        found = self._believed(features)
+        if found is None and self._head is not None:
             # The pooling may do more than a weighted sum; the model's own modules tell.
             head, self._head = self._head, None
-            found = self._hooked(features, None, {})
-            if found is not None and self._agree(found.vectors[:, 0, -1], own):
+            found = self._believed(features)
+            if found is not None:
                 self.notes.append(
                     f"other poolings than {head.names[0]} were not read: the model's own is more than one"
                 )
-                return found
-        self._shares = False
-        self.notes.append("more than a norm follows the blocks of this model: each depth took a pass of its own")
-        return None
+        if found is None:
+            self._shares = False
+            self.notes.append("more than a norm follows the blocks of this model: each depth took a pass of its own")
+        return found
+
+    def _believed(self, features: dict[str, Any]) -> Depths | None:
+        """What hooks read in the model's own pass, if their last depth is what comes out of it."""
+        reader = _Reader(self._model, self._head, features, None, {})
+        with _hooks(blocks_of(self._transformer), reader.visit):
+            own = self._model(dict(features))["sentence_embedding"]
+        found = reader.found(self.depth)
+        return found if found is not None and self._agree(found.vectors[:, 0, -1], own) else None
 
     def _share(self, tokens: Tokens, probe: Depths | None) -> _Prefix | None:
         """What all texts start with, computed once, if that gives the vectors of the plain way.
@@ -448,7 +452,7 @@ def _spread(tokens: Tokens, budget: int) -> list[int]:
     """A few texts from the shortest to the longest, as many as fit into a batch."""
     order = tokens.lengths.argsort().tolist()
     rows = [order[i * (len(order) - 1) // (PROBES - 1)] for i in range(PROBES)] if len(order) > PROBES else order
-    while len(rows) > 1 and len(rows) * rounded(int(tokens.lengths[rows[-1]])) > budget:
+    while len(rows) > 1 and len(rows) * int(tokens.lengths[rows[-1]]) > budget:
         rows = rows[:-1:2]
     return rows
 
