@@ -2,10 +2,11 @@
 
     python benchmarks/quality.py MODEL DATA TASKS -o OUT [--embedder MINILM] [--rows ROW ...] [--steps 100]
 
-MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so the row small-mean would fail), DATA
-a folder of training files, TASKS a folder of task folders. Each row and seed is a folder of OUT: it goes on where it was stopped, and is skipped once it is scored. Trained models are removed after
-scoring, but for the full-depth one, which is a teacher (--keep-models keeps all). At the end, and with --table alone,
-prints a Markdown table: the average over task types ± standard error over the seeds, in points.
+MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so the row small-mean would fail),
+DATA a folder of training files, TASKS a folder of task folders. Each row and seed is a folder of OUT: it goes on where
+it was stopped, and is skipped once it is scored. Trained models are removed after scoring, but for the full-depth one,
+which is a teacher (--keep-models keeps all). At the end, and with --table alone, prints a Markdown table: the average
+over task types ± standard error over the seeds, in points.
 
 Every row has the same batches (same seed, same steps), but for the rows of equal compute, whose steps are scaled by
 the counted FLOPs of a training step, and the label-free rows, which see texts alone.
