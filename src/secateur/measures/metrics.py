@@ -164,13 +164,13 @@ def block_influence(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
     Args:
         before: The block's input states (batch, length, width).
         after: Its output states, same shape.
-        mask: (batch, length), 0 for padding, which is not counted.
+        mask: (batch, length), 0 for padding, which is not counted, whatever its states are.
 
     Returns:
         The sum, a scalar; divided by the number of tokens it is the Block Influence, from 0 (idle) to 2.
     """
     found = functional.cosine_similarity(before.float(), after.float(), dim=-1)
-    return ((1 - found) * mask).sum()
+    return torch.where(mask != 0, (1 - found) * mask, 0).sum()
 
 
 def angular_distances(states: Tensor) -> Tensor:

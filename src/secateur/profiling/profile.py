@@ -115,6 +115,8 @@ def profile(
     if out is not None:
         out = results_folder(out, Profile.file, "choice.json", *PICTURES)
     sources = _drawn(read_sources(data, instruction, columns), max_examples, seed)
+    if until_sure and not any(isinstance(source, Pairs) for source in sources):
+        raise ConfigError("until_sure", until_sure, "needs losses, and the data are texts alone", "leave it out")
     opened = _open_tasks(tasks, sample, seed)
     name = model_label(model) if isinstance(model, (str, Path)) else "model"
     notes: list[str] = []
