@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 SAMPLE = 1024
 """Vectors per depth that the label-free metrics are computed from, so that memory does not grow with the data."""
 PICTURES = tuple(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg"))
-HELD_BYTES = 128 << 20
+HELD_BYTES = 192 << 20
 """Of the pooled vectors of one group of batches, which are sorted by length together."""
 
 
