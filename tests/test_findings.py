@@ -84,6 +84,8 @@ def test_the_verdict_claims_what_the_interval_carries(
         assert claim.difference.low is not None
         assert claim.difference.low < -SAME
         assert f"up to {-100 * claim.difference.low:.1f} points may be lost" in sentence
+        assert ",;" not in sentence
+        assert "lost," not in sentence or "speed" in sentence
     assert "one seed (42)" in " ".join(notes(found(tmp_path)))
 
 

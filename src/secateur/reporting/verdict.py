@@ -125,10 +125,9 @@ def _part(claim: Claim, first: bool, by: str = "") -> str:
         said = f"{'gives' if one else 'give'} the same quality{where} within the error ({points})"
     elif claim.outcome == "undecided":
         lost = score(-(claim.difference.low or 0.0))
-        said = (
-            f"{'is' if one else 'are'} not told apart{where.replace(' as ', ' from ')} ({points}): up to {lost} points "
-        )
-        said += "may be lost,"
+        comma = "," if claim.speed else ""
+        said = f"{'is' if one else 'are'} not told apart{where.replace(' as ', ' from ')} ({points}): "
+        said += f"up to {lost} points may be lost{comma}"
     else:
         share = claim.share
         verb = {(True, True): "reaches", (True, False): "reach"}.get((share.value > 1, one), "keeps" if one else "keep")
