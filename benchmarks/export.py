@@ -158,14 +158,13 @@ def timed(work: Callable[[], np.ndarray]) -> float:
 def install(folder: Path, made: Sequence[tuple[Path, Export]]) -> None:
     """The light runtime in environments of its own: megabytes, and seconds from nothing to the first vector."""
     root = Path(__file__).resolve().parents[1]
-    for backend, package in (("onnx", "onnxruntime"), ("openvino", "openvino")):
+    for backend, package in (("onnx", f"{root}[runtime]"), ("openvino", "openvino")):
         environment = folder / f"env-{backend}"
         python = environment / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         before = megabytes(environment)
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--constraint", root / "constraints.txt", "numpy", "tokenizers", package], check=True)
-        subprocess.run([*pip, "--no-deps", root], check=True)
+        subprocess.run([*pip, "--constraint", root / "constraints.txt", root, package], check=True)
         size = megabytes(environment) - before
         print(f"\nlight runtime, {backend}: {size:.0f} MB beside Python and pip (aim {MOST_MEGABYTES})")
         for each, result in made:

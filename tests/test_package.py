@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import secateur
 from secateur import config
@@ -83,6 +86,38 @@ def test_a_step_without_its_packages_says_what_to_install():
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.stderr.rstrip().endswith(
         "MissingPackage: secateur serve needs the package uvicorn: pip install 'secateur[serve]'"
+    )
+
+
+def installed_with(requirement: str) -> set[str]:
+    """The names of all distributions that a requirement brings, by what is installed here."""
+    names: set[str] = set()
+    todo = {requirement}
+    seen: set[str] = set()
+    while todo:
+        seen.add(text := todo.pop())
+        wanted = Requirement(text)
+        names.add(canonicalize_name(wanted.name))
+        for line in importlib.metadata.requires(wanted.name) or []:
+            needed = Requirement(line)
+            extras = wanted.extras or {""}
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                todo |= {f"{needed.name}[{','.join(sorted(needed.extras))}]"} - seen
+    return names
+
+
+def test_the_light_runtime_is_installed_without_torch():
+    light = installed_with("secateur[runtime]")
+    assert {"numpy", "tokenizers", "onnxruntime"} <= light
+    assert not {"torch", "transformers", "sentence-transformers"} & light
+    assert {"torch", "transformers", "sentence-transformers", "mteb"} <= installed_with("secateur[torch]")
+
+
+def test_a_step_without_torch_says_what_to_install():
+    script = "import sys\nsys.modules['torch'] = None\nimport secateur\nsecateur.prune"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.stderr.rstrip().endswith(
+        "MissingPackage: secateur prune needs the package torch: pip install 'secateur[torch]'"
     )
 
 

@@ -71,7 +71,7 @@ _HOMES = {
     "study": "studies.study",
 }
 _EXTRAS = {"serve": "serve"}
-"""Steps whose packages do not come with secateur itself → the extra that brings them."""
+"""Steps that need more than the extra ``torch`` → the one that brings all that they need."""
 
 
 def __getattr__(name: str) -> Any:
@@ -81,11 +81,11 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     except ModuleNotFoundError as error:
-        if name not in _EXTRAS or str(error.name).startswith(__name__):
+        if str(error.name).startswith(__name__):
             raise
         from secateur.errors import MissingPackage
 
-        install = f"pip install 'secateur[{_EXTRAS[name]}]'"
+        install = f"pip install 'secateur[{_EXTRAS.get(name, 'torch')}]'"
         raise MissingPackage(str(error.name), f"secateur {name}", install) from None
     return getattr(module, name)
 

@@ -5,7 +5,8 @@
     encoder = runtime.load("exported")
     vectors = encoder.encode(["a text", "another"], prompt_name="query")
 
-Nothing of secateur that needs more is imported here: the package can be installed with ``pip install --no-deps``.
+``pip install 'secateur[runtime]'`` brings what it needs for ONNX exports, ``pip install secateur openvino`` for
+OpenVINO's. Nothing of secateur that needs more is imported here.
 """
 
 from __future__ import annotations
