@@ -35,8 +35,9 @@ import psutil
 import torch
 
 from secateur import accelerate, open_model, prune
+from secateur.encoding.arithmetic import MixedLinear, quicken, use_mixed_products
 from secateur.encoding.encode import SHARD
-from secateur.encoding.engine import BATCH_TOKENS, MixedLinear, quicken, use_mixed_products
+from secateur.encoding.engine import BATCH_TOKENS
 from secateur.loading.models import model_label
 from secateur.measures.flops import flops_per_token
 from secateur.measures.metrics import paired_cosines

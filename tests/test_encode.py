@@ -21,8 +21,9 @@ from conftest import LETTERS, MakeEncoder, tiny_transformer
 from killing import run_until
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
+from secateur.encoding.arithmetic import MixedLinear, use_arithmetic, use_mixed_products
 from secateur.encoding.encode import SHARD
-from secateur.encoding.engine import Engine, MixedLinear, use_arithmetic, use_mixed_products
+from secateur.encoding.engine import Engine
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.measures.metrics import paired_cosines
 from task_folders import example_rows, write_task
@@ -150,13 +151,29 @@ def test_mixed_products_round_little_and_can_be_undone(make_encoder: MakeEncoder
     np.testing.assert_array_equal(own.encode(list(SCRIPTS)), expected)
 
 
-def test_mixed_products_spare_the_first_blocks(make_encoder: MakeEncoder):
-    own = make_encoder("llama", depth=3)
-    assert use_arithmetic(own, "mixed:2") == "mixed:2"
-    mixed = [any(isinstance(m, MixedLinear) for m in block.modules()) for block in own[0].auto_model.layers]
-    assert mixed == [False, False, True]
+@pytest.mark.parametrize("prompt", ["", "find the word that is meant: "])
+def test_mixed_products_spare_short_texts(make_encoder: MakeEncoder, prompt: str):
+    own, exact = make_encoder("llama"), make_encoder("llama")
+    texts = [text for text in MIXED if text]
+    lengths = [len(ids) for ids in exact.tokenizer([prompt + text for text in texts])["input_ids"]]
+    limit = sorted(lengths)[len(lengths) // 2]
+    assert use_arithmetic(own, f"mixed:{limit}") == f"mixed:{limit}"
+    expected = exact.encode(texts, prompt=prompt)
+    one_by_one = own.encode(texts, prompt=prompt, batch_size=1)
+    for found in (one_by_one, accelerate(own).encode(texts, prompt=prompt)):
+        same(found, expected, 0.999)
+        short = [i for i, length in enumerate(lengths) if length < limit]
+        np.testing.assert_allclose(found[short], expected[short], atol=1e-5)
+    long = [i for i, length in enumerate(lengths) if length >= limit]
+    assert np.abs(one_by_one[long] - expected[long]).max() > 1e-5
+
+
+def test_a_mixed_layer_rounds_its_weights_and_inputs_alone(make_encoder: MakeEncoder):
+    own = make_encoder("llama")
+    use_arithmetic(own, "mixed")
     states = torch.randn(3, 7, 32)  # 21 rows, which are filled up
-    layer = own[0].auto_model.layers[2].mlp.up_proj
+    layer = own[0].auto_model.layers[1].mlp.up_proj
+    assert isinstance(layer, MixedLinear)
     rounded = states.bfloat16().double() @ layer.weight.double().T
     torch.testing.assert_close(layer(states).double(), rounded, rtol=1e-2, atol=1e-3)
 
@@ -164,10 +181,10 @@ def test_mixed_products_spare_the_first_blocks(make_encoder: MakeEncoder):
 def test_auto_keeps_its_bound_on_texts_that_it_has_not_seen(make_encoder: MakeEncoder, monkeypatch):
     """Where bfloat16 is said to be quicker: random letters, hardest where they are few."""
     seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr("secateur.encoding.engine.block_seconds", lambda model: seconds)
+    monkeypatch.setattr("secateur.encoding.arithmetic.block_seconds", lambda model: seconds)
     own, exact = make_encoder("llama", depth=4, seed=1), make_encoder("llama", depth=4, seed=1)
     taken = use_arithmetic(own, "auto")
-    assert taken in ("float32", "mixed", "mixed:1", "mixed:2")
+    assert taken in ("float32", "mixed", "mixed:8", "mixed:16", "mixed:24", "mixed:32")
     rng = random.Random(3)
     texts = ["".join(rng.choices(LETTERS, k=rng.randint(1, 12))) for _ in range(400)]
     assert paired_cosines(own.encode(texts), exact.encode(texts)).min() >= 0.9999

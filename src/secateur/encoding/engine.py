@@ -2,8 +2,8 @@
 
 The vectors are those of ``SentenceTransformer.encode``; the way to them is shorter. The texts of a window are sorted by
 length and run in batches of about as many tokens, so that little is padding. A prompt's keys and values are computed
-once where a model attends only backwards. Texts are tokenized beside the model. Where the processor multiplies
-bfloat16 faster, linear layers may do so, while everything between them stays in float32 (:class:`MixedLinear`).
+once where a model attends only backwards. Texts are tokenized beside the model. In what number format its layers
+multiply is the model's own affair (:mod:`.arithmetic`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
 
-from secateur.architectures.blocks import blocks_of
 from secateur.architectures.forward import (
     REFUSALS,
     SHORTEST_PREFIX,
     SharedPrefix,
-    block_seconds,
     halves,
     is_out_of_memory,
     plan_evenly,
     run_after,
     run_prefix,
 )
-from secateur.checkpoints.verify import PROBES
 from secateur.errors import ModelError
 from secateur.loading.models import attends_backwards_only
 from secateur.loading.pooling import pool
@@ -46,137 +43,12 @@ BATCH_TOKENS = 512
 WINDOW = 512
 """Texts tokenized, and cut into batches, together; they come sorted by their characters."""
 
-ROWS_STEP = 16
-"""Rows of a product in bfloat16 are filled up to a multiple of this: oneDNN keeps a kernel for each number of rows."""
-
-WORTH = 1.1
-"""How many times as fast another number format must be to be taken."""
-
-LEAST_COSINE = 0.9999
-"""To the vectors of float32: below it, a quicker format is not taken unless it is asked for."""
-
-MIXED = "mixed"
-FIRST_BLOCKS = (0, 1, 2, 4)
-"""So many blocks at the start may stay in float32 for the sake of :data:`LEAST_COSINE`."""
-
-
 Told = Callable[[int, int], None]
 """Called as ``told(texts, tokens)`` with what has been encoded since it was called last; tokens of prompts count."""
 
 
 def tell_nobody(texts: int, tokens: int) -> None:
     """Tell nobody."""
-
-
-class MixedLinear(nn.Module):
-    """A linear layer that multiplies in bfloat16, adds up in float32 and hands on float32.
-
-    Only its weights and inputs are rounded. What a model adds up over its blocks is not: rounding that is what makes
-    the vectors of a model in bfloat16 differ.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = nn.Parameter(linear.weight.detach().to(torch.bfloat16), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, states: Tensor) -> Tensor:
-        """States (…, in) → (…, out), both float32."""
-        rows = states.reshape(-1, self.in_features)
-        rounded = rows.new_empty(-(-len(rows) // ROWS_STEP) * ROWS_STEP, self.in_features, dtype=torch.bfloat16)
-        rounded[: len(rows)] = rows
-        rounded[len(rows) :] = 0
-        product = nn.functional.linear(rounded, self.weight)[: len(rows)].float()
-        product = product.view(*states.shape[:-1], self.out_features)
-        return product if self.bias is None else product + self.bias
-
-
-def use_mixed_products(model: SentenceTransformer, first: int = 0) -> Callable[[], None]:
-    """Replace the linear layers in the blocks of a float32 model by :class:`MixedLinear`.
-
-    Args:
-        model: Changed in place.
-        first: The block to begin with; those before it stay as they are.
-
-    Returns:
-        What puts the layers back.
-    """
-    linears = [
-        (parent, name, child)
-        for block in blocks_of(model[0].auto_model)[first:]
-        for parent in list(block.modules())
-        for name, child in list(parent.named_children())
-        if type(child) is nn.Linear
-    ]
-    for parent, name, linear in linears:
-        setattr(parent, name, MixedLinear(linear))
-
-    def undo() -> None:
-        for parent, name, linear in linears:
-            setattr(parent, name, linear)
-
-    return undo
-
-
-def use_arithmetic(model: SentenceTransformer, name: str) -> str:
-    """Make an opened model multiply as ``name`` says, and return that name: ``auto`` becomes what it stands for.
-
-    Args:
-        model: In the number format of that name, or in float32 for ``mixed``; changed in place.
-        name: ``auto`` (:func:`quicken`); ``mixed``, or ``mixed:2``: linear layers multiply in bfloat16, but for those
-            of the first 2 blocks; or a number format, with which nothing changes.
-    """
-    if name == "auto":
-        return quicken(model)
-    if name.startswith(MIXED):
-        use_mixed_products(model, int(name.partition(":")[2] or 0))
-    return name
-
-
-def quicken(model: SentenceTransformer) -> str:
-    """Give a model the quickest arithmetic that keeps its vectors, by measurement on this processor.
-
-    A float32 model gets mixed products where bfloat16 is quicker: in all its blocks, or in all but the first
-    :data:`FIRST_BLOCKS`, whose rounding goes through all the others; the first of these that keeps :func:`probe_texts`
-    within half the distance that :data:`LEAST_COSINE` allows, for those are a sample. A model in another format goes to
-    float32 where that is quicker. On a GPU nothing changes.
-
-    Returns:
-        A name for :func:`use_arithmetic`.
-    """
-    if model.device.type == "cpu":
-        seconds = block_seconds(model)
-        gain = seconds[torch.float32] / seconds[torch.bfloat16]
-        if model.dtype == torch.float32 and gain > WORTH:
-            texts = probe_texts(model)
-            expected = _vectors(model, texts)
-            for first in FIRST_BLOCKS[: len(blocks_of(model[0].auto_model))]:
-                undo = use_mixed_products(model, first)
-                if 1 - paired_cosines(_vectors(model, texts), expected).min() <= (1 - LEAST_COSINE) / 2:
-                    return f"{MIXED}:{first}" if first else MIXED
-                undo()
-        elif model.dtype != torch.float32 and gain * WORTH < 1:
-            model.float()
-    return str(model.dtype).removeprefix("torch.")
-
-
-def probe_texts(model: SentenceTransformer) -> list[str]:
-    """Texts on which rounding shows: short ones above all, of random tokens, and some sentences under each prompt.
-
-    A few tokens average out little of what is rounded; random ones are met by no weights that were trained for them.
-    """
-    rng = np.random.default_rng(0)
-    tokens = sorted(set(model.tokenizer.get_vocab().values()) - set(model.tokenizer.all_special_ids))
-    lengths = [1, 2, 3, 4] * 32 + [5, 6, 7, 8] * 8 + [64] * 3
-    made = [model.tokenizer.decode(rng.choice(tokens, length).tolist()) for length in lengths]
-    prompts = sorted({"", *model.prompts.values()})
-    return [*made, *(prompt + text for prompt in prompts for text in PROBES)]
-
-
-def _vectors(model: SentenceTransformer, texts: list[str]) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = model.encode(texts, prompt="", show_progress_bar=False)
-    return found
 
 
 @dataclass(frozen=True, eq=False)

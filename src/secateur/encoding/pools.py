@@ -25,7 +25,8 @@ import torch
 from secateur import runtime
 from secateur.clusters import ray_cluster
 from secateur.data.vectors import fingerprint_model
-from secateur.encoding.engine import BATCH_TOKENS, MIXED, WINDOW, Engine, Told, use_arithmetic
+from secateur.encoding.arithmetic import MIXED, use_arithmetic
+from secateur.encoding.engine import BATCH_TOKENS, WINDOW, Engine, Told
 from secateur.errors import ModelError
 from secateur.loading.models import open_model
 from secateur.loading.pooling import PoolingName
