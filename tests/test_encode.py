@@ -302,7 +302,7 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [("spawn_main", {}), ("_PromptedWorker", {"ray": "local"})])
+@pytest.mark.parametrize(("name", "options"), [("spawn_main", {}), ("MapWorker(", {"ray": "local"})])
 def test_a_dead_worker_is_replaced(model: Path, reference, tmp_path: Path, name: str, options):
     if options:
         pytest.importorskip("ray")

@@ -33,8 +33,9 @@ reporting: cost compare run findings saturation printing verdict drawings card r
 studies: presets plan estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export
+encoding: arithmetic
 serving: encoders exported queueing gate embeddings app serve
-encoding: arithmetic engine pools rows vector_files encode
+encoding: engine pools rows vector_files encode
 cli: arguments tables bars commands
 __main__
 """

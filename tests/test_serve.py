@@ -521,7 +521,8 @@ def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
     encoder: ModelEncoder, folder: Path, model: SentenceTransformer
 ):
     deaths: list[int] = []
-    process = EncoderProcess(partial(open_encoder, folder, {"device": "cpu"}), lambda: deaths.append(1))
+    make = partial(open_encoder, folder, {"dtype": "float32", "device": "cpu"})
+    process = EncoderProcess(make, lambda: deaths.append(1))
     texts = [f"text {i:02}" for i in range(8)]
     with running(make_app(encoder, "tiny", processes=[process])) as server, ThreadPoolExecutor(8) as clients:
         answers = [clients.submit(server.post, request(input=text)) for text in texts]

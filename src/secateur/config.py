@@ -18,6 +18,7 @@ from secateur.errors import ConfigError, DataError
 
 PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Arithmetic = Literal["auto", "float32", "mixed", "bfloat16", "float16"]
 
 MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
 ONE: JsonDict = {"argument": True}
@@ -72,6 +73,7 @@ _POOLING = (
 _LENGTH = "Tokens after which a text is cut, for a bare language model."
 _TRUST = "Run the model code that a repository brings along."
 _CACHE = "Folder that keeps vectors, so that no text is encoded twice by the same model."
+_ARITHMETIC = "Of the arithmetic; auto: the quickest that keeps a cosine of 0.9999 to float32."
 _DEVICE = "Torch device [default: the GPU where there is one]."
 
 
@@ -394,9 +396,7 @@ class EncodeOptions(Options):
     batch_tokens: int = Field(512, ge=1, description="Tokens in a batch, padding included.")
     processes: int = Field(1, ge=1, description="Processes of this machine, or workers of the cluster.")
     ray: str | None = Field(None, description="Address of a Ray cluster (auto, ray://host:10001), or local.")
-    dtype: Literal["auto", "float32", "mixed", "bfloat16", "float16"] = Field(
-        "auto", description="Of the arithmetic; auto: the quickest that keeps a cosine of 0.9999 to float32."
-    )
+    dtype: Arithmetic = Field("auto", description=_ARITHMETIC)
     pooling: PoolingName | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
     device: str | None = Field(None, description=_DEVICE)
@@ -425,7 +425,7 @@ class ServeOptions(Options):
     truncate: bool = Field(False, description="Cut texts that are too long; else they are refused.")
     pooling: PoolingName | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
-    dtype: Dtype = Field("auto", description="Number format of the weights; auto: as stored.")
+    dtype: Arithmetic = Field("auto", description=_ARITHMETIC)
     device: str | None = Field(None, description=_DEVICE)
     trust_remote_code: bool = Field(False, description=_TRUST)
 

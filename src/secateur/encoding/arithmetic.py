@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from secateur.architectures.blocks import blocks_of
 from secateur.architectures.forward import block_seconds
 from secateur.checkpoints.verify import PROBES
+from secateur.loading.models import open_model
 from secateur.measures.metrics import paired_cosines
 
 ROWS_STEP = 16
@@ -62,6 +63,13 @@ class MixedLinear(nn.Module):
         self.bias = linear.bias
         self._switch = switch
         self._linear = [linear] if switch else []  # in a list, it is not a part of the model
+
+    def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedLinear:
+        """Where the model is moved, the float32 layer goes with it."""
+        for linear in self._linear:
+            linear._apply(change, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(change, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, states: Tensor) -> Tensor:
         """States (…, in) → (…, out), both float32."""
@@ -125,6 +133,18 @@ def _watch(model: SentenceTransformer, switch: _Switch, shortest: int) -> list[R
         switch.exact = tokens < shortest
 
     return [module.register_forward_pre_hook(look, with_kwargs=True) for module in (model[0], model[0].auto_model)]
+
+
+def open_for_encoding(name: str, dtype: str, **options: Any) -> tuple[SentenceTransformer, str]:
+    """Open a model that multiplies as ``dtype`` says, a name for :func:`use_arithmetic`; and that name, settled.
+
+    Args:
+        name: Of the model.
+        dtype: How it multiplies.
+        **options: As for :func:`.open_model`, and so with its errors.
+    """
+    model = open_model(name, dtype="float32" if dtype.startswith(MIXED) else dtype, **options)
+    return model, use_arithmetic(model, dtype)
 
 
 def use_arithmetic(model: SentenceTransformer, name: str) -> str:

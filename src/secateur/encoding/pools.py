@@ -7,7 +7,6 @@ given to another one.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import queue
 from collections import deque
@@ -17,18 +16,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from secateur import runtime
 from secateur.clusters import ray_cluster
 from secateur.data.vectors import fingerprint_model
-from secateur.encoding.arithmetic import MIXED, use_arithmetic
+from secateur.encoding.arithmetic import open_for_encoding
 from secateur.encoding.engine import BATCH_TOKENS, WINDOW, Engine, Told
 from secateur.errors import ModelError
-from secateur.loading.models import open_model
 from secateur.loading.pooling import PoolingName
 from secateur.provenance import fingerprint
 from secateur.serving.encoders import EncoderDied, EncoderProcess, Vectors
@@ -82,15 +82,14 @@ class _ModelWorker:
     def __init__(self, opening: Opening) -> None:
         if opening.threads:
             torch.set_num_threads(opening.threads)
-        self._model = open_model(
+        self._model, self._dtype = open_for_encoding(
             opening.model,
-            dtype="float32" if opening.dtype.startswith(MIXED) else opening.dtype,
+            opening.dtype,
             pooling=opening.pooling,
             max_length=opening.max_length,
             device=opening.device,
             trust_remote_code=opening.trust_remote_code,
         )
-        self._dtype = use_arithmetic(self._model, opening.dtype)
         self._engine = Engine(self._model, batch_tokens=opening.batch_tokens, name=opening.model)
 
     def facts(self) -> Facts:
@@ -211,9 +210,24 @@ def _try_often(process: EncoderProcess[Answer], piece: Sequence[str], model: str
     raise AssertionError
 
 
+class _RayWorker:
+    """What each actor of Ray Data holds: called with a batch of columns, gives a batch of columns."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._worker = _PromptedWorker(opening)
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        answer = self._worker.encode(batch["text"].tolist())
+        tokens = np.zeros(len(answer.vectors), dtype=np.int64)
+        tokens[0] = answer.tokens
+        return {"vector": answer.vectors, "tokens": tokens}
+
+
 @contextmanager
 def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
-    """On a Ray cluster, in ``count`` actors; Ray starts those that die anew, on another machine if need be.
+    """On a Ray cluster, by Ray Data, in ``count`` actors; those that die are started anew, elsewhere if need be.
+
+    The pieces lie in the cluster's object store, which moves what it cannot hold to the disk.
 
     Args:
         opening: The model must be found under this name on every machine.
@@ -222,20 +236,56 @@ def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
     """
     with ray_cluster(address) as ray:
         nodes = sum(node["Alive"] for node in ray.nodes())
-        actors_wanted = count if count > 1 else nodes
-        cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // actors_wanted)
-        remote = ray.remote(num_cpus=cores, max_restarts=-1, max_task_retries=TRIES - 1)(_PromptedWorker)
+        actors = count if count > 1 else nodes
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // actors)
         own = replace(opening, threads=opening.threads or cores)
-        actors = itertools.cycle([remote.remote(own) for _ in range(actors_wanted)])
 
-        def submit(piece: Sequence[str]) -> Future[Answer]:
-            future: Future[Answer] = next(actors).encode.remote(list(piece)).future()
-            return future
+        def run(pieces: Iterable[Sequence[str]], told: Told) -> Iterator[Vectors]:
+            sizes, refs = [], []
+            for piece in pieces:
+                sizes.append(len(piece))
+                refs.append(ray.put(pa.table({"text": pa.array(piece, pa.string())})))
+            yield from _regroup(_ray_batches(refs, own, actors, cores), sizes, told)
 
         try:
-            yield lambda pieces, told: _in_order(submit, pieces, told, 2 * actors_wanted)
+            yield run
         except ray.exceptions.RayError as error:
             raise ModelError(opening.model, f"the workers failed ({_last_line(error)})") from error
+
+
+def _ray_batches(refs: list[Any], opening: Opening, actors: int, cores: int) -> Iterator[dict[str, NDArray[Any]]]:
+    """What :class:`_RayWorker` makes of Arrow tables in the object store, in their order."""
+    from ray import data  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    texts = data.from_arrow_refs(refs)
+    texts.context.execution_options.preserve_order = True
+    texts.context.enable_progress_bars = False  # the run has its own
+    texts.context.print_on_execution_start = False
+    vectors = texts.map_batches(
+        _RayWorker,
+        fn_constructor_args=(opening,),
+        batch_size=None,
+        compute=data.ActorPoolStrategy(size=actors),
+        num_cpus=cores,
+        max_restarts=-1,
+        max_task_retries=TRIES - 1,
+    )
+    found: Iterator[dict[str, NDArray[Any]]] = iter(vectors.iter_batches(batch_size=None, batch_format="numpy"))
+    return found
+
+
+def _regroup(batches: Iterator[dict[str, NDArray[Any]]], sizes: Sequence[int], told: Told) -> Iterator[Vectors]:
+    """Vectors in pieces of these sizes: Ray Data may have cut its blocks elsewhere."""
+    left = np.zeros((0, 0), dtype=np.float32)
+    for size in sizes:
+        parts = [left]
+        while sum(map(len, parts)) < size:
+            batch = next(batches)
+            told(len(batch["vector"]), int(batch["tokens"].sum()))
+            parts.append(batch["vector"])
+        rows = np.concatenate([part for part in parts if len(part)])
+        left = rows[size:]
+        yield rows[:size]
 
 
 def _last_line(error: BaseException) -> str:

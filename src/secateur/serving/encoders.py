@@ -68,6 +68,7 @@ class Encoder(Protocol):
         vocabulary: Token ids are below this.
         prompts: Texts that can go before a text, by name.
         default_prompt: The name of the one that goes before it where none is named, or None.
+        dtype: In what it multiplies.
     """
 
     dimension: int
@@ -75,6 +76,7 @@ class Encoder(Protocol):
     vocabulary: int
     prompts: Mapping[str, str]
     default_prompt: str | None
+    dtype: str
 
     def tokenize(self, texts: Sequence[str], prompt: str | None, *, truncate: bool, limit: int) -> list[Tokens]:
         """Texts as tokens; never called by two threads at once.
@@ -140,12 +142,13 @@ class ModelEncoder:
     Args:
         model: The model; its first module must be a transformer.
         name: What errors call it.
+        dtype: What it multiplies in, where that is not its weights' number format.
 
     Raises:
         ModelError: The model is no transformer, or its own ``encode`` gives other vectors.
     """
 
-    def __init__(self, model: SentenceTransformer, name: str = "model") -> None:
+    def __init__(self, model: SentenceTransformer, name: str = "model", dtype: str | None = None) -> None:
         if not isinstance(model[0], Transformer) or model.tokenizer is None:
             raise ModelError(name, "is not a transformer with a tokenizer", "other kinds cannot be served")
         self.model = model.eval()
@@ -155,6 +158,7 @@ class ModelEncoder:
         self.vocabulary = int(model[0].auto_model.get_input_embeddings().num_embeddings)
         self.prompts: Mapping[str, str] = dict(model.prompts)
         self.default_prompt: str | None = model.default_prompt_name
+        self.dtype = dtype or str(model.dtype).removeprefix("torch.")
         self._modality = model.preprocess(["a"])["modality"]
         self._compare(name)
 

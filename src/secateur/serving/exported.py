@@ -33,6 +33,7 @@ class ExportEncoder:
         self._runtime = runtime.load(folder, threads=threads)
         settings = self._runtime.settings
         self.dimension = settings.dimension
+        self.dtype = settings.precision
         self.max_length = settings.max_length
         self.vocabulary = self._runtime.vocabulary
         self.prompts: Mapping[str, str] = settings.prompts

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI
+from sentence_transformers.util import get_device_name
 
+from secateur.encoding.arithmetic import open_for_encoding
 from secateur.errors import ConfigError
-from secateur.loading.models import model_label, open_model
+from secateur.loading.models import model_label
 from secateur.loading.pooling import PoolingName
 from secateur.serving.app import make_app
 from secateur.serving.encoders import Encoder, EncoderProcess, ModelEncoder
@@ -135,7 +137,7 @@ def serve(
         truncate: Cut texts that are too long for the model; else they are refused.
         pooling: How a bare language model pools its tokens.
         max_length: Tokens in a text, for a bare language model.
-        dtype: Number format of the weights.
+        dtype: As for :func:`.encode`; what ``auto`` finds, all workers use.
         device: Torch device.
         trust_remote_code: Run the model code that a repository brings along.
 
@@ -152,20 +154,28 @@ def serve(
         encoder = open_encoder(model, opening | {"device": "cpu" if workers else device})
         if workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")  # only its tokenizer is needed here
+            on_cpu = torch.device(device or get_device_name()).type == "cpu"
+            opening |= {"dtype": encoder.dtype if on_cpu else dtype, "device": device}
         share = max(1, torch.get_num_threads() // max(1, workers))
-        make = partial(open_encoder, model, opening | {"device": device}, threads=share)
+        make = partial(open_encoder, model, opening, share)
         processes = [EncoderProcess(make, metrics.restarts.inc) for _ in range(workers)]
         name = name or model_label(model)
         app = make_app(encoder, name, limits=limits, keys=keys, processes=processes, metrics=metrics)
         log_as_json()
         address = "http://{}:{}".format(*listener.getsockname()[:2])
-        log.info("serving", extra={"facts": {"model": name, "address": address, "pid": os.getpid()}})
+        facts = {"model": name, "address": address, "pid": os.getpid(), "dtype": encoder.dtype}
+        log.info("serving", extra={"facts": facts})
         make_server(app, timeout).run(sockets=[listener])
         log.info("ended")
 
 
 def open_encoder(model: str | Path, opening: Mapping[str, Any], threads: int | None = None) -> Encoder:
-    """A model or an export as the server's encoder; ``threads`` is its share of the processor.
+    """A model or an export as the server's encoder.
+
+    Args:
+        model: As for :func:`serve`.
+        opening: What stands in :data:`OPENING`, ``device`` and ``trust_remote_code``.
+        threads: Its share of the processor.
 
     Raises:
         ConfigError: An option that an export has decided already.
@@ -178,4 +188,5 @@ def open_encoder(model: str | Path, opening: Mapping[str, Any], threads: int | N
         return ExportEncoder(model, threads)
     if threads:
         torch.set_num_threads(threads)
-    return ModelEncoder(open_model(model, **opening), model_label(model))
+    opened, dtype = open_for_encoding(str(model), **opening)
+    return ModelEncoder(opened, model_label(model), dtype)
