@@ -35,9 +35,10 @@ import psutil
 import torch
 
 from secateur import accelerate, open_model, prune
-from secateur.encoding.arithmetic import MixedLinear, quicken, use_mixed_products
-from secateur.encoding.encode import SHARD
+from secateur.encoding.arithmetic import quicken
+from secateur.encoding.encode import SAMPLE, SHARD
 from secateur.encoding.engine import BATCH_TOKENS
+from secateur.encoding.mixed import is_mixed, use_mixed_products
 from secateur.loading.models import model_label
 from secateur.measures.flops import flops_per_token
 from secateur.measures.metrics import paired_cosines
@@ -144,7 +145,8 @@ def open_ways(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]
             if dtype == "mixed":
                 use_mixed_products(model)
             elif dtype == "auto":
-                print(f"  auto takes {quicken(model)}")
+                sample = [*mixed_lengths(SAMPLE // 2), *(INSTRUCTION + text for text in queries(SAMPLE // 2))]
+                print(f"  auto takes {quicken(model, sample)}")
             ways[f"{dtype}, {budget} tokens"] = accelerate(model, batch_tokens=budget)
     return own, ways
 
@@ -223,7 +225,7 @@ def against_peak(
 
 
 def multiplies_in_bfloat16(model: Any) -> bool:
-    return model.dtype == torch.bfloat16 or any(isinstance(module, MixedLinear) for module in model.modules())
+    return model.dtype == torch.bfloat16 or is_mixed(model)
 
 
 # --- a large run -----------------------------------------------------------------------------------------------------

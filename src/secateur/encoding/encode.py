@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import random
 import shutil
 import sqlite3
 import time
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.data.pairs import instruction_prompt
+from secateur.encoding.arithmetic import STORED
 from secateur.encoding.engine import BATCH_TOKENS
 from secateur.encoding.pools import Facts, Opening, Run, Worker, in_processes, in_this_process, on_ray, open_worker
 from secateur.encoding.rows import read_rows
@@ -39,6 +41,12 @@ from secateur.serving.encoders import Vectors
 
 SHARD = 2048
 """Distinct texts that are encoded together, and what a killed run loses at most of each worker's work."""
+
+MEASURED_FROM = 200_000
+"""From so many characters on, ``auto`` measures: fewer are sooner encoded than measured."""
+
+SAMPLE, SAMPLE_CHARACTERS = 64, 200
+"""Texts that measurements are made on, and how much of each: rounding shows where texts are short."""
 
 JOB, PLACES, RESULT = "job.json", "places.npy", "result"
 TEXTS, TOKENS = "texts", "tokens"
@@ -124,12 +132,12 @@ def encode(
     texts = partial(_read_all, files, column)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        inputs = _number_texts(texts, folder, progress)
+        inputs, sample = _number_texts(texts, folder, progress)
     if not inputs.rows:
         raise DataError(files[0] if files else "files", "holds no text")
     opening = Opening(
         str(model),
-        dtype=_earlier_dtype(folder) if dtype == "auto" else dtype,
+        dtype=_resolved_dtype(folder, inputs) if dtype == "auto" else dtype,
         batch_tokens=batch_tokens,
         pooling=pooling,
         max_length=max_length,
@@ -141,8 +149,9 @@ def encode(
     facts = worker.facts()
     prompt = _prompt(facts, str(model), prompt_name, instruction)
     numbers = _numbers(facts, dimensions)
-    opening = replace(opening, dtype=facts.dtype, prompt=prompt)
-    job = _Job(inputs, facts.fingerprint, facts.dtype, prompt, numbers, normalize)
+    dtype = worker.settle(prompt, sample)
+    opening = replace(opening, dtype=dtype, prompt=prompt)
+    job = _Job(inputs, facts.fingerprint, dtype, prompt, numbers, normalize)
     _take_over(folder, job)
     if ray is None and processes == 1:
         pool = in_this_process(worker, prompt)
@@ -153,15 +162,18 @@ def encode(
         work = _encode_shards(pool, texts, job, folder, progress)
         about = {"model": str(model), **asdict(job), "precision": precision}
         _finish(folder, job, precision, about, out)
-    return Encoded(out, inputs.rows, inputs.distinct, numbers, facts.dtype, work.texts, work.tokens, work.seconds)
+    return Encoded(out, inputs.rows, inputs.distinct, numbers, dtype, work.texts, work.tokens, work.seconds)
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What was read: ``rows`` texts, ``distinct`` different ones, and a hash over all of them in order."""
+    """What was read: ``rows`` texts, ``distinct`` different ones of so many characters together, and a hash over all
+    texts in order.
+    """
 
     rows: int
     distinct: int
+    characters: int
     sha256: str
 
 
@@ -198,11 +210,14 @@ def _take_over(folder: Path, job: _Job) -> None:
         raise OutputError(folder, problem, "give that run's inputs and options to finish it, or remove the folder")
 
 
-def _earlier_dtype(folder: Path) -> str:
-    """What the run that is gone on with has measured; a second measurement may come out differently."""
+def _resolved_dtype(folder: Path, inputs: _Inputs) -> str:
+    """What ``auto`` is: what the run that is gone on with has found, for a second measurement may come out differently;
+    a measurement; or, where that would take longer than it saves, as stored.
+    """
     file = folder / JOB
     job = read_json(file) if file.exists() else {}
-    return str(job.get("dtype", "auto")) if isinstance(job, dict) else "auto"
+    short = inputs.characters < MEASURED_FROM
+    return str(job.get("dtype", "auto")) if isinstance(job, dict) and job else STORED if short else "auto"
 
 
 def _prompt(facts: Facts, model: str, name: str | None, instruction: str | None) -> str:
@@ -232,14 +247,18 @@ def _read_all(files: Sequence[str | Path], column: str | None) -> Iterator[str]:
 Texts = Callable[[], Iterator[str]]
 
 
-def _number_texts(texts: Texts, folder: Path, progress: Progress) -> _Inputs:
+def _number_texts(texts: Texts, folder: Path, progress: Progress) -> tuple[_Inputs, list[str]]:
     """Read all texts once; write for each row the number of its text, counted by first occurrence.
 
     Which texts have been seen is kept on disk, so that any number of them takes the same memory.
+
+    Returns:
+        What was read, and the first :data:`SAMPLE_CHARACTERS` of :data:`SAMPLE` distinct texts, drawn at random.
     """
     seen = folder / "seen.sqlite"
     digest = hashlib.sha256()
-    rows = distinct = 0
+    rows = distinct = characters = 0
+    sample = _Sample()
     seen.unlink(missing_ok=True)
     with closing(sqlite3.connect(seen, isolation_level=None)) as index, (folder / PLACES).open("wb") as places:
         index.execute("PRAGMA journal_mode=OFF")
@@ -249,13 +268,29 @@ def _number_texts(texts: Texts, folder: Path, progress: Progress) -> _Inputs:
         for rows, text in enumerate(texts(), start=1):  # noqa: B007
             key = _add(digest, text)
             if index.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, distinct)).rowcount:
-                number, distinct = distinct, distinct + 1
+                number, distinct, characters = distinct, distinct + 1, characters + len(text)
+                sample.add(text)
             else:
                 (number,) = index.execute("SELECT number FROM seen WHERE key = ?", (key,)).fetchone()
             places.write(number.to_bytes(8, "little"))
     seen.unlink()
     progress("read", rows, rows)
-    return _Inputs(rows, distinct, digest.hexdigest())
+    return _Inputs(rows, distinct, characters, digest.hexdigest()), sample.texts
+
+
+class _Sample:
+    """The starts of some texts, each as likely to be kept as any other (reservoir sampling: Vitter 1985)."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._seen = 0
+        self._rng = random.Random(0)  # noqa: S311
+
+    def add(self, text: str) -> None:
+        self._seen += 1
+        place = len(self.texts) if len(self.texts) < SAMPLE else self._rng.randrange(self._seen)
+        if place < SAMPLE:
+            self.texts[place : place + 1] = [text[:SAMPLE_CHARACTERS]]
 
 
 def _add(digest: hashlib._Hash, text: str) -> bytes:

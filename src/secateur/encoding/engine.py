@@ -31,11 +31,12 @@ from secateur.architectures.forward import (
     run_after,
     run_prefix,
 )
+from secateur.encoding.mixed import is_mixed
 from secateur.errors import ModelError
 from secateur.loading.models import attends_backwards_only
 from secateur.loading.pooling import pool
 from secateur.measures.metrics import paired_cosines
-from secateur.serving.encoders import SLICE_CHARACTERS, ModelEncoder, Tokens, Vectors
+from secateur.serving.encoders import LEAST_COSINE, SLICE_CHARACTERS, ModelEncoder, Tokens, Vectors
 
 BATCH_TOKENS = 512
 """Tokens in a batch, padding included: enough for the processor's full rate, few enough to stay in its cache."""
@@ -206,7 +207,8 @@ class Engine:
             if is_out_of_memory(error):
                 raise
             return False
-        least = 1 - 1e-6 if self._model.dtype == torch.float32 else 0.999
+        rounds = self._model.dtype != torch.float32 or is_mixed(self._model)
+        least = LEAST_COSINE if rounds else 1 - 1e-6
         return bool(paired_cosines(found, expected).min() >= least)
 
 

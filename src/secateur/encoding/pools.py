@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from secateur import runtime
 from secateur.clusters import ray_cluster
 from secateur.data.vectors import fingerprint_model
-from secateur.encoding.arithmetic import open_for_encoding
+from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
 from secateur.encoding.engine import BATCH_TOKENS, WINDOW, Engine, Told
 from secateur.errors import ModelError
+from secateur.loading.models import open_model
 from secateur.loading.pooling import PoolingName
 from secateur.provenance import fingerprint
 from secateur.serving.encoders import EncoderDied, EncoderProcess, Vectors
@@ -40,8 +41,8 @@ TRIES = 3
 
 @dataclass(frozen=True)
 class Opening:
-    """All that a worker needs: the options of ``open_model`` (with the names of
-    :func:`.use_arithmetic` as ``dtype``), what goes before each text, and how many threads are its share.
+    """All that a worker needs: the options of ``open_model`` (with the names of :func:`.use_arithmetic` as ``dtype``,
+    and ``auto`` for what :meth:`Worker.settle` measures), what goes before each text, and its share of the threads.
     """
 
     model: str
@@ -60,7 +61,6 @@ class Facts:
     """What a run wants to know of an opened model; ``fingerprint`` changes with anything that its vectors depend on."""
 
     dimension: int
-    dtype: str
     fingerprint: str
     prompts: Mapping[str, str]
     default_prompt: str | None
@@ -72,6 +72,9 @@ class Worker(Protocol):
     def facts(self) -> Facts:
         """What the run wants to know of it."""
 
+    def settle(self, prompt: str, texts: Sequence[str], /) -> str:
+        """Say in what it multiplies, which it has measured on these texts if that is ``auto``; called first."""
+
     def encode(self, texts: Sequence[str], prompt: str, told: Told, /) -> Vectors:
         """Vectors (texts, dimension), a prompt before each text; tells of its work as it goes on."""
 
@@ -82,9 +85,10 @@ class _ModelWorker:
     def __init__(self, opening: Opening) -> None:
         if opening.threads:
             torch.set_num_threads(opening.threads)
-        self._model, self._dtype = open_for_encoding(
+        self._dtype = opening.dtype
+        self._model = open_model(
             opening.model,
-            opening.dtype,
+            dtype=weights_dtype(opening.dtype),
             pooling=opening.pooling,
             max_length=opening.max_length,
             device=opening.device,
@@ -95,7 +99,10 @@ class _ModelWorker:
     def facts(self) -> Facts:
         model = self._model
         fingerprint = fingerprint_model(model)
-        return Facts(self._engine.dimension, self._dtype, fingerprint, dict(model.prompts), model.default_prompt_name)
+        return Facts(self._engine.dimension, fingerprint, dict(model.prompts), model.default_prompt_name)
+
+    def settle(self, prompt: str, texts: Sequence[str], /) -> str:
+        return use_arithmetic(self._model, self._dtype, texts, prompt)
 
     def encode(self, texts: Sequence[str], prompt: str, told: Told, /) -> Vectors:
         return self._engine.encode(texts, prompt, told)
@@ -116,7 +123,11 @@ class _ExportWorker:
             if file.is_file():
                 digest.update(f"{file.relative_to(self._folder)} {fingerprint(file, 0).sha256}".encode())
         prompts, default = dict(settings.prompts), settings.default_prompt_name
-        return Facts(settings.dimension, settings.precision, digest.hexdigest(), prompts, default)
+        return Facts(settings.dimension, digest.hexdigest(), prompts, default)
+
+    def settle(self, prompt: str, texts: Sequence[str], /) -> str:
+        precision: str = self._encoder.settings.precision
+        return precision
 
     def encode(self, texts: Sequence[str], prompt: str, told: Told, /) -> Vectors:
         encoder, pieces = self._encoder, []
@@ -143,6 +154,7 @@ class _PromptedWorker:
     def __init__(self, opening: Opening) -> None:
         self._prompt = opening.prompt
         self._worker = open_worker(opening)
+        self._worker.settle(opening.prompt, ())
 
     def encode(self, texts: Sequence[str]) -> Answer:
         done: list[tuple[int, int]] = []

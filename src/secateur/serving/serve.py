@@ -16,9 +16,9 @@ import uvicorn
 from fastapi import FastAPI
 from sentence_transformers.util import get_device_name
 
-from secateur.encoding.arithmetic import open_for_encoding
+from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
 from secateur.errors import ConfigError
-from secateur.loading.models import model_label
+from secateur.loading.models import model_label, open_model
 from secateur.loading.pooling import PoolingName
 from secateur.serving.app import make_app
 from secateur.serving.encoders import Encoder, EncoderProcess, ModelEncoder
@@ -188,5 +188,6 @@ def open_encoder(model: str | Path, opening: Mapping[str, Any], threads: int | N
         return ExportEncoder(model, threads)
     if threads:
         torch.set_num_threads(threads)
-    opened, dtype = open_for_encoding(str(model), **opening)
+    opened = open_model(model, **{**opening, "dtype": weights_dtype(opening["dtype"])})
+    dtype = use_arithmetic(opened, opening["dtype"])
     return ModelEncoder(opened, model_label(model), dtype)
