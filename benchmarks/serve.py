@@ -6,7 +6,8 @@
     python benchmarks/serve.py MODEL --texts 64 --requests 1000    # both, shorter
 
 Speed: texts of mixed lengths, one a request, in turns with two ways to encode them directly: secateur's own, in the
-arithmetic in which the server is told to work, and ``SentenceTransformer.encode`` at the best of several batch sizes.
+arithmetic that the server has found to be the quickest, and ``SentenceTransformer.encode`` at the best of several batch
+sizes.
 Answers: each request has a text of its own and the vector that comes back is compared with the model's.
 """
 
@@ -35,6 +36,7 @@ import numpy as np
 import psutil
 
 from secateur import accelerate, open_model
+from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
 
 WORDS = (
     "hedge",
@@ -89,7 +91,8 @@ def made_texts(count: int, words: tuple[int, int], seed: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def server(model: str, *options: str) -> Iterator[tuple[psutil.Process, str, int]]:
+def server(model: str, *options: str) -> Iterator[tuple[psutil.Process, str, int, str]]:
+    """A server that listens: its process, host, port, and in what it multiplies."""
     command = [sys.executable, "-m", "secateur", "serve", model, "--name", "model", "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -97,7 +100,7 @@ def server(model: str, *options: str) -> Iterator[tuple[psutil.Process, str, int
         told = json.loads(process.stderr.readline())
         threading.Thread(target=process.stderr.read, daemon=True).start()
         host, _, port = told["address"].removeprefix("http://").rpartition(":")
-        yield psutil.Process(process.pid), host, int(port)
+        yield psutil.Process(process.pid), host, int(port), told["dtype"]
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -169,10 +172,13 @@ def speed(args: argparse.Namespace) -> None:
     texts = made_texts(args.texts, (4, 60), seed=0)
     tokens = sum(len(ids) for ids in model.tokenizer(texts)["input_ids"])
     print(f"speed: {len(texts)} texts, {tokens} tokens, {args.clients} clients, {args.workers} encoder processes")
-    fast = accelerate(model)
     rates: dict[str, list[float]] = {"server": [], "encode": [], "sentence-transformers": []}
     waits: list[float] = []
-    with server(args.model, "--workers", str(args.workers)) as (_, host, port):
+    with server(args.model, "--workers", str(args.workers)) as (_, host, port, dtype):
+        quick = open_model(args.model, device="cpu", dtype=weights_dtype(dtype))
+        use_arithmetic(quick, dtype)
+        fast = accelerate(quick)
+        print(f"  the server multiplies in {dtype}")
         expected = model.encode(texts, batch_size=32)
         crowd_and_wait(host, port, texts[: args.clients * 2], args.clients)  # warm-up
         fast.encode(texts[: args.clients * 2])
@@ -225,7 +231,7 @@ def answers(args: argparse.Namespace) -> None:
     texts = made_texts(args.requests, (1, 6), seed=1)
     expected = model.encode(texts, batch_size=128, show_progress_bar=False)
     start, killed = time.perf_counter(), 0
-    with server(args.model, "--workers", "2") as (process, host, port):
+    with server(args.model, "--workers", "2") as (process, host, port, _):
         outcomes, threads = crowd(host, port, texts, args.clients, leaving=0.05)
         while any(thread.is_alive() for thread in threads) and time.perf_counter() - start < args.seconds:
             done = sum(outcomes.counts.values())

@@ -49,7 +49,7 @@ SAMPLE, SAMPLE_CHARACTERS = 64, 200
 """Texts that measurements are made on, and how much of each: rounding shows where texts are short."""
 
 JOB, PLACES, RESULT = "job.json", "places.npy", "result"
-TEXTS, TOKENS = "texts", "tokens"
+ARITHMETIC, TEXTS, TOKENS = "arithmetic measured", "texts", "tokens"
 
 Precision = Literal["float32", "int8", "binary"]
 
@@ -113,8 +113,8 @@ def encode(
         batch_tokens: Tokens in a batch, padding included.
         processes: Processes of this machine, or actors of the cluster.
         ray: Address of a Ray cluster, or ``local``.
-        dtype: ``auto``: the quickest that keeps a cosine of 0.9999 to float32, measured (:func:`.quicken`);
-            ``float32``; ``mixed``: linear layers multiply in bfloat16; ``bfloat16`` or ``float16``.
+        dtype: ``auto``: the quickest that keeps a cosine of 0.9999 to float32, measured where there is much to encode
+            (:func:`.quicken`); ``float32``; ``mixed``: linear layers multiply in bfloat16; ``bfloat16`` or ``float16``.
         pooling: As for ``open_model``.
         max_length: As for ``open_model``.
         device: Torch device; default: the GPU where there is one.
@@ -149,7 +149,7 @@ def encode(
     facts = worker.facts()
     prompt = _prompt(facts, str(model), prompt_name, instruction)
     numbers = _numbers(facts, dimensions)
-    dtype = worker.settle(prompt, sample)
+    dtype = _settle(worker, opening.dtype, prompt, sample, progress)
     opening = replace(opening, dtype=dtype, prompt=prompt)
     job = _Job(inputs, facts.fingerprint, dtype, prompt, numbers, normalize)
     _take_over(folder, job)
@@ -245,6 +245,17 @@ def _read_all(files: Sequence[str | Path], column: str | None) -> Iterator[str]:
 
 
 Texts = Callable[[], Iterator[str]]
+
+
+def _settle(worker: Worker, dtype: str, prompt: str, sample: Sequence[str], progress: Progress) -> str:
+    """In what the worker multiplies, which may have to be measured."""
+    measures = dtype == "auto"
+    if measures:
+        progress(ARITHMETIC, 0, 1)
+    found = worker.settle(prompt, sample)
+    if measures:
+        progress(ARITHMETIC, 1, 1)
+    return found
 
 
 def _number_texts(texts: Texts, folder: Path, progress: Progress) -> tuple[_Inputs, list[str]]:

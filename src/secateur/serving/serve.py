@@ -137,7 +137,7 @@ def serve(
         truncate: Cut texts that are too long for the model; else they are refused.
         pooling: How a bare language model pools its tokens.
         max_length: Tokens in a text, for a bare language model.
-        dtype: As for :func:`.encode`; what ``auto`` finds, all workers use.
+        dtype: As for :func:`.encode`; what ``auto`` finds when the server starts, all workers use.
         device: Torch device.
         trust_remote_code: Run the model code that a repository brings along.
 
@@ -152,10 +152,12 @@ def serve(
     metrics = Metrics()
     with bind(host, port, keys, auth) as listener:
         encoder = open_encoder(model, opening | {"device": "cpu" if workers else device})
+        found = encoder.dtype
         if workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")  # only its tokenizer is needed here
             on_cpu = torch.device(device or get_device_name()).type == "cpu"
-            opening |= {"dtype": encoder.dtype if on_cpu else dtype, "device": device}
+            found = found if on_cpu else dtype
+            opening |= {"dtype": found, "device": device}
         share = max(1, torch.get_num_threads() // max(1, workers))
         make = partial(open_encoder, model, opening, share)
         processes = [EncoderProcess(make, metrics.restarts.inc) for _ in range(workers)]
@@ -163,7 +165,7 @@ def serve(
         app = make_app(encoder, name, limits=limits, keys=keys, processes=processes, metrics=metrics)
         log_as_json()
         address = "http://{}:{}".format(*listener.getsockname()[:2])
-        facts = {"model": name, "address": address, "pid": os.getpid(), "dtype": encoder.dtype}
+        facts = {"model": name, "address": address, "pid": os.getpid(), "dtype": found}
         log.info("serving", extra={"facts": facts})
         make_server(app, timeout).run(sockets=[listener])
         log.info("ended")
