@@ -33,7 +33,7 @@ reporting: cost compare run findings saturation printing verdict drawings card r
 studies: presets plan estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export
-encoding: mixed arithmetic
+encoding: memory mixed arithmetic
 serving: encoders exported queueing gate embeddings app serve
 encoding: engine pools rows vector_files encode
 cli: arguments tables bars commands

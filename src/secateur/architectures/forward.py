@@ -87,14 +87,15 @@ def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "")
     return Tokens(dict(features), lengths, left=bool((mask[:, 0] == 0).any()))
 
 
-def padded_length(length: int, longest: int | None = None) -> int:
+def padded_length(length: int, longest: int | None = None, step: int = LENGTH_STEP) -> int:
     """A length that batches are padded to where shapes come at random and should be few: a multiple of 16.
 
     Args:
         length: Tokens of the longest text of the batch.
         longest: Not more than this, unless the text itself has more.
+        step: Another multiple.
     """
-    full = -(-max(1, length) // LENGTH_STEP) * LENGTH_STEP
+    full = -(-max(1, length) // step) * step
     return full if longest is None else min(full, max(longest, length))
 
 

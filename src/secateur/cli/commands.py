@@ -210,7 +210,9 @@ def _study(given: dict[str, Any]) -> None:
 @command_of(app, config.EncodeOptions)
 def encode_command(options: config.EncodeOptions) -> None:
     import secateur
+    from secateur.encoding.memory import keep_freed_memory
 
+    keep_freed_memory()
     with work_bars() as progress:
         done = secateur.encode(**_given(options), progress=progress)
     typer.echo(

@@ -28,6 +28,7 @@ from secateur.clusters import ray_cluster
 from secateur.data.vectors import fingerprint_model
 from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
 from secateur.encoding.engine import BATCH_TOKENS, WINDOW, Engine, Told
+from secateur.encoding.memory import keep_freed_memory
 from secateur.errors import ModelError
 from secateur.loading.models import open_model
 from secateur.loading.pooling import PoolingName
@@ -226,6 +227,7 @@ class _RayWorker:
     """What each actor of Ray Data holds: called with a batch of columns, gives a batch of columns."""
 
     def __init__(self, opening: Opening) -> None:
+        keep_freed_memory()
         self._worker = _PromptedWorker(opening)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

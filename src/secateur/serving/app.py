@@ -8,7 +8,7 @@ tokens, in one thread), :class:`.Batcher` (tokens to vectors, together with othe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from secateur.serving.embeddings import (
     respond,
     shorten,
 )
-from secateur.serving.encoders import Encoder, EncoderProcess, Vectors
+from secateur.serving.encoders import Encoder, EncoderProcess, Tokens, Vectors
 from secateur.serving.gate import ApiError, ClientLeft, Gate, Keys, Limits, Metrics, busy
 from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull
 
@@ -68,6 +68,10 @@ class _Service:
         return respond(shorten(vectors, prepared.dimensions), self.name, tokens, prepared.as_base64)
 
 
+def _run_in(thread: Executor, encode: Callable[[Sequence[Tokens]], Vectors]) -> Callable[[Sequence[Tokens]], Vectors]:
+    return lambda batch: thread.submit(encode, batch).result()
+
+
 def make_app(
     encoder: Encoder,
     name: str,
@@ -76,6 +80,7 @@ def make_app(
     keys: Keys | None = None,
     processes: Sequence[EncoderProcess[Vectors]] = (),
     metrics: Metrics | None = None,
+    thread: Executor | None = None,
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -86,10 +91,11 @@ def make_app(
         keys: API keys; none: everybody is served.
         processes: Encode in place of ``encoder``, each batch in one of them.
         metrics: Where to count.
+        thread: Where the encoder was opened and ``encoder`` encodes: OpenMP is slow where two threads have run models.
     """
     limits, keys, metrics = limits or Limits(), keys or Keys(), metrics or Metrics()
     batcher = Batcher(
-        [process.encode for process in processes] or [encoder.encode],
+        [process.encode for process in processes] or [_run_in(thread, encoder.encode) if thread else encoder.encode],
         max_length=encoder.max_length,
         batch_tokens=limits.batch_tokens,
         queue_tokens=limits.queue_tokens,

@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
 from secateur.architectures.forward import padded_length
+from secateur.encoding.memory import keep_freed_memory
 from secateur.errors import ModelError, SecateurError
 from secateur.loading.models import PROBES
 from secateur.measures.metrics import paired_cosines
@@ -30,6 +31,9 @@ CHARACTERS_PER_TOKEN = 64
 
 SLICE_CHARACTERS = 1 << 16
 """Characters tokenized at once: what a tokenizer returns is many times larger than its ids."""
+
+LENGTH_STEP = 8
+"""Texts are padded to a multiple of this: few shapes, of which each costs a new kernel once, and little padding."""
 
 LEAST_COSINE = 0.999
 
@@ -185,7 +189,7 @@ class ModelEncoder:
     @torch.inference_mode()
     def encode(self, batch: Sequence[Tokens], width: int | None = None) -> Vectors:
         """See :meth:`Encoder.encode`; ``width`` is the length that texts are padded to."""
-        width = width or padded_length(max(map(len, batch)), self.max_length)
+        width = width or padded_length(max(map(len, batch)), self.max_length, LENGTH_STEP)
         return self.vectors(self.model(self.features(batch, width))["sentence_embedding"])
 
     def features(self, batch: Sequence[Tokens], width: int) -> dict[str, Any]:
@@ -294,6 +298,7 @@ def _answer(pipe: Connection, make: Callable[[], Encoding[Any]]) -> None:
     """The life of an encoder process: batches in, vectors out, until the other end is closed."""
     # Ctrl-C reaches all processes of a terminal; the server decides when its encoders end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     encoder = make()
     while True:
         try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from secateur.architectures.forward import padded_length
-from secateur.serving.encoders import Tokens, Vectors
+from secateur.serving.encoders import LENGTH_STEP, Tokens, Vectors
 
 LOOKAHEAD = 1024
 """How many waiting texts are looked at when a batch is made."""
@@ -88,10 +88,10 @@ def choose_batch(waiting: Sequence[Tokens], budget: int, max_length: int) -> lis
     first = waiting[0]
     near = [i for i, tokens in enumerate(waiting) if i and tokens.prompt_length == first.prompt_length]
     near.sort(key=lambda i: abs(len(waiting[i]) - len(first)))
-    chosen, width = [0], padded_length(len(first), max_length)
+    chosen, width = [0], padded_length(len(first), max_length, LENGTH_STEP)
     alone = width
     for i in near:
-        own = padded_length(len(waiting[i]), max_length)
+        own = padded_length(len(waiting[i]), max_length, LENGTH_STEP)
         padded = max(width, own) * (len(chosen) + 1)
         if padded <= min(budget, PADDING * (alone + own)):
             width, alone = max(width, own), alone + own

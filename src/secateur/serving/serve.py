@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from sentence_transformers.util import get_device_name
 
 from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
+from secateur.encoding.memory import keep_freed_memory
 from secateur.errors import ConfigError
 from secateur.loading.models import model_label, open_model
 from secateur.loading.pooling import PoolingName
@@ -35,6 +37,9 @@ from secateur.serving.gate import (
 
 OPENING: Mapping[str, Any] = {"pooling": None, "max_length": 512, "dtype": "auto"}
 """How a model is opened where nothing else is said."""
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection, so that it is they who close it."""
@@ -62,6 +67,7 @@ def make_server(app: FastAPI, timeout: float = Limits.timeout) -> Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(timeout) + 5,
         )
@@ -150,8 +156,10 @@ def serve(
     opening: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "dtype": dtype}
     opening |= {"trust_remote_code": trust_remote_code}
     metrics = Metrics()
-    with bind(host, port, keys, auth) as listener:
-        encoder = open_encoder(model, opening | {"device": "cpu" if workers else device})
+    keep_freed_memory()
+    with bind(host, port, keys, auth) as listener, ThreadPoolExecutor(1, thread_name_prefix="model") as thread:
+        here = opening | {"device": "cpu" if workers else device}
+        encoder = thread.submit(open_encoder, model, here).result()
         found = encoder.dtype
         if workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")  # only its tokenizer is needed here
@@ -162,8 +170,9 @@ def serve(
         make = partial(open_encoder, model, opening, share)
         processes = [EncoderProcess(make, metrics.restarts.inc) for _ in range(workers)]
         name = name or model_label(model)
-        app = make_app(encoder, name, limits=limits, keys=keys, processes=processes, metrics=metrics)
+        app = make_app(encoder, name, limits=limits, keys=keys, processes=processes, metrics=metrics, thread=thread)
         log_as_json()
+        listener.listen(BACKLOG)  # before it says so
         address = "http://{}:{}".format(*listener.getsockname()[:2])
         facts = {"model": name, "address": address, "pid": os.getpid(), "dtype": found}
         log.info("serving", extra={"facts": facts})
