@@ -243,6 +243,14 @@ def test_files_become_one_file_in_order(model: Path, reference, tmp_path: Path, 
     assert [item.name for item in tmp_path.iterdir() if "partial" in item.name] == []
 
 
+@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
+def test_whatever_the_text_bfloat16_is_near_to_float32(model: Path, reference, tmp_path: Path, dtype: str):
+    file = write_lines(tmp_path / "a.jsonl", MIXED)
+    done = encode(model, [file], out=tmp_path / "v.npy", dtype=dtype)
+    assert done.dtype == dtype
+    assert paired_cosines(vectors_of(done.file), reference.encode(list(MIXED))).min() >= 0.999
+
+
 def test_every_input_format_gives_the_same(model: Path, tmp_path: Path):
     texts = ["one", "two, with a comma", 'three "quoted"\nlines', "émigré 🌿"]
     write_lines(tmp_path / "a.jsonl", texts)
