@@ -228,6 +228,24 @@ def test_auto_measures_where_there_is_much_to_encode(model: Path, reference, tmp
         same(vectors_of(out), reference.encode(texts, prompt_name="query"), 0.9999)
 
 
+def test_auto_is_measured_on_texts_of_the_run(model: Path, tmp_path: Path, monkeypatch):
+    asked = []
+
+    def quicken(_, texts, prompt: str) -> str:
+        asked.append((texts, prompt))
+        return "float32"
+
+    monkeypatch.setattr("secateur.encoding.arithmetic.quicken", quicken)
+    texts = [f"{i} {'word ' * (20 + i % 60)}" for i in range(1000)]
+    file = write_lines(tmp_path / "a.jsonl", texts * 2)
+    encode(model, [file], out=tmp_path / "v.npy", prompt_name="query")
+    [(drawn, prompt)] = asked
+    assert prompt == "find the word that is meant: "
+    assert len(set(drawn)) == len(drawn) == 64
+    assert set(drawn) <= {text[:200] for text in texts}
+    assert set(drawn) != {text[:200] for text in texts[:64]}, "not the first ones"
+
+
 # --- files in, one file out ------------------------------------------------------------------------------------------
 
 

@@ -20,10 +20,10 @@ WORTH = 1.1
 """How many times as fast another number format must be to be taken."""
 
 LEAST_COSINE = 0.9999
-"""What ``auto`` promises: to the vectors of float32."""
+"""What ``auto`` aims at: to the vectors of float32."""
 
-PROBED_COSINE = 0.99995
-"""What the probes must keep, half of what may be lost: other texts can be harder than they."""
+PROBED_COSINE = (1 + LEAST_COSINE) / 2
+"""What the probes must keep, for other texts can be harder than they."""
 
 MIXED = "mixed"
 STORED = "stored"

@@ -91,7 +91,7 @@ def make_app(
         keys: API keys; none: everybody is served.
         processes: Encode in place of ``encoder``, each batch in one of them.
         metrics: Where to count.
-        thread: Where the encoder was opened and ``encoder`` encodes: OpenMP is slow where two threads have run models.
+        thread: Where ``encoder`` was opened, and encodes: OpenMP is slow where two threads have run models.
     """
     limits, keys, metrics = limits or Limits(), keys or Keys(), metrics or Metrics()
     batcher = Batcher(
