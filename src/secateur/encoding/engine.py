@@ -31,6 +31,7 @@ from secateur.architectures.forward import (
     run_after,
     run_prefix,
 )
+from secateur.encoding.arithmetic import PROBED_COSINE
 from secateur.encoding.mixed import is_mixed
 from secateur.errors import ModelError
 from secateur.loading.models import attends_backwards_only
@@ -207,8 +208,8 @@ class Engine:
             if is_out_of_memory(error):
                 raise
             return False
-        rounds = self._model.dtype != torch.float32 or is_mixed(self._model)
-        least = LEAST_COSINE if rounds else 1 - 1e-6
+        mixed = PROBED_COSINE if is_mixed(self._model) else 1 - 1e-6
+        least = mixed if self._model.dtype == torch.float32 else LEAST_COSINE
         return bool(paired_cosines(found, expected).min() >= least)
 
 

@@ -22,8 +22,9 @@ from secateur.runtime.sessions import Ids, Session, open_session
 from secateur.runtime.vectors import FORMATS, VectorFormat, quantize
 
 MANIFEST = "export.json"
-LENGTH_STEP = 16  # as architectures.forward.padded_length; what runs without torch imports nothing of it
-BATCH_TOKENS = 4096
+LENGTH_STEP = 8  # as serving.encoders; what runs without torch imports nothing of it
+BATCH_TOKENS = 1024
+"""Tokens in a batch, padding included: what lies between two layers then stays in the processor's cache."""
 CHUNK = 1024
 """Texts tokenized at once: a tokenizer's result is much larger than its ids."""
 
