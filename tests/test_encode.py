@@ -22,7 +22,7 @@ from killing import run_until
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
 from secateur.encoding.arithmetic import use_arithmetic
-from secateur.encoding.encode import SHARD
+from secateur.encoding.encode import SHARD, TEXTS
 from secateur.encoding.engine import Engine
 from secateur.encoding.mixed import MixedLinear, Spared, use_mixed_products
 from secateur.errors import ConfigError, DataError, OutputError
@@ -375,6 +375,20 @@ def test_a_dead_worker_is_replaced(model: Path, reference, tmp_path: Path, name:
     with Killer(tmp_path / "v.npy.partial" / "00000000.npy", name) as killer:
         done = encode(model, [file], out=tmp_path / "v.npy", dtype="float32", processes=2, **options)
     assert killer.killed
+    same(vectors_of(done.file), reference.encode(texts))
+
+
+@pytest.mark.slow
+def test_ray_may_cut_what_its_workers_give_elsewhere(model: Path, reference, tmp_path: Path, monkeypatch):
+    data = pytest.importorskip("ray.data")
+    monkeypatch.setattr(data.DataContext.get_current(), "target_max_block_size", 10_000)
+    texts = [f"{i} {'word ' * (i % 5)}" for i in range(2 * SHARD + 7)]
+    told: list[tuple[object, ...]] = []
+    file = write_lines(tmp_path / "a.jsonl", texts)
+    done = encode(
+        model, [file], out=tmp_path / "v.npy", dtype="float32", ray="local", progress=lambda *step: told.append(step)
+    )
+    assert len([step for step in told if step[0] == TEXTS]) > 10
     same(vectors_of(done.file), reference.encode(texts))
 
 

@@ -393,7 +393,7 @@ class EncodeOptions(Options):
     normalize: bool = Field(False, description="Make vectors of length 1, also where the model does not.")
     dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
     precision: Literal["float32", "int8", "binary"] = Field("float32", description="Form of the vectors.")
-    batch_tokens: int = Field(512, ge=1, description="Tokens in a batch, padding included.")
+    batch_tokens: int = Field(1024, ge=1, description="Tokens in a batch, padding included.")
     processes: int = Field(1, ge=1, description="Processes of this machine, or workers of the cluster.")
     ray: str | None = Field(None, description="Address of a Ray cluster (auto, ray://host:10001), or local.")
     dtype: Arithmetic = Field("auto", description=_ARITHMETIC)

@@ -39,7 +39,7 @@ from secateur.loading.pooling import pool
 from secateur.measures.metrics import paired_cosines
 from secateur.serving.encoders import LEAST_COSINE, SLICE_CHARACTERS, ModelEncoder, Tokens, Vectors
 
-BATCH_TOKENS = 512
+BATCH_TOKENS = 1024
 """Tokens in a batch, padding included: enough for the processor's full rate, few enough to stay in its cache."""
 
 WINDOW = 512
