@@ -7,8 +7,10 @@ given to another one.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import queue
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -275,15 +277,19 @@ def _ray_batches(refs: list[Any], opening: Opening, actors: int, cores: int) -> 
     texts.context.execution_options.preserve_order = True
     texts.context.enable_progress_bars = False  # the run has its own
     texts.context.print_on_execution_start = False
-    vectors = texts.map_batches(
-        _RayWorker,
-        fn_constructor_args=(opening,),
-        batch_size=None,
-        compute=data.ActorPoolStrategy(size=actors),
-        num_cpus=cores,
-        max_restarts=-1,
-        max_task_retries=TRIES - 1,
-    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # Ray wants named parameters, and has none for how often a piece is tried: by default, for ever.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)
+        vectors = texts.map_batches(
+            _RayWorker,
+            fn_constructor_args=(opening,),
+            batch_size=None,
+            compute=data.ActorPoolStrategy(size=actors),
+            num_cpus=cores,
+            max_restarts=-1,
+            max_task_retries=TRIES - 1,
+        )
     found: Iterator[dict[str, NDArray[Any]]] = iter(vectors.iter_batches(batch_size=None, batch_format="numpy"))
     return found
 
