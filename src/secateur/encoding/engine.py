@@ -208,8 +208,9 @@ class Engine:
             if is_out_of_memory(error):
                 raise
             return False
-        mixed = PROBED_COSINE if is_mixed(self._model) else 1 - 1e-6
-        least = mixed if self._model.dtype == torch.float32 else LEAST_COSINE
+        least = LEAST_COSINE
+        if self._model.dtype == torch.float32:
+            least = PROBED_COSINE if is_mixed(self._model) else 1 - 1e-6
         return bool(paired_cosines(found, expected).min() >= least)
 
 
