@@ -38,12 +38,12 @@ import torch
 from secateur import accelerate, open_model, prune
 from secateur.encoding.arithmetic import quicken
 from secateur.encoding.encode import SAMPLE, SHARD
-from secateur.encoding.engine import BATCH_TOKENS
 from secateur.encoding.memory import keep_freed_memory
 from secateur.encoding.mixed import is_mixed, use_mixed_products
 from secateur.loading.models import model_label
 from secateur.measures.flops import flops_per_token
 from secateur.measures.metrics import paired_cosines
+from secateur.serving.encoders import CPU_BATCH
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
 INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best; "
@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depths", type=int, nargs="*", default=[], help="also cut the first model to these depths")
     parser.add_argument("--texts", type=int, default=256, help="texts in a timed round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[BATCH_TOKENS], help="budgets to try")
+    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[CPU_BATCH], help="budgets to try")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "auto", "bfloat16"], choices=list(AIMS))
     parser.add_argument("--rows", type=int, help="rows of the large run, on a tiny random model")

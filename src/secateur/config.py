@@ -74,6 +74,7 @@ _LENGTH = "Tokens after which a text is cut, for a bare language model."
 _TRUST = "Run the model code that a repository brings along."
 _CACHE = "Folder that keeps vectors, so that no text is encoded twice by the same model."
 _ARITHMETIC = "Of the arithmetic; auto: the quickest that keeps a cosine of 0.9999 to float32."
+_BATCH = "Tokens in a batch, padding included [default: 1,024 on a CPU, 8,192 on a GPU]."
 _DEVICE = "Torch device [default: the GPU where there is one]."
 
 
@@ -393,7 +394,7 @@ class EncodeOptions(Options):
     normalize: bool = Field(False, description="Make vectors of length 1, also where the model does not.")
     dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
     precision: Literal["float32", "int8", "binary"] = Field("float32", description="Form of the vectors.")
-    batch_tokens: int = Field(1024, ge=1, description="Tokens in a batch, padding included.")
+    batch_tokens: int | None = Field(None, ge=1, description=_BATCH)
     processes: int = Field(1, ge=1, description="Processes of this machine, or workers of the cluster.")
     ray: str | None = Field(None, description="Address of a Ray cluster (auto, ray://host:10001), or local.")
     dtype: Arithmetic = Field("auto", description=_ARITHMETIC)
@@ -416,7 +417,7 @@ class ServeOptions(Options):
     api_key_file: Path | None = Field(None, description="API keys, one a line; also in SECATEUR_API_KEYS.")
     auth: bool = Field(True, description="--no-auth serves everybody who reaches the address.")
     workers: int = Field(0, ge=0, description="Encoder processes, replaced when they die; 0: a thread of the server.")
-    batch_tokens: int = Field(4096, ge=1, description="Tokens in one pass of the model.")
+    batch_tokens: int | None = Field(None, ge=1, description=_BATCH)
     queue_tokens: int = Field(500_000, ge=1, description="Tokens that may wait; more are answered with 429.")
     max_items: int = Field(2048, ge=1, description="Texts in a request.")
     max_tokens: int = Field(300_000, ge=1, description="Tokens in a request.")

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 
 from secateur.data.pairs import instruction_prompt
 from secateur.encoding.arithmetic import STORED
-from secateur.encoding.engine import BATCH_TOKENS
 from secateur.encoding.pools import Facts, Opening, Run, Worker, in_processes, in_this_process, on_ray, open_worker
 from secateur.encoding.rows import read_rows
 from secateur.encoding.vector_files import check_suffix, description_file, write_description, write_vectors
@@ -86,7 +85,7 @@ def encode(
     normalize: bool = False,
     dimensions: int | None = None,
     precision: Precision = "float32",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     processes: int = 1,
     ray: str | None = None,
     dtype: str = "auto",
@@ -110,7 +109,7 @@ def encode(
         precision: ``float32``; ``int8``: 256 steps between each dimension's least and greatest value in these vectors,
             which the file's description tells; ``binary``: one bit a dimension, packed by eight. As
             ``sentence_transformers.quantize_embeddings`` does it.
-        batch_tokens: Tokens in a batch, padding included.
+        batch_tokens: Tokens in a batch, padding included; default: 1,024 on a CPU, 8,192 on a GPU.
         processes: Processes of this machine, or actors of the cluster.
         ray: Address of a Ray cluster, or ``local``.
         dtype: ``auto``: the quickest that keeps a cosine of 0.9999 to float32, measured where there is much to encode

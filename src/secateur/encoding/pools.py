@@ -29,13 +29,13 @@ from secateur import runtime
 from secateur.clusters import ray_cluster
 from secateur.data.vectors import fingerprint_model
 from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
-from secateur.encoding.engine import BATCH_TOKENS, WINDOW, Engine, Told
+from secateur.encoding.engine import WINDOW, Engine, Told
 from secateur.encoding.memory import keep_freed_memory
 from secateur.errors import ModelError
 from secateur.loading.models import open_model
 from secateur.loading.pooling import PoolingName
 from secateur.provenance import fingerprint
-from secateur.serving.encoders import EncoderDied, EncoderProcess, Vectors
+from secateur.serving.encoders import EncoderDied, EncoderProcess, Vectors, batch_budget
 from secateur.serving.exported import is_export
 
 TRIES = 3
@@ -51,7 +51,7 @@ class Opening:
     model: str
     prompt: str = ""
     dtype: str = "auto"
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int | None = None
     pooling: PoolingName | None = None
     max_length: int = 512
     device: str | None = None
@@ -116,7 +116,7 @@ class _ExportWorker:
 
     def __init__(self, opening: Opening) -> None:
         self._folder = Path(opening.model)
-        self._batch_tokens = opening.batch_tokens
+        self._batch_tokens = opening.batch_tokens or batch_budget("cpu")
         self._encoder = runtime.load(self._folder, threads=opening.threads)
 
     def facts(self) -> Facts:

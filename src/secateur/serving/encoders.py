@@ -37,7 +37,18 @@ LENGTH_STEP = 8
 
 LEAST_COSINE = 0.999
 
+CPU_BATCH = 1024
+"""Tokens in a batch, padding included: enough for a processor's full rate, few enough to stay in its caches."""
+
+GPU_BATCH = 8192
+"""The same: enough that a small model's kernels last longer than it takes to launch them."""
+
 Vectors = npt.NDArray[np.float32]
+
+
+def batch_budget(device: str | torch.device) -> int:
+    """Tokens in a batch, padding included, where nobody says how many."""
+    return CPU_BATCH if torch.device(device).type == "cpu" else GPU_BATCH
 
 
 class TextRefused(SecateurError):

@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from secateur.errors import ConfigError
+from secateur.serving.encoders import CPU_BATCH
 from secateur.serving.queueing import Batch
 
 API_KEYS = "SECATEUR_API_KEYS"
@@ -43,7 +44,7 @@ log = logging.getLogger("secateur.serve")
 class Limits:
     """What a server takes. Tokens count after the prompt is added; ``timeout`` is in seconds, from body to vectors."""
 
-    batch_tokens: int = 4096
+    batch_tokens: int = CPU_BATCH
     queue_tokens: int = 500_000
     max_items: int = 2048
     max_tokens: int = 300_000

@@ -23,7 +23,7 @@ from secateur.errors import ConfigError
 from secateur.loading.models import model_label, open_model
 from secateur.loading.pooling import PoolingName
 from secateur.serving.app import make_app
-from secateur.serving.encoders import Encoder, EncoderProcess, ModelEncoder
+from secateur.serving.encoders import Encoder, EncoderProcess, ModelEncoder, batch_budget
 from secateur.serving.exported import ExportEncoder, is_export
 from secateur.serving.gate import (
     API_KEYS,
@@ -110,7 +110,7 @@ def serve(
     api_key_file: str | Path | None = None,
     auth: bool = True,
     workers: int = 0,
-    batch_tokens: int = Limits.batch_tokens,
+    batch_tokens: int | None = None,
     queue_tokens: int = Limits.queue_tokens,
     max_items: int = Limits.max_items,
     max_tokens: int = Limits.max_tokens,
@@ -134,7 +134,7 @@ def serve(
         api_key_file: API keys, one a line, besides those in the environment variable ``SECATEUR_API_KEYS``.
         auth: False serves everybody who reaches ``host``.
         workers: Encoder processes, each with the model in its memory, replaced when they die; 0: a thread of this one.
-        batch_tokens: Tokens in one pass of the model, padding included.
+        batch_tokens: Tokens in one pass of the model, padding included; default: 1,024 on a CPU, 8,192 on a GPU.
         queue_tokens: Tokens that may wait or be encoded; more are answered with 429.
         max_items: Texts in a request.
         max_tokens: Tokens in a request.
@@ -152,7 +152,8 @@ def serve(
         ModelError: The model cannot be opened, or not be served.
     """
     keys = read_keys(api_key_file) if auth else Keys()
-    limits = Limits(batch_tokens, queue_tokens, max_items, max_tokens, max_bytes, timeout, truncate)
+    processor = "cpu" if is_export(model) else device or get_device_name()
+    limits = Limits(batch_tokens or batch_budget(processor), queue_tokens, max_items, max_tokens, max_bytes, timeout, truncate)
     opening: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "dtype": dtype}
     opening |= {"trust_remote_code": trust_remote_code}
     metrics = Metrics()
@@ -163,8 +164,7 @@ def serve(
         found = encoder.dtype
         if workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")  # only its tokenizer is needed here
-            on_cpu = torch.device(device or get_device_name()).type == "cpu"
-            found = found if on_cpu else dtype
+            found = found if torch.device(processor).type == "cpu" else dtype
             opening |= {"dtype": found, "device": device}
         share = max(1, torch.get_num_threads() // max(1, workers))
         make = partial(open_encoder, model, opening, share)
