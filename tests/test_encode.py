@@ -110,6 +110,45 @@ def test_a_prompt_is_run_once(make_encoder: MakeEncoder):
     assert sum(tokens) < 400 * 10, "54 tokens each where the prompt is run with every text"
 
 
+def test_what_is_known_of_a_prompt_does_not_outlive_the_weights(make_encoder: MakeEncoder):
+    own = make_encoder("llama")
+    fast, texts, prompt = accelerate(own), [f"{i} and so on" for i in range(20)], "find the word that is meant: "
+    before = fast.encode(texts, prompt=prompt)
+    for block in own[0].auto_model.layers:
+        block.mlp.down_proj.weight.data.mul_(-3)  # as peft merges: no version counter tells
+    assert paired_cosines(fast.encode(texts, prompt=prompt), before).max() < 0.99
+    same(fast.encode(texts, prompt=prompt), own.encode(texts, prompt=prompt))
+
+
+def test_of_a_long_text_so_much_is_tokenized_as_the_model_reads(make_encoder: MakeEncoder):
+    own = make_encoder("bert")
+    own.max_seq_length = 16
+    spaces = " " * 20_000
+    texts = ["one" + spaces + "two" + spaces + "three", spaces, "a" * 200_000, f"{spaces}end", "x y " * 50_000]
+    lengths = []
+    tokenize = own.preprocess
+
+    def count(texts: list[str], **options):
+        lengths.extend(map(len, texts))
+        return tokenize(texts, **options)
+
+    own.preprocess = count
+    engine = Engine(own)
+    lengths.clear()
+    found = engine.encode(texts)
+    assert sorted(lengths)[:2] == [1024, 1024]
+    del own.preprocess
+    same(found, own.encode(texts))
+
+
+def test_accelerate_gives_as_many_numbers_as_are_asked_for(make_encoder: MakeEncoder):
+    own = make_encoder("bert")
+    own.truncate_dim = 8
+    fast = accelerate(own)
+    for asked in (None, 4, 8, 16):
+        same(fast.encode(["one", "two"], truncate_dim=asked), own.encode(["one", "two"], truncate_dim=asked))
+
+
 def test_accelerate_keeps_the_signature(make_encoder: MakeEncoder):
     own = make_encoder("llama", prompts={"query": "what? "})
     fast = accelerate(own)
@@ -340,6 +379,57 @@ def test_a_partial_run_is_finished_only_by_itself(model: Path, tmp_path: Path):
         encode(model, [file], out=tmp_path / "v.npy")
 
 
+def test_a_second_run_keeps_out_of_the_first_ones_way(model: Path, reference, tmp_path: Path):
+    texts = [f"{i} {'word ' * (i % 5)}" for i in range(SHARD + 5)]
+    file, other = write_lines(tmp_path / "a.jsonl", texts), write_lines(tmp_path / "b.jsonl", texts[::-1] * 2)
+    refused = []
+
+    def start_another(*_: object) -> None:
+        with pytest.raises(OutputError, match="another run") as error:
+            encode(model, other, out=tmp_path / "v.npy", dtype="float32")
+        refused.append(error)
+
+    encode(model, file, out=tmp_path / "v.npy", dtype="float32", progress=start_another)
+    assert refused
+    same(np.load(tmp_path / "v.npy"), reference.encode(texts))
+
+
+def test_texts_that_changed_since_they_were_counted_become_no_vectors(model: Path, reference, tmp_path: Path):
+    texts = [f"{i} {'word ' * (i % 5)}" for i in range(2 * SHARD + 5)]
+    file = write_lines(tmp_path / "a.jsonl", texts)
+
+    def change(what: str, *_: object) -> None:
+        if what == "read":
+            write_lines(file, [*texts[:SHARD], *(text[::-1] for text in texts[SHARD:])])
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        encode(model, file, out=tmp_path / "v.npy", dtype="float32", progress=change)
+    write_lines(file, texts)
+    assert encode(model, file, out=tmp_path / "v.npy", dtype="float32").encoded == SHARD + 5
+    same(np.load(tmp_path / "v.npy"), reference.encode(texts))
+
+
+def test_texts_that_went_missing_are_told(model: Path, tmp_path: Path):
+    texts = [f"text {i}" for i in range(SHARD + 5)]
+    file = write_lines(tmp_path / "a.jsonl", texts)
+
+    def cut(what: str, *_: object) -> None:
+        if what == "read":
+            write_lines(file, texts[:-9])
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        encode(model, file, out=tmp_path / "v.npy", dtype="float32", progress=cut)
+
+
+def test_a_description_that_a_killed_run_left_is_in_nobodys_way(model: Path, reference, tmp_path: Path):
+    file = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    run_until(tmp_path / "v.npy.partial", "job.json", "encode", model, file, "-o", tmp_path / "v.npy")
+    (tmp_path / "v.npy.json").write_text("{}")
+    encode(model, file, out=tmp_path / "v.npy")
+    same(np.load(tmp_path / "v.npy"), reference.encode(["one", "two"]))
+    assert json.loads((tmp_path / "v.npy.json").read_text())["inputs"]["rows"] == 2
+
+
 class Killer(threading.Thread):
     """Kills one of this process's descendants, one whose command line holds ``name``, once ``file`` is there."""
 
@@ -442,6 +532,10 @@ def test_mistakes_in_the_options(model: Path, tmp_path: Path):
         encode(model, [tmp_path / "b.jsonl"], out=tmp_path / "v.npy")
     with pytest.raises(DataError, match=r"no column words.*id, text"):
         encode(model, [file], out=tmp_path / "v.npy", column="words")
+    for option in ({"dimensions": 0}, {"precision": "uint8"}, {"processes": 0}, {"files": []}):
+        with pytest.raises(ConfigError, match=next(iter(option))):
+            encode(model, out=tmp_path / "v.npy", **{"files": file, **option})
+    assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"], "what has not begun leaves nothing behind"
 
 
 def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

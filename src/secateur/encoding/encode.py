@@ -1,9 +1,10 @@
 """Files of texts → one file of vectors: constant memory, each distinct text once, and a killed run goes on.
 
 The inputs are read twice. The first time each text is checked, counted and given the number of its first occurrence
-(``places.npy``); so a mistake in the last line is found before the model has done anything. The second time the
-distinct texts go through the model, by :data:`SHARD`, each shard a file in ``OUT.partial`` that appears when it is
-complete. At the end every row looks up its vector, and the result is renamed to its name.
+(``places.npy``), and each shard of distinct texts a hash (``digests``); so a mistake in the last line is found before
+the model has done anything, and an input that changes later is found out. The second time the distinct texts go through
+the model, by :data:`SHARD`, each shard a file in ``OUT.partial`` that appears when it is complete. At the end every row
+looks up its vector, and the result is renamed to its name.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ from secateur.encoding.pools import Facts, Opening, Run, Worker, in_processes, i
 from secateur.encoding.rows import read_rows
 from secateur.encoding.vector_files import check_suffix, description_file, write_description, write_vectors
 from secateur.errors import ConfigError, DataError, OutputError
-from secateur.files import read_json, write_bytes, write_text, writing
+from secateur.files import held, read_json, write_bytes, write_text, writing
 from secateur.loading.pooling import PoolingName
 from secateur.progress import Progress, silent
 from secateur.runtime.vectors import quantize
@@ -47,7 +48,11 @@ MEASURED_FROM = 200_000
 SAMPLE, SAMPLE_CHARACTERS = 64, 200
 """Texts that measurements are made on, and how much of each: rounding shows where texts are short."""
 
-JOB, PLACES, RESULT = "job.json", "places.npy", "result"
+JOB, PLACES, DIGESTS, RESULT = "job.json", "places.npy", "digests", "result"
+
+DIGEST = 16
+"""Bytes of a hash."""
+
 ARITHMETIC, TEXTS, TOKENS = "arithmetic measured", "texts", "tokens"
 
 Precision = Literal["float32", "int8", "binary"]
@@ -76,7 +81,7 @@ class Encoded:
 
 def encode(
     model: str | Path,
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     *,
     out: str | Path,
     column: str | None = None,
@@ -99,7 +104,7 @@ def encode(
 
     Args:
         model: As for ``open_model``, or a folder that ``export`` wrote.
-        files: JSON Lines, CSV, Parquet or plain text, read one after the other (:mod:`.rows`).
+        files: JSON Lines, CSV, Parquet or plain text, one or several, read one after the other (:mod:`.rows`).
         out: The file to write: ``.parquet``, ``.arrow``, ``.feather`` or ``.npy`` (:mod:`.vector_files`).
         column: The column that holds the texts; default: ``text``, or the first known name that is there.
         prompt_name: The model's prompt that goes before each text; default: the model's own default.
@@ -123,45 +128,59 @@ def encode(
     Raises:
         DataError: A file or a text cannot be read; or there are none.
         ConfigError: An option does not go with the model.
-        OutputError: ``out`` exists, or cannot be written; or its partial folder holds another run's work.
+        OutputError: ``out`` exists, or cannot be written; or its partial folder holds another run's work, or one that
+            is at work.
         ModelError: The model cannot be opened, or a worker died too often.
     """
     out = Path(out)
-    folder = _partial_folder(out)
+    files = [files] if isinstance(files, (str, Path)) else files
+    _check(files, dimensions, precision, processes)
     texts = partial(_read_all, files, column)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        inputs, sample = _number_texts(texts, folder, progress)
-    if not inputs.rows:
-        raise DataError(files[0] if files else "files", "holds no text")
     opening = Opening(
         str(model),
-        dtype=_resolved_dtype(folder, inputs) if dtype == "auto" else dtype,
+        dtype=dtype,
         batch_tokens=batch_tokens,
         pooling=pooling,
         max_length=max_length,
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    worker: Worker | None = open_worker(opening)
-    assert worker is not None
-    facts = worker.facts()
-    prompt = _prompt(facts, str(model), prompt_name, instruction)
-    numbers = _numbers(facts, dimensions)
-    dtype = _settle(worker, opening.dtype, prompt, sample, progress)
-    opening = replace(opening, dtype=dtype, prompt=prompt)
-    job = _Job(inputs, facts.fingerprint, dtype, prompt, numbers, normalize)
-    _take_over(folder, job)
-    if ray is None and processes == 1:
-        pool = in_this_process(worker, prompt)
-    else:
-        worker = None  # its memory is the workers' now
-        pool = in_processes(opening, processes) if ray is None else on_ray(opening, ray, processes)
-    with writing(folder):
-        work = _encode_shards(pool, texts, job, folder, progress)
-        about = {"model": str(model), **asdict(job), "precision": precision}
-        _finish(folder, job, precision, about, out)
+    with _partial_folder(out) as folder:
+        with writing(folder):
+            inputs, sample = _number_texts(texts, folder, progress)
+        if not inputs.rows:
+            raise DataError(files[0], "holds no text")
+        opening = replace(opening, dtype=_resolved_dtype(folder, inputs) if dtype == "auto" else dtype)
+        worker: Worker | None = open_worker(opening)
+        assert worker is not None
+        facts = worker.facts()
+        prompt = _prompt(facts, prompt_name, instruction)
+        numbers = _numbers(facts, dimensions)
+        dtype = _settle(worker, opening.dtype, prompt, sample, progress)
+        opening = replace(opening, dtype=dtype, prompt=prompt)
+        job = _Job(inputs, facts.fingerprint, dtype, prompt, numbers, normalize)
+        _take_over(folder, job)
+        if ray is None and processes == 1:
+            pool = in_this_process(worker, prompt)
+        else:
+            worker = None  # its memory is the workers' now
+            pool = in_processes(opening, processes) if ray is None else on_ray(opening, ray, processes)
+        with writing(folder):
+            work = _encode_shards(pool, texts, job, folder, progress)
+            about = {"model": str(model), **asdict(job), "precision": precision}
+            _finish(folder, job, precision, about, out)
     return Encoded(out, inputs.rows, inputs.distinct, numbers, dtype, work.texts, work.tokens, work.seconds)
+
+
+def _check(files: Sequence[str | Path], dimensions: int | None, precision: str, processes: int) -> None:
+    """Refuse what the command line cannot say, before anything is done."""
+    if not files:
+        raise ConfigError("files", [], "there are none to encode", "name at least one")
+    if precision not in get_args(Precision):
+        raise ConfigError("precision", precision, "is unknown", f"one of {', '.join(get_args(Precision))}")
+    for name, number in (("dimensions", dimensions), ("processes", processes)):
+        if number is not None and number < 1:
+            raise ConfigError(name, number, "is less than 1")
 
 
 @dataclass(frozen=True)
@@ -188,12 +207,24 @@ class _Job:
     normalize: bool
 
 
-def _partial_folder(out: Path) -> Path:
+@contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """Where a run works, alone; one that fails before it has begun with its job leaves nothing behind."""
     check_suffix(out)
+    folder = out.with_name(out.name + ".partial")
     for taken in (out, description_file(out)):
-        if taken is not None and taken.exists():
+        # A description without its file is of a run that was killed between the two, if that has left its folder.
+        if taken is not None and taken.exists() and (taken == out or not folder.exists()):
             raise OutputError(taken, "exists already", "name another file, or remove this one")
-    return out.with_name(out.name + ".partial")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        try:
+            yield folder
+        except BaseException:
+            if not (folder / JOB).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _take_over(folder: Path, job: _Job) -> None:
@@ -219,7 +250,7 @@ def _resolved_dtype(folder: Path, inputs: _Inputs) -> str:
     return str(job.get("dtype", "auto")) if isinstance(job, dict) and job else STORED if short else "auto"
 
 
-def _prompt(facts: Facts, model: str, name: str | None, instruction: str | None) -> str:
+def _prompt(facts: Facts, name: str | None, instruction: str | None) -> str:
     if instruction is not None and name is not None:
         raise ConfigError("instruction", instruction, "does not go with --prompt-name", "give one of the two")
     if instruction is not None:
@@ -258,7 +289,8 @@ def _settle(worker: Worker, dtype: str, prompt: str, sample: Sequence[str], prog
 
 
 def _number_texts(texts: Texts, folder: Path, progress: Progress) -> tuple[_Inputs, list[str]]:
-    """Read all texts once; write for each row the number of its text, counted by first occurrence.
+    """Read all texts once; write for each row the number of its text, counted by first occurrence, and for each shard
+    a hash of its texts.
 
     Which texts have been seen is kept on disk, so that any number of them takes the same memory.
 
@@ -268,21 +300,32 @@ def _number_texts(texts: Texts, folder: Path, progress: Progress) -> tuple[_Inpu
     seen = folder / "seen.sqlite"
     digest = hashlib.sha256()
     rows = distinct = characters = 0
-    sample = _Sample()
+    sample, shard = _Sample(), hashlib.blake2b(digest_size=DIGEST)
     seen.unlink(missing_ok=True)
-    with closing(sqlite3.connect(seen, isolation_level=None)) as index, (folder / PLACES).open("wb") as places:
+    with (
+        closing(sqlite3.connect(seen, isolation_level=None)) as index,
+        (folder / PLACES).open("wb") as places,
+        (folder / DIGESTS).open("wb") as digests,
+    ):
         index.execute("PRAGMA journal_mode=OFF")
         index.execute("PRAGMA synchronous=OFF")
         index.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
         index.execute("BEGIN")
         for rows, text in enumerate(texts(), start=1):  # noqa: B007
-            key = _add(digest, text)
+            key = _hash(text)
+            digest.update(key)
             if index.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, distinct)).rowcount:
                 number, distinct, characters = distinct, distinct + 1, characters + len(text)
                 sample.add(text)
+                shard.update(key)
+                if distinct % SHARD == 0:
+                    digests.write(shard.digest())
+                    shard = hashlib.blake2b(digest_size=DIGEST)
             else:
                 (number,) = index.execute("SELECT number FROM seen WHERE key = ?", (key,)).fetchone()
             places.write(number.to_bytes(8, "little"))
+        if distinct % SHARD:
+            digests.write(shard.digest())
     seen.unlink()
     progress("read", rows, rows)
     return _Inputs(rows, distinct, characters, digest.hexdigest()), sample.texts
@@ -303,12 +346,8 @@ class _Sample:
             self.texts[place : place + 1] = [text[:SAMPLE_CHARACTERS]]
 
 
-def _add(digest: hashlib._Hash, text: str) -> bytes:
-    """Add a text to the hash over all; return its own."""
-    content = text.encode()
-    digest.update(len(content).to_bytes(8, "little"))
-    digest.update(content)
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST).digest()
 
 
 def _places(folder: Path) -> Iterator[NDArray[np.int64]]:
@@ -359,32 +398,34 @@ def _encode_shards(
     with pool as run:
         work = _Work(distinct - left, distinct, progress)
         progress(TOKENS, 0, 0)
-        pieces = _pieces(texts, job.inputs, folder, set(todo))
-        for number, vectors in zip(todo, run(pieces, work.add), strict=False):
+        pieces = _pieces(texts, folder, set(todo))
+        for number, vectors in zip(todo, run(pieces, work.add), strict=True):
             write_bytes(_shard(folder, number), _as_npy(_finished(vectors, job)))
         work.seconds = time.monotonic() - work.started
     return work
 
 
-def _pieces(texts: Texts, inputs: _Inputs, folder: Path, todo: set[int]) -> Iterator[list[str]]:
-    """The distinct texts of each shard in ``todo``, in order."""
-    digest = hashlib.sha256()
-    numbers = itertools.chain.from_iterable(_places(folder))
-    distinct = 0
-    piece: list[str] = []
-    for text, number in zip(texts(), itertools.chain(numbers, itertools.repeat(-1)), strict=False):
-        _add(digest, text)
-        if number == distinct:
-            if distinct // SHARD in todo:
-                piece.append(text)
-            distinct += 1
-            if piece and distinct % SHARD == 0:
-                yield piece
-                piece = []
-    if digest.hexdigest() != inputs.sha256:
-        raise DataError("the input", "changed while it was read", "run again when nothing writes to it")
-    if piece:
+def _pieces(texts: Texts, folder: Path, todo: set[int]) -> Iterator[list[str]]:
+    """The distinct texts of each shard in ``todo``, in order; what has changed meanwhile becomes no vectors."""
+    distinct = _distinct(texts, folder)
+    digests = (folder / DIGESTS).read_bytes()
+    for shard in range(len(digests) // DIGEST):
+        piece = list(itertools.islice(distinct, SHARD))
+        if shard not in todo:
+            continue
+        found = hashlib.blake2b(b"".join(map(_hash, piece)), digest_size=DIGEST).digest()
+        if found != digests[shard * DIGEST : (shard + 1) * DIGEST]:
+            raise DataError("the input", "changed while it was read", "run again when nothing writes to it")
         yield piece
+
+
+def _distinct(texts: Texts, folder: Path) -> Iterator[str]:
+    """Each text at its first occurrence, as :func:`_number_texts` found them."""
+    found = 0
+    for text, number in zip(texts(), itertools.chain.from_iterable(_places(folder)), strict=False):
+        if number == found:
+            found += 1
+            yield text
 
 
 def _finished(vectors: Vectors, job: _Job) -> Vectors:

@@ -9,7 +9,7 @@ multiply is the model's own affair (:mod:`.arithmetic`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +37,18 @@ from secateur.errors import ModelError
 from secateur.loading.models import attends_backwards_only
 from secateur.loading.pooling import pool
 from secateur.measures.metrics import paired_cosines
-from secateur.serving.encoders import LEAST_COSINE, SLICE_CHARACTERS, ModelEncoder, Tokens, Vectors, batch_budget
+from secateur.serving.encoders import (
+    CHARACTERS_PER_TOKEN,
+    LEAST_COSINE,
+    SLICE_CHARACTERS,
+    ModelEncoder,
+    Tokens,
+    Vectors,
+    batch_budget,
+)
+
+SHARED_FROM = 8
+"""Texts under one prompt from which on it pays to compute it once, and apart."""
 
 WINDOW = 512
 """Texts tokenized, and cut into batches, together; they come sorted by their characters."""
@@ -81,7 +92,8 @@ class Engine:
         self._encoder = ModelEncoder(model, name)
         self._budget = batch_tokens or batch_budget(model.device)
         self._shares = attends_backwards_only(model[0])
-        self._prefixes: dict[tuple[int, ...], _Prefix] = {}
+        self._prefix: _Prefix | None = None
+        self._agreed: set[bytes] = set()
         self.dimension = self._encoder.dimension
 
     def encode(self, texts: Sequence[str], prompt: str = "", told: Told = tell_nobody) -> Vectors:
@@ -92,6 +104,7 @@ class Engine:
             prompt: Goes before each.
             told: Called after each batch.
         """
+        self._prefix = None  # the model may have been trained since
         distinct = sorted(dict.fromkeys(texts), key=len, reverse=True)
         windows = [distinct[start : start + WINDOW] for start in range(0, len(distinct), WINDOW)]
         vectors = np.zeros((len(distinct), self.dimension), dtype=np.float32)
@@ -106,16 +119,18 @@ class Engine:
 
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokens]:
         """Texts as the model reads them, cut where they are too long for it."""
-        tokens: list[Tokens] = []
-        start = 0
-        while start < len(texts):
-            end, characters = start, 0
-            while end < len(texts) and (end == start or characters + len(texts[end]) <= SLICE_CHARACTERS):
-                characters += len(texts[end])
-                end += 1
-            tokens += self._encoder.read(texts[start:end], prompt, truncate=True)
-            start = end
-        return tokens
+        most = self._encoder.max_length * CHARACTERS_PER_TOKEN
+        return [tokens for some in _slices(texts, most) for tokens in self._read(some, prompt, most)]
+
+    def _read(self, texts: Sequence[str], prompt: str, most: int) -> list[Tokens]:
+        """Tokenize as much of each text as the model reads: so many characters, and more where these do not do."""
+        left = self._model.tokenizer.truncation_side == "left"
+        cut = [text[-most:] if left else text[:most] for text in texts]
+        found = self._encoder.read(cut, prompt, truncate=True)
+        short = [i for i, text in enumerate(texts) if len(text) > most and len(found[i]) < self._encoder.max_length]
+        for i in short:
+            (found[i],) = self._read([texts[i]], prompt, 2 * most)
+        return found
 
     @torch.inference_mode()
     def run(self, tokens: Sequence[Tokens], told: Told = tell_nobody) -> Vectors:
@@ -167,21 +182,19 @@ class Engine:
     def _share(self, tokens: Sequence[Tokens]) -> _Prefix | None:
         """The part of the prompt that most texts start with, if running it once gives the vectors of the plain way."""
         length = tokens[0].prompt_length if tokens else 0
-        if not self._shares or length < SHORTEST_PREFIX:
+        if not self._shares or length < SHORTEST_PREFIX or len(tokens) < SHARED_FROM:
             return None
         start = _common_start([text.ids[:length] for text in tokens])
-        key = tuple(start.tolist())
-        if len(start) >= SHORTEST_PREFIX and key not in self._prefixes:
-            self._prefixes = {}  # of one prompt at a time
-            prefix = self._run_prefix(start)
-            probes = [text for text in tokens if prefix and prefix.starts(text)][:: max(1, len(tokens) // 8)]
-            if prefix is None or not probes:
-                return None
-            if not self._agree(probes, prefix):
-                self._shares = False
-                return None
-            self._prefixes[key] = prefix
-        return self._prefixes.get(key)
+        if self._prefix is None or not np.array_equal(self._prefix.ids, start):
+            self._prefix = self._run_prefix(start) if len(start) >= SHORTEST_PREFIX else None
+        if self._prefix is None or start.tobytes() in self._agreed:
+            return self._prefix
+        probes = [text for text in tokens if self._prefix.starts(text)][:: max(1, len(tokens) // 8)]
+        if not probes:
+            return None
+        self._shares = self._agree(probes, self._prefix)
+        self._agreed.add(start.tobytes())
+        return self._prefix if self._shares else None
 
     def _run_prefix(self, start: NDArray[np.int32]) -> _Prefix | None:
         transformer = self._model[0].auto_model
@@ -211,6 +224,19 @@ class Engine:
         return bool(paired_cosines(found, expected).min() >= least)
 
 
+def _slices(texts: Sequence[str], most: int) -> Iterator[Sequence[str]]:
+    """Some texts at a time, of :data:`SLICE_CHARACTERS` together or one, where no more than ``most`` of each count."""
+    start = characters = 0
+    for end, text in enumerate(texts):
+        length = min(len(text), most)
+        if start < end and characters + length > SLICE_CHARACTERS:
+            yield texts[start:end]
+            start, characters = end, 0
+        characters += length
+    if start < len(texts):
+        yield texts[start:]
+
+
 def _longest(batch: Sequence[Tokens]) -> int:
     """The length that a batch is padded to; a text without tokens needs a place, too."""
     return max(1, *(len(text) for text in batch))
@@ -232,7 +258,8 @@ class FastEncoder(SentenceTransformer):  # type: ignore[misc]
         handled |= {"normalize_embeddings", "truncate_dim"}
         elsewhere = options.get("device") is not None and torch.device(options["device"]) != self.device
         plain = options["output_value"] == "sentence_embedding" and all(isinstance(text, str) for text in inputs)
-        if elsewhere or not plain or not inputs or options.keys() - handled:
+        longer = (options["truncate_dim"] or 0) > self._engine.dimension
+        if elsewhere or longer or not plain or not inputs or options.keys() - handled:
             return super()._inference(inputs, **options)
         vectors = torch.from_numpy(self._engine.encode(inputs, options["prompt"] or ""))
         if options["truncate_dim"] is not None:

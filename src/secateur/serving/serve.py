@@ -153,7 +153,9 @@ def serve(
     """
     keys = read_keys(api_key_file) if auth else Keys()
     processor = "cpu" if is_export(model) else device or get_device_name()
-    limits = Limits(batch_tokens or batch_budget(processor), queue_tokens, max_items, max_tokens, max_bytes, timeout, truncate)
+    limits = Limits(
+        batch_tokens or batch_budget(processor), queue_tokens, max_items, max_tokens, max_bytes, timeout, truncate
+    )
     opening: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "dtype": dtype}
     opening |= {"trust_remote_code": trust_remote_code}
     metrics = Metrics()
