@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTModel
 
 import secateur
 from conftest import tiny_transformer
-from secateur.errors import ModelError, SecateurError
+from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.loading.models import attends_backwards_only, demo_model, save_model
 from secateur.loading.pooling import pooling_name
 from secateur.pruning.prune import origin_of
@@ -152,6 +152,14 @@ def test_a_broken_folder_is_told_in_one_line(case: str, llama_folder: Path, tmp_
         secateur.open_model(folder, device="cpu")
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "says"), [("banana", "no device of torch"), ("vulkan", "this machine has no vulkan")]
+)
+def test_a_device_that_is_not_there_is_told(device: str, says: str, llama_folder: Path):
+    with pytest.raises(ConfigError, match=says):
+        secateur.open_model(llama_folder, device=device)
 
 
 def test_what_is_no_model_is_told_in_one_line(tmp_path: Path):

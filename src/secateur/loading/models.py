@@ -29,7 +29,7 @@ from secateur.architectures.blocks import text_config
 from secateur.artifacts import Origin
 from secateur.checkpoints.verify import PROBES as PROBES
 from secateur.checkpoints.verify import Expected, difference, probe
-from secateur.errors import ModelError, UnsupportedArchitecture
+from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.loading.gguf import convert_gguf
 from secateur.loading.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
@@ -37,6 +37,7 @@ from secateur.progress import quiet
 
 DEMO_MODEL = "smollm2"
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICES = "such as cpu, cuda, cuda:0 or mps"
 _LEGACY_TYPES = {
     "Transformer": "sentence_transformers.models.Transformer",
     "Pooling": "sentence_transformers.models.Pooling",
@@ -68,8 +69,10 @@ def open_model(
         trust_remote_code: Run the model code that a repository brings along.
 
     Raises:
+        ConfigError: There is no such device.
         ModelError: The model is missing, half written, not a text model, or holds no safetensors.
     """
+    check_device(device)
     source = resolve(name)
     options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True}
@@ -89,6 +92,25 @@ def open_model(
         if isinstance(source, Path):
             _check_whole(source, model)
         return model
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that torch cannot use on this machine; None is torch's own choice.
+
+    Raises:
+        ConfigError: It does not exist, or not here.
+    """
+    if device is None:
+        return
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ConfigError("device", device, f"{device!r} is no device of torch", DEVICES) from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # whichever the device raises
+        problem = f"this machine has no {device} that torch can use"
+        raise ConfigError("device", device, problem, "cpu, or leave --device out") from None
 
 
 def resolve(name: str | Path) -> str | Path:
