@@ -37,7 +37,7 @@ from secateur.errors import ConfigError, ModelError
 from secateur.serving.app import make_app
 from secateur.serving.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
 from secateur.serving.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
-from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, choose_batch
+from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, Worker, choose_batch
 from secateur.serving.serve import OPENING, Server, bind, make_server, open_encoder
 
 PROMPTS = {"query": "find: ", "document": ""}
@@ -518,19 +518,27 @@ def test_a_server_told_to_end_finishes_what_it_took(encoder: ModelEncoder):
 
 @pytest.mark.slow  # two processes start, one after the other
 def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
-    encoder: ModelEncoder, folder: Path, model: SentenceTransformer
+    encoder: ModelEncoder, folder: Path, model: SentenceTransformer, caplog
 ):
     deaths: list[int] = []
     make = partial(open_encoder, folder, {"dtype": "float32", "device": "cpu"})
     process = EncoderProcess(make, lambda: deaths.append(1))
     texts = [f"text {i:02}" for i in range(8)]
     with running(make_app(encoder, "tiny", processes=[process])) as server, ThreadPoolExecutor(8) as clients:
+        assert refused(503, server.get("/ready"))["code"] == "not_ready"  # it has not loaded yet
+        wait_until(lambda: server.get("/ready")[0] == 200, 60)
+        os.kill(process.pid, signal.SIGSTOP)
         answers = [clients.submit(server.post, request(input=text)) for text in texts]
         wait_until(lambda: server.metric("secateur_queue_tokens") == 7 * 8)
         os.kill(process.pid, signal.SIGKILL)  # it holds the first batch
         assert [answer.result()[0] for answer in answers] == [200] * 8
         assert deaths == [1]
         assert server.metric("secateur_batch_errors_total") == 1
+        assert any("code -9" in str(vars(record)) for record in caplog.records)
+        os.kill(process.pid, signal.SIGKILL)  # it is idle
+        wait_until(lambda: server.get("/ready")[0] == 503)
+        wait_until(lambda: server.get("/ready")[0] == 200, 60)
+        assert deaths == [1, 1]
     found = [json.loads(answer.result()[1])["data"][0]["embedding"] for answer in answers]
     np.testing.assert_allclose(np.array(found), model.encode(texts), atol=1e-5)
     with pytest.raises(EncoderDied):
@@ -577,11 +585,11 @@ def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
         return True
 
     async def everything() -> list[bool]:
-        batcher = Batcher([encode, encode], max_length=40, batch_tokens=200, queue_tokens=10**6)
+        batcher = Batcher([Worker(encode)] * 2, max_length=40, batch_tokens=200, queue_tokens=10**6)
         batcher.start()
         outcomes = await asyncio.gather(*(ask(batcher, number) for number in range(1000)))
         assert batcher.tokens == 0
-        assert batcher.running
+        assert batcher.ready
         await batcher.close()
         return outcomes
 
@@ -591,7 +599,10 @@ def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
 def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
     async def everything() -> None:
         batcher = Batcher(
-            [lambda batch: np.zeros((len(batch), 1), np.float32)], max_length=40, batch_tokens=200, queue_tokens=10
+            [Worker(lambda batch: np.zeros((len(batch), 1), np.float32))],
+            max_length=40,
+            batch_tokens=200,
+            queue_tokens=10,
         )
         first = asyncio.ensure_future(batcher.embed(numbers(20)))
         await asyncio.sleep(0)

@@ -21,6 +21,7 @@ from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
+from secateur.errors import SecateurError
 from secateur.serving.embeddings import (
     EmbeddingList,
     ErrorBody,
@@ -31,9 +32,9 @@ from secateur.serving.embeddings import (
     respond,
     shorten,
 )
-from secateur.serving.encoders import Encoder, EncoderProcess, Tokens, Vectors
-from secateur.serving.gate import ApiError, ClientLeft, Gate, Keys, Limits, Metrics, busy
-from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull
+from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, Tokens, Vectors
+from secateur.serving.gate import ApiError, ClientLeft, Gate, Keys, Limits, Metrics, busy, log
+from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, Worker
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A request that cannot be answered."},
@@ -68,8 +69,21 @@ class _Service:
         return respond(shorten(vectors, prepared.dimensions), self.name, tokens, prepared.as_base64)
 
 
-def _run_in(thread: Executor, encode: Callable[[Sequence[Tokens]], Vectors]) -> Callable[[Sequence[Tokens]], Vectors]:
-    return lambda batch: thread.submit(encode, batch).result()
+def _run_in(
+    thread: Executor | None, encode: Callable[[Sequence[Tokens]], Vectors]
+) -> Callable[[Sequence[Tokens]], Vectors]:
+    return (lambda batch: thread.submit(encode, batch).result()) if thread else encode
+
+
+def _worker(process: EncoderProcess[Vectors]) -> Worker:
+    def revive() -> None:
+        try:
+            process.revive()
+        except (SecateurError, EncoderDied) as error:
+            if not process.closed:
+                log.error("encoder cannot start", extra={"facts": {"problem": str(error)[:300]}})
+
+    return Worker(process.encode, process.ready, revive)
 
 
 def make_app(
@@ -95,7 +109,7 @@ def make_app(
     """
     limits, keys, metrics = limits or Limits(), keys or Keys(), metrics or Metrics()
     batcher = Batcher(
-        [process.encode for process in processes] or [_run_in(thread, encoder.encode) if thread else encoder.encode],
+        [_worker(process) for process in processes] or [Worker(_run_in(thread, encoder.encode))],
         max_length=encoder.max_length,
         batch_tokens=limits.batch_tokens,
         queue_tokens=limits.queue_tokens,
@@ -108,9 +122,9 @@ def make_app(
     async def life(_: FastAPI) -> AsyncIterator[None]:
         batcher.start()
         yield
+        await batcher.close()
         for process in processes:
             process.close()
-        await batcher.close()
         preparing.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="secateur", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -163,8 +177,8 @@ def _add_health(app: FastAPI, batcher: Batcher) -> None:
 
     @app.get("/ready", responses={503: _ERRORS[503]})
     async def ready() -> dict[str, str]:
-        if not batcher.running:
-            raise ApiError(503, "the encoder does not run", code="not_ready")
+        if not batcher.ready:
+            raise ApiError(503, "no encoder can take work", code="not_ready")
         return {"status": "ready"}
 
 
