@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import ipaddress
 import math
 import os
@@ -25,6 +27,7 @@ from secateur.errors import ConfigError, ModelError
 from secateur.loading.models import check_device, model_label, open_model
 from secateur.loading.pooling import PoolingName
 from secateur.serving.app import make_app
+from secateur.serving.connections import Connection
 from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, batch_budget
 from secateur.serving.exported import ExportEncoder, is_export
 from secateur.serving.gate import (
@@ -46,14 +49,28 @@ BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection, so that it is they who close it."""
 
+LAST_SECONDS = 0.5
+"""What clients have to read why they are not answered, when the server ends at once."""
+
 
 class Server(uvicorn.Server):
     """uvicorn's server, which ends well when it is told to end."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Finish what was taken; a second signal ends at once. uvicorn would raise the signal again at the end."""
-        self.force_exit = self.should_exit
+        if self.should_exit and self.started:
+            self.servers[0].get_loop().call_soon_threadsafe(self._give_up)
         self.should_exit = True
+
+    def _give_up(self) -> None:
+        """Have the :class:`.Gate` tell who waits that it is in vain, and leave those who do not read it."""
+        for task in self.server_state.tasks:
+            task.cancel()
+        asyncio.get_running_loop().call_later(LAST_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def make_server(app: FastAPI, timeout: float = Limits.timeout) -> Server:
@@ -61,7 +78,7 @@ def make_server(app: FastAPI, timeout: float = Limits.timeout) -> Server:
     return Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=Connection,
             ws="none",
             loop="asyncio",
             lifespan="on",
@@ -209,6 +226,8 @@ def serve(
         _wait_for(processes, model)
         name = name or model_label(model)
         app = make_app(encoder, name, limits=limits, keys=keys, processes=processes, metrics=metrics, thread=thread)
+        gc.collect()
+        gc.freeze()  # a request with a million lists in it would have all that is loaded looked through again and again
         log_as_json()
         address = listen(listener)  # before it says so
         facts = {"model": name, "address": address, "pid": os.getpid(), "dtype": found}
