@@ -13,10 +13,11 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
@@ -42,7 +43,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such model."},
     408: {"model": ErrorBody, "description": "The body came too slowly."},
     413: {"model": ErrorBody, "description": "The body is too large."},
-    415: {"model": ErrorBody, "description": "The body is not application/json."},
+    415: {"model": ErrorBody, "description": "The body is not application/json, or compressed."},
     429: {"model": ErrorBody, "description": "Too much waits already; Retry-After says for how long."},
     500: {"model": ErrorBody, "description": "The model failed on these texts."},
     503: {"model": ErrorBody, "description": "Not in time."},
@@ -150,6 +151,8 @@ def _add_embeddings(app: FastAPI, service: _Service, guarded: list[Any]) -> None
     async def embeddings(request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
+        if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+            raise ApiError(415, "send the body as it is, without Content-Encoding", code="unsupported_media_type")
         answer = service.answer(await request.body(), request.state.facts)
         return await _while_connected(request, answer, service.limits.timeout)
 
@@ -171,10 +174,12 @@ def _add_models(app: FastAPI, name: str, guarded: list[Any]) -> None:
 
 
 def _add_health(app: FastAPI, batcher: Batcher) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: _ERRORS[503]})
     async def ready() -> dict[str, str]:
         if not batcher.ready:
@@ -193,10 +198,15 @@ def _add_metrics(app: FastAPI, metrics: Metrics, guarded: list[Any]) -> None:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own errors (no such path, no such method) in OpenAI's shape."""
+async def _http_error(request: Request, error: Exception) -> NoReturn:
+    """Starlette's own errors (no such path, no such method) as the gate's, which counts and logs them."""
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, error.detail, code="not_found", headers=error.headers).response()
+    if error.status_code == 405:
+        takes = (error.headers or {}).get("Allow", "other methods")
+        raise ApiError(405, f"this path takes {takes}", code="method_not_allowed", headers=error.headers)
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    known = ", ".join(f"{' '.join(route.methods or ())} {route.path_format}" for route in routes)
+    raise ApiError(error.status_code, f"no such path; there are {known}", code="not_found", headers=error.headers)
 
 
 async def _while_connected(request: Request, answer: Any, timeout: float) -> Response:
