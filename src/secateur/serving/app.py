@@ -80,7 +80,7 @@ def _worker(process: EncoderProcess[Vectors]) -> Worker:
     def revive() -> None:
         try:
             process.revive()
-        except (SecateurError, EncoderDied) as error:
+        except (SecateurError, EncoderDied, OSError) as error:
             if not process.closed:
                 log.error("encoder cannot start", extra={"facts": {"problem": str(error)[:300]}})
 

@@ -326,11 +326,12 @@ class EncoderProcess(Generic[Answer]):
     def _start(self) -> None:
         self._loaded = False
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_answer, args=(theirs, self._make), daemon=True)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_answer, args=(theirs, self._make), daemon=True)
         with _no_interrupt():
-            self._process.start()
+            process.start()
         theirs.close()
+        self._pipe, self._process = ours, process
 
     def _replace(self) -> int | None:
         """Start a new process in place of one that is dead, or as good as; gives the exit code of that."""
