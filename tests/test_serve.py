@@ -733,11 +733,13 @@ def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
 # The process, its log, its options
 
 
-def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, tmp_path: Path, workers: str):
     log = tmp_path / "log"
     secret = "a text that nobody should read"
     environment = os.environ | {API_KEYS: "sesame-open"}
     command = [sys.executable, "-m", "secateur", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    command += ["--workers", workers]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=stream, env=environment)
     try:
