@@ -32,13 +32,14 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 import secateur
 from conftest import tiny_transformer
-from secateur.config import ServeOptions
-from secateur.errors import ConfigError, ModelError
+from secateur.config import ServeOptions, make
+from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.serving.app import make_app
+from secateur.serving.connections import Connection
 from secateur.serving.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
 from secateur.serving.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
-from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, choose_batch
-from secateur.serving.serve import OPENING, Server, bind, make_server, open_encoder
+from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, Worker, choose_batch
+from secateur.serving.serve import OPENING, Server, bind, listen, make_server, open_encoder
 
 PROMPTS = {"query": "find: ", "document": ""}
 TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]
@@ -91,9 +92,9 @@ class Running:
     def get(self, path: str) -> tuple[int, str]:
         return fetch(urllib.request.Request(self.address + path))
 
-    def post(self, body: bytes, **headers: str) -> tuple[int, str]:
+    def post(self, body: bytes, path: str = "/v1/embeddings", **headers: str) -> tuple[int, str]:
         headers = {"Content-Type": "application/json", **headers}
-        return fetch(urllib.request.Request(f"{self.address}/v1/embeddings", body, headers))
+        return fetch(urllib.request.Request(self.address + path, body, headers))
 
     def metric(self, name: str) -> float:
         lines = self.get("/metrics")[1].splitlines()
@@ -109,9 +110,11 @@ def fetch(request: urllib.request.Request) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def running(app) -> Iterator[Running]:
+def running(app, send_buffer: int | None = None) -> Iterator[Running]:
     server = make_server(app, timeout=20)
     with bind("127.0.0.1", 0, Keys()) as listener:
+        if send_buffer:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -267,8 +270,9 @@ def test_long_answers_come_in_pieces_and_whole(encoder: ModelEncoder, model: Sen
         ({"input": [[]]}, "input[0]", "at least 1 item"),
         ({"input": [1, "one"]}, "input[1]", "valid integer"),
         ({"input": [True]}, "input[0]", "valid integer"),
-        ({"input": {"text": "one"}}, "input", "valid list"),
-        ({"input": None}, "input", "valid list"),
+        ({"input": {"text": "one"}}, "input", "a list of texts"),
+        ({"input": None}, "input", "a list of texts"),
+        ({"input": 1}, "input", "a text, a list of texts, a list of token ids, or a list of such lists"),
         ({"input": [-1]}, "input[0]", "greater than or equal to 0"),
         ({"input": [[5], [10**30]]}, "input[1]", "does not have"),
         ({"input": ["one", "x" * 129]}, "input[1]", "129 tokens are too many: the model reads at most 128"),
@@ -288,6 +292,17 @@ def test_a_refusal_names_the_field_and_the_limit(served: Running, fields: dict, 
     error = refused(400, served.post(request(**fields)))
     assert error["param"] == param
     assert said in error["message"]
+
+
+def test_too_many_texts_are_refused_before_each_is_looked_at(served: Running):
+    answer = served.post(b'{"model": "tiny", "input": [' + b"[]," * 30_000 + b"[]]}")
+    assert refused(400, answer)["message"] == "input: 30001 texts in one request, at most 64"
+
+
+def test_what_means_the_default_or_nothing_is_taken(served: Running):
+    expected = served.post(request())
+    assert expected[0] == 200
+    assert served.post(request(encoding_format=None, dimensions=None, prompt=None, user=1)) == expected
 
 
 def test_texts_are_cut_only_where_the_server_was_told_to(encoder: ModelEncoder, model: SentenceTransformer):
@@ -362,9 +377,29 @@ def test_hostile_bytes_get_a_4xx(served: Running, sent: bytes, status: bytes):
 
 def test_other_paths_methods_and_types_are_errors_in_the_same_shape(served: Running):
     assert refused(404, served.get("/v1/chat"))["type"] == "invalid_request_error"
-    refused(404, served.get("/v1/embeddings/"))
-    refused(405, served.get("/v1/embeddings"))
+    assert "POST /v1/embeddings" in refused(404, served.get("/v1/embeddings/"))["message"]
+    wrong = refused(405, served.get("/v1/embeddings"))
+    assert (wrong["code"], wrong["message"]) == ("method_not_allowed", "this path takes POST")
     refused(415, served.post(request(), **{"Content-Type": "text/plain"}))
+    assert "Content-Encoding" in refused(415, served.post(request(), **{"Content-Encoding": "gzip"}))["message"]
+    assert served.post(request(), **{"Content-Encoding": "identity"})[0] == 200
+    assert served.metric('secateur_errors_total{code="method_not_allowed"}') >= 1
+    assert served.metric('secateur_errors_total{code="not_found"}') >= 2
+    assert served.metric('secateur_requests_total{path="/v1/embeddings",status="405"}') >= 1
+
+
+def test_what_the_gate_refuses_counts_under_its_path(encoder: ModelEncoder):
+    limits = Limits(max_bytes=100)
+    with running(make_app(encoder, "tiny", limits=limits)) as server:
+        refused(413, server.post(request(input="x" * 100)))
+        refused(404, server.post(request(), path="/v1/nothing"))
+        assert server.metric('secateur_requests_total{path="/v1/embeddings",status="413"}') == 1
+        assert server.metric('secateur_requests_total{path="other",status="404"}') == 1
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_health_can_be_asked_for_without_a_body(served: Running, path: str):
+    assert fetch(urllib.request.Request(served.address + path, method="HEAD")) == (200, "")
 
 
 def test_bodies_in_memory_are_bounded_together(encoder: ModelEncoder):
@@ -406,6 +441,24 @@ def test_keys(encoder: ModelEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "from-" not in caplog.text
 
 
+def test_what_is_no_key_is_refused_and_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbffirst\r\n\n second \n")
+    keys = read_keys(file)
+    assert [keys.allow(b"Bearer " + key) for key in (b"first", b"second", b"")] == [True, True, False]
+    file.write_text("first\n# of Anna\n")
+    with pytest.raises(ConfigError, match="line 2: a key has no blanks") as error:
+        read_keys(file)
+    assert "Anna" not in str(error.value)
+    for wrong in ("first\nsecond", "first,sec ond"):
+        monkeypatch.setenv(API_KEYS, wrong)
+        with pytest.raises(ConfigError, match="separated by commas"):
+            read_keys(None)
+    monkeypatch.setitem(os.environ, API_KEYS, os.fsdecode(b"\xff\xfe"))
+    with pytest.raises(ConfigError, match="UTF-8"):
+        read_keys(None)
+
+
 def test_other_machines_are_served_only_with_a_key_or_when_told_so(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"0\.0\.0\.0 is reachable from other machines.*--no-auth"):
         bind("0.0.0.0", 0, Keys())
@@ -417,6 +470,17 @@ def test_other_machines_are_served_only_with_a_key_or_when_told_so(tmp_path: Pat
         taken.listen()
         with pytest.raises(ConfigError, match=r"cannot listen at 127\.0\.0\.1"):
             bind("127.0.0.1", taken.getsockname()[1], Keys())
+        with bind("127.0.0.1", 0, Keys()) as late:
+            other = late.getsockname()[1]
+            with bind("127.0.0.1", other, Keys()) as first:
+                assert listen(first) == f"http://127.0.0.1:{other}"
+                with pytest.raises(ConfigError, match=rf"cannot listen at 127\.0\.0\.1:{other}"):
+                    listen(late)
+    with pytest.raises(ConfigError, match=r"cannot listen at a\.\.b:0"):
+        bind("a..b", 0, Keys(), auth=False)
+    if socket.has_ipv6:
+        with contextlib.suppress(ConfigError), bind("::1", 0, Keys()) as local:
+            assert listen(local).startswith("http://[::1]:")
     (tmp_path / "empty").write_text(" \n")
     with pytest.raises(ConfigError, match="holds no key"):
         read_keys(tmp_path / "empty")
@@ -516,21 +580,79 @@ def test_a_server_told_to_end_finishes_what_it_took(encoder: ModelEncoder):
             server.get("/health")
 
 
+def test_a_second_signal_answers_who_waits_and_ends_at_once(encoder: ModelEncoder, caplog):
+    slow = Slow(encoder, 1.0)
+    with running(make_app(slow, "tiny", limits=Limits(batch_tokens=16))) as server, ThreadPoolExecutor(4) as clients:
+        asked = [clients.submit(server.post, request(input=f"text {i}")) for i in range(4)]
+        wait_until(lambda: server.metric("secateur_queue_tokens") == 24)
+        server.server.handle_exit(signal.SIGINT, None)
+        server.server.handle_exit(signal.SIGINT, None)
+        assert [refused(503, answer.result())["code"] for answer in asked] == ["shutdown"] * 4
+        server.thread.join(10)
+    assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
+
+
+def test_who_does_not_read_is_left(encoder: ModelEncoder, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(Connection, "patience", 0.5)
+    left = 'secateur_requests_total{path="/v1/embeddings",status="499"}'
+    app = make_app(encoder, "tiny", limits=Limits(max_items=5000))
+    with running(app, send_buffer=4096) as server, contextlib.ExitStack() as held:
+        for texts in (5000, 1000):  # the first answer comes in pieces
+            body = request(input=[[5]] * texts)
+            connection = held.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: server.metric(left) == 2)
+    assert not caplog.records
+
+
+@pytest.mark.slow  # it waits, as the client does
+def test_who_reads_slowly_gets_all(encoder: ModelEncoder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Connection, "patience", 0.5)
+    body = request(input=[[5]] * 20_000)
+    with running(make_app(encoder, "tiny", limits=Limits(max_items=20_000))) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        answer = b""
+        while chunk := connection.recv(1 << 18):
+            answer += chunk
+            time.sleep(0.02)
+    assert answer.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.slow  # a process starts
+def test_what_an_encoder_process_cannot_open_is_told(tmp_path: Path):
+    process = EncoderProcess(partial(open_encoder, tmp_path / "none", OPENING))
+    with contextlib.closing(process), pytest.raises(SecateurError, match="no such file or folder"):
+        process.revive()
+    assert not process.ready()
+
+
 @pytest.mark.slow  # two processes start, one after the other
 def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
-    encoder: ModelEncoder, folder: Path, model: SentenceTransformer
+    encoder: ModelEncoder, folder: Path, model: SentenceTransformer, caplog
 ):
     deaths: list[int] = []
     make = partial(open_encoder, folder, {"dtype": "float32", "device": "cpu"})
     process = EncoderProcess(make, lambda: deaths.append(1))
     texts = [f"text {i:02}" for i in range(8)]
     with running(make_app(encoder, "tiny", processes=[process])) as server, ThreadPoolExecutor(8) as clients:
+        assert refused(503, server.get("/ready"))["code"] == "not_ready"  # it has not loaded yet
+        wait_until(lambda: server.get("/ready")[0] == 200, 60)
+        os.kill(process.pid, signal.SIGSTOP)
         answers = [clients.submit(server.post, request(input=text)) for text in texts]
         wait_until(lambda: server.metric("secateur_queue_tokens") == 7 * 8)
         os.kill(process.pid, signal.SIGKILL)  # it holds the first batch
         assert [answer.result()[0] for answer in answers] == [200] * 8
         assert deaths == [1]
         assert server.metric("secateur_batch_errors_total") == 1
+        assert any("code -9" in str(vars(record)) for record in caplog.records)
+        os.kill(process.pid, signal.SIGKILL)  # it is idle
+        wait_until(lambda: server.get("/ready")[0] == 503)
+        wait_until(lambda: server.get("/ready")[0] == 200, 60)
+        assert deaths == [1, 1]
     found = [json.loads(answer.result()[1])["data"][0]["embedding"] for answer in answers]
     np.testing.assert_allclose(np.array(found), model.encode(texts), atol=1e-5)
     with pytest.raises(EncoderDied):
@@ -577,11 +699,11 @@ def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
         return True
 
     async def everything() -> list[bool]:
-        batcher = Batcher([encode, encode], max_length=40, batch_tokens=200, queue_tokens=10**6)
+        batcher = Batcher([Worker(encode)] * 2, max_length=40, batch_tokens=200, queue_tokens=10**6)
         batcher.start()
         outcomes = await asyncio.gather(*(ask(batcher, number) for number in range(1000)))
         assert batcher.tokens == 0
-        assert batcher.running
+        assert batcher.ready
         await batcher.close()
         return outcomes
 
@@ -591,7 +713,10 @@ def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
 def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
     async def everything() -> None:
         batcher = Batcher(
-            [lambda batch: np.zeros((len(batch), 1), np.float32)], max_length=40, batch_tokens=200, queue_tokens=10
+            [Worker(lambda batch: np.zeros((len(batch), 1), np.float32))],
+            max_length=40,
+            batch_tokens=200,
+            queue_tokens=10,
         )
         first = asyncio.ensure_future(batcher.embed(numbers(20)))
         await asyncio.sleep(0)
@@ -608,11 +733,13 @@ def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
 # The process, its log, its options
 
 
-def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, tmp_path: Path, workers: str):
     log = tmp_path / "log"
     secret = "a text that nobody should read"
     environment = os.environ | {API_KEYS: "sesame-open"}
     command = [sys.executable, "-m", "secateur", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    command += ["--workers", workers]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=stream, env=environment)
     try:
@@ -686,3 +813,15 @@ def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTrans
 def test_what_an_export_has_decided_cannot_be_chosen_again(exported: Path):
     with pytest.raises(ConfigError, match="--max-length"):
         open_encoder(exported, {**OPENING, "max_length": 8})
+    with pytest.raises(ConfigError, match="--device"):
+        open_encoder(exported, {**OPENING, "device": "cuda"})
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_opened(folder: Path, tmp_path: Path):
+    for workers in (0, 1):
+        with pytest.raises(ConfigError, match="no device of torch"):
+            secateur.serve(folder, device="nonsense", workers=workers)
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        secateur.serve(folder, auth=False, api_key_file=tmp_path / "keys")
+    with pytest.raises(ConfigError, match="timeout"):
+        make(ServeOptions, {"model": str(folder), "timeout": "inf"})

@@ -422,7 +422,7 @@ class ServeOptions(Options):
     max_items: int = Field(2048, ge=1, description="Texts in a request.")
     max_tokens: int = Field(300_000, ge=1, description="Tokens in a request.")
     max_bytes: int = Field(4 << 20, ge=1, description="Bytes of a request's body.")
-    timeout: float = Field(60.0, gt=0, description="Seconds that a request may take.")
+    timeout: float = Field(60.0, gt=0, allow_inf_nan=False, description="Seconds that a request may take.")
     truncate: bool = Field(False, description="Cut texts that are too long; else they are refused.")
     pooling: PoolingName | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)

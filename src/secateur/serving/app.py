@@ -13,14 +13,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
+from secateur.errors import SecateurError
 from secateur.serving.embeddings import (
     EmbeddingList,
     ErrorBody,
@@ -31,9 +33,9 @@ from secateur.serving.embeddings import (
     respond,
     shorten,
 )
-from secateur.serving.encoders import Encoder, EncoderProcess, Tokens, Vectors
-from secateur.serving.gate import ApiError, ClientLeft, Gate, Keys, Limits, Metrics, busy
-from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull
+from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, Tokens, Vectors
+from secateur.serving.gate import ApiError, ClientLeft, Gate, Keys, Limits, Metrics, busy, log
+from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, Worker
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A request that cannot be answered."},
@@ -41,7 +43,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such model."},
     408: {"model": ErrorBody, "description": "The body came too slowly."},
     413: {"model": ErrorBody, "description": "The body is too large."},
-    415: {"model": ErrorBody, "description": "The body is not application/json."},
+    415: {"model": ErrorBody, "description": "The body is not application/json, or compressed."},
     429: {"model": ErrorBody, "description": "Too much waits already; Retry-After says for how long."},
     500: {"model": ErrorBody, "description": "The model failed on these texts."},
     503: {"model": ErrorBody, "description": "Not in time."},
@@ -68,8 +70,21 @@ class _Service:
         return respond(shorten(vectors, prepared.dimensions), self.name, tokens, prepared.as_base64)
 
 
-def _run_in(thread: Executor, encode: Callable[[Sequence[Tokens]], Vectors]) -> Callable[[Sequence[Tokens]], Vectors]:
-    return lambda batch: thread.submit(encode, batch).result()
+def _run_in(
+    thread: Executor | None, encode: Callable[[Sequence[Tokens]], Vectors]
+) -> Callable[[Sequence[Tokens]], Vectors]:
+    return (lambda batch: thread.submit(encode, batch).result()) if thread else encode
+
+
+def _worker(process: EncoderProcess[Vectors]) -> Worker:
+    def revive() -> None:
+        try:
+            process.revive()
+        except (SecateurError, EncoderDied, OSError) as error:
+            if not process.closed:
+                log.error("encoder cannot start", extra={"facts": {"problem": str(error)[:300]}})
+
+    return Worker(process.encode, process.ready, revive)
 
 
 def make_app(
@@ -95,7 +110,7 @@ def make_app(
     """
     limits, keys, metrics = limits or Limits(), keys or Keys(), metrics or Metrics()
     batcher = Batcher(
-        [process.encode for process in processes] or [_run_in(thread, encoder.encode) if thread else encoder.encode],
+        [_worker(process) for process in processes] or [Worker(_run_in(thread, encoder.encode))],
         max_length=encoder.max_length,
         batch_tokens=limits.batch_tokens,
         queue_tokens=limits.queue_tokens,
@@ -108,9 +123,9 @@ def make_app(
     async def life(_: FastAPI) -> AsyncIterator[None]:
         batcher.start()
         yield
+        await batcher.close()
         for process in processes:
             process.close()
-        await batcher.close()
         preparing.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="secateur", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -136,6 +151,8 @@ def _add_embeddings(app: FastAPI, service: _Service, guarded: list[Any]) -> None
     async def embeddings(request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
+        if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+            raise ApiError(415, "send the body as it is, without Content-Encoding", code="unsupported_media_type")
         answer = service.answer(await request.body(), request.state.facts)
         return await _while_connected(request, answer, service.limits.timeout)
 
@@ -157,14 +174,16 @@ def _add_models(app: FastAPI, name: str, guarded: list[Any]) -> None:
 
 
 def _add_health(app: FastAPI, batcher: Batcher) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: _ERRORS[503]})
     async def ready() -> dict[str, str]:
-        if not batcher.running:
-            raise ApiError(503, "the encoder does not run", code="not_ready")
+        if not batcher.ready:
+            raise ApiError(503, "no encoder can take work", code="not_ready")
         return {"status": "ready"}
 
 
@@ -179,10 +198,15 @@ def _add_metrics(app: FastAPI, metrics: Metrics, guarded: list[Any]) -> None:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own errors (no such path, no such method) in OpenAI's shape."""
+async def _http_error(request: Request, error: Exception) -> NoReturn:
+    """Starlette's own errors (no such path, no such method) as the gate's, which counts and logs them."""
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, error.detail, code="not_found", headers=error.headers).response()
+    if error.status_code == 405:
+        takes = (error.headers or {}).get("Allow", "other methods")
+        raise ApiError(405, f"this path takes {takes}", code="method_not_allowed", headers=error.headers)
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    known = ", ".join(f"{' '.join(route.methods or ())} {route.path_format}" for route in routes)
+    raise ApiError(error.status_code, f"no such path; there are {known}", code="not_found", headers=error.headers)
 
 
 async def _while_connected(request: Request, answer: Any, timeout: float) -> Response:

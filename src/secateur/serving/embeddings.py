@@ -57,9 +57,9 @@ class EmbeddingRequest(BaseModel):
         Discriminator(_kind),
     ] = Field(description=_INPUT)
     dimensions: Annotated[int | None, BeforeValidator(_whole)] = Field(None, ge=1, description=_DIMENSIONS)
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = "float"
     prompt: str | None = Field(None, description="Name of the model's prompt that goes before each text.")
-    user: str | None = Field(None, description="Ignored.")
+    user: Any = Field(None, description="Ignored.")
 
 
 class Usage(BaseModel):
@@ -125,8 +125,8 @@ def request_schema(encoder: Encoder, name: str, limits: Limits) -> dict[str, Any
     return schema
 
 
-def parse(body: bytes) -> EmbeddingRequest:
-    """The request in a body.
+def parse(body: bytes, max_items: int) -> EmbeddingRequest:
+    """The request in a body, with at most ``max_items`` texts.
 
     Raises:
         ApiError: 400: it is no JSON, or not this request; nothing of the body is in the message but the field.
@@ -142,6 +142,8 @@ def parse(body: bytes) -> EmbeddingRequest:
     if unknown is not None:
         known = ", ".join(EmbeddingRequest.model_fields)
         raise ApiError(400, f"no such field; known are {known}", param=unknown[:64], code="unknown_field")
+    if "input" in content:
+        _check_form(content["input"], max_items)
     try:
         return EmbeddingRequest.model_validate(content)
     except ValidationError as error:
@@ -150,6 +152,16 @@ def parse(body: bytes) -> EmbeddingRequest:
         name, *places = [part for part in first["loc"] if part not in tags]
         param = str(name) + "".join(f"[{place}]" for place in places)
         raise ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value") from None
+
+
+def _check_form(given: Any, max_items: int) -> None:
+    """What can be told of ``input`` at a glance; pydantic would look at each of a million texts first."""
+    if not isinstance(given, str | list):
+        problem = "input: a text, a list of texts, a list of token ids, or a list of such lists"
+        raise ApiError(400, problem, param="input", code="invalid_value")
+    if isinstance(given, list) and _kind(given) != "ids" and len(given) > max_items:
+        problem = f"input: {len(given)} texts in one request, at most {max_items}"
+        raise ApiError(400, problem, param="input", code="too_many_texts")
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,7 @@ def prepare(body: bytes, encoder: Encoder, name: str, limits: Limits) -> Prepare
     Raises:
         ApiError: The request is not one that this model can answer.
     """
-    request = parse(body)
+    request = parse(body, limits.max_items)
     if request.model != name:
         raise ApiError(404, f"no such model; this server has {name}", param="model", code="model_not_found")
     if request.dimensions is not None and request.dimensions > encoder.dimension:
@@ -175,9 +187,6 @@ def prepare(body: bytes, encoder: Encoder, name: str, limits: Limits) -> Prepare
         raise ApiError(400, problem, param="dimensions", code="invalid_value")
     several = request.input if isinstance(request.input, list) and not isinstance(request.input[0], int) else None
     inputs: list[Any] = [request.input] if several is None else list(several)
-    if len(inputs) > limits.max_items:
-        problem = f"input: {len(inputs)} texts in one request, at most {limits.max_items}"
-        raise ApiError(400, problem, param="input", code="too_many_texts")
     try:
         texts = _tokens(inputs, request.prompt, encoder, limits)
     except TextRefused as error:

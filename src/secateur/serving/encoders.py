@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -37,6 +41,9 @@ LENGTH_STEP = 8
 
 LEAST_COSINE = 0.999
 
+LEAVING_SECONDS = 2.0
+"""What an encoder process has to give back what it holds of the system, before it is ended."""
+
 CPU_BATCH = 1024
 """Tokens in a batch, padding included: enough for a processor's full rate, few enough to stay in its caches."""
 
@@ -60,7 +67,7 @@ class TextRefused(SecateurError):
 
 
 class EncoderDied(RuntimeError):
-    """The process of an encoder ended in the middle of a batch."""
+    """The process of an encoder ended in the middle of a batch, or before it could take one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +269,8 @@ class EncoderProcess(Generic[Answer]):
     def __init__(self, make: Callable[[], Encoding[Answer]], on_restart: Callable[[], None] = lambda: None) -> None:
         self._make = make
         self._on_restart = on_restart
-        self._closed = False
+        self.closed = False
+        self._talks = False
         self._start()
 
     @property
@@ -270,53 +278,128 @@ class EncoderProcess(Generic[Answer]):
         """The number of the process."""
         return self._process.pid
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_answer, args=(theirs, self._make), daemon=True)
-        self._process.start()
-        theirs.close()
+    def ready(self) -> bool:
+        """Whether the process lives, and its encoder has been made."""
+        return self._loaded and self._process.is_alive()
+
+    def revive(self) -> None:
+        """Replace the process if it is dead, and wait until its encoder has been made; by the thread of :meth:`encode`.
+
+        Raises:
+            SecateurError: The encoder cannot be made; says why.
+            EncoderDied: The process ended before it was; a new one has been started.
+        """
+        if not self._process.is_alive():
+            self._replace()
+        with self._talking():
+            self._wait()
 
     def encode(self, batch: Sequence[Any]) -> Answer:
         """See :meth:`Encoder.encode`; used by one thread.
 
         Raises:
+            SecateurError: The encoder cannot be made; says why.
             EncoderDied: The process ended; a new one has been started.
         """
-        try:
+        with self._talking():
+            self._wait()
             self._pipe.send(batch)
             answer: Answer | str = self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            if not self._closed:
-                self._start()
-                self._on_restart()
-            raise EncoderDied(f"an encoder process ended with code {self._process.exitcode}") from None
         if isinstance(answer, str):
             raise RuntimeError(answer)
         return answer
 
     def close(self) -> None:
         """End the process; a batch in it is lost."""
-        self._closed = True
+        if self.closed:
+            return
+        self.closed = True
         self._process.terminate()
+        if self._talks:  # then another thread hears of its end
+            self._process.join(LEAVING_SECONDS)
+        else:
+            with suppress(OSError):
+                self._pipe.poll(LEAVING_SECONDS)
+        self._process.kill()
         self._process.join()
+
+    def _start(self) -> None:
+        self._loaded = False
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_answer, args=(theirs, self._make), daemon=True)
+        with _no_interrupt():
+            process.start()
+        theirs.close()
+        self._pipe, self._process = ours, process
+
+    def _replace(self) -> int | None:
+        """Start a new process in place of one that is dead, or as good as; gives the exit code of that."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+        code = self._process.exitcode
+        if not self.closed:
+            self._start()
+            self._on_restart()
+        if self.closed:  # by another thread, maybe just now
+            self._process.kill()
+        return code
+
+    def _wait(self) -> None:
+        if not self._loaded:
+            problem: str | None = self._pipe.recv()
+            if problem is not None:
+                self._process.join(LEAVING_SECONDS)
+                raise SecateurError(problem)
+            self._loaded = True
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        self._talks = True
+        try:
+            yield
+        except (EOFError, OSError):
+            raise EncoderDied(f"an encoder process ended with code {self._replace()}") from None
+        finally:
+            self._talks = False
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Keep Ctrl-C, which reaches all processes of a terminal, from those started here; who started them ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # starting the first process would; it lets Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _answer(pipe: Connection, make: Callable[[], Encoding[Any]]) -> None:
-    """The life of an encoder process: batches in, vectors out, until the other end is closed."""
-    # Ctrl-C reaches all processes of a terminal; the server decides when its encoders end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The life of an encoder process: what was wrong with the encoder, or None; then batches in, vectors out.
+
+    It ends when the other end is closed, or at SIGTERM, when it gives back what it holds of the system.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    Finalize(None, pipe.close, exitpriority=-1)  # all else is given back; libraries, slow to end, wait
     keep_freed_memory()
-    encoder = make()
-    while True:
+    with suppress(EOFError, OSError):
         try:
-            batch = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(encoder.encode(batch))
+            encoder = make()
         except Exception as error:
-            pipe.send(f"{type(error).__name__}: {error}")
+            pipe.send(str(error) if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}")
+            return
+        pipe.send(None)
+        while True:
+            pipe.send(_vectors_or_problem(encoder, pipe.recv()))
+
+
+def _vectors_or_problem(encoder: Encoding[Any], batch: Sequence[Any]) -> Any:
+    try:
+        return encoder.encode(batch)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

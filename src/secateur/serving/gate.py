@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 import uuid
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from secateur.errors import ConfigError
@@ -32,7 +33,6 @@ BODIES_AT_ONCE = 8
 """All bodies in memory together have at most this many times the size that one may have."""
 
 BODY_SECONDS = 30.0
-SEND_SECONDS = 30.0
 DRAIN_SECONDS = 2.0
 OPEN_PATHS = ("/health", "/ready", "/openapi.json")
 LEFT = 499  # what a log calls the answer to a client that left; it never travels
@@ -137,18 +137,33 @@ def read_keys(file: str | Path | None) -> Keys:
     """Keys from the environment variable ``SECATEUR_API_KEYS`` and from a file, one a line.
 
     Raises:
-        ConfigError: The file cannot be read, or holds no key.
+        ConfigError: The file cannot be read, or holds no key; or what should be a key is none.
     """
+    return Keys([*_keys_of_environment(), *(_keys_of_file(file) if file is not None else [])])
+
+
+def _keys_of_environment() -> list[str]:
+    # No key is in the errors: not even one that is wrong.
     keys = [key.strip() for key in os.environ.get(API_KEYS, "").split(",") if key.strip()]
-    if file is None:
-        return Keys(keys)
+    if any(len(key.split()) > 1 for key in keys):
+        raise ConfigError(API_KEYS, None, "has blanks or line ends within a key", "keys are separated by commas")
+    if any("\udc80" <= character <= "\udcff" for key in keys for character in key):  # Python's for a byte that is none
+        raise ConfigError(API_KEYS, None, "is not UTF-8")
+    return keys
+
+
+def _keys_of_file(file: str | Path) -> list[str]:
     try:
-        lines = Path(file).read_text(encoding="utf-8").split()
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("api_key_file", str(file), f"{file} cannot be read ({type(error).__name__})") from None
-    if not lines:
+    for number, line in enumerate(lines, 1):
+        if len(line.split()) > 1:
+            problem = f"{file}, line {number}: a key has no blanks in it"
+            raise ConfigError("api_key_file", str(file), problem, "one key a line, and nothing else")
+    if not any(lines):
         raise ConfigError("api_key_file", str(file), f"{file} holds no key", "one key a line")
-    return Keys([*keys, *lines])
+    return [line for line in lines if line]
 
 
 class ClientLeft(Exception):
@@ -169,9 +184,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
         facts: dict[str, Any] = {}
         scope.setdefault("state", {})["facts"] = facts
+        answer = _Answer(send, scope["state"].get("gone", lambda: False))
         body = bytearray()
         start = time.monotonic()
         try:
@@ -179,8 +194,14 @@ class Gate:
             await self._read(scope, receive, body)
             answer.asked = True
             await self._app(scope, _replay(bytes(body), receive), answer.send)
+            if not answer.complete:
+                raise ClientLeft
         except ClientLeft:
-            answer.status = answer.status or LEFT
+            answer.status = LEFT
+        except asyncio.CancelledError:  # by a server that ends at once
+            answer.asked = True
+            if not answer.status:
+                await self._refuse(ApiError(503, "the server ends", code="shutdown"), scope, receive, answer)
         except ApiError as error:
             await self._refuse(error, scope, receive, answer)
         except Exception as error:
@@ -234,8 +255,7 @@ class Gate:
         await error.response()(scope, receive, answer.send)
 
     def _tell(self, scope: Scope, answer: _Answer, facts: Mapping[str, Any], seconds: float) -> None:
-        # The path of the route, not of the request: that one is anything, and for ever new.
-        path = getattr(scope.get("route"), "path", "other")
+        path = _path(scope)
         if answer.status == LEFT:
             self._metrics.errors.labels("client_left").inc()
         self._metrics.requests.labels(path, answer.status).inc()
@@ -244,12 +264,20 @@ class Gate:
         log.info("request", extra={"facts": told | {"seconds": round(seconds, 4)} | dict(facts)})
 
 
+def _path(scope: Scope) -> str:
+    """The path of the route, not of the request: that one is anything, and for ever new."""
+    routes = [scope["route"]] if "route" in scope else scope["app"].routes  # none where the gate let nothing pass
+    return next((route.path for route in routes if route.matches(scope)[0] is not Match.NONE), "other")
+
+
 @dataclass
 class _Answer:
-    """The way back to a client: whether it has said everything, and the answer's status and number."""
+    """The way back to a client: whether it has said everything, whether it got all, the answer's status and number."""
 
     _send: Send
+    _gone: Callable[[], bool]
     asked: bool = False
+    complete: bool = False
     status: int = 0
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -258,8 +286,12 @@ class _Answer:
             self.status = message["status"]
             headers = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
             message = {**message, "headers": headers}
-        # A client that does not read would hold its answer in memory for ever.
-        await asyncio.wait_for(self._send(message), SEND_SECONDS)
+        last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if last:  # the end apart: it is sent when all before it has left
+            await self._send({**message, "more_body": True})
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+        self.complete = last and not self._gone()
 
 
 async def _drain(receive: Receive) -> None:

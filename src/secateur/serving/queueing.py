@@ -30,6 +30,12 @@ PADDING = 1.1
 
 LONGEST_RETRY = 60
 
+LOOK_SECONDS = 0.5
+"""How often an idle worker is looked at."""
+
+REVIVE_SECONDS = 5.0
+"""How long a worker that could not be made ready is left alone."""
+
 
 class QueueFull(Exception):
     """No room for a request; there should be some after ``retry_after`` seconds."""
@@ -99,11 +105,26 @@ def choose_batch(waiting: Sequence[Tokens], budget: int, max_length: int) -> lis
     return chosen
 
 
-class Batcher:
-    """One queue before one or several encoders, for the tasks of one event loop.
+@dataclass(frozen=True)
+class Worker:
+    """What takes batches; its functions run in one thread at a time, but for ``ready``.
 
     Args:
-        encoders: Functions from texts of one prompt length to vectors; each runs in a thread of its own.
+        encode: Texts of one prompt length to vectors.
+        ready: Whether it can take a batch; at once.
+        revive: Tries to make it ready, and takes its time.
+    """
+
+    encode: Callable[[Sequence[Tokens]], Vectors]
+    ready: Callable[[], bool] = lambda: True
+    revive: Callable[[], None] = lambda: None
+
+
+class Batcher:
+    """One queue before one or several workers, for the tasks of one event loop.
+
+    Args:
+        workers: Each takes batches as long as it is ready, in a thread of its own.
         max_length: Tokens in a text.
         batch_tokens: Tokens in a pass of the model, padding included.
         queue_tokens: Tokens that may wait or be encoded; more are refused.
@@ -112,14 +133,14 @@ class Batcher:
 
     def __init__(
         self,
-        encoders: Sequence[Callable[[Sequence[Tokens]], Vectors]],
+        workers: Sequence[Worker],
         *,
         max_length: int,
         batch_tokens: int,
         queue_tokens: int,
         observe: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
-        self._encoders = encoders
+        self._workers = workers
         self._max_length = max_length
         self._batch_tokens = batch_tokens
         self._queue_tokens = queue_tokens
@@ -128,7 +149,7 @@ class Batcher:
         self._filled = asyncio.Event()
         self._tokens = 0
         self._rate = 0.0
-        self._threads = ThreadPoolExecutor(len(encoders), thread_name_prefix="encoder")
+        self._threads = ThreadPoolExecutor(len(workers), thread_name_prefix="encoder")
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -137,13 +158,15 @@ class Batcher:
         return self._tokens
 
     @property
-    def running(self) -> bool:
-        """Whether every encoder takes batches."""
-        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+    def ready(self) -> bool:
+        """Whether a worker takes batches."""
+        working = zip(self._workers, self._tasks, strict=False)  # no tasks before the start
+        return any(worker.ready() and not task.done() for worker, task in working)
 
     def start(self) -> None:
         """Begin to take batches; in the event loop."""
-        self._tasks = [asyncio.create_task(self._work(encode)) for encode in self._encoders]
+        self._tasks = [asyncio.create_task(self._work(worker)) for worker in self._workers]
+        self._tasks.append(asyncio.create_task(self._look()))
 
     async def close(self) -> None:
         """Stop taking batches. Who waited waits no more: their tasks are cancelled."""
@@ -177,10 +200,13 @@ class Batcher:
             for item in items:
                 self._waiting.pop(item, None)
 
-    async def _work(self, encode: Callable[[Sequence[Tokens]], Vectors]) -> None:
+    async def _work(self, worker: Worker) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await self._readiness(worker)
             await self._filled.wait()
+            if not worker.ready():
+                continue
             batch = self._take()
             if not batch:
                 self._filled.clear()
@@ -188,7 +214,7 @@ class Batcher:
             start = time.monotonic()
             error: Exception | None = None
             try:
-                vectors = await loop.run_in_executor(self._threads, encode, [item.tokens for item in batch])
+                vectors = await loop.run_in_executor(self._threads, worker.encode, [item.tokens for item in batch])
                 if len(vectors) != len(batch):
                     raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
                 self._deliver(batch, vectors)
@@ -196,6 +222,18 @@ class Batcher:
                 error = caught
                 self._again(batch, caught)
             self._record(batch, start, error)
+
+    async def _look(self) -> None:
+        """Wake the workers now and then: an idle one may have died."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            self._filled.set()
+
+    async def _readiness(self, worker: Worker) -> None:
+        while not worker.ready():
+            await asyncio.get_running_loop().run_in_executor(self._threads, worker.revive)
+            if not worker.ready():
+                await asyncio.sleep(REVIVE_SECONDS)
 
     def _take(self) -> list[_Item]:
         """The next batch, taken out of the queue."""
@@ -237,6 +275,6 @@ class Batcher:
         seconds = time.monotonic() - start
         tokens = sum(len(item.tokens) for item in batch)
         if error is None:
-            rate = tokens / max(seconds, 1e-6) * len(self._encoders)
+            rate = tokens / max(seconds, 1e-6) * len(self._workers)
             self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
         self._observe(Batch(len(batch), tokens, seconds, tuple(start - item.since for item in batch), error))

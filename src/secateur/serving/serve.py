@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import ipaddress
+import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,11 +23,12 @@ from sentence_transformers.util import get_device_name
 
 from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
 from secateur.encoding.memory import keep_freed_memory
-from secateur.errors import ConfigError
-from secateur.loading.models import model_label, open_model
+from secateur.errors import ConfigError, ModelError
+from secateur.loading.models import check_device, model_label, open_model
 from secateur.loading.pooling import PoolingName
 from secateur.serving.app import make_app
-from secateur.serving.encoders import Encoder, EncoderProcess, ModelEncoder, batch_budget
+from secateur.serving.connections import Connection
+from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, batch_budget
 from secateur.serving.exported import ExportEncoder, is_export
 from secateur.serving.gate import (
     API_KEYS,
@@ -35,7 +40,7 @@ from secateur.serving.gate import (
     read_keys,
 )
 
-OPENING: Mapping[str, Any] = {"pooling": None, "max_length": 512, "dtype": "auto"}
+OPENING: Mapping[str, Any] = {"pooling": None, "max_length": 512, "dtype": "auto", "device": None}
 """How a model is opened where nothing else is said."""
 
 BACKLOG = 2048
@@ -44,14 +49,28 @@ BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection, so that it is they who close it."""
 
+LAST_SECONDS = 0.5
+"""What clients have to read why they are not answered, when the server ends at once."""
+
 
 class Server(uvicorn.Server):
     """uvicorn's server, which ends well when it is told to end."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Finish what was taken; a second signal ends at once. uvicorn would raise the signal again at the end."""
-        self.force_exit = self.should_exit
+        if self.should_exit and self.started:
+            self.servers[0].get_loop().call_soon_threadsafe(self._give_up)
         self.should_exit = True
+
+    def _give_up(self) -> None:
+        """Have the :class:`.Gate` tell who waits that it is in vain, and leave those who do not read it."""
+        for task in self.server_state.tasks:
+            task.cancel()
+        asyncio.get_running_loop().call_later(LAST_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def make_server(app: FastAPI, timeout: float = Limits.timeout) -> Server:
@@ -59,7 +78,7 @@ def make_server(app: FastAPI, timeout: float = Limits.timeout) -> Server:
     return Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=Connection,
             ws="none",
             loop="asyncio",
             lifespan="on",
@@ -69,7 +88,7 @@ def make_server(app: FastAPI, timeout: float = Limits.timeout) -> Server:
             proxy_headers=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=int(timeout) + 5,
+            timeout_graceful_shutdown=math.ceil(timeout),
         )
     )
 
@@ -84,14 +103,37 @@ def bind(host: str, port: int, keys: Keys, auth: bool = True) -> socket.socket:
         problem = "is reachable from other machines, and there is no API key"
         hint = f"set {API_KEYS} or --api-key-file, or say --no-auth"
         raise ConfigError("host", host, f"{host} {problem}", hint)
-    try:
+    with _as_config_error(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OSError as error:
-        raise ConfigError("host", host, f"cannot listen at {host}:{port} ({error.strerror or error})") from None
     return bound
+
+
+def listen(bound: socket.socket) -> str:
+    """Listen at what :func:`bind` gave, and say where that is, as a URL.
+
+    Raises:
+        ConfigError: Another server has begun to, after this one was bound.
+    """
+    host, port = bound.getsockname()[:2]
+    with _as_config_error(host, port):
+        bound.listen(BACKLOG)
+    return f"http://{_place(host, port)}"
+
+
+@contextmanager
+def _as_config_error(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeError) as error:  # the latter from a name that cannot be one
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError("host", host, f"cannot listen at {_place(host, port)} ({said})") from None
+
+
+def _place(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_loopback(host: str) -> bool:
@@ -144,42 +186,69 @@ def serve(
         pooling: How a bare language model pools its tokens.
         max_length: Tokens in a text, for a bare language model.
         dtype: As for :func:`.encode`; what ``auto`` finds when the server starts, all workers use.
-        device: Torch device.
+        device: Torch device; an export has none.
         trust_remote_code: Run the model code that a repository brings along.
 
     Raises:
-        ConfigError: ``host`` is open to others without a key, the address is taken, or a key file holds none.
+        ConfigError: ``host`` is open to others without a key, the address is taken, a key file holds no key or is not
+            wanted, there is no such device, or an option that an export has decided already.
         ModelError: The model cannot be opened, or not be served.
+        SecateurError: An encoder process cannot open it.
     """
+    if api_key_file is not None and not auth:
+        problem = "says who is served, and --no-auth that everybody is"
+        raise ConfigError("api_key_file", str(api_key_file), problem, "leave one of them out")
     keys = read_keys(api_key_file) if auth else Keys()
-    processor = "cpu" if is_export(model) else device or get_device_name()
+    exported = is_export(model)
+    if not exported:
+        check_device(device)
+    processor = "cpu" if exported else device or get_device_name()
     limits = Limits(
         batch_tokens or batch_budget(processor), queue_tokens, max_items, max_tokens, max_bytes, timeout, truncate
     )
     opening: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "dtype": dtype}
-    opening |= {"trust_remote_code": trust_remote_code}
+    opening |= {"device": device, "trust_remote_code": trust_remote_code}
     metrics = Metrics()
     keep_freed_memory()
-    with bind(host, port, keys, auth) as listener, ThreadPoolExecutor(1, thread_name_prefix="model") as thread:
-        here = opening | {"device": "cpu" if workers else device}
+    with ExitStack() as held:
+        listener = held.enter_context(bind(host, port, keys, auth))
+        thread = held.enter_context(ThreadPoolExecutor(1, thread_name_prefix="model"))
+        here = opening | ({"device": "cpu"} if workers and not exported else {})
         encoder = thread.submit(open_encoder, model, here).result()
         found = encoder.dtype
         if workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")  # only its tokenizer is needed here
             found = found if torch.device(processor).type == "cpu" else dtype
-            opening |= {"dtype": found, "device": device}
+            opening["dtype"] = found
         share = max(1, torch.get_num_threads() // max(1, workers))
-        make = partial(open_encoder, model, opening, share)
-        processes = [EncoderProcess(make, metrics.restarts.inc) for _ in range(workers)]
+        make = partial(open_encoder, _absolute(model), opening, share)
+        processes = [held.enter_context(closing(EncoderProcess(make, metrics.restarts.inc))) for _ in range(workers)]
+        _wait_for(processes, model)
         name = name or model_label(model)
         app = make_app(encoder, name, limits=limits, keys=keys, processes=processes, metrics=metrics, thread=thread)
+        gc.collect()
+        gc.freeze()  # a request with a million lists in it would have all that is loaded looked through again and again
         log_as_json()
-        listener.listen(BACKLOG)  # before it says so
-        address = "http://{}:{}".format(*listener.getsockname()[:2])
+        address = listen(listener)  # before it says so
         facts = {"model": name, "address": address, "pid": os.getpid(), "dtype": found}
         log.info("serving", extra={"facts": facts})
         make_server(app, timeout).run(sockets=[listener])
         log.info("ended")
+
+
+def _absolute(model: str | Path) -> str | Path:
+    """A path that stays one, whatever becomes of it: a name that is no path any more is taken for one of the Hub."""
+    path = Path(model).expanduser()
+    return path.absolute() if path.exists() else model
+
+
+def _wait_for(processes: Sequence[EncoderProcess[Any]], model: str | Path) -> None:
+    for process in processes:
+        try:
+            process.revive()
+        except EncoderDied as error:
+            hint = "too little memory? Fewer --workers need less"
+            raise ModelError(model, f"{error}, before it could take work", hint) from None
 
 
 def open_encoder(model: str | Path, opening: Mapping[str, Any], threads: int | None = None) -> Encoder:
@@ -187,7 +256,7 @@ def open_encoder(model: str | Path, opening: Mapping[str, Any], threads: int | N
 
     Args:
         model: As for :func:`serve`.
-        opening: What stands in :data:`OPENING`, ``device`` and ``trust_remote_code``.
+        opening: What stands in :data:`OPENING`, and ``trust_remote_code``.
         threads: Its share of the processor.
 
     Raises:
