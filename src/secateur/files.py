@@ -78,24 +78,70 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Yields ``<path>.partial``; on success it is renamed to ``path``, on an error it is removed.
 
     Raises:
-        OutputError: ``path`` holds something already, or cannot be written.
+        OutputError: ``path`` holds something already, or cannot be written; or another run is writing it.
     """
     path = Path(path)
     partial = partial_folder(path)
-    try:
-        with writing(path):
+    with writing(path):
+        partial.mkdir(parents=True, exist_ok=True)
+    with held(partial):
+        try:
+            with writing(path):
+                _empty(partial)
+                yield partial
+                give_name(partial, path)
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            give_name(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            raise
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within: no other run works in this folder. The lock lies on the folder itself, and ends with the process.
+
+    Where the system or the disk knows no such locks, there is none.
+
+    Raises:
+        OutputError: Another run does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(descriptor), folder.stat())
+        except (BlockingIOError, FileNotFoundError):  # the other one may have given it its name just now
+            free = False
+        except OSError:  # some network disks
+            free = True
+        if not free:
+            raise OutputError(folder, "another run is working in it", "wait for its end, or name another place")
+        yield
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a killed run left; the folder stays, and what holds it with it."""
+    for item in folder.iterdir():
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
 
 
 def partial_folder(path: str | Path) -> Path:
-    """Where a folder is prepared until it is complete. Refuses a ``path`` that holds something already."""
+    """Where a folder is prepared until it is complete.
+
+    Raises:
+        OutputError: ``path`` holds something already, or is a name such as ``.``, which cannot be given to a folder.
+    """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise OutputError(path, "cannot be replaced by a finished folder", "name a new folder in it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(path, "already holds something else", "name a new folder, or remove this one")
     return path.with_name(path.name + ".partial")

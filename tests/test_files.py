@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from secateur.errors import OutputError
+from secateur.files import held, new_folder
+
+_HOLDS = """
+import sys, time
+from pathlib import Path
+from secateur.files import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path):
+    out = tmp_path / "out"
+    with new_folder(out) as folder:
+        (folder / "first").touch()
+        with pytest.raises(OutputError, match="another run is working in it"), new_folder(out):
+            pass
+    assert [item.name for item in out.iterdir()] == ["first"]
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_run_held_is_free(tmp_path: Path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    (partial / "left").mkdir(parents=True)
+    (partial / "left" / "behind").touch()
+    with subprocess.Popen([sys.executable, "-c", _HOLDS, partial], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(OutputError, match="another run"), held(partial):
+            pass
+        other.kill()
+        other.wait()
+    with new_folder(out) as folder:
+        assert list(folder.iterdir()) == []
+    assert out.is_dir()
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_a_place_without_a_name_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="name a new folder"), new_folder(name):
+        pass
