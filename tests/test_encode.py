@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
 from conftest import LETTERS, MakeEncoder, tiny_transformer
-from killing import run_until
+from killing import run_until, signalled
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
 from secateur.encoding.arithmetic import use_arithmetic
 from secateur.encoding.encode import SHARD, TEXTS
 from secateur.encoding.engine import Engine
 from secateur.encoding.mixed import MixedLinear, Spared, use_mixed_products
+from secateur.encoding.pools import Opening, open_worker
 from secateur.encoding.rows import read_rows
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.measures.metrics import paired_cosines
@@ -407,6 +409,23 @@ def test_an_export_encodes_too(model: Path, reference, tmp_path: Path):
     assert (done.rows, done.distinct) == (4, 3)
 
 
+def test_an_export_has_decided_how_it_encodes(model: Path, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    export(model, out=tmp_path / "exported", to="onnx")
+    for options in (
+        {"dtype": "bfloat16"},
+        {"dtype": "mixed"},
+        {"device": "cpu"},
+        {"pooling": "mean"},
+        {"max_length": 8},
+        {"trust_remote_code": True},
+    ):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}: cannot be chosen for an export"):
+            open_worker(Opening(str(tmp_path / "exported"), **options))
+    worker = open_worker(Opening(str(tmp_path / "exported"), dtype="float32"))
+    assert worker.settle("", ()) == "float32"
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +496,21 @@ def test_mistakes_in_the_options(model: Path, tmp_path: Path):
         encode(model, [tmp_path / "b.jsonl"], out=tmp_path / "v.npy")
     with pytest.raises(DataError, match=r"no column words.*id, text"):
         encode(model, [file], out=tmp_path / "v.npy", column="words")
+
+
+@pytest.mark.parametrize("dtype", ["mixed:abc", "mixed:8", "mixedx", "foo"])
+def test_a_number_format_that_is_none(model: Path, dtype: str):
+    with pytest.raises(ConfigError, match=f"dtype: .*'{dtype}'"):
+        open_worker(Opening(str(model), dtype=dtype, device="cpu")).settle("", ())
+
+
+def test_ctrl_c_is_one_line(tmp_path: Path):
+    write_lines(tmp_path / "a.jsonl", (f"{i}" for i in range(100_000)))
+    command = ("encode", tmp_path / "no model", tmp_path / "a.jsonl", "-o", tmp_path / "v.npy")
+    done = signalled(signal.SIGINT, tmp_path / "v.npy.partial", "seen.sqlite", *command)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == "secateur: interrupted; the same command goes on where it can"
+    assert "Traceback" not in done.stderr
 
 
 def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
