@@ -1,4 +1,4 @@
-"""Commands that are killed, with SIGKILL, at the moment at which a file appears, or after some time."""
+"""Commands that are killed or interrupted at the moment at which a file appears, or after some time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ _SCRIPT = """
 import os, signal, sys, threading, time
 from pathlib import Path
 
-def watch(root, pattern):
+def watch(root, pattern, number):
     while not any(Path(root).glob(pattern)):
         time.sleep(0.0005)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), int(number))
 
-threading.Thread(target=watch, args=sys.argv[1:3], daemon=True).start()
-sys.argv = ["secateur", *sys.argv[3:]]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it is ignored, as in the background of a shell
+threading.Thread(target=watch, args=sys.argv[1:4], daemon=True).start()
+sys.argv = ["secateur", *sys.argv[4:]]
 from secateur.cli import main
 main()
 """
@@ -51,6 +52,11 @@ def run_for(seconds: float, *arguments: object) -> bool:
 
 def run_until(root: Path, pattern: str, *arguments: object) -> None:
     """Run ``secateur`` with these arguments, and kill it once ``pattern`` matches below ``root``."""
-    command = [sys.executable, "-c", _SCRIPT, root, pattern, *arguments]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    done = signalled(signal.SIGKILL, root, pattern, *arguments)
     assert done.returncode == -signal.SIGKILL, f"ended with {done.returncode} before {pattern}: {done.stderr}"
+
+
+def signalled(number: int, root: Path, pattern: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """As :func:`run_until`, with any signal, whatever comes of it."""
+    command = [sys.executable, "-c", _SCRIPT, root, pattern, int(number), *arguments]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)

@@ -94,6 +94,7 @@ def good_csv(bad: bytes) -> bytes:
         ("a.jsonl", good_lines('["q", "p"]'), 37, None, "a list, not an object"),
         ("a.jsonl", good_lines("X").replace(b"X", b'{"query": "\xff"}'), 37, None, "not UTF-8"),
         ("a.jsonl", b"\xef\xbb\xbf" + good_lines("{}"), 1, None, "byte order mark: save it as UTF-8 without BOM"),
+        ("a.jsonl", good_lines('{"query": "q", "query": "r"}'), 37, None, 'the key "query" is there twice'),
         ("a.jsonl", b"", None, None, "has no rows"),
         ("a.jsonl", b"\n \n", None, None, "has no rows"),
         ("a.jsonl.gz", gzip.compress(good_lines("X")), 37, None, "broken JSON"),
@@ -111,6 +112,7 @@ def good_csv(bad: bytes) -> bytes:
         ("a.csv", good_csv(b"q,p,n\n"), 3001, None, "another number of columns"),
         ("a.csv", good_csv(b'q,"p\n1\n2\n'), 3001, None, "broken CSV"),
         ("a.csv", good_csv(b"q,\xff\n"), 3001, None, "not UTF-8"),
+        ("a.csv", b"query,positive,query\nq,p,r\n", 1, "query", "is the name of 2 columns"),
         ("a.csv", b"query,answer\nq,p\n", 2, "positive", "column is missing"),
         ("a.csv", b"query,positive\n", None, None, "has no rows"),
         ("a.csv", b"\xef\xbb\xbf" + good_csv(b""), 1, None, "byte order mark"),
@@ -143,8 +145,8 @@ def test_a_mistake_in_parquet_is_found_in_its_row(rows, field, says, tmp_path: P
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path):
-    for name in ("nothing.jsonl", "."):
-        with pytest.raises(DataError, match="no such file") as caught:
+    for name, says in (("nothing.jsonl", "no such file"), (".", "is a folder")):
+        with pytest.raises(DataError, match=says) as caught:
             read_pairs(tmp_path / name)
         assert caught.value.file == str(tmp_path / name)
 

@@ -3,7 +3,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import random
+import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -18,13 +21,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
 from conftest import LETTERS, MakeEncoder, tiny_transformer
-from killing import run_until
+from killing import run_until, signalled
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
 from secateur.encoding.arithmetic import use_arithmetic
 from secateur.encoding.encode import SHARD, TEXTS
 from secateur.encoding.engine import Engine
 from secateur.encoding.mixed import MixedLinear, Spared, use_mixed_products
+from secateur.encoding.pools import Opening, open_worker
+from secateur.encoding.rows import read_rows
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.measures.metrics import paired_cosines
 from task_folders import example_rows, write_task
@@ -66,7 +71,7 @@ def write_lines(file: Path, texts) -> Path:
 
 
 def vectors_of(file: Path) -> np.ndarray:
-    if file.suffix == ".npy":
+    if file.suffix.lower() == ".npy":
         return np.load(file)
     table = parquet.read_table(file) if file.suffix == ".parquet" else pyarrow.feather.read_table(file)
     assert table["row"].to_pylist() == list(range(len(table)))
@@ -288,7 +293,7 @@ def test_auto_is_measured_on_texts_of_the_run(model: Path, tmp_path: Path, monke
 # --- files in, one file out ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".npy"])
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".npy", ".NPY"])
 def test_files_become_one_file_in_order(model: Path, reference, tmp_path: Path, suffix: str):
     lines = write_lines(tmp_path / "a.jsonl", MIXED)
     packed = tmp_path / "b.txt.gz"
@@ -316,6 +321,8 @@ def test_every_input_format_gives_the_same(model: Path, tmp_path: Path):
         csv.writer(stream).writerows([("id", "text"), *enumerate(texts)])
     parquet.write_table(pyarrow.table({"id": range(4), "text": texts}), tmp_path / "a.parquet")
     names = ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"]
+    (tmp_path / "capitals").mkdir()
+    names += [f"capitals/{shutil.copy(tmp_path / name, tmp_path / 'capitals' / name.upper()).name}" for name in names]
     found = [
         vectors_of(encode(model, [tmp_path / name], out=tmp_path / f"{name}.npy", dtype="float32").file)
         for name in names
@@ -492,6 +499,23 @@ def test_an_export_encodes_too(model: Path, reference, tmp_path: Path):
     assert (done.rows, done.distinct) == (4, 3)
 
 
+def test_an_export_has_decided_how_it_encodes(model: Path, tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    export(model, out=tmp_path / "exported", to="onnx")
+    for options in (
+        {"dtype": "bfloat16"},
+        {"dtype": "mixed"},
+        {"device": "cpu"},
+        {"pooling": "mean"},
+        {"max_length": 8},
+        {"trust_remote_code": True},
+    ):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}: cannot be chosen for an export"):
+            open_worker(Opening(str(tmp_path / "exported"), **options))
+    worker = open_worker(Opening(str(tmp_path / "exported"), dtype="float32"))
+    assert worker.settle("", ()) == "float32"
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -503,7 +527,9 @@ def test_an_export_encodes_too(model: Path, reference, tmp_path: Path):
         ("a.jsonl", '{"id": 1, "words": "one"}\n', "line 1: none of its columns is known .* id, words"),
         ("a.jsonl", '{"text": "one"}\n{"words": "one"}\n', "line 2: no column text: .* words"),
         ("a.jsonl", '{"text": "one"}\n{"text": \n', "line 2: broken JSON"),
+        ("a.jsonl", '{"text": "one"}\n{"text": "a", "text": "b"}\n', 'line 2: .*the key "text" is there twice'),
         ("a.jsonl", "", "holds no text"),
+        ("a.csv", "text,id,text\n1,one,a\n", 'line 1, "text": is the name of 2 columns'),
         ("a.csv", "id,words\n1,one\n", "line 1: none of its columns is known .* id, words"),
         ("a.csv", "id,text\n1,one\n2\n", "line 3: has 1 columns, the first line 2"),
         ("a.csv", 'id,text\n1,"one\n', "broken CSV"),
@@ -518,6 +544,34 @@ def test_a_mistake_in_the_input_is_found_before_the_model_is_opened(tmp_path: Pa
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         encode(tmp_path / "no model", [file], out=tmp_path / "v.npy")
+
+
+def test_a_mistake_in_parquet_is_found_in_its_row(tmp_path: Path):
+    file = tmp_path / "a.parquet"
+    column = pyarrow.array(["one"] * 1500, pyarrow.string())
+    parquet.write_table(pyarrow.table([column, column], names=["text", "text"]), file)
+    with pytest.raises(DataError, match='"text": is the name of 2 columns'):
+        list(read_rows(file))
+    broken = pyarrow.array([b"one"] * 1200 + [b"t\xff"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": broken}), file)
+    with pytest.raises(DataError, match='line 1201, "text": byte 2 of the text is not UTF-8'):
+        list(read_rows(file))
+
+
+def test_what_is_no_file_that_can_be_read_twice(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "folder.csv").mkdir()
+    for name, says in (("pipe.txt", "write it into a file"), ("folder.csv", "is a folder"), ("a.txt", "no such file")):
+        with pytest.raises(DataError, match=says):
+            read_rows(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read, even by root")
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_an_input_that_cannot_be_read_is_not_the_outputs_fault(name: str, tmp_path: Path):
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=f"{name}: cannot be read"):
+        encode(tmp_path / "no model", [tmp_path / name], out=tmp_path / "v.npy")
 
 
 def test_mistakes_in_the_options(model: Path, tmp_path: Path):
@@ -536,6 +590,21 @@ def test_mistakes_in_the_options(model: Path, tmp_path: Path):
         with pytest.raises(ConfigError, match=next(iter(option))):
             encode(model, out=tmp_path / "v.npy", **{"files": file, **option})
     assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"], "what has not begun leaves nothing behind"
+
+
+@pytest.mark.parametrize("dtype", ["mixed:abc", "mixed:8", "mixedx", "foo"])
+def test_a_number_format_that_is_none(model: Path, dtype: str):
+    with pytest.raises(ConfigError, match=f"dtype: .*'{dtype}'"):
+        open_worker(Opening(str(model), dtype=dtype, device="cpu")).settle("", ())
+
+
+def test_ctrl_c_is_one_line(tmp_path: Path):
+    write_lines(tmp_path / "a.jsonl", (f"{i}" for i in range(100_000)))
+    command = ("encode", tmp_path / "no model", tmp_path / "a.jsonl", "-o", tmp_path / "v.npy")
+    done = signalled(signal.SIGINT, tmp_path / "v.npy.partial", "seen.sqlite", *command)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == "secateur: interrupted; the same command goes on where it can"
+    assert "Traceback" not in done.stderr
 
 
 def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -16,7 +16,7 @@ from sentence_transformers.util import quantize_embeddings
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from architectures import config_of
-from conftest import MakeEncoder, tiny_transformer
+from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
 from secateur import config, runtime
 from secateur.artifacts import load
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
@@ -330,6 +330,14 @@ def test_short_vectors_in_few_bits_and_scores(folders: Callable[[str], Path], tm
     assert not (tmp_path / "no").exists()
 
 
+def test_a_folder_of_data_is_all_files_in_it(folders: Callable[[str], Path], tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        write_pairs(tmp_path / "data" / f"{name}.jsonl", example_pairs(4))
+    result = export(folders("bert"), data=tmp_path / "data", out=tmp_path / "out")
+    assert [Path(source.name).name for source in result.provenance.data] == ["a.jsonl", "b.jsonl"]
+
+
 def test_an_export_that_is_too_far_off_leaves_nothing(folders: Callable[[str], Path], tmp_path: Path):
     with pytest.raises(ExportTooFar, match="least cosine between"):
         export(folders("bert"), to="openvino", precision="bfloat16", min_cosine=1.0, out=tmp_path / "out")
@@ -348,8 +356,14 @@ def test_bad_input_is_refused_before_any_work(folders: Callable[[str], Path], tm
         export(bert, vectors="ternary", out=out)
     with pytest.raises(ConfigError, match="dimensions: cannot be 33: 1 to 32"):
         export(bert, dimensions=33, out=out)
-    with pytest.raises(DataError, match="no such file"):
-        export(bert, data=[tmp_path / "none.txt"], out=out)
+    for data in ([tmp_path / "none.txt"], str(tmp_path / "none.txt")):
+        with pytest.raises(DataError, match=r"none\.txt: no such file"):
+            export(bert, data=data, out=out)
+    with pytest.raises(DataError, match="holds no data files"):
+        export(bert, data=[tmp_path], out=out)
+    for no_cosine in (float("nan"), 2):
+        with pytest.raises(ConfigError, match=f"min_cosine: {no_cosine} is no cosine"):
+            export(bert, out=out, min_cosine=no_cosine)
     with pytest.raises(OutputError, match="already holds something"):
         export(bert, out=bert)
     assert not out.exists()
@@ -452,6 +466,8 @@ def test_architectures_and_attention_decide_too(embedder: Callable[..., Path]):
     assert reader(llama, "text-embeddings-inference") == ("yes", "on CUDA alone; it pools by mean, as the folder says")
     scaled = embedder("llama", pooling=BOTH, rope_parameters={"rope_type": "llama3"})
     assert reader(scaled, "text-embeddings-inference") == ("no", "its Llama has no rope scaling (llama3)")
+    older = embedder("llama", pooling=BOTH, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})
+    assert reader(older, "text-embeddings-inference") == ("no", "its Llama has no rope scaling (linear)")
     unknown = embedder("bert", pooling=BOTH, model_type="nystromformer")
     assert reader(unknown, "text-embeddings-inference")[0] == "no"
     both_ways = embedder("llama", pooling=BOTH, is_causal=False)
@@ -472,6 +488,17 @@ def test_readers_of_a_bare_model_and_of_foreign_code(llama_folder: Path, embedde
     (folder / "config.json").write_text("{")
     with pytest.raises(DataError, match="broken JSON"):
         compatibility(folder)
+
+
+def test_a_folder_whose_files_hold_something_else(embedder: Callable[..., Path]):
+    folder = embedder("bert", pooling=BOTH)
+    change(folder / "config_sentence_transformers.json", {"version": 6})
+    (folder / "config_sentence_transformers.json").write_text('{"prompts": null}')
+    assert reader(folder, "vLLM")[0] == "yes"
+    for name, says in (("modules.json", "lists no modules"), ("config.json", "holds no JSON object")):
+        (folder / name).write_text('["bert"]')
+        with pytest.raises(DataError, match=f"{name}: {says}"):
+            compatibility(folder)
 
 
 def test_readers_of_an_export(exported: Callable[..., tuple[Path, Export]]):

@@ -162,6 +162,18 @@ def test_a_device_that_is_not_there_is_told(device: str, says: str, llama_folder
         secateur.open_model(llama_folder, device=device)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "foo"}, "dtype: no such number format as 'foo': one of auto"),
+        ({"max_length": 0}, "max_length: 0 tokens"),
+    ],
+)
+def test_options_that_no_model_has(options: dict[str, object], says: str, llama_folder: Path):
+    with pytest.raises(ConfigError, match=says):
+        secateur.open_model(llama_folder, **options)
+
+
 def test_what_is_no_model_is_told_in_one_line(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")

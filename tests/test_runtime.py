@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from sentence_transformers.util import quantize_embeddings
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from secateur import runtime
 from secateur.errors import ConfigError, DataError, ModelError
@@ -107,7 +108,9 @@ def test_a_prompt_goes_before_each_text_and_is_not_pooled(folder: Path):
     encoder = runtime.load(folder)
     expected = [mean_of_letters(text, prompt="q: ") for text in TEXTS]
     np.testing.assert_allclose(encoder.encode(TEXTS, prompt_name="query"), expected, atol=1e-6)
-    np.testing.assert_allclose(encoder.encode(TEXTS, prompt="q: ", prompt_name="document"), expected, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode(TEXTS, prompt="q: "), expected, atol=1e-6)
+    with pytest.raises(ConfigError, match="prompt: does not go with prompt_name"):
+        encoder.encode(TEXTS, prompt="q: ", prompt_name="document")
     with pytest.raises(ConfigError, match=r"no prompt 'passage'.*query, document"):
         encoder.encode(TEXTS, prompt_name="passage")
 
@@ -134,6 +137,49 @@ def test_what_is_no_text_is_refused_by_its_place(folder: Path):
         encoder.encode(["a\ud800"])
     with pytest.raises(ConfigError, match="no such form of vectors as 'int4'"):
         encoder.encode(["a"], precision="int4")
+    for no_texts in ({"a": 1}, None, 5, b"a", {"a", "b"}):
+        with pytest.raises(DataError, match="not texts: give one text, or a list of them"):
+            encoder.encode(no_texts)
+    for no_prompt, says in ((5, "is a int, not a text"), ("a\udcff", "holds half of a surrogate pair")):
+        with pytest.raises(ConfigError, match=f"prompt: {says}"):
+            encoder.encode(["a"], prompt=no_prompt)
+    for size in (0, -1, 1.5):
+        for name in ("batch_size", "batch_tokens"):
+            with pytest.raises(ConfigError, match=f"{name}: .* at least 1"):
+                encoder.encode(["a"], **{name: size})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_of_a_long_text_as_much_is_read_as_makes_its_tokens(folder: Path, tmp_path: Path, side: str):
+    """Blanks of which the tokenizer makes nothing hide the letters."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Replace(Regex(" +"), "")
+    tokenizer.save(str(copy / "tokenizer.json"))
+    manifest = json.loads((copy / "export.json").read_text())
+    (copy / "export.json").write_text(json.dumps(manifest | {"truncation_side": side}))
+    blanks, letters = " " * 50_000, "abcdefghijklmnopqrst"
+    texts = {
+        f"{letters}{'x' * 50_000}": letters if side == "right" else "x" * 20,
+        f"{'x' * 50_000}{letters}": letters if side == "left" else "x" * 20,
+        f"{blanks}{letters}{blanks}": letters,
+        f"abc{blanks}def": "abcdef",
+        f"one{blanks}": "one",
+        "short": "short",
+    }
+    found = runtime.load(copy).encode(list(texts))
+    np.testing.assert_allclose(found, [mean_of_letters(text) for text in texts.values()], atol=1e-6)
+
+
+def test_vectors_that_are_not_finite_are_refused(folder: Path, tmp_path: Path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    rows = table()
+    rows[LETTERS.index("z") + 1] = np.inf
+    onnx.save(letter_graph(rows), copy / "onnx" / "model.onnx")
+    encoder = runtime.load(copy)
+    assert np.isfinite(encoder.encode(["abc", ""])).all()
+    with pytest.raises(ModelError, match="copy: gives vectors that are not finite"):
+        encoder.encode(["abc", "zebra"], precision="int8")
 
 
 def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path):

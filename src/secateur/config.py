@@ -277,7 +277,8 @@ class ExportOptions(Options):
     )
     data: list[Path] = Field(
         default=[],
-        description="Files of texts or pairs to calibrate and compare on [default: documentation of Python].",
+        description="Files of texts or pairs, or folders of them, to calibrate and compare on "
+        "[default: documentation of Python].",
     )
     dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
     vectors: Literal["float32", "int8", "uint8", "binary", "ubinary"] = Field(

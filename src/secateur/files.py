@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,24 @@ def read_json(file: Path) -> Any:
         raise DataError(file, f"broken JSON ({error.msg})", line=error.lineno) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(file, f"cannot be read ({error})") from None
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse what is not a file that can be read, and read again.
+
+    Raises:
+        DataError: It is missing, a folder or a pipe.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(path, "no such file") from None
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
+    if stat.S_ISDIR(mode):
+        raise DataError(path, "is a folder", "name a file in it")
+    if not stat.S_ISREG(mode):
+        raise DataError(path, "is a pipe or a device, which cannot be read twice", "write it into a file first")
 
 
 def check_no_byte_order_mark(file: Path, start: bytes) -> None:

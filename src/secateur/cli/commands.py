@@ -35,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = 130
 
 UsageError: Any = typer.BadParameter.__base__
 """An option or command that does not exist. Its home depends on the version: typer brings a click of its own."""
@@ -43,14 +44,17 @@ UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """Run a command; turn what goes wrong into one line."""
     try:
-        # typer returns the code of a click.Exit (--help) instead of raising it.
-        sys.exit(app(spread(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0)
+        # typer returns the code of a click.Exit (--help) instead of raising it; since 0.29 Ctrl-C is one, too.
+        code = app(spread(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except SecateurError as error:
         _fail(str(error), 2)
     except UsageError as error:
         _fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command goes on where it can", 130)
+        _fail("interrupted; the same command goes on where it can", INTERRUPTED)
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
     except Exception as error:  # the last line of defence: a bug, said in one line

@@ -19,8 +19,8 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Blank lines are skipped (and counted). A name that ends in ``.gz`` is unpacked.
 
     Raises:
-        DataError: The file is missing, damaged or starts with a byte order mark; or a line is not UTF-8, not JSON, or
-            not a JSON object.
+        DataError: The file is missing, damaged or starts with a byte order mark; or a line is not UTF-8, not JSON, not
+            a JSON object, or has a key twice.
     """
     for number, line in _lines(file):
         if line.strip():
@@ -30,7 +30,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     # Bytes, not text: str.splitlines and universal newlines would also split at separators that JSON allows in strings.
     try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+        with gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if number == 1:
                     check_no_byte_order_mark(file, line)
@@ -47,7 +47,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        row = _DECODER.decode(line.decode("utf-8"))
         if b"\\u" in line:  # an escaped half of a surrogate pair is JSON, but no text: tokenizers refuse it
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -65,6 +65,18 @@ def _row(file: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'the key "{twice}" is there twice')
+    return row
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 def _kind(value: object) -> str:

@@ -55,7 +55,7 @@ def data_files(path: str | Path) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir():
         return [folder]
-    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+    files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES))
     if not files:
         hint = f"expected {', '.join(SUFFIXES)}; a folder of the datasets library is named {PREFIX}{folder}"
         raise DataError(folder, "holds no data files", hint)

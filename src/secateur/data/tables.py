@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from secateur.data.hub_sets import is_hub_name, open_set
 from secateur.data.jsonl import read_json_lines
 from secateur.errors import ConfigError, DataError
-from secateur.files import check_no_byte_order_mark
+from secateur.files import check_is_file, check_no_byte_order_mark
 from secateur.provenance import Fingerprint, fingerprint
 
 QUERY, ANCHOR, POSITIVE, NEGATIVE, TEXT = ROLES = ("query", "anchor", "positive", "negative", "text")
@@ -68,10 +68,9 @@ def open_table(data: str | Path, columns: Mapping[str, str] | None = None) -> Ta
         if mapped:  # no rows were read yet: all columns are there to be named
             _check_there(str(data), mapped, opened.data.column_names)
     else:
-        if not path.is_file():
-            raise DataError(path, "no such file")
+        check_is_file(path)
         name, rows, source = stem(path), _file_rows(path), partial(fingerprint, path)
-        if path.suffix == LINES:
+        if path.suffix.lower() == LINES:
             return Table(str(path), name, rows, source, path, of_texts=True)
     renamed = _renamed(str(data), rows, mapped) if mapped else rows
     first = list(itertools.islice(renamed, 1))
@@ -81,7 +80,7 @@ def open_table(data: str | Path, columns: Mapping[str, str] | None = None) -> Ta
 
 def stem(path: Path) -> str:
     """A data file's name without its suffix."""
-    return next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), path.stem)
+    return next((path.name[: -len(suffix)] for suffix in SUFFIXES if path.name.lower().endswith(suffix)), path.stem)
 
 
 def _canonical(columns: Mapping[str, str]) -> dict[str, str]:
@@ -114,22 +113,29 @@ def _check_there(place: str, columns: Mapping[str, str], there: Iterable[str], l
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".jsonl.gz")):
         return read_json_lines(path)
-    if path.suffix == ".csv":
+    if name.endswith(".csv"):
         return _csv_rows(path)
-    if path.suffix == ".parquet":
+    if name.endswith(".parquet"):
         return _parquet_rows(path)
-    if path.suffix == LINES:
+    if name.endswith(LINES):
         return _text_rows(path)
     raise DataError(path, "is of no known format", f"expected one of {', '.join((*SUFFIXES, LINES))}")
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
     check_no_byte_order_mark(path, content)
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
+        names = list(reader.fieldnames or ())
+        for name in filter(None, names):
+            check_once(path, name, names)
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(path, "has another number of columns than the first line", line=reader.line_num)
@@ -150,7 +156,45 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         table = parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(path, f"is not a readable Parquet file ({str(error).splitlines()[0]})") from error
-    yield from enumerate(table.to_pylist(), start=1)
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError:
+        for name in table.column_names:
+            values_of(path, name, table[name])
+        raise
+    yield from enumerate(rows, start=1)
+
+
+def check_once(path: Path, column: str, there: Sequence[str]) -> None:
+    """Refuse a column's name that says two columns.
+
+    Raises:
+        DataError: It does.
+    """
+    if there.count(column) > 1:
+        problem = f"is the name of {there.count(column)} columns"
+        raise DataError(
+            path, problem, "give each its own", line=1 if path.suffix.lower() == ".csv" else None, field=column
+        )
+
+
+def values_of(path: Path, name: str, column: Any, first: int = 1) -> list[Any]:
+    """The values of a column of Parquet, of which the first stands in row ``first``.
+
+    Raises:
+        DataError: Bytes of a text are not UTF-8; Parquet's writers need not check them.
+    """
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        for line, value in enumerate(column, start=first):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                problem = f"byte {error.start + 1} of the text is not UTF-8"
+                raise DataError(path, problem, "write it as UTF-8", line=line, field=name) from None
+        raise
+    return values
 
 
 def _text_rows(path: Path) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from secateur.architectures.blocks import blocks_of
 from secateur.architectures.forward import block_seconds
 from secateur.checkpoints.verify import PROBES
 from secateur.encoding.mixed import Spared, use_mixed_products
+from secateur.errors import ConfigError
 from secateur.measures.metrics import paired_cosines
 
 WORTH = 1.1
@@ -25,6 +26,7 @@ LEAST_COSINE = 0.9999
 PROBED_COSINE = (1 + LEAST_COSINE) / 2
 """What the probes must keep, for other texts can be harder than they."""
 
+AUTO = "auto"
 MIXED = "mixed"
 STORED = "stored"
 
@@ -40,7 +42,7 @@ RANDOM_LENGTHS = [1, 2, 3, 4, 5, 6, 7] * 8 + [8, 10, 12, 14, 16, 18, 20, 22, 24,
 
 def weights_dtype(name: str) -> str:
     """In what number format ``open_model`` opens the weights for a name of :func:`use_arithmetic`."""
-    return "auto" if name == STORED else "float32" if name.startswith(MIXED) else name
+    return AUTO if name == STORED else "float32" if name.partition(":")[0] == MIXED else name
 
 
 def use_arithmetic(model: SentenceTransformer, name: str, texts: Sequence[str] = (), prompt: str = "") -> str:
@@ -53,14 +55,24 @@ def use_arithmetic(model: SentenceTransformer, name: str, texts: Sequence[str] =
             or a number format, with which nothing changes.
         texts: As for :func:`quicken`.
         prompt: As for :func:`quicken`.
+
+    Raises:
+        ConfigError: What stands behind ``mixed:`` is not of that form.
     """
-    if name == "auto":
+    if name == AUTO:
         return quicken(model, texts, prompt)
-    if name.startswith(MIXED):
-        numbers = [part.split("x") for part in name.partition(":")[2].split(",") if part]
-        use_mixed_products(model, [Spared(int(below), int(blocks)) for below, blocks in numbers])
+    if name.partition(":")[0] == MIXED:
+        use_mixed_products(model, _spared(name))
         return name
     return str(model.dtype).removeprefix("torch.")
+
+
+def _spared(name: str) -> list[Spared]:
+    numbers = [part.split("x") for part in name.partition(":")[2].split(",") if part]
+    try:
+        return [Spared(int(below), int(blocks)) for below, blocks in numbers]
+    except ValueError:
+        raise ConfigError("dtype", name, f"{name!r} will not do", "mixed, or such as mixed:8x30,24x12") from None
 
 
 def quicken(model: SentenceTransformer, texts: Sequence[str] = (), prompt: str = "") -> str:

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from secateur import runtime
 from secateur.clusters import ray_cluster
 from secateur.data.vectors import fingerprint_model
-from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
+from secateur.encoding.arithmetic import AUTO, STORED, use_arithmetic, weights_dtype
 from secateur.encoding.engine import WINDOW, Engine, Told
 from secateur.encoding.memory import keep_freed_memory
-from secateur.errors import ModelError
+from secateur.errors import ConfigError, ModelError
 from secateur.loading.models import open_model
 from secateur.loading.pooling import PoolingName
 from secateur.provenance import fingerprint
@@ -116,8 +116,13 @@ class _ExportWorker:
 
     def __init__(self, opening: Opening) -> None:
         self._folder = Path(opening.model)
+        for name in ("pooling", "max_length", "device", "trust_remote_code"):
+            if getattr(opening, name) != getattr(Opening, name):
+                raise _decided(name, getattr(opening, name))
         self._batch_tokens = opening.batch_tokens or batch_budget("cpu")
         self._encoder = runtime.load(self._folder, threads=opening.threads)
+        if opening.dtype not in (AUTO, STORED, self._encoder.settings.precision):
+            raise _decided("dtype", opening.dtype)
 
     def facts(self) -> Facts:
         settings = self._encoder.settings
@@ -142,10 +147,16 @@ class _ExportWorker:
         return np.concatenate(pieces)
 
 
+def _decided(name: str, value: object) -> ConfigError:
+    problem = "cannot be chosen for an export, which has decided it"
+    return ConfigError(name, value, problem, f"leave --{name.replace('_', '-')} out")
+
+
 def open_worker(opening: Opening) -> Worker:
     """Open a model folder, a Hub id or an export.
 
     Raises:
+        ConfigError: There is no such device or number format; or an export has decided what was chosen.
         ModelError: It cannot be opened.
     """
     return _ExportWorker(opening) if is_export(opening.model) else _ModelWorker(opening)

@@ -18,7 +18,9 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from secateur.data.jsonl import read_json_lines
+from secateur.data.tables import check_once, values_of
 from secateur.errors import DataError
+from secateur.files import check_is_file
 
 COLUMNS = ("text", "sentence", "query", "passage", "document", "content")
 """Where texts are looked for, in this order, if nobody names a column."""
@@ -35,14 +37,13 @@ def read_rows(file: str | Path, column: str | None = None) -> Iterator[str]:
         column: The column (or key) that holds the texts; default: the first of :data:`COLUMNS` that is there.
 
     Raises:
-        DataError: The file is missing or damaged, or has no such column; or, with its line, a text is missing or is not
-            a text.
+        DataError: The file is missing or damaged, or has no such column, or two; or, with its line, a text is missing
+            or is not a text.
     """
     path = Path(file)
-    if not path.is_file():
-        raise DataError(path, "is a folder" if path.is_dir() else "no such file", "name a file")
+    check_is_file(path)
     for suffixes, read in _READERS.items():
-        if path.name.endswith(suffixes):
+        if path.name.lower().endswith(suffixes):
             return read(path, column)
     known = ", ".join(suffix for suffixes in _READERS for suffix in suffixes)
     raise DataError(path, "is of no known format", f"expected one of {known}")
@@ -52,7 +53,7 @@ def find_column(path: Path, column: str | None, there: Sequence[str], line: int 
     """The column that texts are read from.
 
     Raises:
-        DataError: It is not there; the columns that are there are named.
+        DataError: It is not there, and the columns that are there are named; or it is there twice.
     """
     wanted = (column,) if column is not None else COLUMNS
     found = next((name for name in wanted if name in there), None)
@@ -60,6 +61,7 @@ def find_column(path: Path, column: str | None, there: Sequence[str], line: int 
         problem = f"no column {column}" if column is not None else "none of its columns is known to hold texts"
         hint = f"--column takes one of those that are there: {', '.join(map(str, there))}" if there else "it has none"
         raise DataError(path, problem, hint, line=line)
+    check_once(path, found, there)
     return found
 
 
@@ -94,7 +96,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             name = find_column(path, column, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[name]):
-                for value in batch.column(0).to_pylist():
+                for value in values_of(path, name, batch.column(0), line + 1):
                     line += 1
                     yield _text(path, line, name, value)
     except (pyarrow.ArrowException, OSError) as error:
@@ -112,7 +114,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their ends and their numbers; a line feed ends one, and nothing else does."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -120,6 +122,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(path, problem, "save the file as UTF-8", line=number) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(path, f"is not a whole gzip file ({error})", "copy or pack it again") from None
+    except OSError as error:
+        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
 
 
 def _text(path: Path, line: int, column: str, value: Any) -> str:

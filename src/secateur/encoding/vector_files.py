@@ -30,7 +30,7 @@ def check_suffix(file: Path) -> None:
     Raises:
         ConfigError: What the known ones are.
     """
-    if file.suffix not in _WRITERS:
+    if file.suffix.lower() not in _WRITERS:
         raise ConfigError("out", str(file), f"{file.name} is of no known format", f"one of {', '.join(_WRITERS)}")
 
 
@@ -47,7 +47,7 @@ def write_vectors(
         about: What the file says of itself, as JSON.
         suffix: ``.parquet``, ``.arrow``, ``.feather`` or ``.npy``.
     """
-    _WRITERS[suffix](file, pieces, shape, np.dtype(dtype), json.dumps(about))
+    _WRITERS[suffix.lower()](file, pieces, shape, np.dtype(dtype), json.dumps(about))
 
 
 def _schema(shape: tuple[int, int], dtype: np.dtype[Any], about: str) -> pyarrow.Schema:
@@ -99,7 +99,7 @@ _WRITERS: dict[str, Callable[[Path, Pieces, tuple[int, int], np.dtype[Any], str]
 
 def description_file(file: Path) -> Path | None:
     """Where a file's description stands, if not in the file itself."""
-    return file.with_name(f"{file.name}.json") if file.suffix == ".npy" else None
+    return file.with_name(f"{file.name}.json") if file.suffix.lower() == ".npy" else None
 
 
 def write_description(file: Path, about: Mapping[str, Any]) -> None:

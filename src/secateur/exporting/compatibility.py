@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from secateur.errors import DataError
 from secateur.files import read_json
 
 CHECKED = "2026-11"
@@ -60,6 +61,13 @@ class Facts:
         return str(self.config.get("model_type", ""))
 
     @property
+    def rope_scaling(self) -> str:
+        """How positions are stretched; older configurations call it ``type``."""
+        found = self.config.get("rope_parameters") or self.config.get("rope_scaling")
+        settings = found if isinstance(found, dict) else {}
+        return str(settings.get("rope_type") or settings.get("type") or "default")
+
+    @property
     def both_ways(self) -> bool:
         """A decoder that attends in both directions, by a switch in its configuration."""
         return self.config.get("is_causal") is False
@@ -87,15 +95,15 @@ def read_facts(folder: Path) -> Facts:
     Raises:
         DataError: A file is missing or broken.
     """
-    config = read_json(folder / "config.json")
-    listed = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
+    config = _read_object(folder / "config.json")
+    listed = _read_modules(folder / "modules.json") if (folder / "modules.json").is_file() else []
     modules = [(str(item["type"]).rpartition(".")[2], str(item.get("path", ""))) for item in listed]
     # A module of the repository's own is no module that other readers know.
     foreign = [str(item["type"]) for item in listed if not str(item["type"]).startswith(STOCK)]
     place = next((path for kind, path in modules if kind == "Pooling"), None)
-    pooling = read_json(folder / place / "config.json") if place is not None else {}
+    pooling = _read_object(folder / place / "config.json") if place is not None else {}
     saved = folder / "config_sentence_transformers.json"
-    prompts = read_json(saved).get("prompts", {}) if saved.is_file() else {}
+    prompts = _read_object(saved).get("prompts") if saved.is_file() else None
     return Facts(
         config=config,
         modules=tuple(foreign or [kind for kind, _ in modules]),
@@ -103,7 +111,7 @@ def read_facts(folder: Path) -> Facts:
         booleans={"pooling_mode_cls_token", "pooling_mode_mean_tokens"} <= pooling.keys(),
         new_pooling="embedding_dimension" in pooling,
         includes_prompt=bool(pooling.get("include_prompt", True)),
-        prompts=any(prompts.values()),
+        prompts=isinstance(prompts, dict) and any(prompts.values()),
         safetensors=any(folder.glob("*.safetensors")),
         onnx=tuple(sorted(file.name for file in folder.glob("onnx/*.onnx"))),
         openvino=any(folder.glob("openvino/*.xml")),
@@ -111,10 +119,24 @@ def read_facts(folder: Path) -> Facts:
     )
 
 
+def _read_object(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise DataError(file, "holds no JSON object", 'it is one {"key": value, ...}')
+    return content
+
+
+def _read_modules(file: Path) -> list[dict[str, Any]]:
+    listed = read_json(file)
+    if not isinstance(listed, list) or not all(isinstance(item, dict) and "type" in item for item in listed):
+        raise DataError(file, "lists no modules", 'it is a list of {"type": ..., "path": ...}')
+    return listed
+
+
 def _pooling_mode(settings: dict[str, Any]) -> str | None:
     """The mode in either spelling; several are joined by ``+``."""
-    if "pooling_mode" in settings:
-        mode = settings["pooling_mode"]
+    mode = settings.get("pooling_mode")
+    if mode:
         return mode if isinstance(mode, str) else "+".join(mode)
     names = {
         "cls_token": "cls",
@@ -172,11 +194,8 @@ def _tei(facts: Facts) -> Finding:
         return "no", "1_Pooling/config.json lacks pooling_mode_cls_token and pooling_mode_mean_tokens: a parse error"
     if facts.model_type not in TEI_EVERYWHERE | TEI_CUDA:
         return "no", f"it has no code for {facts.model_type or 'this'} models"
-    scaling = (facts.config.get("rope_parameters") or facts.config.get("rope_scaling") or {}).get(
-        "rope_type", "default"
-    )
-    if facts.model_type == "llama" and scaling != "default":
-        return "no", f"its Llama has no rope scaling ({scaling})"
+    if facts.model_type == "llama" and facts.rope_scaling != "default":
+        return "no", f"its Llama has no rope scaling ({facts.rope_scaling})"
     if facts.pooling is not None and facts.pooling not in SERVERS_POOL:
         return "no", f"it pools by cls, mean or the last token, not by {facts.pooling}"
     place = "on CUDA alone; " if facts.model_type in TEI_CUDA else ""

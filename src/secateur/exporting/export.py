@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
 from secateur.data.demo import pairs_of
-from secateur.data.sources import read_source
+from secateur.data.sources import Data, read_sources
 from secateur.errors import ConfigError, ExportTooFar, ModelError
 from secateur.exporting.compatibility import compatibility
 from secateur.exporting.convert import Form, convert, form_of
@@ -63,7 +63,7 @@ def export(
     to: str = "onnx",
     precision: str = "float32",
     quantization: str | None = None,
-    data: Sequence[str | Path] = (),
+    data: Data = (),
     dimensions: int | None = None,
     vectors: VectorFormat = "float32",
     tasks: Sequence[str | Path] = (),
@@ -84,7 +84,7 @@ def export(
         to: ``onnx`` or ``openvino``.
         precision: ``float32``, ``float16``, ``bfloat16`` or ``int8``; see :mod:`.convert`.
         quantization: In int8, how activations are rounded: ``static`` or ``dynamic``. Default: what is faster.
-        data: Files of texts or pairs, to calibrate and compare on. Default: documentation of Python.
+        data: Files of texts or pairs, or folders, to calibrate and compare on. Default: documentation of Python.
         dimensions: Keep so many numbers of each vector.
         vectors: Form in which the runtime gives vectors: ``float32``, ``int8``, ``uint8``, ``binary``, ``ubinary``.
         tasks: Tasks to score the original and the export on, as for :func:`.evaluate`.
@@ -110,6 +110,8 @@ def export(
     if vectors not in FORMATS:
         raise ConfigError("vectors", vectors, f"no such form as {vectors!r}", f"one of {', '.join(FORMATS)}")
     least = LEAST_COSINE[precision] if min_cosine is None else min_cosine
+    if not -1 <= least <= 1:
+        raise ConfigError("min_cosine", least, f"{least} is no cosine", "-1 to 1")
     with new_folder(out) as folder:
         progress(STEP, 0, 100)
         compared, calibration, sources = _texts(data, seed)
@@ -134,7 +136,7 @@ def export(
         progress(STEP, 60, 100)
         encoder = runtime.load(folder)
         found = cosines(opened, encoder, compared, expected[: len(compared)], dimensions)
-        if found.min() < least:
+        if not found.min() >= least:
             problem = f"the least cosine between its vectors and the original's is {found.min():.4f}, below {least:g}"
             raise ExportTooFar(out, problem, "another --precision or --to, or a lower --min-cosine")
         progress(STEP, 70, 100)
@@ -156,13 +158,13 @@ def _check_dimensions(dimensions: int | None, model: SentenceTransformer) -> int
     return dimensions
 
 
-def _texts(data: Sequence[str | Path], seed: int) -> tuple[list[str], list[str], tuple[Fingerprint, ...]]:
+def _texts(data: Data, seed: int) -> tuple[list[str], list[str], tuple[Fingerprint, ...]]:
     """Texts to compare on, other texts to calibrate on, and the files that they come from."""
     count = COMPARED + CALIBRATED
     sources: tuple[Fingerprint, ...] = ()
     if data:
-        share = -(-count // len(data))
-        opened = [read_source(file).sample(share, seed) for file in data]
+        whole = read_sources(data)
+        opened = [source.sample(-(-count // len(whole)), seed) for source in whole]
         sources = tuple(source.source for source in opened)
         rows = (row if isinstance(row, str) else row.positive for source in opened for row in source.rows)
         texts = list(dict.fromkeys(rows))

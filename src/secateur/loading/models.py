@@ -69,10 +69,14 @@ def open_model(
         trust_remote_code: Run the model code that a repository brings along.
 
     Raises:
-        ConfigError: There is no such device.
+        ConfigError: There is no such device or number format, or no token is left of a text.
         ModelError: The model is missing, half written, not a text model, or holds no safetensors.
     """
     check_device(device)
+    if dtype not in _DTYPES:
+        raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(_DTYPES)}")
+    if max_length < 1:
+        raise ConfigError("max_length", max_length, f"{max_length} tokens are no text", "at least 1")
     source = resolve(name)
     options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True}

@@ -8,8 +8,10 @@ cut, the graph.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,13 @@ from tokenizers import Tokenizer
 
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.runtime.sessions import Ids, Session, open_session
+from secateur.runtime.slices import CHARACTERS_PER_TOKEN, cut_characters, slices
 from secateur.runtime.vectors import FORMATS, VectorFormat, quantize
 
 MANIFEST = "export.json"
 LENGTH_STEP = 8  # as serving.encoders; what runs without torch imports nothing of it
 BATCH_TOKENS = 1024
 """Tokens in a batch, padding included: what lies between two layers then stays in the processor's cache."""
-CHUNK = 1024
-"""Texts tokenized at once: a tokenizer's result is much larger than its ids."""
 
 
 def load(folder: str | Path, *, threads: int | None = None) -> Encoder:
@@ -64,7 +65,7 @@ def load(folder: str | Path, *, threads: int | None = None) -> Encoder:
     except KeyError as error:
         raise ModelError(folder, f"{MANIFEST} has no {error}", "export again") from error
     session = open_session(file, settings.backend, settings.precision, dynamic, threads)
-    return Encoder(settings, tokenizer, session)
+    return Encoder(settings, tokenizer, session, str(folder))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -109,8 +110,9 @@ class Settings:
 class Encoder:
     """An exported model in memory; :func:`load` makes it. One thread at a time may use it."""
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer, session: Session) -> None:
+    def __init__(self, settings: Settings, tokenizer: Tokenizer, session: Session, name: str) -> None:
         self.settings = settings
+        self._name = name
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._session = session
@@ -131,7 +133,7 @@ class Encoder:
         Args:
             texts: One text or several.
             prompt_name: A name of the model's prompts; the default is the model's own default.
-            prompt: Goes before each text, in place of a named one.
+            prompt: Goes before each text, in place of a named one; only one of the two is given.
             batch_size: Texts in a batch, at most.
             batch_tokens: Tokens in a batch, padding included; a longer text goes alone.
             precision: Form of the vectors: ``float32``, ``int8``, ``uint8``, ``binary`` or ``ubinary``.
@@ -142,20 +144,26 @@ class Encoder:
 
         Raises:
             DataError: A text is not a text.
-            ConfigError: There is no such prompt or precision.
+            ConfigError: There is no such prompt or precision, or a batch has no room.
+            ModelError: A vector is not finite.
         """
         single = isinstance(texts, str)
-        rows: Sequence[str] = [texts] if isinstance(texts, str) else list(texts)
+        rows = _rows(texts)
         form = precision or self.settings.vectors
         if form not in FORMATS:
             raise ConfigError("precision", form, f"no such form of vectors as {form!r}", f"one of {', '.join(FORMATS)}")
-        _check(rows)
+        _check_sizes(batch_size, batch_tokens)
         vectors = self._vectors(rows, self._prompt(prompt, prompt_name), batch_size, batch_tokens)
         result = quantize(vectors, form, self.settings.ranges)
         return result[0] if single else result
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
+        if prompt is not None and name is not None:
+            raise ConfigError("prompt", prompt, "does not go with prompt_name", "give one of the two")
         if prompt is not None:
+            problem, hint = _no_text(prompt)
+            if problem:
+                raise ConfigError("prompt", prompt, problem, hint)
             return prompt
         name = name if name is not None else self.settings.default_prompt_name
         if name is None:
@@ -180,22 +188,36 @@ class Encoder:
         batch_size: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> npt.NDArray[np.float32]:
-        """Vectors (texts, dimension) of tokenized texts under one prompt; the options are those of :meth:`encode`."""
+        """Vectors (texts, dimension) of tokenized texts under one prompt; the options are those of :meth:`encode`.
+
+        Raises:
+            ModelError: A vector is not finite.
+        """
         vectors = np.zeros((len(tokens), self.settings.dimension), np.float32)
         for batch in _batches([len(ids) for ids in tokens], batch_size, batch_tokens, self.settings.max_length):
             vectors[batch] = self.run([tokens[i] for i in batch], prompt_length)
+        if not np.isfinite(vectors).all():
+            hint = "its weights hold NaN, or overflow; or it pools nothing of an empty text"
+            raise ModelError(self._name, "gives vectors that are not finite", hint)
         return vectors
 
     def tokenize(self, texts: Sequence[str], prompt: str = "", *, truncate: bool = True) -> list[list[int]]:
         """Token ids of each text with a prompt before it; without ``truncate`` also of what is too long."""
+        longest = self.settings.max_length * CHARACTERS_PER_TOKEN if truncate else sys.maxsize
         if truncate:
             self._tokenizer.enable_truncation(self.settings.max_length, direction=self.settings.truncation_side)
         else:
             self._tokenizer.no_truncation()
+        return [ids for some in slices(texts, longest) for ids in self._read(some, prompt, longest)]
+
+    def _read(self, texts: Sequence[str], prompt: str, longest: int) -> list[list[int]]:
+        """Token ids from so many characters of each text, or from more where the tokenizer would not have to cut."""
+        cut = [cut_characters(text, longest, self.settings.truncation_side) for text in texts]
+        found = self._tokenizer.encode_batch([prompt + part for part in cut])
         tokens: list[list[int]] = []
-        for start in range(0, len(texts), CHUNK):
-            prompted = [prompt + text for text in texts[start : start + CHUNK]]
-            tokens += [encoding.ids for encoding in self._tokenizer.encode_batch(prompted)]
+        for text, part, encoding in zip(texts, cut, found, strict=True):
+            enough = len(part) == len(text) or encoding.overflowing
+            tokens += [encoding.ids] if enough else self._read([text], prompt, 2 * longest)
         return tokens
 
     def run(self, tokens: Sequence[Sequence[int]], prompt_length: int = 0) -> npt.NDArray[np.float32]:
@@ -227,15 +249,34 @@ class Encoder:
         return ids, mask
 
 
-def _check(texts: Sequence[object]) -> None:
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError("texts", f"number {place} is a {type(text).__name__}, not a text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            problem = f"number {place} holds half of a surrogate pair, at character {error.start}"
-            raise DataError("texts", problem, "decode it as UTF-8 with errors='replace'") from None
+def _rows(texts: object) -> list[str]:
+    """The texts, which may be one; refuses what is none."""
+    if isinstance(texts, (Mapping, Set, bytes)) or not isinstance(texts, Iterable):
+        raise DataError("texts", f"is a {type(texts).__name__}, not texts", "give one text, or a list of them")
+    rows = [texts] if isinstance(texts, str) else list(texts)
+    for place, text in enumerate(rows):
+        problem, hint = _no_text(text)
+        if problem:
+            raise DataError("texts", f"number {place} {problem}", hint)
+    return rows
+
+
+def _no_text(value: object) -> tuple[str, str]:
+    """Why a value cannot be tokenized, and what would be right; empty where it can."""
+    if not isinstance(value, str):
+        return f"is a {type(value).__name__}, not a text", ""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        problem = f"holds half of a surrogate pair, at character {error.start}"
+        return problem, "decode it as UTF-8 with errors='replace'"
+    return "", ""
+
+
+def _check_sizes(batch_size: int | None, batch_tokens: int) -> None:
+    for name, size in (("batch_size", 1 if batch_size is None else batch_size), ("batch_tokens", batch_tokens)):
+        if not isinstance(size, Integral) or size < 1:
+            raise ConfigError(name, size, f"{size!r} will not do", "a whole number, at least 1")
 
 
 def _rounded(length: int, longest: int) -> int:
