@@ -34,7 +34,7 @@ studies: presets plan estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export
 encoding: memory mixed arithmetic
-serving: encoders exported queueing gate embeddings app serve
+serving: encoders exported queueing gate embeddings app connections serve
 encoding: engine pools rows vector_files encode
 cli: arguments tables bars commands
 __main__

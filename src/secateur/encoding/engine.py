@@ -9,7 +9,7 @@ multiply is the model's own affair (:mod:`.arithmetic`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,15 +37,8 @@ from secateur.errors import ModelError
 from secateur.loading.models import attends_backwards_only
 from secateur.loading.pooling import pool
 from secateur.measures.metrics import paired_cosines
-from secateur.serving.encoders import (
-    CHARACTERS_PER_TOKEN,
-    LEAST_COSINE,
-    SLICE_CHARACTERS,
-    ModelEncoder,
-    Tokens,
-    Vectors,
-    batch_budget,
-)
+from secateur.runtime.slices import CHARACTERS_PER_TOKEN, cut_characters, slices
+from secateur.serving.encoders import LEAST_COSINE, ModelEncoder, Tokens, Vectors, batch_budget
 
 SHARED_FROM = 8
 """Texts under one prompt from which on it pays to compute it once, and apart."""
@@ -120,12 +113,12 @@ class Engine:
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokens]:
         """Texts as the model reads them, cut where they are too long for it."""
         most = self._encoder.max_length * CHARACTERS_PER_TOKEN
-        return [tokens for some in _slices(texts, most) for tokens in self._read(some, prompt, most)]
+        return [tokens for some in slices(texts, most) for tokens in self._read(some, prompt, most)]
 
     def _read(self, texts: Sequence[str], prompt: str, most: int) -> list[Tokens]:
         """Tokenize as much of each text as the model reads: so many characters, and more where these do not do."""
-        left = self._model.tokenizer.truncation_side == "left"
-        cut = [text[-most:] if left else text[:most] for text in texts]
+        side = self._model.tokenizer.truncation_side
+        cut = [cut_characters(text, most, side) for text in texts]
         found = self._encoder.read(cut, prompt, truncate=True)
         short = [i for i, text in enumerate(texts) if len(text) > most and len(found[i]) < self._encoder.max_length]
         for i in short:
@@ -222,19 +215,6 @@ class Engine:
         if self._model.dtype == torch.float32:
             least = PROBED_COSINE if is_mixed(self._model) else 1 - 1e-6
         return bool(paired_cosines(found, expected).min() >= least)
-
-
-def _slices(texts: Sequence[str], most: int) -> Iterator[Sequence[str]]:
-    """Some texts at a time, of :data:`SLICE_CHARACTERS` together or one, where no more than ``most`` of each count."""
-    start = characters = 0
-    for end, text in enumerate(texts):
-        length = min(len(text), most)
-        if start < end and characters + length > SLICE_CHARACTERS:
-            yield texts[start:end]
-            start, characters = end, 0
-        characters += length
-    if start < len(texts):
-        yield texts[start:]
 
 
 def _longest(batch: Sequence[Tokens]) -> int:

@@ -94,8 +94,7 @@ def _encoding_by(model: SentenceTransformer, encoder: runtime.Encoder) -> Iterat
     """
 
     def encode(inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **_: Any) -> Any:
-        name = prompt_name if prompt is None else None  # sentence-transformers takes both, and the prompt
-        found = encoder.encode(inputs, prompt_name=name, prompt=prompt)
+        found = encoder.encode(inputs, prompt_name=prompt_name, prompt=prompt)
         return as_numbers(found, encoder.settings.vectors, encoder.settings.dimension)
 
     try:

@@ -133,7 +133,7 @@ class Encoder:
         Args:
             texts: One text or several.
             prompt_name: A name of the model's prompts; the default is the model's own default.
-            prompt: Goes before each text, in place of a named one; only one of the two is given.
+            prompt: Goes before each text, in place of a named one.
             batch_size: Texts in a batch, at most.
             batch_tokens: Tokens in a batch, padding included; a longer text goes alone.
             precision: Form of the vectors: ``float32``, ``int8``, ``uint8``, ``binary`` or ``ubinary``.
@@ -158,8 +158,6 @@ class Encoder:
         return result[0] if single else result
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
-        if prompt is not None and name is not None:
-            raise ConfigError("prompt", prompt, "does not go with prompt_name", "give one of the two")
         if prompt is not None:
             problem, hint = _no_text(prompt)
             if problem:

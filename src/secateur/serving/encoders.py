@@ -29,12 +29,7 @@ from secateur.errors import ModelError, SecateurError
 from secateur.loading.models import PROBES
 from secateur.measures.metrics import paired_cosines
 from secateur.progress import quiet
-
-CHARACTERS_PER_TOKEN = 64
-"""A text with more characters than this for each token that the model reads is too long before it is tokenized."""
-
-SLICE_CHARACTERS = 1 << 16
-"""Characters tokenized at once: what a tokenizer returns is many times larger than its ids."""
+from secateur.runtime.slices import CHARACTERS_PER_TOKEN, slices
 
 LENGTH_STEP = 8
 """Texts are padded to a multiple of this: few shapes, of which each costs a new kernel once, and little padding."""
@@ -131,21 +126,17 @@ def read_slices(
     """
     longest = max_length * CHARACTERS_PER_TOKEN
     tokens: list[Tokens] = []
-    total = start = 0
-    while start < len(texts):
-        end, characters = start, 0
-        while end < len(texts) and (end == start or characters + len(texts[end]) <= SLICE_CHARACTERS):
-            if len(texts[end]) > longest and not truncate:
-                raise TextRefused(end, f"{len(texts[end])} characters are too many", f"at most {longest}")
-            characters += min(len(texts[end]), longest)
-            end += 1
-        for found in read([text[:longest] for text in texts[start:end]]):
+    total = 0
+    for some in slices(texts, longest):
+        for place, text in enumerate(some, start=len(tokens)):
+            if len(text) > longest and not truncate:
+                raise TextRefused(place, f"{len(text)} characters are too many", f"at most {longest}")
+        for found in read([text[:longest] for text in some]):
             _check(found, len(tokens), max_length)
             tokens.append(found)
             total += len(found)
         if total > limit:
             raise TextRefused(None, f"more than {limit} tokens in one request", "send fewer texts at once")
-        start = end
     return tokens
 
 
