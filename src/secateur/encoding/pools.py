@@ -274,10 +274,15 @@ def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
                 refs.append(ray.put(pa.table({"text": pa.array(piece, pa.string())})))
             yield from _regroup(_ray_batches(refs, own, actors, cores), sizes, told)
 
+        log = logging.getLogger("ray.data")  # its reports stand between the run's own lines
+        level = log.level
+        log.setLevel(logging.ERROR)
         try:
             yield run
         except ray.exceptions.RayError as error:
             raise ModelError(opening.model, f"the workers failed ({_last_line(error)})") from error
+        finally:
+            log.setLevel(level)
 
 
 def _ray_batches(refs: list[Any], opening: Opening, actors: int, cores: int) -> Iterator[dict[str, NDArray[Any]]]:
@@ -288,7 +293,6 @@ def _ray_batches(refs: list[Any], opening: Opening, actors: int, cores: int) -> 
     texts.context.execution_options.preserve_order = True
     texts.context.enable_progress_bars = False  # the run has its own
     texts.context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         # Ray wants named parameters, and has none for how often a piece is tried: by default, for ever.
         warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)
