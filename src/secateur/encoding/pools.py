@@ -262,6 +262,8 @@ def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
         count: Actors; 1 means one for each machine.
     """
     with ray_cluster(address) as ray:
+        from ray import data  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
         nodes = sum(node["Alive"] for node in ray.nodes())
         actors = count if count > 1 else nodes
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // actors)
@@ -272,9 +274,9 @@ def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
             for piece in pieces:
                 sizes.append(len(piece))
                 refs.append(ray.put(pa.table({"text": pa.array(piece, pa.string())})))
-            yield from _regroup(_ray_batches(refs, own, actors, cores), sizes, told)
+            yield from _regroup(_ray_batches(data.from_arrow_refs(refs), own, actors, cores), sizes, told)
 
-        log = logging.getLogger("ray.data")  # its reports stand between the run's own lines
+        log = logging.getLogger("ray.data")  # its reports would stand between the run's own lines
         level = log.level
         log.setLevel(logging.ERROR)
         try:
@@ -285,11 +287,10 @@ def on_ray(opening: Opening, address: str, count: int) -> Iterator[Run]:
             log.setLevel(level)
 
 
-def _ray_batches(refs: list[Any], opening: Opening, actors: int, cores: int) -> Iterator[dict[str, NDArray[Any]]]:
-    """What :class:`_RayWorker` makes of Arrow tables in the object store, in their order."""
-    from ray import data  # type: ignore[import-not-found,import-untyped,unused-ignore]
+def _ray_batches(texts: Any, opening: Opening, actors: int, cores: int) -> Iterator[dict[str, NDArray[Any]]]:
+    """What :class:`_RayWorker` makes of a data set of Ray Data, in its order."""
+    from ray import data
 
-    texts = data.from_arrow_refs(refs)
     texts.context.execution_options.preserve_order = True
     texts.context.enable_progress_bars = False  # the run has its own
     texts.context.print_on_execution_start = False
