@@ -447,43 +447,28 @@ def test_what_is_not_trained_on_is_told_and_leaves_no_trace(llama_folder: Path, 
     ]
 
 
-def first_loss(folder: Path) -> float:
-    return load(folder, Training).losses[0].loss
-
-
 def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
     make_encoder: MakeEncoder, pairs_file: Path, tmp_path: Path
 ):
     """The default prompt where data bring no instruction; else theirs alone; and no prompt of an earlier healing."""
-    plain = write_pairs(tmp_path / "plain.jsonl", example_pairs(16))
-    for name, options in (
-        ("bare", {}),
-        ("own", {"prompts": {"own": "look: ", "old": "say it; "}, "default_prompt_name": "own"}),
-    ):
-        make_encoder("llama", 2, **options).save(str(tmp_path / name))
+    model, plain = tmp_path / "model", write_pairs(tmp_path / "plain.jsonl", example_pairs(16))
+    prompts = {"own": "look: ", "words": "say it; ", "query": "say it; "}
+    make_encoder("llama", 2, prompts=prompts, default_prompt_name="own").save(str(model))
     settings = SETTINGS | {"steps": 1}
-    bare = secateur.heal(tmp_path / "bare", plain, **settings, out=tmp_path / "1")
-    own = secateur.heal(tmp_path / "own", plain, **settings, out=tmp_path / "2")
-    said = secateur.heal(tmp_path / "bare", [put_before("look: ", plain, tmp_path)], **settings, out=tmp_path / "3")
-    assert first_loss(own) == pytest.approx(first_loss(said))
-    assert first_loss(own) != pytest.approx(first_loss(bare))
-    model = secateur.open_model(own, device="cpu")
-    assert (model.default_prompt_name, set(model.prompts.values())) == ("own", {"look: "})
-    told = secateur.heal(own, pairs_file, **settings, out=tmp_path / "4")
-    model = secateur.open_model(told, device="cpu")
-    assert (model.default_prompt_name, set(model.prompts.values())) == (None, {"find the word; ", ""})
-    again = secateur.open_model(secateur.heal(told, plain, **settings, out=tmp_path / "5"), device="cpu")
-    assert not is_instructed(again)
-    assert not any(again.prompts.values())
-
-
-def put_before(prompt: str, file: Path, folder: Path) -> Path:
-    """A file with a prompt in each of its texts."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    told = [{"query": prompt + row["query"], "positive": prompt + row["positive"]} for row in rows]
-    negatives = [[prompt + text for text in row["negative"]] for row in rows]
-    own = [row | {"negative": texts} for row, texts in zip(told, negatives, strict=True)]
-    return write_pairs(folder / "said.jsonl", own)
+    own = secateur.heal(model, plain, **settings, out=tmp_path / "own")
+    table = load(own, Training)
+    asked = replace(read_pairs(plain), prompt="look: ", passage_prompt="look: ")
+    losses = [
+        trained(tmp_path / pairs.prompt, [pairs], model, steps=1)[1].losses for pairs in (asked, read_pairs(plain))
+    ]
+    assert table.losses[0].loss == pytest.approx(losses[0][0].loss)
+    assert table.losses[0].loss != pytest.approx(losses[1][0].loss)
+    healed = secateur.open_model(own, device="cpu")
+    assert (healed.default_prompt_name, healed.prompts["query"], healed.prompts["own"]) == ("own", "look: ", "look: ")
+    assert not is_instructed(healed)
+    told = secateur.open_model(secateur.heal(own, pairs_file, **settings, out=tmp_path / "told"), device="cpu")
+    assert told.default_prompt_name is None
+    assert told.prompts == {"words": "find the word; ", "query": "find the word; ", "document": ""}
 
 
 @pytest.mark.parametrize(

@@ -66,19 +66,14 @@ def test_it_goes_on_with_the_same_model_prompts_and_validation_alone(tmp_path: P
     assert list(table.settings["eval_tasks"]) == []
 
 
-def test_what_an_earlier_version_did_not_note_is_told(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+def test_one_run_at_a_time_goes_on_and_tells_what_an_earlier_version_did_not_note(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
     killed(llama_folder, pairs_file, out=tmp_path / "out")
-    note = tmp_path / "out.partial" / "training.json"
-    noted = json.loads(note.read_text())
-    note.write_text(json.dumps({key: value for key, value in noted.items() if key not in ("weights", "prompts")}))
-    out = secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out")
-    (told,) = load(out, Training).settings["notes"]
-    assert told.startswith("begun by an earlier version, which did not note weights, prompts")
-
-
-def test_two_do_not_train_in_one_place(llama_folder: Path, pairs_file: Path, tmp_path: Path):
     partial = tmp_path / "out.partial"
-    partial.mkdir()
+    noted = json.loads((partial / "training.json").read_text())
+    known = {key: value for key, value in noted.items() if key not in ("weights", "prompts")}
+    (partial / "training.json").write_text(json.dumps(known))
     with held(partial), pytest.raises(OutputError, match="another run is working in it"):
         secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out")
 
@@ -86,7 +81,9 @@ def test_two_do_not_train_in_one_place(llama_folder: Path, pairs_file: Path, tmp
         with pytest.raises(OutputError, match="another run is working in it"), held(partial):
             pass
 
-    assert secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out", progress=at_work).is_dir()
+    out = secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out", progress=at_work)
+    (told,) = load(out, Training).settings["notes"]
+    assert told.startswith("begun by an earlier version, which did not note weights, prompts")
     assert not partial.exists()
 
 
