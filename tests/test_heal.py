@@ -476,7 +476,7 @@ def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
     [
         ({"train": "blocks", "lora_rank": 3}, "lora_rank: there are no adapters where train is blocks"),
         ({"train": "all", "lora_dropout": 0.5}, "lora_dropout: there are no adapters"),
-        ({"cache": "cc"}, "cache: keeps the vectors of a teacher, and there is none"),
+        ({"cache": "cc"}, "cache: there is no teacher"),
         ({"eval_every": 0}, "eval_every: is 0: a whole number, 1 or more"),
         ({"patience": 0}, "patience: is 0"),
         ({"eval_sample": 0}, "eval_sample: is 0"),
@@ -499,3 +499,12 @@ def test_numbers_that_are_none_or_do_nothing_are_refused(
 def test_numbers_of_adapters_that_are_the_recipes_own_may_stand_anywhere():
     assert make_recipe("everyday", train="blocks", lora_rank=16).lora_rank == 16
     assert make_recipe("everyday", lora_rank=4).lora_rank == 4
+
+
+def test_rows_with_negatives_and_another_file_do_not_share_a_name(tmp_path: Path):
+    rows = example_pairs(16)
+    for row in rows[:8]:
+        del row["negative"]
+    files = [write_pairs(tmp_path / "words.jsonl", rows), write_pairs(tmp_path / "words-hard.jsonl", example_pairs(8))]
+    with pytest.raises(DataError, match="words-hard: two data files have this name"):
+        training_sets([read_pairs(file) for file in files], 8)

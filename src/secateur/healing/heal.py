@@ -173,10 +173,6 @@ def heal(
         precision=precision,
         seed=seed,
     )
-    if cache is not None and teacher is None:
-        raise ConfigError(
-            "cache", cache, "keeps the vectors of a teacher, and there is none", "name one with --teacher"
-        )
     check_tracker(report_to)
     processes.join()
     check_processes(numbers.batch_size)
@@ -190,7 +186,7 @@ def heal(
         held_out = [pairs.sample(eval_sample, seed) for pairs in held_out]
     tasks = open_tasks(eval_tasks, eval_sample, seed) if eval_tasks else []
     validation = _validation(held_out, eval_tasks or (), eval_sample, eval_every, patience, seed)
-    guide = _open_teacher(teacher, teacher_model, device, trust_remote_code)
+    guide = _open_teacher(teacher, teacher_model, cache, device, trust_remote_code)
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
     check_views(opened, aim.depths, aim.dims)
     use_stock_modules(opened)
@@ -255,11 +251,14 @@ def _read_pairs(data: Data | None, instruction: str | None, columns: Mapping[str
     return found
 
 
-def _open_teacher(name: str | Path | None, model: str | None, device: str | None, trusted: bool) -> Teacher | None:
+def _open_teacher(
+    name: str | Path | None, model: str | None, cache: str | Path | None, device: str | None, trusted: bool
+) -> Teacher | None:
     if name is not None:
         return open_teacher(name, model=model, device=device, trust_remote_code=trusted)
-    if model is not None:
-        raise ConfigError("teacher_model", model, "there is no teacher", "name one with --teacher")
+    for key, value in (("teacher_model", model), ("cache", cache)):
+        if value is not None:
+            raise ConfigError(key, value, "there is no teacher", "name one with --teacher")
     return None
 
 

@@ -76,11 +76,11 @@ def training_sets(sources: Sequence[Pairs], batch_size: int) -> list[TrainingSet
     Raises:
         DataError: Nothing fills a batch, or two files have one name.
     """
-    names = [pairs.name for pairs in sources]
+    groups = [group for pairs in sources for group in _groups(pairs)]
+    names = [group.name for group in groups]
     for name in names:
         if names.count(name) > 1:
             raise DataError(name, "two data files have this name, and a prompt belongs to a name", "rename one")
-    groups = [group for pairs in sources for group in _groups(pairs)]
     sets = [_training_set(group) for group in groups if apart(group.texts, batch_size) == batch_size]
     if not sets:
         counts = ", ".join(group.told(batch_size) for group in groups)
