@@ -64,7 +64,7 @@ class TrainingSet:
     name: str
     rows: Dataset
     prompts: Mapping[str, str]
-    source: str
+    source: str = ""
 
 
 def training_sets(sources: Sequence[Pairs], batch_size: int) -> list[TrainingSet]:
