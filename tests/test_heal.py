@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 import secateur
-from conftest import disk_of, example_pairs, write_pairs
+from conftest import MakeEncoder, disk_of, example_pairs, write_pairs
 from killing import run_until
 from secateur.artifacts import Origin, Training, load
 from secateur.data.pairs import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
+from secateur.evaluation.evaluate import is_instructed
 from secateur.healing import trainable
 from secateur.healing.heal import held_out_ndcg
 from secateur.healing.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
@@ -404,5 +405,106 @@ def test_a_diverging_training_says_at_which_step_and_keeps_its_settings(llama_fo
     if caught.value.checkpoint:
         state = json.loads((Path(caught.value.checkpoint) / "trainer_state.json").read_text())
         assert all(math.isfinite(row["loss"]) for row in state["log_history"])
-    with pytest.raises(OutputError, match="unfinished training with other settings"):
+    told = r"unfinished training with other settings \(learning_rate was 1e\+30, is 0.003\)"
+    with pytest.raises(ConfigError, match=told):
         secateur.heal(llama_folder, pairs_file, **SETTINGS, out=out)
+
+
+def test_data_without_a_batch_of_different_texts_are_refused(llama_folder: Path, tmp_path: Path):
+    rows = [
+        {"query": f"what is {letter}?", "positive": ("yes.", "no.")[i % 2]} for i, letter in enumerate("abcdefghij")
+    ]
+    file = write_pairs(tmp_path / "dup.jsonl", rows)
+    told = r"nothing fills a batch of 8 \(dup.jsonl: 10 rows, no more than 2 of them without a text in common\)"
+    with pytest.raises(DataError, match=told):
+        secateur.heal(llama_folder, file, **SETTINGS, out=tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [file]
+    (few,) = training_sets([read_pairs(file)], 2)
+    assert len(few.rows) == 10
+
+
+def test_a_training_that_runs_out_of_batches_is_no_success(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    (item,) = training_sets([read_pairs(pairs_file)], 8)
+    same = replace(item, rows=item.rows.select([0] * 16))
+    model = secateur.open_model(llama_folder, device="cpu")
+    with pytest.raises(DataError, match="gave no batch of 8 after 0 of 3 steps"):
+        train(model, [same], Recipe(**(SETTINGS | {"steps": 3})), tmp_path, silent)
+
+
+def test_what_is_not_trained_on_is_told_and_leaves_no_trace(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    small = write_pairs(tmp_path / "small.jsonl", example_pairs(5, seed=2))
+    rows = example_pairs(9, seed=3)
+    for row in rows[1:]:
+        row["negative"] = [*row["negative"], "one", "two"]
+    many = write_pairs(tmp_path / "many.jsonl", rows, "find the word")
+    options = SETTINGS | {"steps": 1}
+    table = load(secateur.heal(llama_folder, [pairs_file, small, many], **options, out=tmp_path / "out"), Training)
+    assert [item.name for item in table.provenance.data] == ["words.jsonl", "many.jsonl"]
+    assert table.prompts["query"] == "find the word; "
+    assert list(table.settings["notes"]) == [
+        "small.jsonl: 5 rows: too few for a batch of 8, not trained on",
+        "many.jsonl: 8 rows have up to 3 negatives, of which 1 are used, as many as every row has",
+    ]
+
+
+def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
+    make_encoder: MakeEncoder, pairs_file: Path, tmp_path: Path
+):
+    """The default prompt where data bring no instruction; else theirs alone; and no prompt of an earlier healing."""
+    model, plain = tmp_path / "model", write_pairs(tmp_path / "plain.jsonl", example_pairs(16))
+    prompts = {"own": "look: ", "words": "say it; ", "query": "say it; "}
+    make_encoder("llama", 2, prompts=prompts, default_prompt_name="own").save(str(model))
+    settings = SETTINGS | {"steps": 1}
+    own = secateur.heal(model, plain, **settings, out=tmp_path / "own")
+    table = load(own, Training)
+    asked = replace(read_pairs(plain), prompt="look: ", passage_prompt="look: ")
+    losses = [
+        trained(tmp_path / pairs.prompt, [pairs], model, steps=1)[1].losses for pairs in (asked, read_pairs(plain))
+    ]
+    assert table.losses[0].loss == pytest.approx(losses[0][0].loss)
+    assert table.losses[0].loss != pytest.approx(losses[1][0].loss)
+    healed = secateur.open_model(own, device="cpu")
+    assert (healed.default_prompt_name, healed.prompts["query"], healed.prompts["own"]) == ("own", "look: ", "look: ")
+    assert not is_instructed(healed)
+    told = secateur.open_model(secateur.heal(own, pairs_file, **settings, out=tmp_path / "told"), device="cpu")
+    assert told.default_prompt_name is None
+    assert told.prompts == {"words": "find the word; ", "query": "find the word; ", "document": ""}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"train": "blocks", "lora_rank": 3}, "lora_rank: there are no adapters where train is blocks"),
+        ({"train": "all", "lora_dropout": 0.5}, "lora_dropout: there are no adapters"),
+        ({"cache": "cc"}, "cache: there is no teacher"),
+        ({"eval_every": 0}, "eval_every: is 0: a whole number, 1 or more"),
+        ({"patience": 0}, "patience: is 0"),
+        ({"eval_sample": 0}, "eval_sample: is 0"),
+        ({"steps": 2.5}, "steps: is 2.5: a whole number"),
+        ({"seed": -1}, "seed: is -1: a whole number, from 0"),
+        ({"seed": 2**33}, "seed: is"),
+        ({"scale": math.inf}, "scale: is inf: it must be positive, and finite"),
+        ({"learning_rate": math.nan}, "learning_rate: is nan"),
+    ],
+)
+def test_numbers_that_are_none_or_do_nothing_are_refused(
+    options: dict[str, object], told: str, llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
+    given = {"steps": 4, "batch_size": 8, "eval_data": pairs_file} | options
+    with pytest.raises(ConfigError, match=told):
+        secateur.heal(llama_folder, pairs_file, **given, out=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_numbers_of_adapters_that_are_the_recipes_own_may_stand_anywhere():
+    assert make_recipe("everyday", train="blocks", lora_rank=16).lora_rank == 16
+    assert make_recipe("everyday", lora_rank=4).lora_rank == 4
+
+
+def test_rows_with_negatives_and_another_file_do_not_share_a_name(tmp_path: Path):
+    rows = example_pairs(16)
+    for row in rows[:8]:
+        del row["negative"]
+    files = [write_pairs(tmp_path / "words.jsonl", rows), write_pairs(tmp_path / "words-hard.jsonl", example_pairs(8))]
+    with pytest.raises(DataError, match="words-hard: two data files have this name"):
+        training_sets([read_pairs(file) for file in files], 8)

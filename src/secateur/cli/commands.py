@@ -115,7 +115,10 @@ def heal_command(options: config.HealOptions) -> None:
 
     with work_bars() as progress:
         folder = secateur.heal(**_given(options), progress=progress)
-    typer.echo(f"trained by {load(folder, Training).settings['objective']}", err=True)
+    settings = load(folder, Training).settings
+    typer.echo(f"trained by {settings['objective']}", err=True)
+    for note in settings["notes"]:
+        typer.echo(f"note: {note}", err=True)
     typer.echo(folder)
 
 

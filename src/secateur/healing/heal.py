@@ -1,14 +1,14 @@
 """A cut model → a healed one: trained on pairs, or on texts alone, and written as a plain model folder.
 
-What is trained is the folder's own pooling, prompt and length rules, so that training and use cannot differ.
+What is trained is the folder's own pooling and length rules, and its default prompt where the data bring no
+instruction (:mod:`.prompts`); the written folder has the prompts of the training, so that training and use agree.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ from secateur.artifacts import Training
 from secateur.data.pairs import Pairs
 from secateur.data.sources import Data, Source, read_sources
 from secateur.data.texts import Texts
-from secateur.errors import ConfigError, DataError, OutputError
+from secateur.data.vectors import fingerprint_model
+from secateur.errors import ConfigError, DataError
 from secateur.evaluation.evaluate import evaluate, open_tasks
-from secateur.files import give_name, partial_folder, read_json, write_text, writing
+from secateur.evaluation.tasks import Task
+from secateur.files import give_name, partial_folder, writing
 from secateur.healing import processes
-from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, sets_of, teach
+from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, not_trained_on, sets_of, teach
 from secateur.healing.objectives import check_views
-from secateur.healing.recipe import make_recipe
+from secateur.healing.prompts import default_prompt, keep_prompts, prompts_of
+from secateur.healing.recipe import check_count, make_recipe
+from secateur.healing.resuming import only_run, take_up
 from secateur.healing.teacher import Teacher, open_teacher
 from secateur.healing.train import Outcome, check_processes, check_tracker
 from secateur.healing.train import train as run_training
@@ -82,13 +86,15 @@ def heal(
     """Train a model on pairs, on texts alone, or by a teacher, and write it as a plain model folder.
 
     Numbers that are not given are the recipe's (:mod:`.recipe`); those named below are the paper's. A training
-    that was killed goes on from its last checkpoint when the same command runs again. Started by ``torchrun`` or
-    ``accelerate launch``, all processes train one model, and the first writes it.
+    that was killed goes on from its last checkpoint when the same command runs again, on the same model and data.
+    Started by ``torchrun`` or ``accelerate launch``, all processes train one model, and the first writes it.
 
     Args:
         model: A model folder, usually a pruned one; or anything :func:`.open_model` opens.
-        data: Files of pairs (see :mod:`.pairs`), or folders of them; their instructions become the model's
-            prompts. Or files of texts alone (see :mod:`.texts`). Or data sets by name (see :mod:`.hub_sets`).
+        data: Files of pairs (see :mod:`.pairs`), or folders of them; their instructions take the place of the model's
+            prompts, but for its default prompt, which stays where one of them has none. Or files of texts alone (see
+            :mod:`.texts`). Or data sets by name (see :mod:`.hub_sets`). What fills no batch is left out, and told
+            under ``notes`` in ``training.json``.
         columns: Role → column, where the data call their ``query``, ``positive``, ``negative`` or ``text`` otherwise;
             for ``eval_data`` too.
         recipe: ``l3prune``, ``everyday`` or ``distill``. Default: ``distill`` where a teacher teaches on texts alone,
@@ -107,7 +113,8 @@ def heal(
         gradient_checkpointing: Compute activations twice to save memory; the numbers stay the same.
         precision: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 where the processor computes in it.
         seed: Of adapters, dropout and the order of the data.
-        instruction: Goes before each anchor, in place of those that come with the data; before each text alone.
+        instruction: Goes before each anchor, in place of those that come with the data; before each text alone. An
+            empty one: nothing does, not even the model's default prompt.
         teacher: A model, or the address of a server (see :mod:`.teacher`), whose vectors are imitated.
         teacher_model: What a server calls its model.
         teacher_weight: Of the teacher beside the contrastive loss (0.5); texts alone leave it all.
@@ -133,7 +140,8 @@ def heal(
         ``out``: reopened in a fresh process and compared, with ``training.json`` beside the model.
 
     Raises:
-        ModelError, DataError, ConfigError, OutputError: Bad input.
+        ModelError, DataError, ConfigError: Bad input; or ``out`` was begun with another model, data or settings.
+        OutputError: ``out`` holds something, cannot be written, or another run is writing it.
         TrainingDiverged: The loss is not finite, or exploded.
         VerificationFailed: The written folder gives other vectors.
     """
@@ -169,31 +177,48 @@ def heal(
     processes.join()
     check_processes(numbers.batch_size)
     sets = sets_of(sources, numbers.batch_size, aim)
-    validation = _validation(
-        _read_pairs(eval_data, instruction, columns), eval_tasks or (), eval_sample, eval_every, patience, seed
+    trained_on = [source for source in sources if source.name in {item.source for item in sets}]
+    held_out = _read_pairs(eval_data, instruction, columns)
+    _check_validation(
+        held_out, eval_tasks or (), {"eval_sample": eval_sample, "eval_every": eval_every, "patience": patience}
     )
-    guide = _open_teacher(teacher, teacher_model, device, trust_remote_code)
+    if eval_sample is not None:
+        held_out = [pairs.sample(eval_sample, seed) for pairs in held_out]
+    tasks = open_tasks(eval_tasks, eval_sample, seed) if eval_tasks else []
+    validation = _validation(held_out, eval_tasks or (), eval_sample, eval_every, patience, seed)
+    guide = _open_teacher(teacher, teacher_model, cache, device, trust_remote_code)
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
     check_views(opened, aim.depths, aim.dims)
     use_stock_modules(opened)
     if bidirectional:
         attend_both_ways(opened, model)
-    opened.prompts.update(model_prompts(sources))
+    default = default_prompt(opened) if instruction is None else ""
+    prompts = {item.name: prompts_of(item, default) for item in sets}
+    kept_prompts = keep_prompts(opened, trained_on, default)
     numbers = decide(opened, numbers)
     settings = {"recipe": recipe} | asdict(numbers) | {"data": {item.name: len(item.rows) for item in sets}}
     settings |= {
         "columns": dict(columns or {}),
         "bidirectional": bidirectional,
+        "instruction": instruction,
+        "eval_data": [_described(pairs) for pairs in held_out],
+        "eval_tasks": [_task_described(task) for task in tasks],
+        "eval_sample": eval_sample,
         "eval_every": eval_every,
         "patience": patience,
     }
     settings |= _aim_settings(aim, guide, teacher_model)
-    partial = _claim(Path(out), model, settings, sources)
-    with writing(out):
+    settings["notes"] = not_trained_on(sources, numbers.batch_size, aim)
+    with writing(out), only_run(Path(out)) as partial:
+        if processes.is_first():
+            follows = _follows_from(settings, opened, trained_on, prompts)
+            settings["notes"] = [*settings["notes"], *take_up(partial, follows)]
+        processes.wait()
         vectors = None
         if guide:
             sets, vectors = teach(sets, guide, Path(cache or partial / "teacher"), progress)
             guide = None  # its weights are not needed any more
+        sets = [replace(item, prompts=prompts[item.name]) for item in sets]  # a teacher has a default of its own
         with dropout_of(opened, aim):
             outcome = run_training(
                 opened,
@@ -209,7 +234,7 @@ def heal(
             finished = _empty(partial / "model")
             depth = depth_of(opened[0].auto_model)
             save_model(opened, finished, origin_of(model, depth, range(depth)))
-            _table(model, sources, settings, outcome).save(finished)
+            _table(model, trained_on, settings, kept_prompts, outcome).save(finished)
             give_name(finished, Path(out))
             shutil.rmtree(partial)
         processes.wait()
@@ -226,11 +251,14 @@ def _read_pairs(data: Data | None, instruction: str | None, columns: Mapping[str
     return found
 
 
-def _open_teacher(name: str | Path | None, model: str | None, device: str | None, trusted: bool) -> Teacher | None:
+def _open_teacher(
+    name: str | Path | None, model: str | None, cache: str | Path | None, device: str | None, trusted: bool
+) -> Teacher | None:
     if name is not None:
         return open_teacher(name, model=model, device=device, trust_remote_code=trusted)
-    if model is not None:
-        raise ConfigError("teacher_model", model, "there is no teacher", "name one with --teacher")
+    for key, value in (("teacher_model", model), ("cache", cache)):
+        if value is not None:
+            raise ConfigError(key, value, "there is no teacher", "name one with --teacher")
     return None
 
 
@@ -243,19 +271,66 @@ def _aim_settings(aim: Aim, teacher: Teacher | None, model: str | None) -> dict[
     return settings
 
 
-def _table(model: str | Path, sources: Sequence[Source], settings: dict[str, Any], outcome: Outcome) -> Training:
+def _described(pairs: Pairs) -> dict[str, Any]:
+    """Held-out data, for ``training.json``."""
+    return asdict(pairs.source) | {"prompt": pairs.prompt, "passage_prompt": pairs.passage_prompt}
+
+
+def _task_described(task: Task) -> dict[str, Any]:
+    return {"name": task.name, "sha256": task.source.sha256, "instruction": task.instruction}
+
+
+_NAMES = ("notes", "instruction", "teacher", "teacher_model", "name", "licence")
+"""Settings that no number follows from: what they name is known by its content."""
+
+
+def _follows_from(
+    settings: Mapping[str, Any],
+    model: SentenceTransformer,
+    sources: Sequence[Source],
+    prompts: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    """All that decides on the numbers of a training."""
+    known = {key: value for key, value in settings.items() if key not in _NAMES}
+    for key in ("eval_data", "eval_tasks"):
+        known[key] = [{name: value for name, value in item.items() if name not in _NAMES[-2:]} for item in known[key]]
+    return {
+        "weights": fingerprint_model(model),
+        "sha256": [source.source.sha256 for source in sources],
+        "prompts": prompts,
+        **known,
+    }
+
+
+def _table(
+    model: str | Path,
+    sources: Sequence[Source],
+    settings: dict[str, Any],
+    prompts: Mapping[str, str],
+    outcome: Outcome,
+) -> Training:
     return Training(
         provenance=provenance([pairs.source for pairs in sources], settings["seed"]),
         model=model_label(model),
-        steps=settings["steps"],
+        steps=outcome.steps,
         seconds=outcome.seconds,
         trained_parameters=outcome.trained_parameters,
         settings=settings,
-        prompts=model_prompts(sources),
+        prompts=prompts,
         losses=outcome.losses,
         trials=outcome.trials,
         best_step=outcome.best_step,
     )
+
+
+def _check_validation(
+    held_out: Sequence[Pairs], tasks: Sequence[str | Path], numbers: Mapping[str, int | None]
+) -> None:
+    """Refuse numbers of measurements that are none, or that nothing is measured by."""
+    for key, value in numbers.items():
+        check_count(key, value)
+        if value is not None and not held_out and not tasks:
+            raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
 
 
 def _validation(
@@ -268,16 +343,10 @@ def _validation(
 ) -> Validation | None:
     """How a model is measured on the way: the mean over held-out files and tasks."""
     if not held_out and not tasks:
-        for key, value in (("eval_every", every), ("patience", patience), ("eval_sample", sample)):
-            if value is not None:
-                raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
         return None
-    if tasks:
-        open_tasks(tasks, sample, seed)
-    sampled = [pairs if sample is None else pairs.sample(sample, seed) for pairs in held_out]
 
     def score(model: SentenceTransformer) -> float:
-        found = [held_out_ndcg(model, pairs) for pairs in sampled]
+        found = [held_out_ndcg(model, pairs) for pairs in held_out]
         if tasks:
             found += [row.score for row in evaluate([model], tasks, sample=sample, seed=seed, names=["model"]).rows]
         return sum(found) / len(found)
@@ -292,40 +361,6 @@ def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
     texts = [row.positive for row in pairs.rows] + [text for row in pairs.rows for text in row.negatives]
     candidates: torch.Tensor = model.encode(texts, prompt=pairs.passage_prompt or None, **options)
     return float(retrieval(cosines(anchors, candidates)).ndcg_at_10)
-
-
-def model_prompts(sources: Sequence[Source]) -> dict[str, str]:
-    """The prompts that stay with a model: by data set, and as ``query`` and ``document`` where all data agree.
-
-    Texts alone without an instruction leave the model those that it has.
-    """
-    told = [source for source in sources if isinstance(source, Pairs) or source.prompt]
-    prompts = {source.name: source.prompt for source in told if source.prompt}
-    queries = {source.prompt for source in told}
-    passages = {source.passage_prompt if isinstance(source, Pairs) else source.prompt for source in told}
-    if len(queries) == len(passages) == 1:
-        prompts |= {"query": queries.pop(), "document": passages.pop()}
-    return prompts
-
-
-def _claim(out: Path, model: str | Path, settings: dict[str, Any], sources: Sequence[Source]) -> Path:
-    """The folder that a training works in; one that an equal training left unfinished is taken up again."""
-    partial = partial_folder(out)
-    processes.wait()  # or a late one would find what the first one wrote
-    if not processes.is_first():
-        processes.wait()
-        return partial
-    wanted = json.loads(json.dumps({"model": str(model), **settings, "sha256": [p.source.sha256 for p in sources]}))
-    note = partial / "training.json"
-    if note.is_file() and read_json(note) != wanted:
-        raise OutputError(
-            partial, "holds an unfinished training with other settings", "remove it, or name another --out"
-        )
-    if not note.is_file():
-        shutil.rmtree(partial, ignore_errors=True)
-        write_text(note, json.dumps(wanted, indent=1))
-    processes.wait()
-    return partial
 
 
 def _empty(folder: Path) -> Path:

@@ -25,7 +25,7 @@ from secateur.healing import processes
 from secateur.healing.objectives import DROPOUT, IMITATED, TEACHER_WEIGHT, VECTORS, Objective, dropout
 from secateur.healing.recipe import DISTILL, L3PRUNE, Recipe
 from secateur.healing.teacher import Teacher, TeacherVectors, keep_vectors
-from secateur.healing.train import TrainingSet, make_loss, training_sets
+from secateur.healing.train import TrainingSet, left_out, make_loss, training_sets
 from secateur.progress import Progress
 
 LABEL = "label"
@@ -99,16 +99,29 @@ def sets_of(sources: Sequence[Pairs | Texts], batch_size: int, aim: Aim) -> list
     Raises:
         DataError: Nothing fills a batch, or two files have one name.
     """
-    texts = [source for source in sources if isinstance(source, Texts)] if aim.taught else []
-    pairs = [_as_pairs(source) for source in sources if source not in texts]
+    pairs, texts = _split(sources, aim)
     names = [source.name for source in sources]
     for source in texts:
         if names.count(source.name) > 1:
             raise DataError(source.name, "two data files have this name, and a prompt belongs to a name", "rename one")
-        if len(source.rows) < batch_size:
-            problem = f"{len(source.rows)} texts do not fill a batch of {batch_size}"
+        distinct = len(set(source.rows))
+        if distinct < batch_size:
+            problem = f"{distinct} texts do not fill a batch of {batch_size}"
             raise DataError(source.name, problem, "more texts, or a smaller batch")
     return [*(training_sets(pairs, batch_size) if pairs else []), *map(_text_set, texts)]
+
+
+def not_trained_on(sources: Sequence[Pairs | Texts], batch_size: int, aim: Aim) -> list[str]:
+    """What :func:`sets_of` leaves out of the data, in words."""
+    return left_out(_split(sources, aim)[0], batch_size)
+
+
+def _split(sources: Sequence[Pairs | Texts], aim: Aim) -> tuple[list[Pairs], list[Texts]]:
+    """What is trained on as pairs, and the texts that a teacher teaches."""
+    if not aim.taught:
+        return [_as_pairs(source) for source in sources], []
+    pairs = [source for source in sources if isinstance(source, Pairs)]
+    return pairs, [source for source in sources if isinstance(source, Texts)]
 
 
 def _as_pairs(source: Pairs | Texts) -> Pairs:
@@ -120,7 +133,7 @@ def _as_pairs(source: Pairs | Texts) -> Pairs:
 
 def _text_set(texts: Texts) -> TrainingSet:
     rows = Dataset.from_dict({"text": list(dict.fromkeys(texts.rows))})
-    return TrainingSet(texts.name, rows, {"text": texts.prompt} if texts.prompt else {})
+    return TrainingSet(texts.name, rows, {"text": texts.prompt} if texts.prompt else {}, texts.name)
 
 
 def teach(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -13,6 +14,25 @@ from secateur.errors import ConfigError
 Trained = Literal["lora", "blocks", "all", "auto"]
 LEARNING_RATES = {"lora": 2e-4, "blocks": 5e-4, "all": 5e-4}
 """Peak of the schedule by what is trained; the first is the paper's, the others were measured (docs/healing.md)."""
+
+
+LARGEST_SEED = 2**32 - 1
+"""That numpy takes."""
+
+ADAPTERS_ONLY = ("lora_rank", "lora_alpha", "lora_dropout")
+"""Numbers that mean nothing where there are no adapters."""
+
+
+def check_count(key: str, value: Any, *, least: int = 1, most: int | None = None) -> None:
+    """Refuse what is no whole number, or out of bounds; None is one that was not given.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if value is None or (isinstance(value, int) and value >= least and (most is None or value <= most)):
+        return
+    bounds = f"{least} or more" if most is None else f"from {least} to {most}"
+    raise ConfigError(key, value, f"is {value}", f"a whole number, {bounds}")
 
 
 @dataclass(frozen=True)
@@ -42,10 +62,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no training can run with."""
-        for name in ("steps", "learning_rate", "scale", "max_length", "lora_rank", "lora_alpha", "mini_batch_tokens"):
+        for name in ("steps", "batch_size", "max_length", "lora_rank", "lora_alpha", "mini_batch_tokens"):
+            check_count(name, getattr(self, name))
+        check_count("seed", self.seed, least=0, most=LARGEST_SEED)
+        for name in ("learning_rate", "scale"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(name, value, f"is {value}", "it must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(name, value, f"is {value}", "it must be positive, and finite")
         if self.batch_size < 2:
             raise ConfigError(
                 "batch_size", self.batch_size, f"is {self.batch_size}", "in-batch negatives need at least 2"
@@ -88,11 +111,16 @@ def make_recipe(name: str = L3PRUNE, **given: Any) -> Recipe:
     """A named recipe with what is given in place of its own numbers; None leaves one as it is.
 
     Raises:
-        ConfigError: There is no such recipe or number, or a number will not do.
+        ConfigError: There is no such recipe or number, a number will not do, or it is of adapters and there are none.
     """
     if name not in RECIPES:
         raise ConfigError("recipe", name, f"is {name!r}", f"one of {', '.join(RECIPES)}")
     unknown = sorted(set(given) - {field.name for field in fields(Recipe)})
     if unknown:
         raise ConfigError(unknown[0], given[unknown[0]], "no recipe has such a number")
-    return replace(RECIPES[name], **{key: value for key, value in given.items() if value is not None})
+    made = replace(RECIPES[name], **{key: value for key, value in given.items() if value is not None})
+    for key in ADAPTERS_ONLY if made.train in ("blocks", "all") else ():
+        if getattr(made, key) != getattr(RECIPES[name], key):
+            problem = f"there are no adapters where train is {made.train}"
+            raise ConfigError(key, getattr(made, key), problem, "leave it out, or train lora")
+    return made

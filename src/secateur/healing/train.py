@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from secateur.healing.minibatches import MiniBatchedLoss
 from secateur.healing.objectives import Objective
 from secateur.healing.recipe import Recipe
 from secateur.healing.trainable import decide, finish, prepare
-from secateur.healing.trainer import SCORE, Judge, Trainer, Validation, Watch, last_checkpoint
+from secateur.healing.trainer import SCORE, Judge, Trainer, Validation, Watch, last_checkpoint, out_of_patience
 from secateur.progress import Progress, quiet
 
 CHECKPOINTS = 10
@@ -41,10 +41,12 @@ LOGGED = 100
 class Outcome:
     """What a training did.
 
-    ``losses`` are those logged, ``trials`` the scores on the way, ``best_step`` the one whose weights were kept (None:
-    the last); ``seconds`` since the (re)start, ``trained_parameters`` how many numbers were trained.
+    ``steps`` are those done, ``losses`` those logged, ``trials`` the scores on the way, ``best_step`` the one whose
+    weights were kept (None: the last); ``seconds`` are those of the training, without what a kill lost of it;
+    ``trained_parameters`` is how many numbers were trained.
     """
 
+    steps: int
     losses: tuple[LossRow, ...]
     seconds: float
     trained_parameters: int
@@ -54,45 +56,119 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Rows of one data file that share a number of negatives, and the prompt of each column."""
+    """Rows of one data file that share a number of negatives, and the prompt of each column.
+
+    ``source`` is the name of the data they are from.
+    """
 
     name: str
     rows: Dataset
     prompts: Mapping[str, str]
+    source: str = ""
 
 
 def training_sets(sources: Sequence[Pairs], batch_size: int) -> list[TrainingSet]:
     """Data as the trainer wants it: within a set, every row has the same number of negatives.
 
     A file whose rows have a negative here and there becomes two sets; rows with more negatives than the others are
-    cut to the fewest. A set that does not fill a batch is left out.
+    cut to the fewest. A set that does not fill a batch is left out; :func:`left_out` tells it.
 
     Raises:
         DataError: Nothing fills a batch, or two files have one name.
     """
-    sets = []
-    names = [pairs.name for pairs in sources]
+    groups = [group for pairs in sources for group in _groups(pairs)]
+    names = [group.name for group in groups]
     for name in names:
         if names.count(name) > 1:
             raise DataError(name, "two data files have this name, and a prompt belongs to a name", "rename one")
-    for pairs in sources:
-        bare = [row for row in pairs.rows if not row.negatives]
-        hard = [row for row in pairs.rows if row.negatives]
-        for suffix, rows in (("", bare), ("-hard" if bare else "", hard)):
-            if len(rows) >= batch_size:
-                sets.append(_training_set(pairs, pairs.name + suffix, rows))
+    sets = [_training_set(group) for group in groups if apart(group.texts, batch_size) == batch_size]
     if not sets:
-        counts = ", ".join(f"{pairs.source.name}: {len(pairs.rows)} rows" for pairs in sources)
-        raise DataError("data", f"nothing fills a batch of {batch_size} ({counts})", "more rows, or a smaller batch")
+        counts = ", ".join(group.told(batch_size) for group in groups)
+        hint = "more rows, whose texts differ, or a smaller batch"
+        raise DataError("data", f"nothing fills a batch of {batch_size} ({counts})", hint)
     return sets
 
 
-def _training_set(pairs: Pairs, name: str, rows: Sequence[Pair]) -> TrainingSet:
-    columns = {"anchor": [row.anchor for row in rows], "positive": [row.positive for row in rows]}
-    for i in range(min(len(row.negatives) for row in rows)):
-        columns[f"negative_{i + 1}"] = [row.negatives[i] for row in rows]
+def left_out(sources: Sequence[Pairs], batch_size: int) -> list[str]:
+    """What :func:`training_sets` leaves out, in words: rows that fill no batch, and negatives beyond the fewest."""
+    found = []
+    for group in (group for pairs in sources for group in _groups(pairs)):
+        if apart(group.texts, batch_size) < batch_size:
+            found.append(f"{group.told(batch_size)}: too few for a batch of {batch_size}, not trained on")
+            continue
+        cut = [len(row.negatives) for row in group.rows if len(row.negatives) > group.negatives]
+        if cut:
+            told = f"{len(cut)} rows have up to {max(cut)} negatives, of which {group.negatives} are used"
+            found.append(f"{group.pairs.source.name}: {told}, as many as every row has")
+    return found
+
+
+def apart(rows: Sequence[Sequence[str]], most: int) -> int:
+    """How many rows, up to ``most``, hold no text of each other: the sampler puts no others into one batch.
+
+    It takes them as they come, in an order that is drawn; here those with the rarest texts come first, where the
+    order of the file does not do.
+    """
+    counts = [_taken(rows, most)]
+    if counts[0] < min(most, len(rows)):
+        often = Counter(text for row in rows for text in set(row))
+        counts.append(_taken(sorted(rows, key=lambda row: max(often[text] for text in row)), most))
+    return max(counts)
+
+
+def _taken(rows: Sequence[Sequence[str]], most: int) -> int:
+    texts: set[str] = set()
+    count = 0
+    for row in rows:
+        if count == most:
+            break
+        if texts.isdisjoint(row):
+            texts.update(row)
+            count += 1
+    return count
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of one file, all with negatives or all without; ``negatives`` is the fewest that one has."""
+
+    pairs: Pairs
+    name: str
+    rows: Sequence[Pair]
+    negatives: int
+    kind: str
+
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        return [(row.anchor, row.positive, *row.negatives[: self.negatives]) for row in self.rows]
+
+    def told(self, batch_size: int) -> str:
+        """How many rows, and where they are many, how many of them can be in one batch."""
+        told = f"{self.pairs.source.name}: {len(self.rows)} rows{self.kind}"
+        if len(self.rows) < batch_size:
+            return told
+        return f"{told}, no more than {apart(self.texts, batch_size)} of them without a text in common"
+
+
+def _groups(pairs: Pairs) -> list[_Group]:
+    bare = [row for row in pairs.rows if not row.negatives]
+    hard = [row for row in pairs.rows if row.negatives]
+    if not bare or not hard:
+        return [_Group(pairs, pairs.name, pairs.rows, min((len(row.negatives) for row in hard), default=0), "")]
+    fewest = min(len(row.negatives) for row in hard)
+    return [
+        _Group(pairs, pairs.name, bare, 0, " without negatives"),
+        _Group(pairs, f"{pairs.name}-hard", hard, fewest, " with negatives"),
+    ]
+
+
+def _training_set(group: _Group) -> TrainingSet:
+    names = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(group.negatives))]
+    columns = dict(zip(names, map(list, zip(*group.texts, strict=True)), strict=True))
+    pairs = group.pairs
     prompts = {column: pairs.prompt if column == "anchor" else pairs.passage_prompt for column in columns}
-    return TrainingSet(name, Dataset.from_dict(columns), {column: text for column, text in prompts.items() if text})
+    told = {column: text for column, text in prompts.items() if text}
+    return TrainingSet(group.name, Dataset.from_dict(columns), told, pairs.name)
 
 
 MakeLoss = Callable[[SentenceTransformer, Recipe], torch.nn.Module]
@@ -144,6 +220,7 @@ def train(
     Raises:
         TrainingDiverged: The loss is not finite, or exploded.
         ConfigError: The launcher asks for FSDP.
+        DataError: The data had no batches for all of the steps.
     """
     recipe = decide(model, recipe)
     before = prepare(model, recipe)
@@ -163,19 +240,23 @@ def train(
     if trainer.is_fsdp_enabled:
         raise ConfigError("fsdp", True, "weights cannot be sharded", "start the processes without FSDP")
     trainer.remove_callback(PrinterCallback)
-    started = time.monotonic()
     with quiet():
         trainer.go_on(last_checkpoint(folder), patience)
+    state = trainer.state
+    if state.global_step < recipe.steps and not out_of_patience(state, patience):
+        problem = f"gave no batch of {recipe.batch_size} after {state.global_step} of {recipe.steps} steps"
+        raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
     # The trainer left its autocast around the model: what is saved and compared is the model without it.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = own_length
     finish(model, before)
     return Outcome(
-        losses=tuple(_loss_rows(trainer.state)),
-        seconds=time.monotonic() - started,
+        steps=state.global_step,
+        losses=tuple(_loss_rows(state)),
+        seconds=trainer.seconds,
         trained_parameters=trained,
-        trials=tuple(TrialRow(row["step"], row[SCORE]) for row in trainer.state.log_history if SCORE in row),
-        best_step=trainer.state.best_global_step if validation else None,
+        trials=tuple(TrialRow(row["step"], row[SCORE]) for row in state.log_history if SCORE in row),
+        best_step=state.best_global_step if validation else None,
     )
 
 

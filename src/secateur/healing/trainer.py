@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -24,6 +26,8 @@ from secateur.healing.on_cpu import attention_in_float32
 from secateur.progress import Progress
 
 TRAINED_WEIGHTS = "trained.safetensors"
+
+SECONDS = "seconds"
 
 FIRST_LOSSES = 10
 EXPLODED = 10.0
@@ -47,10 +51,18 @@ class Validation:
 
 
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
-    """Keeps in a checkpoint only the weights that are trained.
+    """Keeps in a checkpoint only the weights that are trained, and beside them the seconds that led to them.
 
     The stock one saves a model folder whose adapters point at the base by path; that path may be gone on resuming.
     """
+
+    _started = 0.0
+    _seconds_before = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of training: since :meth:`go_on`, and up to the checkpoint that it went on from."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def get_data_collator(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
         collator = super().get_data_collator(model, *args, **kwargs)
@@ -67,6 +79,8 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def go_on(self, checkpoint: str | None, patience: int | None) -> None:
         """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
+        self._started = time.monotonic()
+        self._seconds_before = _seconds_of(Path(checkpoint)) if checkpoint else 0.0
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
         if state is None or (state.global_step < self.args.max_steps and not out_of_patience(state, patience)):
             self.train(resume_from_checkpoint=checkpoint)
@@ -78,7 +92,8 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self._trained().items()}, folder / TRAINED_WEIGHTS)
+        weights = {name: p.detach().contiguous() for name, p in self._trained().items()}
+        save_file(weights, folder / TRAINED_WEIGHTS, metadata={SECONDS: repr(self.seconds)})
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         saved = load_file(Path(checkpoint_path) / TRAINED_WEIGHTS)
@@ -188,6 +203,12 @@ def last_checkpoint(folder: Path) -> str | None:
     for path in set(found) - set(whole):
         shutil.rmtree(path)
     return str(whole[-1]) if whole else None
+
+
+def _seconds_of(checkpoint: Path) -> float:
+    """Those that a checkpoint took; earlier versions did not note them."""
+    with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt") as file:
+        return float((file.metadata() or {}).get(SECONDS, 0.0))
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -1,0 +1,97 @@
+"""What a killed heal goes on with, and what two of them do in one place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import secateur
+from conftest import example_pairs, tiny_transformer, write_pairs
+from secateur.artifacts import Training, load
+from secateur.data.pairs import read_pairs
+from secateur.errors import ConfigError, OutputError
+from secateur.files import held
+from secateur.healing.recipe import Recipe
+from secateur.healing.train import train, training_sets
+from secateur.progress import silent
+from task_folders import example_rows, write_task
+
+SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 8, "precision": "float32", "train": "blocks"}
+
+
+def killed(*given: Any, at: int = 2, **options: Any) -> None:
+    """A heal that is interrupted after a step."""
+
+    def kill(what: str, done: int, total: int) -> None:
+        if done == at * SETTINGS["batch_size"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        secateur.heal(*given, **(SETTINGS | options), progress=kill)
+
+
+def test_it_goes_on_with_the_same_model_prompts_and_validation_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_transformer(tmp_path / "model", "llama", depth=2)
+    data = write_pairs(tmp_path / "words.jsonl", example_pairs(16), "find the word")
+    measured = write_pairs(tmp_path / "held.jsonl", example_pairs(9, seed=1))
+    task = write_task(tmp_path / "task", "sts", example_rows("sts"), name="task")
+    same = {"eval_data": measured, "out": tmp_path / "out"}
+    killed(model, data, **same)
+
+    def refused(told: str, **options: Any) -> None:
+        with pytest.raises(ConfigError, match=rf"out: .*out.partial holds an unfinished training .*\({told}\)"):
+            secateur.heal(model, data, **(SETTINGS | same | options))
+
+    refused("what stands before the texts; the held-out data", instruction="say it")
+    refused("the held-out data", eval_data=data)
+    refused("the held-out data", eval_data=None)
+    refused("the tasks on the way", eval_tasks=[task])
+    refused("the held-out data; eval_sample was None, is 5", eval_sample=5)
+    write_pairs(data, example_pairs(16), "find another")
+    refused("what stands before the texts")
+    write_pairs(data, example_pairs(16), "find the word")
+    shutil.move(model, tmp_path / "kept")
+    tiny_transformer(model, "llama", depth=2, seed=1)
+    refused("the model is another")
+    monkeypatch.chdir(tmp_path)  # the same model and data, by other names of theirs
+    out = secateur.heal("kept", "./words.jsonl", **SETTINGS, eval_data="held.jsonl", out="out")
+    table = load(out, Training)
+    assert (table.steps, table.settings["instruction"], table.settings["eval_sample"]) == (4, None, None)
+    (source,) = table.settings["eval_data"]
+    assert (source["name"], source["sha256"]) == ("held.jsonl", read_pairs(measured).source.sha256)
+    assert list(table.settings["eval_tasks"]) == []
+
+
+def test_one_run_at_a_time_goes_on_and_tells_what_an_earlier_version_did_not_note(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
+    killed(llama_folder, pairs_file, out=tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    noted = json.loads((partial / "training.json").read_text())
+    known = {key: value for key, value in noted.items() if key not in ("weights", "prompts")}
+    (partial / "training.json").write_text(json.dumps(known))
+    with held(partial), pytest.raises(OutputError, match="another run is working in it"):
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out")
+
+    def at_work(what: str, done: int, total: int) -> None:
+        with pytest.raises(OutputError, match="another run is working in it"), held(partial):
+            pass
+
+    out = secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out", progress=at_work)
+    (told,) = load(out, Training).settings["notes"]
+    assert told.startswith("begun by an earlier version, which did not note weights, prompts")
+    assert not partial.exists()
+
+
+def test_seconds_are_those_of_all_starts(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    """A training that has nothing left to do still knows what it took."""
+    sets = training_sets([read_pairs(pairs_file)], 8)
+    found = []
+    for _ in range(2):
+        model = secateur.open_model(llama_folder, device="cpu")
+        found.append(train(model, sets, Recipe(**SETTINGS), tmp_path, silent).seconds)
+    assert 0.5 * found[0] < found[1] < found[0] + 5
