@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import zipfile
@@ -268,6 +269,63 @@ def test_what_changed_is_scored_again_and_the_rest_stays(make_encoder: MakeEncod
     assert len(load(out, Scores).rows) == 2
 
 
+def test_a_score_is_computed_again_when_any_of_its_prompts_changed(make_encoder: MakeEncoder, tmp_path: Path):
+    path = write_task(tmp_path / "t", "retrieval", example_rows("retrieval"))
+    model, out = make_encoder("llama", prompts={"query": "query: ", "document": "passage: "}), tmp_path / "out"
+
+    def run(folder: Path, **options: object) -> float:
+        return evaluate([model], [path], names=["m"], out=folder, **options).rows[0].score
+
+    first = run(out)
+    model.prompts["document"] = "what is in here? "
+    changed = run(out)
+    assert changed == run(tmp_path / "fresh") != first
+    model.prompts = {"passage": "passage: "}  # which mteb does not know, and encode_document takes
+    own = run(out)
+    assert own == run(tmp_path / "fresh2")
+    assert run(out, instructions=False) == run(tmp_path / "fresh3", instructions=False) != own
+
+
+def test_scores_of_an_earlier_version_are_computed_again(make_encoder: MakeEncoder, tmp_path: Path):
+    path, model, out = write_task(tmp_path / "t", "sts", example_rows("sts")), make_encoder(), tmp_path / "out"
+    first = evaluate([model], [path], names=["m"], out=out).rows[0]
+    content = json.loads((out / Scores.file).read_text())
+    del content["scores"][0]["prompts"], content["scores"][0]["source"]
+    (out / Scores.file).write_text(json.dumps(content))
+    again = evaluate([model], [path], names=["m"], out=out).rows[0]
+    assert (again.score, again.prompts) == (first.score, first.prompts)
+    assert again.seconds != first.seconds
+
+
+def test_two_evaluations_into_one_folder_keep_the_scores_of_both(make_encoder: MakeEncoder, tmp_path: Path):
+    paths = [write_task(tmp_path / name, "sts", example_rows("sts")) for name in ("one", "two")]
+    out, others = tmp_path / "out", []
+
+    def evaluate_another(what: str, done: int, total: int) -> None:
+        if done == 1:
+            others.extend(evaluate([make_encoder(seed=1)], paths, names=["other"], out=out).rows)
+
+    rows = evaluate([make_encoder()], paths, names=["m"], out=out, progress=evaluate_another).rows
+    assert {(row.model, row.task) for row in rows} == {("m", "one"), ("m", "two")}
+    assert sorted(load(out, Scores).rows, key=str) == sorted([*rows, *others], key=str)
+
+
+def test_a_model_does_not_replace_the_scores_of_another_of_its_name(make_encoder: MakeEncoder, tmp_path: Path):
+    path, out = write_task(tmp_path / "t", "sts", example_rows("sts")), tmp_path / "out"
+    folders = [tmp_path / "a" / "final", tmp_path / "b" / "final"]
+    for seed, folder in enumerate(folders):
+        make_encoder(seed=seed).save(str(folder))
+    (first,) = evaluate(folders[:1], [path], out=out).rows
+    with pytest.raises(ConfigError, match=rf"another model called final, {folders[0].resolve()}: .*--names"):
+        evaluate(folders[1:], [path], out=out)
+    (second,) = evaluate(folders[1:], [path], names=["mine"], out=out).rows
+    assert load(out, Scores).rows == (first, second)
+    make_encoder(seed=2).save(str(folders[0]))  # trained on: the same model
+    assert evaluate(folders[:1], [path], out=out).rows[0].score != first.score
+    both = evaluate(folders, [path], out=out).rows
+    assert [row.model for row in both] == [str(folder) for folder in folders]
+
+
 def test_the_fingerprint_of_a_model_sees_weights_and_settings(make_encoder: MakeEncoder):
     model = make_encoder("llama")
     before = fingerprint_model(model)
@@ -306,7 +364,10 @@ def test_wrong_arguments_are_refused(make_encoder: MakeEncoder, tmp_path: Path):
         (([model, model], [path]), {"names": ["m", "m"]}, "two models are called m"),
         (([model], [path]), {"names": ["m", "n"]}, "2 names for 1 models"),
         (([model], [path, path]), {}, "two tasks are called t"),
-        (([model], [path]), {"batch_size": 0}, "1 or more"),
+        (([model], [path]), {"batch_size": 0}, "batch_size: 0 will not do: .* greater than or equal to 1"),
+        (([model], [path]), {"sample": 2.5}, "sample: 2.5 will not do"),
+        (([model], [path]), {"seed": None}, "seed: None will not do"),
+        (([model], [path]), {"seed": -1}, "seed: -1 will not do"),
         (([model], [path]), {"instructed": []}, "0 values for 1 models"),
     ]:
         with pytest.raises(ConfigError, match=says):

@@ -193,6 +193,9 @@ class ScoreRow:
     ``low`` to ``high`` is the 95 % bootstrap interval of the score over ``units`` things drawn again, ``unit`` says
     which (:mod:`.predictions`); None where they cannot be. ``draws`` names the file of the draws, which
     :func:`.read_draws` reads.
+
+    ``prompts`` are those of the model on this task for texts of no kind, for queries and for documents; ``source`` is
+    the model's folder or Hub id. Both are empty in scores of earlier versions.
     """
 
     model: str
@@ -212,6 +215,8 @@ class ScoreRow:
     unit: str = ""
     units: int = 0
     draws: str = ""
+    prompts: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)

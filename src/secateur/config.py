@@ -22,12 +22,14 @@ Arithmetic = Literal["auto", "float32", "mixed", "bfloat16", "float16"]
 
 MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
 ONE: JsonDict = {"argument": True}
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+"""As numpy takes it."""
 
 
 class Options(BaseModel):
     """What all commands' options have in common."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
@@ -97,7 +99,7 @@ class ProfileOptions(Options):
     max_length: int = Field(512, ge=1, description=_LENGTH)
     dtype: Dtype = Field("auto", description="Number format of the arithmetic; auto: the quickest, by measurement.")
     device: str | None = Field(None, description=_DEVICE)
-    seed: int = Field(42, description="Of the drawing.")
+    seed: Seed = Field(42, description="Of the drawing.")
     tasks: list[str] = Field(
         [], description="Score these at every depth too: task folders, or tasks and benchmarks of mteb."
     )
@@ -172,7 +174,7 @@ class HealSettings(Options):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the arithmetic; auto: bfloat16 where the processor has it."
     )
-    seed: int = Field(42, description="Of adapters, dropout and the order of the data.")
+    seed: Seed = Field(42, description="Of adapters, dropout and the order of the data.")
 
 
 class HealOptions(HealSettings):
@@ -224,8 +226,11 @@ class EvaluateOptions(Options):
     models: list[str] = Field(description=MODEL, json_schema_extra=ONE, min_length=1)
     tasks: list[str] = Field(description="Task folders, or names of mteb's tasks and benchmarks.", min_length=1)
     out: Path = _out("Folder for scores.json.")
+    names: list[str] | None = Field(
+        None, description="What to call the models [default: the last part of their paths]."
+    )
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    seed: int = Field(42, description="Of the sample.")
+    seed: Seed = Field(42, description="Of the sample.")
     batch_size: int = Field(32, ge=1, description="Texts per batch.")
     cache: Path | None = Field(None, description=_CACHE)
 
@@ -256,7 +261,7 @@ class CompareOptions(Options):
     neighbours: int = Field(10, ge=1, description="Nearest texts compared for each text.")
     max_texts: int = Field(2000, ge=2, description="Texts used for the neighbours, drawn by the seed.")
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    seed: int = Field(42, description="Of the samples.")
+    seed: Seed = Field(42, description="Of the samples.")
     batch_size: int = Field(32, ge=1, description="Texts per batch.")
     timed: bool = Field(True, description="Count and time the models too.")
     cache: Path | None = Field(None, description=_CACHE)
@@ -288,7 +293,7 @@ class ExportOptions(Options):
         default=[], description="Tasks to score both on: folders, or tasks and benchmarks of mteb."
     )
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    seed: int = Field(42, description="Of the samples.")
+    seed: Seed = Field(42, description="Of the samples.")
     min_cosine: float | None = Field(
         None, ge=-1, le=1, description="Least cosine with the original that any text may have [default: by precision]."
     )
@@ -330,7 +335,7 @@ class StudyOptions(HealSettings):
         description="Names of trainings; none leaves the cut models as they are. In YAML: name -> options of heal.",
     )
     teacher: str | None = Field(None, description="As heal --teacher; self: the whole model teaches its parts.")
-    seeds: list[int] = Field(default=[], description="Train once with each [default: --seed].")
+    seeds: list[Seed] = Field(default=[], description="Train once with each [default: --seed].")
     profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the profile's loss.")
     profile_dtype: Dtype = Field("auto", description="Number format of the profile's arithmetic; auto: the quickest.")
     max_examples: int = Field(1280, ge=2, description="Pairs used by the profile.")
@@ -423,7 +428,7 @@ class ServeOptions(Options):
     max_items: int = Field(2048, ge=1, description="Texts in a request.")
     max_tokens: int = Field(300_000, ge=1, description="Tokens in a request.")
     max_bytes: int = Field(4 << 20, ge=1, description="Bytes of a request's body.")
-    timeout: float = Field(60.0, gt=0, allow_inf_nan=False, description="Seconds that a request may take.")
+    timeout: float = Field(60.0, gt=0, description="Seconds that a request may take.")
     truncate: bool = Field(False, description="Cut texts that are too long; else they are refused.")
     pooling: PoolingName | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
@@ -449,6 +454,20 @@ def make(options: type[O], values: dict[str, Any]) -> O:
         if first["type"] in ("missing", "too_short"):
             raise ConfigError(key, None, "is missing", options.model_fields[key].description or "") from None
         raise ConfigError(key, first["input"], f"{first['input']!r} will not do", first["msg"]) from None
+
+
+def check(options: type[Options], **values: Any) -> None:
+    """Validate what a function was given for some of a command's options. It is used as it is: nothing is converted.
+
+    Raises:
+        ConfigError: The first that is of a wrong value.
+    """
+    blank = options.model_construct()
+    for key, value in values.items():
+        try:
+            options.__pydantic_validator__.validate_assignment(blank, key, value, strict=True)
+        except ValidationError as error:
+            raise ConfigError(key, value, f"{value!r} will not do", error.errors()[0]["msg"]) from None
 
 
 def default_of(options: type[Options], key: str) -> Any:

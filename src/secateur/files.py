@@ -115,10 +115,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Within: no other run works in this folder. The lock lies on the folder itself, and ends with the process.
 
     Where the system or the disk knows no such locks, there is none.
+
+    Args:
+        folder: Must exist.
+        wait: For the other's end, where each holds the folder only while it writes.
 
     Raises:
         OutputError: Another run does.
@@ -132,7 +136,7 @@ def held(folder: Path) -> Iterator[None]:
         try:
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             free = os.path.samestat(os.fstat(descriptor), folder.stat())
         except (BlockingIOError, FileNotFoundError):  # the other one may have given it its name just now
             free = False

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.artifacts import PartRow, Profile
 from secateur.choosing.selectors import Choice, chance_of, losses_of, prefix
+from secateur.config import ChooseOptions, check
 from secateur.errors import ConfigError, DataError
 from secateur.measures.curves import Rule, lowest_in_each_half
 from secateur.profiling.parts import cost_of
@@ -25,12 +26,18 @@ class Budget:
         max_latency_ms: Milliseconds for one text of some 20 tokens, as measured when the profile was made.
         max_loss_increase: The share by which the loss may be above the lowest of all depths: 0.05 allows 5 % more.
             Not above that of the full depth, which is often not the lowest before healing.
+
+    Raises:
+        ConfigError: A limit is no number, or not above zero.
     """
 
     max_params: float | None = None
     max_bytes: float | None = None
     max_latency_ms: float | None = None
     max_loss_increase: float | None = None
+
+    def __post_init__(self) -> None:
+        check(ChooseOptions, **vars(self))
 
     @property
     def is_given(self) -> bool:

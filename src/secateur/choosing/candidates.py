@@ -90,7 +90,7 @@ def candidates(
 
     Raises:
         DataError: The file is no profile.
-        ConfigError: No depth is within the limits.
+        ConfigError: No depth is within the limits, or a limit is no number.
     """
     table = read_profile(profile)
     budget = Budget(max_params, max_bytes, max_latency_ms, max_loss_increase)

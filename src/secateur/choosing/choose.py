@@ -41,7 +41,7 @@ def choose(
     Raises:
         DataError: The file is no profile, or does not tell what is asked for, as one of texts alone has no losses.
         IllegalDepth: The model has a single block.
-        ConfigError: No depth is within the limits.
+        ConfigError: No depth is within the limits, or a limit is no number.
     """
     table = read_profile(profile)
     budget = Budget(max_params, max_bytes, max_latency_ms, max_loss_increase)

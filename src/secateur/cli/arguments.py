@@ -19,7 +19,7 @@ def spread(arguments: list[str]) -> list[str]:
     ``study status`` and ``study resume`` are commands whose names have a blank.
     """
     several = {"--data", "--columns", "--tasks", "--texts", "--depths", "--dims", "--eval-data", "--eval-tasks"}
-    several |= {"--recipes", "--seeds"}
+    several |= {"--recipes", "--seeds", "--names"}
     if tuple(arguments[:2]) in (("study", "status"), ("study", "resume")):
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
     spread: list[str] = []

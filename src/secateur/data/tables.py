@@ -22,6 +22,8 @@ QUERY, ANCHOR, POSITIVE, NEGATIVE, TEXT = ROLES = ("query", "anchor", "positive"
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 LINES = ".txt"
+FIELD_CHARACTERS = 1 << 30
+"""The longest text in a CSV file; Python's own limit is 131,072."""
 
 Row = tuple[int, Mapping[str, Any]]
 """Number of the line (or row), from 1, and its columns."""
@@ -126,6 +128,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(FIELD_CHARACTERS)
     try:
         content = path.read_bytes()
     except OSError as error:

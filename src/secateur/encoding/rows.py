@@ -18,14 +18,13 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from secateur.data.jsonl import read_json_lines
-from secateur.data.tables import check_once, values_of
+from secateur.data.tables import FIELD_CHARACTERS, check_once, values_of
 from secateur.errors import DataError
 from secateur.files import check_is_file
 
 COLUMNS = ("text", "sentence", "query", "passage", "document", "content")
 """Where texts are looked for, in this order, if nobody names a column."""
 
-FIELD_CHARACTERS = 1 << 30
 BATCH_ROWS = 1024
 
 

@@ -21,7 +21,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,13 +38,14 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
 from secateur.artifacts import ScoreRow, Scores, load
+from secateur.config import EvaluateOptions, check
 from secateur.data.pairs import instruction_prompt
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.differences import draws_file
 from secateur.evaluation.predictions import predicted
 from secateur.evaluation.tasks import Task, count_samples, expand, open_task
-from secateur.files import output_error, read_json, write_bytes, writing
+from secateur.files import held, output_error, read_json, write_bytes, writing
 from secateur.loading.models import model_label, open_model
 from secateur.measures.intervals import FEWEST, Array, interval, mean_of, resample, whole
 from secateur.progress import Progress, quiet, silent
@@ -52,6 +53,9 @@ from secateur.provenance import Fingerprint, provenance
 
 MTEB_FOLDER = "mteb"
 SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
+
+_OWN_PROMPTS = {PromptType.query: ("query",), PromptType.document: ("document", "passage", "corpus")}
+"""Prompts of which sentence-transformers takes the first that a model has, for a kind of texts."""
 
 Model: TypeAlias = str | Path | SentenceTransformer
 
@@ -85,12 +89,13 @@ def evaluate(
         batch_size: Texts encoded at once.
         instructions: False: no instruction and no prompt before any text, for no model.
         instructed: Whether each model was trained with instructions. Default: read from its prompts.
-        names: What to call the models in the table. Default: the last part of their paths.
+        names: What to call the models in the table. Default: the last part of their paths; two folders of one name are
+            told apart by their paths.
         cache: Folder that keeps vectors (:mod:`.vectors`): a text is not encoded twice by the same model.
         out: Folder of ``scores.json``, written after each task; a task that fails does not keep the others from being
             scored, its error comes at the end. Scores that it holds already are not computed again if
-            the model's weights, the task's data, ``sample``, ``seed`` and the prompt are the same; those of other
-            models and tasks stay in the file.
+            the model's weights, the task's data, ``sample``, ``seed`` and the prompts are the same; those of other
+            models and tasks stay in the file, those too that another run adds meanwhile.
         progress: Called before each task and at the end, with the number of scores that are there.
 
     Returns:
@@ -99,13 +104,14 @@ def evaluate(
     Raises:
         DataError: A task is not right, or cannot be downloaded.
         ModelError: A model cannot be opened, or its vectors are not numbers or all alike.
-        ConfigError: No models, no tasks, equal names, or a number that is too small.
+        ConfigError: No models, no tasks, equal names, or a number that is too small; or ``out`` has scores of another
+            model by the same name, which nobody gave it.
+        OutputError: ``out`` cannot be written.
     """
+    check(EvaluateOptions, sample=sample, seed=seed, batch_size=batch_size)
     labels = _labels(models, names)
     if instructed is not None and len(instructed) != len(models):
         raise ConfigError("instructed", instructed, f"{len(instructed)} values for {len(models)} models")
-    if batch_size < 1:
-        raise ConfigError("batch_size", batch_size, f"{batch_size} texts are none", "1 or more")
     opened = open_tasks(tasks, sample, seed)
     ledger = _Ledger.open(out, [(label, task.name) for label in labels for task in opened], opened, seed)
     total = len(labels) * len(opened)
@@ -113,18 +119,21 @@ def evaluate(
     for i, (label, given) in enumerate(zip(labels, models, strict=True)):
         model = given if isinstance(given, SentenceTransformer) else open_model(given)
         told = is_instructed(model) if instructed is None else instructed[i]
-        weights = fingerprint_model(model)
+        weights, source = fingerprint_model(model), _source(given)
+        if names is None:
+            ledger.check_same(label, source, weights)
         vectors = VectorCache(cache, weights) if cache is not None else None
         for j, task in enumerate(opened):
             progress("evaluate", i * len(opened) + j, total)
             prompts = task_prompts(task, told) if instructions else {}
             with quiet(), as_encoder(model, label, prompts, vectors) as encoder:
-                key: dict[str, Any] = {"sample": sample, "seed": seed, "prompt": _prompt(encoder, task)}
-                key |= {"data": task.source.sha256, "weights": weights}
+                key = {"sample": sample, "seed": seed, "data": task.source.sha256, "weights": weights}
+                key |= _prompts(encoder, task)
                 if ledger.holds(label, task.name, key):
                     continue
                 try:
-                    ledger.add(_finite(score_task(encoder, label, task, batch_size, key)))
+                    scored = _finite(score_task(encoder, label, task, batch_size, key))
+                    ledger.add(replace(scored, row=replace(scored.row, source=source)))
                 except (DataError, ModelError) as error:
                     if out is None:
                         raise
@@ -142,9 +151,12 @@ def _labels(models: Sequence[Model], names: Sequence[str] | None) -> list[str]:
     if names is not None and len(names) != len(models):
         raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
     labels = list(names) if names is not None else [_label(model, i) for i, model in enumerate(models)]
+    if names is None and len(set(labels)) < len(labels):  # folders of one name, such as a/final and b/final
+        told = zip(labels, models, strict=True)
+        labels = [label if isinstance(model, SentenceTransformer) else str(model) for label, model in told]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
-        raise ConfigError("names", labels, f"two models are called {twice[0]}", "give each its own name")
+        raise ConfigError("names", labels, f"two models are called {twice[0]}", "give each its own name: --names A B")
     return labels
 
 
@@ -152,6 +164,14 @@ def _label(model: Model, index: int) -> str:
     if isinstance(model, SentenceTransformer):
         return model_label(model.model_card_data.base_model or f"model-{index + 1}")
     return model_label(model)
+
+
+def _source(model: Model) -> str:
+    """Where a model is from: a folder's whole path, or a Hub id; empty for one that is open already."""
+    if isinstance(model, SentenceTransformer):
+        return ""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else str(model)
 
 
 def open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:
@@ -191,10 +211,7 @@ class _Ledger:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise output_error(folder, error) from error
-            if (folder / Scores.file).exists():
-                earlier = load(folder, Scores)
-                rows = {(row.model, row.task): row for row in earlier.rows}
-                data = {item.name: item for item in earlier.provenance.data}
+            rows, data = _read(folder)
         return cls(folder, wanted, rows, data | {task.name: task.source for task in tasks}, seed)
 
     def holds(self, model: str, task: str, key: dict[str, Any]) -> bool:
@@ -203,29 +220,45 @@ class _Ledger:
             return False
         return self.out is None or not row.draws or draws_file(self.out, row.draws).is_file()
 
+    def check_same(self, model: str, source: str, weights: str) -> None:
+        """Refuse a model that would replace the scores of another one, from another place."""
+        for row in self.rows.values():
+            if row.model == model and row.source and source and row.source != source and row.weights != weights:
+                problem = f"{self.out} has scores of another model called {model}, {row.source}"
+                raise ConfigError("names", model, problem, "give this one another name: --names NAME")
+
     def add(self, scored: Scored) -> None:
         """Keep a score; on disk the row comes last, so that what it names is there."""
         row = scored.row
         self.rows[row.model, row.task] = row
         if self.out is None:
             return
-        if scored.draws is not None:
-            stream = io.BytesIO()
-            np.save(stream, scored.draws)
-            write_bytes(draws_file(self.out, row.draws), stream.getvalue())
-        with writing(self.out / MTEB_FOLDER):
-            ResultCache(self.out / MTEB_FOLDER).save_to_cache(scored.result, scored.meta)
-        self._of([*self.rows]).save(self.out)
+        with held(self.out, wait=True):
+            if scored.draws is not None:
+                stream = io.BytesIO()
+                np.save(stream, scored.draws)
+                write_bytes(draws_file(self.out, row.draws), stream.getvalue())
+            with writing(self.out / MTEB_FOLDER):
+                ResultCache(self.out / MTEB_FOLDER).save_to_cache(scored.result, scored.meta)
+            rows, data = _read(self.out)  # another run may have added to it
+            self._table([*(self.rows | rows | {(row.model, row.task): row}).values()], data | self.data).save(self.out)
 
     def table(self) -> Scores:
         """The scores that were asked for."""
-        return self._of(self.wanted)
+        return self._table([self.rows[pair] for pair in self.wanted], self.data)
 
-    def _of(self, pairs: Sequence[tuple[str, str]]) -> Scores:
-        rows = tuple(self.rows[pair] for pair in pairs)
+    def _table(self, rows: Sequence[ScoreRow], data: Mapping[str, Fingerprint]) -> Scores:
         used = {row.task for row in rows}
-        data = [item for name, item in self.data.items() if name in used]
-        return Scores(provenance=provenance(data, self.seed), scores=rows)
+        sources = [item for name, item in data.items() if name in used]
+        return Scores(provenance=provenance(sources, self.seed), scores=tuple(rows))
+
+
+def _read(out: Path) -> tuple[dict[tuple[str, str], ScoreRow], dict[str, Fingerprint]]:
+    """The rows of a folder's table, by model and task, and what they were computed on, by task."""
+    if not (out / Scores.file).exists():
+        return {}, {}
+    table = load(out, Scores)
+    return {(row.model, row.task): row for row in table.rows}, {item.name: item for item in table.provenance.data}
 
 
 def is_instructed(model: SentenceTransformer) -> bool:
@@ -291,11 +324,20 @@ def as_encoder(
         model.prompts, model.default_prompt_name, card.model_name = before
 
 
-def _prompt(encoder: Encoder, task: Task) -> str:
-    """What will stand before the queries, or before all texts."""
+def _prompts(encoder: Encoder, task: Task) -> dict[str, Any]:
+    """The row's ``prompts``, and ``prompt``: what will stand before the queries, or before all texts."""
+    plain, query, document = (_prompt(encoder, task, kind) for kind in (None, PromptType.query, PromptType.document))
+    return {"prompt": query if task.asymmetric else plain, "prompts": (plain, query, document)}
+
+
+def _prompt(encoder: Encoder, task: Task, kind: PromptType | None) -> str:
+    """What will stand before the texts of a kind: mteb's choice, else that of the model's ``encode`` for this kind."""
     prompts, model = encoder.model_prompts or {}, encoder.model
-    name = get_prompt_name(prompts, task.metadata, PromptType.query if task.asymmetric else None)
-    return str((prompts[name] if name else model.prompts.get(model.default_prompt_name)) or "")
+    name = get_prompt_name(prompts, task.metadata, kind)
+    if name:
+        return str(prompts[name] or "")
+    own = next((name for name in _OWN_PROMPTS.get(kind, ()) if name in model.prompts), model.default_prompt_name)
+    return str(model.prompts.get(own) or "")
 
 
 @dataclass(frozen=True)
@@ -316,7 +358,7 @@ def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: d
         label: What the model is called in the row.
         task: Is made anew.
         batch_size: Texts encoded at once.
-        key: The row's ``sample``, ``seed``, ``prompt``, ``data`` and ``weights``.
+        key: The row's ``sample``, ``seed``, ``prompt``, ``prompts``, ``data`` and ``weights``.
 
     Returns:
         The score, which is NaN where mteb's is, such as a correlation with vectors that are all alike.
@@ -372,7 +414,7 @@ def _resampled(
     seeds = [int(hashlib.sha256(f"{row.data} {i}".encode()).hexdigest()[:8], 16) for i in range(len(parts))]
     draws = mean_of([resample(part.statistic, part.units, seed) for part, seed in zip(parts, seeds, strict=True)])
     low, high = interval(draws)
-    identity = json.dumps([row.model, row.task, row.sample, row.seed, row.prompt, row.data, row.weights])
+    identity = json.dumps([row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights])
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     units = sum(part.units for part in parts)
     return replace(row, low=low, high=high, unit=parts[0].unit, units=units, draws=name), draws

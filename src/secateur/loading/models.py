@@ -36,6 +36,8 @@ from secateur.loading.pooling import PoolingName, WeightedMean, make_pooling, po
 from secateur.progress import quiet
 
 DEMO_MODEL = "smollm2"
+MAX_LENGTH = 512
+"""Tokens of a text, for a bare language model, where nobody says."""
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = "such as cpu, cuda, cuda:0 or mps"
 _LEGACY_TYPES = {
@@ -50,7 +52,7 @@ def open_model(
     name: str | Path,
     *,
     pooling: PoolingName | None = None,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
     dtype: str = "auto",
     device: str | None = None,
     revision: str | None = None,
@@ -69,7 +71,8 @@ def open_model(
         trust_remote_code: Run the model code that a repository brings along.
 
     Raises:
-        ConfigError: There is no such device or number format, or no token is left of a text.
+        ConfigError: There is no such device or number format, or no token is left of a text; or a trained embedder,
+            which keeps its own, is given a ``max_length``.
         ModelError: The model is missing, half written, not a text model, or holds no safetensors.
     """
     check_device(device)
@@ -88,14 +91,27 @@ def open_model(
         if isinstance(source, Path):
             _check_folder(source)
         if is_sentence_transformer_model(str(source), revision=revision):
-            if pooling is not None:
-                raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
+            check_embedder(name, pooling, max_length)
             model = SentenceTransformer(str(source), model_kwargs=model_kwargs, **options)
         else:
             model = _wrap(source, model_kwargs, pooling, max_length, options)
         if isinstance(source, Path):
             _check_whole(source, model)
         return model
+
+
+def check_embedder(name: str | Path, pooling: PoolingName | None, max_length: int) -> None:
+    """Refuse what only a bare language model is told.
+
+    Raises:
+        ModelError: A pooling.
+        ConfigError: A length other than the default.
+    """
+    if pooling is not None:
+        raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
+    if max_length != MAX_LENGTH:
+        problem = f"{name} is a trained embedder and cuts texts at its own length, not at {max_length}"
+        raise ConfigError("max_length", max_length, problem, "leave it out")
 
 
 def check_device(device: str | None) -> None:

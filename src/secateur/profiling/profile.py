@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from secateur.architectures.forward import block_seconds, is_out_of_memory
 from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
+from secateur.config import ProfileOptions, check
 from secateur.data.pairs import Pair, Pairs, batches
 from secateur.data.sources import Data, Source, read_sources
 from secateur.data.texts import Texts
@@ -85,7 +86,8 @@ def profile(
             name (see :mod:`.hub_sets`).
         columns: Role → column, where the data call their ``query``, ``positive``, ``negative`` or ``text`` otherwise.
         scale: Inverse temperature of the contrastive loss.
-        instruction: Goes before each anchor, in place of those that come with the data; before each text alone.
+        instruction: Goes before each anchor, in place of those that come with the data; before each text alone. Where
+            there is none at all, the model's default prompt goes before every text, as in use.
         pooling: For a bare language model.
         batch_size: Pairs per batch; the loss depends on it.
         max_examples: Rows used, shared evenly by the files and drawn by ``seed``; batches keep the order of the file
@@ -110,8 +112,8 @@ def profile(
     Raises:
         ModelError, DataError, ConfigError, OutputError: Bad input; or a model whose vectors are not finite.
     """
-    if batch_size < 2:
-        raise ConfigError("batch_size", batch_size, f"is {batch_size}; in-batch negatives need at least 2")
+    check(ProfileOptions, scale=scale, pooling=pooling, batch_size=batch_size, max_examples=max_examples)
+    check(ProfileOptions, max_length=max_length, dtype=dtype, seed=seed, sample=sample)
     if out is not None:
         out = results_folder(out, Profile.file, "choice.json", *PICTURES)
     sources = _drawn(read_sources(data, instruction, columns), max_examples, seed)
@@ -126,6 +128,8 @@ def profile(
         model = open_model(model, pooling=pooling, max_length=max_length, dtype=dtype, **options)  # type: ignore[arg-type]
     sizes = part_sizes(model)  # as stored
     notes += _quicken(model) if dtype == "auto" and not as_given else []
+    if instruction is None:
+        sources = [_as_used(source, model) for source in sources]
     corpus = _corpus(sources, batch_size, seed)
     encoder = DepthEncoder(model, every_pooling=True, name=name)
     sums = _measure(encoder, corpus, scale, seed, until_sure, progress)
@@ -234,7 +238,10 @@ def _quicken(model: SentenceTransformer) -> list[str]:
 def _drawn(read: Sequence[Source], max_examples: int, seed: int) -> list[Source]:
     if not read:
         raise ConfigError("data", read, "no data file given")
+    contents = [source.source.sha256 for source in read]
     for source in read:
+        if contents.count(source.source.sha256) > 1:
+            raise DataError(source.source.name, "is there twice: its batches would count twice", "name it once")
         _check_differ(source, "holds fewer than two different {}", "a loss needs something to tell apart")
     share = max(2, max_examples // len(read))
     drawn = [source.sample(share, seed) for source in read]
@@ -247,6 +254,14 @@ def _check_differ(source: Pairs | Texts, problem: str, hint: str) -> None:
     if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in source.rows}) < 2:
         what = "pairs" if isinstance(source, Pairs) else "texts"
         raise DataError(source.source.name, problem.format(what), hint)
+
+
+def _as_used(source: Source, model: SentenceTransformer) -> Source:
+    """Data that bring no instruction, with what the model's ``encode`` puts before every text."""
+    own = model.prompts.get(model.default_prompt_name or "") or ""
+    if isinstance(source, Texts):
+        return source if source.prompt else replace(source, prompt=own)
+    return source if source.prompt or source.passage_prompt else replace(source, prompt=own, passage_prompt=own)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from secateur.checkpoints.checkpoint import Pruned, prune_checkpoint
 from secateur.checkpoints.embedder import Embedder, copy_modules, read_embedder
 from secateur.checkpoints.sources import open_source
 from secateur.checkpoints.verify import Expected, expected_of, expected_of_checkpoint
-from secateur.errors import ConfigError, ModelError
+from secateur.config import PruneOptions, check
+from secateur.errors import ConfigError, ModelError, OutputError
 from secateur.files import new_folder
 from secateur.loading.models import (
     as_model_error,
+    check_embedder,
     check_written,
     model_label,
     open_model,
@@ -68,13 +70,13 @@ def prune(
         keep: Blocks that stay, counted from 0: ``"0-5,8,11"``, or their indices.
         drop: Blocks that go, in the same way.
         profile: What selectors choose from.
-        pooling: For a bare language model.
+        pooling: For a bare language model; with a profile, the one that it was measured with.
         max_length: Tokens per text, for a bare language model.
         dtype: Of the written weights.
         adapter: A LoRA adapter as peft saves it, to merge into the weights: a folder or a Hub id.
         revision: Branch, tag or commit of ``model`` on the Hub.
         trust_remote_code: As for ``open_model``; the model is then opened whole.
-        out: The folder to write; it must not hold anything yet.
+        out: The folder to write; it must not hold anything yet, nor lie in that of the model.
         progress: Told how much is done, in per cent.
 
     Returns:
@@ -82,11 +84,18 @@ def prune(
         these blocks alone.
 
     Raises:
-        ModelError, IllegalDepth, ConfigError, OutputError: Bad input.
+        ModelError, IllegalDepth, ConfigError, OutputError: Bad input, or options that do not go together.
         VerificationFailed: The written folder gives other vectors.
     """
+    check(PruneOptions, pooling=pooling, max_length=max_length, dtype=dtype)
     selection = Selection(to, keep, drop, profile)
+    selection.check_pooling(pooling)
     source = resolve(model)
+    if isinstance(source, Path):
+        if revision is not None:
+            raise ConfigError("revision", revision, f"{source} is here and not on the Hub: it has none", "leave it out")
+        if source.resolve() in Path(out).resolve().parents:
+            raise OutputError(out, "lies in the model's own folder", "name a folder beside it")
     in_memory = trust_remote_code or (isinstance(source, Path) and source.suffix == ".gguf")
     if in_memory and adapter is not None:
         raise ConfigError("adapter", adapter, f"cannot be merged into {model}", "it must be safetensors, without code")
@@ -174,8 +183,8 @@ def _cut_in_memory(opened: SentenceTransformer, model: str | Path, selection: Se
 def _cut_checkpoint(job: Job, selection: Selection, progress: Progress) -> None:
     source = open_source(job.source, revision=job.revision)
     embedder = read_embedder(source)
-    if embedder is not None and job.opening.pooling is not None:
-        raise ModelError(job.source, f"is a trained embedder and pools its own way, not by {job.opening.pooling}")
+    if embedder is not None:
+        check_embedder(job.source, job.opening.pooling, job.opening.max_length)
     # What is read first on the Hub settles the commit.
     job = replace(job, revision=getattr(source, "revision", None))
     result = _copy_transformer(job, embedder, selection, progress)

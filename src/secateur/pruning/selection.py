@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.artifacts import Profile
-from secateur.choosing.choose import blocks_to_keep
+from secateur.choosing.choose import blocks_to_keep, needs_profile, read_profile
 from secateur.errors import ConfigError
 
 
@@ -26,6 +26,27 @@ class Selection:
         if len(given) != 1:
             problem = f"cannot go with {' and '.join(given[1:])}" if given else "is missing, as are keep and drop"
             raise ConfigError(given[0] if given else "to", None, problem, "give exactly one of to, keep and drop")
+        said = getattr(self, given[0])
+        if isinstance(said, bool) or (self.to is None and not isinstance(said, (str, Sequence))):
+            hint = "a number, a share or a selector" if self.to is not None else "blocks from 0, such as 0-5,8,11"
+            raise ConfigError(given[0], said, f"{said!r} will not do", hint)
+        if self.profile is not None and (self.to is None or not needs_profile(self.to)):
+            raise ConfigError(
+                "profile", self.profile, f"is not asked: {given[0]} {said} tells the blocks", "leave it out"
+            )
+
+    def check_pooling(self, pooling: str | None) -> None:
+        """Refuse a pooling by which the depths were not measured.
+
+        Raises:
+            ConfigError: The profile is of another.
+        """
+        if self.profile is None or pooling is None:
+            return
+        measured = read_profile(self.profile).pooling
+        if measured != pooling:
+            hint = f"profile with --pooling {pooling}, or cut with {measured}"
+            raise ConfigError("pooling", pooling, f"is {pooling}, but the profile was measured with {measured}", hint)
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Indices of the blocks that stay, of ``depth`` blocks.

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.artifacts import ChangedRow, Comparison, CostRow, DifferenceRow, OverlapRow, Scores
+from secateur.config import CompareOptions, check
 from secateur.data.texts import read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError
@@ -68,9 +69,10 @@ def compare(
         progress: Told while it works.
 
     Raises:
-        ConfigError: One model, or neither tasks nor texts, or fewer than 3 texts.
+        ConfigError: One model, or neither tasks nor texts, or fewer than 3 texts, or a number that is too small.
         SecateurError: Whatever evaluating, timing or reading raises.
     """
+    check(CompareOptions, neighbours=neighbours, max_texts=max_texts, sample=sample, seed=seed, batch_size=batch_size)
     labels = _check(models, names, tasks, texts)
     found, sources = _texts(tasks, texts, max_texts, seed)
     scores = Scores(provenance(), ())

@@ -32,7 +32,9 @@ from sentence_transformers.util import get_device_name
 from secateur.architectures.blocks import depth_of, embeddings_of
 from secateur.architectures.forward import wait
 from secateur.artifacts import CostRow, Costs
+from secateur.checkpoints.embedder import MODULES
 from secateur.errors import ConfigError, ModelError
+from secateur.files import read_json
 from secateur.loading.models import demo_model, model_label, open_model
 from secateur.measures.flops import flops_per_token
 from secateur.progress import Progress, quiet, silent
@@ -272,7 +274,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def bytes_on_disk(model: str | Path) -> int:
-    """Bytes of all files of a model: of its folder, of a GGUF file, or of what the Hub's cache holds of it."""
+    """Bytes of a model's files: in its folder and its modules', of a GGUF file, or what the Hub's cache holds."""
     path = demo_model() if str(model) == "smollm2" and not Path(model).exists() else Path(model).expanduser()
     if path.is_file():
         return path.stat().st_size
@@ -281,7 +283,15 @@ def bytes_on_disk(model: str | Path) -> int:
             path = Path(snapshot_download(str(model), local_files_only=True))
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
             raise ModelError(model, "its files are not found") from error
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in _own_files(path))
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """Other folders in a model's are no part of it, such as a model that was cut from it."""
+    modules = read_json(folder / MODULES) if (folder / MODULES).is_file() else []
+    places = {str(module["path"]) for module in modules} - {"", "."}
+    found = {*folder.iterdir(), *(file for place in places for file in (folder / place).rglob("*"))}
+    return [file for file in found if file.is_file()]
 
 
 _ALONE = "import sys; from secateur.reporting.cost import report_alone; report_alone(*sys.argv[1:])"
