@@ -28,7 +28,8 @@ evaluation: task_folder tasks differences predictions evaluate
 profiling: lens parts depths depth_scores profile
 choosing: selectors budgets choose candidates
 pruning: selection prune
-healing: remote recipe processes resuming doubles teacher minibatches objectives on_cpu trainable trainer train prompts lessons heal
+healing: remote recipe processes resuming doubles teacher minibatches objectives on_cpu trainable trainer train
+healing: prompts lessons heal
 reporting: cost compare run findings saturation printing verdict drawings card report
 studies: presets plan estimate runner study
 runtime

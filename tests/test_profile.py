@@ -340,7 +340,7 @@ def test_the_same_data_twice_are_refused(llama, pairs, tmp_path):
     again = tmp_path / "again.jsonl"
     again.write_text(pairs.read_text())
     for second in (pairs, again):
-        with pytest.raises(DataError, match="is there twice.*name it once"):
+        with pytest.raises(DataError, match=r"is there twice.*name it once"):
             profile(llama, [pairs, second])
 
 
@@ -371,7 +371,7 @@ def test_numbers_and_names_that_will_not_do_are_refused_before_any_work(option, 
 
 def test_a_trained_embedder_keeps_its_own_length(make_encoder, pairs, tmp_path):
     make_encoder().save(str(tmp_path / "embedder"))
-    with pytest.raises(ConfigError, match="max_length: .* is a trained embedder"):
+    with pytest.raises(ConfigError, match=r"max_length: .* is a trained embedder"):
         profile(tmp_path / "embedder", pairs, max_length=16)
 
 
