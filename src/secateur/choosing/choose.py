@@ -88,6 +88,11 @@ def needs_profile(to: str | int | float) -> bool:
     return _number(to) is None and _parse(str(to))[0].reads_profile
 
 
+def is_selector(to: str | int | float) -> bool:
+    """Whether ``to`` is a selector, and no number or share of blocks."""
+    return _number(to) is None
+
+
 def target_depth(to: str | int | float, depth: int, profile: Profile | str | Path | None = None) -> int:
     """How many of the first blocks ``--to`` keeps.
 
