@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from secateur.errors import DataError
 from secateur.files import read_json, write_text
@@ -462,7 +464,8 @@ def load(path: str | Path, kind: type[T]) -> T:
         kind: The table class expected there.
 
     Raises:
-        DataError: The file is missing, is not JSON, is another kind of table, or of a newer schema.
+        DataError: The file is missing, is not JSON, is another kind of table, or of a newer schema; or a value is of
+            another type than its key has.
     """
     file = Path(path) / kind.file if Path(path).is_dir() else Path(path)
     content = read_json(file)
@@ -476,9 +479,12 @@ def load(path: str | Path, kind: type[T]) -> T:
             file, f"schema version {content.get('schema_version')}, but this secateur reads {SCHEMA_VERSION}"
         )
     try:
-        return _build(kind, content)
-    except (KeyError, TypeError) as error:
+        table = _build(kind, content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(file, f"is not a whole {kind.kind}", f"missing or unexpected: {error}") from error
+    for key, value in _misfits(table):
+        raise DataError(file, f"{value!r:.60} will not do", "make the file again", field=key)
+    return table
 
 
 _ROWS: dict[str, type] = {
@@ -507,6 +513,42 @@ def _build(kind: type[T], content: Mapping[str, Any]) -> T:
         if name in values:
             values[name] = tuple(row(**_frozen(item)) for item in values[name])
     return kind(**{name: _frozen(value) for name, value in values.items()})
+
+
+_hints = cache(get_type_hints)
+
+
+def _misfits(part: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys of a table, and of its rows, whose values are of other types than theirs."""
+    for name, hint in _hints(type(part)).items():
+        value, key = getattr(part, name), f"{place}{name}"
+        if get_origin(hint) is ClassVar:
+            continue
+        if is_dataclass(hint):
+            yield from _misfits(value, f"{key}.")
+        elif get_origin(hint) is tuple and is_dataclass(get_args(hint)[0]):
+            for number, item in enumerate(value):
+                yield from _misfits(item, f"{key}.{number}.")
+        elif not _fits(value, hint) or (value is None and hint is float and isinstance(part, CostRow)):
+            yield key, value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; null is any float, for one that was not finite is written so."""
+    if hint is Any:
+        return True
+    if hint is float:
+        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+    if origin is not None:
+        return isinstance(value, Mapping) and all(_fits(item, inner[1]) for item in value.values())
+    return isinstance(value, hint)
 
 
 def _frozen(value: Any) -> Any:

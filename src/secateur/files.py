@@ -223,13 +223,21 @@ def _is_full(path: Path) -> bool:
     return shutil.disk_usage(there).free < 4096
 
 
+_AGAIN = "free some space and run the same command again"
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", _AGAIN),
+    errno.EDQUOT: ("the disk quota is used up", _AGAIN),
+    errno.EACCES: ("no permission to write there", "name another folder"),
+    errno.EROFS: ("the file system is read-only", "name another folder"),
+}
+
+
 def output_error(path: str | Path, error: OSError) -> OutputError:
     """Say in the user's words why a path could not be written."""
-    reasons = {
-        errno.ENOSPC: ("the disk is full", "free some space and run the same command again"),
-        errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again"),
-        errno.EACCES: ("no permission to write there", "name another folder"),
-        errno.EROFS: ("the file system is read-only", "name another folder"),
-    }
-    problem, hint = reasons.get(error.errno or 0, (f"cannot be written ({error.strerror or error})", ""))
+    problem, hint = _REASONS.get(error.errno or 0, (f"cannot be written ({error.strerror or error})", ""))
     return OutputError(path, problem, hint)
+
+
+def concerns_all(error: OutputError) -> bool:
+    """Whether the disk is to blame, so that nothing else can be written either: not what one place holds."""
+    return any(error.problem.endswith(problem) for problem, _ in _REASONS.values())

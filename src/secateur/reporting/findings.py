@@ -91,12 +91,20 @@ class Design:
 
 @dataclass(frozen=True)
 class Claim:
-    """A cut design beside the full model: the difference of average scores, and that of each task."""
+    """A cut design beside the full model: the difference of average scores, and that of each task.
+
+    A difference is no number where the two were scored on different things.
+    """
 
     design: Design
     reference: Design
     difference: Estimate
     tasks: Mapping[str, Estimate]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all tasks of the two were the same things, so that their averages have a difference."""
+        return not math.isnan(self.difference.value)
 
     @property
     def share(self) -> Estimate:
@@ -307,24 +315,42 @@ def _claim(design: Design, reference: Design, spreads: Mapping[tuple[str, str, s
     assert design.average is not None
     assert reference.average is not None
     tasks, parts = {}, []
-    for task, score in design.scores.items():
+    for task in design.scores:
         drawn = _difference_draws(design, reference, task)
         seeds = [_seed_variance(each.variants, task, spreads) for each in (design, reference)]
-        tasks[task] = _estimate(score.value - reference.scores[task].value, drawn, seeds)
+        tasks[task] = _difference(design, reference, [task], drawn, seeds)
         parts.append(drawn)
     known = [drawn for drawn in parts if drawn is not None]
     every = mean_of(known) if known and len(known) == len(parts) else None
     seeds = [_seed_variance(each.variants, "", spreads) for each in (design, reference)]
-    return Claim(design, reference, _estimate(design.average.value - reference.average.value, every, seeds), tasks)
+    return Claim(design, reference, _difference(design, reference, list(tasks), every, seeds), tasks)
+
+
+def _difference(
+    design: Design,
+    reference: Design,
+    tasks: Sequence[str],
+    draws: Array | None,
+    seeds: Iterable[tuple[float, int] | None],
+) -> Estimate:
+    """Of the mean over tasks; no number where the two were scored on different things."""
+    values = [_averages(each.variants, tasks) for each in (design, reference)]
+    if values[0] is None or values[1] is None or not all(_are_same(design, reference, task) for task in tasks):
+        return Estimate(math.nan)
+    return _estimate(float(np.mean(values[0]) - np.mean(values[1])), draws, seeds)
 
 
 def _difference_draws(design: Design, reference: Design, task: str) -> Array | None:
-    if task not in design.draws or task not in reference.draws:
-        return None
-    if not of_the_same_things(design.rows[task], reference.rows[task]):
+    if task not in design.draws or task not in reference.draws or not _are_same(design, reference, task):
         return None
     difference: Array = design.draws[task] - reference.draws[task]
     return difference
+
+
+def _are_same(design: Design, reference: Design, task: str) -> bool:
+    """Whether all models of the two were scored on the same things."""
+    rows = [variant.scores[task] for each in (design, reference) for variant in each.variants]
+    return all(of_the_same_things(row, rows[0]) for row in rows)
 
 
 _LOWEST, _HIGHEST = ("speed_low", "long_speed_low"), ("speed_high", "long_speed_high")

@@ -117,9 +117,10 @@ def _card(found: Findings, variant: Variant, folder: Path, origin: Origin) -> st
 
 def _in_short(found: Findings) -> list[Claim]:
     """Claims for the head of the page: of each series what says most, so that no series crowds out another."""
-    ranked = chain.from_iterable(zip_longest(*(telling(own) for own in found.claims.values())))
+    series = [[claim for claim in own if claim.is_known] for own in found.claims.values()]
+    ranked = chain.from_iterable(zip_longest(*map(telling, series)))
     shown = {claim.design.name for claim in [claim for claim in ranked if claim][:MOST_CARDS]}
-    return [claim for own in found.claims.values() for claim in own if claim.design.name in shown]
+    return [claim for own in series for claim in own if claim.design.name in shown]
 
 
 def _groups(found: Findings) -> dict[str, list[dict[str, Any]]]:

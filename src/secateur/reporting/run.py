@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.artifacts import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Table, Training, load
+from secateur.choosing.choose import choose
 from secateur.errors import DataError
 from secateur.files import read_json
+from secateur.studies.journal import failures
 
 UNTRAINED = "zero-shot"
 
@@ -76,7 +78,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. ``profiles`` and ``choices`` (name of a choice → depth) are by base model."""
+    """What a run folder holds. ``profiles`` and ``choices`` (name of a choice → depth) are by base model.
+
+    ``failed`` are the steps of its study that failed, with the reason, and were not done since.
+    """
 
     folder: Path
     study: str
@@ -85,6 +90,7 @@ class Run:
     variants: tuple[Variant, ...]
     scores: tuple[Scores, ...]
     costs: Costs | None
+    failed: Mapping[str, str]
 
     @property
     def tables(self) -> list[tuple[str, Table]]:
@@ -117,7 +123,7 @@ def read_run(run: str | Path) -> Run:
             "holds no profile, model, scores or costs",
             "name the folder that a study wrote, with profiles/, models/, scores/ or costs.json in it",
         )
-    choices = {name: _choice(folder / "profiles" / name / "choice.json", table) for name, table in profiles.items()}
+    choices = {name: _choice(folder / "profiles" / name, table) for name, table in profiles.items()}
     study = folder / "study.yaml"
     return Run(
         folder=folder,
@@ -127,12 +133,16 @@ def read_run(run: str | Path) -> Run:
         variants=_variants(models, scores, costs, profiles),
         scores=tuple(scores.values()),
         costs=costs,
+        failed=failures(folder),
     )
 
 
-def _choice(file: Path, profile: Profile) -> dict[str, int]:
+def _choice(folder: Path, profile: Profile) -> dict[str, int]:
+    file = folder / "choice.json"
     if not file.exists():
         return {}
+    if file.stat().st_mtime_ns < (folder / Profile.file).stat().st_mtime_ns:  # of another profile than this one
+        return choose(profile) if profile.can_choose else {}
     content = read_json(file)
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}", 'write depths by name, such as {"small": 7}')

@@ -17,7 +17,7 @@ def verdict(findings: Findings) -> tuple[str, ...]:
     What other blocks than the first ones are worth comes together, after the series they are compared with.
     """
     told: dict[tuple[str, str, bool], list[Claim]] = {}
-    for claim in (claim for claims in findings.claims.values() for claim in claims):
+    for claim in (claim for claims in findings.claims.values() for claim in claims if claim.is_known):
         own = claim.design.first
         told.setdefault((own.base, own.recipe, own.way != ""), []).append(claim)
     sentences = [_choosers(claims) if chosen else _sentence(claims) for (*_, chosen), claims in told.items()]
@@ -60,7 +60,7 @@ def seed_note(findings: Findings) -> str:
 
 
 def _interval_note(findings: Findings) -> str:
-    claims = [claim for own in findings.claims.values() for claim in own]
+    claims = [claim for own in findings.claims.values() for claim in own if claim.is_known]
     known = [claim.difference for claim in claims if claim.difference.low is not None]
     if not claims:
         return ""

@@ -26,7 +26,7 @@ from typing import IO, Any
 from secateur.clusters import ray_cluster
 from secateur.errors import OutputError, SecateurError, StepFailed
 from secateur.evaluation.evaluate import evaluate
-from secateur.files import output_error
+from secateur.files import concerns_all, output_error
 from secateur.healing.heal import heal
 from secateur.profiling.profile import profile
 from secateur.progress import Progress, silent
@@ -34,9 +34,11 @@ from secateur.provenance import acting_as
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
 from secateur.studies.estimate import corrected
+from secateur.studies.journal import JOURNAL, whole_part
+from secateur.studies.journal import read_journal as read_journal
 from secateur.studies.plan import Plan, Step, blocked
 
-JOURNAL, LOGS = "steps.jsonl", "logs"
+LOGS = "logs"
 LOCK_SECONDS = 10.0
 """How long a study waits for the steps of one that was just killed to end as well."""
 
@@ -157,8 +159,7 @@ def _lock(stream: IO[bytes], run: Path) -> None:
 def _cut_torn_line(stream: IO[bytes]) -> None:
     """Remove what a killed process left of a line."""
     stream.seek(0)
-    content = stream.read()
-    stream.truncate(content.rfind(b"\n") + 1)
+    stream.truncate(len(whole_part(stream.read())))
 
 
 def is_locked(run: Path) -> bool:
@@ -171,13 +172,6 @@ def is_locked(run: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def read_journal(run: Path) -> list[dict[str, Any]]:
-    """The lines of a journal; one that is being written is left out."""
-    file = run / JOURNAL
-    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-    return [json.loads(line) for line in lines]
 
 
 def taken_seconds(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -207,7 +201,8 @@ def run_steps(
         Failed step → why.
 
     Raises:
-        OutputError: The run folder cannot be written.
+        OutputError: The disk is full, or the run folder cannot be written.
+        DataError: The journal is broken.
     """
     entries = read_journal(run)
     open_ends = {entry["step"]: entry for entry in entries}
@@ -298,8 +293,8 @@ class _Board:
             self.failed[name] = " ".join(_reason(error).split())
             self.journal.write(**entry, error=self.failed[name], log=str(self.log(step)))
         self.tell()
-        if isinstance(error, OutputError):
-            raise error  # a full disk: nothing else can be written either
+        if isinstance(error, OutputError) and concerns_all(error):
+            raise error  # nothing else can be written either
 
     def log(self, step: Step) -> Path:
         """Where a step's output goes."""
