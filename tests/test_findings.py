@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from secateur.artifacts import CostRow, Costs, LossRow, Origin, ScoreRow, Scores
 from secateur.errors import DataError
 from secateur.provenance import Provenance
 from secateur.reporting.findings import SAME, Claim, Findings, find, pareto
+from secateur.reporting.report import report
 from secateur.reporting.run import read_run
 from secateur.reporting.saturation import Saturation, fit_saturation
 from secateur.reporting.verdict import notes, verdict
@@ -157,9 +159,13 @@ def test_draws_of_other_rows_are_not_subtracted(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"data": "sts"', '"data": "changed"'))
     claim = claims(tmp_path)["tiny-4-healed"]
     assert claim.tasks["sts"].low is None
+    assert np.isnan(claim.tasks["sts"].value)
     assert claim.tasks["search"].low is not None
     assert claim.difference.low is None
     assert claim.outcome == "unknown"
+    assert not claim.is_known
+    assert verdict(found(tmp_path))[0].startswith("Average scores, without a full model")
+    assert not re.search(r"\bnan\b", report(tmp_path).read_text())
 
 
 def test_missing_draws_are_an_error_that_names_the_file(tmp_path: Path) -> None:

@@ -263,3 +263,13 @@ def test_a_place_that_cannot_be_written_ends_the_study(tmp_path: Path):
     with pytest.raises(OutputError, match="full"):
         work(tmp_path, [step(tmp_path, "a"), step(tmp_path, "b")], do)
     assert begun == ["a"]
+
+
+def test_a_place_that_holds_something_else_fails_its_step_alone(tmp_path: Path):
+    def do(name: str) -> None:
+        if name == "a":
+            raise OutputError(tmp_path / "a", "already holds something else")
+
+    failed, _ = work(tmp_path, [step(tmp_path, "a"), step(tmp_path, "b")], do)
+    assert list(failed) == ["a"]
+    assert outcomes(tmp_path)[-1] == ("b", "done")

@@ -468,6 +468,37 @@ def test_a_broken_choice_is_an_error_and_nothing_is_written(run: Path, choice: s
     assert not (run / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value", "place"),
+    [
+        ("scores/tiny-2-zero-shot/scores.json", "score", "high", r"scores\.0\.score"),
+        ("costs.json", "texts_per_second", None, r"costs\.0\.texts_per_second"),
+    ],
+)
+def test_a_value_of_another_type_is_an_error_with_its_key(run: Path, file: str, key: str, value, place: str) -> None:
+    content = json.loads((run / file).read_text())
+    content[Path(file).stem][0][key] = value
+    (run / file).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=place):
+        report(run)
+
+
+def test_failed_steps_are_listed_and_those_done_since_are_not(run: Path) -> None:
+    before = report(run).read_text()
+    assert "What failed" not in before
+    entries = [
+        {"step": "heal tiny-2-hot", "outcome": "failed", "error": "diverged at step 3 <b>", "seconds": 1.0},
+        {"step": "prune tiny-2", "outcome": "failed", "error": "the disk was full", "seconds": 1.0},
+        {"step": "prune tiny-2", "outcome": "done", "seconds": 1.0},
+    ]
+    (run / "steps.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    page = report(run).read_text()
+    assert "diverged at step 3 &lt;b&gt;" in page
+    assert "the disk was full" not in page
+    assert "heal tiny-2-hot: diverged at step 3" in (run / "report.md").read_text().replace("\\", "")
+    assert page.partition("<nav")[0] == before.partition("<nav")[0]  # the verdict and what is said in short
+
+
 def test_two_scores_of_one_model_on_one_task_are_an_error(run: Path) -> None:
     write_scores(run, "tiny-2-healed")
     again = run / "scores" / "again"

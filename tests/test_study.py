@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import secateur
 from conftest import example_pairs, llama_model, tiny_transformer, write_pairs
@@ -18,6 +20,7 @@ from killing import run_for, run_until
 from secateur import cli
 from secateur.artifacts import Costs, Origin, Profile, Scores, Training, load
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, OutputError, SecateurError, StudyFailed
+from secateur.reporting.run import read_run
 from secateur.studies.study import join_tables
 from task_folders import example_rows, write_task
 
@@ -279,6 +282,85 @@ def test_the_joined_table_has_a_row_for_each_model_and_task(run: Path):
     with (run / "table.csv").open() as stream:
         written = list(csv.DictReader(stream))
     assert [float(row["score"]) for row in written] == [row["score"] for row in rows]
+
+
+def copied(run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["tiny/config.json", "words.jsonl", "words.json", "task/pairs.jsonl"])
+def test_a_study_does_not_go_on_with_other_inputs(what: str, run: Path, place: Path, tmp_path: Path):
+    copy = copied(run, tmp_path)
+    (file,) = place.glob(what) if "pairs" not in what else [next(place.glob("task/*.jsonl"))]
+    before = file.read_bytes()
+    try:
+        file.write_bytes(before + b"\n")
+        with pytest.raises(DataError, match="has changed since the study began"):
+            secateur.study(out=copy)
+    finally:
+        file.write_bytes(before)
+    assert secateur.study(out=copy).is_file()
+
+
+def edit(run: Path, key: str, value: object) -> None:
+    settings = yaml.safe_load((run / "study.yaml").read_text())
+    (run / "study.yaml").write_text(yaml.safe_dump(settings | {key: value}))
+
+
+def test_an_edited_study_is_refused_where_results_are_of_other_options(run: Path, tmp_path: Path):
+    copy = copied(run, tmp_path)
+    edit(copy, "steps", 60)
+    for go_on in (lambda: secateur.study(out=copy), lambda: secateur.read_status(copy)):
+        with pytest.raises(ConfigError, match=r"models/tiny-2-healed.*scores/tiny-1-healed.*costs\.json were made"):
+            go_on()
+    edit(copy, "steps", 10)
+    assert secateur.study(out=copy).is_file()
+
+
+def test_a_study_can_be_added_to(run: Path, tmp_path: Path):
+    copy = copied(run, tmp_path)
+    before = (copy / "models" / VARIANTS[2] / "training.json").read_bytes()
+    edit(copy, "recipes", {"none": {}, "healed": {}})
+    shutil.rmtree(copy / "cache")
+    assert secateur.study(out=copy).is_file()
+    assert (copy / "models" / VARIANTS[2] / "training.json").read_bytes() == before
+    assert "tiny-1-zero-shot" in {row.model for row in load(copy, Costs).rows}
+
+
+def test_another_spelling_of_the_run_is_the_same_run(run: Path, place: Path, monkeypatch: pytest.MonkeyPatch):
+    times = {path: path.stat().st_mtime_ns for path in run.glob("models/*/*.safetensors")}
+    monkeypatch.chdir(place)
+    assert secateur.study(out="run").is_file()
+    assert run_study(Path(), "../my place/run").is_file()
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_a_choice_follows_its_profile(run: Path, tmp_path: Path):
+    copy = copied(run, tmp_path)
+    folder = copy / "profiles" / "tiny"
+    chosen = (folder / "choice.json").read_text()
+    (folder / "choice.json").write_text('{"small": 2, "large": 1}')
+    os.utime(folder / "choice.json", (1, 1))
+    assert read_run(copy).choices["tiny"] == json.loads(chosen)
+    assert secateur.study(out=copy).is_file()
+    assert (folder / "choice.json").read_text() == chosen
+
+
+def test_a_broken_plan_or_journal_is_an_error_with_its_place(run: Path, tmp_path: Path):
+    copy = copied(run, tmp_path)
+    plan, journal = (copy / "plan.json").read_text(), (copy / "steps.jsonl").read_text()
+    (copy / "steps.jsonl").write_text(journal + '{"step": "b", "outc\n')
+    assert secateur.study(out=copy).is_file()
+    assert (copy / "steps.jsonl").read_text() == journal
+    (copy / "steps.jsonl").write_text("broken\n" + journal)
+    with pytest.raises(DataError, match=r"steps\.jsonl, line 1"):
+        secateur.read_status(copy)
+    (copy / "steps.jsonl").write_text(journal)
+    for broken in ("{}", "[]", plan.replace('"amounts"', '"amount"')):
+        (copy / "plan.json").write_text(broken)
+        for go_on in (lambda: secateur.read_status(copy), lambda: secateur.study(out=copy)):
+            with pytest.raises(DataError, match=r"plan\.json: is not a whole plan"):
+                go_on()
 
 
 def test_a_plan_is_shown_and_nothing_is_written(place: Path, tmp_path: Path, monkeypatch, capsys):

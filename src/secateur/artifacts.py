@@ -515,12 +515,14 @@ def _build(kind: type[T], content: Mapping[str, Any]) -> T:
     return kind(**{name: _frozen(value) for name, value in values.items()})
 
 
-_hints = cache(get_type_hints)
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _misfits(part: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """Keys of a table, and of its rows, whose values are of other types than theirs."""
-    for name, hint in _hints(type(part)).items():
+    for name, hint in _hints(part.__class__).items():
         value, key = getattr(part, name), f"{place}{name}"
         if get_origin(hint) is ClassVar:
             continue

@@ -4,7 +4,7 @@ A study is a plan (:mod:`.plan`) that is run (:mod:`.runner`). Each step has a r
 that is there whole or not at all, so that running the study again, after any interruption, does only what is missing:
 
     RUN/study.yaml                      the resolved options
-    RUN/plan.json                       models, steps with their commands and estimated times, variants
+    RUN/plan.json                       models, hashes of what is read, steps with their commands and times, variants
     RUN/steps.jsonl                     the journal: what was begun, how it ended, how long it took
     RUN/logs/                           the output of steps that failed, and of those that ran in their own process
     RUN/models/<variant>                models as plain folders: as they came (zero-shot), and trained
@@ -43,10 +43,11 @@ from secateur.progress import Progress, silent
 from secateur.provenance import acting_as
 from secateur.reporting.report import report
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
+from secateur.studies.inputs import Inputs, check_inputs, read_inputs
+from secateur.studies.journal import JOURNAL, read_journal
 from secateur.studies.plan import NO_TRAINING, Base, Plan, Step, Variant, numbers_of, plan_steps, recipe_settings
 from secateur.studies.presets import fill_in
 from secateur.studies.runner import (
-    JOURNAL,
     LOGS,
     Executor,
     Journal,
@@ -56,7 +57,6 @@ from secateur.studies.runner import (
     in_this_process,
     is_locked,
     on_ray,
-    read_journal,
     run_steps,
     taken_seconds,
 )
@@ -102,6 +102,7 @@ def study(
     run = results_folder(out, *OWN)
     settings = _settings(run, given, progress)
     outline = _outline(run, settings)
+    _check_results(run, settings, outline)
     executor = _executor(settings, progress)
     if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
         _write_plan(run, settings, outline)
@@ -131,7 +132,9 @@ def plan_study(
     """
     run = Path(out)
     settings = _settings(run, _given(models, run, options), progress)
-    plan = _plan(run, settings, _outline(run, settings))
+    outline = _outline(run, settings)
+    _check_results(run, settings, outline)
+    plan = _plan(run, settings, outline)
     done = frozenset(step.name for step in plan.steps if step.known and _is_there(step))
     return State(plan, done, {}, {}, taken_seconds(read_journal(run)))
 
@@ -140,7 +143,8 @@ def read_status(run: str | Path) -> State:
     """How far a study is, from what it left in its folder; steps that run are told from those that were stopped.
 
     Raises:
-        DataError: The folder holds no study.
+        DataError: The folder holds no study, or a file of it is broken.
+        ConfigError: Its ``study.yaml`` has changed, and says of results that they were made otherwise.
     """
     run = Path(run)
     if not (run / SETTINGS).is_file():
@@ -149,7 +153,9 @@ def read_status(run: str | Path) -> State:
     entries = read_journal(run)
     last = {entry["step"]: entry for entry in entries}
     failed = {name: entry["error"] for name, entry in last.items() if entry["outcome"] == "failed"}
-    plan = _plan(run, settings, _outline(run, settings), list(failed))
+    outline = _outline(run, settings, check=False)
+    _check_results(run, settings, outline)
+    plan = _plan(run, settings, outline, list(failed))
     done = frozenset(step.name for step in plan.steps if step.known and _is_there(step))
     names = {step.name for step in plan.steps} - done
     at_work = is_locked(run)
@@ -170,14 +176,10 @@ def read_scores(run: str | Path) -> Scores:
 
 def read_variants(run: str | Path) -> tuple[Variant, ...]:
     """The models of a study: which blocks, recipe and seed each of them has, told by ``plan.json``."""
-    content = read_json(Path(run) / PLAN)
-    return tuple(
-        Variant(
-            **item
-            | {"specs": tuple(item["specs"]), "blocks": None if item["blocks"] is None else tuple(item["blocks"])}
-        )
-        for item in content["variants"]
-    )
+    kept = _read_plan(Path(run))
+    if kept is None:
+        raise DataError(Path(run) / PLAN, "no such file")
+    return kept.variants
 
 
 # Before ---------------------------------------------------------------------------------------------------------------
@@ -185,10 +187,51 @@ def read_variants(run: str | Path) -> tuple[Variant, ...]:
 
 @dataclass(frozen=True)
 class _Outline:
-    """What a plan needs to know of models and data: measured once, and kept in ``plan.json``."""
+    """What a plan needs to know of models and data: measured once, and kept in ``plan.json``.
+
+    ``inputs`` are hashes of what is read; None in the plan of an earlier version, as ``study`` is in :class:`_Kept`.
+    """
 
     bases: tuple[Base, ...]
     amounts: Amounts
+    inputs: Inputs | None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A plan as the folder has it: ``study`` are the options that it was made of, and with it what is there."""
+
+    outline: _Outline
+    study: StudyOptions | None
+    variants: tuple[Variant, ...]
+
+
+def _read_plan(run: Path) -> _Kept | None:
+    """The plan that an earlier start left.
+
+    Raises:
+        DataError: It is broken.
+    """
+    file = run / PLAN
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    try:
+        bases = tuple(Base(**base) for base in content["models"])
+        study = content.get("study")
+        return _Kept(
+            _Outline(bases, Amounts(**content["amounts"]), content.get("inputs")),
+            None if study is None else make(StudyOptions, study | {"out": run}),
+            tuple(map(_variant, content["variants"])),
+        )
+    except (AttributeError, KeyError, TypeError, ConfigError) as error:
+        hint = f"missing or unexpected: {error}; remove it, and the study makes it again"
+        raise DataError(file, "is not a whole plan", hint) from error
+
+
+def _variant(item: Mapping[str, Any]) -> Variant:
+    blocks = item["blocks"]
+    return Variant(**{**item, "specs": tuple(item["specs"]), "blocks": None if blocks is None else tuple(blocks)})
 
 
 def _given(models: Sequence[str | Path], run: Path, options: Mapping[str, Any]) -> StudyOptions:
@@ -211,7 +254,7 @@ def _settings(run: Path, given: StudyOptions, progress: Progress) -> StudyOption
     if earlier is not None:
         for key in StudyOptions.model_fields:
             there, here = getattr(earlier, key), getattr(given, key)
-            if there != here and key not in HOW:
+            if key not in HOW and _plain(key, there) != _plain(key, here):
                 raise ConfigError(key, here, f"is {here} here, but {there} in {file}", "name a new run folder")
         return earlier.model_copy(update=how)
     if not given.models:
@@ -219,11 +262,28 @@ def _settings(run: Path, given: StudyOptions, progress: Progress) -> StudyOption
     return given
 
 
-def _outline(run: Path, settings: StudyOptions) -> _Outline:
-    """As the run has it, else measured, when all of the study has been found to be possible."""
-    if (run / SETTINGS).is_file() and (run / PLAN).is_file():
-        content = read_json(run / PLAN)
-        return _Outline(tuple(Base(**base) for base in content["models"]), Amounts(**content["amounts"]))
+def _plain(key: str, value: Any) -> Any:
+    """An option to be compared: what is a file or folder may be spelled in several ways."""
+    if isinstance(value, list):
+        return [_plain(key, item) for item in value]
+    is_place = key in ("models", "data", "tasks", "cache") and value is not None and Path(value).exists()
+    return Path(value).resolve() if is_place else value
+
+
+def _outline(run: Path, settings: StudyOptions, *, check: bool = True) -> _Outline:
+    """As the run has it, else measured, when all of the study has been found to be possible.
+
+    Raises:
+        DataError: What the study reads is not what it began with; not looked at without ``check``.
+    """
+    kept = _read_plan(run) if (run / SETTINGS).is_file() else None
+    if kept is not None and not check:
+        return kept.outline
+    inputs = read_inputs(settings)
+    if kept is not None:
+        check_inputs(kept.outline.inputs or {}, inputs)
+        if kept.study is None or not _differing(kept.study, settings):
+            return replace(kept.outline, inputs=kept.outline.inputs or inputs)
     names = _names(settings.models)
     if not settings.data:
         raise ConfigError("data", None, "no data to profile and heal with", "give --data FILE")
@@ -235,9 +295,52 @@ def _outline(run: Path, settings: StudyOptions) -> _Outline:
     if settings.tasks:
         open_tasks(settings.tasks, settings.sample, settings.seed)
     bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))
-    outline = _Outline(bases, measure_amounts(settings, sources))
+    known = kept.outline.inputs or {} if kept is not None else {}
+    outline = _Outline(bases, measure_amounts(settings, sources), {**inputs, **known})
     plan_steps(settings, outline.bases, {})
     return outline
+
+
+def _differing(one: StudyOptions, other: StudyOptions) -> list[str]:
+    """Options that are not the same."""
+    fields = StudyOptions.model_fields.keys() - HOW
+    return [key for key in StudyOptions.model_fields if key in fields and getattr(one, key) != getattr(other, key)]
+
+
+def _check_results(run: Path, settings: StudyOptions, outline: _Outline) -> None:
+    """Refuse an edited study.yaml that says of results which are there that they were made otherwise.
+
+    Models, depths, recipes, seeds and tasks may come or go: that changes no result, as long as its own options stay.
+
+    Raises:
+        ConfigError: They were.
+    """
+    kept = _read_plan(run) if (run / SETTINGS).is_file() else None
+    if kept is None or kept.study is None or not (differing := _differing(kept.study, settings)):
+        return
+    before = {step.name: step for step in _plan(run, kept.study, kept.outline).steps}
+    changed: dict[str, str] = {}
+    for step in _plan(run, settings, outline).steps:
+        old = before.get(step.name)
+        lost = changed.keys() & set(step.needs)
+        if lost or (old is not None and _asks_otherwise(old, step)):
+            changed[step.name] = step.makes
+    there = [str(Path(made).relative_to(run)) for made in changed.values() if Path(made).exists()]
+    if there:
+        what = f"changed in {run / SETTINGS} since {', '.join(there)} {'were' if len(there) > 1 else 'was'} made"
+        hint = "change it back, name a new run folder for the changed study, or remove these results"
+        raise ConfigError(", ".join(differing), None, what, hint)
+
+
+def _asks_otherwise(old: Step, new: Step) -> bool:
+    """Whether a step's result would be another one now; scores of more tasks are added to those that are there."""
+    if new.kind == "cost":  # made again where its models are others
+        return False
+    if new.kind == "evaluate" and set(old.options["tasks"]) <= set(new.options["tasks"]):
+        return {**old.options, "tasks": ()} != {**new.options, "tasks": ()}
+    if new.kind == "heal":  # what is cut may lie elsewhere, as a model of the study with the recipe none
+        return {**old.options, "model": ""} != {**new.options, "model": ""}
+    return old.options != new.options
 
 
 def _names(models: Sequence[str]) -> list[str]:
@@ -272,7 +375,12 @@ def _write_plan(run: Path, settings: StudyOptions, outline: _Outline, failed: Se
     plan = _plan(run, settings, outline, failed)
     for base in outline.bases:
         _write_choice(run / "profiles" / base.name)
-    models = {"models": [asdict(base) for base in outline.bases], "amounts": asdict(outline.amounts)}
+    models: dict[str, Any] = {"models": [asdict(base) for base in outline.bases]}
+    models |= {
+        "amounts": asdict(outline.amounts),
+        "inputs": outline.inputs,
+        "study": settings.model_dump(mode="json", exclude=set(HOW)),
+    }
     text = json.dumps(models | plan.to_dict(), indent=1, ensure_ascii=False) + "\n"
     file = run / PLAN
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
@@ -281,10 +389,17 @@ def _write_plan(run: Path, settings: StudyOptions, outline: _Outline, failed: Se
 
 
 def _write_choice(folder: Path) -> None:
-    if (folder / "curve.png").is_file() and not (folder / CHOICE).is_file():
+    if (folder / "curve.png").is_file():
         measured = load(folder, Profile)
-        if measured.can_choose:
-            write_text(folder / CHOICE, json.dumps(choose(measured)) + "\n")
+        text = json.dumps(choose(measured)) + "\n" if measured.can_choose else None
+        file = folder / CHOICE
+        if text is not None and not (file.is_file() and file.read_text(encoding="utf-8") == text and _is_newer(file)):
+            write_text(file, text)
+
+
+def _is_newer(choice: Path) -> bool:
+    """Whether a choice was written after the profile beside it, as the report wants it."""
+    return choice.stat().st_mtime_ns >= choice.with_name(Profile.file).stat().st_mtime_ns
 
 
 def _is_done(step: Step) -> bool:
