@@ -292,6 +292,14 @@ def test_a_budget_of_loss_is_the_shallowest_near_enough_to_the_lowest():
         choose(table(None, depth=6, parts=PARTS), max_loss_increase=0.1)
 
 
+@pytest.mark.parametrize("limit", [{"max_params": math.nan}, {"max_bytes": "5"}, {"max_params": -1}])
+def test_limits_that_are_no_numbers_are_refused(limit: dict[str, object]):
+    measured = table([3.0, 2, 1])
+    for ask in (choose, candidates):
+        with pytest.raises(ConfigError, match="will not do"):
+            ask(measured, **limit)
+
+
 def test_all_choices_side_by_side():
     angles = tuple(map(tuple, torch.rand(7, 7).tolist()))
     profile = table(LOSSES, parts=PARTS, batches=20, angular=angles, task_scores=scores(one=[0, 1, 2, 3, 4, 5]))

@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTModel
 import secateur
 from conftest import disk_of, example_pairs, write_pairs
 from secateur import cli, config
-from secateur.artifacts import DepthRow, Profile, load
+from secateur.artifacts import DepthRow, Profile, Scores, load
 from secateur.errors import ConfigError, DataError
 from secateur.provenance import provenance
 from task_folders import example_rows, write_task
@@ -224,6 +224,14 @@ def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run)
         (("profile", "model", "--data", "words.jsonl", "--scale", "0"), "scale: 0.0 will not do"),
         (("profile", "model", "--data", "words.jsonl", "--batch-size", "1"), "batch_size: 1 will not do"),
         (("profile", "model", "--data", "words.jsonl", "--seed", "x"), "seed"),
+        (("profile", "model", "--data", "words.jsonl", "--seed", "9" * 20), "seed: 99999999999999999999 will not do"),
+        (("profile", "model", "--data", "words.jsonl", "--scale", "inf"), "scale: inf will not do"),
+        (("heal", "model", "--data", "words.jsonl", "--seed", "-1"), "seed: -1 will not do"),
+        (("heal", "model", "--data", "words.jsonl", "--scale", "inf"), "scale: inf will not do"),
+        (
+            ("evaluate", "model", "model", "--tasks", "task"),
+            "two models are called model: give each its own name: --names",
+        ),
         (("heal", "model", "--data", "words.jsonl"), "nothing fills a batch of 64"),
         (("heal", "model", "--data", "words.jsonl", "--steps", "0"), "steps: 0 will not do"),
         (("evaluate", "--tasks", "task"), "models: is missing"),
@@ -243,6 +251,12 @@ def test_mistakes_in_options_are_one_line(arguments: tuple[str, ...], says: str,
     assert is_one_line(ended), ended
     assert says in ended.err
     assert not [path for path in place.rglob("out*") if path.is_file() or path.suffix == ".partial"]
+
+
+def test_models_get_the_names_that_they_are_given(place: Path, run: Run):
+    ended = run("evaluate", "model", "model", "--names", "one", "two", "--tasks", "task", "-o", "scores")
+    assert ended.code == 0, ended.err
+    assert [row.model for row in load(place / "scores", Scores).rows] == ["one", "two"]
 
 
 @pytest.mark.parametrize(

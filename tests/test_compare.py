@@ -108,6 +108,10 @@ def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path)
         (folders, {"texts": [tmp_path / "two.txt"]}, "2 distinct texts"),
         (folders, {"tasks": ["t"], "names": ["a", "a", "b"]}, "same name"),
         ([folders[0], folders[0]], {"tasks": ["t"]}, "same name"),
+        (folders, {"tasks": ["t"], "neighbours": 0}, "neighbours: 0 will not do"),
+        (folders, {"tasks": ["t"], "neighbours": -1}, "neighbours: -1 will not do"),
+        (folders, {"tasks": ["t"], "max_texts": 1}, "max_texts: 1 will not do"),
+        (folders, {"tasks": ["t"], "batch_size": 0}, "batch_size: 0 will not do"),
     ):
         with pytest.raises(ConfigError, match=says):
             compare(models, **options)

@@ -178,6 +178,14 @@ def test_texts_differ_and_long_ones_are_long():
     assert len(long_texts(1)[0].split()) > 12 * len(short_texts(1)[0].split())
 
 
+def test_another_model_in_a_models_folder_is_not_counted(make_encoder: MakeEncoder, tmp_path: Path):
+    folder = tmp_path / "model"
+    make_encoder().save(str(folder))
+    before = bytes_on_disk(folder)
+    make_encoder(depth=1).save(str(folder / "cut"))
+    assert bytes_on_disk(folder) == before > bytes_on_disk(folder / "cut")
+
+
 def test_wrong_arguments_are_refused(tmp_path: Path):
     for arguments, options, says in (
         ([[]], {}, "there are none"),

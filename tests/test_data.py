@@ -144,6 +144,12 @@ def test_a_mistake_in_parquet_is_found_in_its_row(rows, field, says, tmp_path: P
     assert (caught.value.line, caught.value.field) == (2 if rows[0] != rows[1] else 1, field)
 
 
+def test_a_csv_file_may_hold_long_texts(tmp_path: Path):
+    text = "word " * 40_000
+    (tmp_path / "long.csv").write_text(f"query,positive\nwhat is it,{text}\n")
+    assert read_pairs(tmp_path / "long.csv").rows == (Pair("what is it", text),)
+
+
 def test_missing_files_and_folders_are_named(tmp_path: Path):
     for name, says in (("nothing.jsonl", "no such file"), (".", "is a folder")):
         with pytest.raises(DataError, match=says) as caught:

@@ -319,6 +319,62 @@ def test_empty_texts_are_refused_with_their_line(llama, folder):
         list(DepthEncoder(model).run(["word", ""]))
 
 
+def test_without_an_instruction_the_models_default_prompt_goes_before_every_text(make_encoder, pairs, tmp_path):
+    bare = make_encoder("llama")
+    own = make_encoder("llama", prompts={"own": "own; ", "query": "other; "}, default_prompt_name="own")
+    told = tmp_path / "told.jsonl"
+    told.write_text(pairs.read_text())
+    told.with_suffix(".json").write_text(json.dumps({"query_instruction": "own", "passage_instruction": "own"}))
+    texts = write(tmp_path / "texts.jsonl", [{"text": f"word {i}"} for i in range(8)])
+
+    def columns(model, data, **options) -> tuple:
+        found = profile(model, data, batch_size=8, **options)
+        return found.prompt, [(row.loss, row.uniformity) for row in found.depths]
+
+    assert columns(own, pairs) == columns(bare, told) == columns(own, told)
+    assert columns(own, pairs) != columns(bare, pairs) == columns(own, pairs, instruction="")
+    assert columns(own, texts) == columns(bare, texts, instruction="own") != columns(bare, texts)
+
+
+def test_the_same_data_twice_are_refused(llama, pairs, tmp_path):
+    again = tmp_path / "again.jsonl"
+    again.write_text(pairs.read_text())
+    for second in (pairs, again):
+        with pytest.raises(DataError, match=r"is there twice.*name it once"):
+            profile(llama, [pairs, second])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"scale": -1.0},
+        {"scale": 0},
+        {"scale": math.nan},
+        {"scale": math.inf},
+        {"max_examples": 1},
+        {"max_length": -3},
+        {"dtype": "foo"},
+        {"batch_size": 2.5},
+        {"batch_size": 1},
+        {"seed": None},
+        {"seed": 2**32},
+        {"pooling": "max"},
+        {"sample": 0},
+    ],
+)
+def test_numbers_and_names_that_will_not_do_are_refused_before_any_work(option, llama, pairs, tmp_path):
+    (name,) = option
+    with pytest.raises(ConfigError, match=f"^{name}: .* will not do"):
+        profile(llama, pairs, out=tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trained_embedder_keeps_its_own_length(make_encoder, pairs, tmp_path):
+    make_encoder().save(str(tmp_path / "embedder"))
+    with pytest.raises(ConfigError, match=r"max_length: .* is a trained embedder"):
+        profile(tmp_path / "embedder", pairs, max_length=16)
+
+
 def test_an_instruction_that_fills_the_length_is_refused(llama, pairs):
     with pytest.raises(DataError, match="its prompt fills them all"):
         profile(llama, pairs, instruction="x" * 60, max_length=32, batch_size=8, dtype="float32")

@@ -33,7 +33,7 @@ from transformers import (
 
 import secateur
 from architectures import bypassed, model_of
-from conftest import llama_model, tiny_transformer
+from conftest import example_pairs, llama_model, tiny_transformer
 from hub import serve
 from secateur.architectures.blocks import final_norm
 from secateur.artifacts import Origin, load
@@ -213,6 +213,32 @@ def test_a_choice_that_will_not_do(source: Path, tmp_path: Path, choice, says):
         secateur.prune(source, out=tmp_path / "out", **choice)
     assert says in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_that_do_not_go_together_are_refused(source: Path, tmp_path: Path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in example_pairs(8)))
+    measured = secateur.profile(source, pairs, batch_size=4, dtype="float32")
+    embedder = secateur.prune(source, 2, out=tmp_path / "embedder")
+    for model, options, says in (
+        (source, {"to": 2, "profile": measured}, "profile: is not asked: to 2 tells the blocks: leave it out"),
+        (source, {"keep": "0-1", "profile": "nowhere"}, "profile: is not asked: keep 0-1"),
+        (source, {"to": "uniform:2", "profile": measured}, "profile: is not asked"),
+        (source, {"to": "small", "profile": measured, "pooling": "lasttoken"}, "measured with weighted_mean"),
+        (source, {"to": 2, "revision": "foo"}, "revision: .* is here and not on the Hub"),
+        (embedder, {"to": 1, "max_length": 16}, "max_length: .* is a trained embedder"),
+        (source, {"to": 2, "max_length": -1}, "max_length: -1 will not do"),
+        (source, {"to": 2, "dtype": "foo"}, "dtype: 'foo' will not do"),
+        (source, {"to": 2, "pooling": "bogus"}, "pooling: 'bogus' will not do"),
+        (source, {"to": True}, "to: True will not do"),
+        (source, {"keep": 3}, "keep: 3 will not do"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            secateur.prune(model, out=tmp_path / "out", **options)
+    with pytest.raises(OutputError, match="lies in the model's own folder"):
+        secateur.prune(embedder, 1, out=embedder / "cut" / "here")
+    assert not (tmp_path / "out").exists() and not (embedder / "cut").exists()
+    secateur.prune(source, "small", profile=measured, pooling="weighted_mean", out=tmp_path / "out")
 
 
 def test_blocks_that_the_architecture_cannot_lose(tmp_path: Path):
