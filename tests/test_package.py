@@ -29,8 +29,8 @@ profiling: lens parts depths depth_scores profile
 choosing: selectors budgets choose candidates
 pruning: selection prune
 healing: remote recipe processes doubles teacher minibatches objectives on_cpu trainable trainer train lessons heal
-reporting: cost compare run findings saturation printing verdict drawings card report
-studies: presets plan estimate runner study
+reporting: cost compare journal run findings saturation printing verdict drawings card report
+studies: presets plan inputs estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export
 encoding: memory mixed arithmetic
