@@ -30,8 +30,7 @@ choosing: selectors budgets choose candidates
 pruning: selection prune
 healing: remote recipe processes resuming doubles teacher minibatches objectives on_cpu trainable trainer train
 healing: prompts lessons heal
-studies: journal
-reporting: cost compare run findings saturation printing verdict drawings card report
+reporting: cost compare journal run findings saturation printing verdict drawings card report
 studies: presets plan inputs estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export

@@ -240,4 +240,5 @@ def output_error(path: str | Path, error: OSError) -> OutputError:
 
 def concerns_all(error: OutputError) -> bool:
     """Whether the disk is to blame, so that nothing else can be written either: not what one place holds."""
-    return any(error.problem.endswith(problem) for problem, _ in _REASONS.values())
+    said = error.problem.removeprefix(f"output {error.path}: ")
+    return said.startswith(("the disk is too full", *(problem for problem, _ in _REASONS.values())))

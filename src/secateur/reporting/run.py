@@ -16,7 +16,7 @@ from secateur.artifacts import CostRow, Costs, Origin, Profile, ScoreRow, Scores
 from secateur.choosing.choose import choose
 from secateur.errors import DataError
 from secateur.files import read_json
-from secateur.studies.journal import failures
+from secateur.reporting.journal import failures
 
 UNTRAINED = "zero-shot"
 

@@ -33,9 +33,9 @@ from secateur.progress import Progress, silent
 from secateur.provenance import acting_as
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
+from secateur.reporting.journal import JOURNAL, whole_part
+from secateur.reporting.journal import read_journal as read_journal
 from secateur.studies.estimate import corrected
-from secateur.studies.journal import JOURNAL, whole_part
-from secateur.studies.journal import read_journal as read_journal
 from secateur.studies.plan import Plan, Step, blocked
 
 LOGS = "logs"

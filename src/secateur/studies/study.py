@@ -41,10 +41,10 @@ from secateur.healing.lessons import find_aim, sets_of
 from secateur.loading.models import model_label
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as
+from secateur.reporting.journal import JOURNAL, read_journal
 from secateur.reporting.report import report
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.inputs import Inputs, check_inputs, read_inputs
-from secateur.studies.journal import JOURNAL, read_journal
 from secateur.studies.plan import NO_TRAINING, Base, Plan, Step, Variant, numbers_of, plan_steps, recipe_settings
 from secateur.studies.presets import fill_in
 from secateur.studies.runner import (
