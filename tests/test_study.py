@@ -56,10 +56,10 @@ def run(place: Path) -> Path:
 
 
 def tables(run: Path) -> dict[str, object]:
-    """All that a study found out, without the times."""
+    """All that a study found out, without the times, and where it lies."""
     profile = load(run / "profiles" / "tiny", Profile)
     return {
-        "scores": [row | {"seconds": 0} for row in secateur.read_scores(run).to_dicts()],
+        "scores": [row | {"seconds": 0, "source": ""} for row in secateur.read_scores(run).to_dicts()],
         "profile": profile.rows,
         "losses": {name: load(run / "models" / name, Training).losses for name in VARIANTS[1:]},
         "choice": json.loads((run / "profiles" / "tiny" / "choice.json").read_text()),
