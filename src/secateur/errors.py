@@ -86,10 +86,11 @@ class ConfigError(SecateurError):
 
 
 class OutputError(SecateurError):
-    """A place that results cannot be written to."""
+    """A place that results cannot be written to. ``concerns_all``: for a reason for which no other could be, either."""
 
-    def __init__(self, path: str | Path, problem: str, hint: str = "") -> None:
+    def __init__(self, path: str | Path, problem: str, hint: str = "", *, concerns_all: bool = False) -> None:
         self.path = Path(path)
+        self.concerns_all = concerns_all
         super().__init__(f"output {path}: {problem}", hint)
 
 

@@ -106,7 +106,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     with held(partial):
         try:
             with writing(path):
-                _empty(partial)
+                empty_folder(partial)
                 yield partial
                 give_name(partial, path)
         except BaseException:
@@ -147,7 +147,7 @@ def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def _empty(folder: Path) -> None:
+def empty_folder(folder: Path) -> None:
     """Remove what a killed run left; the folder stays, and what holds it with it."""
     for item in folder.iterdir():
         if item.is_dir() and not item.is_symlink():
@@ -235,10 +235,4 @@ _REASONS = {
 def output_error(path: str | Path, error: OSError) -> OutputError:
     """Say in the user's words why a path could not be written."""
     problem, hint = _REASONS.get(error.errno or 0, (f"cannot be written ({error.strerror or error})", ""))
-    return OutputError(path, problem, hint)
-
-
-def concerns_all(error: OutputError) -> bool:
-    """Whether the disk is to blame, so that nothing else can be written either: not what one place holds."""
-    said = error.problem.removeprefix(f"output {error.path}: ")
-    return said.startswith(("the disk is too full", *(problem for problem, _ in _REASONS.values())))
+    return OutputError(path, problem, hint, concerns_all=error.errno in _REASONS)

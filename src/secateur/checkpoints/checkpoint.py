@@ -231,7 +231,8 @@ def _has(content: Mapping[str, Any], field: str) -> bool:
 def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise OutputError(out, f"the disk is too full: the result needs {needed:,} bytes, and {free:,} are free")
+        problem = f"the disk is too full: the result needs {needed:,} bytes, and {free:,} are free"
+        raise OutputError(out, problem, concerns_all=True)
 
 
 def _copy_companions(source: Source, out: Path) -> None:

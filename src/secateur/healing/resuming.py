@@ -6,14 +6,13 @@ A note in it says what the training follows from. Models and data are known by t
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import ConfigError, OutputError
-from secateur.files import held, partial_folder, read_json, write_text
+from secateur.files import empty_folder, held, partial_folder, read_json, write_text
 from secateur.healing import processes
 
 NOTE = "training.json"
@@ -68,8 +67,7 @@ def take_up(partial: Path, wanted: Mapping[str, Any]) -> list[str]:
     asked: dict[str, Any] = json.loads(json.dumps(wanted))
     note = partial / NOTE
     if not note.is_file():
-        for item in partial.iterdir():
-            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+        empty_folder(partial)
         write_text(note, json.dumps(asked, indent=1))
         return []
     found = read_json(note)

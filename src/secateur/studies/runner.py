@@ -26,7 +26,7 @@ from typing import IO, Any
 from secateur.clusters import ray_cluster
 from secateur.errors import OutputError, SecateurError, StepFailed
 from secateur.evaluation.evaluate import evaluate
-from secateur.files import concerns_all, output_error
+from secateur.files import output_error
 from secateur.healing.heal import heal
 from secateur.profiling.profile import profile
 from secateur.progress import Progress, silent
@@ -293,7 +293,7 @@ class _Board:
             self.failed[name] = " ".join(_reason(error).split())
             self.journal.write(**entry, error=self.failed[name], log=str(self.log(step)))
         self.tell()
-        if isinstance(error, OutputError) and concerns_all(error):
+        if isinstance(error, OutputError) and error.concerns_all:
             raise error  # nothing else can be written either
 
     def log(self, step: Step) -> Path:
