@@ -37,9 +37,10 @@ from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.serving.app import make_app
 from secateur.serving.connections import Connection
 from secateur.serving.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
+from secateur.serving.exported import OPENING
 from secateur.serving.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
 from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, Worker, choose_batch
-from secateur.serving.serve import OPENING, Server, bind, listen, make_server, open_encoder
+from secateur.serving.serve import Server, bind, listen, make_server, open_encoder
 
 PROMPTS = {"query": "find: ", "document": ""}
 TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]

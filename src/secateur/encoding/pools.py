@@ -31,12 +31,12 @@ from secateur.data.vectors import fingerprint_model
 from secateur.encoding.arithmetic import AUTO, STORED, use_arithmetic, weights_dtype
 from secateur.encoding.engine import WINDOW, Engine, Told
 from secateur.encoding.memory import keep_freed_memory
-from secateur.errors import ConfigError, ModelError
+from secateur.errors import ModelError
 from secateur.loading.models import open_model
 from secateur.loading.pooling import PoolingName
 from secateur.provenance import fingerprint
 from secateur.serving.encoders import EncoderDied, EncoderProcess, Vectors, batch_budget
-from secateur.serving.exported import is_export
+from secateur.serving.exported import check_opening, is_export
 
 TRIES = 3
 """How often a piece is given to a worker before the run fails."""
@@ -116,13 +116,10 @@ class _ExportWorker:
 
     def __init__(self, opening: Opening) -> None:
         self._folder = Path(opening.model)
-        for name in ("pooling", "max_length", "device", "trust_remote_code"):
-            if getattr(opening, name) != getattr(Opening, name):
-                raise _decided(name, getattr(opening, name))
         self._batch_tokens = opening.batch_tokens or batch_budget("cpu")
         self._encoder = runtime.load(self._folder, threads=opening.threads)
-        if opening.dtype not in (AUTO, STORED, self._encoder.settings.precision):
-            raise _decided("dtype", opening.dtype)
+        own = (STORED, self._encoder.settings.precision)
+        check_opening(vars(opening) | ({"dtype": AUTO} if opening.dtype in own else {}))
 
     def facts(self) -> Facts:
         settings = self._encoder.settings
@@ -145,11 +142,6 @@ class _ExportWorker:
             pieces.append(encoder.encode_tokens(tokens, length, batch_tokens=self._batch_tokens))
             told(len(tokens), sum(map(len, tokens)))
         return np.concatenate(pieces)
-
-
-def _decided(name: str, value: object) -> ConfigError:
-    problem = "cannot be chosen for an export, which has decided it"
-    return ConfigError(name, value, problem, f"leave --{name.replace('_', '-')} out")
 
 
 def open_worker(opening: Opening) -> Worker:

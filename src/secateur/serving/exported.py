@@ -4,17 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from secateur import runtime
+from secateur.errors import ConfigError
+from secateur.loading.models import MAX_LENGTH
 from secateur.runtime.encoder import MANIFEST
 from secateur.serving.encoders import Tokens, Vectors, read_slices
+
+OPENING: Mapping[str, Any] = {
+    "pooling": None,
+    "max_length": MAX_LENGTH,
+    "dtype": "auto",
+    "device": None,
+    "trust_remote_code": False,
+}
+"""How a model is opened where nothing else is said."""
 
 
 def is_export(folder: str | Path) -> bool:
     """Whether a path is a folder that ``secateur export`` wrote."""
     return (Path(folder) / MANIFEST).is_file()
+
+
+def check_opening(opening: Mapping[str, Any]) -> None:
+    """Refuse what an export has decided already.
+
+    Args:
+        opening: What stands in :data:`OPENING`, and maybe more.
+
+    Raises:
+        ConfigError: Something of it is not the default.
+    """
+    for name, default in OPENING.items():
+        if opening[name] != default:
+            problem = "cannot be chosen for an export, which has decided it"
+            raise ConfigError(name, opening[name], problem, f"leave --{name.replace('_', '-')} out")
 
 
 class ExportEncoder:

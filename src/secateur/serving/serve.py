@@ -29,7 +29,7 @@ from secateur.loading.pooling import PoolingName
 from secateur.serving.app import make_app
 from secateur.serving.connections import Connection
 from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, batch_budget
-from secateur.serving.exported import ExportEncoder, is_export
+from secateur.serving.exported import ExportEncoder, check_opening, is_export
 from secateur.serving.gate import (
     API_KEYS,
     Keys,
@@ -39,9 +39,6 @@ from secateur.serving.gate import (
     log_as_json,
     read_keys,
 )
-
-OPENING: Mapping[str, Any] = {"pooling": None, "max_length": 512, "dtype": "auto", "device": None}
-"""How a model is opened where nothing else is said."""
 
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
@@ -256,17 +253,14 @@ def open_encoder(model: str | Path, opening: Mapping[str, Any], threads: int | N
 
     Args:
         model: As for :func:`serve`.
-        opening: What stands in :data:`OPENING`, and ``trust_remote_code``.
+        opening: What stands in :data:`.OPENING`.
         threads: Its share of the processor.
 
     Raises:
         ConfigError: An option that an export has decided already.
     """
     if is_export(model):
-        for name, default in OPENING.items():
-            if opening[name] != default:
-                problem = "cannot be chosen for an export, which has decided it"
-                raise ConfigError(name, opening[name], problem, f"leave --{name.replace('_', '-')} out")
+        check_opening(opening)
         return ExportEncoder(model, threads)
     if threads:
         torch.set_num_threads(threads)
