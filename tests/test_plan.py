@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from secateur.artifacts import DepthRow, Profile
 from secateur.config import HealOptions, StudyOptions, make
 from secateur.errors import ConfigError, IllegalDepth, OutputError
+from secateur.files import output_error
 from secateur.provenance import provenance
 from secateur.studies.estimate import corrected
 from secateur.studies.plan import Base, Plan, Step, blocked, plan_steps
@@ -258,7 +260,7 @@ def test_a_place_that_cannot_be_written_ends_the_study(tmp_path: Path):
 
     def do(name: str) -> None:
         begun.append(name)
-        raise OutputError(tmp_path, "the disk is full")
+        raise output_error(tmp_path, OSError(errno.ENOSPC, "No space left on device"))
 
     with pytest.raises(OutputError, match="full"):
         work(tmp_path, [step(tmp_path, "a"), step(tmp_path, "b")], do)
