@@ -27,7 +27,7 @@ from secateur.data.pairs import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
 from secateur.evaluation.evaluate import is_instructed
 from secateur.healing import trainable
-from secateur.healing.heal import held_out_ndcg
+from secateur.healing.held_out import held_out_ndcg
 from secateur.healing.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
 from secateur.healing.train import Outcome, make_loss, train, training_sets
 from secateur.healing.trainable import decide

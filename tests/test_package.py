@@ -29,7 +29,7 @@ profiling: lens parts depths depth_scores profile
 choosing: selectors budgets choose candidates
 pruning: selection prune
 healing: remote recipe processes resuming doubles teacher minibatches objectives on_cpu trainable trainer train
-healing: prompts lessons heal
+healing: held_out prompts lessons heal
 reporting: cost compare journal run findings saturation printing verdict drawings card report
 studies: presets plan inputs estimate runner study
 runtime

@@ -33,7 +33,7 @@ STORED = "stored"
 EDGES = (0, 8, 16, 24, 32, 48)
 """From one of these numbers of tokens on, texts may be multiplied in another way than shorter ones."""
 
-SHARES = (0.0, 0.4, 0.5)
+SHARES = (0.0, 0.5)
 """How much of a model's depth may be spared for texts that are not the shortest."""
 
 RANDOM_LENGTHS = [1, 2, 3, 4, 5, 6, 7] * 8 + [8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30] * 10 + [34, 40, 46, 52] * 4

@@ -8,36 +8,30 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer
 
 from secateur.architectures.blocks import depth_of
 from secateur.artifacts import Training
-from secateur.data.pairs import Pairs
 from secateur.data.sources import Data, Source, read_sources
-from secateur.data.texts import Texts
 from secateur.data.vectors import fingerprint_model
-from secateur.errors import ConfigError, DataError
-from secateur.evaluation.evaluate import evaluate, open_tasks
-from secateur.evaluation.tasks import Task
+from secateur.errors import ConfigError
 from secateur.files import give_name, partial_folder, writing
 from secateur.healing import processes
+from secateur.healing.held_out import read_held_out
 from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, not_trained_on, sets_of, teach
 from secateur.healing.objectives import check_views
 from secateur.healing.prompts import default_prompt, keep_prompts, prompts_of
-from secateur.healing.recipe import check_count, make_recipe
+from secateur.healing.recipe import make_recipe
 from secateur.healing.resuming import only_run, take_up
 from secateur.healing.teacher import Teacher, open_teacher
-from secateur.healing.train import Outcome, check_processes, check_tracker
+from secateur.healing.train import Outcome, TrainingSet, check_processes, check_tracker
 from secateur.healing.train import train as run_training
 from secateur.healing.trainable import decide
-from secateur.healing.trainer import Validation
 from secateur.loading.models import attend_both_ways, model_label, open_model, save_model, use_stock_modules
-from secateur.measures.metrics import cosines, retrieval
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
 from secateur.pruning.prune import origin_of
@@ -177,78 +171,78 @@ def heal(
     processes.join()
     check_processes(numbers.batch_size)
     sets = sets_of(sources, numbers.batch_size, aim)
-    trained_on = [source for source in sources if source.name in {item.source for item in sets}]
-    held_out = _read_pairs(eval_data, instruction, columns)
-    _check_validation(
-        held_out, eval_tasks or (), {"eval_sample": eval_sample, "eval_every": eval_every, "patience": patience}
+    held_out = read_held_out(
+        eval_data,
+        eval_tasks,
+        instruction=instruction,
+        columns=columns,
+        sample=eval_sample,
+        every=eval_every,
+        patience=patience,
+        seed=seed,
     )
-    if eval_sample is not None:
-        held_out = [pairs.sample(eval_sample, seed) for pairs in held_out]
-    tasks = open_tasks(eval_tasks, eval_sample, seed) if eval_tasks else []
-    validation = _validation(held_out, eval_tasks or (), eval_sample, eval_every, patience, seed)
     guide = _open_teacher(teacher, teacher_model, cache, device, trust_remote_code)
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
-    check_views(opened, aim.depths, aim.dims)
-    use_stock_modules(opened)
     if bidirectional:
         attend_both_ways(opened, model)
-    default = default_prompt(opened) if instruction is None else ""
-    prompts = {item.name: prompts_of(item, default) for item in sets}
-    kept_prompts = keep_prompts(opened, trained_on, default)
+    student = _prepare(opened, sets, sources, aim, None if instruction is None else "")
     numbers = decide(opened, numbers)
     settings = {"recipe": recipe} | asdict(numbers) | {"data": {item.name: len(item.rows) for item in sets}}
-    settings |= {
-        "columns": dict(columns or {}),
-        "bidirectional": bidirectional,
-        "instruction": instruction,
-        "eval_data": [_described(pairs) for pairs in held_out],
-        "eval_tasks": [_task_described(task) for task in tasks],
-        "eval_sample": eval_sample,
-        "eval_every": eval_every,
-        "patience": patience,
-    }
-    settings |= _aim_settings(aim, guide, teacher_model)
+    settings |= {"columns": dict(columns or {}), "bidirectional": bidirectional, "instruction": instruction}
+    settings |= held_out.settings | _aim_settings(aim, guide, teacher_model)
     settings["notes"] = not_trained_on(sources, numbers.batch_size, aim)
     with writing(out), only_run(Path(out)) as partial:
         if processes.is_first():
-            follows = _follows_from(settings, opened, trained_on, prompts)
-            settings["notes"] = [*settings["notes"], *take_up(partial, follows)]
+            settings["notes"] += take_up(partial, _follows_from(settings, student))
         processes.wait()
         vectors = None
         if guide:
             sets, vectors = teach(sets, guide, Path(cache or partial / "teacher"), progress)
             guide = None  # its weights are not needed any more
-        sets = [replace(item, prompts=prompts[item.name]) for item in sets]  # a teacher has a default of its own
         with dropout_of(opened, aim):
             outcome = run_training(
                 opened,
-                sets,
+                [replace(item, prompts=student.prompts[item.name]) for item in sets],  # a teacher has its own default
                 numbers,
                 partial / "checkpoints",
                 progress,
                 lambda model, recipe: make_objective(model, recipe, aim=aim, teacher=vectors),
-                validation=validation,
+                validation=held_out.validation,
                 report_to=report_to,
             )
         if processes.is_first():
-            finished = _empty(partial / "model")
-            depth = depth_of(opened[0].auto_model)
-            save_model(opened, finished, origin_of(model, depth, range(depth)))
-            _table(model, trained_on, settings, kept_prompts, outcome).save(finished)
-            give_name(finished, Path(out))
+            _write(model, student, settings, outcome, partial / "model")
+            give_name(partial / "model", Path(out))
             shutil.rmtree(partial)
         processes.wait()
     return Path(out)
 
 
-def _read_pairs(data: Data | None, instruction: str | None, columns: Mapping[str, str] | None) -> list[Pairs]:
-    """Held-out data, which are pairs."""
-    found = []
-    for source in read_sources(data or (), instruction, columns):
-        if isinstance(source, Texts):
-            raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
-        found.append(source)
-    return found
+@dataclass(frozen=True, eq=False)
+class _Student:
+    """A model as it is trained.
+
+    ``sources`` are the data that it is trained on, ``prompts`` those of each set's columns, and ``kept`` those that the
+    written folder has from the data.
+    """
+
+    model: SentenceTransformer
+    sources: Sequence[Source]
+    prompts: Mapping[str, Mapping[str, str]]
+    kept: Mapping[str, str]
+
+
+def _prepare(
+    model: SentenceTransformer, sets: Sequence[TrainingSet], sources: Sequence[Source], aim: Aim, default: str | None
+) -> _Student:
+    """Give a model its modules and prompts for training; ``default``: in place of its default prompt."""
+    check_views(model, aim.depths, aim.dims)
+    use_stock_modules(model)
+    default = default_prompt(model) if default is None else default
+    used = {item.source for item in sets}
+    trained_on = [source for source in sources if source.name in used]
+    prompts = {item.name: prompts_of(item, default) for item in sets}
+    return _Student(model, trained_on, prompts, keep_prompts(model, trained_on, default))
 
 
 def _open_teacher(
@@ -271,99 +265,38 @@ def _aim_settings(aim: Aim, teacher: Teacher | None, model: str | None) -> dict[
     return settings
 
 
-def _described(pairs: Pairs) -> dict[str, Any]:
-    """Held-out data, for ``training.json``."""
-    return asdict(pairs.source) | {"prompt": pairs.prompt, "passage_prompt": pairs.passage_prompt}
-
-
-def _task_described(task: Task) -> dict[str, Any]:
-    return {"name": task.name, "sha256": task.source.sha256, "instruction": task.instruction}
-
-
 _NAMES = ("notes", "instruction", "teacher", "teacher_model", "name", "licence")
 """Settings that no number follows from: what they name is known by its content."""
 
 
-def _follows_from(
-    settings: Mapping[str, Any],
-    model: SentenceTransformer,
-    sources: Sequence[Source],
-    prompts: Mapping[str, Mapping[str, str]],
-) -> dict[str, Any]:
+def _follows_from(settings: Mapping[str, Any], student: _Student) -> dict[str, Any]:
     """All that decides on the numbers of a training."""
     known = {key: value for key, value in settings.items() if key not in _NAMES}
     for key in ("eval_data", "eval_tasks"):
         known[key] = [{name: value for name, value in item.items() if name not in _NAMES[-2:]} for item in known[key]]
     return {
-        "weights": fingerprint_model(model),
-        "sha256": [source.source.sha256 for source in sources],
-        "prompts": prompts,
+        "weights": fingerprint_model(student.model),
+        "sha256": [source.source.sha256 for source in student.sources],
+        "prompts": student.prompts,
         **known,
     }
 
 
-def _table(
-    model: str | Path,
-    sources: Sequence[Source],
-    settings: dict[str, Any],
-    prompts: Mapping[str, str],
-    outcome: Outcome,
-) -> Training:
-    return Training(
-        provenance=provenance([pairs.source for pairs in sources], settings["seed"]),
+def _write(model: str | Path, student: _Student, settings: dict[str, Any], outcome: Outcome, folder: Path) -> None:
+    """Write the trained model, and what made it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    depth = depth_of(student.model[0].auto_model)
+    save_model(student.model, folder, origin_of(model, depth, range(depth)))
+    Training(
+        provenance=provenance([source.source for source in student.sources], settings["seed"]),
         model=model_label(model),
         steps=outcome.steps,
         seconds=outcome.seconds,
         trained_parameters=outcome.trained_parameters,
         settings=settings,
-        prompts=prompts,
+        prompts=student.kept,
         losses=outcome.losses,
         trials=outcome.trials,
         best_step=outcome.best_step,
-    )
-
-
-def _check_validation(
-    held_out: Sequence[Pairs], tasks: Sequence[str | Path], numbers: Mapping[str, int | None]
-) -> None:
-    """Refuse numbers of measurements that are none, or that nothing is measured by."""
-    for key, value in numbers.items():
-        check_count(key, value)
-        if value is not None and not held_out and not tasks:
-            raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
-
-
-def _validation(
-    held_out: Sequence[Pairs],
-    tasks: Sequence[str | Path],
-    sample: int | None,
-    every: int | None,
-    patience: int | None,
-    seed: int,
-) -> Validation | None:
-    """How a model is measured on the way: the mean over held-out files and tasks."""
-    if not held_out and not tasks:
-        return None
-
-    def score(model: SentenceTransformer) -> float:
-        found = [held_out_ndcg(model, pairs) for pairs in held_out]
-        if tasks:
-            found += [row.score for row in evaluate([model], tasks, sample=sample, seed=seed, names=["model"]).rows]
-        return sum(found) / len(found)
-
-    return Validation(score, every, patience)
-
-
-def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
-    """nDCG@10 of finding each anchor's positive among all positives and negatives of a file, 0 to 1."""
-    options: dict[str, Any] = {"convert_to_tensor": True, "show_progress_bar": False}
-    anchors = model.encode([row.anchor for row in pairs.rows], prompt=pairs.prompt or None, **options)
-    texts = [row.positive for row in pairs.rows] + [text for row in pairs.rows for text in row.negatives]
-    candidates: torch.Tensor = model.encode(texts, prompt=pairs.passage_prompt or None, **options)
-    return float(retrieval(cosines(anchors, candidates)).ndcg_at_10)
-
-
-def _empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
+    ).save(folder)

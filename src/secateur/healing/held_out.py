@@ -1,0 +1,113 @@
+"""What a model is measured by while it trains: pairs and tasks that it is not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from secateur.data.pairs import Pairs
+from secateur.data.sources import Data, read_sources
+from secateur.data.texts import Texts
+from secateur.errors import ConfigError, DataError
+from secateur.evaluation.evaluate import evaluate, open_tasks
+from secateur.evaluation.tasks import Task
+from secateur.healing.recipe import check_count
+from secateur.healing.trainer import Validation
+from secateur.measures.metrics import cosines, retrieval
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Pairs and tasks that were opened, ``names`` being what the tasks were opened by, and how often they are asked.
+
+    ``sample`` rows of each task count, drawn by ``seed``; ``every`` and ``patience`` are those of :class:`.Validation`.
+    """
+
+    pairs: Sequence[Pairs]
+    tasks: Sequence[Task]
+    names: Sequence[str | Path]
+    sample: int | None
+    every: int | None
+    patience: int | None
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For ``training.json``."""
+        return {
+            "eval_data": [
+                asdict(pairs.source) | {"prompt": pairs.prompt, "passage_prompt": pairs.passage_prompt}
+                for pairs in self.pairs
+            ],
+            "eval_tasks": [
+                {"name": task.name, "sha256": task.source.sha256, "instruction": task.instruction}
+                for task in self.tasks
+            ],
+            "eval_sample": self.sample,
+            "eval_every": self.every,
+            "patience": self.patience,
+        }
+
+    @property
+    def validation(self) -> Validation | None:
+        """For the trainer; None where there is nothing to measure by."""
+        return Validation(self.score, self.every, self.patience) if self.pairs or self.tasks else None
+
+    def score(self, model: SentenceTransformer) -> float:
+        """The mean over held-out files and tasks."""
+        found = [held_out_ndcg(model, pairs) for pairs in self.pairs]
+        if self.tasks:
+            table = evaluate([model], self.names, sample=self.sample, seed=self.seed, names=["model"])
+            found += [row.score for row in table.rows]
+        return sum(found) / len(found)
+
+
+def read_held_out(
+    data: Data | None,
+    tasks: Sequence[str | Path] | None,
+    *,
+    instruction: str | None,
+    columns: Mapping[str, str] | None,
+    sample: int | None,
+    every: int | None,
+    patience: int | None,
+    seed: int,
+) -> HeldOut:
+    """Open what a training is measured by; arguments as those of :func:`.heal` that start with ``eval``.
+
+    Raises:
+        ConfigError: A number is no count, or nothing is measured by it; or a task cannot be opened.
+        DataError: The data cannot be read, or hold texts alone.
+    """
+    pairs = _read_pairs(data, instruction, columns)
+    for key, value in (("eval_sample", sample), ("eval_every", every), ("patience", patience)):
+        check_count(key, value)
+        if value is not None and not pairs and not tasks:
+            raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
+    if sample is not None:
+        pairs = [some.sample(sample, seed) for some in pairs]
+    opened = open_tasks(tasks, sample, seed) if tasks else []
+    return HeldOut(pairs, opened, tasks or (), sample, every, patience, seed)
+
+
+def _read_pairs(data: Data | None, instruction: str | None, columns: Mapping[str, str] | None) -> list[Pairs]:
+    found = []
+    for source in read_sources(data or (), instruction, columns):
+        if isinstance(source, Texts):
+            raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
+        found.append(source)
+    return found
+
+
+def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
+    """nDCG@10 of finding each anchor's positive among all positives and negatives of a file, 0 to 1."""
+    options: dict[str, Any] = {"convert_to_tensor": True, "show_progress_bar": False}
+    anchors = model.encode([row.anchor for row in pairs.rows], prompt=pairs.prompt or None, **options)
+    texts = [row.positive for row in pairs.rows] + [text for row in pairs.rows for text in row.negatives]
+    candidates: torch.Tensor = model.encode(texts, prompt=pairs.passage_prompt or None, **options)
+    return float(retrieval(cosines(anchors, candidates)).ndcg_at_10)
