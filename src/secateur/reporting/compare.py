@@ -56,7 +56,7 @@ def compare(
         models: Two or more of what :func:`.open_model` opens.
         tasks: Task folders or names of mteb's tasks and benchmarks, to score the models on.
         texts: Files of texts (:func:`.read_texts`) to find neighbours among. Default: the texts of the
-            task folders. Texts are encoded as they are, without an instruction.
+            task folders. Texts are encoded with the default prompt of a model that has one, and no other.
         neighbours: Nearest texts compared for each text; fewer where there are not so many.
         max_texts: Draw at most so many texts, by ``seed``.
         sample: As in :func:`.evaluate`.
