@@ -23,7 +23,9 @@ from sentence_transformers.util import quantize_embeddings
 from conftest import LETTERS, MakeEncoder, tiny_transformer
 from killing import run_until, signalled
 from secateur import accelerate, encode, evaluate, export, open_model
+from secateur.architectures import forward
 from secateur.cli import app
+from secateur.encoding import engine
 from secateur.encoding.arithmetic import use_arithmetic
 from secateur.encoding.encode import SHARD, TEXTS
 from secateur.encoding.engine import Engine
@@ -123,6 +125,25 @@ def test_what_is_known_of_a_prompt_does_not_outlive_the_weights(make_encoder: Ma
         block.mlp.down_proj.weight.data.mul_(-3)  # as peft merges: no version counter tells
     assert paired_cosines(fast.encode(texts, prompt=prompt), before).max() < 0.99
     same(fast.encode(texts, prompt=prompt), own.encode(texts, prompt=prompt))
+
+
+def test_a_prompt_that_comes_out_a_little_otherwise_is_run_with_every_text(make_encoder: MakeEncoder, monkeypatch):
+    """As with caches that round what they keep."""
+    own = make_encoder("llama")
+    use_mixed_products(own)
+    texts, prompt = [f"{i} and so on" for i in range(20)], "find the word that is meant: "
+
+    def run_prefix(transformer, start):
+        prefix = forward.run_prefix(transformer, start)
+        for layer in prefix.layers:
+            layer.values = layer.values * 1.02
+        return prefix
+
+    monkeypatch.setattr(engine, "run_prefix", run_prefix)
+    expected = own.encode(texts, prompt=prompt)
+    assert paired_cosines(accelerate(own).encode(texts, prompt=prompt), expected).min() >= engine.PROBED_COSINE
+    monkeypatch.setattr(engine, "PROBED_COSINE", 0.999)
+    assert paired_cosines(accelerate(own).encode(texts, prompt=prompt), expected).min() < 0.99995, "it would show"
 
 
 def test_of_a_long_text_so_much_is_tokenized_as_the_model_reads(make_encoder: MakeEncoder):
