@@ -2,6 +2,7 @@
 
     python benchmarks/encode.py FULL OTHER --depths 24 7  # ratios; cuts of the first model are divided by it
     python benchmarks/encode.py FULL OTHER --depths 7 --texts 48 --rounds 2    # the same in some ten minutes
+    python benchmarks/encode.py FULL OTHER --depths 24 7 --dtypes auto --openvino    # exports to OpenVINO beside it
     python benchmarks/encode.py --rows 1000000            # memory of a large run, killed five times and resumed
 
 Ratios, for each model: ``encode`` to the model's own ``encode`` at its best batch size, on texts of mixed lengths and
@@ -35,7 +36,7 @@ import numpy as np
 import psutil
 import torch
 
-from secateur import accelerate, open_model, prune
+from secateur import accelerate, export, open_model, prune, runtime
 from secateur.encoding.arithmetic import quicken
 from secateur.encoding.encode import SAMPLE, SHARD
 from secateur.encoding.memory import keep_freed_memory
@@ -50,7 +51,8 @@ INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the pas
 BATCH_SIZES = (4, 8, 16, 32, 64)
 MARKS = (10_000, 30_000, 100_000, 200_000, 300_000, 500_000, 700_000)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-AIMS = {"float32": (1.5, 0.9999), "auto": (1.5, 0.9999), "mixed": (2.5, 0.999), "bfloat16": (2.5, 0.999)}
+OPENVINO = "openvino bfloat16"
+AIMS = {"float32": (1.5, 0.9999), "auto": (1.5, 0.9999)} | dict.fromkeys(("mixed", "bfloat16", OPENVINO), (2.5, 0.999))
 """Times as many texts of mixed lengths per second, at this cosine."""
 
 
@@ -63,7 +65,7 @@ def main() -> None:
         keep_freed_memory()
         with tempfile.TemporaryDirectory() as scratch:
             cuts = [str(prune(args.models[0], depth, out=Path(scratch) / f"{depth} blocks")) for depth in args.depths]
-            ratios(args.models, cuts, args)
+            ratios(args.models, cuts, Path(scratch), args)
     print(f"load {os.getloadavg()[0]:.2f} after")
 
 
@@ -75,7 +77,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, nargs="+", default=[CPU_BATCH], help="budgets to try")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "auto", "bfloat16"], choices=list(AIMS))
+    dtypes = [name for name in AIMS if name != OPENVINO]
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "auto", "bfloat16"], choices=dtypes)
+    parser.add_argument("--openvino", action="store_true", help="also export to OpenVINO in bfloat16, and encode by it")
     parser.add_argument("--rows", type=int, help="rows of the large run, on a tiny random model")
     args = parser.parse_args()
     if not args.rows and not args.models:
@@ -116,12 +120,16 @@ def documents(count: int) -> list[str]:
     return [f"{i} " + " ".join(rng.choices(WORDS, k=180)) for i in range(count)]
 
 
-def ratios(models: Sequence[str], cuts: Sequence[str], args: argparse.Namespace) -> None:
+def ratios(models: Sequence[str], cuts: Sequence[str], scratch: Path, args: argparse.Namespace) -> None:
     rates: dict[str, dict[str, float]] = {}
     costs: dict[str, float] = {}
     for name in (*models, *cuts):
         print(f"\n{model_label(name)}", flush=True)
         own, ways = open_ways(name, args)
+        if args.openvino:
+            folder = scratch / f"{model_label(name)} exported"
+            export(name, to="openvino", precision="bfloat16", out=folder)
+            ways[OPENVINO] = runtime.load(folder)
         compare("mixed lengths", own, ways, mixed_lengths(args.texts), "", args)
         compare("queries under an instruction", own, ways, queries(args.texts), INSTRUCTION, args, aim=3)
         rates[name], costs[name] = against_peak(own, ways, args)
@@ -182,6 +190,8 @@ def own_encode(model: Any, size: int) -> Callable[[Sequence[str], str], np.ndarr
 
 
 def fast_encode(model: Any) -> Callable[[Sequence[str], str], np.ndarray]:
+    if isinstance(model, runtime.Encoder):
+        return lambda texts, prompt: model.encode(list(texts), prompt=prompt)
     return lambda texts, prompt: model.encode(list(texts), prompt=prompt, show_progress_bar=False)
 
 
@@ -235,6 +245,8 @@ def against_peak(own: Any, ways: dict[str, Any], args: argparse.Namespace) -> tu
 
 
 def multiplies_in_bfloat16(model: Any) -> bool:
+    if isinstance(model, runtime.Encoder):
+        return bool(model.settings.precision == "bfloat16")
     return model.dtype == torch.bfloat16 or is_mixed(model)
 
 
