@@ -3,6 +3,7 @@
     python benchmarks/encode.py FULL OTHER --depths 24 7  # ratios; cuts of the first model are divided by it
     python benchmarks/encode.py FULL OTHER --depths 7 --texts 48 --rounds 2    # the same in some ten minutes
     python benchmarks/encode.py FULL OTHER --depths 24 7 --dtypes auto --openvino    # exports to OpenVINO beside it
+    python benchmarks/encode.py FULL --depths 24 7 --only-cuts    # what depth costs, alone
     python benchmarks/encode.py --rows 1000000            # memory of a large run, killed five times and resumed
 
 Ratios, for each model: ``encode`` to the model's own ``encode`` at its best batch size, on texts of mixed lengths and
@@ -80,6 +81,7 @@ def arguments() -> argparse.Namespace:
     dtypes = [name for name in AIMS if name != OPENVINO]
     parser.add_argument("--dtypes", nargs="+", default=["float32", "auto", "bfloat16"], choices=dtypes)
     parser.add_argument("--openvino", action="store_true", help="also export to OpenVINO in bfloat16, and encode by it")
+    parser.add_argument("--only-cuts", action="store_true", help="compare the cuts with the first model, and no more")
     parser.add_argument("--rows", type=int, help="rows of the large run, on a tiny random model")
     args = parser.parse_args()
     if not args.rows and not args.models:
@@ -121,26 +123,25 @@ def documents(count: int) -> list[str]:
 
 
 def ratios(models: Sequence[str], cuts: Sequence[str], scratch: Path, args: argparse.Namespace) -> None:
-    rates: dict[str, dict[str, float]] = {}
-    costs: dict[str, float] = {}
-    for name in (*models, *cuts):
+    names = (*models[:1], *cuts) if args.only_cuts else (*models, *cuts)
+    opened = {name: open_all(name, scratch, args) for name in names}
+    for name, (own, ways) in () if args.only_cuts else opened.items():
         print(f"\n{model_label(name)}", flush=True)
-        own, ways = open_ways(name, args)
-        if args.openvino:
-            folder = scratch / f"{model_label(name)} exported"
-            export(name, to="openvino", precision="bfloat16", out=folder)
-            ways[OPENVINO] = runtime.load(folder)
         compare("mixed lengths", own, ways, mixed_lengths(args.texts), "", args)
         compare("queries under an instruction", own, ways, queries(args.texts), INSTRUCTION, args, aim=3)
-        rates[name], costs[name] = against_peak(own, ways, args)
-    first = models[0]
-    for name in cuts:
-        for way, rate in rates[name].items():
-            quicker, cheaper = rate / rates[first][way], costs[first] / costs[name]
-            print(
-                f"{model_label(name)} ÷ {model_label(first)}, {way}: {quicker:.2f} times the texts for "
-                f"1/{cheaper:.2f} of the FLOPs: {quicker / cheaper:.2f} (aim 0.9)"
-            )
+        against_peak(own, ways, args)
+    for way in opened[models[0]][1] if cuts else ():
+        against_first({model_label(name): opened[name] for name in (models[0], *cuts)}, way, args)
+
+
+def open_all(name: str, scratch: Path, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    print(f"\nopens {model_label(name)}", flush=True)
+    own, ways = open_ways(name, args)
+    if args.openvino:
+        folder = scratch / f"{model_label(name)} exported"
+        export(name, to="openvino", precision="bfloat16", out=folder)
+        ways[OPENVINO] = runtime.load(folder)
+    return own, ways
 
 
 def open_ways(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -221,27 +222,41 @@ def peak(dtype: torch.dtype, clock: Callable[[], float]) -> float:
     return 2 * 1024 * 1024 * 4096 / min(seconds)
 
 
-def against_peak(own: Any, ways: dict[str, Any], args: argparse.Namespace) -> tuple[dict[str, float], float]:
-    """Useful operations per second on documents of some 200 tokens, to those of matrix products before and after.
-
-    Returns:
-        Texts per second of each way, FLOPs per text.
-    """
+def against_peak(own: Any, ways: dict[str, Any], args: argparse.Namespace) -> None:
+    """Useful operations per second on documents of some 200 tokens, to those of matrix products before and after."""
     texts = documents(max(16, args.texts // 8))
-    tokens = [len(ids) for ids in own.tokenizer(texts, truncation=True, max_length=own.max_seq_length)["input_ids"]]
-    each, _ = flops_per_token(own, round(statistics.mean(tokens)))
     variants = {way: Variant(fast_encode(fast), []) for way, fast in ways.items()}
     before = peaks(args)
     run_in_turn(variants, texts, "", args)
     after = peaks(args)
     for way, variant in variants.items():
-        rate = each * sum(tokens) / variant.median
+        rate = flops_of(own, texts) / variant.median
         dtype = torch.bfloat16 if multiplies_in_bfloat16(ways[way]) else torch.float32
         of = (before[dtype] + after[dtype]) / 2
         told = f"{rate / of:.2f} of the {of / 1e9:.0f} of matrix products (aim 0.6)"
         print(f"  documents: {way:24} {rate / 1e9:6.1f} useful GFLOP/s, {told}")
-    rates = {way: len(texts) / variant.median for way, variant in variants.items()}
-    return rates, each * sum(tokens) / len(texts)
+
+
+def against_first(opened: dict[str, tuple[Any, dict[str, Any]]], way: str, args: argparse.Namespace) -> None:
+    """Documents per second of each cut to those of the first model, all in turn, beside the ratio of operations."""
+    texts = documents(max(16, args.texts // 8))
+    variants = {label: Variant(fast_encode(ways[way]), []) for label, (_, ways) in opened.items()}
+    run_in_turn(variants, texts, "", args)
+    costs = {label: flops_of(own, texts) for label, (own, _) in opened.items()}
+    first, *cuts = variants
+    for cut in cuts:
+        quicker = statistics.median(a / b for a, b in zip(variants[first].seconds, variants[cut].seconds, strict=True))
+        cheaper = costs[first] / costs[cut]
+        print(
+            f"{cut} ÷ {first}, {way}: {quicker:.2f} times the texts for 1/{cheaper:.2f} of the FLOPs: "
+            f"{quicker / cheaper:.2f} (aim 0.9)"
+        )
+
+
+def flops_of(own: Any, texts: Sequence[str]) -> float:
+    tokens = [len(ids) for ids in own.tokenizer(texts, truncation=True, max_length=own.max_seq_length)["input_ids"]]
+    each, _ = flops_per_token(own, round(statistics.mean(tokens)))
+    return float(each * sum(tokens))
 
 
 def multiplies_in_bfloat16(model: Any) -> bool:
