@@ -19,7 +19,7 @@ from secateur.artifacts import Training
 from secateur.data.sources import Data, Source, read_sources
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError
-from secateur.files import give_name, partial_folder, writing
+from secateur.files import empty_folder, give_name, partial_folder, writing
 from secateur.healing import processes
 from secateur.healing.held_out import read_held_out
 from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, not_trained_on, sets_of, teach
@@ -185,7 +185,7 @@ def heal(
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
     if bidirectional:
         attend_both_ways(opened, model)
-    student = _prepare(opened, sets, sources, aim, None if instruction is None else "")
+    student = _prepare(opened, sets, sources, aim, default_prompt(opened) if instruction is None else "")
     numbers = decide(opened, numbers)
     settings = {"recipe": recipe} | asdict(numbers) | {"data": {item.name: len(item.rows) for item in sets}}
     settings |= {"columns": dict(columns or {}), "bidirectional": bidirectional, "instruction": instruction}
@@ -233,12 +233,11 @@ class _Student:
 
 
 def _prepare(
-    model: SentenceTransformer, sets: Sequence[TrainingSet], sources: Sequence[Source], aim: Aim, default: str | None
+    model: SentenceTransformer, sets: Sequence[TrainingSet], sources: Sequence[Source], aim: Aim, default: str
 ) -> _Student:
-    """Give a model its modules and prompts for training; ``default``: in place of its default prompt."""
+    """Give a model its modules and prompts for training, ``default`` where the data bring none."""
     check_views(model, aim.depths, aim.dims)
     use_stock_modules(model)
-    default = default_prompt(model) if default is None else default
     used = {item.source for item in sets}
     trained_on = [source for source in sources if source.name in used]
     prompts = {item.name: prompts_of(item, default) for item in sets}
@@ -284,8 +283,8 @@ def _follows_from(settings: Mapping[str, Any], student: _Student) -> dict[str, A
 
 def _write(model: str | Path, student: _Student, settings: dict[str, Any], outcome: Outcome, folder: Path) -> None:
     """Write the trained model, and what made it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    empty_folder(folder)
     depth = depth_of(student.model[0].auto_model)
     save_model(student.model, folder, origin_of(model, depth, range(depth)))
     Training(
