@@ -43,7 +43,7 @@ from secateur.files import read_json, write_text
 from secateur.healing.recipe import Recipe
 from secateur.healing.train import make_loss, train, training_sets
 from secateur.healing.trainable import prepare
-from secateur.loading.models import open_model, use_stock_modules
+from secateur.loading.models import open_model
 from secateur.progress import silent
 
 PAPER = {"recipe": "l3prune"}
@@ -250,7 +250,6 @@ def equal_steps(args: argparse.Namespace, row: Row, cut: Path) -> int:
 def step_flops(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> int:
     """Counted in one forward and backward pass of a batch of triplets at full length."""
     model = open_model(folder, device="cpu")
-    use_stock_modules(model)
     recipe = Recipe(train=settings.get("train", "lora"), batch_size=4, precision="float32")
     prepare(model, recipe)
     loss = make_loss(model.train(), recipe)
@@ -268,7 +267,6 @@ def static(args: argparse.Namespace, row: Row, folder: Path, seed: int, about: d
     transformer = model[0].auto_model
     transformer.layers = torch.nn.ModuleList()
     transformer.config.num_hidden_layers = 0
-    use_stock_modules(model)
     sources = [read_pairs(file) for file in training_files(args)]
     model.prompts.update({pairs.name: pairs.prompt for pairs in sources if pairs.prompt})
     numbers = {"steps": args.steps, "batch_size": args.batch_size, "max_length": args.max_length, "seed": seed}

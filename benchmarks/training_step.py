@@ -35,7 +35,7 @@ from secateur.healing.recipe import Recipe, make_recipe
 from secateur.healing.train import TrainingSet, make_loss, training_arguments, training_sets
 from secateur.healing.trainable import decide, prepare
 from secateur.healing.trainer import Trainer
-from secateur.loading.models import open_model, use_stock_modules
+from secateur.loading.models import open_model
 
 Step = Callable[[TrainingSet], float]
 """One training step on the rows of a set; its loss."""
@@ -94,7 +94,6 @@ def open_part(folder: Path, blocks: int | None) -> SentenceTransformer:
     model = open_model(folder, device="cpu")
     if blocks is not None:
         cut(model[0].auto_model, range(blocks))
-    use_stock_modules(model)
     return model
 
 

@@ -162,9 +162,9 @@ def test_the_file_beside_the_data_gives_instructions_unless_one_is_given(tmp_pat
     beside = {"query_instruction": "Find it ", "passage_instruction": "Keep it", "licence": "MIT", "notes": 3}
     (tmp_path / "a.json").write_text(json.dumps(beside))
     pairs = read_pairs(file)
-    assert (pairs.prompt, pairs.passage_prompt, pairs.source.licence) == ("Find it; ", "Keep it; ", "MIT")
+    assert (pairs.prompt, pairs.passage_prompt, pairs.source.licence) == ("Find it;\n", "Keep it;\n", "MIT")
     mine = read_pairs(file, instruction="Mine")
-    assert (mine.prompt, mine.passage_prompt, mine.source.licence) == ("Mine; ", "", "MIT")
+    assert (mine.prompt, mine.passage_prompt, mine.source.licence) == ("Mine;\n", "", "MIT")
     assert read_pairs(file, instruction="").prompt == ""
 
 
@@ -205,7 +205,7 @@ def test_batches_are_full_and_in_order(hundred: Pairs):
     assert [text for batch in made for text in batch.anchors] == [f"q{i}" for i in range(96)]
     assert made[1].positives == tuple(f"p{i}" for i in range(32, 64))
     assert made[1].negatives[:4] == ("n32", "m32", "n33", "m33")
-    assert {batch.prompt for batch in made} == {"Do it; "}
+    assert {batch.prompt for batch in made} == {"Do it;\n"}
     (only,) = batches(hundred, 101)
     assert len(only.anchors) == 100
 
@@ -217,7 +217,7 @@ def test_a_folder_of_the_e5_mix_is_read_with_its_instructions(tmp_path: Path):
     found = [read_pairs(file) for file in data_files(tmp_path)]
     assert len(found) == 14
     prompts = {pairs.name: pairs.prompt for pairs in found}
-    assert prompts["fever"] == "Given a claim, retrieve documents that support or refute the claim; "
+    assert prompts["fever"] == "Given a claim, retrieve documents that support or refute the claim;\n"
     assert {pairs.passage_prompt for pairs in found} == {""}
     assert found[0].rows[0].negatives == ("you",)
     (tmp_path / "nq.jsonl").unlink()
@@ -265,7 +265,7 @@ def test_a_data_set_by_name_gives_the_pairs_of_a_file(form: str, tmp_path: Path)
     assert found.rows == read_pairs(file).rows
     assert found.name == ("set.v1-triplet" if form == "parquet" else "set.v1")
     assert (found.source.name, found.source.rows, len(found.source.sha256)) == (named, 2, 64)
-    assert read_pairs(named, columns=MAP, instruction="Do it").prompt == "Do it; "
+    assert read_pairs(named, columns=MAP, instruction="Do it").prompt == "Do it;\n"
     changed = save_set(tmp_path / "changed", [*OTHERWISE[:1], {**OTHERWISE[1], "no": "n3"}], form)
     assert read_pairs(changed, columns=MAP).source.sha256 != found.source.sha256
     if form != "saved":
@@ -311,7 +311,7 @@ def test_columns_are_mapped_and_missing_ones_named(suffix: str, tmp_path: Path):
     assert not any(row.negatives for row in read_pairs(data, columns={"query": "premise", "positive": "yes"}).rows)
     (texts,) = read_sources([data], "say", {"text": "no"})
     assert isinstance(texts, Texts)
-    assert (texts.rows, texts.prompt) == (("n1", "n2"), "say; ")
+    assert (texts.rows, texts.prompt) == (("n1", "n2"), "say;\n")
     for role in ("positive", "negative"):
         with pytest.raises(DataError, match=r"column is missing: it has premise, yes, no") as caught:
             read_pairs(data, columns={**MAP, role: "absent"})

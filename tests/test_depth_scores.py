@@ -49,7 +49,7 @@ def test_scores_are_those_of_the_cut_models(tasks, llama_folder, pairs_file, tmp
         assert_the_same(found, depth, evaluate([model], tasks, sample=16))
 
 
-@pytest.mark.parametrize("prompts", [{"query": "find it; "}, {"query": "a: ", "document": "b: "}, {}])
+@pytest.mark.parametrize("prompts", [{"query": "find it;\n"}, {"query": "a: ", "document": "b: "}, {}])
 def test_prompts_are_those_that_evaluate_chooses(tasks, make_encoder: MakeEncoder, prompts):
     model = make_encoder("llama", depth=2, prompts=prompts)
     own = [tasks[TYPES.index(kind)] for kind in ("retrieval", "sts")]

@@ -101,7 +101,7 @@ def test_accelerate_gives_the_vectors_of_the_model(make_encoder: MakeEncoder, ar
 def test_a_shared_instruction_is_pooled_as_it_should_be(llama_folder: Path, pooling: str):
     own = open_model(llama_folder, pooling=pooling, device="cpu")
     texts = [f"{i} and so on"[: 3 + i % 7] for i in range(50)]
-    prompt = "a long instruction, that all of them share; "
+    prompt = "a long instruction, that all of them share;\n"
     same(accelerate(own).encode(texts, prompt=prompt), own.encode(texts, prompt=prompt))
 
 
@@ -360,7 +360,7 @@ def test_prompts_lengths_and_precisions(model: Path, reference, tmp_path: Path):
         return vectors_of(encode(model, [file], out=tmp_path / f"{name}.npy", dtype="float32", **options).file)
 
     same(run("prompt", prompt_name="query"), reference.encode(texts, prompt_name="query"))
-    same(run("instruction", instruction="find"), reference.encode(texts, prompt="find; "))
+    same(run("instruction", instruction="find"), reference.encode(texts, prompt="find;\n"))
     short = reference.encode(texts, truncate_dim=8, normalize_embeddings=True)
     same(run("short", dimensions=8, normalize=True), short)
     whole = run("whole")

@@ -187,28 +187,28 @@ def test_instructions_go_where_mtebs_instruction_wrapper_puts_them(
     type_: str, make_encoder: MakeEncoder, tmp_path: Path
 ):
     path = write_task(tmp_path / "t", type_, example_rows(type_), instruction=INSTRUCTION)
-    model = make_encoder("llama", prompts={"query": "Other; ", "document": ""})
+    model = make_encoder("llama", prompts={"query": "Other;\n", "document": ""})
     model.save(str(tmp_path / "saved"))
     passages = type_ not in ("retrieval", "reranking")
     theirs = InstructSentenceTransformerModel(
         str(tmp_path / "saved"),
         "main",
         device="cpu",
-        instruction_template="{instruction}; ",
+        instruction_template="{instruction};\n",
         apply_instruction_to_passages=passages,
     )
     theirs.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": "tests/theirs"})
     result = mteb.evaluate(theirs, open_task(path).make(), cache=None, co2_tracker=False)
     ours = evaluate([model], [path], names=["m"]).rows[0]
-    assert ours.prompt == f"{INSTRUCTION}; "
+    assert ours.prompt == f"{INSTRUCTION};\n"
     assert ours.score == pytest.approx(result.task_results[0].get_score(), abs=1e-6)
-    assert model.prompts == {"query": "Other; ", "document": ""}
+    assert model.prompts == {"query": "Other;\n", "document": ""}
 
 
 def test_who_gets_which_prompt(make_encoder: MakeEncoder, tmp_path: Path):
     path = write_task(tmp_path / "t", "retrieval", example_rows("retrieval"), instruction=INSTRUCTION)
     bare = make_encoder("llama")
-    trained = make_encoder("llama", prompts={"query": "Other; ", "document": ""})
+    trained = make_encoder("llama", prompts={"query": "Other;\n", "document": ""})
     e5 = make_encoder("llama", prompts={"query": "query: ", "document": "passage: "})
 
     def run(model: SentenceTransformer, **options: object) -> ScoreRow:
@@ -216,7 +216,7 @@ def test_who_gets_which_prompt(make_encoder: MakeEncoder, tmp_path: Path):
 
     assert run(bare).prompt == run(trained, instructions=False).prompt == run(e5, instructions=False).prompt == ""
     assert run(bare).score == run(trained, instructions=False).score == run(e5, instructions=False).score
-    assert run(trained).prompt == run(bare, instructed=[True]).prompt == f"{INSTRUCTION}; "
+    assert run(trained).prompt == run(bare, instructed=[True]).prompt == f"{INSTRUCTION};\n"
     assert run(trained).score == run(bare, instructed=[True]).score
     assert run(e5).prompt == "query: "
     rows = example_rows("retrieval")
@@ -342,7 +342,7 @@ def test_the_fingerprint_of_a_model_sees_weights_and_settings(make_encoder: Make
 
 def test_nothing_is_printed(make_encoder: MakeEncoder, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     paths = [write_task(tmp_path / type_, type_, example_rows(type_), instruction="Do") for type_ in TYPES]
-    model = make_encoder(prompts={"query": "Do; "})
+    model = make_encoder(prompts={"query": "Do;\n"})
     capfd.readouterr()
     evaluate([model], paths, names=["m"])
     assert capfd.readouterr() == ("", "")
@@ -472,7 +472,7 @@ def test_results_are_in_mtebs_own_format(make_encoder: MakeEncoder, tmp_path: Pa
     assert scores == {(f"secateur/{row.model}", row.task): pytest.approx(row.score, abs=1e-6) for row in rows}
 
 
-@pytest.mark.parametrize("prompts", [None, {"query": "query: ", "document": "passage: "}, {"query": "Do; "}])
+@pytest.mark.parametrize("prompts", [None, {"query": "query: ", "document": "passage: "}, {"query": "Do;\n"}])
 def test_a_second_evaluation_encodes_nothing(prompts, make_encoder: MakeEncoder, tmp_path: Path):
     types = TYPES if prompts is None else ["retrieval", "sts"]
     paths = [write_task(tmp_path / type_, type_, example_rows(type_), instruction="Find") for type_ in types]

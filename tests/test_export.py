@@ -26,7 +26,6 @@ from secateur.exporting.faithfulness import as_numbers
 from secateur.exporting.graph import EncoderGraph
 from secateur.exporting.manifest import Export
 from secateur.exporting.outliers import SplitLinear, outliers_apart
-from secateur.loading.models import open_model
 from secateur.measures.metrics import paired_cosines
 from task_folders import example_rows, write_task
 
@@ -145,18 +144,6 @@ def test_the_graph_pools_as_sentence_transformers_does(make_encoder: MakeEncoder
                 expected = encoder({**features})["sentence_embedding"]
                 found = graph(features["input_ids"], features["attention_mask"], length if graph.takes_prompt else None)
             torch.testing.assert_close(found["sentence_embedding"], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_the_papers_weighted_mean_counts_from_the_text(llama_folder: Path):
-    model = open_model(llama_folder, device="cpu")
-    assert type(model[1]).__name__ == "WeightedMean"
-    features = model.preprocess(["what is it?", "a"], prompt="find: ")
-    with torch.no_grad():
-        found = EncoderGraph(model)(
-            features["input_ids"], features["attention_mask"], torch.tensor([features["prompt_length"]])
-        )
-        expected = model({**features})["sentence_embedding"]
-    torch.testing.assert_close(found["sentence_embedding"], expected, atol=1e-5, rtol=1e-5)
 
 
 QUICK = {("llama", "onnx"), ("bert", "openvino")}

@@ -62,9 +62,9 @@ def test_training_lowers_the_loss_and_leaves_a_plain_model(healed: Path, llama_f
 def test_a_healed_folder_knows_its_prompts_and_where_it_comes_from(healed: Path):
     model = secateur.open_model(healed, device="cpu")
     prompts = {name: prompt for name, prompt in model.prompts.items() if prompt}
-    assert prompts == {"words": "find the word; ", "query": "find the word; "}
+    assert prompts == {"words": "find the word;\n", "query": "find the word;\n"}
     assert model.prompts["document"] == ""
-    assert load(healed, Training).prompts["query"] == "find the word; "
+    assert load(healed, Training).prompts["query"] == "find the word;\n"
     origin = load(healed, Origin)
     assert (origin.depth, origin.kept, origin.pooling) == (3, (0, 1, 2), "weighted_mean")
     assert origin.check <= 1e-5
@@ -360,7 +360,7 @@ def test_rows_with_and_without_negatives_are_two_sets(tmp_path: Path):
         ["anchor", "positive", "negative_1"],
         10,
     )
-    assert bare.prompts == hard.prompts == {"anchor": "find it; "}
+    assert bare.prompts == hard.prompts == {"anchor": "find it;\n"}
     assert hard.rows[1]["negative_1"] == "one"
     (only,) = training_sets([pairs], 8)
     assert only.name == "mixed-hard"
@@ -371,7 +371,7 @@ def test_a_data_set_by_name_trains_as_a_file_does(llama_folder: Path, healed: Pa
     columns = {"anchor": "question", "positive": "answer", "negative": "wrong"}
     named = [dict(zip(columns.values(), (p.anchor, p.positive, list(p.negatives)), strict=True)) for p in rows.rows]
     datasets.Dataset.from_list(named).save_to_disk(tmp_path / "words")
-    given = {"columns": columns, "instruction": rows.prompt.removesuffix("; ")}
+    given = {"columns": columns, "instruction": rows.prompt.removesuffix(";\n")}
     out = secateur.heal(llama_folder, f"hf:{tmp_path}/words", **SETTINGS, **given, out=tmp_path / "out")
     table = load(out, Training)
     assert [row.loss for row in table.losses] == [row.loss for row in load(healed, Training).losses]
@@ -440,7 +440,7 @@ def test_what_is_not_trained_on_is_told_and_leaves_no_trace(llama_folder: Path, 
     options = SETTINGS | {"steps": 1}
     table = load(secateur.heal(llama_folder, [pairs_file, small, many], **options, out=tmp_path / "out"), Training)
     assert [item.name for item in table.provenance.data] == ["words.jsonl", "many.jsonl"]
-    assert table.prompts["query"] == "find the word; "
+    assert table.prompts["query"] == "find the word;\n"
     assert list(table.settings["notes"]) == [
         "small.jsonl: 5 rows: too few for a batch of 8, not trained on",
         "many.jsonl: 8 rows have up to 3 negatives, of which 1 are used, as many as every row has",
@@ -452,7 +452,7 @@ def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
 ):
     """The default prompt where data bring no instruction; else theirs alone; and no prompt of an earlier healing."""
     model, plain = tmp_path / "model", write_pairs(tmp_path / "plain.jsonl", example_pairs(16))
-    prompts = {"own": "look: ", "words": "say it; ", "query": "say it; "}
+    prompts = {"own": "look: ", "words": "say it;\n", "query": "say it;\n"}
     make_encoder("llama", 2, prompts=prompts, default_prompt_name="own").save(str(model))
     settings = SETTINGS | {"steps": 1}
     own = secateur.heal(model, plain, **settings, out=tmp_path / "own")
@@ -468,7 +468,7 @@ def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
     assert not is_instructed(healed)
     told = secateur.open_model(secateur.heal(own, pairs_file, **settings, out=tmp_path / "told"), device="cpu")
     assert told.default_prompt_name is None
-    assert told.prompts == {"words": "find the word; ", "query": "find the word; ", "document": ""}
+    assert told.prompts == {"words": "find the word;\n", "query": "find the word;\n", "document": ""}
 
 
 @pytest.mark.parametrize(

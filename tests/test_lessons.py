@@ -90,11 +90,11 @@ def test_texts_alone_without_a_teacher_are_their_own_positives(llama_folder: Pat
 
 
 def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: Path, texts_file: Path, tmp_path: Path):
-    sources = [read_pairs(pairs_file), read_texts(texts_file, "say; ")]
+    sources = [read_pairs(pairs_file), read_texts(texts_file, "say;\n")]
     aim = find_aim(sources, taught=True)
     sets, vectors = teach(sets_of(sources, 8, aim), open_teacher(llama_folder, device="cpu"), tmp_path, silent)
     model = secateur.open_model(llama_folder, device="cpu")
-    for item, prompts in zip(sets, (["find the word; ", "", ""], ["say; "]), strict=True):
+    for item, prompts in zip(sets, (["find the word;\n", "", ""], ["say;\n"]), strict=True):
         row = item.rows[3]
         found = vectors.read(np.array(row.pop(LABEL)))
         expected = [

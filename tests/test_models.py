@@ -73,10 +73,10 @@ def test_texts_are_cut_to_the_length_asked_for_and_never_beyond_the_model(llama_
 
 
 def test_a_trained_embedder_keeps_its_pooling_and_prompts(make_encoder, tmp_path: Path):
-    trained = make_encoder("llama", prompts={"query": "find; "}, default_prompt_name="query")
+    trained = make_encoder("llama", prompts={"query": "find;\n"}, default_prompt_name="query")
     trained.save(str(tmp_path / "trained"), create_model_card=False)
     opened = secateur.open_model(tmp_path / "trained", device="cpu")
-    assert (opened.prompts["query"], opened.default_prompt_name) == ("find; ", "query")
+    assert (opened.prompts["query"], opened.default_prompt_name) == ("find;\n", "query")
     assert pooling_name(opened) == "mean"
     assert np.allclose(opened.encode(TEXTS), trained.encode(TEXTS), atol=1e-6)
     with pytest.raises(ModelError, match="pools its own way"):
@@ -211,7 +211,7 @@ assert not any(name.startswith("secateur") for name in sys.modules)
 def saved(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "model"
     model = secateur.open_model(llama_folder, device="cpu")
-    model.prompts["query"] = "find; "
+    model.prompts["query"] = "find;\n"
     folder.mkdir()
     save_model(model, folder, origin_of(llama_folder, 3, range(3)))
     return folder

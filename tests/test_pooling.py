@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import secateur
 from conftest import llama_model
+from secateur.data.pairs import instruction_prompt
 from secateur.loading.pooling import make_pooling, pool, pooling_name
+from secateur.profiling.depths import DepthEncoder
 
 WIDTH = 5
 
@@ -36,15 +39,16 @@ def test_weighted_mean_counts_from_the_first_token_of_the_text(side, prompt_leng
     features = {"token_embeddings": states, "attention_mask": mask}
     if prompt_length:
         features["prompt_length"] = torch.tensor([prompt_length]) if as_tensor else prompt_length
-    vectors = make_pooling("weighted_mean", WIDTH)(features)["sentence_embedding"]
+    vectors = make_pooling("l3prune", WIDTH)(features)["sentence_embedding"]
     by_hand = [weighted_mean(row, list(span)[prompt_length:]) for row, span in zip(states, spans, strict=True)]
     assert torch.allclose(vectors, torch.stack(by_hand), atol=1e-6)
     assert torch.equal(features["attention_mask"], mask)
 
 
 def test_without_a_prompt_the_stock_module_gives_the_same_and_with_one_it_does_not(states):
-    ours = make_pooling("weighted_mean", WIDTH)
-    stock = Pooling(WIDTH, "weightedmean", include_prompt=False)
+    ours = make_pooling("l3prune", WIDTH)
+    stock = make_pooling("weighted_mean", WIDTH)
+    assert type(stock) is Pooling
     features = {"token_embeddings": states, "attention_mask": torch.ones(3, 9, dtype=torch.int64)}
     assert torch.equal(ours(dict(features))["sentence_embedding"], stock(dict(features))["sentence_embedding"])
     features["prompt_length"] = 3
@@ -80,16 +84,27 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("prompt", ["Instruct; ", "Instruct;", "gather the  "])
 @pytest.mark.parametrize("text", ["the word one", "Ωmega, 2nd", "x"])
-def test_every_word_of_the_text_is_pooled_and_none_of_the_prompt(prompt: str, text: str, byte_level: Path):
-    """Where the text begins is told by the tokenizer's offsets; a blank that ends the prompt is the text's."""
-    model = secateur.open_model(byte_level, pooling="weighted_mean", device="cpu")
-    tokenizer = AutoTokenizer.from_pretrained(byte_level)
-    encoded = tokenizer(prompt + text, return_offsets_mapping=True, return_tensors="pt")
+def test_the_papers_profile_pools_every_word_of_the_text_and_none_of_the_prompt(text: str, byte_level: Path):
+    """Where the text begins is told by the tokenizer's offsets; the blank that ends the prompt is the text's."""
+    model = secateur.open_model(byte_level, pooling="l3prune", device="cpu")
+    prompt = "Instruct; "
+    encoded = AutoTokenizer.from_pretrained(byte_level)(prompt + text, return_offsets_mapping=True, return_tensors="pt")
     pooled = [i for i, (_, end) in enumerate(encoded.pop("offset_mapping")[0]) if end > len(prompt.rstrip())]
     with torch.no_grad():
         states = AutoModel.from_pretrained(byte_level)(**encoded).last_hidden_state[0]
     expected = torch.nn.functional.normalize(weighted_mean(states, pooled), dim=0)
-    vector = model.encode([text], prompt=prompt, convert_to_tensor=True)[0]
-    assert torch.allclose(vector, expected, atol=1e-5)
+    (found,) = DepthEncoder(model).run([text], prompt)
+    assert torch.allclose(found.vectors[0, 0, -1], expected, atol=1e-5)
+
+
+def test_a_profile_pools_as_the_written_folder_does(byte_level: Path, tmp_path: Path):
+    """Under an instruction, too: the vector at the last depth is what stock libraries give for the saved folder."""
+    texts, prompt = ["the word one", "Ωmega, 2nd", "x"], instruction_prompt("gather the leaves")
+    model = secateur.open_model(byte_level, device="cpu")
+    model.save(str(tmp_path / "saved"), create_model_card=False)
+    (found,) = DepthEncoder(model).run(texts, prompt)
+    expected = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(
+        texts, prompt=prompt, convert_to_tensor=True
+    )
+    assert torch.allclose(found.vectors[:, 0, -1], expected[list(found.rows)], atol=1e-5)

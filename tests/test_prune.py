@@ -26,7 +26,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GemmaTokenizer,
     LlamaForCausalLM,
     PreTrainedModel,
 )
@@ -175,20 +174,6 @@ def test_the_command_takes_from_the_hub_only_what_stays(source: Path, cut: Path,
     assert (tmp_path / "out/model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
     assert load(tmp_path / "out", Origin).checked_against == "the source's first 4 blocks"
     assert no_leftovers(tmp_path)
-
-
-def test_blanks_at_the_end_stay_dropped_whatever_the_tokenizers_class(source: Path, tmp_path: Path):
-    folder = shutil.copytree(source, tmp_path / "m")
-    letters = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    GemmaTokenizer(vocab=letters | {"▁": letters.pop(" ")}, merges=[], pad_token="<pad>").save_pretrained(folder)
-    assert len(AutoTokenizer.from_pretrained(folder)("a; ")["input_ids"]) == 3
-    open_model(folder, device="cpu").save(str(tmp_path / "saved"), create_model_card=False)
-    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert (
-        saved("a;  ")["input_ids"]
-        == saved("a;")["input_ids"]
-        == AutoTokenizer.from_pretrained(folder)("a;")["input_ids"]
-    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from pydantic_core import PydanticUndefined
 
 from secateur.errors import ConfigError, DataError
 
-PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls"]
+SavedPooling = Literal["weighted_mean", "mean", "lasttoken", "cls"]
+"""Poolings that a saved folder can have: sentence-transformers' own."""
+PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls", "l3prune"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Arithmetic = Literal["auto", "float32", "mixed", "bfloat16", "float16"]
 
@@ -92,7 +94,7 @@ class ProfileOptions(Options):
     out: Path = _out("Folder for profile.json and its pictures.")
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
-    pooling: PoolingName | None = Field(None, description=_POOLING)
+    pooling: PoolingName | None = Field(None, description=_POOLING + " l3prune: the paper's own, prompt included.")
     batch_size: int = Field(64, ge=2, description="Pairs per batch; the loss depends on it.")
     max_examples: int = Field(1280, ge=2, description="Pairs used, drawn by the seed.")
     until_sure: bool = Field(False, description="Stop as soon as 95 % of bootstrap draws agree on the choice.")
@@ -137,7 +139,7 @@ class PruneOptions(Options):
     drop: str | None = Field(None, description="In place of --to: the blocks that go, such as 20-27.")
     out: Path = _out("The model folder to write.")
     profile: Path | None = Field(None, description="What selectors choose from: a profile's file or folder.")
-    pooling: PoolingName | None = Field(None, description=_POOLING)
+    pooling: SavedPooling | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
     dtype: Dtype = Field("auto", description="Number format of the written weights; auto: as stored.")
     adapter: str | None = Field(None, description="A LoRA adapter to merge into the weights: a folder or a Hub id.")
@@ -298,7 +300,7 @@ class ExportOptions(Options):
         None, ge=-1, le=1, description="Least cosine with the original that any text may have [default: by precision]."
     )
     max_loss: float = Field(0.5, ge=0, description="Points of 100 that the average over the tasks may fall by.")
-    pooling: PoolingName | None = Field(None, description=_POOLING)
+    pooling: SavedPooling | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
     trust_remote_code: bool = Field(False, description=_TRUST)
 
@@ -340,7 +342,7 @@ class StudyOptions(HealSettings):
     profile_dtype: Dtype = Field("auto", description="Number format of the profile's arithmetic; auto: the quickest.")
     max_examples: int = Field(1280, ge=2, description="Pairs used by the profile.")
     depth_scores: bool = Field(False, description="Score the tasks at every depth of the models as they came, too.")
-    pooling: PoolingName | None = Field(None, description=_POOLING)
+    pooling: SavedPooling | None = Field(None, description=_POOLING)
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     cache: Path | None = Field(None, description=_CACHE + " [default: cache in the run folder]")
     jobs: int = Field(1, ge=1, description="Steps at once, each in a process of its own.")
@@ -404,7 +406,7 @@ class EncodeOptions(Options):
     processes: int = Field(1, ge=1, description="Processes of this machine, or workers of the cluster.")
     ray: str | None = Field(None, description="Address of a Ray cluster (auto, ray://host:10001), or local.")
     dtype: Arithmetic = Field("auto", description=_ARITHMETIC)
-    pooling: PoolingName | None = Field(None, description=_POOLING)
+    pooling: SavedPooling | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
     device: str | None = Field(None, description=_DEVICE)
     trust_remote_code: bool = Field(False, description=_TRUST)
@@ -430,7 +432,7 @@ class ServeOptions(Options):
     max_bytes: int = Field(4 << 20, ge=1, description="Bytes of a request's body.")
     timeout: float = Field(60.0, gt=0, description="Seconds that a request may take.")
     truncate: bool = Field(False, description="Cut texts that are too long; else they are refused.")
-    pooling: PoolingName | None = Field(None, description=_POOLING)
+    pooling: SavedPooling | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
     dtype: Arithmetic = Field("auto", description=_ARITHMETIC)
     device: str | None = Field(None, description=_DEVICE)

@@ -62,8 +62,19 @@ class Batch:
 
 
 def instruction_prompt(instruction: str) -> str:
-    """An instruction as it stands before a text, in training, evaluation and use alike (L3Prune's format)."""
-    return f"{instruction.strip()}; " if instruction.strip() else ""
+    """The prompt of an instruction, in training, evaluation and use alike.
+
+    It ends with a newline, where L3Prune has a blank (:func:`l3prune_prompt`). sentence-transformers finds where the
+    text begins by tokenizing the prompt alone, and most tokenizers join a blank to the word after it: alone, the
+    prompt would have one token more than before a text, and the first word of every text would not be pooled.
+    """
+    return f"{instruction.strip()};\n" if instruction.strip() else ""
+
+
+def l3prune_prompt(prompt: str) -> str:
+    """The same instruction in the paper's format, ``"<instruction>; "``; other prompts stay as they are."""
+    ending = instruction_prompt("x").removeprefix("x")
+    return f"{prompt.removesuffix(ending)}; " if prompt.endswith(ending) else prompt
 
 
 def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Mapping[str, str] | None = None) -> Pairs:

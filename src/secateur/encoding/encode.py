@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.config import SavedPooling
 from secateur.data.pairs import instruction_prompt
 from secateur.encoding.arithmetic import STORED
 from secateur.encoding.pools import Facts, Opening, Run, Worker, in_processes, in_this_process, on_ray, open_worker
@@ -34,7 +35,6 @@ from secateur.encoding.rows import read_rows
 from secateur.encoding.vector_files import check_suffix, description_file, write_description, write_vectors
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import held, read_json, write_bytes, write_text, writing
-from secateur.loading.pooling import PoolingName
 from secateur.progress import Progress, silent
 from secateur.runtime.vectors import quantize
 from secateur.serving.encoders import Vectors
@@ -94,7 +94,7 @@ def encode(
     processes: int = 1,
     ray: str | None = None,
     dtype: str = "auto",
-    pooling: PoolingName | None = None,
+    pooling: SavedPooling | None = None,
     max_length: int = 512,
     device: str | None = None,
     trust_remote_code: bool = False,

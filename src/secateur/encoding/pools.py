@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 
 from secateur import runtime
 from secateur.clusters import ray_cluster
+from secateur.config import SavedPooling
 from secateur.data.vectors import fingerprint_model
 from secateur.encoding.arithmetic import AUTO, STORED, use_arithmetic, weights_dtype
 from secateur.encoding.engine import WINDOW, Engine, Told
 from secateur.encoding.memory import keep_freed_memory
 from secateur.errors import ModelError
 from secateur.loading.models import open_model
-from secateur.loading.pooling import PoolingName
 from secateur.provenance import fingerprint
 from secateur.serving.encoders import EncoderDied, EncoderProcess, Vectors, batch_budget
 from secateur.serving.exported import check_opening, is_export
@@ -52,7 +52,7 @@ class Opening:
     prompt: str = ""
     dtype: str = "auto"
     batch_tokens: int | None = None
-    pooling: PoolingName | None = None
+    pooling: SavedPooling | None = None
     max_length: int = 512
     device: str | None = None
     trust_remote_code: bool = False

@@ -1,9 +1,9 @@
 """Models × tasks → scores, computed by mteb and saved one by one, so that a killed evaluation resumes.
 
-What stands before a text follows from the model. One that was trained with instructions (its saved prompts have the
-form ``"<instruction>; "``) gets the instruction of each task in the same form: on queries only in retrieval and
-reranking, on every text elsewhere, as mteb's own instruction wrappers do. One that came with other prompts (E5's
-``"query: "``) keeps them. One without prompts gets the bare text.
+The prompts follow from the model. One that was trained with instructions (its saved prompts end with ``;``, as
+:func:`.instruction_prompt` writes them) gets the instruction of each task in the same form: on queries only in
+retrieval and reranking, on every text elsewhere, as mteb's own instruction wrappers do. One that came with other
+prompts (E5's ``"query: "``) keeps them. One without prompts gets the bare text.
 
 Each score has a 95 % bootstrap interval (:mod:`.intervals`). Its draws are the same for all models on the same
 data, so that differences between models have paired intervals too (:mod:`.compare`). The folder of results:
@@ -262,9 +262,8 @@ def _read(out: Path) -> tuple[dict[tuple[str, str], ScoreRow], dict[str, Fingerp
 
 
 def is_instructed(model: SentenceTransformer) -> bool:
-    """Whether a saved prompt has the form in which this package trains with instructions."""
-    ending = instruction_prompt("x").removeprefix("x")
-    return any(prompt and prompt.endswith(ending) for prompt in model.prompts.values())
+    """Whether a saved prompt has the form in which this package trains with instructions, today's or an earlier one."""
+    return any(prompt and prompt.rstrip().endswith(";") for prompt in model.prompts.values())
 
 
 class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
+from secateur.config import SavedPooling
 from secateur.data.demo import pairs_of
 from secateur.data.sources import Data, read_sources
 from secateur.errors import ConfigError, ExportTooFar, ModelError
@@ -28,7 +29,6 @@ from secateur.exporting.manifest import Export
 from secateur.exporting.outliers import Features
 from secateur.files import new_folder
 from secateur.loading.models import open_model, write_files
-from secateur.loading.pooling import PoolingName
 from secateur.progress import Progress, silent
 from secateur.provenance import Fingerprint, provenance
 from secateur.runtime.vectors import FORMATS, VectorFormat
@@ -71,7 +71,7 @@ def export(
     seed: int = 42,
     min_cosine: float | None = None,
     max_loss: float = 0.5,
-    pooling: PoolingName | None = None,
+    pooling: SavedPooling | None = None,
     max_length: int = 512,
     trust_remote_code: bool = False,
     out: str | Path,

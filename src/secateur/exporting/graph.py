@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from secateur.errors import ModelError
-from secateur.loading.pooling import WeightedMean
 
 TOKENS, VECTORS = "token_embeddings", "sentence_embedding"
 INPUTS = ("input_ids", "attention_mask", "prompt_length")
@@ -84,9 +83,6 @@ def pooled(pooling: Pooling, states: Tensor, mask: Tensor, prompt_length: Tensor
     """What a pooling module makes of states (batch, length, width), without branches: (batch, dimension)."""
     place = torch.cumsum(mask, dim=1)  # of each token in its text, from 1, whichever side is padded
     text = mask if prompt_length is None else mask * (place > prompt_length).to(mask.dtype)
-    # The package's own weighted mean counts from the first token of the text, the stock one from that of the prompt.
-    if isinstance(pooling, WeightedMean):
-        place = torch.cumsum(text, dim=1)
     modes = (pooling.pooling_mode,) if isinstance(pooling.pooling_mode, str) else pooling.pooling_mode
     return torch.cat([_pooled_by(mode, states, text, place) for mode in modes], dim=-1)
 

@@ -31,7 +31,7 @@ from secateur.healing.teacher import Teacher, open_teacher
 from secateur.healing.train import Outcome, TrainingSet, check_processes, check_tracker
 from secateur.healing.train import train as run_training
 from secateur.healing.trainable import decide
-from secateur.loading.models import attend_both_ways, model_label, open_model, save_model, use_stock_modules
+from secateur.loading.models import attend_both_ways, model_label, open_model, save_model
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
 from secateur.pruning.prune import origin_of
@@ -237,7 +237,6 @@ def _prepare(
 ) -> _Student:
     """Give a model its modules and prompts for training, ``default`` where the data bring none."""
     check_views(model, aim.depths, aim.dims)
-    use_stock_modules(model)
     used = {item.source for item in sets}
     trained_on = [source for source in sources if source.name in used]
     prompts = {item.name: prompts_of(item, default) for item in sets}

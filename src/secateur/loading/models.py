@@ -22,17 +22,16 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import is_sentence_transformer_model
-from tokenizers import Regex, normalizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secateur.architectures.blocks import text_config
 from secateur.artifacts import Origin
 from secateur.checkpoints.verify import PROBES as PROBES
 from secateur.checkpoints.verify import Expected, difference, probe
+from secateur.config import PoolingName
 from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.loading.gguf import convert_gguf
-from secateur.loading.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
+from secateur.loading.pooling import make_pooling, pooling_name
 from secateur.progress import quiet
 
 DEMO_MODEL = "smollm2"
@@ -63,7 +62,8 @@ def open_model(
     Args:
         name: A Hub id, a transformers or sentence-transformers folder, a ``.gguf`` file, or ``smollm2``.
         pooling: How a bare language model pools its tokens. Default: ``weighted_mean`` for one that attends only
-            backwards, ``mean`` for one that attends both ways. A trained embedder keeps its own.
+            backwards, ``mean`` for one that attends both ways. ``l3prune`` is the paper's own, for profiles: no saved
+            folder can have it. A trained embedder keeps its own.
         max_length: Tokens after which a text is cut, for a bare language model; never more than the model allows.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: Torch device; default: the GPU where there is one.
@@ -185,7 +185,8 @@ def _wrap(
         module_output_name="token_embeddings",
     )
     transformer.max_seq_length = min(max_length, transformer.max_seq_length or max_length)
-    _keep_prompt_apart(transformer)
+    if transformer.tokenizer.pad_token is None:
+        transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
     # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
     # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
     # (docs/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
@@ -196,35 +197,6 @@ def _wrap(
     head = make_pooling(pooling, transformer.get_embedding_dimension())
     modules = [transformer, head, Normalize()]
     return SentenceTransformer(modules=modules, device=options["device"], similarity_fn_name="cosine").eval()
-
-
-def _keep_prompt_apart(transformer: Transformer) -> None:
-    """Let the tokenizer drop blanks at the end of a text.
-
-    sentence-transformers counts a prompt's tokens by tokenizing it alone. Many tokenizers give the blank that ends
-    ``"instruction; "`` a token of its own there, but glue it to the next word in ``"instruction; text"``: the count is
-    then one too many, and the first word of every text is not pooled.
-    """
-    tokenizer = transformer.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if backend is None or len(tokenizer("a; ")["input_ids"]) == len(tokenizer("a;")["input_ids"]):
-        return
-    strip = normalizers.Replace(Regex(" +$"), "")
-    backend.normalizer = normalizers.Sequence([strip, *([backend.normalizer] if backend.normalizer else [])])
-    transformer.processor = _as_stored(tokenizer)
-
-
-def _as_stored(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
-    """A tokenizer of the class that takes its rules from ``tokenizer.json``; those of many models (Gemma, Qwen) write
-    them there, but have their own again when they are opened.
-    """
-    kept = ("model_max_length", "truncation_side", "model_input_names", "clean_up_tokenization_spaces")
-    options = {name: getattr(tokenizer, name) for name in kept} | {"chat_template": tokenizer.chat_template}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **options
-    )
 
 
 @torch.no_grad()
@@ -325,7 +297,7 @@ def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expe
     """
     write_files(model, folder)
     if expected is None:
-        with _stock_modules(model), quiet():
+        with quiet():
             expected = Expected(probe(model))
     return check_written(folder, replace(origin, pooling=pooling_name(model)), expected, str(model.device))
 
@@ -336,7 +308,7 @@ def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = Tru
     if not weights:
         transformer.save_pretrained = lambda *_, **__: None
     try:
-        with _stock_modules(model), quiet():
+        with quiet():
             model.save(str(folder), create_model_card=False)
     finally:
         vars(transformer).pop("save_pretrained", None)
@@ -353,24 +325,6 @@ def check_written(folder: Path, origin: Origin, expected: Expected, device: str 
     written = replace(origin, check=found, checked_against=expected.source)
     written.save(folder)
     return written
-
-
-@contextmanager
-def _stock_modules(model: SentenceTransformer) -> Iterator[None]:
-    """The model with only modules that sentence-transformers ships, for the time of saving."""
-    own = {key: module for key, module in model._modules.items() if isinstance(module, WeightedMean)}
-    model._modules.update({key: module.stock() for key, module in own.items()})
-    try:
-        yield
-    finally:
-        model._modules.update(own)
-
-
-def use_stock_modules(model: SentenceTransformer) -> None:
-    """Replace this package's modules by the stock ones that a saved folder will have, so that both compute the same."""
-    for key, module in model._modules.items():
-        if isinstance(module, WeightedMean):
-            model._modules[key] = module.stock()
 
 
 def write_for_all_readers(folder: Path) -> None:

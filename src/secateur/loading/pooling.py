@@ -2,29 +2,30 @@
 
 Everything after the transformer (pooling, normalisation, a dense head) is what the model's own sentence-transformers
 modules do; :func:`pool` runs them on the states of any depth. The one pooling that sentence-transformers does not
-have is the paper's, :class:`WeightedMean`.
+have is the paper's, :class:`L3PrunePooling`, which only a profile uses.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
-PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls"]
-POOLINGS: tuple[str, ...] = get_args(PoolingName)
+from secateur.config import PoolingName, SavedPooling
+
+POOLINGS: tuple[str, ...] = get_args(SavedPooling)
 
 
-class WeightedMean(Pooling):  # type: ignore[misc]
-    """Position-weighted mean over the tokens of the text: weights 1, 2, …, n, the prompt attended to but not pooled.
+class L3PrunePooling(Pooling):  # type: ignore[misc]
+    """The paper's weighted mean: weights 1, 2, …, n from the first token of the *text*, the prompt not pooled.
 
-    The stock ``Pooling("weightedmean", include_prompt=False)`` starts to count at the first token of the *prompt*, so
-    that a long prompt flattens the weights. The paper (L3Prune, arXiv 2410.14578, after SGPT, arXiv 2202.08904)
-    starts at the first token of the *text*. Without a prompt the two are the same, and :meth:`stock` gives the module
-    that a saved folder holds.
+    L3Prune (arXiv 2410.14578), after SGPT (arXiv 2202.08904). The stock ``Pooling("weightedmean",
+    include_prompt=False)`` pools the same tokens but starts to count at the first token of the *prompt*, so that a long
+    prompt flattens the weights. Without a prompt the two are the same. No saved folder can hold this module: it is
+    there to reproduce the paper's profile.
     """
 
     def __init__(self, embedding_dimension: int) -> None:
@@ -41,20 +42,19 @@ class WeightedMean(Pooling):  # type: ignore[misc]
         pooled = super().forward(text_only | {"attention_mask": text_mask}, **kwargs)
         return features | {"sentence_embedding": pooled["sentence_embedding"]}
 
-    def stock(self) -> Pooling:
-        """The sentence-transformers module that computes the same for texts without a prompt."""
-        return Pooling(self.embedding_dimension, "weightedmean", include_prompt=False)
-
 
 def make_pooling(name: PoolingName, width: int) -> Pooling:
     """The pooling module called ``name`` for token states of ``width`` numbers; prompts are not pooled."""
-    if name == "weighted_mean":
-        return WeightedMean(width)
-    return Pooling(width, name, include_prompt=name in ("cls", "lasttoken"))
+    if name == "l3prune":
+        return L3PrunePooling(width)
+    mode = "weightedmean" if name == "weighted_mean" else name
+    return Pooling(width, mode, include_prompt=name in ("cls", "lasttoken"))
 
 
 def pooling_name(model: SentenceTransformer) -> str:
     """What a model pools by, in this package's terms; ``"own"`` where it is a combination or something else."""
+    if any(isinstance(module, L3PrunePooling) for module in model):
+        return "l3prune"
     modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
     if len(modes) != 1:
         return "own"

@@ -134,6 +134,9 @@ class DepthEncoder:
             DataError: A text has no tokens, or its prompt leaves no room for them.
         """
         tokens = tokenize(self._model, texts, prompt)
+        if prompt and pooling_name(self._model) == "l3prune":
+            # The blank that ends the paper's prompt belongs to the word after it, where a tokenizer joins them.
+            tokens.features["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
         probe = None
         if self._one_pass is None:
             probe = self._check_one_pass(tokens, _spread(tokens, self._budget))

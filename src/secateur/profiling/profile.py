@@ -20,14 +20,14 @@ from torch import Tensor
 
 from secateur.architectures.forward import block_seconds, is_out_of_memory
 from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
-from secateur.config import ProfileOptions, check
-from secateur.data.pairs import Pair, Pairs, batches
+from secateur.config import PoolingName, ProfileOptions, check
+from secateur.data.pairs import Pair, Pairs, batches, l3prune_prompt
 from secateur.data.sources import Data, Source, read_sources
 from secateur.data.texts import Texts
 from secateur.errors import ConfigError, DataError
 from secateur.files import results_folder
 from secateur.loading.models import model_label, open_model
-from secateur.loading.pooling import PoolingName, pooling_name
+from secateur.loading.pooling import pooling_name
 from secateur.measures import bootstrap
 from secateur.measures.curves import lowest_in_each_half
 from secateur.measures.metrics import (
@@ -88,7 +88,7 @@ def profile(
         scale: Inverse temperature of the contrastive loss.
         instruction: Goes before each anchor, in place of those that come with the data; before each text alone. Where
             there is none at all, the model's default prompt goes before every text, as in use.
-        pooling: For a bare language model.
+        pooling: For a bare language model; ``l3prune`` is the paper's own, with its form of an instruction.
         batch_size: Pairs per batch; the loss depends on it.
         max_examples: Rows used, shared evenly by the files and drawn by ``seed``; batches keep the order of the file
             within, and are visited in an order drawn by ``seed``.
@@ -130,6 +130,8 @@ def profile(
     notes += _quicken(model) if dtype == "auto" and not as_given else []
     if instruction is None:
         sources = [_as_used(source, model) for source in sources]
+    if pooling_name(model) == "l3prune":
+        sources = [_in_papers_format(source) for source in sources]
     corpus = _corpus(sources, batch_size, seed)
     encoder = DepthEncoder(model, every_pooling=True, name=name)
     sums = _measure(encoder, corpus, scale, seed, until_sure, progress)
@@ -262,6 +264,12 @@ def _as_used(source: Source, model: SentenceTransformer) -> Source:
     if isinstance(source, Texts):
         return source if source.prompt else replace(source, prompt=own)
     return source if source.prompt or source.passage_prompt else replace(source, prompt=own, passage_prompt=own)
+
+
+def _in_papers_format(source: Source) -> Source:
+    if isinstance(source, Texts):
+        return replace(source, prompt=l3prune_prompt(source.prompt))
+    return replace(source, prompt=l3prune_prompt(source.prompt), passage_prompt=l3prune_prompt(source.passage_prompt))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from secateur.checkpoints.checkpoint import Pruned, prune_checkpoint
 from secateur.checkpoints.embedder import Embedder, copy_modules, read_embedder
 from secateur.checkpoints.sources import open_source
 from secateur.checkpoints.verify import Expected, expected_of, expected_of_checkpoint
-from secateur.config import PruneOptions, check
+from secateur.config import PruneOptions, SavedPooling, check
 from secateur.errors import ConfigError, ModelError, OutputError
 from secateur.files import new_folder
 from secateur.loading.models import (
@@ -35,7 +35,7 @@ from secateur.loading.models import (
     write_files,
     write_for_all_readers,
 )
-from secateur.loading.pooling import PoolingName, pooling_name
+from secateur.loading.pooling import pooling_name
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
 from secateur.pruning.selection import Selection
@@ -50,7 +50,7 @@ def prune(
     keep: str | Sequence[int] | None = None,
     drop: str | Sequence[int] | None = None,
     profile: Profile | str | Path | None = None,
-    pooling: PoolingName | None = None,
+    pooling: SavedPooling | None = None,
     max_length: int = 512,
     dtype: str = "auto",
     adapter: str | Path | None = None,
@@ -119,7 +119,7 @@ def prune(
 class Opening:
     """How to open a bare language model, and in which number format; see :func:`.open_model`."""
 
-    pooling: PoolingName | None
+    pooling: SavedPooling | None
     max_length: int
     dtype: str
 

@@ -21,11 +21,11 @@ import uvicorn
 from fastapi import FastAPI
 from sentence_transformers.util import get_device_name
 
+from secateur.config import SavedPooling
 from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
 from secateur.encoding.memory import keep_freed_memory
 from secateur.errors import ConfigError, ModelError
 from secateur.loading.models import check_device, model_label, open_model
-from secateur.loading.pooling import PoolingName
 from secateur.serving.app import make_app
 from secateur.serving.connections import Connection
 from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, batch_budget
@@ -156,7 +156,7 @@ def serve(
     max_bytes: int = Limits.max_bytes,
     timeout: float = Limits.timeout,
     truncate: bool = False,
-    pooling: PoolingName | None = None,
+    pooling: SavedPooling | None = None,
     max_length: int = 512,
     dtype: str = "auto",
     device: str | None = None,
