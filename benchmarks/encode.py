@@ -48,7 +48,7 @@ from secateur.measures.metrics import paired_cosines
 from secateur.serving.encoders import CPU_BATCH
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
-INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best; "
+INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best;\n"
 BATCH_SIZES = (4, 8, 16, 32, 64)
 MARKS = (10_000, 30_000, 100_000, 200_000, 300_000, 500_000, 700_000)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
