@@ -162,7 +162,9 @@ class Slow:
     """An encoder that takes its time, fails where it is told to, and remembers what it was given."""
 
     def __init__(self, encoder: ModelEncoder, seconds: float = 0.0) -> None:
-        self.__dict__.update({key: getattr(encoder, key) for key in ("dimension", "max_length", "vocabulary")})
+        self.__dict__.update(
+            {key: getattr(encoder, key) for key in ("dimension", "max_length", "vocabulary", "truncation_side")}
+        )
         self.prompts, self.default_prompt = encoder.prompts, encoder.default_prompt
         self.tokenize = encoder.tokenize
         self._encoder = encoder
@@ -678,7 +680,7 @@ def test_a_batch_is_the_first_text_and_those_nearest_to_it_in_length():
 def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
     rng = np.random.default_rng(0)
 
-    def encode(batch: Sequence[Tokens]) -> Vectors:
+    def encode(batch: Sequence[Tokens], _: float) -> Vectors:
         if rng.random() < 0.1:
             raise RuntimeError
         return np.array([[tokens.ids[0], len(tokens)] for tokens in batch], dtype=np.float32)
@@ -714,7 +716,7 @@ def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
 def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
     async def everything() -> None:
         batcher = Batcher(
-            [Worker(lambda batch: np.zeros((len(batch), 1), np.float32))],
+            [Worker(lambda batch, _: np.zeros((len(batch), 1), np.float32))],
             max_length=40,
             batch_tokens=200,
             queue_tokens=10,

@@ -28,7 +28,15 @@ from secateur.loading.models import check_device, model_label, open_model
 from secateur.loading.pooling import PoolingName
 from secateur.serving.app import make_app
 from secateur.serving.connections import Connection
-from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, batch_budget
+from secateur.serving.encoders import (
+    SILENT_SECONDS,
+    Encoder,
+    EncoderDied,
+    EncoderProcess,
+    ModelEncoder,
+    Vectors,
+    batch_budget,
+)
 from secateur.serving.exported import ExportEncoder, check_opening, is_export
 from secateur.serving.gate import (
     API_KEYS,
@@ -45,6 +53,9 @@ BACKLOG = 2048
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection, so that it is they who close it."""
+
+LEAST_SILENCE = 2.0
+"""No worker is taken to hang sooner, however short the time that a request may take."""
 
 LAST_SECONDS = 0.5
 """What clients have to read why they are not answered, when the server ends at once."""
@@ -219,7 +230,9 @@ def serve(
             opening["dtype"] = found
         share = max(1, torch.get_num_threads() // max(1, workers))
         make = partial(open_encoder, _absolute(model), opening, share)
-        processes = [held.enter_context(closing(EncoderProcess(make, metrics.restarts.inc))) for _ in range(workers)]
+        silence = min(SILENT_SECONDS, max(LEAST_SILENCE, timeout / 4))
+        new = partial(EncoderProcess[Vectors], make, metrics.restarts.inc, silence)
+        processes = [held.enter_context(closing(new())) for _ in range(workers)]
         _wait_for(processes, model)
         name = name or model_label(model)
         app = make_app(encoder, name, limits=limits, keys=keys, processes=processes, metrics=metrics, thread=thread)
