@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -757,10 +757,10 @@ def test_what_an_encoder_process_cannot_open_is_told(tmp_path: Path):
 
 @pytest.mark.slow  # three processes start, one after the other
 def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
-    encoder: ModelEncoder, folder: Path, model: SentenceTransformer, caplog
+    encoder: ModelEncoder, exported: Path, model: SentenceTransformer, caplog
 ):
     deaths: list[int] = []
-    process = EncoderProcess(partial(opened, folder), lambda: deaths.append(1))
+    process = EncoderProcess(partial(opened, exported), lambda: deaths.append(1))
     texts = [f"text {i:02}" for i in range(8)]
     with running(make_app(encoder, "tiny", processes=[process])) as server, ThreadPoolExecutor(8) as clients:
         assert refused(503, server.get("/ready"))["code"] == "not_ready"  # it has not loaded yet
@@ -784,37 +784,44 @@ def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
 
 
 @pytest.mark.slow  # seven processes start
-@pytest.mark.parametrize("kind", ["folder", "exported"])
 def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
-    request: pytest.FixtureRequest, encoder: ModelEncoder, model: SentenceTransformer, kind: str, caplog
+    encoder: ModelEncoder, folder: Path, model: SentenceTransformer, caplog
 ):
     restarts: list[int] = []
-    make = partial(opened, request.getfixturevalue(kind))
-    workers = [EncoderProcess(make, lambda: restarts.append(1), silence=2.0) for _ in range(2)]
+    workers = [EncoderProcess(partial(opened, folder), lambda: restarts.append(1), silence=2.0) for _ in range(2)]
     texts = [f"text {i:02}" for i in range(12)]
     expected = model.encode(texts)
     app = make_app(encoder, "tiny", processes=workers, limits=Limits(batch_tokens=16, timeout=120))
+
+    def send(number: int, *to: EncoderProcess) -> None:
+        wait_until(lambda: all(worker.ready() for worker in workers), 100)
+        for worker in to:
+            os.kill(worker.pid, number)
+
     with running(app) as server, server.client(timeout=120) as client, ThreadPoolExecutor(12) as clients:
 
-        def after(*signals: tuple[EncoderProcess, int]) -> None:
-            wait_until(lambda: all(worker.ready() for worker in workers), 100)
-            before = len(restarts)
-            for worker, number in signals:
-                os.kill(worker.pid, number)
-            ask = partial(client.embeddings.create, model="tiny")
-            answers = [clients.submit(ask, input=text) for text in texts]
+        def ask() -> list[Future]:
+            return [clients.submit(client.embeddings.create, model="tiny", input=text) for text in texts]
+
+        def check(answers: list[Future]) -> None:
             found = np.concatenate([vectors(answer.result()) for answer in answers])
             np.testing.assert_allclose(found, expected, atol=1e-5)
-            assert len(restarts) == before + len(signals)
 
-        after((workers[0], signal.SIGSTOP))
-        after((workers[0], signal.SIGSTOP), (workers[1], signal.SIGSTOP))
-        after((workers[0], signal.SIGKILL), (workers[1], signal.SIGKILL))
-        wait_until(lambda: all(worker.ready() for worker in workers), 100)
-        for worker in workers:  # while nothing is asked of them
-            os.kill(worker.pid, signal.SIGSTOP)
+        send(signal.SIGSTOP, workers[0])
+        check(ask())  # the other is free
+
+        send(signal.SIGSTOP, *workers)
+        answers = ask()
+        wait_until(lambda: waiting(server) == 12 * 7)
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        check(answers)
+
+        send(signal.SIGSTOP, *workers)
         wait_until(lambda: server.get("/ready")[0] == 503)
-        wait_until(lambda: server.get("/ready")[0] == 200, 100)
+        check(ask())  # they wait for the new ones
+        wait_until(lambda: server.get("/ready")[0] == 200)
+    assert len(restarts) == 5
     assert any("no sign of life" in str(vars(record)) for record in caplog.records)
 
 

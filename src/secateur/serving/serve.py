@@ -183,7 +183,7 @@ def serve(
         name: What clients call the model; default: the last part of its path or Hub id.
         api_key_file: API keys, one a line, besides those in the environment variable ``SECATEUR_API_KEYS``.
         auth: False serves everybody who reaches ``host``.
-        workers: Encoder processes, each with the model in its memory, replaced when they die; 0: a thread of this one.
+        workers: Encoder processes, each with the model in its memory, replaced when they die or hang; 0: a thread.
         batch_tokens: Tokens in one pass of the model, padding included; default: 1,024 on a CPU, 8,192 on a GPU.
         queue_tokens: Tokens that may wait or be encoded; more are answered with 429.
         max_items: Texts in a request.
