@@ -247,7 +247,9 @@ def answers(args: argparse.Namespace) -> None:
     check(outcomes, expected)
     asked = sum(count for what, count in outcomes.counts.items() if what not in ("twice", "wrong"))
     print(f"answers: {asked} of {args.requests} requests in {seconds:.0f} s, {args.clients} clients")
-    print(f"  encoders killed or stopped {killed}, replaced {restarts:.0f}; tokens left in the queue {left_in_queue:.0f}")
+    print(
+        f"  encoders killed or stopped {killed}, replaced {restarts:.0f}; tokens left in the queue {left_in_queue:.0f}"
+    )
     print("  " + ", ".join(f"{what} {count}" for what, count in sorted(outcomes.counts.items())))
     print(f"  latency  p50 {np.percentile(outcomes.seconds, 50) * 1e3:.0f} ms, ", end="")
     print(f"p99 {np.percentile(outcomes.seconds, 99) * 1e3:.0f} ms, max {max(outcomes.seconds):.1f} s")

@@ -48,10 +48,11 @@ BEAT_SECONDS = 0.5
 """How often an encoder process shows that it runs, and how often that is looked at."""
 
 SILENT_SECONDS = 10.0
-"""An encoder process that shows no sign of life for so long hangs."""
+"""An encoder process of a server that shows no sign of life for so long hangs."""
 
-SILENT_AT_START = 120.0
-"""The same before its encoder has been made: while Python imports a large library, no other thread runs."""
+LONG_SILENCE = 120.0
+"""The same where no client waits, and before the encoder has been made: while Python imports a large library, no other
+thread of the process runs."""
 
 CPU_BATCH = 1024
 """Tokens in a batch, padding included: enough for a processor's full rate, few enough to stay in its caches."""
@@ -293,14 +294,14 @@ class EncoderProcess(Generic[Answer]):
     Args:
         make: Makes the encoder in the new process; a function that can be pickled.
         on_restart: Called when a dead process is replaced.
-        silence: Seconds without a sign of life after which the process is ended.
+        silence: Seconds without a sign of life after which the process is ended, once its encoder has been made.
     """
 
     def __init__(
         self,
         make: Callable[[], Encoding[Answer]],
         on_restart: Callable[[], None] = lambda: None,
-        silence: float = SILENT_SECONDS,
+        silence: float = LONG_SILENCE,
     ) -> None:
         self._make = make
         self._on_restart = on_restart
@@ -387,7 +388,7 @@ class EncoderProcess(Generic[Answer]):
         while process.is_alive():
             process.join(BEAT_SECONDS)
             last, silent = beats.value, silent + BEAT_SECONDS if beats.value == last else 0.0
-            if silent > (self._silence if self._loaded else SILENT_AT_START):
+            if silent > (self._silence if self._loaded else LONG_SILENCE):
                 self._fault = f"showed no sign of life for {silent:g} s"
             elif time.monotonic() > self._deadline:
                 self._fault = "was at one batch for too long"
