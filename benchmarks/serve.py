@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py MODEL                   # both runs
     python benchmarks/serve.py MODEL --only speed      # throughput at 32 clients ÷ encoding the same texts directly
-    python benchmarks/serve.py MODEL --only answers    # 10,000 requests, encoders killed, clients leaving
+    python benchmarks/serve.py MODEL --only answers    # 10,000 requests, encoders killed and stopped, clients leaving
     python benchmarks/serve.py MODEL --texts 64 --requests 1000    # both, shorter
 
 Speed: texts of mixed lengths, one a request, in turns with two ways to encode them directly: secateur's own, in the
@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0, help="encoder processes of the speed run")
     parser.add_argument("--requests", type=int, default=10_000, help="of the answers run")
-    parser.add_argument("--kills", type=int, default=6, help="encoders killed in the answers run")
+    parser.add_argument("--kills", type=int, default=6, help="encoders killed or stopped, in turn, in the answers run")
     parser.add_argument("--seconds", type=float, default=600, help="at most this long for the answers run")
     return parser.parse_args()
 
@@ -237,7 +237,8 @@ def answers(args: argparse.Namespace) -> None:
             done = sum(outcomes.counts.values())
             if killed < args.kills and done >= (killed + 1) * args.requests / (args.kills + 1):
                 encoders = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
-                random.Random(killed).choice(encoders).kill()
+                unlucky = random.Random(killed).choice(encoders)
+                unlucky.send_signal(signal.SIGSTOP if killed % 2 else signal.SIGKILL)
                 killed += 1
             time.sleep(0.02)
         seconds = time.perf_counter() - start
@@ -246,7 +247,9 @@ def answers(args: argparse.Namespace) -> None:
     check(outcomes, expected)
     asked = sum(count for what, count in outcomes.counts.items() if what not in ("twice", "wrong"))
     print(f"answers: {asked} of {args.requests} requests in {seconds:.0f} s, {args.clients} clients")
-    print(f"  encoders killed {killed}, replaced {restarts:.0f}; tokens left in the queue {left_in_queue:.0f}")
+    print(
+        f"  encoders killed or stopped {killed}, replaced {restarts:.0f}; tokens left in the queue {left_in_queue:.0f}"
+    )
     print("  " + ", ".join(f"{what} {count}" for what, count in sorted(outcomes.counts.items())))
     print(f"  latency  p50 {np.percentile(outcomes.seconds, 50) * 1e3:.0f} ms, ", end="")
     print(f"p99 {np.percentile(outcomes.seconds, 99) * 1e3:.0f} ms, max {max(outcomes.seconds):.1f} s")

@@ -35,7 +35,7 @@ studies: presets plan inputs estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export
 encoding: memory mixed arithmetic
-serving: encoders exported queueing gate embeddings app connections serve
+serving: encoders exported queueing connections gate embeddings app serve
 encoding: engine pools rows vector_files encode
 cli: arguments tables bars commands
 __main__

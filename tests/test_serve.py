@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import http.client
 import inspect
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -36,10 +39,10 @@ from secateur.config import ServeOptions, make
 from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.serving.app import make_app
 from secateur.serving.connections import Connection
-from secateur.serving.encoders import EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
-from secateur.serving.exported import OPENING
+from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
+from secateur.serving.exported import OPENING, is_export
 from secateur.serving.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
-from secateur.serving.queueing import Batcher, EncodingFailed, QueueFull, Worker, choose_batch
+from secateur.serving.queueing import Batch, Batcher, EncodingFailed, QueueFull, Worker, choose_batch
 from secateur.serving.serve import Server, bind, listen, make_server, open_encoder
 
 PROMPTS = {"query": "find: ", "document": ""}
@@ -72,6 +75,11 @@ def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "onnx"
     secateur.export(folder, out=out)
     return out
+
+
+def opened(folder: Path) -> Encoder:
+    """A model's folder in float32, or an export."""
+    return open_encoder(folder, OPENING if is_export(folder) else OPENING | {"device": "cpu", "dtype": "float32"})
 
 
 @dataclass
@@ -158,26 +166,40 @@ def request(**fields: object) -> bytes:
     return json.dumps({"model": "tiny", "input": "one", **fields}).encode()
 
 
-class Slow:
-    """An encoder that takes its time, fails where it is told to, and remembers what it was given."""
+class Held:
+    """An encoder that a test can hold; it fails where it is told to, and remembers what it was given."""
 
-    def __init__(self, encoder: ModelEncoder, seconds: float = 0.0) -> None:
-        self.__dict__.update({key: getattr(encoder, key) for key in ("dimension", "max_length", "vocabulary")})
-        self.prompts, self.default_prompt = encoder.prompts, encoder.default_prompt
-        self.tokenize = encoder.tokenize
+    def __init__(self, encoder: ModelEncoder) -> None:
         self._encoder = encoder
-        self.seconds = seconds
+        self.go = threading.Event()
+        self.go.set()
         self.poison: int | None = None
         self.failures = 0
+        self.room: int | None = None
         self.batches: list[list[Tokens]] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._encoder, name)
 
     def encode(self, batch: Sequence[Tokens]) -> Vectors:
         self.batches.append(list(batch))
-        time.sleep(self.seconds)
+        assert self.go.wait(30)
+        if self.room and len(batch) * max(map(len, batch)) > self.room:
+            raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
         if self.failures or any(self.poison in tokens.ids for tokens in batch):
             self.failures = max(0, self.failures - 1)
-            raise RuntimeError("no memory")
+            raise RuntimeError("the processor is on strike")
         return self._encoder.encode(batch)
+
+
+@contextlib.contextmanager
+def holding(held: Held) -> Iterator[None]:
+    """The model does nothing inside, and goes on at the end, also of a test that fails."""
+    held.go.clear()
+    try:
+        yield
+    finally:
+        held.go.set()
 
 
 # What clients get
@@ -312,6 +334,25 @@ def test_texts_are_cut_only_where_the_server_was_told_to(encoder: ModelEncoder, 
         answer = client.embeddings.create(model="tiny", input=texts)
     np.testing.assert_allclose(vectors(answer), model.encode(texts), atol=1e-5)
     assert answer.usage.prompt_tokens == 256
+
+
+@pytest.mark.parametrize("kind", ["folder", "exported"])
+def test_very_long_texts_are_cut_on_the_models_own_side(
+    request: pytest.FixtureRequest, folder: Path, tmp_path: Path, kind: str
+):
+    copied = shutil.copytree(request.getfixturevalue(kind), tmp_path / "left")
+    settings = copied / ("export.json" if kind == "exported" else "tokenizer_config.json")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"truncation_side": "left"}))
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.tokenizer.truncation_side = "left"
+    texts = ["word, " * 5000 + "and the end", "word, " * 100 + "x", " " * 20_000 + "end"]
+    expected = model.encode(texts)
+    ids = [model.tokenizer(text, truncation=False)["input_ids"] for text in texts]
+    encoder = opened(copied)
+    with running(make_app(encoder, "tiny", limits=Limits(truncate=True))) as server, server.client() as client:
+        for given in (texts, ids):
+            found = vectors(client.embeddings.create(model="tiny", input=given))
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 HOSTILE = {
@@ -492,69 +533,79 @@ def test_other_machines_are_served_only_with_a_key_or_when_told_so(tmp_path: Pat
 # Under load
 
 
+def waiting(server: Running) -> float:
+    return server.metric("secateur_queue_tokens ")
+
+
 def test_requests_of_many_clients_share_batches(encoder: ModelEncoder, model: SentenceTransformer):
-    slow = Slow(encoder, 0.05)
-    texts = [f"text number {i}" for i in range(40)]
-    with running(make_app(slow, "tiny")) as server, server.client() as client, ThreadPoolExecutor(20) as clients:
+    held = Held(encoder)
+    texts = [f"text number {i:02}" for i in range(40)]
+    with running(make_app(held, "tiny")) as server, server.client() as client, ThreadPoolExecutor(40) as clients:
         one = partial(client.embeddings.create, model="tiny")
-        found = np.concatenate([vectors(answer) for answer in clients.map(lambda text: one(input=text), texts)])
+        with holding(held):
+            answers = [clients.submit(one, input=text) for text in texts]
+            wait_until(lambda: waiting(server) == 40 * 14)
+            assert len(held.batches) == 1
+        found = np.concatenate([vectors(answer.result()) for answer in answers])
+        assert len(held.batches) == 2
         assert server.metric("secateur_texts_total") == 40
-        assert server.metric("secateur_batch_texts_count") == len(slow.batches) < 20
+        assert server.metric("secateur_batch_texts_count") == 2
         assert server.metric("secateur_queue_seconds_count") == 40
     np.testing.assert_allclose(found, model.encode(texts), atol=1e-5)
 
 
 def test_a_full_queue_says_when_to_come_again(encoder: ModelEncoder):
-    slow = Slow(encoder, 0.5)
-    limits = Limits(queue_tokens=50)
-    with running(make_app(slow, "tiny", limits=limits)) as server, ThreadPoolExecutor(12) as clients:
-
-        def ask(_: int) -> str:
-            try:
-                with server.client() as client:
-                    client.embeddings.create(model="tiny", input="ten tokens")
-            except openai.RateLimitError as error:
-                assert 1 <= int(error.response.headers["retry-after"]) <= 60
-                return "busy"
-            return "answered"
-
-        outcomes = list(clients.map(ask, range(12)))
-        assert outcomes.count("busy") == 7
-        with server.client(max_retries=5) as client:  # the real client waits, and comes again
-            client.embeddings.create(model="tiny", input="ten tokens")
+    held = Held(encoder)
+    app = make_app(held, "tiny", limits=Limits(queue_tokens=50))
+    with running(app) as server, server.client(max_retries=5) as client, ThreadPoolExecutor(6) as clients:
+        ask = partial(client.embeddings.create, model="tiny", input="ten tokens")
+        busy = 'secateur_errors_total{code="server_busy"}'
+        with holding(held):
+            answers = [clients.submit(ask) for _ in range(5)]
+            wait_until(lambda: waiting(server) == 50)
+            with server.client() as impatient, pytest.raises(openai.RateLimitError) as error:
+                impatient.embeddings.create(model="tiny", input="ten tokens")
+            assert 1 <= int(error.value.response.headers["retry-after"]) <= 60
+            answers.append(clients.submit(ask))  # the real client waits, and comes again
+            wait_until(lambda: server.metric(busy) == 2)
+        assert [len(answer.result().data) for answer in answers] == [1] * 6
 
 
 def test_a_request_that_takes_too_long_leaves_the_queue(encoder: ModelEncoder):
-    slow = Slow(encoder, 1.0)
-    with running(make_app(slow, "tiny", limits=Limits(timeout=0.3))) as server:
+    held = Held(encoder)
+    with running(make_app(held, "tiny", limits=Limits(timeout=0.3))) as server, holding(held):
         assert refused(503, server.post(request()))["code"] == "timeout"
-        wait_until(lambda: server.metric("secateur_queue_tokens") == 0)
+        wait_until(lambda: waiting(server) == 0)
 
 
 def test_who_leaves_is_not_encoded(encoder: ModelEncoder):
-    slow = Slow(encoder, 0.6)
+    held = Held(encoder)
     body = request(input="left")
     sent = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    with running(make_app(slow, "tiny")) as server, ThreadPoolExecutor(1) as other:
-        first = other.submit(server.post, request(input="first"))
-        wait_until(lambda: slow.batches)
-        for _ in range(5):
-            with socket.create_connection(("127.0.0.1", server.port)) as connection:
-                connection.sendall(sent)
-                wait_until(lambda: server.metric("secateur_queue_tokens") > len("first"))
-        wait_until(lambda: server.metric("secateur_queue_tokens") <= len("first"))
+    with running(make_app(held, "tiny")) as server, ThreadPoolExecutor(1) as other:
+        with holding(held):
+            first = other.submit(server.post, request(input="first"))
+            wait_until(lambda: held.batches)
+            for _ in range(5):
+                with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                    connection.sendall(sent)
+                    wait_until(lambda: waiting(server) == len("first") + len("left"))
+                wait_until(lambda: waiting(server) == len("first"))
         assert first.result()[0] == 200
         assert server.post(request(input="second"))[0] == 200
         assert server.metric('secateur_requests_total{path="/v1/embeddings",status="499"}') == 5
-    assert sum(len(batch) for batch in slow.batches) == 2
+    assert sum(len(batch) for batch in held.batches) == 2
 
 
 def test_a_batch_that_fails_fails_only_whom_it_must(encoder: ModelEncoder, model: SentenceTransformer):
-    slow = Slow(encoder, 0.1)
-    slow.poison = int(model.tokenizer("?")["input_ids"][0])
-    texts = ["what?" if i == 3 else f"text {i}" for i in range(8)]
-    with running(make_app(slow, "tiny")) as server, ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda text: server.post(request(input=text)), texts))
+    held = Held(encoder)
+    held.poison = int(model.tokenizer("?")["input_ids"][0])
+    texts = ["what? " if i == 3 else f"text {i}" for i in range(8)]
+    with running(make_app(held, "tiny")) as server, ThreadPoolExecutor(8) as clients:
+        with holding(held):
+            asked = [clients.submit(server.post, request(input=text)) for text in texts]
+            wait_until(lambda: waiting(server) == 8 * 6)
+        answers = [answer.result() for answer in asked]
         assert [status for status, _ in answers] == [200, 200, 200, 500, 200, 200, 200, 200]
         assert refused(500, answers[3]) == {
             "message": "the model failed on these texts",
@@ -563,34 +614,107 @@ def test_a_batch_that_fails_fails_only_whom_it_must(encoder: ModelEncoder, model
             "code": "encoding_failed",
         }
         found = [json.loads(answer)["data"][0]["embedding"] for status, answer in answers if status == 200]
-        slow.failures = 1  # a failure that passes is not noticed
+        held.failures = 1  # a failure that passes is not noticed
         assert server.post(request())[0] == 200
     others = [text for i, text in enumerate(texts) if i != 3]
     np.testing.assert_allclose(np.array(found), model.encode(others), atol=1e-5)
 
 
+def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(encoder: ModelEncoder, model: SentenceTransformer):
+    held = Held(encoder)
+    held.room = 24  # tokens: two texts
+    texts = [f"text number {i:02}"[-10:] for i in range(32)]
+    with running(make_app(held, "tiny")) as server, server.client() as client:
+        found = vectors(client.embeddings.create(model="tiny", input=texts))
+        assert server.metric("secateur_batch_errors_total") == 0
+        held.room = 5  # not even one
+        assert refused(500, server.post(request(input=texts)))["code"] == "encoding_failed"
+    np.testing.assert_allclose(found, model.encode(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["folder", "exported"])
+def test_a_text_has_one_vector_alone_beside_long_ones_and_a_hundred_times_at_once(
+    request: pytest.FixtureRequest, model: SentenceTransformer, kind: str
+):
+    held = Held(opened(request.getfixturevalue(kind)))
+    texts = ["short", "a text of some thirty letters.", "long, " * 20, "tiny"]
+    expected = model.encode(texts)
+    with running(make_app(held, "tiny")) as server, server.client() as client, ThreadPoolExecutor(104) as clients:
+        ask = partial(client.embeddings.create, model="tiny")
+        with holding(held):
+            asked = [clients.submit(ask, input=texts) for _ in range(100)]
+            alone = [clients.submit(ask, input=text) for text in texts]
+            wait_until(lambda: waiting(server) == 101 * sum(map(len, texts)))
+        for answer in asked:
+            np.testing.assert_allclose(vectors(answer.result()), expected, atol=1e-5)
+        found = np.concatenate([vectors(answer.result()) for answer in alone])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert max(len(batch) * max(map(len, batch)) for batch in held.batches) <= Limits().batch_tokens
+
+
 def test_a_server_told_to_end_finishes_what_it_took(encoder: ModelEncoder):
-    slow = Slow(encoder, 0.3)
-    with running(make_app(slow, "tiny", limits=Limits(batch_tokens=16))) as server, ThreadPoolExecutor(10) as clients:
-        asked = [clients.submit(server.post, request(input=f"text {i}")) for i in range(10)]
-        wait_until(lambda: server.metric("secateur_queue_tokens") == 60)
-        server.server.should_exit = True
+    held = Held(encoder)
+    with running(make_app(held, "tiny", limits=Limits(batch_tokens=16))) as server, ThreadPoolExecutor(10) as clients:
+        with holding(held):
+            asked = [clients.submit(server.post, request(input=f"text {i}")) for i in range(10)]
+            wait_until(lambda: waiting(server) == 60)
+            server.server.should_exit = True
+            wait_until(lambda: refuses_connections(server.port))
         assert [answer.result()[0] for answer in asked] == [200] * 10
         server.thread.join(10)
         with pytest.raises(urllib.error.URLError):
             server.get("/health")
 
 
+def refuses_connections(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) != 0
+
+
 def test_a_second_signal_answers_who_waits_and_ends_at_once(encoder: ModelEncoder, caplog):
-    slow = Slow(encoder, 1.0)
-    with running(make_app(slow, "tiny", limits=Limits(batch_tokens=16))) as server, ThreadPoolExecutor(4) as clients:
+    held = Held(encoder)
+    app = make_app(held, "tiny", limits=Limits(batch_tokens=16))
+    with running(app) as server, ThreadPoolExecutor(4) as clients, holding(held):
         asked = [clients.submit(server.post, request(input=f"text {i}")) for i in range(4)]
-        wait_until(lambda: server.metric("secateur_queue_tokens") == 24)
+        wait_until(lambda: waiting(server) == 24)
         server.server.handle_exit(signal.SIGINT, None)
         server.server.handle_exit(signal.SIGINT, None)
         assert [refused(503, answer.result())["code"] for answer in asked] == ["shutdown"] * 4
         server.thread.join(10)
+        assert not server.thread.is_alive()
     assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"])
+def test_headers_that_trickle_are_cut_off(encoder: ModelEncoder, monkeypatch: pytest.MonkeyPatch, first: bytes):
+    monkeypatch.setattr(Connection, "patience", 0.3)
+    with running(make_app(encoder, "tiny")) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=0.02) as connection:
+            connection.sendall(first + b"GET /health HTTP/1.1\r\n")
+            answer = b""
+            closed = False
+
+            def trickle() -> bool:
+                nonlocal answer, closed
+                with contextlib.suppress(TimeoutError):
+                    connection.sendall(b"X: 1\r\n")
+                    chunk = connection.recv(65536)
+                    answer, closed = answer + chunk, not chunk
+                return closed or b"408" in answer
+
+            wait_until(trickle, 10)
+        head, _, body = answer[answer.index(b"HTTP/1.1 408") :].decode().partition("\r\n\r\n")
+        assert refused(408, (408, body))["message"] == "the headers came too slowly"
+        assert f"Content-Length: {len(body)}" in head
+        assert answer.count(b"200 OK") == bool(first)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent:
+            assert silent.recv(100) == b""
+        kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        with contextlib.closing(kept):  # between requests it may rest for longer
+            for _ in range(2):
+                kept.request("GET", "/health")
+                assert kept.getresponse().read() == b'{"status":"ok"}'
+                time.sleep(0.4)
 
 
 def test_who_does_not_read_is_left(encoder: ModelEncoder, monkeypatch: pytest.MonkeyPatch, caplog):
@@ -631,20 +755,19 @@ def test_what_an_encoder_process_cannot_open_is_told(tmp_path: Path):
     assert not process.ready()
 
 
-@pytest.mark.slow  # two processes start, one after the other
+@pytest.mark.slow  # three processes start, one after the other
 def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
-    encoder: ModelEncoder, folder: Path, model: SentenceTransformer, caplog
+    encoder: ModelEncoder, exported: Path, model: SentenceTransformer, caplog
 ):
     deaths: list[int] = []
-    make = partial(open_encoder, folder, {"dtype": "float32", "device": "cpu"})
-    process = EncoderProcess(make, lambda: deaths.append(1))
+    process = EncoderProcess(partial(opened, exported), lambda: deaths.append(1))
     texts = [f"text {i:02}" for i in range(8)]
     with running(make_app(encoder, "tiny", processes=[process])) as server, ThreadPoolExecutor(8) as clients:
         assert refused(503, server.get("/ready"))["code"] == "not_ready"  # it has not loaded yet
         wait_until(lambda: server.get("/ready")[0] == 200, 60)
         os.kill(process.pid, signal.SIGSTOP)
         answers = [clients.submit(server.post, request(input=text)) for text in texts]
-        wait_until(lambda: server.metric("secateur_queue_tokens") == 7 * 8)
+        wait_until(lambda: waiting(server) == 7 * 8)
         os.kill(process.pid, signal.SIGKILL)  # it holds the first batch
         assert [answer.result()[0] for answer in answers] == [200] * 8
         assert deaths == [1]
@@ -658,6 +781,84 @@ def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
     np.testing.assert_allclose(np.array(found), model.encode(texts), atol=1e-5)
     with pytest.raises(EncoderDied):
         process.encode(numbers(3))
+
+
+@pytest.mark.slow  # seven processes start
+def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
+    encoder: ModelEncoder, folder: Path, model: SentenceTransformer, caplog
+):
+    restarts: list[int] = []
+    workers = [EncoderProcess(partial(opened, folder), lambda: restarts.append(1), silence=2.0) for _ in range(2)]
+    texts = [f"text {i:02}" for i in range(12)]
+    expected = model.encode(texts)
+    app = make_app(encoder, "tiny", processes=workers, limits=Limits(batch_tokens=16, timeout=120))
+
+    def send(number: int, *to: EncoderProcess) -> None:
+        wait_until(lambda: all(worker.ready() for worker in workers), 100)
+        for worker in to:
+            os.kill(worker.pid, number)
+
+    with running(app) as server, server.client(timeout=120) as client, ThreadPoolExecutor(12) as clients:
+
+        def ask() -> list[Future]:
+            return [clients.submit(client.embeddings.create, model="tiny", input=text) for text in texts]
+
+        def check(answers: list[Future]) -> None:
+            found = np.concatenate([vectors(answer.result()) for answer in answers])
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+        send(signal.SIGSTOP, workers[0])
+        check(ask())  # the other is free
+
+        send(signal.SIGSTOP, *workers)
+        answers = ask()
+        wait_until(lambda: waiting(server) == 12 * 7)
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        check(answers)
+
+        send(signal.SIGSTOP, *workers)
+        wait_until(lambda: server.get("/ready")[0] == 503)
+        check(ask())  # they wait for the new ones
+        wait_until(lambda: server.get("/ready")[0] == 200)
+    assert len(restarts) == 5
+    assert any("no sign of life" in str(vars(record)) for record in caplog.records)
+
+
+class Stuck:
+    """An encoder for a process: the first that is made on a machine never ends a batch that has a 7 in it."""
+
+    def __init__(self, file: Path) -> None:
+        self._first = not file.exists()
+        file.touch()
+
+    def encode(self, batch: Sequence[Tokens]) -> Vectors:
+        while self._first and any(7 in tokens.ids for tokens in batch):
+            time.sleep(0.1)
+        return np.array([[tokens.ids[0]] for tokens in batch], dtype=np.float32)
+
+
+@pytest.mark.slow  # two processes start
+def test_a_batch_that_never_ends_is_repeated_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("secateur.serving.queueing.LEAST_PATIENCE", 0.5)
+    batches: list[Batch] = []
+
+    async def everything(process: EncoderProcess) -> None:
+        worker = Worker(process.encode, process.ready, process.revive)
+        batcher = Batcher(
+            [worker], max_length=40, batch_tokens=200, queue_tokens=1000, timeout=60, observe=batches.append
+        )
+        batcher.start()
+        for first in (3, 7):
+            found = await batcher.embed([Tokens(np.array([first], dtype=np.int32))])
+            assert found.tolist() == [[first]]
+        await batcher.close()
+
+    with contextlib.closing(EncoderProcess(partial(Stuck, tmp_path / "made"))) as process:
+        asyncio.run(asyncio.wait_for(everything(process), 60))
+    assert [str(batch.error) for batch in batches if batch.error] == [
+        "an encoder process was at one batch for too long"
+    ]
 
 
 # The queue by itself
@@ -678,7 +879,7 @@ def test_a_batch_is_the_first_text_and_those_nearest_to_it_in_length():
 def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
     rng = np.random.default_rng(0)
 
-    def encode(batch: Sequence[Tokens]) -> Vectors:
+    def encode(batch: Sequence[Tokens], _: float) -> Vectors:
         if rng.random() < 0.1:
             raise RuntimeError
         return np.array([[tokens.ids[0], len(tokens)] for tokens in batch], dtype=np.float32)
@@ -714,7 +915,7 @@ def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
 def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
     async def everything() -> None:
         batcher = Batcher(
-            [Worker(lambda batch: np.zeros((len(batch), 1), np.float32))],
+            [Worker(lambda batch, _: np.zeros((len(batch), 1), np.float32))],
             max_length=40,
             batch_tokens=200,
             queue_tokens=10,

@@ -424,7 +424,7 @@ class ServeOptions(Options):
     name: str | None = Field(None, min_length=1, description="What clients call the model [default: its folder].")
     api_key_file: Path | None = Field(None, description="API keys, one a line; also in SECATEUR_API_KEYS.")
     auth: bool = Field(True, description="--no-auth serves everybody who reaches the address.")
-    workers: int = Field(0, ge=0, description="Encoder processes, replaced when they die; 0: a thread of the server.")
+    workers: int = Field(0, ge=0, description="Encoder processes, replaced when they die or hang; 0: a thread.")
     batch_tokens: int | None = Field(None, ge=1, description=_BATCH)
     queue_tokens: int = Field(500_000, ge=1, description="Tokens that may wait; more are answered with 429.")
     max_items: int = Field(2048, ge=1, description="Texts in a request.")

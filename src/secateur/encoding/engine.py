@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ from secateur.errors import ModelError
 from secateur.loading.models import attends_backwards_only
 from secateur.loading.pooling import pool
 from secateur.measures.metrics import paired_cosines
-from secateur.runtime.slices import CHARACTERS_PER_TOKEN, cut_characters, slices
-from secateur.serving.encoders import LEAST_COSINE, ModelEncoder, Tokens, Vectors, batch_budget
+from secateur.runtime.slices import CHARACTERS_PER_TOKEN, slices
+from secateur.serving.encoders import LEAST_COSINE, ModelEncoder, Tokens, Vectors, batch_budget, read_cut
 
 SHARED_FROM = 8
 """Texts under one prompt from which on it pays to compute it once, and apart."""
@@ -112,18 +113,10 @@ class Engine:
 
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokens]:
         """Texts as the model reads them, cut where they are too long for it."""
-        most = self._encoder.max_length * CHARACTERS_PER_TOKEN
-        return [tokens for some in slices(texts, most) for tokens in self._read(some, prompt, most)]
-
-    def _read(self, texts: Sequence[str], prompt: str, most: int) -> list[Tokens]:
-        """Tokenize as much of each text as the model reads: so many characters, and more where these do not do."""
-        side = self._model.tokenizer.truncation_side
-        cut = [cut_characters(text, most, side) for text in texts]
-        found = self._encoder.read(cut, prompt, truncate=True)
-        short = [i for i, text in enumerate(texts) if len(text) > most and len(found[i]) < self._encoder.max_length]
-        for i in short:
-            (found[i],) = self._read([texts[i]], prompt, 2 * most)
-        return found
+        longest, side = self._encoder.max_length, self._encoder.truncation_side
+        most = longest * CHARACTERS_PER_TOKEN
+        read = partial(self._encoder.read, prompt=prompt, truncate=True)
+        return [tokens for some in slices(texts, most) for tokens in read_cut(read, some, longest, side, most)]
 
     @torch.inference_mode()
     def run(self, tokens: Sequence[Tokens], told: Told = tell_nobody) -> Vectors:

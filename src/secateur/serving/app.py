@@ -8,7 +8,7 @@ tokens, in one thread), :class:`.Batcher` (tokens to vectors, together with othe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A request that cannot be answered."},
     401: {"model": ErrorBody, "description": "No valid API key."},
     404: {"model": ErrorBody, "description": "No such model."},
-    408: {"model": ErrorBody, "description": "The body came too slowly."},
+    408: {"model": ErrorBody, "description": "The request came too slowly."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     415: {"model": ErrorBody, "description": "The body is not application/json, or compressed."},
     429: {"model": ErrorBody, "description": "Too much waits already; Retry-After says for how long."},
@@ -70,10 +70,11 @@ class _Service:
         return respond(shorten(vectors, prepared.dimensions), self.name, tokens, prepared.as_base64)
 
 
-def _run_in(
-    thread: Executor | None, encode: Callable[[Sequence[Tokens]], Vectors]
-) -> Callable[[Sequence[Tokens]], Vectors]:
-    return (lambda batch: thread.submit(encode, batch).result()) if thread else encode
+def _in_thread(thread: Executor | None, encoder: Encoder) -> Worker:
+    def encode(batch: Sequence[Tokens], _: float) -> Vectors:  # a thread cannot be ended, however long it takes
+        return thread.submit(encoder.encode, batch).result() if thread else encoder.encode(batch)
+
+    return Worker(encode)
 
 
 def _worker(process: EncoderProcess[Vectors]) -> Worker:
@@ -110,10 +111,11 @@ def make_app(
     """
     limits, keys, metrics = limits or Limits(), keys or Keys(), metrics or Metrics()
     batcher = Batcher(
-        [_worker(process) for process in processes] or [Worker(_run_in(thread, encoder.encode))],
+        [_worker(process) for process in processes] or [_in_thread(thread, encoder)],
         max_length=encoder.max_length,
         batch_tokens=limits.batch_tokens,
         queue_tokens=limits.queue_tokens,
+        timeout=limits.timeout,
         observe=metrics.observe,
     )
     metrics.queue_tokens.set_function(lambda: batcher.tokens)

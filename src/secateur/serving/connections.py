@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+_ERROR = {"message": "the headers came too slowly", "type": "invalid_request_error", "param": None, "code": "timeout"}
+_BODY = json.dumps({"error": _ERROR}).encode()
+TOO_SLOW = (
+    b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    b"Content-Length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
+)
 
-class Connection(H11Protocol):
-    """uvicorn's connection, closed when its client reads nothing of what it is sent for ``patience`` seconds.
 
-    Such a client would hold its answer in memory, and the end of the server up. What the operating system has taken
-    counts as read. A request finds in its scope's state, as ``gone``, whether its client has left.
+class Connection(asyncio.Protocol):
+    """uvicorn's connection, closed when its client is too slow for ``patience`` seconds.
+
+    That is a client that has not sent all headers of its first request so long after it connected, or of another so
+    long after their first byte; or one that reads nothing of what it is sent: it would hold its answer in memory, and
+    the end of the server up. What the operating system has taken counts as read.
+
+    uvicorn reads and writes HTTP; this stands between it and the socket, and uses of it nothing but what asyncio calls.
+    A request finds this object in its scope's state, as ``connection``, and says when it begins and ends.
     """
 
     patience = 30.0
@@ -26,43 +38,78 @@ class Connection(H11Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self._gone = False
+        self.gone = False
+        self._http = H11Protocol(config, server_state, {**app_state, "connection": self}, _loop)
+        self._loop = asyncio.get_running_loop()
+        self._heard = False
+        self._requests = 0
         self._unread = 0
-        self._timer: asyncio.TimerHandle | None = None
-        super().__init__(config, server_state, {**app_state, "gone": lambda: self._gone}, _loop)
+        self._reading: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ask to be told as soon as anything waits, and again when nothing does."""
+        assert isinstance(transport, asyncio.Transport)
         transport.set_write_buffer_limits(0)
-        super().connection_made(transport)
+        self._transport = transport
+        self._reading = self._loop.call_later(self.patience, self._give_up)
+        self._http.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request; the first starts the time in which its headers must come."""
+        self._heard = True
+        if not self._requests and self._reading is None:
+            self._reading = self._loop.call_later(self.patience, self._give_up)
+        self._http.data_received(data)
+
+    def eof_received(self) -> None:
+        """The client sends no more."""
+        self._http.eof_received()
+
+    def begin(self) -> None:
+        """All headers of a request are here."""
+        self._requests += 1
+        _cancel(self._reading)
+        self._reading = None
+
+    def end(self) -> None:
+        """A request has been answered."""
+        self._requests -= 1
 
     def pause_writing(self) -> None:
         """Something waits; until it has left, nothing is added."""
-        super().pause_writing()
+        self._http.pause_writing()
         self._watch()
 
     def resume_writing(self) -> None:
         """All that waited has left."""
-        self._unwatch()
-        super().resume_writing()
+        _cancel(self._writing)
+        self._http.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client left, or was left."""
-        self._gone = True
-        self._unwatch()
-        super().connection_lost(exc)
+        self.gone = True
+        _cancel(self._reading)
+        _cancel(self._writing)
+        self._http.connection_lost(exc)
+
+    def _give_up(self) -> None:
+        if self._heard:
+            self._transport.write(TOO_SLOW)
+        self._transport.close()
 
     def _watch(self) -> None:
-        self._unwatch()
-        self._unread = self.transport.get_write_buffer_size()
-        self._timer = self.loop.call_later(self.patience, self._look)
-
-    def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        _cancel(self._writing)
+        self._unread = self._transport.get_write_buffer_size()
+        self._writing = self._loop.call_later(self.patience, self._look)
 
     def _look(self) -> None:
-        if self.transport.get_write_buffer_size() < self._unread:
+        if self._transport.get_write_buffer_size() < self._unread:
             self._watch()
         else:
-            self.transport.abort()
+            self._transport.abort()
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

@@ -217,7 +217,8 @@ def _given_tokens(inputs: list[list[int]], encoder: Encoder, limits: Limits) -> 
             raise TextRefused(place, "a token id that the model does not have", f"ids are below {encoder.vocabulary}")
         if len(ids) > encoder.max_length and not limits.truncate:
             raise TextRefused(place, f"{len(ids)} tokens are too many", f"the model reads at most {encoder.max_length}")
-        texts.append(Tokens(np.asarray(ids[: encoder.max_length], dtype=np.int32)))
+        kept = ids[: encoder.max_length] if encoder.truncation_side == "right" else ids[-encoder.max_length :]
+        texts.append(Tokens(np.asarray(kept, dtype=np.int32)))
     if sum(map(len, texts)) > limits.max_tokens:
         raise TextRefused(None, f"more than {limits.max_tokens} tokens in one request", "send fewer texts at once")
     return texts

@@ -6,14 +6,19 @@ replaces it when it dies. Whatever else has the methods of :class:`Encoder` can 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from multiprocessing.util import Finalize
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -23,13 +28,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
-from secateur.architectures.forward import padded_length
+from secateur.architectures.forward import is_out_of_memory, padded_length
 from secateur.encoding.memory import keep_freed_memory
 from secateur.errors import ModelError, SecateurError
 from secateur.loading.models import PROBES
 from secateur.measures.metrics import paired_cosines
 from secateur.progress import quiet
-from secateur.runtime.slices import CHARACTERS_PER_TOKEN, slices
+from secateur.runtime.slices import CHARACTERS_PER_TOKEN, cut_characters, slices
 
 LENGTH_STEP = 8
 """Texts are padded to a multiple of this: few shapes, of which each costs a new kernel once, and little padding."""
@@ -38,6 +43,16 @@ LEAST_COSINE = 0.999
 
 LEAVING_SECONDS = 2.0
 """What an encoder process has to give back what it holds of the system, before it is ended."""
+
+BEAT_SECONDS = 0.5
+"""How often an encoder process shows that it runs, and how often that is looked at."""
+
+SILENT_SECONDS = 10.0
+"""An encoder process of a server that shows no sign of life for so long hangs."""
+
+LONG_SILENCE = 120.0
+"""The same where no client waits, and before the encoder has been made: while Python imports a large library, no other
+thread of the process runs."""
 
 CPU_BATCH = 1024
 """Tokens in a batch, padding included: enough for a processor's full rate, few enough to stay in its caches."""
@@ -85,6 +100,7 @@ class Encoder(Protocol):
         vocabulary: Token ids are below this.
         prompts: Texts that can go before a text, by name.
         default_prompt: The name of the one that goes before it where none is named, or None.
+        truncation_side: Where a text that is too long loses tokens: ``left`` or ``right``.
         dtype: In what it multiplies.
     """
 
@@ -93,6 +109,7 @@ class Encoder(Protocol):
     vocabulary: int
     prompts: Mapping[str, str]
     default_prompt: str | None
+    truncation_side: str
     dtype: str
 
     def tokenize(self, texts: Sequence[str], prompt: str | None, *, truncate: bool, limit: int) -> list[Tokens]:
@@ -112,8 +129,11 @@ class Encoder(Protocol):
         """Vectors (batch, dimension) of texts that share a prompt length, in one pass of the model."""
 
 
+Read = Callable[[list[str]], list[Tokens]]
+
+
 def read_slices(
-    read: Callable[[list[str]], list[Tokens]], texts: Sequence[str], max_length: int, *, truncate: bool, limit: int
+    read: Read, texts: Sequence[str], max_length: int, side: str, *, truncate: bool, limit: int
 ) -> list[Tokens]:
     """Tokenize by slices, so that a request that is far too long is refused before all of it is tokenized.
 
@@ -121,6 +141,7 @@ def read_slices(
         read: Tokenizes some texts.
         texts: As for :meth:`Encoder.tokenize`, and so with its errors.
         max_length: Tokens that the model reads of a text.
+        side: Where a text that is too long is cut.
         truncate: As for :meth:`Encoder.tokenize`.
         limit: As for :meth:`Encoder.tokenize`.
     """
@@ -131,13 +152,30 @@ def read_slices(
         for place, text in enumerate(some, start=len(tokens)):
             if len(text) > longest and not truncate:
                 raise TextRefused(place, f"{len(text)} characters are too many", f"at most {longest}")
-        for found in read([text[:longest] for text in some]):
+        for found in read_cut(read, some, max_length, side, longest):
             _check(found, len(tokens), max_length)
             tokens.append(found)
             total += len(found)
         if total > limit:
             raise TextRefused(None, f"more than {limit} tokens in one request", "send fewer texts at once")
     return tokens
+
+
+def read_cut(read: Read, texts: Sequence[str], max_length: int, side: str, characters: int) -> list[Tokens]:
+    """Tokenize so many characters of each text, and more of those that have fewer tokens than the model reads.
+
+    Args:
+        read: Tokenizes some texts, and cuts what is too long for the model.
+        texts: The texts.
+        max_length: Tokens that the model reads of a text.
+        side: Where it is cut: ``left`` or ``right``.
+        characters: How many are looked at first.
+    """
+    found = read([cut_characters(text, characters, side) for text in texts])
+    for place, text in enumerate(texts):
+        if len(text) > characters and len(found[place]) < max_length:
+            (found[place],) = read_cut(read, [text], max_length, side, 2 * characters)
+    return found
 
 
 def _check(tokens: Tokens, place: int, max_length: int) -> None:
@@ -171,6 +209,7 @@ class ModelEncoder:
         self.vocabulary = int(model[0].auto_model.get_input_embeddings().num_embeddings)
         self.prompts: Mapping[str, str] = dict(model.prompts)
         self.default_prompt: str | None = model.default_prompt_name
+        self.truncation_side: str = model.tokenizer.truncation_side
         self.dtype = dtype or str(model.dtype).removeprefix("torch.")
         self._modality = model.preprocess(["a"])["modality"]
         self._compare(name)
@@ -182,7 +221,7 @@ class ModelEncoder:
         def read(some: list[str]) -> list[Tokens]:
             return self.read(some, before, truncate=truncate)
 
-        return read_slices(read, texts, self.max_length, truncate=truncate, limit=limit)
+        return read_slices(read, texts, self.max_length, self.truncation_side, truncate=truncate, limit=limit)
 
     def read(self, texts: Sequence[str], prompt: str, *, truncate: bool) -> list[Tokens]:
         """Token ids of each text after a prompt; a text may have none."""
@@ -250,18 +289,27 @@ class Encoding(Protocol[AnswerOf]):
 
 
 class EncoderProcess(Generic[Answer]):
-    """The encoding of an :class:`Encoder` in a process of its own, replaced when it dies.
+    """The encoding of an :class:`Encoder` in a process of its own, replaced when it dies or hangs.
 
     Args:
         make: Makes the encoder in the new process; a function that can be pickled.
         on_restart: Called when a dead process is replaced.
+        silence: Seconds without a sign of life after which the process is ended, once its encoder has been made.
     """
 
-    def __init__(self, make: Callable[[], Encoding[Answer]], on_restart: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Encoding[Answer]],
+        on_restart: Callable[[], None] = lambda: None,
+        silence: float = LONG_SILENCE,
+    ) -> None:
         self._make = make
         self._on_restart = on_restart
+        self._silence = silence
         self.closed = False
         self._talks = False
+        self._deadline = math.inf
+        self._fault = ""
         self._start()
 
     @property
@@ -285,15 +333,20 @@ class EncoderProcess(Generic[Answer]):
         with self._talking():
             self._wait()
 
-    def encode(self, batch: Sequence[Any]) -> Answer:
+    def encode(self, batch: Sequence[Any], patience: float = math.inf) -> Answer:
         """See :meth:`Encoder.encode`; used by one thread.
+
+        Args:
+            batch: What the process's encoder understands.
+            patience: Seconds after which the process is ended.
 
         Raises:
             SecateurError: The encoder cannot be made; says why.
-            EncoderDied: The process ended; a new one has been started.
+            EncoderDied: The process ended, or hung and was ended; a new one has been started.
         """
         with self._talking():
             self._wait()
+            self._deadline = time.monotonic() + patience
             self._pipe.send(batch)
             answer: Answer | str = self._pipe.recv()
         if isinstance(answer, str):
@@ -318,24 +371,44 @@ class EncoderProcess(Generic[Answer]):
         self._loaded = False
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_answer, args=(theirs, self._make), daemon=True)
+        beats = context.RawValue("Q", 0)
+        process = context.Process(target=_answer, args=(theirs, self._make, beats), daemon=True)
         with _no_interrupt():
             process.start()
         theirs.close()
         self._pipe, self._process = ours, process
+        threading.Thread(target=self._watch, args=(process, beats), name="watch", daemon=True).start()
 
-    def _replace(self) -> int | None:
-        """Start a new process in place of one that is dead, or as good as; gives the exit code of that."""
+    def _watch(self, process: SpawnProcess, beats: Any) -> None:
+        """End a process that shows no sign of life, or is at one batch for too long; its :meth:`encode` hears of it.
+
+        Silence is counted in looks, not by the clock: when all of the server was stopped (Ctrl-Z) nobody hung.
+        """
+        last, silent = 0, 0.0
+        while process.is_alive():
+            process.join(BEAT_SECONDS)
+            last, silent = beats.value, silent + BEAT_SECONDS if beats.value == last else 0.0
+            if silent > (self._silence if self._loaded else LONG_SILENCE):
+                self._fault = f"showed no sign of life for {silent:g} s"
+            elif time.monotonic() > self._deadline:
+                self._fault = "was at one batch for too long"
+            else:
+                continue
+            process.kill()
+
+    def _replace(self) -> str:
+        """Start a new process in place of one that is dead, or as good as; says what became of that."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
-        code = self._process.exitcode
+        end = self._fault or f"ended with code {self._process.exitcode}"
+        self._deadline, self._fault = math.inf, ""
         if not self.closed:
             self._start()
             self._on_restart()
         if self.closed:  # by another thread, maybe just now
             self._process.kill()
-        return code
+        return end
 
     def _wait(self) -> None:
         if not self._loaded:
@@ -351,9 +424,9 @@ class EncoderProcess(Generic[Answer]):
         try:
             yield
         except (EOFError, OSError):
-            raise EncoderDied(f"an encoder process ended with code {self._replace()}") from None
+            raise EncoderDied(f"an encoder process {self._replace()}") from None
         finally:
-            self._talks = False
+            self._talks, self._deadline = False, math.inf
 
 
 @contextmanager
@@ -370,7 +443,7 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _answer(pipe: Connection, make: Callable[[], Encoding[Any]]) -> None:
+def _answer(pipe: Connection, make: Callable[[], Encoding[Any]], beats: Any) -> None:
     """The life of an encoder process: what was wrong with the encoder, or None; then batches in, vectors out.
 
     It ends when the other end is closed, or at SIGTERM, when it gives back what it holds of the system.
@@ -378,6 +451,7 @@ def _answer(pipe: Connection, make: Callable[[], Encoding[Any]]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     Finalize(None, pipe.close, exitpriority=-1)  # all else is given back; libraries, slow to end, wait
     keep_freed_memory()
+    threading.Thread(target=_beat, args=(beats,), name="beat", daemon=True).start()
     with suppress(EOFError, OSError):
         try:
             encoder = make()
@@ -389,8 +463,16 @@ def _answer(pipe: Connection, make: Callable[[], Encoding[Any]]) -> None:
             pipe.send(_vectors_or_problem(encoder, pipe.recv()))
 
 
+def _beat(beats: Any) -> None:
+    """Show the process that started this one that it runs."""
+    for beats.value in count(1):
+        time.sleep(BEAT_SECONDS / 2)
+
+
 def _vectors_or_problem(encoder: Encoding[Any], batch: Sequence[Any]) -> Any:
     try:
         return encoder.encode(batch)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        # So that it is known for what it is on the other side, where it is but a text.
+        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
+        return f"{kind}: {error}"

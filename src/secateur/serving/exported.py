@@ -65,6 +65,7 @@ class ExportEncoder:
         self.vocabulary = self._runtime.vocabulary
         self.prompts: Mapping[str, str] = settings.prompts
         self.default_prompt = settings.default_prompt_name
+        self.truncation_side = settings.truncation_side
 
     def tokenize(self, texts: Sequence[str], prompt: str | None, *, truncate: bool, limit: int) -> list[Tokens]:
         """See :meth:`.tokenize`."""
@@ -75,7 +76,7 @@ class ExportEncoder:
             found = self._runtime.tokenize(some, before, truncate=truncate)
             return [Tokens(np.asarray(ids, dtype=np.int32), length) for ids in found]
 
-        return read_slices(read, texts, self.max_length, truncate=truncate, limit=limit)
+        return read_slices(read, texts, self.max_length, self.truncation_side, truncate=truncate, limit=limit)
 
     def encode(self, batch: Sequence[Tokens]) -> Vectors:
         """See :meth:`.encode`."""

@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from secateur.errors import ConfigError
+from secateur.serving.connections import Connection
 from secateur.serving.encoders import CPU_BATCH
 from secateur.serving.queueing import Batch
 
@@ -186,9 +187,12 @@ class Gate:
             return
         facts: dict[str, Any] = {}
         scope.setdefault("state", {})["facts"] = facts
-        answer = _Answer(send, scope["state"].get("gone", lambda: False))
+        connection: Connection | None = scope["state"].get("connection")  # none where another server runs the app
+        answer = _Answer(send, connection)
         body = bytearray()
         start = time.monotonic()
+        if connection:
+            connection.begin()
         try:
             self._check_key(scope)
             await self._read(scope, receive, body)
@@ -210,6 +214,8 @@ class Gate:
                 raise
             await self._refuse(ApiError(500, "internal error", code="internal_error"), scope, receive, answer)
         finally:
+            if connection:
+                connection.end()
             self._held -= len(body)
             self._tell(scope, answer, facts, time.monotonic() - start)
 
@@ -275,7 +281,7 @@ class _Answer:
     """The way back to a client: whether it has said everything, whether it got all, the answer's status and number."""
 
     _send: Send
-    _gone: Callable[[], bool]
+    _connection: Connection | None
     asked: bool = False
     complete: bool = False
     status: int = 0
@@ -291,7 +297,7 @@ class _Answer:
             await self._send({**message, "more_body": True})
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._send(message)
-        self.complete = last and not self._gone()
+        self.complete = last and not (self._connection and self._connection.gone)
 
 
 async def _drain(receive: Receive) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from secateur.architectures.forward import padded_length
+from secateur.architectures.forward import halves, is_out_of_memory, padded_length
 from secateur.serving.encoders import LENGTH_STEP, Tokens, Vectors
 
 LOOKAHEAD = 1024
@@ -32,6 +32,12 @@ LONGEST_RETRY = 60
 
 LOOK_SECONDS = 0.5
 """How often an idle worker is looked at."""
+
+PATIENCE = 20
+"""A batch that takes this many times as long as the slowest so far, token for token, hangs."""
+
+LEAST_PATIENCE = 10.0
+"""Seconds that a batch may always take: what is short can be held up by anything."""
 
 REVIVE_SECONDS = 5.0
 """How long a worker that could not be made ready is left alone."""
@@ -110,12 +116,12 @@ class Worker:
     """What takes batches; its functions run in one thread at a time, but for ``ready``.
 
     Args:
-        encode: Texts of one prompt length to vectors.
+        encode: Texts of one prompt length to vectors; the second argument is how many seconds it may take.
         ready: Whether it can take a batch; at once.
         revive: Tries to make it ready, and takes its time.
     """
 
-    encode: Callable[[Sequence[Tokens]], Vectors]
+    encode: Callable[[Sequence[Tokens], float], Vectors]
     ready: Callable[[], bool] = lambda: True
     revive: Callable[[], None] = lambda: None
 
@@ -128,6 +134,7 @@ class Batcher:
         max_length: Tokens in a text.
         batch_tokens: Tokens in a pass of the model, padding included.
         queue_tokens: Tokens that may wait or be encoded; more are refused.
+        timeout: Seconds after which nobody waits for an answer any more.
         observe: Told of every batch.
     """
 
@@ -138,17 +145,20 @@ class Batcher:
         max_length: int,
         batch_tokens: int,
         queue_tokens: int,
+        timeout: float = math.inf,
         observe: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self._workers = workers
         self._max_length = max_length
         self._batch_tokens = batch_tokens
         self._queue_tokens = queue_tokens
+        self._timeout = timeout
         self._observe = observe
         self._waiting: dict[_Item, None] = {}  # in order; a set that keeps it
         self._filled = asyncio.Event()
         self._tokens = 0
         self._rate = 0.0
+        self._slowest = 0.0  # seconds for a token
         self._threads = ThreadPoolExecutor(len(workers), thread_name_prefix="encoder")
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -214,7 +224,8 @@ class Batcher:
             start = time.monotonic()
             error: Exception | None = None
             try:
-                vectors = await loop.run_in_executor(self._threads, worker.encode, [item.tokens for item in batch])
+                tokens = [item.tokens for item in batch]
+                vectors = await loop.run_in_executor(self._threads, self._encode, worker, tokens)
                 if len(vectors) != len(batch):
                     raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
                 self._deliver(batch, vectors)
@@ -222,6 +233,24 @@ class Batcher:
                 error = caught
                 self._again(batch, caught)
             self._record(batch, start, error)
+
+    def _encode(self, worker: Worker, batch: Sequence[Tokens]) -> Vectors:
+        """One pass of the model; as many as it takes where a batch is too large for the memory."""
+        try:
+            return worker.encode(batch, self._patience(batch))
+        except Exception as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+        # Not while the error is handled: it holds on to what filled the memory.
+        smaller = max(self._max_length, self._batch_tokens // 2)  # never so small that a passing need of others stays
+        self._batch_tokens = min(self._batch_tokens, smaller)
+        return np.concatenate([self._encode(worker, [batch[i] for i in rows]) for rows in halves(range(len(batch)))])
+
+    def _patience(self, batch: Sequence[Tokens]) -> float:
+        """Seconds that a batch may take, by what others have taken; as long as somebody waits, before there was one."""
+        if not self._slowest:
+            return self._timeout
+        return min(self._timeout, max(LEAST_PATIENCE, PATIENCE * self._slowest * sum(map(len, batch))))
 
     async def _look(self) -> None:
         """Wake the workers now and then: an idle one may have died."""
@@ -243,7 +272,8 @@ class Batcher:
         # What failed with others is tried alone, so that one request's texts cannot fail another's.
         first = ahead[0]
         ahead = [item for item in ahead if item.job is first.job] if first.tries else [i for i in ahead if not i.tries]
-        chosen = choose_batch([item.tokens for item in ahead], self._batch_tokens, self._max_length)
+        budget = self._batch_tokens >> first.tries  # it may have been too large: who has too little memory is killed
+        chosen = choose_batch([item.tokens for item in ahead], budget, self._max_length)
         batch = [ahead[i] for i in chosen]
         for item in batch:
             del self._waiting[item]
@@ -277,4 +307,5 @@ class Batcher:
         if error is None:
             rate = tokens / max(seconds, 1e-6) * len(self._workers)
             self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
+            self._slowest = max(self._slowest, seconds / tokens)
         self._observe(Batch(len(batch), tokens, seconds, tuple(start - item.since for item in batch), error))

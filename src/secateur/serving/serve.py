@@ -28,7 +28,15 @@ from secateur.errors import ConfigError, ModelError
 from secateur.loading.models import check_device, model_label, open_model
 from secateur.serving.app import make_app
 from secateur.serving.connections import Connection
-from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, batch_budget
+from secateur.serving.encoders import (
+    SILENT_SECONDS,
+    Encoder,
+    EncoderDied,
+    EncoderProcess,
+    ModelEncoder,
+    Vectors,
+    batch_budget,
+)
 from secateur.serving.exported import ExportEncoder, check_opening, is_export
 from secateur.serving.gate import (
     API_KEYS,
@@ -45,6 +53,9 @@ BACKLOG = 2048
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection, so that it is they who close it."""
+
+LEAST_SILENCE = 2.0
+"""No worker is taken to hang sooner, however short the time that a request may take."""
 
 LAST_SECONDS = 0.5
 """What clients have to read why they are not answered, when the server ends at once."""
@@ -172,7 +183,7 @@ def serve(
         name: What clients call the model; default: the last part of its path or Hub id.
         api_key_file: API keys, one a line, besides those in the environment variable ``SECATEUR_API_KEYS``.
         auth: False serves everybody who reaches ``host``.
-        workers: Encoder processes, each with the model in its memory, replaced when they die; 0: a thread of this one.
+        workers: Encoder processes, each with the model in its memory, replaced when they die or hang; 0: a thread.
         batch_tokens: Tokens in one pass of the model, padding included; default: 1,024 on a CPU, 8,192 on a GPU.
         queue_tokens: Tokens that may wait or be encoded; more are answered with 429.
         max_items: Texts in a request.
@@ -219,7 +230,9 @@ def serve(
             opening["dtype"] = found
         share = max(1, torch.get_num_threads() // max(1, workers))
         make = partial(open_encoder, _absolute(model), opening, share)
-        processes = [held.enter_context(closing(EncoderProcess(make, metrics.restarts.inc))) for _ in range(workers)]
+        silence = min(SILENT_SECONDS, max(LEAST_SILENCE, timeout / 4))
+        new = partial(EncoderProcess[Vectors], make, metrics.restarts.inc, silence)
+        processes = [held.enter_context(closing(new())) for _ in range(workers)]
         _wait_for(processes, model)
         name = name or model_label(model)
         app = make_app(encoder, name, limits=limits, keys=keys, processes=processes, metrics=metrics, thread=thread)
