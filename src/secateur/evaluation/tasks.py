@@ -51,12 +51,14 @@ class Task:
         source: Fingerprint of the data, before sampling.
         make: Gives a fresh mteb task. Each model needs its own: a clustering task draws on from its random state, so
             that a second model would be scored on other texts.
+        note: What a reader of its scores must know.
     """
 
     metadata: TaskMetadata
     instruction: str
     source: Fingerprint
     make: Callable[[], AbsTask]
+    note: str = ""
 
     @property
     def name(self) -> str:

@@ -167,7 +167,7 @@ def _steps(run: Run) -> list[tuple[list[str], str]]:
     steps: dict[str, list[str]] = {}
     for title, table in run.tables:
         history = table.history if isinstance(table, Origin) else ()
-        for command in history or (table.provenance.command,):
+        for command in history or table.commands:
             steps.setdefault(command, [])
             if title not in steps[command]:
                 steps[command].append(title)
