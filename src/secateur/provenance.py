@@ -71,11 +71,11 @@ def now() -> str:
 
 @functools.cache
 def versions_of(libraries: tuple[str, ...] = DECIDING) -> str:
-    """Installed versions as one text: ``mteb 2.26.1, torch 2.13.0``."""
+    """Installed versions as one text: ``mteb 2.26.1, torch 2.13.0``, without the local part that tells a build."""
     found = []
     for name in libraries:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name)}")
+            found.append(f"{name} {metadata.version(name).partition('+')[0]}")
     return ", ".join(found)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,24 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
     if sample is not None:
         folder = sample_task(folder, sample, seed)
     return Task(metadata, folder.instruction, folder.source, lambda: _local_task(folder, kind, metadata))
+
+
+def identify(task: str | Path) -> tuple[str, str] | None:
+    """A task's name and the fingerprint of its data, as its scores have them; None where it is not here."""
+    folder = Path(task)
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    state = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _identity(task, *state)
+
+
+@lru_cache(maxsize=1024)
+def _identity(task: str | Path, *state: object) -> tuple[str, str] | None:
+    """As :func:`identify`: a folder is read once for each state of its files."""
+    try:
+        opened = open_task(task)
+    except (DataError, ConfigError):
+        return None
+    return opened.name, opened.source.sha256
 
 
 def _named(name: str, sample: int | None) -> Task:

@@ -31,16 +31,16 @@ from typing import Any
 
 from secateur.artifacts import Costs, Profile, Scores, Training, load
 from secateur.choosing.choose import choose
-from secateur.config import StudyOptions, make, read_yaml, to_yaml
+from secateur.config import EvaluateOptions, StudyOptions, default_of, make, read_yaml, to_yaml
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, StudyFailed
 from secateur.evaluation.evaluate import open_tasks
-from secateur.evaluation.tasks import expand
+from secateur.evaluation.tasks import expand, identify
 from secateur.files import read_json, results_folder, write_text
 from secateur.healing.lessons import find_aim, sets_of
 from secateur.loading.models import model_label
 from secateur.progress import Progress, silent
-from secateur.provenance import acting_as
+from secateur.provenance import acting_as, fingerprint_files, is_result_of, versions_of
 from secateur.reporting.journal import JOURNAL, read_journal
 from secateur.reporting.report import report
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
@@ -156,7 +156,7 @@ def read_status(run: str | Path) -> State:
     outline = _outline(run, settings, check=False)
     _check_results(run, settings, outline)
     plan = _plan(run, settings, outline, list(failed))
-    done = frozenset(step.name for step in plan.steps if step.known and _is_there(step))
+    done = frozenset(step.name for step in plan.steps if step.known and _is_there(step, closely=False))
     names = {step.name for step in plan.steps} - done
     at_work = is_locked(run)
     running = {name: 0.0 for name, entry in last.items() if at_work and entry["outcome"] == "started" and name in names}
@@ -411,15 +411,34 @@ def _is_done(step: Step) -> bool:
     return done
 
 
-def _is_there(step: Step) -> bool:
+def _is_there(step: Step, *, closely: bool = True) -> bool:
+    """Whether what a step makes is there, and is of the models, tasks and versions of now.
+
+    Without ``closely``, models are taken to be those that were measured: reading all weights takes minutes.
+    """
     made = Path(step.makes)
     if not made.exists():
         return False
+    if step.kind not in ("cost", "evaluate"):
+        return True
+    inputs: dict[str, dict[str, Any]] = {}
+    for model in map(Path, step.options["models"]):
+        inputs[model.name] = {"versions": versions_of()} | ({"files": fingerprint_files(model)} if closely else {})
     if step.kind == "cost":
-        return {row.model for row in load(made, Costs).rows} == {Path(model).name for model in step.options["models"]}
-    if step.kind == "evaluate":  # its file has the tasks so far
-        return len(load(made, Scores).rows) == len(step.options["tasks"])
-    return True
+        costs = {row.model: row for row in load(made, Costs).rows}
+        return costs.keys() == inputs.keys() and all(is_result_of(costs[name], of) for name, of in inputs.items())
+    tasks = step.options["tasks"]
+    scores = {(row.model, row.task): row for row in load(made, Scores).rows}  # those of the tasks so far
+    asked = {
+        "sample": step.options.get("sample"),
+        "seed": step.options.get("seed", default_of(EvaluateOptions, "seed")),
+    }
+    known = [found for task in tasks if (found := identify(task)) is not None]
+    return len(scores) >= len(tasks) * len(inputs) and all(
+        is_result_of(scores.get((model, task)), asked | of | {"data": data})
+        for model, of in inputs.items()
+        for task, data in known
+    )
 
 
 # After ----------------------------------------------------------------------------------------------------------------
