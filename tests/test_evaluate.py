@@ -15,6 +15,7 @@ from pathlib import Path
 import mteb
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
 from mteb.abstasks import AbsTaskSTS
 from mteb.models import ModelMeta
@@ -688,3 +689,48 @@ def test_many_labels_take_little_memory(metric: str):
     counts = np.bincount(rng.integers(0, 1000, 1000), minlength=1000)
     rows = np.repeat(np.arange(1000), counts)
     assert statistic(counts[None].astype(float))[0] == pytest.approx(theirs(gold[rows], found[rows]))
+
+
+def test_queries_that_are_documents_too(make_encoder: MakeEncoder, tmp_path: Path):
+    """As in ArguAna: each query stands in the corpus under its own id, and finds itself first."""
+    model = make_encoder()
+    texts = example_rows("sts", 12)["test"]
+    rows = [{"_id": f"a{i}", "title": "", "text": row["sentence1"]} for i, row in enumerate(texts)]
+    vectors = encode(model, column(rows, "text"))
+    near = np.argmax(vectors @ vectors.T - 2 * np.eye(12), axis=1)  # the best answer that is not the query itself
+    task = {"corpus": rows, "queries": [{"_id": row["_id"], "text": row["text"]} for row in rows]}
+    task["qrels"] = [(f"a{i}", f"a{answer}", 1) for i, answer in enumerate(near)]
+    (plain,) = evaluate([model], [write_task(tmp_path / "plain", "retrieval", task)], names=["m"]).rows
+    path = write_task(tmp_path / "ignoring", "retrieval", task, ignore_identical_ids=True)
+    (ignoring,) = evaluate([model], [path], names=["m"]).rows
+    assert plain.score == pytest.approx(1 / np.log2(3), abs=1e-4)  # the answer is the second hit
+    assert (ignoring.score, ignoring.note) == (1.0, "")
+    assert plain.note.startswith('12 queries are in the corpus under the same id: "ignore_identical_ids": true')
+    told = write_task(tmp_path / "told", "retrieval", task, ignore_identical_ids=False)
+    assert evaluate([model], [told], names=["m"]).rows[0].note == ""
+
+
+def test_negative_judgments_are_not_relevant(make_encoder: MakeEncoder, tmp_path: Path):
+    """As trec_eval takes them."""
+    rows, metrics = example_rows("retrieval"), ["ndcg_at_10", "map_at_10", "recall_at_5", "mrr_at_10"]
+    judged = {(query, document) for query, document, _ in rows["qrels"]}
+    spam = [(f"q{i}", f"d{i}", -1 - i % 2) for i in range(24) if (f"q{i}", f"d{i}") not in judged]
+    for name, qrels in (("whole", rows["qrels"]), ("trec", rows["qrels"] + spam)):
+        for metric in metrics:
+            write_task(tmp_path / name / metric, "retrieval", rows | {"qrels": qrels}, metric=metric, name=metric)
+    model = make_encoder()
+    whole, trec = (evaluate([model], [tmp_path / n / m for m in metrics], names=["m"]).rows for n in ("whole", "trec"))
+    assert len(spam) > 10
+    assert [row.score for row in trec] == [row.score for row in whole]
+    split = open_task(tmp_path / "whole" / "map_at_10").make().dataset["default"]["test"]
+    found = encode(model, split["queries"]["text"]) @ encode(model, split["corpus"]["text"]).T
+    scored = {
+        query: {document: float(value) for document, value in zip(split["corpus"]["id"], values, strict=True)}
+        for query, values in zip(split["queries"]["id"], found, strict=True)
+    }
+    qrels: dict[str, dict[str, int]] = {}
+    for query, document, grade in rows["qrels"] + spam:
+        qrels.setdefault(query, {})[document] = grade
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map_cut.10", "recall.5"}).evaluate(scored)
+    for row, name in zip(trec, ("ndcg_cut_10", "map_cut_10", "recall_5"), strict=False):
+        assert row.score == pytest.approx(np.mean([one[name] for one in theirs.values()]), abs=1e-4), name

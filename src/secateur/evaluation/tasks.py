@@ -109,7 +109,8 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
     metadata = _metadata(folder, kind)
     if sample is not None:
         folder = sample_task(folder, sample, seed)
-    return Task(metadata, folder.instruction, folder.source, lambda: _local_task(folder, kind, metadata))
+    make = lambda: _local_task(folder, kind, metadata)  # noqa: E731
+    return Task(metadata, folder.instruction, folder.source, make, folder.note)
 
 
 def identify(task: str | Path) -> tuple[str, str] | None:
@@ -368,7 +369,14 @@ _KINDS: dict[str, _Kind] = {
         _columns(sentences="text", labels="label"),
         _clustering_settings,
     ),
-    "retrieval": _Kind("Retrieval", AbsTaskRetrieval, "ndcg_at_10", _RANKINGS, _retrieval_data),
+    "retrieval": _Kind(
+        "Retrieval",
+        AbsTaskRetrieval,
+        "ndcg_at_10",
+        _RANKINGS,
+        _retrieval_data,
+        lambda folder: {"ignore_identical_ids": folder.ignore_identical_ids},
+    ),
     "reranking": _Kind(
         "Reranking",
         AbsTaskRetrieval,
