@@ -31,7 +31,7 @@ from typing import Any
 
 from secateur.artifacts import Costs, Profile, Scores, Training, load
 from secateur.choosing.choose import choose
-from secateur.config import EvaluateOptions, StudyOptions, default_of, make, read_yaml, to_yaml
+from secateur.config import STUDY_FILES, EvaluateOptions, StudyOptions, default_of, make, read_study, to_yaml
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, StudyFailed
 from secateur.evaluation.evaluate import open_tasks
@@ -41,14 +41,13 @@ from secateur.healing.lessons import find_aim, sets_of
 from secateur.loading.models import model_label
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint_files, is_result_of, versions_of
-from secateur.reporting.journal import JOURNAL, read_journal
+from secateur.reporting.journal import read_journal
 from secateur.reporting.report import report
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.inputs import Inputs, check_inputs, read_inputs
 from secateur.studies.plan import NO_TRAINING, Base, Plan, Step, Variant, numbers_of, plan_steps, recipe_settings
 from secateur.studies.presets import fill_in
 from secateur.studies.runner import (
-    LOGS,
     Executor,
     Journal,
     State,
@@ -63,8 +62,6 @@ from secateur.studies.runner import (
 
 SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
 CHOICE = "choice.json"
-FOLDERS = ("data", "tasks", "models", "profiles", "pruned", "scores", "figures", "cache", LOGS)
-OWN = (SETTINGS, PLAN, JOURNAL, TABLE, *FOLDERS, Costs.file, "report.html", "report.md")
 HOW = frozenset({"out", "jobs", "ray"})
 """Options that say how a study is run, not what it is; they may change when it goes on."""
 
@@ -99,7 +96,7 @@ def study(
         SecateurError: The study cannot be begun as it is described.
     """
     given = _given(models, Path(out), options)
-    run = results_folder(out, *OWN)
+    run = results_folder(out, *STUDY_FILES)
     settings = _settings(run, given, progress)
     outline = _outline(run, settings)
     _check_results(run, settings, outline)
@@ -147,9 +144,7 @@ def read_status(run: str | Path) -> State:
         ConfigError: Its ``study.yaml`` has changed, and says of results that they were made otherwise.
     """
     run = Path(run)
-    if not (run / SETTINGS).is_file():
-        raise DataError(run, "holds no study", "name the folder that `secateur study` was given")
-    settings = make(StudyOptions, read_yaml(run / SETTINGS) | {"out": run})
+    settings = read_study(run)
     entries = read_journal(run)
     last = {entry["step"]: entry for entry in entries}
     failed = {name: entry["error"] for name, entry in last.items() if entry["outcome"] == "failed"}
@@ -246,7 +241,7 @@ def _settings(run: Path, given: StudyOptions, progress: Progress) -> StudyOption
     """The options of this run: those given, or those that an earlier start left in the folder; both must agree."""
     file = run / SETTINGS
     how = {key: getattr(given, key) for key in HOW & given.model_fields_set}
-    earlier = make(StudyOptions, read_yaml(file) | {"out": run}) if file.is_file() else None
+    earlier = read_study(run) if file.is_file() else None
     if earlier is not None and given.model_fields_set <= HOW:
         return earlier.model_copy(update=how)
     given = fill_in(given, run, progress)
