@@ -438,15 +438,6 @@ def test_a_bug_is_one_line_too_and_debug_shows_where(measured: Path, run: Run, m
         cli.main()
 
 
-def test_a_disk_that_is_full_for_sqlite_is_one_line(place: Path, run: Run):
-    """Which texts have been seen is kept there; sqlite has errors of its own."""
-    (place / "many.txt").write_text("".join(f"text {i}\n" for i in range(120_000)))
-    with disk_of(1024, place / "disk") as small:
-        ended = run("encode", "model", "many.txt", "-o", small / "vectors.npy")
-        assert is_one_line(ended), ended
-        assert "the disk is full: free some space and run the same command again" in ended.err
-
-
 HEAL = ("heal", "model", "--data", "words.jsonl", "--batch-size", "8", "--steps", "2", "--precision", "float32")
 
 
