@@ -73,7 +73,7 @@ def _shared(found: Findings, drawn: Mapping[str, Drawing]) -> dict[str, Any]:
         "run": run,
         "title": run.folder.resolve().name,
         "verdict": verdict(found),
-        "notes": notes(found),
+        "notes": [*notes(found), *_score_notes(run)],
         "figures": drawn,
         "claims": _in_short(found),
         "groups": _groups(found),
@@ -155,6 +155,12 @@ def _row(run: Run, design: Design, claim: Claim | None) -> dict[str, Any]:
         "wins": f"{len(claim.won(1))} / {len(claim.won(-1))}" if claim else NONE,
         "is_full": first.is_full,
     }
+
+
+def _score_notes(run: Run) -> list[str]:
+    """What scores say of themselves, each once: why one has no interval, that a task may mislead."""
+    rows = (row for table in run.scores for row in table.rows if row.note)
+    return list(dict.fromkeys(f"{row.task}: {row.note}." for row in rows))
 
 
 def _tasks(found: Findings) -> dict[str, Any]:
