@@ -253,6 +253,79 @@ def test_mistakes_in_options_are_one_line(arguments: tuple[str, ...], says: str,
     assert not [path for path in place.rglob("out*") if path.is_file() or path.suffix == ".partial"]
 
 
+AT_ONCE = [
+    ("profile ./nowhere --data words.jsonl -o out", "model ./nowhere: no such file or folder"),
+    ("profile model --data absent.jsonl -o out", "absent.jsonl: no such file"),
+    ("profile model --data broken.jsonl -o out", "broken.jsonl, line 2: broken JSON"),
+    ("profile model --data words.jsonl -o file", "output file: is a file"),
+    ("profile model --data words.jsonl -o task", "output task: already holds something else"),
+    ("profile model --data words.jsonl --tasks empty -o out", "empty: has no task.json"),
+    ("profile model --data words.jsonl --dtype int4 -o out", "dtype: 'int4' will not do"),
+    ("choose nowhere", "nowhere: no such file"),
+    ("prune model.gguf --to 1 -o out", "model model.gguf: no such file"),
+    ("prune model --to most -o out", "to: is 'most'"),
+    ("prune model --to knee --profile words.json -o out", "words.json: holds None, not a profile"),
+    ("prune model --to 1 -o task", "output task: already holds something else"),
+    ("heal model --data absent.jsonl -o out", "absent.jsonl: no such file"),
+    ("heal model --data words.jsonl --eval-tasks empty -o out", "empty: has no task.json"),
+    ("heal model --data words.jsonl --teacher ./nowhere -o out", "model ./nowhere: no such file or folder"),
+    ("evaluate model --tasks empty -o out", "empty: has no task.json"),
+    ("evaluate model --tasks ./nowhere -o out", "nowhere: no such folder"),
+    ("evaluate model --tasks task half -o out", "half/test.jsonl: no such file"),
+    ("evaluate model --tasks task -o file", "output file: is a file"),
+    ("cost ./nowhere -o out", "model ./nowhere: no such file or folder"),
+    ("compare model ./nowhere --tasks task -o out", "model ./nowhere: no such file or folder"),
+    ("compare model model --texts absent.txt -o out", "absent.txt: no such file"),
+    ("export ./nowhere -o out", "model ./nowhere: no such file or folder"),
+    ("export model -o task", "output task: already holds something else"),
+    ("report nowhere", "nowhere: no such folder"),
+    ("study model --data absent.jsonl -o out", "absent.jsonl: no such file"),
+    ("study model --data words.jsonl --depths most -o out", "to: is 'most'"),
+    ("study model --data words.jsonl -o task", "output task: already holds something else"),
+    ("study status task", "task: holds no study"),
+    ("study resume task", "task: holds no study"),
+    ("encode model absent.txt -o v.npy", "absent.txt: no such file"),
+    ("encode model words.jsonl -o file", "output file: exists already"),
+    ("serve ./nowhere", "model ./nowhere: no such file or folder"),
+    ("serve model --api-key-file absent", "absent: no such file"),
+    ("evaluate --config absent.yaml", "absent.yaml: no such file"),
+]
+
+
+def test_mistakes_are_told_before_anything_heavy_is_imported(place: Path):
+    """All of them in one process, which has not imported torch at the end."""
+    (place / "empty").mkdir()
+    (place / "file").write_text("mine")
+    (place / "broken.jsonl").write_text('{"query": "q", "positive": "p"}\n{"query": ')
+    write_task(place / "half", "sts", {})
+    script = (
+        "import contextlib, io, json, sys\n"
+        "from secateur.cli import main\n"
+        "told = []\n"
+        "for line in json.load(sys.stdin):\n"
+        "    sys.argv = ['secateur', *line.split()]\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as error, contextlib.suppress(SystemExit):\n"
+        "        main()\n"
+        "    heavy = {'torch', 'mteb', 'sentence_transformers'} & set(sys.modules)\n"
+        "    told.append([error.getvalue(), sorted(heavy)])\n"
+        "print(json.dumps(told))\n"
+    )
+    lines = json.dumps([line for line, _ in AT_ONCE])
+    ended = subprocess.run([sys.executable, "-c", script], input=lines, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for (line, says), (told, heavy) in zip(AT_ONCE, json.loads(ended.stdout), strict=True):
+        assert told.startswith("secateur: ") and says in told, (line, told)
+        assert told.count("\n") == 1 and heavy == [], (line, told, heavy)
+    assert not (place / "out").exists()
+
+
+def test_the_names_that_are_checked_at_once_are_those_of_the_steps():
+    from secateur.choosing.choose import SHORT
+    from secateur.choosing.selectors import SELECTORS
+
+    assert set(config.SELECTOR_NAMES) == {*SHORT, *SELECTORS}
+
+
 def test_models_get_the_names_that_they_are_given(place: Path, run: Run):
     ended = run("evaluate", "model", "model", "--names", "one", "two", "--tasks", "task", "-o", "scores")
     assert ended.code == 0, ended.err
@@ -351,16 +424,16 @@ def test_an_option_of_several_values_is_given_once_or_again(spelling: tuple[str,
     assert [source.name for source in load(place / "out", Profile).provenance.data] == ["words.jsonl", "b.jsonl"]
 
 
-def test_a_bug_is_one_line_too_and_debug_shows_where(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_a_bug_is_one_line_too_and_debug_shows_where(measured: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
     monkeypatch.setattr(secateur, "candidates", broken, raising=False)
-    ended = run("choose", "anything")
+    ended = run("choose", measured)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err == "secateur: unexpected ZeroDivisionError: first line second line; SECATEUR_DEBUG=1 shows where\n"
     monkeypatch.setenv("SECATEUR_DEBUG", "1")
-    monkeypatch.setattr(sys, "argv", ["secateur", "choose", "anything"])
+    monkeypatch.setattr(sys, "argv", ["secateur", "choose", str(measured)])
     with pytest.raises(ZeroDivisionError):
         cli.main()
 

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
 import random
+import tracemalloc
+import weakref
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import mteb
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
+from mteb.abstasks import AbsTaskSTS
 from mteb.models import ModelMeta
 from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
 from scipy.stats import spearmanr
@@ -23,7 +30,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
 )
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import ndcg_score, v_measure_score
+from sklearn.metrics import f1_score, ndcg_score, v_measure_score
 from tokenizers import normalizers
 
 from conftest import MakeEncoder
@@ -32,9 +39,12 @@ from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, DataError, ModelError, OutputError
 from secateur.evaluation.differences import read_draws
 from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.predictions import averaged_metric, v_measure_of
 from secateur.evaluation.task_folder import read_task_folder, sample_task
 from secateur.evaluation.tasks import open_task
-from secateur.provenance import Provenance
+from secateur.loading.models import open_model
+from secateur.measures.intervals import resample
+from secateur.provenance import Provenance, acting_as
 from task_folders import TYPES, example_rows, write_task
 
 
@@ -583,3 +593,144 @@ def test_real_summaries_are_scored_by_rank_correlation(minilm: SentenceTransform
     rows = example_rows("summarization")
     path = write_task(tmp_path / "t", "summarization", rows)
     assert score(minilm, path) == pytest.approx(expected_summarization(minilm, rows), abs=1e-4)
+
+
+def test_scores_of_other_library_versions_are_computed_again(make_encoder: MakeEncoder, tmp_path: Path):
+    paths = [write_task(tmp_path / name, "sts", example_rows("sts")) for name in ("one", "two")]
+    model, out = make_encoder(), tmp_path / "out"
+    evaluate([model], paths, names=["m"], out=out)
+    content = json.loads((out / Scores.file).read_text())
+    version = importlib.metadata.version("mteb")
+    assert f"mteb {version}" in content["scores"][0]["versions"]
+    content["scores"][0]["versions"] = content["scores"][0]["versions"].replace(f"mteb {version}", "mteb 2.0.0")
+    content["scores"][0]["score"] = content["scores"][1]["score"] = 0.125
+    (out / Scores.file).write_text(json.dumps(content))
+    again = evaluate([model], paths, names=["m"], out=out).rows
+    assert again[0].score == score(model, paths[0]) != 0.125
+    assert again[1].score == 0.125  # of this version: taken as it is
+
+
+def test_every_row_tells_the_command_that_computed_it(make_encoder: MakeEncoder, tmp_path: Path):
+    path, out = write_task(tmp_path / "t", "sts", example_rows("sts")), tmp_path / "out"
+    with acting_as("the first command"):
+        evaluate([make_encoder()], [path], names=["one"], out=out, seed=3)
+    with acting_as("the second command"):
+        evaluate([make_encoder(seed=1)], [path], names=["two"], out=out)
+    kept = load(out, Scores)
+    assert [(row.model, row.command, row.seed) for row in kept.rows] == [
+        ("one", "the first command", 3),
+        ("two", "the second command", 42),
+    ]
+    assert kept.commands == ("the first command", "the second command")
+    assert all(row.created and f"mteb {importlib.metadata.version('mteb')}" in row.versions for row in kept.rows)
+
+
+def test_a_score_without_an_interval_says_why(
+    make_encoder: MakeEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    few = write_task(tmp_path / "few", "sts", example_rows("sts", 4))
+    mutual = write_task(tmp_path / "mutual", "clustering", example_rows("clustering"), metric="ami")
+    other = write_task(tmp_path / "other", "sts", example_rows("sts"))
+    assert [row.note for row in evaluate([make_encoder()], [few, mutual, other], names=["m"]).rows] == [
+        "no interval: 4 pairs are fewer than 5",
+        "no interval: the rows of Clustering by ami cannot be drawn again",
+        "",
+    ]
+    # As if mteb scored the task in another way than its predictions say.
+    monkeypatch.setattr(AbsTaskSTS, "_calculate_scores", lambda *_: {"cosine_spearman": 0.125})
+    (row,) = evaluate([make_encoder()], [other], names=["m"], out=tmp_path / "out").rows
+    assert (row.score, row.low) == (0.125, None)
+    assert row.note.startswith("no interval: mteb's score is 0.1250, but its predictions give ")
+    assert load(tmp_path / "out", Scores).rows[0].note == row.note
+
+
+def test_one_model_at_a_time_is_in_memory(make_encoder: MakeEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The next one is opened when the last is gone; so it is where its scoring failed."""
+    path = write_task(tmp_path / "t", "sts", example_rows("sts"))
+    for seed in range(3):
+        model = make_encoder(seed=seed)
+        if seed == 1:
+            with torch.no_grad():
+                model[0].auto_model.embeddings.word_embeddings.weight.fill_(float("nan"))
+        model.save(str(tmp_path / f"m{seed}"))
+    del model
+    opened: list[weakref.ref[SentenceTransformer]] = []
+    alive: list[int] = []
+
+    def watched(name: str | Path, **options: object) -> SentenceTransformer:
+        gc.collect()
+        alive.append(sum(one() is not None for one in opened))
+        opened.append(weakref.ref(found := open_model(name, **options)))
+        return found
+
+    monkeypatch.setattr("secateur.evaluation.evaluate.open_model", watched)
+    with pytest.raises(ModelError, match="m1"):
+        evaluate([tmp_path / f"m{seed}" for seed in range(3)], [path], out=tmp_path / "out")
+    assert alive == [0, 0, 0]
+    assert [row.model for row in load(tmp_path / "out", Scores).rows] == ["m0", "m2"]
+
+
+@pytest.mark.parametrize("metric", ["v_measure", "f1"])
+def test_many_labels_take_little_memory(metric: str):
+    """1,000 texts × 300 labels: a dense table of all draws would take gigabytes."""
+    rng = np.random.default_rng(0)
+    gold, found = rng.integers(0, 300, 1000), rng.integers(0, 300, 1000)
+    if metric == "v_measure":
+        statistic, theirs = v_measure_of(np.arange(1000), gold, found, 1000), v_measure_score
+    else:
+        statistic = partial(averaged_metric, "f1", gold, found)
+        theirs = partial(f1_score, average="macro")
+    tracemalloc.start()
+    draws = resample(statistic, 1000, seed=1, draws=400)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    assert np.isfinite(draws).all()
+    counts = np.bincount(rng.integers(0, 1000, 1000), minlength=1000)
+    rows = np.repeat(np.arange(1000), counts)
+    assert statistic(counts[None].astype(float))[0] == pytest.approx(theirs(gold[rows], found[rows]))
+
+
+def test_queries_that_are_documents_too(make_encoder: MakeEncoder, tmp_path: Path):
+    """As in ArguAna: each query stands in the corpus under its own id, and finds itself first."""
+    model = make_encoder()
+    texts = example_rows("sts", 12)["test"]
+    rows = [{"_id": f"a{i}", "title": "", "text": row["sentence1"]} for i, row in enumerate(texts)]
+    vectors = encode(model, column(rows, "text"))
+    near = np.argmax(vectors @ vectors.T - 2 * np.eye(12), axis=1)  # the best answer that is not the query itself
+    task = {"corpus": rows, "queries": [{"_id": row["_id"], "text": row["text"]} for row in rows]}
+    task["qrels"] = [(f"a{i}", f"a{answer}", 1) for i, answer in enumerate(near)]
+    (plain,) = evaluate([model], [write_task(tmp_path / "plain", "retrieval", task)], names=["m"]).rows
+    path = write_task(tmp_path / "ignoring", "retrieval", task, ignore_identical_ids=True)
+    (ignoring,) = evaluate([model], [path], names=["m"]).rows
+    assert plain.score == pytest.approx(1 / np.log2(3), abs=1e-4)  # the answer is the second hit
+    assert (ignoring.score, ignoring.note) == (1.0, "")
+    assert plain.note.startswith('12 queries are in the corpus under the same id: "ignore_identical_ids": true')
+    told = write_task(tmp_path / "told", "retrieval", task, ignore_identical_ids=False)
+    assert evaluate([model], [told], names=["m"]).rows[0].note == ""
+
+
+def test_negative_judgments_are_not_relevant(make_encoder: MakeEncoder, tmp_path: Path):
+    """As trec_eval takes them."""
+    rows, metrics = example_rows("retrieval"), ["ndcg_at_10", "map_at_10", "recall_at_5", "mrr_at_10"]
+    judged = {(query, document) for query, document, _ in rows["qrels"]}
+    spam = [(f"q{i}", f"d{i}", -1 - i % 2) for i in range(24) if (f"q{i}", f"d{i}") not in judged]
+    for name, qrels in (("whole", rows["qrels"]), ("trec", rows["qrels"] + spam)):
+        for metric in metrics:
+            write_task(tmp_path / name / metric, "retrieval", rows | {"qrels": qrels}, metric=metric, name=metric)
+    model = make_encoder()
+    whole, trec = (evaluate([model], [tmp_path / n / m for m in metrics], names=["m"]).rows for n in ("whole", "trec"))
+    assert len(spam) > 10
+    assert [row.score for row in trec] == [row.score for row in whole]
+    split = open_task(tmp_path / "whole" / "map_at_10").make().dataset["default"]["test"]
+    found = encode(model, split["queries"]["text"]) @ encode(model, split["corpus"]["text"]).T
+    scored = {
+        query: {document: float(value) for document, value in zip(split["corpus"]["id"], values, strict=True)}
+        for query, values in zip(split["queries"]["id"], found, strict=True)
+    }
+    qrels: dict[str, dict[str, int]] = {}
+    for query, document, grade in rows["qrels"] + spam:
+        qrels.setdefault(query, {})[document] = grade
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map_cut.10", "recall.5"}).evaluate(scored)
+    for row, name in zip(trec, ("ndcg_cut_10", "map_cut_10", "recall_5"), strict=False):
+        assert row.score == pytest.approx(np.mean([one[name] for one in theirs.values()]), abs=1e-4), name

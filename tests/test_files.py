@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from conftest import disk_of
 from secateur.errors import OutputError
-from secateur.files import held, new_folder
+from secateur.files import held, new_folder, writing
 
 _HOLDS = """
 import sys, time
@@ -50,3 +53,18 @@ def test_a_place_without_a_name_is_refused(name: str, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match="name a new folder"), new_folder(name):
         pass
+
+
+def test_a_disk_that_is_full_for_sqlite_is_full(tmp_path: Path):
+    with disk_of(64, tmp_path / "disk") as small:
+        with (
+            pytest.raises(OutputError, match="the disk is full: free some space") as caught,
+            writing(small / "index"),
+            closing(sqlite3.connect(small / "index")) as index,
+        ):
+            index.execute("CREATE TABLE seen (key BLOB)")
+            index.executemany("INSERT INTO seen VALUES (?)", [(bytes(1000),)] * 200)
+            index.commit()
+        assert caught.value.concerns_all
+    with pytest.raises(sqlite3.OperationalError, match="no such table"), writing(tmp_path / "index"):
+        sqlite3.connect(":memory:").execute("SELECT * FROM nowhere")

@@ -23,6 +23,7 @@ from secateur.artifacts import (
     Scores,
     Training,
     TrialRow,
+    load,
 )
 from secateur.errors import DataError
 from secateur.provenance import Fingerprint, Provenance
@@ -277,6 +278,21 @@ def test_several_seeds_are_one_row_with_their_mean_and_standard_error(run: Path)
     assert row[-3] == f"{mean:.1f}{mean - half:.1f} to {mean + half:.1f}3 seeds, ± {spread / 3**0.5:.1f}"
     assert "4 seeds (1, 2, 3, 42)" in page.text
     assert "one seed" not in page.text
+
+
+def test_notes_and_commands_of_scores_are_in_the_report(run: Path) -> None:
+    """A file of scores grows: its rows tell by themselves where they come from."""
+    folder = run / "scores" / "tiny-2-healed"
+    first, second = load(folder, Scores).rows
+    rows = (
+        replace(first, command="evaluate it | first"),
+        replace(second, command="then", note="no interval: few rows"),
+    )
+    Scores(made("the last writer"), rows).save(folder)
+    report(run)
+    text = (run / "report.md").read_text()
+    assert "Banking77: no interval: few rows." in text
+    assert "evaluate it | first" in text and "the last writer" not in text
 
 
 def test_the_page_loads_and_runs_nothing(run: Path) -> None:

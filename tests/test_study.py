@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 import secateur
 from conftest import example_pairs, llama_model, tiny_transformer, write_pairs
@@ -55,11 +57,14 @@ def run(place: Path) -> Path:
     return place / "run"
 
 
+_CHANGING = {"seconds": 0, "source": "", "command": "", "created": "", "files": ""}
+
+
 def tables(run: Path) -> dict[str, object]:
     """All that a study found out, without the times, and where it lies."""
     profile = load(run / "profiles" / "tiny", Profile)
     return {
-        "scores": [row | {"seconds": 0, "source": ""} for row in secateur.read_scores(run).to_dicts()],
+        "scores": [row | _CHANGING for row in secateur.read_scores(run).to_dicts()],
         "profile": profile.rows,
         "losses": {name: load(run / "models" / name, Training).losses for name in VARIANTS[1:]},
         "choice": json.loads((run / "profiles" / "tiny" / "choice.json").read_text()),
@@ -168,7 +173,7 @@ def test_the_printed_commands_give_the_same_tables(run: Path, tmp_path: Path, mo
         assert caught.value.code == 0, capsys.readouterr().err
     assert load(tmp_path / "profile", Profile).rows == before["profile"].rows
     again = load(tmp_path / "scores", Scores).to_dicts()
-    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in before["scores"].to_dicts()]
+    assert [row | _CHANGING for row in again] == [row | _CHANGING for row in before["scores"].to_dicts()]
     assert load(tmp_path / "healed", Training).losses == before["healed"].losses
     history = load(run / "models" / VARIANTS[2], Origin).history
     assert [shlex.split(line)[1] for line in history] == ["prune", "prune", "heal"]
@@ -286,6 +291,40 @@ def test_the_joined_table_has_a_row_for_each_model_and_task(run: Path):
 
 def copied(run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(run, tmp_path / "run")
+
+
+def test_scores_and_costs_of_a_model_that_changed_are_measured_again(run: Path, tmp_path: Path):
+    copy = copied(run, tmp_path)
+    state = secateur.plan_study(out=copy)
+    assert {state.of(step) for step in state.plan.steps} == {"done"}  # wherever the folder lies
+    changed = copy / "models" / VARIANTS[2] / "model.safetensors"
+    weights = load_file(changed)
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, changed, {"format": "pt"})
+    state = secateur.plan_study(out=copy)
+    left = [step for step in state.plan.steps if state.of(step) != "done"]
+    assert [step.name for step in left] == [f"evaluate {VARIANTS[2]}", "cost all"]
+    secateur.evaluate(**left[0].options)
+    state = secateur.plan_study(out=copy)
+    assert [step.name for step in state.plan.steps if state.of(step) != "done"] == ["cost all"]
+
+
+def test_scores_of_other_versions_are_not_those_of_a_study(run: Path, tmp_path: Path):
+    copy = copied(run, tmp_path)
+    file = copy / "scores" / VARIANTS[0] / "scores.json"
+    file.write_text(file.read_text().replace("mteb 2.", "mteb 1."))
+    state = secateur.read_status(copy)
+    assert [step.name for step in state.plan.steps if state.of(step) != "done"] == [f"evaluate {VARIANTS[0]}"]
+
+
+def test_a_study_runs_on_a_disk_without_locks(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_lock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    copy = copied(run, tmp_path)
+    (copy / "report.html").unlink()
+    assert secateur.study(out=copy).is_file()
+    assert secateur.read_status(copy).done
 
 
 @pytest.mark.parametrize("what", ["tiny/config.json", "words.jsonl", "words.json", "task/pairs.jsonl"])

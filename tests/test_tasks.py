@@ -111,7 +111,11 @@ def appended(table: str, *new: object):
         ("pair_classification", replaced("test", 1, label=2), "test.jsonl", 2, "label", "not 0 or 1"),
         ("pair_classification", replaced("test", 1, label="1"), "test.jsonl", 2, "label", "not 0 or 1"),
         ("classification", replaced("test", 2, label="new"), "test.jsonl", 3, "label", "does not occur in train.jsonl"),
-        ("classification", replaced("train", 2, label=1.5), "train.jsonl", 3, "label", "not a text"),
+        ("classification", replaced("train", 2, label=[1]), "train.jsonl", 3, "label", "not a text"),
+        ("classification", replaced("train", 2, label=None), "train.jsonl", 3, "label", "not a text"),
+        ("sts", replaced("test", 4, score=10**400), "test.jsonl", 5, "score", "not a number"),
+        ("retrieval", replaced("corpus", 3, _id=1e17), "corpus.jsonl", 4, "_id", "too large to tell ids apart"),
+        ("retrieval", replaced("corpus", 3, _id=True), "corpus.jsonl", 4, "_id", "not a text"),
         ("classification", lambda rows: rows.pop("train"), "train.jsonl", None, None, "no such file"),
         (
             "clustering",
@@ -138,6 +142,14 @@ def appended(table: str, *new: object):
             "'q99' is not in queries",
         ),
         ("retrieval", appended("qrels", ("q1", "d1", "1.5")), "qrels.tsv", 50, "score", "not an integer"),
+        (
+            "retrieval",
+            appended("qrels", ("q1", "d1", "9" * 5000)),
+            "qrels.tsv",
+            50,
+            "score",
+            "not an integer of at most",
+        ),
         ("retrieval", appended("qrels", ("q1", "d1")), "qrels.tsv", 50, None, "2 columns"),
         ("retrieval", appended("qrels", ("q0", "d0", 1)), "qrels.tsv", 50, None, "twice"),
         ("retrieval", replaced("corpus", 3, _id="d0"), "corpus.jsonl", 4, None, "'d0' occurs twice"),
@@ -155,6 +167,72 @@ def test_a_mistake_is_found_in_its_file_line_and_field(type_, change, file, line
     with pytest.raises(DataError, match=says) as caught:
         open_task(write_task(tmp_path / "t", type_, rows))
     assert (Path(caught.value.file).name, caught.value.line, caught.value.field) == (file, line, field)
+
+
+def test_all_bad_rows_of_a_file_are_told_at_once(tmp_path: Path):
+    rows = example_rows("retrieval")
+    rows["qrels"] += [("q1", "d999", 1), ("q99", "d1", 1), *((f"q{i}", "nowhere", 1) for i in range(9))]
+    with pytest.raises(DataError) as caught:
+        open_task(write_task(tmp_path / "t", "retrieval", rows))
+    assert str(caught.value).endswith(
+        "qrels.tsv, line 50, \"corpus-id\": 'd999' is not in corpus.jsonl; "
+        "lines 51, 52, 53, 54, 55 and 5 more will not do either"
+    )
+    sts = example_rows("sts")
+    del sts["test"][2]["score"], sts["test"][7]["score"]
+    with pytest.raises(DataError, match=r"line 3, .*; line 8 will not do either$"):
+        open_task(write_task(tmp_path / "u", "sts", sts))
+
+
+def test_ids_and_labels_are_what_a_table_makes_of_them(tmp_path: Path):
+    """Huge integers stay apart; a column that had gaps has floats; flags are labels."""
+    rows = example_rows("retrieval", 4)
+    huge = 2**63
+    for number, row in enumerate(rows["corpus"]):
+        row["_id"] = huge + number
+    for number, row in enumerate(rows["queries"]):
+        row["_id"] = float(number)
+    rows["qrels"] = [(number, huge + number, 1) for number in range(4)]
+    split = open_task(write_task(tmp_path / "ids", "retrieval", rows)).make().dataset["default"]["test"]
+    assert split["relevant_docs"] == {str(number): {str(huge + number): 1} for number in range(4)}
+    assert len(set(split["corpus"]["id"])) == 12
+
+    labels = [1, 1.0, 4.5, True, False, "true", 10**30]
+    texts = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    tables = read_task_folder(write_task(tmp_path / "labels", "clustering", {"test": texts})).tables
+    assert [row["label"] for row in tables["test"]] == ["1", "1", "4.5", "true", "false", "true", str(10**30)]
+    pairs = example_rows("pair_classification", 4)
+    for row, label in zip(pairs["test"], (True, False, 1.0, 0.0), strict=True):
+        row["label"] = label
+    tables = read_task_folder(write_task(tmp_path / "pairs", "pair_classification", pairs)).tables
+    assert [row["label"] for row in tables["test"]] == [1, 0, 1, 0]
+
+
+def test_a_beir_folder_is_a_retrieval_task_as_it_was_downloaded(tmp_path: Path):
+    rows = example_rows("retrieval")
+    ours = open_task(write_task(tmp_path / "ours", "retrieval", rows))
+    beir = write_task(tmp_path / "scifact", "retrieval", rows)
+    (beir / "task.json").unlink()
+    (beir / "qrels").mkdir()
+    (beir / "qrels.tsv").rename(beir / "qrels" / "test.tsv")
+    with (beir / "queries.jsonl").open("a") as stream:
+        stream.write(json.dumps({"_id": "other", "text": "of the training split", "metadata": {}}) + "\n")
+    task = open_task(beir)
+    assert (task.name, task.metadata.type, task.metadata.main_score) == ("scifact", "Retrieval", "ndcg_at_10")
+    theirs, made = task.make().dataset["default"]["test"], ours.make().dataset["default"]["test"]
+    assert theirs["queries"].to_list() == made["queries"].to_list()  # those of other splits are not encoded
+    assert theirs["corpus"].to_list() == made["corpus"].to_list()
+    assert theirs["relevant_docs"] == made["relevant_docs"]
+
+
+def test_identical_ids_are_ignored_where_that_is_asked_for(tmp_path: Path):
+    path = write_task(tmp_path / "t", "retrieval", example_rows("retrieval"), ignore_identical_ids=True)
+    other = write_task(tmp_path / "u", "retrieval", example_rows("retrieval"))
+    assert open_task(path).make().ignore_identical_ids and not open_task(other).make().ignore_identical_ids
+    assert open_task(path).source.sha256 != open_task(other).source.sha256
+    for type_, value in (("retrieval", "yes"), ("sts", True)):
+        with pytest.raises(DataError, match=r'"ignore_identical_ids": is .*: true or false, of retrieval'):
+            open_task(write_task(tmp_path / type_, type_, example_rows(type_), ignore_identical_ids=value))
 
 
 def test_broken_json_and_bytes_are_found_in_their_line(tmp_path: Path):

@@ -45,6 +45,11 @@ class Table:
         """The tidy rows, each a frozen dataclass."""
         raise AttributeError(f"{type(self).__name__} has no rows")
 
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """The commands that the rows come from."""
+        return (self.provenance.command,)
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """One flat dict per row."""
         return [asdict(row) for row in self.rows]
@@ -197,7 +202,9 @@ class ScoreRow:
     :func:`.read_draws` reads.
 
     ``prompts`` are those of the model on this task for texts of no kind, for queries and for documents; ``source`` is
-    the model's folder or Hub id. Both are empty in scores of earlier versions.
+    the model's folder or Hub id, ``files`` a fingerprint of that folder's files. ``versions`` are those of the
+    libraries, ``command`` and ``created`` say what computed this row, and when. All are empty in scores of earlier
+    versions. ``note`` says what a reader must know: why there is no interval, or that a task may mislead.
     """
 
     model: str
@@ -219,11 +226,20 @@ class ScoreRow:
     draws: str = ""
     prompts: tuple[str, ...] = ()
     source: str = ""
+    files: str = ""
+    versions: str = ""
+    command: str = ""
+    created: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Scores(Table):
-    """Scores of one or more models on one or more tasks."""
+    """Scores of one or more models on one or more tasks.
+
+    A file of scores grows from run to run. Its ``provenance`` is that of the run that wrote it last; each row says by
+    itself which command and versions it comes from.
+    """
 
     kind: ClassVar[str] = "scores"
     file: ClassVar[str] = "scores.json"
@@ -233,6 +249,10 @@ class Scores(Table):
     @property
     def rows(self) -> tuple[ScoreRow, ...]:
         return self.scores
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(row.command for row in self.scores if row.command)) or super().commands
 
     def average(self, model: str) -> float:
         """Mean of the model's scores over its tasks: ``Mean (Task)`` of the MTEB leaderboard.
@@ -274,7 +294,8 @@ class CostRow:
     ``texts_per_second`` is for short texts (``short_tokens`` each) in batches of ``short_batch``, the quickest tried;
     the median over repetitions, ``speed_low`` and ``speed_high`` their extremes; ``long_*`` likewise for long texts.
     ``latency_p50`` and ``latency_p95`` are seconds for one short text alone. Times take in the tokenizer. ``device``
-    and ``threads`` say where, ``dtype`` is that of the weights.
+    and ``threads`` say where, ``dtype`` is that of the weights. ``files`` is a fingerprint of the model's files, and
+    ``versions`` are those of the libraries; both are empty in costs of earlier versions.
     """
 
     model: str
@@ -302,6 +323,8 @@ class CostRow:
     dtype: str = ""
     device: str = ""
     threads: int = 0
+    files: str = ""
+    versions: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ together. This module imports nothing heavy, so that ``secateur --help`` is quic
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,6 +27,39 @@ MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
 ONE: JsonDict = {"argument": True}
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 """As numpy takes it."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What an option names: a mistake in it is told before anything heavy is imported (:mod:`.cli.places`).
+
+    ``what`` is the blocks that stay, a model, data, a task, a file, a profile, a run folder, or an output: of one that
+    may hold earlier results, ``own`` are the names of these.
+    """
+
+    what: Literal[
+        "blocks", "model", "data", "task", "file", "profile", "run", "study", "new folder", "new file", "results"
+    ]
+    own: tuple[str, ...] | None = None
+
+
+PROFILE_FILES = (
+    *("profile.json", "choice.json"),
+    *(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg")),
+)
+STUDY_FILES = (
+    *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
+    *("data", "tasks", "models", "profiles", "pruned", "scores", "figures", "cache", "logs"),
+)
+SELECTOR_NAMES = (
+    *("small", "large", "l3prune-small", "l3prune-large", "l3prune-interior-small", "l3prune-interior-large"),
+    *("knee", "best-task", "block-influence", "angular", "uniform", "random", "first"),
+)
+"""Ways of choosing blocks (:mod:`.selectors`), by name."""
+ModelName = Annotated[str, Names("model")]
+Data = Annotated[list[Path], Names("data")]
+Tasks = Annotated[list[str], Names("task")]
+Files = Annotated[list[Path], Names("file")]
 
 
 class Options(BaseModel):
@@ -88,10 +122,10 @@ class ProfileOptions(Options):
     Example: secateur profile smollm2 --data pairs.jsonl --tasks tasks/my-search -o profile
     """
 
-    model: str = _model()
-    data: list[Path] = Field(description=_DATA + _TEXTS, min_length=1)
+    model: ModelName = _model()
+    data: Data = Field(description=_DATA + _TEXTS, min_length=1)
     columns: Columns = _columns()
-    out: Path = _out("Folder for profile.json and its pictures.")
+    out: Annotated[Path, Names("results", PROFILE_FILES)] = _out("Folder for profile.json and its pictures.")
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
     pooling: PoolingName | None = Field(None, description=_POOLING + " l3prune: the paper's own, prompt included.")
@@ -102,7 +136,7 @@ class ProfileOptions(Options):
     dtype: Dtype = Field("auto", description="Number format of the arithmetic; auto: the quickest, by measurement.")
     device: str | None = Field(None, description=_DEVICE)
     seed: Seed = Field(42, description="Of the drawing.")
-    tasks: list[str] = Field(
+    tasks: Tasks = Field(
         [], description="Score these at every depth too: task folders, or tasks and benchmarks of mteb."
     )
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
@@ -115,7 +149,7 @@ class ChooseOptions(Options):
     Example: secateur choose profile --max-params 100e6
     """
 
-    profile: Path = Field(description="A profile's file or folder.", json_schema_extra=ONE)
+    profile: Annotated[Path, Names("profile")] = Field(description="A profile's file or folder.", json_schema_extra=ONE)
     max_params: float | None = Field(None, gt=0, description="Most parameters, the token table included.")
     max_bytes: float | None = Field(None, gt=0, description="Most bytes of the weights.")
     max_latency_ms: float | None = Field(None, gt=0, description="Most milliseconds for one short text, as profiled.")
@@ -130,15 +164,17 @@ class PruneOptions(Options):
     Example: secateur prune smollm2 --to large --profile profile -o smollm2-large
     """
 
-    model: str = _model()
-    to: str | None = Field(
+    model: ModelName = _model()
+    to: Annotated[str | None, Names("blocks")] = Field(
         None,
         description="A number of first blocks to keep, a share to remove (0.3), large, small, or another selector.",
     )
     keep: str | None = Field(None, description="In place of --to: the blocks that stay, from 0, such as 0-5,8,11.")
     drop: str | None = Field(None, description="In place of --to: the blocks that go, such as 20-27.")
-    out: Path = _out("The model folder to write.")
-    profile: Path | None = Field(None, description="What selectors choose from: a profile's file or folder.")
+    out: Annotated[Path, Names("new folder")] = _out("The model folder to write.")
+    profile: Annotated[Path | None, Names("profile")] = Field(
+        None, description="What selectors choose from: a profile's file or folder."
+    )
     pooling: SavedPooling | None = Field(None, description=_POOLING)
     max_length: int = Field(512, ge=1, description=_LENGTH)
     dtype: Dtype = Field("auto", description="Number format of the written weights; auto: as stored.")
@@ -185,12 +221,14 @@ class HealOptions(HealSettings):
     Example: secateur heal smollm2-large --data pairs.jsonl --steps 1000 -o smollm2-large-healed
     """
 
-    model: str = _model()
-    data: list[Path] = Field(description=_DATA + _TEXTS, min_length=1)
+    model: ModelName = _model()
+    data: Data = Field(description=_DATA + _TEXTS, min_length=1)
     columns: Columns = _columns()
-    out: Path = _out("The model folder to write.")
+    out: Annotated[Path, Names("new folder")] = _out("The model folder to write.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
-    teacher: str | None = Field(None, description="Whose vectors are imitated: a model, or a server's http://host/v1.")
+    teacher: Annotated[str | None, Names("model")] = Field(
+        None, description="Whose vectors are imitated: a model, or a server's http://host/v1."
+    )
     teacher_model: str | None = Field(None, description="What a server calls its model [the only one it has].")
     teacher_weight: float | None = Field(
         None, ge=0, le=1, description="Of the teacher beside the pairs [0.5; texts alone leave it all]."
@@ -202,8 +240,12 @@ class HealOptions(HealSettings):
     dims: list[int] | None = Field(None, description="Train vectors cut to these sizes too: 64,128.")
     cache: Path | None = Field(None, description=_CACHE)
     bidirectional: bool = Field(False, description="Let a decoder's tokens see those after them, from here on.")
-    eval_data: list[Path] | None = Field(None, description="Held-out files like --data, measured on the way.")
-    eval_tasks: list[str] | None = Field(None, description="Tasks measured on the way; the best model is kept.")
+    eval_data: Annotated[list[Path] | None, Names("data")] = Field(
+        None, description="Held-out files like --data, measured on the way."
+    )
+    eval_tasks: Annotated[list[str] | None, Names("task")] = Field(
+        None, description="Tasks measured on the way; the best model is kept."
+    )
     eval_sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each of them.")
     eval_every: int | None = Field(None, ge=1, description="Steps between measurements [a tenth of all].")
     patience: int | None = Field(None, ge=1, description="Stop after so many measurements without a better one.")
@@ -225,9 +267,9 @@ class EvaluateOptions(Options):
     Example: secateur evaluate smollm2-large-healed --tasks tasks/my-search -o scores
     """
 
-    models: list[str] = Field(description=MODEL, json_schema_extra=ONE, min_length=1)
-    tasks: list[str] = Field(description="Task folders, or names of mteb's tasks and benchmarks.", min_length=1)
-    out: Path = _out("Folder for scores.json.")
+    models: Annotated[list[str], Names("model")] = Field(description=MODEL, json_schema_extra=ONE, min_length=1)
+    tasks: Tasks = Field(description="Task folders, or names of mteb's tasks and benchmarks.", min_length=1)
+    out: Annotated[Path, Names("results")] = _out("Folder for scores.json.")
     names: list[str] | None = Field(
         None, description="What to call the models [default: the last part of their paths]."
     )
@@ -243,8 +285,8 @@ class CostOptions(Options):
     Example: secateur cost smollm2 smollm2-large -o costs
     """
 
-    models: list[str] = Field(description=MODEL, json_schema_extra=ONE, min_length=1)
-    out: Path = _out("Folder for costs.json.")
+    models: Annotated[list[str], Names("model")] = Field(description=MODEL, json_schema_extra=ONE, min_length=1)
+    out: Annotated[Path, Names("results")] = _out("Folder for costs.json.")
     repetitions: int = Field(3, ge=1, description="Timed rounds.")
     thorough: bool = Field(False, description="More texts and batches; load time and peak memory in fresh processes.")
     device: str | None = Field(None, description=_DEVICE)
@@ -256,10 +298,10 @@ class CompareOptions(Options):
     Example: secateur compare smollm2 smollm2-large --tasks tasks/my-search --texts notes.txt -o comparison
     """
 
-    models: list[str] = Field(description=MODEL, json_schema_extra=ONE, min_length=2)
-    tasks: list[str] = Field([], description="Task folders, or names of mteb's tasks and benchmarks.")
-    texts: list[Path] = Field([], description="Files of texts: .txt, or .jsonl with text [default: the tasks' own].")
-    out: Path = _out("Folder for comparison.json and the scores.")
+    models: Annotated[list[str], Names("model")] = Field(description=MODEL, json_schema_extra=ONE, min_length=2)
+    tasks: Tasks = Field([], description="Task folders, or names of mteb's tasks and benchmarks.")
+    texts: Files = Field([], description="Files of texts: .txt, or .jsonl with text [default: the tasks' own].")
+    out: Annotated[Path, Names("results")] = _out("Folder for comparison.json and the scores.")
     neighbours: int = Field(10, ge=1, description="Nearest texts compared for each text.")
     max_texts: int = Field(2000, ge=2, description="Texts used for the neighbours, drawn by the seed.")
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
@@ -275,14 +317,14 @@ class ExportOptions(Options):
     Example: secateur export smollm2-large-healed --to openvino --precision int8 -o smollm2-large-int8
     """
 
-    model: str = _model()
-    out: Path = _out("The folder to write.")
+    model: ModelName = _model()
+    out: Annotated[Path, Names("new folder")] = _out("The folder to write.")
     to: Literal["onnx", "openvino"] = Field("onnx", description="The runtime.")
     precision: Literal["float32", "float16", "bfloat16", "int8"] = Field("float32", description="Of the graph.")
     quantization: Literal["static", "dynamic"] | None = Field(
         None, description="How int8 rounds activations: by ranges measured on texts, or anew [default: the faster]."
     )
-    data: list[Path] = Field(
+    data: Data = Field(
         default=[],
         description="Files of texts or pairs, or folders of them, to calibrate and compare on "
         "[default: documentation of Python].",
@@ -291,9 +333,7 @@ class ExportOptions(Options):
     vectors: Literal["float32", "int8", "uint8", "binary", "ubinary"] = Field(
         "float32", description="Form in which the runtime gives vectors."
     )
-    tasks: list[str] = Field(
-        default=[], description="Tasks to score both on: folders, or tasks and benchmarks of mteb."
-    )
+    tasks: Tasks = Field(default=[], description="Tasks to score both on: folders, or tasks and benchmarks of mteb.")
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     seed: Seed = Field(42, description="Of the samples.")
     min_cosine: float | None = Field(
@@ -311,7 +351,7 @@ class ReportOptions(Options):
     Example: secateur report run
     """
 
-    run: Path = Field(description="A run folder.", json_schema_extra=ONE)
+    run: Annotated[Path, Names("run")] = Field(description="A run folder.", json_schema_extra=ONE)
     threshold: float = Field(100.0, gt=0, description="Million parameters that one more point of score may cost.")
 
 
@@ -321,17 +361,19 @@ class StudyOptions(HealSettings):
     Example: secateur study smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o run
     """
 
-    models: list[str] = Field(default=[], description=MODEL, json_schema_extra=ONE)
-    data: list[Path] = Field(default=[], description=_DATA)
+    models: Annotated[list[str], Names("model")] = Field(default=[], description=MODEL, json_schema_extra=ONE)
+    data: Data = Field(default=[], description=_DATA)
     columns: Columns = _columns()
-    tasks: list[str] = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
-    out: Path = _out("The run folder.")
+    tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
+    out: Annotated[Path, Names("results", STUDY_FILES)] = _out("The run folder.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(
         None,
         description="demo: SmolLM2 on API documentation, in a quarter of an hour; paper: L3Prune's experiments; "
         "shrink: an embedder's parts learn from the whole, on texts alone.",
     )
-    depths: list[str] = Field(default=["large", "small"], description="As prune --to; the full depth is always there.")
+    depths: Annotated[list[str], Names("blocks")] = Field(
+        default=["large", "small"], description="As prune --to; the full depth is always there."
+    )
     recipes: dict[str, dict[str, Any]] = Field(
         default={"healed": {}},
         description="Names of trainings; none leaves the cut models as they are. In YAML: name -> options of heal.",
@@ -370,7 +412,7 @@ class StatusOptions(Options):
     Example: secateur study status run
     """
 
-    run: Path = Field(description="A run folder.", json_schema_extra=ONE)
+    run: Annotated[Path, Names("study")] = Field(description="A run folder.", json_schema_extra=ONE)
 
 
 class ResumeOptions(StatusOptions):
@@ -389,13 +431,13 @@ class EncodeOptions(Options):
     Example: secateur encode smollm2-large-healed articles.jsonl -o articles.parquet
     """
 
-    model: str = Field(description=MODEL + " Or a folder that export wrote.", json_schema_extra=ONE)
-    files: list[Path] = Field(
+    model: ModelName = Field(description=MODEL + " Or a folder that export wrote.", json_schema_extra=ONE)
+    files: Files = Field(
         description="Texts: .jsonl, .jsonl.gz, .csv, .parquet, or .txt and .txt.gz with one on each line.",
         json_schema_extra=ONE,
         min_length=1,
     )
-    out: Path = _out("The file to write: .parquet, .arrow (or .feather), or .npy.")
+    out: Annotated[Path, Names("new file")] = _out("The file to write: .parquet, .arrow (or .feather), or .npy.")
     column: str | None = Field(None, description="Column with the texts [default: text, or the first known name].")
     prompt_name: str | None = Field(None, description="The model's prompt before each text [default: its own default].")
     instruction: str | None = Field(None, description="Goes before each text, in place of a named prompt.")
@@ -418,11 +460,13 @@ class ServeOptions(Options):
     Example: secateur serve smollm2-large-healed --port 8000
     """
 
-    model: str = _model()
+    model: ModelName = _model()
     host: str = Field("127.0.0.1", description="Address to listen at; others than loopback need an API key.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen at; 0 takes a free one.")
     name: str | None = Field(None, min_length=1, description="What clients call the model [default: its folder].")
-    api_key_file: Path | None = Field(None, description="API keys, one a line; also in SECATEUR_API_KEYS.")
+    api_key_file: Annotated[Path | None, Names("file")] = Field(
+        None, description="API keys, one a line; also in SECATEUR_API_KEYS."
+    )
     auth: bool = Field(True, description="--no-auth serves everybody who reaches the address.")
     workers: int = Field(0, ge=0, description="Encoder processes, replaced when they die or hang; 0: a thread.")
     batch_tokens: int | None = Field(None, ge=1, description=_BATCH)
@@ -500,6 +544,18 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}, not keys and values")
     return {str(key): value for key, value in content.items()}
+
+
+def read_study(run: Path) -> StudyOptions:
+    """The options of the study that a run folder holds.
+
+    Raises:
+        DataError: It holds none, or its ``study.yaml`` is broken.
+        ConfigError: An option in it will not do.
+    """
+    if not (run / "study.yaml").is_file():
+        raise DataError(run, "holds no study", "name the folder that `secateur study` was given")
+    return make(StudyOptions, read_yaml(run / "study.yaml") | {"out": run})
 
 
 def to_yaml(options: Options) -> str:

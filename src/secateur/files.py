@@ -9,13 +9,12 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from secateur.errors import DataError, OutputError
 
@@ -177,10 +176,11 @@ def give_name(folder: Path, path: Path) -> None:
     folder.rename(path)
 
 
-def results_folder(path: str | Path, *own: str) -> Path:
-    """A folder for results, made where absent. It may hold earlier results (the files named in ``own``), no others.
+def check_results_folder(path: str | Path, *own: str) -> list[Path]:
+    """Refuse a folder for results that holds others than those named in ``own``.
 
-    What a process that was killed had not finished writing is removed.
+    Returns:
+        Files in it that a process which was killed had not finished writing.
 
     Raises:
         OutputError: It is a file, or holds something else.
@@ -193,6 +193,18 @@ def results_folder(path: str | Path, *own: str) -> Path:
     foreign = sorted(item.name for item in held if item not in unfinished)
     if foreign:
         raise OutputError(path, f"already holds something else ({foreign[0]})", "name a new folder")
+    return unfinished
+
+
+def results_folder(path: str | Path, *own: str) -> Path:
+    """A folder for results, made where absent. It may hold earlier results (the files named in ``own``), no others.
+
+    What a process that was killed had not finished writing is removed.
+
+    Raises:
+        OutputError: It is a file, or holds something else.
+    """
+    path, unfinished = Path(path), check_results_folder(path, *own)
     try:
         for item in unfinished:
             item.unlink()
@@ -206,14 +218,17 @@ def results_folder(path: str | Path, *own: str) -> Path:
 def writing(path: str | Path) -> Iterator[None]:
     """Within: what fails because ``path`` cannot be written is an OutputError.
 
-    On a full disk, safetensors and torch raise errors of their own, which do not tell.
+    On a full disk, sqlite, safetensors and torch raise errors of their own, which do not tell.
     """
     try:
         yield
     except OSError as error:
         raise output_error(path, error) from error
-    except (RuntimeError, SafetensorError) as error:
-        if not _is_full(Path(path)) and f"os error {errno.ENOSPC}" not in str(error):
+    except Exception as error:
+        if not isinstance(error, (RuntimeError, sqlite3.Error)) and type(error).__name__ != "SafetensorError":
+            raise  # the class of safetensors is known by its name: the package is not imported for it
+        told = any(words in str(error) for words in (f"os error {errno.ENOSPC}", "disk is full"))
+        if not told and not _is_full(Path(path)):
             raise
         raise output_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -17,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("secateur", "torch", "transformers", "sentence-transformers", "peft", "mteb", "numpy")
+DECIDING = ("secateur", "mteb", "scikit-learn", "sentence-transformers", "transformers", "torch")
+"""Libraries by whose version a score may change."""
+ENCODING = ("sentence-transformers", "transformers", "torch")
+"""Those by whose version a vector may change."""
+_TOLD_ASIDE = frozenset({"secateur.json", "training.json"})
+"""Files of a model folder that say how it was made; no vector depends on them."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,35 @@ def provenance(data: Sequence[Fingerprint] = (), seed: int | None = None, comman
             versions[name] = metadata.version(name)
     return Provenance(
         command=command or command_line(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=now(),
         seed=seed,
         versions=versions,
         data=tuple(data),
         hardware={"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
     )
+
+
+def now() -> str:
+    """This moment, by ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@functools.cache
+def versions_of(libraries: tuple[str, ...] = DECIDING) -> str:
+    """Installed versions as one text: ``mteb 2.26.1, torch 2.13.0``, without the local part that tells a build."""
+    found = []
+    for name in libraries:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name).partition('+')[0]}")
+    return ", ".join(found)
+
+
+def is_result_of(result: object, inputs: Mapping[str, Any]) -> bool:
+    """Whether a result is still of these inputs: it has recorded all of them, each with the same value.
+
+    A result of an earlier version, which recorded less, is not.
+    """
+    return all(getattr(result, name, None) == value for name, value in inputs.items())
 
 
 _command: ContextVar[str] = ContextVar("command", default="")
@@ -80,8 +110,39 @@ def command_line() -> str:
 
 def fingerprint(file: Path, rows: int, licence: str = "") -> Fingerprint:
     """Hash a file's bytes."""
+    return Fingerprint(file.name, _hash(file), rows, licence)
+
+
+def model_files(model: str | Path) -> list[Path]:
+    """The files of a model folder, and of its modules' folders, that vectors may depend on; or a single file.
+
+    Empty for what is not on this disk. Other folders in it may hold anything, such as a model that was cut from it.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    parts = [path, *(part.parent for part in path.glob("*/config.json"))]
+    files = {file for part in parts for file in part.iterdir() if file.is_file()}
+    return sorted(f for f in files if not (f.name.startswith(".") or f.suffix == ".md" or f.name in _TOLD_ASIDE))
+
+
+def fingerprint_files(model: str | Path) -> str:
+    """SHA-256 over a model's files, their names and bytes, without opening it; empty for what is not on this disk."""
+    root = Path(model).expanduser()
+    told = [f"{file.relative_to(root)} {_hash(file)}\n" for file in model_files(model)]
+    return hashlib.sha256("".join(told).encode()).hexdigest() if told else ""
+
+
+def _hash(file: Path) -> str:
+    about = file.stat()
+    return _hash_once(file, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_once(file: Path, *state: int) -> str:
+    """SHA-256 of a file, whose bytes are read once in a process for each of its states."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
-    return Fingerprint(file.name, digest.hexdigest(), rows, licence)
+    return digest.hexdigest()

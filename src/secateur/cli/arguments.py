@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from secateur import config
+from secateur.cli.places import check_places
 
 
 def spread(arguments: list[str]) -> list[str]:
@@ -44,7 +45,9 @@ def command_of(app: typer.Typer, options: type[config.Options]) -> Callable[[Cal
             )
             values = config.read_yaml(Path(file)) if file else {}
             values |= {key: value for key, value in given.items() if value not in (None, [], ())}
-            run(config.make(options, values), **extra)
+            made = config.make(options, values)
+            check_places(made)
+            run(made, **extra)
 
         extras = list(inspect.signature(run).parameters.values())[1:]
         parameters = [_parameter(options, name) for name in options.model_fields]

@@ -18,7 +18,7 @@ from pathlib import Path
 from secateur.config import StudyOptions
 from secateur.errors import DataError
 from secateur.files import write_text
-from secateur.loading.models import DEMO_MODEL
+from secateur.loading.names import DEMO_MODEL
 from secateur.progress import Progress
 
 TRAIN_PACKAGES = ("numpy", "sklearn", "networkx", "matplotlib", "pandas")

@@ -21,6 +21,7 @@ import json
 import math
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,7 +50,16 @@ from secateur.files import held, output_error, read_json, write_bytes, writing
 from secateur.loading.models import model_label, open_model
 from secateur.measures.intervals import FEWEST, Array, interval, mean_of, resample, whole
 from secateur.progress import Progress, quiet, silent
-from secateur.provenance import Fingerprint, provenance
+from secateur.provenance import (
+    ENCODING,
+    Fingerprint,
+    command_line,
+    fingerprint_files,
+    is_result_of,
+    now,
+    provenance,
+    versions_of,
+)
 
 MTEB_FOLDER = "mteb"
 SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
@@ -94,8 +104,9 @@ def evaluate(
         cache: Folder that keeps vectors (:mod:`.vectors`): a text is not encoded twice by the same model.
         out: Folder of ``scores.json``, written after each task; a task that fails does not keep the others from being
             scored, its error comes at the end. Scores that it holds already are not computed again if
-            the model's weights, the task's data, ``sample``, ``seed`` and the prompts are the same; those of other
-            models and tasks stay in the file, those too that another run adds meanwhile.
+            the model's weights and settings, the task's data, ``sample``, ``seed``, the prompts and the versions of
+            the libraries are the same; those of other models and tasks stay in the file as they are, those too that
+            another run adds meanwhile.
         progress: Called before each task and at the end, with the number of scores that are there.
 
     Returns:
@@ -116,28 +127,35 @@ def evaluate(
     ledger = _Ledger.open(out, [(label, task.name) for label in labels for task in opened], opened, seed)
     total = len(labels) * len(opened)
     failures: list[SecateurError] = []
-    for i, (label, given) in enumerate(zip(labels, models, strict=True)):
+
+    def score_model(number: int, label: str, given: Model) -> None:
+        """All tasks of one model, which is let go when this returns, before the next one is opened."""
         model = given if isinstance(given, SentenceTransformer) else open_model(given)
-        told = is_instructed(model) if instructed is None else instructed[i]
-        weights, source = fingerprint_model(model), _source(given)
+        told = is_instructed(model) if instructed is None else instructed[number]
+        weights, source, files = fingerprint_model(model), _source(given), _files(given)
         if names is None:
             ledger.check_same(label, source, weights)
         vectors = VectorCache(cache, weights) if cache is not None else None
         for j, task in enumerate(opened):
-            progress("evaluate", i * len(opened) + j, total)
+            progress("evaluate", number * len(opened) + j, total)
             prompts = task_prompts(task, told) if instructions else {}
             with quiet(), as_encoder(model, label, prompts, vectors) as encoder:
                 key = {"sample": sample, "seed": seed, "data": task.source.sha256, "weights": weights}
-                key |= _prompts(encoder, task)
-                if ledger.holds(label, task.name, key):
+                key |= {"versions": versions_of(), **_prompts(encoder, task)}
+                if ledger.holds(label, task.name, key, files):
                     continue
                 try:
                     scored = _finite(score_task(encoder, label, task, batch_size, key))
-                    ledger.add(replace(scored, row=replace(scored.row, source=source)))
+                    ledger.add(replace(scored, row=replace(scored.row, source=source, files=files)))
                 except (DataError, ModelError) as error:
                     if out is None:
                         raise
                     failures.append(error)
+
+    for i, (label, given) in enumerate(zip(labels, models, strict=True)):
+        score_model(i, label, given)
+        for failure in failures:  # its traceback holds the model
+            traceback.clear_frames(failure.__traceback__)
     progress("evaluate", total, total)
     if failures:
         raise failures[0]
@@ -172,6 +190,10 @@ def _source(model: Model) -> str:
         return ""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.exists() else str(model)
+
+
+def _files(model: Model) -> str:
+    return "" if isinstance(model, SentenceTransformer) else fingerprint_files(model)
 
 
 def open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:
@@ -214,11 +236,17 @@ class _Ledger:
             rows, data = _read(folder)
         return cls(folder, wanted, rows, data | {task.name: task.source for task in tasks}, seed)
 
-    def holds(self, model: str, task: str, key: dict[str, Any]) -> bool:
+    def holds(self, model: str, task: str, key: dict[str, Any], files: str) -> bool:
+        """Whether a score is there already; it is then one of these files too, which hold the same weights."""
         row = self.rows.get((model, task))
-        if row is None or any(getattr(row, name) != value for name, value in key.items()):
+        if row is None or not is_result_of(row, key):
             return False
-        return self.out is None or not row.draws or draws_file(self.out, row.draws).is_file()
+        if self.out is not None and row.draws and not draws_file(self.out, row.draws).is_file():
+            return False
+        if self.out is not None and files != row.files:
+            with held(self.out, wait=True):
+                self._save(replace(row, files=files))
+        return True
 
     def check_same(self, model: str, source: str, weights: str) -> None:
         """Refuse a model that would replace the scores of another one, from another place."""
@@ -230,8 +258,8 @@ class _Ledger:
     def add(self, scored: Scored) -> None:
         """Keep a score; on disk the row comes last, so that what it names is there."""
         row = scored.row
-        self.rows[row.model, row.task] = row
         if self.out is None:
+            self.rows[row.model, row.task] = row
             return
         with held(self.out, wait=True):
             if scored.draws is not None:
@@ -240,8 +268,14 @@ class _Ledger:
                 write_bytes(draws_file(self.out, row.draws), stream.getvalue())
             with writing(self.out / MTEB_FOLDER):
                 ResultCache(self.out / MTEB_FOLDER).save_to_cache(scored.result, scored.meta)
-            rows, data = _read(self.out)  # another run may have added to it
-            self._table([*(self.rows | rows | {(row.model, row.task): row}).values()], data | self.data).save(self.out)
+            self._save(row)
+
+    def _save(self, row: ScoreRow) -> None:
+        """Write the file with this row, and those that another run may have added to it."""
+        assert self.out is not None
+        self.rows[row.model, row.task] = row
+        rows, data = _read(self.out)
+        self._table([*(self.rows | rows | {(row.model, row.task): row}).values()], data | self.data).save(self.out)
 
     def table(self) -> Scores:
         """The scores that were asked for."""
@@ -282,6 +316,7 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         name = get_prompt_name(prompts, kwargs["task_metadata"], kwargs.get("prompt_type"))
         # Without a prompt of the task, the model chooses one of its own by the kind of text.
         before = [prompts.get(name), kwargs.get("prompt_type"), self.model.prompts, self.model.default_prompt_name]
+        before.append(versions_of(ENCODING))
 
         def encode(missing: list[str]) -> Any:
             batches = DataLoader(Dataset.from_dict({"text": missing}), batch_size=kwargs.get("batch_size", 32))
@@ -357,7 +392,7 @@ def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: d
         label: What the model is called in the row.
         task: Is made anew.
         batch_size: Texts encoded at once.
-        key: The row's ``sample``, ``seed``, ``prompt``, ``prompts``, ``data`` and ``weights``.
+        key: The row's ``sample``, ``seed``, ``prompt``, ``prompts``, ``data``, ``weights`` and ``versions``.
 
     Returns:
         The score, which is NaN where mteb's is, such as a correlation with vectors that are all alike.
@@ -384,9 +419,12 @@ def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: d
         score=float(result.get_score()),
         samples=count_samples(made),
         seconds=time.monotonic() - started,
+        command=command_line(),
+        created=now(),
         **key,
     )
-    row, draws = _resampled(row, made, predictions, state)
+    row, draws = _with_interval(row, made, predictions, state)
+    row = replace(row, note="; ".join(filter(None, [task.note, row.note])))
     # The revision tells mteb's tools one state of a model from another under the same name.
     meta = encoder.mteb_model_meta.model_copy(update={"revision": row.weights[:12]})
     return Scored(row, draws, result, meta)
@@ -399,21 +437,41 @@ def _finite(scored: Scored) -> Scored:
     return scored
 
 
+def _with_interval(
+    row: ScoreRow, task: Any, predictions: dict[str, Any], state: tuple[Any, ...]
+) -> tuple[ScoreRow, Array | None]:
+    """A score with its interval and draws; or with a note that says why it has none."""
+    try:
+        return _resampled(row, task, predictions, state)
+    except _NoInterval as error:
+        reason = str(error)
+    except Exception as error:  # an interval that cannot be computed does not lose a score that took hours
+        reason = f"{type(error).__name__}: {error}"
+    return replace(row, note=f"no interval: {' '.join(reason.split())}"), None
+
+
+class _NoInterval(Exception):
+    """Why a score has no interval."""
+
+
 def _resampled(
     row: ScoreRow, task: Any, predictions: dict[str, Any], state: tuple[Any, ...]
 ) -> tuple[ScoreRow, Array | None]:
-    """A score with its interval and draws, where the predictions give mteb's own score and there are enough of them."""
-    parts = predicted(task, predictions, row.metric, state) if math.isfinite(row.score) else None
-    if not parts or min(part.units for part in parts) < FEWEST:
+    if not math.isfinite(row.score):
         return row, None
+    parts = predicted(task, predictions, row.metric, state)
+    if not parts:
+        raise _NoInterval(f"the rows of {row.type} by {row.metric} cannot be drawn again")
+    if (fewest := min(part.units for part in parts)) < FEWEST:
+        raise _NoInterval(f"{fewest} {parts[0].unit} are fewer than {FEWEST}")
     again = float(np.mean([whole(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
-        return row, None
+        raise _NoInterval(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
     # By the data alone: every model is scored on the same draws.
     seeds = [int(hashlib.sha256(f"{row.data} {i}".encode()).hexdigest()[:8], 16) for i in range(len(parts))]
     draws = mean_of([resample(part.statistic, part.units, seed) for part, seed in zip(parts, seeds, strict=True)])
     low, high = interval(draws)
-    identity = json.dumps([row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights])
-    name = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    identity = [row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights, row.versions]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     units = sum(part.units for part in parts)
     return replace(row, low=low, high=high, unit=parts[0].unit, units=units, draws=name), draws

@@ -183,9 +183,14 @@ def binary_metric(measure: str, labels: Array, scores: Array, counts: Array) -> 
 # Tables of labels -----------------------------------------------------------------------------------------------------
 
 
-def _tables(rows: NDArray[np.int64], cells: NDArray[np.int64], units: int, size: int, counts: Array) -> Array:
-    """Counts of units → counts of cells, (draws, size): each entry puts its unit's count into its cell."""
-    table: Array = counts @ csr_array((np.ones(len(rows)), (rows, cells)), shape=(units, size))
+def _tally(rows: NDArray[np.int64], cells: NDArray[np.int64], units: int, counts: Array) -> Array:
+    """Counts of units → counts of cells, (draws, cells that occur): each entry puts its unit's count into its cell.
+
+    Of a table of classes × clusters, at most so many cells occur as there are units.
+    """
+    _, cells = np.unique(cells, return_inverse=True)
+    entries = csr_array((np.ones(len(rows)), (rows, cells)), shape=(units, int(cells.max()) + 1))
+    table: Array = counts @ entries
     return table
 
 
@@ -199,7 +204,7 @@ def _classified(task: AbsTask, data: Any, content: Sequence[Any], metric: str, r
     elif metric == "accuracy":
         statistics = [mean_statistic(np.mean([labels == gold for labels in experiments], axis=0))]
     else:
-        statistics = [partial(_averaged_metric, metric, gold, labels) for labels in experiments]
+        statistics = [partial(averaged_metric, metric, gold, labels) for labels in experiments]
 
     def mean(counts: Array) -> Array:
         values: Array = np.mean([statistic(counts) for statistic in statistics], axis=0)
@@ -208,13 +213,18 @@ def _classified(task: AbsTask, data: Any, content: Sequence[Any], metric: str, r
     return Predicted("test texts", len(gold), mean)
 
 
-def _averaged_metric(metric: str, gold: NDArray[Any], found: NDArray[Any], counts: Array) -> Array:
+def averaged_metric(metric: str, gold: NDArray[Any], found: NDArray[Any], counts: Array) -> Array:
     """``f1``, ``precision`` or ``recall``, macro or ``_weighted``, as sklearn has them."""
     labels, codes = np.unique(np.r_[gold, found], return_inverse=True)
     n, k = len(gold), len(labels)
-    confusion = _tables(np.arange(n), codes[:n] * k + codes[n:], n, k * k, counts).reshape(-1, k, k)
-    hits = confusion.diagonal(axis1=1, axis2=2)
-    right, said = confusion.sum(axis=2), confusion.sum(axis=1)
+
+    def by_label(rows: NDArray[np.int64], of: NDArray[np.int64]) -> Array:
+        """How often each label occurs among some of the rows: (draws, labels)."""
+        table: Array = counts @ csr_array((np.ones(len(rows)), (rows, of)), shape=(n, k))
+        return table
+
+    every, hit = np.arange(n), np.flatnonzero(codes[:n] == codes[n:])
+    hits, right, said = by_label(hit, codes[hit]), by_label(every, codes[:n]), by_label(every, codes[n:])
     below = {"precision": said, "recall": right, "f1": (said + right) / 2}[metric.removesuffix("_weighted")]
     values = np.divide(hits, below, out=np.zeros_like(hits), where=below > 0)
     weights = right if metric.endswith("_weighted") else ((right + said) > 0).astype(float)
@@ -236,7 +246,7 @@ def _clustered(task: AbsTask, data: Any, content: Mapping[str, Any], metric: str
         _, gold = np.unique([labels[i][level] for i in valid], return_inverse=True)
         for assigned in experiments:
             drawn = np.array(rng.choices(range(len(valid)), k=task.max_documents_per_cluster))
-            statistics.append(_v_measure(valid[drawn], gold[drawn], np.asarray(assigned), len(rows)))
+            statistics.append(v_measure_of(valid[drawn], gold[drawn], np.asarray(assigned), len(rows)))
 
     def mean(counts: Array) -> Array:
         values: Array = np.mean([statistic(counts) for statistic in statistics], axis=0)
@@ -245,15 +255,13 @@ def _clustered(task: AbsTask, data: Any, content: Mapping[str, Any], metric: str
     return Predicted("texts", len(rows), mean)
 
 
-def _v_measure(units: NDArray[Any], gold: NDArray[Any], found: NDArray[Any], total: int) -> Statistic:
+def v_measure_of(units: NDArray[Any], gold: NDArray[Any], found: NDArray[Any], total: int) -> Statistic:
     """V-measure (Rosenberg and Hirschberg 2007) of one clustering, as sklearn has it; ``units`` says who is who."""
-    classes, clusters = int(gold.max()) + 1, int(found.max()) + 1
-    cells = gold * clusters + found
+    cells = gold * (int(found.max()) + 1) + found
 
     def statistic(counts: Array) -> Array:
-        table = _tables(units, cells, total, classes * clusters, counts).reshape(-1, classes, clusters)
-        by_class, by_cluster = _entropy(table.sum(axis=2)), _entropy(table.sum(axis=1))
-        shared = by_class + by_cluster - _entropy(table.reshape(len(table), -1))
+        by_class, by_cluster, by_both = (_entropy(_tally(units, own, total, counts)) for own in (gold, found, cells))
+        shared = by_class + by_cluster - by_both
         homogeneity = np.divide(shared, by_class, out=np.ones_like(shared), where=by_class > 0)
         completeness = np.divide(shared, by_cluster, out=np.ones_like(shared), where=by_cluster > 0)
         both = homogeneity + completeness

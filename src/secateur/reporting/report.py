@@ -73,7 +73,7 @@ def _shared(found: Findings, drawn: Mapping[str, Drawing]) -> dict[str, Any]:
         "run": run,
         "title": run.folder.resolve().name,
         "verdict": verdict(found),
-        "notes": notes(found),
+        "notes": [*notes(found), *_score_notes(run)],
         "figures": drawn,
         "claims": _in_short(found),
         "groups": _groups(found),
@@ -157,6 +157,12 @@ def _row(run: Run, design: Design, claim: Claim | None) -> dict[str, Any]:
     }
 
 
+def _score_notes(run: Run) -> list[str]:
+    """What scores say of themselves, each once: why one has no interval, that a task may mislead."""
+    rows = (row for table in run.scores for row in table.rows if row.note)
+    return list(dict.fromkeys(f"{row.task}: {row.note}." for row in rows))
+
+
 def _tasks(found: Findings) -> dict[str, Any]:
     """Every task of the run, with one of its rows for type, metric and number of samples."""
     return {row.task: row for design in found.designs for row in design.rows.values()}
@@ -167,7 +173,7 @@ def _steps(run: Run) -> list[tuple[list[str], str]]:
     steps: dict[str, list[str]] = {}
     for title, table in run.tables:
         history = table.history if isinstance(table, Origin) else ()
-        for command in history or (table.provenance.command,):
+        for command in history or table.commands:
             steps.setdefault(command, [])
             if title not in steps[command]:
                 steps[command].append(title)

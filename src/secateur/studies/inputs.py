@@ -61,7 +61,7 @@ def _files_of(path: Path, is_data: bool) -> Iterator[Path]:
         yield from (about for file in files if (about := file.with_name(stem(file) + ".json")).is_file())
     elif path.is_dir():
         # Other folders in it may be results, as the run folder itself.
-        parts = [path, *(part.parent for part in path.glob("*/config.json"))]
+        parts = [path, *(part.parent for part in path.glob("*/config.json")), *path.glob("qrels/")]
         yield from (f for part in parts for f in part.iterdir() if f.is_file() and not _is_aside(f))
     elif path.is_file():
         yield path

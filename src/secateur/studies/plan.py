@@ -306,7 +306,8 @@ class _Making:
             out = self.run / "scores" / name
             options: dict[str, Any] = {"models": [folder], "tasks": list(self.study.tasks), "sample": self.study.sample}
             options |= _unless_default(EvaluateOptions, seed=self.study.seed)
-            options |= {"cache": str(self.study.cache or self.run / "cache"), "out": str(out)}
+            # By its name, wherever the run folder lies: the scores are of this study's model.
+            options |= {"names": [name], "cache": str(self.study.cache or self.run / "cache"), "out": str(out)}
             self.add("evaluate", name, options, out / Scores.file, [step], cut)
 
 

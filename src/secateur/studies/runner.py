@@ -145,6 +145,7 @@ class Journal:
 
 
 def _lock(stream: IO[bytes], run: Path) -> None:
+    """Keep other studies out of a run folder. Where the disk knows no locks (some network disks), there is none."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -154,6 +155,8 @@ def _lock(stream: IO[bytes], run: Path) -> None:
             if time.monotonic() > until:
                 raise OutputError(run, "another study is at work there", "wait for it, or stop it") from None
             time.sleep(0.1)
+        except OSError:
+            return
 
 
 def _cut_torn_line(stream: IO[bytes]) -> None:
@@ -171,6 +174,8 @@ def is_locked(run: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError:  # a disk that knows no locks does not tell
+        return False
     return False
 
 

@@ -31,24 +31,23 @@ from typing import Any
 
 from secateur.artifacts import Costs, Profile, Scores, Training, load
 from secateur.choosing.choose import choose
-from secateur.config import StudyOptions, make, read_yaml, to_yaml
+from secateur.config import STUDY_FILES, EvaluateOptions, StudyOptions, default_of, make, read_study, to_yaml
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, StudyFailed
 from secateur.evaluation.evaluate import open_tasks
-from secateur.evaluation.tasks import expand
+from secateur.evaluation.tasks import expand, identify
 from secateur.files import read_json, results_folder, write_text
 from secateur.healing.lessons import find_aim, sets_of
 from secateur.loading.models import model_label
 from secateur.progress import Progress, silent
-from secateur.provenance import acting_as
-from secateur.reporting.journal import JOURNAL, read_journal
+from secateur.provenance import acting_as, fingerprint_files, is_result_of, versions_of
+from secateur.reporting.journal import read_journal
 from secateur.reporting.report import report
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.inputs import Inputs, check_inputs, read_inputs
 from secateur.studies.plan import NO_TRAINING, Base, Plan, Step, Variant, numbers_of, plan_steps, recipe_settings
 from secateur.studies.presets import fill_in
 from secateur.studies.runner import (
-    LOGS,
     Executor,
     Journal,
     State,
@@ -63,8 +62,6 @@ from secateur.studies.runner import (
 
 SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
 CHOICE = "choice.json"
-FOLDERS = ("data", "tasks", "models", "profiles", "pruned", "scores", "figures", "cache", LOGS)
-OWN = (SETTINGS, PLAN, JOURNAL, TABLE, *FOLDERS, Costs.file, "report.html", "report.md")
 HOW = frozenset({"out", "jobs", "ray"})
 """Options that say how a study is run, not what it is; they may change when it goes on."""
 
@@ -99,7 +96,7 @@ def study(
         SecateurError: The study cannot be begun as it is described.
     """
     given = _given(models, Path(out), options)
-    run = results_folder(out, *OWN)
+    run = results_folder(out, *STUDY_FILES)
     settings = _settings(run, given, progress)
     outline = _outline(run, settings)
     _check_results(run, settings, outline)
@@ -147,16 +144,14 @@ def read_status(run: str | Path) -> State:
         ConfigError: Its ``study.yaml`` has changed, and says of results that they were made otherwise.
     """
     run = Path(run)
-    if not (run / SETTINGS).is_file():
-        raise DataError(run, "holds no study", "name the folder that `secateur study` was given")
-    settings = make(StudyOptions, read_yaml(run / SETTINGS) | {"out": run})
+    settings = read_study(run)
     entries = read_journal(run)
     last = {entry["step"]: entry for entry in entries}
     failed = {name: entry["error"] for name, entry in last.items() if entry["outcome"] == "failed"}
     outline = _outline(run, settings, check=False)
     _check_results(run, settings, outline)
     plan = _plan(run, settings, outline, list(failed))
-    done = frozenset(step.name for step in plan.steps if step.known and _is_there(step))
+    done = frozenset(step.name for step in plan.steps if step.known and _is_there(step, closely=False))
     names = {step.name for step in plan.steps} - done
     at_work = is_locked(run)
     running = {name: 0.0 for name, entry in last.items() if at_work and entry["outcome"] == "started" and name in names}
@@ -246,7 +241,7 @@ def _settings(run: Path, given: StudyOptions, progress: Progress) -> StudyOption
     """The options of this run: those given, or those that an earlier start left in the folder; both must agree."""
     file = run / SETTINGS
     how = {key: getattr(given, key) for key in HOW & given.model_fields_set}
-    earlier = make(StudyOptions, read_yaml(file) | {"out": run}) if file.is_file() else None
+    earlier = read_study(run) if file.is_file() else None
     if earlier is not None and given.model_fields_set <= HOW:
         return earlier.model_copy(update=how)
     given = fill_in(given, run, progress)
@@ -411,15 +406,34 @@ def _is_done(step: Step) -> bool:
     return done
 
 
-def _is_there(step: Step) -> bool:
+def _is_there(step: Step, *, closely: bool = True) -> bool:
+    """Whether what a step makes is there, and is of the models, tasks and versions of now.
+
+    Without ``closely``, models are taken to be those that were measured: reading all weights takes minutes.
+    """
     made = Path(step.makes)
     if not made.exists():
         return False
+    if step.kind not in ("cost", "evaluate"):
+        return True
+    inputs: dict[str, dict[str, Any]] = {}
+    for model in map(Path, step.options["models"]):
+        inputs[model.name] = {"versions": versions_of()} | ({"files": fingerprint_files(model)} if closely else {})
     if step.kind == "cost":
-        return {row.model for row in load(made, Costs).rows} == {Path(model).name for model in step.options["models"]}
-    if step.kind == "evaluate":  # its file has the tasks so far
-        return len(load(made, Scores).rows) == len(step.options["tasks"])
-    return True
+        costs = {row.model: row for row in load(made, Costs).rows}
+        return costs.keys() == inputs.keys() and all(is_result_of(costs[name], of) for name, of in inputs.items())
+    tasks = step.options["tasks"]
+    scores = {(row.model, row.task): row for row in load(made, Scores).rows}  # those of the tasks so far
+    asked = {
+        "sample": step.options.get("sample"),
+        "seed": step.options.get("seed", default_of(EvaluateOptions, "seed")),
+    }
+    known = [found for task in tasks if (found := identify(task)) is not None]
+    return len(scores) >= len(tasks) * len(inputs) and all(
+        is_result_of(scores.get((model, task)), asked | of | {"data": data})
+        for model, of in inputs.items()
+        for task, data in known
+    )
 
 
 # After ----------------------------------------------------------------------------------------------------------------

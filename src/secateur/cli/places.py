@@ -1,0 +1,107 @@
+"""What a command line names, looked at before anything heavy is imported: a mistake is told at once.
+
+Only files and folders are looked at, with the functions that the steps use themselves, and in their words. Names on
+the Hub, tasks of mteb and large data are left to the step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.artifacts import Profile, load
+from secateur.config import SELECTOR_NAMES, Names, Options, read_study
+from secateur.errors import ConfigError, DataError, OutputError
+from secateur.evaluation.task_folder import check_task_folder, read_task_folder
+from secateur.files import check_is_file, check_results_folder, partial_folder
+from secateur.loading.names import resolve
+
+SMALL = 8 << 20
+"""Bytes of data, or of a task, that are read here too: it takes less time than importing what a step needs."""
+
+
+def check_places(options: Options) -> None:
+    """Look at all that the options of a command name.
+
+    Raises:
+        SecateurError: As the step itself would.
+    """
+    for name, field in type(options).model_fields.items():
+        marks = [mark for mark in field.metadata if isinstance(mark, Names)]
+        value = getattr(options, name)
+        for mark in marks if value is not None else ():
+            if mark.what == "results":
+                _check_results(value, mark.own)
+            elif mark.what == "data":
+                _check_data(value, getattr(options, "columns", None))
+            else:
+                for item in value if isinstance(value, list) else [value]:
+                    _CHECKS[mark.what](item)
+
+
+def _check_results(folder: Path, own: tuple[str, ...] | None) -> None:
+    if own is not None:
+        check_results_folder(folder, *own)
+    elif folder.exists() and not folder.is_dir():
+        raise OutputError(folder, "is a file", "name a folder")
+
+
+def _check_model(name: str) -> None:
+    if "://" not in name:  # a server, as a teacher
+        resolve(name)
+
+
+def _check_data(names: Iterable[Path], columns: Mapping[str, str] | None) -> None:
+    here = [name for name in names if not str(name).startswith("hf:")]
+    for name in here:
+        if not name.is_dir():
+            check_is_file(name)
+    if _bytes(here) <= SMALL:
+        from secateur.data.sources import read_sources
+
+        read_sources(here, columns=columns)
+
+
+def _check_task(name: str) -> None:
+    folder = Path(name)
+    if folder.exists():
+        (read_task_folder if _bytes([folder]) <= SMALL else check_task_folder)(folder)
+    elif name.startswith((".", "/", "~")) or (folder.parent != Path() and folder.parent.is_dir()):
+        raise DataError(name, "no such folder", "give a task folder, or the name of an mteb task or benchmark")
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _check_run(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(folder, "no such folder", "name the folder that a study wrote")
+
+
+def _check_new_file(file: Path) -> None:
+    if file.exists():
+        raise OutputError(file, "exists already", "name another file, or remove this one")
+
+
+def _check_blocks(to: str) -> None:
+    name = to.partition(":")[0]
+    if name not in SELECTOR_NAMES and re.fullmatch("[a-z-]{4,}", name):  # neither nan nor inf
+        known = ", ".join(SELECTOR_NAMES)
+        raise ConfigError("to", to, f"is {to!r}", f"give a number of blocks, a share to remove, or one of {known}")
+
+
+_CHECKS: dict[str, Callable[[Any], object]] = {
+    "blocks": _check_blocks,
+    "model": _check_model,
+    "task": _check_task,
+    "file": check_is_file,
+    "profile": lambda path: load(path, Profile),
+    "run": _check_run,
+    "study": read_study,
+    "new folder": partial_folder,
+    "new file": _check_new_file,
+}
