@@ -20,6 +20,7 @@ type), ``instruction``, ``licence`` and ``notes``; other keys are for people. Ea
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import math
 import random
@@ -32,7 +33,7 @@ from typing import Any
 
 from secateur.data.jsonl import read_json_lines
 from secateur.errors import DataError
-from secateur.files import check_no_byte_order_mark, read_json
+from secateur.files import read_json
 from secateur.provenance import Fingerprint, fingerprint
 
 Row = Mapping[str, Any]
@@ -156,7 +157,7 @@ def _read_qrels(file: Path) -> _Table:
         raise DataError(file, "no such file") from None
     except OSError as error:
         raise DataError(file, f"cannot be read ({error.strerror or error})") from None
-    check_no_byte_order_mark(file, content)
+    content = content.removeprefix(codecs.BOM_UTF8)
     table = _Table(file, [], [])
     for number, raw in enumerate(content.splitlines(), start=1):
         try:
