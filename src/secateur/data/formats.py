@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import DataError
+from secateur.errors import DataError, MissingPackage
 from secateur.files import check_is_file
 
 LONGEST_LINE = 1 << 28
@@ -89,11 +89,14 @@ def read_parquet(
 
     Raises:
         DataError: The file is missing or damaged, a name says two columns, or bytes of a text are not UTF-8.
+        MissingPackage: pyarrow is not installed.
     """
-    import pyarrow
-    from pyarrow import parquet
-
     check_is_file(file)
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise MissingPackage("pyarrow", f"reading {file}", "pip install 'secateur[torch]'") from None
     first = 1
     try:
         # Without these, whole row groups are in memory, and a file may be one.
@@ -103,16 +106,11 @@ def read_parquet(
             for name in chosen:
                 check_once(file, name, names)
             for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=chosen):
-                yield (
-                    first,
-                    {name: _values(file, name, batch.column(name), first) for name in batch.schema.names},
-                )
+                yield first, {name: _values(file, name, batch.column(name), first) for name in batch.schema.names}
                 first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        said = " ".join(str(error).split())
-        raise DataError(
-            file, f"is not a readable Parquet file ({said:.200})", line=first if first > 1 else None
-        ) from None
+        problem = f"is not a readable Parquet file ({' '.join(str(error).split()):.200})"
+        raise DataError(file, problem, line=first if first > 1 else None) from None
 
 
 def check_once(file: Path, column: str, there: Sequence[str], line: int | None = None) -> None:

@@ -21,6 +21,7 @@ type), ``instruction``, ``licence`` and ``notes``; other keys are for people. Ea
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import math
 import random
@@ -202,9 +203,11 @@ def _texts(value: Any) -> list[str]:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"is {value!r:.60}, not a number")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, (int, float)):
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+            if math.isfinite(value):
+                return float(value)
+    raise ValueError(f"is {value!r:.60}, not a number")
 
 
 def _numbers(value: Any) -> list[float]:
