@@ -34,9 +34,7 @@ from secateur.loading.models import open_model
 
 WAYS = (("onnx", "int8", "dynamic"), ("openvino", "int8", "static"), ("openvino", "bfloat16", None))
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-INSTRUCTION = (
-    "Given a question about a function of a library, retrieve the part of its documentation that answers;\n"
-)
+INSTRUCTION = "Given a question about a function of a library, retrieve the part of its documentation that answers;\n"
 DOCUMENT_WORDS, QUERY_WORDS = 150, 8
 LEAST_RATIO, MOST_LOST = 3, 0.5
 """What int8 is to gain on its quickest backend, and what it may lose on the average of all tasks, in points of 100."""

@@ -92,8 +92,6 @@ BAD_FILES: dict[str, str | bytes] = {
     "no-column.jsonl": lines_with_a_mistake('{"query": "q"}'),
     "broken.jsonl": lines_with_a_mistake('{"query": "q", "positive'),
     "empty-text.jsonl": lines_with_a_mistake('{"query": " ", "positive": "p"}'),
-    "bom.jsonl": b"\xef\xbb\xbf" + lines_with_a_mistake('{"query": "q", "positive": "p"}').encode(),
-    "bom.csv": b"\xef\xbb\xbfquery,positive\nq,p\n",
     "nothing.jsonl": "",
     "two.jsonl": lines_with_a_mistake('{"query": "q", "positive": "p"}').splitlines()[0],
 }
@@ -101,8 +99,6 @@ BAD_DATA = {
     "no-column.jsonl": 'no-column.jsonl, line 37, "positive": the column is missing',
     "broken.jsonl": "broken.jsonl, line 37: broken JSON",
     "empty-text.jsonl": 'empty-text.jsonl, line 37, "query": the text is empty',
-    "bom.jsonl": "bom.jsonl, line 1: starts with a byte order mark: save it as UTF-8 without BOM",
-    "bom.csv": "bom.csv, line 1: starts with a byte order mark",
     "nothing.jsonl": "nothing.jsonl: has no rows",
     "absent.jsonl": "absent.jsonl: no such file",
     "model": "model: ",

@@ -22,7 +22,7 @@ figures: text style labels depth frontier training saving
 architectures: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
 loading: names gguf pooling models
-data: jsonl e5_mix hub_sets tables pairs texts sources vectors demo
+data: formats jsonl e5_mix hub_sets tables pairs texts sources vectors demo
 measures: metrics curves bootstrap flops intervals
 evaluation: task_folder tasks differences predictions evaluate
 profiling: lens parts depths depth_scores profile

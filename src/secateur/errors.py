@@ -19,7 +19,9 @@ command line prints ``str(error)`` on one line and exits with 2; Python users ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -146,3 +148,43 @@ class StudyFailed(SecateurError):
         said = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         many = f"{len(failed)} steps" if len(failed) > 1 else "a step"
         super().__init__(f"{many} failed ({said})", f"see {run}/logs; the same command tries again")
+
+
+SYSTEM = {
+    errno.ENOSPC: ("the disk is full", "free some space and run the same command again"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again"),
+    errno.EACCES: ("no permission to write there", "name another folder"),
+    errno.EROFS: ("the file system is read-only", "name another folder"),
+    errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n) and run the same command again"),
+    errno.ENFILE: ("too many files are open on this machine", "run the same command again later"),
+}
+"""What the system may refuse → in words, and the way out."""
+
+_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """A full disk or too many open files, where that is behind an exception, whatever library tells it.
+
+    sqlite, safetensors and Arrow have errors of their own for these, with the number or the words in their text.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in _NUMBERS:
+            return cause
+        said = str(cause)
+        for number in _NUMBERS:
+            if os.strerror(number) in said or f"os error {number}" in said:
+                return OSError(number, os.strerror(number))
+        if "disk is full" in said:  # sqlite3.OperationalError
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and those that it was raised from."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__

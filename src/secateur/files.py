@@ -2,37 +2,79 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import errno
 import json
 import os
 import re
 import shutil
-import sqlite3
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from secateur.errors import DataError, OutputError
+from secateur.errors import SYSTEM, DataError, OutputError, SecateurError, system_error
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 
 
 def read_json(file: Path) -> Any:
-    """Parse a JSON file, with the line in the error where it is broken."""
+    """Parse a JSON file, with the line in the error where it is broken.
+
+    Raises:
+        DataError: It is missing, cannot be read, or is no JSON that Python and tokenizers can hold.
+    """
     try:
-        content = file.read_bytes()
-        check_no_byte_order_mark(file, content)
-        return json.loads(content.decode("utf-8"))
+        return parse_json(file.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise DataError(file, "no such file") from None
     except json.JSONDecodeError as error:
         raise DataError(file, f"broken JSON ({error.msg})", line=error.lineno) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(file, f"cannot be read ({error})") from None
+    except ValueError as error:
+        raise DataError(file, f"broken JSON ({error})") from None
+
+
+def parse_json(text: str, *, strict: bool = False) -> Any:
+    """Parse JSON from anywhere.
+
+    Args:
+        text: The JSON.
+        strict: Refuse also what Python's parser takes beyond the standard, as configurations of models have it: NaN and
+            infinite numbers, and a key that is there twice.
+
+    Raises:
+        ValueError: It is broken, nested too deeply, has an integer of thousands of digits, or half a surrogate pair,
+            which is JSON, but no text: tokenizers refuse it.
+    """
+    try:
+        content = (_STRICT if strict else _DECODER).decode(text)
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, \\ud800 to \\udfff") from None
+    return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'the key "{twice}" is there twice')
+    return row
+
+
+_DECODER = json.JSONDecoder()
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 def check_is_file(path: Path) -> None:
@@ -45,22 +87,12 @@ def check_is_file(path: Path) -> None:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(path, "no such file") from None
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:
+        raise DataError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if stat.S_ISDIR(mode):
         raise DataError(path, "is a folder", "name a file in it")
     if not stat.S_ISREG(mode):
         raise DataError(path, "is a pipe or a device, which cannot be read twice", "write it into a file first")
-
-
-def check_no_byte_order_mark(file: Path, start: bytes) -> None:
-    """Refuse a file that starts with a UTF-8 byte order mark, which would become part of its first word.
-
-    Raises:
-        DataError: It does.
-    """
-    if start.startswith(codecs.BOM_UTF8):
-        raise DataError(file, "starts with a byte order mark", "save it as UTF-8 without BOM", line=1)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -218,19 +250,25 @@ def results_folder(path: str | Path, *own: str) -> Path:
 def writing(path: str | Path) -> Iterator[None]:
     """Within: what fails because ``path`` cannot be written is an OutputError.
 
-    On a full disk, sqlite, safetensors and torch raise errors of their own, which do not tell.
+    On a full disk, libraries raise errors of their own, of which torch's does not tell. Errors of the network are
+    errors of the system as well; these are passed on.
     """
     try:
         yield
-    except OSError as error:
-        raise output_error(path, error) from error
+    except SecateurError:
+        raise
     except Exception as error:
-        if not isinstance(error, (RuntimeError, sqlite3.Error)) and type(error).__name__ != "SafetensorError":
-            raise  # the class of safetensors is known by its name: the package is not imported for it
-        told = any(words in str(error) for words in (f"os error {errno.ENOSPC}", "disk is full"))
-        if not told and not _is_full(Path(path)):
+        found = system_error(error)
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _OF_THE_NETWORK):
+            found = error
+        elif isinstance(error, RuntimeError) and _is_full(Path(path)):
+            found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if found is None:
             raise
-        raise output_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+        raise output_error(path, found) from error
+
+
+_OF_THE_NETWORK = (ConnectionError, TimeoutError)
 
 
 def _is_full(path: Path) -> bool:
@@ -238,16 +276,7 @@ def _is_full(path: Path) -> bool:
     return shutil.disk_usage(there).free < 4096
 
 
-_AGAIN = "free some space and run the same command again"
-_REASONS = {
-    errno.ENOSPC: ("the disk is full", _AGAIN),
-    errno.EDQUOT: ("the disk quota is used up", _AGAIN),
-    errno.EACCES: ("no permission to write there", "name another folder"),
-    errno.EROFS: ("the file system is read-only", "name another folder"),
-}
-
-
 def output_error(path: str | Path, error: OSError) -> OutputError:
     """Say in the user's words why a path could not be written."""
-    problem, hint = _REASONS.get(error.errno or 0, (f"cannot be written ({error.strerror or error})", ""))
-    return OutputError(path, problem, hint, concerns_all=error.errno in _REASONS)
+    problem, hint = SYSTEM.get(error.errno or 0, (f"cannot be written ({error.strerror or error})", ""))
+    return OutputError(path, problem, hint, concerns_all=error.errno in SYSTEM)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partialmethod
-
-import datasets
-import tqdm.auto  # type: ignore[import-untyped]
-import transformers
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``, from 0 to ``total``; a total of 0: nobody knows it."""
@@ -22,31 +19,51 @@ def silent(what: str, done: int, total: int) -> None:
     """Tell nobody."""
 
 
+_lock = threading.Lock()
+_inside = 0
+_settings = ExitStack()
+"""What puts the libraries' settings back."""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the bars, warnings and logs of the libraries off the screen."""
-    loggers = [logging.getLogger(name) for name in CHATTY]
-    levels = [logger.level for logger in loggers]
-    verbosity, bar_init = transformers.logging.get_verbosity(), tqdm.auto.tqdm.__init__
-    bars = transformers.logging.is_progress_bar_enabled()
-    dataset_bars = not datasets.are_progress_bars_disabled()
+    """Keep the bars, warnings and logs of the libraries off the screen.
+
+    Their settings are the process's, and not a thread's: the first that enters changes them, and the last that leaves
+    puts them back.
+    """
+    global _inside
+    with _lock:
+        if not _inside:
+            _silence(_settings)
+        _inside += 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            transformers.logging.set_verbosity_error()
-            transformers.logging.disable_progress_bar()
-            datasets.disable_progress_bars()
-            # Some bars ask nobody; a bar that is told so explicitly still shows.
-            tqdm.auto.tqdm.__init__ = partialmethod(bar_init, disable=True)
-            yield
+        yield
     finally:
-        tqdm.auto.tqdm.__init__ = bar_init
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-        if dataset_bars:
-            datasets.enable_progress_bars()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _settings.close()
+
+
+def _silence(settings: ExitStack) -> None:
+    import datasets  # these take seconds, which a command that only names a mistake need not wait for
+    import tqdm.auto  # type: ignore[import-untyped]
+    import transformers
+
+    settings.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
+    for logger in map(logging.getLogger, CHATTY):
+        settings.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+    settings.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
+    transformers.logging.set_verbosity_error()
+    if transformers.logging.is_progress_bar_enabled():
+        settings.callback(transformers.logging.enable_progress_bar)
+        transformers.logging.disable_progress_bar()
+    if not datasets.are_progress_bars_disabled():
+        settings.callback(datasets.enable_progress_bars)
+        datasets.disable_progress_bars()
+    # mteb has bars that no setting reaches; one that is told to show still does.
+    settings.callback(setattr, tqdm.auto.tqdm, "__init__", tqdm.auto.tqdm.__init__)
+    tqdm.auto.tqdm.__init__ = partialmethod(tqdm.auto.tqdm.__init__, disable=True)

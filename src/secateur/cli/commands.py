@@ -25,7 +25,7 @@ from secateur.cli.tables import (
     show_scores,
     show_steps,
 )
-from secateur.errors import SecateurError
+from secateur.errors import SYSTEM, SecateurError, system_error
 
 app = typer.Typer(
     help="Cut a language model down to the text encoder you can afford.",
@@ -48,6 +48,7 @@ def main() -> None:
         code = app(spread(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0
         if code == INTERRUPTED:
             raise KeyboardInterrupt
+        _flush()
         sys.exit(code)
     except SecateurError as error:
         _fail(str(error), 2)
@@ -58,7 +59,23 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
     except Exception as error:  # the last line of defence: a bug, said in one line
+        if found := system_error(error):
+            _fail(": ".join(SYSTEM[found.errno or 0]), 2)
         _fail(f"unexpected {type(error).__name__}: {error}; SECATEUR_DEBUG=1 shows where", 1)
+
+
+def _flush() -> None:
+    """Write what was printed while an error can still be told; what cannot be written is dropped, or Python would try
+    again at its end.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # its reader has what it wanted, as in `secateur choose ... | head -1`
+            sys.exit(1)
+        raise
 
 
 def _fail(message: str, code: int) -> None:
@@ -71,7 +88,9 @@ def _fail(message: str, code: int) -> None:
 @command_of(app, config.ProfileOptions)
 def profile_command(options: config.ProfileOptions) -> None:
     import secateur
+    from secateur.data.sources import check_data
 
+    check_data(options.data, options.columns)
     with work_bars() as progress:
         result = secateur.profile(**_given(options), progress=progress)
     show_profile(result)
@@ -112,7 +131,9 @@ def prune_command(options: config.PruneOptions) -> None:
 def heal_command(options: config.HealOptions) -> None:
     import secateur
     from secateur.artifacts import Training, load
+    from secateur.data.sources import check_data
 
+    check_data([*options.data, *(options.eval_data or ())], options.columns)
     with work_bars() as progress:
         folder = secateur.heal(**_given(options), progress=progress)
     settings = load(folder, Training).settings
@@ -178,7 +199,9 @@ def study_command(
     ] = False,
 ) -> None:
     import secateur
+    from secateur.data.sources import check_data
 
+    check_data(options.data, options.columns)
     if plan:
         with work_bars() as progress:
             state = secateur.plan_study(**_given(options), progress=progress)
@@ -218,7 +241,9 @@ def _study(given: dict[str, Any]) -> None:
 def encode_command(options: config.EncodeOptions) -> None:
     import secateur
     from secateur.encoding.memory import keep_freed_memory
+    from secateur.encoding.rows import check_rows
 
+    check_rows(options.files, options.column)
     keep_freed_memory()
     with work_bars() as progress:
         done = secateur.encode(**_given(options), progress=progress)

@@ -14,13 +14,14 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import DataError
 from secateur.progress import quiet
 from secateur.provenance import Fingerprint
+
+if TYPE_CHECKING:
+    import datasets
 
 PREFIX = "hf:"
 FORM = "hf:NAME, hf:NAME:CONFIG or hf:NAME@REVISION:CONFIG[SPLIT]"
@@ -99,6 +100,8 @@ def open_set(data: str | Path) -> HubSet:
         DataError: There is none of this name, or it has no such configuration or split; or it comes with code.
     """
     asked = parse_name(data)
+    import datasets  # takes a second, which files need not wait for
+
     try:
         with quiet():
             return _saved(asked) if _was_saved(asked) else _built(asked)
@@ -116,6 +119,8 @@ def _saved(asked: HubName) -> HubSet:
         raise DataError(
             str(asked), "was saved to disk, without configurations and revisions", f"hf:{asked.name}[SPLIT]"
         )
+    import datasets
+
     loaded = datasets.load_from_disk(asked.name)
     if isinstance(loaded, datasets.DatasetDict):
         whole = re.split(r"\[", asked.split or "")[0]
@@ -128,6 +133,8 @@ def _saved(asked: HubName) -> HubSet:
 
 
 def _built(asked: HubName) -> HubSet:
+    import datasets
+
     builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
     builder.download_and_prepare()
     data = builder.as_dataset(split=_split(asked, builder.info.splits))

@@ -1,4 +1,4 @@
-"""Pairs and triplets from files and data sets: read whole, checked line by line, sampled by seed.
+"""Pairs and triplets from files and data sets: checked line by line, sampled by seed.
 
 A data file is JSON Lines (``.jsonl``, also ``.jsonl.gz``), CSV or Parquet, with the columns ``query`` (or ``anchor``),
 ``positive`` and, where there are hard negatives, ``negative`` (a text or a list of texts). A JSON file of the same
@@ -8,14 +8,13 @@ name beside it (``pairs.jsonl`` and ``pairs.json``) may hold ``query_instruction
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from secateur.data.e5_mix import instruction_of
-from secateur.data.tables import ANCHOR, NEGATIVE, POSITIVE, QUERY, Table, open_table, stem
+from secateur.data.tables import ANCHOR, NEGATIVE, POSITIVE, QUERY, Draw, Table, open_table, read_rows, stem
 from secateur.errors import DataError
 from secateur.files import read_json
 from secateur.provenance import Fingerprint
@@ -46,8 +45,8 @@ class Pairs:
         """At most ``count`` rows, drawn by ``seed``, in the order of the file."""
         if count >= len(self.rows):
             return self
-        chosen = sorted(random.Random(seed).sample(range(len(self.rows)), count))  # noqa: S311 - not for secrets
-        return replace(self, rows=tuple(self.rows[i] for i in chosen), source=replace(self.source, rows=count))
+        rows = tuple(self.rows[i] for i in Draw(count, seed).places(len(self.rows)))
+        return replace(self, rows=rows, source=replace(self.source, rows=count))
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,12 @@ def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Map
     return pairs_of(open_table(data, columns), instruction)
 
 
-def pairs_of(table: Table, instruction: str | None = None) -> Pairs:
-    """The pairs of an opened file or data set; see :func:`read_pairs`."""
-    rows = tuple(_pair(table.place, line, row) for line, row in table.rows)
+def pairs_of(table: Table, instruction: str | None = None, draw: Draw | None = None) -> Pairs:
+    """The pairs of an opened file or data set, or those that are drawn; see :func:`read_pairs`."""
+    beside = read_beside(table.path) if table.path else {}
+    rows = tuple(read_rows(table, pair_of, draw))
     if not rows:
         raise DataError(table.place, "has no rows")
-    beside = _read_beside(table.path) if table.path else {}
     source = table.fingerprint(len(rows))
     return Pairs(
         name=table.name,
@@ -128,7 +127,12 @@ def _batch(pairs: Pairs, rows: Sequence[Pair]) -> Batch:
     )
 
 
-def _pair(place: str, line: int, row: Mapping[str, Any]) -> Pair:
+def pair_of(place: str, line: int, row: Mapping[str, Any]) -> Pair:
+    """The pair of a row.
+
+    Raises:
+        DataError: A column is missing, or a text is empty or not a text.
+    """
     anchor = next((name for name in ANCHOR_NAMES if name in row), QUERY)
     for field in (anchor, POSITIVE):
         if field not in row:
@@ -158,8 +162,12 @@ def _text(place: str, line: int, field: str, value: Any) -> str:
     return value
 
 
-def _read_beside(path: Path) -> Mapping[str, str]:
-    """What the JSON file of the same name tells about the data; without one, what the E5 mix's own papers tell."""
+def read_beside(path: Path) -> Mapping[str, str]:
+    """What the JSON file of the same name tells about the data; without one, what the E5 mix's own papers tell.
+
+    Raises:
+        DataError: It is broken, or a value is not a text.
+    """
     file = path.with_name(stem(path) + ".json")
     if not file.is_file():
         return {"query_instruction": instruction_of(path)}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.data.tables import TEXT, Table, open_table
+from secateur.data.tables import TEXT, Draw, Table, open_table, read_rows
 from secateur.errors import DataError
 from secateur.provenance import Fingerprint
 
@@ -26,8 +25,8 @@ class Texts:
         """At most ``count`` texts, drawn by ``seed``, in the order of the file."""
         if count >= len(self.rows):
             return self
-        chosen = sorted(random.Random(seed).sample(range(len(self.rows)), count))  # noqa: S311 - not for secrets
-        return replace(self, rows=tuple(self.rows[i] for i in chosen), source=replace(self.source, rows=count))
+        rows = tuple(self.rows[i] for i in Draw(count, seed).places(len(self.rows)))
+        return replace(self, rows=rows, source=replace(self.source, rows=count))
 
 
 def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str] | None = None) -> Texts:
@@ -41,18 +40,23 @@ def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str]
     return texts_of(open_table(data, columns), prompt)
 
 
-def texts_of(table: Table, prompt: str = "") -> Texts:
-    """The texts of an opened file or data set; see :func:`read_texts`."""
-    rows = tuple(_text(table.place, line, row) for line, row in table.rows)
+def texts_of(table: Table, prompt: str = "", draw: Draw | None = None) -> Texts:
+    """The texts of an opened file or data set, or those that are drawn; see :func:`read_texts`."""
+    rows = tuple(read_rows(table, text_of, draw))
     if not rows:
         raise DataError(table.place, "holds no text")
     return Texts(table.path.name if table.path else table.name, rows, prompt, table.fingerprint(len(rows)))
 
 
-def _text(place: str, line: int, row: Mapping[str, Any]) -> str:
+def text_of(place: str, line: int, row: Mapping[str, Any]) -> str:
+    """The text of a row.
+
+    Raises:
+        DataError: It is missing, empty or not a text.
+    """
     text = row.get(TEXT)
     if not isinstance(text, str):
-        problem = f"is a {type(text).__name__}, not a text" if TEXT in row else "the field is missing"
+        problem = f"is {text!r:.60}, not a text" if TEXT in row else "the field is missing"
         raise DataError(place, problem, line=line, field=TEXT)
     if not text.strip():
         raise DataError(place, "the text is empty", "leave the row out", line=line, field=TEXT)

@@ -7,25 +7,19 @@ its row in the output.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import zlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet as parquet
-
+from secateur.data.formats import check_once, read_csv, read_lines, read_parquet
 from secateur.data.jsonl import read_json_lines
-from secateur.data.tables import FIELD_CHARACTERS, check_once, values_of
+from secateur.data.sources import CHECKED_ROWS
 from secateur.errors import DataError
 from secateur.files import check_is_file
 
 COLUMNS = ("text", "sentence", "query", "passage", "document", "content")
 """Where texts are looked for, in this order, if nobody names a column."""
-
-BATCH_ROWS = 1024
 
 
 def read_rows(file: str | Path, column: str | None = None) -> Iterator[str]:
@@ -48,6 +42,17 @@ def read_rows(file: str | Path, column: str | None = None) -> Iterator[str]:
     raise DataError(path, "is of no known format", f"expected one of {known}")
 
 
+def check_rows(files: Sequence[str | Path], column: str | None = None) -> None:
+    """Look at the names, formats, columns and first rows of files, quickly and without PyTorch.
+
+    Raises:
+        DataError: As :func:`read_rows` would, as far as this can be told from :data:`.CHECKED_ROWS` rows.
+    """
+    for file in files:
+        for _ in itertools.islice(read_rows(file, column), CHECKED_ROWS):
+            pass
+
+
 def find_column(path: Path, column: str | None, there: Sequence[str], line: int | None = None) -> str:
     """The column that texts are read from.
 
@@ -60,7 +65,7 @@ def find_column(path: Path, column: str | None, there: Sequence[str], line: int 
         problem = f"no column {column}" if column is not None else "none of its columns is known to hold texts"
         hint = f"--column takes one of those that are there: {', '.join(map(str, there))}" if there else "it has none"
         raise DataError(path, problem, hint, line=line)
-    check_once(path, found, there)
+    check_once(path, found, there, line)
     return found
 
 
@@ -73,56 +78,23 @@ def _json_lines(path: Path, column: str | None) -> Iterator[str]:
 
 
 def _csv(path: Path, column: str | None) -> Iterator[str]:
-    csv.field_size_limit(FIELD_CHARACTERS)
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    try:
-        header = next(reader, [])
-        place = header.index(find_column(path, column, header, 1))
-        start = reader.line_num + 1
-        for row in reader:
-            if row and len(row) != len(header):
-                raise DataError(path, f"has {len(row)} columns, the first line {len(header)}", line=start)
-            if row:
-                yield row[place]
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(path, f"broken CSV ({error})", line=reader.line_num) from error
+    rows = read_csv(path)
+    _, header = next(rows, (1, []))
+    place = header.index(find_column(path, column, header, 1))
+    yield from (row[place] for _, row in rows)
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:
-    line = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            name = find_column(path, column, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[name]):
-                for value in values_of(path, name, batch.column(0), line + 1):
-                    line += 1
-                    yield _text(path, line, name, value)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(path, f"is not a readable Parquet file ({str(error).splitlines()[0]})") from error
+    for first, piece in read_parquet(path, lambda names: [find_column(path, column, names)]):
+        for name, values in piece.items():
+            yield from (_text(path, line, name, value) for line, value in enumerate(values, start=first))
 
 
 def _plain(path: Path, column: str | None) -> Iterator[str]:
     if column is not None:
         raise DataError(path, "is plain text and has no columns", "leave out --column")
-    for _, line in _lines(path):
+    for _, line in read_lines(path):
         yield line.removesuffix("\n").removesuffix("\r")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their ends and their numbers; a line feed ends one, and nothing else does."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.start + 1} is not UTF-8"
-        raise DataError(path, problem, "save the file as UTF-8", line=number) from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(path, f"is not a whole gzip file ({error})", "copy or pack it again") from None
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
 
 
 def _text(path: Path, line: int, column: str, value: Any) -> str:

@@ -23,6 +23,8 @@ BEIR's files is a retrieval task. Each ``.jsonl`` may be a ``.jsonl.gz``.
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import hashlib
 import math
 import random
@@ -34,7 +36,7 @@ from typing import Any
 
 from secateur.data.jsonl import read_json_lines
 from secateur.errors import DataError
-from secateur.files import check_is_file, check_no_byte_order_mark, read_json
+from secateur.files import check_is_file, read_json
 from secateur.provenance import Fingerprint, fingerprint
 
 Row = Mapping[str, Any]
@@ -238,7 +240,7 @@ def _read_qrels(file: Path) -> _Table:
         raise DataError(file, "no such file") from None
     except OSError as error:
         raise DataError(file, f"cannot be read ({error.strerror or error})") from None
-    check_no_byte_order_mark(file, content)
+    content = content.removeprefix(codecs.BOM_UTF8)
     table = _Table(file, [], [])
     mistakes: list[DataError] = []
     for number, raw in enumerate(content.splitlines(), start=1):
@@ -287,13 +289,11 @@ def _texts(value: Any) -> list[str]:
 
 
 def _number(value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"is {value!r:.60}, not a number")
-    return number
+    if not isinstance(value, bool) and isinstance(value, (int, float)):
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+            if math.isfinite(value):
+                return float(value)
+    raise ValueError(f"is {value!r:.60}, not a number")
 
 
 def _numbers(value: Any) -> list[float]:

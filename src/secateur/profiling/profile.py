@@ -116,7 +116,8 @@ def profile(
     check(ProfileOptions, max_length=max_length, dtype=dtype, seed=seed, sample=sample)
     if out is not None:
         out = results_folder(out, *PROFILE_FILES)
-    sources = _drawn(read_sources(data, instruction, columns), max_examples, seed)
+    sources = read_sources(data, instruction, columns, most=max_examples, seed=seed)
+    _check_sources(sources, max_examples)
     if until_sure and not any(isinstance(source, Pairs) for source in sources):
         raise ConfigError("until_sure", until_sure, "needs losses, and the data are texts alone", "leave it out")
     opened = _open_tasks(tasks, sample, seed)
@@ -237,19 +238,17 @@ def _quicken(model: SentenceTransformer) -> list[str]:
     return [f"number format by measurement: one block took {told}"]
 
 
-def _drawn(read: Sequence[Source], max_examples: int, seed: int) -> list[Source]:
-    if not read:
-        raise ConfigError("data", read, "no data file given")
-    contents = [source.source.sha256 for source in read]
-    for source in read:
+def _check_sources(sources: Sequence[Source], max_examples: int) -> None:
+    if not sources:
+        raise ConfigError("data", sources, "no data file given")
+    contents = [source.source.sha256 for source in sources]
+    share = max(2, max_examples // len(sources))
+    for source in sources:
         if contents.count(source.source.sha256) > 1:
             raise DataError(source.source.name, "is there twice: its batches would count twice", "name it once")
-        _check_differ(source, "holds fewer than two different {}", "a loss needs something to tell apart")
-    share = max(2, max_examples // len(read))
-    drawn = [source.sample(share, seed) for source in read]
-    for source in drawn:
+        if len(source.rows) < share:
+            _check_differ(source, "holds fewer than two different {}", "a loss needs something to tell apart")
         _check_differ(source, f"fewer than two different {{}} were drawn from it, of {share}", "raise --max-examples")
-    return drawn
 
 
 def _check_differ(source: Pairs | Texts, problem: str, hint: str) -> None:
