@@ -26,7 +26,7 @@ from secateur.artifacts import Origin, Training, load
 from secateur.data.pairs import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
 from secateur.evaluation.evaluate import is_instructed
-from secateur.healing import trainable
+from secateur.healing import held_out, trainable
 from secateur.healing.held_out import held_out_ndcg
 from secateur.healing.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
 from secateur.healing.train import Outcome, make_loss, train, training_sets
@@ -213,17 +213,45 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(
 
 
 def test_held_out_rows_are_measured_on_the_way(llama_folder: Path, pairs_file: Path, tmp_path: Path):
-    held_out = write_pairs(tmp_path / "held.jsonl", example_pairs(12, seed=1), "find the word")
-    options = SETTINGS | {"steps": 4, "eval_data": [held_out], "eval_every": 2}
+    held_file = write_pairs(tmp_path / "held.jsonl", example_pairs(12, seed=1), "find the word")
+    options = SETTINGS | {"steps": 4, "eval_data": [held_file], "eval_every": 2}
     healed = secateur.heal(llama_folder, pairs_file, **options, out=tmp_path / "out")
     table = load(healed, Training)
     assert [row.step for row in table.trials] == [2, 4]
     kept = max(row.score for row in table.trials)
     assert table.best_step == next(row.step for row in table.trials if row.score == kept)
-    found = held_out_ndcg(secateur.open_model(healed, device="cpu"), read_pairs(held_out))
+    found = held_out_ndcg(secateur.open_model(healed, device="cpu"), read_pairs(held_file))
     assert found == pytest.approx(kept, abs=1e-5)
     with pytest.raises(ConfigError, match="nothing to measure on the way"):
         secateur.heal(llama_folder, pairs_file, **SETTINGS, patience=2, out=tmp_path / "other")
+
+
+def test_equal_passages_are_one_document_of_the_held_out_ranking(
+    make_encoder: MakeEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By loops over distinct passages; the same in one piece and anchor by anchor."""
+    model = make_encoder()
+    rows = example_pairs(12)
+    for i, row in enumerate(rows):
+        row["negative"] = [*row["negative"], "no.", rows[(7 * i) % 12]["positive"]]
+        row["positive"] = rows[i // 2]["positive"]  # of two anchors each
+        row["query"] = rows[i - i % 3]["query"]  # with up to three passages each
+    pairs = read_pairs(write_pairs(tmp_path / "held.jsonl", rows))
+    relevant: dict[str, set[str]] = {}
+    for row in pairs.rows:
+        relevant.setdefault(row.anchor, set()).add(row.positive)
+    corpus = sorted({text for row in pairs.rows for text in (row.positive, *row.negatives)})
+    vectors = dict(zip(corpus, model.encode(corpus).astype(float), strict=True))
+    gains = []
+    for row in pairs.rows:
+        scores = {text: float(model.encode(row.anchor).astype(float) @ vectors[text]) for text in corpus}
+        others = set(corpus) - relevant[row.anchor]
+        rank = 1 + sum(scores[text] > scores[row.positive] for text in others)
+        gains.append(1 / math.log2(1 + rank) if rank <= 10 else 0)
+    assert 0.1 < np.mean(gains) < 0.9
+    assert held_out_ndcg(model, pairs) == pytest.approx(np.mean(gains), abs=1e-6)
+    monkeypatch.setattr(held_out, "COMPARED", 1)
+    assert held_out_ndcg(model, pairs) == pytest.approx(np.mean(gains), abs=1e-6)
 
 
 def test_a_training_that_is_measured_goes_on_bit_for_bit_after_a_kill(
