@@ -18,9 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import secateur
-from conftest import MakeEncoder, disk_of, example_pairs, write_pairs
+from conftest import MakeEncoder, disk_of, example_pairs, tiny_transformer, write_pairs
 from killing import run_until
 from secateur.artifacts import Origin, Training, load
 from secateur.data.pairs import Pairs, read_pairs
@@ -513,6 +515,7 @@ def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
         ({"seed": 2**33}, "seed: is"),
         ({"scale": math.inf}, "scale: is inf: it must be positive, and finite"),
         ({"learning_rate": math.nan}, "learning_rate: is nan"),
+        ({"max_length": 15}, 'max_length: is 15: the prompt "find the word; " would fill all of it: 16 or more'),
     ],
 )
 def test_numbers_that_are_none_or_do_nothing_are_refused(
@@ -522,6 +525,17 @@ def test_numbers_that_are_none_or_do_nothing_are_refused(
     with pytest.raises(ConfigError, match=told):
         secateur.heal(llama_folder, pairs_file, **given, out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_length_without_room_for_a_text_is_refused(tmp_path: Path):
+    """Of a tokenizer that puts two special tokens around each text, and cuts nothing where it is asked for one."""
+    folder = tiny_transformer(tmp_path / "model", depth=1)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<pad> $A <unk>", special_tokens=[("<pad>", 0), ("<unk>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    data = write_pairs(tmp_path / "plain.jsonl", example_pairs(8))
+    with pytest.raises(ConfigError, match="max_length: is 2: the special tokens would fill all of it: 3 or more"):
+        secateur.heal(folder, data, **SETTINGS, max_length=2, out=tmp_path / "out")
 
 
 def test_numbers_of_adapters_that_are_the_recipes_own_may_stand_anywhere():

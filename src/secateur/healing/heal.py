@@ -24,7 +24,7 @@ from secateur.healing import processes
 from secateur.healing.held_out import read_held_out
 from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, not_trained_on, sets_of, teach
 from secateur.healing.objectives import check_views
-from secateur.healing.prompts import default_prompt, keep_prompts, prompts_of
+from secateur.healing.prompts import check_room, default_prompt, keep_prompts, prompts_of
 from secateur.healing.recipe import make_recipe
 from secateur.healing.resuming import only_run, take_up
 from secateur.healing.teacher import Teacher, open_teacher
@@ -186,6 +186,7 @@ def heal(
     if bidirectional:
         attend_both_ways(opened, model)
     student = _prepare(opened, sets, sources, aim, default_prompt(opened) if instruction is None else "")
+    check_room(opened, (text for own in student.prompts.values() for text in own.values()), numbers.max_length)
     numbers = decide(opened, numbers)
     settings = {"recipe": recipe} | asdict(numbers) | {"data": {item.name: len(item.rows) for item in sets}}
     settings |= {"columns": dict(columns or {}), "bidirectional": bidirectional, "instruction": instruction}

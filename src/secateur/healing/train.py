@@ -225,7 +225,8 @@ def train(
     recipe = decide(model, recipe)
     before = prepare(model, recipe)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model.max_seq_length, own_length = min(recipe.max_length, model.max_seq_length), model.max_seq_length
+    own_length = model.max_seq_length
+    model.max_seq_length = min(recipe.max_length, own_length or recipe.max_length)
     # They join the processes, whose number a loss may ask for.
     arguments = training_arguments(sets, recipe, folder, validation, report_to)
     patience = validation.patience if validation else None
