@@ -164,8 +164,9 @@ def test_the_file_beside_the_data_gives_instructions_unless_one_is_given(tmp_pat
     pairs = read_pairs(file)
     assert (pairs.prompt, pairs.passage_prompt, pairs.source.licence) == ("Find it; ", "Keep it; ", "MIT")
     mine = read_pairs(file, instruction="Mine")
-    assert (mine.prompt, mine.passage_prompt, mine.source.licence) == ("Mine; ", "", "MIT")
-    assert read_pairs(file, instruction="").prompt == ""
+    assert (mine.prompt, mine.passage_prompt, mine.source.licence) == ("Mine; ", "Keep it; ", "MIT")
+    none = read_pairs(file, instruction="")
+    assert (none.prompt, none.passage_prompt) == ("", "Keep it; ")
 
 
 @pytest.mark.parametrize(

@@ -206,16 +206,31 @@ def results_folder(path: str | Path, *own: str) -> Path:
 def writing(path: str | Path) -> Iterator[None]:
     """Within: what fails because ``path`` cannot be written is an OutputError.
 
-    On a full disk, safetensors and torch raise errors of their own, which do not tell.
+    On a full disk, safetensors and torch raise errors of their own, which do not tell. An OSError of the network, or of
+    a file elsewhere, stays what it is.
     """
     try:
         yield
     except OSError as error:
+        if error.errno not in _OF_A_DISK and not _names(error, Path(path)):
+            raise
         raise output_error(path, error) from error
     except (RuntimeError, SafetensorError) as error:
         if not _is_full(Path(path)) and f"os error {errno.ENOSPC}" not in str(error):
             raise
         raise output_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+
+
+def _names(error: OSError, path: Path) -> bool:
+    """Whether an error is of a path, of the temporary names beside it, or of a folder that it is in."""
+    path = path.absolute()
+    for name in (error.filename, error.filename2):
+        if isinstance(name, (str, bytes, os.PathLike)):
+            there = Path(os.fsdecode(name)).absolute()
+            beside = path.parent in there.parents and path.name in there.relative_to(path.parent).parts[0]
+            if beside or there in path.parents:
+                return True
+    return False
 
 
 def _is_full(path: Path) -> bool:
@@ -230,6 +245,9 @@ _REASONS = {
     errno.EACCES: ("no permission to write there", "name another folder"),
     errno.EROFS: ("the file system is read-only", "name another folder"),
 }
+
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+"""Numbers of errors that a write may end with, which names no file."""
 
 
 def output_error(path: str | Path, error: OSError) -> OutputError:

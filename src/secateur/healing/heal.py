@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from secateur.architectures.blocks import depth_of
 from secateur.artifacts import Training
 from secateur.data.sources import Data, Source, read_sources
+from secateur.data.texts import Texts
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError
 from secateur.files import empty_folder, give_name, partial_folder, writing
@@ -210,6 +211,7 @@ def heal(
                 lambda model, recipe: make_objective(model, recipe, aim=aim, teacher=vectors),
                 validation=held_out.validation,
                 report_to=report_to,
+                rows=_rows_of(sources),
             )
         if processes.is_first():
             _write(model, student, settings, outcome, partial / "model")
@@ -243,6 +245,11 @@ def _prepare(
     trained_on = [source for source in sources if source.name in used]
     prompts = {item.name: prompts_of(item, default) for item in sets}
     return _Student(model, trained_on, prompts, keep_prompts(model, trained_on, default))
+
+
+def _rows_of(sources: Sequence[Source]) -> str:
+    kinds = {type(source) for source in sources}
+    return "rows" if len(kinds) > 1 else "texts" if kinds == {Texts} else "pairs"
 
 
 def _open_teacher(

@@ -27,14 +27,13 @@ COMPARED = 2**24
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pairs and tasks that were opened, ``names`` being what the tasks were opened by, and how often they are asked.
+    """Pairs and tasks that were opened, and how often they are asked.
 
     ``sample`` rows of each task count, drawn by ``seed``; ``every`` and ``patience`` are those of :class:`.Validation`.
     """
 
     pairs: Sequence[Pairs]
     tasks: Sequence[Task]
-    names: Sequence[str | Path]
     sample: int | None
     every: int | None
     patience: int | None
@@ -66,7 +65,7 @@ class HeldOut:
         """The mean over held-out files and tasks."""
         found = [held_out_ndcg(model, pairs) for pairs in self.pairs]
         if self.tasks:
-            table = evaluate([model], self.names, sample=self.sample, seed=self.seed, names=["model"])
+            table = evaluate([model], self.tasks, sample=self.sample, seed=self.seed, names=["model"])
             found += [row.score for row in table.rows]
         return sum(found) / len(found)
 
@@ -96,7 +95,7 @@ def read_held_out(
     if sample is not None:
         pairs = [some.sample(sample, seed) for some in pairs]
     opened = open_tasks(tasks, sample, seed) if tasks else []
-    return HeldOut(pairs, opened, tasks or (), sample, every, patience, seed)
+    return HeldOut(pairs, opened, sample, every, patience, seed)
 
 
 def _read_pairs(data: Data | None, instruction: str | None, columns: Mapping[str, str] | None) -> list[Pairs]:
