@@ -161,8 +161,9 @@ def test_the_file_beside_the_data_gives_instructions_unless_one_is_given(tmp_pat
     pairs = read_pairs(file)
     assert (pairs.prompt, pairs.passage_prompt, pairs.source.licence) == ("Find it;\n", "Keep it;\n", "MIT")
     mine = read_pairs(file, instruction="Mine")
-    assert (mine.prompt, mine.passage_prompt, mine.source.licence) == ("Mine;\n", "", "MIT")
-    assert read_pairs(file, instruction="").prompt == ""
+    assert (mine.prompt, mine.passage_prompt, mine.source.licence) == ("Mine;\n", "Keep it;\n", "MIT")
+    none = read_pairs(file, instruction="")
+    assert (none.prompt, none.passage_prompt) == ("", "Keep it;\n")
 
 
 @pytest.mark.parametrize(

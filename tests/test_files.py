@@ -22,6 +22,21 @@ with held(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.parametrize("error", [ConnectionError("refused"), OSError("no route"), FileNotFoundError(2, "no", "/a/b")])
+def test_errors_that_are_not_of_the_output_stay_what_they_are(error: OSError, tmp_path: Path):
+    with pytest.raises(type(error)) as caught, new_folder(tmp_path / "out"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), OSError(5, "broken"), "out.partial/x", "."])
+def test_errors_of_the_output_are_told_as_such(error: OSError | str, tmp_path: Path):
+    if isinstance(error, str):
+        error = FileNotFoundError(2, "no", str(tmp_path / error))
+    with pytest.raises(OutputError, match="out: "), new_folder(tmp_path / "out"):
+        raise error
+
+
 def test_two_runs_do_not_write_one_folder(tmp_path: Path):
     out = tmp_path / "out"
     with new_folder(out) as folder:

@@ -18,22 +18,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import secateur
-from conftest import MakeEncoder, disk_of, example_pairs, write_pairs
+from conftest import MakeEncoder, disk_of, example_pairs, tiny_transformer, write_pairs
 from killing import run_until
 from secateur.artifacts import Origin, Training, load
 from secateur.data.pairs import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
 from secateur.evaluation.evaluate import is_instructed
-from secateur.healing import trainable
-from secateur.healing.held_out import held_out_ndcg
+from secateur.healing import held_out, trainable
+from secateur.healing.held_out import held_out_ndcg, read_held_out
 from secateur.healing.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
 from secateur.healing.train import Outcome, make_loss, train, training_sets
 from secateur.healing.trainable import decide
 from secateur.healing.trainer import TRAINED_WEIGHTS, Validation, last_checkpoint
 from secateur.loading.models import attends_backwards_only
 from secateur.progress import silent
+from task_folders import example_rows, write_task
 
 STEPS = 20
 SETTINGS = {"steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "lora_rank": 4, "lora_dropout": 0.1}
@@ -212,18 +215,101 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(
     assert torch.equal(again[0].auto_model.get_submodule(name).weight, merged)
 
 
+@pytest.mark.parametrize("mode", ["lora", "blocks"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_scored_is_what_is_written(
+    mode: str, precision: str, llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
+    """Of weights that came in bfloat16: rounded to it, and without autocast. Measuring changes no training."""
+    texts = [str(row["query"]) for row in example_pairs(8, seed=1)]
+    seen: list[np.ndarray] = []
+
+    def score(model: SentenceTransformer) -> float:
+        seen.append(model.encode(texts))
+        return [0.1, 0.5, 0.3][len(seen) - 1]
+
+    sets = training_sets([read_pairs(pairs_file)], 8)
+    recipe = Recipe(**(SETTINGS | {"steps": 3, "train": mode, "precision": precision, "lora_dropout": 0.0}))
+    outcomes = []
+    for validation in (None, Validation(score, every=1)):
+        model = secateur.open_model(llama_folder, device="cpu", dtype="bfloat16")
+        folder = tmp_path / str(validation is None)
+        outcomes.append(train(model, sets, recipe, folder, silent, validation=validation))
+    assert outcomes[1].best_step == 2
+    assert np.array_equal(model.encode(texts), seen[1])
+    assert not np.array_equal(seen[1], seen[2])
+    assert outcomes[0].losses == outcomes[1].losses
+
+
+def test_tasks_are_opened_once(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    """Their files may go while a training runs."""
+    task = write_task(tmp_path / "task", "sts", example_rows("sts"))
+    score = read_held_out(
+        None, [task], instruction=None, columns=None, sample=None, every=None, patience=None, seed=0
+    ).score
+    model = secateur.open_model(llama_folder, device="cpu")
+    expected = secateur.evaluate([model], [task]).rows[0].score
+    shutil.rmtree(task)
+    assert [score(model), score(model)] == [expected, expected]
+
+
+def test_a_training_that_learns_nothing_says_so(llama_folder: Path, tmp_path: Path):
+    """The tokenizer knows no emoji, so that all anchors are one; and so are texts of nothing else."""
+    rows = [{"query": chr(0x1F600 + i), "positive": f"face {i}"} for i in range(8)]
+    pairs, texts = write_pairs(tmp_path / "faces.jsonl", rows), tmp_path / "faces.txt"
+    texts.write_text("".join(f"{row['query']}\n" for row in rows), encoding="utf-8")
+    for data, steps, kind in ((pairs, 2, "pairs"), (texts, 12, "texts")):
+        told: set[str] = set()
+
+        def note(what: str, done: int, total: int, told: set[str] = told) -> None:
+            told.add(what)
+
+        settings = SETTINGS | {"steps": steps}
+        with pytest.raises(DataError, match=f"the loss is 0 from the first step to step {min(steps, 10)}: nothing is"):
+            secateur.heal(llama_folder, data, **settings, out=tmp_path / kind, progress=note)
+        assert told == {f"heal (lora), {kind}"}
+
+
 def test_held_out_rows_are_measured_on_the_way(llama_folder: Path, pairs_file: Path, tmp_path: Path):
-    held_out = write_pairs(tmp_path / "held.jsonl", example_pairs(12, seed=1), "find the word")
-    options = SETTINGS | {"steps": 4, "eval_data": [held_out], "eval_every": 2}
+    held_file = write_pairs(tmp_path / "held.jsonl", example_pairs(12, seed=1), "find the word")
+    options = SETTINGS | {"steps": 4, "eval_data": [held_file], "eval_every": 2}
     healed = secateur.heal(llama_folder, pairs_file, **options, out=tmp_path / "out")
     table = load(healed, Training)
     assert [row.step for row in table.trials] == [2, 4]
     kept = max(row.score for row in table.trials)
     assert table.best_step == next(row.step for row in table.trials if row.score == kept)
-    found = held_out_ndcg(secateur.open_model(healed, device="cpu"), read_pairs(held_out))
+    found = held_out_ndcg(secateur.open_model(healed, device="cpu"), read_pairs(held_file))
     assert found == pytest.approx(kept, abs=1e-5)
     with pytest.raises(ConfigError, match="nothing to measure on the way"):
         secateur.heal(llama_folder, pairs_file, **SETTINGS, patience=2, out=tmp_path / "other")
+
+
+def test_equal_passages_are_one_document_of_the_held_out_ranking(
+    make_encoder: MakeEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By loops over distinct passages; the same in one piece and anchor by anchor."""
+    model = make_encoder()
+    rows = example_pairs(12)
+    for i, row in enumerate(rows):
+        row["negative"] = [*row["negative"], "no.", rows[(7 * i) % 12]["positive"]]
+        row["positive"] = rows[i // 2]["positive"]  # of two anchors each
+        row["query"] = rows[i - i % 3]["query"]  # with up to three passages each
+    pairs = read_pairs(write_pairs(tmp_path / "held.jsonl", rows))
+    relevant: dict[str, set[str]] = {}
+    for row in pairs.rows:
+        relevant.setdefault(row.anchor, set()).add(row.positive)
+    corpus = sorted({text for row in pairs.rows for text in (row.positive, *row.negatives)})
+    vectors = dict(zip(corpus, model.encode(corpus).astype(float), strict=True))
+    gains = []
+    for row in pairs.rows:
+        scores = {text: float(model.encode(row.anchor).astype(float) @ vectors[text]) for text in corpus}
+        others = set(corpus) - relevant[row.anchor]
+        rank = 1 + sum(scores[text] > scores[row.positive] for text in others)
+        gains.append(1 / math.log2(1 + rank) if rank <= 10 else 0)
+    assert 0.1 < np.mean(gains) < 0.9
+    assert held_out_ndcg(model, pairs) == pytest.approx(np.mean(gains), abs=1e-6)
+    monkeypatch.setattr(held_out, "COMPARED", 1)
+    assert held_out_ndcg(model, pairs) == pytest.approx(np.mean(gains), abs=1e-6)
 
 
 def test_a_training_that_is_measured_goes_on_bit_for_bit_after_a_kill(
@@ -436,12 +522,14 @@ def test_what_is_not_trained_on_is_told_and_leaves_no_trace(llama_folder: Path, 
     rows = example_pairs(9, seed=3)
     for row in rows[1:]:
         row["negative"] = [*row["negative"], "one", "two"]
+    rows[4]["negative"][2] = rows[4]["positive"]
     many = write_pairs(tmp_path / "many.jsonl", rows, "find the word")
     options = SETTINGS | {"steps": 1}
     table = load(secateur.heal(llama_folder, [pairs_file, small, many], **options, out=tmp_path / "out"), Training)
     assert [item.name for item in table.provenance.data] == ["words.jsonl", "many.jsonl"]
     assert table.prompts["query"] == "find the word;\n"
     assert list(table.settings["notes"]) == [
+        "many.jsonl: 1 rows have a negative that is a positive of the same query: row 5",
         "small.jsonl: 5 rows: too few for a batch of 8, not trained on",
         "many.jsonl: 8 rows have up to 3 negatives, of which 1 are used, as many as every row has",
     ]
@@ -485,6 +573,7 @@ def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
         ({"seed": 2**33}, "seed: is"),
         ({"scale": math.inf}, "scale: is inf: it must be positive, and finite"),
         ({"learning_rate": math.nan}, "learning_rate: is nan"),
+        ({"max_length": 15}, 'max_length: is 15: the prompt "find the word; " would fill all of it: 16 or more'),
     ],
 )
 def test_numbers_that_are_none_or_do_nothing_are_refused(
@@ -494,6 +583,17 @@ def test_numbers_that_are_none_or_do_nothing_are_refused(
     with pytest.raises(ConfigError, match=told):
         secateur.heal(llama_folder, pairs_file, **given, out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_length_without_room_for_a_text_is_refused(tmp_path: Path):
+    """Of a tokenizer that puts two special tokens around each text, and cuts nothing where it is asked for one."""
+    folder = tiny_transformer(tmp_path / "model", depth=1)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<pad> $A <unk>", special_tokens=[("<pad>", 0), ("<unk>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    data = write_pairs(tmp_path / "plain.jsonl", example_pairs(8))
+    with pytest.raises(ConfigError, match="max_length: is 2: the special tokens would fill all of it: 3 or more"):
+        secateur.heal(folder, data, **SETTINGS, max_length=2, out=tmp_path / "out")
 
 
 def test_numbers_of_adapters_that_are_the_recipes_own_may_stand_anywhere():

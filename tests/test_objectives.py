@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, Mu
 from conftest import MakeEncoder
 from secateur.architectures.blocks import cut
 from secateur.errors import ConfigError
-from secateur.healing.doubles import false_negatives, row_keys
+from secateur.healing.batch_mask import batch_mask, row_keys
 from secateur.healing.objectives import DepthVectors, Objective, contrastive_loss, dropout
 from secateur.healing.teacher import Teacher, TeacherVectors, keep_vectors
 
@@ -72,11 +72,12 @@ def test_false_negatives_are_left_out_of_the_contrastive_loss(make_encoder: Make
     positives = ["a", "a", "c", "d"]
     negatives = ["e", "b", "d", "same"]
     keys = [row_keys(column) for column in tokens(model, anchors, positives, negatives)]
-    never = {(int(i), int(j)) for i, j in false_negatives(keys).nonzero()}
-    # 0 and 1 have one positive; 0 and 2 one anchor; "d" is the positive of 3; "b" and "same" are anchors.
-    assert never == {(0, 1), (1, 0), (0, 2), (2, 0), (3, 6), (3, 5), (0, 7), (2, 7)}
+    never = {(int(i), int(j)) for i, j in batch_mask(keys).nonzero()}
+    # 0 and 1 have one positive; 0 and 2 one anchor, so that "a" is a positive of 2 wherever it stands; "d" is the
+    # positive of 3; "b" and "same" are anchors.
+    assert never == {(0, 1), (1, 0), (0, 2), (2, 0), (2, 1), (3, 6), (3, 5), (0, 7), (2, 7)}
     columns = [torch.from_numpy(model.encode(texts)) for texts in (anchors, positives, negatives)]
-    found = float(contrastive_loss(columns, false_negatives(keys), SCALE))
+    found = float(contrastive_loss(columns, batch_mask(keys), SCALE))
     assert found == pytest.approx(info_nce(columns[0].numpy(), torch.cat(columns[1:]).numpy(), never), abs=1e-5)
     plain = float(MultipleNegativesRankingLoss(None, SCALE).compute_loss_from_embeddings(columns, None))
     assert float(contrastive_loss(columns, None, SCALE)) == pytest.approx(plain, abs=1e-5) != pytest.approx(found)

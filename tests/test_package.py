@@ -23,12 +23,12 @@ architectures: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
 loading: names gguf pooling models
 data: formats jsonl e5_mix hub_sets tables pairs texts sources vectors demo
-measures: metrics curves bootstrap flops intervals
+measures: metrics false_negatives curves bootstrap flops intervals
 evaluation: task_folder tasks differences predictions evaluate
 profiling: lens parts depths depth_scores profile
 choosing: selectors budgets choose candidates
 pruning: selection prune
-healing: remote recipe processes resuming doubles teacher minibatches objectives on_cpu trainable trainer train
+healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
 healing: held_out prompts lessons heal
 reporting: cost compare journal run findings saturation printing verdict drawings card report
 studies: presets plan inputs estimate runner study

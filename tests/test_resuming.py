@@ -87,6 +87,43 @@ def test_one_run_at_a_time_goes_on_and_tells_what_an_earlier_version_did_not_not
     assert not partial.exists()
 
 
+DAMAGES = {
+    "optimizer.pt": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "scheduler.pt": lambda file: file.unlink(),
+    "rng_state.pth": lambda file: file.write_bytes(
+        file.read_bytes().replace(file.read_bytes()[-3000:-2990], b"?" * 10)
+    ),
+    "trainer_state.json": lambda file: file.write_text("{}"),
+    "trained.safetensors": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
+    killed(llama_folder, pairs_file, out=tmp_path / "out", at=3)
+    checkpoints = tmp_path / "out.partial" / "checkpoints"
+    newest = max(checkpoints.iterdir())
+    shutil.copytree(newest, tmp_path / "kept")
+    for name, damage in DAMAGES.items():
+        damage(newest / name)
+        with pytest.raises(OutputError, match=f"{newest.name}: its {name} is (damaged|missing): remove this folder"):
+            secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out")
+        shutil.rmtree(newest)
+        shutil.copytree(tmp_path / "kept", newest)
+    shutil.rmtree(newest)
+    steps: list[int] = []
+
+    def offline(what: str, done: int, total: int) -> None:
+        steps.append(done)
+        if done == 3 * SETTINGS["batch_size"]:
+            raise ConnectionError("the tracker does not answer")
+
+    with pytest.raises(ConnectionError, match="the tracker does not answer"):
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out", progress=offline)
+    assert (newest.name, steps[0]) == ("checkpoint-2", SETTINGS["batch_size"])
+
+
 def test_seconds_are_those_of_all_starts(llama_folder: Path, pairs_file: Path, tmp_path: Path):
     """A training that has nothing left to do still knows what it took."""
     sets = training_sets([read_pairs(pairs_file)], 8)

@@ -250,8 +250,8 @@ def results_folder(path: str | Path, *own: str) -> Path:
 def writing(path: str | Path) -> Iterator[None]:
     """Within: what fails because ``path`` cannot be written is an OutputError.
 
-    On a full disk, libraries raise errors of their own, of which torch's does not tell. Errors of the network are
-    errors of the system as well; these are passed on.
+    On a full disk, libraries raise errors of their own, of which torch's does not tell. An OSError of the network, or
+    of a file elsewhere, stays what it is.
     """
     try:
         yield
@@ -259,16 +259,29 @@ def writing(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         found = system_error(error)
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _OF_THE_NETWORK):
+        if found is None and isinstance(error, OSError) and (error.errno in _OF_A_DISK or _names(error, Path(path))):
             found = error
-        elif isinstance(error, RuntimeError) and _is_full(Path(path)):
+        elif found is None and isinstance(error, RuntimeError) and _is_full(Path(path)):
             found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if found is None:
             raise
         raise output_error(path, found) from error
 
 
-_OF_THE_NETWORK = (ConnectionError, TimeoutError)
+_OF_A_DISK = (errno.EROFS, errno.EIO, errno.EFBIG)
+"""Besides those of :func:`.system_error`: what a write may end with, naming no file."""
+
+
+def _names(error: OSError, path: Path) -> bool:
+    """Whether an error is of a path, of the temporary names beside it, or of a folder that it is in."""
+    path = path.absolute()
+    for name in (error.filename, error.filename2):
+        if isinstance(name, (str, bytes, os.PathLike)):
+            there = Path(os.fsdecode(name)).absolute()
+            beside = path.parent in there.parents and path.name in there.relative_to(path.parent).parts[0]
+            if beside or there in path.parents:
+                return True
+    return False
 
 
 def _is_full(path: Path) -> bool:

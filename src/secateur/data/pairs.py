@@ -102,7 +102,7 @@ def pairs_of(table: Table, instruction: str | None = None, draw: Draw | None = N
         name=table.name,
         rows=rows,
         prompt=instruction_prompt(beside.get("query_instruction", "") if instruction is None else instruction),
-        passage_prompt=instruction_prompt(beside.get("passage_instruction", "") if instruction is None else ""),
+        passage_prompt=instruction_prompt(beside.get("passage_instruction", "")),
         source=replace(source, licence=beside.get("licence", source.licence)),
     )
 

@@ -72,7 +72,7 @@ Model: TypeAlias = str | Path | SentenceTransformer
 
 def evaluate(
     models: Sequence[Model],
-    tasks: Sequence[str | Path],
+    tasks: Sequence[str | Path | Task],
     *,
     sample: int | None = None,
     seed: int = 42,
@@ -91,8 +91,8 @@ def evaluate(
 
     Args:
         models: Names, folders or open models. One at a time is in memory.
-        tasks: Task folders, or names of mteb's tasks and benchmarks, whose data mteb downloads. All folders are checked
-            before any text is encoded.
+        tasks: Task folders, or names of mteb's tasks and benchmarks, whose data mteb downloads; or what was opened
+            with the same ``sample`` and ``seed``. All folders are checked before any text is encoded.
         sample: Evaluate on at most so many rows of each task, the same for all models (see
             :func:`.sample_task`). Sampled retrieval is easier than the whole task.
         seed: Decides which rows; mteb's own draws keep mteb's own seed.
@@ -196,15 +196,20 @@ def _files(model: Model) -> str:
     return "" if isinstance(model, SentenceTransformer) else fingerprint_files(model)
 
 
-def open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:
-    """Open all tasks, whose names must differ.
+def open_tasks(tasks: Sequence[str | Path | Task], sample: int | None, seed: int) -> list[Task]:
+    """Open all tasks that are not open yet; their names must differ.
 
     Raises:
         DataError, ConfigError: As :func:`.open_task`; or no tasks, or two of one name.
     """
     if not tasks:
         raise ConfigError("tasks", tasks, "there are none", "name one at least")
-    opened = [open_task(task, sample=sample, seed=seed) for task in expand(tasks)]
+    opened = []
+    for task in tasks:
+        if isinstance(task, Task):
+            opened.append(task)
+        else:
+            opened += [open_task(own, sample=sample, seed=seed) for own in expand([task])]
     names = [task.name for task in opened]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

@@ -401,6 +401,13 @@ def _check_unique(table: _Table, keys: Sequence[Any]) -> None:
         _refuse([table.error(index, f"{keys[index]!r} occurs twice") for index in again])
 
 
+def _check_reranking(tables: Mapping[str, _Table]) -> None:
+    for index, row in enumerate(tables["test"].rows):
+        both = [text for text in row["negative"] if text in row["positive"]]
+        if both:
+            raise tables["test"].error(index, f'"{both[0]:.60}" is a positive of this query, too', field="negative")
+
+
 def _check_summarization(tables: Mapping[str, _Table]) -> None:
     for index, row in enumerate(tables["test"].rows):
         if len(row["relevance"]) != len(row["machine_summaries"]):
@@ -416,7 +423,7 @@ _CHECKS: dict[str, Callable[[dict[str, _Table]], None]] = {
     "classification": _check_classification,
     "clustering": _check_varied("label"),
     "retrieval": _check_retrieval,
-    "reranking": lambda tables: None,
+    "reranking": _check_reranking,
     "summarization": _check_summarization,
 }
 

@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from secateur.architectures.blocks import depth_of
 from secateur.artifacts import Training
 from secateur.data.sources import Data, Source, read_sources
+from secateur.data.texts import Texts
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError
 from secateur.files import empty_folder, give_name, partial_folder, writing
@@ -24,7 +25,7 @@ from secateur.healing import processes
 from secateur.healing.held_out import read_held_out
 from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, not_trained_on, sets_of, teach
 from secateur.healing.objectives import check_views
-from secateur.healing.prompts import default_prompt, keep_prompts, prompts_of
+from secateur.healing.prompts import check_room, default_prompt, keep_prompts, prompts_of
 from secateur.healing.recipe import make_recipe
 from secateur.healing.resuming import only_run, take_up
 from secateur.healing.teacher import Teacher, open_teacher
@@ -186,6 +187,7 @@ def heal(
     if bidirectional:
         attend_both_ways(opened, model)
     student = _prepare(opened, sets, sources, aim, default_prompt(opened) if instruction is None else "")
+    check_room(opened, (text for own in student.prompts.values() for text in own.values()), numbers.max_length)
     numbers = decide(opened, numbers)
     settings = {"recipe": recipe} | asdict(numbers) | {"data": {item.name: len(item.rows) for item in sets}}
     settings |= {"columns": dict(columns or {}), "bidirectional": bidirectional, "instruction": instruction}
@@ -209,6 +211,7 @@ def heal(
                 lambda model, recipe: make_objective(model, recipe, aim=aim, teacher=vectors),
                 validation=held_out.validation,
                 report_to=report_to,
+                rows=_rows_of(sources),
             )
         if processes.is_first():
             _write(model, student, settings, outcome, partial / "model")
@@ -241,6 +244,11 @@ def _prepare(
     trained_on = [source for source in sources if source.name in used]
     prompts = {item.name: prompts_of(item, default) for item in sets}
     return _Student(model, trained_on, prompts, keep_prompts(model, trained_on, default))
+
+
+def _rows_of(sources: Sequence[Source]) -> str:
+    kinds = {type(source) for source in sources}
+    return "rows" if len(kinds) > 1 else "texts" if kinds == {Texts} else "pairs"
 
 
 def _open_teacher(

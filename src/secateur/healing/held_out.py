@@ -18,19 +18,22 @@ from secateur.evaluation.evaluate import evaluate, open_tasks
 from secateur.evaluation.tasks import Task
 from secateur.healing.recipe import check_count
 from secateur.healing.trainer import Validation
+from secateur.measures.false_negatives import false_negative_mask, text_numbers
 from secateur.measures.metrics import cosines, retrieval
+
+COMPARED = 2**24
+"""Similarities of anchors and passages that are in memory at once."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pairs and tasks that were opened, ``names`` being what the tasks were opened by, and how often they are asked.
+    """Pairs and tasks that were opened, and how often they are asked.
 
     ``sample`` rows of each task count, drawn by ``seed``; ``every`` and ``patience`` are those of :class:`.Validation`.
     """
 
     pairs: Sequence[Pairs]
     tasks: Sequence[Task]
-    names: Sequence[str | Path]
     sample: int | None
     every: int | None
     patience: int | None
@@ -62,7 +65,7 @@ class HeldOut:
         """The mean over held-out files and tasks."""
         found = [held_out_ndcg(model, pairs) for pairs in self.pairs]
         if self.tasks:
-            table = evaluate([model], self.names, sample=self.sample, seed=self.seed, names=["model"])
+            table = evaluate([model], self.tasks, sample=self.sample, seed=self.seed, names=["model"])
             found += [row.score for row in table.rows]
         return sum(found) / len(found)
 
@@ -92,7 +95,7 @@ def read_held_out(
     if sample is not None:
         pairs = [some.sample(sample, seed) for some in pairs]
     opened = open_tasks(tasks, sample, seed) if tasks else []
-    return HeldOut(pairs, opened, tasks or (), sample, every, patience, seed)
+    return HeldOut(pairs, opened, sample, every, patience, seed)
 
 
 def _read_pairs(data: Data | None, instruction: str | None, columns: Mapping[str, str] | None) -> list[Pairs]:
@@ -105,9 +108,27 @@ def _read_pairs(data: Data | None, instruction: str | None, columns: Mapping[str
 
 
 def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
-    """nDCG@10 of finding each anchor's positive among all positives and negatives of a file, 0 to 1."""
-    options: dict[str, Any] = {"convert_to_tensor": True, "show_progress_bar": False}
-    anchors = model.encode([row.anchor for row in pairs.rows], prompt=pairs.prompt or None, **options)
+    """nDCG@10 of finding each anchor's positive among all positives and negatives of a file, 0 to 1.
+
+    Equal passages are one document, and an anchor's other positives are left out of its ranking.
+    """
+    anchors, anchor_places = _encode(model, [row.anchor for row in pairs.rows], pairs.prompt)
     texts = [row.positive for row in pairs.rows] + [text for row in pairs.rows for text in row.negatives]
-    candidates: torch.Tensor = model.encode(texts, prompt=pairs.passage_prompt or None, **options)
-    return float(retrieval(cosines(anchors, candidates)).ndcg_at_10)
+    passages, passage_places = _encode(model, texts, pairs.passage_prompt)
+    numbers = text_numbers([row.anchor for row in pairs.rows], texts)
+    count, total = len(pairs.rows), 0.0
+    step = max(1, COMPARED // len(texts))
+    for rows in (slice(start, min(start + step, count)) for start in range(0, count, step)):
+        masked = false_negative_mask(numbers[0], numbers[1][:count], numbers[1][count:], rows=rows, once=True)
+        found = cosines(anchors[anchor_places[rows]], passages)[:, passage_places]
+        own = torch.arange(count)[rows].to(found.device)
+        scores = retrieval(found.masked_fill(masked.to(found.device), -torch.inf), own).ndcg_at_10
+        total += float(scores) * len(own)
+    return total / count
+
+
+def _encode(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The vectors of the distinct texts, and which of them each text has."""
+    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    vectors = model.encode(list(distinct), prompt=prompt or None, convert_to_tensor=True, show_progress_bar=False)
+    return vectors, torch.tensor([distinct[text] for text in texts], device=vectors.device)

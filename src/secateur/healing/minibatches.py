@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.architectures.forward import padded_length
 from secateur.healing import processes
-from secateur.healing.doubles import false_negatives, row_keys
+from secateur.healing.batch_mask import batch_mask, row_keys
 from secateur.measures.metrics import cosines
 
 LOSS_ROWS = 1024
@@ -90,7 +90,7 @@ class MiniBatchedLoss(CachedMultipleNegativesRankingLoss):  # type: ignore[misc]
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
         """The loss; its backward pass embeds once more."""
         given = list(sentence_features)
-        self._never = false_negatives([row_keys(features) for features in given])
+        self._never = batch_mask([row_keys(features) for features in given])
         columns = [Column(features, self.tokens) for features in given]
         self._places = [column.places for column in columns]
         loss: Tensor = self.forward_cached(columns, labels)

@@ -24,7 +24,7 @@ from secateur.architectures.blocks import blocks_of, embeddings_of, final_norm, 
 from secateur.checkpoints.verify import PROBES
 from secateur.errors import ConfigError, IllegalDepth, UnsupportedArchitecture
 from secateur.healing import processes
-from secateur.healing.doubles import false_negatives, row_keys
+from secateur.healing.batch_mask import batch_mask, row_keys
 from secateur.healing.teacher import TeacherVectors
 from secateur.loading.pooling import pool
 from secateur.measures.metrics import cosines
@@ -45,7 +45,7 @@ def contrastive_loss(columns: Sequence[Tensor], never: Tensor | None, scale: flo
 
     Args:
         columns: Anchors, positives and any number of negatives, each (batch, dimension).
-        never: (batch, candidates), true where a candidate is no negative of an anchor (:func:`false_negatives`).
+        never: (batch, candidates), true where a candidate is no negative of an anchor (:func:`.batch_mask`).
         scale: Inverse temperature.
     """
 
@@ -191,7 +191,7 @@ class Objective(CachedLossMixin, nn.Module):  # type: ignore[misc]
         loss = columns[0].new_zeros(())
         weight = self.teacher_weight if len(columns) > 1 else 1.0
         if weight < 1:
-            never = false_negatives(self._keys)
+            never = batch_mask(self._keys)
             loss = loss + (1 - weight) * contrastive_loss(columns, never, self.scale)
         if targets is not None:
             loss = loss + weight * self._taught(columns, targets)

@@ -6,7 +6,7 @@ sentence-transformers puts before every text that comes without another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from sentence_transformers import SentenceTransformer
@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from secateur.data.pairs import Pairs
 from secateur.data.sources import Source
 from secateur.data.texts import Texts
+from secateur.errors import ConfigError
 from secateur.healing.train import TrainingSet
 
 
@@ -25,6 +26,21 @@ def default_prompt(model: SentenceTransformer) -> str:
 def prompts_of(item: TrainingSet, default: str) -> Mapping[str, str]:
     """The prompt of each column of a set, with ``default`` before all where the data bring none."""
     return item.prompts or (dict.fromkeys(item.rows.column_names, default) if default else {})
+
+
+def check_room(model: SentenceTransformer, prompts: Iterable[str], max_length: int) -> None:
+    """Refuse a length that leaves no token for a text after its prompt and the special tokens.
+
+    A tokenizer that is asked for fewer tokens than its special ones cuts nothing at all.
+
+    Raises:
+        ConfigError: It leaves none.
+    """
+    least, prompt = max((len(model.tokenizer(f"{prompt}a")["input_ids"]), prompt) for prompt in {*prompts, ""})
+    length = min(max_length, model.max_seq_length or max_length)
+    if length < least:
+        before = f'the prompt "{prompt:.60}"' if prompt else "the special tokens"
+        raise ConfigError("max_length", length, f"is {length}: {before} would fill all of it", f"{least} or more")
 
 
 def keep_prompts(model: SentenceTransformer, sources: Sequence[Source], default: str) -> dict[str, str]:

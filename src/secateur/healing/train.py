@@ -27,7 +27,16 @@ from secateur.healing.minibatches import MiniBatchedLoss
 from secateur.healing.objectives import Objective
 from secateur.healing.recipe import Recipe
 from secateur.healing.trainable import decide, finish, prepare
-from secateur.healing.trainer import SCORE, Judge, Trainer, Validation, Watch, last_checkpoint, out_of_patience
+from secateur.healing.trainer import (
+    SCORE,
+    Judge,
+    Trainer,
+    Validation,
+    Watch,
+    check_learning,
+    last_checkpoint,
+    out_of_patience,
+)
 from secateur.progress import Progress, quiet
 
 CHECKPOINTS = 10
@@ -90,8 +99,12 @@ def training_sets(sources: Sequence[Pairs], batch_size: int) -> list[TrainingSet
 
 
 def left_out(sources: Sequence[Pairs], batch_size: int) -> list[str]:
-    """What :func:`training_sets` leaves out, in words: rows that fill no batch, and negatives beyond the fewest."""
-    found = []
+    """What is odd about data, in words.
+
+    Rows that fill no batch and negatives beyond the fewest are left out by :func:`training_sets`. A text that is
+    positive and negative of one query is trained on as both, but within a batch.
+    """
+    found = [told for pairs in sources if (told := _contradictions(pairs))]
     for group in (group for pairs in sources for group in _groups(pairs)):
         if apart(group.texts, batch_size) < batch_size:
             found.append(f"{group.told(batch_size)}: too few for a batch of {batch_size}, not trained on")
@@ -101,6 +114,19 @@ def left_out(sources: Sequence[Pairs], batch_size: int) -> list[str]:
             told = f"{len(cut)} rows have up to {max(cut)} negatives, of which {group.negatives} are used"
             found.append(f"{group.pairs.source.name}: {told}, as many as every row has")
     return found
+
+
+def _contradictions(pairs: Pairs) -> str:
+    positives: dict[str, set[str]] = {}
+    for row in pairs.rows:
+        positives.setdefault(row.anchor, set()).add(row.positive)
+    both = [i for i, row in enumerate(pairs.rows, 1) if not positives[row.anchor].isdisjoint(row.negatives)]
+    if not both:
+        return ""
+    return (
+        f"{pairs.source.name}: {len(both)} rows have a negative that is a positive of the same query: row {both[0]}"
+        + (" and others" if len(both) > 1 else "")
+    )
 
 
 def apart(rows: Sequence[Sequence[str]], most: int) -> int:
@@ -203,6 +229,7 @@ def train(
     *,
     validation: Validation | None = None,
     report_to: str = "none",
+    rows: str = "pairs",
 ) -> Outcome:
     """Train a model in place.
 
@@ -212,20 +239,23 @@ def train(
             that is called ``label``: numbers, or lists of numbers of equal length, which the objective is given.
         recipe: The numbers; what is left open in them (:func:`.decide`) is decided here.
         folder: Where checkpoints go; a training that stopped there goes on.
-        progress: Told the pairs seen, after each step.
+        progress: Told the rows seen, after each step.
         objective: Makes the loss.
         validation: Scores on the way; the model is left at the best.
         report_to: A tracker that the trainer knows: ``tensorboard``, ``wandb``, ``mlflow``, …
+        rows: What the rows are, for the progress.
 
     Raises:
         TrainingDiverged: The loss is not finite, or exploded.
         ConfigError: The launcher asks for FSDP.
-        DataError: The data had no batches for all of the steps.
+        DataError: The data had no batches for all of the steps, or the loss was 0 in every one.
+        OutputError: A file of the checkpoint that it would go on from is damaged.
     """
     recipe = decide(model, recipe)
     before = prepare(model, recipe)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model.max_seq_length, own_length = min(recipe.max_length, model.max_seq_length), model.max_seq_length
+    own_length = model.max_seq_length
+    model.max_seq_length = min(recipe.max_length, own_length or recipe.max_length)
     # They join the processes, whose number a loss may ask for.
     arguments = training_arguments(sets, recipe, folder, validation, report_to)
     patience = validation.patience if validation else None
@@ -234,8 +264,8 @@ def train(
         args=arguments,
         train_dataset=DatasetDict({item.name: item.rows for item in sets}),
         loss=objective(model, recipe),
-        evaluator=Judge(validation.score, own_length) if validation else None,
-        callbacks=[Watch(folder, f"heal ({recipe.train}), pairs", recipe.batch_size, patience, progress)],
+        evaluator=Judge(validation.score, own_length, before) if validation else None,
+        callbacks=[Watch(folder, f"heal ({recipe.train}), {rows}", recipe.batch_size, patience, progress)],
     )
     if trainer.is_fsdp_enabled:
         raise ConfigError("fsdp", True, "weights cannot be sharded", "start the processes without FSDP")
@@ -246,6 +276,7 @@ def train(
     if state.global_step < recipe.steps and not out_of_patience(state, patience):
         problem = f"gave no batch of {recipe.batch_size} after {state.global_step} of {recipe.steps} steps"
         raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
+    check_learning(state)
     # The trainer left its autocast around the model: what is saved and compared is the model without it.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = own_length
@@ -319,7 +350,7 @@ def check_processes(batch_size: int) -> None:
         ConfigError: It does not.
     """
     if batch_size % processes.count():
-        problem = f"{batch_size} pairs do not divide among {processes.count()} processes"
+        problem = f"a batch of {batch_size} does not divide among {processes.count()} processes"
         raise ConfigError("batch_size", batch_size, problem, f"a multiple of {processes.count()}")
 
 

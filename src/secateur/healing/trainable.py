@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import psutil  # type: ignore[import-untyped]
@@ -91,6 +92,31 @@ def finish(model: SentenceTransformer, before: Mapping[str, torch.dtype]) -> Non
         parameter.requires_grad_(True)
         parameter.grad = None
     model.eval()
+
+
+@contextmanager
+def as_written(model: SentenceTransformer, before: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Within: the model computes with the weights and in the number formats that :func:`finish` would leave it with.
+
+    A merged adapter, and a float32 weight, are rounded to the format of the model that came. Afterwards the weights are
+    those of the training again, bit for bit.
+    """
+    trained = [(parameter, parameter.data) for parameter in model.parameters()]
+    autocast = vars(model).pop("forward", None)  # the trainer's, around the model's own
+    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    try:
+        for layer in adapted:
+            layer.merge(safe_merge=True)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(before.get(name, parameter.dtype))
+        yield
+    finally:
+        for parameter, data in trained:
+            parameter.data = data
+        for layer in adapted:
+            layer.merged_adapters.clear()
+        if autocast is not None:
+            model.forward = autocast
 
 
 def merge_adapters(model: SentenceTransformer) -> None:

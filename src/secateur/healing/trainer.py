@@ -6,11 +6,12 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from safetensors import safe_open
@@ -18,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from secateur.architectures.forward import padded_length
-from secateur.errors import TrainingDiverged
+from secateur.errors import DataError, OutputError, TrainingDiverged
 from secateur.healing.on_cpu import attention_in_float32
+from secateur.healing.trainable import as_written
 from secateur.progress import Progress
 
 TRAINED_WEIGHTS = "trained.safetensors"
@@ -80,8 +82,8 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
     def go_on(self, checkpoint: str | None, patience: int | None) -> None:
         """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
         self._started = time.monotonic()
+        state = _checked_state(Path(checkpoint)) if checkpoint else None
         self._seconds_before = _seconds_of(Path(checkpoint)) if checkpoint else 0.0
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
         if state is None or (state.global_step < self.args.max_steps and not out_of_patience(state, patience)):
             self.train(resume_from_checkpoint=checkpoint)
         else:
@@ -116,17 +118,27 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
 
 class Judge(BaseEvaluator):  # type: ignore[misc]
-    """A :class:`Validation`'s score as the trainer asks for it: of the model as it will be used, at its own length."""
+    """A :class:`Validation`'s score as the trainer asks for it: of the model as it would be written, at its own length.
 
-    def __init__(self, score: Callable[[SentenceTransformer], float], own_length: int) -> None:
+    Args:
+        score: Of a model.
+        own_length: The model's, which may be longer than that of the training.
+        before: The number formats of the model that came (:func:`.prepare`).
+    """
+
+    def __init__(
+        self, score: Callable[[SentenceTransformer], float], own_length: int, before: Mapping[str, torch.dtype]
+    ) -> None:
         super().__init__()
         self.score = score
         self.own_length = own_length
+        self.before = before
 
     def __call__(self, model: SentenceTransformer, *_: Any, **__: Any) -> dict[str, float]:
         """The score, under the name that the trainer looks for."""
         trained_length, model.max_seq_length = model.max_seq_length, self.own_length
-        with torch.random.fork_rng():  # what the score draws must not change what the training draws
+        # What the score draws must not change what the training draws.
+        with torch.random.fork_rng(), as_written(model, self.before):
             score = float(self.score(model))
         model.max_seq_length = trained_length
         return {"score": score}
@@ -160,12 +172,27 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return
         first = [entry["loss"] for entry in state.log_history if "loss" in entry][:FIRST_LOSSES]
         finite = math.isfinite(loss) and math.isfinite(logs.get("grad_norm", 0.0))
+        if len(first) == FIRST_LOSSES:
+            check_learning(state)
         if not finite or loss > EXPLODED * max(first):
             raise TrainingDiverged(state.global_step, loss, last_checkpoint(self.folder))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if out_of_patience(state, self.patience):
             control.should_training_stop = True
+
+
+def check_learning(state: TrainerState) -> None:
+    """Refuse a training in which nothing is learned.
+
+    Raises:
+        DataError: Every loss was 0.
+    """
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    if losses and not any(losses):
+        problem = f"the loss is 0 from the first step to step {state.global_step}: nothing is learned"
+        hint = "texts that the tokenizer does not know become the same tokens, and are no negatives of each other"
+        raise DataError("data", problem, hint)
 
 
 def out_of_patience(state: TrainerState, patience: int | None) -> bool:
@@ -209,6 +236,38 @@ def _seconds_of(checkpoint: Path) -> float:
     """Those that a checkpoint took; earlier versions did not note them."""
     with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt") as file:
         return float((file.metadata() or {}).get(SECONDS, 0.0))
+
+
+def _checked_state(checkpoint: Path) -> TrainerState:
+    """The trainer's state in a checkpoint, all of whose files can be read.
+
+    Raises:
+        OutputError: One is missing or damaged. Without the optimizer's, the stock trainer would go on with a new one.
+    """
+    for name in (TRAINED_WEIGHTS, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state*.pth"):
+        found = sorted(checkpoint.glob(name))
+        if not found or not all(map(_is_readable, found)):
+            problem = f"its {found[0].name if found else name} is {'damaged' if found else 'missing'}"
+            hint = "remove this folder; the same command then goes on from the checkpoint before it, or anew"
+            raise OutputError(checkpoint, problem, hint)
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether a file of a checkpoint is what it was written as, as far as its own checks tell."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                return True
+        if file.suffix == ".json":
+            state = TrainerState.load_from_json(str(file))
+            return file.parent.name == f"checkpoint-{state.global_step}"
+        with ZipFile(file) as archive:  # as torch saves
+            return archive.testzip() is None
+    except OSError:
+        raise
+    except Exception:  # whatever a reader makes of bytes that are not its own
+        return False
 
 
 def _is_whole(checkpoint: Path) -> bool:

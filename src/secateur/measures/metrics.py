@@ -55,7 +55,7 @@ class Retrieval(NamedTuple):
     ndcg_at_10: Tensor
 
 
-def retrieval(found: Tensor) -> Retrieval:
+def retrieval(found: Tensor, own: Tensor | None = None) -> Retrieval:
     """Accuracy at 1 and nDCG@10 of finding each anchor's own positive among all candidates of its batch.
 
     With one relevant candidate at rank r, nDCG@10 is 1 / log2(r + 1) for r ≤ 10, else 0 (Järvelin & Kekäläinen 2002).
@@ -63,11 +63,14 @@ def retrieval(found: Tensor) -> Retrieval:
     all texts the same vector scores what chance gives.
 
     Args:
-        found: Cosines (..., batch, candidates), candidate i being anchor i's own.
+        found: Cosines (..., batch, candidates); -inf for a candidate that is none of this anchor
+            (:func:`.false_negative_mask`).
+        own: Which candidate is each anchor's own, (batch,); None: candidate i is anchor i's.
     """
-    own = found.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    better = (found > own + TIE).sum(dim=-1)
-    tied = ((found - own).abs() <= TIE).sum(dim=-1)  # with itself
+    anchors = torch.arange(found.shape[-2], device=found.device)
+    wanted = found[..., anchors, anchors if own is None else own].unsqueeze(-1)
+    better = (found > wanted + TIE).sum(dim=-1)
+    tied = ((found - wanted).abs() <= TIE).sum(dim=-1)  # with itself
     gains = torch.zeros(found.shape[-1] + 1, device=found.device)
     top = min(10, found.shape[-1])
     gains[1 : top + 1] = 1 / torch.arange(2, top + 2, device=found.device).log2()

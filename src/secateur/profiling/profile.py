@@ -30,6 +30,7 @@ from secateur.loading.models import model_label, open_model
 from secateur.loading.pooling import pooling_name
 from secateur.measures import bootstrap
 from secateur.measures.curves import lowest_in_each_half
+from secateur.measures.false_negatives import false_negative_mask, text_numbers
 from secateur.measures.metrics import (
     alignment,
     cosines,
@@ -255,6 +256,17 @@ def _check_differ(source: Pairs | Texts, problem: str, hint: str) -> None:
     if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in source.rows}) < 2:
         what = "pairs" if isinstance(source, Pairs) else "texts"
         raise DataError(source.source.name, problem.format(what), hint)
+    if isinstance(source, Pairs) and not _tells_apart(source):
+        raise DataError(source.source.name, "every passage is a positive of every anchor", hint)
+
+
+def _tells_apart(pairs: Pairs) -> bool:
+    """Whether some anchor has a negative at all, wherever in the data it stands."""
+    relevant: dict[str, set[str]] = {}
+    for row in pairs.rows:
+        relevant.setdefault(row.anchor, {row.anchor}).add(row.positive)
+    passages = {text for row in pairs.rows for text in (row.positive, *row.negatives)}
+    return any(not passages <= own for own in relevant.values())
 
 
 def _as_used(source: Source, model: SentenceTransformer) -> Source:
@@ -360,7 +372,7 @@ def _measure(
         members = sorted(set().union(*(batch.texts for batch in group)) - held.keys())
         _encode(encoder, corpus, members, held, sums, seed)
         for batch in group:
-            _score(batch, held, scale, sums)
+            _score(batch, corpus, held, scale, sums)
             progress("profile", sums.batches, len(corpus.batches))
         # A copy frees the batch that a vector came with.
         held = {text: vectors.clone() for text, vectors in held.items() if last_use[text] >= sums.batches}
@@ -403,7 +415,7 @@ def _add(found: Depths, sums: _Sums) -> None:
         sums.targets.append(found.targets)
 
 
-def _score(batch: _Batch, held: dict[int, Tensor], scale: float, sums: _Sums) -> None:
+def _score(batch: _Batch, corpus: _Corpus, held: dict[int, Tensor], scale: float, sums: _Sums) -> None:
     """What one batch tells, at all depths at once."""
     sums.batches += 1
     for text in (*batch.anchors, *batch.positives):
@@ -411,14 +423,18 @@ def _score(batch: _Batch, held: dict[int, Tensor], scale: float, sums: _Sums) ->
             sums.sample[text] = held[text][0].clone()
     if not batch.positives:
         return
+    columns = (batch.anchors, batch.positives, batch.negatives)
+    anchor, positive, negative = text_numbers(*([corpus.texts[text][1] for text in column] for column in columns))
+    never = false_negative_mask(anchor, positive, negative)
+    unranked = false_negative_mask(anchor, positive, negative, once=True)
     losses = []
     for pooling in range(len(held[batch.anchors[0]])):
         anchors = torch.stack([held[text][pooling] for text in batch.anchors], dim=1)
         others = torch.stack([held[text][pooling] for text in (*batch.positives, *batch.negatives)], dim=1)
         found = cosines(anchors, others)
-        losses.append(loss_of_cosines(found, scale))
+        losses.append(loss_of_cosines(found.masked_fill(never, -torch.inf), scale))
         if pooling == 0:
-            accuracy, ndcg = retrieval(found)
+            accuracy, ndcg = retrieval(found.masked_fill(unranked, -torch.inf))
             sums.accuracy.append(accuracy)
             sums.ndcg.append(ndcg)
             sums.alignment.append(alignment(anchors, others[:, : len(batch.positives)]))
