@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
 
 import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
 from secateur.artifacts import Training, load
 from secateur.config import HealOptions, make
-from secateur.data.pairs import Pairs, read_pairs
+from secateur.data.pairs import Pair, Pairs, read_pairs
 from secateur.data.texts import read_texts
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, DataError
 from secateur.healing.lessons import LABEL, find_aim, sets_of, teach
-from secateur.healing.teacher import open_teacher
+from secateur.healing.objectives import Objective
+from secateur.healing.recipe import make_recipe
+from secateur.healing.teacher import PROBE, open_teacher
+from secateur.healing.train import TrainingSet, rows_used, train, training_sets
 from secateur.progress import silent
+from secateur.provenance import Fingerprint
 
+SOURCE = Fingerprint("data", 1, "", "")
 SETTINGS = {"steps": 30, "batch_size": 8, "precision": "float32"}
 
 
@@ -34,6 +45,10 @@ def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher of another architecture."""
     return tiny_transformer(tmp_path_factory.mktemp("wide") / "bert", "bert", depth=2, seed=5)
+
+
+def every(sets: Sequence[TrainingSet]) -> list[range]:
+    return [range(len(item.rows)) for item in sets]
 
 
 def closeness(one: Path, other: Path) -> float:
@@ -61,9 +76,8 @@ def test_a_cut_model_is_taught_by_the_whole_one_on_texts_alone(llama_folder: Pat
     assert table.prompts == {}
     kept = sorted(cache.rglob("*.npy"))
     assert sum(len(np.load(file)) for file in kept if "keys" not in file.name) == 80 + 1  # and the probe
-    again = teach(
-        sets_of([read_texts(texts_file)], 8, find_aim([], taught=True)), open_teacher(llama_folder), cache, silent
-    )
+    sets = sets_of([read_texts(texts_file)], 8, find_aim([], taught=True))
+    again = teach(sets, every(sets), open_teacher(llama_folder), cache, silent)
     assert sorted(cache.rglob("*.npy")) == kept
     assert again[0][0].rows.column_names == ["text", LABEL]
 
@@ -92,7 +106,8 @@ def test_texts_alone_without_a_teacher_are_their_own_positives(llama_folder: Pat
 def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: Path, texts_file: Path, tmp_path: Path):
     sources = [read_pairs(pairs_file), read_texts(texts_file, "say;\n")]
     aim = find_aim(sources, taught=True)
-    sets, vectors = teach(sets_of(sources, 8, aim), open_teacher(llama_folder, device="cpu"), tmp_path, silent)
+    sets = sets_of(sources, 8, aim)
+    sets, vectors = teach(sets, every(sets), open_teacher(llama_folder, device="cpu"), tmp_path, silent)
     model = secateur.open_model(llama_folder, device="cpu")
     for item, prompts in zip(sets, (["find the word;\n", "", ""], ["say;\n"]), strict=True):
         row = item.rows[3]
@@ -101,6 +116,70 @@ def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: 
             model.encode(text, prompt=prompt or None) for text, prompt in zip(row.values(), prompts, strict=True)
         ]
         assert np.allclose(found, expected, atol=1e-5)
+
+
+def test_a_teacher_is_asked_once_for_the_texts_that_are_trained_on_and_for_no_others(
+    llama_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Three depths, two seeds and a run again, each of 3 steps of 8 of the 80 texts; at the length of the training."""
+    asked: list[str] = []
+    lengths: set[int] = set()
+    stock = SentenceTransformer.encode
+
+    def counted(model: SentenceTransformer, texts: list[str], **options: object) -> np.ndarray:
+        if "_encode" in sys._getframe(1).f_code.co_name:  # the teacher's
+            asked.extend(texts)
+            lengths.add(model.max_seq_length)
+        return stock(model, texts, **options)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", counted)
+    read: set[str] = set()
+    forward = Objective.forward
+
+    def watched(loss: Objective, features: list[dict], labels: torch.Tensor) -> torch.Tensor:
+        features = list(features)
+        read.update(loss.model.tokenizer.batch_decode(features[0]["input_ids"], skip_special_tokens=True))
+        return forward(loss, features, labels)
+
+    monkeypatch.setattr(Objective, "forward", watched)
+    options = SETTINGS | {"steps": 3, "max_length": 20, "teacher": llama_folder, "cache": tmp_path / "vectors"}
+    for depth in (1, 2, 3):
+        cut = llama_folder if depth == 3 else secateur.prune(llama_folder, to=depth, out=tmp_path / f"{depth}")
+        for seed in (1, 2, 1):
+            secateur.heal(cut, texts_file, **options, seed=seed, out=tmp_path / f"{depth}-{seed}-{len(asked)}-{seed}")
+            shutil.rmtree(next(tmp_path.glob(f"{depth}-{seed}-*")))
+    texts = [text for text in asked if text != PROBE]
+    assert len(texts) == len(set(texts)) <= 2 * 3 * 8
+    assert {text[:20].replace(" ", "") for text in texts} == {text.replace(" ", "")[:20] for text in read}
+    assert lengths == {20}
+
+
+@pytest.mark.parametrize("steps", [1, 5, 12, 200])
+def test_the_rows_that_a_training_reads_are_known_before_it(llama_folder: Path, tmp_path: Path, steps: int):
+    pairs = [
+        Pairs(f"{n}", tuple(Pair(f"{n} {i}", f"{i} of {n}") for i in range(n)), "", "", SOURCE) for n in (40, 24, 9)
+    ]
+    sets = training_sets(pairs, 8)
+    sets = [replace(item, rows=item.rows.add_column("label", list(range(len(item.rows))))) for item in sets]
+    model = secateur.open_model(llama_folder, device="cpu")
+    recipe = make_recipe("l3prune", steps=steps, batch_size=8, precision="float32", seed=3)
+    expected = rows_used(model, sets, recipe, tmp_path)
+    read: list[set[int]] = [set() for _ in sets]
+
+    class Watching(Objective):
+        def forward(self, features: Sequence[dict], labels: torch.Tensor) -> torch.Tensor:
+            features = list(features)
+            first = model.tokenizer.decode(features[0]["input_ids"][0], skip_special_tokens=True)
+            of = next(i for i, n in enumerate((40, 24, 9)) if first.replace(" ", "").startswith(str(n)))
+            read[of].update(labels.tolist())
+            return super().forward(features, labels)
+
+    train(model, sets, recipe, tmp_path, silent, lambda model, recipe: Watching(model, scale=recipe.scale))
+    if steps < 9:
+        assert [set(rows) for rows in expected] == read
+        assert sum(map(len, expected)) == 8 * steps
+    else:
+        assert [set(rows) for rows in expected] == [set(range(len(item.rows))) for item in sets]
 
 
 def test_mistakes_are_told_before_anything_is_written(

@@ -91,6 +91,14 @@ def test_vectors_that_say_nothing_are_refused_and_not_kept(bad: float, tmp_path:
     assert vectors.read(vectors.rows(["bb"])).tolist() == [[0, 2, 197]]
 
 
+def test_a_teacher_that_gives_all_texts_one_vector_is_refused(tmp_path: Path):
+    same = Teacher("same", "f" * 64, lambda texts, _: np.ones((len(texts), 3), dtype=np.float32))
+    with pytest.raises(ModelError, match="gives the same vector for 3 different texts"):
+        keep_vectors(same, {"": ["a", "bb", "ccc"]}, tmp_path)
+    teacher, _ = counted()
+    assert keep_vectors(teacher, {"": ["a"]}, tmp_path / "other").dimension == 3  # one text says nothing about it
+
+
 def test_another_model_behind_the_same_name_is_noticed(tmp_path: Path):
     teacher, _ = counted()
     keep_vectors(teacher, {"": ["a"]}, tmp_path)
@@ -207,6 +215,10 @@ def mood() -> Iterator[Mood]:
             elif act == "ragged":
                 rows[0]["embedding"] = [1.0]
                 self.answer(200, json.dumps({"data": rows}).encode())
+            elif act == "page":
+                self.answer(200, b"<html><body>Welcome</body></html>", {"Content-Type": "text/html"})
+            elif act == "deep":
+                self.answer(200, b'{"data": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
             elif act == "text":
                 self.answer(200, b'["sorry"]')
             elif act == "NaN":
@@ -273,6 +285,8 @@ def test_requests_are_small_enough_for_the_server(mood: Mood):
         ("more", "answers with 5 vectors for 4 texts"),
         ("ragged", "one vector for each of 4 texts"),
         ("text", "one vector for each of 4 texts"),
+        ("page", r'does not answer in JSON \("<html><body>Welcome</body></html>"\): the address ends with /v1'),
+        ("deep", "JSON nested too deep"),
         ("400", r"answers 400 \(no such thing\)"),
         ("moved", "answers 307"),
     ],

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from secateur.data.vectors import VectorCache
+
+resource = pytest.importorskip("resource", reason="limits of open files are Unix's")
 
 
 def encode(texts: list[str]) -> np.ndarray:
@@ -67,6 +70,16 @@ def test_two_writers_at_once(tmp_path: Path):
     assert np.array_equal(VectorCache(tmp_path, "m").encode(["a", "b", "c"], "", never), encode(["a", "b", "c"]))
 
 
-def test_vectors_are_mapped_into_memory(tmp_path: Path):
-    VectorCache(tmp_path, "m").encode(["a"], "", encode)
-    assert all(isinstance(vectors, np.memmap) for vectors in VectorCache(tmp_path, "m")._files)
+def test_many_files_of_vectors_are_read_with_few_open_at_once(tmp_path: Path):
+    cache = VectorCache(tmp_path, "m")
+    texts = [f"text {i}" for i in range(100)]
+    for text in texts:
+        cache.encode([text], "", encode)
+    own, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, hard))
+    try:
+        assert np.array_equal(VectorCache(tmp_path, "m").encode(texts, "", never), encode(texts))
+        assert np.array_equal(cache.encode(texts, "", never), encode(texts))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (own, hard))

@@ -1,7 +1,7 @@
 """Vectors kept on disk, so that the same text is not encoded twice by the same model.
 
-``FOLDER/<model fingerprint>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into memory and read
-row by row, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and of what stood before it. Files appear
+``FOLDER/<model fingerprint>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into memory while rows
+are read, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and of what stood before it. Files appear
 under their names when they are complete, keys last, and are never changed. A writer that was killed leaves nothing that
 a reader sees, and several may write at once.
 """
@@ -38,8 +38,9 @@ class VectorCache:
     def __init__(self, folder: str | Path, model: str) -> None:
         self.folder = Path(folder) / model[:32]
         self._where: dict[bytes, int] = {}
-        self._files: list[NDArray[Any]] = []
-        self._starts: list[int] = []
+        self._files: list[Path] = []
+        self._starts: list[int] = [0]
+        self._dimension = 0
         for file in sorted(self.folder.glob(f"*{_KEYS}")):
             self._open(file)
 
@@ -76,13 +77,13 @@ class VectorCache:
         files = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(files):
             own = files == number
-            vectors[own] = self._files[number][rows[own] - self._starts[number]]
+            vectors[own] = np.load(self._files[number], mmap_mode="r")[rows[own] - self._starts[number]]
         return vectors
 
     @property
     def dimension(self) -> int:
         """How many numbers a vector has; 0 while there is none."""
-        return int(self._files[0].shape[1]) if self._files else 0
+        return self._dimension
 
     def _add(self, keys: Sequence[bytes], vectors: NDArray[np.float32]) -> None:
         name = uuid.uuid4().hex
@@ -92,18 +93,23 @@ class VectorCache:
         self._open(file)
 
     def _open(self, file: Path) -> None:
-        """Add the vectors that belong to a file of keys. What is damaged is as if it were not there."""
+        """Add the vectors that belong to a file of keys; damaged files are skipped.
+
+        No file stays open: a cache of a million texts has a thousand of them, as many as a process may open.
+        """
+        vectors_file = file.with_name(file.name.replace(_KEYS, ".npy"))
         try:
             keys = np.load(file)
-            vectors = np.load(file.with_name(file.name.replace(_KEYS, ".npy")), mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+            shape = np.load(vectors_file, mmap_mode="r").shape
+        except (FileNotFoundError, ValueError, EOFError):
             return
-        if keys.shape != (len(vectors), _HASH_BYTES) or keys.dtype != np.uint8 or vectors.ndim != 2:
+        if len(shape) != 2 or keys.shape != (shape[0], _HASH_BYTES) or keys.dtype != np.uint8:
             return
-        start = self._starts[-1] + len(self._files[-1]) if self._files else 0
+        start = self._starts[-1]
         self._where |= {key.tobytes(): start + row for row, key in enumerate(keys)}
-        self._files.append(vectors)
-        self._starts.append(start)
+        self._files.append(vectors_file)
+        self._starts.append(start + shape[0])
+        self._dimension = self._dimension or int(shape[1])
 
 
 def _as_npy(array: NDArray[Any]) -> bytes:

@@ -29,7 +29,7 @@ from secateur.healing.prompts import check_room, default_prompt, keep_prompts, p
 from secateur.healing.recipe import make_recipe
 from secateur.healing.resuming import only_run, take_up
 from secateur.healing.teacher import Teacher, open_teacher
-from secateur.healing.train import Outcome, TrainingSet, check_processes, check_tracker
+from secateur.healing.train import Outcome, TrainingSet, check_processes, check_tracker, rows_used
 from secateur.healing.train import train as run_training
 from secateur.healing.trainable import decide
 from secateur.loading.models import attend_both_ways, model_label, open_model, save_model
@@ -182,7 +182,7 @@ def heal(
         patience=patience,
         seed=seed,
     )
-    guide = _open_teacher(teacher, teacher_model, cache, device, trust_remote_code)
+    guide = _open_teacher(teacher, teacher_model, cache, numbers.max_length, device, trust_remote_code)
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
     if bidirectional:
         attend_both_ways(opened, model)
@@ -199,7 +199,8 @@ def heal(
         processes.wait()
         vectors = None
         if guide:
-            sets, vectors = teach(sets, guide, Path(cache or partial / "teacher"), progress)
+            used = rows_used(opened, sets, numbers, partial / "checkpoints")
+            sets, vectors = teach(sets, used, guide, Path(cache or partial / "teacher"), progress)
             guide = None  # its weights are not needed any more
         with dropout_of(opened, aim):
             outcome = run_training(
@@ -252,10 +253,15 @@ def _rows_of(sources: Sequence[Source]) -> str:
 
 
 def _open_teacher(
-    name: str | Path | None, model: str | None, cache: str | Path | None, device: str | None, trusted: bool
+    name: str | Path | None,
+    model: str | None,
+    cache: str | Path | None,
+    max_length: int,
+    device: str | None,
+    trusted: bool,
 ) -> Teacher | None:
     if name is not None:
-        return open_teacher(name, model=model, device=device, trust_remote_code=trusted)
+        return open_teacher(name, model=model, max_length=max_length, device=device, trust_remote_code=trusted)
     for key, value in (("teacher_model", model), ("cache", cache)):
         if value is not None:
             raise ConfigError(key, value, "there is no teacher", "name one with --teacher")

@@ -21,10 +21,9 @@ from sentence_transformers import SentenceTransformer
 from secateur.data.pairs import Pair, Pairs
 from secateur.data.texts import Texts
 from secateur.errors import ConfigError, DataError
-from secateur.healing import processes
 from secateur.healing.objectives import DROPOUT, IMITATED, TEACHER_WEIGHT, VECTORS, Objective, dropout
 from secateur.healing.recipe import DISTILL, L3PRUNE, Recipe
-from secateur.healing.teacher import Teacher, TeacherVectors, keep_vectors
+from secateur.healing.teacher import UNUSED, Teacher, TeacherVectors, keep_vectors
 from secateur.healing.train import TrainingSet, left_out, make_loss, training_sets
 from secateur.progress import Progress
 
@@ -137,14 +136,17 @@ def _text_set(texts: Texts) -> TrainingSet:
 
 
 def teach(
-    sets: Sequence[TrainingSet], teacher: Teacher, folder: Path, progress: Progress
+    sets: Sequence[TrainingSet],
+    used: Sequence[Sequence[int]],
+    teacher: Teacher,
+    folder: Path,
+    progress: Progress,
 ) -> tuple[list[TrainingSet], TeacherVectors]:
-    """Let a teacher encode all texts, with the prompts of their columns, and number its vectors in each row.
-
-    Of several processes, the first asks the teacher.
+    """Let a teacher encode the texts that are trained on, with the prompts of their columns, and number its vectors.
 
     Args:
         sets: The texts.
+        used: The rows of each set that are trained on (:func:`.rows_used`).
         teacher: The teacher.
         folder: Where its vectors are kept.
         progress: Told after each chunk.
@@ -153,22 +155,22 @@ def teach(
         The sets with the column :data:`LABEL`, and the vectors.
     """
     texts: dict[str, dict[str, None]] = {}
-    for item in sets:
+    for item, rows in zip(sets, used, strict=True):
         for column in item.rows.column_names:
-            texts.setdefault(item.prompts.get(column, ""), {}).update(dict.fromkeys(item.rows[column]))
+            own = item.rows.select(rows)[column]
+            texts.setdefault(item.prompts.get(column, ""), {}).update(dict.fromkeys(own))
     wanted = {prompt: list(own) for prompt, own in texts.items()}
-    if not processes.is_first():
-        processes.wait()
     vectors = keep_vectors(teacher, wanted, folder, progress)
-    if processes.is_first():
-        processes.wait()
-    return [_numbered(item, vectors) for item in sets], vectors
+    return [_numbered(item, rows, vectors) for item, rows in zip(sets, used, strict=True)], vectors
 
 
-def _numbered(item: TrainingSet, vectors: TeacherVectors) -> TrainingSet:
+def _numbered(item: TrainingSet, rows: Sequence[int], vectors: TeacherVectors) -> TrainingSet:
     columns = item.rows.column_names
-    rows = [vectors.rows(list(item.rows[column]), item.prompts.get(column, "")) for column in columns]
-    return replace(item, rows=item.rows.add_column(LABEL, np.stack(rows, axis=1).tolist()))
+    numbers = np.full((len(item.rows), len(columns)), UNUSED, dtype=np.int64)
+    read = item.rows.select(rows)
+    for place, column in enumerate(columns):
+        numbers[rows, place] = vectors.rows(list(read[column]), item.prompts.get(column, ""))
+    return replace(item, rows=item.rows.add_column(LABEL, numbers.tolist()))
 
 
 def make_objective(

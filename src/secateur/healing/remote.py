@@ -1,7 +1,7 @@
 """Vectors from a server that speaks the OpenAI embeddings API, over a network that fails now and then.
 
 What may pass is asked for again: no connection, no answer in time, 429 and 5xx, an answer that breaks off. A wrong
-answer is not: another number of vectors than of texts.
+answer is not: a web page, or another number of vectors than of texts.
 """
 
 from __future__ import annotations
@@ -171,12 +171,23 @@ def _send(server: Server, path: str, body: Any) -> Any:
     request = urllib.request.Request(server.url + path, content, headers)  # noqa: S310 - connect() took http(s) only
     try:
         with _OPENER.open(request, timeout=server.timeout) as response:
-            return json.loads(response.read())
+            return _read_json(server, response.read())
     except urllib.error.HTTPError as error:
         raise _refusal(server, error) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise _Transient(f"gives no whole answer ({reason or type(error).__name__})") from None
+
+
+def _read_json(server: Server, content: bytes) -> Any:
+    """An answer's content; ValueError where it is JSON that breaks off."""
+    if content.lstrip()[:1] not in (b"{", b"["):
+        start = " ".join(content[:200].decode(errors="replace").split())
+        raise ModelError(server.url, f'does not answer in JSON ("{start:.60}")', "the address ends with /v1")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ModelError(server.url, "answers with JSON nested too deep to be vectors") from None
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

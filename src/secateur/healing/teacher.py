@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, ModelError
+from secateur.files import held, writing
 from secateur.healing.remote import connect, embed, is_url
 from secateur.loading.models import open_model
 from secateur.progress import Progress, quiet, silent
@@ -26,6 +27,9 @@ CHUNK = 1024
 """Texts encoded between two files: what a kill costs."""
 
 PROBE = "The gardener cut the hedge back to half its height."
+UNUSED = -1
+"""The row number of a text that no vector is asked for."""
+
 SAME = 0.999
 """Least cosine between what a teacher makes of the probe now and what is kept."""
 
@@ -46,13 +50,19 @@ class Teacher:
 
 
 def open_teacher(
-    name: str | Path, *, model: str | None = None, device: str | None = None, trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    model: str | None = None,
+    max_length: int | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Teacher:
     """Open a model, or connect to a server (:mod:`.remote`).
 
     Args:
         name: Whatever :func:`.open_model` opens, or ``http(s)://host/v1``.
         model: What a server calls its model.
+        max_length: Tokens of a text that a model reads, at most; a server reads the whole text.
         device: Torch device of a model.
         trust_remote_code: As for ``open_model``.
 
@@ -66,6 +76,8 @@ def open_teacher(
     if model is not None:
         raise ConfigError("teacher_model", model, f"names a server's model, and {name} is no server", "leave it out")
     opened = open_model(name, device=device, trust_remote_code=trust_remote_code)
+    if max_length is not None:
+        opened.max_seq_length = min(max_length, opened.max_seq_length or max_length)
     return Teacher(str(name), fingerprint_model(opened), partial(_encode, opened))
 
 
@@ -98,14 +110,20 @@ class TeacherVectors:
         return self._cache.rows(texts, prompt)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Vectors by row number, (rows, dimension)."""
+        """Vectors by row number, (rows, dimension).
+
+        Raises:
+            ValueError: A row is :data:`UNUSED`.
+        """
+        if (rows == UNUSED).any():
+            raise ValueError("a text is trained on that the teacher was not asked for")
         return self._cache.read(rows)
 
 
 def keep_vectors(
     teacher: Teacher, texts: Mapping[str, Sequence[str]], folder: str | Path, progress: Progress = silent
 ) -> TeacherVectors:
-    """Encode what is not kept yet.
+    """Encode what is not kept yet. Of several processes at one folder, one encodes and the others wait for it.
 
     Args:
         teacher: From :func:`open_teacher`.
@@ -118,7 +136,16 @@ def keep_vectors(
             in ``folder`` are of.
         OutputError: The folder cannot be written.
     """
-    cache = VectorCache(folder, teacher.fingerprint)
+    place = VectorCache(folder, teacher.fingerprint).folder
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+    with held(place, wait=True):
+        return _keep(teacher, texts, VectorCache(folder, teacher.fingerprint), progress)
+
+
+def _keep(
+    teacher: Teacher, texts: Mapping[str, Sequence[str]], cache: VectorCache, progress: Progress
+) -> TeacherVectors:
     _check_same(teacher, cache)
     todo = [(prompt, cache.missing(own, prompt)) for prompt, own in texts.items()]
     total = sum(len(own) for _, own in todo)
@@ -142,6 +169,8 @@ def _checked(teacher: Teacher, prompt: str, dimension: int, texts: list[str]) ->
     if bad.any():
         text = " ".join(texts[int(bad.argmax())].split())
         raise ModelError(teacher.name, f'gives a vector of NaN, infinity, or all zeros for "{text:.60}"')
+    if len(texts) > 1 and np.allclose(vectors, vectors[0], rtol=1e-5, atol=0):
+        raise ModelError(teacher.name, f"gives the same vector for {len(texts)} different texts: it teaches nothing")
     return vectors
 
 

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
@@ -289,6 +292,32 @@ def train(
         trials=tuple(TrialRow(row["step"], row[SCORE]) for row in state.log_history if SCORE in row),
         best_step=state.best_global_step if validation else None,
     )
+
+
+def rows_used(model: SentenceTransformer, sets: Sequence[TrainingSet], recipe: Recipe, folder: Path) -> list[list[int]]:
+    """The rows of each set that :func:`train` will read, as the trainer's own samplers draw them.
+
+    They are all, unless the steps end within the first epoch.
+    """
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(sets, decide(model, recipe), folder),
+        train_dataset=DatasetDict({item.name: item.rows for item in sets}),
+        loss=torch.nn.Identity(),
+    )
+    sampler = trainer.get_train_dataloader().batch_sampler
+    if isinstance(sampler, BatchSamplerShard):  # of this process's part of each batch
+        sampler = sampler.batch_sampler
+    batches = list(islice(sampler, recipe.steps))
+    if len(batches) < recipe.steps:
+        return [list(range(len(item.rows))) for item in sets]
+    places = sorted(place for batch in batches for place in batch)
+    ends = list(accumulate(len(item.rows) for item in sets))
+    cuts = [0, *(bisect_left(places, end) for end in ends)]
+    starts = [0, *ends]
+    return [
+        [place - start for place in places[low:high]] for start, low, high in zip(starts, cuts, cuts[1:], strict=False)
+    ]
 
 
 def training_arguments(

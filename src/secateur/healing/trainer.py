@@ -32,6 +32,7 @@ TRAINED_WEIGHTS = "trained.safetensors"
 SECONDS = "seconds"
 
 FIRST_LOSSES = 10
+NOTHING = 1e-3
 EXPLODED = 10.0
 """A loss this many times the largest of the :data:`FIRST_LOSSES` logged first has exploded."""
 
@@ -174,7 +175,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         finite = math.isfinite(loss) and math.isfinite(logs.get("grad_norm", 0.0))
         if len(first) == FIRST_LOSSES:
             check_learning(state)
-        if not finite or loss > EXPLODED * max(first):
+        # A student that is its teacher has a loss of 0, or by rounding a little below.
+        if not finite or loss > EXPLODED * max(*first, NOTHING):
             raise TrainingDiverged(state.global_step, loss, last_checkpoint(self.folder))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
