@@ -3,17 +3,23 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import datasets
 import pytest
 
 from conftest import example_pairs, write_pairs
+from secateur.data import formats
 from secateur.data.e5_mix import INSTRUCTIONS
 from secateur.data.pairs import Pair, Pairs, batches, read_pairs
 from secateur.data.sources import data_files, read_sources
-from secateur.data.texts import Texts
+from secateur.data.texts import Texts, read_texts
+from secateur.encoding.rows import read_rows
 from secateur.errors import ConfigError, DataError
+from secateur.evaluation.task_folder import read_task_folder
 
 ROWS = [
     {"query": 'with "quotes", a comma\nand a line', "positive": "Blätter 葉", "negative": "n1"},
@@ -100,7 +106,7 @@ def good_csv(bad: bytes) -> bytes:
         (
             "a.jsonl.gz",
             gzip.compress(good_lines('{"query": "q", "positive": "p"}'))[:-9],
-            41,
+            40,
             None,
             "not a whole gzip file",
         ),
@@ -321,3 +327,180 @@ def test_columns_are_mapped_and_missing_ones_named(suffix: str, tmp_path: Path):
         read_pairs(data, columns={"answer": "yes"})
     with pytest.raises(ConfigError, match="two words for one"):
         read_pairs(data, columns={"query": "premise", "anchor": "premise"})
+
+
+GOOD = b'{"query": "q", "positive": "p", "text": "t", "label": "l"}\n'
+HEADER = b"query,positive,text,label\nq,p,t,l\n"
+
+
+def second(row: str) -> bytes:
+    return GOOD + row.encode() + b"\n"
+
+
+def damaged_parquet() -> bytes:
+    """A file whose second row group is overwritten, and whose footer is whole."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.Table.from_pylist([{"query": f"q{i}", "positive": f"p{i}", "text": f"t{i}"} for i in range(4000)])
+    parquet.write_table(table, sink, row_group_size=2048, compression="none", use_dictionary=False)
+    content = bytearray(sink.getvalue().to_pybytes())
+    group = parquet.ParquetFile(pyarrow.BufferReader(bytes(content))).metadata.row_group(1)
+    start = group.column(0).data_page_offset
+    content[start : start + group.total_byte_size] = b"\xff" * group.total_byte_size
+    return bytes(content)
+
+
+HOSTILE = {
+    "nested 100,000 deep": ("jsonl", second("[" * 100_000), 2, "nested too deeply"),
+    "an object nested 100,000 deep": ("jsonl", second('{"text":' * 100_000), 2, "nested too deeply"),
+    "an integer of 5,000 digits": ("jsonl", second('{"text": ' + "9" * 5000 + "}"), 2, "digits"),
+    "an integer of 4,000 digits": ("jsonl", second('{"text": ' + "9" * 4000 + "}"), 2, ""),
+    "NaN": ("jsonl", second('{"text": NaN}'), 2, "NaN is not a JSON number"),
+    "infinity": ("jsonl", second('{"text": -Infinity}'), 2, "-Infinity is not"),
+    "half a surrogate pair": ("jsonl", second('{"text": "\\ud800"}'), 2, "half of a surrogate pair"),
+    "a NUL byte": ("jsonl", second('{"text": "\0"}'), 2, "NUL byte"),
+    "UTF-16 without a mark": ("csv", HEADER.decode().encode("utf-16-le"), 1, "NUL byte"),
+    "UTF-16 with a mark": ("csv", HEADER.decode().encode("utf-16"), 1, "not UTF-8"),
+    "carriage returns alone": ("csv", HEADER.replace(b"\n", b"\r"), 1, "carriage returns alone"),
+    "carriage returns alone in JSON": ("jsonl", GOOD.replace(b"\n", b"\r") * 3, 1, "carriage returns alone"),
+    "a quote that is not closed": ("csv", HEADER + b'"q,p,t,l\n' * 3, 3, "broken CSV"),
+    "a list": ("jsonl", second('["t"]'), 2, "a list, not an object"),
+    "a list of lists": ("jsonl", second('{"query": [["q"]], "positive": "p", "text": [["t"]]}'), 2, "not a text"),
+    "a packed file cut short": ("jsonl.gz", gzip.compress(GOOD)[:-9], 2, "not a whole gzip file"),
+    "a packed file that is none": ("jsonl.gz", GOOD, 1, "not a whole gzip file"),
+    "damage inside a packed file": ("jsonl.gz", gzip.compress(GOOD)[:12] + b"\xff" * 40, 1, "not a whole gzip file"),
+    "a Parquet file cut short": ("parquet", damaged_parquet()[:-9], None, "not a readable Parquet file"),
+    "damage inside a Parquet file": ("parquet", damaged_parquet(), 2049, "not a readable Parquet file"),
+    "nothing": ("parquet", b"", None, "not a readable Parquet file"),
+}
+READERS = {
+    "pairs": read_pairs,
+    "texts": read_texts,
+    "encode": lambda file: list(read_rows(file, "text")),
+    "task": lambda file: read_task_folder(file.parent),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_one_line_with_file_and_line_in_every_reader(case: str, tmp_path: Path):
+    suffix, content, line, says = HOSTILE[case]
+    file = tmp_path / f"test.{suffix}"
+    file.write_bytes(content)
+    (tmp_path / "task.json").write_text('{"type": "clustering"}')
+    for name, read in READERS.items():
+        if name == "task" and not suffix.startswith("jsonl"):
+            continue
+        with pytest.raises(DataError) as caught:
+            read(file)
+        assert "\n" not in str(caught.value), name
+        assert len(str(caught.value)) < 600, name
+        assert (caught.value.file, caught.value.line) == (str(file), line), name
+        assert says in str(caught.value) or "not a text" in str(caught.value), name
+
+
+def test_a_line_of_a_packed_file_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(formats, "LONGEST_LINE", 1 << 20)
+    file = tmp_path / "bomb.jsonl.gz"
+    file.write_bytes(gzip.compress(GOOD + b" " * (64 << 20)))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="line 2: is longer than 1048576 bytes"):
+        read_pairs(file)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "txt", "json"])
+def test_a_byte_order_mark_is_left_out_by_every_reader(suffix: str, tmp_path: Path):
+    contents = {"csv": b"query,positive,text\nq,p,t\n", "txt": b"t\n"}
+    content = b"\xef\xbb\xbf" + contents.get(suffix, b'{"query": "q", "positive": "p", "text": "t"}\n')
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "json":
+        file.write_bytes(b'\xef\xbb\xbf{"query_instruction": "Do it"}')
+        assert read_pairs(write_pairs(tmp_path / "a.jsonl", example_pairs(3))).prompt == "Do it; "
+        return
+    file.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    assert list(read_rows(file)) == list(read_texts(file).rows) == ["t"]
+    if suffix != "txt":
+        assert read_pairs(file).rows == (Pair("q", "p"),)
+
+
+@pytest.mark.parametrize("suffix", [*WRITERS, "hf"])
+def test_drawn_rows_are_those_of_the_whole_and_alone_in_memory(suffix: str, tmp_path: Path):
+    rows = [{"query": f"query {i}", "positive": f"positive {i} {'word ' * 400}"} for i in range(5000)]
+    data = tmp_path / f"data.{suffix}"
+    if suffix == "hf":
+        data = save_set(tmp_path / "set", rows, "saved")
+    else:
+        WRITERS[suffix](data, rows)
+    del rows
+    read_sources([data], most=100, seed=3)  # what is imported on the way is not counted
+    tracemalloc.start()
+    (drawn,) = read_sources([data], most=100, seed=3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 << 20, "the texts are 10 MB"
+    assert drawn == read_pairs(data).sample(100, 3)
+    assert len(drawn.rows) == drawn.source.rows == 100
+
+
+def test_most_rows_are_shared_by_the_files_and_all_are_checked(tmp_path: Path):
+    files = [write_pairs(tmp_path / f"{name}.jsonl", example_pairs(50, seed)) for seed, name in enumerate("ab")]
+    assert [len(source.rows) for source in read_sources(files, most=20, seed=1)] == [10, 10]
+    read = [read_pairs(file) for file in files]
+    assert read_sources(read, most=20, seed=1) == read_sources(files, most=20, seed=1)
+    with files[1].open("a") as stream:
+        stream.write('{"query": "q"}\n')
+    with pytest.raises(DataError, match="line 51"):
+        read_sources(files, most=20, seed=1)
+
+
+def test_of_one_large_row_group_a_piece_is_in_memory(tmp_path: Path):
+    """Arrow's memory is its own: what it holds at most while the rows are read, against what the texts take."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    file = tmp_path / "one.parquet"
+    texts = [f"{i} " + "".join(chr(97 + (i * j) % 26) for j in range(300)) for i in range(40_000)]
+    table = pyarrow.table({"query": texts, "positive": texts, "vector": [[0.5] * 30] * len(texts)})
+    parquet.write_table(table, file, row_group_size=len(texts), use_dictionary=False, compression="none")
+    script = (
+        "import pyarrow, sys\nfrom secateur.data.sources import read_sources\n"
+        "(drawn,) = read_sources([sys.argv[1]], most=10, seed=1)\n"
+        "print(len(drawn.rows), pyarrow.default_memory_pool().max_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, file], capture_output=True, text=True, check=True)
+    count, most = map(int, done.stdout.split())
+    assert (count, most < file.stat().st_size / 3) == (10, True), most
+
+
+MISTAKES = {
+    "profile": ("profile", "no-model", "--data", "bad.csv", "-o", "out"),
+    "heal": ("heal", "no-model", "--data", "bad.csv", "-o", "out"),
+    "held out": ("heal", "no-model", "--data", "good.jsonl", "--eval-data", "bad.csv", "-o", "out"),
+    "study": ("study", "no-model", "--data", "bad.csv", "-o", "out"),
+    "encode": ("encode", "no-model", "bad.csv", "-o", "out.npy"),
+    "data set": ("profile", "no-model", "--data", "hf:a:b[", "-o", "out"),
+    "beside": ("profile", "no-model", "--data", "told.jsonl", "-o", "out"),
+}
+
+
+def test_a_mistake_in_the_data_is_told_before_anything_heavy_is_imported(tmp_path: Path):
+    (tmp_path / "good.jsonl").write_bytes(GOOD)
+    (tmp_path / "told.jsonl").write_bytes(GOOD)
+    (tmp_path / "told.json").write_text("[" * 100_000)
+    (tmp_path / "bad.csv").write_bytes(b"query,positive,text\nq,p,t\nq,,\xff\n")
+    script = (
+        "import atexit, sys\nfrom secateur.cli import main\n"
+        "heavy = {'torch', 'transformers', 'sentence_transformers', 'datasets', 'mteb', 'pandas', 'safetensors'}\n"
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))\nmain()"
+    )
+    says = {"data set": "hf:a:b[: is no name", "beside": "told.json: broken JSON (it is nested too deeply)"}
+    for name, command in MISTAKES.items():
+        done = subprocess.run([sys.executable, "-c", script, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "[]\n"), (name, done)
+        assert done.stderr.startswith("secateur: ") and done.stderr.count("\n") == 1, name
+        assert says.get(name, "bad.csv, line 3: ") in done.stderr, name
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.csv", "good.jsonl", "told.json", "told.jsonl"]

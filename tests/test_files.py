@@ -1,16 +1,26 @@
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import sqlite3
+import stat
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tqdm.auto
+import transformers
+from safetensors.numpy import save_file
 
 from conftest import disk_of
-from secateur.errors import OutputError
-from secateur.files import held, new_folder, writing
+from secateur.errors import ConfigError, OutputError, system_error
+from secateur.files import held, new_folder, write_text, writing
+from secateur.progress import quiet
 
 _HOLDS = """
 import sys, time
@@ -70,16 +80,101 @@ def test_a_place_without_a_name_is_refused(name: str, tmp_path: Path, monkeypatc
         pass
 
 
-def test_a_disk_that_is_full_for_sqlite_is_full(tmp_path: Path):
-    with disk_of(64, tmp_path / "disk") as small:
-        with (
-            pytest.raises(OutputError, match="the disk is full: free some space") as caught,
-            writing(small / "index"),
-            closing(sqlite3.connect(small / "index")) as index,
-        ):
-            index.execute("CREATE TABLE seen (key BLOB)")
-            index.executemany("INSERT INTO seen VALUES (?)", [(bytes(1000),)] * 200)
-            index.commit()
-        assert caught.value.concerns_all
-    with pytest.raises(sqlite3.OperationalError, match="no such table"), writing(tmp_path / "index"):
-        sqlite3.connect(":memory:").execute("SELECT * FROM nowhere")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_who_may_read_what_is_written(mask: int, tmp_path: Path):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "deep" / "file", "text")
+        with new_folder(tmp_path / "out") as folder:
+            write_text(folder / "file", "text")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "deep", tmp_path / "out"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~mask
+        assert stat.S_IMODE((path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def fill_sqlite(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "a.sqlite")) as table:
+        table.execute("CREATE TABLE rows (text TEXT)")
+        table.execute("INSERT INTO rows VALUES (?)", ("x" * 300_000,))
+        table.commit()
+
+
+FILL = {
+    "python": lambda folder: write_text(folder / "a.txt", "x" * 300_000),
+    "sqlite": fill_sqlite,
+    "safetensors": lambda folder: save_file({"a": np.zeros(300_000, np.uint8)}, folder / "a.safetensors"),
+}
+
+
+@pytest.mark.parametrize("library", FILL)
+def test_a_full_disk_is_one_whichever_library_meets_it(library: str, tmp_path: Path):
+    with (
+        disk_of(100, tmp_path / "small") as disk,
+        pytest.raises(OutputError, match="the disk is full: free some space"),
+        writing(disk / "out"),
+    ):
+        FILL[library](disk)
+
+
+def test_errors_that_are_not_the_disks_are_passed_on(tmp_path: Path):
+    for error in (ConnectionResetError(errno.ECONNRESET, "gone"), TimeoutError("late"), ConfigError("a", 1, "wrong")):
+        with pytest.raises(type(error)) as caught, writing(tmp_path / "out"):
+            raise error
+        assert caught.value is error
+    try:
+        raise ValueError("unrelated") from FileNotFoundError(errno.ENOENT, "no such file")
+    except ValueError as error:
+        assert system_error(error) is None
+
+
+def test_too_many_open_files_are_told(tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[0]), limits[1]))
+    opened = []
+    try:
+        with pytest.raises(OutputError, match=r"too many files are open: raise the limit"), writing(tmp_path / "out"):
+            while True:
+                opened.append((tmp_path / "file").open("w"))
+    finally:
+        for file in opened:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+PRINTS = "from secateur import cli, config\n@cli.app.command('many')\ndef many():\n    print('a' * 5000)\ncli.main()"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_output_that_cannot_be_printed_is_no_traceback():
+    command = [sys.executable, "-c", PRINTS, "many"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "secateur: No space left on device\n")
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_what_is_quiet_in_two_threads_is_as_before_when_both_are_done():
+    shown, verbosity = tqdm.auto.tqdm.__init__, transformers.logging.get_verbosity()
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with quiet():
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait()
+    with quiet():
+        leave.set()
+        thread.join()
+        assert tqdm.auto.tqdm(range(2)).disable
+        assert transformers.logging.get_verbosity() == transformers.logging.ERROR
+    assert tqdm.auto.tqdm.__init__ == shown
+    assert transformers.logging.get_verbosity() == verbosity

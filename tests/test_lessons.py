@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from secateur.healing.train import TrainingSet, rows_used, train, training_sets
 from secateur.progress import silent
 from secateur.provenance import Fingerprint
 
-SOURCE = Fingerprint("data", 1, "", "")
+SOURCE = Fingerprint("data", "", 1)
 SETTINGS = {"steps": 30, "batch_size": 8, "precision": "float32"}
 
 
@@ -118,10 +117,11 @@ def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: 
         assert np.allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_asked_once_for_the_texts_that_are_trained_on_and_for_no_others(
     llama_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Three depths, two seeds and a run again, each of 3 steps of 8 of the 80 texts; at the length of the training."""
+    """Two depths, two seeds and a run again, each of 3 steps of 8 of the 80 texts; at the length of the training."""
     asked: list[str] = []
     lengths: set[int] = set()
     stock = SentenceTransformer.encode
@@ -143,18 +143,16 @@ def test_a_teacher_is_asked_once_for_the_texts_that_are_trained_on_and_for_no_ot
 
     monkeypatch.setattr(Objective, "forward", watched)
     options = SETTINGS | {"steps": 3, "max_length": 20, "teacher": llama_folder, "cache": tmp_path / "vectors"}
-    for depth in (1, 2, 3):
-        cut = llama_folder if depth == 3 else secateur.prune(llama_folder, to=depth, out=tmp_path / f"{depth}")
-        for seed in (1, 2, 1):
-            secateur.heal(cut, texts_file, **options, seed=seed, out=tmp_path / f"{depth}-{seed}-{len(asked)}-{seed}")
-            shutil.rmtree(next(tmp_path.glob(f"{depth}-{seed}-*")))
+    cut = secateur.prune(llama_folder, to=2, out=tmp_path / "cut")
+    for run, (student, seed) in enumerate([(cut, 1), (cut, 2), (llama_folder, 1), (llama_folder, 1)]):
+        secateur.heal(student, texts_file, **options, seed=seed, out=tmp_path / f"run-{run}")
     texts = [text for text in asked if text != PROBE]
     assert len(texts) == len(set(texts)) <= 2 * 3 * 8
     assert {text[:20].replace(" ", "") for text in texts} == {text.replace(" ", "")[:20] for text in read}
     assert lengths == {20}
 
 
-@pytest.mark.parametrize("steps", [1, 5, 12, 200])
+@pytest.mark.parametrize("steps", [1, 5, 30])
 def test_the_rows_that_a_training_reads_are_known_before_it(llama_folder: Path, tmp_path: Path, steps: int):
     pairs = [
         Pairs(f"{n}", tuple(Pair(f"{n} {i}", f"{i} of {n}") for i in range(n)), "", "", SOURCE) for n in (40, 24, 9)

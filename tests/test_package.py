@@ -108,6 +108,36 @@ def installed_with(requirement: str) -> set[str]:
     return names
 
 
+def imported_packages(module: Path) -> set[str]:
+    """The top-level names of other packages that a module imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"secateur"}
+
+
+def test_what_the_source_imports_is_declared():
+    declared = {canonicalize_name(Requirement(line).name) for line in declarations()}
+    homes = importlib.metadata.packages_distributions()
+    missing = {
+        f"{name_of(module)}: {package}"
+        for module in SOURCE.rglob("*.py")
+        for package in imported_packages(module)
+        if not declared & {canonicalize_name(home) for home in homes.get(package, [package])}
+    }
+    assert missing == set()
+
+
+def declarations() -> list[str]:
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name != "dev"}
+    return [*project["dependencies"], *(line for lines in extras.values() for line in lines)]
+
+
 def test_the_light_runtime_is_installed_without_torch():
     light = installed_with("secateur[runtime]")
     assert {"numpy", "tokenizers", "onnxruntime"} <= light

@@ -99,8 +99,9 @@ def read_parquet(
         raise MissingPackage("pyarrow", f"reading {file}", "pip install 'secateur[torch]'") from None
     first = 1
     try:
-        # Without these, whole row groups are in memory, and a file may be one.
-        with parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as opened:
+        # Otherwise whole row groups are in memory, and a file may be one.
+        pieces = {"pre_buffer": False, "buffer_size": 1 << 20}
+        with parquet.ParquetFile(file, page_checksum_verification=True, **pieces) as opened:
             names = opened.schema_arrow.names
             chosen = list(choose(names))
             for name in chosen:

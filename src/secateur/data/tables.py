@@ -121,9 +121,11 @@ def read_rows(table: Table, parse: Callable[[str, int, Mapping[str, Any]], T], d
     kept.clear()
     rows, place = table.rows(), -1
     for chosen in draw.places(count):
-        line, row = next(itertools.islice(rows, chosen - place - 1, None))
-        kept.append(parse(table.place, line, row))
+        for line, row in itertools.islice(rows, chosen - place - 1, chosen - place):
+            kept.append(parse(table.place, line, row))
         place = chosen
+    if len(kept) < draw.rows:
+        raise DataError(table.place, "lost rows while it was read", "run the same command again")
     return kept
 
 

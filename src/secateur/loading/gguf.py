@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,14 @@ def _parsed_once() -> Iterator[None]:
     and with a vocabulary of 50,000 words each time takes seconds.
     """
     gguf: Any = importlib.import_module("gguf")
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = reader
+    with _parsing:
+        reader = gguf.GGUFReader
+        gguf.GGUFReader = functools.cache(reader)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader = reader
+
+
+_parsing = threading.Lock()
+"""The reader is the process's: of two threads, the later would keep the other's."""
