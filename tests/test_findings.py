@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 
 from secateur.artifacts import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training
 from secateur.errors import DataError
@@ -99,20 +100,24 @@ def test_the_smallest_equal_model_comes_first_and_smaller_ones_after(tmp_path: P
     assert sentence.index("5 of 8 blocks give the same quality") < sentence.index("3 keep 75.0") < sentence.index("1 ")
 
 
-def test_seeds_widen_the_interval_by_their_pooled_spread(tmp_path: Path) -> None:
-    scores = {8: (0.80, 0.81, 0.79), 4: (0.70, 0.73, 0.67)}
+@pytest.mark.parametrize(("seeds", "quantile"), [(2, 4.303), (3, 2.776)])
+def test_seeds_widen_the_interval_by_their_pooled_spread(tmp_path: Path, seeds: int, quantile: float) -> None:
+    scores = {8: (0.80, 0.81, 0.79)[:seeds], 4: (0.70, 0.73, 0.67)[:seeds]}
     for depth, values in scores.items():
         for seed, score in enumerate(values):
             write_model(tmp_path, f"tiny-{depth}-healed-seed{seed}", depth, score, seed)
     claim = claims(tmp_path)["tiny-4-healed"]
     variance = sum(np.var(values, ddof=1) for values in scores.values()) / 2
-    error = np.sqrt(2 * variance / 3)
-    assert claim.difference.value == pytest.approx(-0.1)
+    error = np.sqrt(2 * variance / seeds)
+    student = ttest_ind(scores[4], scores[8])  # with the variance pooled, as an analysis of variance has it
+    wanted = student.confidence_interval(0.95)
+    assert claim.difference.value == pytest.approx(np.mean(scores[4]) - np.mean(scores[8]))
     assert claim.difference.seed_error == pytest.approx(error)
     assert claim.difference.low is not None
     half = claim.difference.value - claim.difference.low
-    # Two groups that share a variance of 4 degrees of freedom: Welch's formula gives 8 for their sum.
-    assert half == pytest.approx(2.306 * error, rel=0.01)
+    assert student.df == 2 * seeds - 2
+    assert half == pytest.approx((wanted.high - wanted.low) / 2, rel=0.01)  # beside it, that of the rows is small
+    assert half == pytest.approx(quantile * error, rel=0.01)
     assert "one seed" not in " ".join(notes(found(tmp_path)))
     assert [design.name for design in found(tmp_path).designs] == ["tiny-8-healed", "tiny-4-healed"]
 

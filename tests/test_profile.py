@@ -24,7 +24,7 @@ from secateur.data.pairs import read_pairs
 from secateur.data.texts import read_texts
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.loading.models import open_model
-from secateur.measures import bootstrap
+from secateur.measures import stopping
 from secateur.profiling.depths import DepthEncoder
 from secateur.profiling.parts import BATCH, BATCHES, SINGLES
 from secateur.profiling.profile import profile
@@ -273,7 +273,8 @@ def test_until_sure_stops_early_with_the_full_choice(llama, folder):
     full = profile(llama, data, batch_size=4, dtype="float32")
     early = profile(llama, data, batch_size=4, dtype="float32", until_sure=True)
     assert early.batches < full.batches == 50
-    assert early.settled and early.batches >= bootstrap.FEWEST
+    assert early.settled and early.batches in stopping.looks(50)
+    assert any("settled after" in note for note in early.notes)
     # Batches are visited in the same order, so what was read is what the full pass read first.
     assert np.allclose(early.batch_losses, full.batch_losses[: early.batches], atol=1e-4)
 

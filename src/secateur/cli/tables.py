@@ -185,6 +185,9 @@ def show_scores(scores: Scores) -> None:
     table.add_section()
     table.add_row("average", *(f"{scores.average(model):.4f}" for model in models))
     Console().print(table)
+    for row in scores.rows:
+        if row.note:
+            typer.echo(f"note: {row.model} on {row.task}: {row.note}")
 
 
 def _score(score: float, low: float | None, high: float | None, sign: str = "") -> str:

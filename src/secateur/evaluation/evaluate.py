@@ -47,7 +47,7 @@ from secateur.evaluation.predictions import predicted
 from secateur.evaluation.tasks import Task, count_samples, expand, open_task
 from secateur.files import held, output_error, read_json, write_bytes, writing
 from secateur.loading.models import model_label, open_model
-from secateur.measures.intervals import FEWEST, Array, interval, mean_of, resample, whole
+from secateur.measures.intervals import FEWEST, Array, doubt, interval, limits_of, mean_of, resample, whole
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import Fingerprint, provenance
 
@@ -403,17 +403,28 @@ def _finite(scored: Scored) -> Scored:
 def _resampled(
     row: ScoreRow, task: Any, predictions: dict[str, Any], state: tuple[Any, ...]
 ) -> tuple[ScoreRow, Array | None]:
-    """A score with its interval and draws, where the predictions give mteb's own score and there are enough of them."""
-    parts = predicted(task, predictions, row.metric, state) if math.isfinite(row.score) else None
-    if not parts or min(part.units for part in parts) < FEWEST:
+    """A score with its interval and draws; where it has none, the row's ``note`` says why."""
+    if not math.isfinite(row.score):
         return row, None
+    parts = predicted(task, predictions, row.metric, state)
+    if not parts:
+        return replace(row, note="no interval: the rows of this type of task or metric cannot be drawn again"), None
+    fewest = min(parts, key=lambda part: part.units)
+    if fewest.units < FEWEST:
+        return replace(row, note=f"no interval: {fewest.units} {fewest.unit} are too few, it takes {FEWEST}"), None
     again = float(np.mean([whole(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
-        return row, None
+        note = f"no interval: mteb scores it in its own way ({row.score:.4f}; {again:.4f} by the usual formula)"
+        return replace(row, note=note), None
     # By the data alone: every model is scored on the same draws.
     seeds = [int(hashlib.sha256(f"{row.data} {i}".encode()).hexdigest()[:8], 16) for i in range(len(parts))]
-    draws = mean_of([resample(part.statistic, part.units, seed) for part, seed in zip(parts, seeds, strict=True)])
-    low, high = interval(draws)
+    limits = limits_of(row.metric)
+    drawn = [resample(part.statistic, part.units, seed, limits=limits) for part, seed in zip(parts, seeds, strict=True)]
+    doubts = [why for part, own in zip(parts, drawn, strict=True) if (why := doubt(own, part.units))]
+    if doubts:
+        return replace(row, note=f"no interval: {doubts[0]}"), None
+    draws = mean_of(drawn)
+    low, high = interval(draws, limits)
     identity = json.dumps([row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights])
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     units = sum(part.units for part in parts)

@@ -53,7 +53,7 @@ def report(run: str | Path, *, threshold: float = 100.0) -> Path:
     make(ReportOptions, {"run": run, "threshold": threshold})
     found = find(read_run(run))
     content = found.run
-    drawn, _ = draw(found, threshold)
+    drawn = draw(found, threshold)
     for name, drawing in drawn.items():
         save_png(drawing.figure, content.folder / "figures" / f"{name}.png")
     shared = _shared(found, drawn)
@@ -79,6 +79,7 @@ def _shared(found: Findings, drawn: Mapping[str, Drawing]) -> dict[str, Any]:
         "groups": _groups(found),
         "costs": [design for design in found.designs if design.cost is not None],
         "tasks": _tasks(found),
+        "unsure": _unsure(run),
         "columns": [design for design in found.designs if design.scores],
         "compared": found.compared,
         "built": [variant for variant in run.variants if variant.origin],
@@ -160,6 +161,16 @@ def _row(run: Run, design: Design, claim: Claim | None) -> dict[str, Any]:
 def _tasks(found: Findings) -> dict[str, Any]:
     """Every task of the run, with one of its rows for type, metric and number of samples."""
     return {row.task: row for design in found.designs for row in design.rows.values()}
+
+
+def _unsure(run: Run) -> list[str]:
+    """Why scores have no interval, those of a task with the same reason together."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for variant in run.variants:
+        for row in variant.scores.values():
+            if row.note:
+                models.setdefault((row.task, row.note), []).append(variant.name)
+    return [f"{task}, {', '.join(names)}: {note}." for (task, note), names in models.items()]
 
 
 def _steps(run: Run) -> list[tuple[list[str], str]]:
