@@ -129,7 +129,7 @@ def test_draws_spread_as_the_standard_error_does():
     assert torch.allclose(draws.mean(dim=0), losses.mean(dim=0), atol=0.02)
     assert torch.allclose(draws.std(dim=0), error, rtol=0.03)
     low, high = zip(*(intervals.interval(own.numpy()) for own in draws.T), strict=True)
-    assert torch.allclose((torch.tensor(high) - torch.tensor(low)) / 2, 1.96 * error, rtol=0.05)
+    assert torch.allclose(torch.tensor(high).double() - torch.tensor(low).double(), 2 * 1.97 * error, rtol=0.03)
 
 
 def test_what_all_batches_share_leaves_the_chances_sharp():

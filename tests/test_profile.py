@@ -188,7 +188,7 @@ def test_each_distinct_text_is_run_once(llama, folder):
 
 
 def test_angles_influence_and_tables_have_their_shapes(llama, pairs, tmp_path):
-    found = profile(llama, pairs, batch_size=8, dtype="float32", out=tmp_path / "out")
+    found = profile(llama, pairs, batch_size=4, dtype="float32", out=tmp_path / "out")
     assert load(tmp_path / "out", Profile) == found
     cka, angular = np.array(found.cka), np.array(found.angular)
     assert cka.shape == (4, 4) and angular.shape == (5, 5)
@@ -268,10 +268,11 @@ def test_texts_alone_tell_all_but_the_supervised_columns(llama, folder):
         choose(found)
 
 
-def test_until_sure_stops_early_with_the_full_choice(llama, folder):
-    data = write(folder / "many.jsonl", example_pairs(200))
-    full = profile(llama, data, batch_size=4, dtype="float32")
-    early = profile(llama, data, batch_size=4, dtype="float32", until_sure=True)
+def test_until_sure_stops_early_with_the_full_choice(folder):
+    data, apart = write(folder / "many.jsonl", example_pairs(200)), tiny_transformer(folder / "apart", "llama", 3, 2)
+    full = profile(apart, data, batch_size=4, dtype="float32")
+    early = profile(apart, data, batch_size=4, dtype="float32", until_sure=True)
+    assert choose(early) == choose(full)
     assert early.batches < full.batches == 50
     assert early.settled and early.batches in stopping.looks(50)
     assert any("settled after" in note for note in early.notes)
@@ -290,9 +291,16 @@ def test_half_precision_gives_nearly_the_same(llama, pairs):
     rough = profile(llama, pairs, batch_size=8, dtype="bfloat16")
     assert rough.dtype == "bfloat16"
     assert [row.loss for row in rough.rows] == pytest.approx([row.loss for row in exact.rows], abs=0.1)
-    measured = profile(llama, pairs, batch_size=8)
-    assert measured.dtype in ("float32", "bfloat16")
-    assert "by measurement" in measured.notes[0]
+
+
+@pytest.mark.parametrize(("can", "dtype"), [({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")])
+def test_auto_takes_the_number_format_by_what_the_processor_says_and_no_clock(llama, pairs, monkeypatch, can, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    found = profile(llama, pairs, batch_size=8)
+    assert found.dtype == dtype
+    assert f"--dtype {dtype}" in found.notes[0]
+    again = profile(llama, pairs, batch_size=8, dtype=found.dtype)
+    assert again.batch_losses == found.batch_losses
 
 
 def test_one_row_and_identical_texts_are_refused(llama, folder):

@@ -248,7 +248,9 @@ def _quicken(model: SentenceTransformer) -> list[str]:
     if model.device.type != "cpu":
         return []
     dtype = auto_dtype()
-    model.to(dtype)
+    stored = model.state_dict(keep_vars=True).values()
+    for tensor in (tensor for tensor in stored if isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        tensor.data = tensor.data.to(dtype)  # as when it is loaded so: what is computed, such as angles, stays exact
     name = str(dtype).removeprefix("torch.")
     has = "multiplies bfloat16" if dtype is torch.bfloat16 else "does not say that it multiplies bfloat16"
     return [f"number format {name}: this processor {has}; --dtype {name} takes it on any machine"]

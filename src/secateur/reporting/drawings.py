@@ -293,7 +293,6 @@ def _saturation(base: str, points: Sequence[Point], threshold: float) -> Drawing
         _some([f"{count(point.cost)} parameters: {score(point.score)}" for point in points]),
         size_curve(points, *ends),
         tuple(points),
-        base=base,
     )
 
 
