@@ -28,6 +28,7 @@ from secateur.measures import stopping
 from secateur.profiling.depths import DepthEncoder
 from secateur.profiling.parts import BATCH, BATCHES, SINGLES
 from secateur.profiling.profile import profile
+from task_folders import example_rows, write_task
 
 INSTRUCTION = "find the word that is asked for"
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared"))
@@ -278,6 +279,39 @@ def test_until_sure_stops_early_with_the_full_choice(folder):
     assert any("settled after" in note for note in early.notes)
     # Batches are visited in the same order, so what was read is what the full pass read first.
     assert np.allclose(early.batch_losses, full.batch_losses[: early.batches], atol=1e-4)
+
+
+def test_what_fails_after_the_measuring_costs_no_more_than_itself(folder, pairs, tmp_path, monkeypatch):
+    """An operation that nobody counts; then a task whose scores cannot be had."""
+    model = open_model(tiny_transformer(folder / "uncounted", depth=2), dtype="float32")
+    block = blocks_of(model[0].auto_model)[0]
+    block.register_forward_hook(lambda *_: multiply_three())
+    found = profile(model, pairs, batch_size=4, out=tmp_path / "uncounted")
+    assert found.parts == () and "no costs of cut models: no count for einsum i,i,i->i" in found.notes
+    assert load(tmp_path / "uncounted", Profile) == found and (tmp_path / "uncounted/curve.png").is_file()
+
+    task = write_task(tmp_path / "t", "sts", example_rows("sts"))
+    monkeypatch.setattr("secateur.profiling.depth_scores.score_task", failing)
+    with pytest.raises(DataError, match="cannot be had"):
+        profile(folder / "uncounted", pairs, batch_size=4, dtype="float32", tasks=[task], out=tmp_path / "scoreless")
+    kept = load(tmp_path / "scoreless", Profile)
+    assert [row.loss for row in kept.rows] == pytest.approx([row.loss for row in found.rows])
+    assert any("no task scores" in note for note in kept.notes)
+
+
+def multiply_three() -> None:
+    torch.einsum("i,i,i->i", torch.ones(2), torch.ones(2), torch.ones(2))
+
+
+def failing(*_: object) -> None:
+    raise DataError("t", "cannot be had")
+
+
+def test_fewer_than_five_batches_have_no_intervals(llama, pairs):
+    few = profile(llama, pairs, batch_size=8, dtype="float32")
+    assert few.batches == 3
+    assert all(row.loss_low is None and row.chance is None and row.loss_se > 0 for row in few.rows)
+    assert any("3 batches are too few for intervals" in note for note in few.notes)
 
 
 def test_until_sure_of_texts_alone_is_refused(llama, folder):

@@ -159,7 +159,9 @@ def angular(question: Question) -> Choice:
     kept = tuple(i for i in range(table.depth) if not start <= i < start + gone)
     if not gone:
         return Choice(kept, "all blocks")
-    return Choice(kept, f"blocks {start} to {start + gone - 1} turn the state least, by {distance:.3f} of a half turn")
+    return Choice(
+        kept, f"blocks {start} to {start + gone - 1} (from 0) turn the state least, by {distance:.3f} of a half turn"
+    )
 
 
 def uniform(question: Question) -> Choice:

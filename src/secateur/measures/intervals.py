@@ -73,7 +73,7 @@ def resample(
     Centring leaves out the bootstrap's own bias, such as that of the best threshold or of an entropy on fewer distinct
     rows. Deviations are widened, because a percentile interval is too narrow for few units: by sqrt(n / (n - 1))
     t(n - 1) / z, the quantiles at :data:`CONFIDENCE` (Hesterberg 2015, section 5.3, there as expanded percentiles); by
-    1 + 1 / 4n, found by simulation, because few units hide that their values are skewed; and by sqrt(1 + (bias /
+    1 + 1 / n, found by simulation, because few units hide that their values are skewed; and by sqrt(1 + (bias /
     standard deviation)²), because a bias that was left out is no less uncertain. The simulations are in
     ``tests/test_intervals.py``: from five units on, 93 % of the intervals or more hold the expected number.
 
@@ -97,7 +97,7 @@ def resample(
     bias = np.divide(mean - measured, spread, out=np.zeros_like(spread), where=spread > 0)
     quantile = (1 + CONFIDENCE) / 2
     few = np.sqrt(units / max(1, units - 1)) * t.ppf(quantile, max(1, units - 1)) / norm.ppf(quantile)
-    centred: Array = measured + (values - mean) * few * (1 + 0.25 / units) * np.sqrt(1 + bias**2)
+    centred: Array = measured + (values - mean) * few * (1 + 1 / units) * np.sqrt(1 + bias**2)
     return centred
 
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from secateur.artifacts import Origin, Training
+from secateur.choosing.candidates import ranges
 from secateur.config import ReportOptions, make
 from secateur.figures.saving import save_png, svg
 from secateur.figures.text import printable, shorten
@@ -214,8 +215,8 @@ def _settings(run: Run) -> list[tuple[list[str], Training]]:
     return list(same.values())
 
 
-def _settings_text(training: Training) -> str:
-    content = {"settings": dict(training.settings), "prompts": dict(training.prompts)}
+def _settings_text(training: Training, say: Callable[[Any], Any] = lambda content: content) -> str:
+    content = {"settings": say(dict(training.settings)), "prompts": dict(training.prompts)}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
 
 
@@ -229,17 +230,11 @@ def _uses_text(titles: Sequence[str]) -> str:
 
 
 def _kept(origin: Origin) -> str:
-    """Which blocks are kept: ``all``, ``the first 7``, or ranges of their original numbers, counted from 1."""
+    """Which blocks are kept: ``all``, ``the first 7``, or ranges of their numbers as ``--keep`` takes them."""
     if origin.kept == tuple(range(len(origin.kept))):
         number = len(origin.kept)
         return "all" if number == origin.depth else f"the first {number}" if number > 1 else "the first"
-    ranges: list[list[int]] = []
-    for block in origin.kept:
-        if ranges and block == ranges[-1][1] + 1:
-            ranges[-1][1] = block
-        else:
-            ranges.append([block, block])
-    return ", ".join(f"{a + 1}" if a == b else f"{a + 1} to {b + 1}" for a, b in ranges)
+    return f"blocks {ranges(origin.kept)} (counted from 0, as by --keep)"
 
 
 def _origins(run: Run) -> dict[str, Any]:
@@ -302,9 +297,10 @@ def _environment(markup: bool) -> Environment:
         "printable": printable, "shorten": shorten, "svg_of": _inline_svg, "kept": _kept,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "settings_text": _settings_text, "uses_text": _uses_text,
+        "public": card.public, "public_command": card.public_command,
     }  # fmt: skip
     environment.globals |= {"captions": captions, "span": span, "signed": signed, "speed": printing.speed}
-    environment.globals |= {"percent": printing.percent}
+    environment.globals |= {"percent": printing.percent, "public": card.public}
     return environment
 
 
