@@ -32,13 +32,13 @@ from pathlib import Path
 import torch
 
 from secateur.architectures.blocks import final_norm
-from secateur.architectures.forward import BUDGET, block_seconds
+from secateur.architectures.forward import BUDGET
 from secateur.artifacts import Profile, load
 from secateur.data.pairs import Pairs, batches, read_pairs
 from secateur.loading.models import open_model
-from secateur.measures import bootstrap, curves
+from secateur.measures import curves, stopping
 from secateur.measures.metrics import contrastive_loss
-from secateur.profiling.profile import profile
+from secateur.profiling.profile import auto_dtype, profile
 
 SIZE = 64
 SEEDS = 20
@@ -122,9 +122,8 @@ def work(kind: str, model: str, file: str, examples: int, instruction: str, dtyp
 
 def cost(options: argparse.Namespace) -> None:
     runs: dict[str, list[dict]] = {}
-    if options.dtype == "auto":  # as a profile decides it, once for all workers
-        seconds = block_seconds(open_model(options.model, dtype="float32", device="cpu"))
-        options.dtype = str(min(seconds, key=lambda dtype: seconds[dtype])).removeprefix("torch.")
+    if options.dtype == "auto":
+        options.dtype = str(auto_dtype()).removeprefix("torch.")
     print(f"profile and encode in {options.dtype}, the paper's procedure in float32")
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)")
     for repeat in range(options.repeats):
@@ -158,7 +157,8 @@ def sure(options: argparse.Namespace) -> None:
         for seed in range(SEEDS):
             losses = pool_of[random.Random(seed).sample(range(len(pool_of)), whole)]
             full = curves.lowest_in_each_half(losses.mean(dim=0)).tolist()
-            stop = next((n for n in range(1, whole + 1) if bootstrap.is_settled(losses[:n], seed)), whole)
+            looks = stopping.looks(whole)
+            stop = next((n for n in looks if stopping.is_settled(losses[:n], len(looks))), whole)
             early = curves.lowest_in_each_half(losses[:stop].mean(dim=0)).tolist()
             same += early == full
             read.append(stop / whole)
@@ -177,7 +177,7 @@ def main() -> None:
     one.add_argument("--examples", type=int, default=640)
     one.add_argument("--repeats", type=int, default=3)
     one.add_argument("--instruction", default="")
-    one.add_argument("--dtype", default="auto", help="auto: the quicker, measured as a profile does")
+    one.add_argument("--dtype", default="auto", help="auto: as a profile decides")
     other = commands.add_parser("sure")
     other.add_argument("profiles", nargs="+")
     other.add_argument("--batches", type=int, default=20)

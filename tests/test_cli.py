@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from transformers import ViTConfig, ViTModel
 import secateur
 from conftest import disk_of, example_pairs, write_pairs
 from secateur import cli, config
-from secateur.artifacts import DepthRow, Profile, Scores, load
+from secateur.artifacts import DepthRow, PartRow, Profile, Scores, load
 from secateur.errors import ConfigError, DataError
 from secateur.provenance import provenance
 from task_folders import example_rows, write_task
@@ -455,6 +456,22 @@ def test_a_full_disk_is_one_line(command: tuple[str, ...], kilobytes: int, place
     assert ended.err.splitlines()[-1].startswith("secateur: output "), ended.err
     assert "the disk is full: free some space" in ended.err or "the disk is too full" in ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("page", ["cp1251", "cp437", "ascii"])
+def test_a_sign_that_the_code_page_lacks_is_replaced(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    depths = tuple(DepthRow(k, 3.0 - k, 0.1, 0.2, 5.0) for k in (1, 2, 3, 4))
+    parts = tuple(PartRow(part, 10, 40, 5.0, 0.001, 0.002) for part in range(5))
+    made = provenance((), 42, "secateur profile")
+    Profile(made, "模型", 4, "mean", 20.0, "float32", 8, 6, 64, "", depths, parts=parts).save(tmp_path)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=page, write_through=True) for _ in range(2))
+    for name, value in (("stdout", out), ("stderr", err), ("argv", ["secateur", "choose", str(tmp_path)])):
+        monkeypatch.setattr(sys, name, value)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    shown = out.buffer.getvalue().decode(page)
+    assert "??: 4 blocks" in shown and "l3prune-large" in shown
 
 
 def test_the_installed_command_answers(tmp_path: Path):

@@ -55,6 +55,20 @@ def test_operations_are_those_of_torchs_counter(name: str):
     assert products.flops == theirs.get_total_flops() > 0
 
 
+@pytest.mark.parametrize(
+    ("equation", "first", "second"),
+    [("...ij,...jk->...ik", (2, 3, 4, 5), (2, 3, 5, 6)), ("b...d,de->b...e", (2, 3, 4, 5), (5, 6)),
+     ("...i,...i->...", (2, 1, 7), (3, 7))],
+)  # fmt: skip
+def test_operations_of_einsum_with_dots_are_those_of_torchs_counter(equation: str, first: tuple, second: tuple):
+    a, b = torch.randn(first), torch.randn(second)
+    with MatrixProducts() as products:
+        torch.einsum(equation, a, b)
+    with FlopCounterMode(display=False) as theirs:
+        torch.einsum(equation, a, b)
+    assert products.flops == theirs.get_total_flops() > 0
+
+
 def test_operations_of_experts_are_those_of_the_experts_asked():
     """torch's counter misses grouped products: dense part from its count, experts from the formula."""
     model = model_of("mixtral").eval()

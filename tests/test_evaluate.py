@@ -170,6 +170,7 @@ def test_a_task_of_several_is_their_mean(make_encoder: MakeEncoder, tmp_path: Pa
     assert row.score == pytest.approx(np.mean(list(own.values())), abs=1e-5)
     assert row.samples == sum(12 + number for number in range(len(parts)))
     assert (row.task, row.low, row.unit) == ("CQADupstackRetrieval", None, "")
+    assert "cannot be drawn again" in row.note
 
 
 def test_every_model_is_scored_on_the_same_texts_in_any_company(make_encoder: MakeEncoder, tmp_path: Path):
@@ -430,7 +431,10 @@ def test_every_score_has_an_interval_around_it(type_: str, make_encoder: MakeEnc
         draws = read_draws(out, row)
         assert draws.shape == (2000,)
         assert np.nanmean(draws) == pytest.approx(row.score, abs=1e-4)
-        assert (row.low, row.high) == pytest.approx(tuple(np.nanquantile(draws, [0.025, 0.975])))
+        ends = np.clip(
+            np.nanquantile(draws, [0.025, 0.975]), -1 if "spearman" in row.metric or "pearson" in row.metric else 0, 1
+        )
+        assert (row.low, row.high) == pytest.approx(tuple(ends))
 
 
 def test_a_partly_embedded_clustering_follows_mtebs_draws(make_encoder: MakeEncoder, tmp_path: Path):
@@ -455,6 +459,30 @@ def test_too_few_rows_and_unknown_spreads_have_no_interval(make_encoder: MakeEnc
     for row in evaluate([make_encoder()], [few, ami], names=["m"], out=tmp_path / "out").rows:
         assert (row.low, row.high, row.unit, row.units, row.draws) == (None, None, "", 0, "")
         assert read_draws(tmp_path / "out", row) is None
+        assert {"few": "4 queries are too few", "ami": "cannot be drawn again"}[row.task] in row.note
+
+
+def test_a_score_that_mteb_computes_otherwise_says_why_it_has_no_interval(
+    make_encoder: MakeEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_task(tmp_path / "t", "sts", example_rows("sts"))
+    usual = score(make_encoder(), path)
+    evaluator = mteb.abstasks.sts.AbsTaskSTS._calculate_scores
+
+    def other(*args: object, **options: object) -> dict[str, float]:
+        return {key: value / 2 for key, value in evaluator(*args, **options).items()}
+
+    monkeypatch.setattr(mteb.abstasks.sts.AbsTaskSTS, "_calculate_scores", other)
+    (row,) = evaluate([make_encoder()], [path], names=["m"]).rows
+    assert row.low is None
+    assert f"in its own way ({usual / 2:.4f}; {usual:.4f} by the usual formula)" in row.note
+
+
+def test_an_interval_of_few_pairs_stays_within_what_a_correlation_can_be(make_encoder: MakeEncoder, tmp_path: Path):
+    path = write_task(tmp_path / "t", "sts", example_rows("sts", 8))
+    (row,) = evaluate([make_encoder()], [path], names=["m"]).rows
+    assert row.units == 8
+    assert -1 <= row.low < row.score < row.high <= 1
 
 
 def test_draws_that_are_gone_are_drawn_again(make_encoder: MakeEncoder, tmp_path: Path):

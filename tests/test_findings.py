@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, ttest_ind
 
 from secateur.artifacts import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training
 from secateur.errors import DataError
 from secateur.provenance import Provenance
-from secateur.reporting.findings import SAME, Claim, Findings, find, pareto
+from secateur.reporting.drawings import captions, draw
+from secateur.reporting.findings import SAME, Claim, Estimate, Findings, find, pareto
 from secateur.reporting.report import report
 from secateur.reporting.run import read_run
 from secateur.reporting.saturation import Saturation, fit_saturation
-from secateur.reporting.verdict import notes, verdict
+from secateur.reporting.verdict import notes, smallest_as_good, telling, verdict
 
 MADE = Provenance("secateur", "2026-03-04T05:06:07+00:00", None, {}, (), {})
 TASKS = ("sts", "search")
@@ -99,20 +102,62 @@ def test_the_smallest_equal_model_comes_first_and_smaller_ones_after(tmp_path: P
     assert sentence.index("5 of 8 blocks give the same quality") < sentence.index("3 keep 75.0") < sentence.index("1 ")
 
 
-def test_seeds_widen_the_interval_by_their_pooled_spread(tmp_path: Path) -> None:
-    scores = {8: (0.80, 0.81, 0.79), 4: (0.70, 0.73, 0.67)}
+def test_past_the_first_depth_that_may_lose_too_much_none_is_said_to_be_as_good(tmp_path: Path) -> None:
+    for depth, score, own in ((8, 0.8, 0.001), (7, 0.8, 0.002), (5, 0.8, 0.03), (3, 0.7999, 0.002)):
+        write_model(tmp_path, f"tiny-{depth}-healed", depth, score, own=own)
+    assert claims(tmp_path)["tiny-3-healed"].outcome == "same"  # by itself
+    (sentence,) = verdict(found(tmp_path))
+    assert "7 of 8 blocks give the same quality" in sentence
+    assert re.search(r"3 keep 100\.0", sentence)
+    assert sentence.count("same quality") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", [(0.02,) * 6, (0.0, 0.0, 0.02, 0.02, 0.02, 0.02)], ids=["all", "from the third"])
+def test_a_depth_that_loses_two_points_is_said_to_be_as_good_once_in_forty(tmp_path: Path, losses) -> None:
+    """Cuts at the edge of what may be lost, their differences drawn as a paired bootstrap finds them."""
+    write_model(tmp_path, "tiny-8-healed", 8, 0.80)
+    for depth in range(7, 1, -1):
+        write_model(tmp_path, f"tiny-{depth}-healed", depth, 0.80)
+    (own,) = find(read_run(tmp_path)).claims.values()
+    rng, wrong, tries, error = np.random.default_rng(len(set(losses))), 0, 4000, 0.004
+    for _ in range(tries):
+        values = -np.array(losses) + rng.normal(0, error, len(losses))
+        drawn = [
+            replace(claim, difference=Estimate(value, value - 1.96 * error, value + 1.96 * error))
+            for claim, value in zip(own, values, strict=True)
+        ]
+        smallest = smallest_as_good(drawn)
+        wrong += smallest is not None and losses[drawn.index(smallest)] >= SAME
+        assert smallest is None or telling(drawn)[0] is smallest
+    assert binomtest(wrong, tries, 0.025).pvalue > 1e-3 or wrong < 0.025 * tries
+
+
+def test_an_average_is_within_what_its_metrics_can_be(tmp_path: Path) -> None:
+    write_model(tmp_path, "tiny-8-healed", 8, 0.999)
+    (design,) = found(tmp_path).designs
+    assert design.average is not None and design.average.high == 1
+    assert design.average.low is not None and design.average.low < 0.995
+
+
+@pytest.mark.parametrize(("seeds", "quantile"), [(2, 4.303), (3, 2.776)])
+def test_seeds_widen_the_interval_by_their_pooled_spread(tmp_path: Path, seeds: int, quantile: float) -> None:
+    scores = {8: (0.80, 0.81, 0.79)[:seeds], 4: (0.70, 0.73, 0.67)[:seeds]}
     for depth, values in scores.items():
         for seed, score in enumerate(values):
             write_model(tmp_path, f"tiny-{depth}-healed-seed{seed}", depth, score, seed)
     claim = claims(tmp_path)["tiny-4-healed"]
     variance = sum(np.var(values, ddof=1) for values in scores.values()) / 2
-    error = np.sqrt(2 * variance / 3)
-    assert claim.difference.value == pytest.approx(-0.1)
+    error = np.sqrt(2 * variance / seeds)
+    student = ttest_ind(scores[4], scores[8])  # with the variance pooled, as an analysis of variance has it
+    wanted = student.confidence_interval(0.95)
+    assert claim.difference.value == pytest.approx(np.mean(scores[4]) - np.mean(scores[8]))
     assert claim.difference.seed_error == pytest.approx(error)
     assert claim.difference.low is not None
     half = claim.difference.value - claim.difference.low
-    # Two groups that share a variance of 4 degrees of freedom: Welch's formula gives 8 for their sum.
-    assert half == pytest.approx(2.306 * error, rel=0.01)
+    assert student.df == 2 * seeds - 2
+    assert half == pytest.approx((wanted.high - wanted.low) / 2, rel=0.01)  # beside it, that of the rows is small
+    assert half == pytest.approx(quantile * error, rel=0.01)
     assert "one seed" not in " ".join(notes(found(tmp_path)))
     assert [design.name for design in found(tmp_path).designs] == ["tiny-8-healed", "tiny-4-healed"]
 
@@ -192,6 +237,28 @@ def test_pareto_against_every_pair() -> None:
     for cost, score in points:
         beaten = any((c <= cost and s > score) or (c < cost and s >= score) for c, s in points)
         assert beaten != ((cost, score) in front)
+
+
+def test_each_base_model_has_its_own_curve_of_score_against_size(tmp_path: Path) -> None:
+    """Two bases whose cuts follow their own curve exactly: one curve through both would fit neither."""
+    truth = {"large": (0.8, 0.3, 1.0), "small": (0.5, 0.3, 1.0)}
+    rows = []
+    for base, (plateau, gain, exponent) in truth.items():
+        for depth in range(1, 8):
+            score = plateau - gain * depth**-exponent
+            write_model(tmp_path, f"{base}-{depth}-healed", depth, score)
+            rows.append(CostRow(f"{base}-{depth}-healed", depth, depth * 10_000_000, 5, 40, 1.0, 1.0, 1.0))
+    Costs(MADE, tuple(rows)).save(tmp_path)
+    drawn = {drawing.title: drawing for drawing in captions(draw(found(tmp_path), 100.0), "size").values()}
+    assert set(drawn) == {"Score against size: large", "Score against size: small"}
+    for base, (plateau, gain, exponent) in truth.items():
+        caption = drawn[f"Score against size: {base}"].caption
+        formula = re.search(r"score = ([\d.]+) − ([\d.]+) × .*\^\(−([\d.]+)\)", caption)
+        assert formula is not None
+        assert [float(part) for part in formula.groups()] == pytest.approx(
+            [100 * plateau, 100 * gain, exponent], rel=0.03
+        )
+        assert "7 models" in caption
 
 
 SIZES = np.geomspace(3e7, 1e9, 9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -14,11 +15,20 @@ from secateur.evaluation.predictions import (
     _averaged_metric,
     _v_measure,
     binary_metric,
-    mean_statistic,
     pearson,
     spearman,
 )
-from secateur.measures.intervals import interval, mean_of, resample, resampled_counts, whole
+from secateur.measures.intervals import (
+    Statistic,
+    doubt,
+    interval,
+    limits_of,
+    mean_of,
+    mean_statistic,
+    resample,
+    resampled_counts,
+    whole,
+)
 
 
 def covers(successes: int, trials: int) -> bool:
@@ -26,16 +36,70 @@ def covers(successes: int, trials: int) -> bool:
     return binomtest(successes, trials, 0.95).pvalue > 1e-4
 
 
-def in_interval(statistic, units: int, truth: float, seed: int) -> bool:
-    low, high = interval(resample(statistic, units, seed, draws=500))
-    return low <= truth <= high
+def _skewed(rng: np.random.Generator, units: int) -> Statistic:
+    return mean_statistic(rng.gamma(4, 0.25, units))
 
 
-@pytest.mark.parametrize("units", [12, 100])
-def test_intervals_of_a_mean_cover(units: int):
-    rng = np.random.default_rng(units)
-    samples = rng.beta(2, 2, (400, units))
-    assert covers(sum(in_interval(mean_statistic(s), units, 0.5, i) for i, s in enumerate(samples)), 400)
+def _answers(rng: np.random.Generator, units: int) -> Statistic:
+    return mean_statistic((rng.random(units) < 0.9).astype(float))
+
+
+def _ndcg(rng: np.random.Generator, units: int) -> Statistic:
+    """Half of the queries find everything, a fifth nothing."""
+    kind = rng.random(units)
+    return mean_statistic(np.select([kind < 0.5, kind < 0.7], [1.0, 0.0], rng.random(units)))
+
+
+def _spearman(rng: np.random.Generator, units: int) -> Statistic:
+    first = rng.normal(size=units)
+    return partial(spearman, first, 0.6 * first + 0.8 * rng.normal(size=units))
+
+
+def _pairs(measure: str, rng: np.random.Generator, units: int) -> Statistic:
+    labels = (rng.random(units) < 0.4).astype(float)
+    return partial(binary_metric, measure, labels, labels + rng.normal(size=units))
+
+
+def _macro_f1(rng: np.random.Generator, units: int) -> Statistic:
+    gold = rng.integers(0, 3, units)
+    return partial(_averaged_metric, "f1", gold, np.where(rng.random(units) < 0.7, gold, (gold + 1) % 3))
+
+
+SCORES_OF: dict[str, tuple[Callable[[np.random.Generator, int], Statistic], str, float | None]] = {
+    "losses": (lambda rng, units: mean_statistic(rng.normal(size=units)), "", 0.0),
+    "skewed losses": (_skewed, "", 1.0),
+    "right answers": (_answers, "accuracy", 0.9),
+    "ndcg": (_ndcg, "ndcg_at_10", 0.65),
+    # Of two normal variables with Pearson's r it is 6/pi asin(r/2) (Pearson 1907).
+    "spearman": (_spearman, "spearman", 6 / np.pi * np.arcsin(0.6 / 2)),
+    "ap": (partial(_pairs, "ap"), "ap", None),
+    "accuracy at the best threshold": (partial(_pairs, "accuracy"), "accuracy", None),
+    "macro f1": (_macro_f1, "f1", None),
+}
+"""What is drawn, its metric, and its expectation; None where that depends on the number of units."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("units", [5, 10, 20, 100])
+@pytest.mark.parametrize("name", SCORES_OF)
+def test_intervals_hold_the_expected_number_at_93_percent_or_more(name: str, units: int):
+    make, metric, expected = SCORES_OF[name]
+    rng = np.random.default_rng([*name.encode(), units])
+    if expected is None:
+        expected = float(np.nanmean([whole(make(rng, units), units) for _ in range(2000)]))
+    limits = limits_of(metric) if metric else None
+    hits = given = 0
+    for seed in range(1000):
+        draws = resample(make(rng, units), units, seed, draws=400, limits=limits)
+        if np.isnan(draws).all() or doubt(draws, units):
+            continue
+        low, high = interval(draws, limits or (-np.inf, np.inf))
+        assert low is not None and high is not None
+        assert limits is None or limits[0] <= low <= high <= limits[1]
+        given, hits = given + 1, hits + (low <= expected <= high)
+    assert given > 150
+    # The bootstrap finds a tenth less spread of average precision at 20 pairs than there is: docs/method.md says so.
+    assert hits / given >= (0.91 if name == "ap" else 0.93)
 
 
 def test_intervals_of_a_paired_difference_cover_and_are_narrower_than_unpaired_ones():
@@ -54,27 +118,22 @@ def test_intervals_of_a_paired_difference_cover_and_are_narrower_than_unpaired_o
     assert np.median(widths) < 0.5
 
 
-def test_intervals_of_a_rank_correlation_cover():
-    # Spearman's correlation of two normal variables with Pearson's r is 6/pi asin(r/2) (Pearson 1907).
-    rng, hits, truth = np.random.default_rng(2), 0, 6 / np.pi * np.arcsin(0.6 / 2)
-    for seed in range(300):
-        first = rng.normal(size=150)
-        second = 0.6 * first + 0.8 * rng.normal(size=150)
-        hits += in_interval(partial(spearman, first, second), 150, truth, seed)
-    # Near a skewed statistic a percentile interval is allowed a percent or two.
-    assert 0.91 <= hits / 300 <= 0.985
+def test_no_error_in_n_answers_is_an_interval_by_the_rule_of_three():
+    draws = resample(mean_statistic(np.ones(20)), 20, seed=0, limits=(0.0, 1.0))
+    low, high = interval(draws, (0.0, 1.0))
+    assert high == pytest.approx(1, abs=0.01)
+    assert low == pytest.approx(binomtest(20, 20).proportion_ci(0.95).low, abs=0.015)  # Clopper and Pearson's
+    assert interval(resample(mean_statistic(np.ones(20)), 20, seed=0)) == (
+        None,
+        None,
+    )  # what losses can be is not known
 
 
-def test_intervals_of_average_precision_cover():
-    rng = np.random.default_rng(3)
-
-    def draw(size: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = (rng.random(size) < 0.4).astype(float)
-        return labels, labels + rng.normal(0, 1, size)
-
-    truth = float(binary_metric("ap", *draw(400_000), np.ones((1, 400_000)))[0])
-    hits = sum(in_interval(partial(binary_metric, "ap", *draw(200)), 200, truth, seed) for seed in range(300))
-    assert 0.91 <= hits / 300 <= 0.985
+def test_few_units_and_undefined_draws_are_doubted():
+    assert "4 are too few" in doubt(resample(mean_statistic(np.arange(4.0)), 4, seed=0), 4)
+    labels = np.array([1.0, 0, 0, 0, 0, 0])  # a third of the draws has no positive
+    assert "undefined on 3" in doubt(resample(partial(binary_metric, "ap", labels, np.arange(6.0)), 6, seed=0), 6)
+    assert doubt(resample(mean_statistic(np.arange(5.0)), 5, seed=0), 5) == ""
 
 
 def test_draws_are_reproducible_and_centred():
@@ -83,7 +142,7 @@ def test_draws_are_reproducible_and_centred():
     assert np.array_equal(draws, resample(statistic, 30, seed=5))
     assert not np.array_equal(draws, resample(statistic, 30, seed=6))
     assert draws.mean() == pytest.approx(whole(statistic, 30)) == 14.5
-    assert draws.std() == pytest.approx(np.arange(30.0).std(ddof=1) / np.sqrt(30), rel=0.1)
+    assert draws.std() == pytest.approx(np.arange(30.0).std(ddof=1) / np.sqrt(30), rel=0.12)
     assert mean_of([draws, draws - 2]).mean() == pytest.approx(13.5)
 
 

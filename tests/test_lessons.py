@@ -154,9 +154,8 @@ def test_a_teacher_is_asked_once_for_the_texts_that_are_trained_on_and_for_no_ot
 
 @pytest.mark.parametrize("steps", [1, 5, 30])
 def test_the_rows_that_a_training_reads_are_known_before_it(llama_folder: Path, tmp_path: Path, steps: int):
-    pairs = [
-        Pairs(f"{n}", tuple(Pair(f"{n} {i}", f"{i} of {n}") for i in range(n)), "", "", SOURCE) for n in (40, 24, 9)
-    ]
+    rows = {n: tuple(Pair(f"{n} {i}", f"{i} of {n}") for i in range(n)) for n in (40, 24, 9)}
+    pairs = [Pairs(f"{n}", own, "", "", SOURCE) for n, own in rows.items()]
     sets = training_sets(pairs, 8)
     sets = [replace(item, rows=item.rows.add_column("label", list(range(len(item.rows))))) for item in sets]
     model = secateur.open_model(llama_folder, device="cpu")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.measures import bootstrap, curves, metrics
+from secateur.measures import curves, intervals, metrics
 
 
 def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -123,27 +123,25 @@ def test_lowest_in_each_half():
 
 
 def test_draws_spread_as_the_standard_error_does():
-    losses = vectors(12, 4).double() + torch.arange(4)
-    draws = bootstrap.draws_of(losses, seed=0, draws=20000)
-    error = losses.std(dim=0) / math.sqrt(12)
+    losses = vectors(200, 4).double() + torch.arange(4)
+    draws = curves.draws_of(losses, seed=0, draws=20000)
+    error = losses.std(dim=0) / math.sqrt(200)
     assert torch.allclose(draws.mean(dim=0), losses.mean(dim=0), atol=0.02)
     assert torch.allclose(draws.std(dim=0), error, rtol=0.03)
-    low, high = bootstrap.intervals(draws)
-    assert torch.allclose((high - low) / 2, 1.96 * error, rtol=0.1)
+    low, high = zip(*(intervals.interval(own.numpy()) for own in draws.T), strict=True)
+    assert torch.allclose(torch.tensor(high).double() - torch.tensor(low).double(), 2 * 1.97 * error, rtol=0.03)
 
 
-def test_a_difference_that_all_batches_share_is_settled_and_noise_is_not():
+def test_what_all_batches_share_leaves_the_chances_sharp():
     noise = vectors(10, 1).double()  # batches differ much, but at all depths alike
     apart = noise + torch.tensor([1.0, 0.9, 2.0, 1.9])
-    assert bootstrap.is_settled(apart, seed=0)
-    assert bootstrap.chances(bootstrap.draws_of(apart, seed=0)).tolist() == [0, 1, 0, 1]
-    assert not bootstrap.is_settled(vectors(10, 4).double(), seed=0)
-    assert not bootstrap.is_settled(apart[:4], seed=0), "four batches settle nothing"
+    assert curves.chances(curves.draws_of(apart, seed=0), curves.lowest_in_each_half).tolist() == [0, 1, 0, 1]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 9), st.integers(2, 7), st.integers(0, 99))
 def test_chances_of_each_half_sum_to_one(batches, depths, seed):
-    chances = bootstrap.chances(bootstrap.draws_of(vectors(batches, depths, seed=seed), seed, draws=50))
+    draws = curves.draws_of(vectors(batches, depths, seed=seed), seed, draws=50)
+    chances = curves.chances(draws, curves.lowest_in_each_half)
     assert float(chances[: depths // 2].sum()) == pytest.approx(1)
     assert float(chances[depths // 2 :].sum()) == pytest.approx(1)

@@ -23,7 +23,7 @@ architectures: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
 loading: names gguf pooling models
 data: formats jsonl e5_mix hub_sets tables pairs texts sources vectors demo
-measures: metrics false_negatives curves bootstrap flops intervals
+measures: metrics false_negatives intervals curves stopping flops
 evaluation: task_folder tasks differences predictions evaluate
 profiling: lens parts depths depth_scores profile
 choosing: selectors budgets choose candidates

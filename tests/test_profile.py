@@ -25,11 +25,12 @@ from secateur.data.pairs import read_pairs
 from secateur.data.texts import read_texts
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.loading.models import open_model
-from secateur.measures import bootstrap
+from secateur.measures import stopping
 from secateur.profiling import profile as profiling
 from secateur.profiling.depths import DepthEncoder
 from secateur.profiling.parts import BATCH, BATCHES, SINGLES
 from secateur.profiling.profile import profile
+from task_folders import example_rows, write_task
 
 INSTRUCTION = "find the word that is asked for"
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared"))
@@ -223,7 +224,7 @@ def test_each_distinct_text_is_run_once(llama, folder):
 
 
 def test_angles_influence_and_tables_have_their_shapes(llama, pairs, tmp_path):
-    found = profile(llama, pairs, batch_size=8, dtype="float32", out=tmp_path / "out")
+    found = profile(llama, pairs, batch_size=4, dtype="float32", out=tmp_path / "out")
     assert load(tmp_path / "out", Profile) == found
     cka, angular = np.array(found.cka), np.array(found.angular)
     assert cka.shape == (4, 4) and angular.shape == (5, 5)
@@ -303,14 +304,49 @@ def test_texts_alone_tell_all_but_the_supervised_columns(llama, folder):
         choose(found)
 
 
-def test_until_sure_stops_early_with_the_full_choice(llama, folder):
-    data = write(folder / "many.jsonl", example_pairs(200))
-    full = profile(llama, data, batch_size=4, dtype="float32")
-    early = profile(llama, data, batch_size=4, dtype="float32", until_sure=True)
+def test_until_sure_stops_early_with_the_full_choice(folder):
+    data, apart = write(folder / "many.jsonl", example_pairs(200)), tiny_transformer(folder / "apart", "llama", 3, 2)
+    full = profile(apart, data, batch_size=4, dtype="float32")
+    early = profile(apart, data, batch_size=4, dtype="float32", until_sure=True)
+    assert choose(early) == choose(full)
     assert early.batches < full.batches == 50
-    assert early.settled and early.batches >= bootstrap.FEWEST
+    assert early.settled and early.batches in stopping.looks(50)
+    assert any("settled after" in note for note in early.notes)
     # Batches are visited in the same order, so what was read is what the full pass read first.
     assert np.allclose(early.batch_losses, full.batch_losses[: early.batches], atol=1e-4)
+
+
+def test_what_fails_after_the_measuring_costs_no_more_than_itself(folder, pairs, tmp_path, monkeypatch):
+    """An operation that nobody counts; then a task whose scores cannot be had."""
+    model = open_model(tiny_transformer(folder / "uncounted", depth=2), dtype="float32")
+    block = blocks_of(model[0].auto_model)[0]
+    block.register_forward_hook(lambda *_: multiply_three())
+    found = profile(model, pairs, batch_size=4, out=tmp_path / "uncounted")
+    assert found.parts == () and "no costs of cut models: no count for einsum i,i,i->i" in found.notes
+    assert load(tmp_path / "uncounted", Profile) == found and (tmp_path / "uncounted/curve.png").is_file()
+
+    task = write_task(tmp_path / "t", "sts", example_rows("sts"))
+    monkeypatch.setattr("secateur.profiling.depth_scores.score_task", failing)
+    with pytest.raises(DataError, match="cannot be had"):
+        profile(folder / "uncounted", pairs, batch_size=4, dtype="float32", tasks=[task], out=tmp_path / "scoreless")
+    kept = load(tmp_path / "scoreless", Profile)
+    assert [row.loss for row in kept.rows] == pytest.approx([row.loss for row in found.rows])
+    assert any("no task scores" in note for note in kept.notes)
+
+
+def multiply_three() -> None:
+    torch.einsum("i,i,i->i", torch.ones(2), torch.ones(2), torch.ones(2))
+
+
+def failing(*_: object) -> None:
+    raise DataError("t", "cannot be had")
+
+
+def test_fewer_than_five_batches_have_no_intervals(llama, pairs):
+    few = profile(llama, pairs, batch_size=8, dtype="float32")
+    assert few.batches == 3
+    assert all(row.loss_low is None and row.chance is None and row.loss_se > 0 for row in few.rows)
+    assert any("3 batches are too few for intervals" in note for note in few.notes)
 
 
 def test_until_sure_of_texts_alone_is_refused(llama, folder):
@@ -324,9 +360,16 @@ def test_half_precision_gives_nearly_the_same(llama, pairs):
     rough = profile(llama, pairs, batch_size=8, dtype="bfloat16")
     assert rough.dtype == "bfloat16"
     assert [row.loss for row in rough.rows] == pytest.approx([row.loss for row in exact.rows], abs=0.1)
-    measured = profile(llama, pairs, batch_size=8)
-    assert measured.dtype in ("float32", "bfloat16")
-    assert "by measurement" in measured.notes[0]
+
+
+@pytest.mark.parametrize(("can", "dtype"), [({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")])
+def test_auto_takes_the_number_format_by_what_the_processor_says_and_no_clock(llama, pairs, monkeypatch, can, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    found = profile(llama, pairs, batch_size=8)
+    assert found.dtype == dtype
+    assert f"--dtype {dtype}" in found.notes[0]
+    again = profile(llama, pairs, batch_size=8, dtype=found.dtype)
+    assert again.batch_losses == found.batch_losses
 
 
 def test_one_row_and_identical_texts_are_refused(llama, folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -25,6 +26,7 @@ from secateur.artifacts import (
     TrialRow,
     load,
 )
+from secateur.choosing.choose import losses_fingerprint
 from secateur.errors import DataError
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting.card import CARD_MARK
@@ -274,9 +276,9 @@ def test_several_seeds_are_one_row_with_their_mean_and_standard_error(run: Path)
     assert len(page.rows("tiny-3-healed-seed1")) == 1  # how it was made: by model
     assert row[0] == "tiny-3-healed"
     mean, spread = 56.0, 1.73205  # of 55, 58 and 55
-    half = 4.30265 * spread / 3**0.5  # Student's t at 97.5 % with 2 degrees of freedom
-    assert row[-3] == f"{mean:.1f}{mean - half:.1f} to {mean + half:.1f}3 seeds, ± {spread / 3**0.5:.1f}"
-    assert "4 seeds (1, 2, 3, 42)" in page.text
+    # No interval: these scores have no draws, and that of the seeds alone says nothing of other texts.
+    assert row[-3] == f"{mean:.1f}3 seeds, ± {spread / 3**0.5:.1f}"
+    assert "Each model was trained with 1 to 3 seeds; scores are means" in page.text
     assert "one seed" not in page.text
 
 
@@ -476,6 +478,18 @@ def test_a_folder_with_nothing_to_show_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_edited_choice_holds_whatever_its_time_is_and_that_of_another_profile_does_not(run: Path) -> None:
+    profile, choice = run / "profiles/tiny/profile.json", run / "profiles/tiny/choice.json"
+    made_from = losses_fingerprint(load(profile, Profile))
+    choice.write_text(json.dumps({"small": 3, "large": 7, "chosen_from": made_from}))
+    os.utime(choice, (1, 1))  # as a copy may set it
+    assert read_run(run).choices["tiny"] == {"small": 3, "large": 7}
+    write_profile(run)
+    choice.write_text(json.dumps({"small": 3, "large": 7, "chosen_from": "0123"}))
+    os.utime(profile, (1, 1))
+    assert read_run(run).choices["tiny"] == {"small": 4, "large": 8}
+
+
 @pytest.mark.parametrize("choice", ['{"small": 9}', '{"small": 0}', '{"small": true}', '{"small": "2"}', "[2]", "{"])
 def test_a_broken_choice_is_an_error_and_nothing_is_written(run: Path, choice: str) -> None:
     (run / "profiles" / "tiny" / "choice.json").write_text(choice)
@@ -614,6 +628,33 @@ def test_a_base_model_that_is_not_on_the_hub_is_no_metadata(tmp_path: Path, base
     assert not {"base_model", "base_model_relation", "license"} & set(content)
 
 
+def test_a_card_publishes_no_folder_of_this_machine(run: Path) -> None:
+    history = (
+        "secateur prune /home/ann/acme/tiny --to 2 --adapter=/srv/secret/lora -o out/acme/cut",
+        "secateur heal out/acme/cut --data '/home/ann/my texts/a.jsonl' hf:org/set:en --teacher org/teacher",
+    )
+    folder = run / "models" / "tiny-2-healed"
+    Origin(made(history[-1]), "/home/ann/acme/tiny", 8, (0, 1), "mean", 0.0, history).save(folder)
+    settings = {"data": ["/home/ann/my texts/a.jsonl"], "teacher": "C:\\models\\big", "scale": 20.0}
+    Training(made(history[-1]), "m", 1, 1.0, 1, settings, {"a": "either/or: "}, (LossRow(1, 1.0, 1.0),)).save(folder)
+    report(run)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for private in ("ann", "acme", "secret", "my texts", "models\\"):
+        assert private not in card
+    assert "secateur prune tiny --to 2 --adapter=lora -o cut" in card
+    assert "secateur heal cut --data a.jsonl hf:org/set:en --teacher org/teacher" in card
+    assert "either/or" in card and "big" in card
+    assert "/home/ann/acme/tiny" in (run / "report.md").read_text(encoding="utf-8")  # the report stays here
+
+
+def test_scores_without_an_interval_say_why(run: Path) -> None:
+    row = ScoreRow("tiny-2-healed", *TASKS[0][:3], 0.5, 3, 1.0, note="no interval: 3 queries are too few")
+    Scores(made("secateur evaluate"), (row,)).save(run / "scores" / "tiny-2-healed")
+    told = f"{TASKS[0][0]}, tiny-2-healed: no interval: 3 queries are too few."
+    assert told in read(report(run)).text
+    assert "3 queries are too few" in (run / "report.md").read_text(encoding="utf-8")
+
+
 def test_a_card_of_the_users_own_is_left_alone(run: Path) -> None:
     own, generated = run / "models" / "tiny-2-healed" / "README.md", run / "models" / "tiny-6-healed" / "README.md"
     own.write_text("# My model\n")
@@ -627,5 +668,5 @@ def test_other_subsets_are_named_by_block(tmp_path: Path) -> None:
     origin = Origin(made("secateur prune"), "org/tiny", 8, (0, 1, 2, 5, 7), "mean", 0.0, ())
     origin.save(tmp_path / "models" / "tiny-5-zero-shot")
     page = read(report(tmp_path))
-    assert "1 to 3, 6, 8" in page.text
+    assert "blocks 0-2,5,7 (counted from 0, as by --keep)" in page.text
     assert "secateur prune" in page.text

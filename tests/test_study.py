@@ -376,9 +376,9 @@ def test_a_choice_follows_its_profile(run: Path, tmp_path: Path):
     copy = copied(run, tmp_path)
     folder = copy / "profiles" / "tiny"
     chosen = (folder / "choice.json").read_text()
-    (folder / "choice.json").write_text('{"small": 2, "large": 1}')
-    os.utime(folder / "choice.json", (1, 1))
-    assert read_run(copy).choices["tiny"] == json.loads(chosen)
+    other = json.loads(chosen) | {"small": 2, "large": 1, "chosen_from": "another profile"}
+    (folder / "choice.json").write_text(json.dumps(other))
+    assert read_run(copy).choices["tiny"] == secateur.choose(folder)
     assert secateur.study(out=copy).is_file()
     assert (folder / "choice.json").read_text() == chosen
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +75,7 @@ def test_many_files_of_vectors_are_read_with_few_open_at_once(tmp_path: Path):
     for text in texts:
         cache.encode([text], "", encode)
     own, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_now = len(os.listdir("/proc/self/fd"))
+    open_now = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, hard))
     try:
         assert np.array_equal(VectorCache(tmp_path, "m").encode(texts, "", never), encode(texts))

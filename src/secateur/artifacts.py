@@ -73,8 +73,9 @@ class DepthRow:
     """One depth of a profile: the state after ``depth`` blocks, through the model's final norm, pooled.
 
     ``loss`` is the mean over batches, in nats, ``loss_se`` its standard error and ``loss_low`` to ``loss_high`` its
-    95 % bootstrap interval (None with one batch); ``chance`` is the share of bootstrap draws in which L3Prune's rule
-    chooses this depth. ``accuracy``, ``ndcg_at_10`` and ``alignment`` are of pairs too, and None with texts alone.
+    95 % bootstrap interval; ``chance`` is the share of bootstrap draws in which L3Prune's rule chooses this depth (both
+    None with fewer than five batches). ``accuracy``, ``ndcg_at_10`` and ``alignment`` are of pairs too, and None with
+    texts alone.
     ``block_influence`` belongs to the block that ends at this depth; ``effective_rank``, ``uniformity`` and
     ``mean_cosine`` are of the pooled vectors; ``next_token_loss`` is that of the language-model head at this depth, in
     nats, None where the model has none.
@@ -144,7 +145,8 @@ class Profile(Table):
     Attributes:
         batches: Batches read, of ``batch_size`` pairs (or texts).
         texts: Distinct texts run, and ``tokens`` theirs, prompts included.
-        settled: Whether 95 % of bootstrap draws agree with the choice of L3Prune's rule; None without pairs.
+        settled: Whether the choice of L3Prune's rule is significantly better than every other depth of its half, at
+            95 % over all looks at the data (:mod:`.stopping`); None without pairs.
         cka: Linear CKA between depths, (depth, depth); null where a depth gives all texts the same vector.
         angular: Mean angular distance of the last token's states between depths, (depth + 1, depth + 1), the first
             being the embeddings; empty where an architecture's states have another layout.
@@ -198,8 +200,8 @@ class ScoreRow:
     what stood before the texts or queries; ``data`` and ``weights`` are fingerprints of the task and of the model.
 
     ``low`` to ``high`` is the 95 % bootstrap interval of the score over ``units`` things drawn again, ``unit`` says
-    which (:mod:`.predictions`); None where they cannot be. ``draws`` names the file of the draws, which
-    :func:`.read_draws` reads.
+    which (:mod:`.predictions`); None where they cannot be, and ``note`` says why. ``draws`` names the file of the
+    draws, which :func:`.read_draws` reads.
 
     ``prompts`` are those of the model on this task for texts of no kind, for queries and for documents; ``source`` is
     the model's folder or Hub id, ``files`` a fingerprint of that folder's files. ``versions`` are those of the

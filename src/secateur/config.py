@@ -131,9 +131,11 @@ class ProfileOptions(Options):
     pooling: PoolingName | None = Field(None, description=_POOLING + " l3prune: the paper's own, prompt included.")
     batch_size: int = Field(64, ge=2, description="Pairs per batch; the loss depends on it.")
     max_examples: int = Field(1280, ge=2, description="Pairs used, drawn by the seed.")
-    until_sure: bool = Field(False, description="Stop as soon as 95 % of bootstrap draws agree on the choice.")
+    until_sure: bool = Field(
+        False, description="Stop as soon as the choice is settled at 95 %, by a test at fixed looks."
+    )
     max_length: int = Field(512, ge=1, description=_LENGTH)
-    dtype: Dtype = Field("auto", description="Number format of the arithmetic; auto: the quickest, by measurement.")
+    dtype: Dtype = Field("auto", description="Number format of the arithmetic; auto: by what the processor multiplies.")
     device: str | None = Field(None, description=_DEVICE)
     seed: Seed = Field(42, description="Of the drawing.")
     tasks: Tasks = Field(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from pathlib import Path
@@ -13,6 +15,8 @@ from secateur.errors import ConfigError, IllegalDepth
 
 SHORT = {"small": "l3prune-small", "large": "l3prune-large"}
 """Short names of the paper's two choices."""
+CHOSEN_FROM = "chosen_from"
+"""Key of ``choice.json`` that holds the :func:`losses_fingerprint`; a choice written by hand needs none."""
 
 
 def choose(
@@ -49,6 +53,12 @@ def choose(
         return {"budget": len(within(budget, table).blocks)}
     question = Question(table.depth, table)
     return {name: len(l3prune(question, half).blocks) for half, name in enumerate(SHORT)}
+
+
+def losses_fingerprint(profile: Profile) -> str:
+    """Of the losses by depth, all that :func:`choose` reads: tells whether a choice was made from this profile."""
+    losses = json.dumps([row.loss for row in profile.depths])
+    return hashlib.sha256(losses.encode()).hexdigest()[:16]
 
 
 def blocks_to_keep(

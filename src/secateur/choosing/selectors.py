@@ -17,8 +17,16 @@ from torch import Tensor
 
 from secateur.artifacts import Profile
 from secateur.errors import ConfigError, DataError, IllegalDepth
-from secateur.measures import bootstrap
-from secateur.measures.curves import Rule, has_knee, knee, lowest_in_each_half, valleys, valleys_in_each_half
+from secateur.measures.curves import (
+    Rule,
+    draws_of,
+    has_knee,
+    knee,
+    lowest_in_each_half,
+    valleys,
+    valleys_in_each_half,
+)
+from secateur.measures.intervals import FEWEST
 
 SEED = 42
 
@@ -151,7 +159,9 @@ def angular(question: Question) -> Choice:
     kept = tuple(i for i in range(table.depth) if not start <= i < start + gone)
     if not gone:
         return Choice(kept, "all blocks")
-    return Choice(kept, f"blocks {start} to {start + gone - 1} turn the state least, by {distance:.3f} of a half turn")
+    return Choice(
+        kept, f"blocks {start} to {start + gone - 1} (from 0) turn the state least, by {distance:.3f} of a half turn"
+    )
 
 
 def uniform(question: Question) -> Choice:
@@ -221,7 +231,7 @@ def losses_of(table: Profile) -> Tensor:
 
 
 def chance_of(table: Profile, rule: Rule, place: int, depth: int) -> float | None:
-    """The share of bootstrap draws in which a rule chooses this depth; None with fewer than two batches.
+    """The share of bootstrap draws in which a rule chooses this depth; None with fewer than five batches.
 
     Args:
         table: The profile.
@@ -229,11 +239,11 @@ def chance_of(table: Profile, rule: Rule, place: int, depth: int) -> float | Non
         place: Which of the rule's choices.
         depth: What it chooses on the measured curve.
     """
-    if len(table.batch_losses) < 2:
+    if len(table.batch_losses) < FEWEST:
         return None
     losses = torch.tensor(table.batch_losses, dtype=torch.float64)
     seed = SEED if table.provenance.seed is None else table.provenance.seed
-    chosen = rule(bootstrap.draws_of(losses, seed))[:, place]
+    chosen = rule(draws_of(losses, seed))[:, place]
     return float((chosen == depth).double().mean())
 
 

@@ -5,6 +5,7 @@ A mistake of the user gives one line on standard error and exit code 2; ``SECATE
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -43,6 +44,9 @@ UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Run a command; turn what goes wrong into one line."""
+    for stream in (sys.stdout, sys.stderr):  # a sign that a terminal's code page lacks is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         # typer returns the code of a click.Exit (--help) instead of raising it; since 0.29 Ctrl-C is one, too.
         code = app(spread(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0

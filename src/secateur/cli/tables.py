@@ -149,7 +149,7 @@ def show_candidates(found: Candidates) -> None:
     Console().print(table)
     typer.echo()
     for row in found.rows[1:]:
-        kept = "" if is_prefix(row.blocks) else f"blocks {ranges(row.blocks)}, "
+        kept = "" if is_prefix(row.blocks) else f"blocks {ranges(row.blocks)} (from 0), "
         typer.echo(f"{row.name}: {kept}{row.reason}" + (f" (note: {row.warning})" if row.warning else ""))
     for name, why in found.refused.items():
         typer.echo(f"{name}: cannot be told: {why}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from secateur.artifacts import DifferenceRow, ScoreRow
 from secateur.errors import DataError
-from secateur.measures.intervals import Array, interval, mean_of
+from secateur.measures.intervals import Array, interval, limits_of, mean_of
 
 DRAWS_FOLDER = "draws"
 
@@ -81,7 +81,8 @@ def of_the_same_things(row: ScoreRow, reference: ScoreRow) -> bool:
 
 
 def _difference(row: ScoreRow, reference: ScoreRow, draws: Array | None) -> DifferenceRow:
-    low, high = interval(draws) if draws is not None else (None, None)
+    least, most = limits_of(row.metric)
+    low, high = interval(draws, (least - most, most - least)) if draws is not None else (None, None)
     return DifferenceRow(
         model=row.model,
         reference=reference.model,

@@ -48,7 +48,7 @@ from secateur.evaluation.predictions import predicted
 from secateur.evaluation.tasks import Task, count_samples, expand, open_task
 from secateur.files import held, output_error, read_json, write_bytes, writing
 from secateur.loading.models import model_label, open_model
-from secateur.measures.intervals import FEWEST, Array, interval, mean_of, resample, whole
+from secateur.measures.intervals import FEWEST, Array, doubt, interval, limits_of, mean_of, resample, whole
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (
     ENCODING,
@@ -462,6 +462,11 @@ class _NoInterval(Exception):
 def _resampled(
     row: ScoreRow, task: Any, predictions: dict[str, Any], state: tuple[Any, ...]
 ) -> tuple[ScoreRow, Array | None]:
+    """A score with its interval and draws.
+
+    Raises:
+        _NoInterval: It has none, and why.
+    """
     if not math.isfinite(row.score):
         return row, None
     parts = predicted(task, predictions, row.metric, state)
@@ -474,8 +479,13 @@ def _resampled(
         raise _NoInterval(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
     # By the data alone: every model is scored on the same draws.
     seeds = [int(hashlib.sha256(f"{row.data} {i}".encode()).hexdigest()[:8], 16) for i in range(len(parts))]
-    draws = mean_of([resample(part.statistic, part.units, seed) for part, seed in zip(parts, seeds, strict=True)])
-    low, high = interval(draws)
+    limits = limits_of(row.metric)
+    drawn = [resample(part.statistic, part.units, seed, limits=limits) for part, seed in zip(parts, seeds, strict=True)]
+    for part, own in zip(parts, drawn, strict=True):
+        if why := doubt(own, part.units):
+            raise _NoInterval(why)
+    draws = mean_of(drawn)
+    low, high = interval(draws, limits)
     identity = [row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights, row.versions]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     units = sum(part.units for part in parts)

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.stats import pearsonr, spearmanr
 
-from secateur.measures.intervals import Array, Statistic
+from secateur.measures.intervals import Array, Statistic, mean_statistic
 
 _SIMILARITIES = {
     "similarity": ("similarity_scores", 1),
@@ -87,12 +87,6 @@ def predicted(
             data = task.dataset.get(subset, task.dataset)
             found.append(build(task, data[split], content, metric, rng))
     return found
-
-
-def mean_statistic(values: Sequence[float] | Array) -> Statistic:
-    """The mean of one value for each unit."""
-    fixed = np.asarray(values, dtype=np.float64)
-    return lambda counts: counts @ fixed / counts.sum(axis=1)
 
 
 # Similarity of pairs --------------------------------------------------------------------------------------------------

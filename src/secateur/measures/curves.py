@@ -1,7 +1,9 @@
 """Losses by depth → depths: the rules that read nothing but a profile's curve.
 
 A rule takes losses (..., depths) and gives depths (..., choices), counted from 1, for each curve by itself: so it can
-be asked about the measured curve and about every curve of a bootstrap (:mod:`.bootstrap`) alike.
+be asked about the measured curve and about every curve of a bootstrap over batches (:func:`draws_of`) alike. All depths
+of a draw come from the same batches, so that what batches have in common (some are harder at every depth) does not blur
+which depth is the lowest.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from secateur.measures.intervals import DRAWS, mean_statistic, resample
+
 Rule = Callable[[Tensor], Tensor]
 """Losses (..., depths) → chosen depths (..., choices), counted from 1."""
 
@@ -19,6 +23,17 @@ PROMINENCE = 0.05
 """Share of a smoothed curve's range that a valley must be deep, on both sides, to count as one."""
 FLAT = 1e-9
 """Differences of shares below this are rounding."""
+
+
+def draws_of(losses: Tensor, seed: int, draws: int = DRAWS) -> Tensor:
+    """Mean losses of batches drawn again (:func:`.resample`): (batches, depths) → (draws, depths)."""
+    return torch.from_numpy(resample(mean_statistic(losses.double().numpy()), len(losses), seed, draws))
+
+
+def chances(draws: Tensor, rule: Rule) -> Tensor:
+    """The share of draws in which each depth is among those that a rule chooses: (depths,), each from 0 to 1."""
+    counts = torch.bincount(rule(draws).flatten(), minlength=draws.shape[-1] + 1)[1:]
+    return counts.double() / len(draws)
 
 
 def lowest_in_each_half(losses: Tensor) -> Tensor:

@@ -123,13 +123,15 @@ def _einsum(result: Tensor, equation: str, *operands: Any) -> int:
     terms = equation.replace(" ", "").partition("->")[0].split(",")
     if len(tensors) == 1:
         return 0
-    if len(tensors) != 2 or "." in equation:
+    if len(tensors) != 2:
         raise NotImplementedError(f"no count for einsum {equation}")
-    sizes: dict[str, int] = {
-        letter: size
-        for term, tensor in zip(terms, tensors, strict=True)
-        for letter, size in zip(term, tensor.shape, strict=True)
-    }
+    sizes: dict[str, int] = {}
+    for term, tensor in zip(terms, tensors, strict=True):
+        before, dots, after = term.partition("...")
+        others = tensor.ndim - len(before) - len(after) if dots else 0
+        # Those that the dots stand for are counted from the right, as broadcasting does.
+        for index, size in zip([*before, *(f"{i}" for i in range(others, 0, -1)), *after], tensor.shape, strict=True):
+            sizes[index] = max(size, sizes.get(index, 1))
     return 2 * math.prod(sizes.values())
 
 

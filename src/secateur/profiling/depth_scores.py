@@ -85,6 +85,10 @@ def depth_scores(
         f"{what} is no number at depth {', '.join(depths)}: the vectors there are all alike"
         for what, depths in missing.items()
     ]
+    for title in dict.fromkeys(row.task for row in found):
+        unsure = [(depth, row.note) for depth, row in by_depth if row.task == title and row.note]
+        if unsure:
+            told.append(f"{title} at depth {', '.join(str(depth) for depth, _ in unsure)}: {unsure[0][1]}")
     return DepthScores(rows, (*encoder.notes, *told))
 
 

@@ -18,19 +18,20 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from secateur.architectures.forward import block_seconds, is_out_of_memory
+from secateur.architectures.forward import is_out_of_memory
 from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
 from secateur.config import PROFILE_FILES, PoolingName, ProfileOptions, check
 from secateur.data.pairs import Pair, Pairs, batches, l3prune_prompt
 from secateur.data.sources import Data, Source, read_sources
 from secateur.data.texts import Texts
-from secateur.errors import ConfigError, DataError
+from secateur.errors import ConfigError, DataError, SecateurError
 from secateur.files import results_folder
 from secateur.loading.models import model_label, open_model
 from secateur.loading.pooling import pooling_name
-from secateur.measures import bootstrap
-from secateur.measures.curves import lowest_in_each_half
+from secateur.measures import stopping
+from secateur.measures.curves import chances, draws_of, lowest_in_each_half
 from secateur.measures.false_negatives import false_negative_mask, text_numbers
+from secateur.measures.intervals import FEWEST, interval
 from secateur.measures.metrics import (
     alignment,
     cosines,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 SAMPLE = 1024
 """Vectors per depth that the label-free metrics are computed from, so that memory does not grow with the data."""
 PICTURES = tuple(name for name in PROFILE_FILES if not name.endswith(".json"))
+BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+"""Instructions that multiply bfloat16, by torch's names for them."""
 HELD_BYTES = 192 << 20
 """Of the pooled vectors of one group of batches, which are sorted by length together."""
 
@@ -93,11 +96,11 @@ def profile(
         batch_size: Pairs per batch; the loss depends on it.
         max_examples: Rows used, shared evenly by the files and drawn by ``seed``; batches keep the order of the file
             within, and are visited in an order drawn by ``seed``.
-        until_sure: Stop before ``max_examples`` when the choice of L3Prune's rule is settled: 95 % of bootstrap draws
-            over the batches so far choose the same two depths.
+        until_sure: Stop before ``max_examples`` when the choice of L3Prune's rule is settled at 95 %, by a test
+            at looks that are fixed before (:mod:`.stopping`).
         max_length: Tokens per text, for a bare language model.
-        dtype: As for ``open_model``; ``auto`` takes, on the CPU, the quicker of bfloat16 and float32, as measured on
-            the model's first block. An opened model stays as it is.
+        dtype: As for ``open_model``; ``auto`` takes, on the CPU, what :func:`auto_dtype` says. An opened model stays as
+            it is. The profile's ``dtype`` is what was taken: given here, it is taken on any machine.
         device: Torch device.
         seed: Of the drawing.
         tasks: Task folders, or names of mteb's tasks and benchmarks: their zero-shot scores at every depth, from one
@@ -137,9 +140,15 @@ def profile(
     corpus = _corpus(sources, batch_size, seed)
     encoder = DepthEncoder(model, every_pooling=True, name=name)
     sums = _measure(encoder, corpus, scale, seed, until_sure, progress)
-    settled = bootstrap.is_settled(sums.losses, seed) if sums.batch_losses else None
+    notes += _stopped(sums, corpus)
     rows = _rows(model, sums, seed, notes)
-    task_scores = _score_tasks(model, opened, sample, seed, name, progress, notes)
+    failed: SecateurError | None = None
+    task_scores: tuple[DepthScoreRow, ...] = ()
+    try:
+        task_scores = _score_tasks(model, opened, sample, seed, name, progress, notes)
+    except SecateurError as error:  # what is measured so far is kept
+        failed = error
+        notes.append(f"no task scores: {error}")
     parts = _parts(model, sizes, notes)
     result = Profile(
         provenance=provenance([*(source.source for source in sources), *(task.source for task in opened)], seed),
@@ -155,7 +164,7 @@ def profile(
         depths=rows,
         texts=sums.texts,
         tokens=sums.tokens,
-        settled=settled,
+        settled=sums.settled,
         cka=_table(linear_cka(sums.vectors)),
         angular=() if sums.angles is None else _table(sums.angles / sums.texts),
         losses_by_pooling=sums.losses_by_pooling(encoder.poolings),
@@ -166,17 +175,20 @@ def profile(
     )
     if out is not None:
         result.save(out)
+    if failed is not None:
+        raise failed
+    if out is not None:
         _draw(result, out)
     return result
 
 
 def _parts(model: SentenceTransformer, sizes: Sequence[Size], notes: list[str]) -> tuple[PartRow, ...]:
+    """What the parts cost; whatever goes wrong here costs no more than these numbers, not the measured profile."""
     try:
         return measure_parts(model, sizes)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    notes.append("the batch that times the parts of the model does not fit into memory: no costs of cut models")
+    except Exception as error:
+        what = "the batch that times them does not fit into memory" if is_out_of_memory(error) else str(error)
+        notes.append(f"no costs of cut models: {what or type(error).__name__}")
     return ()
 
 
@@ -226,17 +238,26 @@ def _score_tasks(
     return found.rows
 
 
+def auto_dtype() -> torch.dtype:
+    """The number format for a model on the CPU: bfloat16 where the processor multiplies it in hardware, else float32.
+
+    What the processor can do is asked, and no clock: a busy machine would turn a timing, and with it the losses.
+    """
+    can: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
+    return torch.bfloat16 if any(can.get(name) for name in BFLOAT16) else torch.float32
+
+
 def _quicken(model: SentenceTransformer) -> list[str]:
-    """Put a model on the CPU into the number format that is measured to be quicker, and say so."""
+    """Put a model on the CPU into the number format of :func:`auto_dtype`, and say so."""
     if model.device.type != "cpu":
         return []
-    seconds = block_seconds(model)
-    quickest = min(seconds, key=lambda dtype: seconds[dtype])
-    model.to(quickest)
-    told = ", ".join(
-        f"{value * 1000:.1f} ms in {str(dtype).removeprefix('torch.')}" for dtype, value in seconds.items()
-    )
-    return [f"number format by measurement: one block took {told}"]
+    dtype = auto_dtype()
+    stored = model.state_dict(keep_vars=True).values()
+    for tensor in (tensor for tensor in stored if isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        tensor.data = tensor.data.to(dtype)  # as when it is loaded so: what is computed, such as angles, stays exact
+    name = str(dtype).removeprefix("torch.")
+    has = "multiplies bfloat16" if dtype is torch.bfloat16 else "does not say that it multiplies bfloat16"
+    return [f"number format {name}: this processor {has}; --dtype {name} takes it on any machine"]
 
 
 def _check_sources(sources: Sequence[Source], max_examples: int) -> None:
@@ -332,6 +353,7 @@ class _Sums:
     """What the pass has told so far; per batch (poolings, depths), the model's own pooling first."""
 
     batches: int = 0
+    settled: bool | None = None
     texts: int = 0
     tokens: int = 0
     batch_losses: list[Tensor] = field(default_factory=list)
@@ -364,9 +386,11 @@ class _Sums:
 def _measure(
     encoder: DepthEncoder, corpus: _Corpus, scale: float, seed: int, until_sure: bool, progress: Progress
 ) -> _Sums:
+    """Read the batches; with ``until_sure`` the choice is tested at looks that are fixed now."""
     sums = _Sums()
     held: dict[int, Tensor] = {}
     last_use = {text: number for number, batch in enumerate(corpus.batches) for text in batch.texts}
+    looks = stopping.looks(sum(bool(batch.positives) for batch in corpus.batches)) if until_sure else ()
     progress("profile", 0, len(corpus.batches))
     for group in _groups(corpus, encoder, one_by_one=until_sure):
         members = sorted(set().union(*(batch.texts for batch in group)) - held.keys())
@@ -376,8 +400,9 @@ def _measure(
             progress("profile", sums.batches, len(corpus.batches))
         # A copy frees the batch that a vector came with.
         held = {text: vectors.clone() for text, vectors in held.items() if last_use[text] >= sums.batches}
-        if until_sure and sums.batch_losses and bootstrap.is_settled(sums.losses, seed):
+        if len(sums.batch_losses) in looks and stopping.is_settled(sums.losses, len(looks)):
             break
+    sums.settled = stopping.is_settled(sums.losses, len(looks) or 1) if sums.batch_losses else None
     return sums
 
 
@@ -441,6 +466,12 @@ def _score(batch: _Batch, corpus: _Corpus, held: dict[int, Tensor], scale: float
     sums.batch_losses.append(torch.stack(losses))
 
 
+def _stopped(sums: _Sums, corpus: _Corpus) -> list[str]:
+    """Says that a profile ended early."""
+    total = len(corpus.batches)
+    return [f"the choice was settled after {sums.batches} of {total} batches"] if sums.batches < total else []
+
+
 def _rows(model: SentenceTransformer, sums: _Sums, seed: int, notes: list[str]) -> tuple[DepthRow, ...]:
     vectors = sums.vectors
     columns: dict[str, Sequence[float | None]] = {
@@ -481,17 +512,15 @@ def _supervised(sums: _Sums, seed: int, notes: list[str]) -> dict[str, Sequence[
         "ndcg_at_10": torch.stack(sums.ndcg).mean(dim=0).tolist(),
         "alignment": torch.stack(sums.alignment).mean(dim=0).tolist(),
     }
-    if len(losses) < 2:
-        notes.append("one batch only: no standard errors and no intervals")
+    if len(losses) > 1:
+        columns["loss_se"] = (losses.std(dim=0) / math.sqrt(len(losses))).tolist()
+    if len(losses) < FEWEST:
+        batches = "one batch is" if len(losses) == 1 else f"{len(losses)} batches are"
+        notes.append(f"{batches} too few for intervals and chances of the losses: it takes {FEWEST}")
         return columns
-    draws = bootstrap.draws_of(losses, seed)
-    low, high = bootstrap.intervals(draws)
-    return columns | {
-        "loss_se": (losses.std(dim=0) / math.sqrt(len(losses))).tolist(),
-        "loss_low": low.tolist(),
-        "loss_high": high.tolist(),
-        "chance": bootstrap.chances(draws).tolist(),
-    }
+    draws = draws_of(losses, seed)
+    low, high = zip(*(interval(own.numpy()) for own in draws.T), strict=True)
+    return columns | {"loss_low": low, "loss_high": high, "chance": chances(draws, lowest_in_each_half).tolist()}
 
 
 def _number(value: float) -> float | None:

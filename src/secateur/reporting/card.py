@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ GENERATED_MARKS = (CARD_MARK, "This is a [sentence-transformers](https://www.SBE
 TAGS = ("sentence-transformers", "feature-extraction", "sentence-similarity", "mteb", "secateur", "pruned")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]")
 _FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 
 
@@ -71,6 +73,30 @@ def base_licence(base: str) -> str:
         return ""
     licence = content.get("license") if isinstance(content, dict) else None
     return licence if isinstance(licence, str) else ""
+
+
+def public(value: Any) -> Any:
+    """A value as a card may publish it: of a path on this machine the last name alone, wherever it stands in it."""
+    if isinstance(value, Mapping):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(item) for item in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    text = str(value)
+    is_path = bool(_ABSOLUTE.match(text)) or ("/" in text and not re.search(r"\s|://", text))
+    if not is_path or is_hub_name(text) or _HUB_NAME.fullmatch(text):
+        return text
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
+
+
+def public_command(command: str) -> str:
+    """A command without the folders of this machine."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # no command of a shell
+        words = command.split()
+    return shlex.join("=".join(public(part) for part in word.split("=")) for word in words)
 
 
 def prompts(folder: Path) -> dict[str, str]:

@@ -86,8 +86,8 @@ _MEASURES = (
 )
 
 
-def draw(findings: Findings, threshold: float) -> tuple[dict[str, Drawing], Saturation | str]:
-    """Every figure that the tables allow, by file name, and what was fitted to score against size.
+def draw(findings: Findings, threshold: float) -> dict[str, Drawing]:
+    """Every figure that the tables allow, by file name.
 
     Args:
         findings: What the run found.
@@ -98,13 +98,11 @@ def draw(findings: Findings, threshold: float) -> tuple[dict[str, Drawing], Satu
         points = _points(findings, measure)
         if points:
             drawn[f"score-{measure.key}"] = _frontier(measure, points)
-    sizes, fitted = _saturation(findings, threshold)
-    if sizes:
-        drawn["saturation"] = sizes
+    drawn |= _saturations(findings, threshold)
     trainings = {v.name: v.training for v in findings.run.variants if v.training and v.training.rows}
     if trainings:
         drawn["training"] = _training(trainings)
-    return drawn, fitted
+    return drawn
 
 
 def _training(trainings: Mapping[str, Training]) -> Drawing:
@@ -267,33 +265,35 @@ def _frontier(measure: _Measure, points: tuple[Point, ...]) -> Drawing:
     return Drawing("cost", measure.title, caption.strip(), _some(text), frontier(points, measure.axis), points)
 
 
-# Score against size over all models -----------------------------------------------------------------------------------
+# Score against size ---------------------------------------------------------------------------------------------------
 
 
-def _saturation(findings: Findings, threshold: float) -> tuple[Drawing | None, Saturation | str]:
-    """The recipe with the most models, all bases together: they were made alike and differ in size."""
-    points = [replace(point, label="") for point in _points(findings, _MEASURES[0])]
-    recipes = [d.first.recipe for d in findings.designs if d.cost is not None and d.average is not None]
-    if len(points) < 2:
-        return None, "fewer than two models have both a size and a score"
-    recipe = max(dict.fromkeys(recipes), key=recipes.count)
-    own = tuple(point for point, name in zip(points, recipes, strict=True) if name == recipe)
-    if len(own) < 2:
-        return None, "fewer than two models were made alike"
-    fitted = fit_saturation([point.cost for point in own], [point.score for point in own], threshold * MILLION)
+def _saturations(findings: Findings, threshold: float) -> dict[str, Drawing]:
+    """For each base model a curve through its series with the most sizes, the first of equally many.
+
+    Cuts of one model lie on one curve; those of another have a plateau of their own.
+    """
+    series: dict[str, dict[str, list[Point]]] = {}
+    sized = [d for d in findings.designs if d.cost is not None and d.average is not None]
+    for design, point in zip(sized, _points(findings, _MEASURES[0]), strict=True):
+        series.setdefault(design.first.base, {}).setdefault(point.series, []).append(replace(point, label=""))
+    largest = {base: max(own.values(), key=len) for base, own in series.items()}
+    drawn = [_saturation(base, points, threshold) for base, points in largest.items() if len(points) > 1]
+    return {f"saturation-{number}": drawing for number, drawing in enumerate(drawn[:MOST_PROFILES], 1)}
+
+
+def _saturation(base: str, points: Sequence[Point], threshold: float) -> Drawing:
+    fitted = fit_saturation([point.cost for point in points], [point.score for point in points], threshold * MILLION)
     curve = fitted if isinstance(fitted, Saturation) else None
-    about = f"All {recipe} models: {plural(len(own), 'model')}." if recipe else f"{plural(len(own), 'model')}."
-    drawing = Drawing(
+    ends = (curve.score, curve.plateau, curve.dear) if curve else (None, None, None)
+    return Drawing(
         "size",
-        "Score against size, over all models",
-        f"{about} {saturation_sentence(fitted)}",
-        _some([f"{count(point.cost)} parameters: {score(point.score)}" for point in own]),
-        size_curve(
-            own, curve.score if curve else None, curve.plateau if curve else None, curve.dear if curve else None
-        ),
-        own,
+        f"Score against size: {base}",
+        f"{points[0].series}: {plural(len(points), 'model')}. {saturation_sentence(fitted)}",
+        _some([f"{count(point.cost)} parameters: {score(point.score)}" for point in points]),
+        size_curve(points, *ends),
+        tuple(points),
     )
-    return drawing, fitted
 
 
 def saturation_sentence(fitted: Saturation | str) -> str:

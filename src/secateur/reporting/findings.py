@@ -3,11 +3,11 @@
 A *design* is what a study decides on: a base model, the blocks kept, how they were chosen, and the recipe. Its models
 differ in the training seed alone, and count as repetitions.
 
-An interval has two parts. That of the rows is the paired bootstrap of :mod:`.intervals`, the draws averaged
-over the seeds. That of the seeds is the standard error of the mean over them, times the quantile of Student's t; the
-variance between seeds is pooled over the designs of a base model and recipe, as in a one-way analysis of variance,
-because two or three seeds alone tell it badly. Half-widths are added in quadrature. With one seed of every design there
-is no second part, and the interval says nothing of other seeds.
+An interval has two parts. That of the rows is the paired bootstrap of :mod:`.intervals`, the draws averaged over the
+seeds; without it there is no interval. That of the seeds is the standard error of the mean over them, times the
+quantile of Student's t; the variance between seeds is pooled over the designs of a base model and recipe, as in a
+one-way analysis of variance, because two or three seeds alone tell it badly. Half-widths are added in quadrature. With
+one seed of every design there is no second part, and the interval says nothing of other seeds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scipy.stats import t
 
 from secateur.artifacts import CostRow, ScoreRow
 from secateur.evaluation.differences import of_the_same_things, read_draws
-from secateur.measures.intervals import CONFIDENCE, Array, interval, mean_of
+from secateur.measures.intervals import CONFIDENCE, Array, interval, limits_of, mean_of
 from secateur.reporting.run import UNTRAINED, Run, Variant
 
 SAME = 0.02
@@ -192,9 +192,9 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 # Seeds ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Spread:
-    """Pooled variance between seeds, of one score, and its degrees of freedom."""
+    """Pooled variance between seeds, of one score, and its degrees of freedom; itself, not its numbers, is its name."""
 
     variance: float
     freedom: int
@@ -239,32 +239,49 @@ def _seed_spreads(groups: Sequence[Sequence[Variant]]) -> dict[tuple[str, str, s
     }
 
 
-def _seed_variance(
+def _seeds(
     group: Sequence[Variant], task: str, spreads: Mapping[tuple[str, str, str], _Spread]
-) -> tuple[float, int] | None:
-    """Variance of a design's mean over its seeds, and degrees of freedom; None: not known, or no training."""
+) -> tuple[_Spread, int] | None:
+    """The spread between a design's seeds and how many there are; None: not known, or no training."""
     spread = spreads.get((group[0].base, group[0].recipe, task))
-    return (spread.variance / len(group), spread.freedom) if spread else None
+    return (spread, len(group)) if spread else None
 
 
-def _student(parts: Iterable[tuple[float, int] | None]) -> tuple[float | None, float]:
-    """Standard error and half-width at 95 % of a sum of means (Welch and Satterthwaite's degrees of freedom)."""
-    known = [part for part in parts if part is not None]
-    if not known:
+def _student(parts: Iterable[tuple[_Spread, int] | None]) -> tuple[float | None, float]:
+    """Standard error and half-width at 95 % of a sum or difference of means over seeds.
+
+    Means that share a pooled variance share its degrees of freedom, as in an analysis of variance; of different ones
+    they are put together by Welch and Satterthwaite's formula.
+    """
+    shares: dict[_Spread, float] = {}
+    for spread, models in (part for part in parts if part is not None):
+        shares[spread] = shares.get(spread, 0.0) + 1 / models
+    if not shares:
         return None, 0.0
-    variance = sum(value for value, _ in known)
+    variances = [(spread.variance * share, spread.freedom) for spread, share in shares.items()]
+    variance = sum(value for value, _ in variances)
     if variance == 0:
         return 0.0, 0.0
-    freedom = variance**2 / sum(value**2 / n for value, n in known)
+    freedom = variance**2 / sum(value**2 / n for value, n in variances)
     return math.sqrt(variance), float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
 
 
-def _estimate(value: float, draws: Array | None, seeds: Iterable[tuple[float, int] | None]) -> Estimate:
+def _estimate(
+    value: float, draws: Array | None, seeds: Iterable[tuple[_Spread, int] | None], limits: tuple[float, float]
+) -> Estimate:
+    """A value with its interval, within what it can be."""
     error, half = _student(seeds)
-    if draws is None and error is None:
-        return Estimate(value)
-    low, high = interval(draws) if draws is not None else (value, value)
-    return Estimate(value, value - math.hypot(value - low, half), value + math.hypot(high - value, half), error)
+    low, high = interval(draws) if draws is not None else (None, None)
+    if low is None or high is None:
+        return Estimate(value, seed_error=error)
+    ends = np.clip([value - math.hypot(value - low, half), value + math.hypot(high - value, half)], *limits)
+    return Estimate(value, float(ends[0]), float(ends[1]), error)
+
+
+def _limits(group: Sequence[Variant], tasks: Sequence[str]) -> tuple[float, float]:
+    """What the mean of a design's scores can be."""
+    limits = [limits_of(group[0].scores[task].metric) for task in tasks]
+    return float(np.mean([low for low, _ in limits])), float(np.mean([high for _, high in limits]))
 
 
 # Designs and claims ---------------------------------------------------------------------------------------------------
@@ -277,13 +294,15 @@ def _design(group: tuple[Variant, ...], spreads: Mapping[tuple[str, str, str], _
     for task in tasks:
         values = _averages(group, [task])
         if values:
-            seeds = [_seed_variance(group, task, spreads)]
-            scores[task] = _estimate(float(np.mean(values)), draws.get(task), seeds)
+            seeds = [_seeds(group, task, spreads)]
+            scores[task] = _estimate(float(np.mean(values)), draws.get(task), seeds, _limits(group, [task]))
         else:
             scores[task] = Estimate(math.nan)
     values = _averages(group, tasks)
     every = mean_of(list(draws.values())) if draws and len(draws) == len(tasks) else None
-    average = _estimate(float(np.mean(values)), every, [_seed_variance(group, "", spreads)]) if values else None
+    average = None
+    if values:
+        average = _estimate(float(np.mean(values)), every, [_seeds(group, "", spreads)], _limits(group, tasks))
     return Design(group, scores, average, _cost(group), draws)
 
 
@@ -317,12 +336,12 @@ def _claim(design: Design, reference: Design, spreads: Mapping[tuple[str, str, s
     tasks, parts = {}, []
     for task in design.scores:
         drawn = _difference_draws(design, reference, task)
-        seeds = [_seed_variance(each.variants, task, spreads) for each in (design, reference)]
+        seeds = [_seeds(each.variants, task, spreads) for each in (design, reference)]
         tasks[task] = _difference(design, reference, [task], drawn, seeds)
         parts.append(drawn)
     known = [drawn for drawn in parts if drawn is not None]
     every = mean_of(known) if known and len(known) == len(parts) else None
-    seeds = [_seed_variance(each.variants, "", spreads) for each in (design, reference)]
+    seeds = [_seeds(each.variants, "", spreads) for each in (design, reference)]
     return Claim(design, reference, _difference(design, reference, list(tasks), every, seeds), tasks)
 
 
@@ -331,13 +350,14 @@ def _difference(
     reference: Design,
     tasks: Sequence[str],
     draws: Array | None,
-    seeds: Iterable[tuple[float, int] | None],
+    seeds: Iterable[tuple[_Spread, int] | None],
 ) -> Estimate:
     """Of the mean over tasks; no number where the two were scored on different things."""
     values = [_averages(each.variants, tasks) for each in (design, reference)]
     if values[0] is None or values[1] is None or not all(_are_same(design, reference, task) for task in tasks):
         return Estimate(math.nan)
-    return _estimate(float(np.mean(values[0]) - np.mean(values[1])), draws, seeds)
+    low, high = _limits(design.variants, tasks)
+    return _estimate(float(np.mean(values[0]) - np.mean(values[1])), draws, seeds, (low - high, high - low))
 
 
 def _difference_draws(design: Design, reference: Design, task: str) -> Array | None:

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from secateur.artifacts import Origin, Training
+from secateur.choosing.candidates import ranges
 from secateur.config import ReportOptions, make
 from secateur.figures.saving import save_png, svg
 from secateur.figures.text import printable, shorten
@@ -53,7 +54,7 @@ def report(run: str | Path, *, threshold: float = 100.0) -> Path:
     make(ReportOptions, {"run": run, "threshold": threshold})
     found = find(read_run(run))
     content = found.run
-    drawn, _ = draw(found, threshold)
+    drawn = draw(found, threshold)
     for name, drawing in drawn.items():
         save_png(drawing.figure, content.folder / "figures" / f"{name}.png")
     shared = _shared(found, drawn)
@@ -79,6 +80,7 @@ def _shared(found: Findings, drawn: Mapping[str, Drawing]) -> dict[str, Any]:
         "groups": _groups(found),
         "costs": [design for design in found.designs if design.cost is not None],
         "tasks": _tasks(found),
+        "unsure": _unsure(run),
         "columns": [design for design in found.designs if design.scores],
         "compared": found.compared,
         "built": [variant for variant in run.variants if variant.origin],
@@ -168,6 +170,16 @@ def _tasks(found: Findings) -> dict[str, Any]:
     return {row.task: row for design in found.designs for row in design.rows.values()}
 
 
+def _unsure(run: Run) -> list[str]:
+    """Why scores have no interval, those of a task with the same reason together."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for variant in run.variants:
+        for row in variant.scores.values():
+            if row.note:
+                models.setdefault((row.task, row.note), []).append(variant.name)
+    return [f"{task}, {', '.join(names)}: {note}." for (task, note), names in models.items()]
+
+
 def _steps(run: Run) -> list[tuple[list[str], str]]:
     """(what it made, command), each command once, in the order of the work."""
     steps: dict[str, list[str]] = {}
@@ -209,8 +221,8 @@ def _settings(run: Run) -> list[tuple[list[str], Training]]:
     return list(same.values())
 
 
-def _settings_text(training: Training) -> str:
-    content = {"settings": dict(training.settings), "prompts": dict(training.prompts)}
+def _settings_text(training: Training, say: Callable[[Any], Any] = lambda content: content) -> str:
+    content = {"settings": say(dict(training.settings)), "prompts": dict(training.prompts)}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
 
 
@@ -224,17 +236,11 @@ def _uses_text(titles: Sequence[str]) -> str:
 
 
 def _kept(origin: Origin) -> str:
-    """Which blocks are kept: ``all``, ``the first 7``, or ranges of their original numbers, counted from 1."""
+    """Which blocks are kept: ``all``, ``the first 7``, or ranges of their numbers as ``--keep`` takes them."""
     if origin.kept == tuple(range(len(origin.kept))):
         number = len(origin.kept)
         return "all" if number == origin.depth else f"the first {number}" if number > 1 else "the first"
-    ranges: list[list[int]] = []
-    for block in origin.kept:
-        if ranges and block == ranges[-1][1] + 1:
-            ranges[-1][1] = block
-        else:
-            ranges.append([block, block])
-    return ", ".join(f"{a + 1}" if a == b else f"{a + 1} to {b + 1}" for a, b in ranges)
+    return f"blocks {ranges(origin.kept)} (counted from 0, as by --keep)"
 
 
 def _origins(run: Run) -> dict[str, Any]:
@@ -297,9 +303,10 @@ def _environment(markup: bool) -> Environment:
         "printable": printable, "shorten": shorten, "svg_of": _inline_svg, "kept": _kept,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "settings_text": _settings_text, "uses_text": _uses_text,
+        "public": card.public, "public_command": card.public_command,
     }  # fmt: skip
     environment.globals |= {"captions": captions, "span": span, "signed": signed, "speed": printing.speed}
-    environment.globals |= {"percent": printing.percent}
+    environment.globals |= {"percent": printing.percent, "public": card.public}
     return environment
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.artifacts import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Table, Training, load
-from secateur.choosing.choose import choose
+from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
 from secateur.errors import DataError
 from secateur.files import read_json
 from secateur.reporting.journal import failures
@@ -141,11 +141,11 @@ def _choice(folder: Path, profile: Profile) -> dict[str, int]:
     file = folder / "choice.json"
     if not file.exists():
         return {}
-    if file.stat().st_mtime_ns < (folder / Profile.file).stat().st_mtime_ns:  # of another profile than this one
-        return choose(profile) if profile.can_choose else {}
     content = read_json(file)
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}", 'write depths by name, such as {"small": 7}')
+    if content.pop(CHOSEN_FROM, None) not in (None, losses_fingerprint(profile)):  # of another profile than this one
+        return choose(profile) if profile.can_choose else {}
     for name, depth in content.items():
         if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= profile.depth:
             hint = f"write a whole number, 1 to {profile.depth}"

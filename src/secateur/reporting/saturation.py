@@ -5,7 +5,8 @@ law with an offset of the scaling laws (Kaplan et al. 2020; Hoffmann et al. 2022
 in place of a loss. For each exponent c of a grid, a and b follow by linear least squares; the best c is kept. Intervals
 are those of the bootstrap over models.
 
-A curve is refused, with the reason, where the points do not carry it.
+The models are cuts of one base model: those of another have a plateau of their own. A curve is refused, with the
+reason, where the points do not carry it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.measures.intervals import Array, interval
+from secateur.measures.intervals import CONFIDENCE, Array
 
 FEWEST_SIZES = 5
 """Distinct sizes below which three parameters are not fitted."""
@@ -137,4 +138,5 @@ def _plateau_interval(relative: Array, score: Array) -> tuple[float, float]:
     counts = np.stack([np.bincount(row, minlength=len(score)) for row in picked]).astype(np.float64)
     distinct = np.asarray([len(np.unique(relative[row])) for row in picked])
     plateaus = _fit(relative, score, counts[distinct >= 4])[0]  # three parameters on three sizes fit anything
-    return interval(plateaus)
+    low, high = np.quantile(plateaus, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)

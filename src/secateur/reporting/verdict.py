@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secateur.figures.text import shorten
-from secateur.reporting.findings import Claim, Findings
+from secateur.reporting.findings import SAME, Claim, Findings
 from secateur.reporting.printing import percent, plural, score, signed, span
 
 MOST_SENTENCES = 6
+MOST_CHOOSERS = 4
 
 
 def verdict(findings: Findings) -> tuple[str, ...]:
@@ -56,7 +57,12 @@ def seed_note(findings: Findings) -> str:
             f"Every model was trained with {which}. How far scores move from seed to seed was not measured, so that "
             "small differences between models may be chance."
         )
-    return f"Trained with {len(seeds)} seeds ({', '.join(map(str, seeds))}); scores are means over them."
+    used = {design.seeds for design in findings.designs if design.average and design.seeds}
+    if len(used) == 1:
+        return f"Trained with {len(seeds)} seeds ({', '.join(map(str, seeds))}); scores are means over them."
+    few, *_, many = sorted(map(len, used))
+    numbers = f"{few}" if few == many else f"{few} to {many}"
+    return f"Each model was trained with {numbers} {'seed' if many == 1 else 'seeds'}; scores are means over them."
 
 
 def _interval_note(findings: Findings) -> str:
@@ -66,37 +72,56 @@ def _interval_note(findings: Findings) -> str:
         return ""
     if not known:
         return "No score of this run has an interval: whether its differences are chance is not known."
-    if any(difference.seed_error is not None for difference in known):
-        what = "other texts of the same kind and other training seeds would have given"
-    else:
-        what = "other texts of the same kind would have given"
+    with_seeds = [difference.seed_error is not None for difference in known]
+    what = "other texts of the same kind"
+    if any(with_seeds):
+        what += " and other training seeds" if all(with_seeds) else ", and other seeds where several were trained,"
     return (
-        f"Ranges are 95 % intervals of the difference, paired by text: what {what}. They hold for each comparison by "
-        "itself, and for these tasks."
+        f"Ranges are 95 % intervals of the difference, paired by text: what {what} would have given. They hold for "
+        "each comparison by itself, and for these tasks. The smallest model that is as good is sought from the largest "
+        f"cut down, up to the first that may lose more than {100 * SAME:.0f} points: this errs once in forty at most."
     )
 
 
 def _sentence(claims: Sequence[Claim]) -> str:
     """The smallest model that is as good as the full one, then the others from large to small: at most four."""
-    told = telling(claims)
-    parts = [_part(claim, first=claim is told[0]) for claim in told]
+    told, smallest = telling(claims), smallest_as_good(claims)
+    parts = [_part(claim, first=claim is told[0], as_good=claim is smallest) for claim in told]
     return f"{shorten(told[0].design.first.series)}: {'; '.join(parts)}."
+
+
+def smallest_as_good(claims: Sequence[Claim]) -> Claim | None:
+    """The smallest cut that does not lose :data:`.SAME` or more; None where the largest may already.
+
+    Cuts are tested from the largest down, and the first whose interval reaches such a loss ends the search, whatever is
+    said of smaller ones. In this fixed order each test has the level of a single one, and the whole search errs no more
+    often than one interval does on that side: once in forty.
+    """
+    found = None
+    for claim in sorted(claims, key=lambda claim: -(claim.design.first.depth or 0)):
+        if claim.difference.low is None or claim.difference.low < -SAME:
+            break
+        found = claim
+    return found
 
 
 def telling(claims: Sequence[Claim]) -> list[Claim]:
     """The claims of a series that say most, the most important first."""
-    equal = [claim for claim in claims if claim.outcome in ("same", "better")]
-    smallest = equal[-1] if equal else None
+    smallest = smallest_as_good(claims)
     others = [claim for claim in claims if claim is not smallest and (smallest is None or _less(claim, smallest))]
     return ([smallest] if smallest else []) + _spread(others, 3)
 
 
 def _choosers(claims: Sequence[Claim]) -> str:
-    """What each way of choosing other blocks than the first ones keeps, the best first."""
-    best = sorted(claims, key=lambda claim: claim.difference.value, reverse=True)[:4]
+    """What each way of choosing other blocks than the first ones keeps, the best first.
+
+    The best of many is better than it will be again: none is said to be as good as the full model.
+    """
+    best = sorted(claims, key=lambda claim: claim.difference.value, reverse=True)[:MOST_CHOOSERS]
     parts = [_part(claim, first=claim is best[0], by=f" by {claim.design.first.chooser}") for claim in best]
     own = best[0].design.first
-    return f"{shorten(own.base)}, {own.recipe}, other blocks than the first: {'; '.join(parts)}."
+    picked = f" (the best {len(best)} of {len(claims)} by these scores)" if len(claims) > len(best) else ""
+    return f"{shorten(own.base)}, {own.recipe}, other blocks than the first{picked}: {'; '.join(parts)}."
 
 
 def _less(claim: Claim, other: Claim) -> bool:
@@ -111,7 +136,7 @@ def _spread(claims: Sequence[Claim], most: int) -> list[Claim]:
     return [claims[round((i + 1) * step) - 1] for i in range(most)]
 
 
-def _part(claim: Claim, first: bool, by: str = "") -> str:
+def _part(claim: Claim, first: bool, by: str = "", as_good: bool = False) -> str:
     own, full = claim.design.first, claim.reference.first
     one = own.depth == 1
     which = (f"{own.depth} of {own.blocks} blocks" if first else str(own.depth)) + by
@@ -121,7 +146,7 @@ def _part(claim: Claim, first: bool, by: str = "") -> str:
     points = f"{signed(claim.difference.value)} points"
     if claim.difference.low is not None:
         points += f", {span(claim.difference.low, claim.difference.high, signed)}"
-    if claim.outcome == "same":
+    if as_good and claim.outcome == "same":
         said = f"{'gives' if one else 'give'} the same quality{where} within the error ({points})"
     elif claim.outcome == "undecided":
         lost = score(-(claim.difference.low or 0.0))

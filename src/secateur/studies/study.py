@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.artifacts import Costs, Profile, Scores, Training, load
-from secateur.choosing.choose import choose
+from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
 from secateur.config import STUDY_FILES, EvaluateOptions, StudyOptions, default_of, make, read_study, to_yaml
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, StudyFailed
@@ -386,15 +386,11 @@ def _write_plan(run: Path, settings: StudyOptions, outline: _Outline, failed: Se
 def _write_choice(folder: Path) -> None:
     if (folder / "curve.png").is_file():
         measured = load(folder, Profile)
-        text = json.dumps(choose(measured)) + "\n" if measured.can_choose else None
         file = folder / CHOICE
-        if text is not None and not (file.is_file() and file.read_text(encoding="utf-8") == text and _is_newer(file)):
-            write_text(file, text)
-
-
-def _is_newer(choice: Path) -> bool:
-    """Whether a choice was written after the profile beside it, as the report wants it."""
-    return choice.stat().st_mtime_ns >= choice.with_name(Profile.file).stat().st_mtime_ns
+        if measured.can_choose:
+            text = json.dumps(choose(measured) | {CHOSEN_FROM: losses_fingerprint(measured)}) + "\n"
+            if not (file.is_file() and file.read_text(encoding="utf-8") == text):
+                write_text(file, text)
 
 
 def _is_done(step: Step) -> bool:
