@@ -29,6 +29,7 @@ from secateur.exporting.outliers import Features
 from secateur.files import new_folder
 from secateur.loading.models import open_model, write_files
 from secateur.loading.pooling import PoolingName
+from secateur.loading.readers import NO_LIMIT, longest_text
 from secateur.progress import Progress, silent
 from secateur.provenance import Fingerprint, provenance
 from secateur.runtime.vectors import FORMATS, VectorFormat
@@ -193,7 +194,6 @@ def _write_rest(model: SentenceTransformer, folder: Path) -> None:
         raise ModelError(type(model.tokenizer).__name__, "is a tokenizer in Python alone", "it cannot run without it")
     write_files(model, folder, weights=False)
     model[0].auto_model.config.save_pretrained(folder)
-    model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _describe(
@@ -210,7 +210,7 @@ def _describe(
         "dimension": vectors.shape[1],
         "vectors": given,
         "ranges": tuple(tuple(map(float, edge)) for edge in (vectors.min(axis=0), vectors.max(axis=0))),
-        "max_length": _longest(model),
+        "max_length": longest_text(model) or NO_LIMIT,
         "truncation_side": tokenizer.truncation_side,
         "padding": tokenizer.pad_token_id or 0,
         "special": tuple(sorted(tokenizer.all_special_ids)),
@@ -218,12 +218,6 @@ def _describe(
         "default_prompt_name": model.default_prompt_name,
         "files": files,
     }
-
-
-def _longest(model: SentenceTransformer) -> int:
-    config = model[0].auto_model.config.get_text_config()
-    limits = [model.max_seq_length, getattr(config, "max_position_embeddings", None)]
-    return int(next(limit for limit in (*limits, 512) if limit))
 
 
 def _readers(folder: Path) -> dict[str, dict[str, str]]:

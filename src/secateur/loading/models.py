@@ -8,7 +8,6 @@ out is a folder that stock libraries load: :func:`save_model` reopens it in a fr
 from __future__ import annotations
 
 import importlib.util
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.loading.gguf import convert_gguf
 from secateur.loading.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
+from secateur.loading.readers import write_for_all_readers
 from secateur.progress import quiet
 
 DEMO_MODEL = "smollm2"
@@ -40,13 +40,6 @@ MAX_LENGTH = 512
 """Tokens of a text, for a bare language model, where nobody says."""
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = "such as cpu, cuda, cuda:0 or mps"
-_LEGACY_TYPES = {
-    "Transformer": "sentence_transformers.models.Transformer",
-    "Pooling": "sentence_transformers.models.Pooling",
-    "Normalize": "sentence_transformers.models.Normalize",
-    "Dense": "sentence_transformers.models.Dense",
-}
-
 
 def open_model(
     name: str | Path,
@@ -340,7 +333,7 @@ def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = Tru
             model.save(str(folder), create_model_card=False)
     finally:
         vars(transformer).pop("save_pretrained", None)
-    write_for_all_readers(folder)
+    write_for_all_readers(folder, model)
 
 
 def check_written(folder: Path, origin: Origin, expected: Expected, device: str = "cpu") -> Origin:
@@ -371,33 +364,3 @@ def use_stock_modules(model: SentenceTransformer) -> None:
     for key, module in model._modules.items():
         if isinstance(module, WeightedMean):
             model._modules[key] = module.stock()
-
-
-def write_for_all_readers(folder: Path) -> None:
-    """Write both spellings of a pooling, and the module names that older tools know.
-
-    text-embeddings-inference reads only the booleans, sentence-transformers 6 writes only the name; both accept both.
-    """
-    file = folder / "modules.json"
-    modules = read_json(file)
-    for module in modules:
-        module["type"] = _LEGACY_TYPES.get(module["type"].rpartition(".")[2], module["type"])
-        config = folder / module["path"] / "config.json"
-        if module["type"].endswith(".Pooling"):
-            settings = read_json(config)
-            if "pooling_mode" in settings:
-                config.write_text(json.dumps(settings | _pooling_booleans(settings["pooling_mode"]), indent=1))
-    file.write_text(json.dumps(modules, indent=1))
-
-
-def _pooling_booleans(mode: str | list[str]) -> dict[str, bool | int]:
-    modes = [mode] if isinstance(mode, str) else mode
-    keys = {
-        "cls": "pooling_mode_cls_token",
-        "mean": "pooling_mode_mean_tokens",
-        "max": "pooling_mode_max_tokens",
-        "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-        "weightedmean": "pooling_mode_weightedmean_tokens",
-        "lasttoken": "pooling_mode_lasttoken",
-    }
-    return {key: name in modes for name, key in keys.items()}
