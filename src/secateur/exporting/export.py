@@ -38,6 +38,9 @@ STEP = "export"
 COMPARED, CALIBRATED = 64, 96
 """Texts that an export is compared on, and other ones that it is calibrated on."""
 
+LONG = 1024
+"""Tokens in the longest text that an export is compared on, where the model would read more."""
+
 CALIBRATION_LENGTH = 128
 LEAST_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.995, "int8": 0.9}
 """Of the text that fares worst. Measured: docs/export.md."""
@@ -124,6 +127,7 @@ def export(
             device="cpu",
             trust_remote_code=trust_remote_code,
         )
+        compared.append(_long_text(opened, compared))
         graph = EncoderGraph(opened, _check_dimensions(dimensions, opened))
         progress(STEP, 10, 100)
         convert(graph, form, folder, lambda: _features(opened, graph, calibration))
@@ -174,6 +178,19 @@ def _texts(data: Data, seed: int) -> tuple[list[str], list[str], tuple[Fingerpri
     # Both get every second one: what stands side by side in a file is often alike.
     compared, calibration = texts[::2][:COMPARED], texts[1::2] or texts
     return [*compared, *WORLD], [*calibration, *WORLD][:CALIBRATED], sources
+
+
+def _long_text(model: SentenceTransformer, texts: Sequence[str]) -> str:
+    """Texts as one that the model has to cut, or that has :data:`LONG` tokens: in it alone other limits show."""
+    limit = min(longest_text(model) or LONG, LONG)
+    found: list[str] = []
+    tokens = 0
+    for text in itertools.cycle(texts):
+        found.append(text)
+        tokens += len(model.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+        if tokens > limit:
+            break
+    return " ".join(found)
 
 
 def _features(model: SentenceTransformer, graph: EncoderGraph, texts: Sequence[str]) -> list[Features]:
