@@ -291,6 +291,11 @@ def test_auto_measures_where_there_is_much_to_encode(model: Path, reference, tmp
         done = encode(model, [write_lines(tmp_path / "a.jsonl", texts)], out=out, prompt_name="query")
         assert done.dtype.partition(":")[0] == taken
         same(vectors_of(out), reference.encode(texts, prompt_name="query"), 0.9999)
+        assert json.loads((tmp_path / f"{count}.npy.json").read_text())["dtype"] == done.dtype
+        again = encode(
+            model, [tmp_path / "a.jsonl"], out=tmp_path / f"again{count}.npy", prompt_name="query", dtype=done.dtype
+        )
+        np.testing.assert_array_equal(vectors_of(again.file), vectors_of(out))
 
 
 def test_auto_is_measured_on_texts_of_the_run(model: Path, tmp_path: Path, monkeypatch):
@@ -393,7 +398,7 @@ def test_queries_are_rounded_by_the_ranges_of_the_documents(model: Path, referen
 def test_vectors_without_ranges_are_not_rounded(model: Path, tmp_path: Path, texts: list[str]):
     """The third are distinct texts whose vectors are equal where a tokenizer drops blanks."""
     file = write_lines(tmp_path / "a.jsonl", texts)
-    with pytest.raises(ConfigError, match="precision: all vectors are the same.*--ranges FILE"):
+    with pytest.raises(ConfigError, match=r"precision: all vectors are the same.*--ranges FILE"):
         encode(model, file, out=tmp_path / "v.npy", precision="int8")
     for wrong, says in (("whole.npy", "no such file"), ("a.jsonl", "broken JSON|tells no ranges")):
         with pytest.raises(DataError, match=says):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -140,3 +141,17 @@ LONG = ["A cat sat.", "The gardener cut the hedge back. " * 20, "word " * 200, "
 def test_readers_of_a_real_export(exported_minilm: tuple[Path, np.ndarray], reader, least: float):
     folder, expected = exported_minilm
     assert paired_cosines(reader(folder, LONG), expected).min() > least
+
+
+def test_an_adapters_folder_is_cut_with_its_own_tokenizer(tmp_path: Path):
+    base = tiny_transformer(tmp_path / "base", "bert", 2)
+    model = SentenceTransformer(modules=[Transformer(str(base)), Pooling(32, "mean"), Normalize()], device="cpu")
+    targets = ["query", "value"]
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    model.max_seq_length = 16
+    model.save(str(tmp_path / "adapted"), create_model_card=False)
+    expected = SentenceTransformer(str(tmp_path / "adapted"), device="cpu").encode(TEXTS)
+    out = secateur.prune(tmp_path / "adapted", 2, out=tmp_path / "out")
+    cut = SentenceTransformer(str(out), device="cpu")
+    assert cut.max_seq_length == 16
+    assert paired_cosines(cut.encode(TEXTS), expected).min() > 0.9999

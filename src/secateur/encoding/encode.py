@@ -31,7 +31,13 @@ from secateur.data.pairs import instruction_prompt
 from secateur.encoding.arithmetic import STORED
 from secateur.encoding.pools import Facts, Opening, Run, Worker, in_processes, in_this_process, on_ray, open_worker
 from secateur.encoding.rows import read_rows
-from secateur.encoding.vector_files import check_suffix, description_file, read_description, write_description, write_vectors
+from secateur.encoding.vector_files import (
+    check_suffix,
+    description_file,
+    read_description,
+    write_description,
+    write_vectors,
+)
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import held, read_json, write_bytes, write_text, writing
 from secateur.loading.pooling import PoolingName

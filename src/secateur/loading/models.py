@@ -41,6 +41,7 @@ MAX_LENGTH = 512
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = "such as cpu, cuda, cuda:0 or mps"
 
+
 def open_model(
     name: str | Path,
     *,
