@@ -15,8 +15,7 @@ from secateur.files import read_json
 
 CHECKED = "2026-11"
 """When the rules below were read: in the sources of text-embeddings-inference (2026-07), vLLM (main), llama.cpp (main),
-infinity 0.0.78, and in sentence-transformers 6.2, transformers 5.23, fastembed 0.9.1 and transformers.js 4.3.2 by running
-them."""
+infinity 0.0.78, and by running sentence-transformers 6.2, transformers 5.23, fastembed 0.9.1, transformers.js 4.3.2."""
 
 Verdict = Literal["yes", "differs", "no"]
 

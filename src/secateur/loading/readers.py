@@ -54,7 +54,8 @@ def write_for_all_readers(folder: Path, model: SentenceTransformer) -> None:
             if "pooling_mode" in settings:
                 _write(config, settings | _pooling_booleans(settings["pooling_mode"]))
     _write(file, modules)
-    if getattr(model.tokenizer, "backend_tokenizer", None) is not None:
+    first = modules[0]["type"].rpartition(".")[2]
+    if first == "Transformer" and getattr(model.tokenizer, "backend_tokenizer", None) is not None:
         _write_tokenizer(folder / modules[0]["path"], model)
 
 
