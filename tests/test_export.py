@@ -296,6 +296,26 @@ def test_a_graph_without_a_prompt_length_pools_everything(
         np.testing.assert_allclose(torch.from_numpy(value)[kept], expected[name][kept], atol=1e-4)
 
 
+def test_a_text_that_is_cut_elsewhere_is_noticed(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Though all texts of the user are short: a fault in what the export says of its limit."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl", example_pairs(200))
+    monkeypatch.setattr("secateur.exporting.export.longest_text", lambda _: 60)
+    with pytest.raises(ExportTooFar, match="cosine"):
+        export(folders("bert"), data=pairs, out=tmp_path / "out")
+
+
+def test_the_models_own_truncate_dim_holds(make_encoder: MakeEncoder, tmp_path: Path):
+    model = make_encoder("bert", truncate_dim=8)
+    model.save(str(tmp_path / "model"), create_model_card=False)
+    texts = ["what is it?", "a", "never"]
+    expected = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts)
+    assert expected.shape == (3, 8)
+    export(tmp_path / "model", out=tmp_path / "out")
+    np.testing.assert_allclose(runtime.load(tmp_path / "out").encode(texts), expected, atol=1e-4)
+
+
 def test_short_vectors_in_few_bits_and_scores(folders: Callable[[str], Path], tmp_path: Path):
     tasks = [write_task(tmp_path / kind, kind, example_rows(kind)) for kind in ("sts", "reranking")]
     out = tmp_path / "out"

@@ -446,6 +446,7 @@ class EncodeOptions(Options):
     normalize: bool = Field(False, description="Make vectors of length 1, also where the model does not.")
     dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
     precision: Literal["float32", "int8", "binary"] = Field("float32", description="Form of the vectors.")
+    ranges: Path | None = Field(None, description="With int8: a file of int8 vectors, whose ranges are taken.")
     batch_tokens: int | None = Field(None, ge=1, description=_BATCH)
     processes: int = Field(1, ge=1, description="Processes of this machine, or workers of the cluster.")
     ray: str | None = Field(None, description="Address of a Ray cluster (auto, ray://host:10001), or local.")

@@ -138,7 +138,9 @@ def prune_checkpoint(
         if isinstance(opened, Hub):
             opened.complete_mirror(set(names.values()))
         cut.target.config.save_pretrained(out)
-        _copy_companions(opened, out)
+        # A folder that holds an adapter and a tokenizer is opened with that tokenizer, not with its base's.
+        trained = change.source if change and adapter is None else opened
+        _copy_companions(trained if trained.find("tokenizer.json") else opened, out)
     return Pruned(
         kept=tuple(item.name for items in shards.values() for item in items),
         dropped=dropped,

@@ -32,7 +32,13 @@ from secateur.data.pairs import instruction_prompt
 from secateur.encoding.arithmetic import STORED
 from secateur.encoding.pools import Facts, Opening, Run, Worker, in_processes, in_this_process, on_ray, open_worker
 from secateur.encoding.rows import read_rows
-from secateur.encoding.vector_files import check_suffix, description_file, write_description, write_vectors
+from secateur.encoding.vector_files import (
+    check_suffix,
+    description_file,
+    read_description,
+    write_description,
+    write_vectors,
+)
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import held, read_json, write_bytes, write_text, writing
 from secateur.progress import Progress, silent
@@ -90,6 +96,7 @@ def encode(
     normalize: bool = False,
     dimensions: int | None = None,
     precision: Precision = "float32",
+    ranges: str | Path | None = None,
     batch_tokens: int | None = None,
     processes: int = 1,
     ray: str | None = None,
@@ -114,6 +121,8 @@ def encode(
         precision: ``float32``; ``int8``: 256 steps between each dimension's least and greatest value in these vectors,
             which the file's description tells; ``binary``: one bit a dimension, packed by eight. As
             ``sentence_transformers.quantize_embeddings`` does it.
+        ranges: For ``int8``, a file of such vectors, or a JSON file with ``ranges``: its steps are taken, so that
+            queries can be compared with documents. What lies outside gets the nearest step.
         batch_tokens: Tokens in a batch, padding included; default: 1,024 on a CPU, 8,192 on a GPU.
         processes: Processes of this machine, or actors of the cluster.
         ray: Address of a Ray cluster, or ``local``.
@@ -127,7 +136,7 @@ def encode(
 
     Raises:
         DataError: A file or a text cannot be read; or there are none.
-        ConfigError: An option does not go with the model.
+        ConfigError: An option does not go with the model; or these vectors are all the same and give ``int8`` no steps.
         OutputError: ``out`` exists, or cannot be written; or its partial folder holds another run's work, or one that
             is at work.
         ModelError: The model cannot be opened, or a worker died too often.
@@ -135,6 +144,9 @@ def encode(
     out = Path(out)
     files = [files] if isinstance(files, (str, Path)) else files
     _check(files, dimensions, precision, processes)
+    steps = _Ranges(Path(ranges)) if ranges is not None else None
+    if steps is not None and precision != "int8":
+        raise ConfigError("ranges", str(ranges), f"means nothing in {precision}", "it goes with --precision int8")
     texts = partial(_read_all, files, column)
     opening = Opening(
         str(model),
@@ -150,12 +162,16 @@ def encode(
             inputs, sample = _number_texts(texts, folder, progress)
         if not inputs.rows:
             raise DataError(files[0], "holds no text")
+        if precision == "int8" and steps is None and inputs.distinct == 1:
+            raise _no_steps()
         opening = replace(opening, dtype=_resolved_dtype(folder, inputs) if dtype == "auto" else dtype)
         worker: Worker | None = open_worker(opening)
         assert worker is not None
         facts = worker.facts()
         prompt = _prompt(facts, prompt_name, instruction)
         numbers = _numbers(facts, dimensions)
+        if steps is not None:
+            steps.check(numbers, facts.fingerprint)
         dtype = _settle(worker, opening.dtype, prompt, sample, progress)
         opening = replace(opening, dtype=dtype, prompt=prompt)
         job = _Job(inputs, facts.fingerprint, dtype, prompt, numbers, normalize)
@@ -168,7 +184,7 @@ def encode(
         with writing(folder):
             work = _encode_shards(pool, texts, job, folder, progress)
             about = {"model": str(model), **asdict(job), "precision": precision}
-            _finish(folder, job, precision, about, out)
+            _finish(folder, job, precision, steps.values if steps else None, about, out)
     return Encoded(out, inputs.rows, inputs.distinct, numbers, dtype, work.texts, work.tokens, work.seconds)
 
 
@@ -442,11 +458,15 @@ def _as_npy(array: NDArray[Any]) -> bytes:
     return stream.getvalue()
 
 
-def _finish(folder: Path, job: _Job, precision: Precision, about: dict[str, Any], out: Path) -> None:
+def _finish(
+    folder: Path, job: _Job, precision: Precision, ranges: Vectors | None, about: dict[str, Any], out: Path
+) -> None:
     """Write the result from the shards, give it its name, and remove the folder."""
-    ranges = _ranges(folder, job) if precision == "int8" else np.zeros((2, 0), dtype=np.float32)
     if precision == "int8":
+        ranges = _ranges(folder, job) if ranges is None else ranges
         about["ranges"] = ranges.tolist()
+    else:
+        ranges = np.zeros((2, 0), dtype=np.float32)
     width = -(-job.dimension // 8) if precision == "binary" else job.dimension
     dtype = np.float32 if precision == "float32" else np.int8
     pieces = (quantize(vectors, precision, ranges) for vectors in _rows(folder, job))
@@ -472,4 +492,36 @@ def _ranges(folder: Path, job: _Job) -> Vectors:
     for number in range(-(-job.inputs.distinct // SHARD)):
         vectors = _open_shard(folder, number)
         least, most = np.minimum(least, vectors.min(axis=0)), np.maximum(most, vectors.max(axis=0))
+    if (least == most).all():
+        raise _no_steps()
     return np.stack([least, most])
+
+
+def _no_steps() -> ConfigError:
+    hint = "--ranges FILE takes those of an earlier file, such as that of the documents; or --precision float32"
+    return ConfigError("precision", "int8", "all vectors are the same, and have no ranges to be rounded by", hint)
+
+
+class _Ranges:
+    """What an earlier file of int8 vectors was rounded by: ``values`` (2, dimension).
+
+    Raises:
+        DataError: It tells no ranges.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._about = read_description(file)
+        try:
+            self.values = np.asarray(self._about["ranges"], dtype=np.float32)
+        except (KeyError, TypeError, ValueError):
+            raise DataError(file, "tells no ranges", "give a file written with --precision int8") from None
+
+    def check(self, numbers: int, fingerprint: str) -> None:
+        """Refuse those of other vectors."""
+        hint = f"give a file of this model's int8 vectors of {numbers} numbers"
+        if self.values.shape != (2, numbers) or not (self.values[0] <= self.values[1]).all():
+            shape = " by ".join(map(str, self.values.shape))
+            raise ConfigError("ranges", str(self._file), f"{self._file} has {shape} ranges, not 2 by {numbers}", hint)
+        if self._about.get("fingerprint", fingerprint) != fingerprint:
+            raise ConfigError("ranges", str(self._file), f"{self._file} is of other weights, or another dtype", hint)

@@ -18,8 +18,8 @@ import pyarrow.ipc
 import pyarrow.parquet as parquet
 from numpy.typing import DTypeLike, NDArray
 
-from secateur.errors import ConfigError
-from secateur.files import write_text
+from secateur.errors import ConfigError, DataError
+from secateur.files import check_is_file, read_json, write_text
 
 Pieces = Iterable[NDArray[Any]]
 
@@ -107,3 +107,28 @@ def write_description(file: Path, about: Mapping[str, Any]) -> None:
     beside = description_file(file)
     if beside is not None:
         write_text(beside, json.dumps(about, indent=1))
+
+
+def read_description(file: Path) -> dict[str, Any]:
+    """What a file of vectors says of itself, or what a JSON file holds.
+
+    Raises:
+        DataError: It cannot be read, or says nothing of itself.
+    """
+    file = description_file(file) or file
+    check_is_file(file)
+    suffix = file.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            metadata = parquet.read_schema(file).metadata
+        elif suffix in (".arrow", ".feather"):
+            with pyarrow.memory_map(str(file)) as source:
+                metadata = pyarrow.ipc.open_file(source).schema.metadata
+        else:
+            metadata = {b"secateur": json.dumps(read_json(file))}
+        about = json.loads((metadata or {})[b"secateur"])
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DataError(file, "does not say how its vectors were made", "give a file that encode wrote") from error
+    if not isinstance(about, dict):
+        raise DataError(file, "does not say how its vectors were made", "give a file that encode wrote")
+    return about

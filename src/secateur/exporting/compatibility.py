@@ -15,7 +15,7 @@ from secateur.files import read_json
 
 CHECKED = "2026-11"
 """When the rules below were read: in the sources of text-embeddings-inference (2026-07), vLLM (main), llama.cpp (main),
-infinity 0.0.78, and in sentence-transformers 6.2 and transformers 5.23 by running them."""
+infinity 0.0.78, and by running sentence-transformers 6.2, transformers 5.23, fastembed 0.9.1, transformers.js 4.3.2."""
 
 Verdict = Literal["yes", "differs", "no"]
 
@@ -51,6 +51,7 @@ class Facts:
     new_pooling: bool
     includes_prompt: bool
     prompts: bool
+    keeps_end: bool
     safetensors: bool
     onnx: tuple[str, ...]
     openvino: bool
@@ -104,6 +105,7 @@ def read_facts(folder: Path) -> Facts:
     pooling = _read_object(folder / place / "config.json") if place is not None else {}
     saved = folder / "config_sentence_transformers.json"
     prompts = _read_object(saved).get("prompts") if saved.is_file() else None
+    tokenizer = folder / "tokenizer_config.json"
     return Facts(
         config=config,
         modules=tuple(foreign or [kind for kind, _ in modules]),
@@ -112,6 +114,7 @@ def read_facts(folder: Path) -> Facts:
         new_pooling="embedding_dimension" in pooling,
         includes_prompt=bool(pooling.get("include_prompt", True)),
         prompts=isinstance(prompts, dict) and any(prompts.values()),
+        keeps_end=tokenizer.is_file() and _read_object(tokenizer).get("truncation_side") == "left",
         safetensors=any(folder.glob("*.safetensors")),
         onnx=tuple(sorted(file.name for file in folder.glob("onnx/*.onnx"))),
         openvino=any(folder.glob("openvino/*.xml")),
@@ -236,7 +239,18 @@ def _transformers_js(facts: Facts) -> Finding:
         return "no", f"it has no bfloat16 ({names})"
     if facts.prompts and not facts.includes_prompt:
         return "differs", f"sentence_embedding of {names}; for texts with a prompt, feed prompt_length as well"
-    return "yes", f"sentence_embedding of {names}"
+    if facts.keeps_end:
+        return "differs", f"sentence_embedding of {names}; of long texts it keeps the start, the model the end"
+    return "yes", f"sentence_embedding of {names}; where it cuts a text, the token that ends it is cut off, too"
+
+
+def _fastembed(facts: Facts) -> Finding:
+    if not facts.onnx:
+        return "no", "it reads onnx/ alone: export --to onnx"
+    how = "as a custom model without pooling, output_name='sentence_embedding'"
+    if facts.prompts and not facts.includes_prompt:
+        return "differs", f"{how}; texts with a prompt get other vectors: it feeds no prompt_length"
+    return "yes", how
 
 
 def _pools_prompts(facts: Facts, place: str = "") -> Finding:
@@ -261,4 +275,5 @@ _RULES: dict[str, Callable[[Facts], Finding]] = {
     "infinity": _infinity,
     "Ollama": _ollama,
     "transformers.js": _transformers_js,
+    "fastembed": _fastembed,
 }

@@ -29,6 +29,7 @@ from secateur.exporting.manifest import Export
 from secateur.exporting.outliers import Features
 from secateur.files import new_folder
 from secateur.loading.models import open_model, write_files
+from secateur.loading.readers import NO_LIMIT, longest_text
 from secateur.progress import Progress, silent
 from secateur.provenance import Fingerprint, provenance
 from secateur.runtime.vectors import FORMATS, VectorFormat
@@ -36,6 +37,9 @@ from secateur.runtime.vectors import FORMATS, VectorFormat
 STEP = "export"
 COMPARED, CALIBRATED = 64, 96
 """Texts that an export is compared on, and other ones that it is calibrated on."""
+
+LONG = 1024
+"""Tokens in the longest text that an export is compared on, where the model would read more."""
 
 CALIBRATION_LENGTH = 128
 LEAST_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.995, "int8": 0.9}
@@ -123,6 +127,7 @@ def export(
             device="cpu",
             trust_remote_code=trust_remote_code,
         )
+        compared.append(_long_text(opened, compared))
         graph = EncoderGraph(opened, _check_dimensions(dimensions, opened))
         progress(STEP, 10, 100)
         convert(graph, form, folder, lambda: _features(opened, graph, calibration))
@@ -175,6 +180,19 @@ def _texts(data: Data, seed: int) -> tuple[list[str], list[str], tuple[Fingerpri
     return [*compared, *WORLD], [*calibration, *WORLD][:CALIBRATED], sources
 
 
+def _long_text(model: SentenceTransformer, texts: Sequence[str]) -> str:
+    """Texts as one that the model has to cut, or that has :data:`LONG` tokens: in it alone other limits show."""
+    limit = min(longest_text(model) or LONG, LONG)
+    found: list[str] = []
+    tokens = 0
+    for text in itertools.cycle(texts):
+        found.append(text)
+        tokens += len(model.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+        if tokens > limit:
+            break
+    return " ".join(found)
+
+
 def _features(model: SentenceTransformer, graph: EncoderGraph, texts: Sequence[str]) -> list[Features]:
     """Inputs of the graph for each text alone."""
     features = []
@@ -193,7 +211,6 @@ def _write_rest(model: SentenceTransformer, folder: Path) -> None:
         raise ModelError(type(model.tokenizer).__name__, "is a tokenizer in Python alone", "it cannot run without it")
     write_files(model, folder, weights=False)
     model[0].auto_model.config.save_pretrained(folder)
-    model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _describe(
@@ -210,7 +227,7 @@ def _describe(
         "dimension": vectors.shape[1],
         "vectors": given,
         "ranges": tuple(tuple(map(float, edge)) for edge in (vectors.min(axis=0), vectors.max(axis=0))),
-        "max_length": _longest(model),
+        "max_length": longest_text(model) or NO_LIMIT,
         "truncation_side": tokenizer.truncation_side,
         "padding": tokenizer.pad_token_id or 0,
         "special": tuple(sorted(tokenizer.all_special_ids)),
@@ -218,12 +235,6 @@ def _describe(
         "default_prompt_name": model.default_prompt_name,
         "files": files,
     }
-
-
-def _longest(model: SentenceTransformer) -> int:
-    config = model[0].auto_model.config.get_text_config()
-    limits = [model.max_seq_length, getattr(config, "max_position_embeddings", None)]
-    return int(next(limit for limit in (*limits, 512) if limit))
 
 
 def _readers(folder: Path) -> dict[str, dict[str, str]]:

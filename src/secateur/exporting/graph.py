@@ -28,6 +28,7 @@ class EncoderGraph(nn.Module):
     Args:
         model: The model.
         dimensions: Keep so many numbers of each vector, and make its length 1 again (Matryoshka, arXiv 2205.13147).
+            Default: as many as the model's ``truncate_dim`` keeps, as they are.
 
     Raises:
         ModelError: The model is built of other modules.
@@ -46,6 +47,7 @@ class EncoderGraph(nn.Module):
         self.pooling = poolings[0]
         self.rest = nn.ModuleList(rest[1:])
         self.dimensions = dimensions
+        self.kept = model.truncate_dim
         accepted = inspect.signature(self.transformer.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
 
@@ -76,6 +78,8 @@ class EncoderGraph(nn.Module):
         vectors = features[VECTORS]
         if self.dimensions is not None:
             vectors = normalize(vectors[:, : self.dimensions], dim=-1)
+        elif self.kept is not None:
+            vectors = vectors[:, : self.kept]
         return {TOKENS: states, VECTORS: vectors}
 
 

@@ -7,7 +7,6 @@ out is a folder that stock libraries load: :func:`save_model` reopens it in a fr
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,18 +34,13 @@ from secateur.loading.names import demo_model as demo_model
 from secateur.loading.names import model_label as model_label
 from secateur.loading.names import resolve as resolve
 from secateur.loading.pooling import make_pooling, pooling_name
+from secateur.loading.readers import write_for_all_readers
 from secateur.progress import quiet
 
 MAX_LENGTH = 512
 """Tokens of a text, for a bare language model, where nobody says."""
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = "such as cpu, cuda, cuda:0 or mps"
-_LEGACY_TYPES = {
-    "Transformer": "sentence_transformers.models.Transformer",
-    "Pooling": "sentence_transformers.models.Pooling",
-    "Normalize": "sentence_transformers.models.Normalize",
-    "Dense": "sentence_transformers.models.Dense",
-}
 
 
 def open_model(
@@ -282,7 +276,7 @@ def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = Tru
             model.save(str(folder), create_model_card=False)
     finally:
         vars(transformer).pop("save_pretrained", None)
-    write_for_all_readers(folder)
+    write_for_all_readers(folder, model)
 
 
 def check_written(folder: Path, origin: Origin, expected: Expected, device: str = "cpu") -> Origin:
@@ -295,33 +289,3 @@ def check_written(folder: Path, origin: Origin, expected: Expected, device: str 
     written = replace(origin, check=found, checked_against=expected.source)
     written.save(folder)
     return written
-
-
-def write_for_all_readers(folder: Path) -> None:
-    """Write both spellings of a pooling, and the module names that older tools know.
-
-    text-embeddings-inference reads only the booleans, sentence-transformers 6 writes only the name; both accept both.
-    """
-    file = folder / "modules.json"
-    modules = read_json(file)
-    for module in modules:
-        module["type"] = _LEGACY_TYPES.get(module["type"].rpartition(".")[2], module["type"])
-        config = folder / module["path"] / "config.json"
-        if module["type"].endswith(".Pooling"):
-            settings = read_json(config)
-            if "pooling_mode" in settings:
-                config.write_text(json.dumps(settings | _pooling_booleans(settings["pooling_mode"]), indent=1))
-    file.write_text(json.dumps(modules, indent=1))
-
-
-def _pooling_booleans(mode: str | list[str]) -> dict[str, bool | int]:
-    modes = [mode] if isinstance(mode, str) else mode
-    keys = {
-        "cls": "pooling_mode_cls_token",
-        "mean": "pooling_mode_mean_tokens",
-        "max": "pooling_mode_max_tokens",
-        "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-        "weightedmean": "pooling_mode_weightedmean_tokens",
-        "lasttoken": "pooling_mode_lasttoken",
-    }
-    return {key: name in modes for name, key in keys.items()}

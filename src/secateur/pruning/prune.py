@@ -33,9 +33,9 @@ from secateur.loading.models import (
     resolve,
     save_model,
     write_files,
-    write_for_all_readers,
 )
 from secateur.loading.pooling import pooling_name
+from secateur.loading.readers import write_for_all_readers
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
 from secateur.pruning.selection import Selection
@@ -190,12 +190,13 @@ def _cut_checkpoint(job: Job, selection: Selection, progress: Progress) -> None:
     result = _copy_transformer(job, embedder, selection, progress)
     if embedder is not None:
         copy_modules(source, embedder, job.cut)
-        write_for_all_readers(job.cut)
     origin = origin_of(job.source, result.depth, result.keep, source.find(Origin.file), result.left_out)
     opened = open_model(job.cut, device="cpu", **asdict(job.opening))
     progress(STEP, 80, 100)
     if job.cut != job.folder or embedder is None:
         write_files(opened, job.folder, weights=job.cut != job.folder)
+    else:
+        write_for_all_readers(job.folder, opened)
     with as_model_error(job.source), quiet():
         expected = _expected(job, opened, result)
     origin = replace(origin, pooling=pooling_name(opened))
