@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from secateur.data.vectors import VectorCache
+from secateur.provenance import versions_of
 
 
 def encode(texts: list[str]) -> np.ndarray:
@@ -70,3 +71,13 @@ def test_two_writers_at_once(tmp_path: Path):
 def test_vectors_are_mapped_into_memory(tmp_path: Path):
     VectorCache(tmp_path, "m").encode(["a"], "", encode)
     assert all(isinstance(vectors, np.memmap) for vectors in VectorCache(tmp_path, "m")._files)
+
+
+def test_vectors_of_other_library_versions_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    VectorCache(tmp_path, "m").encode(["a"], "", encode)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0" if name == "torch" else "1.0")
+    versions_of.cache_clear()
+    try:
+        assert len(VectorCache(tmp_path, "m")) == 0
+    finally:
+        versions_of.cache_clear()

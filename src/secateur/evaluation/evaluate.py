@@ -51,7 +51,6 @@ from secateur.loading.models import model_label, open_model
 from secateur.measures.intervals import FEWEST, Array, interval, mean_of, resample, whole
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (
-    ENCODING,
     Fingerprint,
     command_line,
     fingerprint_files,
@@ -317,7 +316,6 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         name = get_prompt_name(prompts, kwargs["task_metadata"], kwargs.get("prompt_type"))
         # Without a prompt of the task, the model chooses one of its own by the kind of text.
         before = [prompts.get(name), kwargs.get("prompt_type"), self.model.prompts, self.model.default_prompt_name]
-        before.append(versions_of(ENCODING))
 
         def encode(missing: list[str]) -> Any:
             batches = DataLoader(Dataset.from_dict({"text": missing}), batch_size=kwargs.get("batch_size", 32))
