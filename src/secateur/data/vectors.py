@@ -1,6 +1,6 @@
 """Vectors kept on disk, so that the same text is not encoded twice by the same model.
 
-``FOLDER/<model and versions of the libraries>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into
+``FOLDER/<model, and versions where asked>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into
 memory and read row by row, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and of what stood before
 it. Files appear under their names when they are complete, keys last, and are never changed. A writer that was killed
 leaves nothing that a reader sees, and several may write at once.
@@ -22,7 +22,6 @@ from sentence_transformers import SentenceTransformer
 from torch import uint8
 
 from secateur.files import write_bytes
-from secateur.provenance import ENCODING, versions_of
 
 _KEYS = ".keys.npy"
 _HASH_BYTES = 16
@@ -33,12 +32,12 @@ class VectorCache:
 
     Args:
         folder: Of the vectors of all models; made when the first is written.
-        model: Fingerprint of the model; other weights or another tokenizer have another. Other versions of the
-            libraries that encode have vectors of their own, too.
+        model: Fingerprint of the model; other weights or another tokenizer have another.
+        versions: Of the libraries that encode, where a score is to be of these alone (:func:`.versions_of`).
     """
 
-    def __init__(self, folder: str | Path, model: str) -> None:
-        self.folder = Path(folder) / _key(model, versions_of(ENCODING)).hex()
+    def __init__(self, folder: str | Path, model: str, versions: str = "") -> None:
+        self.folder = Path(folder) / (_key(model, versions).hex() if versions else model[:32])
         self._where: dict[bytes, int] = {}
         self._files: list[NDArray[Any]] = []
         self._starts: list[int] = []

@@ -51,6 +51,7 @@ from secateur.loading.models import model_label, open_model
 from secateur.measures.intervals import FEWEST, Array, interval, mean_of, resample, whole
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (
+    ENCODING,
     Fingerprint,
     command_line,
     fingerprint_files,
@@ -134,7 +135,7 @@ def evaluate(
         weights, source, files = fingerprint_model(model), _source(given), _files(given)
         if names is None:
             ledger.check_same(label, source, weights)
-        vectors = VectorCache(cache, weights) if cache is not None else None
+        vectors = VectorCache(cache, weights, versions_of(ENCODING)) if cache is not None else None
         for j, task in enumerate(opened):
             progress("evaluate", number * len(opened) + j, total)
             prompts = task_prompts(task, told) if instructions else {}

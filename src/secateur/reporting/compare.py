@@ -27,7 +27,7 @@ from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.loading.models import model_label, open_model
 from secateur.measures.intervals import Array
 from secateur.progress import Progress, silent
-from secateur.provenance import Fingerprint, provenance
+from secateur.provenance import ENCODING, Fingerprint, provenance, versions_of
 from secateur.reporting.cost import cost
 
 MOST_CHANGED = 10
@@ -180,7 +180,9 @@ def _encode(model: str | Path, texts: Sequence[str], batch_size: int, cache: str
     if cache is None:
         return encode(list(texts))
     default = opened.prompts.get(opened.default_prompt_name or "") or ""
-    return VectorCache(cache, fingerprint_model(opened)).encode(texts, f"plain {default}", encode)
+    return VectorCache(cache, fingerprint_model(opened), versions_of(ENCODING)).encode(
+        texts, f"plain {default}", encode
+    )
 
 
 def nearest_texts(vectors: NDArray[np.float32], k: int) -> NDArray[np.int64]:
