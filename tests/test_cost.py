@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import struct
 import weakref
 from pathlib import Path
@@ -21,6 +22,7 @@ from secateur.artifacts import Costs, load
 from secateur.errors import ConfigError, ModelError
 from secateur.loading.models import open_model
 from secateur.measures.flops import MatrixProducts, flops_per_token
+from secateur.provenance import fingerprint_files
 from secateur.reporting.cost import bytes_on_disk, cost, long_texts, measure_alone, short_texts
 
 DENSE = (
@@ -210,3 +212,26 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
             cost(*arguments, **options)
     with pytest.raises(ModelError, match="not found"):
         bytes_on_disk("nobody/no-such-model")
+
+
+def test_a_model_that_fails_after_it_was_timed_loses_no_other(make_encoder: MakeEncoder, tmp_path: Path):
+    for seed, name in enumerate(("one", "two")):
+        make_encoder(seed=seed).save(str(tmp_path / name))
+
+    def remove(what: str, done: int, total: int) -> None:
+        if done == total:
+            shutil.rmtree(tmp_path / "one")
+
+    with pytest.raises(ModelError, match="its files are not found"):
+        cost([tmp_path / "one", tmp_path / "two"], repetitions=1, out=tmp_path / "out", progress=remove)
+    assert [row.model for row in load(tmp_path / "out", Costs).rows] == ["two"]
+
+
+def test_costs_tell_the_files_and_versions_that_they_are_of(make_encoder: MakeEncoder, tmp_path: Path):
+    make_encoder().save(str(tmp_path / "model"))
+    (first,) = cost([tmp_path / "model"], repetitions=1).rows
+    (tmp_path / "model" / "README.md").write_text("no vector depends on it")
+    assert first.files == fingerprint_files(tmp_path / "model")
+    assert f"torch {torch.__version__.partition('+')[0]}" in first.versions
+    make_encoder(seed=1).save(str(tmp_path / "model"))
+    assert first.files != fingerprint_files(tmp_path / "model")

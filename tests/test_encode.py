@@ -659,6 +659,7 @@ def test_a_number_format_that_is_none(model: Path, dtype: str):
 
 def test_ctrl_c_is_one_line(tmp_path: Path):
     write_lines(tmp_path / "a.jsonl", (f"{i}" for i in range(100_000)))
+    (tmp_path / "no model").mkdir()  # it is opened after the texts have been read
     command = ("encode", tmp_path / "no model", tmp_path / "a.jsonl", "-o", tmp_path / "v.npy")
     done = signalled(signal.SIGINT, tmp_path / "v.npy.partial", "seen.sqlite", *command)
     assert (done.returncode, done.stdout) == (130, "")

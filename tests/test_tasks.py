@@ -11,7 +11,13 @@ import mteb
 import pytest
 
 from secateur.errors import ConfigError, DataError
-from secateur.evaluation.task_folder import DISTRACTORS_PER_QUERY, TRAIN_PER_LABEL, read_task_folder, sample_task
+from secateur.evaluation.task_folder import (
+    DISTRACTORS_PER_QUERY,
+    TRAIN_PER_LABEL,
+    check_task_folder,
+    read_task_folder,
+    sample_task,
+)
 from secateur.evaluation.tasks import count_samples, expand, open_task
 from task_folders import TYPES, example_rows, write_lines, write_task
 
@@ -387,3 +393,13 @@ def test_a_sample_of_none_is_refused(tmp_path: Path):
 def test_a_name_that_cannot_be_a_file_name_is_refused(name: str, tmp_path: Path):
     with pytest.raises(DataError, match=r'"name": .*file names'):
         open_task(write_task(tmp_path / "t", "sts", example_rows("sts"), name=name))
+
+
+def test_a_large_folder_is_looked_at_by_its_names_alone(tmp_path: Path):
+    for type_ in TYPES:
+        path = write_task(tmp_path / type_, type_, example_rows(type_))
+        check_task_folder(path)
+        missing = path / ("qrels.tsv" if type_ == "retrieval" else "test.jsonl")
+        missing.unlink()
+        with pytest.raises(DataError, match=f"{missing.name}: no such file"):
+            check_task_folder(path)

@@ -82,3 +82,9 @@ def test_many_files_of_vectors_are_read_with_few_open_at_once(tmp_path: Path):
         assert np.array_equal(cache.encode(texts, "", never), encode(texts))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (own, hard))
+
+
+def test_vectors_of_other_library_versions_are_not_taken(tmp_path: Path):
+    VectorCache(tmp_path, "m", "torch 2.13.0").encode(["a"], "", encode)
+    assert len(VectorCache(tmp_path, "m", "torch 2.13.0")) == 1
+    assert len(VectorCache(tmp_path, "m", "torch 2.12.0")) == 0

@@ -1,7 +1,7 @@
 """Vectors kept on disk, so that the same text is not encoded twice by the same model.
 
-``FOLDER/<model fingerprint>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into memory while rows
-are read, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and of what stood before it. Files appear
+``FOLDER/<model, and versions where asked>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into
+memory while rows are read, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and its prompt. Files appear
 under their names when they are complete, keys last, and are never changed. A writer that was killed leaves nothing that
 a reader sees, and several may write at once.
 """
@@ -33,10 +33,11 @@ class VectorCache:
     Args:
         folder: Of the vectors of all models; made when the first is written.
         model: Fingerprint of the model; other weights or another tokenizer have another.
+        versions: Of the libraries that encode, where a score is to be of these alone (:func:`.versions_of`).
     """
 
-    def __init__(self, folder: str | Path, model: str) -> None:
-        self.folder = Path(folder) / model[:32]
+    def __init__(self, folder: str | Path, model: str, versions: str = "") -> None:
+        self.folder = Path(folder) / (_key(model, versions).hex() if versions else model[:32])
         self._where: dict[bytes, int] = {}
         self._files: list[Path] = []
         self._starts: list[int] = [0]

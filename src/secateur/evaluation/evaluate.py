@@ -135,7 +135,7 @@ def evaluate(
         weights, source, files = fingerprint_model(model), _source(given), _files(given)
         if names is None:
             ledger.check_same(label, source, weights)
-        vectors = VectorCache(cache, weights) if cache is not None else None
+        vectors = VectorCache(cache, weights, versions_of(ENCODING)) if cache is not None else None
         for j, task in enumerate(opened):
             progress("evaluate", number * len(opened) + j, total)
             prompts = task_prompts(task, told) if instructions else {}
@@ -321,7 +321,6 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         name = get_prompt_name(prompts, kwargs["task_metadata"], kwargs.get("prompt_type"))
         # Without a prompt of the task, the model chooses one of its own by the kind of text.
         before = [prompts.get(name), kwargs.get("prompt_type"), self.model.prompts, self.model.default_prompt_name]
-        before.append(versions_of(ENCODING))
 
         def encode(missing: list[str]) -> Any:
             batches = DataLoader(Dataset.from_dict({"text": missing}), batch_size=kwargs.get("batch_size", 32))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.artifacts import ChangedRow, Comparison, CostRow, DifferenceRow, OverlapRow, Scores
+from secateur.artifacts import ChangedRow, Comparison, DifferenceRow, OverlapRow, Scores
 from secateur.config import CompareOptions, check
 from secateur.data.texts import read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
@@ -26,7 +27,7 @@ from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.loading.models import model_label, open_model
 from secateur.measures.intervals import Array
 from secateur.progress import Progress, silent
-from secateur.provenance import Fingerprint, provenance
+from secateur.provenance import ENCODING, Fingerprint, provenance, versions_of
 from secateur.reporting.cost import cost
 
 MOST_CHANGED = 10
@@ -84,7 +85,6 @@ def compare(
             scores = evaluate(models, tasks, names=labels, out=folder, progress=progress, **options)  # type: ignore[arg-type]
             differences = score_differences(scores.rows, labels[0], [read_draws(folder, row) for row in scores.rows])
     overlaps, changed = _neighbourhoods(models, labels, found, neighbours, batch_size, cache, progress)
-    costs: tuple[CostRow, ...] = cost(dict(zip(labels, models, strict=True)), progress=progress).rows if timed else ()
     result = Comparison(
         provenance=provenance([*scores.provenance.data, *sources], seed),
         reference=labels[0],
@@ -93,10 +93,14 @@ def compare(
         overlaps=overlaps,
         changed=changed,
         scores=scores.rows,
-        costs=costs,
+        costs=(),
     )
     if out is not None:
         result.save(out)
+    if timed:  # last: should it fail, the rest is there
+        result = replace(result, costs=cost(dict(zip(labels, models, strict=True)), progress=progress).rows)
+        if out is not None:
+            result.save(out)
     return result
 
 
@@ -176,7 +180,9 @@ def _encode(model: str | Path, texts: Sequence[str], batch_size: int, cache: str
     if cache is None:
         return encode(list(texts))
     default = opened.prompts.get(opened.default_prompt_name or "") or ""
-    return VectorCache(cache, fingerprint_model(opened)).encode(texts, f"plain {default}", encode)
+    return VectorCache(cache, fingerprint_model(opened), versions_of(ENCODING)).encode(
+        texts, f"plain {default}", encode
+    )
 
 
 def nearest_texts(vectors: NDArray[np.float32], k: int) -> NDArray[np.int64]:

@@ -82,7 +82,7 @@ def cost(
         thorough: Sixteen times as many texts, more batches to choose from, and the load time and peak memory of each
             model in a process of its own. Else the load time is that in this process, and the peak is not measured.
         device: Torch device; default: the GPU where there is one.
-        out: Folder for ``costs.json``.
+        out: Folder for ``costs.json``. It is written too where a model fails after it was timed, without that model.
         progress: Told after each round.
 
     Raises:
@@ -103,13 +103,19 @@ def cost(
             if sum(other.held for other in runs) > room:
                 run.close()
     progress("cost", repetitions + 1, repetitions + 1)
-    rows = []
+    rows: list[CostRow] = []
+    failures: list[Exception] = []
     for run in runs:
-        rows.append(run.row(thorough))
+        try:
+            rows.append(run.row(thorough))
+        except Exception as error:  # of whatever kind: the times of the others are kept
+            failures.append(error)
         run.close()
     costs = Costs(provenance=provenance(), costs=tuple(rows))
-    if out is not None:
+    if out is not None and rows:
         costs.save(out)
+    if failures:
+        raise failures[0]
     return costs
 
 
