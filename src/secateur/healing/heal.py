@@ -135,9 +135,10 @@ def heal(
         ``out``: reopened in a fresh process and compared, with ``training.json`` beside the model.
 
     Raises:
-        ModelError, DataError, ConfigError: Bad input; ``out`` was begun with another model, data or settings; or the loss
-            is 0 from the first step, so that nothing is learned.
-        OutputError: ``out`` holds something, cannot be written, or another run is writing it; or a checkpoint is damaged.
+        ModelError, DataError, ConfigError: Bad input; ``out`` was begun with another model, data or settings; or the
+            loss is 0 from the first step, so that nothing is learned.
+        OutputError: ``out`` holds something, cannot be written, or another run is writing it; or its newest checkpoint is
+            damaged.
         TrainingDiverged: The loss is not finite, or exploded.
         VerificationFailed: The written folder gives other vectors.
     """
