@@ -137,8 +137,8 @@ def heal(
     Raises:
         ModelError, DataError, ConfigError: Bad input; ``out`` was begun with another model, data or settings; or the
             loss is 0 from the first step, so that nothing is learned.
-        OutputError: ``out`` holds something, cannot be written, or another run is writing it; or its newest checkpoint is
-            damaged.
+        OutputError: ``out`` holds something, cannot be written, or another run is writing it; or its newest checkpoint
+            is damaged.
         TrainingDiverged: The loss is not finite, or exploded.
         VerificationFailed: The written folder gives other vectors.
     """
