@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.measures import curves, intervals, metrics
+from secateur.measures.false_negatives import false_negative_mask
 
 
 def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -52,6 +53,22 @@ def test_retrieval_ranks_the_own_positive():
     accuracy, ndcg = metrics.retrieval(found)
     assert float(accuracy) == pytest.approx(1 / 3)
     assert float(ndcg) == pytest.approx((1 + 1 / math.log2(3) + 0) / 3)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_the_false_negative_mask_is_what_its_definition_says(once: bool):
+    rng = np.random.default_rng(0)
+    anchors, positives, negatives = (rng.integers(0, 9, count) for count in (8, 8, 5))
+    candidates = [*positives, *negatives]
+    expected = np.zeros((8, 13), dtype=bool)
+    for i, j in np.ndindex(8, 13):
+        relevant = {anchors[i], *(positives[k] for k in range(8) if anchors[k] == anchors[i])}
+        repeated = once and candidates[j] in candidates[:j]
+        expected[i, j] = i != j and (candidates[j] in relevant or repeated)
+    assert 20 < expected.sum() < 90
+    columns = [torch.from_numpy(column) for column in (anchors, positives, negatives)]
+    assert np.array_equal(false_negative_mask(*columns, once=once).numpy(), expected)
+    assert np.array_equal(false_negative_mask(*columns, rows=slice(3, 6), once=once).numpy(), expected[3:6])
 
 
 def test_a_model_that_gives_every_text_the_same_vector_retrieves_by_chance():

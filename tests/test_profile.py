@@ -156,6 +156,23 @@ def test_false_negatives_count_neither_in_the_loss_nor_in_the_ranks(folder):
         profile(model, write(folder / "same.jsonl", same), batch_size=3)
 
 
+def test_the_vectors_of_a_model_that_truncates_them_are_truncated_at_every_depth(folder):
+    data = read_pairs(write(folder / "cut.jsonl", example_pairs(6)))
+    model = open_model(architecture(folder, "llama"), max_length=64, dtype="float32")
+    model.truncate_dim = 8
+    found = profile(model, data, batch_size=6)
+    for depth in (1, len(found.depths)):
+        pruned = copy.deepcopy(model)
+        cut(pruned[0].auto_model, range(depth))
+        columns = [row.anchor for row in data.rows], [row.positive for row in data.rows]
+        texts = [*columns[0], *columns[1], *(text for row in data.rows for text in row.negatives)]
+        vectors = pruned.encode(texts, normalize_embeddings=True).astype(np.float64)
+        assert vectors.shape[1] == 8
+        scores = 20 * vectors[:6] @ vectors[6:].T
+        loss = np.mean(np.log(np.exp(scores).sum(axis=1)) - scores.diagonal())
+        assert found.depths[depth - 1].loss == pytest.approx(loss, abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "bert", "opt+projected", "xlnet", "falcon_mamba"])
 def test_the_vector_at_each_depth_is_that_of_the_cut_model(folder, name):
     model = open_model(architecture(folder, name), max_length=64, dtype="float32")

@@ -1,8 +1,8 @@
 """Vectors kept on disk, so that the same text is not encoded twice by the same model.
 
 ``FOLDER/<model, and versions where asked>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into
-memory while rows are read, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and its prompt. Files appear
-under their names when they are complete, keys last, and are never changed. A writer that was killed leaves nothing that
+memory while rows are read, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and its prompt. Files
+appear under their names when they are complete, keys last, and are never changed. A writer that was killed leaves nothing that
 a reader sees, and several may write at once.
 """
 

@@ -109,7 +109,7 @@ def heal(
         precision: ``float32``, ``bfloat16`` (autocast), or ``auto``: bfloat16 where the processor computes in it.
         seed: Of adapters, dropout and the order of the data.
         instruction: Goes before each anchor, in place of those that come with the data; before each text alone. An
-            empty one: nothing does, not even the model's default prompt.
+            empty one: nothing does, not even the model's default prompt. What the data put before passages stays.
         teacher: A model, or the address of a server (see :mod:`.teacher`), whose vectors are imitated.
         teacher_model: What a server calls its model.
         teacher_weight: Of the teacher beside the contrastive loss (0.5); texts alone leave it all.
@@ -135,8 +135,10 @@ def heal(
         ``out``: reopened in a fresh process and compared, with ``training.json`` beside the model.
 
     Raises:
-        ModelError, DataError, ConfigError: Bad input; or ``out`` was begun with another model, data or settings.
-        OutputError: ``out`` holds something, cannot be written, or another run is writing it.
+        ModelError, DataError, ConfigError: Bad input; ``out`` was begun with another model, data or settings; or the
+            loss is 0 from the first step, so that nothing is learned.
+        OutputError: ``out`` holds something, cannot be written, or another run is writing it; or its newest checkpoint
+            is damaged.
         TrainingDiverged: The loss is not finite, or exploded.
         VerificationFailed: The written folder gives other vectors.
     """

@@ -154,7 +154,7 @@ class DepthEncoder:
                 todo.extendleft(reversed(self._smaller(rows, tokens)))
                 continue
             self._check_finite(found)
-            yield found
+            yield replace(found, vectors=found.vectors[..., : self._model.truncate_dim])
 
     def _smaller(self, rows: list[int], tokens: Tokens) -> list[list[int]]:
         if len(rows) == 1:
