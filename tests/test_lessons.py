@@ -16,10 +16,12 @@ from secateur.data.texts import read_texts
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, DataError
 from secateur.healing.lessons import LABEL, find_aim, sets_of, teach
-from secateur.healing.teacher import open_teacher
+from secateur.healing.recipe import Recipe
+from secateur.healing.teacher import PROBES, open_teacher
 from secateur.progress import silent
 
 SETTINGS = {"steps": 30, "batch_size": 8, "precision": "float32"}
+RECIPE = Recipe(**SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,13 @@ def test_a_cut_model_is_taught_by_the_whole_one_on_texts_alone(llama_folder: Pat
     assert 1 - closeness(out, llama_folder) < 0.7 * (1 - closeness(cut, llama_folder))
     assert table.prompts == {}
     kept = sorted(cache.rglob("*.npy"))
-    assert sum(len(np.load(file)) for file in kept if "keys" not in file.name) == 80 + 1  # and the probe
+    assert sum(len(np.load(file)) for file in kept if "keys" not in file.name) == 80 + len(PROBES)
     again = teach(
-        sets_of([read_texts(texts_file)], 8, find_aim([], taught=True)), open_teacher(llama_folder), cache, silent
+        sets_of([read_texts(texts_file)], 8, find_aim([], taught=True)),
+        RECIPE,
+        open_teacher(llama_folder),
+        cache,
+        silent,
     )
     assert sorted(cache.rglob("*.npy")) == kept
     assert again[0][0].rows.column_names == ["text", LABEL]
@@ -92,7 +98,7 @@ def test_texts_alone_without_a_teacher_are_their_own_positives(llama_folder: Pat
 def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: Path, texts_file: Path, tmp_path: Path):
     sources = [read_pairs(pairs_file), read_texts(texts_file, "say; ")]
     aim = find_aim(sources, taught=True)
-    sets, vectors = teach(sets_of(sources, 8, aim), open_teacher(llama_folder, device="cpu"), tmp_path, silent)
+    sets, vectors = teach(sets_of(sources, 8, aim), RECIPE, open_teacher(llama_folder, device="cpu"), tmp_path, silent)
     model = secateur.open_model(llama_folder, device="cpu")
     for item, prompts in zip(sets, (["find the word; ", "", ""], ["say; "]), strict=True):
         row = item.rows[3]

@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from conftest import MakeEncoder
 from secateur.errors import ConfigError, ModelError
 from secateur.healing.remote import COMMON_KEY, KEY, Server, connect, embed
-from secateur.healing.teacher import CHUNK, PROBE, Teacher, keep_vectors, open_teacher
+from secateur.healing.teacher import CHUNK, PROBES, Teacher, keep_vectors, open_teacher
 
 TEXTS = ["a hedge", "a longer hedge, cut back.", "q", "葉 🌿"]
 
@@ -46,12 +46,12 @@ def counted(dimension: int = 3) -> tuple[Teacher, list[list[str]]]:
 def test_a_text_is_encoded_once_and_found_by_itself_and_its_prompt(tmp_path: Path):
     teacher, asked = counted()
     vectors = keep_vectors(teacher, {"": ["a", "bb", "a"], "find: ": ["bb"]}, tmp_path)
-    assert asked == [[PROBE], ["a", "bb"], ["bb"]]
+    assert asked == [[*PROBES], ["a", "bb"], ["bb"]]
     rows = np.concatenate([vectors.rows(["bb", "a"]), vectors.rows(["bb"], "find: ")])
     assert vectors.read(rows).tolist() == [[0, 2, 197], [0, 1, 98], [6, 2, 197]]
     asked.clear()
     again = keep_vectors(teacher, {"": ["ccc", "a"]}, tmp_path)
-    assert asked == [[PROBE], ["ccc"]]
+    assert asked == [[*PROBES], ["ccc"]]
     assert again.read(again.rows(["ccc", "a", "ccc"]))[:, 1].tolist() == [3, 1, 3]
     with pytest.raises(KeyError):
         again.rows(["never seen"])
@@ -71,7 +71,7 @@ def test_what_a_killed_run_had_encoded_is_kept(tmp_path: Path):
     asked.clear()
     told: list[tuple[str, int, int]] = []
     vectors = keep_vectors(teacher, {"": texts}, tmp_path, lambda *step: told.append(step))
-    assert asked == [[PROBE], texts[CHUNK:]]
+    assert asked == [[*PROBES], texts[CHUNK:]]
     assert told == [("teacher", 0, 5), ("teacher", 5, 5)]
     assert vectors.read(vectors.rows(texts))[:, 1].tolist() == [len(text) for text in texts]
 

@@ -1,9 +1,9 @@
 """Vectors kept on disk, so that the same text is not encoded twice by the same model.
 
-``FOLDER/<model fingerprint>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into memory and read
-row by row, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and of what stood before it. Files appear
-under their names when they are complete, keys last, and are never changed. A writer that was killed leaves nothing that
-a reader sees, and several may write at once.
+``FOLDER/<model fingerprint>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into memory while rows
+are read from it, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and of what stood before it. Files
+appear under their names when they are complete, keys last, and are never changed. A writer that was killed leaves
+nothing that a reader sees, and several may write at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import json
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,18 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch import uint8
 
+from secateur.errors import DataError
 from secateur.files import write_bytes
 
 _KEYS = ".keys.npy"
 _HASH_BYTES = 16
+_MAPPED = 64
+"""Files that are mapped at once; each takes a file descriptor, of which a process may have 1,024 or fewer."""
+
+
+def folder_of(folder: str | Path, model: str) -> Path:
+    """Where in a folder of vectors those of one model are, by its fingerprint."""
+    return Path(folder) / model[:32]
 
 
 class VectorCache:
@@ -33,13 +42,18 @@ class VectorCache:
     Args:
         folder: Of the vectors of all models; made when the first is written.
         model: Fingerprint of the model; other weights or another tokenizer have another.
+
+    Raises:
+        DataError: A file is there and cannot be read.
     """
 
     def __init__(self, folder: str | Path, model: str) -> None:
-        self.folder = Path(folder) / model[:32]
+        self.folder = folder_of(folder, model)
         self._where: dict[bytes, int] = {}
-        self._files: list[NDArray[Any]] = []
+        self._files: list[Path] = []
         self._starts: list[int] = []
+        self._rows = 0
+        self._mapped = lru_cache(_MAPPED)(_map)
         for file in sorted(self.folder.glob(f"*{_KEYS}")):
             self._open(file)
 
@@ -76,13 +90,13 @@ class VectorCache:
         files = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(files):
             own = files == number
-            vectors[own] = self._files[number][rows[own] - self._starts[number]]
+            vectors[own] = self._mapped(self._files[number])[rows[own] - self._starts[number]]
         return vectors
 
     @property
     def dimension(self) -> int:
         """How many numbers a vector has; 0 while there is none."""
-        return int(self._files[0].shape[1]) if self._files else 0
+        return int(self._mapped(self._files[0]).shape[1]) if self._files else 0
 
     def _add(self, keys: Sequence[bytes], vectors: NDArray[np.float32]) -> None:
         name = uuid.uuid4().hex
@@ -93,17 +107,32 @@ class VectorCache:
 
     def _open(self, file: Path) -> None:
         """Add the vectors that belong to a file of keys. What is damaged is as if it were not there."""
+        beside = file.with_name(file.name.replace(_KEYS, ".npy"))
         try:
             keys = np.load(file)
-            vectors = np.load(file.with_name(file.name.replace(_KEYS, ".npy")), mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+            vectors = np.load(beside, mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError):
             return
+        except OSError as error:
+            raise _unreadable(beside, error) from error
         if keys.shape != (len(vectors), _HASH_BYTES) or keys.dtype != np.uint8 or vectors.ndim != 2:
             return
-        start = self._starts[-1] + len(self._files[-1]) if self._files else 0
-        self._where |= {key.tobytes(): start + row for row, key in enumerate(keys)}
-        self._files.append(vectors)
-        self._starts.append(start)
+        self._where |= {key.tobytes(): self._rows + row for row, key in enumerate(keys)}
+        self._files.append(beside)
+        self._starts.append(self._rows)
+        self._rows += len(keys)
+
+
+def _map(file: Path) -> NDArray[Any]:
+    try:
+        vectors: NDArray[Any] = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(file, error) from error
+    return vectors
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(file, f"kept vectors cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def _as_npy(array: NDArray[Any]) -> bytes:

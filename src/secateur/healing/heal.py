@@ -181,8 +181,9 @@ def heal(
         patience=patience,
         seed=seed,
     )
-    guide = _open_teacher(teacher, teacher_model, cache, device, trust_remote_code)
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
+    length = min(numbers.max_length, opened.max_seq_length)
+    guide = _open_teacher(teacher, teacher_model, cache, length, device, trust_remote_code)
     if bidirectional:
         attend_both_ways(opened, model)
     student = _prepare(opened, sets, sources, aim, default_prompt(opened) if instruction is None else "")
@@ -197,7 +198,7 @@ def heal(
         processes.wait()
         vectors = None
         if guide:
-            sets, vectors = teach(sets, guide, Path(cache or partial / "teacher"), progress)
+            sets, vectors = teach(sets, numbers, guide, Path(cache or partial / "teacher"), progress)
             guide = None  # its weights are not needed any more
         with dropout_of(opened, aim):
             outcome = run_training(
@@ -245,10 +246,15 @@ def _prepare(
 
 
 def _open_teacher(
-    name: str | Path | None, model: str | None, cache: str | Path | None, device: str | None, trusted: bool
+    name: str | Path | None,
+    model: str | None,
+    cache: str | Path | None,
+    max_length: int,
+    device: str | None,
+    trusted: bool,
 ) -> Teacher | None:
     if name is not None:
-        return open_teacher(name, model=model, device=device, trust_remote_code=trusted)
+        return open_teacher(name, model=model, max_length=max_length, device=device, trust_remote_code=trusted)
     for key, value in (("teacher_model", model), ("cache", cache)):
         if value is not None:
             raise ConfigError(key, value, "there is no teacher", "name one with --teacher")

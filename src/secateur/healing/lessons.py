@@ -24,8 +24,8 @@ from secateur.errors import ConfigError, DataError
 from secateur.healing import processes
 from secateur.healing.objectives import DROPOUT, IMITATED, TEACHER_WEIGHT, VECTORS, Objective, dropout
 from secateur.healing.recipe import DISTILL, L3PRUNE, Recipe
-from secateur.healing.teacher import Teacher, TeacherVectors, keep_vectors
-from secateur.healing.train import TrainingSet, left_out, make_loss, training_sets
+from secateur.healing.teacher import UNUSED, Teacher, TeacherVectors, keep_vectors
+from secateur.healing.train import TrainingSet, left_out, make_loss, training_sets, used_rows
 from secateur.progress import Progress
 
 LABEL = "label"
@@ -137,38 +137,51 @@ def _text_set(texts: Texts) -> TrainingSet:
 
 
 def teach(
-    sets: Sequence[TrainingSet], teacher: Teacher, folder: Path, progress: Progress
+    sets: Sequence[TrainingSet], recipe: Recipe, teacher: Teacher, folder: Path, progress: Progress
 ) -> tuple[list[TrainingSet], TeacherVectors]:
-    """Let a teacher encode all texts, with the prompts of their columns, and number its vectors in each row.
+    """Let a teacher encode the texts that will be in a batch, with the prompts of their columns.
 
     Of several processes, the first asks the teacher.
 
     Args:
         sets: The texts.
+        recipe: The numbers of the training, which decide on the batches.
         teacher: The teacher.
         folder: Where its vectors are kept.
         progress: Told after each chunk.
 
     Returns:
-        The sets with the column :data:`LABEL`, and the vectors.
+        The sets with the column :data:`LABEL`, the numbers of the vectors of each row's texts, and the vectors. Rows
+        that will be in no batch have :data:`UNUSED` there.
     """
+    used = used_rows(sets, recipe)
     texts: dict[str, dict[str, None]] = {}
-    for item in sets:
-        for column in item.rows.column_names:
-            texts.setdefault(item.prompts.get(column, ""), {}).update(dict.fromkeys(item.rows[column]))
+    for item, rows in zip(sets, used, strict=True):
+        chosen = item.rows.select(rows)
+        for column in chosen.column_names:
+            texts.setdefault(item.prompts.get(column, ""), {}).update(dict.fromkeys(chosen[column]))
     wanted = {prompt: list(own) for prompt, own in texts.items()}
-    if not processes.is_first():
-        processes.wait()
-    vectors = keep_vectors(teacher, wanted, folder, progress)
+
+    def told(what: str, done: int, total: int) -> None:
+        processes.announce(more=True)
+        progress(what, done, total)
+
     if processes.is_first():
-        processes.wait()
-    return [_numbered(item, vectors) for item in sets], vectors
+        vectors = keep_vectors(teacher, wanted, folder, told)
+        processes.announce(more=False)
+    else:
+        processes.follow()
+        vectors = keep_vectors(teacher, wanted, folder)
+    return [_numbered(item, rows, vectors) for item, rows in zip(sets, used, strict=True)], vectors
 
 
-def _numbered(item: TrainingSet, vectors: TeacherVectors) -> TrainingSet:
+def _numbered(item: TrainingSet, used: Sequence[int], vectors: TeacherVectors) -> TrainingSet:
     columns = item.rows.column_names
-    rows = [vectors.rows(list(item.rows[column]), item.prompts.get(column, "")) for column in columns]
-    return replace(item, rows=item.rows.add_column(LABEL, np.stack(rows, axis=1).tolist()))
+    chosen = item.rows.select(used)
+    numbers = np.full((len(item.rows), len(columns)), UNUSED, dtype=np.int64)
+    for i, column in enumerate(columns):
+        numbers[used, i] = vectors.rows(list(chosen[column]), item.prompts.get(column, ""))
+    return replace(item, rows=item.rows.add_column(LABEL, numbers.tolist()))
 
 
 def make_objective(

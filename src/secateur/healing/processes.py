@@ -25,6 +25,22 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def announce(more: bool) -> None:
+    """Of the first process: tell those that :func:`follow` that it is still at work, or done."""
+    if distributed.is_initialized():
+        distributed.broadcast_object_list([more], src=0)
+
+
+def follow() -> None:
+    """Of the others: wait until the first process is done, however long that takes.
+
+    A barrier has a time limit (10 minutes with NCCL); here it begins anew with each call of :func:`announce`.
+    """
+    more = [True]
+    while more[0]:
+        distributed.broadcast_object_list(more, src=0)
+
+
 def wait() -> None:
     """Wait until every process is here."""
     if distributed.is_initialized():

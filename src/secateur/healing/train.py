@@ -9,12 +9,20 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
+from sentence_transformers.base.sampler import (
+    BatchSamplers,
+    MultiDatasetBatchSamplers,
+    NoDuplicatesBatchSampler,
+    ProportionalBatchSampler,
+)
+from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, TrainerState
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -305,6 +313,36 @@ def training_arguments(
         report_to=report_to,
         disable_tqdm=True,
     )
+
+
+def used_rows(sets: Sequence[TrainingSet], recipe: Recipe) -> list[list[int]]:
+    """The rows of each set that are in a batch of the training, ascending.
+
+    They come from the samplers that :func:`training_arguments` names, with its seed, epoch by epoch as the trainer
+    draws them. The sets must be those that are trained on, in their order; a column ``label`` makes no difference.
+    """
+    arguments = training_arguments(sets, recipe, Path("checkpoints"))
+    generator = torch.Generator()
+    own = [
+        NoDuplicatesBatchSampler(
+            item.rows, arguments.train_batch_size, drop_last=True, generator=generator, seed=arguments.seed
+        )
+        for item in sets
+    ]
+    together: ConcatDataset[Any] = ConcatDataset([item.rows for item in sets])
+    sampler = ProportionalBatchSampler(together, own, generator, arguments.seed)
+    used: set[int] = set()
+    left, epoch, drawn = recipe.steps, 0, True
+    with quiet():
+        while drawn and left and len(used) < len(together):
+            sampler.set_epoch(epoch)
+            drawn = False
+            for batch in islice(sampler, left):
+                used.update(batch)
+                left, drawn = left - 1, True
+            epoch += 1
+    starts = [0, *together.cumulative_sizes]
+    return [sorted(row - start for row in used if start <= row < end) for start, end in pairwise(starts)]
 
 
 def _loss_rows(state: TrainerState) -> list[LossRow]:

@@ -339,7 +339,7 @@ def _asks_otherwise(old: Step, new: Step) -> bool:
     if new.kind == "evaluate" and set(old.options["tasks"]) <= set(new.options["tasks"]):
         return {**old.options, "tasks": ()} != {**new.options, "tasks": ()}
     if new.kind == "heal":  # what is cut may lie elsewhere, as a model of the study with the recipe none
-        return {**old.options, "model": ""} != {**new.options, "model": ""}
+        return {**old.options, "model": "", "cache": ""} != {**new.options, "model": "", "cache": ""}
     return old.options != new.options
 
 
