@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
@@ -13,11 +14,11 @@ from secateur.artifacts import Training, load
 from secateur.config import HealOptions, make
 from secateur.data.pairs import Pairs, read_pairs
 from secateur.data.texts import read_texts
-from secateur.data.vectors import fingerprint_model
+from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError
 from secateur.healing.lessons import LABEL, find_aim, sets_of, teach
 from secateur.healing.recipe import Recipe
-from secateur.healing.teacher import PROBES, open_teacher
+from secateur.healing.teacher import PROBES, TeacherVectors, open_teacher
 from secateur.progress import silent
 
 SETTINGS = {"steps": 30, "batch_size": 8, "precision": "float32"}
@@ -63,13 +64,8 @@ def test_a_cut_model_is_taught_by_the_whole_one_on_texts_alone(llama_folder: Pat
     assert table.prompts == {}
     kept = sorted(cache.rglob("*.npy"))
     assert sum(len(np.load(file)) for file in kept if "keys" not in file.name) == 80 + len(PROBES)
-    again = teach(
-        sets_of([read_texts(texts_file)], 8, find_aim([], taught=True)),
-        RECIPE,
-        open_teacher(llama_folder),
-        cache,
-        silent,
-    )
+    sets = sets_of([read_texts(texts_file)], 8, find_aim([], taught=True))
+    again = teach(sets, RECIPE, open_teacher(llama_folder, max_length=128), cache, silent)
     assert sorted(cache.rglob("*.npy")) == kept
     assert again[0][0].rows.column_names == ["text", LABEL]
 
@@ -151,3 +147,77 @@ def test_texts_alone_are_pairs_of_themselves_only_without_a_teacher(pairs_file: 
     assert [item.rows.column_names for item in sets_of([texts], 8, taught)] == [["text"]]
     assert taught.teacher_weight == 0.5
     assert find_aim([texts], taught=True).teacher_weight == 1.0
+
+
+class Recording:
+    """Stands before sentence-transformers' ``encode``: what a model was asked for, at what length."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[str, int]] = []
+        encode = SentenceTransformer.encode
+
+        def recorded(model: SentenceTransformer, texts: list[str], *args: object, **options: object) -> np.ndarray:
+            self.asked += [(text, model.max_seq_length) for text in texts]
+            return encode(model, texts, *args, **options)
+
+        monkeypatch.setattr("secateur.healing.teacher.SentenceTransformer.encode", recorded)
+
+
+def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
+    llama_folder: Path, pairs_file: Path, texts_file: Path, wide: Path, tmp_path: Path, monkeypatch
+):
+    """What the training reads is what the teacher was asked for: over two sets, some epochs, and from a checkpoint."""
+    read: list[int] = []
+    monkeypatch.setattr(
+        TeacherVectors, "read", lambda *args, own=TeacherVectors.read: read.extend(args[1]) or own(*args)
+    )
+    for steps, some in ((4, True), (60, False)):
+        read.clear()
+        folder, options = tmp_path / str(steps), SETTINGS | {"steps": steps, "max_length": 9, "seed": 3}
+        secateur.heal(
+            llama_folder, [pairs_file, texts_file], teacher=wide, cache=folder / "v", **options, out=folder / "healed"
+        )
+        kept = sum(len(np.load(file)) for file in (folder / "v").rglob("*.keys.npy")) - len(PROBES)
+        assert len(set(read)) == kept
+        assert (kept < 60) == some
+    cache = VectorCache(tmp_path / "60" / "v", fingerprint_model(secateur.open_model(wide, device="cpu")))
+    text = read_texts(texts_file).rows[0]
+    model = secateur.open_model(wide, device="cpu")
+    model.max_seq_length = 9
+    found = cache.read(cache.rows([text], "9 tokens: "))
+    assert np.allclose(found, model.encode([text]), atol=1e-5)
+    assert not np.allclose(found, secateur.open_model(wide, device="cpu").encode([text]), atol=1e-2)
+
+
+@pytest.mark.slow
+def test_a_study_asks_the_teacher_once_for_each_text(texts_file: Path, tmp_path: Path, monkeypatch):
+    model, recording = tiny_transformer(tmp_path / "tiny", "bert", depth=4), Recording(monkeypatch)
+    options = {"preset": "shrink", "seeds": [1, 2], "steps": 3, "batch_size": 8, "precision": "float32"}
+    options |= {"max_length": 12, "max_examples": 8}
+    secateur.study([model], data=[texts_file], **options, out=tmp_path / "run")
+    healed = [folder.name for folder in (tmp_path / "run" / "models").iterdir() if "distilled" in folder.name]
+    assert len(healed) == 6  # three depths, two seeds
+    rows = set(read_texts(texts_file).rows)
+    asked = [text for text, length in recording.asked if length == 12 and text in rows]
+    assert len(asked) == len(set(asked))
+    assert 3 * 8 < len(asked) <= 2 * 3 * 8 < len(rows)
+
+
+def test_near_duplicates_are_taught_as_well(llama_folder: Path, tmp_path: Path):
+    """300 texts, many of them the same but for a blank or a letter: no NaN, and the teacher's gaps stay."""
+    words = [str(row["query"]) for row in example_pairs(60)]
+    rows = [text for word in words for text in (word, word, f"{word} ", word.upper(), f"{word}.")]
+    file = tmp_path / "near.txt"
+    file.write_text("\n".join(rows), encoding="utf-8")
+    cut = secateur.prune(llama_folder, to="2", out=tmp_path / "cut")
+    options = SETTINGS | {"steps": 150, "batch_size": 16, "distill": "both"}
+    healed = secateur.heal(cut, file, teacher=llama_folder, **options, out=tmp_path / "healed")
+    assert np.isfinite([row.loss for row in load(healed, Training).losses]).all()
+
+    def gap(folder: Path) -> float:
+        model = secateur.open_model(folder, device="cpu")
+        one, near = (model.encode(texts, normalize_embeddings=True) for texts in (words, [f"{w}." for w in words]))
+        cosines = one @ near.T
+        return float(np.diag(cosines).mean() - cosines[~np.eye(len(words), dtype=bool)].mean())
+
+    assert gap(healed) >= 0.9 * gap(llama_folder)

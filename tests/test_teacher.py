@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
 from conftest import MakeEncoder
@@ -89,6 +90,26 @@ def test_vectors_that_say_nothing_are_refused_and_not_kept(bad: float, tmp_path:
         keep_vectors(Teacher("bad", teacher.fingerprint, encode), {"": ["a", "bb"]}, tmp_path)
     vectors = keep_vectors(teacher, {"": ["bb"]}, tmp_path)
     assert vectors.read(vectors.rows(["bb"])).tolist() == [[0, 2, 197]]
+
+
+def test_a_teacher_of_one_vector_is_refused_before_the_texts(make_encoder: MakeEncoder, tmp_path: Path):
+    model = make_encoder("bert")
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.LayerNorm):
+                layer.weight.zero_()
+                layer.bias.fill_(0.5)
+    teacher, asked = open_teacher(save(model, tmp_path / "model"), device="cpu"), []
+    told = replace(teacher, encode=lambda texts, prompt: asked.append(texts) or teacher.encode(texts, prompt))
+    with pytest.raises(ModelError, match="the same vector for 3 different texts"):
+        keep_vectors(told, {"": TEXTS}, tmp_path / "kept")
+    assert asked == [[*PROBES]]
+
+
+def test_a_prompt_that_leaves_no_room_for_the_text_is_noticed(make_encoder: MakeEncoder, tmp_path: Path):
+    teacher = open_teacher(save(make_encoder("bert"), tmp_path / "model"), device="cpu", max_length=8)
+    with pytest.raises(ModelError, match="the same vector for 20 different texts"):
+        keep_vectors(teacher, {"a long prompt: ": [f"text {i}" for i in range(20)]}, tmp_path / "kept")
 
 
 def test_another_model_behind_the_same_name_is_noticed(tmp_path: Path):
@@ -207,6 +228,12 @@ def mood() -> Iterator[Mood]:
             elif act == "ragged":
                 rows[0]["embedding"] = [1.0]
                 self.answer(200, json.dumps({"data": rows}).encode())
+            elif act == "HTML":
+                self.answer(200, b"<!doctype html><title>Welcome to the portal</title>")
+            elif act == "deep":
+                self.answer(200, b"[" * 100_000 + b"]" * 100_000)
+            elif act == "endless":
+                self.answer(200, b'{"data": [{"index": 1e999, "embedding": [1.0]}]}')
             elif act == "text":
                 self.answer(200, b'["sorry"]')
             elif act == "NaN":
@@ -273,6 +300,9 @@ def test_requests_are_small_enough_for_the_server(mood: Mood):
         ("more", "answers with 5 vectors for 4 texts"),
         ("ragged", "one vector for each of 4 texts"),
         ("text", "one vector for each of 4 texts"),
+        ("endless", "one vector for each of 4 texts"),
+        ("HTML", 'answers with no JSON \\("<!doctype html><title>Welcome to the portal'),
+        ("deep", "JSON that is nested too deep"),
         ("400", r"answers 400 \(no such thing\)"),
         ("moved", "answers 307"),
     ],
