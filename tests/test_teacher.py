@@ -106,12 +106,6 @@ def test_a_teacher_of_one_vector_is_refused_before_the_texts(make_encoder: MakeE
     assert asked == [[*PROBES]]
 
 
-def test_a_prompt_that_leaves_no_room_for_the_text_is_noticed(make_encoder: MakeEncoder, tmp_path: Path):
-    teacher = open_teacher(save(make_encoder("bert"), tmp_path / "model"), device="cpu", max_length=8)
-    with pytest.raises(ModelError, match="the same vector for 20 different texts"):
-        keep_vectors(teacher, {"a long prompt: ": [f"text {i}" for i in range(20)]}, tmp_path / "kept")
-
-
 def test_another_model_behind_the_same_name_is_noticed(tmp_path: Path):
     teacher, _ = counted()
     keep_vectors(teacher, {"": ["a"]}, tmp_path)

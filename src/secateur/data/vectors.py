@@ -28,7 +28,7 @@ from secateur.files import write_bytes
 _KEYS = ".keys.npy"
 _HASH_BYTES = 16
 _MAPPED = 64
-"""Files that are mapped at once; each takes a file descriptor, of which a process may have 1,024 or fewer."""
+"""Files that are mapped at once, by all caches of a process; each takes a file descriptor, of which a process may have 1,024 or fewer."""
 
 
 def folder_of(folder: str | Path, model: str) -> Path:
@@ -53,7 +53,6 @@ class VectorCache:
         self._files: list[Path] = []
         self._starts: list[int] = []
         self._rows = 0
-        self._mapped = lru_cache(_MAPPED)(_map)
         for file in sorted(self.folder.glob(f"*{_KEYS}")):
             self._open(file)
 
@@ -90,13 +89,13 @@ class VectorCache:
         files = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(files):
             own = files == number
-            vectors[own] = self._mapped(self._files[number])[rows[own] - self._starts[number]]
+            vectors[own] = _map(self._files[number])[rows[own] - self._starts[number]]
         return vectors
 
     @property
     def dimension(self) -> int:
         """How many numbers a vector has; 0 while there is none."""
-        return int(self._mapped(self._files[0]).shape[1]) if self._files else 0
+        return int(_map(self._files[0]).shape[1]) if self._files else 0
 
     def _add(self, keys: Sequence[bytes], vectors: NDArray[np.float32]) -> None:
         name = uuid.uuid4().hex
@@ -123,6 +122,7 @@ class VectorCache:
         self._rows += len(keys)
 
 
+@lru_cache(_MAPPED)
 def _map(file: Path) -> NDArray[Any]:
     try:
         vectors: NDArray[Any] = np.load(file, mmap_mode="r")
