@@ -163,6 +163,7 @@ class Recording:
         monkeypatch.setattr("secateur.healing.teacher.SentenceTransformer.encode", recorded)
 
 
+@pytest.mark.slow
 def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
     llama_folder: Path, pairs_file: Path, texts_file: Path, wide: Path, tmp_path: Path, monkeypatch
 ):
@@ -171,7 +172,7 @@ def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
     monkeypatch.setattr(
         TeacherVectors, "read", lambda *args, own=TeacherVectors.read: read.extend(args[1]) or own(*args)
     )
-    for steps, some in ((4, True), (60, False)):
+    for steps, some in ((3, True), (30, False)):
         read.clear()
         folder, options = tmp_path / str(steps), SETTINGS | {"steps": steps, "max_length": 9, "instruction": ""}
         secateur.heal(
@@ -180,7 +181,7 @@ def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
         kept = sum(len(np.load(file)) for file in (folder / "v").rglob("*.keys.npy")) - len(PROBES)
         assert len(set(read)) == kept
         assert (kept < 60) == some
-    cache = VectorCache(tmp_path / "60" / "v", fingerprint_model(secateur.open_model(wide, device="cpu")))
+    cache = VectorCache(tmp_path / "30" / "v", fingerprint_model(secateur.open_model(wide, device="cpu")))
     text = read_texts(texts_file).rows[0]
     model = secateur.open_model(wide, device="cpu")
     model.max_seq_length = 9
@@ -203,6 +204,7 @@ def test_a_study_asks_the_teacher_once_for_each_text(texts_file: Path, tmp_path:
     assert 3 * 8 < len(asked) <= 2 * 3 * 8 < len(rows)
 
 
+@pytest.mark.slow
 def test_near_duplicates_are_taught_as_well(llama_folder: Path, tmp_path: Path):
     """300 texts, many of them the same but for a blank or a letter: no NaN, and the teacher's gaps stay."""
     words = [str(row["query"]) for row in example_pairs(60)]

@@ -28,7 +28,7 @@ from secateur.files import write_bytes
 _KEYS = ".keys.npy"
 _HASH_BYTES = 16
 _MAPPED = 64
-"""Files that are mapped at once, by all caches of a process; each takes a file descriptor, of which a process may have 1,024 or fewer."""
+"""Files that are mapped at once, by all caches of a process; each takes one of its file descriptors, often 1,024."""
 
 
 def folder_of(folder: str | Path, model: str) -> Path:
