@@ -10,18 +10,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
 from conftest import MakeEncoder
 from secateur.errors import ConfigError, ModelError
 from secateur.healing.remote import COMMON_KEY, KEY, Server, connect, embed
-from secateur.healing.teacher import CHUNK, PROBE, Teacher, keep_vectors, open_teacher
+from secateur.healing.teacher import CHUNK, PROBES, Teacher, keep_vectors, open_teacher
 
 TEXTS = ["a hedge", "a longer hedge, cut back.", "q", "葉 🌿"]
 
@@ -46,12 +47,12 @@ def counted(dimension: int = 3) -> tuple[Teacher, list[list[str]]]:
 def test_a_text_is_encoded_once_and_found_by_itself_and_its_prompt(tmp_path: Path):
     teacher, asked = counted()
     vectors = keep_vectors(teacher, {"": ["a", "bb", "a"], "find: ": ["bb"]}, tmp_path)
-    assert asked == [[PROBE], ["a", "bb"], ["bb"]]
+    assert asked == [[*PROBES], ["a", "bb"], ["bb"]]
     rows = np.concatenate([vectors.rows(["bb", "a"]), vectors.rows(["bb"], "find: ")])
     assert vectors.read(rows).tolist() == [[0, 2, 197], [0, 1, 98], [6, 2, 197]]
     asked.clear()
     again = keep_vectors(teacher, {"": ["ccc", "a"]}, tmp_path)
-    assert asked == [[PROBE], ["ccc"]]
+    assert asked == [[*PROBES], ["ccc"]]
     assert again.read(again.rows(["ccc", "a", "ccc"]))[:, 1].tolist() == [3, 1, 3]
     with pytest.raises(KeyError):
         again.rows(["never seen"])
@@ -71,7 +72,7 @@ def test_what_a_killed_run_had_encoded_is_kept(tmp_path: Path):
     asked.clear()
     told: list[tuple[str, int, int]] = []
     vectors = keep_vectors(teacher, {"": texts}, tmp_path, lambda *step: told.append(step))
-    assert asked == [[PROBE], texts[CHUNK:]]
+    assert asked == [[*PROBES], texts[CHUNK:]]
     assert told == [("teacher", 0, 5), ("teacher", 5, 5)]
     assert vectors.read(vectors.rows(texts))[:, 1].tolist() == [len(text) for text in texts]
 
@@ -91,12 +92,18 @@ def test_vectors_that_say_nothing_are_refused_and_not_kept(bad: float, tmp_path:
     assert vectors.read(vectors.rows(["bb"])).tolist() == [[0, 2, 197]]
 
 
-def test_a_teacher_that_gives_all_texts_one_vector_is_refused(tmp_path: Path):
-    same = Teacher("same", "f" * 64, lambda texts, _: np.ones((len(texts), 3), dtype=np.float32))
-    with pytest.raises(ModelError, match="gives the same vector for 3 different texts"):
-        keep_vectors(same, {"": ["a", "bb", "ccc"]}, tmp_path)
-    teacher, _ = counted()
-    assert keep_vectors(teacher, {"": ["a"]}, tmp_path / "other").dimension == 3  # one text says nothing about it
+def test_a_teacher_of_one_vector_is_refused_before_the_texts(make_encoder: MakeEncoder, tmp_path: Path):
+    model = make_encoder("bert")
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.LayerNorm):
+                layer.weight.zero_()
+                layer.bias.fill_(0.5)
+    teacher, asked = open_teacher(save(model, tmp_path / "model"), device="cpu"), []
+    told = replace(teacher, encode=lambda texts, prompt: asked.append(texts) or teacher.encode(texts, prompt))
+    with pytest.raises(ModelError, match="the same vector for 3 different texts"):
+        keep_vectors(told, {"": TEXTS}, tmp_path / "kept")
+    assert asked == [[*PROBES]]
 
 
 def test_another_model_behind_the_same_name_is_noticed(tmp_path: Path):
@@ -215,10 +222,12 @@ def mood() -> Iterator[Mood]:
             elif act == "ragged":
                 rows[0]["embedding"] = [1.0]
                 self.answer(200, json.dumps({"data": rows}).encode())
-            elif act == "page":
-                self.answer(200, b"<html><body>Welcome</body></html>", {"Content-Type": "text/html"})
+            elif act == "HTML":
+                self.answer(200, b"<!doctype html><title>Welcome to the portal</title>")
             elif act == "deep":
-                self.answer(200, b'{"data": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+                self.answer(200, b"[" * 100_000 + b"]" * 100_000)
+            elif act == "endless":
+                self.answer(200, b'{"data": [{"index": 1e999, "embedding": [1.0]}]}')
             elif act == "text":
                 self.answer(200, b'["sorry"]')
             elif act == "NaN":
@@ -285,8 +294,9 @@ def test_requests_are_small_enough_for_the_server(mood: Mood):
         ("more", "answers with 5 vectors for 4 texts"),
         ("ragged", "one vector for each of 4 texts"),
         ("text", "one vector for each of 4 texts"),
-        ("page", r'does not answer in JSON \("<html><body>Welcome</body></html>"\): the address ends with /v1'),
-        ("deep", "JSON nested too deep"),
+        ("endless", "one vector for each of 4 texts"),
+        ("HTML", 'answers with no JSON \\("<!doctype html><title>Welcome to the portal'),
+        ("deep", "JSON that is nested too deep"),
         ("400", r"answers 400 \(no such thing\)"),
         ("moved", "answers 307"),
     ],

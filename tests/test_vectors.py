@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from secateur.data.vectors import VectorCache
-
-resource = pytest.importorskip("resource", reason="limits of open files are Unix's")
+from secateur.errors import DataError
 
 
 def encode(texts: list[str]) -> np.ndarray:
@@ -69,19 +70,35 @@ def test_two_writers_at_once(tmp_path: Path):
     assert np.array_equal(VectorCache(tmp_path, "m").encode(["a", "b", "c"], "", never), encode(["a", "b", "c"]))
 
 
-def test_many_files_of_vectors_are_read_with_few_open_at_once(tmp_path: Path):
+FEW_DESCRIPTORS = """
+import resource, sys
+import numpy as np
+from secateur.data.vectors import VectorCache
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+texts = [f"text {i}" for i in range(300)]
+cache = VectorCache(sys.argv[1], "m")
+for i, text in enumerate(texts):
+    cache.encode([text], "", lambda _: np.full((1, 2), i, dtype=np.float32))
+again = VectorCache(sys.argv[1], "m")
+for known in (cache, again):
+    assert known.missing(texts, "") == []
+    assert known.read(known.rows(texts, ""))[:, 0].tolist() == list(range(300))
+"""
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path):
+    subprocess.run([sys.executable, "-c", FEW_DESCRIPTORS, str(tmp_path)], check=True)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path):
     cache = VectorCache(tmp_path, "m")
-    texts = [f"text {i}" for i in range(100)]
-    for text in texts:
-        cache.encode([text], "", encode)
-    own, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_now = len(list(Path("/proc/self/fd").iterdir()))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, hard))
-    try:
-        assert np.array_equal(VectorCache(tmp_path, "m").encode(texts, "", never), encode(texts))
-        assert np.array_equal(cache.encode(texts, "", never), encode(texts))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (own, hard))
+    cache.encode(["a"], "", encode)
+    file = next(file for file in cache.folder.glob("*.npy") if "keys" not in file.name)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(DataError, match=r"kept vectors cannot be read \(Is a directory\)"):
+        VectorCache(tmp_path, "m")
 
 
 def test_vectors_of_other_library_versions_are_not_taken(tmp_path: Path):

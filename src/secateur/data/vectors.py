@@ -1,9 +1,9 @@
 """Vectors kept on disk, so that the same text is not encoded twice by the same model.
 
-``FOLDER/<model, and versions where asked>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into
-memory while rows are read, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and its prompt. Files
-appear under their names when they are complete, keys last, and are never changed. A writer that was killed leaves nothing that
-a reader sees, and several may write at once.
+``FOLDER/<model, and versions where asked>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into memory
+while rows are read from it, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and its prompt. Files
+appear under their names when they are complete, keys last, and are never changed. A writer that was killed leaves
+nothing that a reader sees, and several may write at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import json
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,18 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch import uint8
 
+from secateur.errors import DataError
 from secateur.files import write_bytes
 
 _KEYS = ".keys.npy"
 _HASH_BYTES = 16
+_MAPPED = 64
+"""Files that are mapped at once, by all caches of a process; each takes one of its file descriptors, often 1,024."""
+
+
+def folder_of(folder: str | Path, model: str, versions: str = "") -> Path:
+    """Where in a folder of vectors those of one model are, by its fingerprint and by the versions, where they matter."""
+    return Path(folder) / (_key(model, versions).hex() if versions else model[:32])
 
 
 class VectorCache:
@@ -34,14 +43,17 @@ class VectorCache:
         folder: Of the vectors of all models; made when the first is written.
         model: Fingerprint of the model; other weights or another tokenizer have another.
         versions: Of the libraries that encode, where a score is to be of these alone (:func:`.versions_of`).
+
+    Raises:
+        DataError: A file is there and cannot be read.
     """
 
     def __init__(self, folder: str | Path, model: str, versions: str = "") -> None:
-        self.folder = Path(folder) / (_key(model, versions).hex() if versions else model[:32])
+        self.folder = folder_of(folder, model, versions)
         self._where: dict[bytes, int] = {}
         self._files: list[Path] = []
-        self._starts: list[int] = [0]
-        self._dimension = 0
+        self._starts: list[int] = []
+        self._rows = 0
         for file in sorted(self.folder.glob(f"*{_KEYS}")):
             self._open(file)
 
@@ -78,13 +90,13 @@ class VectorCache:
         files = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(files):
             own = files == number
-            vectors[own] = np.load(self._files[number], mmap_mode="r")[rows[own] - self._starts[number]]
+            vectors[own] = _map(self._files[number])[rows[own] - self._starts[number]]
         return vectors
 
     @property
     def dimension(self) -> int:
         """How many numbers a vector has; 0 while there is none."""
-        return self._dimension
+        return int(_map(self._files[0]).shape[1]) if self._files else 0
 
     def _add(self, keys: Sequence[bytes], vectors: NDArray[np.float32]) -> None:
         name = uuid.uuid4().hex
@@ -94,23 +106,34 @@ class VectorCache:
         self._open(file)
 
     def _open(self, file: Path) -> None:
-        """Add the vectors that belong to a file of keys; damaged files are skipped.
-
-        No file stays open: a cache of a million texts has a thousand of them, as many as a process may open.
-        """
-        vectors_file = file.with_name(file.name.replace(_KEYS, ".npy"))
+        """Add the vectors that belong to a file of keys. What is damaged is as if it were not there."""
+        beside = file.with_name(file.name.replace(_KEYS, ".npy"))
         try:
             keys = np.load(file)
-            shape = np.load(vectors_file, mmap_mode="r").shape
+            vectors = np.load(beside, mmap_mode="r")
         except (FileNotFoundError, ValueError, EOFError):
             return
-        if len(shape) != 2 or keys.shape != (shape[0], _HASH_BYTES) or keys.dtype != np.uint8:
+        except OSError as error:
+            raise _unreadable(beside, error) from error
+        if keys.shape != (len(vectors), _HASH_BYTES) or keys.dtype != np.uint8 or vectors.ndim != 2:
             return
-        start = self._starts[-1]
-        self._where |= {key.tobytes(): start + row for row, key in enumerate(keys)}
-        self._files.append(vectors_file)
-        self._starts.append(start + shape[0])
-        self._dimension = self._dimension or int(shape[1])
+        self._where |= {key.tobytes(): self._rows + row for row, key in enumerate(keys)}
+        self._files.append(beside)
+        self._starts.append(self._rows)
+        self._rows += len(keys)
+
+
+@lru_cache(_MAPPED)
+def _map(file: Path) -> NDArray[Any]:
+    try:
+        vectors: NDArray[Any] = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(file, error) from error
+    return vectors
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(file, f"kept vectors cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def _as_npy(array: NDArray[Any]) -> bytes:

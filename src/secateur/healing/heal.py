@@ -29,7 +29,7 @@ from secateur.healing.prompts import check_room, default_prompt, keep_prompts, p
 from secateur.healing.recipe import make_recipe
 from secateur.healing.resuming import only_run, take_up
 from secateur.healing.teacher import Teacher, open_teacher
-from secateur.healing.train import Outcome, TrainingSet, check_processes, check_tracker, rows_used
+from secateur.healing.train import Outcome, TrainingSet, check_processes, check_tracker
 from secateur.healing.train import train as run_training
 from secateur.healing.trainable import decide
 from secateur.loading.models import attend_both_ways, model_label, open_model, save_model
@@ -184,8 +184,9 @@ def heal(
         patience=patience,
         seed=seed,
     )
-    guide = _open_teacher(teacher, teacher_model, cache, numbers.max_length, device, trust_remote_code)
     opened = open_model(model, device=device, trust_remote_code=trust_remote_code)
+    length = min(numbers.max_length, opened.max_seq_length or numbers.max_length)
+    guide = _open_teacher(teacher, teacher_model, cache, length, device, trust_remote_code)
     if bidirectional:
         attend_both_ways(opened, model)
     student = _prepare(opened, sets, sources, aim, default_prompt(opened) if instruction is None else "")
@@ -201,8 +202,7 @@ def heal(
         processes.wait()
         vectors = None
         if guide:
-            used = rows_used(opened, sets, numbers, partial / "checkpoints")
-            sets, vectors = teach(sets, used, guide, Path(cache or partial / "teacher"), progress)
+            sets, vectors = teach(sets, numbers, guide, Path(cache or partial / "teacher"), progress)
             guide = None  # its weights are not needed any more
         with dropout_of(opened, aim):
             outcome = run_training(

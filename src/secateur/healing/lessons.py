@@ -24,7 +24,7 @@ from secateur.errors import ConfigError, DataError
 from secateur.healing.objectives import DROPOUT, IMITATED, TEACHER_WEIGHT, VECTORS, Objective, dropout
 from secateur.healing.recipe import DISTILL, L3PRUNE, Recipe
 from secateur.healing.teacher import UNUSED, Teacher, TeacherVectors, keep_vectors
-from secateur.healing.train import TrainingSet, left_out, make_loss, training_sets
+from secateur.healing.train import TrainingSet, left_out, make_loss, training_sets, used_rows
 from secateur.progress import Progress
 
 LABEL = "label"
@@ -136,40 +136,40 @@ def _text_set(texts: Texts) -> TrainingSet:
 
 
 def teach(
-    sets: Sequence[TrainingSet],
-    used: Sequence[Sequence[int]],
-    teacher: Teacher,
-    folder: Path,
-    progress: Progress,
+    sets: Sequence[TrainingSet], recipe: Recipe, teacher: Teacher, folder: Path, progress: Progress
 ) -> tuple[list[TrainingSet], TeacherVectors]:
-    """Let a teacher encode the texts that are trained on, with the prompts of their columns, and number its vectors.
+    """Let a teacher encode the texts that will be in a batch, with the prompts of their columns.
+
+    Of several processes that share a disk, one asks the teacher, and the others wait at the folder.
 
     Args:
         sets: The texts.
-        used: The rows of each set that are trained on (:func:`.rows_used`).
+        recipe: The numbers of the training, which decide on the batches.
         teacher: The teacher.
         folder: Where its vectors are kept.
         progress: Told after each chunk.
 
     Returns:
-        The sets with the column :data:`LABEL`, and the vectors.
+        The sets with the column :data:`LABEL`, the numbers of the vectors of each row's texts, and the vectors. Rows
+        that will be in no batch have :data:`UNUSED` there.
     """
+    used = used_rows(sets, recipe)
     texts: dict[str, dict[str, None]] = {}
     for item, rows in zip(sets, used, strict=True):
-        for column in item.rows.column_names:
-            own = item.rows.select(rows)[column]
-            texts.setdefault(item.prompts.get(column, ""), {}).update(dict.fromkeys(own))
+        chosen = item.rows.select(rows)
+        for column in chosen.column_names:
+            texts.setdefault(item.prompts.get(column, ""), {}).update(dict.fromkeys(chosen[column]))
     wanted = {prompt: list(own) for prompt, own in texts.items()}
     vectors = keep_vectors(teacher, wanted, folder, progress)
     return [_numbered(item, rows, vectors) for item, rows in zip(sets, used, strict=True)], vectors
 
 
-def _numbered(item: TrainingSet, rows: Sequence[int], vectors: TeacherVectors) -> TrainingSet:
+def _numbered(item: TrainingSet, used: Sequence[int], vectors: TeacherVectors) -> TrainingSet:
     columns = item.rows.column_names
+    chosen = item.rows.select(used)
     numbers = np.full((len(item.rows), len(columns)), UNUSED, dtype=np.int64)
-    read = item.rows.select(rows)
-    for place, column in enumerate(columns):
-        numbers[rows, place] = vectors.rows(list(read[column]), item.prompts.get(column, ""))
+    for i, column in enumerate(columns):
+        numbers[used, i] = vectors.rows(list(chosen[column]), item.prompts.get(column, ""))
     return replace(item, rows=item.rows.add_column(LABEL, numbers.tolist()))
 
 

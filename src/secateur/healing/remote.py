@@ -1,7 +1,7 @@
 """Vectors from a server that speaks the OpenAI embeddings API, over a network that fails now and then.
 
 What may pass is asked for again: no connection, no answer in time, 429 and 5xx, an answer that breaks off. A wrong
-answer is not: a web page, or another number of vectors than of texts.
+answer is not: what is no JSON, or another number of vectors than of texts.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def connect(url: str, model: str | None = None, *, wait: float = Server.wait) ->
 def _only_model(server: Server) -> str:
     answer = _ask(server, "/models")
     rows = answer.get("data") if isinstance(answer, dict) else None
-    names = [str(row["id"]) for row in rows or () if isinstance(row, dict) and "id" in row]
+    rows = rows if isinstance(rows, list) else []
+    names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
     if len(names) != 1:
         some = ", ".join(names[:10]) or "none that it tells"
         raise ConfigError("teacher_model", None, f"the server has {len(names)} models ({some})", "name one")
@@ -123,7 +124,7 @@ def _vectors(server: Server, answer: Any, count: int) -> NDArray[np.float32]:
     try:
         rows = {int(row["index"]): row["embedding"] for row in answer["data"]}
         vectors = np.array([rows[i] for i in range(count)], dtype=np.float32)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(server.url, f"does not answer with one vector for each of {count} texts ({error!r})") from None
     if len(answer["data"]) != count or vectors.ndim != 2:
         raise ModelError(server.url, f"answers with {len(answer['data'])} vectors for {count} texts")
@@ -171,7 +172,7 @@ def _send(server: Server, path: str, body: Any) -> Any:
     request = urllib.request.Request(server.url + path, content, headers)  # noqa: S310 - connect() took http(s) only
     try:
         with _OPENER.open(request, timeout=server.timeout) as response:
-            return _read_json(server, response.read())
+            return _parse(server, response.read())
     except urllib.error.HTTPError as error:
         raise _refusal(server, error) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -179,15 +180,16 @@ def _send(server: Server, path: str, body: Any) -> Any:
         raise _Transient(f"gives no whole answer ({reason or type(error).__name__})") from None
 
 
-def _read_json(server: Server, content: bytes) -> Any:
-    """An answer's content; ValueError where it is JSON that breaks off."""
-    if content.lstrip()[:1] not in (b"{", b"["):
-        start = " ".join(content[:200].decode(errors="replace").split())
-        raise ModelError(server.url, f'does not answer in JSON ("{start:.60}")', "the address ends with /v1")
+def _parse(server: Server, content: bytes) -> Any:
+    """The JSON of an answer. What breaks off is a ValueError; what never was an answer is refused for good."""
+    start = content.lstrip()[:1]
+    if start and start not in b"{[":
+        said = " ".join(content[:200].decode(errors="replace").split())
+        raise ModelError(server.url, f'answers with no JSON ("{said:.60}")', "the address ends with /v1")
     try:
         return json.loads(content)
     except RecursionError:
-        raise ModelError(server.url, "answers with JSON nested too deep to be vectors") from None
+        raise ModelError(server.url, "answers with JSON that is nested too deep") from None
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -218,7 +220,7 @@ def _message(error: urllib.error.HTTPError) -> str:
         return error.reason
     try:
         return str(json.loads(text)["error"]["message"])[:300]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return " ".join(text.split())[:200] or error.reason
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from secateur.data.vectors import VectorCache, fingerprint_model
+from secateur.data.vectors import VectorCache, fingerprint_model, folder_of
 from secateur.errors import ConfigError, ModelError
 from secateur.files import held, writing
 from secateur.healing.remote import connect, embed, is_url
@@ -26,12 +26,15 @@ from secateur.progress import Progress, quiet, silent
 CHUNK = 1024
 """Texts encoded between two files: what a kill costs."""
 
-PROBE = "The gardener cut the hedge back to half its height."
-UNUSED = -1
-"""The row number of a text that no vector is asked for."""
-
+PROBES = ("The gardener cut the hedge back to half its height.", "42, 7; 1999?", "Interest")
 SAME = 0.999
-"""Least cosine between what a teacher makes of the probe now and what is kept."""
+"""Least cosine between what a teacher makes of a probe now and what is kept."""
+ALIKE = 1e-6
+"""Vectors that all differ by less, as a share of their length, are one vector."""
+MANY = 16
+"""Texts of which a teacher must tell one from the others; a few may be alike to it, such as emoji."""
+UNUSED = -1
+"""In the place of the row number of a text that no batch holds."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,17 @@ class Teacher:
         name: What the user calls it: a path, a Hub id, or an address.
         fingerprint: Of its weights; of a server, of its address and model name.
         encode: Texts and the prompt before each → vectors (texts, dimension).
+        length: Tokens to which it cuts a text; None where that is the server's business.
     """
 
     name: str
     fingerprint: str
     encode: Callable[[list[str], str], NDArray[np.float32]]
+    length: int | None = None
+
+    def context(self, prompt: str) -> str:
+        """What a vector depends on besides the weights and the text."""
+        return prompt if self.length is None else f"{self.length} tokens: {prompt}"
 
 
 def open_teacher(
@@ -62,7 +71,8 @@ def open_teacher(
     Args:
         name: Whatever :func:`.open_model` opens, or ``http(s)://host/v1``.
         model: What a server calls its model.
-        max_length: Tokens of a text that a model reads, at most; a server reads the whole text.
+        max_length: Tokens of its own to which a model cuts texts, where its own limit is not lower. A server cuts as it
+            does.
         device: Torch device of a model.
         trust_remote_code: As for ``open_model``.
 
@@ -76,9 +86,10 @@ def open_teacher(
     if model is not None:
         raise ConfigError("teacher_model", model, f"names a server's model, and {name} is no server", "leave it out")
     opened = open_model(name, device=device, trust_remote_code=trust_remote_code)
-    if max_length is not None:
-        opened.max_seq_length = min(max_length, opened.max_seq_length or max_length)
-    return Teacher(str(name), fingerprint_model(opened), partial(_encode, opened))
+    fingerprint = fingerprint_model(opened)  # of the model as it came: its length is told beside it
+    lengths = [length for length in (max_length, opened.max_seq_length) if length]
+    opened.max_seq_length = min(lengths, default=None)
+    return Teacher(str(name), fingerprint, partial(_encode, opened), opened.max_seq_length)
 
 
 def _encode(model: SentenceTransformer, texts: list[str], prompt: str) -> NDArray[np.float32]:
@@ -94,6 +105,7 @@ class TeacherVectors:
     def __init__(self, teacher: Teacher, cache: VectorCache) -> None:
         self.name = teacher.name
         self.fingerprint = teacher.fingerprint
+        self._context = teacher.context
         self._cache = cache
 
     @property
@@ -107,23 +119,18 @@ class TeacherVectors:
         Raises:
             KeyError: A text was not among those that the vectors were made of.
         """
-        return self._cache.rows(texts, prompt)
+        return self._cache.rows(texts, self._context(prompt))
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Vectors by row number, (rows, dimension).
-
-        Raises:
-            ValueError: A row is :data:`UNUSED`.
-        """
-        if (rows == UNUSED).any():
-            raise ValueError("a text is trained on that the teacher was not asked for")
+        """Vectors by row number, (rows, dimension)."""
+        assert (rows != UNUSED).all(), "a batch holds a text that used_rows() did not foresee"
         return self._cache.read(rows)
 
 
 def keep_vectors(
     teacher: Teacher, texts: Mapping[str, Sequence[str]], folder: str | Path, progress: Progress = silent
 ) -> TeacherVectors:
-    """Encode what is not kept yet. Of several processes at one folder, one encodes and the others wait for it.
+    """Encode what is not kept yet.
 
     Args:
         teacher: From :func:`open_teacher`.
@@ -131,34 +138,38 @@ def keep_vectors(
         folder: Of the vectors of all models, as for :func:`.evaluate`.
         progress: Called after each chunk.
 
+    Runs that keep vectors of one teacher in one folder encode one after another, so that none does what another has
+    done.
+
     Raises:
-        ModelError: A vector is not finite, or zero, or of another size; or the teacher is not the one that the vectors
-            in ``folder`` are of.
+        ModelError: A vector is not finite, or zero, or of another size; the teacher gives one vector for different
+            texts, or is not the one that the vectors in ``folder`` are of.
         OutputError: The folder cannot be written.
     """
-    place = VectorCache(folder, teacher.fingerprint).folder
-    with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-    with held(place, wait=True):
-        return _keep(teacher, texts, VectorCache(folder, teacher.fingerprint), progress)
+    own_folder = folder_of(folder, teacher.fingerprint)
+    with writing(own_folder):
+        own_folder.mkdir(parents=True, exist_ok=True)
+    with held(own_folder, wait=True):
+        cache = VectorCache(folder, teacher.fingerprint)
+        _check_probes(teacher, cache)
+        _encode_missing(teacher, texts, cache, progress)
+    return TeacherVectors(teacher, cache)
 
 
-def _keep(
+def _encode_missing(
     teacher: Teacher, texts: Mapping[str, Sequence[str]], cache: VectorCache, progress: Progress
-) -> TeacherVectors:
-    _check_same(teacher, cache)
-    todo = [(prompt, cache.missing(own, prompt)) for prompt, own in texts.items()]
+) -> None:
+    todo = [(prompt, cache.missing(own, teacher.context(prompt))) for prompt, own in texts.items()]
     total = sum(len(own) for _, own in todo)
     done = 0
     for prompt, own in todo:
         for start in range(0, len(own), CHUNK):
             progress("teacher", done, total)
             chunk = own[start : start + CHUNK]
-            cache.encode(chunk, prompt, partial(_checked, teacher, prompt, cache.dimension))
+            cache.encode(chunk, teacher.context(prompt), partial(_checked, teacher, prompt, cache.dimension))
             done += len(chunk)
     if total:
         progress("teacher", total, total)
-    return TeacherVectors(teacher, cache)
 
 
 def _checked(teacher: Teacher, prompt: str, dimension: int, texts: list[str]) -> NDArray[np.float32]:
@@ -169,19 +180,28 @@ def _checked(teacher: Teacher, prompt: str, dimension: int, texts: list[str]) ->
     if bad.any():
         text = " ".join(texts[int(bad.argmax())].split())
         raise ModelError(teacher.name, f'gives a vector of NaN, infinity, or all zeros for "{text:.60}"')
-    if len(texts) > 1 and np.allclose(vectors, vectors[0], rtol=1e-5, atol=0):
-        raise ModelError(teacher.name, f"gives the same vector for {len(texts)} different texts: it teaches nothing")
+    if len(texts) >= MANY:
+        _check_differ(teacher, vectors)
     return vectors
 
 
-def _check_same(teacher: Teacher, cache: VectorCache) -> None:
-    """A server may have got another model under the same name since the vectors were kept."""
-    known = not cache.missing([PROBE], "")
-    kept = cache.encode([PROBE], "", partial(_checked, teacher, "", 0))[0]
-    if not known:
-        return
-    now = _checked(teacher, "", cache.dimension, [PROBE])[0]
-    cosine = float(kept @ now / np.linalg.norm(kept) / np.linalg.norm(now))
-    if cosine < SAME:
-        problem = f"is not the model that the vectors in {cache.folder} are of (cosine {cosine:.3f} on the same text)"
+def _check_differ(teacher: Teacher, vectors: NDArray[np.float32]) -> None:
+    """Refuse a teacher that gives one vector for all texts: there is nothing to learn from it."""
+    if np.abs(vectors - vectors[0]).max() <= ALIKE * np.linalg.norm(vectors[0]):
+        raise ModelError(teacher.name, f"gives the same vector for {len(vectors)} different texts")
+
+
+def _check_probes(teacher: Teacher, cache: VectorCache) -> None:
+    """Refuse a teacher of one vector, and a server that has got another model since the vectors were kept."""
+    known = [text for text in PROBES if text not in cache.missing(PROBES, teacher.context(""))]
+    now = _checked(teacher, "", cache.dimension, list(PROBES))
+    _check_differ(teacher, now)
+    kept = cache.encode(PROBES, teacher.context(""), lambda texts: now[[PROBES.index(text) for text in texts]])
+    cosines = [1.0 if text not in known else _cosine(*pair) for text, *pair in zip(PROBES, kept, now, strict=True)]
+    if min(cosines) < SAME:
+        problem = f"is not the model that the vectors in {cache.folder} are of (cosine {min(cosines):.3f} on one text)"
         raise ModelError(teacher.name, problem, "name another folder with --cache")
+
+
+def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))

@@ -6,18 +6,23 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
+from sentence_transformers.base.sampler import (
+    BatchSamplers,
+    MultiDatasetBatchSamplers,
+    NoDuplicatesBatchSampler,
+    ProportionalBatchSampler,
+)
+from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, TrainerState
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -294,32 +299,6 @@ def train(
     )
 
 
-def rows_used(model: SentenceTransformer, sets: Sequence[TrainingSet], recipe: Recipe, folder: Path) -> list[list[int]]:
-    """The rows of each set that :func:`train` will read, as the trainer's own samplers draw them.
-
-    They are all, unless the steps end within the first epoch.
-    """
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(sets, decide(model, recipe), folder),
-        train_dataset=DatasetDict({item.name: item.rows for item in sets}),
-        loss=torch.nn.Identity(),
-    )
-    sampler = trainer.get_train_dataloader().batch_sampler
-    if isinstance(sampler, BatchSamplerShard):  # of this process's part of each batch
-        sampler = sampler.batch_sampler
-    batches = list(islice(sampler, recipe.steps))
-    if len(batches) < recipe.steps:
-        return [list(range(len(item.rows))) for item in sets]
-    places = sorted(place for batch in batches for place in batch)
-    ends = list(accumulate(len(item.rows) for item in sets))
-    cuts = [0, *(bisect_left(places, end) for end in ends)]
-    starts = [0, *ends]
-    return [
-        [place - start for place in places[low:high]] for start, low, high in zip(starts, cuts, cuts[1:], strict=False)
-    ]
-
-
 def training_arguments(
     sets: Sequence[TrainingSet],
     recipe: Recipe,
@@ -365,6 +344,36 @@ def training_arguments(
         report_to=report_to,
         disable_tqdm=True,
     )
+
+
+def used_rows(sets: Sequence[TrainingSet], recipe: Recipe) -> list[list[int]]:
+    """The rows of each set that are in a batch of the training, ascending.
+
+    They come from the samplers that :func:`training_arguments` names, with its seed, epoch by epoch as the trainer
+    draws them. The sets must be those that are trained on, in their order; a column ``label`` makes no difference.
+    """
+    arguments = training_arguments(sets, recipe, Path("checkpoints"))
+    generator = torch.Generator()
+    own = [
+        NoDuplicatesBatchSampler(
+            item.rows, arguments.train_batch_size, drop_last=True, generator=generator, seed=arguments.seed
+        )
+        for item in sets
+    ]
+    together: ConcatDataset[Any] = ConcatDataset([item.rows for item in sets])
+    sampler = ProportionalBatchSampler(together, own, generator, arguments.seed)
+    used: set[int] = set()
+    left, epoch, drawn = recipe.steps, 0, True
+    with quiet():
+        while drawn and left and len(used) < len(together):
+            sampler.set_epoch(epoch)
+            drawn = False
+            for batch in islice(sampler, left):
+                used.update(batch)
+                left, drawn = left - 1, True
+            epoch += 1
+    starts = [0, *together.cumulative_sizes]
+    return [sorted(row - start for row in used if start <= row < end) for start, end in pairwise(starts)]
 
 
 def _loss_rows(state: TrainerState) -> list[LossRow]:

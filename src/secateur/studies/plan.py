@@ -365,7 +365,7 @@ def _train(making: _Making, recipes: Mapping[str, Mapping[str, Any]], cut: _Cut,
         if given.get("teacher") == ITSELF and source == whole:
             continue
         settings = {**given, "teacher": str(whole)} if given.get("teacher") == ITSELF else given
-        if "teacher" in settings:  # depths and seeds share what it makes of their texts
+        if "teacher" in settings:  # its vectors are the same at all depths, and with all seeds
             settings = {"cache": str(making.study.cache or making.run / "cache"), **settings}
         for seed in seeds if recipe != NO_TRAINING else ():
             suffix = f"-seed{seed}" if len(seeds) > 1 else ""

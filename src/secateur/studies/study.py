@@ -11,7 +11,7 @@ that is there whole or not at all, so that running the study again, after any in
     RUN/profiles/<model>/               profile.json, curve.png, choice.json
     RUN/pruned/<model>-<blocks>         cut, not trained
     RUN/scores/<variant>/scores.json    evaluated
-    RUN/cache/                          vectors of the evaluations
+    RUN/cache/                          vectors of the evaluations and of teachers
     RUN/costs.json                      counted and timed, all models side by side
     RUN/table.csv                       all of it in one table, a row for each model and task
     RUN/report.html, report.md          the view on all of it
@@ -334,7 +334,7 @@ def _asks_otherwise(old: Step, new: Step) -> bool:
     if new.kind == "evaluate" and set(old.options["tasks"]) <= set(new.options["tasks"]):
         return {**old.options, "tasks": ()} != {**new.options, "tasks": ()}
     if new.kind == "heal":  # what is cut may lie elsewhere, as a model of the study with the recipe none
-        return {**old.options, "model": ""} != {**new.options, "model": ""}
+        return {**old.options, "model": "", "cache": ""} != {**new.options, "model": "", "cache": ""}
     return old.options != new.options
 
 
