@@ -29,8 +29,9 @@ from secateur.architectures.blocks import text_config
 from secateur.artifacts import Origin
 from secateur.checkpoints.verify import PROBES as PROBES
 from secateur.checkpoints.verify import Expected, difference, probe
-from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
+from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
 from secateur.files import read_json
+from secateur.loading.checks import check_opened
 from secateur.loading.gguf import convert_gguf
 from secateur.loading.pooling import PoolingName, WeightedMean, make_pooling, pooling_name
 from secateur.progress import quiet
@@ -57,6 +58,7 @@ def open_model(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    path: Path | None = None,
 ) -> SentenceTransformer:
     """Open a model as a ``SentenceTransformer``.
 
@@ -69,6 +71,7 @@ def open_model(
         device: Torch device; default: the GPU where there is one.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run the model code that a repository brings along.
+        path: Where the model is, if not at ``name``: errors call it by ``name``.
 
     Raises:
         ConfigError: There is no such device or number format, or no token is left of a text; or a trained embedder,
@@ -80,23 +83,21 @@ def open_model(
         raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(_DTYPES)}")
     if max_length < 1:
         raise ConfigError("max_length", max_length, f"{max_length} tokens are no text", "at least 1")
-    source = resolve(name)
     options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True}
-    with as_model_error(name), quiet():
+    with tempfile.TemporaryDirectory(prefix="secateur-") as converted, as_model_error(name, path), quiet():
+        source = resolve(name if path is None else path)
         if isinstance(source, Path) and source.suffix == ".gguf":
-            with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
-                convert_gguf(source, Path(folder))
-                return _wrap(Path(folder), model_kwargs, pooling, max_length, options)
-        if isinstance(source, Path):
+            convert_gguf(source, Path(converted))
+            source = Path(converted)
+        elif isinstance(source, Path):
             _check_folder(source)
         if is_sentence_transformer_model(str(source), revision=revision):
             check_embedder(name, pooling, max_length)
             model = SentenceTransformer(str(source), model_kwargs=model_kwargs, **options)
         else:
             model = _wrap(source, model_kwargs, pooling, max_length, options)
-        if isinstance(source, Path):
-            _check_whole(source, model)
+        check_opened(name, model)
         return model
 
 
@@ -275,31 +276,23 @@ def _check_folder(folder: Path) -> None:
             raise ModelError(folder, f"{file.name} is damaged or half written ({_first_line(error)})") from error
 
 
-def _check_whole(folder: Path, model: SentenceTransformer) -> None:
-    """Refuse weights that are not all there: transformers makes up what is missing, at random, and only logs it.
-
-    Asked on the meta device, transformers reads names and shapes alone. A missing pooler is no loss: no vector of
-    ours goes through it.
-    """
-    transformer = model[0].auto_model
-    options = {"device_map": "meta", "output_loading_info": True, "config": transformer.config}
-    _, found = type(transformer).from_pretrained(transformer.config.name_or_path, **options)
-    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(folder, f"has no weights for {missing[0]}{others}", "copy or save the folder again")
-
-
 @contextmanager
-def as_model_error(name: str | Path) -> Iterator[None]:
-    """Turn what libraries raise on a model that they cannot open into one line about that model."""
+def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]:
+    """Turn whatever libraries raise on a model that they cannot open into one line about that model.
+
+    Args:
+        name: What the user called it.
+        path: Where it was opened, if not there.
+    """
     try:
         yield
-    except ModelError:
+    except SecateurError as error:
+        if path is not None:
+            error.args = tuple(str(part).replace(str(path), str(name)) for part in error.args)
         raise
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(name, f"cannot be opened ({_first_line(error)})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a library that stumbles over a file raises what it likes, ZeroDivisionError included
         raise ModelError(name, f"is not a text model that can be opened ({_first_line(error)})") from error
 
 
