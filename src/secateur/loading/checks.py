@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from secateur.checkpoints.cut_plan import is_within
 from secateur.errors import ModelError, UnsupportedArchitecture
 
 # Two texts of as many words in each of several scripts: a tokenizer that knows any of them gives that pair two
@@ -50,6 +51,7 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
     transformer = _transformer(name, model)
     check_weights(name, transformer.auto_model)
     _check_finite(name, model)
+    _check_prompts(name, model)
     _check_length(name, transformer)
     _check_ids(name, transformer)
     _limit_length(transformer)
@@ -83,25 +85,21 @@ def check_weights(name: str | Path, model: PreTrainedModel) -> None:
     # What was just opened is on this disk, wherever it came from.
     where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True}
     options = {"device_map": "meta", "output_loading_info": True, "config": config, "use_safetensors": True}
-    _, found = type(model).from_pretrained(source, **options, **where)
+    _, found = type(model).from_pretrained(source, ignore_mismatched_sizes=True, **options, **where)
+    for key, stored, wanted in sorted(found["mismatched_keys"]):
+        problem = f"{key} has the shape {tuple(stored)}, but by config.json it is {tuple(wanted)}"
+        raise ModelError(name, problem, "one of the two is of another model")
     missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(name, f"has no weights for {missing[0]}{others}", "copy or save the folder again")
-    unused = sorted(key for key in found["unexpected_keys"] if _belongs(key, model))
+    unused = sorted(key for key in found["unexpected_keys"] if is_within(key, model))
     if unused and Path(source).is_dir():
         unused = _larger_than_one(unused, Path(source))
     if unused:
         others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         problem = f"has weights that its config.json has no place for: {unused[0]}{others}"
         raise ModelError(name, problem, "one of the two is of another model")
-
-
-def _belongs(key: str, model: PreTrainedModel) -> bool:
-    """Whether an unused tensor lies inside a module of the model, and is no buffer that the model computes itself."""
-    key = key.removeprefix(f"{model.base_model_prefix}.")
-    parts = {child for child, _ in model.named_children()}
-    return key.partition(".")[0] in parts and key not in {buffer for buffer, _ in model.named_buffers()}
 
 
 def _larger_than_one(keys: Iterable[str], folder: Path) -> list[str]:
@@ -122,6 +120,14 @@ def _check_finite(name: str | Path, model: SentenceTransformer) -> None:
                 own = path.removeprefix("0.").removeprefix("model.")
                 hint = "copy it again; if its training diverged, take an earlier checkpoint"
                 raise ModelError(name, f"{wrong} of its weights are not finite, first in {own}", hint)
+
+
+def _check_prompts(name: str | Path, model: SentenceTransformer) -> None:
+    """Refuse prompts that are no texts; a prompt of null is an empty one."""
+    for key, prompt in model.prompts.items():
+        if not isinstance(prompt, (str, type(None))):
+            raise ModelError(name, f"its prompt {key!r} is {prompt!r}, not a text", "see its prompts in the JSON file")
+    model.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
 
 
 def _check_length(name: str | Path, transformer: Transformer) -> None:

@@ -84,7 +84,8 @@ def open_model(
     if max_length < 1:
         raise ConfigError("max_length", max_length, f"{max_length} tokens are no text", "at least 1")
     options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True}
+    # Weights of another shape are refused by check_opened, which names them; transformers does not.
+    model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
     with tempfile.TemporaryDirectory(prefix="secateur-") as converted, as_model_error(name, path), quiet():
         source = resolve(name if path is None else path)
         if isinstance(source, Path) and source.suffix == ".gguf":
@@ -185,7 +186,8 @@ def _wrap(
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
-    transformer.max_seq_length = min(max_length, transformer.max_seq_length or max_length)
+    own_length = transformer.max_seq_length
+    transformer.max_seq_length = max_length if own_length is None else min(max_length, own_length)
     _keep_prompt_apart(transformer)
     # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
     # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
@@ -273,7 +275,7 @@ def _check_folder(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelError(folder, f"{file.name} is damaged or half written ({_first_line(error)})") from error
+            raise ModelError(folder, f"{file.name} is damaged or half written ({_in_one_line(error)})") from error
 
 
 @contextmanager
@@ -291,14 +293,14 @@ def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]
             error.args = tuple(str(part).replace(str(path), str(name)) for part in error.args)
         raise
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(name, f"cannot be opened ({_first_line(error)})") from error
+        raise ModelError(name, f"cannot be opened ({_in_one_line(error)})") from error
     except Exception as error:  # a library that stumbles over a file raises what it likes, ZeroDivisionError included
-        raise ModelError(name, f"is not a text model that can be opened ({_first_line(error)})") from error
+        raise ModelError(name, f"is not a text model that can be opened ({_in_one_line(error)})") from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def _in_one_line(error: BaseException) -> str:
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
 
 
 def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expected: Expected | None = None) -> Origin:

@@ -192,7 +192,7 @@ def _cut_checkpoint(job: Job, selection: Selection, progress: Progress) -> None:
         copy_modules(source, embedder, job.cut)
         write_for_all_readers(job.cut)
     origin = origin_of(job.source, result.depth, result.keep, source.find(Origin.file), result.left_out)
-    opened = open_model(job.cut, device="cpu", **asdict(job.opening))
+    opened = open_model(job.source, path=job.cut, device="cpu", **asdict(job.opening))
     progress(STEP, 80, 100)
     if job.cut != job.folder or embedder is None:
         write_files(opened, job.folder, weights=job.cut != job.folder)
