@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,22 @@ def copy_modules(source: Source, embedder: Embedder, out: Path) -> None:
         if found is not None:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(found, out / name)
+
+
+def limit_length(folder: Path, length: int | None) -> None:
+    """Let the files of a transformer name no more tokens than it has positions for.
+
+    Args:
+        folder: Of the transformer.
+        length: Tokens after which it cuts a text.
+    """
+    for name in ("tokenizer_config.json", *TRANSFORMER_FILES):
+        file = folder / name
+        content = read_json(file) if length is not None and file.is_file() else {}
+        stored = {key: content[key] for key in ("model_max_length", "max_seq_length") if content.get(key) is not None}
+        too_large = {key: length for key, value in stored.items() if value > length}
+        if too_large:
+            file.write_text(json.dumps(content | too_large, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _files(source: Source, place: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from secateur.architectures.blocks import text_config
 from secateur.artifacts import Origin
 from secateur.checkpoints.verify import PROBES as PROBES
-from secateur.checkpoints.verify import Expected, difference, probe
+from secateur.checkpoints.verify import Expected, difference, probe, probe_tokens
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.loading.checks import check_opened
@@ -286,16 +287,19 @@ def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]
         name: What the user called it.
         path: Where it was opened, if not there.
     """
+
+    def named(message: str) -> str:
+        return message if path is None else message.replace(str(path), str(name))
+
     try:
         yield
     except SecateurError as error:
-        if path is not None:
-            error.args = tuple(str(part).replace(str(path), str(name)) for part in error.args)
+        error.args = tuple(named(str(part)) for part in error.args)
         raise
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(name, f"cannot be opened ({_in_one_line(error)})") from error
+        raise ModelError(name, f"cannot be opened ({named(_in_one_line(error))})") from error
     except Exception as error:  # a library that stumbles over a file raises what it likes, ZeroDivisionError included
-        raise ModelError(name, f"is not a text model that can be opened ({_in_one_line(error)})") from error
+        raise ModelError(name, f"is not a text model that can be opened ({named(_in_one_line(error))})") from error
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -321,13 +325,15 @@ def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expe
     write_files(model, folder)
     if expected is None:
         with _stock_modules(model), quiet():
-            expected = Expected(probe(model))
+            expected = Expected(probe(model), tokens=probe_tokens(model))
     return check_written(folder, replace(origin, pooling=pooling_name(model)), expected, str(model.device))
 
 
 def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = True) -> None:
     """Write a model's folder; without ``weights``, all but those of the transformer, which are there already."""
     transformer = model[0].model
+    # Gemma 3 makes its layer_types from this when it is opened; those of a cut model no longer follow it.
+    vars(text_config(transformer)).pop("_sliding_window_pattern", None)
     if not weights:
         transformer.save_pretrained = lambda *_, **__: None
     try:
@@ -336,6 +342,9 @@ def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = Tru
     finally:
         vars(transformer).pop("save_pretrained", None)
     write_for_all_readers(folder)
+    for file in folder.rglob("*.safetensors"):
+        # safetensors lets nobody but the owner read what it writes; here the umask decides, as for modules.json.
+        shutil.copymode(folder / "modules.json", file)
 
 
 def check_written(folder: Path, origin: Origin, expected: Expected, device: str = "cpu") -> Origin:
