@@ -19,7 +19,6 @@ from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel, 
 
 import secateur
 from conftest import tiny_transformer
-from hub import serve
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
 from secateur.loading.models import attends_backwards_only, demo_model, save_model
 from secateur.loading.pooling import pooling_name
@@ -238,17 +237,20 @@ def test_a_broken_embedder_is_told_in_one_line_whoever_opens_it(case: str, embed
 
 
 def test_weights_that_are_missing_on_the_hub_are_told(llama_folder: Path, tmp_path: Path):
-    folder = shutil.copytree(llama_folder, tmp_path / "model")
-    without("layers.1.mlp.up_proj")(folder)
-    code = "import secateur\nsecateur.open_model('me/tiny', device='cpu')"
-    with serve(folder) as hub:
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.address,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-        }
+    repository, commit = tmp_path / "hub" / "models--me--tiny", "c0ffee" + "0" * 34
+    folder = shutil.copytree(llama_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = "import secateur\nprint(secateur.open_model('me/tiny', device='cpu').encode('a').shape)"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    for breaks, says in (
+        (lambda _: None, "(32,)"),
+        (without("layers.1.mlp.up_proj"), "ModelError: model me/tiny: has no weights for layers.1.mlp.up_proj.weight"),
+    ):
+        breaks(folder)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert "ModelError: model me/tiny: has no weights for layers.1.mlp.up_proj.weight" in done.stderr
+        assert says in done.stdout + done.stderr
 
 
 def test_a_router_of_two_models_is_told_in_one_line(embedder_folder: Path, tmp_path: Path):

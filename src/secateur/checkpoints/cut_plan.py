@@ -293,9 +293,8 @@ def is_within(name: str, model: PreTrainedModel) -> bool:
     name = name.removeprefix(f"{model.base_model_prefix}.")
     parts = {child for child, _ in model.named_children()}
     buffers = {tuple(buffer.split(".")[-2:]) for buffer, _ in model.named_buffers()}
-    return (
-        name.partition(".")[0] in parts and tuple(name.split(".")[-2:]) not in buffers and not _is_ignored(name, model)
-    )
+    is_buffer = tuple(name.split(".")[-2:]) in buffers
+    return name.partition(".")[0] in parts and not is_buffer and not _is_ignored(name, model)
 
 
 def _new_name(source: Source, name: str, place: str, converted: bool, index: int | None, cut: Cut) -> str:
