@@ -181,7 +181,7 @@ def positions(transformer: Transformer) -> int | None:
     return min(limits, default=None)
 
 
-class _Lookups(TorchFunctionMode):  # type: ignore[misc]
+class _Lookups(TorchFunctionMode):
     """Within: every look-up in a table is noted, whichever module makes it."""
 
     def __init__(self) -> None:
