@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTModel
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel, ViTConfig, ViTModel
 
 import secateur
 from conftest import tiny_transformer
-from secateur.errors import ConfigError, ModelError, SecateurError
+from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
 from secateur.loading.models import attends_backwards_only, demo_model, save_model
 from secateur.loading.pooling import pooling_name
 from secateur.pruning.prune import origin_of
@@ -115,6 +119,30 @@ def with_config(**changes: object):
     return change
 
 
+def with_json(file: str, **changes: object):
+    def change(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | changes))
+
+    return change
+
+
+def with_weights(edit):
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def without_a_shard(folder: Path) -> None:
+    model = AutoModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    next(folder.glob("model-00002-of-*")).unlink()
+
+
 def of_images(folder: Path) -> None:
     shutil.rmtree(folder)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -140,6 +168,26 @@ BROKEN = {
     "fewer blocks than it says": (with_config(num_hidden_layers=5), "no weights for layers.3"),
     "images": (of_images, "not a text model"),
     "no tokenizer": (without_tokenizer, "not a text model"),
+    "more blocks than it says": (with_config(num_hidden_layers=2), "no place for: layers.2"),
+    "a negative number of blocks": (with_config(num_hidden_layers=-3), "no place for: layers.0"),
+    "a bias that it does not say": (
+        with_weights(lambda tensors: tensors.update({"layers.0.self_attn.q_proj.bias": torch.ones(32)})),
+        "no place for: layers.0.self_attn.q_proj.bias",
+    ),
+    "another width": (with_config(intermediate_size=32), r"down_proj.* has the shape \(32, 64\)"),
+    "a text for a number": (with_config(num_attention_heads="4"), "num_attention_heads.*expected"),
+    "no heads": (with_config(num_attention_heads=0), "ZeroDivisionError"),
+    "an unknown number format": (with_config(dtype="banana"), "no attribute 'banana'"),
+    "a weight that is no number": (
+        with_weights(lambda tensors: tensors["embed_tokens.weight"].__setitem__((40, 0), float("nan"))),
+        "1 of its weights are not finite, first in embed_tokens.weight",
+    ),
+    "a length of 0": (with_json("tokenizer_config.json", model_max_length=0), "cuts texts after 0 tokens"),
+    "a shard that the index names": (without_a_shard, "model-00002-of"),
+    "another prefix": (
+        with_weights(lambda tensors: [tensors.update({f"net.{key}": tensors.pop(key)}) for key in list(tensors)]),
+        "no weights for",
+    ),
 }
 
 
@@ -152,6 +200,138 @@ def test_a_broken_folder_is_told_in_one_line(case: str, llama_folder: Path, tmp_
         secateur.open_model(folder, device="cpu")
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+BROKEN_EMBEDDERS = {
+    "no vocabulary": (without_tokenizer, "its tokenizer gives different texts the same ids"),
+    "a pooling of another width": (with_json("1_Pooling/config.json", embedding_dimension=16), "32 numbers.* say 16"),
+    "a pooling that is none": (with_json("1_Pooling/config.json", pooling_mode="nonesuch"), "Invalid pooling mode"),
+    "a pooling without its file": (lambda folder: shutil.rmtree(folder / "1_Pooling"), "not a text model"),
+    "a length that is none": (with_json("sentence_bert_config.json", max_seq_length=-1), "cuts texts after -1"),
+    "a prompt that is no text": (with_json("config_sentence_transformers.json", prompts={"q": 5}), "its prompt 'q'"),
+    "modules that are none": (lambda folder: (folder / "modules.json").write_text("[{}]"), "not a text model"),
+}
+
+
+@pytest.fixture(scope="module")
+def embedder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained embedder of bert, mean pooling, to be read only."""
+    root = tmp_path_factory.mktemp("embedder")
+    transformer = Transformer(str(tiny_transformer(root / "bert", "bert")))
+    model = SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu")
+    model.save(str(root / "trained"), create_model_card=False)
+    return root / "trained"
+
+
+@pytest.mark.parametrize("case", BROKEN_EMBEDDERS)
+def test_a_broken_embedder_is_told_in_one_line_whoever_opens_it(case: str, embedder_folder: Path, tmp_path: Path):
+    breaks, says = BROKEN_EMBEDDERS[case]
+    folder = shutil.copytree(embedder_folder, tmp_path / "model")
+    breaks(folder)
+    with pytest.raises(SecateurError, match=says) as caught:
+        secateur.open_model(folder, device="cpu")
+    with pytest.raises(SecateurError) as pruning:
+        secateur.prune(folder, 2, out=tmp_path / "out")
+    for told in (str(caught.value), str(pruning.value)):
+        assert str(folder) in told and "\n" not in told and str(tmp_path / "out") not in told
+
+
+def test_weights_that_are_missing_on_the_hub_are_told(llama_folder: Path, tmp_path: Path):
+    repository, commit = tmp_path / "hub" / "models--me--tiny", "c0ffee" + "0" * 34
+    folder = shutil.copytree(llama_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = "import secateur\nprint(secateur.open_model('me/tiny', device='cpu').encode('a').shape)"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    for breaks, says in (
+        (lambda _: None, "(32,)"),
+        (without("layers.1.mlp.up_proj"), "ModelError: model me/tiny: has no weights for layers.1.mlp.up_proj.weight"),
+    ):
+        breaks(folder)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert says in done.stdout + done.stderr
+
+
+def test_a_router_of_two_models_is_told_in_one_line(embedder_folder: Path, tmp_path: Path):
+    sides = [list(SentenceTransformer(str(embedder_folder), device="cpu")) for _ in range(2)]
+    model = SentenceTransformer(modules=[Router.for_query_document(*sides)], device="cpu")
+    model.save(str(tmp_path / "router"), create_model_card=False)
+    with pytest.raises(UnsupportedArchitecture, match="begins with a Router, not with a transformer: save one"):
+        secateur.open_model(tmp_path / "router", device="cpu")
+
+
+def test_prompts_without_a_text_change_nothing(embedder_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(embedder_folder, tmp_path / "model")
+    with_json("config_sentence_transformers.json", prompts={"query": None, "document": ""})(folder)
+    model = secateur.open_model(folder, device="cpu")
+    expected = SentenceTransformer(str(embedder_folder), device="cpu").encode(TEXTS)
+    assert model.prompts == {"query": "", "document": ""}
+    for name in ("query", "document"):
+        assert np.array_equal(model.encode(TEXTS, prompt_name=name), expected)
+
+
+ROBERTA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+@pytest.fixture
+def roberta_folder(tmp_path: Path) -> Path:
+    """RoBERTa with 66 rows of positions, of which two are none, and a tokenizer that names no length."""
+    folder = tiny_transformer(tmp_path / "roberta")
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=45, max_position_embeddings=66, pad_token_id=1, **ROBERTA)
+    RobertaModel(config).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.pad_token = "<unk>"  # id 1, as RoBERTa's
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_texts_are_cut_where_robertas_positions_end(roberta_folder: Path):
+    text = "thehedgeiscutbackbyhalf" * 20
+    model = secateur.open_model(roberta_folder, device="cpu")
+    assert model.max_seq_length == 64  # 66 - pad_token_id - 1
+    encoded = AutoTokenizer.from_pretrained(roberta_folder)(text[:64], return_tensors="pt")
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(roberta_folder)(**encoded).last_hidden_state[0]
+    expected = torch.nn.functional.normalize(states.mean(0), dim=0).numpy()
+    assert np.allclose(model.encode(text), expected, atol=1e-5)
+
+
+def test_an_embedder_that_names_more_tokens_than_it_has_positions_is_cut_to_these(roberta_folder: Path, tmp_path: Path):
+    model = SentenceTransformer(modules=[Transformer(str(roberta_folder)), Pooling(32, "mean")], device="cpu")
+    model.save(str(tmp_path / "trained"), create_model_card=False)
+    out = secateur.prune(tmp_path / "trained", 3, out=tmp_path / "out")
+    text = "thehedgeiscutbackbyhalf" * 20
+    with pytest.raises((IndexError, RuntimeError)):
+        model.encode(text)
+    assert np.allclose(SentenceTransformer(str(out), device="cpu").encode(text), model.encode(text[:64]), atol=1e-6)
+
+
+def test_added_tokens_in_a_table_of_more_rows(llama_folder: Path, tmp_path: Path):
+    tokenizer, model = AutoTokenizer.from_pretrained(llama_folder), AutoModel.from_pretrained(llama_folder)
+    tokenizer.add_tokens(["<hedge>"])
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    model.save_pretrained(tmp_path / "added")
+    tokenizer.save_pretrained(tmp_path / "added")
+    expected = weighted_mean(tmp_path / "added", "a <hedge> b").numpy()
+    out = secateur.prune(tmp_path / "added", 3, out=tmp_path / "out")
+    for vector in (
+        secateur.open_model(tmp_path / "added", device="cpu").encode("a <hedge> b"),
+        SentenceTransformer(str(out), device="cpu").encode("a <hedge> b"),
+    ):
+        assert np.allclose(vector, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("pooling", "place"), [("lasttoken", -1), ("cls", 0)])
+def test_one_tokens_state_where_the_tokenizer_adds_no_token_of_its_own(pooling: str, place: int, llama_folder: Path):
+    encoded = AutoTokenizer.from_pretrained(llama_folder)(TEXTS[0], return_tensors="pt")
+    with torch.no_grad():
+        state = AutoModel.from_pretrained(llama_folder)(**encoded).last_hidden_state[0, place]
+    model = secateur.open_model(llama_folder, pooling=pooling, device="cpu")
+    vectors = model.encode([TEXTS[0], "a longer text, beside which the first one is padded"])
+    assert np.allclose(vectors[0], torch.nn.functional.normalize(state, dim=0).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize(

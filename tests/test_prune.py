@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -36,7 +36,7 @@ from conftest import example_pairs, llama_model, tiny_transformer
 from hub import serve
 from secateur.architectures.blocks import final_norm
 from secateur.artifacts import Origin, load
-from secateur.checkpoints.verify import Expected, difference
+from secateur.checkpoints.verify import Expected, difference, probe, probe_tokens
 from secateur.errors import ConfigError, IllegalDepth, ModelError, OutputError, SecateurError, VerificationFailed
 from secateur.loading.models import demo_model, open_model
 
@@ -119,6 +119,83 @@ def test_a_folder_that_gives_other_vectors_is_not_passed(cut: Path):
     vectors = np.zeros((8, 32), np.float32)
     with pytest.raises(VerificationFailed, match="not safe to use"):
         difference(cut, Expected(vectors), "cpu")
+
+
+def test_a_failed_verification_names_what_differs(source: Path, cut: Path, tmp_path: Path):
+    model = SentenceTransformer(str(cut), device="cpu")
+    right = Expected(probe(model), tokens=probe_tokens(model))
+    assert difference(cut, right, "cpu") < 1e-5
+    shorter, heavier = (shutil.copytree(cut, tmp_path / name) for name in ("shorter", "heavier"))
+    settings = json.loads((shorter / "tokenizer_config.json").read_text())
+    (shorter / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 100}))
+    with pytest.raises(VerificationFailed, match="its tokenizer differs: 100 tokens, not the same as the right 128"):
+        difference(shorter, right, "cpu")
+    weights = load_file(heavier / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, heavier / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationFailed, match="its tokens are the same, its weights or its configuration differ"):
+        difference(heavier, right, "cpu")
+
+
+def test_an_embedder_saved_as_an_adapter_keeps_its_own_tokenizer_and_length(tmp_path: Path):
+    base = tiny_transformer(tmp_path / "base", "bert", DEPTH)
+    transformer = Transformer(str(base))
+    torch.manual_seed(0)
+    transformer.model.add_adapter(
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], init_lora_weights=False)
+    )
+    transformer.max_seq_length = 16
+    transformer.tokenizer.add_tokens(["x"], special_tokens=True)  # a letter that has a row already
+    SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu").save(
+        str(tmp_path / "trained"), create_model_card=False
+    )
+    assert not (tmp_path / "trained" / "config.json").exists()
+    right = SentenceTransformer(str(tmp_path / "trained"), device="cpu")
+    out = secateur.prune(tmp_path / "trained", DEPTH, out=tmp_path / "out")
+    opened = SentenceTransformer(str(out), device="cpu")
+    assert opened.max_seq_length == 16
+    assert np.allclose(opened.encode(TEXTS), right.encode(TEXTS), atol=1e-4)
+
+
+def test_the_umask_decides_who_can_read_the_weights(source: Path, tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        for dtype in ("auto", "bfloat16"):
+            out = secateur.prune(source, 1, dtype=dtype, out=tmp_path / dtype)
+            assert {file.stat().st_mode & 0o777 for file in out.rglob("*") if file.is_file()} == {0o640}
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_cut_gemma3_names_no_pattern_that_its_layers_no_longer_follow(tmp_path: Path, dtype: str):
+    folder = tiny_transformer(tmp_path / "gemma3")
+    model_of("gemma3_text").save_pretrained(folder)
+    out = secateur.prune(folder, 2, dtype=dtype, out=tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    assert len(config["layer_types"]) == 2
+    assert not [key for key in config if "sliding_window_pattern" in key]
+
+
+def test_a_module_outside_of_the_folder_is_refused_before_anything_is_made(tmp_path: Path):
+    modules = [{"idx": 0, "name": "0", "path": "../elsewhere", "type": "sentence_transformers.models.Transformer"}]
+    folder = tiny_transformer(tmp_path / "models" / "bert", "bert")
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelError, match="leads out of the model's folder"):
+        secateur.prune(folder, 1, out=tmp_path / "results" / "out")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["models", "results"]
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_weights_without_a_place_are_refused_and_not_left_out(source: Path, tmp_path: Path):
+    folder = tiny_transformer(tmp_path / "llama", "llama")
+    tensors = load_file(folder / "model.safetensors") | {"layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"no place for: layers\.0\.self_attn\.q_proj\.bias"):
+        secateur.prune(folder, 1, out=tmp_path / "out")
+    tensors.pop("layers.0.self_attn.q_proj.bias")
+    constants = {"layers.0.self_attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": torch.ones(45, 32)}
+    save_file(tensors | constants, folder / "model.safetensors", {"format": "pt"})
+    assert secateur.prune(folder, 1, out=tmp_path / "out").is_dir()
 
 
 def test_a_trained_embedder_keeps_all_but_its_blocks(tmp_path: Path):

@@ -140,6 +140,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
                 empty_folder(partial)
                 yield partial
                 give_name(partial, path)
+        except SecateurError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            # The user named the folder, and only that name means anything once the other is gone.
+            error.args = tuple(str(part).replace(str(partial), str(path)) for part in error.args)
+            raise
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -68,6 +68,8 @@ def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
     for name, value in _cut_fields(config, depth, keep).items():
         setattr(config, name, value)
     config.num_hidden_layers = len(keep)
+    # The rule from which Gemma 3 makes its layer_types, which no longer follow it.
+    vars(config).pop("_sliding_window_pattern", None)
     spec = getattr(config, "_heterogeneity_spec", None)
     if spec is not None:
         # In place: the public setter checks it against a configuration that is half edited.

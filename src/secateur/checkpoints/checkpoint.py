@@ -138,9 +138,7 @@ def prune_checkpoint(
         if isinstance(opened, Hub):
             opened.complete_mirror(set(names.values()))
         cut.target.config.save_pretrained(out)
-        # A folder that holds an adapter and a tokenizer is opened with that tokenizer, not with its base's.
-        trained = change.source if change and adapter is None else opened
-        _copy_companions(trained if trained.find("tokenizer.json") else opened, out)
+        _copy_companions(_tokenizer_source(opened, change if adapter is None else None), out)
     return Pruned(
         kept=tuple(item.name for items in shards.values() for item in items),
         dropped=dropped,
@@ -235,6 +233,12 @@ def _check_space(out: Path, needed: int) -> None:
     if needed > free:
         problem = f"the disk is too full: the result needs {needed:,} bytes, and {free:,} are free"
         raise OutputError(out, problem, concerns_all=True)
+
+
+def _tokenizer_source(base: Source, change: Adapter | None) -> Source:
+    """Whose tokenizer is meant: an adapter that is opened as a model has often its own."""
+    own = change is not None and any(change.source.exists(name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    return change.source if change is not None and own else base
 
 
 def _copy_companions(source: Source, out: Path) -> None:

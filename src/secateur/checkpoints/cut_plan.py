@@ -216,7 +216,8 @@ def choose_tensors(
     outputs, dropped = [], []
     for name, (target, converted) in targets.items():
         place = cut.place(target) if target in cut.full.shapes else None
-        if place is None:
+        suspicious = target not in cut.full.shapes and is_within(target, cut.full.model)
+        if place is None and not suspicious:
             dropped.append(name)
             continue
         file = names[name]
@@ -224,6 +225,12 @@ def choose_tensors(
             headers[file] = _read_shard_header(source, file, names)
         if name not in headers[file]:
             raise ModelError(source.where(file), f"does not hold {name}, which {INDEX} says it does")
+        if place is None:
+            if headers[file][name].shape:  # a single number is a constant that older versions saved
+                problem = f"has weights that its {CONFIG} has no place for: {name}"
+                raise ModelError(source.name, problem, "one of the two is of another model")
+            dropped.append(name)
+            continue
         new_name = _new_name(source, name, place, converted, cut.block(target), cut)
         output = Output(new_name, name, headers[file][name], headers[file][name].shape)
         outputs.append(output if converted else _fit(source, output, target, place, cut, adapter, changes.get(target)))
@@ -275,6 +282,19 @@ def _is_ignored(name: str, model: PreTrainedModel) -> bool:
     """Whether transformers leaves a tensor out knowingly, such as blocks that predict further tokens."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     return any(re.search(pattern, f"{model.base_model_prefix}.{name}") for pattern in patterns)
+
+
+def is_within(name: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor that the model has no use for lies inside one of its modules, and so is a part it should have.
+
+    Not so are those of heads, decoders and other towers, those that transformers leaves out knowingly, and buffers that
+    the model computes itself, which older versions saved (``rotary_emb.inv_freq`` of each block).
+    """
+    name = name.removeprefix(f"{model.base_model_prefix}.")
+    parts = {child for child, _ in model.named_children()}
+    buffers = {tuple(buffer.split(".")[-2:]) for buffer, _ in model.named_buffers()}
+    is_buffer = tuple(name.split(".")[-2:]) in buffers
+    return name.partition(".")[0] in parts and not is_buffer and not _is_ignored(name, model)
 
 
 def _new_name(source: Source, name: str, place: str, converted: bool, index: int | None, cut: Cut) -> str:

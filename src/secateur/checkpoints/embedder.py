@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.checkpoints.shards import Source, read_json
+from secateur.checkpoints.shards import Source, check_relative, read_json
 from secateur.checkpoints.sources import Folder
 from secateur.errors import ModelError, UnsupportedArchitecture
 
@@ -45,6 +45,8 @@ def read_embedder(source: Source) -> Embedder | None:
         if not module["type"].startswith("sentence_transformers."):
             hint = "--trust-remote-code runs it, and opens the model whole"
             raise UnsupportedArchitecture(source.name, f"its module {module['type']} is code of its own", hint)
+        if module["path"]:
+            check_relative(module["path"], source.where(MODULES))
     kind = modules[0]["type"].rpartition(".")[2]
     if kind != "Transformer":
         raise UnsupportedArchitecture(source.name, f"it begins with a {kind}, not with a transformer")

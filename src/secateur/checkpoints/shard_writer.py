@@ -65,7 +65,7 @@ def write_shards(
 def _write_shard(
     path: Path, items: Sequence[Output], source: Source, adapter: Adapter | None, cut: Cut, moved: Moved
 ) -> None:
-    sink = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    sink = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         write_all(sink, _header(items))
         for start, end, file, item in _runs(items):

@@ -36,6 +36,9 @@ PROBES = (
 )
 """Texts on which a written folder is compared with the model it was written from."""
 
+LONG = " ".join(PROBES) + " " + "cut the hedge back to half, " * 72
+"""A text of more than 512 tokens: positions and lengths that a short text does not reach are compared on it."""
+
 TOLERANCE = 1e-5
 # A weight that an adapter was merged into may be rounded the other way: in float32, and in half precision.
 MERGED_TOLERANCE, MERGED_HALF_TOLERANCE = 1e-4, 2e-2
@@ -45,19 +48,31 @@ SMALL = 0.25
 
 @dataclass(frozen=True)
 class Expected:
-    """What a written folder should give: ``vectors`` (rows, dimension) of the probes, and what gave them."""
+    """What a written folder should give: ``vectors`` (rows, dimension) of the probes, and what gave them.
+
+    ``tokens`` are the ids of the probes, where they are known: they tell what differs if the vectors do.
+    """
 
     vectors: np.ndarray
     source: str = "the model in memory"
     tolerance: float = TOLERANCE
+    tokens: Sequence[Sequence[int]] = ()
 
 
 def probe(model: SentenceTransformer) -> np.ndarray:
-    """Vectors of the probes, each alone and all in one batch, without and with each prompt: (rows, dimension)."""
+    """Vectors of the probes, each alone and all in one batch, without and with each prompt, and of a text as long as
+    the model reads: (rows, dimension).
+    """
     prompts = ["", *sorted({prompt for prompt in model.prompts.values() if prompt})]
     encode = model.encode
     parts = [encode(list(PROBES), prompt=p, batch_size=b, show_progress_bar=False) for p in prompts for b in (1, 4)]
+    parts.append(encode([LONG], prompt="", show_progress_bar=False))
     return np.concatenate(parts).astype(np.float32)
+
+
+def probe_tokens(model: SentenceTransformer) -> list[list[int]]:
+    """The ids of the probes and of the long text, each alone."""
+    return [model.preprocess([text])["input_ids"][0].tolist() for text in (*PROBES, LONG)]
 
 
 _SCRIPT = """
@@ -70,9 +85,11 @@ folder, device, threads, probes, out = sys.argv[1:]
 torch.set_num_threads(int(threads))
 model = SentenceTransformer(folder, device=device)
 prompts = ["", *sorted({prompt for prompt in model.prompts.values() if prompt})]
-encode, probes = model.encode, json.loads(probes)
+encode, (*probes, long) = model.encode, json.loads(probes)
 parts = [encode(probes, prompt=p, batch_size=b, show_progress_bar=False) for p in prompts for b in (1, 4)]
+parts.append(encode([long], prompt="", show_progress_bar=False))
 np.save(out, np.concatenate(parts).astype(np.float32))
+print(json.dumps([model.preprocess([text])["input_ids"][0].tolist() for text in (*probes, long)]))
 """
 
 
@@ -83,24 +100,34 @@ def difference(folder: Path, expected: Expected, device: str) -> float:
         ModelError: The folder does not open.
         VerificationFailed: The difference is more than ``expected.tolerance``.
     """
-    found = _probe_in_fresh_process(folder, device)
+    found, tokens = _probe_in_fresh_process(folder, device)
     largest = float(np.abs(expected.vectors - found).max()) if found.shape == expected.vectors.shape else float("inf")
     if not largest <= expected.tolerance:
-        raise VerificationFailed(folder, largest, expected.tolerance)
+        raise VerificationFailed(folder, largest, expected.tolerance, _cause(expected, found, tokens))
     return largest
 
 
-def _probe_in_fresh_process(folder: Path, device: str) -> np.ndarray:
+def _cause(expected: Expected, found: np.ndarray, tokens: Sequence[Sequence[int]]) -> str:
+    """What differs: the tokens of a text, the number or width of the vectors, or else what makes vectors of tokens."""
+    for text, one, other in zip((*PROBES, LONG), expected.tokens, tokens, strict=False):
+        if list(one) != list(other):
+            return f"its tokenizer differs: {len(other)} tokens, not the same as the right {len(one)}, of {text[:40]!r}"
+    if found.shape != expected.vectors.shape:
+        return f"its prompts or dimension differ: {found.shape} vectors, not {expected.vectors.shape}"
+    return "its tokens are the same, its weights or its configuration differ" if expected.tokens else ""
+
+
+def _probe_in_fresh_process(folder: Path, device: str) -> tuple[np.ndarray, Sequence[Sequence[int]]]:
     with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
         vectors = Path(scratch) / "vectors.npy"
-        arguments = [str(folder), device, str(torch.get_num_threads()), json.dumps(PROBES), str(vectors)]
+        arguments = [str(folder), device, str(torch.get_num_threads()), json.dumps([*PROBES, LONG]), str(vectors)]
         command = [sys.executable, "-c", _SCRIPT, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
             raise ModelError(folder, f"does not reopen in a fresh process ({last})")
         loaded: np.ndarray = np.load(vectors)
-        return loaded
+        return loaded, json.loads(done.stdout.splitlines()[-1])
 
 
 def expected_of(model: SentenceTransformer, source: PreTrainedModel, keep: Sequence[int]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Vectors kept on disk, so that the same text is not encoded twice by the same model.
 
-``FOLDER/<model, and versions where asked>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into memory
-while rows are read from it, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and its prompt. Files
-appear under their names when they are complete, keys last, and are never changed. A writer that was killed leaves
+``FOLDER/<model, and versions where asked>/`` holds pairs of files: ``<name>.npy``, (texts, dimension), mapped into
+memory while rows are read from it, and ``<name>.keys.npy``, (texts, 16) bytes, the hash of each text and its prompt.
+Files appear under their names when they are complete, keys last, and are never changed. A writer that was killed leaves
 nothing that a reader sees, and several may write at once.
 """
 
@@ -32,7 +32,7 @@ _MAPPED = 64
 
 
 def folder_of(folder: str | Path, model: str, versions: str = "") -> Path:
-    """Where in a folder of vectors those of one model are, by its fingerprint and by the versions, where they matter."""
+    """Where in a folder of vectors those of one model are: by its fingerprint, and the versions where they matter."""
     return Path(folder) / (_key(model, versions).hex() if versions else model[:32])
 
 

@@ -30,8 +30,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
         raise ModelError(file, "is a GGUF file", "pip install 'secateur[gguf]'")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     with _parsed_once():
-        read = transformers.AutoModel.from_pretrained(**where, dtype=torch.float32)
+        read, found = transformers.AutoModel.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    if found["missing_keys"]:
+        raise ModelError(file, f"has no weights for {min(found['missing_keys'])}", "fetch or convert it again")
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -7,6 +7,7 @@ out is a folder that stock libraries load: :func:`save_model` reopens it in a fr
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +25,11 @@ from sentence_transformers.util import is_sentence_transformer_model
 from secateur.architectures.blocks import text_config
 from secateur.artifacts import Origin
 from secateur.checkpoints.verify import PROBES as PROBES
-from secateur.checkpoints.verify import Expected, difference, probe
+from secateur.checkpoints.verify import Expected, difference, probe, probe_tokens
 from secateur.config import PoolingName
-from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
+from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
 from secateur.files import read_json
+from secateur.loading.checks import check_opened
 from secateur.loading.gguf import convert_gguf
 from secateur.loading.names import DEMO_MODEL as DEMO_MODEL
 from secateur.loading.names import demo_model as demo_model
@@ -52,6 +54,7 @@ def open_model(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    path: Path | None = None,
 ) -> SentenceTransformer:
     """Open a model as a ``SentenceTransformer``.
 
@@ -65,6 +68,7 @@ def open_model(
         device: Torch device; default: the GPU where there is one.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run the model code that a repository brings along.
+        path: Where the model is, if not at ``name``: errors call it by ``name``.
 
     Raises:
         ConfigError: There is no such device or number format, or no token is left of a text; or a trained embedder,
@@ -76,23 +80,22 @@ def open_model(
         raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(_DTYPES)}")
     if max_length < 1:
         raise ConfigError("max_length", max_length, f"{max_length} tokens are no text", "at least 1")
-    source = resolve(name)
     options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True}
-    with as_model_error(name), quiet():
+    # Weights of another shape are refused by check_opened, which names them; transformers does not.
+    model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
+    with tempfile.TemporaryDirectory(prefix="secateur-") as converted, as_model_error(name, path), quiet():
+        source = resolve(name if path is None else path)
         if isinstance(source, Path) and source.suffix == ".gguf":
-            with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
-                convert_gguf(source, Path(folder))
-                return _wrap(Path(folder), model_kwargs, pooling, max_length, options)
-        if isinstance(source, Path):
+            convert_gguf(source, Path(converted))
+            source = Path(converted)
+        elif isinstance(source, Path):
             _check_folder(source)
         if is_sentence_transformer_model(str(source), revision=revision):
             check_embedder(name, pooling, max_length)
             model = SentenceTransformer(str(source), model_kwargs=model_kwargs, **options)
         else:
             model = _wrap(source, model_kwargs, pooling, max_length, options)
-        if isinstance(source, Path):
-            _check_whole(source, model)
+        check_opened(name, model)
         return model
 
 
@@ -148,7 +151,8 @@ def _wrap(
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
-    transformer.max_seq_length = min(max_length, transformer.max_seq_length or max_length)
+    own_length = transformer.max_seq_length
+    transformer.max_seq_length = max_length if own_length is None else min(max_length, own_length)
     if transformer.tokenizer.pad_token is None:
         transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
     # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
@@ -208,40 +212,35 @@ def _check_folder(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelError(folder, f"{file.name} is damaged or half written ({_first_line(error)})") from error
-
-
-def _check_whole(folder: Path, model: SentenceTransformer) -> None:
-    """Refuse weights that are not all there: transformers makes up what is missing, at random, and only logs it.
-
-    Asked on the meta device, transformers reads names and shapes alone. A missing pooler is no loss: no vector of
-    ours goes through it.
-    """
-    transformer = model[0].auto_model
-    options = {"device_map": "meta", "output_loading_info": True, "config": transformer.config}
-    _, found = type(transformer).from_pretrained(transformer.config.name_or_path, **options)
-    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(folder, f"has no weights for {missing[0]}{others}", "copy or save the folder again")
+            raise ModelError(folder, f"{file.name} is damaged or half written ({_in_one_line(error)})") from error
 
 
 @contextmanager
-def as_model_error(name: str | Path) -> Iterator[None]:
-    """Turn what libraries raise on a model that they cannot open into one line about that model."""
+def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]:
+    """Turn whatever libraries raise on a model that they cannot open into one line about that model.
+
+    Args:
+        name: What the user called it.
+        path: Where it was opened, if not there.
+    """
+
+    def named(message: str) -> str:
+        return message if path is None else message.replace(str(path), str(name))
+
     try:
         yield
-    except ModelError:
+    except SecateurError as error:
+        error.args = tuple(named(str(part)) for part in error.args)
         raise
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(name, f"cannot be opened ({_first_line(error)})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(name, f"is not a text model that can be opened ({_first_line(error)})") from error
+        raise ModelError(name, f"cannot be opened ({named(_in_one_line(error))})") from error
+    except Exception as error:  # a library that stumbles over a file raises what it likes, ZeroDivisionError included
+        raise ModelError(name, f"is not a text model that can be opened ({named(_in_one_line(error))})") from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def _in_one_line(error: BaseException) -> str:
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
 
 
 def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expected: Expected | None = None) -> Origin:
@@ -262,13 +261,15 @@ def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expe
     write_files(model, folder)
     if expected is None:
         with quiet():
-            expected = Expected(probe(model))
+            expected = Expected(probe(model), tokens=probe_tokens(model))
     return check_written(folder, replace(origin, pooling=pooling_name(model)), expected, str(model.device))
 
 
 def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = True) -> None:
     """Write a model's folder; without ``weights``, all but those of the transformer, which are there already."""
     transformer = model[0].model
+    # Gemma 3 makes its layer_types from this when it is opened; those of a cut model no longer follow it.
+    vars(text_config(transformer)).pop("_sliding_window_pattern", None)
     if not weights:
         transformer.save_pretrained = lambda *_, **__: None
     try:
@@ -277,6 +278,9 @@ def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = Tru
     finally:
         vars(transformer).pop("save_pretrained", None)
     write_for_all_readers(folder, model)
+    for file in folder.rglob("*.safetensors"):
+        # safetensors lets nobody but the owner read what it writes; here the umask decides, as for modules.json.
+        shutil.copymode(folder / "modules.json", file)
 
 
 def check_written(folder: Path, origin: Origin, expected: Expected, device: str = "cpu") -> Origin:

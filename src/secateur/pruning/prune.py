@@ -20,7 +20,7 @@ from secateur.artifacts import Origin, Profile, load
 from secateur.checkpoints.checkpoint import Pruned, prune_checkpoint
 from secateur.checkpoints.embedder import Embedder, copy_modules, read_embedder
 from secateur.checkpoints.sources import open_source
-from secateur.checkpoints.verify import Expected, expected_of, expected_of_checkpoint
+from secateur.checkpoints.verify import Expected, expected_of, expected_of_checkpoint, probe_tokens
 from secateur.config import PruneOptions, SavedPooling, check
 from secateur.errors import ConfigError, ModelError, OutputError
 from secateur.files import new_folder
@@ -175,7 +175,7 @@ def _cut_in_memory(opened: SentenceTransformer, model: str | Path, selection: Se
     keep = selection.blocks(depth)
     check_keep(transformer.config, keep)
     with quiet():
-        expected = Expected(expected_of(opened, transformer, keep), "the whole source")
+        expected = Expected(expected_of(opened, transformer, keep), "the whole source", tokens=probe_tokens(opened))
     cut(transformer, keep)
     save_model(opened, folder, origin_of(model, depth, keep), expected=expected)
 
@@ -191,14 +191,14 @@ def _cut_checkpoint(job: Job, selection: Selection, progress: Progress) -> None:
     if embedder is not None:
         copy_modules(source, embedder, job.cut)
     origin = origin_of(job.source, result.depth, result.keep, source.find(Origin.file), result.left_out)
-    opened = open_model(job.cut, device="cpu", **asdict(job.opening))
+    opened = open_model(job.source, path=job.cut, device="cpu", **asdict(job.opening))
     progress(STEP, 80, 100)
     if job.cut != job.folder or embedder is None:
         write_files(opened, job.folder, weights=job.cut != job.folder)
     else:
         write_for_all_readers(job.folder, opened)
     with as_model_error(job.source), quiet():
-        expected = _expected(job, opened, result)
+        expected = replace(_expected(job, opened, result), tokens=probe_tokens(opened))
     origin = replace(origin, pooling=pooling_name(opened))
     del opened  # the fresh process has a copy of its own
     progress(STEP, 90, 100)
