@@ -419,7 +419,7 @@ def test_a_byte_order_mark_is_left_out_by_every_reader(suffix: str, tmp_path: Pa
     file = tmp_path / f"a.{suffix}"
     if suffix == "json":
         file.write_bytes(b'\xef\xbb\xbf{"query_instruction": "Do it"}')
-        assert read_pairs(write_pairs(tmp_path / "a.jsonl", example_pairs(3))).prompt == "Do it; "
+        assert read_pairs(write_pairs(tmp_path / "a.jsonl", example_pairs(3))).prompt == "Do it;\n"
         return
     file.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     assert list(read_rows(file)) == list(read_texts(file).rows) == ["t"]

@@ -459,7 +459,7 @@ def test_too_few_rows_and_unknown_spreads_have_no_interval(make_encoder: MakeEnc
     for row in evaluate([make_encoder()], [few, ami], names=["m"], out=tmp_path / "out").rows:
         assert (row.low, row.high, row.unit, row.units, row.draws) == (None, None, "", 0, "")
         assert read_draws(tmp_path / "out", row) is None
-        assert {"few": "4 queries are too few", "ami": "cannot be drawn again"}[row.task] in row.note
+        assert {"few": "4 queries are fewer than 5", "ami": "cannot be drawn again"}[row.task] in row.note
 
 
 def test_a_score_that_mteb_computes_otherwise_says_why_it_has_no_interval(
@@ -475,7 +475,7 @@ def test_a_score_that_mteb_computes_otherwise_says_why_it_has_no_interval(
     monkeypatch.setattr(mteb.abstasks.sts.AbsTaskSTS, "_calculate_scores", other)
     (row,) = evaluate([make_encoder()], [path], names=["m"]).rows
     assert row.low is None
-    assert f"in its own way ({usual / 2:.4f}; {usual:.4f} by the usual formula)" in row.note
+    assert row.note == f"no interval: mteb's score is {usual / 2:.4f}, but its predictions give {usual:.4f}"
 
 
 def test_an_interval_of_few_pairs_stays_within_what_a_correlation_can_be(make_encoder: MakeEncoder, tmp_path: Path):
@@ -678,8 +678,9 @@ def test_one_model_at_a_time_is_in_memory(make_encoder: MakeEncoder, tmp_path: P
     for seed in range(3):
         model = make_encoder(seed=seed)
         if seed == 1:
-            with torch.no_grad():
-                model[0].auto_model.embeddings.word_embeddings.weight.fill_(float("nan"))
+            nine = model.tokenizer.convert_tokens_to_ids("9")
+            with torch.no_grad():  # finite, but its mean overflows: a text with a 9 gets a vector of NaN
+                model[0].auto_model.embeddings.word_embeddings.weight[nine] = 3e38
         model.save(str(tmp_path / f"m{seed}"))
     del model
     opened: list[weakref.ref[SentenceTransformer]] = []

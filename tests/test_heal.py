@@ -573,7 +573,7 @@ def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
         ({"seed": 2**33}, "seed: is"),
         ({"scale": math.inf}, "scale: is inf: it must be positive, and finite"),
         ({"learning_rate": math.nan}, "learning_rate: is nan"),
-        ({"max_length": 15}, 'max_length: is 15: the prompt "find the word; " would fill all of it: 16 or more'),
+        ({"max_length": 15}, 'max_length: is 15: the prompt "find the word;\n" would fill all of it: 16 or more'),
     ],
 )
 def test_numbers_that_are_none_or_do_nothing_are_refused(

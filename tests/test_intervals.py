@@ -12,11 +12,11 @@ from scipy.stats import binomtest, pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_score, recall_score, v_measure_score
 
 from secateur.evaluation.predictions import (
-    _averaged_metric,
-    _v_measure,
+    averaged_metric,
     binary_metric,
     pearson,
     spearman,
+    v_measure_of,
 )
 from secateur.measures.intervals import (
     Statistic,
@@ -62,7 +62,7 @@ def _pairs(measure: str, rng: np.random.Generator, units: int) -> Statistic:
 
 def _macro_f1(rng: np.random.Generator, units: int) -> Statistic:
     gold = rng.integers(0, 3, units)
-    return partial(_averaged_metric, "f1", gold, np.where(rng.random(units) < 0.7, gold, (gold + 1) % 3))
+    return partial(averaged_metric, "f1", gold, np.where(rng.random(units) < 0.7, gold, (gold + 1) % 3))
 
 
 SCORES_OF: dict[str, tuple[Callable[[np.random.Generator, int], Statistic], str, float | None]] = {
@@ -185,11 +185,11 @@ def test_binary_metrics_of_counts_are_mtebs(measure: str, sign: int):
 
 @pytest.mark.parametrize("average", ["macro", "weighted"])
 @pytest.mark.parametrize("score", [f1_score, precision_score, recall_score])
-def test_averaged_metrics_of_counts_are_sklearns(score, average: str):
+def testaveraged_metrics_of_counts_are_sklearns(score, average: str):
     gold, found = RNG.integers(0, 5, N), RNG.integers(0, 6, N)
     name = score.__name__.removesuffix("_score") + ("_weighted" if average == "weighted" else "")
     same(
-        partial(_averaged_metric, name, gold, found),
+        partial(averaged_metric, name, gold, found),
         lambda rows: score(gold[rows], found[rows], average=average, zero_division=0),
     )
 
@@ -202,4 +202,4 @@ def test_v_measure_of_counts_is_sklearns():
         again = np.concatenate([np.flatnonzero(units == row) for row in rows])
         return v_measure_score(gold[again], found[again])
 
-    same(_v_measure(units, gold, found, N), expected)
+    same(v_measure_of(units, gold, found, N), expected)

@@ -18,7 +18,7 @@ from secateur.architectures.blocks import cut
 from secateur.errors import ConfigError
 from secateur.healing.batch_mask import batch_mask, row_keys
 from secateur.healing.objectives import DepthVectors, Objective, contrastive_loss, dropout
-from secateur.healing.teacher import Teacher, TeacherVectors, keep_vectors
+from secateur.healing.teacher import PROBES, Teacher, TeacherVectors, keep_vectors
 
 ANCHORS = ["what is a hedge?", "who cuts it", "when", "where do they stand now?"]
 POSITIVES = ["a row of shrubs", "the gardener", "in spring, before the birds", "here"]
@@ -35,8 +35,8 @@ def taught(folder: Path, texts: Sequence[str], dimension: int) -> tuple[TeacherV
     """A teacher's random vectors, not of length 1, as kept and as they are."""
     vectors = np.random.default_rng(0).normal(size=(len(texts), dimension)).astype(np.float32)
     known = dict(zip(texts, vectors, strict=True))
-    ones = np.ones(dimension, dtype=np.float32)
-    teacher = Teacher("t", "f" * 64, lambda asked, _: np.array([known.get(text, ones) for text in asked]))
+    known |= {probe: np.eye(dimension, dtype=np.float32)[i] for i, probe in enumerate(PROBES)}
+    teacher = Teacher("t", "f" * 64, lambda asked, _: np.array([known[text] for text in asked]))
     return keep_vectors(teacher, {"": texts}, folder), vectors
 
 

@@ -21,7 +21,7 @@ errors files provenance artifacts progress clusters config
 figures: text style labels depth frontier training saving
 architectures: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
-loading: names checks gguf pooling readers models
+loading: names pooling checks gguf readers models
 data: formats jsonl e5_mix hub_sets tables pairs texts sources vectors demo
 measures: metrics false_negatives intervals curves stopping flops
 evaluation: task_folder tasks differences predictions evaluate

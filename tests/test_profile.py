@@ -26,7 +26,6 @@ from secateur.data.texts import read_texts
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.loading.models import open_model
 from secateur.measures import stopping
-from secateur.profiling import profile as profiling
 from secateur.profiling.depths import DepthEncoder
 from secateur.profiling.parts import BATCH, BATCHES, SINGLES
 from secateur.profiling.profile import profile
@@ -582,8 +581,6 @@ def test_smollm2_gives_the_losses_of_the_public_code(monkeypatch):
     def difference(scale: str, found: Profile) -> float:
         return float(np.abs(np.array(reference["results"][scale]["losses"]) - [r.loss for r in found.rows]).max())
 
-    # Its batches repeat premises, and the public code takes their other hypotheses for negatives.
-    monkeypatch.setattr(profiling, "false_negative_mask", lambda *columns, **_: torch.zeros((), dtype=torch.bool))
     found = {scale: profile(model, data, scale=float(scale)) for scale in reference["results"]}
     assert difference("20", found["20"]) < 1e-3
     for scale, expected in reference["results"].items():

@@ -128,6 +128,8 @@ def test_a_failed_verification_names_what_differs(source: Path, cut: Path, tmp_p
     shorter, heavier = (shutil.copytree(cut, tmp_path / name) for name in ("shorter", "heavier"))
     settings = json.loads((shorter / "tokenizer_config.json").read_text())
     (shorter / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 100}))
+    settings = json.loads((shorter / "sentence_bert_config.json").read_text())
+    (shorter / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 100}))
     with pytest.raises(VerificationFailed, match="its tokenizer differs: 100 tokens, not the same as the right 128"):
         difference(shorter, right, "cpu")
     weights = load_file(heavier / "model.safetensors")

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -99,10 +99,16 @@ def test_a_teacher_of_one_vector_is_refused_before_the_texts(make_encoder: MakeE
             if isinstance(layer, torch.nn.LayerNorm):
                 layer.weight.zero_()
                 layer.bias.fill_(0.5)
-    teacher, asked = open_teacher(save(model, tmp_path / "model"), device="cpu"), []
-    told = replace(teacher, encode=lambda texts, prompt: asked.append(texts) or teacher.encode(texts, prompt))
+    with pytest.raises(ModelError, match="gives different texts the same vector"):
+        open_teacher(save(model, tmp_path / "model"), device="cpu")
+    asked: list[list[str]] = []
+
+    def same(texts: list[str], prompt: str) -> np.ndarray:
+        asked.append(texts)
+        return np.full((len(texts), 3), 0.5, dtype=np.float32)
+
     with pytest.raises(ModelError, match="the same vector for 3 different texts"):
-        keep_vectors(told, {"": TEXTS}, tmp_path / "kept")
+        keep_vectors(Teacher("server", "f" * 64, same), {"": TEXTS}, tmp_path / "kept")
     assert asked == [[*PROBES]]
 
 

@@ -19,14 +19,18 @@ from secateur.errors import SYSTEM, DataError, OutputError, SecateurError, syste
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, *, strict: bool = False) -> Any:
     """Parse a JSON file, with the line in the error where it is broken.
 
+    Args:
+        file: In UTF-8.
+        strict: As for :func:`parse_json`.
+
     Raises:
-        DataError: It is missing, cannot be read, or is no JSON that Python and tokenizers can hold.
+        DataError: It is missing, cannot be read, or is no JSON.
     """
     try:
-        return parse_json(file.read_bytes().decode("utf-8-sig"))
+        return parse_json(file.read_bytes().decode("utf-8-sig"), strict=strict)
     except FileNotFoundError:
         raise DataError(file, "no such file") from None
     except json.JSONDecodeError as error:
@@ -42,16 +46,16 @@ def parse_json(text: str, *, strict: bool = False) -> Any:
 
     Args:
         text: The JSON.
-        strict: Refuse also what Python's parser takes beyond the standard, as configurations of models have it: NaN and
-            infinite numbers, and a key that is there twice.
+        strict: As data must be. Refuse also what Python's parser takes beyond the standard, as configurations of models
+            have it (NaN and infinite numbers, a key that is there twice), and half a surrogate pair, which is JSON, but
+            no text: tokenizers refuse it.
 
     Raises:
-        ValueError: It is broken, nested too deeply, has an integer of thousands of digits, or half a surrogate pair,
-            which is JSON, but no text: tokenizers refuse it.
+        ValueError: It is broken, nested too deeply, or has an integer of thousands of digits.
     """
     try:
         content = (_STRICT if strict else _DECODER).decode(text)
-        if "\\u" in text:
+        if strict and "\\u" in text:
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

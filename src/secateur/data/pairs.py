@@ -171,7 +171,7 @@ def read_beside(path: Path) -> Mapping[str, str]:
     file = path.with_name(stem(path) + ".json")
     if not file.is_file():
         return {"query_instruction": instruction_of(path)}
-    content = read_json(file)
+    content = read_json(file, strict=True)
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}, not an object")
     known = {key: content[key] for key in ("query_instruction", "passage_instruction", "licence") if key in content}

@@ -135,7 +135,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
             raise DataError(folder, "has no task.json", 'a task folder has a task.json with at least {"type": ...}')
         content: Any = {"type": "retrieval"}
     else:
-        content = read_json(file)
+        content = read_json(file, strict=True)
     if not isinstance(content, dict):
         raise DataError(file, "is not a JSON object", 'write {"type": ...}')
     about: dict[str, Any] = {"name": folder.resolve().name, "metric": "", "instruction": "", "licence": "", "notes": ""}

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from secateur.checkpoints.cut_plan import is_within
 from secateur.errors import ModelError, UnsupportedArchitecture
+from secateur.loading.pooling import state_width
 
 # Two texts of as many words in each of several scripts: a tokenizer that knows any of them gives that pair two
 # sequences of ids, one without its vocabulary gives none.
@@ -215,8 +216,8 @@ def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
     if width is not None and vectors.shape[1] != width:
         problem = f"gives vectors of {vectors.shape[1]} numbers, but its modules say {width}"
         raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
+    own = state_width(model[0])
     for module in model:
-        own = model[0].get_embedding_dimension()
         if isinstance(module, Pooling) and module.embedding_dimension != own:
             problem = f"its pooling is for states of {module.embedding_dimension} numbers, but they have {own}"
             raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")

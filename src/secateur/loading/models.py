@@ -35,7 +35,7 @@ from secateur.loading.names import DEMO_MODEL as DEMO_MODEL
 from secateur.loading.names import demo_model as demo_model
 from secateur.loading.names import model_label as model_label
 from secateur.loading.names import resolve as resolve
-from secateur.loading.pooling import make_pooling, pooling_name
+from secateur.loading.pooling import make_pooling, pooling_name, state_width
 from secateur.loading.readers import write_for_all_readers
 from secateur.progress import quiet
 
@@ -162,7 +162,7 @@ def _wrap(
     transformer.auto_model.config.use_cache = False
     if pooling is None:
         pooling = "weighted_mean" if attends_backwards_only(transformer) else "mean"
-    head = make_pooling(pooling, transformer.get_embedding_dimension())
+    head = make_pooling(pooling, state_width(transformer))
     modules = [transformer, head, Normalize()]
     return SentenceTransformer(modules=modules, device=options["device"], similarity_fn_name="cosine").eval()
 

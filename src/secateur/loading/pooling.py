@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
@@ -41,6 +42,14 @@ class L3PrunePooling(Pooling):  # type: ignore[misc]
         text_only = {key: value for key, value in features.items() if key != "prompt_length"}
         pooled = super().forward(text_only | {"attention_mask": text_mask}, **kwargs)
         return features | {"sentence_embedding": pooled["sentence_embedding"]}
+
+
+@torch.no_grad()
+def state_width(transformer: Transformer) -> int:
+    """How many numbers a token's state has: measured, since OPT may project its states to another width than it tells."""
+    ids = torch.tensor([[5, 6]], device=transformer.auto_model.device)
+    states: Tensor = transformer.auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    return states.shape[-1]
 
 
 def make_pooling(name: PoolingName, width: int) -> Pooling:

@@ -396,7 +396,7 @@ def _measure(
         members = sorted(set().union(*(batch.texts for batch in group)) - held.keys())
         _encode(encoder, corpus, members, held, sums, seed)
         for batch in group:
-            _score(batch, corpus, held, scale, sums)
+            _score(batch, corpus, held, scale, sums, masked=encoder.poolings[0] != "l3prune")
             progress("profile", sums.batches, len(corpus.batches))
         # A copy frees the batch that a vector came with.
         held = {text: vectors.clone() for text, vectors in held.items() if last_use[text] >= sums.batches}
@@ -440,8 +440,8 @@ def _add(found: Depths, sums: _Sums) -> None:
         sums.targets.append(found.targets)
 
 
-def _score(batch: _Batch, corpus: _Corpus, held: dict[int, Tensor], scale: float, sums: _Sums) -> None:
-    """What one batch tells, at all depths at once."""
+def _score(batch: _Batch, corpus: _Corpus, held: dict[int, Tensor], scale: float, sums: _Sums, *, masked: bool) -> None:
+    """What one batch tells, at all depths at once; ``masked`` leaves false negatives out, which the paper does not."""
     sums.batches += 1
     for text in (*batch.anchors, *batch.positives):
         if len(sums.sample) < SAMPLE and text not in sums.sample:
@@ -450,7 +450,7 @@ def _score(batch: _Batch, corpus: _Corpus, held: dict[int, Tensor], scale: float
         return
     columns = (batch.anchors, batch.positives, batch.negatives)
     anchor, positive, negative = text_numbers(*([corpus.texts[text][1] for text in column] for column in columns))
-    never = false_negative_mask(anchor, positive, negative)
+    never = false_negative_mask(anchor, positive, negative) if masked else torch.tensor(False)
     unranked = false_negative_mask(anchor, positive, negative, once=True)
     losses = []
     for pooling in range(len(held[batch.anchors[0]])):
