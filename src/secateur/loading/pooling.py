@@ -46,7 +46,7 @@ class L3PrunePooling(Pooling):  # type: ignore[misc]
 
 @torch.no_grad()
 def state_width(transformer: Transformer) -> int:
-    """How many numbers a token's state has: measured, since OPT may project its states to another width than it tells."""
+    """How many numbers a token's state has: measured, since OPT may project states to another width than it tells."""
     ids = torch.tensor([[5, 6]], device=transformer.auto_model.device)
     states: Tensor = transformer.auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     return states.shape[-1]
