@@ -243,7 +243,7 @@ def test_near_duplicates_are_taught_as_well(llama_folder: Path, tmp_path: Path):
     file = tmp_path / "near.txt"
     file.write_text("\n".join(rows), encoding="utf-8")
     cut = secateur.prune(llama_folder, to="2", out=tmp_path / "cut")
-    options = SETTINGS | {"steps": 150, "batch_size": 16, "distill": "both"}
+    options = SETTINGS | {"steps": 400, "batch_size": 16, "distill": "both"}
     healed = secateur.heal(cut, file, teacher=llama_folder, **options, out=tmp_path / "healed")
     assert np.isfinite([row.loss for row in load(healed, Training).losses]).all()
 
