@@ -370,7 +370,7 @@ class StudyOptions(HealSettings):
     out: Annotated[Path, Names("results", STUDY_FILES)] = _out("The run folder.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(
         None,
-        description="demo: SmolLM2 on API documentation, in a quarter of an hour; paper: L3Prune's experiments; "
+        description="demo: SmolLM2 on API documentation, in ten minutes; paper: L3Prune's experiments; "
         "shrink: an embedder's parts learn from the whole, on texts alone.",
     )
     depths: Annotated[list[str], Names("blocks")] = Field(
