@@ -128,7 +128,9 @@ class ProfileOptions(Options):
     out: Annotated[Path, Names("results", PROFILE_FILES)] = _out("Folder for profile.json and its pictures.")
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
     instruction: str | None = Field(None, description=_INSTRUCTION)
-    pooling: PoolingName | None = Field(None, description=_POOLING + " l3prune: the paper's own, prompt included.")
+    pooling: PoolingName | None = Field(
+        None, description=_POOLING + " l3prune: as the paper's own code, to reproduce its curve."
+    )
     batch_size: int = Field(64, ge=2, description="Pairs per batch; the loss depends on it.")
     max_examples: int = Field(1280, ge=2, description="Pairs used, drawn by the seed.")
     until_sure: bool = Field(

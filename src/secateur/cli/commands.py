@@ -92,9 +92,7 @@ def _fail(message: str, code: int) -> None:
 @command_of(app, config.ProfileOptions)
 def profile_command(options: config.ProfileOptions) -> None:
     import secateur
-    from secateur.data.sources import check_data
 
-    check_data(options.data, options.columns)
     with work_bars() as progress:
         result = secateur.profile(**_given(options), progress=progress)
     show_profile(result)
@@ -135,9 +133,7 @@ def prune_command(options: config.PruneOptions) -> None:
 def heal_command(options: config.HealOptions) -> None:
     import secateur
     from secateur.artifacts import Training, load
-    from secateur.data.sources import check_data
 
-    check_data([*options.data, *(options.eval_data or ())], options.columns)
     with work_bars() as progress:
         folder = secateur.heal(**_given(options), progress=progress)
     settings = load(folder, Training).settings
@@ -203,9 +199,7 @@ def study_command(
     ] = False,
 ) -> None:
     import secateur
-    from secateur.data.sources import check_data
 
-    check_data(options.data, options.columns)
     if plan:
         with work_bars() as progress:
             state = secateur.plan_study(**_given(options), progress=progress)

@@ -7,7 +7,7 @@ the Hub, tasks of mteb and large data are left to the step.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from secateur.files import check_is_file, check_results_folder, partial_folder
 from secateur.loading.names import resolve
 
 SMALL = 8 << 20
-"""Bytes of data, or of a task, that are read here too: it takes less time than importing what a step needs."""
+"""Bytes of a task that are read here too: it takes less time than importing what a step needs."""
 
 
 def check_places(options: Options) -> None:
@@ -35,7 +35,9 @@ def check_places(options: Options) -> None:
             if mark.what == "results":
                 _check_results(value, mark.own)
             elif mark.what == "data":
-                _check_data(value, getattr(options, "columns", None))
+                from secateur.data.sources import check_data
+
+                check_data(value, getattr(options, "columns", None))
             else:
                 for item in value if isinstance(value, list) else [value]:
                     _CHECKS[mark.what](item)
@@ -53,28 +55,16 @@ def _check_model(name: str) -> None:
         resolve(name)
 
 
-def _check_data(names: Iterable[Path], columns: Mapping[str, str] | None) -> None:
-    here = [name for name in names if not str(name).startswith("hf:")]
-    for name in here:
-        if not name.is_dir():
-            check_is_file(name)
-    if _bytes(here) <= SMALL:
-        from secateur.data.sources import read_sources
-
-        read_sources(here, columns=columns)
-
-
 def _check_task(name: str) -> None:
     folder = Path(name)
     if folder.exists():
-        (read_task_folder if _bytes([folder]) <= SMALL else check_task_folder)(folder)
+        (read_task_folder if _bytes(folder) <= SMALL else check_task_folder)(folder)
     elif name.startswith((".", "/", "~")) or (folder.parent != Path() and folder.parent.is_dir()):
         raise DataError(name, "no such folder", "give a task folder, or the name of an mteb task or benchmark")
 
 
-def _bytes(paths: Iterable[Path]) -> int:
-    files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
-    return sum(file.stat().st_size for file in files if file.is_file())
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _check_run(folder: Path) -> None:
