@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from secateur.architectures.blocks import cut
-from secateur.artifacts import Profile, load
 from secateur.choosing.candidates import Candidate, candidates, is_prefix, ranges
 from secateur.files import write_text
-from secateur.loading.models import model_label, open_model
+from secateur.models.blocks import cut
+from secateur.models.open_model import model_label, open_model
 from secateur.profiling.profile import profile
+from secateur.results import Profile, load
 
 DTYPE = "float32"
 

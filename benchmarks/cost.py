@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from secateur.artifacts import CostRow, Costs, load
+from secateur.results import CostRow, Costs, load
 
 TIMES = {
     "short texts per second": lambda row: row.texts_per_second,

@@ -38,14 +38,14 @@ import psutil
 import torch
 
 from secateur import accelerate, export, open_model, prune, runtime
-from secateur.encoding.arithmetic import quicken
-from secateur.encoding.encode import SAMPLE, SHARD
-from secateur.encoding.memory import keep_freed_memory
-from secateur.encoding.mixed import is_mixed, use_mixed_products
-from secateur.loading.models import model_label
+from secateur.inference.arithmetic import quicken
+from secateur.inference.encode import SAMPLE, SHARD
+from secateur.inference.encoders import CPU_BATCH
+from secateur.inference.memory import keep_freed_memory
+from secateur.inference.mixed import is_mixed, use_mixed_products
 from secateur.measures.flops import flops_per_token
 from secateur.measures.metrics import paired_cosines
-from secateur.serving.encoders import CPU_BATCH
+from secateur.models.open_model import model_label
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
 INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best;\n"

@@ -30,7 +30,7 @@ from secateur import prune, runtime
 from secateur.data.demo import pairs_of
 from secateur.exporting.export import export
 from secateur.exporting.manifest import Export
-from secateur.loading.models import open_model
+from secateur.models.open_model import open_model
 
 WAYS = (("onnx", "int8", "dynamic"), ("openvino", "int8", "static"), ("openvino", "bfloat16", None))
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[2] / "shared"))

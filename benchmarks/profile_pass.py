@@ -31,14 +31,14 @@ from pathlib import Path
 
 import torch
 
-from secateur.architectures.blocks import final_norm
-from secateur.architectures.forward import BUDGET
-from secateur.artifacts import Profile, load
 from secateur.data.pairs import Pairs, batches, read_pairs
-from secateur.loading.models import open_model
 from secateur.measures import curves, stopping
 from secateur.measures.metrics import contrastive_loss
+from secateur.models.blocks import final_norm
+from secateur.models.forward import BUDGET
+from secateur.models.open_model import open_model
 from secateur.profiling.profile import auto_dtype, profile
+from secateur.results import Profile, load
 
 SIZE = 64
 SEEDS = 20

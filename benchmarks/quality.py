@@ -34,8 +34,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur
-from secateur.architectures.blocks import depth_of
-from secateur.artifacts import Scores, Training, load
 from secateur.choosing.choose import blocks_to_keep
 from secateur.data.jsonl import read_json_lines
 from secateur.data.pairs import instruction_prompt, read_pairs
@@ -43,8 +41,10 @@ from secateur.files import read_json, write_text
 from secateur.healing.recipe import Recipe
 from secateur.healing.train import make_loss, train, training_sets
 from secateur.healing.trainable import prepare
-from secateur.loading.models import open_model
+from secateur.models.blocks import depth_of
+from secateur.models.open_model import open_model
 from secateur.progress import silent
+from secateur.results import Scores, Training, load
 
 PAPER = {"recipe": "l3prune"}
 SEARCHES = ("Cranfield", "PubMedQA-L")

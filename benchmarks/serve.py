@@ -36,7 +36,7 @@ import numpy as np
 import psutil
 
 from secateur import accelerate, open_model
-from secateur.encoding.arithmetic import use_arithmetic, weights_dtype
+from secateur.inference.arithmetic import use_arithmetic, weights_dtype
 
 WORDS = (
     "hedge",

@@ -28,14 +28,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn.functional import pad
 
-from secateur.architectures.blocks import cut
 from secateur.data.pairs import read_pairs
 from secateur.data.sources import data_files
 from secateur.healing.recipe import Recipe, make_recipe
 from secateur.healing.train import TrainingSet, make_loss, training_arguments, training_sets
 from secateur.healing.trainable import decide, prepare
 from secateur.healing.trainer import Trainer
-from secateur.loading.models import open_model
+from secateur.models.blocks import cut
+from secateur.models.open_model import open_model
 
 Step = Callable[[TrainingSet], float]
 """One training step on the rows of a set; its loss."""

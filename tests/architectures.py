@@ -22,8 +22,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from secateur.architectures import blocks
 from secateur.errors import IllegalDepth, UnsupportedArchitecture
+from secateur.models import blocks
 
 DEPTH, WIDTH, VOCABULARY = 6, 32, 120
 LENGTHS = (12, 9, 5)

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from architectures import ARCHITECTURES, DEPTH, TOLERANCE, batch, bypassed, config_of, distance, model_of, states
-from secateur.architectures import blocks
 from secateur.errors import IllegalDepth, UnsupportedArchitecture
+from secateur.models import blocks
 
 
 def llama(layers: int = DEPTH, **fields) -> LlamaConfig:

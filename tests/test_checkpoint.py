@@ -23,11 +23,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from architectures import ARCHITECTURES, model_of
 from hub import StandIn, serve
-from secateur.architectures import blocks
 from secateur.checkpoints.checkpoint import Pruned, prune_checkpoint
 from secateur.checkpoints.shards import read_header
 from secateur.checkpoints.sources import Folder
 from secateur.errors import IllegalDepth, ModelError, OutputError, SecateurError, UnsupportedArchitecture
+from secateur.models import blocks
 
 DEPTH = 5
 COMMON = {

@@ -13,13 +13,13 @@ import pytest
 import scipy.signal
 import torch
 
-from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
 from secateur.choosing.candidates import candidates, ranges
 from secateur.choosing.choose import blocks_to_keep, choice_of, choose, needs_profile
 from secateur.choosing.selectors import SELECTORS
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.measures.curves import PROMINENCE, smoothed, valleys
 from secateur.provenance import provenance
+from secateur.results import DepthRow, DepthScoreRow, PartRow, Profile
 
 SHARES = ("first", "uniform", "random", "block-influence", "angular")
 
@@ -296,7 +296,7 @@ def test_a_budget_of_loss_is_the_shallowest_near_enough_to_the_lowest():
 def test_limits_that_are_no_numbers_are_refused(limit: dict[str, object]):
     measured = table([3.0, 2, 1])
     for ask in (choose, candidates):
-        with pytest.raises(ConfigError, match="will not do"):
+        with pytest.raises(ConfigError, match="is not valid"):
             ask(measured, **limit)
 
 

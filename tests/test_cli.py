@@ -17,10 +17,11 @@ from transformers import ViTConfig, ViTModel
 
 import secateur
 from conftest import disk_of, example_pairs, write_pairs
-from secateur import cli, config
-from secateur.artifacts import DepthRow, PartRow, Profile, Scores, load
+from secateur import cli
+from secateur import options as config
 from secateur.errors import ConfigError, DataError
 from secateur.provenance import provenance
+from secateur.results import DepthRow, PartRow, Profile, Scores, load
 from task_folders import example_rows, write_task
 
 COMMANDS = ("profile", "choose", "prune", "heal", "evaluate", "report", "study")
@@ -189,7 +190,7 @@ def test_choose_within_a_budget(measured: Path, run: Run):
     for option in ("--max-params", "--max-bytes", "--max-latency-ms"):
         ended = run("choose", measured, option, "1e6")
         assert is_one_line(ended) and "profile again" in ended.err  # it was saved without its parts
-    assert "max_params: 0.0 will not do" in run("choose", measured, "--max-params", "0").err
+    assert "max_params: 0.0 is not valid" in run("choose", measured, "--max-params", "0").err
 
 
 def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run):
@@ -213,26 +214,26 @@ def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run)
         (("prune", "model", "--to", "large"), "needs a profile: give --profile DIR"),
         (("prune", "model", "--to", "large", "--profile", "nowhere"), "nowhere: no such file"),
         (("prune", "model", "--to", "large", "--profile", "words.json"), "words.json: holds None, not a profile"),
-        (("prune", "model", "--to", "1", "--pooling", "max"), "pooling: 'max' will not do"),
+        (("prune", "model", "--to", "1", "--pooling", "max"), "pooling: 'max' is not valid"),
         (("prune", "model"), "to: is missing"),
         (("prune", "--to", "1"), "model: is missing"),
         (("prune", "model", "--to", "1", "--nonesuch", "1"), "No such option: --nonesuch"),
         (("profile", "model"), "data: is missing"),
-        (("profile", "model", "--data", "words.jsonl", "--scale", "0"), "scale: 0.0 will not do"),
-        (("profile", "model", "--data", "words.jsonl", "--batch-size", "1"), "batch_size: 1 will not do"),
+        (("profile", "model", "--data", "words.jsonl", "--scale", "0"), "scale: 0.0 is not valid"),
+        (("profile", "model", "--data", "words.jsonl", "--batch-size", "1"), "batch_size: 1 is not valid"),
         (("profile", "model", "--data", "words.jsonl", "--seed", "x"), "seed"),
-        (("profile", "model", "--data", "words.jsonl", "--seed", "9" * 20), "seed: 99999999999999999999 will not do"),
-        (("profile", "model", "--data", "words.jsonl", "--scale", "inf"), "scale: inf will not do"),
-        (("heal", "model", "--data", "words.jsonl", "--seed", "-1"), "seed: -1 will not do"),
-        (("heal", "model", "--data", "words.jsonl", "--scale", "inf"), "scale: inf will not do"),
+        (("profile", "model", "--data", "words.jsonl", "--seed", "9" * 20), "seed: 99999999999999999999 is not valid"),
+        (("profile", "model", "--data", "words.jsonl", "--scale", "inf"), "scale: inf is not valid"),
+        (("heal", "model", "--data", "words.jsonl", "--seed", "-1"), "seed: -1 is not valid"),
+        (("heal", "model", "--data", "words.jsonl", "--scale", "inf"), "scale: inf is not valid"),
         (
             ("evaluate", "model", "model", "--tasks", "task"),
             "two models are called model: give each its own name: --names",
         ),
         (("heal", "model", "--data", "words.jsonl"), "nothing fills a batch of 64"),
-        (("heal", "model", "--data", "words.jsonl", "--steps", "0"), "steps: 0 will not do"),
+        (("heal", "model", "--data", "words.jsonl", "--steps", "0"), "steps: 0 is not valid"),
         (("evaluate", "--tasks", "task"), "models: is missing"),
-        (("evaluate", "model", "--tasks", "task", "--sample", "0"), "sample: 0 will not do"),
+        (("evaluate", "model", "--tasks", "task", "--sample", "0"), "sample: 0 is not valid"),
         (("evaluate", "model", "--tasks", "./nowhere"), "nowhere"),
         (("evaluate", "model", "--tasks", "NoSuchTaskAnywhere"), "NoSuchTaskAnywhere"),
         (("study",), "no model given"),
@@ -240,7 +241,7 @@ def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run)
         (("study", "model", "--data", "words.jsonl", "--batch-size", "8", "--depths", "1", "9"), "3 blocks to 9"),
         (("study", "model", "--data", "words.jsonl", "--batch-size", "8", "--tasks", "./nowhere"), "nowhere"),
         (("study", "model", "model", "--data", "words.jsonl"), "two models are called model"),
-        (("study", "--preset", "other"), "preset: 'other' will not do"),
+        (("study", "--preset", "other"), "preset: 'other' is not valid"),
     ],
 )
 def test_mistakes_in_options_are_one_line(arguments: tuple[str, ...], says: str, place: Path, run: Run):
@@ -257,7 +258,7 @@ AT_ONCE = [
     ("profile model --data words.jsonl -o file", "output file: is a file"),
     ("profile model --data words.jsonl -o task", "output task: already holds something else"),
     ("profile model --data words.jsonl --tasks empty -o out", "empty: has no task.json"),
-    ("profile model --data words.jsonl --dtype int4 -o out", "dtype: 'int4' will not do"),
+    ("profile model --data words.jsonl --dtype int4 -o out", "dtype: 'int4' is not valid"),
     ("choose nowhere", "nowhere: no such file"),
     ("prune model.gguf --to 1 -o out", "model model.gguf: no such file"),
     ("prune model --to most -o out", "to: is 'most'"),
@@ -382,7 +383,7 @@ def test_options_come_from_yaml_and_the_command_line_wins(place: Path, run: Run)
     ("content", "says"),
     [
         (b"data: [words.jsonl]\nsteps: 3\n", "steps: no such option: one of model, data"),
-        (b"data: [words.jsonl]\nscale: much\n", "scale: 'much' will not do"),
+        (b"data: [words.jsonl]\nscale: much\n", "scale: 'much' is not valid"),
         (b"data: [words.jsonl]\n3: much\n", "3: no such option"),
         (b"data: [words.jsonl\nscale: 1\n", "options.yaml, line 2: broken YAML"),
         (b"data: \x01\n", "options.yaml: broken YAML"),

@@ -9,11 +9,11 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from conftest import MakeEncoder
-from secateur.artifacts import Comparison, ScoreRow, load
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.evaluation.differences import read_draws, score_differences
 from secateur.evaluation.evaluate import evaluate
 from secateur.reporting.compare import compare, nearest_texts, overlap
+from secateur.results import Comparison, ScoreRow, load
 from task_folders import example_rows, sentences, write_task
 
 
@@ -112,10 +112,10 @@ def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path)
         (folders, {"texts": [tmp_path / "two.txt"]}, "2 distinct texts"),
         (folders, {"tasks": ["t"], "names": ["a", "a", "b"]}, "same name"),
         ([folders[0], folders[0]], {"tasks": ["t"]}, "same name"),
-        (folders, {"tasks": ["t"], "neighbours": 0}, "neighbours: 0 will not do"),
-        (folders, {"tasks": ["t"], "neighbours": -1}, "neighbours: -1 will not do"),
-        (folders, {"tasks": ["t"], "max_texts": 1}, "max_texts: 1 will not do"),
-        (folders, {"tasks": ["t"], "batch_size": 0}, "batch_size: 0 will not do"),
+        (folders, {"tasks": ["t"], "neighbours": 0}, "neighbours: 0 is not valid"),
+        (folders, {"tasks": ["t"], "neighbours": -1}, "neighbours: -1 is not valid"),
+        (folders, {"tasks": ["t"], "max_texts": 1}, "max_texts: 1 is not valid"),
+        (folders, {"tasks": ["t"], "batch_size": 0}, "batch_size: 0 is not valid"),
     ):
         with pytest.raises(ConfigError, match=says):
             compare(models, **options)

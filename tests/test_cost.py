@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from architectures import batch, model_of, padding_id, states
 from conftest import MakeEncoder
-from secateur.architectures.blocks import embeddings_of
-from secateur.artifacts import Costs, load
 from secateur.errors import ConfigError, ModelError
-from secateur.loading.models import open_model
 from secateur.measures.flops import MatrixProducts, flops_per_token
+from secateur.models.blocks import embeddings_of
+from secateur.models.open_model import open_model
 from secateur.provenance import fingerprint_files
 from secateur.reporting.cost import bytes_on_disk, cost, long_texts, measure_alone, short_texts
+from secateur.results import Costs, load
 
 DENSE = (
     "llama",

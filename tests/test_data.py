@@ -17,9 +17,9 @@ from secateur.data.e5_mix import INSTRUCTIONS
 from secateur.data.pairs import Pair, Pairs, batches, read_pairs
 from secateur.data.sources import data_files, read_sources
 from secateur.data.texts import Texts, read_texts
-from secateur.encoding.rows import read_rows
 from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import read_task_folder
+from secateur.inference.rows import read_rows
 
 ROWS = [
     {"query": 'with "quotes", a comma\nand a line', "positive": "Blätter 葉", "negative": "n1"},

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
-from secateur.architectures.blocks import cut
-from secateur.artifacts import Profile, Scores, load
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.tasks import open_task
-from secateur.loading.models import open_model
+from secateur.models.blocks import cut
+from secateur.models.open_model import open_model
 from secateur.profiling.depth_scores import depth_scores
 from secateur.profiling.profile import profile
 from secateur.pruning.prune import prune
+from secateur.results import Profile, Scores, load
 from task_folders import TYPES, example_rows, write_task
 
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared"))

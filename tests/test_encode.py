@@ -23,17 +23,17 @@ from sentence_transformers.util import quantize_embeddings
 from conftest import LETTERS, MakeEncoder, tiny_transformer
 from killing import run_until, signalled
 from secateur import accelerate, encode, evaluate, export, open_model
-from secateur.architectures import forward
 from secateur.cli import app
-from secateur.encoding import engine
-from secateur.encoding.arithmetic import use_arithmetic
-from secateur.encoding.encode import SHARD, TEXTS
-from secateur.encoding.engine import Engine
-from secateur.encoding.mixed import MixedLinear, Spared, use_mixed_products
-from secateur.encoding.pools import Opening, open_worker
-from secateur.encoding.rows import read_rows
 from secateur.errors import ConfigError, DataError, OutputError
+from secateur.inference import engine
+from secateur.inference.arithmetic import use_arithmetic
+from secateur.inference.encode import SHARD, TEXTS
+from secateur.inference.engine import Engine
+from secateur.inference.mixed import MixedLinear, Spared, use_mixed_products
+from secateur.inference.pools import Opening, open_worker
+from secateur.inference.rows import read_rows
 from secateur.measures.metrics import paired_cosines
+from secateur.models import forward
 from task_folders import example_rows, write_task
 
 SCRIPTS = (
@@ -272,7 +272,7 @@ def test_a_mixed_layer_rounds_its_weights_and_inputs_alone(make_encoder: MakeEnc
 def test_auto_keeps_its_bound_on_texts_that_it_has_not_seen(make_encoder: MakeEncoder, monkeypatch):
     """Where bfloat16 is said to be quicker: random letters, hardest where they are few."""
     seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr("secateur.encoding.arithmetic.block_seconds", lambda model: seconds)
+    monkeypatch.setattr("secateur.inference.arithmetic.block_seconds", lambda model: seconds)
     own, exact = make_encoder("llama", depth=4, seed=1), make_encoder("llama", depth=4, seed=1)
     taken = use_arithmetic(own, "auto")
     assert taken == "float32" or taken.startswith("mixed")
@@ -284,7 +284,7 @@ def test_auto_keeps_its_bound_on_texts_that_it_has_not_seen(make_encoder: MakeEn
 def test_auto_measures_where_there_is_much_to_encode(model: Path, reference, tmp_path: Path, monkeypatch):
     """Where bfloat16 is said to be quicker."""
     seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr("secateur.encoding.arithmetic.block_seconds", lambda model: seconds)
+    monkeypatch.setattr("secateur.inference.arithmetic.block_seconds", lambda model: seconds)
     for count, taken in ((100, "float32"), (2000, "mixed")):
         texts = [f"{i} {'word ' * (i % 40)}" for i in range(count)]
         out = tmp_path / f"{count}.npy"
@@ -305,7 +305,7 @@ def test_auto_is_measured_on_texts_of_the_run(model: Path, tmp_path: Path, monke
         asked.append((texts, prompt))
         return "float32"
 
-    monkeypatch.setattr("secateur.encoding.arithmetic.quicken", quicken)
+    monkeypatch.setattr("secateur.inference.arithmetic.quicken", quicken)
     texts = [f"{i} {'word ' * (20 + i % 60)}" for i in range(1000)]
     file = write_lines(tmp_path / "a.jsonl", texts * 2)
     encode(model, [file], out=tmp_path / "v.npy", prompt_name="query")

@@ -34,7 +34,6 @@ from sklearn.metrics import f1_score, ndcg_score, v_measure_score
 from tokenizers import normalizers
 
 from conftest import MakeEncoder
-from secateur.artifacts import ScoreRow, Scores, load
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, DataError, ModelError, OutputError
 from secateur.evaluation.differences import read_draws
@@ -42,9 +41,10 @@ from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.predictions import averaged_metric, v_measure_of
 from secateur.evaluation.task_folder import read_task_folder, sample_task
 from secateur.evaluation.tasks import open_task
-from secateur.loading.models import open_model
 from secateur.measures.intervals import resample
+from secateur.models.open_model import open_model
 from secateur.provenance import Provenance, acting_as
+from secateur.results import ScoreRow, Scores, load
 from task_folders import TYPES, example_rows, write_task
 
 
@@ -375,10 +375,10 @@ def test_wrong_arguments_are_refused(make_encoder: MakeEncoder, tmp_path: Path):
         (([model, model], [path]), {"names": ["m", "m"]}, "two models are called m"),
         (([model], [path]), {"names": ["m", "n"]}, "2 names for 1 models"),
         (([model], [path, path]), {}, "two tasks are called t"),
-        (([model], [path]), {"batch_size": 0}, "batch_size: 0 will not do: .* greater than or equal to 1"),
-        (([model], [path]), {"sample": 2.5}, "sample: 2.5 will not do"),
-        (([model], [path]), {"seed": None}, "seed: None will not do"),
-        (([model], [path]), {"seed": -1}, "seed: -1 will not do"),
+        (([model], [path]), {"batch_size": 0}, "batch_size: 0 is not valid: .* greater than or equal to 1"),
+        (([model], [path]), {"sample": 2.5}, "sample: 2.5 is not valid"),
+        (([model], [path]), {"seed": None}, "seed: None is not valid"),
+        (([model], [path]), {"seed": -1}, "seed: -1 is not valid"),
         (([model], [path]), {"instructed": []}, "0 values for 1 models"),
     ]:
         with pytest.raises(ConfigError, match=says):

@@ -17,8 +17,8 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 from architectures import config_of
 from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
-from secateur import config, runtime
-from secateur.artifacts import load
+from secateur import options as config
+from secateur import runtime
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
 from secateur.exporting.compatibility import compatibility
 from secateur.exporting.export import LEAST_COSINE, export
@@ -27,6 +27,7 @@ from secateur.exporting.graph import EncoderGraph
 from secateur.exporting.manifest import Export
 from secateur.exporting.outliers import SplitLinear, outliers_apart
 from secateur.measures.metrics import paired_cosines
+from secateur.results import load
 from task_folders import example_rows, write_task
 
 ARCHITECTURES = ("llama", "bert", "gemma3_text", "qwen3", "modernbert")

@@ -13,7 +13,6 @@ import pytest
 from matplotlib import image
 from matplotlib.text import Text
 
-from secateur.artifacts import DepthRow, DepthScoreRow, LossRow, Profile, Training, TrialRow
 from secateur.figures.depth import loss_curve, profile_figures
 from secateur.figures.frontier import Point, frontier, size_curve
 from secateur.figures.saving import save_png, svg
@@ -21,6 +20,7 @@ from secateur.figures.style import COLOURS, INK
 from secateur.figures.text import shorten
 from secateur.figures.training import training_curves
 from secateur.provenance import Provenance
+from secateur.results import DepthRow, DepthScoreRow, LossRow, Profile, Training, TrialRow
 
 MADE = Provenance("secateur study", "2026-01-02T03:04:05+00:00", 7, {}, (), {})
 SVG = "{http://www.w3.org/2000/svg}"

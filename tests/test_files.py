@@ -19,14 +19,14 @@ from safetensors.numpy import save_file
 
 from conftest import disk_of
 from secateur.errors import ConfigError, OutputError, system_error
-from secateur.files import held, new_folder, write_text, writing
+from secateur.files import lock, new_folder, output_errors, write_text
 from secateur.progress import quiet
 
 _HOLDS = """
 import sys, time
 from pathlib import Path
-from secateur.files import held
-with held(Path(sys.argv[1])):
+from secateur.files import lock
+with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -64,7 +64,7 @@ def test_what_a_killed_run_held_is_free(tmp_path: Path):
     with subprocess.Popen([sys.executable, "-c", _HOLDS, partial], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(OutputError, match="another run"), held(partial):
+        with pytest.raises(OutputError, match="another run"), lock(partial):
             pass
         other.kill()
         other.wait()
@@ -113,14 +113,14 @@ def test_a_full_disk_is_one_whichever_library_meets_it(library: str, tmp_path: P
     with (
         disk_of(100, tmp_path / "small") as disk,
         pytest.raises(OutputError, match="the disk is full: free some space"),
-        writing(disk / "out"),
+        output_errors(disk / "out"),
     ):
         FILL[library](disk)
 
 
 def test_errors_that_are_not_the_disks_are_passed_on(tmp_path: Path):
     for error in (ConnectionResetError(errno.ECONNRESET, "gone"), TimeoutError("late"), ConfigError("a", 1, "wrong")):
-        with pytest.raises(type(error)) as caught, writing(tmp_path / "out"):
+        with pytest.raises(type(error)) as caught, output_errors(tmp_path / "out"):
             raise error
         assert caught.value is error
     try:
@@ -134,7 +134,10 @@ def test_too_many_open_files_are_told(tmp_path: Path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[0]), limits[1]))
     opened = []
     try:
-        with pytest.raises(OutputError, match=r"too many files are open: raise the limit"), writing(tmp_path / "out"):
+        with (
+            pytest.raises(OutputError, match=r"too many files are open: raise the limit"),
+            output_errors(tmp_path / "out"),
+        ):
             while True:
                 opened.append((tmp_path / "file").open("w"))
     finally:
@@ -143,7 +146,7 @@ def test_too_many_open_files_are_told(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-PRINTS = "from secateur import cli, config\n@cli.app.command('many')\ndef many():\n    print('a' * 5000)\ncli.main()"
+PRINTS = "from secateur import cli\n@cli.app.command('many')\ndef many():\n    print('a' * 5000)\ncli.main()"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_ind
 
-from secateur.artifacts import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training
 from secateur.errors import DataError
 from secateur.provenance import Provenance
 from secateur.reporting.drawings import captions, draw
@@ -19,6 +18,7 @@ from secateur.reporting.report import report
 from secateur.reporting.run import read_run
 from secateur.reporting.saturation import Saturation, fit_saturation
 from secateur.reporting.verdict import notes, smallest_as_good, telling, verdict
+from secateur.results import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training
 
 MADE = Provenance("secateur", "2026-03-04T05:06:07+00:00", None, {}, (), {})
 TASKS = ("sts", "search")

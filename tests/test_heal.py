@@ -24,7 +24,6 @@ from tokenizers.processors import TemplateProcessing
 import secateur
 from conftest import MakeEncoder, disk_of, example_pairs, tiny_transformer, write_pairs
 from killing import run_until
-from secateur.artifacts import Origin, Training, load
 from secateur.data.pairs import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
 from secateur.evaluation.evaluate import is_instructed
@@ -34,8 +33,9 @@ from secateur.healing.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
 from secateur.healing.train import Outcome, make_loss, train, training_sets
 from secateur.healing.trainable import decide
 from secateur.healing.trainer import TRAINED_WEIGHTS, Validation, last_checkpoint
-from secateur.loading.models import attends_backwards_only
+from secateur.models.open_model import is_causal
 from secateur.progress import silent
+from secateur.results import Origin, Training, load
 from task_folders import example_rows, write_task
 
 STEPS = 20
@@ -371,7 +371,7 @@ def test_both_ways_is_kept_in_the_folder_and_refused_where_it_changes_nothing(
 ):
     settings = SETTINGS | {"steps": 1, "bidirectional": True}
     healed = secateur.heal(llama_folder, pairs_file, **settings, out=tmp_path / "out")
-    assert not attends_backwards_only(SentenceTransformer(str(healed), device="cpu")[0])
+    assert not is_causal(SentenceTransformer(str(healed), device="cpu")[0])
     assert load(healed, Training).settings["bidirectional"] is True
     with pytest.raises(ModelError, match="attends both ways already"):
         secateur.heal(healed, pairs_file, **settings, out=tmp_path / "again")

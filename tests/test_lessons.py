@@ -13,8 +13,6 @@ from sentence_transformers import SentenceTransformer
 
 import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
-from secateur.artifacts import Training, load
-from secateur.config import HealOptions, make
 from secateur.data.pairs import Pair, Pairs, read_pairs
 from secateur.data.texts import read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
@@ -24,8 +22,10 @@ from secateur.healing.objectives import Objective
 from secateur.healing.recipe import Recipe, make_recipe
 from secateur.healing.teacher import PROBES, TeacherVectors, open_teacher
 from secateur.healing.train import train, training_sets, used_rows
+from secateur.options import HealOptions, make
 from secateur.progress import silent
 from secateur.provenance import Fingerprint
+from secateur.results import Training, load
 
 SOURCE = Fingerprint("data", "", 1)
 SETTINGS = {"steps": 30, "batch_size": 8, "precision": "float32"}

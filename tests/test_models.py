@@ -20,8 +20,8 @@ from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel, 
 import secateur
 from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
-from secateur.loading.models import attends_backwards_only, demo_model, save_model
-from secateur.loading.pooling import pooling_name
+from secateur.models.open_model import demo_model, is_causal, save_model
+from secateur.models.pooling import pooling_name
 from secateur.pruning.prune import origin_of
 
 TEXTS = ["the hedge is cut back", "one", "def add: return a, b"]
@@ -64,7 +64,7 @@ def test_attention_is_measured_and_decides_the_pooling(llama_folder: Path, tmp_p
         (bert, False),
         (secateur.open_model(both_ways, device="cpu"), False),
     ):
-        assert attends_backwards_only(model[0]) == backwards
+        assert is_causal(model[0]) == backwards
         assert pooling_name(model) == ("weighted_mean" if backwards else "mean")
 
 

@@ -12,16 +12,17 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import secateur
-from secateur import config
+from secateur import options as config
 
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files provenance artifacts progress clusters config
+errors files provenance results progress clusters
+options: base shared way runs inference
 figures: text style labels depth frontier training saving
-architectures: stacks legality blocks forward
+models: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
-loading: names pooling checks gguf readers models
+models: names pooling checks gguf readers open_model
 data: formats jsonl e5_mix hub_sets tables pairs texts sources vectors demo
 measures: metrics false_negatives intervals curves stopping flops
 evaluation: task_folder tasks differences predictions evaluate
@@ -34,9 +35,8 @@ reporting: cost compare journal run findings saturation printing verdict drawing
 studies: presets plan inputs estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export
-encoding: memory mixed arithmetic
-serving: encoders exported queueing connections gate embeddings app serve
-encoding: engine pools rows vector_files encode
+inference: memory mixed arithmetic encoders exported queueing connections gate embeddings app serve
+inference: engine pools rows vector_files encode
 cli: places arguments tables bars commands
 __main__
 """
@@ -52,7 +52,7 @@ def flow() -> list[str]:
 
 
 FLOW = flow()
-PARTS = {"runtime": "runtime", "cli": "cli.commands"}
+PARTS = {"runtime": "runtime", "cli": "cli.commands", "options": "options.inference"}
 """Packages whose names are had from the package itself → where they stand."""
 
 

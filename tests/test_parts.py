@@ -13,9 +13,9 @@ import torch
 
 from architectures import model_of
 from conftest import MakeEncoder, tiny_transformer
-from secateur.architectures.blocks import cut, legal_depths
-from secateur.loading.models import open_model
 from secateur.measures.flops import flops_per_token
+from secateur.models.blocks import cut, legal_depths
+from secateur.models.open_model import open_model
 from secateur.profiling.parts import cost_of, measure_parts, part_sizes
 from secateur.profiling.profile import profile
 from secateur.pruning.prune import prune

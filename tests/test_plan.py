@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from secateur.artifacts import DepthRow, Profile
-from secateur.config import HealOptions, StudyOptions, make
 from secateur.errors import ConfigError, IllegalDepth, OutputError
 from secateur.files import output_error
+from secateur.options import HealOptions, StudyOptions, make
 from secateur.provenance import provenance
+from secateur.results import DepthRow, Profile
 from secateur.studies.estimate import corrected
 from secateur.studies.plan import Base, Plan, Step, blocked, plan_steps
 from secateur.studies.presets import SHRINK

@@ -17,18 +17,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import architectures
 from conftest import LETTERS, example_pairs, tiny_transformer
-from secateur.architectures.blocks import blocks_of, cut, legal_depths
-from secateur.architectures.forward import FEWEST, PADDING, plan_evenly, tokenize
-from secateur.artifacts import Profile, load
 from secateur.choosing.choose import choose
 from secateur.data.pairs import read_pairs
 from secateur.data.texts import read_texts
 from secateur.errors import ConfigError, DataError, ModelError
-from secateur.loading.models import open_model
 from secateur.measures import stopping
+from secateur.models.blocks import blocks_of, cut, legal_depths
+from secateur.models.forward import FEWEST, PADDING, plan_evenly, tokenize
+from secateur.models.open_model import open_model
 from secateur.profiling.depths import DepthEncoder
 from secateur.profiling.parts import BATCH, BATCHES, SINGLES
 from secateur.profiling.profile import profile
+from secateur.results import Profile, load
 from task_folders import example_rows, write_task
 
 INSTRUCTION = "find the word that is asked for"
@@ -458,7 +458,7 @@ def test_the_same_data_twice_are_refused(llama, pairs, tmp_path):
 )
 def test_numbers_and_names_that_will_not_do_are_refused_before_any_work(option, llama, pairs, tmp_path):
     (name,) = option
-    with pytest.raises(ConfigError, match=f"^{name}: .* will not do"):
+    with pytest.raises(ConfigError, match=f"^{name}: .* is not valid"):
         profile(llama, pairs, out=tmp_path / "out", **option)
     assert not (tmp_path / "out").exists()
 
@@ -588,7 +588,7 @@ def test_smollm2_gives_the_losses_of_the_public_code(monkeypatch):
 
     # The public code tokenizes a text alone and pools that many tokens from the end, which is off where a text's first
     # word has another number of tokens after a blank. Counted its way, nothing else is left.
-    from secateur.loading.pooling import L3PrunePooling
+    from secateur.models.pooling import L3PrunePooling
 
     tokenizer = model.tokenizer
     prompt = f"{reference['instruction']}; "

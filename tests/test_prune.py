@@ -34,11 +34,11 @@ import secateur
 from architectures import bypassed, model_of
 from conftest import example_pairs, llama_model, tiny_transformer
 from hub import serve
-from secateur.architectures.blocks import final_norm
-from secateur.artifacts import Origin, load
 from secateur.checkpoints.verify import Expected, difference, probe, probe_tokens
 from secateur.errors import ConfigError, IllegalDepth, ModelError, OutputError, SecateurError, VerificationFailed
-from secateur.loading.models import demo_model, open_model
+from secateur.models.blocks import final_norm
+from secateur.models.open_model import demo_model, open_model
+from secateur.results import Origin, load
 
 TEXTS = ["the hedge is cut back by half", "one", "def add: return a, b"]
 DEPTH = 5
@@ -290,11 +290,11 @@ def test_options_that_do_not_go_together_are_refused(source: Path, tmp_path: Pat
         (source, {"to": "small", "profile": measured, "pooling": "lasttoken"}, "measured with weighted_mean"),
         (source, {"to": 2, "revision": "foo"}, "revision: .* is here and not on the Hub"),
         (embedder, {"to": 1, "max_length": 16}, "max_length: .* is a trained embedder"),
-        (source, {"to": 2, "max_length": -1}, "max_length: -1 will not do"),
-        (source, {"to": 2, "dtype": "foo"}, "dtype: 'foo' will not do"),
-        (source, {"to": 2, "pooling": "bogus"}, "pooling: 'bogus' will not do"),
-        (source, {"to": True}, "to: True will not do"),
-        (source, {"keep": 3}, "keep: 3 will not do"),
+        (source, {"to": 2, "max_length": -1}, "max_length: -1 is not valid"),
+        (source, {"to": 2, "dtype": "foo"}, "dtype: 'foo' is not valid"),
+        (source, {"to": 2, "pooling": "bogus"}, "pooling: 'bogus' is not valid"),
+        (source, {"to": True}, "to: True is not valid"),
+        (source, {"keep": 3}, "keep: 3 is not valid"),
     ):
         with pytest.raises(ConfigError, match=says):
             secateur.prune(model, out=tmp_path / "out", **options)

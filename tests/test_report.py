@@ -13,7 +13,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from secateur.artifacts import (
+from secateur.choosing.choose import losses_fingerprint
+from secateur.errors import DataError
+from secateur.provenance import Fingerprint, Provenance
+from secateur.reporting.card import CARD_MARK
+from secateur.reporting.findings import find
+from secateur.reporting.report import report
+from secateur.reporting.run import read_run
+from secateur.reporting.verdict import verdict
+from secateur.results import (
     CostRow,
     Costs,
     DepthRow,
@@ -26,14 +34,6 @@ from secateur.artifacts import (
     TrialRow,
     load,
 )
-from secateur.choosing.choose import losses_fingerprint
-from secateur.errors import DataError
-from secateur.provenance import Fingerprint, Provenance
-from secateur.reporting.card import CARD_MARK
-from secateur.reporting.findings import find
-from secateur.reporting.report import report
-from secateur.reporting.run import read_run
-from secateur.reporting.verdict import verdict
 
 TASKS = (("STSBenchmark", "sts", "cosine_spearman", 1379), ("Banking77", "classification", "accuracy", 3080))
 SCORES = {

@@ -11,13 +11,13 @@ import pytest
 
 import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
-from secateur.artifacts import Training, load
 from secateur.data.pairs import read_pairs
 from secateur.errors import ConfigError, OutputError
-from secateur.files import held
+from secateur.files import lock
 from secateur.healing.recipe import Recipe
 from secateur.healing.train import train, training_sets
 from secateur.progress import silent
+from secateur.results import Training, load
 from task_folders import example_rows, write_task
 
 SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 8, "precision": "float32", "train": "blocks"}
@@ -74,11 +74,11 @@ def test_one_run_at_a_time_goes_on_and_tells_what_an_earlier_version_did_not_not
     noted = json.loads((partial / "training.json").read_text())
     known = {key: value for key, value in noted.items() if key not in ("weights", "prompts")}
     (partial / "training.json").write_text(json.dumps(known))
-    with held(partial), pytest.raises(OutputError, match="another run is working in it"):
+    with lock(partial), pytest.raises(OutputError, match="another run is working in it"):
         secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out")
 
     def at_work(what: str, done: int, total: int) -> None:
-        with pytest.raises(OutputError, match="another run is working in it"), held(partial):
+        with pytest.raises(OutputError, match="another run is working in it"), lock(partial):
             pass
 
     out = secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out", progress=at_work)

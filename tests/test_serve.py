@@ -35,15 +35,15 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 import secateur
 from conftest import tiny_transformer
-from secateur.config import ServeOptions, make
 from secateur.errors import ConfigError, ModelError, SecateurError
-from secateur.serving.app import make_app
-from secateur.serving.connections import Connection
-from secateur.serving.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
-from secateur.serving.exported import OPENING, is_export
-from secateur.serving.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
-from secateur.serving.queueing import Batch, Batcher, EncodingFailed, QueueFull, Worker, choose_batch
-from secateur.serving.serve import Server, bind, listen, make_server, open_encoder
+from secateur.inference.app import make_app
+from secateur.inference.connections import Connection
+from secateur.inference.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
+from secateur.inference.exported import OPENING, is_export
+from secateur.inference.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
+from secateur.inference.queueing import Batch, Batcher, EncodingFailed, QueueFull, Worker, choose_batch
+from secateur.inference.serve import Server, bind, listen, make_server, open_encoder
+from secateur.options import ServeOptions, make
 
 PROMPTS = {"query": "find: ", "document": ""}
 TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]
@@ -840,7 +840,7 @@ class Stuck:
 
 @pytest.mark.slow  # two processes start
 def test_a_batch_that_never_ends_is_repeated_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("secateur.serving.queueing.LEAST_PATIENCE", 0.5)
+    monkeypatch.setattr("secateur.inference.queueing.LEAST_PATIENCE", 0.5)
     batches: list[Batch] = []
 
     async def everything(process: EncoderProcess) -> None:

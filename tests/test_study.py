@@ -20,9 +20,9 @@ import secateur
 from conftest import example_pairs, llama_model, tiny_transformer, write_pairs
 from killing import run_for, run_until
 from secateur import cli
-from secateur.artifacts import Costs, Origin, Profile, Scores, Training, load
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, OutputError, SecateurError, StudyFailed
 from secateur.reporting.run import read_run
+from secateur.results import Costs, Origin, Profile, Scores, Training, load
 from secateur.studies.study import join_tables
 from task_folders import example_rows, write_task
 

@@ -190,11 +190,11 @@ def test_all_bad_rows_of_a_file_are_told_at_once(tmp_path: Path):
         open_task(write_task(tmp_path / "t", "retrieval", rows))
     assert str(caught.value).endswith(
         "qrels.tsv, line 50, \"corpus-id\": 'd999' is not in corpus.jsonl; "
-        "lines 51, 52, 53, 54, 55 and 5 more will not do either"
+        "lines 51, 52, 53, 54, 55 and 5 more is not valid either"
     )
     sts = example_rows("sts")
     del sts["test"][2]["score"], sts["test"][7]["score"]
-    with pytest.raises(DataError, match=r"line 3, .*; line 8 will not do either$"):
+    with pytest.raises(DataError, match=r"line 3, .*; line 8 is not valid either$"):
         open_task(write_task(tmp_path / "u", "sts", sts))
 
 

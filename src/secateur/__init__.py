@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from secateur.choosing.candidates import candidates
     from secateur.choosing.choose import choose
-    from secateur.encoding.encode import encode
-    from secateur.encoding.engine import accelerate
     from secateur.errors import SecateurError
     from secateur.evaluation.evaluate import evaluate
     from secateur.exporting.export import export
     from secateur.healing.heal import heal
-    from secateur.loading.models import open_model
+    from secateur.inference.encode import encode
+    from secateur.inference.engine import accelerate
+    from secateur.inference.serve import serve
+    from secateur.models.open_model import open_model
     from secateur.profiling.profile import profile
     from secateur.pruning.prune import prune
     from secateur.reporting.compare import compare
     from secateur.reporting.cost import cost
     from secateur.reporting.report import report
-    from secateur.serving.serve import serve
     from secateur.studies.study import plan_study, read_scores, read_status, study
 
 __all__ = [
@@ -51,23 +51,23 @@ __all__ = [
 
 _HOMES = {
     "SecateurError": "errors",
-    "accelerate": "encoding.engine",
+    "accelerate": "inference.engine",
     "candidates": "choosing.candidates",
     "choose": "choosing.choose",
     "compare": "reporting.compare",
     "cost": "reporting.cost",
-    "encode": "encoding.encode",
+    "encode": "inference.encode",
     "evaluate": "evaluation.evaluate",
     "export": "exporting.export",
     "heal": "healing.heal",
-    "open_model": "loading.models",
+    "open_model": "models.open_model",
     "plan_study": "studies.study",
     "profile": "profiling.profile",
     "prune": "pruning.prune",
     "read_scores": "studies.study",
     "read_status": "studies.study",
     "report": "reporting.report",
-    "serve": "serving.serve",
+    "serve": "inference.serve",
     "study": "studies.study",
 }
 _EXTRAS = {"serve": "serve"}

@@ -136,14 +136,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     partial = partial_folder(path)
-    with writing(path):
+    with output_errors(path):
         partial.mkdir(parents=True, exist_ok=True)
-    with held(partial):
+    with lock(partial):
         try:
-            with writing(path):
+            with output_errors(path):
                 empty_folder(partial)
                 yield partial
-                give_name(partial, path)
+                rename_into_place(partial, path)
         except SecateurError as error:
             shutil.rmtree(partial, ignore_errors=True)
             # The user named the folder, and only that name means anything once the other is gone.
@@ -155,7 +155,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Within: no other run works in this folder. The lock lies on the folder itself, and ends with the process.
 
     Where the system or the disk knows no such locks, there is none.
@@ -210,7 +210,7 @@ def partial_folder(path: str | Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def give_name(folder: Path, path: Path) -> None:
+def rename_into_place(folder: Path, path: Path) -> None:
     """Rename a folder to ``path``, which is absent or an empty folder."""
     if path.exists():
         path.rmdir()
@@ -256,7 +256,7 @@ def results_folder(path: str | Path, *own: str) -> Path:
 
 
 @contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
+def output_errors(path: str | Path) -> Iterator[None]:
     """Within: what fails because ``path`` cannot be written is an OutputError.
 
     On a full disk, libraries raise errors of their own, of which torch's does not tell. An OSError of the network, or

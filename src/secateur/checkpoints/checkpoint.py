@@ -20,7 +20,6 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from secateur.architectures.blocks import text_config
 from secateur.checkpoints.cut_plan import (
     CONFIG,
     check_loads,
@@ -37,6 +36,7 @@ from secateur.checkpoints.shards import Source, read_json, shard_names
 from secateur.checkpoints.sources import Folder, Hub, open_source
 from secateur.errors import ConfigError, ModelError, OutputError, UnsupportedArchitecture
 from secateur.files import output_error
+from secateur.models.blocks import text_config
 
 # Files beside the weights that belong to the text encoder. On the Hub, where there is no listing to match, by name.
 COMPANIONS = (

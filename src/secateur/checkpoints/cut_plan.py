@@ -21,7 +21,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from secateur.architectures.blocks import (
+from secateur.checkpoints.lora import FLOATS, Adapter, Factors, check_fits
+from secateur.checkpoints.shards import DTYPES, INDEX, Source, Tensor, read_header
+from secateur.errors import ModelError, SecateurError, UnsupportedArchitecture
+from secateur.models.blocks import (
     check_keep,
     cut_config,
     encoder_class,
@@ -30,9 +33,6 @@ from secateur.architectures.blocks import (
     tensor_of_block,
     text_config,
 )
-from secateur.checkpoints.lora import FLOATS, Adapter, Factors, check_fits
-from secateur.checkpoints.shards import DTYPES, INDEX, Source, Tensor, read_header
-from secateur.errors import ModelError, SecateurError, UnsupportedArchitecture
 
 CONFIG = "config.json"
 

@@ -23,10 +23,10 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from secateur.architectures.blocks import bypassed, cut_config, encoder_class, opens_at, skeleton, text_config
 from secateur.checkpoints.lora import read_adapter
 from secateur.checkpoints.sources import open_source
 from secateur.errors import ModelError, VerificationFailed
+from secateur.models.blocks import bypassed, cut_config, encoder_class, opens_at, skeleton, text_config
 
 PROBES = (
     "The gardener cut the hedge back to half its height.",

@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from secateur.artifacts import PartRow, Profile
 from secateur.choosing.selectors import Choice, chance_of, losses_of, prefix
-from secateur.config import ChooseOptions, check
 from secateur.errors import ConfigError, DataError
 from secateur.measures.curves import Rule, lowest_in_each_half
+from secateur.options import ChooseOptions, check
 from secateur.profiling.parts import cost_of
+from secateur.results import PartRow, Profile
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.artifacts import Profile
 from secateur.choosing.budgets import Budget, within
 from secateur.choosing.choose import SHORT, choice_of, choose, read_profile
 from secateur.choosing.selectors import SELECTORS, Choice, prefix
 from secateur.errors import SecateurError
 from secateur.profiling.parts import cost_of
+from secateur.results import Profile
 
 FULL, BUDGET = "full", "budget"
 _DECIDE = [name for name, selector in SELECTORS.items() if not selector.counts]

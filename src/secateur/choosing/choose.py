@@ -8,10 +8,10 @@ import math
 import re
 from pathlib import Path
 
-from secateur.artifacts import Profile, load
 from secateur.choosing.budgets import Budget, within
 from secateur.choosing.selectors import SEED, SELECTORS, Choice, Question, Selector, l3prune, prefix
 from secateur.errors import ConfigError, IllegalDepth
+from secateur.results import Profile, load
 
 SHORT = {"small": "l3prune-small", "large": "l3prune-large"}
 """Short names of the paper's two choices."""

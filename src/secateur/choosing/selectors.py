@@ -15,7 +15,6 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from secateur.artifacts import Profile
 from secateur.errors import ConfigError, DataError, IllegalDepth
 from secateur.measures.curves import (
     Rule,
@@ -27,6 +26,7 @@ from secateur.measures.curves import (
     valleys_in_each_half,
 )
 from secateur.measures.intervals import FEWEST
+from secateur.results import Profile
 
 SEED = 42
 

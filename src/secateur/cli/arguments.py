@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from secateur import config
 from secateur.cli.places import check_places
+from secateur.errors import ConfigError
+from secateur.options import HealSettings, Options, default_of, extra, make, read_yaml
 
 
 def spread(arguments: list[str]) -> list[str]:
@@ -19,8 +20,12 @@ def spread(arguments: list[str]) -> list[str]:
 
     ``study status`` and ``study resume`` are commands whose names have a blank.
     """
-    several = {"--data", "--columns", "--tasks", "--texts", "--depths", "--dims", "--eval-data", "--eval-tasks"}
-    several |= {"--recipes", "--seeds", "--names"}
+    several = {
+        "--" + name.replace("_", "-")
+        for command in Options.__subclasses__() + HealSettings.__subclasses__()
+        for name, field in command.model_fields.items()
+        if get_origin(_plain(field.annotation)) is list
+    }
     if tuple(arguments[:2]) in (("study", "status"), ("study", "resume")):
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
     spread: list[str] = []
@@ -34,20 +39,21 @@ def spread(arguments: list[str]) -> list[str]:
     return spread
 
 
-def command_of(app: typer.Typer, options: type[config.Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a command whose arguments are the fields of ``options``; ``--config FILE.yaml`` sets them too."""
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         def command(**given: Any) -> None:
-            file, extra = (
-                given.pop("config"),
-                {key: given.pop(key) for key in list(given) if key not in options.model_fields},
-            )
-            values = config.read_yaml(Path(file)) if file else {}
+            file = given.pop("config")
+            own = {key: given.pop(key) for key in list(given) if key not in options.model_fields}
+            values = read_yaml(Path(file)) if file else {}
             values |= {key: value for key, value in given.items() if value not in (None, [], ())}
-            made = config.make(options, values)
+            made = make(options, values)
+            for name, field in options.model_fields.items():
+                if extra(options, name, "required") and getattr(made, name) is None:
+                    raise ConfigError(name, None, "is missing", field.description or "")
             check_places(made)
-            run(made, **extra)
+            run(made, **own)
 
         extras = list(inspect.signature(run).parameters.values())[1:]
         parameters = [_parameter(options, name) for name in options.model_fields]
@@ -75,15 +81,14 @@ _CONFIG = inspect.Parameter(
 )
 
 
-def _parameter(options: type[config.Options], name: str) -> inspect.Parameter:
+def _parameter(options: type[Options], name: str) -> inspect.Parameter:
     """One field as typer wants it: optional for the parser, since it may come from the configuration file."""
     field = options.model_fields[name]
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    default = config.default_of(options, name)
+    default = default_of(options, name)
     text = field.description or ""
     kind = _plain(field.annotation)
     info: Any
-    if extra.get("argument"):
+    if extra(options, name, "argument"):
         info = typer.Argument(
             help=text,
             show_default=False,
@@ -91,12 +96,13 @@ def _parameter(options: type[config.Options], name: str) -> inspect.Parameter:
         )
     else:
         flag = "--" + name.replace("_", "-")
-        names = [flag, *([str(extra["short"])] if "short" in extra else [])]
+        short = extra(options, name, "short")
+        names = [flag, *([short] if short else [])]
         if kind is bool:
             names = [f"{flag}/--no-{flag[2:]}"]
         shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
         suffix = f" [default: {shown}]" if shown not in (None, False, "") else ""
-        required = " [required]" if field.is_required() else ""
+        required = " [required]" if field.is_required() or extra(options, name, "required") else ""
         metavar = f"{name.upper().rstrip('S')}..." if get_origin(kind) is list else None
         info = typer.Option(*names, help=text + suffix + required, show_default=False, metavar=metavar)
     return inspect.Parameter(
@@ -108,7 +114,7 @@ def _plain(annotation: Any) -> Any:
     """The type that the parser checks; the rest is pydantic's: a choice is a text, a path stays a text."""
     if get_origin(annotation) in (Union, types.UnionType):
         return _plain(next(part for part in get_args(annotation) if part is not type(None)))
-    if get_origin(annotation) is Literal or annotation is Path:
+    if get_origin(annotation) is Literal or annotation in (Path, Any):
         return str
     if get_origin(annotation) in (list, dict):
         return list[str]

@@ -10,11 +10,12 @@ import json
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from secateur import config
+from secateur import options as config
 from secateur.cli.arguments import command_of, spread
 from secateur.cli.bars import per_second, study_bars, work_bars
 from secateur.cli.tables import (
@@ -96,8 +97,8 @@ def profile_command(options: config.ProfileOptions) -> None:
     with work_bars() as progress:
         result = secateur.profile(**_given(options), progress=progress)
     show_profile(result)
-    typer.echo(f"\n{options.out / 'profile.json'}")
-    for picture in sorted(options.out.glob("*.png")):
+    typer.echo(f"\n{Path(str(options.out)) / 'profile.json'}")
+    for picture in sorted(Path(str(options.out)).glob("*.png")):
         typer.echo(picture)
 
 
@@ -119,7 +120,7 @@ def choose_command(
 @command_of(app, config.PruneOptions)
 def prune_command(options: config.PruneOptions) -> None:
     import secateur
-    from secateur.artifacts import Origin, load
+    from secateur.results import Origin, load
 
     with work_bars() as progress:
         folder = secateur.prune(**_given(options), progress=progress)
@@ -132,7 +133,7 @@ def prune_command(options: config.PruneOptions) -> None:
 @command_of(app, config.HealOptions)
 def heal_command(options: config.HealOptions) -> None:
     import secateur
-    from secateur.artifacts import Training, load
+    from secateur.results import Training, load
 
     with work_bars() as progress:
         folder = secateur.heal(**_given(options), progress=progress)
@@ -150,7 +151,7 @@ def evaluate_command(options: config.EvaluateOptions) -> None:
     with work_bars() as progress:
         scores = secateur.evaluate(**_given(options), progress=progress)
     show_scores(scores)
-    typer.echo(f"\n{options.out / 'scores.json'}")
+    typer.echo(f"\n{Path(str(options.out)) / 'scores.json'}")
 
 
 @command_of(app, config.CostOptions)
@@ -160,7 +161,7 @@ def cost_command(options: config.CostOptions) -> None:
     with work_bars() as progress:
         costs = secateur.cost(**_given(options), progress=progress)
     show_costs(costs.rows)
-    typer.echo(f"\n{options.out / 'costs.json'}")
+    typer.echo(f"\n{Path(str(options.out)) / 'costs.json'}")
 
 
 @command_of(app, config.CompareOptions)
@@ -170,7 +171,7 @@ def compare_command(options: config.CompareOptions) -> None:
     with work_bars() as progress:
         comparison = secateur.compare(**_given(options), progress=progress)
     show_comparison(comparison)
-    typer.echo(f"\n{options.out / 'comparison.json'}")
+    typer.echo(f"\n{Path(str(options.out)) / 'comparison.json'}")
 
 
 @command_of(app, config.ExportOptions)
@@ -238,8 +239,8 @@ def _study(given: dict[str, Any]) -> None:
 @command_of(app, config.EncodeOptions)
 def encode_command(options: config.EncodeOptions) -> None:
     import secateur
-    from secateur.encoding.memory import keep_freed_memory
-    from secateur.encoding.rows import check_rows
+    from secateur.inference.memory import keep_freed_memory
+    from secateur.inference.rows import check_rows
 
     check_rows(options.files, options.column)
     keep_freed_memory()

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from secateur.artifacts import Profile, load
-from secateur.config import SELECTOR_NAMES, Names, Options, read_study
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.evaluation.task_folder import check_task_folder, read_task_folder
 from secateur.files import check_is_file, check_results_folder, partial_folder
-from secateur.loading.names import resolve
+from secateur.models.names import resolve
+from secateur.options import SELECTOR_NAMES, Names, Options, read_study
+from secateur.results import Profile, load
 
 SMALL = 8 << 20
 """Bytes of a task that are read here too: it takes less time than importing what a step needs."""
@@ -77,7 +77,7 @@ def _check_new_file(file: Path) -> None:
         raise OutputError(file, "exists already", "name another file, or remove this one")
 
 
-def _check_blocks(to: str) -> None:
+def _check_layers(to: str) -> None:
     name = to.partition(":")[0]
     if name not in SELECTOR_NAMES and re.fullmatch("[a-z-]{4,}", name):  # neither nan nor inf
         known = ", ".join(SELECTOR_NAMES)
@@ -85,7 +85,7 @@ def _check_blocks(to: str) -> None:
 
 
 _CHECKS: dict[str, Callable[[Any], object]] = {
-    "blocks": _check_blocks,
+    "layers": _check_layers,
     "model": _check_model,
     "task": _check_task,
     "file": check_is_file,

@@ -10,9 +10,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from secateur.artifacts import Comparison, CostRow, Profile, Scores
     from secateur.choosing.candidates import Candidates
     from secateur.exporting.manifest import Export
+    from secateur.results import Comparison, CostRow, Profile, Scores
     from secateur.studies.runner import State
 
 

@@ -15,10 +15,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from secateur.config import StudyOptions
 from secateur.errors import DataError
 from secateur.files import write_text
-from secateur.loading.names import DEMO_MODEL
+from secateur.models.names import DEMO_MODEL
+from secateur.options import StudyOptions
 from secateur.progress import Progress
 
 TRAIN_PACKAGES = ("numpy", "sklearn", "networkx", "matplotlib", "pandas")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from secateur.artifacts import DifferenceRow, ScoreRow
 from secateur.errors import DataError
 from secateur.measures.intervals import Array, interval, limits_of, mean_of
+from secateur.results import DifferenceRow, ScoreRow
 
 DRAWS_FOLDER = "draws"
 

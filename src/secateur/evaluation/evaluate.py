@@ -38,17 +38,16 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
-from secateur.artifacts import ScoreRow, Scores, load
-from secateur.config import EvaluateOptions, check
 from secateur.data.pairs import instruction_prompt
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.differences import draws_file
 from secateur.evaluation.predictions import predicted
 from secateur.evaluation.tasks import Task, count_samples, expand, open_task
-from secateur.files import held, output_error, read_json, write_bytes, writing
-from secateur.loading.models import model_label, open_model
+from secateur.files import lock, output_error, output_errors, read_json, write_bytes
 from secateur.measures.intervals import FEWEST, Array, doubt, interval, limits_of, mean_of, resample, whole
+from secateur.models.open_model import model_label, open_model
+from secateur.options import EvaluateOptions, check
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (
     ENCODING,
@@ -60,6 +59,7 @@ from secateur.provenance import (
     provenance,
     versions_of,
 )
+from secateur.results import ScoreRow, Scores, load
 
 MTEB_FOLDER = "mteb"
 SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
@@ -249,7 +249,7 @@ class _Ledger:
         if self.out is not None and row.draws and not draws_file(self.out, row.draws).is_file():
             return False
         if self.out is not None and files != row.files:
-            with held(self.out, wait=True):
+            with lock(self.out, wait=True):
                 self._save(replace(row, files=files))
         return True
 
@@ -266,12 +266,12 @@ class _Ledger:
         if self.out is None:
             self.rows[row.model, row.task] = row
             return
-        with held(self.out, wait=True):
+        with lock(self.out, wait=True):
             if scored.draws is not None:
                 stream = io.BytesIO()
                 np.save(stream, scored.draws)
                 write_bytes(draws_file(self.out, row.draws), stream.getvalue())
-            with writing(self.out / MTEB_FOLDER):
+            with output_errors(self.out / MTEB_FOLDER):
                 ResultCache(self.out / MTEB_FOLDER).save_to_cache(scored.result, scored.meta)
             self._save(row)
 

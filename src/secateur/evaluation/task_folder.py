@@ -199,7 +199,7 @@ def _refuse(mistakes: Sequence[DataError]) -> None:
     if others:
         more = f" and {len(others) - MISTAKES_TOLD} more" if len(others) > MISTAKES_TOLD else ""
         lines = f"line{'s' if len(others) > 1 else ''} {', '.join(others[:MISTAKES_TOLD])}{more}"
-        first.args = (f"{first}; {lines} will not do either",)
+        first.args = (f"{first}; {lines} is not valid either",)
     raise first
 
 

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
-from secateur.config import SavedPooling
 from secateur.data.demo import pairs_of
 from secateur.data.sources import Data, read_sources
 from secateur.errors import ConfigError, ExportTooFar, ModelError
@@ -28,8 +27,9 @@ from secateur.exporting.graph import EncoderGraph
 from secateur.exporting.manifest import Export
 from secateur.exporting.outliers import Features
 from secateur.files import new_folder
-from secateur.loading.models import open_model, write_files
-from secateur.loading.readers import NO_LIMIT, longest_text
+from secateur.models.open_model import open_model, write_files
+from secateur.models.readers import NO_LIMIT, longest_text
+from secateur.options import SavedPooling
 from secateur.progress import Progress, silent
 from secateur.provenance import Fingerprint, provenance
 from secateur.runtime.vectors import FORMATS, VectorFormat

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
-from secateur.artifacts import Scores
 from secateur.errors import ModelError
 from secateur.evaluation.evaluate import evaluate
 from secateur.measures.metrics import paired_cosines
 from secateur.progress import quiet
+from secateur.results import Scores
 from secateur.runtime.vectors import VectorFormat
 
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from secateur.artifacts import Table
 from secateur.exporting.compatibility import Note
+from secateur.results import Table
 from secateur.runtime.encoder import MANIFEST
 from secateur.runtime.vectors import VectorFormat
 

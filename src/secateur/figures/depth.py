@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from secateur.artifacts import DepthScoreRow, Matrix, Profile
 from secateur.figures.labels import label_points
 from secateur.figures.style import COLOURS, DASHES, INK, MARKERS, NARROW, drawing, new_figure, number
 from secateur.figures.text import shorten
+from secateur.results import DepthScoreRow, Matrix, Profile
 
 
 def loss_curve(profile: Profile, choice: Mapping[str, int] | None = None) -> Figure:

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from secateur.artifacts import Training
 from secateur.figures.style import COLOURS, DASHES, MARKERS, MOST_SERIES, drawing, legend, new_figure, number
 from secateur.figures.text import shorten
+from secateur.results import Training
 
 
 def training_curves(trainings: Mapping[str, Training]) -> Figure:

@@ -14,13 +14,11 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from secateur.architectures.blocks import depth_of
-from secateur.artifacts import Training
 from secateur.data.sources import Data, Source, read_sources
 from secateur.data.texts import Texts
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError
-from secateur.files import empty_folder, give_name, partial_folder, writing
+from secateur.files import empty_folder, output_errors, partial_folder, rename_into_place
 from secateur.healing import processes
 from secateur.healing.held_out import read_held_out
 from secateur.healing.lessons import Aim, dropout_of, find_aim, make_objective, not_trained_on, sets_of, teach
@@ -32,10 +30,12 @@ from secateur.healing.teacher import Teacher, open_teacher
 from secateur.healing.train import Outcome, TrainingSet, check_processes, check_tracker
 from secateur.healing.train import train as run_training
 from secateur.healing.trainable import decide
-from secateur.loading.models import attend_both_ways, model_label, open_model, save_model
+from secateur.models.blocks import depth_of
+from secateur.models.open_model import make_bidirectional, model_label, open_model, save_model
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
 from secateur.pruning.prune import origin_of
+from secateur.results import Training
 
 
 def heal(
@@ -188,7 +188,7 @@ def heal(
     length = min(numbers.max_length, opened.max_seq_length or numbers.max_length)
     guide = _open_teacher(teacher, teacher_model, cache, length, device, trust_remote_code)
     if bidirectional:
-        attend_both_ways(opened, model)
+        make_bidirectional(opened, model)
     student = _prepare(opened, sets, sources, aim, default_prompt(opened) if instruction is None else "")
     check_room(opened, (text for own in student.prompts.values() for text in own.values()), numbers.max_length)
     numbers = decide(opened, numbers)
@@ -196,7 +196,7 @@ def heal(
     settings |= {"columns": dict(columns or {}), "bidirectional": bidirectional, "instruction": instruction}
     settings |= held_out.settings | _aim_settings(aim, guide, teacher_model)
     settings["notes"] = not_trained_on(sources, numbers.batch_size, aim)
-    with writing(out), only_run(Path(out)) as partial:
+    with output_errors(out), only_run(Path(out)) as partial:
         if processes.is_first():
             settings["notes"] += take_up(partial, _follows_from(settings, student))
         processes.wait()
@@ -218,7 +218,7 @@ def heal(
             )
         if processes.is_first():
             _write(model, student, settings, outcome, partial / "model")
-            give_name(partial / "model", Path(out))
+            rename_into_place(partial / "model", Path(out))
             shutil.rmtree(partial)
         processes.wait()
     return Path(out)

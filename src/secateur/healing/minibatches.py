@@ -19,10 +19,10 @@ from sentence_transformers.base.losses.gradcache import RandContext
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import Tensor
 
-from secateur.architectures.forward import padded_length
 from secateur.healing import processes
 from secateur.healing.batch_mask import batch_mask, row_keys
 from secateur.measures.metrics import cosines
+from secateur.models.forward import padded_length
 
 LOSS_ROWS = 1024
 """Anchors whose similarities to all candidates are in memory at once."""

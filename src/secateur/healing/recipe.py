@@ -111,7 +111,7 @@ def make_recipe(name: str = L3PRUNE, **given: Any) -> Recipe:
     """A named recipe with what is given in place of its own numbers; None leaves one as it is.
 
     Raises:
-        ConfigError: There is no such recipe or number, a number will not do, or it is of adapters and there are none.
+        ConfigError: There is no such recipe or number, a number is not valid, or it is of adapters and there are none.
     """
     if name not in RECIPES:
         raise ConfigError("recipe", name, f"is {name!r}", f"one of {', '.join(RECIPES)}")

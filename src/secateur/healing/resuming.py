@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import ConfigError, OutputError
-from secateur.files import empty_folder, held, partial_folder, read_json, write_text
+from secateur.files import empty_folder, lock, partial_folder, read_json, write_text
 from secateur.healing import processes
 
 NOTE = "training.json"
@@ -41,7 +41,7 @@ def only_run(out: Path) -> Iterator[Path]:
         yield partial
         return
     partial.mkdir(parents=True, exist_ok=True)
-    with held(partial):
+    with lock(partial):
         try:
             partial_folder(out)
         except OutputError:

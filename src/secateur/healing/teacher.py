@@ -18,9 +18,9 @@ from sentence_transformers import SentenceTransformer
 
 from secateur.data.vectors import VectorCache, fingerprint_model, folder_of
 from secateur.errors import ConfigError, ModelError
-from secateur.files import held, writing
+from secateur.files import lock, output_errors
 from secateur.healing.remote import connect, embed, is_url
-from secateur.loading.models import open_model
+from secateur.models.open_model import open_model
 from secateur.progress import Progress, quiet, silent
 
 CHUNK = 1024
@@ -147,9 +147,9 @@ def keep_vectors(
         OutputError: The folder cannot be written.
     """
     own_folder = folder_of(folder, teacher.fingerprint)
-    with writing(own_folder):
+    with output_errors(own_folder):
         own_folder.mkdir(parents=True, exist_ok=True)
-    with held(own_folder, wait=True):
+    with lock(own_folder, wait=True):
         cache = VectorCache(folder, teacher.fingerprint)
         _check_probes(teacher, cache)
         _encode_missing(teacher, texts, cache, progress)

@@ -27,7 +27,6 @@ from transformers import PrinterCallback, TrainerState
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from secateur.artifacts import LossRow, TrialRow
 from secateur.data.pairs import Pair, Pairs
 from secateur.errors import ConfigError, DataError
 from secateur.healing import processes
@@ -46,6 +45,7 @@ from secateur.healing.trainer import (
     out_of_patience,
 )
 from secateur.progress import Progress, quiet
+from secateur.results import LossRow, TrialRow
 
 CHECKPOINTS = 10
 """How many a training writes on its way, so that a killed one loses at most a tenth."""

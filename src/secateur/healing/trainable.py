@@ -18,9 +18,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers import SentenceTransformer
 
-from secateur.architectures.blocks import blocks_of, final_norm, linear_names
 from secateur.healing.on_cpu import use_bits_dropout
 from secateur.healing.recipe import Recipe
+from secateur.models.blocks import blocks_of, final_norm, linear_names
 
 BYTES_PER_WEIGHT = 16
 """Of a trained weight in float32: itself, its gradient and AdamW's two moments."""

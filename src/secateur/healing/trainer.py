@@ -21,10 +21,10 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from secateur.architectures.forward import padded_length
 from secateur.errors import DataError, OutputError, TrainingDiverged
 from secateur.healing.on_cpu import attention_in_float32
 from secateur.healing.trainable import as_written
+from secateur.models.forward import padded_length
 from secateur.progress import Progress
 
 TRAINED_WEIGHTS = "trained.safetensors"

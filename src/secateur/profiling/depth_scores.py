@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from secateur.artifacts import DepthScoreRow, ScoreRow
 from secateur.evaluation.evaluate import as_encoder, is_instructed, score_task, task_prompts
 from secateur.evaluation.tasks import Task
-from secateur.files import writing
+from secateur.files import output_errors
 from secateur.profiling.depths import DepthEncoder
 from secateur.progress import Progress, quiet, silent
+from secateur.results import DepthScoreRow, ScoreRow
 
 TOGETHER = 4096
 """Texts that are tokenized and sorted by length together."""
@@ -127,7 +127,7 @@ class _DepthVectors:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with writing(self._folder):  # what a full disk refused is tried once more
+        with output_errors(self._folder):  # what a full disk refused is tried once more
             self._open.close()
 
     def at(self, depth: int, texts: Sequence[str], prompt: str) -> Vectors:
@@ -146,12 +146,12 @@ class _DepthVectors:
             vectors = batch.vectors[:, 0]
             self._dimension = vectors.shape[-1]
             # Written, not mapped: a full disk is an error here and would end the process there.
-            with writing(self._folder):
+            with output_errors(self._folder):
                 for depth, file in enumerate(self._files):
                     file.write(vectors[:, depth].contiguous().numpy().tobytes())
             for row in batch.rows:
                 self._places[keys[row]] = len(self._places)
-        with writing(self._folder):
+        with output_errors(self._folder):
             for file in self._files:
                 file.flush()
 

@@ -20,8 +20,10 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.architectures.blocks import blocks_of, final_norm, find_stack, states_of
-from secateur.architectures.forward import (
+from secateur.errors import DataError, ModelError
+from secateur.measures.metrics import angular_distances, block_influence
+from secateur.models.blocks import blocks_of, final_norm, find_stack, states_of
+from secateur.models.forward import (
     BUDGET,
     REFUSALS,
     SHORTEST_PREFIX,
@@ -35,10 +37,8 @@ from secateur.architectures.forward import (
     run_prefix,
     tokenize,
 )
-from secateur.errors import DataError, ModelError
-from secateur.loading.models import attends_backwards_only
-from secateur.loading.pooling import POOLINGS, make_pooling, pool, pooling_name
-from secateur.measures.metrics import angular_distances, block_influence
+from secateur.models.open_model import is_causal
+from secateur.models.pooling import POOLINGS, make_pooling, pool, pooling_name
 
 LINEAR = ("mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "cls")
 """Poolings of sentence-transformers that are a weighted sum of the tokens' states."""
@@ -102,7 +102,7 @@ class DepthEncoder:
         self._head = _head_of(model, every_pooling)
         self._one_pass: bool | None = None
         self._prefix: _Prefix | None = None
-        self._shares = self._head is not None and attends_backwards_only(model[0])
+        self._shares = self._head is not None and is_causal(model[0])
 
     @property
     def poolings(self) -> tuple[str, ...]:

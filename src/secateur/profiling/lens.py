@@ -20,8 +20,8 @@ from torch.nn import functional
 from transformers import CONFIG_NAME, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from secateur.architectures.blocks import embeddings_of, text_config
-from secateur.loading.models import attends_backwards_only
+from secateur.models.blocks import embeddings_of, text_config
+from secateur.models.open_model import is_causal
 
 FEWEST, MOST = 32, 256
 CHUNK = 64
@@ -87,7 +87,7 @@ def find_lens(model: SentenceTransformer) -> Lens | None:
     """The language-model head of an opened model; None where it has none, or where its checkpoint does not hold it."""
     transformer: PreTrainedModel = model[0].auto_model
     kind = type(transformer.config)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or not attends_backwards_only(model[0]):
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or not is_causal(model[0]):
         return None
     with torch.device("meta"):
         language_model = MODEL_FOR_CAUSAL_LM_MAPPING[kind]._from_config(transformer.config)

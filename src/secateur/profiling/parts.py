@@ -18,10 +18,10 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from secateur.architectures.blocks import blocks_of, late_modules, packed_tensors
-from secateur.architectures.forward import wait
-from secateur.artifacts import PartRow
 from secateur.measures.flops import flops_by_block
+from secateur.models.blocks import blocks_of, late_modules, packed_tensors
+from secateur.models.forward import wait
+from secateur.results import PartRow
 
 TEXT = "The gardener cut the hedge back to half its height before the rain came, on day {n}."
 FLOPS_TOKENS = 128

@@ -18,16 +18,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from secateur.architectures.forward import is_out_of_memory
-from secateur.artifacts import DepthRow, DepthScoreRow, PartRow, Profile
-from secateur.config import PROFILE_FILES, PoolingName, ProfileOptions, check
 from secateur.data.pairs import Pair, Pairs, batches, l3prune_prompt
 from secateur.data.sources import Data, Source, read_sources
 from secateur.data.texts import Texts
 from secateur.errors import ConfigError, DataError, SecateurError
 from secateur.files import results_folder
-from secateur.loading.models import model_label, open_model
-from secateur.loading.pooling import pooling_name
 from secateur.measures import stopping
 from secateur.measures.curves import chances, draws_of, lowest_in_each_half
 from secateur.measures.false_negatives import false_negative_mask, text_numbers
@@ -42,11 +37,16 @@ from secateur.measures.metrics import (
     retrieval,
     uniformity,
 )
+from secateur.models.forward import is_out_of_memory
+from secateur.models.open_model import model_label, open_model
+from secateur.models.pooling import pooling_name
+from secateur.options import PROFILE_FILES, PoolingName, ProfileOptions, check
 from secateur.profiling.depths import DepthEncoder, Depths
 from secateur.profiling.lens import find_lens, positions
 from secateur.profiling.parts import Size, measure_parts, part_sizes
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
+from secateur.results import DepthRow, DepthScoreRow, PartRow, Profile
 
 if TYPE_CHECKING:
     from secateur.evaluation.tasks import Task

@@ -15,16 +15,14 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from secateur.architectures.blocks import check_keep, cut, depth_of
-from secateur.artifacts import Origin, Profile, load
 from secateur.checkpoints.checkpoint import Pruned, prune_checkpoint
 from secateur.checkpoints.embedder import Embedder, copy_modules, read_embedder
 from secateur.checkpoints.sources import open_source
 from secateur.checkpoints.verify import Expected, expected_of, expected_of_checkpoint, probe_tokens
-from secateur.config import PruneOptions, SavedPooling, check
 from secateur.errors import ConfigError, ModelError, OutputError
 from secateur.files import new_folder
-from secateur.loading.models import (
+from secateur.models.blocks import check_keep, cut, depth_of
+from secateur.models.open_model import (
     as_model_error,
     check_embedder,
     check_written,
@@ -34,11 +32,13 @@ from secateur.loading.models import (
     save_model,
     write_files,
 )
-from secateur.loading.pooling import pooling_name
-from secateur.loading.readers import write_for_all_readers
+from secateur.models.pooling import pooling_name
+from secateur.models.readers import write_for_all_readers
+from secateur.options import PruneOptions, SavedPooling, check
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
 from secateur.pruning.selection import Selection
+from secateur.results import Origin, Profile, load
 
 STEP = "prune, %"
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.artifacts import Profile
 from secateur.choosing.choose import blocks_to_keep, is_selector, read_profile
 from secateur.errors import ConfigError
+from secateur.results import Profile
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Selection:
         said = getattr(self, given[0])
         if isinstance(said, bool) or (self.to is None and not isinstance(said, (str, Sequence))):
             hint = "a number, a share or a selector" if self.to is not None else "blocks from 0, such as 0-5,8,11"
-            raise ConfigError(given[0], said, f"{said!r} will not do", hint)
+            raise ConfigError(given[0], said, f"{said!r} is not valid", hint)
         if self.profile is not None and (self.to is None or not is_selector(self.to)):
             raise ConfigError(
                 "profile", self.profile, f"is not asked: {given[0]} {said} tells the blocks", "leave it out"

@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from secateur.artifacts import Origin, ScoreRow, Training
 from secateur.data.hub_sets import is_hub_name, parse_name
 from secateur.files import read_json
 from secateur.reporting.run import Variant
+from secateur.results import Origin, ScoreRow, Training
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written by `secateur report`, which replaces it. Remove this line to keep a card of your own. -->"

@@ -16,19 +16,19 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.artifacts import ChangedRow, Comparison, DifferenceRow, OverlapRow, Scores
-from secateur.config import CompareOptions, check
 from secateur.data.texts import read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError
 from secateur.evaluation.differences import read_draws, score_differences
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.task_folder import read_task_folder, texts_of
-from secateur.loading.models import model_label, open_model
 from secateur.measures.intervals import Array
+from secateur.models.open_model import model_label, open_model
+from secateur.options import CompareOptions, check
 from secateur.progress import Progress, silent
 from secateur.provenance import ENCODING, Fingerprint, provenance, versions_of
 from secateur.reporting.cost import cost
+from secateur.results import ChangedRow, Comparison, DifferenceRow, OverlapRow, Scores
 
 MOST_CHANGED = 10
 """Texts listed for each model."""

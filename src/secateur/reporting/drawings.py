@@ -9,7 +9,6 @@ from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
-from secateur.artifacts import CostRow, DepthScoreRow, Profile, Training
 from secateur.figures.depth import profile_figures
 from secateur.figures.frontier import Point, frontier, size_curve
 from secateur.figures.training import training_curves
@@ -17,6 +16,7 @@ from secateur.reporting.findings import Design, Findings, pareto
 from secateur.reporting.printing import byte_size, count, duration, loss, percent, plural, score, span, speed
 from secateur.reporting.run import Run
 from secateur.reporting.saturation import Saturation, fit_saturation
+from secateur.results import CostRow, DepthScoreRow, Profile, Training
 
 MOST_LABELS = 24
 """Points beyond which only the best are labelled."""

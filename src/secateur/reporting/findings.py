@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import t
 
-from secateur.artifacts import CostRow, ScoreRow
 from secateur.evaluation.differences import of_the_same_things, read_draws
 from secateur.measures.intervals import CONFIDENCE, Array, interval, limits_of, mean_of
 from secateur.reporting.run import UNTRAINED, Run, Variant
+from secateur.results import CostRow, ScoreRow
 
 SAME = 0.02
 """The loss that must be outside the interval before a cut model is said to be as good as the full one: 2 points."""

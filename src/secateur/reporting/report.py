@@ -17,12 +17,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from secateur.artifacts import Origin, Training
 from secateur.choosing.candidates import ranges
-from secateur.config import ReportOptions, make
 from secateur.figures.saving import save_png, svg
 from secateur.figures.text import printable, shorten
 from secateur.files import write_text
+from secateur.options import ReportOptions, make
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting import card, printing
 from secateur.reporting.drawings import MOST_PROFILES, Drawing, captions, command_of, draw, folder_link
@@ -30,6 +29,7 @@ from secateur.reporting.findings import Claim, Design, Findings, find
 from secateur.reporting.printing import NONE, signed, span
 from secateur.reporting.run import Run, Variant, read_run
 from secateur.reporting.verdict import notes, seed_note, telling, verdict
+from secateur.results import Origin, Training
 
 MOST_CARDS = 6
 """Claims shown in short at the head of the page."""

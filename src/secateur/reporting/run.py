@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.artifacts import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Table, Training, load
 from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
 from secateur.errors import DataError
 from secateur.files import read_json
 from secateur.reporting.journal import failures
+from secateur.results import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Table, Training, load
 
 UNTRAINED = "zero-shot"
 

@@ -274,7 +274,7 @@ def _no_text(value: object) -> tuple[str, str]:
 def _check_sizes(batch_size: int | None, batch_tokens: int) -> None:
     for name, size in (("batch_size", 1 if batch_size is None else batch_size), ("batch_tokens", batch_tokens)):
         if not isinstance(size, Integral) or size < 1:
-            raise ConfigError(name, size, f"{size!r} will not do", "a whole number, at least 1")
+            raise ConfigError(name, size, f"{size!r} is not valid", "a whole number, at least 1")
 
 
 def _rounded(length: int, longest: int) -> int:

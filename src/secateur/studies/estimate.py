@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from secateur.architectures.blocks import blocks_of, depth_of, skeleton
 from secateur.checkpoints.embedder import read_embedder
 from secateur.checkpoints.sources import open_source
-from secateur.config import ProfileOptions, StudyOptions, default_of
 from secateur.data.pairs import Pairs
 from secateur.data.texts import Texts
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
-from secateur.loading.models import as_model_error, open_model, resolve
+from secateur.models.blocks import blocks_of, depth_of, skeleton
+from secateur.models.open_model import as_model_error, open_model, resolve
+from secateur.options import ProfileOptions, StudyOptions, default_of
 from secateur.progress import quiet
 from secateur.studies.plan import Base, Plan, Step, numbers_of
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from secateur.config import StudyOptions
 from secateur.data.sources import data_files
 from secateur.data.tables import stem
 from secateur.errors import DataError
+from secateur.options import StudyOptions
 from secateur.provenance import fingerprint
 from secateur.studies.plan import recipe_settings
 

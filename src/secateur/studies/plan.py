@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from secateur.artifacts import Costs, Profile, Scores
 from secateur.choosing.choose import blocks_to_keep, needs_profile
-from secateur.config import (
+from secateur.errors import ConfigError, SecateurError
+from secateur.healing.recipe import L3PRUNE, Recipe, make_recipe
+from secateur.options import (
     CostOptions,
     EvaluateOptions,
     HealOptions,
@@ -32,8 +33,7 @@ from secateur.config import (
     default_of,
     make,
 )
-from secateur.errors import ConfigError, SecateurError
-from secateur.healing.recipe import L3PRUNE, Recipe, make_recipe
+from secateur.results import Costs, Profile, Scores
 
 CURVE = "curve.png"
 ZERO_SHOT, NO_TRAINING = "zero-shot", "none"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.config import StudyOptions
 from secateur.data.demo import demo_study
+from secateur.options import StudyOptions
 from secateur.progress import Progress
 
 PAPER_MODELS = (

@@ -29,20 +29,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.artifacts import Costs, Profile, Scores, Training, load
 from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
-from secateur.config import STUDY_FILES, EvaluateOptions, StudyOptions, default_of, make, read_study, to_yaml
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, StudyFailed
 from secateur.evaluation.evaluate import open_tasks
 from secateur.evaluation.tasks import expand, identify
 from secateur.files import read_json, results_folder, write_text
 from secateur.healing.lessons import find_aim, sets_of
-from secateur.loading.models import model_label
+from secateur.models.open_model import model_label
+from secateur.options import STUDY_FILES, EvaluateOptions, StudyOptions, default_of, make, read_study, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint_files, is_result_of, versions_of
 from secateur.reporting.journal import read_journal
 from secateur.reporting.report import report
+from secateur.results import Costs, Profile, Scores, Training, load
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.inputs import Inputs, check_inputs, read_inputs
 from secateur.studies.plan import NO_TRAINING, Base, Plan, Step, Variant, numbers_of, plan_steps, recipe_settings

@@ -1,1 +1,0 @@
-"""Files of texts made into files of vectors."""

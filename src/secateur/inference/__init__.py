@@ -1,0 +1,1 @@
+"""Texts to vectors: one encoding core, files of texts, and the server."""

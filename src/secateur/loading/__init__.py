@@ -1,1 +1,0 @@
-"""Whatever a user names, opened as a `SentenceTransformer`."""

@@ -1,0 +1,227 @@
+"""What every model must pass before it is used: its weights, its tokenizer and its lengths fit each other.
+
+Libraries open nearly anything. Weights that a file lacks are random, blocks beyond the configuration's count are left
+out, a tokenizer without its vocabulary gives every word the same id: each gives vectors that look like vectors. The
+checks read names, sum each weight once and encode four short texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from secateur.checkpoints.cut_plan import is_within
+from secateur.errors import ModelError, UnsupportedArchitecture
+from secateur.models.pooling import state_width
+
+# Two texts of as many words in each of several scripts: a tokenizer that knows any of them gives that pair two
+# sequences of ids, one without its vocabulary gives none.
+PAIRS = (
+    ("a cat sat", "the dog ran"),
+    ("0 1 2", "3 4 5"),
+    ("кот сидел тут", "пёс бежал там"),
+    ("猫 坐 下", "狗 跑 了"),
+    ("ねこ が いる", "いぬ も はしる"),
+    ("고양이 가 앉다", "개 는 뛰다"),
+    ("قطة في بيت", "كلب من حقل"),
+    ("बिल्ली घर में", "कुत्ता बाहर है"),
+)
+
+
+def check_opened(name: str | Path, model: SentenceTransformer) -> None:
+    """Refuse a model whose parts do not fit each other; cut its length to the positions that it has.
+
+    Args:
+        name: What the user called it.
+        model: As opened.
+
+    Raises:
+        ModelError: Weights are missing, unused or not finite, the tokenizer knows no text, or the like.
+        UnsupportedArchitecture: It does not begin with a transformer that reads text.
+    """
+    transformer = _transformer(name, model)
+    check_weights(name, transformer.auto_model)
+    _check_finite(name, model)
+    _check_prompts(name, model)
+    _check_length(name, transformer)
+    _check_ids(name, transformer)
+    _limit_length(transformer)
+    _check_vectors(name, model)
+
+
+def _transformer(name: str | Path, model: SentenceTransformer) -> Transformer:
+    first = model[0]
+    if not isinstance(first, Transformer):
+        kind = type(first).__name__
+        hint = ""
+        if kind == "Router":
+            hint = "save one of its routes as a model: SentenceTransformer(modules=list(model[0].sub_modules[route]))"
+        raise UnsupportedArchitecture(name, f"begins with a {kind}, not with a transformer", hint)
+    if first.tokenizer is None:
+        raise ModelError(name, "has no tokenizer", "copy its tokenizer's files into the folder")
+    return first
+
+
+def check_weights(name: str | Path, model: PreTrainedModel) -> None:
+    """Refuse weights that are not those which the configuration describes.
+
+    Asked on the meta device, transformers reads names and shapes alone. A missing pooler is no loss: no vector of
+    ours goes through it. Unused tensors outside of all modules of the model (heads, decoders, image towers) are those
+    of another part of the checkpoint; one inside them is a part of the model that its configuration leaves out.
+    """
+    config = model.config
+    if getattr(config, "quantization_config", None):
+        return
+    source = config.name_or_path
+    # What was just opened is on this disk, wherever it came from.
+    where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True}
+    options = {"device_map": "meta", "output_loading_info": True, "config": config, "use_safetensors": True}
+    _, found = type(model).from_pretrained(source, ignore_mismatched_sizes=True, **options, **where)
+    for key, stored, wanted in sorted(found["mismatched_keys"]):
+        problem = f"{key} has the shape {tuple(stored)}, but by config.json it is {tuple(wanted)}"
+        raise ModelError(name, problem, "one of the two is of another model")
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(name, f"has no weights for {missing[0]}{others}", "copy or save the folder again")
+    unused = sorted(key for key in found["unexpected_keys"] if is_within(key, model))
+    if unused and Path(source).is_dir():
+        unused = _larger_than_one(unused, Path(source))
+    if unused:
+        others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        problem = f"has weights that its config.json has no place for: {unused[0]}{others}"
+        raise ModelError(name, problem, "one of the two is of another model")
+
+
+def _larger_than_one(keys: Iterable[str], folder: Path) -> list[str]:
+    """The tensors that hold more than one number: a single one is a constant that older versions saved."""
+    constants: list[str] = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            constants += [key for key in stored.keys() if not stored.get_slice(key).get_shape()]  # noqa: SIM118
+    return [key for key in keys if not any(constant.endswith(key) for constant in constants)]
+
+
+def _check_finite(name: str | Path, model: SentenceTransformer) -> None:
+    for path, parameter in model.named_parameters():
+        # A sum reads each number once and makes no copy; it may also overflow, so that it only raises the suspicion.
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum(dtype=torch.float32))):
+            wrong = int((~torch.isfinite(parameter.detach())).sum())
+            if wrong:
+                own = path.removeprefix("0.").removeprefix("model.")
+                hint = "copy it again; if its training diverged, take an earlier checkpoint"
+                raise ModelError(name, f"{wrong} of its weights are not finite, first in {own}", hint)
+
+
+def _check_prompts(name: str | Path, model: SentenceTransformer) -> None:
+    """Refuse prompts that are no texts; a prompt of null is an empty one."""
+    for key, prompt in model.prompts.items():
+        if not isinstance(prompt, (str, type(None))):
+            raise ModelError(name, f"its prompt {key!r} is {prompt!r}, not a text", "see its prompts in the JSON file")
+    model.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
+
+
+def _check_length(name: str | Path, transformer: Transformer) -> None:
+    length = transformer.max_seq_length
+    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float)) or length < 1):
+        raise ModelError(name, f"cuts texts after {length!r} tokens (max_seq_length)", "a whole number, at least 1")
+    special = len(transformer.tokenizer("")["input_ids"])
+    if length is not None and length <= special:  # asked for less, a tokenizer cuts nothing at all
+        problem = f"cuts texts after {length} tokens, of which {special} are special ones: nothing is left of a text"
+        raise ModelError(name, problem, f"a length of {special + 1} or more")
+
+
+def _check_ids(name: str | Path, transformer: Transformer) -> None:
+    """Refuse a tokenizer for which all texts are one, or whose ids the model has no rows for."""
+    tokenizer = transformer.tokenizer
+    whole = [[tokenizer(text)["input_ids"] for text in pair] for pair in PAIRS]
+    if all(one == other for one, other in whole):
+        problem = "its tokenizer gives different texts the same ids"
+        raise ModelError(name, problem, "its vocabulary is missing: copy tokenizer.json (or vocab.txt, …) as well")
+    rows = transformer.auto_model.get_input_embeddings()
+    count = getattr(rows, "num_embeddings", None)
+    largest = max(id_ for pair in whole for ids in pair for id_ in ids)
+    if count is not None and largest >= count:
+        problem = f"its tokenizer gives the id {largest}, but it has vectors for {count} tokens"
+        raise ModelError(name, problem, "the tokenizer is of another model, or the weights were not resized to it")
+
+
+def _limit_length(transformer: Transformer) -> None:
+    """Cut texts where the table of positions ends; the configuration's number may count rows that no token has."""
+    limit = positions(transformer)
+    length = transformer.max_seq_length
+    if limit is not None and (length is None or length > limit):
+        transformer.max_seq_length = limit
+
+
+@torch.no_grad()
+def positions(transformer: Transformer) -> int | None:
+    """Tokens that a text may have before its positions leave their table; None where there is no such table.
+
+    Watched on a short text: the table is the one that is asked for consecutive rows, the first row is its offset
+    (2 of RoBERTa's 514 rows are no positions).
+    """
+    ids = transformer.tokenizer(PAIRS[0][0])["input_ids"]
+    if len(ids) < 2:
+        return None
+    device = transformer.auto_model.device
+    tokens = torch.tensor([ids], device=device)
+    with _Lookups() as lookups:
+        transformer.auto_model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    limits = []
+    for rows, table in lookups.seen:
+        rows = rows.detach().reshape(-1)
+        if len(rows) == len(ids) and bool((rows.diff() == 1).all()) and rows.tolist() != ids:
+            limits.append(len(table) - int(rows[0]))
+    return min(limits, default=None)
+
+
+class _Lookups(TorchFunctionMode):
+    """Within: every look-up in a table is noted, whichever module makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Note the rows and the table, and look up."""
+        if func is torch.nn.functional.embedding and len(args) > 1:
+            self.seen.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
+    """Refuse a model whose vectors are not finite, all the same, or not as wide as its modules say."""
+    texts = [text for pair in PAIRS[:2] for text in pair]
+    vectors = model.encode(texts, prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
+    if not bool(torch.isfinite(vectors).all()):
+        raise ModelError(name, "gives vectors that are not finite", "its configuration is not that of its weights")
+    width = model.get_embedding_dimension()
+    if width is not None and vectors.shape[1] != width:
+        problem = f"gives vectors of {vectors.shape[1]} numbers, but its modules say {width}"
+        raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
+    own = state_width(model[0])
+    for module in model:
+        if isinstance(module, Pooling) and module.embedding_dimension != own:
+            problem = f"its pooling is for states of {module.embedding_dimension} numbers, but they have {own}"
+            raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
+    tokens = [model[0].tokenizer(text)["input_ids"] for text in texts]
+    if tokens[0] != tokens[1] and bool((vectors == vectors[0]).all()):
+        hint = f"it cuts them after {model[0].max_seq_length} tokens, and pools as its folder says"
+        raise ModelError(name, "gives different texts the same vector", hint)

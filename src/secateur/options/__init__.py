@@ -1,0 +1,59 @@
+"""Every option once: the arguments of the functions, the flags of the commands, the keys of YAML files."""
+
+from secateur.options.base import Names, Options, check, default_of, extra, make, read_yaml, step, to_yaml
+from secateur.options.inference import EncodeOptions, ExportOptions, ServeOptions
+from secateur.options.runs import (
+    CompareOptions,
+    CostOptions,
+    EvaluateOptions,
+    ReportOptions,
+    ResumeOptions,
+    StatusOptions,
+    StudyOptions,
+    read_study,
+)
+from secateur.options.shared import (
+    PROFILE_FILES,
+    SELECTOR_NAMES,
+    STUDY_FILES,
+    Arithmetic,
+    Dtype,
+    PoolingName,
+    SavedPooling,
+)
+from secateur.options.way import ChooseOptions, HealOptions, HealSettings, ProfileOptions, PruneOptions
+
+__all__ = [
+    "PROFILE_FILES",
+    "SELECTOR_NAMES",
+    "STUDY_FILES",
+    "Arithmetic",
+    "ChooseOptions",
+    "CompareOptions",
+    "CostOptions",
+    "Dtype",
+    "EncodeOptions",
+    "EvaluateOptions",
+    "ExportOptions",
+    "HealOptions",
+    "HealSettings",
+    "Names",
+    "Options",
+    "PoolingName",
+    "ProfileOptions",
+    "PruneOptions",
+    "ReportOptions",
+    "ResumeOptions",
+    "SavedPooling",
+    "ServeOptions",
+    "StatusOptions",
+    "StudyOptions",
+    "check",
+    "default_of",
+    "extra",
+    "make",
+    "read_study",
+    "read_yaml",
+    "step",
+    "to_yaml",
+]

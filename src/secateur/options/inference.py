@@ -1,0 +1,122 @@
+"""Options of what runs a model: export, encode, serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from secateur.options.base import (
+    Data,
+    Files,
+    ModelName,
+    Names,
+    Options,
+    Seed,
+    Tasks,
+    argument,
+    output,
+)
+from secateur.options.shared import (
+    ARITHMETIC,
+    BATCH,
+    DEVICE,
+    LENGTH,
+    MODEL,
+    POOLING,
+    TRUST,
+    Arithmetic,
+    SavedPooling,
+)
+
+
+class ExportOptions(Options):
+    """Write a model for ONNX Runtime or OpenVINO, and compare it with the original.
+
+    Example: secateur export smollm2-large-healed --to openvino --precision int8 -o smollm2-large-int8
+    """
+
+    model: ModelName = argument(MODEL)
+    out: Annotated[Path, Names("new folder")] = output("The folder to write.")
+    to: Literal["onnx", "openvino"] = Field("onnx", description="The runtime.")
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = Field("float32", description="Of the graph.")
+    quantization: Literal["static", "dynamic"] | None = Field(
+        None, description="How int8 rounds activations: by ranges measured on texts, or anew [default: the faster]."
+    )
+    data: Data = Field(
+        default=[],
+        description="Files of texts or pairs, or folders of them, to calibrate and compare on "
+        "[default: documentation of Python].",
+    )
+    dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
+    vectors: Literal["float32", "int8", "uint8", "binary", "ubinary"] = Field(
+        "float32", description="Form in which the runtime gives vectors."
+    )
+    tasks: Tasks = Field(default=[], description="Tasks to score both on: folders, or tasks and benchmarks of mteb.")
+    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
+    seed: Seed = Field(42, description="Of the samples.")
+    min_cosine: float | None = Field(
+        None, ge=-1, le=1, description="Least cosine with the original that any text may have [default: by precision]."
+    )
+    max_loss: float = Field(0.5, ge=0, description="Points of 100 that the average over the tasks may fall by.")
+    pooling: SavedPooling | None = Field(None, description=POOLING)
+    max_length: int = Field(512, ge=1, description=LENGTH)
+    trust_remote_code: bool = Field(False, description=TRUST)
+
+
+class EncodeOptions(Options):
+    """Encode files of texts into one file of vectors; a run that was killed goes on where it stopped.
+
+    Example: secateur encode smollm2-large-healed articles.jsonl -o articles.parquet
+    """
+
+    model: ModelName = argument(MODEL + " Or a folder that export wrote.")
+    files: Files = argument(
+        "Texts: .jsonl, .jsonl.gz, .csv, .parquet, or .txt and .txt.gz with one on each line.", min_length=1
+    )
+    out: Annotated[Path, Names("new file")] = output("The file to write: .parquet, .arrow (or .feather), or .npy.")
+    column: str | None = Field(None, description="Column with the texts [default: text, or the first known name].")
+    prompt_name: str | None = Field(None, description="The model's prompt before each text [default: its own default].")
+    instruction: str | None = Field(None, description="Goes before each text, in place of a named prompt.")
+    normalize: bool = Field(False, description="Make vectors of length 1, also where the model does not.")
+    dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
+    precision: Literal["float32", "int8", "binary"] = Field("float32", description="Form of the vectors.")
+    ranges: Path | None = Field(None, description="With int8: a file of int8 vectors, whose ranges are taken.")
+    batch_tokens: int | None = Field(None, ge=1, description=BATCH)
+    processes: int = Field(1, ge=1, description="Processes of this machine, or workers of the cluster.")
+    ray: str | None = Field(None, description="Address of a Ray cluster (auto, ray://host:10001), or local.")
+    dtype: Arithmetic = Field("auto", description=ARITHMETIC)
+    pooling: SavedPooling | None = Field(None, description=POOLING)
+    max_length: int = Field(512, ge=1, description=LENGTH)
+    device: str | None = Field(None, description=DEVICE)
+    trust_remote_code: bool = Field(False, description=TRUST)
+
+
+class ServeOptions(Options):
+    """Serve a model over HTTP, as the OpenAI embeddings API.
+
+    Example: secateur serve smollm2-large-healed --port 8000
+    """
+
+    model: ModelName = argument(MODEL)
+    host: str = Field("127.0.0.1", description="Address to listen at; others than loopback need an API key.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen at; 0 takes a free one.")
+    name: str | None = Field(None, min_length=1, description="What clients call the model [default: its folder].")
+    api_key_file: Annotated[Path | None, Names("file")] = Field(
+        None, description="API keys, one a line; also in SECATEUR_API_KEYS."
+    )
+    auth: bool = Field(True, description="--no-auth serves everybody who reaches the address.")
+    workers: int = Field(0, ge=0, description="Encoder processes, replaced when they die or hang; 0: a thread.")
+    batch_tokens: int | None = Field(None, ge=1, description=BATCH)
+    queue_tokens: int = Field(500_000, ge=1, description="Tokens that may wait; more are answered with 429.")
+    max_items: int = Field(2048, ge=1, description="Texts in a request.")
+    max_tokens: int = Field(300_000, ge=1, description="Tokens in a request.")
+    max_bytes: int = Field(4 << 20, ge=1, description="Bytes of a request's body.")
+    timeout: float = Field(60.0, gt=0, description="Seconds that a request may take.")
+    truncate: bool = Field(False, description="Cut texts that are too long; else they are refused.")
+    pooling: SavedPooling | None = Field(None, description=POOLING)
+    max_length: int = Field(512, ge=1, description=LENGTH)
+    dtype: Arithmetic = Field("auto", description=ARITHMETIC)
+    device: str | None = Field(None, description=DEVICE)
+    trust_remote_code: bool = Field(False, description=TRUST)

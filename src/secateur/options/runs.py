@@ -1,0 +1,183 @@
+"""Options of what looks at several models: evaluate, cost, compare, report, study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from secateur.errors import DataError
+from secateur.options.base import (
+    Columns,
+    Data,
+    Files,
+    Models,
+    Names,
+    Options,
+    Seed,
+    Tasks,
+    argument,
+    make,
+    output,
+    path_text,
+    positional,
+    read_yaml,
+    texts,
+)
+from secateur.options.shared import (
+    CACHE,
+    COLUMNS,
+    DATA,
+    DEVICE,
+    MODEL,
+    POOLING,
+    STUDY_FILES,
+    Dtype,
+    SavedPooling,
+)
+from secateur.options.way import HealSettings
+
+
+class EvaluateOptions(Options):
+    """Score models on tasks, with mteb's own evaluators.
+
+    Example: secateur evaluate smollm2-large-healed --tasks tasks/my-search -o scores
+    """
+
+    models: Models = argument(MODEL, min_length=1)
+    tasks: Tasks = positional("Task folders, or names of mteb's tasks and benchmarks.", min_length=1)
+    out: Annotated[Path | None, Names("results")] = output("Folder for scores.json.", needed=False)
+    names: list[str] | None = Field(
+        None, description="What to call the models [default: the last part of their paths]."
+    )
+    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
+    seed: Seed = Field(42, description="Of the sample.")
+    batch_size: int = Field(32, ge=1, description="Texts per batch.")
+    cache: Path | None = Field(None, description=CACHE)
+
+
+class CostOptions(Options):
+    """Count what models cost, and time them side by side.
+
+    Example: secateur cost smollm2 smollm2-large -o costs
+    """
+
+    models: Models = argument(MODEL, min_length=1)
+    out: Annotated[Path | None, Names("results")] = output("Folder for costs.json.", needed=False)
+    repetitions: int = Field(3, ge=1, description="Timed rounds.")
+    thorough: bool = Field(False, description="More texts and batches; load time and peak memory in fresh processes.")
+    device: str | None = Field(None, description=DEVICE)
+
+
+class CompareOptions(Options):
+    """Compare models on your data: scores with paired intervals, costs, and the texts whose neighbours changed.
+
+    Example: secateur compare smollm2 smollm2-large --tasks tasks/my-search --texts notes.txt -o comparison
+    """
+
+    models: Models = argument(MODEL, min_length=2)
+    tasks: Tasks = Field([], description="Task folders, or names of mteb's tasks and benchmarks.")
+    texts: Files = Field([], description="Files of texts: .txt, or .jsonl with text [default: the tasks' own].")
+    out: Annotated[Path | None, Names("results")] = output("Folder for comparison.json and the scores.", needed=False)
+    neighbours: int = Field(10, ge=1, description="Nearest texts compared for each text.")
+    max_texts: int = Field(2000, ge=2, description="Texts used for the neighbours, drawn by the seed.")
+    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
+    seed: Seed = Field(42, description="Of the samples.")
+    batch_size: int = Field(32, ge=1, description="Texts per batch.")
+    timed: bool = Field(True, description="Count and time the models too.")
+    cache: Path | None = Field(None, description=CACHE)
+
+
+class ReportOptions(Options):
+    """Write a run's report: one HTML page, the same as Markdown, and a model card in each model folder.
+
+    Example: secateur report run
+    """
+
+    run: Annotated[Path, Names("run")] = argument("A run folder.")
+    threshold: float = Field(100.0, gt=0, description="Million parameters that one more point of score may cost.")
+
+
+class StudyOptions(HealSettings):
+    """Go the whole way: profile, choose, prune, heal, evaluate, report; run it again to resume.
+
+    Example: secateur study smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o run
+    """
+
+    models: Models = argument(MODEL, default=[])
+    data: Data = Field(default=[], description=DATA)
+    columns: Columns = Field(None, description=COLUMNS)
+    tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
+    out: Annotated[Path, Names("results", STUDY_FILES)] = output("The run folder.")
+    preset: Literal["demo", "paper", "shrink"] | None = Field(
+        None,
+        description="demo: SmolLM2 on API documentation, in ten minutes; paper: L3Prune's experiments; "
+        "shrink: an embedder's parts learn from the whole, on texts alone.",
+    )
+    depths: Annotated[list[str], BeforeValidator(texts), Names("layers")] = Field(
+        default=["large", "small"], description="As prune --to; the full depth is always there."
+    )
+    recipes: dict[str, dict[str, Any]] = Field(
+        default={"healed": {}},
+        description="Names of trainings; none leaves the cut models as they are. In YAML: name -> options of heal.",
+    )
+    teacher: Annotated[str | None, BeforeValidator(path_text)] = Field(
+        None, description="As heal --teacher; self: the whole model teaches its parts."
+    )
+    seeds: list[Seed] = Field(default=[], description="Train once with each [default: --seed].")
+    profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the profile's loss.")
+    profile_dtype: Dtype = Field("auto", description="Number format of the profile's arithmetic; auto: the quickest.")
+    max_examples: int = Field(1280, ge=2, description="Pairs used by the profile.")
+    depth_scores: bool = Field(False, description="Score the tasks at every depth of the models as they came, too.")
+    pooling: SavedPooling | None = Field(None, description=POOLING)
+    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
+    cache: Path | None = Field(None, description=CACHE + " [default: cache in the run folder]")
+    jobs: int = Field(1, ge=1, description="Steps at once, each in a process of its own.")
+    ray: str | None = Field(None, description="Run the steps on the Ray cluster at this address, or auto, or local.")
+
+    @field_validator("recipes", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """The command line names recipes, and YAML may leave one empty: both without settings of their own."""
+        if isinstance(given, list):
+            return {name: {} for name in given}
+        return {name: own or {} for name, own in given.items()} if isinstance(given, dict) else given
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, given: list[int]) -> list[int]:
+        if len(set(given)) < len(given):
+            raise ValueError("each seed once")
+        return given
+
+
+class StatusOptions(Options):
+    """Show how far a study is.
+
+    Example: secateur study status run
+    """
+
+    run: Annotated[Path, Names("study")] = argument("A run folder.")
+
+
+class ResumeOptions(StatusOptions):
+    """Go on with a study that was stopped, or whose steps failed.
+
+    Example: secateur study resume run --jobs 4
+    """
+
+    jobs: int = Field(1, ge=1, description="Steps at once, each in a process of its own.")
+    ray: str | None = Field(None, description="Run the steps on the Ray cluster at this address, or auto, or local.")
+
+
+def read_study(run: Path) -> StudyOptions:
+    """The options of the study that a run folder holds.
+
+    Raises:
+        DataError: It holds none, or its ``study.yaml`` is broken.
+        ConfigError: An option in it is not valid.
+    """
+    if not (run / "study.yaml").is_file():
+        raise DataError(run, "holds no study", "name the folder that `secateur study` was given")
+    return make(StudyOptions, read_yaml(run / "study.yaml") | {"out": run})

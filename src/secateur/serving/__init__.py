@@ -1,1 +1,0 @@
-"""The OpenAI embeddings API over a model folder or an export."""
