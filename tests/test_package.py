@@ -17,7 +17,7 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files provenance results progress clusters
+errors files done provenance results progress clusters
 options: base shared way runs inference
 figures: text style labels depth frontier training saving
 models: stacks legality blocks forward
