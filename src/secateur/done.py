@@ -46,7 +46,7 @@ class Made:
             return ["done.json"]
         changed = [key for key in ("step", "versions") if recorded.get(key) != now[key]]
         for key in ("options", "inputs"):
-            before = recorded.get(key) if isinstance(recorded.get(key), dict) else {}
+            before: dict[str, Any] = recorded.get(key) or {}
             changed += [k for k in {**before, **now[key]} if before.get(k) != now[key].get(k)]
         return changed
 
