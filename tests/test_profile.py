@@ -25,7 +25,7 @@ from secateur.measures import stopping
 from secateur.models.blocks import blocks_of, cut, legal_depths
 from secateur.models.forward import FEWEST, PADDING, plan_evenly, tokenize
 from secateur.models.open_model import open_model
-from secateur.profiling.depths import DepthEncoder
+from secateur.profiling.depths import DepthEncoder, check_depths, depth_vectors
 from secateur.profiling.parts import BATCH, BATCHES, SINGLES
 from secateur.profiling.profile import profile
 from secateur.results import Profile, load
@@ -188,6 +188,27 @@ def test_the_vector_at_each_depth_is_that_of_the_cut_model(folder, name):
         expected = pruned.encode(texts, prompt=prompt, batch_size=1 if alone else 4, convert_to_tensor=True)
         tolerance = 1e-4 if not alone else 1
         assert (found[:, depth - 1] - expected).abs().max() < tolerance, depth
+
+
+def test_gradients_flow_through_every_depth_as_through_the_cut_models(make_encoder):
+    model = make_encoder("llama", depth=4).train()
+    depths = check_depths(model, [3, 1, 3])
+    assert depths == (1, 3, 4)
+    features = model.preprocess(["a word", "a longer text"], prompt="find: ")
+    vectors = depth_vectors(model, features, depths)
+    for place, depth in enumerate(depths):
+        pruned = copy.deepcopy(model)
+        cut(pruned[0].auto_model, range(depth))
+        expected = pruned(dict(features))["sentence_embedding"]
+        assert torch.allclose(vectors[:, place], expected, atol=1e-5), depth
+        model.zero_grad()
+        vectors[:, place].square().sum().backward(retain_graph=True)
+        expected.square().sum().backward()
+        first, same = (m[0].auto_model.layers[0].mlp.up_proj.weight.grad for m in (model, pruned))
+        assert torch.allclose(first, same, atol=1e-5), depth
+    for wrong in ([0], [5]):
+        with pytest.raises(ConfigError, match=f"depths: is {wrong[0]}: the model has 4 blocks"):
+            check_depths(model, wrong)
 
 
 def test_a_shared_instruction_is_computed_once_with_the_same_vectors(llama):
@@ -538,7 +559,7 @@ def test_a_single_text_too_large_for_the_memory_is_said(llama, pairs):
     model = open_model(llama, dtype="float32")
 
     def refuse(_, args) -> None:
-        if args[0].shape[1] > 10:
+        if args[0].shape[1] > 14:
             raise MemoryError
 
     model[0].auto_model.layers[1].register_forward_pre_hook(refuse)
