@@ -29,8 +29,7 @@ evaluation: task_folder tasks differences predictions evaluate
 profiling: lens parts depths depth_scores profile
 choosing: selectors budgets choose candidates
 pruning: selection prune
-healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
-healing: held_out prompts lessons heal
+healing: recipes training_data teacher losses evaluator trainer heal
 reporting: cost compare journal run findings saturation printing verdict drawings card report
 studies: presets plan inputs estimate runner study
 runtime

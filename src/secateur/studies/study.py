@@ -35,7 +35,7 @@ from secateur.errors import ConfigError, DataError, StudyFailed
 from secateur.evaluation.evaluate import open_tasks
 from secateur.evaluation.tasks import expand, identify
 from secateur.files import read_json, results_folder, write_text
-from secateur.healing.lessons import find_aim, sets_of
+from secateur.healing.training_data import training_sets
 from secateur.models.open_model import model_label
 from secateur.options import STUDY_FILES, EvaluateOptions, StudyOptions, default_of, make, read_study, to_yaml
 from secateur.progress import Progress, silent
@@ -285,8 +285,7 @@ def _outline(run: Path, settings: StudyOptions, *, check: bool = True) -> _Outli
     sources = read_sources(settings.data, columns=settings.columns)
     for name, recipe in recipe_settings(settings).items():
         if name != NO_TRAINING:
-            aim = find_aim(sources, taught="teacher" in recipe, teacher_weight=recipe.get("teacher_weight"))
-            sets_of(sources, numbers_of(recipe).batch_size, aim)
+            training_sets(sources, numbers_of(recipe))
     if settings.tasks:
         open_tasks(settings.tasks, settings.sample, settings.seed)
     bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))

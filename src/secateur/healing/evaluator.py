@@ -1,110 +1,101 @@
-"""What a model is measured by while it trains: pairs and tasks that it is not trained on."""
+"""What a model is scored by while it trains: pairs and tasks that it is not trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
 
 from secateur.data.pairs import Pairs
-from secateur.data.sources import Data, read_sources
+from secateur.data.sources import read_sources
 from secateur.data.texts import Texts
 from secateur.errors import ConfigError, DataError
 from secateur.evaluation.evaluate import evaluate, open_tasks
 from secateur.evaluation.tasks import Task
-from secateur.healing.recipe import check_count
-from secateur.healing.trainer import Validation
+from secateur.healing.recipes import as_written
 from secateur.measures.false_negatives import false_negative_mask, text_numbers
 from secateur.measures.metrics import cosines, retrieval
+from secateur.options import HealOptions
 
 COMPARED = 2**24
 """Similarities of anchors and passages that are in memory at once."""
 
+Score = Callable[[SentenceTransformer], float]
+"""Higher for a better model."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pairs and tasks that were opened, and how often they are asked.
-
-    ``sample`` rows of each task count, drawn by ``seed``; ``every`` and ``patience`` are those of :class:`.Validation`.
-    """
+    """Pairs and tasks that were read; ``sample`` rows of each task count, drawn by ``seed``."""
 
     pairs: Sequence[Pairs]
     tasks: Sequence[Task]
     sample: int | None
-    every: int | None
-    patience: int | None
     seed: int
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """For ``training.json``."""
-        return {
-            "eval_data": [
-                asdict(pairs.source) | {"prompt": pairs.prompt, "passage_prompt": pairs.passage_prompt}
-                for pairs in self.pairs
-            ],
-            "eval_tasks": [
-                {"name": task.name, "sha256": task.source.sha256, "instruction": task.instruction}
-                for task in self.tasks
-            ],
-            "eval_sample": self.sample,
-            "eval_every": self.every,
-            "patience": self.patience,
-        }
-
-    @property
-    def validation(self) -> Validation | None:
-        """For the trainer; None where there is nothing to measure by."""
-        return Validation(self.score, self.every, self.patience) if self.pairs or self.tasks else None
-
     def score(self, model: SentenceTransformer) -> float:
-        """The mean over held-out files and tasks."""
+        """The mean over files and tasks."""
         found = [held_out_ndcg(model, pairs) for pairs in self.pairs]
         if self.tasks:
             table = evaluate([model], self.tasks, sample=self.sample, seed=self.seed, names=["model"])
             found += [row.score for row in table.rows]
         return sum(found) / len(found)
 
+    def settings(self) -> dict[str, Any]:
+        """For ``training.json``."""
+        pairs = [asdict(p.source) | {"prompt": p.prompt, "passage_prompt": p.passage_prompt} for p in self.pairs]
+        tasks = [{"name": t.name, "sha256": t.source.sha256, "instruction": t.instruction} for t in self.tasks]
+        return {"eval_data": pairs, "eval_tasks": tasks, "eval_sample": self.sample}
 
-def read_held_out(
-    data: Data | None,
-    tasks: Sequence[str | Path] | None,
-    *,
-    instruction: str | None,
-    columns: Mapping[str, str] | None,
-    sample: int | None,
-    every: int | None,
-    patience: int | None,
-    seed: int,
-) -> HeldOut:
-    """Open what a training is measured by; arguments as those of :func:`.heal` that start with ``eval``.
+
+def read_held_out(options: HealOptions) -> HeldOut | None:
+    """Open what a training is scored by; None where nothing was given.
 
     Raises:
-        ConfigError: A number is no count, or nothing is measured by it; or a task cannot be opened.
-        DataError: The data cannot be read, or hold texts alone.
+        ConfigError: An option is of no effect without held-out data; or a task cannot be opened.
+        DataError: The data cannot be read, or hold texts without labels.
     """
-    pairs = _read_pairs(data, instruction, columns)
-    for key, value in (("eval_sample", sample), ("eval_every", every), ("patience", patience)):
-        check_count(key, value)
-        if value is not None and not pairs and not tasks:
+    sources = read_sources(options.eval_data or (), options.instruction, options.columns)
+    for key in ("eval_sample", "eval_every", "patience"):
+        value = getattr(options, key)
+        if value is not None and not sources and not options.eval_tasks:
             raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
-    if sample is not None:
-        pairs = [some.sample(sample, seed) for some in pairs]
-    opened = open_tasks(tasks, sample, seed) if tasks else []
-    return HeldOut(pairs, opened, sample, every, patience, seed)
-
-
-def _read_pairs(data: Data | None, instruction: str | None, columns: Mapping[str, str] | None) -> list[Pairs]:
-    found = []
-    for source in read_sources(data or (), instruction, columns):
+    pairs: list[Pairs] = []
+    for source in sources:
         if isinstance(source, Texts):
             raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
-        found.append(source)
-    return found
+        pairs.append(source.sample(options.eval_sample, options.seed) if options.eval_sample else source)
+    tasks = open_tasks(options.eval_tasks, options.eval_sample, options.seed) if options.eval_tasks else []
+    return HeldOut(pairs, tasks, options.eval_sample, options.seed) if pairs or tasks else None
+
+
+class Evaluator(BaseEvaluator):  # type: ignore[misc]
+    """A score as the trainer asks for it: of the model as it would be written, at its own length.
+
+    Args:
+        score: Of a model.
+        length: The model's own, which may be longer than that of the training.
+        dtypes: Those of the model's weights before the training (:func:`.prepare`).
+    """
+
+    def __init__(self, score: Score, length: int | None, dtypes: Mapping[str, torch.dtype]) -> None:
+        super().__init__()
+        self.score = score
+        self.length = length
+        self.dtypes = dtypes
+
+    def __call__(self, model: SentenceTransformer, *_: Any, **__: Any) -> dict[str, float]:
+        """The score, under the name that the trainer looks for."""
+        trained_length, model.max_seq_length = model.max_seq_length, self.length
+        # What the score draws must not change what the training draws.
+        with torch.random.fork_rng(), as_written(model, self.dtypes):
+            score = float(self.score(model))
+        model.max_seq_length = trained_length
+        return {"score": score}
 
 
 def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
