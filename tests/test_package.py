@@ -17,7 +17,8 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance results progress clusters
+errors files done provenance progress clusters
+results: base kinds
 options: base shared way runs inference
 figures: text style labels depth frontier training saving
 models: stacks legality blocks forward
@@ -52,7 +53,7 @@ def flow() -> list[str]:
 
 
 FLOW = flow()
-PARTS = {"runtime": "runtime", "cli": "cli.commands", "options": "options.inference"}
+PARTS = {"runtime": "runtime", "cli": "cli.commands", "options": "options.inference", "results": "results.kinds"}
 """Packages whose names are had from the package itself → where they stand."""
 
 

@@ -73,7 +73,7 @@ def _names(scores: Scores) -> list[str]:
 
 
 def _of(scores: Scores, task: str) -> float:
-    return next(row.score for row in scores.rows if row.task == task)
+    return float(next(row.score for row in scores.rows if row.task == task))
 
 
 @contextmanager
