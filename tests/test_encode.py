@@ -622,7 +622,7 @@ def test_what_is_no_file_that_can_be_read_twice(tmp_path: Path):
     (tmp_path / "folder.csv").mkdir()
     for name, says in (("pipe.txt", "write it into a file"), ("folder.csv", "is a folder"), ("a.txt", "no such file")):
         with pytest.raises(DataError, match=says):
-            read_column(tmp_path / name)
+            list(read_column(tmp_path / name))
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read, even by root")
