@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.data.pairs import Pairs, batches, read_pairs
+from secateur.data.sources import Pairs, batches, read_pairs
 from secateur.measures import curves, stopping
 from secateur.measures.metrics import contrastive_loss
 from secateur.models.blocks import final_norm

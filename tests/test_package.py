@@ -24,9 +24,9 @@ figures: text style labels depth frontier training saving
 models: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
 models: names pooling checks gguf readers open_model
-data: formats jsonl e5_mix hub_sets tables pairs texts sources vectors demo
+data: rows hub sources vectors demo
 measures: metrics false_negatives intervals curves stopping flops
-evaluation: task_folder tasks differences predictions evaluate
+evaluation: task_folder tasks replicates evaluate
 profiling: lens parts depths depth_scores profile
 choosing: selectors budgets choose candidates
 pruning: selection prune
@@ -37,7 +37,7 @@ studies: presets plan inputs estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export
 inference: memory mixed arithmetic encoders exported queueing connections gate embeddings app serve
-inference: engine pools rows vector_files encode
+inference: engine pools vector_files encode
 cli: places arguments tables bars commands
 __main__
 """

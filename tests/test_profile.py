@@ -18,8 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import architectures
 from conftest import LETTERS, example_pairs, tiny_transformer
 from secateur.choosing.choose import choose
-from secateur.data.pairs import read_pairs
-from secateur.data.texts import read_texts
+from secateur.data.sources import read_pairs, read_texts
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.measures import stopping
 from secateur.models.blocks import blocks_of, cut, legal_depths

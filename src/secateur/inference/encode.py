@@ -27,13 +27,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.data.pairs import instruction_prompt
+from secateur.data.rows import read_column
+from secateur.data.sources import instruction_prompt
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import lock, output_errors, read_json, write_bytes, write_text
 from secateur.inference.arithmetic import STORED
 from secateur.inference.encoders import Vectors
 from secateur.inference.pools import Facts, Opening, Run, Worker, in_processes, in_this_process, on_ray, open_worker
-from secateur.inference.rows import read_rows
 from secateur.inference.vector_files import (
     check_suffix,
     description_file,
@@ -287,7 +287,7 @@ def _numbers(facts: Facts, dimensions: int | None) -> int:
 
 def _read_all(files: Sequence[str | Path], column: str | None) -> Iterator[str]:
     for file in files:
-        yield from read_rows(file, column)
+        yield from read_column(file, column)
 
 
 Texts = Callable[[], Iterator[str]]

@@ -18,9 +18,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from secateur.data.pairs import Pair, Pairs, batches, l3prune_prompt
-from secateur.data.sources import Data, Source, read_sources
-from secateur.data.texts import Texts
+from secateur.data.sources import Data, Pair, Pairs, Source, Texts, batches, l3prune_prompt, read_sources
 from secateur.errors import ConfigError, DataError, SecateurError
 from secateur.files import results_folder
 from secateur.measures import stopping
@@ -85,9 +83,9 @@ def profile(
 
     Args:
         model: Anything :func:`.open_model` opens, or an opened model.
-        data: Files of pairs (see :mod:`.pairs`; each batch comes from one of them) or of texts (see
-            :mod:`.texts`), from which all but the supervised columns can be told; folders of them; or data sets by
-            name (see :mod:`.hub_sets`).
+        data: Files of pairs (see :mod:`.sources`; each batch comes from one of them) or of texts (see
+            :mod:`.sources`), from which all but the supervised columns can be told; folders of them; or data sets by
+            name (see :mod:`.hub`).
         columns: Role → column, where the data call their ``query``, ``positive``, ``negative`` or ``text`` otherwise.
         scale: Inverse temperature of the contrastive loss.
         instruction: Goes before each anchor, in place of those that come with the data; before each text alone. Where
@@ -215,7 +213,7 @@ def _open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> l
         if sample is not None:
             raise ConfigError("sample", sample, "is a number of rows of each task, and there are none", "give tasks")
         return []
-    from secateur.evaluation.evaluate import open_tasks  # with mteb, which takes a while to import
+    from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
 
     return open_tasks(tasks, sample, seed)
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from secateur.data.hub_sets import is_hub_name, parse_name
+from secateur.data.hub import is_hub_name, parse_name
 from secateur.files import read_json
 from secateur.reporting.run import Variant
 from secateur.results import Origin, ScoreRow, Training

@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.data.texts import read_texts
+from secateur.data.sources import read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError
-from secateur.evaluation.differences import read_draws, score_differences
 from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.measures.intervals import Array
 from secateur.models.open_model import model_label, open_model
@@ -82,8 +82,10 @@ def compare(
         with TemporaryDirectory(prefix="secateur-") as scratch:
             folder = out if out is not None else scratch
             options = {"sample": sample, "seed": seed, "batch_size": batch_size, "cache": cache}
-            scores = evaluate(models, tasks, names=labels, out=folder, progress=progress, **options)  # type: ignore[arg-type]
-            differences = score_differences(scores.rows, labels[0], [read_draws(folder, row) for row in scores.rows])
+            scores = evaluate(models, tasks, names=labels, out=folder, progress=progress, **options)
+            differences = score_differences(
+                scores.rows, labels[0], [read_replicates(folder, row) for row in scores.rows]
+            )
     overlaps, changed = _neighbourhoods(models, labels, found, neighbours, batch_size, cache, progress)
     result = Comparison(
         provenance=provenance([*scores.provenance.data, *sources], seed),

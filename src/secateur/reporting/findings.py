@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import t
 
-from secateur.evaluation.differences import of_the_same_things, read_draws
+from secateur.evaluation.replicates import is_paired, read_replicates
 from secateur.measures.intervals import CONFIDENCE, Array, interval, limits_of, mean_of
 from secateur.reporting.run import UNTRAINED, Run, Variant
 from secateur.results import CostRow, ScoreRow
@@ -309,9 +309,9 @@ def _design(group: tuple[Variant, ...], spreads: Mapping[tuple[str, str, str], _
 def _draws(group: Sequence[Variant], task: str) -> Array | None:
     """The draws of the mean over a design's models; None where they are not of the same things."""
     rows = [variant.scores[task] for variant in group]
-    if any(not row.draws or not of_the_same_things(row, rows[0]) for row in rows):
+    if any(not row.draws or not is_paired(row, rows[0]) for row in rows):
         return None
-    read = [read_draws(variant.results[task], row) for variant, row in zip(group, rows, strict=True)]
+    read = [read_replicates(variant.results[task], row) for variant, row in zip(group, rows, strict=True)]
     drawn = [draws for draws in read if draws is not None]
     return mean_of(drawn) if len(drawn) == len(group) else None
 
@@ -370,7 +370,7 @@ def _difference_draws(design: Design, reference: Design, task: str) -> Array | N
 def _are_same(design: Design, reference: Design, task: str) -> bool:
     """Whether all models of the two were scored on the same things."""
     rows = [variant.scores[task] for each in (design, reference) for variant in each.variants]
-    return all(of_the_same_things(row, rows[0]) for row in rows)
+    return all(is_paired(row, rows[0]) for row in rows)
 
 
 _LOWEST, _HIGHEST = ("speed_low", "long_speed_low"), ("speed_high", "long_speed_high")

@@ -136,8 +136,8 @@ class ScoreRow:
     what stood before the texts or queries; ``data`` and ``weights`` are fingerprints of the task and of the model.
 
     ``low`` to ``high`` is the 95 % bootstrap interval of the score over ``units`` things drawn again, ``unit`` says
-    which (:mod:`.predictions`); None where they cannot be, and ``note`` says why. ``draws`` names the file of the
-    draws, which :func:`.read_draws` reads.
+    which (:mod:`.replicates`); None where they cannot be, and ``note`` says why. ``draws`` names the file of the
+    draws, which :func:`.read_replicates` reads.
 
     ``prompts`` are those of the model on this task for texts of no kind, for queries and for documents; ``source`` is
     the model's folder or Hub id, ``files`` a fingerprint of that folder's files. ``versions`` are those of the

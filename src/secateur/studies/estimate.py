@@ -19,8 +19,7 @@ from transformers import AutoConfig
 
 from secateur.checkpoints.embedder import read_embedder
 from secateur.checkpoints.sources import open_source
-from secateur.data.pairs import Pairs
-from secateur.data.texts import Texts
+from secateur.data.sources import Pairs, Texts
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
 from secateur.models.blocks import blocks_of, depth_of, skeleton
 from secateur.models.open_model import as_model_error, open_model, resolve

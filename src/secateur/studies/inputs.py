@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from secateur.data.sources import data_files
-from secateur.data.tables import stem
+from secateur.data.sources import data_files, stem
 from secateur.errors import DataError
 from secateur.options import StudyOptions
 from secateur.provenance import fingerprint

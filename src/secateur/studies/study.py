@@ -32,8 +32,7 @@ from typing import Any
 from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, StudyFailed
-from secateur.evaluation.evaluate import open_tasks
-from secateur.evaluation.tasks import expand, identify
+from secateur.evaluation.tasks import expand, identify, open_tasks
 from secateur.files import read_json, results_folder, write_text
 from secateur.healing.lessons import find_aim, sets_of
 from secateur.models.open_model import model_label
