@@ -34,7 +34,7 @@ healing: held_out prompts lessons heal
 reporting: cost compare journal run findings saturation printing verdict drawings card report
 studies: presets plan inputs estimate runner study
 runtime
-exporting: graph outliers convert compatibility manifest faithfulness export
+exporting: graph convert export
 inference: memory mixed arithmetic encoders exported queueing connections gate embeddings app serve
 inference: engine pools rows vector_files encode
 cli: places arguments tables bars commands
