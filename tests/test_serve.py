@@ -38,12 +38,14 @@ from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.connections import Connection
-from secateur.inference.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
-from secateur.inference.exported import OPENING, is_export
+from secateur.inference.encoders import ModelEncoder
 from secateur.inference.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
+from secateur.inference.opening import Opening
 from secateur.inference.queueing import Batch, Batcher, EncodingFailed, QueueFull, Worker, choose_batch
-from secateur.inference.serve import Server, bind, listen, make_server, open_encoder
+from secateur.inference.serve import Server, bind, listen, make_server, open_for_serving
+from secateur.inference.workers import EncoderDied, EncoderProcess
 from secateur.options import ServeOptions, make
+from secateur.runtime.core import Encoder, Tokens, Vectors
 
 PROMPTS = {"query": "find: ", "document": ""}
 TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]
@@ -79,7 +81,7 @@ def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(folder: Path) -> Encoder:
     """A model's folder in float32, or an export."""
-    return open_encoder(folder, OPENING if is_export(folder) else OPENING | {"device": "cpu", "dtype": "float32"})
+    return open_for_serving(Opening(str(folder), dtype="float32"))
 
 
 @dataclass
@@ -181,7 +183,7 @@ class Held:
     def __getattr__(self, name: str) -> object:
         return getattr(self._encoder, name)
 
-    def encode(self, batch: Sequence[Tokens]) -> Vectors:
+    def encode_batch(self, batch: Sequence[Tokens]) -> Vectors:
         self.batches.append(list(batch))
         assert self.go.wait(30)
         if self.room and len(batch) * max(map(len, batch)) > self.room:
@@ -189,7 +191,7 @@ class Held:
         if self.failures or any(self.poison in tokens.ids for tokens in batch):
             self.failures = max(0, self.failures - 1)
             raise RuntimeError("the processor is on strike")
-        return self._encoder.encode(batch)
+        return self._encoder.encode_batch(batch)
 
 
 @contextlib.contextmanager
@@ -749,9 +751,9 @@ def test_who_reads_slowly_gets_all(encoder: ModelEncoder, monkeypatch: pytest.Mo
 
 @pytest.mark.slow  # a process starts
 def test_what_an_encoder_process_cannot_open_is_told(tmp_path: Path):
-    process = EncoderProcess(partial(open_encoder, tmp_path / "none", OPENING))
+    process = EncoderProcess(partial(open_for_serving, Opening(str(tmp_path / "none"))))
     with contextlib.closing(process), pytest.raises(SecateurError, match="no such file or folder"):
-        process.revive()
+        process.restart()
     assert not process.ready()
 
 
@@ -780,7 +782,7 @@ def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
     found = [json.loads(answer.result()[1])["data"][0]["embedding"] for answer in answers]
     np.testing.assert_allclose(np.array(found), model.encode(texts), atol=1e-5)
     with pytest.raises(EncoderDied):
-        process.encode(numbers(3))
+        process.encode_batch(numbers(3))
 
 
 @pytest.mark.slow  # seven processes start
@@ -832,7 +834,7 @@ class Stuck:
         self._first = not file.exists()
         file.touch()
 
-    def encode(self, batch: Sequence[Tokens]) -> Vectors:
+    def encode_batch(self, batch: Sequence[Tokens]) -> Vectors:
         while self._first and any(7 in tokens.ids for tokens in batch):
             time.sleep(0.1)
         return np.array([[tokens.ids[0]] for tokens in batch], dtype=np.float32)
@@ -844,7 +846,7 @@ def test_a_batch_that_never_ends_is_repeated_in_another_process(tmp_path: Path, 
     batches: list[Batch] = []
 
     async def everything(process: EncoderProcess) -> None:
-        worker = Worker(process.encode, process.ready, process.revive)
+        worker = Worker(process.encode_batch, process.ready, process.restart)
         batcher = Batcher(
             [worker], max_length=40, batch_tokens=200, queue_tokens=1000, timeout=60, observe=batches.append
         )
@@ -999,7 +1001,7 @@ def test_the_function_and_the_command_have_the_same_options():
 
 
 def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTransformer):
-    encoder = open_encoder(exported, OPENING)
+    encoder = open_for_serving(Opening(str(exported)))
     with running(make_app(encoder, "tiny")) as server:
         client = server.client()
         given = client.embeddings.create(model="tiny", input=[text for text in TEXTS if text.strip()])
@@ -1014,9 +1016,9 @@ def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTrans
 
 def test_what_an_export_has_decided_cannot_be_chosen_again(exported: Path):
     with pytest.raises(ConfigError, match="--max-length"):
-        open_encoder(exported, {**OPENING, "max_length": 8})
+        open_for_serving(Opening(str(exported), max_length=8))
     with pytest.raises(ConfigError, match="--device"):
-        open_encoder(exported, {**OPENING, "device": "cuda"})
+        open_for_serving(Opening(str(exported), device="cuda"))
 
 
 def test_options_that_cannot_be_are_refused_before_anything_is_opened(folder: Path, tmp_path: Path):

@@ -33,9 +33,10 @@ from secateur.inference.embeddings import (
     respond,
     shorten,
 )
-from secateur.inference.encoders import Encoder, EncoderDied, EncoderProcess, Tokens, Vectors
 from secateur.inference.gate import ApiError, ClientLeft, Gate, Keys, Limits, Metrics, busy, log
 from secateur.inference.queueing import Batcher, EncodingFailed, QueueFull, Worker
+from secateur.inference.workers import EncoderDied, EncoderProcess
+from secateur.runtime.core import Encoder, Tokens, Vectors
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A request that cannot be answered."},
@@ -72,7 +73,7 @@ class _Service:
 
 def _in_thread(thread: Executor | None, encoder: Encoder) -> Worker:
     def encode(batch: Sequence[Tokens], _: float) -> Vectors:  # a thread cannot be ended, however long it takes
-        return thread.submit(encoder.encode, batch).result() if thread else encoder.encode(batch)
+        return thread.submit(encoder.encode_batch, batch).result() if thread else encoder.encode_batch(batch)
 
     return Worker(encode)
 
@@ -80,12 +81,12 @@ def _in_thread(thread: Executor | None, encoder: Encoder) -> Worker:
 def _worker(process: EncoderProcess[Vectors]) -> Worker:
     def revive() -> None:
         try:
-            process.revive()
+            process.restart()
         except (SecateurError, EncoderDied, OSError) as error:
             if not process.closed:
                 log.error("encoder cannot start", extra={"facts": {"problem": str(error)[:300]}})
 
-    return Worker(process.encode, process.ready, revive)
+    return Worker(process.encode_batch, process.ready, revive)
 
 
 def make_app(

@@ -14,8 +14,8 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import from_json
 
-from secateur.inference.encoders import Encoder, TextRefused, Tokens, Vectors
 from secateur.inference.gate import ApiError, Limits
+from secateur.runtime.core import Encoder, TextRefused, Tokens, Vectors
 
 PIECE_NUMBERS = 1 << 15
 """Numbers of vectors that are written as JSON at once."""
@@ -203,7 +203,8 @@ def _tokens(inputs: list[Any], prompt: str | None, encoder: Encoder, limits: Lim
         )
     if isinstance(inputs[0], str):
         name = prompt if prompt is not None else encoder.default_prompt
-        return encoder.tokenize(inputs, name, truncate=limits.truncate, limit=limits.max_tokens)
+        before = encoder.prompts[name] if name else ""
+        return encoder.tokenize(inputs, before, truncate=limits.truncate, limit=limits.max_tokens)
     if prompt is not None:
         raise ApiError(400, "prompt: goes before texts, not before token ids", param="prompt", code="invalid_value")
     return _given_tokens(inputs, encoder, limits)

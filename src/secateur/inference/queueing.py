@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from secateur.inference.encoders import LENGTH_STEP, Tokens, Vectors
-from secateur.models.forward import halves, is_out_of_memory, padded_length
+from secateur.models.forward import padded_length
+from secateur.runtime.core import LENGTH_STEP, Tokens, Vectors, halves, is_out_of_memory
 
 LOOKAHEAD = 1024
 """How many waiting texts are looked at when a batch is made."""

@@ -8,9 +8,10 @@ import ipaddress
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,18 +24,8 @@ from sentence_transformers.util import get_device_name
 
 from secateur.errors import ConfigError, ModelError
 from secateur.inference.app import make_app
-from secateur.inference.arithmetic import use_arithmetic, weights_dtype
 from secateur.inference.connections import Connection
-from secateur.inference.encoders import (
-    SILENT_SECONDS,
-    Encoder,
-    EncoderDied,
-    EncoderProcess,
-    ModelEncoder,
-    Vectors,
-    batch_budget,
-)
-from secateur.inference.exported import ExportEncoder, check_opening, is_export
+from secateur.inference.encoders import ModelEncoder, batch_budget
 from secateur.inference.gate import (
     API_KEYS,
     Keys,
@@ -44,9 +35,11 @@ from secateur.inference.gate import (
     log_as_json,
     read_keys,
 )
-from secateur.inference.memory import keep_freed_memory
-from secateur.models.open_model import check_device, model_label, open_model
+from secateur.inference.opening import Opening, is_export, open_encoder, use_dtype
+from secateur.inference.workers import SILENT_SECONDS, EncoderDied, EncoderProcess, keep_freed_memory
+from secateur.models.open_model import check_device, model_label
 from secateur.options import SavedPooling
+from secateur.runtime.core import Encoder, Vectors
 
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
@@ -214,22 +207,21 @@ def serve(
     limits = Limits(
         batch_tokens or batch_budget(processor), queue_tokens, max_items, max_tokens, max_bytes, timeout, truncate
     )
-    opening: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "dtype": dtype}
-    opening |= {"device": device, "trust_remote_code": trust_remote_code}
+    opening = Opening(str(_absolute(model)), dtype, pooling, max_length, device, trust_remote_code)
     metrics = Metrics()
     keep_freed_memory()
     with ExitStack() as held:
         listener = held.enter_context(bind(host, port, keys, auth))
         thread = held.enter_context(ThreadPoolExecutor(1, thread_name_prefix="model"))
-        here = opening | ({"device": "cpu"} if workers and not exported else {})
-        encoder = thread.submit(open_encoder, model, here).result()
+        here = replace(opening, device="cpu") if workers and not exported else opening
+        encoder = thread.submit(open_for_serving, here).result()
         found = encoder.dtype
-        if workers and isinstance(encoder, ModelEncoder):
-            encoder.model.to("meta")  # only its tokenizer is needed here
+        if workers:
             found = found if torch.device(processor).type == "cpu" else dtype
-            opening["dtype"] = found
-        share = max(1, torch.get_num_threads() // max(1, workers))
-        make = partial(open_encoder, _absolute(model), opening, share)
+            opening = replace(opening, dtype=found, threads=max(1, torch.get_num_threads() // workers))
+            if isinstance(encoder, ModelEncoder):
+                encoder.model.to("meta")  # only its tokenizer is needed here
+        make = partial(open_for_serving, opening)
         silence = min(SILENT_SECONDS, max(LEAST_SILENCE, timeout / 4))
         new = partial(EncoderProcess[Vectors], make, metrics.restarts.inc, silence)
         processes = [held.enter_context(closing(new())) for _ in range(workers)]
@@ -255,28 +247,18 @@ def _absolute(model: str | Path) -> str | Path:
 def _wait_for(processes: Sequence[EncoderProcess[Any]], model: str | Path) -> None:
     for process in processes:
         try:
-            process.revive()
+            process.restart()
         except EncoderDied as error:
             hint = "too little memory? Fewer --workers need less"
             raise ModelError(model, f"{error}, before it could take work", hint) from None
 
 
-def open_encoder(model: str | Path, opening: Mapping[str, Any], threads: int | None = None) -> Encoder:
+def open_for_serving(opening: Opening) -> Encoder:
     """A model or an export as the server's encoder.
-
-    Args:
-        model: As for :func:`serve`.
-        opening: What stands in :data:`.OPENING`.
-        threads: Its share of the processor.
 
     Raises:
         ConfigError: An option that an export has decided already.
     """
-    if is_export(model):
-        check_opening(opening)
-        return ExportEncoder(model, threads)
-    if threads:
-        torch.set_num_threads(threads)
-    opened = open_model(model, **{**opening, "dtype": weights_dtype(opening["dtype"])})
-    dtype = use_arithmetic(opened, opening["dtype"])
-    return ModelEncoder(opened, model_label(model), dtype)
+    encoder = open_encoder(opening)
+    use_dtype(encoder, opening.dtype)
+    return encoder
