@@ -18,6 +18,7 @@ SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
 errors files done provenance results progress clusters
+runtime
 options: base shared way runs inference
 figures: text style labels depth frontier training saving
 models: stacks legality blocks forward
@@ -33,10 +34,9 @@ healing: remote recipe processes resuming batch_mask teacher minibatches objecti
 healing: held_out prompts lessons heal
 reporting: cost compare journal run findings saturation printing verdict drawings card report
 studies: presets plan inputs estimate runner study
-runtime
 exporting: graph convert export
-inference: memory mixed arithmetic encoders exported queueing connections gate embeddings app serve
-inference: engine pools rows vector_files encode
+inference: encoders opening workers middleware queueing app serve
+inference: rows distinct vector_files encode
 cli: places arguments tables bars commands
 __main__
 """

@@ -239,10 +239,11 @@ def _study(given: dict[str, Any]) -> None:
 @command_of(app, config.EncodeOptions)
 def encode_command(options: config.EncodeOptions) -> None:
     import secateur
-    from secateur.inference.memory import keep_freed_memory
     from secateur.inference.rows import check_rows
 
     check_rows(options.files, options.column)
+    from secateur.inference.workers import keep_freed_memory
+
     keep_freed_memory()
     with work_bars() as progress:
         done = secateur.encode(**_given(options), progress=progress)
