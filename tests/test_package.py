@@ -19,6 +19,7 @@ SOURCE = Path(secateur.__file__).parent
 ORDER = """
 errors files done provenance progress clusters
 results: base kinds
+runtime
 options: base shared way runs inference
 figures: text style labels depth frontier training saving
 models: stacks legality blocks forward
@@ -34,10 +35,9 @@ healing: remote recipe processes resuming batch_mask teacher minibatches objecti
 healing: held_out prompts lessons heal
 reporting: cost compare journal run findings saturation printing verdict drawings card report
 studies: presets plan inputs estimate runner study
-runtime
-exporting: graph outliers convert compatibility manifest faithfulness export
-inference: memory mixed arithmetic encoders exported queueing connections gate embeddings app serve
-inference: engine pools vector_files encode
+exporting: graph convert export
+inference: encoders opening workers middleware queueing app serve
+inference: distinct vector_files encode
 cli: places arguments tables bars commands
 __main__
 """

@@ -240,7 +240,7 @@ def _study(given: dict[str, Any]) -> None:
 def encode_command(options: config.EncodeOptions) -> None:
     import secateur
     from secateur.data.rows import check_column
-    from secateur.inference.memory import keep_freed_memory
+    from secateur.inference.workers import keep_freed_memory
 
     check_column(options.files, options.column)
     keep_freed_memory()

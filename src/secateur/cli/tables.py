@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from secateur.choosing.candidates import Candidates
-    from secateur.exporting.manifest import Export
+    from secateur.exporting.export import Export
     from secateur.results import Comparison, CostRow, Profile, Scores
     from secateur.studies.runner import State
 
@@ -126,10 +126,10 @@ def show_export(result: Export) -> None:
     if result.points_lost is not None:
         typer.echo(f"points lost on {len(result.rows)} tasks: {result.points_lost:.2f}")
     table = Table()
-    for column in ("reader", "loads", "why"):
+    for column in ("software", "loads", "why"):
         table.add_column(column)
-    for note in result.notes:
-        table.add_row(note.reader, note.loads, escape(note.why))
+    for name, found in (result.consumers or {}).items():
+        table.add_row(name, found["loads"], escape(found["why"]))
     Console().print(table)
 
 
