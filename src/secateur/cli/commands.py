@@ -229,8 +229,8 @@ def _study(given: dict[str, Any]) -> None:
     import secateur
     from secateur.errors import DataError
 
-    with study_bars(int(given.get("jobs", 1))) as (progress, watch):
-        page = secateur.study(**given, progress=progress, watch=watch)
+    with study_bars(int(given.get("jobs", 1))) as (progress, callback):
+        page = secateur.study(**given, progress=progress, callback=callback)
     with suppress(DataError):  # a study without tasks has no scores
         show_scores(secateur.read_scores(given["out"]))
     typer.echo(f"\n{page}")

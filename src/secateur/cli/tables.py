@@ -46,7 +46,7 @@ def show_steps(state: State, slots: int, console: Console | None = None) -> None
         table.add_column(heading, justify="right" if heading == "time" else "left", overflow="fold")
     for step in state.plan.steps:
         seconds, about = state.expected[step.name], "" if step.name in state.seconds else "about "
-        needs = ", ".join(step.needs) if len(step.needs) < 4 else f"{len(step.needs)} models"
+        needs = ", ".join(step.depends_on) if len(step.depends_on) < 4 else f"{len(step.depends_on)} models"
         word = state.of(step)
         took = "" if word == "done" and about else "?" if seconds is None else about + duration(seconds)
         table.add_row(escape(step.name), word, took, escape(needs))

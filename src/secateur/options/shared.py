@@ -28,7 +28,7 @@ PROFILE_FILES = (
 )
 STUDY_FILES = (
     *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
-    *("data", "tasks", "models", "profiles", "pruned", "scores", "figures", "cache", "logs"),
+    *("data", "tasks", "models", "profiles", "pruned", "scores", "figures", "cache", "logs", "done"),
 )
 SELECTOR_NAMES = (
     *("small", "large", "l3prune-small", "l3prune-large", "l3prune-interior-small", "l3prune-interior-large"),
