@@ -17,9 +17,9 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance results progress clusters
+errors files done provenance results progress clusters tables
 options: base shared way runs inference
-figures: text style labels depth frontier training saving
+figures: style plots
 models: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
 models: names pooling checks gguf readers open_model
@@ -31,7 +31,7 @@ choosing: selectors budgets choose candidates
 pruning: selection prune
 healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
 healing: held_out prompts lessons heal
-reporting: cost compare journal run findings saturation printing verdict drawings card report
+reporting: cost compare run findings saturation verdict document pictures sections card report
 studies: presets plan inputs estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export
@@ -191,6 +191,8 @@ STEPS = {
     "evaluate": config.EvaluateOptions,
     "encode": config.EncodeOptions,
     "report": config.ReportOptions,
+    "cost": config.CostOptions,
+    "compare": config.CompareOptions,
 }
 
 

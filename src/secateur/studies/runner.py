@@ -33,8 +33,8 @@ from secateur.progress import Progress, silent
 from secateur.provenance import acting_as
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
-from secateur.reporting.journal import JOURNAL, whole_part
-from secateur.reporting.journal import read_journal as read_journal
+from secateur.reporting.run import JOURNAL, complete_lines
+from secateur.reporting.run import read_journal as read_journal
 from secateur.studies.estimate import corrected
 from secateur.studies.plan import Plan, Step, blocked
 
@@ -162,7 +162,7 @@ def _lock(stream: IO[bytes], run: Path) -> None:
 def _cut_torn_line(stream: IO[bytes]) -> None:
     """Remove what a killed process left of a line."""
     stream.seek(0)
-    stream.truncate(len(whole_part(stream.read())))
+    stream.truncate(len(complete_lines(stream.read())))
 
 
 def is_locked(run: Path) -> bool:

@@ -40,8 +40,8 @@ from secateur.models.open_model import model_label
 from secateur.options import STUDY_FILES, EvaluateOptions, StudyOptions, default_of, make, read_study, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint_files, is_result_of, versions_of
-from secateur.reporting.journal import read_journal
 from secateur.reporting.report import report
+from secateur.reporting.run import read_journal
 from secateur.results import Costs, Profile, Scores, Training, load
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.inputs import Inputs, check_inputs, read_inputs
