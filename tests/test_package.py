@@ -17,11 +17,11 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance progress clusters
+errors files done provenance progress clusters tables
 results: base kinds
 runtime
 options: base shared way runs inference
-figures: text style labels depth frontier training saving
+figures: style plots
 models: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
 models: names pooling checks gguf readers open_model
@@ -33,7 +33,7 @@ choosing: selectors budgets choose candidates
 pruning: selection prune
 healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
 healing: held_out prompts lessons heal
-reporting: cost compare journal run findings saturation printing verdict drawings card report
+reporting: cost compare run findings saturation verdict document pictures sections card report
 studies: presets plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening workers middleware queueing app serve
@@ -192,6 +192,8 @@ STEPS = {
     "evaluate": config.EvaluateOptions,
     "encode": config.EncodeOptions,
     "report": config.ReportOptions,
+    "cost": config.CostOptions,
+    "compare": config.CompareOptions,
 }
 
 

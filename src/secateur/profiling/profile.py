@@ -192,8 +192,8 @@ def _parts(model: SentenceTransformer, sizes: Sequence[Size], notes: list[str]) 
 
 def _draw(result: Profile, out: Path) -> None:
     """The pictures of a profile; those of an earlier one that it does not have are removed."""
-    from secateur.figures.depth import profile_figures
-    from secateur.figures.saving import save_png, save_svg
+    from secateur.figures.plots import profile_figures
+    from secateur.figures.style import save
 
     choice: dict[str, int] = {}
     if result.can_choose:
@@ -204,8 +204,8 @@ def _draw(result: Profile, out: Path) -> None:
         if name.partition(".")[0] not in drawn:
             (out / name).unlink(missing_ok=True)
     for name, figure in reversed(drawn.items()):  # the curve is the last file of a profile: with it, all is there
-        save_svg(figure, out / f"{name}.svg")
-        save_png(figure, out / f"{name}.png")
+        save(figure, out / f"{name}.svg")
+        save(figure, out / f"{name}.png")
 
 
 def _open_tasks(tasks: Sequence[str | Path], sample: int | None, seed: int) -> list[Task]:

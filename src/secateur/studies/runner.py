@@ -33,7 +33,7 @@ from secateur.progress import Progress
 from secateur.provenance import acting_as
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
-from secateur.reporting.journal import JOURNAL, read_journal, whole_part
+from secateur.reporting.run import JOURNAL, complete_lines, read_journal
 from secateur.studies.estimate import corrected
 from secateur.studies.plan import Plan, Step
 
@@ -132,7 +132,7 @@ class Scheduler:
         file = self.run / JOURNAL
         with output_errors(file):
             file.touch()
-            os.truncate(file, len(whole_part(file.read_bytes())))  # without the torn line of a killed process
+            os.truncate(file, len(complete_lines(file.read_bytes())))  # without the torn line of a killed process
         entries = read_journal(self.run)
         self.seconds = taken_seconds(entries)
         last = {entry["step"]: entry for entry in entries}

@@ -40,8 +40,8 @@ from secateur.models.open_model import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
-from secateur.reporting.journal import read_journal
 from secateur.reporting.report import report
+from secateur.reporting.run import read_journal
 from secateur.results import Costs, Profile, Scores, Training, load
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
