@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from secateur.choosing.candidates import Candidates
+    from secateur.choosing.choose import Candidates
     from secateur.exporting.manifest import Export
     from secateur.results import Comparison, CostRow, Profile, Scores
     from secateur.studies.runner import State
@@ -137,7 +137,7 @@ def show_candidates(found: Candidates) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from secateur.choosing.candidates import is_prefix, ranges
+    from secateur.choosing.choose import is_prefix, ranges
 
     table = Table(title=f"{found.model}: {found.depth} blocks", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     columns = [name for name in _CANDIDATE_COLUMNS if any(getattr(row, name) is not None for row in found.rows)]

@@ -45,7 +45,16 @@ from secateur.evaluation.differences import draws_file
 from secateur.evaluation.predictions import predicted
 from secateur.evaluation.tasks import Task, count_samples, expand, open_task
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
-from secateur.measures.intervals import FEWEST, Array, doubt, interval, limits_of, mean_of, resample, whole
+from secateur.measures.intervals import (
+    MINIMUM_UNITS,
+    Array,
+    interval,
+    limits_of,
+    mean_of,
+    observed,
+    resample,
+    why_no_interval,
+)
 from secateur.models.open_model import model_label, open_model
 from secateur.options import EvaluateOptions, check
 from secateur.progress import Progress, quiet, silent
@@ -471,9 +480,9 @@ def _resampled(
     parts = predicted(task, predictions, row.metric, state)
     if not parts:
         raise _NoInterval(f"the rows of {row.type} by {row.metric} cannot be drawn again")
-    if (fewest := min(part.units for part in parts)) < FEWEST:
-        raise _NoInterval(f"{fewest} {parts[0].unit} are fewer than {FEWEST}")
-    again = float(np.mean([whole(part.statistic, part.units) for part in parts]))
+    if (fewest := min(part.units for part in parts)) < MINIMUM_UNITS:
+        raise _NoInterval(f"{fewest} {parts[0].unit} are fewer than {MINIMUM_UNITS}")
+    again = float(np.mean([observed(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
         raise _NoInterval(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
     # By the data alone: every model is scored on the same draws.
@@ -481,7 +490,7 @@ def _resampled(
     limits = limits_of(row.metric)
     drawn = [resample(part.statistic, part.units, seed, limits=limits) for part, seed in zip(parts, seeds, strict=True)]
     for part, own in zip(parts, drawn, strict=True):
-        if why := doubt(own, part.units):
+        if why := why_no_interval(own, part.units):
             raise _NoInterval(why)
     draws = mean_of(drawn)
     low, high = interval(draws, limits)

@@ -17,7 +17,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from secateur.choosing.candidates import ranges
+from secateur.choosing.choose import ranges
 from secateur.figures.saving import save_png, svg
 from secateur.figures.text import printable, shorten
 from secateur.files import write_text
