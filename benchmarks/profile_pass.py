@@ -1,4 +1,4 @@
-"""What a profile costs beside one plain encoding, and beside the paper's procedure; how soon ``--early-stopping`` stops.
+"""What a profile costs beside one plain encoding, and beside the paper's procedure; how soon it can stop early.
 
     python benchmarks/profile_pass.py cost MODEL PAIRS --examples 640 --repeats 3
     python benchmarks/profile_pass.py sure PROFILE [PROFILE ...] [--batches 20]
