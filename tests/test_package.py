@@ -26,10 +26,10 @@ models: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
 models: names pooling checks gguf readers open_model
 data: rows hub sources vectors demo
-measures: metrics false_negatives intervals curves stopping flops
+measures: metrics intervals costs
 evaluation: task_folder tasks replicates evaluate
-profiling: lens parts depths depth_scores profile
-choosing: selectors budgets choose candidates
+choosing: selectors choose
+profiling: lens depths depth_scores corpus profile
 pruning: selection prune
 healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
 healing: held_out prompts lessons heal

@@ -12,7 +12,7 @@ from secateur.tables import Cell, Table, byte_size, count, duration, loss, numbe
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from secateur.choosing.candidates import Candidates
+    from secateur.choosing.choose import Candidates
     from secateur.exporting.export import Export
     from secateur.results import Comparison, CostRow, Profile, Scores
     from secateur.studies.runner import State
@@ -119,7 +119,7 @@ _CANDIDATES: Columns = {
 
 def show_candidates(found: Candidates) -> None:
     """What each selector chooses, and why."""
-    from secateur.choosing.candidates import is_prefix, ranges
+    from secateur.choosing.choose import is_prefix, ranges
 
     title = f"{found.model}: {found.depth} blocks"
     _show(_table(title, ("name",), [(row.name,) for row in found.rows], found.rows, _CANDIDATES))

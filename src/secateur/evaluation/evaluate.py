@@ -43,7 +43,16 @@ from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.replicates import replicates_file, resampled_scores
 from secateur.evaluation.tasks import Task, count_samples, open_tasks
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
-from secateur.measures.intervals import FEWEST, Array, doubt, interval, limits_of, mean_of, resample, whole
+from secateur.measures.intervals import (
+    MINIMUM_UNITS,
+    Array,
+    interval,
+    limits_of,
+    mean_of,
+    observed,
+    resample,
+    why_no_interval,
+)
 from secateur.models.open_model import model_label, open_model
 from secateur.options import EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
@@ -417,9 +426,9 @@ def _with_interval(
     parts = resampled_scores(task, predictions, row.metric, state)
     if not parts:
         raise _NoInterval(f"the rows of {row.type} by {row.metric} cannot be resampled")
-    if (fewest := min(part.units for part in parts)) < FEWEST:
-        raise _NoInterval(f"{fewest} {parts[0].unit} are fewer than {FEWEST}")
-    again = float(np.mean([whole(part.statistic, part.units) for part in parts]))
+    if (fewest := min(part.units for part in parts)) < MINIMUM_UNITS:
+        raise _NoInterval(f"{fewest} {parts[0].unit} are fewer than {MINIMUM_UNITS}")
+    again = float(np.mean([observed(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
         raise _NoInterval(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
     limits, found = limits_of(row.metric), []
@@ -427,7 +436,7 @@ def _with_interval(
         # The seed follows from the data alone, so that every model is resampled alike.
         seed = int(hashlib.sha256(f"{row.data} {number}".encode()).hexdigest()[:8], 16)
         found.append(resample(part.statistic, part.units, seed, limits=limits))
-        if why := doubt(found[-1], part.units):
+        if why := why_no_interval(found[-1], part.units):
             raise _NoInterval(why)
     replicates = mean_of(found)
     low, high = interval(replicates, limits)

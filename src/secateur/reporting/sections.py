@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from secateur.choosing.candidates import ranges
+from secateur.choosing.choose import ranges
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting.document import Block, Bullets, Code, Details, Gallery, Heading, Section, Text
 from secateur.reporting.findings import MARGIN, Estimate, RunGroup, Summary
