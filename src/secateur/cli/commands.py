@@ -240,9 +240,10 @@ def _study(given: dict[str, Any]) -> None:
 def encode_command(options: config.EncodeOptions) -> None:
     import secateur
     from secateur.data.rows import check_column
-    from secateur.inference.workers import keep_freed_memory
 
     check_column(options.files, options.column)
+    from secateur.inference.workers import keep_freed_memory  # with torch
+
     keep_freed_memory()
     with work_bars() as progress:
         done = secateur.encode(**_given(options), progress=progress)
