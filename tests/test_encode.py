@@ -658,7 +658,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     app(["encode", str(model), str(file), "-o", str(tmp_path / "v.parquet")], standalone_mode=False)
     told = capsys.readouterr()
     assert told.out.strip() == str(tmp_path / "v.parquet")
-    assert "3 rows, 2 distinct texts, 32 numbers each" in told.err
+    assert "3 rows, 2 distinct texts, 32 dimensions" in told.err
     assert "encoded 2 texts" in told.err
     assert "tokens per second" in told.err
 
