@@ -10,15 +10,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
-from secateur.data.pairs import Pairs
-from secateur.data.sources import read_sources
-from secateur.data.texts import Texts
+from secateur.data.sources import Pairs, Texts, read_sources
 from secateur.errors import ConfigError, DataError
-from secateur.evaluation.evaluate import evaluate, open_tasks
-from secateur.evaluation.tasks import Task
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.tasks import Task, open_tasks
 from secateur.healing.recipes import as_written
-from secateur.measures.false_negatives import false_negative_mask, text_numbers
-from secateur.measures.metrics import cosines, retrieval
+from secateur.measures.metrics import cosines, false_negative_mask, retrieval, text_numbers
 from secateur.options import HealOptions
 
 COMPARED = 2**24

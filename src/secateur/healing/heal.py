@@ -17,8 +17,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_rank
 
-from secateur.data.sources import Source, read_sources
-from secateur.data.texts import Texts
+from secateur.data.sources import Source, Texts, read_sources
 from secateur.data.vectors import fingerprint_model
 from secateur.done import FILE, Made
 from secateur.errors import ConfigError, OutputError

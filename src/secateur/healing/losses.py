@@ -27,8 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from secateur.errors import ConfigError
 from secateur.healing.recipes import TrainingConfig
 from secateur.healing.teacher import TeacherVectors
-from secateur.measures.false_negatives import false_negative_mask
-from secateur.measures.metrics import cosines
+from secateur.measures.metrics import cosines, false_negative_mask
 from secateur.models.blocks import embeddings_of
 from secateur.models.forward import padded_length
 from secateur.profiling.depths import check_depths, depth_vectors

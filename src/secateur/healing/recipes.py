@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from secateur.data.sources import Source
-from secateur.data.texts import Texts
+from secateur.data.sources import Source, Texts
 from secateur.errors import ConfigError
 from secateur.models.blocks import blocks_of, final_norm, linear_names
 from secateur.options import HealOptions

@@ -21,9 +21,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler, ProportionalBatchSampler
 from torch.utils.data import ConcatDataset
 
-from secateur.data.pairs import Pair, Pairs
-from secateur.data.sources import Source
-from secateur.data.texts import Texts
+from secateur.data.sources import Pair, Pairs, Source, Texts
 from secateur.errors import ConfigError, DataError
 from secateur.healing.recipes import TrainingConfig, training_arguments
 from secateur.progress import quiet

@@ -40,6 +40,7 @@ from secateur.models.forward import (
 )
 from secateur.models.open_model import is_causal
 from secateur.models.pooling import POOLINGS, L3PrunePooling, make_pooling, pool, pooling_name
+from secateur.profiling.lens import next_token_positions
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """Called with a depth and the states before and after its layer, both (texts, tokens, width)."""
@@ -189,7 +190,7 @@ class DepthEncoder:
         self.notes: list[str] = []
         self.poolings: tuple[str, ...] = (pooling_name(model),)
         self._heads: list[Pooling] = []
-        first = model[1] if len(model) > 1 else None
+        first: Any = model[1] if len(model) > 1 else None
         self._one_pass = ends_with_norm(model)
         if not self._one_pass:
             self.notes.append("more than a norm follows the blocks of this model: each depth took a pass of its own")
@@ -305,7 +306,7 @@ class DepthEncoder:
         mask = features["attention_mask"][:, skipped:]
         each, last = torch.arange(len(mask)), (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
         weights = self._weights(features) if self._heads else None
-        text, place = _next_token_positions(features, skipped, [picks.get(row) for row in rows])
+        text, place = next_token_positions(features, skipped, [picks.get(row) for row in rows])
         vectors: list[Tensor] = []
         influence: list[Tensor] = []
         ends: list[Tensor] = []
@@ -391,20 +392,3 @@ class DepthEncoder:
             current = module(current)
         vectors: Tensor = current["sentence_embedding"]
         return vectors.float().reshape(*pooled.shape[:2], -1)
-
-
-def _next_token_positions(
-    features: dict[str, Any], skipped: int, picks: Sequence[float | None]
-) -> tuple[Tensor, Tensor]:
-    """Rows and places (after the ``skipped`` first tokens) of sampled tokens that have a next one in their text."""
-    mask = features["attention_mask"]
-    start = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0])
-    found = []
-    for row, share in enumerate(picks):
-        if share is not None:
-            real = mask[row].nonzero().flatten()
-            first, last = max(int(real[0]) + start, skipped), int(real[-1]) - 1
-            if first <= last:
-                found.append((row, first + int(share * (last - first + 1)) - skipped))
-    table = torch.tensor(found, dtype=torch.long, device=mask.device).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
