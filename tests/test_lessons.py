@@ -18,7 +18,7 @@ from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError
 from secateur.healing.losses import Loss
 from secateur.healing.recipes import TrainingConfig, training_config
-from secateur.healing.teacher import LABEL, PROBES, TeacherVectors, open_teacher, teach
+from secateur.healing.teacher import LABEL, PROBES, open_teacher, teach
 from secateur.healing.trainer import train
 from secateur.healing.training_data import training_sets, used_rows
 from secateur.options import HealOptions, make
@@ -89,7 +89,7 @@ def test_pairs_with_a_teacher_at_several_depths_and_sizes(
     settings = load(out, Training).settings
     assert settings["objective"] == "contrastive loss and distillation"
     assert (settings["recipe"], settings["teacher_weight"]) == ("l3prune", 0.5)
-    assert (settings["depths"], settings["dims"]) == ((1,), (8,))
+    assert (settings["depths"], settings["dims"]) == ([1], [8])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elastic"]
 
 
@@ -204,9 +204,7 @@ def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
 ):
     """What the training reads is what the teacher was asked for: over two sets, some epochs, and from a checkpoint."""
     read: list[int] = []
-    monkeypatch.setattr(
-        TeacherVectors, "read", lambda *args, own=TeacherVectors.read: read.extend(args[1]) or own(*args)
-    )
+    monkeypatch.setattr(VectorCache, "read", lambda *args, own=VectorCache.read: read.extend(args[1]) or own(*args))
     for steps, some in ((3, True), (30, False)):
         read.clear()
         folder, options = tmp_path / str(steps), SETTINGS | {"steps": steps, "max_length": 9, "instruction": ""}

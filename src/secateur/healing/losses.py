@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from secateur.data.vectors import VectorCache
 from secateur.errors import ConfigError
 from secateur.healing.recipes import TrainingConfig
-from secateur.healing.teacher import TeacherVectors
 from secateur.measures.metrics import cosines, false_negative_mask
 from secateur.models.blocks import embeddings_of
 from secateur.models.forward import padded_length
@@ -135,9 +135,7 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 
     mini_batch_size = LOSS_ROWS
 
-    def __init__(
-        self, model: SentenceTransformer, config: TrainingConfig, teacher: TeacherVectors | None = None
-    ) -> None:
+    def __init__(self, model: SentenceTransformer, config: TrainingConfig, teacher: VectorCache | None = None) -> None:
         super().__init__()
         self.model: nn.Module = model  # the trainer wraps it, where there are several processes
         self.config = config
@@ -233,6 +231,7 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
     def _targets(self, labels: Tensor | None) -> list[Tensor]:
         assert self.teacher is not None and labels is not None, "a teacher's rows are the labels of its data"
         rows = labels.cpu().numpy()
+        assert (rows >= 0).all(), "a batch holds a text that used_rows() did not foresee"
         vectors = torch.from_numpy(self.teacher.read(rows.reshape(-1))).to(labels.device)
         return list(vectors.reshape(*rows.shape, -1).unbind(dim=1))
 
