@@ -33,7 +33,6 @@ from secateur.healing.training_data import (
     default_prompt,
     set_prompts,
     training_sets,
-    used_rows,
     with_default_prompt,
 )
 from secateur.models.blocks import depth_of
@@ -86,7 +85,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
         vectors = None
         if teacher:
             cache = options.cache or folder / "teacher"
-            taught, vectors = teach(sets, used_rows(sets, config), teacher, cache, progress)
+            taught, vectors = teach(sets, config, teacher, cache, progress)
             own_sets = [replace(own, rows=item.rows) for own, item in zip(own_sets, taught, strict=True)]
             teacher = None  # its weights are not needed any more
         make_loss = partial(Loss, teacher=vectors)
@@ -104,14 +103,12 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
 
 def _open_models(options: HealOptions, config: TrainingConfig) -> tuple[SentenceTransformer, Teacher | None]:
     """The model that is trained, and the teacher, who reads as much of a text."""
-    opening: dict[str, Any] = {"device": options.device, "trust_remote_code": options.trust_remote_code}
-    model, teacher = open_model(options.model, **opening), None
+    model = open_model(options.model, device=options.device, trust_remote_code=options.trust_remote_code)
     if config.depths:
         check_depths(model, config.depths)
     check_dims(model, config.dims)
-    if options.teacher is not None:
-        length = min(config.max_length, model.max_seq_length or config.max_length)
-        teacher = open_teacher(options.teacher, model=options.teacher_model, max_length=length, **opening)
+    length = min(config.max_length, model.max_seq_length or config.max_length)
+    teacher = open_teacher(options, length) if options.teacher is not None else None
     if options.bidirectional:
         make_bidirectional(model, options.model)
     return model, teacher

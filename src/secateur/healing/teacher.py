@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from secateur.data.vectors import VectorCache, fingerprint_model, folder_of
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.files import lock, output_errors
-from secateur.healing.training_data import TrainingSet
+from secateur.healing.recipes import TrainingConfig
+from secateur.healing.training_data import TrainingSet, used_rows
 from secateur.models.open_model import open_model
+from secateur.options import HealOptions
 from secateur.progress import Progress, quiet, silent
 
 if TYPE_CHECKING:
@@ -74,35 +76,26 @@ class Teacher:
         return prompt if self.length is None else f"{self.length} tokens: {prompt}"
 
 
-def open_teacher(
-    name: str | Path,
-    *,
-    model: str | None = None,
-    max_length: int | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> Teacher:
-    """Open a model, or connect to a server.
+def open_teacher(options: HealOptions, max_length: int | None = None) -> Teacher:
+    """Open the ``teacher`` of some options: a model, or a server that is called ``http(s)://host/v1``.
 
     Args:
-        name: Whatever :func:`.open_model` opens, or ``http(s)://host/v1``.
-        model: What a server calls its model; it may be left out where the server has one only.
+        options: Those of the teacher, and ``device`` and ``trust_remote_code`` of a model.
         max_length: Tokens to which a model cuts texts, where its own limit is not lower. A server cuts as it does.
-        device: Torch device of a model.
-        trust_remote_code: As for ``open_model``.
 
     Raises:
         ModelError, ConfigError: It cannot be opened or reached.
         MissingPackage: A server, without the package openai.
     """
-    if str(name).startswith(("http://", "https://")):
-        client = connect(str(name))
+    name, model = str(options.teacher), options.teacher_model
+    if name.startswith(("http://", "https://")):
+        client = connect(name)
         model = model or _only_model(client)
-        identity = hashlib.sha256(f"{str(name).rstrip('/')}\0{model}".encode()).hexdigest()
-        return Teacher(str(name), identity, lambda texts, prompt: embed(client, model, [prompt + t for t in texts]))
+        identity = hashlib.sha256(f"{name.rstrip('/')}\0{model}".encode()).hexdigest()
+        return Teacher(name, identity, lambda texts, prompt: embed(client, model, [prompt + text for text in texts]))
     if model is not None:
         raise ConfigError("teacher_model", model, f"names a server's model, and {name} is no server", "leave it out")
-    opened = open_model(name, device=device, trust_remote_code=trust_remote_code)
+    opened = open_model(name, device=options.device, trust_remote_code=options.trust_remote_code)
     fingerprint = fingerprint_model(opened)  # before its length is changed, which is part of the context
     opened.max_seq_length = min((n for n in (max_length, opened.max_seq_length) if n), default=None)
 
@@ -111,7 +104,7 @@ def open_teacher(
         with quiet():
             return np.asarray(opened.encode(texts, prompt=prompt or None, show_progress_bar=False), dtype=np.float32)
 
-    return Teacher(str(name), fingerprint, encode, opened.max_seq_length)
+    return Teacher(name, fingerprint, encode, opened.max_seq_length)
 
 
 def connect(url: str) -> OpenAI:
@@ -196,36 +189,26 @@ def _server_error(client: OpenAI, error: Exception) -> ModelError:
 
 
 def teach(
-    sets: Sequence[TrainingSet],
-    used: Sequence[Sequence[int]],
-    teacher: Teacher,
-    folder: str | Path,
-    progress: Progress = silent,
+    sets: Sequence[TrainingSet], config: TrainingConfig, teacher: Teacher, folder: Path, progress: Progress = silent
 ) -> tuple[list[TrainingSet], VectorCache]:
-    """Let a teacher encode the texts that will be in a batch, with the prompts of their columns.
-
-    Args:
-        sets: The texts.
-        used: The rows of each set that will be in a batch (:func:`.used_rows`).
-        teacher: The teacher.
-        folder: Where its vectors are kept.
-        progress: Called after each chunk.
+    """Let a teacher encode the texts that will be in a batch of a training, with the prompts of their columns.
 
     Returns:
-        The sets with the column :data:`LABEL`, the numbers of the vectors of each row's texts, and the vectors.
+        The sets with the column :data:`LABEL`, the numbers of the vectors of each row's texts, and the vectors, which
+        are kept in ``folder``.
     """
     texts: dict[str, list[str]] = {}
-    for item, rows in zip(sets, used, strict=True):
-        for column in item.rows.column_names:
-            texts.setdefault(item.prompts.get(column, ""), []).extend(item.rows.select(rows)[column])
+    places = used_rows(sets, config)
+    used = [item.rows.select(rows) for item, rows in zip(sets, places, strict=True)]
+    for item, chosen in zip(sets, used, strict=True):
+        for column in chosen.column_names:
+            texts.setdefault(item.prompts.get(column, ""), []).extend(chosen[column])
     vectors = keep_vectors(teacher, texts, folder, progress)
     labelled = []
-    for item, rows in zip(sets, used, strict=True):
-        columns = item.rows.column_names
-        labels = np.full((len(item.rows), len(columns)), -1, dtype=np.int64)
-        for i, column in enumerate(columns):
-            context = teacher.context(item.prompts.get(column, ""))
-            labels[rows, i] = vectors.rows(list(item.rows.select(rows)[column]), context)
+    for item, rows, chosen in zip(sets, places, used, strict=True):
+        labels = np.full((len(item.rows), len(chosen.column_names)), -1, dtype=np.int64)
+        for i, column in enumerate(chosen.column_names):
+            labels[rows, i] = vectors.rows(list(chosen[column]), teacher.context(item.prompts.get(column, "")))
         labelled.append(replace(item, rows=item.rows.add_column(LABEL, labels.tolist())))
     return labelled, vectors
 

@@ -80,25 +80,22 @@ def train(
     report_to: str = "none",
     progress: Progress = silent,
 ) -> TrainingResult:
-    """Train a model in place.
+    """Train a model in place, from the start or from the last checkpoint in ``folder``.
 
     Args:
         model: The model; its own modules pool and normalise.
-        sets: Each batch comes from one of them, drawn in proportion to their rows. Columns are texts, but for one
-            that is called ``label``: numbers, or lists of numbers of equal length, which the loss is given.
+        sets: Each batch comes from one of them, drawn in proportion to their rows.
         config: The numbers; what is left open in them (:func:`.decide`) is decided here.
-        folder: Where checkpoints go; a training that stopped there is resumed.
+        folder: Where checkpoints go.
         make_loss: Makes the loss.
         score: Called every ``eval_every`` steps (by default, as often as a checkpoint is written) and after the last;
             the model is left at the best.
-        report_to: A tracker that transformers knows: ``tensorboard``, ``wandb``, ``mlflow``, …
+        report_to: An experiment tracker that transformers supports.
         progress: Called with the rows seen, after each step.
 
     Raises:
-        TrainingDiverged: The loss is not finite, or exploded.
-        ConfigError: The launcher asks for FSDP.
-        DataError: The data had no batches for all of the steps, or the loss was 0 in every one.
-        OutputError: A file of the checkpoint that it would be resumed from is damaged.
+        TrainingDiverged, DataError: The loss exploded, or was 0 in every step; or the data had too few batches.
+        OutputError: A file of the checkpoint is damaged.
     """
     config = decide(model, config)
     dtypes = prepare(model, config)
@@ -130,15 +127,7 @@ def train(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = length
     finish(model, dtypes)
-    log = state.log_history
-    return TrainingResult(
-        steps=state.global_step,
-        seconds=trainer.seconds,
-        trained_parameters=trained,
-        losses=tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row),
-        trials=tuple(TrialRow(row["step"], row[SCORE]) for row in log if SCORE in row),
-        best_step=state.best_global_step if score else None,
-    )
+    return trainer.result(trained)
 
 
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
@@ -168,6 +157,14 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self.state = state
             self._load_from_checkpoint(str(checkpoint))
             self._load_best_model()
+
+    def result(self, trained_parameters: int) -> TrainingResult:
+        """What was done."""
+        state, log = self.state, self.state.log_history
+        losses = tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row)
+        trials = tuple(TrialRow(row["step"], row[SCORE]) for row in log if SCORE in row)
+        best = state.best_global_step if trials else None
+        return TrainingResult(state.global_step, self.seconds, trained_parameters, losses, trials, best)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with attention_in_float32() if self.args.bf16 and self.args.device.type == "cpu" else nullcontext():
