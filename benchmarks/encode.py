@@ -45,7 +45,7 @@ from secateur.inference.memory import keep_freed_memory
 from secateur.inference.mixed import is_mixed, use_mixed_products
 from secateur.measures.flops import flops_per_token
 from secateur.measures.metrics import paired_cosines
-from secateur.models.open_model import model_label
+from secateur.models import model_label
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
 INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best;\n"

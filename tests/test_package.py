@@ -20,15 +20,13 @@ ORDER = """
 errors files done provenance results progress clusters
 options: base shared way runs inference
 figures: text style labels depth frontier training saving
-models: stacks legality blocks forward
-checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
-models: names pooling checks gguf readers open_model
+models: compat blocks cutting pooling checks forward save open_model
 data: formats jsonl e5_mix hub_sets tables pairs texts sources vectors demo
 measures: metrics false_negatives intervals curves stopping flops
 evaluation: task_folder tasks differences predictions evaluate
 profiling: lens parts depths depth_scores profile
 choosing: selectors budgets choose candidates
-pruning: selection prune
+pruning: download adapters prune
 healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
 healing: held_out prompts lessons heal
 reporting: cost compare journal run findings saturation printing verdict drawings card report
@@ -52,7 +50,7 @@ def flow() -> list[str]:
 
 
 FLOW = flow()
-PARTS = {"runtime": "runtime", "cli": "cli.commands", "options": "options.inference"}
+PARTS = {"runtime": "runtime", "cli": "cli.commands", "options": "options.inference", "models": "models.compat"}
 """Packages whose names are had from the package itself → where they stand."""
 
 

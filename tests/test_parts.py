@@ -14,7 +14,7 @@ import torch
 from architectures import model_of
 from conftest import MakeEncoder, tiny_transformer
 from secateur.measures.flops import flops_per_token
-from secateur.models.blocks import cut, legal_depths
+from secateur.models.cutting import cut, legal_depths
 from secateur.models.open_model import open_model
 from secateur.profiling.parts import cost_of, measure_parts, part_sizes
 from secateur.profiling.profile import profile

@@ -22,7 +22,8 @@ from secateur.data.pairs import read_pairs
 from secateur.data.texts import read_texts
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.measures import stopping
-from secateur.models.blocks import blocks_of, cut, legal_depths
+from secateur.models.blocks import blocks_of
+from secateur.models.cutting import cut, legal_depths
 from secateur.models.forward import FEWEST, PADDING, plan_evenly, tokenize
 from secateur.models.open_model import open_model
 from secateur.profiling.depths import DepthEncoder

@@ -46,7 +46,8 @@ from secateur.evaluation.predictions import predicted
 from secateur.evaluation.tasks import Task, count_samples, expand, open_task
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
 from secateur.measures.intervals import FEWEST, Array, doubt, interval, limits_of, mean_of, resample, whole
-from secateur.models.open_model import model_label, open_model
+from secateur.models import model_label
+from secateur.models.open_model import open_model
 from secateur.options import EvaluateOptions, check
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (

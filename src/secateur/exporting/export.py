@@ -27,8 +27,8 @@ from secateur.exporting.graph import EncoderGraph
 from secateur.exporting.manifest import Export
 from secateur.exporting.outliers import Features
 from secateur.files import new_folder
-from secateur.models.open_model import open_model, write_files
-from secateur.models.readers import NO_LIMIT, longest_text
+from secateur.models.open_model import open_model
+from secateur.models.save import NO_LIMIT, longest_text, write_files
 from secateur.options import SavedPooling
 from secateur.progress import Progress, silent
 from secateur.provenance import Fingerprint, provenance

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from secateur.checkpoints.verify import PROBES
 from secateur.errors import ConfigError
 from secateur.inference.mixed import Spared, use_mixed_products
 from secateur.measures.metrics import paired_cosines
 from secateur.models.blocks import blocks_of
 from secateur.models.forward import block_seconds
+from secateur.models.save import PROBES
 
 WORTH = 1.1
 """How many times as fast another number format must be to be taken."""

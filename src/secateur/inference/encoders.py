@@ -32,7 +32,7 @@ from secateur.errors import ModelError, SecateurError
 from secateur.inference.memory import keep_freed_memory
 from secateur.measures.metrics import paired_cosines
 from secateur.models.forward import is_out_of_memory, padded_length
-from secateur.models.open_model import PROBES
+from secateur.models.save import PROBES
 from secateur.progress import quiet
 from secateur.runtime.slices import CHARACTERS_PER_TOKEN, cut_characters, slices
 

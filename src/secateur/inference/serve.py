@@ -45,7 +45,8 @@ from secateur.inference.gate import (
     read_keys,
 )
 from secateur.inference.memory import keep_freed_memory
-from secateur.models.open_model import check_device, model_label, open_model
+from secateur.models import model_label
+from secateur.models.open_model import check_device, open_model
 from secateur.options import SavedPooling
 
 BACKLOG = 2048

@@ -19,7 +19,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from secateur.measures.flops import flops_by_block
-from secateur.models.blocks import blocks_of, late_modules, packed_tensors
+from secateur.models.blocks import blocks_of
+from secateur.models.cutting import late_modules, packed_tensors
 from secateur.models.forward import wait
 from secateur.results import PartRow
 

@@ -37,8 +37,9 @@ from secateur.measures.metrics import (
     retrieval,
     uniformity,
 )
+from secateur.models import model_label
 from secateur.models.forward import is_out_of_memory
-from secateur.models.open_model import model_label, open_model
+from secateur.models.open_model import open_model
 from secateur.models.pooling import pooling_name
 from secateur.options import PROFILE_FILES, PoolingName, ProfileOptions, check
 from secateur.profiling.depths import DepthEncoder, Depths

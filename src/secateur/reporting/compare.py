@@ -23,7 +23,8 @@ from secateur.evaluation.differences import read_draws, score_differences
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.measures.intervals import Array
-from secateur.models.open_model import model_label, open_model
+from secateur.models import model_label
+from secateur.models.open_model import open_model
 from secateur.options import CompareOptions, check
 from secateur.progress import Progress, silent
 from secateur.provenance import ENCODING, Fingerprint, provenance, versions_of

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from secateur.checkpoints.embedder import read_embedder
-from secateur.checkpoints.sources import open_source
 from secateur.data.pairs import Pairs
 from secateur.data.texts import Texts
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
+from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of, skeleton
-from secateur.models.open_model import as_model_error, open_model, resolve
+from secateur.models.open_model import as_model_error, open_model
 from secateur.options import ProfileOptions, StudyOptions, default_of
 from secateur.progress import quiet
+from secateur.pruning.download import fetch_small, transformer_folder
 from secateur.studies.plan import Base, Plan, Step, numbers_of
 
 CHARACTERS_PER_TOKEN = 4
@@ -73,12 +73,9 @@ def measure_base(name: str, model: str) -> Base:
     elif isinstance(source, Path) and _size(source) < SMALL_FOLDER:
         transformer = open_model(model, device="cpu")[0].auto_model
     else:
-        opened = open_source(source)
-        embedder = read_embedder(opened)
-        place = f"{embedder.transformer}/config.json" if embedder and embedder.transformer else "config.json"
         with as_model_error(model), quiet():
-            found = opened.find(place)
-            transformer = skeleton(AutoConfig.from_pretrained(found if found is not None else source))
+            folder = source if isinstance(source, Path) else fetch_small(source)
+            transformer = skeleton(AutoConfig.from_pretrained(transformer_folder(folder)))
     blocks = sum(parameter.numel() for parameter in blocks_of(transformer).parameters())
     looked_up = [part for part in transformer.modules() if isinstance(part, nn.Embedding)]
     tables = sum(parameter.numel() for part in looked_up for parameter in part.parameters())

@@ -36,7 +36,7 @@ from secateur.evaluation.evaluate import open_tasks
 from secateur.evaluation.tasks import expand, identify
 from secateur.files import read_json, results_folder, write_text
 from secateur.healing.lessons import find_aim, sets_of
-from secateur.models.open_model import model_label
+from secateur.models import model_label
 from secateur.options import STUDY_FILES, EvaluateOptions, StudyOptions, default_of, make, read_study, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint_files, is_result_of, versions_of
