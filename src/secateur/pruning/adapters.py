@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from secateur.errors import ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.models import resolve
-from secateur.models.compat import forget_adapters
+from secateur.models.compat import forget_adapters, is_ignored
 from secateur.pruning.download import hub_errors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -93,7 +93,8 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
         while ".".join(parts) not in modules and len(parts) > 1 and parts[0] in known:
             parts.pop(0)
         place = ".".join(parts)
-        if place not in modules and not set(path.split(".")) & {"lm_head", *outside}:
+        is_outside = set(path.split(".")) & {"lm_head", *outside} or is_ignored(model, path)
+        if place not in modules and not is_outside:
             raise ModelError(folder, f"changes {path}, which {model.name_or_path} has not", "is this its base?")
         if any(place.startswith(prefix) for prefix in keep):
             places[place] = None
