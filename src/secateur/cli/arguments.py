@@ -99,7 +99,7 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
         short = extra(options, name, "short")
         names = [flag, *([short] if short else [])]
         if kind is bool:
-            names = [f"{flag}/--no-{flag[2:]}"]
+            names = [f"{flag}/--no-{flag[2:]}", *([old] if (old := extra(options, name, "old")) else [])]
         shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
         suffix = f" [default: {shown}]" if shown not in (None, False, "") else ""
         required = " [required]" if field.is_required() or extra(options, name, "required") else ""

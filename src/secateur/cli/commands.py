@@ -229,8 +229,8 @@ def _study(given: dict[str, Any]) -> None:
     import secateur
     from secateur.errors import DataError
 
-    with study_bars(int(given.get("jobs", 1))) as (progress, watch):
-        page = secateur.study(**given, progress=progress, watch=watch)
+    with study_bars(int(given.get("jobs", 1))) as (progress, callback):
+        page = secateur.study(**given, progress=progress, callback=callback)
     with suppress(DataError):  # a study without tasks has no scores
         show_scores(secateur.read_scores(given["out"]))
     typer.echo(f"\n{page}")
@@ -239,10 +239,11 @@ def _study(given: dict[str, Any]) -> None:
 @command_of(app, config.EncodeOptions)
 def encode_command(options: config.EncodeOptions) -> None:
     import secateur
-    from secateur.inference.memory import keep_freed_memory
-    from secateur.inference.rows import check_rows
+    from secateur.data.rows import check_column
 
-    check_rows(options.files, options.column)
+    check_column(options.files, options.column)
+    from secateur.inference.workers import keep_freed_memory  # with torch
+
     keep_freed_memory()
     with work_bars() as progress:
         done = secateur.encode(**_given(options), progress=progress)
