@@ -79,7 +79,7 @@ def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
         raise ModelError(name, "has no tokenizer", "copy its tokenizer's files into the folder")
 
 
-def check_weights(name: str | Path, model: PreTrainedModel) -> list[str]:
+def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
     """Refuse weights that are not those which the configuration describes.
 
     Unused tensors outside of all modules of the model (heads, decoders, image towers) are those of another part of the
@@ -94,7 +94,7 @@ def check_weights(name: str | Path, model: PreTrainedModel) -> list[str]:
         return []
     # What was just opened is on this disk, wherever it came from.
     where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True, "use_safetensors": True}
-    unused = check_names(name, type(model), config, config.name_or_path, **where)
+    unused = check_names(name, type(model), config, config.name_or_path, key_mapping=key_mapping, **where)
     misplaced = [key for key in unused if is_within(key, model)]
     if misplaced and Path(config.name_or_path).is_dir():
         constants: list[str] = []

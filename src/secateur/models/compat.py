@@ -38,11 +38,18 @@ def is_ignored(model: PreTrainedModel, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
+def forget_names(model: PreTrainedModel) -> None:
+    """Let transformers save a model under its own names, and not under those that it was loaded from.
+
+    These are peft's, where it was loaded with an adapter, or those of a ``key_mapping``.
+    """
+    vars(model).pop("_weight_conversions", None)
+
+
 def forget_adapters(model: PreTrainedModel) -> None:
     """Let transformers save a model whose adapters were merged as a model, and not as an adapter."""
     model._hf_peft_config_loaded = False
-    # One that was loaded with its adapter would be saved under the names that peft gives to tensors.
-    vars(model).pop("_weight_conversions", None)
+    forget_names(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
 

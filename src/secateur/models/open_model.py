@@ -29,6 +29,7 @@ from secateur.files import read_json
 from secateur.models import resolve
 from secateur.models.blocks import text_config
 from secateur.models.checks import check_finite, check_opened, check_transformer, check_weights
+from secateur.models.compat import forget_names
 from secateur.models.pooling import make_pooling, state_width
 from secateur.options import PoolingName
 from secateur.progress import quiet
@@ -101,7 +102,13 @@ def is_embedder(source: str | Path, revision: str | None = None) -> bool:
 
 
 def load_model(
-    name: str | Path, source: str | Path, *, dtype: str = "auto", device: str | None = None, **where: Any
+    name: str | Path,
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **where: Any,
 ) -> tuple[SentenceTransformer, list[str]]:
     """Load a model, and check its weights by their names and shapes; no weight is read yet.
 
@@ -110,13 +117,15 @@ def load_model(
         source: A folder or Hub id.
         dtype: As for :func:`open_model`.
         device: As for :func:`open_model`.
+        key_mapping: Patterns of names in the checkpoint, and what stands for them in the model.
         where: ``revision`` and ``trust_remote_code``.
 
     Returns:
         The model, of a bare language model its transformer alone; and the names of the tensors that it does not use.
     """
     # Weights of another shape are refused by check_weights, which names them; transformers does not.
-    weights = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
+    weights: dict[str, Any] = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
+    weights |= {"key_mapping": key_mapping} if key_mapping else {}
     if is_embedder(source, where.get("revision")):
         model = SentenceTransformer(str(source), model_kwargs=weights, device=device, **where)
     else:
@@ -135,7 +144,9 @@ def load_model(
         transformer.auto_model.config.use_cache = False
         model = SentenceTransformer(modules=[transformer], device=device, similarity_fn_name="cosine")
     check_transformer(name, model)
-    return model.eval(), check_weights(name, model[0].auto_model)
+    if key_mapping:
+        forget_names(model[0].auto_model)
+    return model.eval(), check_weights(name, model[0].auto_model, key_mapping)
 
 
 def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName | None, max_length: int) -> None:

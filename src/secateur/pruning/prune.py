@@ -6,22 +6,25 @@ last kept one ever are. From the Hub, the bytes of the kept blocks alone are fet
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from secateur.choosing.choose import blocks_to_keep, is_selector, read_profile
 from secateur.errors import ConfigError, ModelError, OutputError, UnsupportedArchitecture, VerificationFailed
-from secateur.files import new_folder, read_json
+from secateur.files import new_folder, read_json, write_text
 from secateur.models import model_label, resolve
-from secateur.models.blocks import blocks_of, find_stack, text_tower
+from secateur.models.blocks import blocks_of, find_stack, skeleton, text_config, text_tower
 from secateur.models.checks import check_finite
 from secateur.models.cutting import bypassed, check_keep, cut
 from secateur.models.open_model import as_model_error, as_source, check_embedder, complete, is_embedder, load_model
@@ -87,14 +90,15 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
     adapter = None if options.adapter is None else adapter_folder(options.adapter)
     source, revision, base_adapter = _fetch(options, source, scratch, progress)
     adapter = adapter or base_adapter
-    where = {"revision": revision, "trust_remote_code": options.trust_remote_code}
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": options.trust_remote_code}
     with as_model_error(name, scratch / "read"), quiet(), as_source(source, options.trust_remote_code) as opened:
         if is_embedder(opened, revision):
             check_embedder(name, options.pooling, options.max_length)
         _refuse_quantized(name, opened)
-        model, unused = load_model(name, opened, device="cpu", **where)
         origin_file = Path(opened) / Origin.file
-        left_out = _take_text_tower(model, unused)
+        shown, key_mapping = _text_tower(opened, scratch / "text") if not options.trust_remote_code else (opened, None)
+        model, unused = load_model(name, shown, device="cpu", key_mapping=key_mapping, **where)
+        left_out = _left_out(model[0].auto_model, unused)
         transformer: PreTrainedModel = model[0].auto_model
         depth, path = len(blocks_of(transformer)), find_stack(transformer).path
         keep = blocks_of_choice(options, depth)
@@ -150,28 +154,42 @@ def _refuse_quantized(name: str | Path, source: str | Path) -> None:
         raise UnsupportedArchitecture(name, "its weights are quantized", hint)
 
 
-def _take_text_tower(model: SentenceTransformer, unused: Sequence[str]) -> tuple[str, ...]:
-    """Let a multimodal model be its text tower alone.
+def _text_tower(source: str | Path, folder: Path) -> tuple[str | Path, dict[str, str] | None]:
+    """A folder that shows a multimodal model as its text tower alone; the source itself, where it is a text model.
 
     Returns:
-        The modules of the checkpoint that are not in it: heads, a decoder, a vision tower.
+        The folder, and what to make of the names in its weights.
     """
-    transformer: PreTrainedModel = model[0].auto_model
-    children = [child for child, _ in transformer.named_children()]
-    left_out: dict[str, None] = {}
+    if not isinstance(source, Path) or not (source / CONFIG_NAME).is_file():
+        return source, None
+    config = AutoConfig.from_pretrained(source)
+    text = text_config(config)
+    tower = text_tower(skeleton(config)) if text is not config else ""
+    if not tower:
+        return source, None
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.name not in (CONFIG_NAME, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+            (folder / file.name).symlink_to(file.resolve())
+    text.dtype = text.dtype or config.dtype
+    text.save_pretrained(folder)
+    if (source / "tokenizer_config.json").is_file():
+        settings = read_json(source / "tokenizer_config.json")
+        settings.pop("processor_class", None)  # which wants the files of images, too
+        write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return folder, {rf"^(?:.*\.)?{re.escape(tower)}\.(?:model\.)?": ""}
+
+
+def _left_out(transformer: PreTrainedModel, unused: Sequence[str]) -> tuple[str, ...]:
+    """The modules of the checkpoint that are not in the model: heads, a decoder, a vision tower."""
+    children = {child for child, _ in transformer.named_children()}
+    left_out = set()
     for name in unused:
         parts = name.split(".")
         while len(parts) > 1 and parts[0] in ("model", "transformer", transformer.base_model_prefix):
             parts.pop(0)
-        if parts[0] not in children:
-            left_out[parts[0]] = None
-    tower = text_tower(transformer)
-    if tower:
-        left_out |= dict.fromkeys(sorted(child for child in children if child != tower.partition(".")[0]))
-        model[0].model = transformer.get_submodule(tower)
-        model[0].processor = model[0].tokenizer
-        model[0].modality_config = {"text": model[0].modality_config["text"]}
-    return tuple(left_out)
+        left_out |= {parts[0]} - children
+    return tuple(sorted(left_out))
 
 
 def _convert(model: SentenceTransformer, expected: Expected, dtype: str, folder: Path) -> Expected:
