@@ -29,8 +29,7 @@ evaluation: task_folder tasks replicates evaluate
 choosing: selectors choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
-healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
-healing: held_out prompts lessons heal
+healing: recipes training_data teacher losses evaluator trainer heal
 reporting: cost compare run findings saturation verdict document pictures sections card report
 studies: presets plan estimate records runner study
 exporting: graph convert export
