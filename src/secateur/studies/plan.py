@@ -357,7 +357,13 @@ def _add_variant(
     plan.variants.append(Variant(name, base.name, base.depth, cut.specs, cut.blocks, recipe, seed, folder, step))
     if study.tasks:
         # By its name, wherever the run folder lies: the scores are of this study's model.
-        given = {"models": [folder], "tasks": study.tasks, "sample": study.sample, "seed": study.seed, "names": [name]}
+        given: dict[str, Any] = {
+            "models": [folder],
+            "tasks": study.tasks,
+            "sample": study.sample,
+            "seed": study.seed,
+            "names": [name],
+        }
         given |= {"cache": str(study.cache or study.out / "cache"), "out": str(out)}
         plan.add("evaluate", name, out / Scores.file, [step], base, cut, **given)
 

@@ -42,7 +42,7 @@ def made_from(step: Step, plan: Plan, run: Path, *, closely: bool = True) -> Mad
     values = step.options.model_dump(mode="json", include=step.options.model_fields_set - _ASIDE)
     for name, value in values.items():
         marks = [mark.what for mark in type(step.options).model_fields[name].metadata if isinstance(mark, Names)]
-        what = next((mark for mark in marks if mark in ("model", "data", "task")), None)
+        what = next((str(mark) for mark in marks if mark in ("model", "data", "task")), "")
         for item in (value if isinstance(value, list) else [value]) if what else ():
             maker = makers.get(item)
             if maker is None:
