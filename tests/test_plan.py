@@ -35,7 +35,7 @@ def profile_of(base: str, losses: list[float | None]) -> Profile:
 
 
 def names(plan: Plan) -> list[str]:
-    return [variant.name for variant in plan.variants]
+    return [variant.name for _, variant in plan.models]
 
 
 def test_models_depths_recipes_and_seeds_are_multiplied():
@@ -77,7 +77,7 @@ def test_what_a_profile_decides_stands_open_until_it_is_there():
     assert names(after) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-2-healed", "tiny-1-healed"]
     assert all(step.known for step in after.steps)
     same = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [1.0, 2.0, 1.0, 2.0])})
-    assert [variant.specs for variant in same.variants if variant.name == "tiny-1-healed"] == [("small", "1")]
+    assert [variant.specs for _, variant in same.models if variant.name == "tiny-1-healed"] == [("small", "1")]
     assert names(same) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-1-healed"]
 
 

@@ -442,7 +442,7 @@ def test_the_papers_study_is_on_the_english_tasks_of_mteb(place: Path, tmp_path:
     for step in steps:
         assert len(step.options.tasks) == 56
         assert "MTEB(eng, v1)/STS17" in step.options.tasks
-    shares = {depth for variant in state.plan.variants for depth in variant.specs}
+    shares = {depth for _, variant in state.plan.models for depth in variant.specs}
     assert {f"0.{tenth}" for tenth in range(1, 9)} | {"large", "small"} <= shares
 
 

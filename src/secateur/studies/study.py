@@ -46,7 +46,7 @@ from secateur.reporting.report import report
 from secateur.results import Costs, Profile, Scores, Training, load
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
-from secateur.studies.plan import CURVE, NO_TRAINING, Base, Plan, Step, Variant, plan_steps, recipe_of, recipe_settings
+from secateur.studies.plan import CURVE, NO_TRAINING, Base, Plan, Step, plan_steps, recipe_of, recipe_settings
 from secateur.studies.presets import fill_in
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
 
@@ -258,8 +258,7 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
     folders = {base.name: run / "profiles" / base.name for base in outline.bases}
     profiles = {name: load(folder, Profile) for name, folder in folders.items() if (folder / CURVE).is_file()}
     plan = plan_steps(outline.study, outline.bases, profiles, failed)
-    bases = {base.name: base for base in outline.bases}
-    plan.steps = [replace(step, seconds=estimate(step, plan, bases, outline.amounts)) for step in plan.steps]
+    plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
     if keep:
         for name, measured in profiles.items():
             if measured.can_choose:
@@ -292,7 +291,7 @@ def _read_plan(run: Path) -> dict[str, Any]:
     try:
         known = {field.name for field in fields(Base)}
         bases = [Base(**{key: base[key] for key in base.keys() & known}) for base in content["models"]]
-        variants = [Variant(**item) for item in content["variants"]]
+        variants = [{name: item[name] for name in _VARIANT} for item in content["variants"]]
         given = content.get("study")
         study = None if given is None else _what(make(StudyOptions, given | {"out": run}))
         read = {"models": tuple(bases), "amounts": Amounts(**content["amounts"]), "variants": variants, "study": study}
@@ -343,21 +342,23 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
     costs = {row.model: row for row in load(run, Costs).rows} if (run / Costs.file).is_file() else {}
     rows: list[dict[str, Any]] = []
     for variant in _read_plan(run)["variants"]:
-        file = run / "models" / variant.name / Training.file
+        name, blocks = variant["name"], variant["blocks"]
+        file = run / "models" / name / Training.file
         training = load(file, Training) if file.is_file() else None
-        what = {"model": variant.base, "variant": variant.name, "depth": variant.depth}
-        what |= {"kept": None if variant.blocks is None else len(variant.blocks), "specs": " ".join(variant.specs)}
-        what |= {"blocks": None if variant.blocks is None else " ".join(map(str, variant.blocks))}
-        what |= {"recipe": variant.recipe, "seed": variant.seed, "steps": training.steps if training else None}
+        what = {"model": variant["base"], "variant": name, "depth": variant["depth"]}
+        what |= {"kept": None if blocks is None else len(blocks), "specs": " ".join(variant["specs"])}
+        what |= {"blocks": None if blocks is None else " ".join(map(str, blocks))}
+        what |= {"recipe": variant["recipe"], "seed": variant["seed"], "steps": training.steps if training else None}
         what |= {"train_seconds": round(training.seconds, 1) if training else None}
-        cost = costs.get(variant.name)
-        price = {name: getattr(cost, name, None) for name in _COSTS}
-        scores = run / "scores" / variant.name / Scores.file
+        cost = costs.get(name)
+        price = {key: getattr(cost, key, None) for key in _COSTS}
+        scores = run / "scores" / name / Scores.file
         scored = load(scores, Scores).to_dicts() if scores.is_file() else [{}]
-        rows += [what | {name: row.get(name) for name in _SCORES} | price for row in scored]
+        rows += [what | {key: row.get(key) for key in _SCORES} | price for row in scored]
     return rows
 
 
+_VARIANT = ("name", "base", "depth", "specs", "blocks", "recipe", "seed")
 _SCORES = ("task", "type", "metric", "score", "low", "high", "samples", "sample")
 _COSTS = (
     *("parameters", "embedding_parameters", "bytes", "memory_bytes", "flops_per_token"),
