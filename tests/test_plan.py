@@ -8,12 +8,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from secateur.reporting.run import read_journal
 
 from secateur.errors import ConfigError, IllegalDepth, OutputError
 from secateur.files import output_error
 from secateur.options import CostOptions, HealOptions, PruneOptions, StudyOptions, make
 from secateur.provenance import provenance
-from secateur.reporting.journal import read_journal
 from secateur.results import DepthRow, Profile
 from secateur.studies.estimate import corrected
 from secateur.studies.plan import Base, Plan, Step, plan_steps

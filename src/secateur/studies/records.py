@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from secateur.data.sources import data_files
-from secateur.data.tables import stem
+from secateur.data.sources import data_files, stem
 from secateur.done import Made
 from secateur.errors import ConfigError, DataError
 from secateur.options import Names

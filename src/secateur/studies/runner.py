@@ -31,7 +31,7 @@ from secateur.progress import Progress
 from secateur.provenance import acting_as
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
-from secateur.reporting.journal import JOURNAL, read_journal, whole_part
+from secateur.reporting.run import JOURNAL, complete_lines, read_journal
 from secateur.studies.estimate import corrected
 from secateur.studies.plan import Plan, Step
 
@@ -122,7 +122,7 @@ class Scheduler:
         """
         with output_errors(self.run / JOURNAL), (self.run / JOURNAL).open("ab+") as stream:
             stream.seek(0)
-            stream.truncate(len(whole_part(stream.read())))  # without the torn line of a killed process
+            stream.truncate(len(complete_lines(stream.read())))  # without the torn line of a killed process
         self.seconds = taken_seconds(read_journal(self.run))
         futures: dict[Future[Exception | None], Step] = {}
         pool = ThreadPoolExecutor(self.executor.slots)

@@ -33,16 +33,15 @@ from typing import Any
 from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, OutputError, StudyFailed
-from secateur.evaluation.evaluate import open_tasks
-from secateur.evaluation.tasks import expand
+from secateur.evaluation.tasks import expand, open_tasks
 from secateur.files import lock, read_json, results_folder, write_text
 from secateur.healing.lessons import find_aim, sets_of
 from secateur.models.open_model import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
-from secateur.reporting.journal import read_journal
 from secateur.reporting.report import report
+from secateur.reporting.run import read_journal
 from secateur.results import Costs, Profile, Scores, Training, load
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
