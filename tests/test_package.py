@@ -34,7 +34,7 @@ pruning: selection prune
 healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
 healing: held_out prompts lessons heal
 reporting: cost compare run findings saturation verdict document pictures sections card report
-studies: presets plan estimate records runner study
+studies: plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening workers middleware queueing app serve
 inference: distinct vector_files encode

@@ -8,16 +8,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from secateur.reporting.run import read_journal
 
 from secateur.errors import ConfigError, IllegalDepth, OutputError
 from secateur.files import output_error
 from secateur.options import CostOptions, HealOptions, PruneOptions, StudyOptions, make
 from secateur.provenance import provenance
+from secateur.reporting.run import read_journal
 from secateur.results import DepthRow, Profile
 from secateur.studies.estimate import corrected
-from secateur.studies.plan import Base, Plan, Step, plan_steps
-from secateur.studies.presets import SHRINK
+from secateur.studies.plan import PRESETS, Base, Plan, Step, plan_steps
 from secateur.studies.runner import Executor, Scheduler, State
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]
@@ -157,7 +156,7 @@ def test_mapped_columns_go_to_every_command_that_reads_the_data():
 
 
 def test_the_whole_teaches_its_parts_and_not_itself():
-    plan = plan_steps(options(**SHRINK), BASES[1:], {})
+    plan = plan_steps(options(**PRESETS["shrink"]), BASES[1:], {})
     assert names(plan) == ["tiny-4-zero-shot", "tiny-3-distilled", "tiny-2-distilled", "tiny-1-distilled"]
     heals = [step for step in plan.steps if step.kind == "heal"]
     assert {step.options.teacher for step in heals} == {"run/models/tiny-4-zero-shot"}

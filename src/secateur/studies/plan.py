@@ -46,6 +46,22 @@ ITSELF = "self"
 BY_TASKS = "best-task"
 """As a depth: what the scores of the tasks at every depth choose."""
 
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {  # the experiments of L3Prune, arXiv 2410.14578, sections 4 and 5; the data are left to the user
+        "models": [
+            "meta-llama/Meta-Llama-3-8B-Instruct",
+            "mistralai/Mistral-7B-Instruct-v0.2",
+            "Qwen/Qwen2-7B-Instruct",
+            "microsoft/Phi-3-mini-4k-instruct",
+        ],
+        "depths": ["large", "small", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8"],
+        "tasks": ["MTEB(eng, v1)"],
+        "gradient_checkpointing": True,
+    },
+    "shrink": {"depths": ["0.25", "0.5", "0.75"], "recipes": {"distilled": {}}, "teacher": ITSELF},
+}
+"""Options that a preset decides, where the user has not; the demo's come with its data."""
+
 COMMANDS: Mapping[str, type[Options]] = {
     "prune": PruneOptions,
     "profile": ProfileOptions,
