@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +19,7 @@ from secateur.reporting.run import read_journal
 from secateur.results import DepthRow, Profile
 from secateur.studies.estimate import corrected
 from secateur.studies.plan import PRESETS, Base, Plan, Step, plan_steps
-from secateur.studies.runner import Executor, Scheduler, State
+from secateur.studies.runner import Executor, Scheduler, State, on_ray
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]
 
@@ -270,3 +272,15 @@ def test_a_place_that_holds_something_else_fails_its_step_alone(tmp_path: Path):
     failed, _ = work(tmp_path, [step(tmp_path, "a"), step(tmp_path, "b")], do)
     assert list(failed) == ["a"]
     assert outcomes(tmp_path)[-1] == ("b", "done")
+
+
+def test_steps_on_a_cluster_share_its_gpus(monkeypatch: pytest.MonkeyPatch):
+    """A task that asks for no GPU does not see any."""
+    asked: list[dict[str, float]] = []
+    ray = SimpleNamespace(
+        cluster_resources=lambda: {"CPU": 8.0, "GPU": 2.0},
+        remote=lambda **needs: asked.append(needs) or (lambda _: None),
+    )
+    monkeypatch.setattr("secateur.studies.runner.ray_cluster", lambda address: nullcontext(ray))
+    assert [on_ray("auto", jobs).slots for jobs in (1, 4)] == [8, 4]
+    assert asked == [{"num_cpus": 1, "num_gpus": 0.25}, {"num_cpus": 2, "num_gpus": 0.5}]
