@@ -31,7 +31,7 @@ profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes training_data teacher losses evaluator trainer heal
 reporting: cost compare run findings saturation verdict document pictures sections card report
-studies: presets plan estimate records runner study
+studies: plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening workers middleware queueing app serve
 inference: distinct vector_files encode
