@@ -85,8 +85,8 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         if tasks:
             from secateur.profiling.depth_scores import depth_scores
 
-            scored = depth_scores(model, tasks, sample=options.sample, seed=seed, name=name, progress=progress)
-            task_scores, notes = scored.rows, [*notes, *scored.notes]
+            found = depth_scores(model, tasks, sample=options.sample, seed=seed, name=name, progress=progress)
+            task_scores, notes = found[0], [*notes, *found[1]]
     except SecateurError as error:  # what is measured so far is kept
         failed = error
         notes.append(f"no task scores: {error}")
