@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from secateur.choosing.selectors import lowest_in_each_half
-from secateur.data.pairs import Pairs, batches, read_pairs
+from secateur.data.sources import Pairs, batches, read_pairs
 from secateur.measures.intervals import has_converged, looks
 from secateur.measures.metrics import contrastive_loss, cosines
 from secateur.models.blocks import final_norm

@@ -12,7 +12,7 @@ from mteb.abstasks import AbsTaskPairClassification
 from scipy.stats import binomtest, pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_score, recall_score, v_measure_score
 
-from secateur.evaluation.predictions import (
+from secateur.evaluation.replicates import (
     averaged_metric,
     binary_metric,
     pearson,

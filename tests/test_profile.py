@@ -18,17 +18,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import architectures
 from conftest import LETTERS, example_pairs, tiny_transformer
 from secateur.choosing.choose import choose
-from secateur.data.pairs import read_pairs
-from secateur.data.texts import read_texts
+from secateur.data.sources import read_pairs, read_texts
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.measures.costs import BATCH, BATCHES, SINGLES
 from secateur.measures.intervals import looks
 from secateur.models.blocks import blocks_of, cut, legal_depths
-from secateur.models.forward import FEWEST, PADDING, plan_evenly, tokenize
+from secateur.models.forward import plan_evenly, tokenize
 from secateur.models.open_model import open_model
 from secateur.profiling.depths import DepthEncoder, check_depths, depth_vectors
 from secateur.profiling.profile import profile
 from secateur.results import Profile, load
+from secateur.runtime.core import FULL_RATE, PADDING
 from task_folders import example_rows, write_task
 
 INSTRUCTION = "find the word that is asked for"
@@ -573,7 +573,7 @@ def test_batches_keep_to_the_budget_are_little_padded_and_run_every_text_once():
     for batch in batches:
         padded = len(batch) * int(lengths[batch].max())
         assert padded <= 512
-        assert padded <= PADDING * int(lengths[batch].sum()) or padded <= FEWEST + 2 * 90
+        assert padded <= PADDING * int(lengths[batch].sum()) or padded <= FULL_RATE + 2 * 90
     assert sum(len(batch) * int(lengths[batch].max()) for batch in batches) <= PADDING * int(lengths.sum())
     assert plan_evenly(torch.tensor([600, 3]), 512) == [[0], [1]]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from secateur.exporting.export import export
     from secateur.healing.heal import heal
     from secateur.inference.encode import encode
-    from secateur.inference.engine import accelerate
+    from secateur.inference.encoders import accelerate
     from secateur.inference.serve import serve
     from secateur.models.open_model import open_model
     from secateur.profiling.profile import profile
@@ -50,7 +50,7 @@ __all__ = [
 
 _HOMES = {
     "SecateurError": "errors",
-    "accelerate": "inference.engine",
+    "accelerate": "inference.encoders",
     "candidates": "choosing.choose",
     "choose": "choosing.choose",
     "compare": "reporting.compare",

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 
 from sentence_transformers import SentenceTransformer
 
-from secateur.data.pairs import Pair, Pairs, batches, l3prune_prompt
-from secateur.data.sources import Source
-from secateur.data.texts import Texts
+from secateur.data.sources import Pair, Pairs, Source, Texts, batches, l3prune_prompt
 from secateur.errors import ConfigError, DataError
 from secateur.models.pooling import pooling_name
 

@@ -18,8 +18,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from secateur.choosing.selectors import lowest_in_each_half, replicates_of
-from secateur.data.pairs import Pairs
-from secateur.data.sources import read_sources
+from secateur.data.sources import Pairs, read_sources
 from secateur.errors import ConfigError, SecateurError
 from secateur.files import results_folder
 from secateur.measures import metrics
@@ -128,7 +127,7 @@ def _open_tasks(options: ProfileOptions) -> list[Task]:
             problem = "is a number of rows of each task, and there are none"
             raise ConfigError("sample", options.sample, problem, "give tasks")
         return []
-    from secateur.evaluation.evaluate import open_tasks  # with mteb, which takes a while to import
+    from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
 
     return open_tasks(options.tasks, options.sample, options.seed)
 
@@ -347,8 +346,8 @@ def _layer_costs(model: SentenceTransformer, sizes: Sequence[Size], notes: list[
 
 def _draw(result: Profile, out: Path) -> None:
     """The pictures of a profile; those of an earlier one that it does not have are removed."""
-    from secateur.figures.depth import profile_figures
-    from secateur.figures.saving import save_png, save_svg
+    from secateur.figures.plots import profile_figures
+    from secateur.figures.style import save
 
     choice: dict[str, int] = {}
     if result.can_choose:
@@ -359,5 +358,5 @@ def _draw(result: Profile, out: Path) -> None:
         if name.partition(".")[0] not in drawn:
             (out / name).unlink(missing_ok=True)
     for name, figure in reversed(drawn.items()):  # the curve is the last file of a profile: with it, all is there
-        save_svg(figure, out / f"{name}.svg")
-        save_png(figure, out / f"{name}.png")
+        save(figure, out / f"{name}.svg")
+        save(figure, out / f"{name}.png")
