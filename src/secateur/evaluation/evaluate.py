@@ -44,7 +44,8 @@ from secateur.evaluation.replicates import replicates_file, resampled_scores
 from secateur.evaluation.tasks import Task, count_samples, open_tasks
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
 from secateur.measures.intervals import FEWEST, Array, doubt, interval, limits_of, mean_of, resample, whole
-from secateur.models.open_model import model_label, open_model
+from secateur.models.names import model_names
+from secateur.models.open_model import open_model
 from secateur.options import EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (
@@ -72,15 +73,12 @@ def evaluate(  # noqa: D417 - the rest follows from the options
     instructed: Sequence[bool] | None = None,
     progress: Progress = silent,
 ) -> Scores:
-    """Score models on tasks, with mteb's own evaluators.
+    """Score models on tasks, with mteb's own evaluators: each task's main metric, on mteb's protocol (:mod:`.tasks`).
 
-    The score is each task's main metric, by mteb's code on mteb's protocol (see :mod:`.tasks` for what that samples and
-    repeats by itself). All task folders are checked before any text is encoded. One model at a time is in memory.
-
-    Scores that ``out`` holds already are not computed again if the model's weights and settings, the task's data,
-    ``sample``, ``seed``, the prompts and the versions of the libraries are the same; those of other models and tasks
-    stay in the file as they are, those too that another run adds meanwhile. A task that fails does not keep the others
-    from being scored; its error comes at the end.
+    All task folders are checked before any text is encoded, and one model at a time is in memory. Scores that ``out``
+    holds already are not computed again if the model's weights and settings, the task's data, ``sample``, ``seed``, the
+    prompts and the versions of the libraries are the same; other rows stay in the file. A task that fails does not keep
+    the others from being scored; its error comes at the end.
 
     Args:
         instructions: False: no instruction and no prompt before any text, for no model.
@@ -93,8 +91,7 @@ def evaluate(  # noqa: D417 - the rest follows from the options
     Raises:
         DataError: A task is not right, or cannot be downloaded.
         ModelError: A model cannot be opened, or its vectors are not numbers or all alike.
-        ConfigError: Two models or tasks of one name, or an option is not valid; or ``out`` has scores of another model
-            by the same name, which nobody gave it.
+        ConfigError: Two models or tasks have one name, or ``out`` has scores of another model by the same name.
         OutputError: ``out`` cannot be written.
     """
     labels = model_names(options.models, options.names)
@@ -106,10 +103,10 @@ def evaluate(  # noqa: D417 - the rest follows from the options
     failures: list[SecateurError] = []
 
     def score_model(number: int, label: str, given: Model) -> None:
-        """All tasks of one model, which is let go when this returns, before the next one is opened."""
+        """All tasks of one model, which leaves the memory when this returns, before the next one is opened."""
         model = given if isinstance(given, SentenceTransformer) else open_model(given)
         told = is_instructed(model) if instructed is None else instructed[number]
-        weights, source, files = fingerprint_model(model), _source(given), _files(given)
+        weights, (source, files) = fingerprint_model(model), _origin(given)
         if options.names is None:
             table.check_same_model(label, source, weights)
         cache = VectorCache(options.cache, weights, versions_of(ENCODING)) if options.cache is not None else None
@@ -138,42 +135,12 @@ def evaluate(  # noqa: D417 - the rest follows from the options
     return table.scores([(label, task.name) for label in labels for task in tasks])
 
 
-def model_names(models: Sequence[Model], names: Sequence[str] | None = None) -> list[str]:
-    """What each model is called in tables: the names given, else the last parts of the paths, or whole paths where two
-    of those are alike.
-
-    Raises:
-        ConfigError: Two models have the same name, or there are not as many names as models.
-    """
-    if names is not None and len(names) != len(models):
-        raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
-    if names is not None:
-        found = list(names)
-    else:
-        bases = [
-            (model.model_card_data.base_model or f"model-{number}") if isinstance(model, SentenceTransformer) else model
-            for number, model in enumerate(models, start=1)
-        ]
-        found = [model_label(base) for base in bases]
-        if len(set(found)) < len(found):  # folders of one name, such as a/final and b/final
-            given = zip(found, models, strict=True)
-            found = [name if isinstance(model, SentenceTransformer) else str(model) for name, model in given]
-    twice = [name for name in found if found.count(name) > 1]
-    if twice:
-        raise ConfigError("names", found, f"two models are called {twice[0]}", "give each its own name: --names A B")
-    return found
-
-
-def _source(model: Model) -> str:
-    """Where a model is from: a folder's whole path, or a Hub id; empty for one that is open already."""
+def _origin(model: Model) -> tuple[str, str]:
+    """A folder's whole path or a Hub id, and the fingerprint of its files; both empty for a model that is open."""
     if isinstance(model, SentenceTransformer):
-        return ""
+        return "", ""
     path = Path(model).expanduser()
-    return str(path.resolve()) if path.exists() else str(model)
-
-
-def _files(model: Model) -> str:
-    return "" if isinstance(model, SentenceTransformer) else fingerprint_files(model)
+    return str(path.resolve()) if path.exists() else str(model), fingerprint_files(model)
 
 
 class _ScoreTable:
@@ -388,47 +355,41 @@ def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: M
         created=now(),
         **key,
     )
-    replicates, note = None, ""
+    replicates = None
     if math.isfinite(row.score):
         try:
             row, replicates = _with_interval(row, made, predictions, state)
-        except _NoInterval as error:
-            note = f"no interval: {error}"
         except Exception as error:  # an interval that cannot be computed does not lose a score that took hours
-            note = f"no interval: {type(error).__name__}: {' '.join(str(error).split())}"
-    row = replace(row, note="; ".join(filter(None, [task.note, note])))
+            row = replace(row, note=f"no interval: {type(error).__name__}: {' '.join(str(error).split())}")
+    row = replace(row, note="; ".join(filter(None, [task.note, row.note])))
     # The revision tells mteb's tools one state of a model from another under the same name.
     meta = encoder.mteb_model_meta.model_copy(update={"revision": row.weights[:12]})
     return Scored(row, replicates, result, meta)
 
 
-class _NoInterval(Exception):
-    """Why a score has no interval."""
-
-
 def _with_interval(
     row: ScoreRow, task: Any, predictions: Mapping[str, Any], state: tuple[Any, ...]
-) -> tuple[ScoreRow, Array]:
-    """A score with its interval, and its bootstrap replicates.
+) -> tuple[ScoreRow, Array | None]:
+    """A score with its interval and its bootstrap replicates; or with a note that says why it has none."""
 
-    Raises:
-        _NoInterval: It has none.
-    """
+    def without(why: str) -> tuple[ScoreRow, None]:
+        return replace(row, note=f"no interval: {why}"), None
+
     parts = resampled_scores(task, predictions, row.metric, state)
     if not parts:
-        raise _NoInterval(f"the rows of {row.type} by {row.metric} cannot be resampled")
+        return without(f"the rows of {row.type} by {row.metric} cannot be resampled")
     if (fewest := min(part.units for part in parts)) < FEWEST:
-        raise _NoInterval(f"{fewest} {parts[0].unit} are fewer than {FEWEST}")
+        return without(f"{fewest} {parts[0].unit} are fewer than {FEWEST}")
     again = float(np.mean([whole(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
-        raise _NoInterval(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
+        return without(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
     limits, found = limits_of(row.metric), []
     for number, part in enumerate(parts):
         # The seed follows from the data alone, so that every model is resampled alike.
         seed = int(hashlib.sha256(f"{row.data} {number}".encode()).hexdigest()[:8], 16)
         found.append(resample(part.statistic, part.units, seed, limits=limits))
         if why := doubt(found[-1], part.units):
-            raise _NoInterval(why)
+            return without(why)
     replicates = mean_of(found)
     low, high = interval(replicates, limits)
     identity = [row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights, row.versions]

@@ -329,7 +329,7 @@ def _local_task(folder: TaskFolder, metadata: TaskMetadata) -> AbsTask:
 def _retrieval_data(folder: TaskFolder) -> RetrievalSplitData:
     relevant: dict[str, dict[str, int]] = {}
     for row in folder.tables["qrels"]:
-        relevant.setdefault(row["query"], {})[row["document"]] = row["score"]
+        relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
     corpus, queries = (Dataset.from_list(list(folder.tables[name])) for name in ("corpus", "queries"))
     names = {"_id": "id"}
     return RetrievalSplitData(
