@@ -266,12 +266,14 @@ class _Table:
         for line, there in enumerate(self._selected, 1) if self.path is None else read_rows(self.path, self._select):
             if self._plain and not there[TEXT].strip():
                 continue
-            named = {role: there[column] for role, column in self._columns.items() if column in there}
-            for role, column in self._columns.items():
-                if role not in named and role != "negative":
-                    raise self._missing(column, there, line)
-            negative_seen = negative_seen or "negative" in named
-            yield line, {**there, **named} if named else there
+            if self._columns:
+                named = {role: there[column] for role, column in self._columns.items() if column in there}
+                for role, column in self._columns.items():
+                    if role not in named and role != "negative":
+                        raise self._missing(column, there, line)
+                negative_seen = negative_seen or "negative" in named
+                there = {**there, **named}
+            yield line, there
         if line and not negative_seen:
             raise self._missing(self._columns["negative"], there, line)
 
