@@ -17,6 +17,12 @@ from secateur.results import Comparison, ScoreRow, load
 from task_folders import example_rows, sentences, write_task
 
 
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is timed once, however short it is."""
+    monkeypatch.setattr("secateur.reporting.cost.LEAST_SECONDS", 1e-9)
+
+
 @pytest.fixture
 def folders(make_encoder: MakeEncoder, tmp_path: Path) -> list[Path]:
     """A model, the same again, and another."""
@@ -107,7 +113,7 @@ def test_scores_on_other_rows_have_no_interval():
 def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path):
     (tmp_path / "two.txt").write_text("a\nb\n")
     for models, options, says in (
-        (folders[:1], {"tasks": ["t"]}, "two or more"),
+        (folders[:1], {"tasks": ["t"]}, "name two or more"),
         (folders, {}, "--tasks or --texts"),
         (folders, {"texts": [tmp_path / "two.txt"]}, "2 distinct texts"),
         (folders, {"tasks": ["t"], "names": ["a", "a", "b"]}, "same name"),

@@ -709,7 +709,7 @@ def test_many_labels_take_little_memory(metric: str):
         statistic = partial(averaged_metric, "f1", gold, found)
         theirs = partial(f1_score, average="macro")
     tracemalloc.start()
-    draws = resample(statistic, 1000, seed=1, draws=400)
+    draws = resample(statistic, 1000, seed=1, replicates=400)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6

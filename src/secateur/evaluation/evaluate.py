@@ -43,7 +43,8 @@ from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.replicates import replicates_file, resampled_scores
 from secateur.evaluation.tasks import Task, count_samples, open_tasks
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
-from secateur.measures.intervals import FEWEST, Array, doubt, interval, limits_of, mean_of, resample, whole
+from secateur.measures import intervals
+from secateur.measures.intervals import Array
 from secateur.models.names import model_names
 from secateur.models.open_model import open_model
 from secateur.options import EvaluateOptions, step
@@ -378,20 +379,20 @@ def _with_interval(
     parts = resampled_scores(task, predictions, row.metric, state)
     if not parts:
         return without(f"the rows of {row.type} by {row.metric} cannot be resampled")
-    if (fewest := min(part.units for part in parts)) < FEWEST:
-        return without(f"{fewest} {parts[0].unit} are fewer than {FEWEST}")
-    again = float(np.mean([whole(part.statistic, part.units) for part in parts]))
+    if (fewest := min(part.units for part in parts)) < intervals.MINIMUM_UNITS:
+        return without(f"{fewest} {parts[0].unit} are fewer than {intervals.MINIMUM_UNITS}")
+    again = float(np.mean([intervals.observed(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
         return without(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
-    limits, found = limits_of(row.metric), []
+    limits, found = intervals.limits_of(row.metric), []
     for number, part in enumerate(parts):
         # The seed follows from the data alone, so that every model is resampled alike.
         seed = int(hashlib.sha256(f"{row.data} {number}".encode()).hexdigest()[:8], 16)
-        found.append(resample(part.statistic, part.units, seed, limits=limits))
-        if why := doubt(found[-1], part.units):
+        found.append(intervals.resample(part.statistic, part.units, seed, limits=limits))
+        if why := intervals.why_no_interval(found[-1], part.units):
             return without(why)
-    replicates = mean_of(found)
-    low, high = interval(replicates, limits)
+    replicates = intervals.mean_of(found)
+    low, high = intervals.interval(replicates, limits)
     identity = [row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights, row.versions]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     units = sum(part.units for part in parts)
