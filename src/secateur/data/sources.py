@@ -61,20 +61,22 @@ class Pairs:
     passage_prompt: str
     source: Fingerprint
 
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        return tuple(row.anchor for row in self.rows)
+
+    @property
+    def positives(self) -> tuple[str, ...]:
+        return tuple(row.positive for row in self.rows)
+
+    @property
+    def negatives(self) -> tuple[str, ...]:
+        """Those of all rows, one after the other."""
+        return tuple(text for row in self.rows for text in row.negatives)
+
     def sample(self, count: int, seed: int) -> Pairs:
         """At most ``count`` rows, drawn by ``seed``, in the order of the file."""
         return _sample(self, count, seed)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Examples of one data set whose positives and negatives serve all its anchors."""
-
-    anchors: tuple[str, ...]
-    positives: tuple[str, ...]
-    negatives: tuple[str, ...]
-    prompt: str
-    passage_prompt: str
 
 
 Source = Pairs | Texts
@@ -109,23 +111,14 @@ def l3prune_prompt(prompt: str) -> str:
     return f"{prompt[:-1]} " if prompt.endswith(";\n") else prompt
 
 
-def batches(pairs: Pairs, size: int) -> list[Batch]:
+def batches(pairs: Pairs, size: int) -> list[Pairs]:
     """Cut a data set into batches in its own order; a last one that is not full is left out, unless it is the only one.
 
     The loss depends on the size of a batch, so batches of two sizes must not be averaged.
     """
     size = min(size, len(pairs.rows))
-    cut = [pairs.rows[start : start + size] for start in range(0, len(pairs.rows) - size + 1, size)]
-    return [
-        Batch(
-            anchors=tuple(row.anchor for row in rows),
-            positives=tuple(row.positive for row in rows),
-            negatives=tuple(text for row in rows for text in row.negatives),
-            prompt=pairs.prompt,
-            passage_prompt=pairs.passage_prompt,
-        )
-        for rows in cut
-    ]
+    starts = range(0, len(pairs.rows) - size + 1, size)
+    return [replace(pairs, rows=pairs.rows[start : start + size]) for start in starts]
 
 
 def read_sources(

@@ -20,7 +20,6 @@ import json
 import math
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -76,18 +75,15 @@ def evaluate(  # noqa: D417 - the rest follows from the options
 ) -> Scores:
     """Score models on tasks, with mteb's own evaluators: each task's main metric, on mteb's protocol (:mod:`.tasks`).
 
-    All task folders are checked before any text is encoded, and one model at a time is in memory. Scores that ``out``
-    holds already are not computed again if the model's weights and settings, the task's data, ``sample``, ``seed``, the
-    prompts and the versions of the libraries are the same; other rows stay in the file. A task that fails does not keep
-    the others from being scored; its error comes at the end.
+    The table has one row for each model and task. All task folders are checked before any text is encoded, and one
+    model at a time is in memory. A score that ``out`` holds already is computed again only if the model, the task's
+    data, ``sample``, ``seed``, a prompt or the version of a library changed; other rows stay in the file. A task that
+    fails does not keep the others from being scored; its error comes at the end.
 
     Args:
         instructions: False: no instruction and no prompt before any text, for no model.
         instructed: Whether each model was trained with instructions. Default: read from its prompts.
         progress: Called before each task and at the end, with the number of scores that are there.
-
-    Returns:
-        One row for each model and task, by model.
 
     Raises:
         DataError: A task is not right, or cannot be downloaded.
@@ -124,12 +120,10 @@ def evaluate(  # noqa: D417 - the rest follows from the options
                 except (DataError, ModelError) as error:
                     if options.out is None:
                         raise
-                    failures.append(error)
+                    failures.append(error.with_traceback(None))  # which would keep the model in memory
 
     for number, (label, given) in enumerate(zip(labels, options.models, strict=True)):
         score_model(number, label, given)
-        for failure in failures:  # its traceback holds the model
-            traceback.clear_frames(failure.__traceback__)
     progress("evaluate", total, total)
     if failures:
         raise failures[0]

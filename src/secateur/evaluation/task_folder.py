@@ -104,11 +104,7 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     main = tables.get("test") or tables["queries"]
     return TaskFolder(
         path=folder,
-        name=about["name"],
-        type=about["type"],
-        metric=about["metric"],
-        instruction=about["instruction"],
-        notes=about["notes"],
+        **{key: about[key] for key in ("name", "type", "metric", "instruction", "notes")},
         tables={name: tuple(table.rows) for name, table in tables.items()},
         source=Fingerprint(about["name"], digest.hexdigest(), len(main.rows), about["licence"]),
         ignore_identical_ids=bool(ignore),
