@@ -75,10 +75,9 @@ def evaluate(  # noqa: D417 - the rest follows from the options
 ) -> Scores:
     """Score models on tasks, with mteb's own evaluators: each task's main metric, on mteb's protocol (:mod:`.tasks`).
 
-    The table has one row for each model and task. All task folders are checked before any text is encoded, and one
-    model at a time is in memory. A score that ``out`` holds already is computed again only if the model, the task's
-    data, ``sample``, ``seed``, a prompt or the version of a library changed; other rows stay in the file. A task that
-    fails does not keep the others from being scored; its error comes at the end.
+    All task folders are checked before any text is encoded; one model at a time is in memory. A score that ``out`` has
+    is computed again only if the model, the data, ``sample``, ``seed``, a prompt or a library's version changed; other
+    rows stay in the file. A task that fails does not keep others from being scored; its error comes at the end.
 
     Args:
         instructions: False: no instruction and no prompt before any text, for no model.
@@ -111,8 +110,7 @@ def evaluate(  # noqa: D417 - the rest follows from the options
             progress("evaluate", done, total)
             prompts = task_prompts(task, told) if instructions else {}
             with quiet(), as_encoder(model, label, prompts, cache) as encoder:
-                key = {"sample": options.sample, "seed": options.seed, "data": task.source.sha256, "weights": weights}
-                key |= {"versions": versions_of(), **_prompts(encoder, task)}
+                key = {"weights": weights, "sample": options.sample, "seed": options.seed, **_inputs(encoder, task)}
                 if table.holds(label, task.name, key, files):
                     continue
                 try:
@@ -232,10 +230,11 @@ def task_prompts(task: Task, instructed: bool) -> dict[str, str] | None:
     return {key: instruction_prompt(task.instruction)} if task.instruction else {}
 
 
-def _prompts(encoder: Encoder, task: Task) -> dict[str, Any]:
-    """The row's ``prompts``, of texts of no kind, queries and documents; and ``prompt``, the one that is told.
+def _inputs(encoder: Encoder, task: Task) -> dict[str, Any]:
+    """What a score follows from besides the model and the sample, by the names of its row.
 
-    What goes before texts is mteb's choice, else that of the model's ``encode_query`` and ``encode_document``.
+    The prompts, of texts of no kind, queries and documents, are mteb's choice, else that of the model's
+    ``encode_query`` and ``encode_document``.
     """
     found = []
     own = {PromptType.query: ("query",), PromptType.document: ("document", "passage", "corpus")}
@@ -246,7 +245,8 @@ def _prompts(encoder: Encoder, task: Task) -> dict[str, Any]:
             prompts = model.prompts
             name = next((name for name in own.get(kind, ()) if name in prompts), model.default_prompt_name)
         found.append(str(prompts.get(name) or ""))
-    return {"prompt": found[1] if task.asymmetric else found[0], "prompts": tuple(found)}
+    prompt = found[1] if task.asymmetric else found[0]
+    return {"data": task.source.sha256, "versions": versions_of(), "prompt": prompt, "prompts": tuple(found)}
 
 
 class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
