@@ -638,7 +638,7 @@ def test_mistakes_in_the_options(model: Path, tmp_path: Path):
 @pytest.mark.parametrize("dtype", ["mixed:abc", "mixed:8", "mixedx", "foo"])
 def test_a_number_format_that_is_none(model: Path, dtype: str):
     with pytest.raises(ConfigError, match=f"dtype: .*'{dtype}'"):
-        encode(model, [], out="v.npy", dtype=dtype)
+        encode(model, ["a.txt"], out="v.npy", dtype=dtype)
     with pytest.raises(ConfigError, match=f"dtype: .*'{dtype}'"):
         use_dtype(open_encoder(Opening(str(model), dtype=dtype, device="cpu")), dtype)
 
