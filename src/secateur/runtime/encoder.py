@@ -182,21 +182,13 @@ class ExportEncoder(Encoder):
             if not isinstance(size, Integral) or size < 1:
                 raise ConfigError(name, size, f"{size!r} is not valid", "a whole number, at least 1")
         self.batch_tokens = batch_tokens
-        vectors = self.encode_texts(rows, self._prompt(prompt, prompt_name), batch_size=batch_size)
+        problem, hint = _no_text(prompt) if prompt is not None else ("", "")
+        if problem:
+            raise ConfigError("prompt", prompt, problem, hint)
+        prompt = self.prompt_of(prompt_name) if prompt is None else prompt
+        vectors = self.encode_texts(rows, prompt, batch_size=batch_size)
         result = quantize(vectors, form, np.asarray(self.settings.ranges, np.float32))
         return result[0] if isinstance(texts, str) else result
-
-    def _prompt(self, prompt: str | None, name: str | None) -> str:
-        if prompt is not None:
-            problem, hint = _no_text(prompt)
-            if problem:
-                raise ConfigError("prompt", prompt, problem, hint)
-            return prompt
-        name = name if name is not None else self.default_prompt
-        if name is not None and name not in self.prompts:
-            known = ", ".join(self.prompts) or "none"
-            raise ConfigError("prompt_name", name, f"the model has no prompt {name!r}", f"its prompts: {known}")
-        return self.prompts[name] if name is not None else ""
 
     def read(self, texts: Sequence[str], prompt: str, truncate: bool) -> list[Tokens]:
         """See :meth:`Encoder.read`."""
