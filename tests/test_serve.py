@@ -274,6 +274,14 @@ def test_prompts_by_name(served: Running, model: SentenceTransformer):
     assert refused(400, served.post(request(prompt="query", input=[5])))["param"] == "prompt"
 
 
+def test_a_model_without_prompts_takes_none(encoder: Encoder):
+    plain = Held(encoder)
+    plain.prompts, plain.default_prompt = {}, None
+    with running(make_app(plain, "tiny", limits())) as server:
+        assert refused(400, server.post(request(prompt="query")))["param"] == "prompt"
+        assert server.post(request(prompt=None))[0] == 200
+
+
 def test_the_models_own_default_prompt_is_kept(folder: Path):
     model = SentenceTransformer(str(folder), device="cpu", default_prompt_name="query")
     with running(make_app(ModelEncoder(model), "tiny", limits())) as server, server.client() as client:

@@ -129,7 +129,7 @@ def request_model(encoder: Encoder, name: str, options: ServeOptions) -> type[Ba
         Discriminator(_kind),
     ]
     size = Annotated[int, Field(ge=1, le=encoder.dimension), BeforeValidator(_integers)]
-    prompt_name = Literal[tuple(sorted(encoder.prompts))] if encoder.prompts else None
+    prompt_name: Any = Literal[(None, *sorted(encoder.prompts))]
 
     class EmbeddingRequest(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)
@@ -138,7 +138,7 @@ def request_model(encoder: Encoder, name: str, options: ServeOptions) -> type[Ba
         input: Annotated[inputs, Field(description="Text, texts, token ids of a text, or those of several texts.")]
         dimensions: Annotated[size | None, Field(description="Truncate vectors, and normalise them.")] = None
         encoding_format: Literal["float", "base64"] | None = "float"
-        prompt: Annotated[prompt_name | None, Field(description="Name of the prompt before each text.")] = None
+        prompt: Annotated[prompt_name, Field(description="Name of the prompt before each text.")] = None  # type: ignore[valid-type]
         user: Annotated[Any, Field(description="Ignored.")] = None
 
     return EmbeddingRequest
