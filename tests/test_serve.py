@@ -37,9 +37,9 @@ from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import ModelEncoder
-from secateur.inference.middleware import API_KEYS, JsonLines, Keys, Metrics, read_keys
+from secateur.inference.middleware import API_KEYS, ApiError, JsonLines, Keys, Metrics, read_keys
 from secateur.inference.opening import Opening
-from secateur.inference.queueing import Batcher, EncodingFailed, LocalWorker, QueueFull
+from secateur.inference.queueing import Batcher, LocalWorker
 from secateur.inference.serve import Server, bind, make_server, open_worker
 from secateur.inference.workers import EncoderDied, EncoderProcess
 from secateur.options import ServeOptions, make
@@ -968,7 +968,7 @@ def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
             found = await asked
         except asyncio.CancelledError:
             return True
-        except EncodingFailed:
+        except ApiError:
             return False
         assert found.tolist() == [[text.ids[0], len(text)] for text in texts]
         return True
@@ -990,7 +990,7 @@ def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
         batcher = batcher_of(Function(), queue_tokens=10)
         first = asyncio.ensure_future(batcher.embed(numbers(20)))
         await asyncio.sleep(0)
-        with pytest.raises(QueueFull):
+        with pytest.raises(ApiError, match="busy"):
             await batcher.embed(numbers(1))
         async with batcher.running():
             await first
