@@ -43,7 +43,7 @@ from secateur.inference.mixed import is_mixed, use_mixed_products
 from secateur import accelerate, export, open_model, prune, runtime
 from secateur.inference.encode import SAMPLE, SHARD
 from secateur.inference.encoders import CPU_BATCH
-from secateur.measures.flops import flops_per_token
+from secateur.measures.costs import flops_per_token
 from secateur.measures.metrics import paired_cosines
 from secateur.models.open_model import model_label
 

@@ -10,11 +10,17 @@ from sklearn.neighbors import NearestNeighbors
 
 from conftest import MakeEncoder
 from secateur.errors import ConfigError, DataError, ModelError
-from secateur.evaluation.differences import read_draws, score_differences
 from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.reporting.compare import compare, nearest_texts, overlap
 from secateur.results import Comparison, ScoreRow, load
 from task_folders import example_rows, sentences, write_task
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is timed once, however short it is."""
+    monkeypatch.setattr("secateur.reporting.cost.LEAST_SECONDS", 1e-9)
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def test_models_side_by_side(folders: list[Path], tmp_path: Path):
         if row.task:
             own, reference = scores[row.model, row.task], scores["full", row.task]
             expected = own.score - reference.score
-            draws = read_draws(out, own) - read_draws(out, reference)
+            draws = read_replicates(out, own) - read_replicates(out, reference)
             if row.model == "other":
                 assert (row.low, row.high) == pytest.approx(tuple(np.nanquantile(draws, [0.025, 0.975])))
         else:
@@ -107,7 +113,7 @@ def test_scores_on_other_rows_have_no_interval():
 def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path):
     (tmp_path / "two.txt").write_text("a\nb\n")
     for models, options, says in (
-        (folders[:1], {"tasks": ["t"]}, "two or more"),
+        (folders[:1], {"tasks": ["t"]}, "name two or more"),
         (folders, {}, "--tasks or --texts"),
         (folders, {"texts": [tmp_path / "two.txt"]}, "2 distinct texts"),
         (folders, {"tasks": ["t"], "names": ["a", "a", "b"]}, "same name"),

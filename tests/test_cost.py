@@ -1,88 +1,30 @@
-"""Counts against closed forms and torch's own counter, on tiny models of many architectures; times are only there."""
+"""Counts against closed forms, on tiny models of many architectures; times are only there."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 import struct
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from architectures import batch, model_of, padding_id, states
+from architectures import model_of
 from conftest import MakeEncoder
 from secateur.errors import ConfigError, ModelError
-from secateur.measures.flops import MatrixProducts, flops_per_token
+from secateur.measures.costs import flops_per_token
 from secateur.models.blocks import embeddings_of
 from secateur.models.open_model import open_model
 from secateur.provenance import fingerprint_files
-from secateur.reporting.cost import bytes_on_disk, cost, long_texts, measure_alone, short_texts
+from secateur.reporting import cost as cost_module
+from secateur.reporting.cost import bytes_on_disk, cost, measure_alone, texts_of
 from secateur.results import Costs, load
-
-DENSE = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "bloom",
-    "bert",
-    "modernbert",
-    "mpnet",
-    "t5",
-    "mamba",
-)
-
-
-@pytest.mark.parametrize("name", DENSE)
-def test_operations_are_those_of_torchs_counter(name: str):
-    """torch's counter does not see the fused attention of CPUs, so attention is unfolded for it."""
-    model = model_of(name).eval()
-    features = batch(pad=padding_id(model))
-    with torch.no_grad(), MatrixProducts() as products:
-        states(model, features)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as theirs:
-        states(model, features)
-    assert products.flops == theirs.get_total_flops() > 0
-
-
-@pytest.mark.parametrize(
-    ("equation", "first", "second"),
-    [("...ij,...jk->...ik", (2, 3, 4, 5), (2, 3, 5, 6)), ("b...d,de->b...e", (2, 3, 4, 5), (5, 6)),
-     ("...i,...i->...", (2, 1, 7), (3, 7))],
-)  # fmt: skip
-def test_operations_of_einsum_with_dots_are_those_of_torchs_counter(equation: str, first: tuple, second: tuple):
-    a, b = torch.randn(first), torch.randn(second)
-    with MatrixProducts() as products:
-        torch.einsum(equation, a, b)
-    with FlopCounterMode(display=False) as theirs:
-        torch.einsum(equation, a, b)
-    assert products.flops == theirs.get_total_flops() > 0
-
-
-def test_operations_of_experts_are_those_of_the_experts_asked():
-    """torch's counter misses grouped products: dense part from its count, experts from the formula."""
-    model = model_of("mixtral").eval()
-    features = batch(pad=padding_id(model))
-    with torch.no_grad(), MatrixProducts() as products:
-        states(model, features)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as theirs:
-        states(model, features)
-    c = model.config
-    tokens, experts = features["input_ids"].numel(), c.num_experts_per_tok
-    expected = 2 * tokens * experts * 3 * c.hidden_size * c.intermediate_size * c.num_hidden_layers
-    assert products.flops == theirs.get_total_flops() + expected
 
 
 def test_operations_per_token_of_a_llama_are_the_closed_form(make_encoder: MakeEncoder):
@@ -122,7 +64,14 @@ def test_parameters_are_those_in_the_file(name: str, tmp_path: Path):
     assert table.numel() == model.config.vocab_size * table.shape[1] in stored.values()
 
 
-def test_costs_of_models_side_by_side(make_encoder: MakeEncoder, tmp_path: Path):
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece of work takes a tenth of a second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(cost_module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 10))
+
+
+def test_costs_of_models_side_by_side(make_encoder: MakeEncoder, tmp_path: Path, clock: None):
     folders = {}
     for depth in (6, 1):
         folders[f"tiny-{depth}"] = tmp_path / f"tiny-{depth}"
@@ -139,19 +88,42 @@ def test_costs_of_models_side_by_side(make_encoder: MakeEncoder, tmp_path: Path)
         assert row.embedding_parameters == next(n for name, n in stored.items() if "embed_tokens" in name)
         assert row.memory_bytes >= 4 * row.parameters
         assert row.bytes == sum(f.stat().st_size for f in folders[row.model].rglob("*") if f.is_file())
-        assert 0 < row.speed_low <= row.texts_per_second <= row.speed_high
-        assert 0 < row.long_speed_low <= row.long_texts_per_second <= row.long_speed_high
-        assert 0 < row.latency_p50 <= row.latency_p95
-        assert row.load_seconds > 0
+        assert [row.speed_low, row.texts_per_second, row.speed_high] == pytest.approx([160] * 3)
+        assert [row.long_speed_low, row.long_texts_per_second, row.long_speed_high] == pytest.approx([20] * 3)
+        assert [row.latency_p50, row.latency_p95, row.load_seconds] == pytest.approx([0.1] * 3)
         assert (row.dtype, row.device, row.threads) == ("float32", "cpu", torch.get_num_threads())
         assert (row.short_batch, row.long_batch) in [(a, b) for a in (4, 16) for b in (1, 2)]
     assert large.parameters - small.parameters == 5 * (large.parameters - large.embedding_parameters - 32) // 6
     assert large.flops_per_token > 5 * small.flops_per_token
-    assert large.latency_p50 > small.latency_p50
+
+
+def test_speeds_are_medians_in_the_quickest_batch_size_and_latencies_are_quantiles(monkeypatch: pytest.MonkeyPatch):
+    """A model that takes so long as it says, on a clock that only it moves."""
+    now = 0.0
+
+    class Encoder:
+        device = torch.device("cpu")
+
+        def encode(self, texts: list[str], batch_size: int, show_progress_bar: bool) -> None:
+            nonlocal now
+            now += slower * (0.5 if batch_size == 1 else len(texts) * {4: 0.02, 16: 0.01, 2: 0.1}[batch_size])
+
+    monkeypatch.setattr(cost_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    slower = 1.0
+    timer = cost_module._Timer("m", "m", None, open=Encoder())
+    timer.warm_up(cost_module.QUICK)
+    assert timer.batches == {"short": 16, "long": 2}
+    assert timer.passes == {"short": 2, "long": 2}  # to fill 0.3 seconds, of 0.16 and 0.2 each
+    for factor in (1.0, 2.0, 4.0):
+        slower = factor
+        timer.measure(cost_module.QUICK)
+    assert timer.speeds["short"] == pytest.approx([100, 50, 25])
+    assert timer.speeds["long"] == pytest.approx([10, 5, 2.5])
+    assert timer.latencies == pytest.approx([0.5] * 5 + [1.0] * 5 + [2.0] * 5)
 
 
 def test_models_that_do_not_fit_together_take_turns_in_memory(
-    make_encoder: MakeEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_encoder: MakeEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: None
 ):
     """The real opening, watched: whenever a model is opened, no other is there."""
     for depth in (3, 1):
@@ -174,8 +146,7 @@ def test_models_that_do_not_fit_together_take_turns_in_memory(
     counted = ("model", "depth", "parameters", "embedding_parameters", "bytes", "memory_bytes", "flops_per_token")
     for one, other in zip(apart.rows, together.rows, strict=True):
         assert [getattr(one, name) for name in counted] == [getattr(other, name) for name in counted]
-        assert 0 < one.speed_low <= one.texts_per_second
-        assert one.load_seconds > 0
+        assert one.load_seconds == pytest.approx(0.1)
 
 
 @pytest.mark.slow
@@ -190,8 +161,8 @@ def test_peak_memory_and_load_time_are_those_of_a_fresh_process(make_encoder: Ma
 
 
 def test_texts_differ_and_long_ones_are_long():
-    assert len(set(short_texts(50))) == len(set(long_texts(50))) == 50
-    assert len(long_texts(1)[0].split()) > 12 * len(short_texts(1)[0].split())
+    assert len(set(texts_of("short", 50))) == len(set(texts_of("long", 50))) == 50
+    assert len(texts_of("long", 1)[0].split()) > 12 * len(texts_of("short", 1)[0].split())
 
 
 def test_another_model_in_a_models_folder_is_not_counted(make_encoder: MakeEncoder, tmp_path: Path):
@@ -204,9 +175,10 @@ def test_another_model_in_a_models_folder_is_not_counted(make_encoder: MakeEncod
 
 def test_wrong_arguments_are_refused(tmp_path: Path):
     for arguments, options, says in (
-        ([[]], {}, "there are none"),
-        ([["a/final", "b/final"]], {}, "same name"),
-        ([["a"]], {"repetitions": 0}, "1 or more"),
+        ([[]], {}, "models: is missing"),
+        ([["a/final", "a/final"]], {}, "same name"),
+        ([["a", "b"]], {"names": ["one"]}, "1 names for 2 models"),
+        ([["a"]], {"repetitions": 0}, "repetitions: 0 is not valid"),
     ):
         with pytest.raises(ConfigError, match=says):
             cost(*arguments, **options)
@@ -214,7 +186,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
         bytes_on_disk("nobody/no-such-model")
 
 
-def test_a_model_that_fails_after_it_was_timed_loses_no_other(make_encoder: MakeEncoder, tmp_path: Path):
+def test_a_model_that_fails_after_it_was_timed_loses_no_other(make_encoder: MakeEncoder, tmp_path: Path, clock: None):
     for seed, name in enumerate(("one", "two")):
         make_encoder(seed=seed).save(str(tmp_path / name))
 
@@ -227,7 +199,7 @@ def test_a_model_that_fails_after_it_was_timed_loses_no_other(make_encoder: Make
     assert [row.model for row in load(tmp_path / "out", Costs).rows] == ["two"]
 
 
-def test_costs_tell_the_files_and_versions_that_they_are_of(make_encoder: MakeEncoder, tmp_path: Path):
+def test_costs_tell_the_files_and_versions_that_they_are_of(make_encoder: MakeEncoder, tmp_path: Path, clock: None):
     make_encoder().save(str(tmp_path / "model"))
     (first,) = cost([tmp_path / "model"], repetitions=1).rows
     (tmp_path / "model" / "README.md").write_text("no vector depends on it")

@@ -24,12 +24,12 @@ from conftest import LETTERS, MakeEncoder, tiny_transformer
 from killing import run_until, signalled
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
+from secateur.data.rows import read_column
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.inference import encoders
 from secateur.inference.distinct import SHARD
 from secateur.inference.encoders import MixedLinear, ModelEncoder
 from secateur.inference.opening import Opening, open_encoder, use_dtype
-from secateur.inference.rows import read_rows
 from secateur.measures.metrics import paired_cosines
 from secateur.models import forward
 from task_folders import example_rows, write_task
@@ -594,11 +594,11 @@ def test_a_mistake_in_parquet_is_found_in_its_row(tmp_path: Path):
     column = pyarrow.array(["one"] * 1500, pyarrow.string())
     parquet.write_table(pyarrow.table([column, column], names=["text", "text"]), file)
     with pytest.raises(DataError, match='"text": is the name of 2 columns'):
-        list(read_rows(file))
+        list(read_column(file))
     broken = pyarrow.array([b"one"] * 1200 + [b"t\xff"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": broken}), file)
     with pytest.raises(DataError, match='line 1201, "text": byte 2 of the text is not UTF-8'):
-        list(read_rows(file))
+        list(read_column(file))
 
 
 def test_what_is_no_file_that_can_be_read_twice(tmp_path: Path):
@@ -606,7 +606,7 @@ def test_what_is_no_file_that_can_be_read_twice(tmp_path: Path):
     (tmp_path / "folder.csv").mkdir()
     for name, says in (("pipe.txt", "write it into a file"), ("folder.csv", "is a folder"), ("a.txt", "no such file")):
         with pytest.raises(DataError, match=says):
-            read_rows(tmp_path / name)
+            list(read_column(tmp_path / name))
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read, even by root")
@@ -658,7 +658,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     app(["encode", str(model), str(file), "-o", str(tmp_path / "v.parquet")], standalone_mode=False)
     told = capsys.readouterr()
     assert told.out.strip() == str(tmp_path / "v.parquet")
-    assert "3 rows, 2 distinct texts, 32 numbers each" in told.err
+    assert "3 rows, 2 distinct texts, 32 dimensions" in told.err
     assert "encoded 2 texts" in told.err
     assert "tokens per second" in told.err
 

@@ -13,14 +13,11 @@ import pytest
 from matplotlib import image
 from matplotlib.text import Text
 
-from secateur.figures.depth import loss_curve, profile_figures
-from secateur.figures.frontier import Point, frontier, size_curve
-from secateur.figures.saving import save_png, svg
-from secateur.figures.style import COLOURS, INK
-from secateur.figures.text import shorten
-from secateur.figures.training import training_curves
+from secateur.figures.plots import Point, frontier, profile_figures, size_curve, training_curves
+from secateur.figures.style import COLOURS, INK, save, svg
 from secateur.provenance import Provenance
 from secateur.results import DepthRow, DepthScoreRow, LossRow, Profile, Training, TrialRow
+from secateur.tables import shorten
 
 MADE = Provenance("secateur study", "2026-01-02T03:04:05+00:00", 7, {}, (), {})
 SVG = "{http://www.w3.org/2000/svg}"
@@ -57,7 +54,7 @@ def words(text: str) -> list[str]:
 
 def test_loss_curve_draws_the_losses_with_their_intervals_and_marks_the_choice() -> None:
     losses, errors = [3.0, 2.0, 2.5, 1.5, 1.75], [0.1, 0.2, 0.3, 0.1, 0.05]
-    figure = loss_curve(profile(losses, errors), {"small": 2, "large": 4})
+    figure = profile_figures(profile(losses, errors), {"small": 2, "large": 4})["curve"]
     top = figure.axes[0]
     line = next(line for line in top.lines if len(line.get_xdata()) == len(losses))
     assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
@@ -73,12 +70,12 @@ def test_loss_curve_draws_the_losses_with_their_intervals_and_marks_the_choice()
 
 
 def test_a_depth_with_two_names_is_labelled_once_with_both() -> None:
-    text = words(svg(loss_curve(profile([2.0, 1.0]), {"small": 2, "large": 2}), "c", "t", "d"))
+    text = words(svg(profile_figures(profile([2.0, 1.0]), {"small": 2, "large": 2})["curve"], "c", "t", "d"))
     assert [word for word in text if ": 2" in word] == ["small, large: 2"]
 
 
 def test_losses_that_are_not_numbers_leave_a_gap() -> None:
-    figure = loss_curve(profile([2.0, None, 1.0]), {"small": 2, "large": 3})
+    figure = profile_figures(profile([2.0, None, 1.0]), {"small": 2, "large": 3})["curve"]
     drawn = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == 3).get_ydata()
     assert math.isnan(drawn[1])
     text = words(svg(figure, "c", "t", "d"))
@@ -186,7 +183,7 @@ def test_the_size_curve_draws_curve_plateau_and_price() -> None:
     assert curve.get_ydata() == pytest.approx([x / 10 for x in curve.get_xdata()])
     assert (min(curve.get_xdata()), max(curve.get_xdata())) == pytest.approx((88, 90))
     assert list(lines["plateau"].get_ydata()) == [70, 70]
-    assert list(lines["beyond: too dear"].get_xdata()) == [89, 89]
+    assert list(lines["beyond: over budget"].get_xdata()) == [89, 89]
 
 
 def test_labels_of_crowded_points_do_not_overlap() -> None:
@@ -222,7 +219,7 @@ def test_scores_on_the_way_are_drawn_below_with_the_kept_step_in_a_ring() -> Non
 
 
 def test_svg_is_labelled_and_its_ids_are_its_own() -> None:
-    drawn = loss_curve(profile([2.0, 1.0, 3.0], [0.1, 0.1, 0.1]), {"small": 1})
+    drawn = profile_figures(profile([2.0, 1.0, 3.0], [0.1, 0.1, 0.1]), {"small": 1})["curve"]
     text = svg(drawn, "curve-1", "A <title>", 'of "what" & where')
     root = ElementTree.fromstring(text)
     assert root.get("role") == "img"
@@ -242,8 +239,8 @@ def test_svg_is_labelled_and_its_ids_are_its_own() -> None:
 
 def test_the_same_table_gives_the_same_bytes(tmp_path: Path) -> None:
     def drawn() -> tuple[str, bytes]:
-        figure = loss_curve(profile([2.0, 1.0, 3.0], [0.1, 0.1, 0.1]), {"small": 2})
-        return svg(figure, "f", "t", "d"), save_png(figure, tmp_path / "curve.png").read_bytes()
+        figure = profile_figures(profile([2.0, 1.0, 3.0], [0.1, 0.1, 0.1]), {"small": 2})["curve"]
+        return svg(figure, "f", "t", "d"), save(figure, tmp_path / "curve.png").read_bytes()
 
     assert drawn() == drawn()
 
@@ -255,7 +252,7 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
 
 
 def test_png_is_transparent_and_holds_the_colours(tmp_path: Path) -> None:
-    pixels = image.imread(save_png(frontier(points(), "c"), tmp_path / "new" / "figure.png"))
+    pixels = image.imread(save(frontier(points(), "c"), tmp_path / "new" / "figure.png"))
     assert pixels[0, 0, 3] == 0
     blue = np.array([int(COLOURS[0][i : i + 2], 16) / 255 for i in (1, 3, 5)])
     assert (np.abs(pixels[..., :3] - blue).max(axis=-1) < 0.01).sum() > 100
@@ -290,7 +287,7 @@ def test_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
     text = svg(figure, "f", name, name)
     assert shorten(name) in words(text)
     assert "<script" not in text
-    save_png(figure, tmp_path / "f.png")
+    save(figure, tmp_path / "f.png")
 
 
 def test_shorten_keeps_both_ends() -> None:

@@ -12,12 +12,12 @@ from scipy.stats import binomtest, ttest_ind
 
 from secateur.errors import DataError
 from secateur.provenance import Provenance
-from secateur.reporting.drawings import captions, draw
-from secateur.reporting.findings import SAME, Claim, Estimate, Findings, find, pareto
+from secateur.reporting.findings import MARGIN, Estimate, GroupComparison, Summary, pareto, summarize
+from secateur.reporting.pictures import size_pictures
 from secateur.reporting.report import report
 from secateur.reporting.run import read_run
 from secateur.reporting.saturation import Saturation, fit_saturation
-from secateur.reporting.verdict import notes, smallest_as_good, telling, verdict
+from secateur.reporting.verdict import most_telling, notes, smallest_as_good, verdict
 from secateur.results import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training
 
 MADE = Provenance("secateur", "2026-03-04T05:06:07+00:00", None, {}, (), {})
@@ -42,12 +42,12 @@ def write_model(run: Path, name: str, depth: int, score: float, seed: int | None
     Scores(MADE, tuple(rows)).save(run / "scores" / name)
 
 
-def claims(run: Path) -> dict[str, Claim]:
-    return {claim.design.name: claim for own in find(read_run(run)).claims.values() for claim in own}
+def claims(run: Path) -> dict[str, GroupComparison]:
+    return {item.group.name: item for own in summarize(read_run(run)).by_series.values() for item in own}
 
 
-def found(run: Path) -> Findings:
-    return find(read_run(run))
+def found(run: Path) -> Summary:
+    return summarize(read_run(run))
 
 
 def test_a_difference_is_paired_so_that_what_rows_share_cancels(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_a_difference_is_paired_so_that_what_rows_share_cancels(tmp_path: Path) 
     assert claim.difference.value == pytest.approx(-0.01)
     assert (claim.difference.low, claim.difference.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
     assert claim.outcome == "worse"
-    assert claim.won(-1) == TASKS
+    assert claim.count(-1) == len(TASKS)
     assert claim.share.value == pytest.approx(0.79 / 0.80)
-    average = claim.design.average
+    average = claim.group.average
     assert average is not None and average.low is not None and claim.difference.low is not None
     assert average.value - average.low > 3 * (claim.difference.value - claim.difference.low)
 
@@ -70,8 +70,13 @@ def test_a_difference_is_paired_so_that_what_rows_share_cancels(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("score", "own", "outcome", "words"),
     [
-        (0.7999, 0.002, "same", "4 of 8 blocks give the same quality as the healed full model on your 2 tasks within"),
-        (0.7999, 0.05, "undecided", "4 of 8 blocks are not told apart from the healed full model on your 2 tasks"),
+        (0.7999, 0.002, "same", "4 of 8 blocks are as good as the healed full model on your 2 tasks (no significant"),
+        (
+            0.7999,
+            0.05,
+            "undecided",
+            "4 of 8 blocks show no significant difference from the healed full model on your 2 tasks",
+        ),
         (0.70, 0.002, "worse", "4 of 8 blocks keep 87.5"),
         (0.90, 0.002, "better", "4 of 8 blocks reach 112.5"),
     ],
@@ -87,7 +92,7 @@ def test_the_verdict_claims_what_the_interval_carries(
     assert words in sentence
     if outcome == "undecided":
         assert claim.difference.low is not None
-        assert claim.difference.low < -SAME
+        assert claim.difference.low < -MARGIN
         assert f"up to {-100 * claim.difference.low:.1f} points may be lost" in sentence
         assert ",;" not in sentence
         assert "lost," not in sentence or "speed" in sentence
@@ -99,7 +104,7 @@ def test_the_smallest_equal_model_comes_first_and_smaller_ones_after(tmp_path: P
         write_model(tmp_path, f"tiny-{depth}-healed", depth, score)
     (sentence,) = verdict(found(tmp_path))
     assert "7 of 8" not in sentence
-    assert sentence.index("5 of 8 blocks give the same quality") < sentence.index("3 keep 75.0") < sentence.index("1 ")
+    assert sentence.index("5 of 8 blocks are as good as") < sentence.index("3 keep 75.0") < sentence.index("1 ")
 
 
 def test_past_the_first_depth_that_may_lose_too_much_none_is_said_to_be_as_good(tmp_path: Path) -> None:
@@ -107,9 +112,9 @@ def test_past_the_first_depth_that_may_lose_too_much_none_is_said_to_be_as_good(
         write_model(tmp_path, f"tiny-{depth}-healed", depth, score, own=own)
     assert claims(tmp_path)["tiny-3-healed"].outcome == "same"  # by itself
     (sentence,) = verdict(found(tmp_path))
-    assert "7 of 8 blocks give the same quality" in sentence
+    assert "7 of 8 blocks are as good as" in sentence
     assert re.search(r"3 keep 100\.0", sentence)
-    assert sentence.count("same quality") == 1
+    assert sentence.count("as good") == 1
 
 
 @pytest.mark.slow
@@ -119,7 +124,7 @@ def test_a_depth_that_loses_two_points_is_said_to_be_as_good_once_in_forty(tmp_p
     write_model(tmp_path, "tiny-8-healed", 8, 0.80)
     for depth in range(7, 1, -1):
         write_model(tmp_path, f"tiny-{depth}-healed", depth, 0.80)
-    (own,) = find(read_run(tmp_path)).claims.values()
+    (own,) = summarize(read_run(tmp_path)).by_series.values()
     rng, wrong, tries, error = np.random.default_rng(len(set(losses))), 0, 4000, 0.004
     for _ in range(tries):
         values = -np.array(losses) + rng.normal(0, error, len(losses))
@@ -128,14 +133,14 @@ def test_a_depth_that_loses_two_points_is_said_to_be_as_good_once_in_forty(tmp_p
             for claim, value in zip(own, values, strict=True)
         ]
         smallest = smallest_as_good(drawn)
-        wrong += smallest is not None and losses[drawn.index(smallest)] >= SAME
-        assert smallest is None or telling(drawn)[0] is smallest
+        wrong += smallest is not None and losses[drawn.index(smallest)] >= MARGIN
+        assert smallest is None or most_telling(drawn)[0] is smallest
     assert binomtest(wrong, tries, 0.025).pvalue > 1e-3 or wrong < 0.025 * tries
 
 
 def test_an_average_is_within_what_its_metrics_can_be(tmp_path: Path) -> None:
     write_model(tmp_path, "tiny-8-healed", 8, 0.999)
-    (design,) = found(tmp_path).designs
+    (design,) = found(tmp_path).groups
     assert design.average is not None and design.average.high == 1
     assert design.average.low is not None and design.average.low < 0.995
 
@@ -159,7 +164,7 @@ def test_seeds_widen_the_interval_by_their_pooled_spread(tmp_path: Path, seeds: 
     assert half == pytest.approx((wanted.high - wanted.low) / 2, rel=0.01)  # beside it, that of the rows is small
     assert half == pytest.approx(quantile * error, rel=0.01)
     assert "one seed" not in " ".join(notes(found(tmp_path)))
-    assert [design.name for design in found(tmp_path).designs] == ["tiny-8-healed", "tiny-4-healed"]
+    assert [design.name for design in found(tmp_path).groups] == ["tiny-8-healed", "tiny-4-healed"]
 
 
 def test_ways_of_choosing_and_recipes_are_other_designs(tmp_path: Path) -> None:
@@ -167,7 +172,7 @@ def test_ways_of_choosing_and_recipes_are_other_designs(tmp_path: Path) -> None:
     for name in names:
         write_model(tmp_path, name, int(name[5]), 0.5, None if "zero" in name else 1)
     run = read_run(tmp_path)
-    assert {v.name: (v.base, v.way, v.recipe) for v in run.variants} == {
+    assert {v.name: (v.base, v.selection, v.recipe) for v in run.variants} == {
         "tiny-8-healed": ("tiny", "", "healed"),
         "tiny-4-healed": ("tiny", "", "healed"),
         "tiny-4-uniform-healed": ("tiny", "uniform", "healed"),
@@ -225,7 +230,7 @@ def test_costs_of_several_seeds_are_their_means_and_extremes(tmp_path: Path) -> 
         write_model(tmp_path, f"tiny-4-healed-seed{seed}", 4, 0.7, seed)
     rows = [CostRow(f"tiny-4-healed-seed{s}", 4, 10, 5, 40, 100.0 * s, 90.0 * s, 120.0 * s) for s in (1, 2)]
     Costs(MADE, tuple(rows)).save(tmp_path)
-    (design,) = found(tmp_path).designs
+    (design,) = found(tmp_path).groups
     assert design.cost is not None
     assert (design.cost.texts_per_second, design.cost.speed_low, design.cost.speed_high) == (150.0, 90.0, 240.0)
     assert (design.cost.parameters, design.cost.bytes) == (10, 40)
@@ -249,7 +254,7 @@ def test_each_base_model_has_its_own_curve_of_score_against_size(tmp_path: Path)
             write_model(tmp_path, f"{base}-{depth}-healed", depth, score)
             rows.append(CostRow(f"{base}-{depth}-healed", depth, depth * 10_000_000, 5, 40, 1.0, 1.0, 1.0))
     Costs(MADE, tuple(rows)).save(tmp_path)
-    drawn = {drawing.title: drawing for drawing in captions(draw(found(tmp_path), 100.0), "size").values()}
+    drawn = {picture.title: picture for picture in size_pictures(found(tmp_path), 100.0)}
     assert set(drawn) == {"Score against size: large", "Score against size: small"}
     for base, (plateau, gain, exponent) in truth.items():
         caption = drawn[f"Score against size: {base}"].caption
@@ -271,11 +276,11 @@ def test_the_curve_that_made_the_scores_is_found_and_priced() -> None:
     assert (fitted.plateau, fitted.gain, fitted.exponent) == pytest.approx((0.7, 0.3, 0.8), rel=0.05)
     assert fitted.plateau_low < 0.7 < fitted.plateau_high
     assert fitted.explained > 0.99
-    assert fitted.dear is not None
+    assert fitted.limit is not None
     step = 1e5  # by differences: at the price, so many more parameters are worth that share of a point
-    rise = 100 * (fitted.score(fitted.dear + step) - fitted.score(fitted.dear))
+    rise = 100 * (fitted.score(fitted.limit + step) - fitted.score(fitted.limit))
     assert step / rise == pytest.approx(100e6, rel=0.01)
-    assert fitted.price(fitted.dear) == pytest.approx(100e6)
+    assert fitted.marginal_cost(fitted.limit) == pytest.approx(100e6)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from secateur.choosing.choose import losses_fingerprint
 from secateur.errors import DataError
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting.card import CARD_MARK
-from secateur.reporting.findings import find
+from secateur.reporting.findings import summarize
 from secateur.reporting.report import report
 from secateur.reporting.run import read_run
 from secateur.reporting.verdict import verdict
@@ -161,7 +161,7 @@ def read(page: Path) -> Page:
 
 
 def find_in(run: Path):
-    return find(read_run(run))
+    return summarize(read_run(run))
 
 
 def plain(text: str) -> str:
@@ -199,7 +199,7 @@ def test_scores_measured_on_the_way_are_beside_the_losses(run: Path) -> None:
         "tiny-6-healed ends at 1.905, and is kept from step 20, with a score of 65.5"
         in run.joinpath("report.html").read_text()
     )
-    assert "| Score at step |" in run.joinpath("report.md").read_text(encoding="utf-8")
+    assert "Evaluation scores, × 100." in run.joinpath("report.md").read_text(encoding="utf-8")
 
 
 def test_rows_hold_the_values_of_their_model(run: Path) -> None:
@@ -217,8 +217,8 @@ def test_rows_hold_the_values_of_their_model(run: Path) -> None:
     lost = {"tiny-6-healed": "+0.8", "tiny-2-healed": "−9.0", "tiny-2-zero-shot": "−8.0"}
     assert values == {name: f"{100 * scores[1]:.1f}{lost.get(name, '')}" for name, scores in SCORES.items()}
     costs = [plain(cell) for cell in page.rows("tiny-6-healed")[3]]
-    assert costs[1:4] == ["31.2 M", "10.0 M", "25.9 kB"]
-    assert costs[10] == "131127 to 136"
+    assert costs[1:5] == ["–", "31.2 M", "10.0 M", "25.9 kB"]
+    assert costs[11] == "131127 to 136"
 
 
 def test_verdict_says_what_the_numbers_say(run: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_better_cut_reaches_and_overlapping_speeds_are_no_claim(run: Path) -> 
     Costs(made("secateur cost"), tuple(costs)).save(run)
     (sentence,) = verdict(find_in(run))
     assert "6 of 8 blocks reach 107.1" in sentence
-    assert "does not tell from its own" in sentence
+    assert "with no measurable difference in speed" in sentence
     assert "×" not in sentence
 
 
@@ -442,7 +442,8 @@ def test_hostile_names_are_shown_and_run_nothing(tmp_path: Path, name: str) -> N
     assert "**bold**" not in outside_code
     rows = [line for line in outside_code.splitlines() if line.startswith("| ")]
     columns = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in rows}
-    assert columns == {2, 5, 6, 9, 11}  # tasks and losses, data, profile, models and how they were made, costs
+    # tasks and losses, data, profile, models without a difference, how they were made, costs
+    assert columns == {2, 5, 6, 7, 9, 13}
     card = (folder / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---\n")[1])
     assert "base_model" not in front
@@ -581,7 +582,7 @@ def test_the_model_card_has_metadata_scores_and_use(run: Path) -> None:
     assert "encode_query" in code[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("|")]
     assert ["STSBenchmark", r"cosine\_spearman", "1379", "78.0", "–", "80.0"] in rows
-    assert ["**Average**", "", "", "**69.4**", "", "**70.0**"] in rows
+    assert ["Average", "", "", "69.4", "", "70.0"] in rows
     assert ["query", '"Find: "'] in rows
     assert "secateur prune org/tiny --depth 6" in body
     assert "learning_rate: 0.0002" in body

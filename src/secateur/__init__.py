@@ -10,8 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.choosing.candidates import candidates
-    from secateur.choosing.choose import choose
+    from secateur.choosing.choose import candidates, choose
     from secateur.errors import SecateurError
     from secateur.evaluation.evaluate import evaluate
     from secateur.exporting.export import export
@@ -52,7 +51,7 @@ __all__ = [
 _HOMES = {
     "SecateurError": "errors",
     "accelerate": "inference.encoders",
-    "candidates": "choosing.candidates",
+    "candidates": "choosing.choose",
     "choose": "choosing.choose",
     "compare": "reporting.compare",
     "cost": "reporting.cost",

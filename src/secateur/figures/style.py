@@ -1,4 +1,4 @@
-"""How figures look: one style, whatever the process's own settings are.
+"""How figures look, and figures as files and as elements of a page: the same tables give the same bytes.
 
 A figure is a plain ``matplotlib.figure.Figure``; pyplot and its global state are not used. Backgrounds are transparent
 and neutral colours legible on white and on black; series differ in colour (Okabe and Ito's palette, for the
@@ -7,14 +7,25 @@ colour-blind), in marker and in dashes.
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from secateur.files import write_bytes
+from secateur.tables import printable, shorten
+
+if TYPE_CHECKING:
+    from secateur.figures.plots import Point
 
 # Text and axes: 4.6:1 on white and on black. Inlined in a page, CSS gives the exact neutral by --figure-ink.
 INK = "#757575"
@@ -62,16 +73,22 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Our style for the time of drawing; the process's own settings are left as they are."""
+    """Our style while drawing; the process's own settings are left as they are."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # A name in a script that the bundled font lacks is drawn with boxes; the tables hold it in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
-def number(value: float | None) -> float:
-    # A number that was not finite is null in the file; NaN leaves a gap in the line.
-    return math.nan if value is None else value
+def look(index: int, *parts: str) -> dict[str, Any]:
+    """Colour of the series with this index, and its ``marker`` or ``linestyle`` where asked for."""
+    styles = {"marker": MARKERS, "linestyle": DASHES}
+    return {"color": COLOURS[index % len(COLOURS)]} | {part: styles[part][index % len(styles[part])] for part in parts}
+
+
+def floats(values: Sequence[float | None]) -> list[float]:
+    """Numbers to draw: one that was not finite is null in its file, and NaN leaves a gap in the line."""
+    return [math.nan if value is None else value for value in values]
 
 
 def legend(figure: Figure, axes: Any) -> None:
@@ -80,3 +97,103 @@ def legend(figure: Figure, axes: Any) -> None:
         room = int(figure.get_figwidth() * 12 / (8 + max(map(len, names))))  # about twelve letters to an inch
         columns = max(1, min(room, len(names)))
         figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=3.2, fontsize=8.5)
+
+
+# Files and page elements ----------------------------------------------------------------------------------------------
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write the figure as PNG or SVG, by the path's suffix, whole or not at all; the text of an SVG stays text.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
+    write_bytes(path, _rendered(figure, Path(path).suffix[1:]))
+    return Path(path)
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    """The file's content, 200 dots per inch, without a date."""
+    unwanted = ("Software",) if kind == "png" else ("Date", "Creator", "Format", "Type")
+    stream = io.BytesIO()
+    with drawing():
+        figure.savefig(stream, format=kind, metadata=dict.fromkeys(unwanted), dpi=200)
+    return stream.getvalue()
+
+
+_SVG = "{http://www.w3.org/2000/svg}"
+_FOOT, _LETTERS = 56, 74  # height of the strip for a point's notes, and letters in one of its lines
+
+
+def svg(figure: Figure, name: str, title: str, description: str, points: Sequence[Point] = ()) -> str:
+    """The figure as an ``<svg>`` element for a page, labelled for those who do not see it.
+
+    Text stays text in the page's own font, and neutral colours follow the CSS variable ``--figure-ink``. Points become
+    links: pointed at, or reached by keyboard, they show their notes at the foot of the figure (classes ``point``,
+    ``tip`` and ``hint``, for the page's style).
+
+    Args:
+        figure: What one of the functions in :mod:`.plots` drew.
+        name: Prefix of all ids in the element; unique in its page, of letters, digits and ``-``.
+        title: Short name of the figure.
+        description: What there is to see, in words.
+        points: Those that :func:`.frontier` or :func:`.size_curve` drew.
+    """
+    ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ElementTree.fromstring(_rendered(figure, "svg"))  # noqa: S314  our own output
+    for metadata in root.findall("{*}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        element.attrib = {key: _page_attribute(key, value, name) for key, value in element.attrib.items()}
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.attrib |= {"role": "group" if points else "img", "aria-labelledby": f"{name}-title {name}-description"}
+    if points:
+        _link_points(root, name, points)
+    for position, (tag, label, text) in enumerate((("title", "title", title), ("desc", "description", description))):
+        element = ElementTree.Element(f"{_SVG}{tag}", {"id": f"{name}-{label}"})
+        element.text = printable(text)
+        root.insert(position, element)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _page_attribute(key: str, value: str, name: str) -> str:
+    """Make ids unique in the page, and leave fonts and neutral colours to it."""
+    if key == "id":
+        return f"{name}-{value}"
+    if key.endswith("href"):
+        return value.replace("#", f"#{name}-", 1)
+    if key in ("d", "x", "y"):
+        return re.sub(r"-?\d+\.\d{3,}", lambda digits: f"{float(digits[0]):.2f}", value)  # of units of 1/72 inch
+    value = value.replace("url(#", f"url(#{name}-")
+    if key == "style":
+        value = re.sub(r";?\s*font-family: [^;]*", "", value)
+        value = value.replace(INK, f"var(--figure-ink, {INK})")
+    return value
+
+
+def _link_points(root: ElementTree.Element, name: str, points: Sequence[Point]) -> None:
+    """Wrap each point's element in a link with its notes; they stand in a strip added below the figure."""
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    root.attrib["viewBox"] = f"0 0 {width:g} {height + _FOOT:g}"
+    parents = {child: parent for parent in root.iter() for child in parent}
+    elements = {element.attrib["id"]: element for element in root.iter() if "id" in element.attrib}
+    hint = ElementTree.SubElement(root, f"{_SVG}text", {"class": "hint", "x": "4", "y": f"{height + 14:g}"})
+    hint.text = "Point at a model, or tab to it, for its numbers and the command that made it."
+    for index, point in enumerate(points):
+        element = elements[f"{name}-point-{index}"]
+        # Past two dozen points, the keyboard stops at the best only; the tables hold the others.
+        stop = "0" if point.best or len(points) <= 24 else "-1"
+        link = ElementTree.Element(f"{_SVG}a" if point.link else f"{_SVG}g", {"class": "point", "tabindex": stop})
+        link.attrib |= {"href": point.link} if point.link else {}
+        siblings = parents[element]
+        siblings[list(siblings).index(element)] = link
+        ElementTree.SubElement(link, f"{_SVG}title").text = "\n".join(printable(line) for line in point.note)
+        link.append(element)
+        marker = next(element.iter(f"{_SVG}use")).attrib
+        ElementTree.SubElement(link, f"{_SVG}circle", {"class": "hit", "cx": marker["x"], "cy": marker["y"], "r": "9"})
+        tip = ElementTree.SubElement(link, f"{_SVG}text", {"class": "tip", "aria-hidden": "true"})
+        wrapped = (textwrap.wrap(shorten(line, 3 * _LETTERS), _LETTERS) or [""] for line in point.note)
+        for row, line in enumerate([part for lines in wrapped for part in lines][: _FOOT // 11]):
+            ElementTree.SubElement(tip, f"{_SVG}tspan", {"x": "4", "y": f"{height + 14 + 11 * row:g}"}).text = line

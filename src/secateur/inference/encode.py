@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from secateur.data.pairs import instruction_prompt
+from secateur.data.rows import read_column
+from secateur.data.sources import instruction_prompt
 from secateur.done import FILE, Made
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import lock, output_errors, read_json, write_bytes
 from secateur.inference.distinct import SHARD, Inputs, Texts, number_texts, pieces, places_of
 from secateur.inference.opening import AUTO, STORED, Opening, fingerprint_encoder, open_encoder, use_dtype
-from secateur.inference.rows import read_rows
 from secateur.inference.vector_files import (
     check_suffix,
     description_file,
@@ -85,7 +85,7 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
 
     def texts() -> Iterator[str]:
         for file in options.files:
-            yield from read_rows(file, options.column)
+            yield from read_column(file, options.column)
 
     with _partial_folder(options.out) as folder:
         with output_errors(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from secateur.errors import DataError
 from secateur.options.base import (
@@ -65,9 +65,24 @@ class CostOptions(Options):
 
     models: Models = argument(MODEL, min_length=1)
     out: Annotated[Path | None, Names("results")] = output("Folder for costs.json.", needed=False)
-    repetitions: int = Field(3, ge=1, description="Timed rounds.")
-    thorough: bool = Field(False, description="More texts and batches; load time and peak memory in fresh processes.")
+    names: list[str] | None = Field(
+        None, description="What to call the models [default: the last part of their paths]."
+    )
+    repetitions: int = Field(3, ge=1, description="Number of timed rounds; speeds are their median, with the range.")
+    thorough: bool = Field(
+        False,
+        description="Encode sixteen times as many texts, try more batch sizes, and measure load time and peak memory "
+        "of each model in a process of its own. Otherwise the peak is not measured.",
+    )
     device: str | None = Field(None, description=DEVICE)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        """Python may give the models as a mapping of name to model."""
+        if isinstance(given, dict) and isinstance(given.get("models"), dict):
+            return given | {"models": list(given["models"].values()), "names": list(given["models"])}
+        return given
 
 
 class CompareOptions(Options):
@@ -76,17 +91,33 @@ class CompareOptions(Options):
     Example: secateur compare smollm2 smollm2-large --tasks tasks/my-search --texts notes.txt -o comparison
     """
 
-    models: Models = argument(MODEL, min_length=2)
-    tasks: Tasks = Field([], description="Task folders, or names of mteb's tasks and benchmarks.")
-    texts: Files = Field([], description="Files of texts: .txt, or .jsonl with text [default: the tasks' own].")
+    models: Models = argument(MODEL + " The first is the reference.", min_length=2)
+    tasks: Tasks = Field(
+        [], description="Task folders, or names of mteb's tasks and benchmarks, to score the models on."
+    )
+    texts: Files = Field(
+        [],
+        description="Files of texts to find nearest neighbours among: .txt, or .jsonl with the key text [default: the "
+        "texts of the task folders].",
+    )
     out: Annotated[Path | None, Names("results")] = output("Folder for comparison.json and the scores.", needed=False)
-    neighbours: int = Field(10, ge=1, description="Nearest texts compared for each text.")
-    max_texts: int = Field(2000, ge=2, description="Texts used for the neighbours, drawn by the seed.")
+    names: list[str] | None = Field(
+        None, description="What to call the models [default: the last part of their paths]."
+    )
+    neighbours: int = Field(10, ge=1, description="Number of nearest texts compared for each text.")
+    max_texts: int = Field(2000, ge=2, description="Most texts used for the neighbours; more are sampled by the seed.")
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    seed: Seed = Field(42, description="Of the samples.")
-    batch_size: int = Field(32, ge=1, description="Texts per batch.")
-    timed: bool = Field(True, description="Count and time the models too.")
+    seed: Seed = Field(42, description="Random seed of the samples.")
+    batch_size: int = Field(32, ge=1, description="Texts per batch when encoding.")
+    timed: bool = Field(True, description="Count parameters and measure speed, too, as `secateur cost` does.")
     cache: Path | None = Field(None, description=CACHE)
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _two_or_more(cls, given: Any) -> Any:
+        if isinstance(given, str) or (isinstance(given, (list, tuple)) and len(given) == 1):
+            raise ValueError("there is one model; name two or more")
+        return given
 
 
 class ReportOptions(Options):
@@ -96,7 +127,12 @@ class ReportOptions(Options):
     """
 
     run: Annotated[Path, Names("run")] = argument("A run folder.")
-    threshold: float = Field(100.0, gt=0, description="Million parameters that one more point of score may cost.")
+    threshold: float = Field(
+        100.0,
+        gt=0,
+        description="Million parameters that one more point of score may cost; the report names the size beyond which "
+        "it costs more.",
+    )
 
 
 class StudyOptions(HealSettings):

@@ -28,13 +28,8 @@ PROFILE_FILES = (
 )
 STUDY_FILES = (
     *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
-    *("data", "tasks", "models", "profiles", "pruned", "scores", "figures", "cache", "logs"),
+    *("data", "tasks", "models", "profiles", "pruned", "scores", "figures", "cache", "logs", "done"),
 )
-SELECTOR_NAMES = (
-    *("small", "large", "l3prune-small", "l3prune-large", "l3prune-interior-small", "l3prune-interior-large"),
-    *("knee", "best-task", "block-influence", "angular", "uniform", "random", "first"),
-)
-"""Ways of choosing blocks (:mod:`.selectors`), by name."""
 COLUMNS = (
     "What the data call these columns, where otherwise: query=question,positive=answer,negative=wrong, or text=body."
 )

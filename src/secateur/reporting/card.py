@@ -6,73 +6,160 @@ machine; without it there is none, rather than a guess.
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
 
-from secateur.data.hub_sets import is_hub_name, parse_name
+from secateur.data.hub import is_hub_name, parse_name
 from secateur.files import read_json
-from secateur.reporting.run import Variant
+from secateur.reporting.document import Block, Bullets, Code, Section, Text, section_to_markdown
+from secateur.reporting.findings import GroupComparison, Summary
+from secateur.reporting.run import HUB_NAME, Variant, base_licence, is_on_hub
+from secateur.reporting.sections import COSTS, SPEED, kept_blocks, settings_text
+from secateur.reporting.verdict import seed_note
 from secateur.results import Origin, ScoreRow, Training
+from secateur.tables import NONE, Table, count, duration, plural, score, signed, span, to_markdown
 
-CARD = "README.md"
 CARD_MARK = "<!-- Written by `secateur report`, which replaces it. Remove this line to keep a card of your own. -->"
 # Cards that sentence-transformers writes when a model is saved; a person's card is left alone.
 GENERATED_MARKS = (CARD_MARK, "This is a [sentence-transformers](https://www.SBERT.net) model")
 TAGS = ("sentence-transformers", "feature-extraction", "sentence-similarity", "mteb", "secateur", "pruned")
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]")
-_FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 
 
-def is_ours(card: Path) -> bool:
-    """Whether a card may be written there: none is, or one that a program wrote."""
+def may_write(card: Path) -> bool:
+    """Whether there is no card, or one that a program wrote."""
     if not card.exists():
         return True
     old = card.read_text(encoding="utf-8", errors="replace")
     return any(mark in old for mark in GENERATED_MARKS)
 
 
-def metadata(variant: Variant, origin: Origin) -> str:
-    """The card's front matter, in YAML: base model, library, task, licence, data sets, and scores."""
-    base = origin.base_model
-    content: dict[str, Any] = {}
-    if _is_hub_name(base):
-        content |= {"base_model": base, "base_model_relation": "finetune"}
-    licence = base_licence(base)
-    content |= {"license": licence} if licence else {}
-    tags = [tag for tag in TAGS if tag != "mteb" or variant.scores]
-    content |= {"pipeline_tag": "sentence-similarity", "library_name": "sentence-transformers", "tags": tags}
-    data = _hub_data(variant.training)
-    content |= {"datasets": data} if data else {}
-    results = [_result(row, variant.results[task]) for task, row in variant.scores.items() if row.score is not None]
-    content |= {"model-index": [{"name": variant.name, "results": results}]} if results else {}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
+def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin) -> str:
+    """The card of a run's model. The full model beside it is of the same seed where there is one."""
+    comparison = next((item for item in summary.compared.values() if variant in item.group.variants), None)
+    full = None
+    if comparison is not None:
+        same = [other for other in comparison.reference.variants if other.seed == variant.seed]
+        full = (same or comparison.reference.variants)[0]
+    trained = "trained after the cut" if variant.training else "as they came, without training"
+    about = (
+        f"A text encoder: {kept_blocks(origin)} of the {origin.depth} blocks of {public(origin.base_model)}, "
+        f"{trained}. It is a plain sentence-transformers folder, which is used without secateur."
+    )
+    sections = [Section("use", "Use", list(_use(folder)))]
+    if variant.cost:
+        shown = {"This model": variant.cost} | ({full.name: full.cost} if full and full.cost else {})
+        names = ("Parameters", "of which embedding table", "On disk", "Short texts per second")
+        rows = [(name, *(COSTS[name](cost) for cost in shown.values())) for name in names]
+        machine = summary.run.costs.provenance.hardware if summary.run.costs else {}
+        where = Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
+        sections.append(Section("costs", "Size and speed", [Table("", ["", *shown], rows), where]))
+    if variant.scores:
+        note = seed_note(summary) if variant.training else ""
+        sections.append(Section("scores", "Scores", list(_scores(variant, full, comparison, note))))
+    sections.append(Section("made", "How it was made", list(_how(variant, origin))))
+    limits = [
+        f"The licence and the terms of {public(origin.base_model)} hold for this model, and those of its training data "
+        "where they reach so far.",
+        "Its biases and its languages are those of the base model; the blocks left out are not replaced.",
+        ("Its quality is known on the tasks above only" if variant.scores else "It has not been evaluated")
+        + ": measure it on your own data before you rely on it.",
+        *(() if variant.training else ("It has not been trained after the cut.",)),
+    ]
+    sections.append(Section("limits", "Limits", [Bullets(tuple(limits))]))
+    head = [f"---\n{_metadata(variant, origin)}\n---", CARD_MARK, f"# {to_markdown(variant.name)}", to_markdown(about)]
+    return "\n\n".join([*head, *map(section_to_markdown, sections)]) + "\n"
 
 
-def base_licence(base: str) -> str:
-    """The licence in the base model's own card, from its folder or from the Hub's cache; empty where not known."""
-    if _is_hub_name(base):
-        found = try_to_load_from_cache(base, CARD)
-        file = found if isinstance(found, str) else ""
-    else:
-        file = os.path.join(base, CARD)  # noqa: PTH118
-    if not os.path.isfile(file):  # noqa: PTH113  a name that cannot be a path is no file, where Path raises
-        return ""
-    front = _FRONT.match(Path(file).read_text(encoding="utf-8", errors="replace"))
-    try:
-        content = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
-        return ""
-    licence = content.get("license") if isinstance(content, dict) else None
-    return licence if isinstance(licence, str) else ""
+# Sections -------------------------------------------------------------------------------------------------------------
+
+
+def _use(folder: Path) -> Iterable[Block]:
+    file = folder / "config_sentence_transformers.json"
+    content = read_json(file) if file.exists() else {}
+    found = content.get("prompts") if isinstance(content, dict) else None
+    prompts = {str(name): str(text) for name, text in found.items() if text} if isinstance(found, dict) else {}
+    lines = [
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("path/to/this/folder")',
+    ]
+    encode = {"queries": "encode", "documents": "encode"}
+    option = ""
+    if "query" in prompts or "document" in prompts:
+        encode = {"queries": "encode_query", "documents": "encode_document"}
+    elif prompts:
+        lines.append(f"name = {json.dumps(next(iter(prompts)), ensure_ascii=False)}")
+        option = ", prompt_name=name"
+    texts = {
+        "queries": '["how do I prune a pear tree?"]',
+        "documents": '["Cut back the side shoots in late winter.", "The train leaves at noon."]',
+    }
+    lines += [f"{kind} = model.{method}({texts[kind]}{option})" for kind, method in encode.items()]
+    yield Code("\n".join([*lines, "print(model.similarity(queries, documents))"]), "python")
+    if prompts:
+        rows = [(name, json.dumps(text, ensure_ascii=False)) for name, text in prompts.items()]
+        yield Table("Prompts are part of the model:", ("Name", "Prompt"), rows, 2)
+
+
+def _scores(variant: Variant, full: Variant | None, comparison: GroupComparison | None, note: str) -> Iterable[Block]:
+    columns = ["Task", "Metric", "Samples", "This model", "95 % interval", *([full.name] if full else [])]
+    rows = [
+        [task, row.metric, str(row.samples), score(row.score), span(row.low, row.high) or NONE]
+        + ([score(full.scores[task].score)] if full else [])
+        for task, row in variant.scores.items()
+    ]
+    rows.append(["Average", "", "", score(variant.average), "", *([score(full.average)] if full else [])])
+    yield Table("Each task's own metric, × 100.", columns, rows, 2)
+    if full:
+        same = variant.training and full.training and variant.training.settings == full.training.settings
+        how = ", trained with the same settings" if same else ""
+        yield Text(f"{full.name} is the full model to compare with: all {full.depth} blocks{how}.")
+    if comparison and comparison.difference.low is not None:
+        difference, seeds = comparison.difference, len(comparison.group.variants)
+        over = f", over {plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
+        within = span(difference.low, difference.high, signed)
+        points = f"{signed(difference.value)} points, 95 % interval {within}"
+        yield Text(f"The average differs by {points}, paired by text{over}.")
+    if note:
+        yield Text(note)
+
+
+def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
+    for command in origin.history or (origin.provenance.command,):
+        yield Code(public_command(command), "sh")
+    facts = [
+        f"Blocks kept: {kept_blocks(origin)}, of {origin.depth}.",
+        f"Pooling: {origin.pooling}.",
+        "Largest difference between this folder's vectors and those of the model it was written from: "
+        f"{origin.check:.1e}.",
+    ]
+    training = variant.training
+    if training:
+        seed = NONE if training.provenance.seed is None else training.provenance.seed
+        facts.append(
+            f"Training: {training.steps} steps in {duration(training.seconds)}, "
+            f"{count(training.trained_parameters)} parameters trained, seed {seed}."
+        )
+        facts += [
+            f"Training data: {file.name}, {file.rows:,} rows, licence {file.licence or 'not stated'}, "
+            f"SHA-256 {file.sha256}."
+            for file in training.provenance.data
+        ]
+    yield Bullets(tuple(facts))
+    if training:
+        yield Code(settings_text(training, public), "yaml")
+    yield Text(f"Made with {', '.join(f'{key} {value}' for key, value in origin.provenance.versions.items())}.")
+
+
+# What may be published ------------------------------------------------------------------------------------------------
 
 
 def public(value: Any) -> Any:
@@ -85,7 +172,7 @@ def public(value: Any) -> Any:
         return value
     text = str(value)
     is_path = bool(_ABSOLUTE.match(text)) or ("/" in text and not re.search(r"\s|://", text))
-    if not is_path or is_hub_name(text) or _HUB_NAME.fullmatch(text):
+    if not is_path or is_hub_name(text) or HUB_NAME.fullmatch(text):
         return text
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
 
@@ -99,30 +186,47 @@ def public_command(command: str) -> str:
     return shlex.join("=".join(public(part) for part in word.split("=")) for word in words)
 
 
-def prompts(folder: Path) -> dict[str, str]:
-    """Name → prompt, of the prompts that the model folder holds."""
-    file = folder / "config_sentence_transformers.json"
-    content = read_json(file) if file.exists() else {}
-    found = content.get("prompts") if isinstance(content, dict) else None
-    return {str(name): str(text) for name, text in found.items() if text} if isinstance(found, dict) else {}
+# Metadata -------------------------------------------------------------------------------------------------------------
 
 
-def _is_hub_name(name: str) -> bool:
-    return bool(_HUB_NAME.fullmatch(name)) and not name.endswith(".gguf") and not os.path.exists(name)  # noqa: PTH110
+def _metadata(variant: Variant, origin: Origin) -> str:
+    """The card's front matter, in YAML: base model, library, task, licence, data sets, and scores."""
+    base = origin.base_model
+    content: dict[str, Any] = {}
+    if is_on_hub(base):
+        content |= {"base_model": base, "base_model_relation": "finetune"}
+    licence = base_licence(base)
+    content |= {"license": licence} if licence else {}
+    tags = [tag for tag in TAGS if tag != "mteb" or variant.scores]
+    content |= {"pipeline_tag": "sentence-similarity", "library_name": "sentence-transformers", "tags": tags}
+    data = _hub_data(variant.training)
+    content |= {"datasets": data} if data else {}
+    results = [_result(row, variant.results[task]) for task, row in variant.scores.items() if row.score is not None]
+    content |= {"model-index": [{"name": variant.name, "results": results}]} if results else {}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
 
 
-def _hub_data(training: Training | None) -> list[str]:
+def _hub_data(training: Training | None) -> Sequence[str]:
     """Training data that have the form of names on the Hub."""
     files = training.provenance.data if training else ()
     names = [parse_name(file.name).name if is_hub_name(file.name) else file.name for file in files]
-    return list(dict.fromkeys(name for name in names if _HUB_NAME.fullmatch(name)))
+    return list(dict.fromkeys(name for name in names if HUB_NAME.fullmatch(name)))
 
 
 def _result(row: ScoreRow, place: Path) -> dict[str, Any]:
-    """A score as the Hub's model-index has it, in points of 100 as MTEB's cards do."""
-    saved = _saved_result(row, place)
-    local = not saved or saved.get("dataset_revision") == row.data
-    dataset: dict[str, Any] = {"type": _dataset_type(row, local), "name": row.task if local else f"MTEB {row.task}"}
+    """A score as the Hub's model-index has it, in points of 100 as MTEB's cards do.
+
+    The split and the revision are in the file that mteb wrote, where the evaluation left it.
+    """
+    saved: Any = {}
+    for file in sorted((place / "mteb" / "results").glob("*/*/*.json")):
+        if file.stem == row.task and file.parent.name == row.weights[:12]:
+            saved = read_json(file)
+            break
+    saved = saved if isinstance(saved, dict) else {}
+    is_local = not saved or saved.get("dataset_revision") == row.data
+    name = row.task if is_local else f"MTEB {row.task}"
+    dataset: dict[str, Any] = {"type": _dataset_type(row, is_local), "name": name}
     if saved:
         split, *_ = saved.get("scores") or ["test"]
         dataset |= {"config": "default", "split": split, "revision": str(saved.get("dataset_revision"))}
@@ -132,25 +236,15 @@ def _result(row: ScoreRow, place: Path) -> dict[str, Any]:
     return {"task": {"type": row.type, "name": row.type}, "dataset": dataset, "metrics": [metric]}
 
 
-def _saved_result(row: ScoreRow, place: Path) -> Mapping[str, Any]:
-    """The file of a score in mteb's own format, where the evaluation left it."""
-    folder = place / "mteb" / "results"
-    for file in sorted(folder.glob("*/*/*.json")):
-        if file.stem == row.task and file.parent.name == row.weights[:12]:
-            content = read_json(file)
-            return content if isinstance(content, dict) else {}
-    return {}
-
-
-def _dataset_type(row: ScoreRow, local: bool) -> str:
+def _dataset_type(row: ScoreRow, is_local: bool) -> str:
     """The data set's name on the Hub, for mteb's tasks; of local files, the task's name in the form of one."""
-    if not local:
+    if not is_local:
         import mteb  # slow to import, and needed only here
 
         try:
             path = str(mteb.get_task(row.task).metadata.dataset["path"])
         except (KeyError, ValueError):
             path = ""
-        if _HUB_NAME.fullmatch(path):  # a mean of tasks has no data set of its own
+        if HUB_NAME.fullmatch(path):  # a mean of tasks has no data set of its own
             return path
     return re.sub(r"[^a-z0-9]+", "-", row.task.lower()).strip("-") or "task"

@@ -1,4 +1,4 @@
-"""Two or more models side by side on somebody's own data: what is lost, what it saves, and where it shows.
+"""Two or more models side by side on the user's own data: what is lost, what it saves, and where it shows.
 
 The first model is the reference. Differences of scores have paired intervals: both models are scored on the same draws
 of rows. Two spaces are compared by neighbours, because vectors of two models have no common axes: for each text, the
@@ -16,126 +16,81 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.data.texts import read_texts
+from secateur.data.sources import read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError
-from secateur.evaluation.differences import read_draws, score_differences
 from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.measures.intervals import Array
-from secateur.models.open_model import model_label, open_model
-from secateur.options import CompareOptions, check
+from secateur.models.open_model import open_model
+from secateur.options import CompareOptions, step
 from secateur.progress import Progress, silent
 from secateur.provenance import ENCODING, Fingerprint, provenance, versions_of
-from secateur.reporting.cost import cost
-from secateur.results import ChangedRow, Comparison, DifferenceRow, OverlapRow, Scores
+from secateur.reporting.cost import cost, names_of
+from secateur.results import ChangedRow, Comparison, OverlapRow
 
 MOST_CHANGED = 10
 """Texts listed for each model."""
 _ROWS_AT_ONCE = 1024
 
 
-def compare(
-    models: Sequence[str | Path],
-    *,
-    tasks: Sequence[str | Path] = (),
-    texts: Sequence[str | Path] = (),
-    neighbours: int = 10,
-    max_texts: int = 2000,
-    sample: int | None = None,
-    seed: int = 42,
-    batch_size: int = 32,
-    timed: bool = True,
-    names: Sequence[str] | None = None,
-    cache: str | Path | None = None,
-    out: str | Path | None = None,
-    progress: Progress = silent,
-) -> Comparison:
+@step(CompareOptions)
+def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparison:
     """Compare models with the first of them.
 
-    Args:
-        models: Two or more of what :func:`.open_model` opens.
-        tasks: Task folders or names of mteb's tasks and benchmarks, to score the models on.
-        texts: Files of texts (:func:`.read_texts`) to find neighbours among. Default: the texts of the
-            task folders. Texts are encoded with the default prompt of a model that has one, and no other.
-        neighbours: Nearest texts compared for each text; fewer where there are not so many.
-        max_texts: Draw at most so many texts, by ``seed``.
-        sample: As in :func:`.evaluate`.
-        seed: Of the samples.
-        batch_size: Texts encoded at once.
-        timed: Whether to count and time the models, as :func:`.cost` does.
-        names: What to call the models. Default: the last part of their paths.
-        cache: Folder that keeps vectors.
-        out: Folder for ``comparison.json``, and for ``scores.json`` as :func:`.evaluate` writes it.
-        progress: Told while it works.
-
     Raises:
-        ConfigError: One model, or neither tasks nor texts, or fewer than 3 texts, or a number that is too small.
+        ConfigError: An option has an invalid value, there are neither tasks nor texts, or fewer than 3 texts.
         SecateurError: Whatever evaluating, timing or reading raises.
     """
-    check(CompareOptions, neighbours=neighbours, max_texts=max_texts, sample=sample, seed=seed, batch_size=batch_size)
-    labels = _check(models, names, tasks, texts)
-    found, sources = _texts(tasks, texts, max_texts, seed)
-    scores = Scores(provenance(), ())
-    differences: tuple[DifferenceRow, ...] = ()
-    if tasks:
-        with TemporaryDirectory(prefix="secateur-") as scratch:
-            folder = out if out is not None else scratch
-            options = {"sample": sample, "seed": seed, "batch_size": batch_size, "cache": cache}
-            scores = evaluate(models, tasks, names=labels, out=folder, progress=progress, **options)  # type: ignore[arg-type]
-            differences = score_differences(scores.rows, labels[0], [read_draws(folder, row) for row in scores.rows])
-    overlaps, changed = _neighbourhoods(models, labels, found, neighbours, batch_size, cache, progress)
+    if not options.tasks and not options.texts:
+        raise ConfigError("tasks", options.tasks, "there is nothing to compare on", "give --tasks or --texts")
+    names = names_of(options.models, options.names)
+    texts, sources = _texts(options)
     result = Comparison(
-        provenance=provenance([*scores.provenance.data, *sources], seed),
-        reference=labels[0],
-        models=tuple(labels),
-        differences=differences,
-        overlaps=overlaps,
-        changed=changed,
-        scores=scores.rows,
+        provenance=provenance(sources, options.seed),
+        reference=names[0],
+        models=tuple(names),
+        differences=(),
+        overlaps=(),
+        changed=(),
+        scores=(),
         costs=(),
     )
-    if out is not None:
-        result.save(out)
-    if timed:  # last: should it fail, the rest is there
-        result = replace(result, costs=cost(dict(zip(labels, models, strict=True)), progress=progress).rows)
-        if out is not None:
-            result.save(out)
+    if options.tasks:
+        with TemporaryDirectory(prefix="secateur-") as scratch:
+            out = options.out or Path(scratch)
+            shared = {name: getattr(options, name) for name in ("sample", "seed", "batch_size", "cache")}
+            scores = evaluate(options.models, options.tasks, names=names, out=out, progress=progress, **shared)
+            draws = [read_replicates(out, row) for row in scores.rows]
+        made = provenance([*scores.provenance.data, *sources], options.seed)
+        differences = score_differences(scores.rows, names[0], draws)
+        result = replace(result, provenance=made, scores=scores.rows, differences=differences)
+    overlaps, changed = _neighbourhoods(options, names, texts, progress)
+    result = replace(result, overlaps=overlaps, changed=changed)
+    if options.out is not None:
+        result.save(options.out)
+    if options.timed:  # last: should it fail, the rest is there
+        result = replace(result, costs=cost(options.models, names=names, progress=progress).rows)
+        if options.out is not None:
+            result.save(options.out)
     return result
 
 
-def _check(
-    models: Sequence[str | Path], names: Sequence[str] | None, tasks: Sequence[str | Path], texts: Sequence[str | Path]
-) -> list[str]:
-    """The models' names."""
-    if len(models) < 2:
-        raise ConfigError("models", models, f"{len(models)} cannot be compared", "name two or more")
-    if not tasks and not texts:
-        raise ConfigError("tasks", tasks, "there is nothing to compare on", "give --tasks or --texts")
-    labels = list(names) if names is not None else [model_label(model) for model in models]
-    if len(labels) != len(models):
-        raise ConfigError("names", names, f"{len(labels)} names for {len(models)} models")
-    if len(set(labels)) < len(labels):  # folders of one name, such as a/final and b/final: tell them by their parents
-        labels = [str(model) for model in models] if names is None else labels
-    if len(set(labels)) < len(labels):
-        raise ConfigError("names", labels, "two models have the same name", "give each its own name")
-    return labels
-
-
-def _texts(
-    tasks: Sequence[str | Path], files: Sequence[str | Path], most: int, seed: int
-) -> tuple[list[str], list[Fingerprint]]:
-    """Distinct texts, at most so many, and the files that they are from."""
-    read = [read_texts(file) for file in files]
+def _texts(options: CompareOptions) -> tuple[list[str], list[Fingerprint]]:
+    """Distinct texts, as many as asked for, and the files that they are from."""
+    read = [read_texts(file) for file in options.texts]
     found = dict.fromkeys(text for part in read for text in part.rows)
-    if not files:
-        folders = [read_task_folder(task) for task in tasks if Path(task).exists()]
+    if not options.texts:
+        folders = [read_task_folder(task) for task in options.tasks if Path(task).exists()]
         found = dict.fromkeys(text for folder in folders for text in texts_of(folder))
-    if len(found) < 3 and files:
-        raise ConfigError("texts", files, f"{len(found)} distinct texts have no neighbours to compare", "3 or more")
+    elif len(found) < 3:
+        problem = f"{len(found)} distinct texts have no neighbours to compare"
+        raise ConfigError("texts", options.texts, problem, "3 or more")
     texts = list(found)
-    if len(texts) > most:
-        texts = [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), most))]  # noqa: S311
+    if len(texts) > options.max_texts:
+        drawn = random.Random(options.seed).sample(range(len(texts)), options.max_texts)  # noqa: S311
+        texts = [texts[i] for i in sorted(drawn)]
     return texts, [part.source for part in read]
 
 
@@ -143,31 +98,26 @@ def _texts(
 
 
 def _neighbourhoods(
-    models: Sequence[str | Path],
-    labels: Sequence[str],
-    texts: Sequence[str],
-    neighbours: int,
-    batch_size: int,
-    cache: str | Path | None,
-    progress: Progress,
+    options: CompareOptions, names: Sequence[str], texts: Sequence[str], progress: Progress
 ) -> tuple[tuple[OverlapRow, ...], tuple[ChangedRow, ...]]:
+    """How alike each model's neighbours are to the reference's, and the texts whose neighbours changed most."""
     if len(texts) < 3:
         return (), ()
-    k = min(neighbours, len(texts) - 1)
+    k = min(options.neighbours, len(texts) - 1)
     nearest = []
-    for i, model in enumerate(models):
-        progress("neighbours", i, len(models))
-        nearest.append(nearest_texts(_encode(model, texts, batch_size, cache), k))
-    progress("neighbours", len(models), len(models))
+    for i, model in enumerate(options.models):
+        progress("neighbours", i, len(names))
+        nearest.append(nearest_texts(_encode(model, texts, options.batch_size, options.cache), k))
+    progress("neighbours", len(names), len(names))
     overlaps, changed = [], []
-    for label, own in zip(labels[1:], nearest[1:], strict=True):
+    for name, own in zip(names[1:], nearest[1:], strict=True):
         shares = overlap(own, nearest[0])
-        overlaps.append(OverlapRow(label, labels[0], float(shares.mean()), k, len(texts)))
+        overlaps.append(OverlapRow(name, names[0], float(shares.mean()), k, len(texts)))
         for i in np.argsort(shares, kind="stable")[:MOST_CHANGED]:
             if shares[i] < 1:
-                lost, gained = _only(nearest[0][i], own[i]), _only(own[i], nearest[0][i])
-                words = tuple(texts[j] for j in lost), tuple(texts[j] for j in gained)
-                changed.append(ChangedRow(label, labels[0], texts[i], float(shares[i]), *words))
+                lost = tuple(texts[j] for j in nearest[0][i] if j not in own[i])
+                gained = tuple(texts[j] for j in own[i] if j not in nearest[0][i])
+                changed.append(ChangedRow(name, names[0], texts[i], float(shares[i]), lost, gained))
     return tuple(overlaps), tuple(changed)
 
 
@@ -201,8 +151,3 @@ def overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> Array:
     shared = [len(set(one) & set(two)) for one, two in zip(first.tolist(), second.tolist(), strict=True)]
     shares: Array = np.asarray(shared, dtype=np.float64) / first.shape[1]
     return shares
-
-
-def _only(first: NDArray[np.int64], second: NDArray[np.int64]) -> list[int]:
-    """What is in the first and not in the second, in order."""
-    return [int(i) for i in first if i not in second]

@@ -1,9 +1,9 @@
 """What a model costs: parameters, bytes and operations counted, times measured, all on the model as it is.
 
 Times are those of ``encode``, the tokenizer included, which is what a user waits for. Repetitions go around all models
-in turn, so that a slow minute of the machine hits each of them alike: ratios between models are steadier than the
-times. The first round finds the quickest batch of each model, warms it up, and is not counted. Models stay open from
-round to round as far as the memory goes; the others are opened anew for each of theirs, and warmed up by a text.
+in turn, so that a slow minute of the machine affects each of them alike: ratios between models are steadier than the
+times. The first round finds the quickest batch size of each model, warms it up, and is not counted. Models stay open
+from round to round as far as the memory goes; the others are opened anew for each of theirs, and warmed up by a text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,11 @@ from sentence_transformers.util import get_device_name
 from secateur.checkpoints.embedder import MODULES
 from secateur.errors import ConfigError, ModelError
 from secateur.files import read_json
-from secateur.measures.flops import flops_per_token
+from secateur.measures.costs import flops_per_token
 from secateur.models.blocks import depth_of, embeddings_of
 from secateur.models.forward import wait
 from secateur.models.open_model import demo_model, model_label, open_model
+from secateur.options import CostOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import fingerprint_files, provenance, versions_of
 from secateur.results import CostRow, Costs
@@ -52,87 +53,77 @@ LEAST_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is encoded in one repetition, and the batches that are tried."""
+    """How much is encoded in one repetition: texts alone, and texts of each kind in the best of some batch sizes."""
 
     latencies: int
-    short_texts: int
-    short_batches: tuple[int, ...]
-    long_texts: int
-    long_batches: tuple[int, ...]
+    texts: dict[str, int]
+    batches: dict[str, tuple[int, ...]]
 
 
-QUICK = Amount(5, 16, (4, 16), 2, (1, 2))
-THOROUGH = Amount(30, 256, (1, 4, 16, 64, 256), 32, (1, 2, 4, 8, 16, 32))
+QUICK = Amount(5, {"short": 16, "long": 2}, {"short": (4, 16), "long": (1, 2)})
+THOROUGH = Amount(30, {"short": 256, "long": 32}, {"short": (1, 4, 16, 64, 256), "long": (1, 2, 4, 8, 16, 32)})
 
 
-def cost(
-    models: Mapping[str, str | Path] | Sequence[str | Path],
-    *,
-    repetitions: int = 3,
-    thorough: bool = False,
-    device: str | None = None,
-    out: str | Path | None = None,
-    progress: Progress = silent,
-) -> Costs:
+@step(CostOptions)
+def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
     """Count and time models side by side. Of those that do not fit into memory together, one is there at a time.
 
-    Args:
-        models: Anything :func:`.open_model` opens; or name → such.
-        repetitions: Timed rounds.
-        thorough: Sixteen times as many texts, more batches to choose from, and the load time and peak memory of each
-            model in a process of its own. Else the load time is that in this process, and the peak is not measured.
-        device: Torch device; default: the GPU where there is one.
-        out: Folder for ``costs.json``. It is written too where a model fails after it was timed, without that model.
-        progress: Told after each round.
+    ``costs.json`` is written too where a model fails after it was timed, without that model.
 
     Raises:
         ModelError: A model cannot be opened.
-        ConfigError: No models, two of one name, or no repetitions.
+        ConfigError: An option has an invalid value, or two models have the same name.
         OutputError: ``out`` cannot be written.
     """
-    named = _named(models)
-    if repetitions < 1:
-        raise ConfigError("repetitions", repetitions, f"{repetitions} rounds are none", "1 or more")
-    amount = THOROUGH if thorough else QUICK
-    room = ROOM * free_memory(torch.device(device or get_device_name()))
-    runs = [_Run(name, model, device) for name, model in named.items()]
-    for turn in range(repetitions + 1):
-        progress("cost", turn, repetitions + 1)
-        for run in runs if turn % 2 else reversed(runs):
-            run.take_turn(amount)
-            if sum(other.held for other in runs) > room:
-                run.close()
-    progress("cost", repetitions + 1, repetitions + 1)
+    names = names_of(options.models, options.names)
+    amount = THOROUGH if options.thorough else QUICK
+    room = ROOM * free_memory(torch.device(options.device or get_device_name()))
+    timers = [_Timer(name, model, options.device) for name, model in zip(names, options.models, strict=True)]
+    for turn in range(options.repetitions + 1):
+        progress("cost", turn, options.repetitions + 1)
+        for timer in timers if turn % 2 else reversed(timers):
+            if timer.batches:
+                timer.measure(amount)
+            else:
+                timer.warm_up(amount)
+            if sum(other.held for other in timers) > room:
+                timer.close()
+    progress("cost", options.repetitions + 1, options.repetitions + 1)
     rows: list[CostRow] = []
     failures: list[Exception] = []
-    for run in runs:
+    for timer in timers:
         try:
-            rows.append(run.row(thorough))
+            rows.append(timer.row(options.thorough))
         except Exception as error:  # of whatever kind: the times of the others are kept
             failures.append(error)
-        run.close()
+        timer.close()
     costs = Costs(provenance=provenance(), costs=tuple(rows))
-    if out is not None and rows:
-        costs.save(out)
+    if options.out is not None and rows:
+        costs.save(options.out)
     if failures:
         raise failures[0]
     return costs
 
 
-def _named(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, str | Path]:
-    if not models:
-        raise ConfigError("models", models, "there are none", "name one at least")
-    if isinstance(models, Mapping):
-        return dict(models)
-    named = {model_label(model): model for model in models}
-    if len(named) < len(models):
-        raise ConfigError("models", models, "two models have the same name", "rename one of the folders")
-    return named
+def names_of(models: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:
+    """What to call models: the given names, or the last part of their paths, or their whole paths to tell them apart.
+
+    Raises:
+        ConfigError: Two have the same name, or there are more or fewer names than models.
+    """
+    found = list(names) if names is not None else [model_label(model) for model in models]
+    if len(found) != len(models):
+        raise ConfigError("names", names, f"{len(found)} names for {len(models)} models")
+    if names is None and len(set(found)) < len(found):  # such as a/final and b/final
+        found = [str(model) for model in models]
+    if len(set(found)) < len(found):
+        raise ConfigError("names", found, "two models have the same name", "give each its own name")
+    return found
 
 
 @dataclass
-class _Run:
-    """One model and its times so far, in seconds."""
+class _Timer:
+    """One model and its times so far, in seconds; speeds in texts per second, by kind of text."""
 
     name: str
     source: str | Path
@@ -151,7 +142,7 @@ class _Run:
             started = time.perf_counter()
             self.open = open_model(self.source, device=self.device)
             self.load_seconds = self.load_seconds or time.perf_counter() - started
-            self._encode(short_texts(1), 1)
+            self._encode(texts_of("short", 1), 1)
         return self.open
 
     @property
@@ -166,92 +157,74 @@ class _Run:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def take_turn(self, amount: Amount) -> None:
-        """One repetition, or before the first one what is needed for them."""
-        if self.batches:
-            self.measure(amount)
-        else:
-            self.warm_up(amount)
-
     def warm_up(self, amount: Amount) -> None:
-        """Find the quickest batch of each kind of text."""
-        for kind, texts, batches in (
-            ("short", short_texts(amount.short_texts), amount.short_batches),
-            ("long", long_texts(amount.long_texts), amount.long_batches),
-        ):
+        """Find the quickest batch size of each kind of text, over passes enough that chance does not decide."""
+        for kind, number in amount.texts.items():
+            texts = texts_of(kind, number)
             self._encode(texts[:1], 1)
-            seconds = {batch: self._quickest(texts, batch) for batch in batches if batch <= len(texts)}
-            self.batches[kind] = min(seconds, key=lambda batch: seconds[batch])
-            self.passes[kind] = math.ceil(LEAST_SECONDS / min(seconds.values()))
-
-    def _quickest(self, texts: Sequence[str], batch: int) -> float:
-        """Of several passes, where they are so quick that chance would decide between batches."""
-        passes = [self._encode(texts, batch)]
-        while sum(passes) < LEAST_SECONDS:
-            passes.append(self._encode(texts, batch))
-        return min(passes)
+            quickest: dict[int, float] = {}
+            for batch in amount.batches[kind]:
+                passes = [self._encode(texts, batch)]
+                while sum(passes) < LEAST_SECONDS:
+                    passes.append(self._encode(texts, batch))
+                quickest[batch] = min(passes)
+            self.batches[kind] = min(quickest, key=lambda batch: quickest[batch])
+            self.passes[kind] = math.ceil(LEAST_SECONDS / min(quickest.values()))
 
     def measure(self, amount: Amount) -> None:
         """One repetition."""
-        short, long = short_texts(amount.short_texts), long_texts(amount.long_texts)
-        alone = [short[i % len(short)] for i in range(amount.latencies)]
-        self.latencies += [self._encode([text], 1) for text in alone]
-        for kind, texts in (("short", short), ("long", long)):
-            passes = self.passes[kind]
+        short = texts_of("short", amount.texts["short"])
+        self.latencies += [self._encode([short[i % len(short)]], 1) for i in range(amount.latencies)]
+        for kind, number in amount.texts.items():
+            texts, passes = texts_of(kind, number), self.passes[kind]
             seconds = sum(self._encode(texts, self.batches[kind]) for _ in range(passes))
-            self.speeds[kind].append(passes * len(texts) / seconds)
+            self.speeds[kind].append(passes * number / seconds)
 
     def _encode(self, texts: Sequence[str], batch: int) -> float:
-        encode: Callable[[], Any] = lambda: self.model.encode(list(texts), batch_size=batch, show_progress_bar=False)  # noqa: E731
-        return seconds_of(encode, self.model.device)
+        model = self.model
+        return seconds_of(lambda: model.encode(list(texts), batch_size=batch, show_progress_bar=False), model.device)
 
     def row(self, thorough: bool) -> CostRow:
-        transformer = self.model[0].auto_model
-        flops, tokens = flops_per_token(self.model, FLOPS_TOKENS)
-        alone = measure_alone(self.source, str(self.model.device), self.batches["long"]) if thorough else {}
-        long = self.speeds["long"]
+        """What was counted and measured."""
+        model, transformer = self.model, self.model[0].auto_model
+        flops, flops_tokens = flops_per_token(model, FLOPS_TOKENS)
+        alone = measure_alone(self.source, str(model.device), self.batches["long"]) if thorough else {}
+        short, long = self.speeds["short"], self.speeds["long"]
+        tokens = {kind: float(model.preprocess(texts_of(kind, 1))["input_ids"].shape[1]) for kind in self.speeds}
         return CostRow(
             model=self.name,
             depth=depth_of(transformer),
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
             embedding_parameters=sum(parameter.numel() for parameter in embeddings_of(transformer).parameters()),
             bytes=bytes_on_disk(self.source),
-            texts_per_second=statistics.median(self.speeds["short"]),
-            speed_low=min(self.speeds["short"]),
-            speed_high=max(self.speeds["short"]),
-            memory_bytes=bytes_in_memory(self.model),
+            texts_per_second=statistics.median(short),
+            speed_low=min(short),
+            speed_high=max(short),
+            memory_bytes=bytes_in_memory(model),
             peak_bytes=int(alone["peak"]) if alone else None,
             flops_per_token=flops,
-            flops_tokens=tokens,
+            flops_tokens=flops_tokens,
             load_seconds=alone.get("load", self.load_seconds),
             latency_p50=float(np.quantile(self.latencies, 0.5)),
             latency_p95=float(np.quantile(self.latencies, 0.95)),
-            short_tokens=self._tokens(short_texts(1)),
+            short_tokens=tokens["short"],
             short_batch=self.batches["short"],
-            long_tokens=self._tokens(long_texts(1)),
+            long_tokens=tokens["long"],
             long_batch=self.batches["long"],
             long_texts_per_second=statistics.median(long),
             long_speed_low=min(long),
             long_speed_high=max(long),
-            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            device=device_name(self.model.device),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
             threads=torch.get_num_threads(),
             files=fingerprint_files(self.source),
             versions=versions_of(),
         )
 
-    def _tokens(self, texts: list[str]) -> float:
-        return float(self.model.preprocess(texts)["input_ids"].shape[1])
 
-
-def short_texts(count: int) -> list[str]:
-    """Distinct texts of some 20 tokens."""
-    return [SHORT.format(n=n) for n in range(count)]
-
-
-def long_texts(count: int) -> list[str]:
-    """Distinct texts of some 300 tokens."""
-    return [LONG.format(n=n) for n in range(count)]
+def texts_of(kind: str, number: int) -> list[str]:
+    """Distinct texts, ``short`` of some 20 tokens or ``long`` of some 300."""
+    return [(SHORT if kind == "short" else LONG).format(n=n) for n in range(number)]
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
@@ -264,9 +237,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def device_name(device: torch.device) -> str:
-    """``cpu``, or the name of the GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+# Bytes ----------------------------------------------------------------------------------------------------------------
 
 
 def bytes_in_memory(model: SentenceTransformer) -> int:
@@ -282,7 +253,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def bytes_on_disk(model: str | Path) -> int:
-    """Bytes of a model's files: in its folder and its modules', of a GGUF file, or what the Hub's cache holds."""
+    """Bytes of a model's files: in its folder and its modules', of a GGUF file, or what the Hub's cache holds.
+
+    Other folders in a model's are no part of it, such as a model that was cut from it.
+
+    Raises:
+        ModelError: The files are not found.
+    """
     path = demo_model() if str(model) == "smollm2" and not Path(model).exists() else Path(model).expanduser()
     if path.is_file():
         return path.stat().st_size
@@ -291,18 +268,15 @@ def bytes_on_disk(model: str | Path) -> int:
             path = Path(snapshot_download(str(model), local_files_only=True))
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
             raise ModelError(model, "its files are not found") from error
-    return sum(file.stat().st_size for file in _own_files(path))
-
-
-def _own_files(folder: Path) -> list[Path]:
-    """Other folders in a model's are no part of it, such as a model that was cut from it."""
-    modules = read_json(folder / MODULES) if (folder / MODULES).is_file() else []
+    modules = read_json(path / MODULES) if (path / MODULES).is_file() else []
     places = {str(module["path"]) for module in modules} - {"", "."}
-    found = {*folder.iterdir(), *(file for place in places for file in (folder / place).rglob("*"))}
-    return [file for file in found if file.is_file()]
+    files = {*path.iterdir(), *(file for place in places for file in (path / place).rglob("*"))}
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
-_ALONE = "import sys; from secateur.reporting.cost import report_alone; report_alone(*sys.argv[1:])"
+# A process of its own -------------------------------------------------------------------------------------------------
+
+_ALONE = "import sys; from secateur.reporting.cost import print_load_and_peak; print_load_and_peak(*sys.argv[1:])"
 
 
 def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float]:
@@ -323,13 +297,13 @@ def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float
     return measured
 
 
-def report_alone(model: str, device: str, batch: str) -> None:
-    """What :func:`measure_alone` runs: measure this process, and write the result to its standard output."""
+def print_load_and_peak(model: str, device: str, batch: str) -> None:
+    """What :func:`measure_alone` runs in the other process, which prints the result."""
     started = time.perf_counter()
     opened = open_model(model, device=device)
     loaded = time.perf_counter() - started
     with quiet():
-        opened.encode(long_texts(int(batch)), batch_size=int(batch), show_progress_bar=False)
+        opened.encode(texts_of("long", int(batch)), batch_size=int(batch), show_progress_bar=False)
     on_gpu = opened.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(opened.device) if on_gpu else peak_memory()
     sys.stdout.write(json.dumps({"load": loaded, "peak": peak}) + "\n")

@@ -1,43 +1,56 @@
-"""A run folder as plain data: its models, and the tables that the steps of a study left there.
+"""A run folder as plain data: its models, the tables that the steps of a study left there, and the study's journal.
 
-Folders tell what they hold: ``<base>-<blocks>-<state>``, where the state is ``zero-shot`` or a recipe, after the way of
-choosing where the blocks are not the first ones, and before the seed where there are several: ``smollm2-7-healed``,
-``smollm2-7-uniform-healed-seed2``. What a model's own tables say (its blocks, its seed) goes before its name.
+Folder names say what they hold: ``<base>-<blocks>-<recipe>``, where the recipe is ``zero-shot`` or the name of a
+training, with the selection method before it where the blocks are not the first ones, and the seed after it where
+there are several: ``smollm2-7-healed``, ``smollm2-7-uniform-healed-seed2``. What a model's own tables say (its blocks,
+its seed) goes before its name.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
 
 from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
 from secateur.errors import DataError
 from secateur.files import read_json
-from secateur.reporting.journal import failures
 from secateur.results import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Table, Training, load
 
 UNTRAINED = "zero-shot"
+JOURNAL = "steps.jsonl"
 
-_NAME = re.compile(r"(?P<base>.+)-(?P<depth>\d+)-(?P<state>[a-z].*)", re.DOTALL)
-_STATE = re.compile(rf"(?:(?P<way>.+?)-)??(?P<recipe>{UNTRAINED}|[^-]+?)(?:-seed(?P<seed>\d+))?", re.DOTALL)
+_NAME = re.compile(
+    rf"(?P<base>.+)-(?P<depth>\d+)-(?=[a-z])(?:(?P<selection>.+?)-)??(?P<recipe>{UNTRAINED}|[^-]+?)(?:-seed(?P<seed>\d+))?",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
 class Variant:
     """One model of a run, with what the run knows of it.
 
-    ``base`` is the first part of its name, ``depth`` how many blocks it holds of ``blocks``, ``way`` how they were
-    chosen (empty: the first ones), ``recipe`` what was done besides the cut (``zero-shot``, ``healed``), ``seed`` that
-    of its training. ``scores`` are by task; ``results`` tells in which folder each was found.
+    Attributes:
+        base: The base model, the first part of its name.
+        depth: How many blocks it holds, of ``blocks``.
+        selection: The selection method that chose its blocks; empty where they are the first ones.
+        recipe: What was done besides the cut: ``zero-shot`` (nothing), or the name of the training.
+        seed: Of its training.
+        scores: By task; ``results`` is the folder that each was found in.
     """
 
     name: str
     base: str
     depth: int | None
     blocks: int | None
-    way: str
+    selection: str
     recipe: str
     seed: int | None
     folder: Path | None
@@ -48,20 +61,10 @@ class Variant:
     results: Mapping[str, Path]
 
     @property
-    def state(self) -> str:
-        """How its blocks were chosen and what was done to it, as it stands in names."""
-        return "-".join(part for part in (self.way, self.recipe) if part)
-
-    @property
     def series(self) -> str:
         """The variants it is drawn and listed with."""
-        chosen = f"by {self.chooser}" if self.way else ""
-        return ", ".join(part for part in (self.base, self.recipe, chosen) if part)
-
-    @property
-    def chooser(self) -> str:
-        """The way its blocks were chosen, as ``choose`` spells it."""
-        return self.way.replace("_", "-")
+        selected = f"by {self.selection}" if self.selection else ""
+        return ", ".join(part for part in (self.base, self.recipe, selected) if part)
 
     @property
     def is_full(self) -> bool:
@@ -123,49 +126,27 @@ def read_run(run: str | Path) -> Run:
             "holds no profile, model, scores or costs",
             "name the folder that a study wrote, with profiles/, models/, scores/ or costs.json in it",
         )
+    scored: dict[str, dict[str, tuple[ScoreRow, Path]]] = {}
+    for place, row in ((place, row) for place, table in scores.items() for row in table.rows):
+        if row.task in scored.setdefault(row.model, {}):
+            raise DataError("scores", f"two scores of {row.model} on {row.task}", "keep one of the two files")
+        scored[row.model][row.task] = row, place
+    cost = {row.model: row for row in costs.rows} if costs else {}
+    names = dict.fromkeys([*models, *scored, *cost])
+    found = [_variant(name, models.get(name), cost.get(name), scored.get(name, {}), profiles) for name in names]
+    found.sort(key=lambda v: (v.base, v.selection != "", v.recipe, v.selection, -(v.depth or 0), v.seed or 0, v.name))
     choices = {name: _choice(folder / "profiles" / name, table) for name, table in profiles.items()}
     study = folder / "study.yaml"
+    last = {entry["step"]: entry for entry in read_journal(folder)}
     return Run(
         folder=folder,
         study=study.read_text(encoding="utf-8", errors="replace") if study.is_file() else "",
         profiles=profiles,
         choices={name: choice for name, choice in choices.items() if choice},
-        variants=_variants(models, scores, costs, profiles),
+        variants=tuple(found),
         scores=tuple(scores.values()),
         costs=costs,
-        failed=failures(folder),
-    )
-
-
-def _choice(folder: Path, profile: Profile) -> dict[str, int]:
-    file = folder / "choice.json"
-    if not file.exists():
-        return {}
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise DataError(file, f"holds a {type(content).__name__}", 'write depths by name, such as {"small": 7}')
-    if content.pop(CHOSEN_FROM, None) not in (None, losses_fingerprint(profile)):  # of another profile than this one
-        return choose(profile) if profile.can_choose else {}
-    for name, depth in content.items():
-        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= profile.depth:
-            hint = f"write a whole number, 1 to {profile.depth}"
-            raise DataError(file, f"{depth!r} is not a depth", hint, field=name)
-    return content
-
-
-def _variants(
-    models: Mapping[str, Path], scores: Mapping[Path, Scores], costs: Costs | None, profiles: Mapping[str, Profile]
-) -> tuple[Variant, ...]:
-    scored: dict[str, dict[str, tuple[ScoreRow, Path]]] = {}
-    for folder, row in ((folder, row) for folder, table in scores.items() for row in table.rows):
-        if row.task in scored.setdefault(row.model, {}):
-            raise DataError("scores", f"two scores of {row.model} on {row.task}", "keep one of the two files")
-        scored[row.model][row.task] = row, folder
-    cost = {row.model: row for row in costs.rows} if costs else {}
-    names: Iterable[str] = dict.fromkeys([*models, *scored, *cost])
-    found = [_variant(name, models.get(name), cost.get(name), scored.get(name, {}), profiles) for name in names]
-    return tuple(
-        sorted(found, key=lambda v: (v.base, v.way != "", v.recipe, v.way, -(v.depth or 0), v.seed or 0, v.name))
+        failed={name: entry["error"] for name, entry in last.items() if entry["outcome"] == "failed"},
     )
 
 
@@ -178,19 +159,18 @@ def _variant(
 ) -> Variant:
     origin = load(folder, Origin) if folder else None
     training = load(folder, Training) if folder and (folder / Training.file).exists() else None
-    parts = _NAME.fullmatch(name)
-    state = _STATE.fullmatch(parts["state"]) if parts else None
-    base = parts["base"] if parts else name
+    match = _NAME.fullmatch(name)
+    parts: Mapping[str, str | None] = match.groupdict() if match else {"base": name}
+    base = parts["base"] or name
     profile = profiles.get(base)
-    named_depth = int(parts["depth"]) if parts else None
-    named_seed = int(state["seed"]) if state and state["seed"] else None
+    named_depth, named_seed = (int(text) if (text := parts.get(part)) else None for part in ("depth", "seed"))
     return Variant(
         name=name,
         base=base,
         depth=len(origin.kept) if origin else cost.depth if cost else named_depth,
         blocks=origin.depth if origin else profile.depth if profile else None,
-        way=(state["way"] or "") if state else "",
-        recipe=state["recipe"] if state else parts["state"] if parts else "",
+        selection=(parts.get("selection") or "").replace("_", "-"),
+        recipe=parts.get("recipe") or "",
         seed=training.provenance.seed if training and training.provenance.seed is not None else named_seed,
         folder=folder,
         origin=origin,
@@ -199,3 +179,84 @@ def _variant(
         scores={task: row for task, (row, _) in scores.items()},
         results={task: place for task, (_, place) in scores.items()},
     )
+
+
+def _choice(folder: Path, profile: Profile) -> dict[str, int]:
+    """``choice.json``, which the user may have edited; chosen again where it was made from another profile."""
+    file = folder / "choice.json"
+    if not file.exists():
+        return {}
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise DataError(file, f"holds a {type(content).__name__}", 'write depths by name, such as {"small": 7}')
+    if content.pop(CHOSEN_FROM, None) not in (None, losses_fingerprint(profile)):
+        return choose(profile) if profile.can_choose else {}
+    for name, depth in content.items():
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= profile.depth:
+            hint = f"write a whole number, 1 to {profile.depth}"
+            raise DataError(file, f"{depth!r} is not a depth", hint, field=name)
+    return content
+
+
+# Base models ----------------------------------------------------------------------------------------------------------
+
+CARD = "README.md"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+
+
+def is_on_hub(model: str) -> bool:
+    """Whether a model's name is one of the Hub's, and nothing on this machine."""
+    return bool(HUB_NAME.fullmatch(model)) and not model.endswith(".gguf") and not os.path.exists(model)  # noqa: PTH110
+
+
+def base_licence(base: str) -> str:
+    """The licence in the base model's own card, from its folder or from the Hub's cache; empty where not known."""
+    found = try_to_load_from_cache(base, CARD) if is_on_hub(base) else os.path.join(base, CARD)  # noqa: PTH118
+    if not isinstance(found, str) or not os.path.isfile(found):  # noqa: PTH113  where Path raises, this is false
+        return ""
+    front = _FRONT_MATTER.match(Path(found).read_text(encoding="utf-8", errors="replace"))
+    try:
+        content = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return ""
+    licence = content.get("license") if isinstance(content, dict) else None
+    return licence if isinstance(licence, str) else ""
+
+
+# The journal ----------------------------------------------------------------------------------------------------------
+
+
+def read_journal(run: Path) -> list[dict[str, Any]]:
+    """The entries of ``steps.jsonl``, one for each start and each end of a step, oldest first; none without a file.
+
+    Raises:
+        DataError: A line is broken; the last one may be, of a study that was killed or is writing it.
+    """
+    file = run / JOURNAL
+    lines = complete_lines(file.read_bytes()).splitlines() if file.is_file() else []
+    entries = []
+    for number, line in enumerate(lines, 1):
+        entry = _parsed(line)
+        known = isinstance(entry, dict) and entry.get("outcome") in ("started", "done", "failed")
+        if not known or not isinstance(entry.get("step"), str):
+            raise DataError(file, "is no entry of a study's journal", "mend the line, or take it out", line=number)
+        seconds = entry.get("seconds")
+        timed = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        texts = {"error": str(entry.get("error", ""))} if entry["outcome"] == "failed" else {}
+        entries.append(entry | texts | {"seconds": seconds if timed else None})
+    return entries
+
+
+def complete_lines(content: bytes) -> bytes:
+    """A journal without its last line where that was cut off."""
+    whole = content[: content.rfind(b"\n") + 1]
+    start = whole[:-1].rfind(b"\n") + 1
+    return whole if _parsed(whole[start:]) is not None else whole[:start]
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # of a byte that is no UTF-8, too
+        return None

@@ -6,7 +6,7 @@ in place of a loss. For each exponent c of a grid, a and b follow by linear leas
 are those of the bootstrap over models.
 
 The models are cuts of one base model: those of another have a plateau of their own. A curve is refused, with the
-reason, where the points do not carry it.
+reason, where the points do not support it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class Saturation:
         explained: R², the share of the scores' variance that the curve explains.
         error: Standard deviation of the residuals, with 3 parameters fitted.
         points: How many models it was fitted to.
-        dear: The size in parameters at which one more point of 100 begins to cost more than the threshold; None where
-            that is outside the sizes measured.
-        threshold: In parameters per point.
+        threshold: Parameters that one more point of 100 may cost.
     """
 
     plateau: float
@@ -55,17 +53,24 @@ class Saturation:
     explained: float
     error: float
     points: int
-    dear: float | None
     threshold: float
 
     def score(self, size: float) -> float:
         """The curve at a size in parameters."""
         return self.plateau - self.gain * math.pow(size / self.smallest, -self.exponent)
 
-    def price(self, size: float) -> float:
+    def marginal_cost(self, size: float) -> float:
         """Parameters that one more point of 100 costs at a size."""
         slope = self.gain * self.exponent / self.smallest * math.pow(size / self.smallest, -self.exponent - 1)
         return 0.01 / slope
+
+    @property
+    def limit(self) -> float | None:
+        """The size at which another point begins to cost more than the threshold; None outside the sizes measured."""
+        size = self.smallest * (100 * self.threshold * self.gain * self.exponent / self.smallest) ** (
+            1 / (self.exponent + 1)
+        )
+        return size if self.smallest <= size <= self.largest else None
 
 
 def fit_saturation(sizes: Sequence[float], scores: Sequence[float], threshold: float) -> Saturation | str:
@@ -86,57 +91,42 @@ def fit_saturation(sizes: Sequence[float], scores: Sequence[float], threshold: f
     total = float(np.sum((score - score.mean()) ** 2))
     if total == 0 or gain <= 0:
         return "the scores do not grow with size"
-    if 1 - squares / total < LEAST_EXPLAINED:
-        return f"the scores follow no such curve: it explains {100 * (1 - squares / total):.0f} % of their variance"
+    explained = 1 - squares / total
+    if explained < LEAST_EXPLAINED:
+        return f"the scores follow no such curve: it explains {100 * explained:.0f} % of their variance"
     if exponent <= _EXPONENTS[0]:
         return "the scores still grow with the logarithm of the size: no plateau is in sight"
-    low, high = _plateau_interval(relative, score)
+    picked = np.random.default_rng(0).integers(0, len(score), (_DRAWS, len(score)))
+    counts = np.stack([np.bincount(row, minlength=len(score)) for row in picked]).astype(np.float64)
+    distinct = np.asarray([len(np.unique(relative[row])) for row in picked])
+    plateaus = _fit(relative, score, counts[distinct >= 4])[0]  # three parameters on three sizes fit anything
+    low, high = map(float, np.quantile(plateaus, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    error = math.sqrt(squares / max(1, len(size) - 3))
     smallest, largest = float(size.min()), float(size.max())
-    dear = smallest * (100 * threshold * gain * exponent / smallest) ** (1 / (exponent + 1))
+    low, high = min(low, plateau), max(high, plateau)
     return Saturation(
-        plateau=plateau,
-        plateau_low=min(low, plateau),
-        plateau_high=max(high, plateau),
-        gain=gain,
-        exponent=exponent,
-        smallest=smallest,
-        largest=largest,
-        explained=1 - squares / total,
-        error=float(np.sqrt(squares / max(1, len(size) - 3))),
-        points=len(size),
-        dear=dear if smallest <= dear <= largest else None,
-        threshold=threshold,
-    )
+        plateau, low, high, gain, exponent, smallest, largest, explained, error, len(size), threshold
+    )  # fmt: skip
 
 
 def _fit(relative: Array, score: Array, counts: Array) -> tuple[Array, Array, Array, Array]:
     """Least squares for each draw: counts (draws, models) → plateau, gain, exponent, sum of squares, (draws,) each."""
-    number = counts.sum(axis=1)
-    mean = counts @ score / number
-    best: tuple[Array, ...] | None = None
+    weight = counts.sum(axis=1)
+    mean = counts @ score / weight
+    best: tuple[Array, ...] = (
+        np.zeros_like(mean),
+        np.zeros_like(mean),
+        np.zeros_like(mean),
+        np.full_like(mean, np.inf),
+    )
     for exponent in _EXPONENTS:
         falling = -(relative**-exponent)
-        centre = counts @ falling / number
-        across = counts @ falling**2 / number - centre**2
+        centre = counts @ falling / weight
+        variance = counts @ falling**2 / weight - centre**2
         with np.errstate(divide="ignore", invalid="ignore"):
-            gain = np.where(across > 1e-12, (counts @ (falling * score) / number - centre * mean) / across, 0.0)
+            gain = np.where(variance > 1e-12, (counts @ (falling * score) / weight - centre * mean) / variance, 0.0)
         plateau = mean - gain * centre
         squares = np.sum(counts * (score - plateau[:, None] - gain[:, None] * falling) ** 2, axis=1)
         found = plateau, gain, np.full_like(plateau, exponent), squares
-        if best is None:
-            best = found
-        else:
-            better = squares < best[3]
-            best = tuple(np.where(better, new, old) for new, old in zip(found, best, strict=True))
-    assert best is not None
+        best = tuple(np.where(squares < best[3], new, old) for new, old in zip(found, best, strict=True))
     return best[0], best[1], best[2], best[3]
-
-
-def _plateau_interval(relative: Array, score: Array) -> tuple[float, float]:
-    rng = np.random.default_rng(0)
-    picked = rng.integers(0, len(score), (_DRAWS, len(score)))
-    counts = np.stack([np.bincount(row, minlength=len(score)) for row in picked]).astype(np.float64)
-    distinct = np.asarray([len(np.unique(relative[row])) for row in picked])
-    plateaus = _fit(relative, score, counts[distinct >= 4])[0]  # three parameters on three sizes fit anything
-    low, high = np.quantile(plateaus, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)

@@ -1,63 +1,146 @@
-"""What a run found, in sentences that claim no more than its intervals carry."""
+"""What a run found, in sentences that claim no more than its intervals support."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from secateur.figures.text import shorten
-from secateur.reporting.findings import SAME, Claim, Findings
-from secateur.reporting.printing import percent, plural, score, signed, span
+from secateur.reporting.findings import MARGIN, GroupComparison, Summary
+from secateur.tables import percent, plural, score, shorten, signed, span
 
 MOST_SENTENCES = 6
-MOST_CHOOSERS = 4
+MOST_SELECTIONS = 4
 
 
-def verdict(findings: Findings) -> tuple[str, ...]:
+def verdict(summary: Summary) -> tuple[str, ...]:
     """One sentence for each series of cut models: what is as good as the full model, and what the others keep.
 
-    What other blocks than the first ones are worth comes together, after the series they are compared with.
+    Models with other blocks than the first ones come together, after the series they are compared with.
     """
-    told: dict[tuple[str, str, bool], list[Claim]] = {}
-    for claim in (claim for claims in findings.claims.values() for claim in claims if claim.is_known):
-        own = claim.design.first
-        told.setdefault((own.base, own.recipe, own.way != ""), []).append(claim)
-    sentences = [_choosers(claims) if chosen else _sentence(claims) for (*_, chosen), claims in told.items()]
+    series: dict[tuple[str, str, bool], list[GroupComparison]] = {}
+    for item in (item for own in summary.by_series.values() for item in own if item.is_known):
+        first = item.group.first
+        series.setdefault((first.base, first.recipe, first.selection != ""), []).append(item)
+    sentences = [_selections(own) if other else _depths(own) for (*_, other), own in series.items()]
     if len(sentences) > MOST_SENTENCES:
-        left = plural(len(sentences) - MOST_SENTENCES, "more series of models")
-        sentences = [*sentences[:MOST_SENTENCES], f"The tables tell of {left.removesuffix('s')} the same."]
-    scored = [design for design in findings.designs if design.average is not None]
+        more = len(sentences) - MOST_SENTENCES
+        sentences = [*sentences[:MOST_SENTENCES], f"{more} more series of models are in the tables."]
+    scored = [group for group in summary.groups if group.average is not None]
     if not sentences and scored:
         averages = "; ".join(
-            f"{shorten(d.name)} {score(d.average.value)} over {plural(len(d.scores), 'task')}"
-            for d in scored[:MOST_SENTENCES]
-            if d.average
+            f"{shorten(group.name)} {score(group.average.value)} over {plural(len(group.scores), 'task')}"
+            for group in scored[:MOST_SENTENCES]
+            if group.average
         )
         sentences = [f"Average scores, without a full model on the same tasks to compare with: {averages}."]
     if not sentences:
-        sentences = [_choice_sentence(findings, name) for name in list(findings.run.profiles)[:MOST_SENTENCES]]
-    return tuple(sentences) or (f"The run holds {plural(len(findings.run.variants), 'model')}, not yet scored.",)
+        sentences = [_choice(summary, name) for name in list(summary.run.profiles)[:MOST_SENTENCES]]
+    return tuple(sentences) or (f"The run holds {plural(len(summary.run.variants), 'model')}, not yet scored.",)
 
 
-def notes(findings: Findings) -> tuple[str, ...]:
+def smallest_as_good(comparisons: Sequence[GroupComparison]) -> GroupComparison | None:
+    """The smallest cut that does not lose :data:`.MARGIN` or more; None where the largest may already.
+
+    Fixed-sequence testing: cuts are tested from the largest down, and the first whose interval reaches such a loss ends
+    the search, whatever is said of smaller ones. In this fixed order each test has the level of a single one, and the
+    whole search errs no more often than one interval does on that side: once in forty.
+    """
+    found = None
+    for item in sorted(comparisons, key=lambda item: -(item.group.first.depth or 0)):
+        if item.difference.low is None or item.difference.low < -MARGIN:
+            break
+        found = item
+    return found
+
+
+def most_telling(comparisons: Sequence[GroupComparison]) -> list[GroupComparison]:
+    """Of a series: the smallest cut that is as good, and three of the smaller ones, the smallest among them."""
+    smallest = smallest_as_good(comparisons)
+    least = (smallest.group.first.depth or 0) if smallest else float("inf")
+    others = [item for item in comparisons if item is not smallest and (item.group.first.depth or 0) < least]
+    if len(others) > 3:
+        step = len(others) / 3
+        others = [others[round((i + 1) * step) - 1] for i in range(3)]
+    return ([smallest] if smallest else []) + others
+
+
+def _depths(comparisons: Sequence[GroupComparison]) -> str:
+    told, smallest = most_telling(comparisons), smallest_as_good(comparisons)
+    parts = [_part(item, first=item is told[0], as_good=item is smallest) for item in told]
+    return f"{shorten(told[0].group.first.series)}: {'; '.join(parts)}."
+
+
+def _selections(comparisons: Sequence[GroupComparison]) -> str:
+    """What each selection method keeps, the best first.
+
+    The best of many is better than it will be again: none is said to be as good as the full model.
+    """
+    best = sorted(comparisons, key=lambda item: item.difference.value, reverse=True)[:MOST_SELECTIONS]
+    parts = [_part(item, first=item is best[0], by=f" by {item.group.first.selection}") for item in best]
+    own = best[0].group.first
+    picked = f" (the best {len(best)} of {len(comparisons)} by these scores)" if len(comparisons) > len(best) else ""
+    return f"{shorten(own.base)}, {own.recipe}, other blocks than the first{picked}: {'; '.join(parts)}."
+
+
+def _part(item: GroupComparison, first: bool, by: str = "", as_good: bool = False) -> str:
+    """One model in a sentence; what it is compared with is named with the first."""
+    own, full, one = item.group.first, item.reference.first, item.group.first.depth == 1
+    which = (f"{own.depth} of {own.blocks} blocks" if first else str(own.depth)) + by
+    model = f"the {full.recipe} full model"
+    tasks = "your task" if len(item.tasks) == 1 else f"your {len(item.tasks)} tasks"
+    points = f"{signed(item.difference.value)} points"
+    if item.difference.low is not None:
+        points += f", {span(item.difference.low, item.difference.high, signed)}"
+    if as_good and item.outcome == "same":
+        whom = f" as {model} on {tasks}" if first else ""
+        said = f"{'is' if one else 'are'} as good{whom} (no significant difference: {points})"
+    elif item.outcome == "undecided":
+        whom = f" from {model} on {tasks}" if first else ""
+        said = f"{'shows' if one else 'show'} no significant difference{whom} ({points}), but up to "
+        said += f"{score(-(item.difference.low or 0.0))} points may be lost,"
+    else:
+        verb = ("reach" if item.share.value > 1 else "keep") + ("es" if one and item.share.value > 1 else "s" * one)
+        said = f"{verb} {percent(item.share.value)}" + (f" of {model}’s average score on {tasks}" if first else "")
+        if item.share.low is not None:
+            said += f" ({span(item.share.low, item.share.high, percent)})"
+    if item.speed is None:
+        return f"{which} {said}".removesuffix(",")
+    ratio, is_apart = item.speed
+    return f"{which} {said} " + (
+        f"at {ratio:.1f} × its speed" if is_apart else "with no measurable difference in speed"
+    )
+
+
+def _choice(summary: Summary, name: str) -> str:
+    profile, choice = summary.run.profiles[name], summary.run.choices.get(name, {})
+    chosen = ", ".join(f"“{label}” keeps {depth}" for label, depth in sorted(choice.items(), key=lambda item: item[1]))
+    lowest = min(((row.loss, row.depth) for row in profile.rows if row.loss is not None), default=None)
+    curve = f"the untrained loss is lowest at depth {lowest[1]} of {profile.depth}" if lowest else "no loss is known"
+    return f"{shorten(name)}: {curve}{'; ' + chosen if chosen else ''}. No model is scored yet."
+
+
+# Notes ----------------------------------------------------------------------------------------------------------------
+
+
+def notes(summary: Summary) -> tuple[str, ...]:
     """What the verdict's intervals cover, and what they do not."""
-    return tuple(note for note in (_interval_note(findings), seed_note(findings)) if note)
+    return tuple(note for note in (_interval_note(summary), seed_note(summary)) if note)
 
 
-def seed_note(findings: Findings) -> str:
+def seed_note(summary: Summary) -> str:
     """What the number of training seeds allows to be said about differences between models; empty without scores."""
-    scored = [variant for variant in findings.run.variants if variant.scores]
+    scored = [variant for variant in summary.run.variants if variant.scores]
     seeds = sorted({variant.seed for variant in scored if variant.training and variant.seed is not None})
     if not scored:
         return ""
     if not seeds:
         return "Scores are those of one evaluation on samples of finite size; small differences may be chance."
-    if not any(design.average and design.average.seed_error is not None for design in findings.designs):
+    if not any(group.average and group.average.seed_error is not None for group in summary.groups):
         which = f"one seed ({seeds[0]})" if len(seeds) == 1 else "one seed"
         return (
-            f"Every model was trained with {which}. How far scores move from seed to seed was not measured, so that "
+            f"Every model was trained with {which}. How much scores vary between seeds was not measured, so that "
             "small differences between models may be chance."
         )
-    used = {design.seeds for design in findings.designs if design.average and design.seeds}
+    used = {group.seeds for group in summary.groups if group.average and group.seeds}
     if len(used) == 1:
         return f"Trained with {len(seeds)} seeds ({', '.join(map(str, seeds))}); scores are means over them."
     few, *_, many = sorted(map(len, used))
@@ -65,10 +148,10 @@ def seed_note(findings: Findings) -> str:
     return f"Each model was trained with {numbers} {'seed' if many == 1 else 'seeds'}; scores are means over them."
 
 
-def _interval_note(findings: Findings) -> str:
-    claims = [claim for own in findings.claims.values() for claim in own if claim.is_known]
-    known = [claim.difference for claim in claims if claim.difference.low is not None]
-    if not claims:
+def _interval_note(summary: Summary) -> str:
+    comparisons = [item for own in summary.by_series.values() for item in own if item.is_known]
+    known = [item.difference for item in comparisons if item.difference.low is not None]
+    if not comparisons:
         return ""
     if not known:
         return "No score of this run has an interval: whether its differences are chance is not known."
@@ -79,98 +162,5 @@ def _interval_note(findings: Findings) -> str:
     return (
         f"Ranges are 95 % intervals of the difference, paired by text: what {what} would have given. They hold for "
         "each comparison by itself, and for these tasks. The smallest model that is as good is sought from the largest "
-        f"cut down, up to the first that may lose more than {100 * SAME:.0f} points: this errs once in forty at most."
+        f"cut down, up to the first that may lose more than {100 * MARGIN:.0f} points: this errs at most once in forty."
     )
-
-
-def _sentence(claims: Sequence[Claim]) -> str:
-    """The smallest model that is as good as the full one, then the others from large to small: at most four."""
-    told, smallest = telling(claims), smallest_as_good(claims)
-    parts = [_part(claim, first=claim is told[0], as_good=claim is smallest) for claim in told]
-    return f"{shorten(told[0].design.first.series)}: {'; '.join(parts)}."
-
-
-def smallest_as_good(claims: Sequence[Claim]) -> Claim | None:
-    """The smallest cut that does not lose :data:`.SAME` or more; None where the largest may already.
-
-    Cuts are tested from the largest down, and the first whose interval reaches such a loss ends the search, whatever is
-    said of smaller ones. In this fixed order each test has the level of a single one, and the whole search errs no more
-    often than one interval does on that side: once in forty.
-    """
-    found = None
-    for claim in sorted(claims, key=lambda claim: -(claim.design.first.depth or 0)):
-        if claim.difference.low is None or claim.difference.low < -SAME:
-            break
-        found = claim
-    return found
-
-
-def telling(claims: Sequence[Claim]) -> list[Claim]:
-    """The claims of a series that say most, the most important first."""
-    smallest = smallest_as_good(claims)
-    others = [claim for claim in claims if claim is not smallest and (smallest is None or _less(claim, smallest))]
-    return ([smallest] if smallest else []) + _spread(others, 3)
-
-
-def _choosers(claims: Sequence[Claim]) -> str:
-    """What each way of choosing other blocks than the first ones keeps, the best first.
-
-    The best of many is better than it will be again: none is said to be as good as the full model.
-    """
-    best = sorted(claims, key=lambda claim: claim.difference.value, reverse=True)[:MOST_CHOOSERS]
-    parts = [_part(claim, first=claim is best[0], by=f" by {claim.design.first.chooser}") for claim in best]
-    own = best[0].design.first
-    picked = f" (the best {len(best)} of {len(claims)} by these scores)" if len(claims) > len(best) else ""
-    return f"{shorten(own.base)}, {own.recipe}, other blocks than the first{picked}: {'; '.join(parts)}."
-
-
-def _less(claim: Claim, other: Claim) -> bool:
-    return (claim.design.first.depth or 0) < (other.design.first.depth or 0)
-
-
-def _spread(claims: Sequence[Claim], most: int) -> list[Claim]:
-    """So many of the claims, the last among them."""
-    if len(claims) <= most:
-        return list(claims)
-    step = len(claims) / most
-    return [claims[round((i + 1) * step) - 1] for i in range(most)]
-
-
-def _part(claim: Claim, first: bool, by: str = "", as_good: bool = False) -> str:
-    own, full = claim.design.first, claim.reference.first
-    one = own.depth == 1
-    which = (f"{own.depth} of {own.blocks} blocks" if first else str(own.depth)) + by
-    tasks = "your task" if len(claim.tasks) == 1 else f"your {len(claim.tasks)} tasks"
-    where = f" as the {full.recipe} full model on {tasks}" if first else ""
-    of_it = f" of the {full.recipe} full model’s average score on {tasks}"
-    points = f"{signed(claim.difference.value)} points"
-    if claim.difference.low is not None:
-        points += f", {span(claim.difference.low, claim.difference.high, signed)}"
-    if as_good and claim.outcome == "same":
-        said = f"{'gives' if one else 'give'} the same quality{where} within the error ({points})"
-    elif claim.outcome == "undecided":
-        lost = score(-(claim.difference.low or 0.0))
-        comma = "," if claim.speed else ""
-        said = f"{'is' if one else 'are'} not told apart{where.replace(' as ', ' from ')} ({points}): "
-        said += f"up to {lost} points may be lost{comma}"
-    else:
-        share = claim.share
-        verb = {(True, True): "reaches", (True, False): "reach"}.get((share.value > 1, one), "keeps" if one else "keep")
-        ends = f" ({span(share.low, share.high, percent)})" if share.low is not None else ""
-        said = f"{verb} {percent(share.value)}{of_it if first else ''}{ends}"
-    return f"{which} {said}{_speed(claim)}"
-
-
-def _speed(claim: Claim) -> str:
-    if claim.speed is None:
-        return ""
-    ratio, apart = claim.speed
-    return f" at {ratio:.1f} × its speed" if apart else " at a speed that the measurement does not tell from its own"
-
-
-def _choice_sentence(findings: Findings, name: str) -> str:
-    profile, choice = findings.run.profiles[name], findings.run.choices.get(name, {})
-    chosen = ", ".join(f"“{label}” keeps {depth}" for label, depth in sorted(choice.items(), key=lambda item: item[1]))
-    lowest = min(((row.loss, row.depth) for row in profile.rows if row.loss is not None), default=None)
-    curve = f"the untrained loss is lowest at depth {lowest[1]} of {profile.depth}" if lowest else "no loss is known"
-    return f"{shorten(name)}: {curve}{'; ' + chosen if chosen else ''}. No model is scored yet."
