@@ -791,50 +791,23 @@ def test_what_an_encoder_process_cannot_open_is_told(tmp_path: Path):
     assert not process.ready()
 
 
-@pytest.mark.slow  # three processes start, one after the other
-def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
-    encoder: Encoder, exported: Path, model: SentenceTransformer, caplog
-):
-    deaths: list[int] = []
-    process = EncoderProcess(partial(worker_of, exported), lambda: deaths.append(1))
-    texts = [f"text {i:02}" for i in range(8)]
-    with running(make_app(encoder, "tiny", limits(), processes=[process])) as server, ThreadPoolExecutor(8) as clients:
-        assert refused(503, server.get("/ready"))["code"] == "not_ready"  # it has not loaded yet
-        wait_until(lambda: server.get("/ready")[0] == 200, 60)
-        os.kill(process.pid, signal.SIGSTOP)
-        answers = [clients.submit(server.post, request(input=text)) for text in texts]
-        wait_until(lambda: waiting(server) == 7 * 8)
-        os.kill(process.pid, signal.SIGKILL)  # it holds the first batch
-        assert [answer.result()[0] for answer in answers] == [200] * 8
-        assert deaths == [1]
-        assert server.metric("secateur_batch_errors_total") == 1
-        assert any("code -9" in str(vars(record)) for record in caplog.records)
-        os.kill(process.pid, signal.SIGKILL)  # it is idle
-        wait_until(lambda: server.get("/ready")[0] == 503)
-        wait_until(lambda: server.get("/ready")[0] == 200, 60)
-        assert deaths == [1, 1]
-    found = [json.loads(answer.result()[1])["data"][0]["embedding"] for answer in answers]
-    np.testing.assert_allclose(np.array(found), model.encode(texts), atol=1e-5)
-    with pytest.raises(EncoderDied):
-        process.encode_batch(numbers(3))
-
-
-@pytest.mark.slow  # seven processes start
+@pytest.mark.slow  # six processes start, two at a time
 def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
-    encoder: Encoder, folder: Path, model: SentenceTransformer, caplog
+    encoder: Encoder, folder: Path, exported: Path, model: SentenceTransformer, caplog
 ):
     restarts: list[int] = []
-    workers = [EncoderProcess(partial(worker_of, folder), lambda: restarts.append(1), silence=2.0) for _ in range(2)]
+    make = [partial(worker_of, served) for served in (folder, exported)]
+    workers = [EncoderProcess(one, lambda: restarts.append(1), silence=2.0) for one in make]
     texts = [f"text {i:02}" for i in range(12)]
     expected = model.encode(texts)
-    app = make_app(encoder, "tiny", limits(timeout=120), processes=workers)
-
-    def send(number: int, *to: EncoderProcess) -> None:
-        wait_until(lambda: all(worker.ready() for worker in workers), 100)
-        for worker in to:
-            os.kill(worker.pid, number)
-
+    one_by_one = Held(encoder)
+    one_by_one.batch_tokens = 16
+    app = make_app(one_by_one, "tiny", limits(timeout=120), processes=workers)
     with running(app) as server, server.client(timeout=120) as client, ThreadPoolExecutor(12) as clients:
+
+        def send(number: int) -> None:
+            for worker in workers:
+                os.kill(worker.pid, number)
 
         def ask() -> list[Future]:
             return [clients.submit(client.embeddings.create, model="tiny", input=text) for text in texts]
@@ -843,22 +816,26 @@ def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
             found = np.concatenate([vectors(answer.result()) for answer in answers])
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
-        send(signal.SIGSTOP, workers[0])
-        check(ask())  # the other is free
-
-        send(signal.SIGSTOP, *workers)
+        assert refused(503, server.get("/ready"))["code"] == "not_ready"  # they have not loaded yet
+        wait_until(lambda: all(worker.ready() for worker in workers), 100)
+        send(signal.SIGSTOP)
         answers = ask()
         wait_until(lambda: waiting(server) == 12 * 7)
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGKILL)
+        send(signal.SIGKILL)  # each holds a batch
         check(answers)
+        assert len(restarts) == server.metric("secateur_batch_errors_total") == 2
+        assert any("code -9" in str(vars(record)) for record in caplog.records)
 
-        send(signal.SIGSTOP, *workers)
+        wait_until(lambda: all(worker.ready() for worker in workers), 100)
+        send(signal.SIGSTOP)
+        answers = ask()
         wait_until(lambda: server.get("/ready")[0] == 503)
-        check(ask())  # they wait for the new ones
+        check(answers)  # by the new ones
         wait_until(lambda: server.get("/ready")[0] == 200)
-    assert len(restarts) == 5
+    assert len(restarts) == 4
     assert any("no sign of life" in str(vars(record)) for record in caplog.records)
+    with pytest.raises(EncoderDied):
+        workers[0].encode_batch(numbers(3))
 
 
 class Stuck:
