@@ -45,7 +45,7 @@ from secateur.inference.encode import SAMPLE, SHARD
 from secateur.inference.encoders import CPU_BATCH
 from secateur.measures.costs import flops_per_token
 from secateur.measures.metrics import paired_cosines
-from secateur.models.open_model import model_label
+from secateur.models import model_label
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
 INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best;\n"

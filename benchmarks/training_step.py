@@ -33,7 +33,7 @@ from secateur.healing.recipe import Recipe, make_recipe
 from secateur.healing.train import TrainingSet, make_loss, training_arguments, training_sets
 from secateur.healing.trainable import decide, prepare
 from secateur.healing.trainer import Trainer
-from secateur.models.blocks import cut
+from secateur.models.cutting import cut
 from secateur.models.open_model import open_model
 
 Step = Callable[[TrainingSet], float]

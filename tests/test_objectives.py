@@ -18,7 +18,7 @@ from secateur.errors import ConfigError
 from secateur.healing.batch_mask import batch_mask, row_keys
 from secateur.healing.objectives import DepthVectors, Objective, contrastive_loss, dropout
 from secateur.healing.teacher import PROBES, Teacher, TeacherVectors, keep_vectors
-from secateur.models.blocks import cut
+from secateur.models.cutting import cut
 
 ANCHORS = ["what is a hedge?", "who cuts it", "when", "where do they stand now?"]
 POSITIVES = ["a row of shrubs", "the gardener", "in spring, before the birds", "here"]

@@ -53,7 +53,8 @@ from secateur.measures.intervals import (
     resample,
     why_no_interval,
 )
-from secateur.models.open_model import model_label, open_model
+from secateur.models import model_label
+from secateur.models.open_model import open_model
 from secateur.options import EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (

@@ -29,8 +29,10 @@ from secateur.healing.teacher import Teacher, open_teacher
 from secateur.healing.train import Outcome, TrainingSet, check_processes, check_tracker
 from secateur.healing.train import train as run_training
 from secateur.healing.trainable import decide
+from secateur.models import model_label
 from secateur.models.blocks import depth_of
-from secateur.models.open_model import make_bidirectional, model_label, open_model, save_model
+from secateur.models.open_model import make_bidirectional, open_model
+from secateur.models.save import save_model
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
 from secateur.pruning.prune import origin_of

@@ -20,14 +20,15 @@ from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss, 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.checkpoints.verify import PROBES
 from secateur.errors import ConfigError, IllegalDepth, UnsupportedArchitecture
 from secateur.healing import processes
 from secateur.healing.batch_mask import batch_mask, row_keys
 from secateur.healing.teacher import TeacherVectors
 from secateur.measures.metrics import cosines
-from secateur.models.blocks import blocks_of, embeddings_of, final_norm, legal_depths, states_of, tail_is_norm
+from secateur.models.blocks import blocks_of, embeddings_of, final_norm, states_of, tail_is_norm
+from secateur.models.cutting import legal_depths
 from secateur.models.pooling import pool
+from secateur.models.save import PROBES
 
 TEACHER_WEIGHT = 0.5
 """Of the teacher beside the contrastive loss, where the data have pairs."""

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
 from secateur.measures.metrics import angular_distances, block_influence
-from secateur.models.blocks import blocks_of, bypassed, final_norm, legal_depths, states_of, tail_is_norm
+from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm
+from secateur.models.cutting import bypassed, legal_depths
 from secateur.models.forward import (
     BUDGET,
     REFUSALS,

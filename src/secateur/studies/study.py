@@ -36,7 +36,7 @@ from secateur.errors import ConfigError, DataError, OutputError, StudyFailed
 from secateur.evaluation.tasks import expand, open_tasks
 from secateur.files import lock, read_json, results_folder, write_text
 from secateur.healing.lessons import find_aim, sets_of
-from secateur.models.open_model import model_label
+from secateur.models import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
