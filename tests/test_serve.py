@@ -885,7 +885,7 @@ def test_a_batch_that_never_ends_is_repeated_in_another_process(
                 assert found.tolist() == [[first]]
 
     with contextlib.closing(EncoderProcess(partial(Stuck, tmp_path / "made"))) as process:
-        asyncio.run(asyncio.wait_for(everything(process), 60))
+        asyncio.run(asyncio.wait_for(everything(process), 300))
     problems = [record.facts["problem"] for record in caplog.records if record.getMessage() == "batch failed"]
     assert problems
     assert all("an encoder process was at one batch for too long" in problem for problem in problems)
