@@ -17,7 +17,7 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance results progress clusters tables
+errors files done provenance results progress clusters document
 options: base shared way runs inference
 figures: style plots
 models: stacks legality blocks forward
@@ -31,7 +31,7 @@ choosing: selectors budgets choose candidates
 pruning: selection prune
 healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
 healing: held_out prompts lessons heal
-reporting: cost compare run findings saturation verdict document pictures sections card report
+reporting: cost compare run findings verdict pictures sections card report
 studies: presets plan inputs estimate runner study
 runtime
 exporting: graph outliers convert compatibility manifest faithfulness export
