@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.choosing.candidates import Candidate, candidates, is_prefix, ranges
+from secateur.choosing.choose import Candidate, candidates, is_prefix, ranges
 from secateur.files import write_text
 from secateur.models.blocks import cut
 from secateur.models.open_model import model_label, open_model

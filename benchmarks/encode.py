@@ -36,14 +36,14 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-
-from secateur import accelerate, export, open_model, prune, runtime
 from secateur.inference.arithmetic import quicken
-from secateur.inference.encode import SAMPLE, SHARD
-from secateur.inference.encoders import CPU_BATCH
 from secateur.inference.memory import keep_freed_memory
 from secateur.inference.mixed import is_mixed, use_mixed_products
-from secateur.measures.flops import flops_per_token
+
+from secateur import accelerate, export, open_model, prune, runtime
+from secateur.inference.encode import SAMPLE, SHARD
+from secateur.inference.encoders import CPU_BATCH
+from secateur.measures.costs import flops_per_token
 from secateur.measures.metrics import paired_cosines
 from secateur.models.open_model import model_label
 

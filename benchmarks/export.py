@@ -28,8 +28,7 @@ from sentence_transformers import SentenceTransformer
 
 from secateur import prune, runtime
 from secateur.data.demo import pairs_of
-from secateur.exporting.export import export
-from secateur.exporting.manifest import Export
+from secateur.exporting.export import Export, export
 from secateur.models.open_model import open_model
 
 WAYS = (("onnx", "int8", "dynamic"), ("openvino", "int8", "static"), ("openvino", "bfloat16", None))

@@ -1,4 +1,4 @@
-"""What a profile costs beside one plain encoding, and beside the paper's procedure; how soon ``--until-sure`` stops.
+"""What a profile costs beside one plain encoding, and beside the paper's procedure; how soon it can stop early.
 
     python benchmarks/profile_pass.py cost MODEL PAIRS --examples 640 --repeats 3
     python benchmarks/profile_pass.py sure PROFILE [PROFILE ...] [--batches 20]
@@ -11,7 +11,7 @@ counted from when the model is open, so that what opening takes hides nothing. `
 of all blocks kept. ``profile`` has all its columns: fixed costs (checks of the quick ways, the language-model head,
 timing the parts) weigh more on few examples than on the usual 1280.
 
-``sure`` replays the rule that stops ``--until-sure`` on the losses by batch that profiles hold: a batch's losses
+``sure`` replays the rule that stops ``--early-stopping`` on the losses by batch that profiles hold: a batch's losses
 depend neither on when the rule stops nor on which batches stand before it, so no text is run again. Each of 20 seeds
 draws as many batches as its data (20 are what ``--max-examples`` takes by default), in an order of its own, out of a
 profile that holds more: ``secateur profile MODEL --data PAIRS --max-examples 3840 -o PROFILE`` has 60.
@@ -31,9 +31,10 @@ from pathlib import Path
 
 import torch
 
-from secateur.data.pairs import Pairs, batches, read_pairs
-from secateur.measures import curves, stopping
-from secateur.measures.metrics import contrastive_loss
+from secateur.choosing.selectors import lowest_in_each_half
+from secateur.data.sources import Pairs, batches, read_pairs
+from secateur.measures.intervals import has_converged, looks
+from secateur.measures.metrics import contrastive_loss, cosines
 from secateur.models.blocks import final_norm
 from secateur.models.forward import BUDGET
 from secateur.models.open_model import open_model
@@ -87,7 +88,7 @@ def run_papers(model, data: Pairs) -> None:
             normed = [*(norm(state) for state in states[:-1]), states[-1]]
             vectors.append([weighted_mean(state, lengths) for state in normed])
         for k, (a, p, n) in enumerate(zip(*vectors, strict=True)):
-            sums[k] += contrastive_loss(a, p, n, 20)
+            sums[k] += contrastive_loss(cosines(a, torch.cat([p, n])), 20)
 
 
 def weighted_mean(states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -156,10 +157,10 @@ def sure(options: argparse.Namespace) -> None:
         same, read = 0, []
         for seed in range(SEEDS):
             losses = pool_of[random.Random(seed).sample(range(len(pool_of)), whole)]
-            full = curves.lowest_in_each_half(losses.mean(dim=0)).tolist()
-            looks = stopping.looks(whole)
-            stop = next((n for n in looks if stopping.is_settled(losses[:n], len(looks))), whole)
-            early = curves.lowest_in_each_half(losses[:stop].mean(dim=0)).tolist()
+            full = lowest_in_each_half(losses.mean(dim=0)).tolist()
+            tests = looks(whole)
+            stop = next((n for n in tests if has_converged(losses[:n], len(tests))), whole)
+            early = lowest_in_each_half(losses[:stop].mean(dim=0)).tolist()
             same += early == full
             read.append(stop / whole)
             print(f"seed {seed}: {full} of all {whole} batches, {early} after {stop}")

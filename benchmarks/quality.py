@@ -35,8 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import secateur
 from secateur.choosing.choose import blocks_to_keep
-from secateur.data.jsonl import read_json_lines
-from secateur.data.pairs import instruction_prompt, read_pairs
+from secateur.data.rows import read_rows
+from secateur.data.sources import instruction_prompt, read_pairs
 from secateur.files import read_json, write_text
 from secateur.healing.recipe import Recipe
 from secateur.healing.train import make_loss, train, training_sets
@@ -325,7 +325,7 @@ def read_search(folder: Path, sample: int) -> tuple[dict[str, str], dict[str, st
 
     def lines(stem: str) -> Iterable[dict[str, Any]]:
         file = next(folder.glob(f"{stem}.jsonl*"))
-        return (dict(row) for _, row in read_json_lines(file))
+        return (dict(row) for _, row in read_rows(Path(file)))
 
     queries = {row["_id"]: row["text"] for row in lines("queries")}
     documents = {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in lines("corpus")}

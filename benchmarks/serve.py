@@ -34,9 +34,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
+from secateur.inference.arithmetic import use_arithmetic, weights_dtype
 
 from secateur import accelerate, open_model
-from secateur.inference.arithmetic import use_arithmetic, weights_dtype
 
 WORDS = (
     "hedge",

@@ -28,8 +28,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn.functional import pad
 
-from secateur.data.pairs import read_pairs
-from secateur.data.sources import data_files
+from secateur.data.sources import data_files, read_pairs
 from secateur.healing.recipe import Recipe, make_recipe
 from secateur.healing.train import TrainingSet, make_loss, training_arguments, training_sets
 from secateur.healing.trainable import decide, prepare

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.signal
 import torch
 
-from secateur.choosing.candidates import candidates, ranges
-from secateur.choosing.choose import blocks_to_keep, choice_of, choose, needs_profile
-from secateur.choosing.selectors import SELECTORS
+from secateur.choosing.choose import blocks_to_keep, candidates, choice_of, choose, needs_profile, ranges
+from secateur.choosing.selectors import SELECTORS, lowest_in_each_half, replicates_of
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
-from secateur.measures.curves import PROMINENCE, smoothed, valleys
+from secateur.measures.intervals import interval
 from secateur.provenance import provenance
 from secateur.results import DepthRow, DepthScoreRow, PartRow, Profile
 
@@ -67,20 +65,6 @@ def test_interior_minima_are_true_minima():
     assert depth_of("l3prune-interior-small", profile) == 5
     assert depth_of("l3prune-interior-large", profile) == 10
     assert not choice_of("l3prune-interior-small", 12, profile).warning
-
-
-def test_valleys_are_those_of_scipys_peaks_upside_down():
-    rng = np.random.default_rng(1)
-    found = 0
-    for _ in range(200):
-        losses = rng.normal(size=24).cumsum().tolist()
-        curve = -np.array(smoothed(losses))
-        prominence = PROMINENCE * np.ptp(curve)
-        bottoms = scipy.signal.find_peaks(curve, prominence=prominence)[0]
-        expected = {max(1, i - 1) + int(np.argmin(losses[max(1, i - 1) : min(23, i + 2)])) + 1 for i in bottoms}
-        assert valleys(losses) == sorted(expected)
-        found += len(expected)
-    assert found > 100
 
 
 @pytest.mark.parametrize(
@@ -215,6 +199,25 @@ def test_a_single_block():
             depth_of(name, profile)
 
 
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def test_replicates_spread_as_the_standard_error_does():
+    losses = noise(200, 4) + np.arange(4)
+    replicates = replicates_of(losses, 0, 20000)
+    error = losses.std(axis=0, ddof=1) / math.sqrt(200)
+    assert replicates.mean(axis=0) == pytest.approx(losses.mean(axis=0), abs=0.02)
+    assert replicates.std(axis=0) == pytest.approx(error, rel=0.03)
+    low, high = zip(*map(interval, replicates.T), strict=True)
+    assert np.subtract(high, low) == pytest.approx(2 * 1.97 * error, rel=0.03)
+
+
+def test_what_all_batches_share_leaves_the_selection_probabilities_sharp():
+    apart = noise(10, 1) + np.array([1.0, 0.9, 2.0, 1.9])  # batches differ much, but at all depths alike
+    assert np.unique(lowest_in_each_half(replicates_of(apart, 0)), axis=0).tolist() == [[2, 4]]
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -292,7 +295,7 @@ def test_a_budget_of_loss_is_the_shallowest_near_enough_to_the_lowest():
         choose(table(None, depth=6, parts=PARTS), max_loss_increase=0.1)
 
 
-@pytest.mark.parametrize("limit", [{"max_params": math.nan}, {"max_bytes": "5"}, {"max_params": -1}])
+@pytest.mark.parametrize("limit", [{"max_params": math.nan}, {"max_bytes": "five"}, {"max_params": -1}])
 def test_limits_that_are_no_numbers_are_refused(limit: dict[str, object]):
     measured = table([3.0, 2, 1])
     for ask in (choose, candidates):

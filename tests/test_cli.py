@@ -317,13 +317,6 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(place: Path):
     assert not (place / "out").exists()
 
 
-def test_the_names_that_are_checked_at_once_are_those_of_the_steps():
-    from secateur.choosing.choose import SHORT
-    from secateur.choosing.selectors import SELECTORS
-
-    assert set(config.SELECTOR_NAMES) == {*SHORT, *SELECTORS}
-
-
 def test_models_get_the_names_that_they_are_given(place: Path, run: Run):
     ended = run("evaluate", "model", "model", "--names", "one", "two", "--tasks", "task", "-o", "scores")
     assert ended.code == 0, ended.err

@@ -10,8 +10,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from conftest import MakeEncoder
 from secateur.errors import ConfigError, DataError, ModelError
-from secateur.evaluation.differences import read_draws, score_differences
 from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.reporting.compare import compare, nearest_texts, overlap
 from secateur.results import Comparison, ScoreRow, load
 from task_folders import example_rows, sentences, write_task
@@ -47,7 +47,7 @@ def test_models_side_by_side(folders: list[Path], tmp_path: Path):
         if row.task:
             own, reference = scores[row.model, row.task], scores["full", row.task]
             expected = own.score - reference.score
-            draws = read_draws(out, own) - read_draws(out, reference)
+            draws = read_replicates(out, own) - read_replicates(out, reference)
             if row.model == "other":
                 assert (row.low, row.high) == pytest.approx(tuple(np.nanquantile(draws, [0.025, 0.975])))
         else:

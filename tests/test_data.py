@@ -12,14 +12,21 @@ import datasets
 import pytest
 
 from conftest import example_pairs, write_pairs
-from secateur.data import formats
-from secateur.data.e5_mix import INSTRUCTIONS
-from secateur.data.pairs import Pair, Pairs, batches, read_pairs
-from secateur.data.sources import data_files, read_sources
-from secateur.data.texts import Texts, read_texts
+from secateur.data import rows as rows_of_files
+from secateur.data.rows import read_column
+from secateur.data.sources import (
+    E5_INSTRUCTIONS,
+    Pair,
+    Pairs,
+    Texts,
+    batches,
+    data_files,
+    read_pairs,
+    read_sources,
+    read_texts,
+)
 from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import read_task_folder
-from secateur.inference.rows import read_rows
 
 ROWS = [
     {"query": 'with "quotes", a comma\nand a line', "positive": "Blätter 葉", "negative": "n1"},
@@ -217,7 +224,7 @@ def test_batches_are_full_and_in_order(hundred: Pairs):
 
 def test_a_folder_of_the_e5_mix_is_read_with_its_instructions(tmp_path: Path):
     row = {"query": "who?", "positive": "me", "negative": "you"}
-    for name in INSTRUCTIONS:
+    for name in E5_INSTRUCTIONS:
         write_pairs(tmp_path / f"{name}.jsonl", [row])
     found = [read_pairs(file) for file in data_files(tmp_path)]
     assert len(found) == 14
@@ -321,7 +328,7 @@ def test_columns_are_mapped_and_missing_ones_named(suffix: str, tmp_path: Path):
         with pytest.raises(DataError, match=r"column is missing: it has premise, yes, no") as caught:
             read_pairs(data, columns={**MAP, role: "absent"})
         assert (caught.value.file, caught.value.field) == (str(data), "absent")
-    with pytest.raises(DataError, match=r"needs query or anchor.*here are.*--columns"):
+    with pytest.raises(DataError, match=r"needs query or anchor.*--columns.*here are premise, yes"):
         read_pairs(data, columns={"positive": "yes"})
     with pytest.raises(ConfigError, match="answer is no role"):
         read_pairs(data, columns={"answer": "yes"})
@@ -378,7 +385,7 @@ HOSTILE = {
 READERS = {
     "pairs": read_pairs,
     "texts": read_texts,
-    "encode": lambda file: list(read_rows(file, "text")),
+    "encode": lambda file: list(read_column(file, "text")),
     "task": lambda file: read_task_folder(file.parent),
 }
 
@@ -401,7 +408,7 @@ def test_a_hostile_file_is_one_line_with_file_and_line_in_every_reader(case: str
 
 
 def test_a_line_of_a_packed_file_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(formats, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(rows_of_files, "MAX_LINE", 1 << 20)
     file = tmp_path / "bomb.jsonl.gz"
     file.write_bytes(gzip.compress(GOOD + b" " * (64 << 20)))
     tracemalloc.start()
@@ -422,7 +429,7 @@ def test_a_byte_order_mark_is_left_out_by_every_reader(suffix: str, tmp_path: Pa
         assert read_pairs(write_pairs(tmp_path / "a.jsonl", example_pairs(3))).prompt == "Do it;\n"
         return
     file.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
-    assert list(read_rows(file)) == list(read_texts(file).rows) == ["t"]
+    assert list(read_column(file)) == list(read_texts(file).rows) == ["t"]
     if suffix != "txt":
         assert read_pairs(file).rows == (Pair("q", "p"),)
 
@@ -467,7 +474,7 @@ def test_of_one_large_row_group_a_piece_is_in_memory(tmp_path: Path):
     table = pyarrow.table({"query": texts, "positive": texts, "vector": [[0.5] * 30] * len(texts)})
     parquet.write_table(table, file, row_group_size=len(texts), use_dictionary=False, compression="none")
     script = (
-        "import pyarrow, sys\nfrom secateur.data.sources import read_sources\n"
+        "import pyarrow, sys\nfrom secateur.data.sources import E5_INSTRUCTIONS, read_sources\n"
         "(drawn,) = read_sources([sys.argv[1]], most=10, seed=1)\n"
         "print(len(drawn.rows), pyarrow.default_memory_pool().max_memory())"
     )

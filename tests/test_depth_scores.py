@@ -93,12 +93,7 @@ def test_mistakes_are_found_before_the_pass(llama_folder, tmp_path, tasks):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full device is Linux's")
 def test_a_full_disk_of_temporary_files_is_said(tasks, llama_folder, monkeypatch):
-    opening = Path.open
-    monkeypatch.setattr(
-        Path,
-        "open",
-        lambda path, *args, **kw: opening(Path("/dev/full") if path.suffix == ".float32" else path, *args, **kw),
-    )
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: Path("/dev/full").open("w+b"))  # noqa: SIM115
     with pytest.raises(OutputError, match="the disk is full"):
         depth_scores(open_model(llama_folder, dtype="float32"), [open_task(tasks[0])])
 

@@ -24,14 +24,12 @@ from conftest import LETTERS, MakeEncoder, tiny_transformer
 from killing import run_until, signalled
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
+from secateur.data.rows import read_column
 from secateur.errors import ConfigError, DataError, OutputError
-from secateur.inference import engine
-from secateur.inference.arithmetic import use_arithmetic
-from secateur.inference.encode import SHARD, TEXTS
-from secateur.inference.engine import Engine
-from secateur.inference.mixed import MixedLinear, Spared, use_mixed_products
-from secateur.inference.pools import Opening, open_worker
-from secateur.inference.rows import read_rows
+from secateur.inference import encoders
+from secateur.inference.distinct import SHARD
+from secateur.inference.encoders import MixedLinear, ModelEncoder
+from secateur.inference.opening import Opening, open_encoder, use_dtype
 from secateur.measures.metrics import paired_cosines
 from secateur.models import forward
 from task_folders import example_rows, write_task
@@ -110,10 +108,10 @@ def test_a_prompt_is_run_once(make_encoder: MakeEncoder):
     tokens = []
     own[0].auto_model.embed_tokens.register_forward_hook(lambda _, args, out: tokens.append(args[0].numel()))
     texts = [f"{i:04}" for i in range(400)]
-    engine = Engine(own)
-    engine.encode(texts, "0123456789" * 5)  # finds out that the prompt can be shared
+    encoder = ModelEncoder(own)
+    encoder.encode_texts(texts, "0123456789" * 5)  # finds out that the prompt can be shared
     tokens.clear()
-    engine.encode(texts, "0123456789" * 5)
+    encoder.encode_texts(texts, "0123456789" * 5)
     assert sum(tokens) < 400 * 10, "54 tokens each where the prompt is run with every text"
 
 
@@ -129,9 +127,8 @@ def test_what_is_known_of_a_prompt_does_not_outlive_the_weights(make_encoder: Ma
 
 def test_a_prompt_that_comes_out_a_little_otherwise_is_run_with_every_text(make_encoder: MakeEncoder, monkeypatch):
     """As with caches that round what they keep."""
-    own = make_encoder("llama")
-    use_mixed_products(own)
     texts, prompt = [f"{i} and so on" for i in range(20)], "find the word that is meant: "
+    exact = make_encoder("llama").encode(texts, prompt=prompt)
 
     def run_prefix(transformer, start):
         prefix = forward.run_prefix(transformer, start)
@@ -139,11 +136,17 @@ def test_a_prompt_that_comes_out_a_little_otherwise_is_run_with_every_text(make_
             layer.values = layer.values * 1.02
         return prefix
 
-    monkeypatch.setattr(engine, "run_prefix", run_prefix)
-    expected = own.encode(texts, prompt=prompt)
-    assert paired_cosines(accelerate(own).encode(texts, prompt=prompt), expected).min() >= engine.PROBED_COSINE
-    monkeypatch.setattr(engine, "PROBED_COSINE", 0.999)
-    assert paired_cosines(accelerate(own).encode(texts, prompt=prompt), expected).min() < 0.99995, "it would show"
+    def mixed() -> np.ndarray:
+        encoder = ModelEncoder(make_encoder("llama"))
+        use_dtype(encoder, "mixed")
+        return encoder.encode_texts(texts, prompt)
+
+    expected = mixed()
+    monkeypatch.setattr(encoders, "run_prefix", run_prefix)
+    assert paired_cosines(mixed(), expected).min() >= encoders.PROBED_COSINE
+    assert paired_cosines(expected, exact).min() >= 0.999
+    monkeypatch.setattr(encoders, "PROBED_COSINE", 0.999)
+    assert paired_cosines(mixed(), expected).min() < 0.99995, "it would show"
 
 
 def test_of_a_long_text_so_much_is_tokenized_as_the_model_reads(make_encoder: MakeEncoder):
@@ -159,9 +162,9 @@ def test_of_a_long_text_so_much_is_tokenized_as_the_model_reads(make_encoder: Ma
         return tokenize(texts, **options)
 
     own.preprocess = count
-    engine = Engine(own)
+    encoder = ModelEncoder(own)
     lengths.clear()
-    found = engine.encode(texts)
+    found = encoder.encode_texts(texts)
     assert sorted(lengths)[:2] == [1024, 1024]
     del own.preprocess
     same(found, own.encode(texts))
@@ -206,17 +209,6 @@ def test_an_accelerated_model_has_the_same_scores(make_encoder: MakeEncoder, tmp
     assert second == pytest.approx(first, abs=1e-4)
 
 
-def test_mixed_products_round_little_and_can_be_undone(make_encoder: MakeEncoder):
-    own = make_encoder("llama")
-    expected = own.encode(list(SCRIPTS))
-    undo = use_mixed_products(own)
-    mixed = own.encode(list(SCRIPTS))
-    assert not np.array_equal(mixed, expected)
-    assert paired_cosines(mixed, expected).min() >= 0.999
-    undo()
-    np.testing.assert_array_equal(own.encode(list(SCRIPTS)), expected)
-
-
 @pytest.mark.parametrize("prompt", ["", "find the word that is meant: "])
 def test_mixed_products_spare_short_texts(make_encoder: MakeEncoder, prompt: str):
     own, exact = make_encoder("llama"), make_encoder("llama")
@@ -224,10 +216,11 @@ def test_mixed_products_spare_short_texts(make_encoder: MakeEncoder, prompt: str
     lengths = [len(ids) for ids in exact.tokenizer([prompt + text for text in texts])["input_ids"]]
     limit = sorted(lengths)[len(lengths) // 2]
     name = f"mixed:{limit}x{len(own[0].auto_model.layers)}"
-    assert use_arithmetic(own, name) == name
+    encoder = ModelEncoder(own)
+    assert use_dtype(encoder, name) == encoder.dtype == name
     expected = exact.encode(texts, prompt=prompt)
-    one_by_one = own.encode(texts, prompt=prompt, batch_size=1)
-    for found in (one_by_one, accelerate(own).encode(texts, prompt=prompt)):
+    one_by_one = np.concatenate([encoder.encode_texts([text], prompt) for text in texts])
+    for found in (one_by_one, encoder.encode_texts(texts, prompt)):
         same(found, expected, 0.999)
         short = [i for i, length in enumerate(lengths) if length < limit]
         np.testing.assert_allclose(found[short], expected[short], atol=1e-5)
@@ -237,54 +230,60 @@ def test_mixed_products_spare_short_texts(make_encoder: MakeEncoder, prompt: str
 
 def test_so_many_blocks_of_short_texts_stay_in_float32(make_encoder: MakeEncoder):
     """Against a model whose other blocks are mixed for all texts."""
-    own, halved, whole, exact = (make_encoder("llama", depth=2) for _ in range(4))
-    use_mixed_products(own, [Spared(8, 2), Spared(30, 1)])
-    use_mixed_products(whole)
-    halved[0].auto_model.layers[1] = whole[0].auto_model.layers[1]
+    own, halved, whole, exact = (ModelEncoder(make_encoder("llama", depth=2)) for _ in range(4))
+    use_dtype(own, "mixed:8x2,30x1")
+    use_dtype(whole, "mixed")
+    halved.model[0].auto_model.layers[1] = whole.model[0].auto_model.layers[1]
     texts = ["one", "a text of more tokens", "a text that has more tokens than any other one of them"]
-    lengths = [len(ids) for ids in own.tokenizer(texts)["input_ids"]]
+    lengths = [len(ids) for ids in own.model.tokenizer(texts)["input_ids"]]
     assert [length >= 8 for length in lengths] == [False, True, True]
     assert [length >= 30 for length in lengths] == [False, False, True]
-    for text, model in zip(texts, (exact, halved, whole), strict=True):
-        np.testing.assert_array_equal(own.encode(text), model.encode(text))
-    assert not np.array_equal(halved.encode(texts[1]), exact.encode(texts[1]))
-
-
-def test_what_moves_a_mixed_model_moves_all_of_it(make_encoder: MakeEncoder):
-    own = make_encoder("llama")
-    use_mixed_products(own, [Spared(8, 2)])
-    own.to("meta")
-    layer = own[0].auto_model.layers[0].mlp.up_proj
-    assert isinstance(layer, MixedLinear)
-    assert {layer.weight.device.type, layer._linear[0].weight.device.type} == {"meta"}
+    for text, encoder in zip(texts, (exact, halved, whole), strict=True):
+        np.testing.assert_array_equal(own.encode_texts([text]), encoder.encode_texts([text]))
+    assert not np.array_equal(halved.encode_texts(texts[1:2]), exact.encode_texts(texts[1:2]))
 
 
 def test_a_mixed_layer_rounds_its_weights_and_inputs_alone(make_encoder: MakeEncoder):
-    own = make_encoder("llama")
-    use_arithmetic(own, "mixed")
+    own = ModelEncoder(make_encoder("llama"))
+    use_dtype(own, "mixed")
     states = torch.randn(3, 7, 32)  # 21 rows, which are filled up
-    layer = own[0].auto_model.layers[1].mlp.up_proj
+    layer = own.model[0].auto_model.layers[1].mlp.up_proj
     assert isinstance(layer, MixedLinear)
+    assert layer.linear is None, "nothing is spared: the float32 weights need no memory"
     rounded = states.bfloat16().double() @ layer.weight.double().T
     torch.testing.assert_close(layer(states).double(), rounded, rtol=1e-2, atol=1e-3)
+    own.model.to("meta")
+    assert layer.weight.device.type == "meta"
 
 
 def test_auto_keeps_its_bound_on_texts_that_it_has_not_seen(make_encoder: MakeEncoder, monkeypatch):
     """Where bfloat16 is said to be quicker: random letters, hardest where they are few."""
-    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr("secateur.inference.arithmetic.block_seconds", lambda model: seconds)
-    own, exact = make_encoder("llama", depth=4, seed=1), make_encoder("llama", depth=4, seed=1)
-    taken = use_arithmetic(own, "auto")
+    monkeypatch.setattr("secateur.inference.opening.product_gain", lambda: 2.0)
+    own, exact = (ModelEncoder(make_encoder("llama", depth=4, seed=1)) for _ in range(2))
+    taken = use_dtype(own, "auto")
     assert taken == "float32" or taken.startswith("mixed")
     rng = random.Random(3)
     texts = ["".join(rng.choices(LETTERS, k=rng.randint(1, 12))) for _ in range(400)]
-    assert paired_cosines(own.encode(texts), exact.encode(texts)).min() >= 0.9999
+    assert paired_cosines(own.encode_texts(texts), exact.encode_texts(texts)).min() >= 0.9999
+
+
+def test_auto_stays_in_float32_where_that_is_quicker_or_long_texts_would_change(make_encoder: MakeEncoder, monkeypatch):
+    for gain, bound in ((1.0, 0.99995), (2.0, 1.1)):
+        monkeypatch.setattr("secateur.inference.opening.product_gain", lambda gain=gain: gain)
+        monkeypatch.setattr("secateur.inference.opening.PROBED_COSINE", bound)
+        own = ModelEncoder(make_encoder("llama"))
+        expected = own.encode_texts(SCRIPTS)
+        assert use_dtype(own, "auto") == own.dtype == "float32"
+        np.testing.assert_array_equal(own.encode_texts(SCRIPTS), expected)
+    halved = ModelEncoder(make_encoder("llama").bfloat16())
+    monkeypatch.setattr("secateur.inference.opening.product_gain", lambda: 0.5)
+    assert use_dtype(halved, "auto") == "float32"
+    assert halved.model.dtype == torch.float32
 
 
 def test_auto_measures_where_there_is_much_to_encode(model: Path, reference, tmp_path: Path, monkeypatch):
     """Where bfloat16 is said to be quicker."""
-    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr("secateur.inference.arithmetic.block_seconds", lambda model: seconds)
+    monkeypatch.setattr("secateur.inference.opening.product_gain", lambda: 2.0)
     for count, taken in ((100, "float32"), (2000, "mixed")):
         texts = [f"{i} {'word ' * (i % 40)}" for i in range(count)]
         out = tmp_path / f"{count}.npy"
@@ -301,11 +300,11 @@ def test_auto_measures_where_there_is_much_to_encode(model: Path, reference, tmp
 def test_auto_is_measured_on_texts_of_the_run(model: Path, tmp_path: Path, monkeypatch):
     asked = []
 
-    def quicken(_, texts, prompt: str) -> str:
+    def select(_, texts, prompt: str) -> str:
         asked.append((texts, prompt))
         return "float32"
 
-    monkeypatch.setattr("secateur.inference.arithmetic.quicken", quicken)
+    monkeypatch.setattr("secateur.inference.opening.select_dtype", select)
     texts = [f"{i} {'word ' * (20 + i % 60)}" for i in range(1000)]
     file = write_lines(tmp_path / "a.jsonl", texts * 2)
     encode(model, [file], out=tmp_path / "v.npy", prompt_name="query")
@@ -423,7 +422,7 @@ def test_killed_five_times_it_goes_on(model: Path, reference, tmp_path: Path):
     texts += texts[:100]
     file = write_lines(tmp_path / "a.jsonl", texts)
     command = ("encode", model, file, "-o", tmp_path / "v.parquet", "--dtype", "float32")
-    for shard in ("seen.sqlite", "job.json", "00000000.npy", "00000001.npy", "result"):
+    for shard in ("seen.sqlite", "done.json", "00000000.npy", "00000001.npy", "result"):
         run_until(tmp_path / "v.parquet.partial", shard, *command)
     assert not (tmp_path / "v.parquet").exists()
     done = encode(model, [file], out=tmp_path / "v.parquet", dtype="float32")
@@ -433,7 +432,7 @@ def test_killed_five_times_it_goes_on(model: Path, reference, tmp_path: Path):
 
 def test_a_partial_run_is_finished_only_by_itself(model: Path, tmp_path: Path):
     file = write_lines(tmp_path / "a.jsonl", ["one", "two"])
-    run_until(tmp_path / "v.npy.partial", "job.json", "encode", model, file, "-o", tmp_path / "v.npy")
+    run_until(tmp_path / "v.npy.partial", "done.json", "encode", model, file, "-o", tmp_path / "v.npy")
     with pytest.raises(OutputError, match="unfinished run with other prompt"):
         encode(model, [file], out=tmp_path / "v.npy", instruction="find")
     write_lines(file, ["one", "three"])
@@ -489,7 +488,7 @@ def test_texts_that_went_missing_are_told(model: Path, tmp_path: Path):
 
 def test_a_description_that_a_killed_run_left_is_in_nobodys_way(model: Path, reference, tmp_path: Path):
     file = write_lines(tmp_path / "a.jsonl", ["one", "two"])
-    run_until(tmp_path / "v.npy.partial", "job.json", "encode", model, file, "-o", tmp_path / "v.npy")
+    run_until(tmp_path / "v.npy.partial", "done.json", "encode", model, file, "-o", tmp_path / "v.npy")
     (tmp_path / "v.npy.json").write_text("{}")
     encode(model, file, out=tmp_path / "v.npy")
     same(np.load(tmp_path / "v.npy"), reference.encode(["one", "two"]))
@@ -522,7 +521,7 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [("spawn_main", {}), ("MapWorker(", {"ray": "local"})])
+@pytest.mark.parametrize(("name", "options"), [("spawn_main", {}), ("TextEncoder", {"ray": "local"})])
 def test_a_dead_worker_is_replaced(model: Path, reference, tmp_path: Path, name: str, options):
     if options:
         pytest.importorskip("ray")
@@ -531,20 +530,6 @@ def test_a_dead_worker_is_replaced(model: Path, reference, tmp_path: Path, name:
     with Killer(tmp_path / "v.npy.partial" / "00000000.npy", name) as killer:
         done = encode(model, [file], out=tmp_path / "v.npy", dtype="float32", processes=2, **options)
     assert killer.killed
-    same(vectors_of(done.file), reference.encode(texts))
-
-
-@pytest.mark.slow
-def test_ray_may_cut_what_its_workers_give_elsewhere(model: Path, reference, tmp_path: Path, monkeypatch):
-    data = pytest.importorskip("ray.data")
-    monkeypatch.setattr(data.DataContext.get_current(), "target_max_block_size", 10_000)
-    texts = [f"{i} {'word ' * (i % 5)}" for i in range(2 * SHARD + 7)]
-    told: list[tuple[object, ...]] = []
-    file = write_lines(tmp_path / "a.jsonl", texts)
-    done = encode(
-        model, [file], out=tmp_path / "v.npy", dtype="float32", ray="local", progress=lambda *step: told.append(step)
-    )
-    assert len([step for step in told if step[0] == TEXTS]) > 10
     same(vectors_of(done.file), reference.encode(texts))
 
 
@@ -570,9 +555,8 @@ def test_an_export_has_decided_how_it_encodes(model: Path, tmp_path: Path):
         {"trust_remote_code": True},
     ):
         with pytest.raises(ConfigError, match=f"{next(iter(options))}: cannot be chosen for an export"):
-            open_worker(Opening(str(tmp_path / "exported"), **options))
-    worker = open_worker(Opening(str(tmp_path / "exported"), dtype="float32"))
-    assert worker.settle("", ()) == "float32"
+            open_encoder(Opening(str(tmp_path / "exported"), **options))
+    assert use_dtype(open_encoder(Opening(str(tmp_path / "exported"), dtype="float32")), "float32") == "float32"
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -610,11 +594,11 @@ def test_a_mistake_in_parquet_is_found_in_its_row(tmp_path: Path):
     column = pyarrow.array(["one"] * 1500, pyarrow.string())
     parquet.write_table(pyarrow.table([column, column], names=["text", "text"]), file)
     with pytest.raises(DataError, match='"text": is the name of 2 columns'):
-        list(read_rows(file))
+        list(read_column(file))
     broken = pyarrow.array([b"one"] * 1200 + [b"t\xff"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": broken}), file)
     with pytest.raises(DataError, match='line 1201, "text": byte 2 of the text is not UTF-8'):
-        list(read_rows(file))
+        list(read_column(file))
 
 
 def test_what_is_no_file_that_can_be_read_twice(tmp_path: Path):
@@ -622,7 +606,7 @@ def test_what_is_no_file_that_can_be_read_twice(tmp_path: Path):
     (tmp_path / "folder.csv").mkdir()
     for name, says in (("pipe.txt", "write it into a file"), ("folder.csv", "is a folder"), ("a.txt", "no such file")):
         with pytest.raises(DataError, match=says):
-            read_rows(tmp_path / name)
+            list(read_column(tmp_path / name))
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read, even by root")
@@ -654,7 +638,9 @@ def test_mistakes_in_the_options(model: Path, tmp_path: Path):
 @pytest.mark.parametrize("dtype", ["mixed:abc", "mixed:8", "mixedx", "foo"])
 def test_a_number_format_that_is_none(model: Path, dtype: str):
     with pytest.raises(ConfigError, match=f"dtype: .*'{dtype}'"):
-        open_worker(Opening(str(model), dtype=dtype, device="cpu")).settle("", ())
+        encode(model, [], out="v.npy", dtype=dtype)
+    with pytest.raises(ConfigError, match=f"dtype: .*'{dtype}'"):
+        use_dtype(open_encoder(Opening(str(model), dtype=dtype, device="cpu")), dtype)
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path):
@@ -672,7 +658,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     app(["encode", str(model), str(file), "-o", str(tmp_path / "v.parquet")], standalone_mode=False)
     told = capsys.readouterr()
     assert told.out.strip() == str(tmp_path / "v.parquet")
-    assert "3 rows, 2 distinct texts, 32 numbers each" in told.err
+    assert "3 rows, 2 distinct texts, 32 dimensions" in told.err
     assert "encoded 2 texts" in told.err
     assert "tokens per second" in told.err
 

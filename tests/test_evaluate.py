@@ -36,9 +36,8 @@ from tokenizers import normalizers
 from conftest import MakeEncoder
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, DataError, ModelError, OutputError
-from secateur.evaluation.differences import read_draws
 from secateur.evaluation.evaluate import evaluate
-from secateur.evaluation.predictions import averaged_metric, v_measure_of
+from secateur.evaluation.replicates import averaged_metric, read_replicates, v_measure_of
 from secateur.evaluation.task_folder import read_task_folder, sample_task
 from secateur.evaluation.tasks import open_task
 from secateur.measures.intervals import resample
@@ -170,7 +169,7 @@ def test_a_task_of_several_is_their_mean(make_encoder: MakeEncoder, tmp_path: Pa
     assert row.score == pytest.approx(np.mean(list(own.values())), abs=1e-5)
     assert row.samples == sum(12 + number for number in range(len(parts)))
     assert (row.task, row.low, row.unit) == ("CQADupstackRetrieval", None, "")
-    assert "cannot be drawn again" in row.note
+    assert "cannot be resampled" in row.note
 
 
 def test_every_model_is_scored_on_the_same_texts_in_any_company(make_encoder: MakeEncoder, tmp_path: Path):
@@ -370,8 +369,8 @@ def test_every_folder_is_checked_before_any_text_is_encoded(make_encoder: MakeEn
 def test_wrong_arguments_are_refused(make_encoder: MakeEncoder, tmp_path: Path):
     path, model = write_task(tmp_path / "t", "sts", example_rows("sts")), make_encoder()
     for arguments, options, says in [
-        (([], [path]), {}, "models: there are none"),
-        (([model], []), {}, "tasks: there are none"),
+        (([], [path]), {}, "models: is missing"),
+        (([model], []), {}, "tasks: is missing"),
         (([model, model], [path]), {"names": ["m", "m"]}, "two models are called m"),
         (([model], [path]), {"names": ["m", "n"]}, "2 names for 1 models"),
         (([model], [path, path]), {}, "two tasks are called t"),
@@ -428,7 +427,7 @@ def test_every_score_has_an_interval_around_it(type_: str, make_encoder: MakeEnc
             24,
             UNITS.get(type_, "queries" if type_ in ("retrieval", "reranking") else "pairs"),
         )
-        draws = read_draws(out, row)
+        draws = read_replicates(out, row)
         assert draws.shape == (2000,)
         assert np.nanmean(draws) == pytest.approx(row.score, abs=1e-4)
         ends = np.clip(
@@ -448,7 +447,7 @@ def test_the_same_model_differs_from_itself_by_nothing_in_every_draw(make_encode
     path = write_task(tmp_path / "t", "retrieval", example_rows("retrieval"))
     models = [make_encoder(), make_encoder(), make_encoder(seed=1)]
     one, two, other = evaluate(models, [path], names=["a", "b", "c"], out=tmp_path / "out").rows
-    draws = [read_draws(tmp_path / "out", row) for row in (one, two, other)]
+    draws = [read_replicates(tmp_path / "out", row) for row in (one, two, other)]
     assert np.array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2])
 
@@ -458,8 +457,8 @@ def test_too_few_rows_and_unknown_spreads_have_no_interval(make_encoder: MakeEnc
     ami = write_task(tmp_path / "ami", "clustering", example_rows("clustering"), metric="ami")
     for row in evaluate([make_encoder()], [few, ami], names=["m"], out=tmp_path / "out").rows:
         assert (row.low, row.high, row.unit, row.units, row.draws) == (None, None, "", 0, "")
-        assert read_draws(tmp_path / "out", row) is None
-        assert {"few": "4 queries are fewer than 5", "ami": "cannot be drawn again"}[row.task] in row.note
+        assert read_replicates(tmp_path / "out", row) is None
+        assert {"few": "4 queries are fewer than 5", "ami": "cannot be resampled"}[row.task] in row.note
 
 
 def test_a_score_that_mteb_computes_otherwise_says_why_it_has_no_interval(
@@ -485,13 +484,13 @@ def test_an_interval_of_few_pairs_stays_within_what_a_correlation_can_be(make_en
     assert -1 <= row.low < row.score < row.high <= 1
 
 
-def test_draws_that_are_gone_are_drawn_again(make_encoder: MakeEncoder, tmp_path: Path):
+def test_replicates_that_are_gone_are_computed_again(make_encoder: MakeEncoder, tmp_path: Path):
     path, model, out = write_task(tmp_path / "t", "sts", example_rows("sts")), make_encoder(), tmp_path / "out"
     first = evaluate([model], [path], names=["m"], out=out).rows[0]
     file = next((out / "draws").iterdir())
     file.unlink()
-    with pytest.raises(DataError, match="draws of m on t"):
-        read_draws(out, first)
+    with pytest.raises(DataError, match="bootstrap replicates of m on t"):
+        read_replicates(out, first)
     again = evaluate([model], [path], names=["m"], out=out).rows[0]
     assert (again.low, again.high) == (first.low, first.high)
     assert file.is_file()
@@ -661,7 +660,7 @@ def test_a_score_without_an_interval_says_why(
     other = write_task(tmp_path / "other", "sts", example_rows("sts"))
     assert [row.note for row in evaluate([make_encoder()], [few, mutual, other], names=["m"]).rows] == [
         "no interval: 4 pairs are fewer than 5",
-        "no interval: the rows of Clustering by ami cannot be drawn again",
+        "no interval: the rows of Clustering by ami cannot be resampled",
         "",
     ]
     # As if mteb scored the task in another way than its predictions say.
@@ -710,7 +709,7 @@ def test_many_labels_take_little_memory(metric: str):
         statistic = partial(averaged_metric, "f1", gold, found)
         theirs = partial(f1_score, average="macro")
     tracemalloc.start()
-    draws = resample(statistic, 1000, seed=1, draws=400)
+    draws = resample(statistic, 1000, seed=1, replicates=400)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6

@@ -17,15 +17,11 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 from architectures import config_of
 from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
-from secateur import options as config
 from secateur import runtime
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
-from secateur.exporting.compatibility import compatibility
-from secateur.exporting.export import LEAST_COSINE, export
-from secateur.exporting.faithfulness import as_numbers
-from secateur.exporting.graph import EncoderGraph
-from secateur.exporting.manifest import Export
-from secateur.exporting.outliers import SplitLinear, outliers_apart
+from secateur.exporting.convert import Form
+from secateur.exporting.export import MIN_COSINE, Export, as_numbers, consumers_of, export
+from secateur.exporting.graph import EncoderGraph, SplitLinear, split_outliers
 from secateur.measures.metrics import paired_cosines
 from secateur.results import load
 from task_folders import example_rows, write_task
@@ -158,8 +154,8 @@ def test_an_export_gives_the_originals_vectors_on_any_text(
     exported: Callable[..., tuple[Path, Export]], folders: Callable[[str], Path], name: str, to: str
 ):
     folder, result = exported(name, to)
-    assert_agrees(folder, folders(name), LEAST_COSINE["float32"])
-    assert result.cosine_min > LEAST_COSINE["float32"]
+    assert_agrees(folder, folders(name), MIN_COSINE["float32"])
+    assert result.cosine_min > MIN_COSINE["float32"]
     assert result.graph == {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}[to]
     assert (folder / result.graph).is_file()
     assert load(folder, Export) == result
@@ -220,14 +216,14 @@ def test_a_channel_that_stands_out_is_kept_apart_and_put_back(one_loud_channel: 
     graph = EncoderGraph(model)
     with torch.no_grad():
         expected = graph(**{name: torch.from_numpy(values) for name, values in sample.items()})
-        with outliers_apart(graph, [sample]) as shapes:
+        with split_outliers(graph, [sample]) as shapes:
             split = {name: part for name, part in graph.named_modules() if isinstance(part, SplitLinear)}
             found = graph(**{name: torch.from_numpy(values) for name, values in sample.items()})
     assert {name: part.channels.tolist() for name, part in split.items()} == {"transformer.layers.1.mlp.down_proj": [5]}
     assert shapes == {(1, model.get_embedding_dimension())}
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert not any(isinstance(part, SplitLinear) for part in graph.modules())
-    with outliers_apart(graph, []) as shapes:
+    with split_outliers(graph, []) as shapes:
         assert not shapes
 
 
@@ -236,7 +232,7 @@ def test_a_channel_that_stands_out_does_not_cost_int8_its_vectors(
 ):
     options = {"to": "onnx", "precision": "int8", "min_cosine": -1.0}
     apart = export(one_loud_channel, out=tmp_path / "apart", **options)
-    monkeypatch.setattr("secateur.exporting.outliers.FAR", float("inf"))
+    monkeypatch.setattr("secateur.exporting.graph.OUTLIER", float("inf"))
     together = export(one_loud_channel, out=tmp_path / "together", **options)
     assert 1 - apart.cosine_mean < (1 - together.cosine_mean) / 2
 
@@ -273,7 +269,7 @@ def test_every_backend_agrees_with_torch_on_a_real_model(
 ):
     out = tmp_path / "out"
     result = export(minilm, to=to, precision=precision, quantization=quantization, out=out)
-    assert result.cosine_min > LEAST_COSINE[precision]
+    assert result.cosine_min > MIN_COSINE[precision]
     assert_agrees(out, minilm, LEAST_ON_HOSTILE[to, precision, quantization])
 
 
@@ -297,24 +293,53 @@ def test_a_graph_without_a_prompt_length_pools_everything(
         np.testing.assert_allclose(torch.from_numpy(value)[kept], expected[name][kept], atol=1e-4)
 
 
-def test_a_text_that_is_cut_elsewhere_is_noticed(
+@pytest.fixture
+def traced_bert(exported: Callable[..., tuple[Path, Export]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of the tiny BERT to OpenVINO take the graph of one that was made before."""
+    folder, _ = exported("bert", "openvino")
+
+    def copy(graph: EncoderGraph, form: Form, out: Path, calibration: object) -> None:
+        shutil.copytree(folder / "openvino", out / "openvino")
+
+    monkeypatch.setattr("secateur.exporting.export.convert", copy)
+
+
+@pytest.mark.usefixtures("traced_bert")
+def test_a_text_that_is_cut_elsewhere_is_noticed_and_nothing_is_left(
     folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Though all texts of the user are short: a fault in what the export says of its limit."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", example_pairs(200))
     monkeypatch.setattr("secateur.exporting.export.longest_text", lambda _: 60)
-    with pytest.raises(ExportTooFar, match="cosine"):
-        export(folders("bert"), data=pairs, out=tmp_path / "out")
+    with pytest.raises(ExportTooFar, match="least cosine between"):
+        export(folders("bert"), to="openvino", data=pairs, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [pairs]
 
 
-def test_the_models_own_truncate_dim_holds(make_encoder: MakeEncoder, tmp_path: Path):
+@pytest.mark.usefixtures("traced_bert")
+def test_scores_that_fall_too_far_leave_nothing(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        write_pairs(tmp_path / "data" / f"{name}.jsonl", example_pairs(4))
+    scores = {"sts": {"original": 0.9, "exported": 0.88}, "reranking": {"original": 0.5, "exported": 0.5}}
+    monkeypatch.setattr("secateur.exporting.export._scores", lambda *_: scores)
+    options = {"to": "openvino", "data": tmp_path / "data"}
+    with pytest.raises(ExportTooFar, match=r"loses 1\.00 points on the average of the tasks, more than 0\.9"):
+        export(folders("bert"), **options, max_loss=0.9, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = export(folders("bert"), **options, max_loss=1.1, out=tmp_path / "out")
+    assert result.points_lost == pytest.approx(1)
+    assert [Path(source.name).name for source in result.provenance.data] == ["a.jsonl", "b.jsonl"]
+
+
+def test_the_models_own_truncate_dim_holds(make_encoder: MakeEncoder):
     model = make_encoder("bert", truncate_dim=8)
-    model.save(str(tmp_path / "model"), create_model_card=False)
-    texts = ["what is it?", "a", "never"]
-    expected = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts)
-    assert expected.shape == (3, 8)
-    export(tmp_path / "model", out=tmp_path / "out")
-    np.testing.assert_allclose(runtime.load(tmp_path / "out").encode(texts), expected, atol=1e-4)
+    features = model.preprocess(["what is it?", "a"])
+    with torch.no_grad():
+        found = EncoderGraph(model)(features["input_ids"], features["attention_mask"])["sentence_embedding"]
+    np.testing.assert_allclose(found, model.encode(["what is it?", "a"]), atol=1e-5)
 
 
 def test_short_vectors_in_few_bits_and_scores(folders: Callable[[str], Path], tmp_path: Path):
@@ -333,45 +358,22 @@ def test_short_vectors_in_few_bits_and_scores(folders: Callable[[str], Path], tm
     lost = [row.original - row.exported for row in result.rows]
     assert result.points_lost == pytest.approx(100 * np.mean(lost))
     assert result.points_lost != 0  # one bit a dimension does not score as 32 do
-    with pytest.raises(ExportTooFar, match="points on the average"):
-        export(folders("bert"), to="openvino", out=tmp_path / "no", **options | {"max_loss": result.points_lost - 0.01})
-    assert not (tmp_path / "no").exists()
-
-
-def test_a_folder_of_data_is_all_files_in_it(folders: Callable[[str], Path], tmp_path: Path):
-    (tmp_path / "data").mkdir()
-    for name in ("a", "b"):
-        write_pairs(tmp_path / "data" / f"{name}.jsonl", example_pairs(4))
-    result = export(folders("bert"), data=tmp_path / "data", out=tmp_path / "out")
-    assert [Path(source.name).name for source in result.provenance.data] == ["a.jsonl", "b.jsonl"]
-
-
-def test_an_export_that_is_too_far_off_leaves_nothing(folders: Callable[[str], Path], tmp_path: Path):
-    with pytest.raises(ExportTooFar, match="least cosine between"):
-        export(folders("bert"), to="openvino", precision="bfloat16", min_cosine=1.0, out=tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_is_refused_before_any_work(folders: Callable[[str], Path], tmp_path: Path):
     bert, out = folders("bert"), tmp_path / "out"
-    with pytest.raises(ConfigError, match=r"no such backend as 'tvm'.*onnx, openvino"):
-        export(bert, to="tvm", out=out)
-    with pytest.raises(ConfigError, match="no such precision as 'int4'"):
-        export(bert, precision="int4", out=out)
     with pytest.raises(ConfigError, match="quantization: means nothing in float32"):
         export(bert, quantization="static", out=out)
-    with pytest.raises(ConfigError, match="no such form as 'ternary'"):
-        export(bert, vectors="ternary", out=out)
     with pytest.raises(ConfigError, match="dimensions: cannot be 33: 1 to 32"):
         export(bert, dimensions=33, out=out)
+    for wrong in ({"to": "tvm"}, {"precision": "int4"}, {"vectors": "ternary"}, {"min_cosine": float("nan")}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: .* is not valid"):
+            export(bert, out=out, **wrong)
     for data in ([tmp_path / "none.txt"], str(tmp_path / "none.txt")):
         with pytest.raises(DataError, match=r"none\.txt: no such file"):
             export(bert, data=data, out=out)
     with pytest.raises(DataError, match="holds no data files"):
         export(bert, data=[tmp_path], out=out)
-    for no_cosine in (float("nan"), 2):
-        with pytest.raises(ConfigError, match=f"min_cosine: {no_cosine} is no cosine"):
-            export(bert, out=out, min_cosine=no_cosine)
     with pytest.raises(OutputError, match="already holds something"):
         export(bert, out=bert)
     assert not out.exists()
@@ -379,7 +381,7 @@ def test_bad_input_is_refused_before_any_work(folders: Callable[[str], Path], tm
 
 def test_a_missing_backend_is_named(folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "nncf" else found(name, *rest))
+    monkeypatch.setattr("secateur.exporting.convert.find_spec", lambda name: None if name == "nncf" else found(name))
     with pytest.raises(MissingPackage, match=r"nncf: pip install 'secateur\[openvino\]'"):
         export(folders("bert"), to="openvino", precision="int8", out=tmp_path / "out")
 
@@ -397,142 +399,47 @@ def test_cosines_of_nothing():
     np.testing.assert_allclose(paired_cosines(a, b), [0.5**0.5, 1, 0, -1])
 
 
-def test_the_options_are_those_of_the_function():
-    import inspect
-
-    parameters = inspect.signature(export).parameters
-    assert set(config.ExportOptions.model_fields) == set(parameters) - {"progress"}
-
-
-def reader(folder: Path, name: str) -> tuple[str, str]:
-    note = next(note for note in compatibility(folder) if note.reader == name)
-    return note.loads, note.why
+def model_with(make_encoder: MakeEncoder, mode: str = "mean", side: str = "right", **pooling: object):
+    model = make_encoder("bert", depth=1, prompts={"query": "find: "})
+    model.tokenizer.truncation_side = side
+    model[1] = Pooling(32, mode, **pooling)
+    return model
 
 
-@pytest.fixture
-def embedder(folders: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a tiny embedder's folder with some of its JSON changed."""
-
-    def make(name: str, pooling: dict[str, object] | None = None, **settings: object) -> Path:
-        folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(folders(name), folder)
-        change(folder / "config.json", settings)
-        change(folder / "1_Pooling" / "config.json", pooling or {})
-        return folder
-
-    return make
-
-
-def change(file: Path, settings: dict[str, object]) -> None:
-    content = json.loads(file.read_text()) | settings
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-BOTH = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+@pytest.mark.parametrize(
+    ("form", "model", "loads"),
+    [
+        (Form("onnx", "float32", None), {}, {"transformers.js", "fastembed", "text-embeddings-inference"}),
+        (Form("onnx", "float32", None), {"mode": "weightedmean"}, {"transformers.js", "fastembed"}),
+        (Form("onnx", "float32", None), {"include_prompt": False}, set()),
+        (Form("onnx", "float32", None), {"side": "left"}, {"fastembed", "text-embeddings-inference"}),
+        (Form("onnx", "bfloat16", None), {}, {"fastembed"}),
+        (Form("onnx", "int8", "dynamic"), {}, {"transformers.js", "fastembed"}),
+        (Form("openvino", "float32", None), {}, set()),
+    ],
+)
+def test_who_loads_an_export(make_encoder: MakeEncoder, form: Form, model: dict, loads: set[str]):
+    found = consumers_of(form, model_with(make_encoder, **model))
+    assert {name for name, answer in found.items() if answer["loads"] == "yes"} == loads
+    assert len(found) == 8
 
 
-def test_readers_of_an_embedder_folder(embedder: Callable[..., Path]):
-    bert = embedder("bert", pooling=BOTH | {"include_prompt": True})
-    for name in ("sentence-transformers", "vLLM", "text-embeddings-inference", "Ollama"):
-        assert reader(bert, name)[0] == "yes", name
-    assert reader(bert, "transformers")[0] == "differs"
-    assert reader(bert, "transformers.js") == ("no", "it reads onnx/ alone: export --to onnx")
-    assert reader(bert, "infinity")[0] == "no"
-    old = embedder("bert", pooling=BOTH | {"embedding_dimension": None, "word_embedding_dimension": 32})
-    assert reader(old, "infinity")[0] == "yes"
-
-
-def test_the_pooling_decides_who_reads_it(embedder: Callable[..., Path]):
-    one_style = embedder("bert", pooling={"include_prompt": True})
-    assert reader(one_style, "text-embeddings-inference")[0] == "no"
-    assert "pooling_mode_cls_token" in reader(one_style, "text-embeddings-inference")[1]
-    assert reader(one_style, "vLLM")[0] == "yes"
-    weighted = embedder("llama", pooling=BOTH | {"pooling_mode": "weightedmean"})
-    assert reader(weighted, "vLLM") == (
-        "differs",
-        "it does not know weightedmean pooling, warns, and takes the last token",
-    )
-    assert reader(weighted, "text-embeddings-inference")[0] == "no"
-    assert reader(weighted, "Ollama")[0] == "no"
-    assert reader(weighted, "sentence-transformers")[0] == "yes"
-    booleans = {"pooling_mode": None, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
-    assert reader(embedder("bert", pooling=booleans | {"include_prompt": True}), "vLLM")[0] == "yes"
-
-
-def test_prompts_that_are_not_pooled_differ_where_servers_pool(embedder: Callable[..., Path]):
-    folder = embedder("bert", pooling=BOTH)
-    for name in ("vLLM", "text-embeddings-inference", "Ollama"):
-        loads, why = reader(folder, name)
-        assert loads == "differs"
-        assert "pools the prompt's tokens too" in why
-    change(folder / "config_sentence_transformers.json", {"prompts": {"query": ""}})
-    assert reader(folder, "vLLM")[0] == "yes"
-
-
-def test_architectures_and_attention_decide_too(embedder: Callable[..., Path]):
-    llama = embedder("llama", pooling=BOTH | {"include_prompt": True})
-    assert reader(llama, "text-embeddings-inference") == ("yes", "on CUDA alone; it pools by mean, as the folder says")
-    scaled = embedder("llama", pooling=BOTH, rope_parameters={"rope_type": "llama3"})
-    assert reader(scaled, "text-embeddings-inference") == ("no", "its Llama has no rope scaling (llama3)")
-    older = embedder("llama", pooling=BOTH, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})
-    assert reader(older, "text-embeddings-inference") == ("no", "its Llama has no rope scaling (linear)")
-    unknown = embedder("bert", pooling=BOTH, model_type="nystromformer")
-    assert reader(unknown, "text-embeddings-inference")[0] == "no"
-    both_ways = embedder("llama", pooling=BOTH, is_causal=False)
-    for name in ("vLLM", "text-embeddings-inference", "Ollama"):
-        assert reader(both_ways, name)[0] == "differs"
-    assert reader(both_ways, "sentence-transformers")[0] == "yes"
-
-
-def test_readers_of_a_bare_model_and_of_foreign_code(llama_folder: Path, embedder: Callable[..., Path]):
-    assert reader(llama_folder, "transformers")[0] == "yes"
-    for name in ("sentence-transformers", "vLLM", "text-embeddings-inference", "Ollama"):
-        assert reader(llama_folder, name)[0] == "differs"
-    folder = embedder("bert")
-    modules = json.loads((folder / "modules.json").read_text())
-    modules[0]["type"] = "custom_st.Transformer"
-    (folder / "modules.json").write_text(json.dumps(modules))
-    assert reader(folder, "sentence-transformers")[0] == "no"
-    (folder / "config.json").write_text("{")
-    with pytest.raises(DataError, match="broken JSON"):
-        compatibility(folder)
-
-
-def test_a_folder_whose_files_hold_something_else(embedder: Callable[..., Path]):
-    folder = embedder("bert", pooling=BOTH)
-    change(folder / "config_sentence_transformers.json", {"version": 6})
-    (folder / "config_sentence_transformers.json").write_text('{"prompts": null}')
-    assert reader(folder, "vLLM")[0] == "yes"
-    for name, says in (("modules.json", "lists no modules"), ("config.json", "holds no JSON object")):
-        (folder / name).write_text('["bert"]')
-        with pytest.raises(DataError, match=f"{name}: {says}"):
-            compatibility(folder)
-
-
-def test_readers_of_an_export(exported: Callable[..., tuple[Path, Export]]):
+def test_the_manifest_tells_who_loads_the_export(exported: Callable[..., tuple[Path, Export]]):
     folder, result = exported("llama", "onnx")
-    assert result.notes == compatibility(folder)
-    assert reader(folder, "transformers.js")[0] == "differs"  # a prompt's length must be fed
-    assert reader(folder, "text-embeddings-inference")[0] == "differs"
-    assert {note.reader for note in result.notes if note.loads == "no"} == {
-        "sentence-transformers",
-        "transformers",
-        "vLLM",
-        "infinity",
-        "Ollama",
-    }
-    assert reader(exported("bert", "openvino")[0], "transformers.js")[0] == "no"
+    assert json.loads((folder / "export.json").read_text())["consumers"] == result.consumers
+    assert result.consumers["fastembed"]["loads"] == "differs"  # a prompt's length must be fed
+    older = json.loads((folder / "export.json").read_text()) | {"readers": {}}
+    del older["consumers"]  # as the version before wrote it
+    (folder / "export.json").write_text(json.dumps(older))
+    assert load(folder, Export).cosine_min == result.cosine_min
+    assert len(runtime.load(folder).encode("a")) == result.dimension
+    result.save(folder)
 
 
-def test_what_the_notes_say_of_sentence_transformers_is_so(folders: Callable[[str], Path], tmp_path: Path):
-    """The one reader that is installed here: a folder without modules.json, and one without weights."""
-    bert = folders("bert")
-    bare = tmp_path / "bare"
-    AutoModel.from_pretrained(bert).save_pretrained(bare)
-    PreTrainedTokenizerFast.from_pretrained(bert).save_pretrained(bare)
-    assert [type(module).__name__ for module in SentenceTransformer(str(bare))] == ["Transformer", "Pooling"]
-    assert SentenceTransformer(str(bare))[1].pooling_mode == "mean"
+def test_stock_sentence_transformers_without_modules_pools_by_the_mean(llama_folder: Path, tmp_path: Path):
+    """A rule of docs/export.md that can be run here."""
+    assert SentenceTransformer(str(llama_folder), device="cpu")[1].pooling_mode == "mean"
+    bare = shutil.copytree(llama_folder, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
-    assert reader(bare, "sentence-transformers")[0] == "no"
     with pytest.raises(OSError, match="safetensors"):
         SentenceTransformer(str(bare))

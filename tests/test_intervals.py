@@ -7,11 +7,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from mteb.abstasks import AbsTaskPairClassification
 from scipy.stats import binomtest, pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_score, recall_score, v_measure_score
 
-from secateur.evaluation.predictions import (
+from secateur.evaluation.replicates import (
     averaged_metric,
     binary_metric,
     pearson,
@@ -20,14 +21,16 @@ from secateur.evaluation.predictions import (
 )
 from secateur.measures.intervals import (
     Statistic,
-    doubt,
+    has_converged,
     interval,
     limits_of,
+    looks,
     mean_of,
     mean_statistic,
+    observed,
     resample,
     resampled_counts,
-    whole,
+    why_no_interval,
 )
 
 
@@ -86,12 +89,12 @@ def test_intervals_hold_the_expected_number_at_93_percent_or_more(name: str, uni
     make, metric, expected = SCORES_OF[name]
     rng = np.random.default_rng([*name.encode(), units])
     if expected is None:
-        expected = float(np.nanmean([whole(make(rng, units), units) for _ in range(2000)]))
+        expected = float(np.nanmean([observed(make(rng, units), units) for _ in range(2000)]))
     limits = limits_of(metric) if metric else None
     hits = given = 0
     for seed in range(1000):
-        draws = resample(make(rng, units), units, seed, draws=400, limits=limits)
-        if np.isnan(draws).all() or doubt(draws, units):
+        draws = resample(make(rng, units), units, seed, replicates=400, limits=limits)
+        if np.isnan(draws).all() or why_no_interval(draws, units):
             continue
         low, high = interval(draws, limits or (-np.inf, np.inf))
         assert low is not None and high is not None
@@ -108,7 +111,7 @@ def test_intervals_of_a_paired_difference_cover_and_are_narrower_than_unpaired_o
         difficulty = rng.normal(0, 1, 50)
         first, second = (difficulty + shift + rng.normal(0, 0.3, 50) for shift in (0.5, 0.4))
         one, two, other = (
-            resample(mean_statistic(values), 50, draw, draws=500)
+            resample(mean_statistic(values), 50, draw, replicates=500)
             for values, draw in ((first, seed), (second, seed), (second, seed + 10_000))
         )
         low, high = interval(one - two)
@@ -130,10 +133,12 @@ def test_no_error_in_n_answers_is_an_interval_by_the_rule_of_three():
 
 
 def test_few_units_and_undefined_draws_are_doubted():
-    assert "4 are too few" in doubt(resample(mean_statistic(np.arange(4.0)), 4, seed=0), 4)
+    assert "4 are too few" in why_no_interval(resample(mean_statistic(np.arange(4.0)), 4, seed=0), 4)
     labels = np.array([1.0, 0, 0, 0, 0, 0])  # a third of the draws has no positive
-    assert "undefined on 3" in doubt(resample(partial(binary_metric, "ap", labels, np.arange(6.0)), 6, seed=0), 6)
-    assert doubt(resample(mean_statistic(np.arange(5.0)), 5, seed=0), 5) == ""
+    assert "undefined on 3" in why_no_interval(
+        resample(partial(binary_metric, "ap", labels, np.arange(6.0)), 6, seed=0), 6
+    )
+    assert why_no_interval(resample(mean_statistic(np.arange(5.0)), 5, seed=0), 5) == ""
 
 
 def test_draws_are_reproducible_and_centred():
@@ -141,23 +146,71 @@ def test_draws_are_reproducible_and_centred():
     draws = resample(statistic, 30, seed=5)
     assert np.array_equal(draws, resample(statistic, 30, seed=5))
     assert not np.array_equal(draws, resample(statistic, 30, seed=6))
-    assert draws.mean() == pytest.approx(whole(statistic, 30)) == 14.5
+    assert draws.mean() == pytest.approx(observed(statistic, 30)) == 14.5
     assert draws.std() == pytest.approx(np.arange(30.0).std(ddof=1) / np.sqrt(30), rel=0.12)
     assert mean_of([draws, draws - 2]).mean() == pytest.approx(13.5)
 
 
 def test_counts_are_of_units_drawn_with_replacement():
-    counts = np.concatenate(list(resampled_counts(7, seed=0, draws=3000)))
+    counts = np.concatenate(list(resampled_counts(7, seed=0, replicates=3000)))
     assert counts.shape == (3000, 7)
     assert set(counts.sum(axis=1)) == {7.0}
     assert counts.var() == pytest.approx(6 / 7, rel=0.05)  # of a binomial of 7 draws with a chance of 1/7
+
+
+# Early stopping: how often it is wrong, by simulation, and that it stops where it can ---------------------------------
+
+BATCHES = 40
+
+
+def stops_at(losses: torch.Tensor) -> int | None:
+    """After how many batches a profile of these losses (batches, depths) would be converged."""
+    tests = looks(len(losses))
+    return next((n for n in tests if has_converged(losses[:n], len(tests))), None)
+
+
+def test_looks_are_fixed_by_the_number_of_batches():
+    assert looks(4) == ()
+    assert looks(5) == (5,)
+    assert looks(20) == (5, 10, 20)
+    assert looks(60) == (5, 10, 20, 40, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rivals", [1, 7], ids=["two near depths", "eight near depths"])
+@pytest.mark.parametrize("gap", [1e-6, 0.1, 0.3])
+def test_over_all_looks_a_wrong_depth_is_converged_on_once_in_twenty_at_most(rivals: int, gap: float):
+    generator = torch.Generator().manual_seed(round(1000 * gap) + rivals)
+    means = torch.full((16,), 50.0).double()  # far above
+    means[[3, 11]] = 1 - gap  # the lowest of each half
+    means[4 : 4 + rivals] = 1.0
+    means[[12]] = 1.0
+    wrong, tries = 0, 1000
+    for _ in range(tries):
+        shared = 3 * torch.randn(BATCHES, 1, generator=generator).double()
+        losses = means + shared + torch.randn(BATCHES, 16, generator=generator).double()
+        stop = stops_at(losses)
+        if stop is not None:
+            found = losses[:stop].mean(dim=0)
+            wrong += (int(found[:8].argmin()), int(found[8:].argmin())) != (3, 3)
+    assert wrong / tries <= 0.05
+
+
+def test_what_batches_share_does_not_keep_it_from_stopping_and_ties_do():
+    generator = torch.Generator().manual_seed(0)
+    shared = 3 * torch.randn(BATCHES, 1, generator=generator).double()
+    apart = torch.tensor([1.0, 0.9, 2.0, 1.9]) + shared + 0.02 * torch.randn(BATCHES, 4, generator=generator)
+    assert stops_at(apart) == 5
+    assert stops_at(shared.expand(-1, 4)) is None  # all depths are equal
+    assert not has_converged(apart[:4]), "four batches are not nothing"
+    assert has_converged(apart[:, :1]), "a single depth has no rival"
 
 
 # A score of counts is the library's score of rows that are copied so often -------------------------------------------
 
 N = 40
 RNG = np.random.default_rng(9)
-COUNTS = np.concatenate(list(resampled_counts(N, seed=1, draws=25)))
+COUNTS = np.concatenate(list(resampled_counts(N, seed=1, replicates=25)))
 ROWS = [np.repeat(np.arange(N), row.astype(int)) for row in COUNTS]
 SCORES = RNG.normal(size=N).round(1)  # with ties
 LABELS = (SCORES + RNG.normal(size=N) > 0).astype(int)
@@ -185,7 +238,7 @@ def test_binary_metrics_of_counts_are_mtebs(measure: str, sign: int):
 
 @pytest.mark.parametrize("average", ["macro", "weighted"])
 @pytest.mark.parametrize("score", [f1_score, precision_score, recall_score])
-def testaveraged_metrics_of_counts_are_sklearns(score, average: str):
+def test_averaged_metrics_of_counts_are_sklearns(score, average: str):
     gold, found = RNG.integers(0, 5, N), RNG.integers(0, 6, N)
     name = score.__name__.removesuffix("_score") + ("_weighted" if average == "weighted" else "")
     same(

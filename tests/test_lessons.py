@@ -13,8 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
-from secateur.data.pairs import Pair, Pairs, read_pairs
-from secateur.data.texts import read_texts
+from secateur.data.sources import Pair, Pairs, read_pairs, read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError
 from secateur.healing.lessons import LABEL, find_aim, sets_of, teach

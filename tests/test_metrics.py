@@ -7,11 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from secateur.measures import curves, intervals, metrics
-from secateur.measures.false_negatives import false_negative_mask
+from secateur.measures import metrics
+from secateur.measures.metrics import contrastive_loss, cosines, false_negative_mask
 
 
 def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,16 +27,13 @@ def test_contrastive_loss_is_the_cross_entropy_of_finding_the_own_positive():
     for i, anchor in enumerate(anchors):
         scores = [20 * cosine(anchor, other) for other in (*positives, *negatives)]
         expected.append(math.log(sum(map(math.exp, scores))) - scores[i])
-    found = metrics.contrastive_loss(*(torch.tensor(v) for v in (anchors, positives, negatives)), 20)
+    found = contrastive_loss(cosines(torch.tensor(anchors), torch.tensor(np.concatenate([positives, negatives]))), 20)
     assert float(found) == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_all_depths_at_once_are_each_depth_alone():
-    anchors, positives, negatives = vectors(4, 5, 6), vectors(4, 5, 6, seed=1), vectors(4, 3, 6, seed=2)
-    together = metrics.contrastive_loss(anchors, positives, negatives, 20)
-    alone = [metrics.contrastive_loss(*parts, 20) for parts in zip(anchors, positives, negatives, strict=True)]
-    assert torch.allclose(together, torch.stack(alone))
-    found = metrics.cosines(anchors, positives)
+    found = cosines(vectors(4, 5, 6), vectors(4, 5, 6, seed=1))
+    assert torch.allclose(contrastive_loss(found, 20), torch.stack([contrastive_loss(c, 20) for c in found]))
     assert torch.allclose(
         metrics.retrieval(found).accuracy, torch.stack([metrics.retrieval(c).accuracy for c in found])
     )
@@ -131,34 +126,3 @@ def test_angular_distances():
     states = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]])
     expected = torch.tensor([[0, 0.5, 1], [0.5, 0, 0.5], [1, 0.5, 0]])
     assert torch.allclose(metrics.angular_distances(states), expected, atol=1e-6)
-
-
-def test_lowest_in_each_half():
-    assert curves.lowest_in_each_half(torch.tensor([3.0, 1, 2, 5, 4])).tolist() == [2, 3]
-    assert curves.lowest_in_each_half(torch.tensor([[2.0, 2, 1, 1]])).tolist() == [[1, 3]]
-    assert curves.lowest_in_each_half(torch.tensor([2.0])).tolist() == [1]
-
-
-def test_draws_spread_as_the_standard_error_does():
-    losses = vectors(200, 4).double() + torch.arange(4)
-    draws = curves.draws_of(losses, seed=0, draws=20000)
-    error = losses.std(dim=0) / math.sqrt(200)
-    assert torch.allclose(draws.mean(dim=0), losses.mean(dim=0), atol=0.02)
-    assert torch.allclose(draws.std(dim=0), error, rtol=0.03)
-    low, high = zip(*(intervals.interval(own.numpy()) for own in draws.T), strict=True)
-    assert torch.allclose(torch.tensor(high).double() - torch.tensor(low).double(), 2 * 1.97 * error, rtol=0.03)
-
-
-def test_what_all_batches_share_leaves_the_chances_sharp():
-    noise = vectors(10, 1).double()  # batches differ much, but at all depths alike
-    apart = noise + torch.tensor([1.0, 0.9, 2.0, 1.9])
-    assert curves.chances(curves.draws_of(apart, seed=0), curves.lowest_in_each_half).tolist() == [0, 1, 0, 1]
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(2, 9), st.integers(2, 7), st.integers(0, 99))
-def test_chances_of_each_half_sum_to_one(batches, depths, seed):
-    draws = curves.draws_of(vectors(batches, depths, seed=seed), seed, draws=50)
-    chances = curves.chances(draws, curves.lowest_in_each_half)
-    assert float(chances[: depths // 2].sum()) == pytest.approx(1)
-    assert float(chances[depths // 2 :].sum()) == pytest.approx(1)

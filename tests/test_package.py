@@ -17,26 +17,27 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance results progress clusters document
+errors files done provenance progress clusters document
+results: base kinds
+runtime
 options: base shared way runs inference
 figures: style plots
 models: stacks legality blocks forward
 checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
 models: names pooling checks gguf readers open_model
-data: formats jsonl e5_mix hub_sets tables pairs texts sources vectors demo
-measures: metrics false_negatives intervals curves stopping flops
-evaluation: task_folder tasks differences predictions evaluate
-profiling: lens parts depths depth_scores profile
-choosing: selectors budgets choose candidates
+data: rows hub sources vectors demo
+measures: metrics intervals costs
+evaluation: task_folder tasks replicates evaluate
+choosing: selectors choose
+profiling: lens depths depth_scores corpus profile
 pruning: selection prune
 healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
 healing: held_out prompts lessons heal
 reporting: cost compare run findings verdict pictures sections card report
-studies: presets plan inputs estimate runner study
-runtime
-exporting: graph outliers convert compatibility manifest faithfulness export
-inference: memory mixed arithmetic encoders exported queueing connections gate embeddings app serve
-inference: engine pools rows vector_files encode
+studies: presets plan estimate records runner study
+exporting: graph convert export
+inference: encoders opening workers middleware queueing app serve
+inference: distinct vector_files encode
 cli: places arguments tables bars commands
 __main__
 """
@@ -52,7 +53,7 @@ def flow() -> list[str]:
 
 
 FLOW = flow()
-PARTS = {"runtime": "runtime", "cli": "cli.commands", "options": "options.inference"}
+PARTS = {"runtime": "runtime", "cli": "cli.commands", "options": "options.inference", "results": "results.kinds"}
 """Packages whose names are had from the package itself → where they stand."""
 
 

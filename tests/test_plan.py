@@ -5,20 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from secateur.reporting.journal import read_journal
 
 from secateur.errors import ConfigError, IllegalDepth, OutputError
 from secateur.files import output_error
-from secateur.options import HealOptions, StudyOptions, make
+from secateur.options import CostOptions, HealOptions, PruneOptions, StudyOptions, make
 from secateur.provenance import provenance
 from secateur.results import DepthRow, Profile
 from secateur.studies.estimate import corrected
-from secateur.studies.plan import Base, Plan, Step, blocked, plan_steps
+from secateur.studies.plan import Base, Plan, Step, plan_steps
 from secateur.studies.presets import SHRINK
-from secateur.studies.runner import Executor, Journal, State, read_journal, run_steps
+from secateur.studies.runner import Executor, Scheduler, State
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]
 
@@ -61,9 +61,9 @@ def test_every_step_comes_after_those_that_it_needs_and_makes_something_of_its_o
     plan = plan_steps(options(depths=["0.3", "2", "large"], seeds=[1, 2]), BASES, {})
     seen: set[str] = set()
     for step in plan.steps:
-        assert seen.issuperset(step.needs), step.name
+        assert seen.issuperset(step.depends_on), step.name
         seen.add(step.name)
-    assert len(seen) == len(plan.steps) == len({step.makes for step in plan.steps})
+    assert len(seen) == len(plan.steps) == len({step.output for step in plan.steps})
 
 
 def test_what_a_profile_decides_stands_open_until_it_is_there():
@@ -72,7 +72,7 @@ def test_what_a_profile_decides_stands_open_until_it_is_there():
     assert "tiny-(small)-healed" in names(before)
     waiting = next(step for step in before.steps if step.name == "heal tiny-(small)-healed")
     assert not waiting.known
-    assert "profile tiny" in waiting.needs
+    assert "profile tiny" in waiting.depends_on
     after = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [3.0, 2.0, 1.0, 2.0])})
     assert names(after) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-2-healed", "tiny-1-healed"]
     assert all(step.known for step in after.steps)
@@ -87,18 +87,18 @@ def test_what_a_profile_decides_stands_open_until_it_is_there():
 def test_profiles_score_the_tasks_where_it_is_asked_for_or_needed(given, tasks):
     plan = plan_steps(options(tasks=["task"], sample=50, **given), BASES, {})
     measured = [step.options for step in plan.steps if step.kind == "profile"]
-    assert [step.get("tasks") for step in measured] == [tasks] * len(BASES)
-    assert [step.get("sample") for step in measured] == [50 if tasks else None] * len(BASES)
+    assert [step.tasks or None for step in measured] == [tasks] * len(BASES)
+    assert [step.sample for step in measured] == [50 if tasks else None] * len(BASES)
 
 
 def test_a_profile_that_does_not_tell_fails_its_depths_alone():
     study = options(depths=["small", "1"])
     plan = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [None] * 4)})
     assert list(plan.failed) == ["prune tiny-(small)"]
-    assert blocked(plan, plan.failed) == {"heal tiny-(small)-healed", "evaluate tiny-(small)-healed"}
+    assert plan.blocked(plan.failed) == {"heal tiny-(small)-healed", "evaluate tiny-(small)-healed"}
     cost = plan.steps[-1]
     assert cost.known
-    assert [Path(model).name for model in cost.options["models"]] == [
+    assert [Path(model).name for model in cost.options.models] == [
         "tiny-4-zero-shot",
         "tiny-4-healed",
         "tiny-1-healed",
@@ -139,7 +139,7 @@ def test_commands_say_what_their_options_say():
     assert "--gradient-checkpointing" in heal.command
     words = dict(zip(heal.command[3::1], heal.command[4::1], strict=False))
     assert words["--steps"] == "7"
-    assert make(HealOptions, dict(heal.options)).steps == 7
+    assert heal.options.steps == 7
 
 
 def test_mapped_columns_go_to_every_command_that_reads_the_data():
@@ -148,7 +148,8 @@ def test_mapped_columns_go_to_every_command_that_reads_the_data():
     lines = [step.command_line for step in plan_steps(study, BASES[1:], {}).steps if step.kind in ("profile", "heal")]
     assert len(lines) == 3
     assert all(
-        "--data 'hf:org/set:all[train]' --columns 'query=question,positive=best answer'" in line for line in lines
+        "--data 'hf:org/set:all[train]'" in line and "--columns 'query=question,positive=best answer'" in line
+        for line in lines
     )
     for value in ("query", "query=", ["query=a,=b"]):
         with pytest.raises(ConfigError, match=r"columns: .* of the form query=question"):
@@ -159,21 +160,22 @@ def test_the_whole_teaches_its_parts_and_not_itself():
     plan = plan_steps(options(**SHRINK), BASES[1:], {})
     assert names(plan) == ["tiny-4-zero-shot", "tiny-3-distilled", "tiny-2-distilled", "tiny-1-distilled"]
     heals = [step for step in plan.steps if step.kind == "heal"]
-    assert {step.options["teacher"] for step in heals} == {"run/models/tiny-4-zero-shot"}
+    assert {step.options.teacher for step in heals} == {"run/models/tiny-4-zero-shot"}
 
 
 def test_estimates_are_corrected_by_what_has_finished():
     told = {"a": 10.0, "b": 10.0, "c": 4.0, "d": None}
     kinds = {"a": "heal", "b": "heal", "c": "profile", "d": "evaluate"}
-    assert corrected(told, kinds, {}) == told
-    assert corrected(told, kinds, {"a": 20.0}) == {"a": 20.0, "b": 20.0, "c": 8.0, "d": None}
+    steps = [Step(name, kinds[name], HealOptions.model_construct(), Path(name), seconds=told[name]) for name in told]
+    assert corrected(steps, {}) == told
+    assert corrected(steps, {"a": 20.0}) == {"a": 20.0, "b": 20.0, "c": 8.0, "d": None}
 
 
 # Running --------------------------------------------------------------------------------------------------------------
 
 
-def step(run: Path, name: str, *needs: str, kind: str = "prune") -> Step:
-    return Step(name, kind, {"model": "m", "out": str(run / name)}, str(run / name), needs)
+def step(run: Path, name: str, *needed: str) -> Step:
+    return Step(name, "prune", make(PruneOptions, {"model": "m", "out": run / name}), run / name, needed)
 
 
 def work(run: Path, steps: list[Step], do, slots: int = 1) -> tuple[dict[str, str], list[State]]:
@@ -182,18 +184,17 @@ def work(run: Path, steps: list[Step], do, slots: int = 1) -> tuple[dict[str, st
 
     def run_one(one: Step, log: Path) -> None:
         do(one.name)
-        Path(one.makes).touch()
+        one.output.touch()
 
-    with Journal.open(run) as journal:
-        failed = run_steps(
-            lambda _: Plan(tuple(steps), ()),
-            lambda one: Path(one.makes).exists(),
-            Executor(slots, run_one),
-            run,
-            journal,
-            states.append,
-        )
-    return failed, states
+    scheduler = Scheduler(
+        run,
+        make_plan=lambda _: Plan(steps),
+        is_done=lambda one, _: one.output.exists(),
+        record=lambda one, _: None,
+        executor=Executor(slots, run_one),
+        callback=states.append,
+    )
+    return scheduler.go(), states
 
 
 def outcomes(run: Path) -> list[tuple[str, str]]:
@@ -232,8 +233,9 @@ def test_two_steps_run_at_once_and_what_is_timed_runs_alone(tmp_path: Path):
         beside[name] = set(at_work)
         at_work.discard(name)
 
-    steps = [step(tmp_path, "timed", kind="cost"), step(tmp_path, "a"), step(tmp_path, "b"), step(tmp_path, "c", "a")]
-    steps[0] = replace(steps[0], options={"models": ["m"], "out": str(tmp_path / "timed")})
+    options = make(CostOptions, {"models": ["m"], "out": tmp_path / "timed"})
+    steps = [Step("timed", "cost", options, tmp_path / "timed")]
+    steps += [step(tmp_path, "a"), step(tmp_path, "b"), step(tmp_path, "c", "a")]
     failed, _ = work(tmp_path, steps, do, slots=3)
     assert failed == {}
     assert beside["timed"] == {"timed"}
@@ -247,12 +249,6 @@ def test_the_journal_survives_a_torn_line_and_a_result_without_its_line(tmp_path
     assert work(tmp_path, [step(tmp_path, "a"), step(tmp_path, "b", "a")], begun.append)[0] == {}
     assert begun == ["b"]
     assert outcomes(tmp_path) == [("a", "started"), ("a", "done"), ("b", "started"), ("b", "done")]
-
-
-def test_two_studies_do_not_work_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("secateur.studies.runner.LOCK_SECONDS", 0.2)
-    with Journal.open(tmp_path), pytest.raises(OutputError, match="another study"), Journal.open(tmp_path):
-        pass
 
 
 def test_a_place_that_cannot_be_written_ends_the_study(tmp_path: Path):

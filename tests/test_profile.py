@@ -18,17 +18,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import architectures
 from conftest import LETTERS, example_pairs, tiny_transformer
 from secateur.choosing.choose import choose
-from secateur.data.pairs import read_pairs
-from secateur.data.texts import read_texts
+from secateur.data.sources import read_pairs, read_texts
 from secateur.errors import ConfigError, DataError, ModelError
-from secateur.measures import stopping
+from secateur.measures.costs import BATCH, BATCHES, SINGLES
+from secateur.measures.intervals import looks
 from secateur.models.blocks import blocks_of, cut, legal_depths
-from secateur.models.forward import FEWEST, PADDING, plan_evenly, tokenize
+from secateur.models.forward import plan_evenly, tokenize
 from secateur.models.open_model import open_model
-from secateur.profiling.depths import DepthEncoder
-from secateur.profiling.parts import BATCH, BATCHES, SINGLES
+from secateur.profiling.depths import DepthEncoder, check_depths, depth_vectors
 from secateur.profiling.profile import profile
 from secateur.results import Profile, load
+from secateur.runtime.core import FULL_RATE, PADDING
 from task_folders import example_rows, write_task
 
 INSTRUCTION = "find the word that is asked for"
@@ -190,6 +190,27 @@ def test_the_vector_at_each_depth_is_that_of_the_cut_model(folder, name):
         assert (found[:, depth - 1] - expected).abs().max() < tolerance, depth
 
 
+def test_gradients_flow_through_every_depth_as_through_the_cut_models(make_encoder):
+    model = make_encoder("llama", depth=4).train()
+    depths = check_depths(model, [3, 1, 3])
+    assert depths == (1, 3, 4)
+    features = model.preprocess(["a word", "a longer text"], prompt="find: ")
+    vectors = depth_vectors(model, features, depths)
+    for place, depth in enumerate(depths):
+        pruned = copy.deepcopy(model)
+        cut(pruned[0].auto_model, range(depth))
+        expected = pruned(dict(features))["sentence_embedding"]
+        assert torch.allclose(vectors[:, place], expected, atol=1e-5), depth
+        model.zero_grad()
+        vectors[:, place].square().sum().backward(retain_graph=True)
+        expected.square().sum().backward()
+        first, same = (m[0].auto_model.layers[0].mlp.up_proj.weight.grad for m in (model, pruned))
+        assert torch.allclose(first, same, atol=1e-5), depth
+    for wrong in ([0], [5]):
+        with pytest.raises(ConfigError, match=f"depths: is {wrong[0]}: the model has 4 blocks"):
+            check_depths(model, wrong)
+
+
 def test_a_shared_instruction_is_computed_once_with_the_same_vectors(llama):
     model = open_model(llama, dtype="float32")
     texts = [row["query"] + "x" * (i % 20) for i, row in enumerate(example_pairs(150))]
@@ -320,14 +341,14 @@ def test_texts_alone_tell_all_but_the_supervised_columns(llama, folder):
         choose(found)
 
 
-def test_until_sure_stops_early_with_the_full_choice(folder):
+def test_early_stopping_ends_with_the_full_choice(folder):
     data, apart = write(folder / "many.jsonl", example_pairs(200)), tiny_transformer(folder / "apart", "llama", 3, 2)
     full = profile(apart, data, batch_size=4, dtype="float32")
-    early = profile(apart, data, batch_size=4, dtype="float32", until_sure=True)
+    early = profile(apart, data, batch_size=4, dtype="float32", early_stopping=True)
     assert choose(early) == choose(full)
     assert early.batches < full.batches == 50
-    assert early.settled and early.batches in stopping.looks(50)
-    assert any("settled after" in note for note in early.notes)
+    assert early.settled and early.batches in looks(50)
+    assert any("early stopping after" in note for note in early.notes)
     # Batches are visited in the same order, so what was read is what the full pass read first.
     assert np.allclose(early.batch_losses, full.batch_losses[: early.batches], atol=1e-4)
 
@@ -335,10 +356,9 @@ def test_until_sure_stops_early_with_the_full_choice(folder):
 def test_what_fails_after_the_measuring_costs_no_more_than_itself(folder, pairs, tmp_path, monkeypatch):
     """An operation that nobody counts; then a task whose scores cannot be had."""
     model = open_model(tiny_transformer(folder / "uncounted", depth=2), dtype="float32")
-    block = blocks_of(model[0].auto_model)[0]
-    block.register_forward_hook(lambda *_: multiply_three())
+    monkeypatch.setattr("secateur.measures.costs.FlopCounterMode.get_flop_counts", fail_to_count)
     found = profile(model, pairs, batch_size=4, out=tmp_path / "uncounted")
-    assert found.parts == () and "no costs of cut models: no count for einsum i,i,i->i" in found.notes
+    assert found.parts == () and "no costs of cut models: unknown operation" in found.notes
     assert load(tmp_path / "uncounted", Profile) == found and (tmp_path / "uncounted/curve.png").is_file()
 
     task = write_task(tmp_path / "t", "sts", example_rows("sts"))
@@ -350,8 +370,8 @@ def test_what_fails_after_the_measuring_costs_no_more_than_itself(folder, pairs,
     assert any("no task scores" in note for note in kept.notes)
 
 
-def multiply_three() -> None:
-    torch.einsum("i,i,i->i", torch.ones(2), torch.ones(2), torch.ones(2))
+def fail_to_count(_: object) -> None:
+    raise NotImplementedError("unknown operation")
 
 
 def failing(*_: object) -> None:
@@ -365,10 +385,10 @@ def test_fewer_than_five_batches_have_no_intervals(llama, pairs):
     assert any("3 batches are too few for intervals" in note for note in few.notes)
 
 
-def test_until_sure_of_texts_alone_is_refused(llama, folder):
+def test_early_stopping_with_texts_alone_is_refused(llama, folder):
     texts = write(folder / "unlabelled.jsonl", [{"text": row["query"]} for row in example_pairs(20)])
-    with pytest.raises(ConfigError, match="until_sure: needs losses, and the data are texts alone"):
-        profile(llama, texts, until_sure=True)
+    with pytest.raises(ConfigError, match="early_stopping: needs losses, and the data are texts alone"):
+        profile(llama, texts, early_stopping=True)
 
 
 def test_half_precision_gives_nearly_the_same(llama, pairs):
@@ -538,7 +558,7 @@ def test_a_single_text_too_large_for_the_memory_is_said(llama, pairs):
     model = open_model(llama, dtype="float32")
 
     def refuse(_, args) -> None:
-        if args[0].shape[1] > 10:
+        if args[0].shape[1] > 14:
             raise MemoryError
 
     model[0].auto_model.layers[1].register_forward_pre_hook(refuse)
@@ -553,7 +573,7 @@ def test_batches_keep_to_the_budget_are_little_padded_and_run_every_text_once():
     for batch in batches:
         padded = len(batch) * int(lengths[batch].max())
         assert padded <= 512
-        assert padded <= PADDING * int(lengths[batch].sum()) or padded <= FEWEST + 2 * 90
+        assert padded <= PADDING * int(lengths[batch].sum()) or padded <= FULL_RATE + 2 * 90
     assert sum(len(batch) * int(lengths[batch].max()) for batch in batches) <= PADDING * int(lengths.sum())
     assert plan_evenly(torch.tensor([600, 3]), 512) == [[0], [1]]
 

@@ -11,7 +11,7 @@ import pytest
 
 import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
-from secateur.data.pairs import read_pairs
+from secateur.data.sources import read_pairs
 from secateur.errors import ConfigError, OutputError
 from secateur.files import lock
 from secateur.healing.recipe import Recipe

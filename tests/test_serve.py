@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import http.client
-import inspect
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,13 +36,14 @@ import secateur
 from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
-from secateur.inference.connections import Connection
-from secateur.inference.encoders import Encoder, EncoderDied, EncoderProcess, ModelEncoder, Tokens, Vectors
-from secateur.inference.exported import OPENING, is_export
-from secateur.inference.gate import API_KEYS, JsonLines, Keys, Limits, read_keys
-from secateur.inference.queueing import Batch, Batcher, EncodingFailed, QueueFull, Worker, choose_batch
-from secateur.inference.serve import Server, bind, listen, make_server, open_encoder
+from secateur.inference.encoders import ModelEncoder
+from secateur.inference.middleware import API_KEYS, JsonLines, Keys, Metrics, read_keys
+from secateur.inference.opening import Opening
+from secateur.inference.queueing import Batcher, EncodingFailed, LocalWorker, QueueFull
+from secateur.inference.serve import Server, bind, make_server, open_worker
+from secateur.inference.workers import EncoderDied, EncoderProcess
 from secateur.options import ServeOptions, make
+from secateur.runtime.core import Encoder, Tokens, Vectors
 
 PROMPTS = {"query": "find: ", "document": ""}
 TEXTS = ["one", "a somewhat longer text, with a comma.", "葉 🌿", "x" * 100, "tab\tand\x00nul", " "]
@@ -66,8 +66,8 @@ def model(folder: Path) -> SentenceTransformer:
 
 
 @pytest.fixture(scope="module")
-def encoder(folder: Path) -> ModelEncoder:
-    return ModelEncoder(secateur.open_model(folder, device="cpu"), "tiny")
+def encoder(folder: Path) -> Encoder:
+    return worker_of(folder).encoder
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,14 @@ def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def opened(folder: Path) -> Encoder:
+def limits(**changed: object) -> ServeOptions:
+    return make(ServeOptions, {"model": "tiny", **changed})
+
+
+def worker_of(folder: Path) -> LocalWorker:
     """A model's folder in float32, or an export."""
-    return open_encoder(folder, OPENING if is_export(folder) else OPENING | {"device": "cpu", "dtype": "float32"})
+    exported = (folder / "export.json").is_file()
+    return open_worker(Opening(str(folder)) if exported else Opening(str(folder), dtype="float32", device="cpu"))
 
 
 @dataclass
@@ -104,6 +109,17 @@ class Running:
     def post(self, body: bytes, path: str = "/v1/embeddings", **headers: str) -> tuple[int, str]:
         headers = {"Content-Type": "application/json", **headers}
         return fetch(urllib.request.Request(self.address + path, body, headers))
+
+    def forward(self, seconds: float) -> None:
+        """Put the server's clock forward: what waits for so long need not be waited for."""
+        loop = self.server.servers[0].get_loop()
+        before = loop.time
+        loop.time = lambda: before() + seconds
+        loop.call_soon_threadsafe(lambda: None)
+
+    @property
+    def connections(self) -> list:
+        return list(self.server.server_state.connections)
 
     def metric(self, name: str) -> float:
         lines = self.get("/metrics")[1].splitlines()
@@ -144,9 +160,8 @@ def wait_until(true, seconds: float = 20) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(encoder: ModelEncoder) -> Iterator[Running]:
-    limits = Limits(max_items=64, max_tokens=2000, max_bytes=100_000)
-    with running(make_app(encoder, "tiny", limits=limits)) as server:
+def served(encoder: Encoder) -> Iterator[Running]:
+    with running(make_app(encoder, "tiny", limits(max_items=64, max_tokens=2000, max_bytes=100_000))) as server:
         yield server
 
 
@@ -166,10 +181,12 @@ def request(**fields: object) -> bytes:
     return json.dumps({"model": "tiny", "input": "one", **fields}).encode()
 
 
-class Held:
+class Held(Encoder):
     """An encoder that a test can hold; it fails where it is told to, and remembers what it was given."""
 
-    def __init__(self, encoder: ModelEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
+        for name in ("name", "dimension", "max_length", "vocabulary", "prompts", "default_prompt", "truncation_side"):
+            setattr(self, name, getattr(encoder, name))
         self._encoder = encoder
         self.go = threading.Event()
         self.go.set()
@@ -178,10 +195,10 @@ class Held:
         self.room: int | None = None
         self.batches: list[list[Tokens]] = []
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._encoder, name)
+    def read(self, texts: Sequence[str], prompt: str, truncate: bool) -> list[Tokens]:
+        return self._encoder.read(texts, prompt, truncate)
 
-    def encode(self, batch: Sequence[Tokens]) -> Vectors:
+    def run(self, batch: Sequence[Tokens]) -> Vectors:
         self.batches.append(list(batch))
         assert self.go.wait(30)
         if self.room and len(batch) * max(map(len, batch)) > self.room:
@@ -189,7 +206,7 @@ class Held:
         if self.failures or any(self.poison in tokens.ids for tokens in batch):
             self.failures = max(0, self.failures - 1)
             raise RuntimeError("the processor is on strike")
-        return self._encoder.encode(batch)
+        return self._encoder.run(batch)
 
 
 @contextlib.contextmanager
@@ -236,7 +253,7 @@ def test_token_ids_are_taken_as_they_are(served: Running, model: SentenceTransfo
 def test_dimensions_cut_and_make_one_long(served: Running, model: SentenceTransformer):
     with served.client() as client:
         found = vectors(client.embeddings.create(model="tiny", input=TEXTS, dimensions=8))
-        with pytest.raises(openai.BadRequestError, match="vectors have 32 numbers") as error:
+        with pytest.raises(openai.BadRequestError, match="less than or equal to 32") as error:
             client.embeddings.create(model="tiny", input="one", dimensions=33)
     assert error.value.param == "dimensions"
     expected = model.encode(TEXTS, truncate_dim=8, normalize_embeddings=True)
@@ -252,14 +269,14 @@ def test_prompts_by_name(served: Running, model: SentenceTransformer):
     np.testing.assert_allclose(found(prompt="query"), expected, atol=1e-5)
     np.testing.assert_allclose(found(prompt="document"), model.encode(TEXTS), atol=1e-5)
     assert np.abs(expected - model.encode(TEXTS)).max() > 0.01
-    with pytest.raises(openai.BadRequestError, match="it has document, query"):
+    with pytest.raises(openai.BadRequestError, match="'document' or 'query'"):
         found(prompt="passage")
     assert refused(400, served.post(request(prompt="query", input=[5])))["param"] == "prompt"
 
 
 def test_the_models_own_default_prompt_is_kept(folder: Path):
     model = SentenceTransformer(str(folder), device="cpu", default_prompt_name="query")
-    with running(make_app(ModelEncoder(model), "tiny")) as server, server.client() as client:
+    with running(make_app(ModelEncoder(model), "tiny", limits())) as server, server.client() as client:
         found = vectors(client.embeddings.create(model="tiny", input=TEXTS))
     np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-5)
 
@@ -274,9 +291,9 @@ def test_the_model_is_listed_and_another_is_not_served(served: Running):
             client.models.retrieve("some/ada")
 
 
-def test_long_answers_come_in_pieces_and_whole(encoder: ModelEncoder, model: SentenceTransformer):
+def test_long_answers_come_in_pieces_and_whole(encoder: Encoder, model: SentenceTransformer):
     texts = [f"text {i}" for i in range(2000)]
-    with running(make_app(encoder, "tiny")) as server, server.client() as client:
+    with running(make_app(encoder, "tiny", limits())) as server, server.client() as client:
         answer = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
     np.testing.assert_allclose(vectors(answer), model.encode(texts), atol=1e-5)
 
@@ -293,15 +310,15 @@ def test_long_answers_come_in_pieces_and_whole(encoder: ModelEncoder, model: Sen
         ({"input": [[]]}, "input[0]", "at least 1 item"),
         ({"input": [1, "one"]}, "input[1]", "valid integer"),
         ({"input": [True]}, "input[0]", "valid integer"),
-        ({"input": {"text": "one"}}, "input", "a list of texts"),
-        ({"input": None}, "input", "a list of texts"),
-        ({"input": 1}, "input", "a text, a list of texts, a list of token ids, or a list of such lists"),
+        ({"input": {"text": "one"}}, "input", "valid list"),
+        ({"input": None}, "input", "valid list"),
+        ({"input": 1}, "input", "valid list"),
         ({"input": [-1]}, "input[0]", "greater than or equal to 0"),
-        ({"input": [[5], [10**30]]}, "input[1]", "does not have"),
+        ({"input": [[5], [10**30]]}, "input[1][0]", "less than 45"),
         ({"input": ["one", "x" * 129]}, "input[1]", "129 tokens are too many: the model reads at most 128"),
         ({"input": "x" * 10_000}, "input", "10000 characters are too many"),
-        ({"input": [[5] * 129]}, "input[0]", "129 tokens are too many"),
-        ({"input": ["a"] * 65}, "input", "65 texts in one request, at most 64"),
+        ({"input": [[5] * 129]}, "input[0]", "at most 128 items"),
+        ({"input": ["a"] * 65}, "input", "at most 64 items"),
         ({"input": ["a" * 100] * 30}, "input", "more than 2000 tokens in one request"),
         ({"input": [[5] * 100] * 30}, "input", "more than 2000 tokens in one request"),
         ({"dimensions": 0}, "dimensions", "greater than or equal to 1"),
@@ -317,20 +334,15 @@ def test_a_refusal_names_the_field_and_the_limit(served: Running, fields: dict, 
     assert said in error["message"]
 
 
-def test_too_many_texts_are_refused_before_each_is_looked_at(served: Running):
-    answer = served.post(b'{"model": "tiny", "input": [' + b"[]," * 30_000 + b"[]]}")
-    assert refused(400, answer)["message"] == "input: 30001 texts in one request, at most 64"
-
-
 def test_what_means_the_default_or_nothing_is_taken(served: Running):
     expected = served.post(request())
     assert expected[0] == 200
     assert served.post(request(encoding_format=None, dimensions=None, prompt=None, user=1)) == expected
 
 
-def test_texts_are_cut_only_where_the_server_was_told_to(encoder: ModelEncoder, model: SentenceTransformer):
+def test_texts_are_cut_only_where_the_server_was_told_to(encoder: Encoder, model: SentenceTransformer):
     texts = ["word, " * 100, "word, " * 5000]
-    with running(make_app(encoder, "tiny", limits=Limits(truncate=True))) as server, server.client() as client:
+    with running(make_app(encoder, "tiny", limits(truncate=True))) as server, server.client() as client:
         answer = client.embeddings.create(model="tiny", input=texts)
     np.testing.assert_allclose(vectors(answer), model.encode(texts), atol=1e-5)
     assert answer.usage.prompt_tokens == 256
@@ -348,8 +360,8 @@ def test_very_long_texts_are_cut_on_the_models_own_side(
     texts = ["word, " * 5000 + "and the end", "word, " * 100 + "x", " " * 20_000 + "end"]
     expected = model.encode(texts)
     ids = [model.tokenizer(text, truncation=False)["input_ids"] for text in texts]
-    encoder = opened(copied)
-    with running(make_app(encoder, "tiny", limits=Limits(truncate=True))) as server, server.client() as client:
+    encoder = worker_of(copied).encoder
+    with running(make_app(encoder, "tiny", limits(truncate=True))) as server, server.client() as client:
         for given in (texts, ids):
             found = vectors(client.embeddings.create(model="tiny", input=given))
             np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -430,9 +442,8 @@ def test_other_paths_methods_and_types_are_errors_in_the_same_shape(served: Runn
     assert served.metric('secateur_requests_total{path="/v1/embeddings",status="405"}') >= 1
 
 
-def test_what_the_gate_refuses_counts_under_its_path(encoder: ModelEncoder):
-    limits = Limits(max_bytes=100)
-    with running(make_app(encoder, "tiny", limits=limits)) as server:
+def test_what_the_gate_refuses_counts_under_its_path(encoder: Encoder):
+    with running(make_app(encoder, "tiny", limits(max_bytes=100))) as server:
         refused(413, server.post(request(input="x" * 100)))
         refused(404, server.post(request(), path="/v1/nothing"))
         assert server.metric('secateur_requests_total{path="/v1/embeddings",status="413"}') == 1
@@ -444,9 +455,8 @@ def test_health_can_be_asked_for_without_a_body(served: Running, path: str):
     assert fetch(urllib.request.Request(served.address + path, method="HEAD")) == (200, "")
 
 
-def test_bodies_in_memory_are_bounded_together(encoder: ModelEncoder):
-    limits = Limits(max_bytes=1000)
-    with running(make_app(encoder, "tiny", limits=limits)) as server, contextlib.ExitStack() as held:
+def test_bodies_in_memory_are_bounded_together(encoder: Encoder):
+    with running(make_app(encoder, "tiny", limits(max_bytes=1000))) as server, contextlib.ExitStack() as held:
         for _ in range(8):  # each holds a body but for its last byte
             connection = held.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + b" " * 990)
@@ -467,11 +477,11 @@ def test_schemathesis_finds_nothing_against_the_servers_own_schema(served: Runni
 # Keys
 
 
-def test_keys(encoder: ModelEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+def test_keys(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     (tmp_path / "keys").write_text("from-file\n\nanother\n")
     monkeypatch.setenv(API_KEYS, "from-environment, ")
     caplog.set_level(logging.DEBUG)
-    with running(make_app(encoder, "tiny", keys=read_keys(tmp_path / "keys"))) as server:
+    with running(make_app(encoder, "tiny", limits(), keys=read_keys(tmp_path / "keys"))) as server:
         for key in ("from-file", "another", "from-environment"):
             with server.client(api_key=key) as client:
                 assert len(client.embeddings.create(model="tiny", input="one").data) == 1
@@ -512,17 +522,11 @@ def test_other_machines_are_served_only_with_a_key_or_when_told_so(tmp_path: Pat
         taken.listen()
         with pytest.raises(ConfigError, match=r"cannot listen at 127\.0\.0\.1"):
             bind("127.0.0.1", taken.getsockname()[1], Keys())
-        with bind("127.0.0.1", 0, Keys()) as late:
-            other = late.getsockname()[1]
-            with bind("127.0.0.1", other, Keys()) as first:
-                assert listen(first) == f"http://127.0.0.1:{other}"
-                with pytest.raises(ConfigError, match=rf"cannot listen at 127\.0\.0\.1:{other}"):
-                    listen(late)
-    with pytest.raises(ConfigError, match=r"cannot listen at a\.\.b:0"):
+    with pytest.raises(ConfigError, match=r"cannot listen at a\.\.b, port 0"):
         bind("a..b", 0, Keys(), auth=False)
     if socket.has_ipv6:
-        with contextlib.suppress(ConfigError), bind("::1", 0, Keys()) as local:
-            assert listen(local).startswith("http://[::1]:")
+        with contextlib.suppress(ConfigError):
+            bind("::1", 0, Keys()).close()
     (tmp_path / "empty").write_text(" \n")
     with pytest.raises(ConfigError, match="holds no key"):
         read_keys(tmp_path / "empty")
@@ -537,10 +541,14 @@ def waiting(server: Running) -> float:
     return server.metric("secateur_queue_tokens ")
 
 
-def test_requests_of_many_clients_share_batches(encoder: ModelEncoder, model: SentenceTransformer):
+def test_requests_of_many_clients_share_batches(encoder: Encoder, model: SentenceTransformer):
     held = Held(encoder)
     texts = [f"text number {i:02}" for i in range(40)]
-    with running(make_app(held, "tiny")) as server, server.client() as client, ThreadPoolExecutor(40) as clients:
+    with (
+        running(make_app(held, "tiny", limits())) as server,
+        server.client() as client,
+        ThreadPoolExecutor(40) as clients,
+    ):
         one = partial(client.embeddings.create, model="tiny")
         with holding(held):
             answers = [clients.submit(one, input=text) for text in texts]
@@ -554,9 +562,9 @@ def test_requests_of_many_clients_share_batches(encoder: ModelEncoder, model: Se
     np.testing.assert_allclose(found, model.encode(texts), atol=1e-5)
 
 
-def test_a_full_queue_says_when_to_come_again(encoder: ModelEncoder):
+def test_a_full_queue_says_when_to_come_again(encoder: Encoder):
     held = Held(encoder)
-    app = make_app(held, "tiny", limits=Limits(queue_tokens=50))
+    app = make_app(held, "tiny", limits(queue_tokens=50))
     with running(app) as server, server.client(max_retries=5) as client, ThreadPoolExecutor(6) as clients:
         ask = partial(client.embeddings.create, model="tiny", input="ten tokens")
         busy = 'secateur_errors_total{code="server_busy"}'
@@ -571,18 +579,18 @@ def test_a_full_queue_says_when_to_come_again(encoder: ModelEncoder):
         assert [len(answer.result().data) for answer in answers] == [1] * 6
 
 
-def test_a_request_that_takes_too_long_leaves_the_queue(encoder: ModelEncoder):
+def test_a_request_that_takes_too_long_leaves_the_queue(encoder: Encoder):
     held = Held(encoder)
-    with running(make_app(held, "tiny", limits=Limits(timeout=0.3))) as server, holding(held):
+    with running(make_app(held, "tiny", limits(timeout=0.3))) as server, holding(held):
         assert refused(503, server.post(request()))["code"] == "timeout"
         wait_until(lambda: waiting(server) == 0)
 
 
-def test_who_leaves_is_not_encoded(encoder: ModelEncoder):
+def test_who_leaves_is_not_encoded(encoder: Encoder):
     held = Held(encoder)
     body = request(input="left")
     sent = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    with running(make_app(held, "tiny")) as server, ThreadPoolExecutor(1) as other:
+    with running(make_app(held, "tiny", limits())) as server, ThreadPoolExecutor(1) as other:
         with holding(held):
             first = other.submit(server.post, request(input="first"))
             wait_until(lambda: held.batches)
@@ -597,11 +605,11 @@ def test_who_leaves_is_not_encoded(encoder: ModelEncoder):
     assert sum(len(batch) for batch in held.batches) == 2
 
 
-def test_a_batch_that_fails_fails_only_whom_it_must(encoder: ModelEncoder, model: SentenceTransformer):
+def test_a_batch_that_fails_fails_only_whom_it_must(encoder: Encoder, model: SentenceTransformer):
     held = Held(encoder)
     held.poison = int(model.tokenizer("?")["input_ids"][0])
     texts = ["what? " if i == 3 else f"text {i}" for i in range(8)]
-    with running(make_app(held, "tiny")) as server, ThreadPoolExecutor(8) as clients:
+    with running(make_app(held, "tiny", limits())) as server, ThreadPoolExecutor(8) as clients:
         with holding(held):
             asked = [clients.submit(server.post, request(input=text)) for text in texts]
             wait_until(lambda: waiting(server) == 8 * 6)
@@ -620,11 +628,11 @@ def test_a_batch_that_fails_fails_only_whom_it_must(encoder: ModelEncoder, model
     np.testing.assert_allclose(np.array(found), model.encode(others), atol=1e-5)
 
 
-def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(encoder: ModelEncoder, model: SentenceTransformer):
+def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(encoder: Encoder, model: SentenceTransformer):
     held = Held(encoder)
     held.room = 24  # tokens: two texts
     texts = [f"text number {i:02}"[-10:] for i in range(32)]
-    with running(make_app(held, "tiny")) as server, server.client() as client:
+    with running(make_app(held, "tiny", limits())) as server, server.client() as client:
         found = vectors(client.embeddings.create(model="tiny", input=texts))
         assert server.metric("secateur_batch_errors_total") == 0
         held.room = 5  # not even one
@@ -636,10 +644,14 @@ def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(encoder: Model
 def test_a_text_has_one_vector_alone_beside_long_ones_and_a_hundred_times_at_once(
     request: pytest.FixtureRequest, model: SentenceTransformer, kind: str
 ):
-    held = Held(opened(request.getfixturevalue(kind)))
+    held = Held(worker_of(request.getfixturevalue(kind)).encoder)
     texts = ["short", "a text of some thirty letters.", "long, " * 20, "tiny"]
     expected = model.encode(texts)
-    with running(make_app(held, "tiny")) as server, server.client() as client, ThreadPoolExecutor(104) as clients:
+    with (
+        running(make_app(held, "tiny", limits())) as server,
+        server.client() as client,
+        ThreadPoolExecutor(104) as clients,
+    ):
         ask = partial(client.embeddings.create, model="tiny")
         with holding(held):
             asked = [clients.submit(ask, input=texts) for _ in range(100)]
@@ -649,12 +661,13 @@ def test_a_text_has_one_vector_alone_beside_long_ones_and_a_hundred_times_at_onc
             np.testing.assert_allclose(vectors(answer.result()), expected, atol=1e-5)
         found = np.concatenate([vectors(answer.result()) for answer in alone])
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert max(len(batch) * max(map(len, batch)) for batch in held.batches) <= Limits().batch_tokens
+    assert max(len(batch) * max(map(len, batch)) for batch in held.batches) <= held.batch_tokens
 
 
-def test_a_server_told_to_end_finishes_what_it_took(encoder: ModelEncoder):
+def test_a_server_told_to_end_finishes_what_it_took(encoder: Encoder):
     held = Held(encoder)
-    with running(make_app(held, "tiny", limits=Limits(batch_tokens=16))) as server, ThreadPoolExecutor(10) as clients:
+    held.batch_tokens = 16
+    with running(make_app(held, "tiny", limits())) as server, ThreadPoolExecutor(10) as clients:
         with holding(held):
             asked = [clients.submit(server.post, request(input=f"text {i}")) for i in range(10)]
             wait_until(lambda: waiting(server) == 60)
@@ -671,10 +684,10 @@ def refuses_connections(port: int) -> bool:
         return connection.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_a_second_signal_answers_who_waits_and_ends_at_once(encoder: ModelEncoder, caplog):
+def test_a_second_signal_answers_who_waits_and_ends_at_once(encoder: Encoder, caplog):
     held = Held(encoder)
-    app = make_app(held, "tiny", limits=Limits(batch_tokens=16))
-    with running(app) as server, ThreadPoolExecutor(4) as clients, holding(held):
+    held.batch_tokens = 16
+    with running(make_app(held, "tiny", limits())) as server, ThreadPoolExecutor(4) as clients, holding(held):
         asked = [clients.submit(server.post, request(input=f"text {i}")) for i in range(4)]
         wait_until(lambda: waiting(server) == 24)
         server.server.handle_exit(signal.SIGINT, None)
@@ -685,84 +698,99 @@ def test_a_second_signal_answers_who_waits_and_ends_at_once(encoder: ModelEncode
     assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
 
 
-@pytest.mark.parametrize("first", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"])
-def test_headers_that_trickle_are_cut_off(encoder: ModelEncoder, monkeypatch: pytest.MonkeyPatch, first: bytes):
-    monkeypatch.setattr(Connection, "patience", 0.3)
-    with running(make_app(encoder, "tiny")) as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=0.02) as connection:
-            connection.sendall(first + b"GET /health HTTP/1.1\r\n")
-            answer = b""
-            closed = False
+def arrived(server: Running, count: int = 1) -> bool:
+    """Whether so many connections hold a part of a request's headers."""
+    return sum(bool(connection.conn.trailing_data[0]) for connection in server.connections) == count
 
-            def trickle() -> bool:
-                nonlocal answer, closed
-                with contextlib.suppress(TimeoutError):
-                    connection.sendall(b"X: 1\r\n")
-                    chunk = connection.recv(65536)
-                    answer, closed = answer + chunk, not chunk
-                return closed or b"408" in answer
 
-            wait_until(trickle, 10)
-        head, _, body = answer[answer.index(b"HTTP/1.1 408") :].decode().partition("\r\n\r\n")
-        assert refused(408, (408, body))["message"] == "the headers came too slowly"
-        assert f"Content-Length: {len(body)}" in head
-        assert answer.count(b"200 OK") == bool(first)
+def test_headers_that_trickle_are_cut_off(encoder: Encoder):
+    with running(make_app(encoder, "tiny", limits())) as server:
+        for first in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                answer = b""
+                if first:
+                    connection.sendall(first)
+                    while not answer.endswith(b'{"status":"ok"}'):
+                        answer += connection.recv(65536)
+                    server.forward(40)  # between requests it may rest for longer
+                connection.sendall(b"GET /health HTTP/1.1\r\n")
+                wait_until(lambda: arrived(server))
+                server.forward(20)
+                connection.sendall(b"X: 1\r\n")
+                wait_until(lambda: server.connections[0].conn.trailing_data[0].endswith(b"X: 1\r\n"))
+                server.forward(11)
+                while chunk := connection.recv(65536):
+                    answer += chunk
+            head, _, body = answer[answer.index(b"HTTP/1.1 408") :].decode().partition("\r\n\r\n")
+            assert refused(408, (408, body))["message"] == "the headers came too slowly"
+            assert f"Content-Length: {len(body)}" in head
+            assert answer.count(b"200 OK") == bool(first)
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent:
+            wait_until(lambda: server.connections)
+            server.forward(31)
             assert silent.recv(100) == b""
         kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
-        with contextlib.closing(kept):  # between requests it may rest for longer
+        with contextlib.closing(kept):
             for _ in range(2):
                 kept.request("GET", "/health")
                 assert kept.getresponse().read() == b'{"status":"ok"}'
-                time.sleep(0.4)
+                server.forward(40)
 
 
-def test_who_does_not_read_is_left(encoder: ModelEncoder, monkeypatch: pytest.MonkeyPatch, caplog):
-    monkeypatch.setattr(Connection, "patience", 0.5)
+def send_and_read_nothing(server: Running, connection: socket.socket, texts: int, buffer: int = 4096) -> None:
+    body = request(input=[[5]] * texts)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+
+def test_who_does_not_read_is_left(encoder: Encoder, caplog):
     left = 'secateur_requests_total{path="/v1/embeddings",status="499"}'
-    app = make_app(encoder, "tiny", limits=Limits(max_items=5000))
-    with running(app, send_buffer=4096) as server, contextlib.ExitStack() as held:
-        for texts in (5000, 1000):  # the first answer comes in pieces
-            body = request(input=[[5]] * texts)
-            connection = held.enter_context(socket.socket())
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect(("127.0.0.1", server.port))
-            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    app = make_app(encoder, "tiny", limits(max_items=5000))
+    with running(app, send_buffer=4096) as server, socket.socket() as pieces, socket.socket() as whole:
+        for connection, texts in ((pieces, 5000), (whole, 1000)):
+            send_and_read_nothing(server, connection, texts)
+
+        def unread() -> int:
+            return sum(connection.transport.get_write_buffer_size() > 0 for connection in server.connections)
+
+        wait_until(lambda: unread() == 2)
+        while unread():  # the operating system may take a little more in between
+            server.forward(31)
+            time.sleep(0.05)
         wait_until(lambda: server.metric(left) == 2)
     assert not caplog.records
 
 
-@pytest.mark.slow  # it waits, as the client does
-def test_who_reads_slowly_gets_all(encoder: ModelEncoder, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Connection, "patience", 0.5)
-    body = request(input=[[5]] * 20_000)
-    with running(make_app(encoder, "tiny", limits=Limits(max_items=20_000))) as server, socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        connection.connect(("127.0.0.1", server.port))
-        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        answer = b""
+def test_who_reads_slowly_gets_all(encoder: Encoder):
+    app = make_app(encoder, "tiny", limits(max_items=5000))
+    with running(app, send_buffer=4096) as server, socket.socket() as connection:
+        send_and_read_nothing(server, connection, 5000, 1 << 16)
+        answer = connection.recv(1 << 16)
+        for _ in range(5):
+            server.forward(20)
+            answer += connection.recv(1 << 18)
         while chunk := connection.recv(1 << 18):
             answer += chunk
-            time.sleep(0.02)
     assert answer.endswith(b"0\r\n\r\n")
 
 
 @pytest.mark.slow  # a process starts
 def test_what_an_encoder_process_cannot_open_is_told(tmp_path: Path):
-    process = EncoderProcess(partial(open_encoder, tmp_path / "none", OPENING))
+    process = EncoderProcess(partial(open_worker, Opening(str(tmp_path / "none"))))
     with contextlib.closing(process), pytest.raises(SecateurError, match="no such file or folder"):
-        process.revive()
+        process.restart()
     assert not process.ready()
 
 
 @pytest.mark.slow  # three processes start, one after the other
 def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
-    encoder: ModelEncoder, exported: Path, model: SentenceTransformer, caplog
+    encoder: Encoder, exported: Path, model: SentenceTransformer, caplog
 ):
     deaths: list[int] = []
-    process = EncoderProcess(partial(opened, exported), lambda: deaths.append(1))
+    process = EncoderProcess(partial(worker_of, exported), lambda: deaths.append(1))
     texts = [f"text {i:02}" for i in range(8)]
-    with running(make_app(encoder, "tiny", processes=[process])) as server, ThreadPoolExecutor(8) as clients:
+    with running(make_app(encoder, "tiny", limits(), processes=[process])) as server, ThreadPoolExecutor(8) as clients:
         assert refused(503, server.get("/ready"))["code"] == "not_ready"  # it has not loaded yet
         wait_until(lambda: server.get("/ready")[0] == 200, 60)
         os.kill(process.pid, signal.SIGSTOP)
@@ -780,18 +808,18 @@ def test_an_encoder_process_that_dies_is_replaced_and_no_request_is_lost(
     found = [json.loads(answer.result()[1])["data"][0]["embedding"] for answer in answers]
     np.testing.assert_allclose(np.array(found), model.encode(texts), atol=1e-5)
     with pytest.raises(EncoderDied):
-        process.encode(numbers(3))
+        process.encode_batch(numbers(3))
 
 
 @pytest.mark.slow  # seven processes start
 def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
-    encoder: ModelEncoder, folder: Path, model: SentenceTransformer, caplog
+    encoder: Encoder, folder: Path, model: SentenceTransformer, caplog
 ):
     restarts: list[int] = []
-    workers = [EncoderProcess(partial(opened, folder), lambda: restarts.append(1), silence=2.0) for _ in range(2)]
+    workers = [EncoderProcess(partial(worker_of, folder), lambda: restarts.append(1), silence=2.0) for _ in range(2)]
     texts = [f"text {i:02}" for i in range(12)]
     expected = model.encode(texts)
-    app = make_app(encoder, "tiny", processes=workers, limits=Limits(batch_tokens=16, timeout=120))
+    app = make_app(encoder, "tiny", limits(timeout=120), processes=workers)
 
     def send(number: int, *to: EncoderProcess) -> None:
         wait_until(lambda: all(worker.ready() for worker in workers), 100)
@@ -832,33 +860,50 @@ class Stuck:
         self._first = not file.exists()
         file.touch()
 
-    def encode(self, batch: Sequence[Tokens]) -> Vectors:
+    def encode_batch(self, batch: Sequence[Tokens]) -> Vectors:
         while self._first and any(7 in tokens.ids for tokens in batch):
             time.sleep(0.1)
         return np.array([[tokens.ids[0]] for tokens in batch], dtype=np.float32)
 
 
+class Function(Encoder):
+    """An encoder of small numbers: a function of its batches."""
+
+    name, dimension, max_length, batch_tokens = "function", 1, 40, 200
+
+    def __init__(self, run: Callable[[Sequence[Tokens]], Vectors] = lambda batch: np.zeros((len(batch), 1))) -> None:
+        self.run = run  # type: ignore[method-assign]
+
+    def read(self, texts: Sequence[str], prompt: str, truncate: bool) -> list[Tokens]:
+        raise NotImplementedError
+
+    def run(self, batch: Sequence[Tokens]) -> Vectors:
+        raise NotImplementedError
+
+
+def batcher_of(encoder: Encoder, workers: int | Sequence[EncoderProcess] = 1, **options: object) -> Batcher:
+    takers = [LocalWorker(encoder)] * workers if isinstance(workers, int) else workers
+    return Batcher(encoder, takers, ThreadPoolExecutor(len(takers)), limits(**options), Metrics())
+
+
 @pytest.mark.slow  # two processes start
-def test_a_batch_that_never_ends_is_repeated_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("secateur.inference.queueing.LEAST_PATIENCE", 0.5)
-    batches: list[Batch] = []
+def test_a_batch_that_never_ends_is_repeated_in_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    monkeypatch.setattr("secateur.inference.queueing.LEAST_PATIENCE", 2.0)
 
     async def everything(process: EncoderProcess) -> None:
-        worker = Worker(process.encode, process.ready, process.revive)
-        batcher = Batcher(
-            [worker], max_length=40, batch_tokens=200, queue_tokens=1000, timeout=60, observe=batches.append
-        )
-        batcher.start()
-        for first in (3, 7):
-            found = await batcher.embed([Tokens(np.array([first], dtype=np.int32))])
-            assert found.tolist() == [[first]]
-        await batcher.close()
+        batcher = batcher_of(Function(), [process])
+        async with batcher.running():
+            for first in (3, 7):
+                found = await batcher.embed([Tokens(np.array([first], dtype=np.int32))])
+                assert found.tolist() == [[first]]
 
     with contextlib.closing(EncoderProcess(partial(Stuck, tmp_path / "made"))) as process:
         asyncio.run(asyncio.wait_for(everything(process), 60))
-    assert [str(batch.error) for batch in batches if batch.error] == [
-        "an encoder process was at one batch for too long"
-    ]
+    problems = [record.facts["problem"] for record in caplog.records if record.getMessage() == "batch failed"]
+    assert problems
+    assert all("an encoder process was at one batch for too long" in problem for problem in problems)
 
 
 # The queue by itself
@@ -868,18 +913,38 @@ def numbers(*lengths: int, prompt: int = 0) -> list[Tokens]:
     return [Tokens(np.zeros(length, dtype=np.int32), prompt) for length in lengths]
 
 
-def test_a_batch_is_the_first_text_and_those_nearest_to_it_in_length():
-    assert choose_batch(numbers(20, 100, 17, 3, 24, 22), budget=72, max_length=128) == [0, 5, 2]
-    assert choose_batch(numbers(20, 100, 17, 3, 24, 16, 22), budget=1000, max_length=128) == [0, 6, 2, 4, 5]
-    assert choose_batch(numbers(*[120] * 9, 100), budget=2000, max_length=128) == [*range(10)]
-    assert choose_batch(numbers(200, 3), budget=96, max_length=256) == [0]
-    assert choose_batch([*numbers(5), *numbers(5, prompt=2), *numbers(5)], budget=96, max_length=128) == [0, 2]
+@pytest.mark.parametrize(
+    ("texts", "budget", "lengths"),
+    [
+        (numbers(20, 100, 17, 3, 24, 22), 72, [20, 17, 22]),
+        (numbers(20, 100, 17, 3, 24, 16, 22), 1000, [20, 17, 24, 16, 22]),
+        (numbers(*[120] * 9, 100), 2000, [*[120] * 9, 100]),
+        (numbers(200, 3), 96, [200]),
+        ([*numbers(5), *numbers(5, prompt=2), *numbers(6)], 96, [5, 6]),
+    ],
+)
+def test_a_batch_is_the_first_text_and_those_nearest_to_it_in_length(
+    texts: list[Tokens], budget: int, lengths: list[int]
+):
+    batches: list[Sequence[Tokens]] = []
+    encoder = Function(lambda batch: batches.append(batch) or np.zeros((len(batch), 1)))
+    encoder.batch_tokens, encoder.max_length = budget, 256
+
+    async def everything() -> None:
+        batcher = batcher_of(encoder)
+        asked = [asyncio.ensure_future(batcher.embed([text])) for text in texts]
+        await asyncio.sleep(0)
+        async with batcher.running():
+            await asyncio.gather(*asked)
+
+    asyncio.run(everything())
+    assert sorted(map(len, batches[0])) == sorted(lengths)
 
 
 def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
     rng = np.random.default_rng(0)
 
-    def encode(batch: Sequence[Tokens], _: float) -> Vectors:
+    def encode(batch: Sequence[Tokens]) -> Vectors:
         if rng.random() < 0.1:
             raise RuntimeError
         return np.array([[tokens.ids[0], len(tokens)] for tokens in batch], dtype=np.float32)
@@ -901,12 +966,12 @@ def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
         return True
 
     async def everything() -> list[bool]:
-        batcher = Batcher([Worker(encode)] * 2, max_length=40, batch_tokens=200, queue_tokens=10**6)
-        batcher.start()
-        outcomes = await asyncio.gather(*(ask(batcher, number) for number in range(1000)))
-        assert batcher.tokens == 0
-        assert batcher.ready
-        await batcher.close()
+        encoder = Function(encode)
+        encoder.dimension = 2
+        batcher = batcher_of(encoder, workers=2, queue_tokens=10**6)
+        async with batcher.running():
+            outcomes = await asyncio.gather(*(ask(batcher, number) for number in range(1000)))
+            assert batcher.ready
         return outcomes
 
     assert sum(asyncio.run(everything())) >= 950
@@ -914,20 +979,14 @@ def test_every_text_gets_its_own_vector_whatever_fails_or_leaves():
 
 def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
     async def everything() -> None:
-        batcher = Batcher(
-            [Worker(lambda batch, _: np.zeros((len(batch), 1), np.float32))],
-            max_length=40,
-            batch_tokens=200,
-            queue_tokens=10,
-        )
+        batcher = batcher_of(Function(), queue_tokens=10)
         first = asyncio.ensure_future(batcher.embed(numbers(20)))
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
             await batcher.embed(numbers(1))
-        batcher.start()
-        await first
-        await batcher.embed(numbers(1))
-        await batcher.close()
+        async with batcher.running():
+            await first
+            await batcher.embed(numbers(1))
 
     asyncio.run(everything())
 
@@ -990,17 +1049,9 @@ def test_a_model_that_gives_other_vectors_in_batches_is_not_served(folder: Path)
         ModelEncoder(model, "tiny")
 
 
-def test_the_function_and_the_command_have_the_same_options():
-    parameters = inspect.signature(secateur.serve).parameters
-    assert set(parameters) == set(ServeOptions.model_fields)
-    for name, option in ServeOptions.model_fields.items():
-        if not option.is_required():
-            assert parameters[name].default == option.get_default(), name
-
-
 def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTransformer):
-    encoder = open_encoder(exported, OPENING)
-    with running(make_app(encoder, "tiny")) as server:
+    encoder = worker_of(exported).encoder
+    with running(make_app(encoder, "tiny", limits())) as server:
         client = server.client()
         given = client.embeddings.create(model="tiny", input=[text for text in TEXTS if text.strip()])
         instructed = client.embeddings.create(model="tiny", input="one", extra_body={"prompt": "query"})
@@ -1010,13 +1061,6 @@ def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTrans
     assert np.array(instructed.data[0].embedding) == pytest.approx(model.encode("one", prompt_name="query"), abs=1e-5)
     assert refused[0] == 400
     assert "too many" in refused[1]
-
-
-def test_what_an_export_has_decided_cannot_be_chosen_again(exported: Path):
-    with pytest.raises(ConfigError, match="--max-length"):
-        open_encoder(exported, {**OPENING, "max_length": 8})
-    with pytest.raises(ConfigError, match="--device"):
-        open_encoder(exported, {**OPENING, "device": "cuda"})
 
 
 def test_options_that_cannot_be_are_refused_before_anything_is_opened(folder: Path, tmp_path: Path):

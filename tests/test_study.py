@@ -4,21 +4,22 @@ import csv
 import errno
 import json
 import os
-import random
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 import secateur
 from conftest import example_pairs, llama_model, tiny_transformer, write_pairs
-from killing import run_for, run_until
+from killing import run_until
+from quick_checks import quick_checks as quick_checks
 from secateur import cli
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, OutputError, SecateurError, StudyFailed
 from secateur.reporting.run import read_run
@@ -51,9 +52,54 @@ def run_study(place: Path, out: str = "run", **changes: object) -> Path:
     return secateur.study([place / "tiny"], **options, out=place / out)
 
 
+class Snapshots:
+    """What a run folder holds at each moment at which a file or folder gets its name: what a kill there would leave."""
+
+    def __init__(self, run: Path, folder: Path) -> None:
+        self.run = run
+        self.folder = folder
+        self.moments: list[str] = []
+
+    def rename(self, rename: Callable[..., None]) -> Callable[..., None]:
+        def renamed(source: str, target: str, **options: object) -> None:
+            path = Path(target)
+            self.take(f"before {path.relative_to(self.run)}") if self.run in path.parents else None
+            rename(source, target, **options)
+            self.take(f"after {path.relative_to(self.run)}") if self.run in path.parents else None
+
+        return renamed
+
+    def take(self, moment: str) -> None:
+        if moment in MOMENTS and moment not in self.moments:
+            shutil.copytree(self.run, self.folder / str(len(self.moments)))
+            self.moments.append(moment)
+
+
+MOMENTS = (
+    "after models/tiny-2-zero-shot",  # its record is missing
+    "before profiles/tiny/profile.json",
+    "before profiles/tiny/curve.png",
+    "before models/tiny-2-healed",  # the training has ended
+    "after models/tiny-2-healed",
+    "after scores/tiny-2-healed/scores.json",
+    "after done/evaluate-tiny-1-healed.json",  # the journal's line is missing
+    "before costs.json",
+    "before table.csv",
+)
+
+
 @pytest.fixture(scope="module")
-def run(place: Path) -> Path:
-    assert run_study(place) == place / "run" / "report.html"
+def snapshots(place: Path) -> Snapshots:
+    return Snapshots(place / "run", place / "snapshots")
+
+
+@pytest.fixture(scope="module")
+def run(place: Path, snapshots: Snapshots, quick_checks: None) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, snapshots.rename(getattr(os, name)))
+        assert run_study(place) == place / "run" / "report.html"
+    assert sorted(snapshots.moments) == sorted(MOMENTS)
     return place / "run"
 
 
@@ -101,7 +147,7 @@ def test_a_study_goes_the_whole_way(run: Path):
     assert [row["task"] for row in found["scores"]] == ["task"] * 3
     assert found["kept"] == {VARIANTS[0]: (0, 1), VARIANTS[1]: (0, 1), VARIANTS[2]: (0,)}
     assert [name for name, *_ in found["costs"]] == VARIANTS
-    expected = {"study.yaml", "plan.json", "steps.jsonl", "models", "profiles", "pruned", "scores", "cache"}
+    expected = {"study.yaml", "plan.json", "steps.jsonl", "models", "profiles", "pruned", "scores", "cache", "done"}
     expected |= {"costs.json", "table.csv", "report.html", "report.md"}
     assert {path.name for path in run.iterdir()} - {"figures"} == expected
     assert sorted(path.name for path in (run / "models").iterdir()) == sorted(VARIANTS)
@@ -179,29 +225,22 @@ def test_the_printed_commands_give_the_same_tables(run: Path, tmp_path: Path, mo
     assert [shlex.split(line)[1] for line in history] == ["prune", "prune", "heal"]
 
 
-MOMENTS = (
-    "models/*.partial/model.safetensors",
-    "profiles/tiny/profile.json",
-    "models/tiny-2-healed.partial/checkpoints/checkpoint-3/trainer_state.json",
-    "models/tiny-2-healed.partial/model/secateur.json",
-    "scores/*/scores.json",
-)
-
-
-@pytest.mark.slow
-def test_a_study_killed_at_any_point_ends_with_the_same_tables(run: Path, tmp_path: Path):
-    place = make_place(tmp_path)
-    command = ["study", place / "tiny", "--data", place / "words.jsonl", "--tasks", place / "task"]
-    command += [*words_of(OPTIONS), "-o", place / "run"]
-    for moment in MOMENTS:
-        run_until(place / "run", moment, *command)
-    run_study(place)
-    assert tables(place / "run") == tables(run)
-    assert not list((place / "run").rglob("*.partial"))
-    assert_each_step_was_done_once(place / "run")
-    for name in VARIANTS:
-        one, other = (secateur.open_model(there / "models" / name, device="cpu") for there in (run, place / "run"))
-        assert np.array_equal(one.encode(["the word"]), other.encode(["the word"]))
+def test_a_study_killed_at_any_point_ends_with_the_same_tables(run: Path, snapshots: Snapshots):
+    whole = run.rename(run.with_name("whole"))
+    try:
+        for number, moment in enumerate(snapshots.moments):
+            shutil.copytree(snapshots.folder / str(number), run)
+            assert secateur.study(out=run).is_file()
+            assert tables(run) == tables(whole), moment
+            assert not list(run.rglob("*.partial")), moment
+            assert_each_step_was_done_once(run)
+            for name in VARIANTS:
+                one, other = (load_file(there / "models" / name / "model.safetensors") for there in (run, whole))
+                assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys()), moment
+            shutil.rmtree(run)
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+        whole.rename(run)
 
 
 def assert_each_step_was_done_once(run: Path) -> None:
@@ -215,62 +254,37 @@ def assert_each_step_was_done_once(run: Path) -> None:
     assert sorted(done) == sorted(step["name"] for step in steps)
 
 
-def words_of(options: dict[str, object]) -> list[str]:
-    words: list[str] = []
-    for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
-def test_a_study_killed_twice_does_each_step_once(place: Path, tmp_path: Path):
-    options = OPTIONS | {"depths": ["1"], "recipes": ["none"]}
-    command = ["study", place / "tiny", "--data", place / "words.jsonl", *words_of(options), "-o", tmp_path / "run"]
-    for moment in ("models/tiny-2-zero-shot", "profiles/tiny/profile.json"):
-        run_until(tmp_path / "run", moment, *command)
-    assert secateur.study(out=tmp_path / "run").is_file()
-    assert_each_step_was_done_once(tmp_path / "run")
-    state = secateur.read_status(tmp_path / "run")
-    assert {state.of(step) for step in state.plan.steps} == {"done"}
+def without(run: Path, tmp_path: Path, *variants: str) -> Path:
+    """A copy of a run, some of whose models were not trained yet."""
+    copy = copied(run, tmp_path)
+    for name in variants:
+        shutil.rmtree(copy / "models" / name)
+        shutil.rmtree(copy / "scores" / name)
+    (copy / "costs.json").unlink()
+    lines = (copy / "steps.jsonl").read_text().splitlines(keepends=True)
+    gone = {f"{kind} {name}" for kind in ("heal", "evaluate") for name in variants} | {"cost all"}
+    (copy / "steps.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] not in gone))
+    return copy
 
 
 @pytest.mark.slow
-def test_a_study_killed_at_twenty_random_moments_ends_with_the_same_tables(tmp_path: Path):
-    """Two models, three depths, two seeds."""
-    place = make_place(tmp_path)
-    tiny_transformer(place / "other", "bert", depth=3)
-    options = OPTIONS | {"depths": ["1", "0.3"], "seeds": [1, 2], "steps": 4}
-    command = ["study", place / "tiny", place / "other", "--data", place / "words.jsonl", "--tasks", place / "task"]
-    command += words_of(options)
-    assert not run_for(800, *command, "-o", place / "whole")
-    rng = random.Random(0)
-    kills = sum(run_for(rng.uniform(0, 12), *command, "-o", place / "killed") for _ in range(20))
-    assert kills >= 10
-    assert not run_for(800, *command, "-o", place / "killed")
-
-    def found(run: Path) -> list[dict[str, object]]:
-        timed = {"train_seconds", "texts_per_second", "long_texts_per_second", "latency_p50", "latency_p95"}
-        # A folder's bytes count its notes, which tell times and the run's own path.
-        return [{k: v for k, v in row.items() if k not in timed | {"bytes"}} for row in join_tables(run)]
-
-    assert found(place / "killed") == found(place / "whole")
-    assert len(found(place / "whole")) == (1 + 2 + 2) + (1 + 2 + 2 + 2)
-    for run in (place / "whole", place / "killed"):
-        assert_each_step_was_done_once(run)
-        assert not list(run.rglob("*.partial"))
+def test_processes_side_by_side_give_the_same_tables_after_a_kill(run: Path, tmp_path: Path):
+    copy = without(run, tmp_path, *VARIANTS[1:])
+    moment = "models/*.partial/checkpoints/checkpoint-*/trainer_state.json"
+    run_until(copy, moment, "study", "resume", copy, "--jobs", "2")
+    assert secateur.study(out=copy, jobs=2).is_file()
+    assert_same_but_for_rounding(tables(copy), tables(run))
+    assert_each_step_was_done_once(copy)
+    begun = [entry["step"] for entry in map(json.loads, (copy / "steps.jsonl").read_text().splitlines())]
+    assert begun.count(f"heal {VARIANTS[1]}") == 3  # started, killed, started, done
 
 
 @pytest.mark.slow
-def test_processes_side_by_side_give_the_same_tables(run: Path, place: Path, tmp_path: Path):
-    assert run_study(place, str(tmp_path / "two"), jobs=2).is_file()
-    assert_same_but_for_rounding(tables(tmp_path / "two"), tables(run))
-    assert_each_step_was_done_once(tmp_path / "two")
-
-
-@pytest.mark.slow
-def test_a_ray_cluster_gives_the_same_tables(run: Path, place: Path, tmp_path: Path):
+def test_a_ray_cluster_gives_the_same_tables(run: Path, tmp_path: Path):
     pytest.importorskip("ray")
-    assert run_study(place, str(tmp_path / "ray"), ray="local", jobs=2).is_file()
-    assert_same_but_for_rounding(tables(tmp_path / "ray"), tables(run))
+    copy = without(run, tmp_path, VARIANTS[2])
+    assert secateur.study(out=copy, ray="local", jobs=2).is_file()
+    assert_same_but_for_rounding(tables(copy), tables(run))
 
 
 def test_the_joined_table_has_a_row_for_each_model_and_task(run: Path):
@@ -303,14 +317,16 @@ def test_scores_and_costs_of_a_model_that_changed_are_measured_again(run: Path, 
     state = secateur.plan_study(out=copy)
     left = [step for step in state.plan.steps if state.of(step) != "done"]
     assert [step.name for step in left] == [f"evaluate {VARIANTS[2]}", "cost all"]
-    secateur.evaluate(**left[0].options)
+    assert secateur.study(out=copy).is_file()
+    old, new = (load(there / "scores" / VARIANTS[2], Scores).rows[0] for there in (run, copy))
+    assert new.files != old.files
     state = secateur.plan_study(out=copy)
-    assert [step.name for step in state.plan.steps if state.of(step) != "done"] == ["cost all"]
+    assert {state.of(step) for step in state.plan.steps} == {"done"}
 
 
 def test_scores_of_other_versions_are_not_those_of_a_study(run: Path, tmp_path: Path):
     copy = copied(run, tmp_path)
-    file = copy / "scores" / VARIANTS[0] / "scores.json"
+    file = copy / "done" / f"evaluate-{VARIANTS[0]}.json"
     file.write_text(file.read_text().replace("mteb 2.", "mteb 1."))
     state = secateur.read_status(copy)
     assert [step.name for step in state.plan.steps if state.of(step) != "done"] == [f"evaluate {VARIANTS[0]}"]
@@ -350,7 +366,7 @@ def test_an_edited_study_is_refused_where_results_are_of_other_options(run: Path
     copy = copied(run, tmp_path)
     edit(copy, "steps", 60)
     for go_on in (lambda: secateur.study(out=copy), lambda: secateur.read_status(copy)):
-        with pytest.raises(ConfigError, match=r"models/tiny-2-healed.*scores/tiny-1-healed.*costs\.json were made"):
+        with pytest.raises(ConfigError, match=r"^steps: .*models/tiny-2-healed.*models/tiny-1-healed were made"):
             go_on()
     edit(copy, "steps", 10)
     assert secateur.study(out=copy).is_file()
@@ -424,8 +440,8 @@ def test_the_papers_study_is_on_the_english_tasks_of_mteb(place: Path, tmp_path:
     steps = [step for step in state.plan.steps if step.kind == "evaluate"]
     assert steps
     for step in steps:
-        assert len(step.options["tasks"]) == 56
-        assert "MTEB(eng, v1)/STS17" in step.options["tasks"]
+        assert len(step.options.tasks) == 56
+        assert "MTEB(eng, v1)/STS17" in step.options.tasks
     shares = {depth for variant in state.plan.variants for depth in variant.specs}
     assert {f"0.{tenth}" for tenth in range(1, 9)} | {"large", "small"} <= shares
 

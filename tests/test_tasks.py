@@ -107,7 +107,7 @@ def appended(table: str, *new: object):
         ("sts", replaced("test", 4, score=...), "test.jsonl", 5, "score", "is missing"),
         ("sts", replaced("test", 4, score="high"), "test.jsonl", 5, "score", "not a number"),
         ("sts", replaced("test", 4, score=True), "test.jsonl", 5, "score", "not a number"),
-        ("sts", replaced("test", 0, sentence2="  "), "test.jsonl", 1, "sentence2", "empty text"),
+        ("sts", replaced("test", 0, sentence2="  "), "test.jsonl", 1, "sentence2", "text is empty"),
         ("sts", replaced("test", 0, sentence1=3), "test.jsonl", 1, "sentence1", "not a text"),
         ("sts", replaced("test", 0, sentence1=None), "test.jsonl", 1, "sentence1", "not a text"),
         ("sts", appended("test", ["a", "b", 1]), "test.jsonl", 25, None, "not an object"),
@@ -160,7 +160,7 @@ def appended(table: str, *new: object):
         ("retrieval", appended("qrels", ("q0", "d0", 1)), "qrels.tsv", 50, None, "twice"),
         ("retrieval", replaced("corpus", 3, _id="d0"), "corpus.jsonl", 4, None, "'d0' occurs twice"),
         ("retrieval", replaced("corpus", 3, text=["x"]), "corpus.jsonl", 4, "text", "not a text"),
-        ("retrieval", replaced("queries", 3, text=""), "queries.jsonl", 4, "text", "empty text"),
+        ("retrieval", replaced("queries", 3, text=""), "queries.jsonl", 4, "text", "text is empty"),
         ("reranking", replaced("test", 3, negative=[]), "test.jsonl", 4, "negative", "empty list"),
         (
             "reranking",
@@ -171,7 +171,7 @@ def appended(table: str, *new: object):
             '"y" is a',
         ),
         ("reranking", replaced("test", 3, positive="x"), "test.jsonl", 4, "positive", "not a list"),
-        ("reranking", replaced("test", 3, positive=["x", ""]), "test.jsonl", 4, "positive", "empty text"),
+        ("reranking", replaced("test", 3, positive=["x", ""]), "test.jsonl", 4, "positive", "text is empty"),
         ("summarization", replaced("test", 3, relevance=[1.0]), "test.jsonl", 4, "relevance", "1 numbers for 4"),
     ],
 )

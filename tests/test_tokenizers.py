@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 import architectures
 import secateur
-from secateur.data.pairs import instruction_prompt
+from secateur.data.sources import instruction_prompt
 
 CORPUS = [line for module in (textwrap, pydoc) for line in pydoc.plain(pydoc.render_doc(module)).splitlines()]
 TEXTS = (

@@ -10,14 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.choosing.candidates import candidates
-    from secateur.choosing.choose import choose
+    from secateur.choosing.choose import candidates, choose
     from secateur.errors import SecateurError
     from secateur.evaluation.evaluate import evaluate
     from secateur.exporting.export import export
     from secateur.healing.heal import heal
     from secateur.inference.encode import encode
-    from secateur.inference.engine import accelerate
+    from secateur.inference.encoders import accelerate
     from secateur.inference.serve import serve
     from secateur.models.open_model import open_model
     from secateur.profiling.profile import profile
@@ -51,8 +50,8 @@ __all__ = [
 
 _HOMES = {
     "SecateurError": "errors",
-    "accelerate": "inference.engine",
-    "candidates": "choosing.candidates",
+    "accelerate": "inference.encoders",
+    "candidates": "choosing.choose",
     "choose": "choosing.choose",
     "compare": "reporting.compare",
     "cost": "reporting.cost",

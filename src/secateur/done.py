@@ -37,7 +37,8 @@ class Made:
         """Which options, inputs or versions differ from those that are recorded in a folder.
 
         Returns:
-            Their names; empty where nothing changed, and None where nothing is recorded.
+            Their names, of nested mappings the innermost ones; empty where nothing changed, and None where nothing is
+            recorded. An input that is None now was not looked at.
         """
         if not (folder / name).is_file():
             return None
@@ -47,9 +48,21 @@ class Made:
         changed = [key for key in ("step", "versions") if recorded.get(key) != now[key]]
         for key in ("options", "inputs"):
             before: dict[str, Any] = recorded.get(key) or {}
-            changed += [k for k in {**before, **now[key]} if before.get(k) != now[key].get(k)]
-        return changed
+            given = {name: value for name, value in now[key].items() if key == "inputs" or value is not None}
+            changed += _differing({name: value for name, value in before.items() if value is not None}, given)
+        return list(dict.fromkeys(changed))
 
     def record(self, folder: Path, name: str = FILE) -> None:
         """Write it into a folder, whole or not at all."""
         write_text(folder / name, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    for name in {**before, **now}:
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += _differing(one, other)
+        elif one != other and not (name in now and other is None):
+            names.append(name)
+    return names

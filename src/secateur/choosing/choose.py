@@ -1,4 +1,4 @@
-"""What a person says → the blocks that stay: a number, a share, or the name of a selector."""
+"""From what a user says to the layers that stay: a number, a share, a selection method, or a budget."""
 
 from __future__ import annotations
 
@@ -6,53 +6,60 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from secateur.choosing.budgets import Budget, within
-from secateur.choosing.selectors import SEED, SELECTORS, Choice, Question, Selector, l3prune, prefix
-from secateur.errors import ConfigError, IllegalDepth
-from secateur.results import Profile, load
+import numpy as np
+from numpy.typing import NDArray
 
-SHORT = {"small": "l3prune-small", "large": "l3prune-large"}
-"""Short names of the paper's two choices."""
+from secateur.choosing.selectors import (
+    SEED,
+    SELECTORS,
+    SHORT,
+    Choice,
+    Question,
+    by_rule,
+    l3prune,
+    losses_of,
+    lowest_in_each_half,
+    prefix,
+)
+from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
+from secateur.measures.intervals import Array
+from secateur.options import ChooseOptions, step
+from secateur.results import PartRow, Profile, load
+
 CHOSEN_FROM = "chosen_from"
 """Key of ``choice.json`` that holds the :func:`losses_fingerprint`; a choice written by hand needs none."""
+FULL, BUDGET = "full", "budget"
 
 
-def choose(
-    profile: Profile | str | Path,
-    *,
-    max_params: float | None = None,
-    max_bytes: float | None = None,
-    max_latency_ms: float | None = None,
-    max_loss_increase: float | None = None,
-) -> dict[str, int]:
+@step(ChooseOptions)
+def choose(options: ChooseOptions) -> dict[str, int]:
     """Choose depths from a profile: L3Prune's two (arXiv 2410.14578, section 3), or one within a budget.
 
-    Args:
-        profile: A profile, its file, or the folder that holds it.
-        max_params: Most parameters, the token table included. With any of the limits, the choice is what
-            :func:`.within` gives.
-        max_bytes: Most bytes of the weights.
-        max_latency_ms: Most milliseconds for one text of some 20 tokens, as measured when the profile was made.
-        max_loss_increase: Most by which the loss may be above the lowest of all depths, as a share: 0.05 is 5 %.
-
     Returns:
-        ``{"small": k, "large": k}``, numbers of blocks to keep: where the untrained model's loss is lowest, ``small``
+        ``{"small": k, "large": k}``, numbers of layers to keep: where the untrained model's loss is lowest, ``small``
         in the first ``depth // 2`` depths and ``large`` in the others. Of equal losses the shallowest wins. With
         limits, ``{"budget": k}``.
 
     Raises:
         DataError: The file is no profile, or does not tell what is asked for, as one of texts alone has no losses.
-        IllegalDepth: The model has a single block.
+        IllegalDepth: The model has a single layer.
         ConfigError: No depth is within the limits, or a limit is no number.
     """
-    table = read_profile(profile)
-    budget = Budget(max_params, max_bytes, max_latency_ms, max_loss_increase)
-    if budget.is_given:
-        return {"budget": len(within(budget, table).blocks)}
+    table = read_profile(options.profile)
+    if _limits(options):
+        return {BUDGET: len(within(options, table).blocks)}
     question = Question(table.depth, table)
     return {name: len(l3prune(question, half).blocks) for half, name in enumerate(SHORT)}
+
+
+def read_profile(profile: Profile | str | Path) -> Profile:
+    """A profile, its file, or the folder that holds it."""
+    return profile if isinstance(profile, Profile) else load(profile, Profile)
 
 
 def losses_fingerprint(profile: Profile) -> str:
@@ -64,61 +71,60 @@ def losses_fingerprint(profile: Profile) -> str:
 def blocks_to_keep(
     to: str | int | float, depth: int, profile: Profile | str | Path | None = None, *, seed: int = SEED
 ) -> tuple[int, ...]:
-    """The blocks that stay, as ``--to`` says it.
+    """The layers that stay, as ``--to`` says it.
 
     Args:
-        to: How many blocks to keep; a share to remove, between 0 and 1 (as in the paper's code, ``1`` keeps one block
+        to: How many layers to keep; a share to remove, between 0 and 1 (as in the paper's code, ``1`` keeps one layer
             and ``0.3`` removes 30 % of them, rounding the number kept down); ``small`` or ``large``; the name of a
-            selector (:data:`.SELECTORS`) that decides how many, such as ``knee``; or the name of
+            selection method (:data:`.SELECTORS`) that decides how many, such as ``knee``; or the name of
             another with a number: ``uniform:7``, and with a seed ``random:7:1``.
-        depth: How many blocks the model has.
-        profile: Of this model, for the selectors that read one.
+        depth: How many layers the model has.
+        profile: Of this model, for the methods that read one.
         seed: Of what is drawn, where ``to`` names none.
 
     Returns:
-        Indices of blocks, from 0, ascending.
+        Indices of layers, from 0, ascending.
 
     Raises:
         ConfigError: ``to`` is none of these, or the profile is missing or of another depth.
         IllegalDepth: No such depth.
-        DataError: The profile does not tell what the selector reads.
+        DataError: The profile does not tell what the method reads.
     """
-    number = _number(to)
-    if number is None:
+    if is_selector(to):
         return choice_of(str(to), depth, profile, seed=seed).blocks
-    return prefix(_number_kept(number, to, depth))
-
-
-def needs_profile(to: str | int | float) -> bool:
-    """Whether only a profile tells which blocks ``to`` means.
-
-    Raises:
-        ConfigError: It is the name of no selector.
-    """
-    return _number(to) is None and _parse(str(to))[0].reads_profile
+    number = float(to)
+    if 0 < number < 1:
+        kept = math.floor(depth * (1 - number) + 1e-9)  # 30 × (1 − 0.8) is 5.999… in floating point
+    elif number.is_integer():
+        kept = int(number)
+    else:
+        raise ConfigError("to", to, f"is {to}", "a number of blocks to keep is whole, a share to remove below 1")
+    _check_count(kept, to, depth)
+    return prefix(kept)
 
 
 def is_selector(to: str | int | float) -> bool:
-    """Whether ``to`` is a selector, and no number or share of blocks."""
-    return _number(to) is None
+    """Whether ``to`` is a selection method, and no number or share of layers."""
+    try:
+        float(to)
+    except ValueError:
+        return True
+    return False
 
 
-def target_depth(to: str | int | float, depth: int, profile: Profile | str | Path | None = None) -> int:
-    """How many of the first blocks ``--to`` keeps.
+def needs_profile(to: str | int | float) -> bool:
+    """Whether only a profile tells which layers ``to`` means.
 
     Raises:
-        As :func:`blocks_to_keep`; and ConfigError where other blocks than the first would stay.
+        ConfigError: It is no selection method.
     """
-    blocks = blocks_to_keep(to, depth, profile)
-    if blocks != prefix(len(blocks)):
-        raise ConfigError("to", to, f"{to} keeps other blocks than the first", "a number, or a choice of a depth")
-    return len(blocks)
+    return is_selector(to) and SELECTORS[_parse(str(to))[0]].reads_profile
 
 
 def choice_of(name: str, depth: int, profile: Profile | str | Path | None = None, *, seed: int = SEED) -> Choice:
-    """What a selector chooses, with its reason; ``name`` as in :func:`blocks_to_keep`, which see."""
-    selector, count, own_seed = _parse(name)
-    table = None
+    """What a selection method chooses, with its reason; arguments and errors as for :func:`blocks_to_keep`."""
+    key, count, own_seed = _parse(name)
+    selector, table = SELECTORS[key], None
     if selector.reads_profile:
         if profile is None:
             hint = "give --profile DIR, or a number of blocks"
@@ -127,45 +133,221 @@ def choice_of(name: str, depth: int, profile: Profile | str | Path | None = None
         if table.depth != depth:
             problem = f"has {table.depth} depths, but the model has {depth} blocks"
             raise ConfigError("profile", table.model, problem)
+    if selector.counts:
+        _check_count(count, count, depth)
     return selector.rule(Question(depth, table, count, seed if own_seed is None else own_seed))
 
 
-def read_profile(profile: Profile | str | Path) -> Profile:
-    """A profile, its file, or the folder that holds it."""
-    return profile if isinstance(profile, Profile) else load(profile, Profile)
-
-
-def _parse(text: str) -> tuple[Selector, int, int | None]:
-    """``random:7:1`` → the selector, how many blocks, and the seed if it is there."""
+def _parse(text: str) -> tuple[str, int, int | None]:
+    """``random:7:1`` → the selection method, how many layers, and the seed if it is there."""
     name, *numbers = text.split(":")
-    selector = SELECTORS.get(SHORT.get(name, name))
-    if selector is None:
+    key = SHORT.get(name, name)
+    if key not in SELECTORS:
         known = ", ".join([*SHORT, *(key if not item.counts else f"{key}:K" for key, item in SELECTORS.items())])
         hint = f"give a number of blocks, a share to remove, or one of {known}"
         raise ConfigError("to", text, f"is {text!r}", hint)
-    if not selector.counts and numbers:
-        raise ConfigError("to", text, f"is {text!r}, but {name} decides by itself how many blocks to keep", name)
+    if not SELECTORS[key].counts:
+        if numbers:
+            raise ConfigError("to", text, f"is {text!r}, but {name} decides by itself how many blocks to keep", name)
+        return key, 0, None
     most = 2 if name == "random" else 1
-    if selector.counts and not (1 <= len(numbers) <= most and all(re.fullmatch("[0-9]{1,9}", n) for n in numbers)):
+    if not (1 <= len(numbers) <= most and all(re.fullmatch("[0-9]{1,9}", number) for number in numbers)):
         raise ConfigError("to", text, f"is {text!r}, but {name} must be told how many blocks to keep", f"{name}:7")
-    given = list(map(int, numbers))
-    return selector, given[0] if given else 0, given[1] if len(given) > 1 else None
+    return key, int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None
 
 
-def _number(to: str | int | float) -> float | None:
-    try:
-        return float(to)
-    except ValueError:
-        return None
+def _check_count(count: int, said: str | int | float, depth: int) -> None:
+    if not 1 <= count <= depth:
+        raise IllegalDepth(said, depth, f"that would keep {count}", [1 if count < 1 else depth])
 
 
-def _number_kept(number: float, to: str | int | float, depth: int) -> int:
-    if 0 < number < 1:
-        kept = math.floor(depth * (1 - number) + 1e-9)  # 30 × (1 − 0.8) is 5.999… in floating point
-    elif number.is_integer():
-        kept = int(number)
-    else:
-        raise ConfigError("to", to, f"is {to}", "a number of blocks to keep is whole, a share to remove below 1")
-    if not 1 <= kept <= depth:
-        raise IllegalDepth(to, depth, f"that would keep {kept}", [1 if kept < 1 else depth])
-    return kept
+def cost_of(parts: Sequence[PartRow], blocks: Sequence[int]) -> PartRow:
+    """What a model costs that keeps these layers: a row whose ``part`` is their number.
+
+    Args:
+        parts: Of the whole model.
+        blocks: Indices of the layers that stay, from 0.
+    """
+    kept = [parts[0], *(parts[index + 1] for index in blocks)]
+    sums = {item.name: sum(getattr(row, item.name) for row in kept) for item in fields(PartRow)}
+    return PartRow(**sums | {"part": len(blocks)})
+
+
+_COSTS: dict[str, tuple[Callable[[PartRow], float], str]] = {
+    "max_params": (lambda row: row.parameters, "{:,.0f} parameters"),
+    "max_bytes": (lambda row: row.bytes, "{:,.0f} bytes"),
+    "max_latency_ms": (lambda row: 1000 * row.latency, "{:.3g} ms"),
+}
+"""Limit of a cost → what it limits, and how that is said."""
+
+
+def _limits(options: ChooseOptions) -> dict[str, float]:
+    """The limits that are given."""
+    limits = {name: getattr(options, name) for name in (*_COSTS, "max_loss_increase")}
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def within(options: ChooseOptions, table: Profile) -> Choice:
+    """Choose a depth that the limits allow.
+
+    With a limit of the loss the shallowest such depth. Without one, what L3Prune's rule would call ``large`` if the
+    model had no more layers than fit the budget: the lowest loss of the deeper half of them; with a profile of texts
+    alone, which has no losses, the deepest of them.
+
+    Raises:
+        ConfigError: No depth is within a limit; the message tells the smallest that there is.
+        DataError: The profile does not tell what a limit is about.
+    """
+    deepest = table.depth
+    for key, limit in _limits(options).items():
+        if key not in _COSTS:
+            continue
+        measure, words = _COSTS[key]
+        if not table.parts:
+            hint = "it was made by an earlier version; profile again"
+            raise DataError(table.file, "does not tell what the blocks cost", hint, field="parts")
+        costs = [measure(cost_of(table.parts, prefix(depth))) for depth in range(1, table.depth + 1)]
+        if costs[0] > limit:
+            hint = f"the smallest, depth 1, has {words.format(costs[0])}"
+            raise ConfigError(key, limit, f"no depth has at most {words.format(limit)}", hint)
+        deepest = min(deepest, sum(cost <= limit for cost in costs))
+    if options.max_loss_increase is not None:
+        return _shallowest(options.max_loss_increase, deepest, table)
+    told = f"depth {deepest} is the deepest that fits"
+    if not all(row.loss is not None for row in table.depths):
+        return Choice(prefix(deepest), told)
+    depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1:], 0)
+    told += f"; loss {losses_of(table)[depth - 1]:.4f}, the lowest of depths {deepest // 2 + 1} to {deepest}"
+    return Choice(prefix(depth), told, chance=chance)
+
+
+def _shallowest(increase: float, deepest: int, table: Profile) -> Choice:
+    """The shallowest depth whose loss is near enough to the lowest."""
+
+    def rule(losses: Array) -> NDArray[Any]:
+        """0 where there is none."""
+        near = losses[..., :deepest] <= (1 + increase) * losses.min(axis=-1, keepdims=True)
+        return np.where(near.any(axis=-1), near.argmax(axis=-1) + 1, 0)[..., None]
+
+    depth, chance = by_rule(table, rule, 0)
+    losses = losses_of(table)
+    above = losses / losses.min() - 1
+    if not depth:
+        best = int(above[:deepest].argmin())
+        problem = f"no depth that fits (up to {deepest}) has a loss within {increase:g} of the lowest"
+        raise ConfigError("max_loss_increase", increase, problem, f"{above[best]:.4g} allows depth {best + 1}")
+    told = (
+        f"the shallowest; loss {losses[depth - 1]:.4f}, {100 * above[depth - 1]:.1f} % above the lowest of all depths"
+    )
+    return Choice(prefix(depth), told, chance=chance)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice.
+
+    Attributes:
+        name: What ``--to`` takes to get it; ``full`` is the model as it is, ``budget`` what the limits allow.
+        blocks: Indices of the layers that stay, from 0.
+        reason: Why, and ``warning`` what must be known; empty where there is nothing.
+        chance: Selection probability (:class:`.Choice`); None where the method reads no losses.
+        loss: At that depth, zero-shot, with its 95 % interval from ``loss_low`` to ``loss_high``; None where other
+            layers than the first stay, since a profile measures depths.
+        parameters: Counted, as are ``bytes`` and ``flops_per_token``.
+        latency: Seconds for one text of some 20 tokens, from the measured times of the layers.
+        speed: Texts per second in a batch, relative to the full depth, likewise. Costs are None in a profile of an
+            earlier version.
+    """
+
+    name: str
+    blocks: tuple[int, ...]
+    reason: str
+    warning: str = ""
+    chance: float | None = None
+    loss: float | None = None
+    loss_low: float | None = None
+    loss_high: float | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+    flops_per_token: float | None = None
+    latency: float | None = None
+    speed: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All choices from the profile of ``model``, which has ``depth`` layers; ``refused`` is name → why not."""
+
+    model: str
+    depth: int
+    rows: tuple[Candidate, ...]
+    refused: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The depths of ``small``, ``large`` and ``budget``, where they can be told; ``choices`` and ``refused``."""
+        names = {BUDGET: BUDGET, **SHORT}
+        told = {name: self.depths[key] for name, key in names.items() if key in self.depths}
+        return {**told, "choices": [asdict(row) for row in self.rows], "refused": dict(self.refused)}
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Name → depth, of the choices of a depth."""
+        decide = [BUDGET, *(name for name, selector in SELECTORS.items() if not selector.counts)]
+        return {row.name: len(row.blocks) for row in self.rows if row.name in decide}
+
+
+@step(ChooseOptions)
+def candidates(options: ChooseOptions) -> Candidates:
+    """What every selection method chooses from a profile, side by side, with what it would cost and how sure it is.
+
+    Methods that must be told how many layers to keep are asked for as many as ``small`` and ``large``, and as many as
+    the limits allow.
+
+    Raises:
+        DataError: The file is no profile.
+        ConfigError: No depth is within the limits, or a limit is no number.
+    """
+    table = read_profile(options.profile)
+    rows = [_candidate(table, FULL, Choice(prefix(table.depth), "nothing is cut"))]
+    if _limits(options):
+        rows.append(_candidate(table, BUDGET, within(options, table)))
+    refused = {}
+    for name in _names(table, [len(row.blocks) for row in rows[1:]]):
+        try:
+            rows.append(_candidate(table, name, choice_of(name, table.depth, table)))
+        except SecateurError as error:
+            refused[name] = str(error)
+    return Candidates(table.model, table.depth, tuple(rows), refused)
+
+
+def _names(table: Profile, sizes: Sequence[int]) -> Iterator[str]:
+    """What there is to ask. Without losses nothing tells a size: half of the layers."""
+    told = [*sizes, *(choose(table).values() if table.can_choose else [max(1, table.depth // 2)])]
+    for name, selector in SELECTORS.items():
+        if not selector.counts:
+            yield name
+        elif name != "first":  # the depths that stand there already
+            yield from (f"{name}:{size}" for size in sorted(set(told)) if size < table.depth)
+
+
+def _candidate(table: Profile, name: str, choice: Choice) -> Candidate:
+    row = table.depths[len(choice.blocks) - 1] if is_prefix(choice.blocks) else None
+    loss = {key: getattr(row, key) for key in ("loss", "loss_low", "loss_high")} if row else {}
+    cost: dict[str, Any] = {}
+    if table.parts:
+        part = cost_of(table.parts, choice.blocks)
+        cost = {key: getattr(part, key) for key in ("parameters", "bytes", "flops_per_token", "latency")}
+        cost["speed"] = cost_of(table.parts, prefix(table.depth)).seconds / part.seconds
+    return Candidate(name, choice.blocks, choice.reason, choice.warning, choice.chance, **loss, **cost)
+
+
+def is_prefix(blocks: Sequence[int]) -> bool:
+    """Whether they are the first layers."""
+    return tuple(blocks) == prefix(len(blocks))
+
+
+def ranges(blocks: Sequence[int]) -> str:
+    """Layers as ``--keep`` takes them: ``0-5,8,11``."""
+    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1] + 1]
+    runs = [(blocks[i], blocks[j - 1]) for i, j in zip(starts, [*starts[1:], len(blocks)], strict=True)]
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

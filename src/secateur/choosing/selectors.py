@@ -1,7 +1,11 @@
-"""Ways to choose the blocks that stay, all with one signature: ``selector(question) -> choice``.
+"""Selection methods: each is a plain function from a :class:`Question` to a :class:`Choice`; all are in one table.
 
-:data:`SELECTORS` makes them words that every command knows (:mod:`.choose`). Some read the profile's losses,
-some its other columns, some nothing at all: a choice that does not beat ``uniform`` and ``random`` is worth nothing.
+Some read the profile's losses, some its other columns, some nothing at all: a method that does not beat ``uniform`` and
+``random`` is worth nothing.
+
+Those that read losses are built on rules: a rule takes losses (..., depths) and gives depths (..., choices), counted
+from 1, for each curve by itself. So it can be asked about the measured curve and about every curve of a bootstrap over
+batches, and the share of these in which it chooses the same is the selection probability.
 """
 
 from __future__ import annotations
@@ -11,34 +15,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from secateur.errors import ConfigError, DataError, IllegalDepth
-from secateur.measures.curves import (
-    Rule,
-    draws_of,
-    has_knee,
-    knee,
-    lowest_in_each_half,
-    valleys,
-    valleys_in_each_half,
-)
-from secateur.measures.intervals import FEWEST
+from secateur.errors import DataError, IllegalDepth
+from secateur.measures.intervals import MINIMUM_UNITS, REPLICATES, Array, mean_statistic, resample
 from secateur.results import Profile
 
+Rule = Callable[[Array], NDArray[Any]]
+
 SEED = 42
+PROMINENCE = 0.05
+"""Share of a smoothed curve's range that a valley must be deep, on both sides, to count as one."""
+FLAT = 1e-9
+"""Differences of shares below this are rounding."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Which blocks of a model to keep.
+    """Which layers of a model to keep.
 
     Attributes:
-        depth: How many blocks the model has.
-        profile: Of this model; not every selector needs one.
-        count: How many blocks to keep, for the selectors that do not decide it themselves.
+        depth: How many layers the model has.
+        profile: Of this model; not every selection method needs one.
+        count: How many layers to keep, for the methods that do not decide it themselves.
         seed: Of what is drawn.
     """
 
@@ -50,14 +52,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a selector chose.
+    """Which layers to keep.
 
     Attributes:
-        blocks: Indices of the blocks that stay, from 0, ascending.
+        blocks: Indices of the layers that stay, from 0, ascending.
         reason: Why, in half a sentence with the numbers that decided.
-        warning: What a reader must know before he relies on it; empty where there is nothing.
-        chance: The share of bootstrap draws over the profile's batches in which the same rule chooses the same; None
-            where a rule does not read losses by batch.
+        warning: What a reader must know before relying on it; empty where there is nothing.
+        chance: Selection probability: the share of bootstrap replicates over the profile's batches in which the same
+            rule chooses the same; None where a rule does not read losses by batch.
     """
 
     blocks: tuple[int, ...]
@@ -66,56 +68,124 @@ class Choice:
     chance: float | None = None
 
 
-@dataclass(frozen=True)
-class Selector:
-    """A rule and what there is to know about it.
+def replicates_of(losses: ArrayLike, seed: int, replicates: int = REPLICATES) -> Array:
+    """Bootstrap replicates of mean losses: (batches, depths) → (replicates, depths).
 
-    Attributes:
-        rule: The selector.
-        about: What it does, in one line, with its source.
-        counts: Whether it must be told how many blocks to keep.
-        reads_profile: Whether it needs a profile.
+    All depths of a replicate come from the same batches, so that what batches have in common (some are harder at every
+    depth) does not blur which depth is the lowest.
     """
+    return resample(mean_statistic(np.asarray(losses, dtype=np.float64)), len(np.asarray(losses)), seed, replicates)
 
-    rule: Callable[[Question], Choice]
-    about: str
-    counts: bool = False
-    reads_profile: bool = True
+
+def lowest_in_each_half(losses: ArrayLike) -> NDArray[Any]:
+    """L3Prune's rule (arXiv 2410.14578, section 3): the depth of the lowest loss in each half.
+
+    Args:
+        losses: (..., depths); the first ``depths // 2`` are the first half. Of equal losses the shallowest wins.
+
+    Returns:
+        (..., 2), depths counted from 1, the smaller first; of a single depth (..., 1).
+    """
+    values = np.asarray(losses)
+    half = values.shape[-1] // 2
+    parts = [(values[..., :half], 1), (values[..., half:], half + 1)]
+    return np.stack([part.argmin(axis=-1) + first for part, first in parts if part.shape[-1]], axis=-1)
+
+
+def valleys_in_each_half(losses: Array) -> NDArray[Any]:
+    """The lowest true minimum of each half (:func:`valleys`); of a half without any, its lowest loss."""
+    chosen = lowest_in_each_half(losses)
+    half = losses.shape[-1] // 2
+    for curve, pair in zip(losses.reshape(-1, losses.shape[-1]), chosen.reshape(-1, 2), strict=True):
+        found = valleys(curve)
+        for place, own in enumerate(([k for k in found if k <= half], [k for k in found if k > half])):
+            if own:
+                pair[place] = min(own, key=lambda k: curve[k - 1])
+    return chosen
+
+
+def smoothed(losses: ArrayLike) -> Array:
+    """The mean of each loss and its neighbours; of two losses at the ends."""
+    padded = np.pad(np.asarray(losses, dtype=np.float64), 1, constant_values=np.nan)
+    means: Array = np.nanmean(np.lib.stride_tricks.sliding_window_view(padded, 3), axis=-1)
+    return means
+
+
+def valleys(losses: ArrayLike) -> list[int]:
+    """The depths at which a curve (depths,) has a true minimum: a peak of the smoothed curve turned upside down.
+
+    Its prominence must be :data:`PROMINENCE` of the smoothed curve's range. The depth is that of the lowest loss among
+    the three that were averaged there. The first and the last depth are no minima: nobody knows what lies beyond.
+
+    Returns:
+        Depths counted from 1, ascending.
+    """
+    from scipy.signal import find_peaks
+
+    values, curve = np.asarray(losses), smoothed(losses)
+    bottoms = find_peaks(-curve, prominence=PROMINENCE * np.ptp(curve))[0]
+    inner = range(1, len(values) - 1)
+    return sorted({min((k for k in (i - 1, i, i + 1) if k in inner), key=values.__getitem__) + 1 for i in bottoms})
+
+
+def knee(losses: Array) -> NDArray[Any]:
+    """The depth after which more layers bring little: Kneedle (Satopää et al. 2011) on the best loss so far.
+
+    Where the curve has no knee (:func:`knee_strength`), the depth of the lowest loss.
+
+    Args:
+        losses: (..., depths).
+
+    Returns:
+        (..., 1), depths counted from 1. Of equal distances the shallowest wins.
+    """
+    lead = knee_strength(losses)
+    found: NDArray[Any] = np.where(lead.max(axis=-1) > FLAT, lead.argmax(axis=-1), losses.argmin(axis=-1)) + 1
+    return found[..., None]
+
+
+def knee_strength(losses: Array) -> Array:
+    """How far each depth is below a straight line from the first depth to the last: share of fall less share of layers.
+
+    At most :data:`FLAT` everywhere where the curve has no knee.
+    """
+    best = np.minimum.accumulate(losses, axis=-1)
+    fall = best[..., :1] - best
+    whole = fall[..., -1:]
+    lead: Array = fall / np.where(whole > 0, whole, 1) - np.linspace(0, 1, losses.shape[-1])
+    return lead
 
 
 def l3prune(question: Question, half: int) -> Choice:
-    """L3Prune (arXiv 2410.14578, section 3): the lowest loss in the first (0) or second (1) half of the depths."""
+    """The lowest loss in the first (0) or second (1) half of the depths (L3Prune, arXiv 2410.14578, section 3)."""
     table = _halves(question)
-    depth, chance = _by_rule(table, lowest_in_each_half, half)
+    depth, chance = by_rule(table, lowest_in_each_half, half)
     return Choice(prefix(depth), f"{_loss(table, depth)}, the lowest of {_range(table, half)}", chance=chance)
 
 
 def l3prune_interior(question: Question, half: int) -> Choice:
-    """The lowest true minimum of the smoothed curve in a half (:func:`.valleys`).
-
-    Where the half has none, what :func:`l3prune` chooses, with a warning.
-    """
+    """The lowest true minimum of the smoothed loss in a half; where there is none, what :func:`l3prune` chooses."""
     table = _halves(question)
-    depth, chance = _by_rule(table, valleys_in_each_half, half)
-    if depth in valleys(losses_of(table).tolist()):
-        return Choice(prefix(depth), f"the lowest valley of {_range(table, half)}, {_loss(table, depth)}", "", chance)
-    warning = f"no valley in {_range(table, half)}: the lowest loss there, as l3prune"
-    return Choice(prefix(depth), f"{_loss(table, depth)}, the lowest of {_range(table, half)}", warning, chance)
+    depth, chance = by_rule(table, valleys_in_each_half, half)
+    where = _range(table, half)
+    if depth in valleys(losses_of(table)):
+        return Choice(prefix(depth), f"the lowest valley of {where}, {_loss(table, depth)}", "", chance)
+    warning = f"no valley in {where}: the lowest loss there, as l3prune"
+    return Choice(prefix(depth), f"{_loss(table, depth)}, the lowest of {where}", warning, chance)
 
 
 def by_knee(question: Question) -> Choice:
-    """The knee of the loss curve (:func:`.knee`)."""
-    table = _measured(question)
-    depth, chance = _by_rule(table, knee, 0)
-    if has_knee(losses_of(table)):
-        return Choice(
-            prefix(depth), f"beyond, loss falls more slowly than blocks are added; {_loss(table, depth)}", "", chance
-        )
+    """The depth after which more layers bring little (Kneedle, Satopää et al. 2011)."""
+    table = _profile(question)
+    depth, chance = by_rule(table, knee, 0)
+    if knee_strength(losses_of(table)).max() > FLAT:
+        reason = f"beyond, loss falls more slowly than blocks are added; {_loss(table, depth)}"
+        return Choice(prefix(depth), reason, "", chance)
     return Choice(prefix(depth), f"the lowest loss, {_loss(table, depth)}", "the curve has no knee", chance)
 
 
 def best_task(question: Question) -> Choice:
-    """The depth of the highest score, averaged over the profile's tasks. Of equal scores the shallowest.
+    """The depth of the highest zero-shot score, averaged over the profile's tasks. Of equal scores the shallowest.
 
     Depths at which a task has no score are left out.
     """
@@ -135,8 +205,8 @@ def best_task(question: Question) -> Choice:
 
 
 def block_influence(question: Question) -> Choice:
-    """ShortGPT (arXiv 2403.03853): the blocks that change their input least go. Of equal ones the later goes."""
-    table, count = _profile(question), _count(question)
+    """The layers that change their input most (ShortGPT, arXiv 2403.03853). Of equal ones the earlier stays."""
+    table, count = _profile(question), question.count
     influence = [row.block_influence for row in table.depths]
     order = sorted(range(table.depth), key=lambda i: (-influence[i], i))
     kept, gone = order[:count], order[count:]
@@ -145,80 +215,87 @@ def block_influence(question: Question) -> Choice:
 
 
 def angular(question: Question) -> Choice:
-    """Gromov et al. (arXiv 2403.17887): the run of blocks goes whose input and output are nearest in angle.
+    """All but the run of layers whose input and output are nearest in angle, at the last token (arXiv 2403.17887).
 
-    Distances are of the last token's states. Of equal runs the first goes.
+    Of equal runs the first goes.
     """
-    table, count = _profile(question), _count(question)
+    table, count = _profile(question), question.count
     if not table.angular:
         problem = "has no angular distances"
         raise DataError(table.file, problem, "this architecture's states have another layout", field="angular")
     gone = table.depth - count
-    distances = [(_angle(table, start, start + gone), start) for start in range(count + 1)]
+    if not gone:
+        return Choice(prefix(count), "all blocks")
+    distances = []
+    for start in range(count + 1):
+        distance = table.angular[start][start + gone]
+        if distance is None:
+            raise DataError(table.file, f"has no number between depths {start} and {start + gone}", field="angular")
+        distances.append((distance, start))
     distance, start = min(distances)
     kept = tuple(i for i in range(table.depth) if not start <= i < start + gone)
-    if not gone:
-        return Choice(kept, "all blocks")
-    return Choice(
-        kept, f"blocks {start} to {start + gone - 1} (from 0) turn the state least, by {distance:.3f} of a half turn"
-    )
+    reason = f"blocks {start} to {start + gone - 1} (from 0) turn the state least, by {distance:.3f} of a half turn"
+    return Choice(kept, reason)
 
 
 def uniform(question: Question) -> Choice:
-    """Evenly spaced blocks, the first and the last among them; of one block, the first."""
-    count, last = _count(question), question.depth - 1
+    """Evenly spaced layers, the first and the last among them; of one layer, the first."""
+    count, last = question.count, question.depth - 1
     steps = max(1, count - 1)
     blocks = tuple((2 * i * last + steps) // (2 * steps) for i in range(count))  # rounded to the nearest
     return Choice(blocks, "evenly spaced")
 
 
 def at_random(question: Question) -> Choice:
-    """Blocks drawn by the seed."""
-    drawn = random.Random(question.seed).sample(range(question.depth), _count(question))  # noqa: S311 - no secret
+    """Layers drawn by the seed."""
+    drawn = random.Random(question.seed).sample(range(question.depth), question.count)  # noqa: S311 - no secret
     return Choice(tuple(sorted(drawn)), f"drawn with seed {question.seed}")
 
 
 def first(question: Question) -> Choice:
-    """The first blocks: the last ones go."""
-    return Choice(prefix(_count(question)), "the first blocks")
+    """The first layers: the last ones go."""
+    return Choice(prefix(question.count), "the first blocks")
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A selection method.
+
+    Attributes:
+        rule: The function.
+        counts: Whether it must be told how many layers to keep.
+        reads_profile: Whether it needs a profile.
+    """
+
+    rule: Callable[[Question], Choice]
+    counts: bool = False
+    reads_profile: bool = True
 
 
 SELECTORS: Mapping[str, Selector] = {
-    "l3prune-small": Selector(
-        partial(l3prune, half=0), "the lowest loss in the first half of the depths (L3Prune, arXiv 2410.14578)"
-    ),
-    "l3prune-large": Selector(
-        partial(l3prune, half=1), "the lowest loss in the second half of the depths (L3Prune, arXiv 2410.14578)"
-    ),
-    "l3prune-interior-small": Selector(
-        partial(l3prune_interior, half=0), "the lowest true minimum of the smoothed loss in the first half"
-    ),
-    "l3prune-interior-large": Selector(
-        partial(l3prune_interior, half=1), "the lowest true minimum of the smoothed loss in the second half"
-    ),
-    "knee": Selector(by_knee, "the depth after which more blocks bring little (Kneedle, Satopää et al. 2011)"),
-    "best-task": Selector(best_task, "the depth of the highest zero-shot score, averaged over the profile's tasks"),
-    "block-influence": Selector(
-        block_influence, "the blocks that change their input most (ShortGPT, arXiv 2403.03853)", counts=True
-    ),
-    "angular": Selector(
-        angular, "all but the run of blocks that turns the state least (arXiv 2403.17887)", counts=True
-    ),
-    "uniform": Selector(
-        uniform, "evenly spaced blocks, the first and the last among them", counts=True, reads_profile=False
-    ),
-    "random": Selector(at_random, "blocks drawn by a seed", counts=True, reads_profile=False),
-    "first": Selector(first, "the first blocks", counts=True, reads_profile=False),
+    "l3prune-small": Selector(partial(l3prune, half=0)),
+    "l3prune-large": Selector(partial(l3prune, half=1)),
+    "l3prune-interior-small": Selector(partial(l3prune_interior, half=0)),
+    "l3prune-interior-large": Selector(partial(l3prune_interior, half=1)),
+    "knee": Selector(by_knee),
+    "best-task": Selector(best_task),
+    "block-influence": Selector(block_influence, counts=True),
+    "angular": Selector(angular, counts=True),
+    "uniform": Selector(uniform, counts=True, reads_profile=False),
+    "random": Selector(at_random, counts=True, reads_profile=False),
+    "first": Selector(first, counts=True, reads_profile=False),
 }
-"""Name → selector, in the order in which they are shown."""
+"""Name → selection method, in the order in which they are shown."""
+SHORT = {"small": "l3prune-small", "large": "l3prune-large"}
+"""Short names of the paper's two choices."""
 
 
 def prefix(depth: int) -> tuple[int, ...]:
-    """The first blocks."""
+    """The first layers."""
     return tuple(range(depth))
 
 
-def losses_of(table: Profile) -> Tensor:
+def losses_of(table: Profile) -> Array:
     """The loss at each depth: (depths,).
 
     Raises:
@@ -227,62 +304,39 @@ def losses_of(table: Profile) -> Tensor:
     found = [row.loss for row in table.depths if row.loss is not None]
     if len(found) < table.depth:
         raise DataError(table.file, "has no losses", "it was made from texts alone; profile on pairs", field="loss")
-    return torch.tensor(found, dtype=torch.float64)
+    return np.array(found, dtype=np.float64)
 
 
-def chance_of(table: Profile, rule: Rule, place: int, depth: int) -> float | None:
-    """The share of bootstrap draws in which a rule chooses this depth; None with fewer than five batches.
+def by_rule(table: Profile, rule: Rule, place: int) -> tuple[int, float | None]:
+    """What a rule chooses on the measured curve, and its selection probability.
 
     Args:
         table: The profile.
         rule: From losses to depths.
         place: Which of the rule's choices.
-        depth: What it chooses on the measured curve.
+
+    Returns:
+        A depth, and the share of bootstrap replicates with the same choice; None with fewer than five batches.
     """
-    if len(table.batch_losses) < FEWEST:
-        return None
-    losses = torch.tensor(table.batch_losses, dtype=torch.float64)
-    seed = SEED if table.provenance.seed is None else table.provenance.seed
-    chosen = rule(draws_of(losses, seed))[:, place]
-    return float((chosen == depth).double().mean())
-
-
-def _by_rule(table: Profile, rule: Rule, place: int) -> tuple[int, float | None]:
     depth = int(rule(losses_of(table))[place])
-    return depth, chance_of(table, rule, place, depth)
+    if len(table.batch_losses) < MINIMUM_UNITS:
+        return depth, None
+    seed = SEED if table.provenance.seed is None else table.provenance.seed
+    losses = np.array(table.batch_losses, dtype=np.float64)
+    return depth, float((rule(replicates_of(losses, seed))[:, place] == depth).mean())
 
 
 def _profile(question: Question) -> Profile:
-    if question.profile is None:
-        raise ConfigError("profile", None, "is missing", "this choice is made from a profile: give --profile DIR")
+    assert question.profile is not None, "asked for by Selector.reads_profile"
     return question.profile
 
 
-def _measured(question: Question) -> Profile:
+def _halves(question: Question) -> Profile:
     table = _profile(question)
     losses_of(table)
-    return table
-
-
-def _halves(question: Question) -> Profile:
-    table = _measured(question)
     if table.depth == 1:
         raise IllegalDepth("small and large", table.depth, "a single block has no halves")
     return table
-
-
-def _count(question: Question) -> int:
-    count, depth = question.count, question.depth
-    if not 1 <= count <= depth:
-        raise IllegalDepth(count, depth, f"that would keep {count}", [1 if count < 1 else depth])
-    return count
-
-
-def _angle(table: Profile, start: int, end: int) -> float:
-    distance = table.angular[start][end]
-    if distance is None:
-        raise DataError(table.file, f"has no number between depths {start} and {end}", field="angular")
-    return distance
 
 
 def _loss(table: Profile, depth: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
-    from secateur.studies.runner import State, Watch
+    from secateur.studies.runner import State
 
 from secateur.cli.tables import show_steps, summary
 
@@ -66,7 +66,7 @@ def per_second(done: int, seconds: float) -> str:
 
 
 @contextmanager
-def study_bars(slots: int) -> Iterator[tuple[Progress, Watch]]:
+def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]:
     """The plan, then on standard error a bar for the study and one for each running step; in a log, a line for each."""
     import time
     import warnings

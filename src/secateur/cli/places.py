@@ -6,16 +6,15 @@ the Hub, tasks of mteb and large data are left to the step.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import ConfigError, DataError, OutputError
+from secateur.errors import DataError, OutputError
 from secateur.evaluation.task_folder import check_task_folder, read_task_folder
 from secateur.files import check_is_file, check_results_folder, partial_folder
 from secateur.models.names import resolve
-from secateur.options import SELECTOR_NAMES, Names, Options, read_study
+from secateur.options import Names, Options, read_study
 from secateur.results import Profile, load
 
 SMALL = 8 << 20
@@ -78,10 +77,9 @@ def _check_new_file(file: Path) -> None:
 
 
 def _check_layers(to: str) -> None:
-    name = to.partition(":")[0]
-    if name not in SELECTOR_NAMES and re.fullmatch("[a-z-]{4,}", name):  # neither nan nor inf
-        known = ", ".join(SELECTOR_NAMES)
-        raise ConfigError("to", to, f"is {to!r}", f"give a number of blocks, a share to remove, or one of {known}")
+    from secateur.choosing.choose import needs_profile
+
+    needs_profile(to)
 
 
 _CHECKS: dict[str, Callable[[Any], object]] = {

@@ -12,8 +12,8 @@ from secateur.document import Cell, Table, byte_size, count, duration, loss, num
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from secateur.choosing.candidates import Candidates
-    from secateur.exporting.manifest import Export
+    from secateur.choosing.choose import Candidates
+    from secateur.exporting.export import Export
     from secateur.results import Comparison, CostRow, Profile, Scores
     from secateur.studies.runner import State
 
@@ -58,7 +58,7 @@ def show_steps(state: State, slots: int, console: Console | None = None) -> None
     rows = []
     for step in state.plan.steps:
         seconds, about = state.expected[step.name], "" if step.name in state.seconds else "about "
-        needs = ", ".join(step.needs) if len(step.needs) < 4 else f"{len(step.needs)} models"
+        needs = ", ".join(step.depends_on) if len(step.depends_on) < 4 else f"{len(step.depends_on)} models"
         word = state.of(step)
         took = "" if word == "done" and about else "?" if seconds is None else about + duration(seconds)
         rows.append((step.name, word, needs, took))
@@ -119,7 +119,7 @@ _CANDIDATES: Columns = {
 
 def show_candidates(found: Candidates) -> None:
     """What each selector chooses, and why."""
-    from secateur.choosing.candidates import is_prefix, ranges
+    from secateur.choosing.choose import is_prefix, ranges
 
     title = f"{found.model}: {found.depth} blocks"
     _show(_table(title, ("name",), [(row.name,) for row in found.rows], found.rows, _CANDIDATES))
@@ -135,8 +135,8 @@ def show_export(result: Export) -> None:
     typer.echo(f"cosine with the original: least {result.cosine_min:.5f}, mean {result.cosine_mean:.5f}")
     if result.points_lost is not None:
         typer.echo(f"points lost on {len(result.rows)} tasks: {result.points_lost:.2f}")
-    rows = [(note.reader, note.loads, note.why) for note in result.notes]
-    _show(Table("", ("reader", "loads", "why"), rows, texts=3))
+    rows = [(name, found["loads"], found["why"]) for name, found in (result.consumers or {}).items()]
+    _show(Table("", ("software", "loads", "why"), rows, texts=3))
 
 
 def show_scores(scores: Scores) -> None:

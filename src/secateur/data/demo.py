@@ -62,14 +62,6 @@ def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> No
     test = _draw(test, TEST_PAIRS, seed)
     if len(train) < 1000 or len(test) < 100:
         raise DataError("docstrings", f"only {len(train)} for training and {len(test)} for the test are installed")
-    _write_lines(data, [{"query": summary, "positive": body} for summary, body in train])
-    write_text(data.with_suffix(".json"), json.dumps({"query_instruction": INSTRUCTION}) + "\n")
-    _write_lines(
-        task / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": body} for i, (_, body) in enumerate(test)]
-    )
-    _write_lines(task / "queries.jsonl", [{"_id": f"q{i}", "text": summary} for i, (summary, _) in enumerate(test)])
-    judged = "".join(f"q{i}\td{i}\t1\n" for i in range(len(test)))
-    write_text(task / "qrels.tsv", "query-id\tcorpus-id\tscore\n" + judged)
     about = {
         "name": "api-docs",
         "type": "retrieval",
@@ -78,6 +70,13 @@ def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> No
         "licence": "as the packages: BSD-3-Clause",
         "notes": f"First line of a docstring → the rest of it; packages {', '.join(TEST_PACKAGES)}.",
     }
+    judgments = "".join(f"q{i}\td{i}\t1\n" for i in range(len(test)))
+    _write_lines(data, [{"query": summary, "positive": body} for summary, body in train])
+    write_text(data.with_suffix(".json"), json.dumps({"query_instruction": INSTRUCTION}) + "\n")
+    corpus = [{"_id": f"d{i}", "title": "", "text": body} for i, (_, body) in enumerate(test)]
+    _write_lines(task / "corpus.jsonl", corpus)
+    _write_lines(task / "queries.jsonl", [{"_id": f"q{i}", "text": summary} for i, (summary, _) in enumerate(test)])
+    write_text(task / "qrels.tsv", "query-id\tcorpus-id\tscore\n" + judgments)
     write_text(task / "task.json", json.dumps(about, indent=1) + "\n")
 
 

@@ -26,7 +26,8 @@ from secateur.errors import DataError
 from secateur.files import write_bytes
 
 _KEYS = ".keys.npy"
-_HASH_BYTES = 16
+_KEY_BYTES = 16
+_OF_THE_LAST_CALL = ("padding", "truncation")
 _MAPPED = 64
 """Files that are mapped at once, by all caches of a process; each takes one of its file descriptors, often 1,024."""
 
@@ -50,15 +51,19 @@ class VectorCache:
 
     def __init__(self, folder: str | Path, model: str, versions: str = "") -> None:
         self.folder = folder_of(folder, model, versions)
-        self._where: dict[bytes, int] = {}
+        self._rows: dict[bytes, int] = {}
         self._files: list[Path] = []
-        self._starts: list[int] = []
-        self._rows = 0
-        for file in sorted(self.folder.glob(f"*{_KEYS}")):
-            self._open(file)
+        self._starts = [0]
+        for keys in sorted(self.folder.glob(f"*{_KEYS}")):
+            self._add(keys)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._rows)
+
+    @property
+    def dimension(self) -> int:
+        """How many numbers a vector has; 0 while there is none."""
+        return int(_map(self._files[0]).shape[1]) if self._files else 0
 
     def encode(
         self, texts: Sequence[str], context: str, encode: Callable[[list[str]], NDArray[Any]]
@@ -70,19 +75,22 @@ class VectorCache:
             context: Whatever else a vector depends on, such as the prompt.
             encode: Called with the texts that are missing, if any.
         """
-        missing = self.missing(texts, context)
-        if missing:
-            keys = [_key(text, context) for text in missing]
-            self._add(keys, np.asarray(encode(missing), dtype=np.float32))
+        if missing := self.missing(texts, context):
+            vectors = np.asarray(encode(missing), dtype=np.float32)
+            keys = np.frombuffer(b"".join(_key(text, context) for text in missing), dtype=np.uint8)
+            name = self.folder / uuid.uuid4().hex
+            write_bytes(name.with_suffix(".npy"), npy_bytes(vectors))
+            write_bytes(name.with_suffix(_KEYS), npy_bytes(keys.reshape(-1, _KEY_BYTES)))
+            self._add(name.with_suffix(_KEYS))
         return self.read(self.rows(texts, context))
 
     def missing(self, texts: Iterable[str], context: str) -> list[str]:
         """The distinct texts that are not kept yet, in order."""
-        return [text for text in dict.fromkeys(texts) if _key(text, context) not in self._where]
+        return [text for text in dict.fromkeys(texts) if _key(text, context) not in self._rows]
 
     def rows(self, texts: Sequence[str], context: str) -> NDArray[np.int64]:
         """Numbers by which :meth:`read` finds the vectors of kept texts, in this process: (texts,)."""
-        return np.array([self._where[_key(text, context)] for text in texts], dtype=np.int64)
+        return np.array([self._rows[_key(text, context)] for text in texts], dtype=np.int64)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Vectors by their numbers, (rows, dimension)."""
@@ -93,34 +101,19 @@ class VectorCache:
             vectors[own] = _map(self._files[number])[rows[own] - self._starts[number]]
         return vectors
 
-    @property
-    def dimension(self) -> int:
-        """How many numbers a vector has; 0 while there is none."""
-        return int(_map(self._files[0]).shape[1]) if self._files else 0
-
-    def _add(self, keys: Sequence[bytes], vectors: NDArray[np.float32]) -> None:
-        name = uuid.uuid4().hex
-        file = self.folder / f"{name}{_KEYS}"
-        write_bytes(self.folder / f"{name}.npy", _as_npy(vectors))
-        write_bytes(file, _as_npy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, _HASH_BYTES)))
-        self._open(file)
-
-    def _open(self, file: Path) -> None:
-        """Add the vectors that belong to a file of keys. What is damaged is as if it were not there."""
+    def _add(self, file: Path) -> None:
+        """Add the vectors that belong to a file of keys; what a killed writer left is skipped."""
         beside = file.with_name(file.name.replace(_KEYS, ".npy"))
         try:
-            keys = np.load(file)
-            vectors = np.load(beside, mmap_mode="r")
+            keys, vectors = np.load(file), np.load(beside, mmap_mode="r")
         except (FileNotFoundError, ValueError, EOFError):
             return
         except OSError as error:
             raise _unreadable(beside, error) from error
-        if keys.shape != (len(vectors), _HASH_BYTES) or keys.dtype != np.uint8 or vectors.ndim != 2:
-            return
-        self._where |= {key.tobytes(): self._rows + row for row, key in enumerate(keys)}
-        self._files.append(beside)
-        self._starts.append(self._rows)
-        self._rows += len(keys)
+        if keys.shape == (len(vectors), _KEY_BYTES) and keys.dtype == np.uint8 and vectors.ndim == 2:
+            self._rows |= {key.tobytes(): self._starts[-1] + row for row, key in enumerate(keys)}
+            self._files.append(beside)
+            self._starts.append(self._starts[-1] + len(keys))
 
 
 @lru_cache(_MAPPED)
@@ -136,20 +129,25 @@ def _unreadable(file: Path, error: Exception) -> DataError:
     return DataError(file, f"kept vectors cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
-def _as_npy(array: NDArray[Any]) -> bytes:
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """An array as numpy's files hold it."""
     stream = io.BytesIO()
     np.save(stream, array)
     return stream.getvalue()
 
 
 def _key(text: str, context: str) -> bytes:
-    return hashlib.sha256(f"{context}\0{text}".encode()).digest()[:_HASH_BYTES]
+    return hashlib.sha256(f"{context}\0{text}".encode()).digest()[:_KEY_BYTES]
 
 
 def fingerprint_model(model: SentenceTransformer) -> str:
     """SHA-256 over what a model's vectors follow from: modules, tokenizer, configuration and weights."""
     digest = hashlib.sha256(f"{model!r} {model.max_seq_length} {model.truncate_dim}".encode())
-    digest.update(_tokenizer_settings(model).encode())
+    if (tokenizer := getattr(model.tokenizer, "backend_tokenizer", None)) is None:
+        digest.update(repr(model.tokenizer).encode())
+    else:  # without padding and truncation, which are settings of the last call
+        kept = {key: value for key, value in json.loads(tokenizer.to_str()).items() if key not in _OF_THE_LAST_CALL}
+        digest.update(json.dumps(kept).encode())
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     for config in configs.values():
         settings = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
@@ -158,12 +156,3 @@ def fingerprint_model(model: SentenceTransformer) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _tokenizer_settings(model: SentenceTransformer) -> str:
-    """What decides on tokens. Padding and truncation are left out: they are settings of the last call."""
-    backend = getattr(model.tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return repr(model.tokenizer)
-    settings = json.loads(backend.to_str())
-    return json.dumps({key: value for key, value in settings.items() if key not in ("padding", "truncation")})

@@ -5,18 +5,17 @@ The prompts follow from the model. One that was trained with instructions (its s
 retrieval and reranking, on every text elsewhere, as mteb's own instruction wrappers do. One that came with other
 prompts (E5's ``"query: "``) keeps them. One without prompts gets the bare text.
 
-Each score has a 95 % bootstrap interval (:mod:`.intervals`). Its draws are the same for all models on the same
+Each score has a 95 % bootstrap interval (:mod:`.intervals`). Its replicates are the same for all models on the same
 data, so that differences between models have paired intervals too (:mod:`.compare`). The folder of results:
 
     OUT/scores.json                  the table
-    OUT/draws/<name>.npy             the score of each draw, named in the table's rows
+    OUT/draws/<name>.npy             the bootstrap replicates of a score, named in the table's rows
     OUT/mteb/results/<model>/...     the same results in mteb's own format, for ``mteb.ResultCache(OUT/mteb)``
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import tempfile
@@ -38,16 +37,24 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
-from secateur.data.pairs import instruction_prompt
-from secateur.data.vectors import VectorCache, fingerprint_model
+from secateur.data.sources import instruction_prompt
+from secateur.data.vectors import VectorCache, fingerprint_model, npy_bytes
 from secateur.errors import ConfigError, DataError, ModelError, SecateurError
-from secateur.evaluation.differences import draws_file
-from secateur.evaluation.predictions import predicted
-from secateur.evaluation.tasks import Task, count_samples, expand, open_task
+from secateur.evaluation.replicates import replicates_file, resampled_scores
+from secateur.evaluation.tasks import Task, count_samples, open_tasks
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
-from secateur.measures.intervals import FEWEST, Array, doubt, interval, limits_of, mean_of, resample, whole
+from secateur.measures.intervals import (
+    MINIMUM_UNITS,
+    Array,
+    interval,
+    limits_of,
+    mean_of,
+    observed,
+    resample,
+    why_no_interval,
+)
 from secateur.models.open_model import model_label, open_model
-from secateur.options import EvaluateOptions, check
+from secateur.options import EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (
     ENCODING,
@@ -61,52 +68,32 @@ from secateur.provenance import (
 )
 from secateur.results import ScoreRow, Scores, load
 
-MTEB_FOLDER = "mteb"
 SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
-
-_OWN_PROMPTS = {PromptType.query: ("query",), PromptType.document: ("document", "passage", "corpus")}
-"""Prompts of which sentence-transformers takes the first that a model has, for a kind of texts."""
 
 Model: TypeAlias = str | Path | SentenceTransformer
 
 
-def evaluate(
-    models: Sequence[Model],
-    tasks: Sequence[str | Path | Task],
+@step(EvaluateOptions)
+def evaluate(  # noqa: D417 - the rest follows from the options
+    options: EvaluateOptions,
     *,
-    sample: int | None = None,
-    seed: int = 42,
-    batch_size: int = 32,
     instructions: bool = True,
     instructed: Sequence[bool] | None = None,
-    names: Sequence[str] | None = None,
-    cache: str | Path | None = None,
-    out: str | Path | None = None,
     progress: Progress = silent,
 ) -> Scores:
-    """Score models on tasks.
+    """Score models on tasks, with mteb's own evaluators.
 
-    The score is each task's main metric, by mteb's code on mteb's protocol (see :mod:`.tasks` for what that
-    samples and repeats by itself).
+    The score is each task's main metric, by mteb's code on mteb's protocol (see :mod:`.tasks` for what that samples and
+    repeats by itself). All task folders are checked before any text is encoded. One model at a time is in memory.
+
+    Scores that ``out`` holds already are not computed again if the model's weights and settings, the task's data,
+    ``sample``, ``seed``, the prompts and the versions of the libraries are the same; those of other models and tasks
+    stay in the file as they are, those too that another run adds meanwhile. A task that fails does not keep the others
+    from being scored; its error comes at the end.
 
     Args:
-        models: Names, folders or open models. One at a time is in memory.
-        tasks: Task folders, or names of mteb's tasks and benchmarks, whose data mteb downloads; or what was opened
-            with the same ``sample`` and ``seed``. All folders are checked before any text is encoded.
-        sample: Evaluate on at most so many rows of each task, the same for all models (see
-            :func:`.sample_task`). Sampled retrieval is easier than the whole task.
-        seed: Decides which rows; mteb's own draws keep mteb's own seed.
-        batch_size: Texts encoded at once.
         instructions: False: no instruction and no prompt before any text, for no model.
         instructed: Whether each model was trained with instructions. Default: read from its prompts.
-        names: What to call the models in the table. Default: the last part of their paths; two folders of one name are
-            told apart by their paths.
-        cache: Folder that keeps vectors (:mod:`.vectors`): a text is not encoded twice by the same model.
-        out: Folder of ``scores.json``, written after each task; a task that fails does not keep the others from being
-            scored, its error comes at the end. Scores that it holds already are not computed again if
-            the model's weights and settings, the task's data, ``sample``, ``seed``, the prompts and the versions of
-            the libraries are the same; those of other models and tasks stay in the file as they are, those too that
-            another run adds meanwhile.
         progress: Called before each task and at the end, with the number of scores that are there.
 
     Returns:
@@ -115,17 +102,16 @@ def evaluate(
     Raises:
         DataError: A task is not right, or cannot be downloaded.
         ModelError: A model cannot be opened, or its vectors are not numbers or all alike.
-        ConfigError: No models, no tasks, equal names, or a number that is too small; or ``out`` has scores of another
-            model by the same name, which nobody gave it.
+        ConfigError: Two models or tasks of one name, or an option is not valid; or ``out`` has scores of another model
+            by the same name, which nobody gave it.
         OutputError: ``out`` cannot be written.
     """
-    check(EvaluateOptions, sample=sample, seed=seed, batch_size=batch_size)
-    labels = _labels(models, names)
-    if instructed is not None and len(instructed) != len(models):
-        raise ConfigError("instructed", instructed, f"{len(instructed)} values for {len(models)} models")
-    opened = open_tasks(tasks, sample, seed)
-    ledger = _Ledger.open(out, [(label, task.name) for label in labels for task in opened], opened, seed)
-    total = len(labels) * len(opened)
+    labels = model_names(options.models, options.names)
+    if instructed is not None and len(instructed) != len(labels):
+        raise ConfigError("instructed", instructed, f"{len(instructed)} values for {len(labels)} models")
+    tasks = open_tasks(options.tasks, options.sample, options.seed)
+    table = _ScoreTable(options.out, tasks, options.seed)
+    total = len(labels) * len(tasks)
     failures: list[SecateurError] = []
 
     def score_model(number: int, label: str, given: Model) -> None:
@@ -133,55 +119,58 @@ def evaluate(
         model = given if isinstance(given, SentenceTransformer) else open_model(given)
         told = is_instructed(model) if instructed is None else instructed[number]
         weights, source, files = fingerprint_model(model), _source(given), _files(given)
-        if names is None:
-            ledger.check_same(label, source, weights)
-        vectors = VectorCache(cache, weights, versions_of(ENCODING)) if cache is not None else None
-        for j, task in enumerate(opened):
-            progress("evaluate", number * len(opened) + j, total)
+        if options.names is None:
+            table.check_same_model(label, source, weights)
+        cache = VectorCache(options.cache, weights, versions_of(ENCODING)) if options.cache is not None else None
+        for done, task in enumerate(tasks, start=number * len(tasks)):
+            progress("evaluate", done, total)
             prompts = task_prompts(task, told) if instructions else {}
-            with quiet(), as_encoder(model, label, prompts, vectors) as encoder:
-                key = {"sample": sample, "seed": seed, "data": task.source.sha256, "weights": weights}
+            with quiet(), as_encoder(model, label, prompts, cache) as encoder:
+                key = {"sample": options.sample, "seed": options.seed, "data": task.source.sha256, "weights": weights}
                 key |= {"versions": versions_of(), **_prompts(encoder, task)}
-                if ledger.holds(label, task.name, key, files):
+                if table.holds(label, task.name, key, files):
                     continue
                 try:
-                    scored = _finite(score_task(encoder, label, task, batch_size, key))
-                    ledger.add(replace(scored, row=replace(scored.row, source=source, files=files)))
+                    table.add(score_task(encoder, label, task, options.batch_size, key), source, files)
                 except (DataError, ModelError) as error:
-                    if out is None:
+                    if options.out is None:
                         raise
                     failures.append(error)
 
-    for i, (label, given) in enumerate(zip(labels, models, strict=True)):
-        score_model(i, label, given)
+    for number, (label, given) in enumerate(zip(labels, options.models, strict=True)):
+        score_model(number, label, given)
         for failure in failures:  # its traceback holds the model
             traceback.clear_frames(failure.__traceback__)
     progress("evaluate", total, total)
     if failures:
         raise failures[0]
-    return ledger.table()
+    return table.scores([(label, task.name) for label in labels for task in tasks])
 
 
-def _labels(models: Sequence[Model], names: Sequence[str] | None) -> list[str]:
-    """One name for each model."""
-    if not models:
-        raise ConfigError("models", models, "there are none", "name one at least")
+def model_names(models: Sequence[Model], names: Sequence[str] | None = None) -> list[str]:
+    """What each model is called in tables: the names given, else the last parts of the paths, or whole paths where two
+    of those are alike.
+
+    Raises:
+        ConfigError: Two models have the same name, or there are not as many names as models.
+    """
     if names is not None and len(names) != len(models):
         raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
-    labels = list(names) if names is not None else [_label(model, i) for i, model in enumerate(models)]
-    if names is None and len(set(labels)) < len(labels):  # folders of one name, such as a/final and b/final
-        told = zip(labels, models, strict=True)
-        labels = [label if isinstance(model, SentenceTransformer) else str(model) for label, model in told]
-    twice = [label for label in labels if labels.count(label) > 1]
+    if names is not None:
+        found = list(names)
+    else:
+        bases = [
+            (model.model_card_data.base_model or f"model-{number}") if isinstance(model, SentenceTransformer) else model
+            for number, model in enumerate(models, start=1)
+        ]
+        found = [model_label(base) for base in bases]
+        if len(set(found)) < len(found):  # folders of one name, such as a/final and b/final
+            given = zip(found, models, strict=True)
+            found = [name if isinstance(model, SentenceTransformer) else str(model) for name, model in given]
+    twice = [name for name in found if found.count(name) > 1]
     if twice:
-        raise ConfigError("names", labels, f"two models are called {twice[0]}", "give each its own name: --names A B")
-    return labels
-
-
-def _label(model: Model, index: int) -> str:
-    if isinstance(model, SentenceTransformer):
-        return model_label(model.model_card_data.base_model or f"model-{index + 1}")
-    return model_label(model)
+        raise ConfigError("names", found, f"two models are called {twice[0]}", "give each its own name: --names A B")
+    return found
 
 
 def _source(model: Model) -> str:
@@ -196,83 +185,57 @@ def _files(model: Model) -> str:
     return "" if isinstance(model, SentenceTransformer) else fingerprint_files(model)
 
 
-def open_tasks(tasks: Sequence[str | Path | Task], sample: int | None, seed: int) -> list[Task]:
-    """Open all tasks that are not open yet; their names must differ.
+class _ScoreTable:
+    """The scores so far, in memory and in ``out/scores.json``: those asked for now, and others that it held already."""
 
-    Raises:
-        DataError, ConfigError: As :func:`.open_task`; or no tasks, or two of one name.
-    """
-    if not tasks:
-        raise ConfigError("tasks", tasks, "there are none", "name one at least")
-    opened = []
-    for task in tasks:
-        if isinstance(task, Task):
-            opened.append(task)
-        else:
-            opened += [open_task(own, sample=sample, seed=seed) for own in expand([task])]
-    names = [task.name for task in opened]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ConfigError("tasks", tasks, f"two tasks are called {twice[0]}", 'change "name" in one task.json')
-    return opened
-
-
-@dataclass
-class _Ledger:
-    """The scores so far, in memory and on disk: those asked for now, and others that the file held already."""
-
-    out: Path | None
-    wanted: list[tuple[str, str]]
-    rows: dict[tuple[str, str], ScoreRow]
-    data: dict[str, Fingerprint]
-    seed: int
-
-    @classmethod
-    def open(cls, out: str | Path | None, wanted: list[tuple[str, str]], tasks: Sequence[Task], seed: int) -> _Ledger:
-        """Make sure, before hours of work, that ``out`` can be written, and read what it holds."""
-        folder = Path(out) if out is not None else None
-        rows: dict[tuple[str, str], ScoreRow] = {}
-        data: dict[str, Fingerprint] = {}
-        if folder is not None:
+    def __init__(self, out: Path | None, tasks: Sequence[Task], seed: int) -> None:
+        self.out, self.seed = out, seed
+        self.rows: dict[tuple[str, str], ScoreRow] = {}
+        self.data: dict[str, Fingerprint] = {}
+        if out is not None:  # that it can be written is made sure of before hours of work
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise output_error(folder, error) from error
-            rows, data = _read(folder)
-        return cls(folder, wanted, rows, data | {task.name: task.source for task in tasks}, seed)
+                raise output_error(out, error) from error
+            self.rows, self.data = _read(out)
+        self.data |= {task.name: task.source for task in tasks}
 
-    def holds(self, model: str, task: str, key: dict[str, Any], files: str) -> bool:
+    def holds(self, model: str, task: str, key: Mapping[str, Any], files: str) -> bool:
         """Whether a score is there already; it is then one of these files too, which hold the same weights."""
         row = self.rows.get((model, task))
         if row is None or not is_result_of(row, key):
             return False
-        if self.out is not None and row.draws and not draws_file(self.out, row.draws).is_file():
+        if self.out is not None and row.draws and not replicates_file(self.out, row.draws).is_file():
             return False
         if self.out is not None and files != row.files:
             with lock(self.out, wait=True):
                 self._save(replace(row, files=files))
         return True
 
-    def check_same(self, model: str, source: str, weights: str) -> None:
+    def check_same_model(self, model: str, source: str, weights: str) -> None:
         """Refuse a model that would replace the scores of another one, from another place."""
         for row in self.rows.values():
             if row.model == model and row.source and source and row.source != source and row.weights != weights:
                 problem = f"{self.out} has scores of another model called {model}, {row.source}"
                 raise ConfigError("names", model, problem, "give this one another name: --names NAME")
 
-    def add(self, scored: Scored) -> None:
-        """Keep a score; on disk the row comes last, so that what it names is there."""
-        row = scored.row
+    def add(self, scored: Scored, source: str, files: str) -> None:
+        """Keep a score; on disk the row comes last, so that what it names is there.
+
+        Raises:
+            ModelError: It is not a number.
+        """
+        row = replace(scored.row, source=source, files=files)
+        if not math.isfinite(row.score):
+            raise ModelError(row.model, f"{row.metric} on {row.task} is not a number", "are its vectors all alike?")
         if self.out is None:
             self.rows[row.model, row.task] = row
             return
         with lock(self.out, wait=True):
-            if scored.draws is not None:
-                stream = io.BytesIO()
-                np.save(stream, scored.draws)
-                write_bytes(draws_file(self.out, row.draws), stream.getvalue())
-            with output_errors(self.out / MTEB_FOLDER):
-                ResultCache(self.out / MTEB_FOLDER).save_to_cache(scored.result, scored.meta)
+            if scored.replicates is not None:
+                write_bytes(replicates_file(self.out, row.draws), npy_bytes(scored.replicates))
+            with output_errors(self.out / "mteb"):
+                ResultCache(self.out / "mteb").save_to_cache(scored.result, scored.meta)
             self._save(row)
 
     def _save(self, row: ScoreRow) -> None:
@@ -280,16 +243,16 @@ class _Ledger:
         assert self.out is not None
         self.rows[row.model, row.task] = row
         rows, data = _read(self.out)
-        self._table([*(self.rows | rows | {(row.model, row.task): row}).values()], data | self.data).save(self.out)
+        rows = self.rows | rows | {(row.model, row.task): row}
+        self._table([*rows.values()], data | self.data).save(self.out)
 
-    def table(self) -> Scores:
-        """The scores that were asked for."""
-        return self._table([self.rows[pair] for pair in self.wanted], self.data)
+    def scores(self, wanted: Sequence[tuple[str, str]]) -> Scores:
+        """The scores of some models and tasks."""
+        return self._table([self.rows[pair] for pair in wanted], self.data)
 
     def _table(self, rows: Sequence[ScoreRow], data: Mapping[str, Fingerprint]) -> Scores:
         used = {row.task for row in rows}
-        sources = [item for name, item in data.items() if name in used]
-        return Scores(provenance=provenance(sources, self.seed), scores=tuple(rows))
+        return Scores(provenance([item for name, item in data.items() if name in used], self.seed), tuple(rows))
 
 
 def _read(out: Path) -> tuple[dict[tuple[str, str], ScoreRow], dict[str, Fingerprint]]:
@@ -300,9 +263,37 @@ def _read(out: Path) -> tuple[dict[tuple[str, str], ScoreRow], dict[str, Fingerp
     return {(row.model, row.task): row for row in table.rows}, {item.name: item for item in table.provenance.data}
 
 
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
 def is_instructed(model: SentenceTransformer) -> bool:
     """Whether a saved prompt has the form in which this package trains with instructions, today's or an earlier one."""
     return any(prompt and prompt.rstrip().endswith(";") for prompt in model.prompts.values())
+
+
+def task_prompts(task: Task, instructed: bool) -> dict[str, str] | None:
+    """Prompts by mteb's keys (task type, with ``-query`` where only queries get one); None: those of the model."""
+    if not instructed:
+        return None
+    key = f"{task.metadata.type}-{PromptType.query.value}" if task.asymmetric else str(task.metadata.type)
+    return {key: instruction_prompt(task.instruction)} if task.instruction else {}
+
+
+def _prompts(encoder: Encoder, task: Task) -> dict[str, Any]:
+    """The row's ``prompts``, of texts of no kind, queries and documents; and ``prompt``, the one that is told.
+
+    What goes before texts is mteb's choice, else that of the model's ``encode_query`` and ``encode_document``.
+    """
+    found = []
+    own = {PromptType.query: ("query",), PromptType.document: ("document", "passage", "corpus")}
+    for kind in (None, PromptType.query, PromptType.document):
+        prompts, model = encoder.model_prompts or {}, encoder.model
+        name = get_prompt_name(prompts, task.metadata, kind)
+        if not name:
+            prompts = model.prompts
+            name = next((name for name in own.get(kind, ()) if name in prompts), model.default_prompt_name)
+        found.append(str(prompts.get(name) or ""))
+    return {"prompt": found[1] if task.asymmetric else found[0], "prompts": tuple(found)}
 
 
 class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
@@ -336,14 +327,6 @@ class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
         return vectors
 
 
-def task_prompts(task: Task, instructed: bool) -> dict[str, str] | None:
-    """Prompts by mteb's keys (task type, with ``-query`` where only queries get one); None: those of the model."""
-    if not instructed:
-        return None
-    key = f"{task.metadata.type}-{PromptType.query.value}" if task.asymmetric else str(task.metadata.type)
-    return {key: instruction_prompt(task.instruction)} if task.instruction else {}
-
-
 @contextmanager
 def as_encoder(
     model: SentenceTransformer, label: str, prompts: dict[str, str] | None, vectors: VectorCache | None
@@ -362,33 +345,20 @@ def as_encoder(
         model.prompts, model.default_prompt_name, card.model_name = before
 
 
-def _prompts(encoder: Encoder, task: Task) -> dict[str, Any]:
-    """The row's ``prompts``, and ``prompt``: what will stand before the queries, or before all texts."""
-    plain, query, document = (_prompt(encoder, task, kind) for kind in (None, PromptType.query, PromptType.document))
-    return {"prompt": query if task.asymmetric else plain, "prompts": (plain, query, document)}
-
-
-def _prompt(encoder: Encoder, task: Task, kind: PromptType | None) -> str:
-    """What will stand before the texts of a kind: mteb's choice, else that of the model's ``encode`` for this kind."""
-    prompts, model = encoder.model_prompts or {}, encoder.model
-    name = get_prompt_name(prompts, task.metadata, kind)
-    if name:
-        return str(prompts[name] or "")
-    own = next((name for name in _OWN_PROMPTS.get(kind, ()) if name in model.prompts), model.default_prompt_name)
-    return str(model.prompts.get(own) or "")
+# Scores ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One score as it is kept: our row and its draws, and mteb's result and description of the model."""
+    """One score as it is kept: our row and its replicates, and mteb's result and description of the model."""
 
     row: ScoreRow
-    draws: Array | None
+    replicates: Array | None
     result: Any
     meta: Any
 
 
-def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: dict[str, Any]) -> Scored:
+def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: Mapping[str, Any]) -> Scored:
     """Let mteb run one task.
 
     Args:
@@ -427,65 +397,50 @@ def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: d
         created=now(),
         **key,
     )
-    row, draws = _with_interval(row, made, predictions, state)
-    row = replace(row, note="; ".join(filter(None, [task.note, row.note])))
+    replicates, note = None, ""
+    if math.isfinite(row.score):
+        try:
+            row, replicates = _with_interval(row, made, predictions, state)
+        except _NoInterval as error:
+            note = f"no interval: {error}"
+        except Exception as error:  # an interval that cannot be computed does not lose a score that took hours
+            note = f"no interval: {type(error).__name__}: {' '.join(str(error).split())}"
+    row = replace(row, note="; ".join(filter(None, [task.note, note])))
     # The revision tells mteb's tools one state of a model from another under the same name.
     meta = encoder.mteb_model_meta.model_copy(update={"revision": row.weights[:12]})
-    return Scored(row, draws, result, meta)
-
-
-def _finite(scored: Scored) -> Scored:
-    row = scored.row
-    if not math.isfinite(row.score):
-        raise ModelError(row.model, f"{row.metric} on {row.task} is not a number", "are its vectors all alike?")
-    return scored
-
-
-def _with_interval(
-    row: ScoreRow, task: Any, predictions: dict[str, Any], state: tuple[Any, ...]
-) -> tuple[ScoreRow, Array | None]:
-    """A score with its interval and draws; or with a note that says why it has none."""
-    try:
-        return _resampled(row, task, predictions, state)
-    except _NoInterval as error:
-        reason = str(error)
-    except Exception as error:  # an interval that cannot be computed does not lose a score that took hours
-        reason = f"{type(error).__name__}: {error}"
-    return replace(row, note=f"no interval: {' '.join(reason.split())}"), None
+    return Scored(row, replicates, result, meta)
 
 
 class _NoInterval(Exception):
     """Why a score has no interval."""
 
 
-def _resampled(
-    row: ScoreRow, task: Any, predictions: dict[str, Any], state: tuple[Any, ...]
-) -> tuple[ScoreRow, Array | None]:
-    """A score with its interval and draws.
+def _with_interval(
+    row: ScoreRow, task: Any, predictions: Mapping[str, Any], state: tuple[Any, ...]
+) -> tuple[ScoreRow, Array]:
+    """A score with its interval, and its bootstrap replicates.
 
     Raises:
-        _NoInterval: It has none, and why.
+        _NoInterval: It has none.
     """
-    if not math.isfinite(row.score):
-        return row, None
-    parts = predicted(task, predictions, row.metric, state)
+    parts = resampled_scores(task, predictions, row.metric, state)
     if not parts:
-        raise _NoInterval(f"the rows of {row.type} by {row.metric} cannot be drawn again")
-    if (fewest := min(part.units for part in parts)) < FEWEST:
-        raise _NoInterval(f"{fewest} {parts[0].unit} are fewer than {FEWEST}")
-    again = float(np.mean([whole(part.statistic, part.units) for part in parts]))
+        raise _NoInterval(f"the rows of {row.type} by {row.metric} cannot be resampled")
+    if (fewest := min(part.units for part in parts)) < MINIMUM_UNITS:
+        raise _NoInterval(f"{fewest} {parts[0].unit} are fewer than {MINIMUM_UNITS}")
+    again = float(np.mean([observed(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
         raise _NoInterval(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
-    # By the data alone: every model is scored on the same draws.
-    seeds = [int(hashlib.sha256(f"{row.data} {i}".encode()).hexdigest()[:8], 16) for i in range(len(parts))]
-    limits = limits_of(row.metric)
-    drawn = [resample(part.statistic, part.units, seed, limits=limits) for part, seed in zip(parts, seeds, strict=True)]
-    for part, own in zip(parts, drawn, strict=True):
-        if why := doubt(own, part.units):
+    limits, found = limits_of(row.metric), []
+    for number, part in enumerate(parts):
+        # The seed follows from the data alone, so that every model is resampled alike.
+        seed = int(hashlib.sha256(f"{row.data} {number}".encode()).hexdigest()[:8], 16)
+        found.append(resample(part.statistic, part.units, seed, limits=limits))
+        if why := why_no_interval(found[-1], part.units):
             raise _NoInterval(why)
-    draws = mean_of(drawn)
-    low, high = interval(draws, limits)
+    replicates = mean_of(found)
+    low, high = interval(replicates, limits)
     identity = [row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights, row.versions]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     units = sum(part.units for part in parts)
-    return replace(row, low=low, high=high, unit=parts[0].unit, units=units, draws=name), draws
+    return replace(row, low=low, high=high, unit=parts[0].unit, units=units, draws=name), replicates

@@ -23,35 +23,43 @@ BEIR's files is a retrieval task. Each ``.jsonl`` may be a ``.jsonl.gz``.
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import hashlib
-import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.data.jsonl import read_json_lines
+from secateur.data.rows import (
+    Fields,
+    Row,
+    as_binary,
+    as_id,
+    as_label,
+    as_number,
+    as_text,
+    as_text_or_empty,
+    list_of,
+    parse_row,
+    read_lines,
+    read_rows,
+)
 from secateur.errors import DataError
 from secateur.files import check_is_file, read_json
 from secateur.provenance import Fingerprint, fingerprint
 
-Row = Mapping[str, Any]
+Tables = Mapping[str, tuple[Row, ...]]
 
 TRAIN_PER_LABEL = 8
 """A sampled classification task keeps so many training texts of each label: what mteb fits one classifier on."""
 DISTRACTORS_PER_QUERY = 4
 """A sampled retrieval task keeps, besides all judged documents of its queries, so many others for each query."""
 LONGEST_NAME = 120
-_FILE_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
-QRELS_HEADER = ("query-id", "corpus-id", "score")
-QRELS = Path("qrels", "test.tsv")
-"""Where BEIR keeps the judgments of the test split."""
-_JUDGMENT = re.compile(r"[-+]?[0-9]{1,9}")
 MISTAKES_TOLD = 5
+_FILE_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
+_JUDGMENT = re.compile(r"[-+]?[0-9]{1,9}")
+QRELS_HEADER = ("query-id", "corpus-id", "score")
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class TaskFolder:
     metric: str
     instruction: str
     notes: str
-    tables: Mapping[str, tuple[Row, ...]]
+    tables: Tables
     source: Fingerprint
     sampled: bool = False
     ignore_identical_ids: bool = False
@@ -84,11 +92,19 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     """
     folder = Path(path)
     about = _read_about(folder)
-    tables = {stem: _read_table(folder, stem, columns) for stem, columns in _COLUMNS[about["type"]].items()}
-    if about["type"] == "retrieval":
-        tables["qrels"] = _read_qrels(_find_qrels(folder))
-    _CHECKS[about["type"]](tables)
+    fields = _FIELDS[about["type"]]
+    tables = {
+        name: _read_table(file, fields[name]) if name in fields else _read_qrels(file)
+        for name, file in _files(folder, about["type"])
+    }
+    _check_tables(about["type"], tables)
     ignore = about["ignore_identical_ids"]
+    digest = hashlib.sha256(f"{about['type']} {about['metric']}\n".encode())
+    if ignore:
+        digest.update(b"ignore_identical_ids\n")
+    for name, table in sorted(tables.items()):
+        digest.update(f"{name} {fingerprint(table.file, 0).sha256}\n".encode())
+    main = tables.get("test") or tables["queries"]
     return TaskFolder(
         path=folder,
         name=about["name"],
@@ -96,21 +112,11 @@ def read_task_folder(path: str | Path) -> TaskFolder:
         metric=about["metric"],
         instruction=about["instruction"],
         notes=about["notes"],
-        tables={stem: tuple(table.rows) for stem, table in tables.items()},
-        source=_fingerprint(folder, about, tables),
+        tables={name: tuple(table.rows) for name, table in tables.items()},
+        source=Fingerprint(about["name"], digest.hexdigest(), len(main.rows), about["licence"]),
         ignore_identical_ids=bool(ignore),
-        note=_find_themselves(tables) if about["type"] == "retrieval" and ignore is None else "",
+        note=_note_on_identical_ids(tables) if about["type"] == "retrieval" and ignore is None else "",
     )
-
-
-def _find_themselves(tables: Mapping[str, _Table]) -> str:
-    """A note on queries that are documents too, under the same id: each finds itself first."""
-    corpus = {row["_id"]: row["text"] for row in tables["corpus"].rows}
-    same = sum(corpus.get(row["_id"]) == row["text"] for row in tables["queries"].rows)
-    if not same:
-        return ""
-    many = "1 query is" if same == 1 else f"{same} queries are"
-    return f'{many} in the corpus under the same id: "ignore_identical_ids": true in task.json leaves out these hits'
 
 
 def check_task_folder(path: str | Path) -> None:
@@ -119,19 +125,38 @@ def check_task_folder(path: str | Path) -> None:
     Raises:
         DataError: As :func:`read_task_folder`.
     """
-    folder = Path(path)
-    about = _read_about(folder)
-    for stem in _COLUMNS[about["type"]]:
-        check_is_file(_find(folder, stem))
-    if about["type"] == "retrieval":
-        check_is_file(_find_qrels(folder))
+    for _, file in _files(Path(path), _read_about(Path(path))["type"]):
+        check_is_file(file)
+
+
+def texts_of(task: TaskFolder) -> list[str]:
+    """The distinct texts of a task's rows, in their order; labels and ids are none."""
+    found: dict[str, None] = {}
+    for name, rows in task.tables.items():
+        for row in rows if name != "qrels" else ():
+            for column, value in row.items():
+                if column not in ("_id", "label", "title", "relevance", "score"):
+                    found |= dict.fromkeys(text for text in (value if isinstance(value, list) else [value]) if text)
+    return list(found)
+
+
+def _files(folder: Path, type_: str) -> Iterator[tuple[str, Path]]:
+    """The files of a task of this type, by the names of their tables."""
+    for name in _FIELDS[type_]:
+        plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
+        if plain.exists() and packed.exists():
+            raise DataError(plain, f"stands beside {packed.name}", "remove one of the two")
+        yield name, packed if packed.exists() else plain
+    if type_ == "retrieval":
+        plain, beir = folder / "qrels.tsv", folder / "qrels" / "test.tsv"
+        yield "qrels", beir if beir.exists() and not plain.exists() else plain
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
     """``task.json``, with its defaults."""
     file = folder / "task.json"
     if folder.is_dir() and not file.is_file():
-        if not (folder / QRELS).is_file():
+        if not (folder / "qrels" / "test.tsv").is_file():
             raise DataError(folder, "has no task.json", 'a task folder has a task.json with at least {"type": ...}')
         content: Any = {"type": "retrieval"}
     else:
@@ -150,8 +175,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if len(about["name"]) > LONGEST_NAME or not _FILE_NAME.fullmatch(about["name"]):
         problem = f"{about['name']!r:.60} cannot be a part of file names"
         raise DataError(file, problem, f"at most {LONGEST_NAME} characters, no slash, no dot in front", field="name")
-    if about["type"] not in _COLUMNS:
-        raise DataError(file, f"unknown type {about['type']!r}", f"one of {', '.join(_COLUMNS)}", field="type")
+    if about["type"] not in _FIELDS:
+        raise DataError(file, f"unknown type {about['type']!r}", f"one of {', '.join(_FIELDS)}", field="type")
     about["ignore_identical_ids"] = ignore = content.get("ignore_identical_ids")
     if ignore is not None and (not isinstance(ignore, bool) or (ignore and about["type"] != "retrieval")):
         problem = f"is {ignore!r:.60} in a task of type {about['type']}"
@@ -159,7 +184,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Table:
     """The rows of one file, and the line of each."""
 
@@ -167,66 +192,39 @@ class _Table:
     lines: list[int]
     rows: list[dict[str, Any]]
 
-    def error(self, index: int, problem: str, hint: str = "", field: str | None = None) -> DataError:
-        return DataError(self.file, problem, hint, line=self.lines[index], field=field)
+    def error(self, index: int, problem: str, field: str | None = None) -> DataError:
+        """The error of a row."""
+        return DataError(self.file, problem, line=self.lines[index], field=field)
 
-    def only(self, is_kept: Callable[[Row], bool]) -> _Table:
-        """The table with some of its rows."""
-        kept = [index for index, row in enumerate(self.rows) if is_kept(row)]
-        return _Table(self.file, [self.lines[i] for i in kept], [self.rows[i] for i in kept])
-
-
-def _find(folder: Path, stem: str) -> Path:
-    plain, packed = folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"
-    if plain.exists() and packed.exists():
-        raise DataError(plain, f"stands beside {packed.name}", "remove one of the two")
-    return packed if packed.exists() else plain
+    def keep(self, wanted: Callable[[Row], bool]) -> None:
+        """Leave out the other rows."""
+        kept = [index for index, row in enumerate(self.rows) if wanted(row)]
+        self.lines, self.rows = [self.lines[i] for i in kept], [self.rows[i] for i in kept]
 
 
-def _find_qrels(folder: Path) -> Path:
-    return folder / QRELS if not (folder / "qrels.tsv").exists() and (folder / QRELS).exists() else folder / "qrels.tsv"
+def _raise_first(mistakes: Sequence[DataError]) -> None:
+    """Raise the first of several mistakes in a file, if any; it names the lines of the others."""
+    if mistakes:
+        first, others = mistakes[0], [str(mistake.line) for mistake in mistakes[1:]]
+        if others:
+            more = f" and {len(others) - MISTAKES_TOLD} more" if len(others) > MISTAKES_TOLD else ""
+            lines = f"line{'s' if len(others) > 1 else ''} {', '.join(others[:MISTAKES_TOLD])}{more}"
+            first.args = (f"{first}; {lines} is not valid either",)
+        raise first
 
 
-def _refuse(mistakes: Sequence[DataError]) -> None:
-    """Raise the first of several mistakes in a file, if any; it names the lines of the others.
-
-    Raises:
-        DataError: There are any.
-    """
-    if not mistakes:
-        return
-    first, others = mistakes[0], [str(mistake.line) for mistake in mistakes[1:]]
-    if others:
-        more = f" and {len(others) - MISTAKES_TOLD} more" if len(others) > MISTAKES_TOLD else ""
-        lines = f"line{'s' if len(others) > 1 else ''} {', '.join(others[:MISTAKES_TOLD])}{more}"
-        first.args = (f"{first}; {lines} is not valid either",)
-    raise first
-
-
-def _read_table(folder: Path, stem: str, columns: _Columns) -> _Table:
-    table = _Table(_find(folder, stem), [], [])
-    mistakes: list[DataError] = []
-    for line, row in read_json_lines(table.file):
+def _read_table(file: Path, fields: Fields) -> _Table:
+    table, mistakes = _Table(file, [], []), []
+    for line, row in read_rows(file):
         try:
-            values = {column: _parsed(table.file, line, row, column, parse) for column, parse in columns.items()}
+            table.rows.append(parse_row(file, line, row, fields, optional=("title",)))
+            table.lines.append(line)
         except DataError as error:
             mistakes.append(error)
-            continue
-        table.lines.append(line)
-        table.rows.append(values)
-    _refuse(mistakes)
+    _raise_first(mistakes)
     if not table.rows:
-        raise DataError(table.file, "has no rows")
+        raise DataError(file, "has no rows")
     return table
-
-
-def _parsed(file: Path, line: int, row: Row, column: str, parse: Callable[[Any], Any]) -> Any:
-    if column not in row and column != "title":
-        raise DataError(file, "is missing", f"the row has {', '.join(row)}", line=line, field=column)
-    try:
-        return parse(row.get(column))
-    except ValueError as error:
-        raise DataError(file, str(error), line=line, field=column) from None
 
 
 def _read_qrels(file: Path) -> _Table:
@@ -234,137 +232,84 @@ def _read_qrels(file: Path) -> _Table:
 
     Scores below 0, as TREC has them, are "not relevant", like 0.
     """
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise DataError(file, "no such file") from None
-    except OSError as error:
-        raise DataError(file, f"cannot be read ({error.strerror or error})") from None
-    content = content.removeprefix(codecs.BOM_UTF8)
-    table = _Table(file, [], [])
-    mistakes: list[DataError] = []
-    for number, raw in enumerate(content.splitlines(), start=1):
-        try:
-            cells = raw.decode("utf-8").split("\t")
-        except UnicodeDecodeError:
-            raise DataError(file, "is not UTF-8", line=number) from None
-        if number == 1 and tuple(cells) != QRELS_HEADER:
+    table, mistakes = _Table(file, [], []), []
+    for line, text in read_lines(file):
+        cells = text.rstrip("\r\n").split("\t")
+        if line == 1 and tuple(cells) != QRELS_HEADER:
             raise DataError(file, "is not the header", f"write {'<tab>'.join(QRELS_HEADER)}", line=1)
-        if number == 1 or not raw.strip():
+        if line == 1 or not text.strip():
             continue
         if len(cells) != len(QRELS_HEADER):
-            mistakes.append(DataError(file, f"has {len(cells)} columns, not 3", "put tabs between them", line=number))
+            mistakes.append(DataError(file, f"has {len(cells)} columns, not 3", "put tabs between them", line=line))
         elif not _JUDGMENT.fullmatch(cells[2].strip()):
             problem = f"is {cells[2]!r:.60}, not an integer of at most 9 digits"
-            mistakes.append(DataError(file, problem, line=number, field="score"))
+            mistakes.append(DataError(file, problem, line=line, field="score"))
         else:
-            table.lines.append(number)
+            table.lines.append(line)
             table.rows.append({"query": cells[0], "document": cells[1], "score": max(0, int(cells[2]))})
-    _refuse(mistakes)
+    _raise_first(mistakes)
     if not table.rows:
         raise DataError(file, "has no rows")
     return table
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"is {value!r:.60}, not a text")
-    if not value.strip():
-        raise ValueError("is an empty text")
-    return value
-
-
-def _text_or_empty(value: Any) -> str:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"is {value!r:.60}, not a text")
-    return value or ""
-
-
-def _texts(value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise ValueError(f"is {value!r:.60}, not a list of texts")
-    if not value:
-        raise ValueError("is an empty list")
-    return [_text(item) for item in value]
-
-
-def _number(value: Any) -> float:
-    if not isinstance(value, bool) and isinstance(value, (int, float)):
-        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
-            if math.isfinite(value):
-                return float(value)
-    raise ValueError(f"is {value!r:.60}, not a number")
-
-
-def _numbers(value: Any) -> list[float]:
-    if not isinstance(value, list):
-        raise ValueError(f"is {value!r:.60}, not a list of numbers")
-    return [_number(item) for item in value]
-
-
-def _binary(value: Any) -> int:
-    """0 or 1, also as false and true or, from a column that had gaps, as 0.0 and 1.0."""
-    if not isinstance(value, (int, float)) or value not in (0, 1):
-        raise ValueError(f"is {value!r:.60}, not 0 or 1")
-    return int(value)
-
-
-def _id(value: Any) -> str:
-    """A text or an integer; 7.0 is 7, but beyond 2**53 several integers are the same float."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float) and value.is_integer():
-        if abs(value) >= 1 << 53:
-            raise ValueError(f"is {value!r:.60}, a float too large to tell ids apart")
-        return str(int(value))
-    return _text(value)
-
-
-def _label(value: Any) -> str:
-    """A text, a number, or true or false; 1.0 and 1 are one label, true is another."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
-        return repr(value)
-    return _id(value)
-
-
-_Columns = dict[str, Callable[[Any], Any]]
-_PAIR: _Columns = {"sentence1": _text, "sentence2": _text}
-_LABELLED: _Columns = {"text": _text, "label": _label}
-_COLUMNS: dict[str, dict[str, _Columns]] = {
-    "sts": {"test": {**_PAIR, "score": _number}},
-    "pair_classification": {"test": {**_PAIR, "label": _binary}},
+_PAIR: Fields = {"sentence1": as_text, "sentence2": as_text}
+_LABELLED: Fields = {"text": as_text, "label": as_label}
+_TEXTS, _NUMBERS = list_of(as_text), list_of(as_number)
+_FIELDS: dict[str, dict[str, Fields]] = {
+    "sts": {"test": {**_PAIR, "score": as_number}},
+    "pair_classification": {"test": {**_PAIR, "label": as_binary}},
     "classification": {"train": _LABELLED, "test": _LABELLED},
     "clustering": {"test": _LABELLED},
     "retrieval": {
-        "corpus": {"_id": _id, "title": _text_or_empty, "text": _text_or_empty},
-        "queries": {"_id": _id, "text": _text},
+        "corpus": {"_id": as_id, "title": as_text_or_empty, "text": as_text_or_empty},
+        "queries": {"_id": as_id, "text": as_text},
     },
-    "reranking": {"test": {"query": _text, "positive": _texts, "negative": _texts}},
+    "reranking": {"test": {"query": as_text, "positive": _TEXTS, "negative": _TEXTS}},
     "summarization": {
-        "test": {"text": _text, "human_summaries": _texts, "machine_summaries": _texts, "relevance": _numbers}
+        "test": {"text": as_text, "human_summaries": _TEXTS, "machine_summaries": _TEXTS, "relevance": _NUMBERS}
     },
 }
+"""Type → file → its columns."""
+_VARIED = {
+    "sts": ("test", "score"),
+    "pair_classification": ("test", "label"),
+    "classification": ("train", "label"),
+    "clustering": ("test", "label"),
+}
+"""Type → the file and column that must have two values at least."""
 
 
-def _check_varied(column: str) -> Callable[[Mapping[str, _Table]], None]:
-    """A check that a column has two values at least: with one, the metrics are undefined or always perfect."""
-
-    def check(tables: Mapping[str, _Table]) -> None:
-        for table in tables.values():
-            if len({row[column] for row in table.rows}) < 2:
-                raise DataError(table.file, f"is {table.rows[0][column]!r} in every row", "two or more", field=column)
-
-    return check
+# Checks of whole tables -----------------------------------------------------------------------------------------------
 
 
-def _check_classification(tables: Mapping[str, _Table]) -> None:
-    _check_varied("label")({"train": tables["train"]})
-    known, test = {row["label"] for row in tables["train"].rows}, tables["test"]
-    unknown = [index for index, row in enumerate(test.rows) if row["label"] not in known]
-    where = f"does not occur in {tables['train'].file.name}"
-    _refuse([test.error(index, f"{test.rows[index]['label']!r} {where}", field="label") for index in unknown])
+def _check_tables(type_: str, tables: dict[str, _Table]) -> None:
+    """Refuse rows that make no task of this type; of retrieval, leave out what mteb would not encode either."""
+    if type_ == "retrieval":
+        return _check_retrieval(tables)
+    mistakes: list[DataError] = []
+    test = tables["test"]
+    if type_ in _VARIED:  # with one value, the metrics are undefined or always perfect
+        name, column = _VARIED[type_]
+        if len({row[column] for row in tables[name].rows}) < 2:
+            problem = f"is {tables[name].rows[0][column]!r} in every row"
+            raise DataError(tables[name].file, problem, "two or more", field=column)
+    if type_ == "classification":
+        known, where = {row["label"] for row in tables["train"].rows}, f"does not occur in {tables['train'].file.name}"
+        unknown = [index for index, row in enumerate(test.rows) if row["label"] not in known]
+        mistakes = [test.error(index, f"{test.rows[index]['label']!r} {where}", "label") for index in unknown]
+    elif type_ == "reranking":
+        for index, row in enumerate(test.rows):
+            if both := [text for text in row["negative"] if text in row["positive"]]:
+                mistakes.append(test.error(index, f'"{both[0]:.60}" is a positive of this query, too', "negative"))
+    elif type_ == "summarization":
+        for index, row in enumerate(test.rows):
+            if len(row["relevance"]) != len(row["machine_summaries"]):
+                problem = f"has {len(row['relevance'])} numbers for {len(row['machine_summaries'])} machine summaries"
+                mistakes.append(test.error(index, problem, "relevance"))
+        if not mistakes and all(len(set(row["relevance"])) < 2 for row in test.rows):
+            raise DataError(test.file, "is constant within every row", field="relevance")
+    return _raise_first(mistakes)
 
 
 def _check_retrieval(tables: dict[str, _Table]) -> None:
@@ -375,79 +320,37 @@ def _check_retrieval(tables: dict[str, _Table]) -> None:
     it stays a relevant document that no model can find.
     """
     corpus, queries, qrels = tables["corpus"], tables["queries"], tables["qrels"]
-    for table in (corpus, queries):
-        _check_unique(table, [row["_id"] for row in table.rows])
-    _check_unique(qrels, [(row["query"], row["document"]) for row in qrels.rows])
-    ids = {"query": {row["_id"] for row in queries.rows}, "document": {row["_id"] for row in corpus.rows}}
-    names = {"query": ("query-id", queries.file.name), "document": ("corpus-id", corpus.file.name)}
-    mistakes: list[DataError] = []
+    for table, columns in ((corpus, ("_id",)), (queries, ("_id",)), (qrels, ("query", "document"))):
+        seen: set[tuple[str, ...]] = set()
+        keys = [tuple(row[column] for column in columns) for row in table.rows]
+        twice = [index for index, key in enumerate(keys) if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+        _raise_first([table.error(index, f"{', '.join(map(repr, keys[index]))} occurs twice") for index in twice])
+    names = {"query": ("query-id", queries), "document": ("corpus-id", corpus)}
+    ids = {key: {row["_id"] for row in table.rows} for key, (_, table) in names.items()}
+    mistakes = []
     for index, row in enumerate(qrels.rows):
-        for key, (field, file) in names.items():
-            if row[key] not in ids[key]:
-                mistakes.append(qrels.error(index, f"{row[key]!r} is not in {file}", field=field))
-                break
-    _refuse(mistakes)
+        unknown = [key for key in names if row[key] not in ids[key]]
+        if unknown:
+            field, table = names[unknown[0]]
+            mistakes.append(qrels.error(index, f"{row[unknown[0]]!r} is not in {table.file.name}", field))
+    _raise_first(mistakes)
     if not any(row["score"] for row in qrels.rows):
         raise DataError(qrels.file, "calls no document relevant", "one score at least is above 0", field="score")
     judged = {row["query"] for row in qrels.rows}
-    tables["corpus"] = corpus.only(lambda row: bool((row["title"] + row["text"]).strip()))
-    tables["queries"] = queries.only(lambda row: row["_id"] in judged)
+    corpus.keep(lambda row: bool((row["title"] + row["text"]).strip()))
+    queries.keep(lambda row: row["_id"] in judged)
 
 
-def _check_unique(table: _Table, keys: Sequence[Any]) -> None:
-    if len(set(keys)) < len(keys):
-        first: dict[Any, int] = {}
-        again = [index for index, key in enumerate(keys) if first.setdefault(key, index) != index]
-        _refuse([table.error(index, f"{keys[index]!r} occurs twice") for index in again])
+def _note_on_identical_ids(tables: Mapping[str, _Table]) -> str:
+    """A note on queries that are documents too, under the same id: each finds itself first."""
+    corpus = {row["_id"]: row["text"] for row in tables["corpus"].rows}
+    same = sum(corpus.get(row["_id"]) == row["text"] for row in tables["queries"].rows)
+    many = "1 query is" if same == 1 else f"{same} queries are"
+    note = f'{many} in the corpus under the same id: "ignore_identical_ids": true in task.json leaves out these hits'
+    return note if same else ""
 
 
-def _check_reranking(tables: Mapping[str, _Table]) -> None:
-    for index, row in enumerate(tables["test"].rows):
-        both = [text for text in row["negative"] if text in row["positive"]]
-        if both:
-            raise tables["test"].error(index, f'"{both[0]:.60}" is a positive of this query, too', field="negative")
-
-
-def _check_summarization(tables: Mapping[str, _Table]) -> None:
-    for index, row in enumerate(tables["test"].rows):
-        if len(row["relevance"]) != len(row["machine_summaries"]):
-            problem = f"has {len(row['relevance'])} numbers for {len(row['machine_summaries'])} machine summaries"
-            raise tables["test"].error(index, problem, field="relevance")
-    if all(len(set(row["relevance"])) < 2 for row in tables["test"].rows):
-        raise DataError(tables["test"].file, "is constant within every row", field="relevance")
-
-
-_CHECKS: dict[str, Callable[[dict[str, _Table]], None]] = {
-    "sts": _check_varied("score"),
-    "pair_classification": _check_varied("label"),
-    "classification": _check_classification,
-    "clustering": _check_varied("label"),
-    "retrieval": _check_retrieval,
-    "reranking": _check_reranking,
-    "summarization": _check_summarization,
-}
-
-
-def _fingerprint(folder: Path, about: Mapping[str, Any], tables: Mapping[str, _Table]) -> Fingerprint:
-    """One hash over what the scores depend on: the type, the metric, and each file's name and bytes."""
-    digest = hashlib.sha256(f"{about['type']} {about['metric']}\n".encode())
-    if about["ignore_identical_ids"]:
-        digest.update(b"ignore_identical_ids\n")
-    for stem, table in sorted(tables.items()):
-        digest.update(f"{stem} {fingerprint(table.file, len(table.rows)).sha256}\n".encode())
-    main = tables.get("test") or tables["queries"]
-    return Fingerprint(about["name"], digest.hexdigest(), len(main.rows), about["licence"])
-
-
-def texts_of(task: TaskFolder) -> list[str]:
-    """The distinct texts of a task's rows, in their order; labels and ids are none."""
-    found: dict[str, None] = {}
-    for stem, rows in task.tables.items():
-        for row in rows if stem != "qrels" else ():
-            values = [value for column, value in row.items() if column not in ("_id", "label", "title", "relevance")]
-            for value in values:
-                found |= dict.fromkeys(text for text in (value if isinstance(value, list) else [value]) if text)
-    return [text for text in found if isinstance(text, str)]
+# Samples --------------------------------------------------------------------------------------------------------------
 
 
 def sample_task(task: TaskFolder, count: int, seed: int) -> TaskFolder:
@@ -464,21 +367,21 @@ def sample_task(task: TaskFolder, count: int, seed: int) -> TaskFolder:
         tables = _sample_retrieval(task.tables, count, rng)
     elif task.type in ("classification", "clustering", "pair_classification"):
         least = {"train": TRAIN_PER_LABEL, "test": 1}
-        tables = {stem: _stratified(rows, count, least[stem], rng) for stem, rows in sorted(task.tables.items())}
+        tables = {name: _stratified(rows, count, least[name], rng) for name, rows in sorted(task.tables.items())}
     else:
         tables = {"test": _draw(task.tables["test"], count, rng)}
-    whole = all(len(tables[stem]) == len(rows) for stem, rows in task.tables.items())
     if task.type == "sts" and len({row["score"] for row in tables["test"]}) < 2:
         raise DataError(task.path, f"a sample of {count} has one score only", "take a larger sample")
-    return task if whole else replace(task, tables=tables, sampled=True)
+    complete = all(len(tables[name]) == len(rows) for name, rows in task.tables.items())
+    return task if complete else replace(task, tables=tables, sampled=True)
 
 
-def _draw(rows: tuple[Row, ...], count: int, rng: random.Random) -> tuple[Row, ...]:
+def _draw(rows: Sequence[Row], count: int, rng: random.Random) -> tuple[Row, ...]:
     """``count`` rows at random, in their order."""
     return tuple(rows[i] for i in sorted(rng.sample(range(len(rows)), min(count, len(rows)))))
 
 
-def _stratified(rows: tuple[Row, ...], count: int, least: int, rng: random.Random) -> tuple[Row, ...]:
+def _stratified(rows: Sequence[Row], count: int, least: int, rng: random.Random) -> tuple[Row, ...]:
     """``count`` rows in proportion to their labels, but ``least`` of each, where it has so many.
 
     The r-th row drawn of a label with n rows stands at (r + 1/2) / n; the first ``count`` rows of all are taken.
@@ -494,17 +397,13 @@ def _stratified(rows: tuple[Row, ...], count: int, least: int, rng: random.Rando
     return tuple(rows[i] for i in sorted(i for _, i in sorted(order)[: max(count, forced)]))
 
 
-def _sample_retrieval(
-    tables: Mapping[str, tuple[Row, ...]], count: int, rng: random.Random
-) -> dict[str, tuple[Row, ...]]:
-    judged = {row["query"] for row in tables["qrels"]}
-    candidates = tuple(row for row in tables["queries"] if row["_id"] in judged)
-    if count >= len(candidates):
+def _sample_retrieval(tables: Tables, count: int, rng: random.Random) -> dict[str, tuple[Row, ...]]:
+    if count >= len(tables["queries"]):  # all of them are judged
         return dict(tables)
-    queries = _draw(candidates, count, rng)
+    queries = _draw(tables["queries"], count, rng)
     ids = {row["_id"] for row in queries}
     qrels = tuple(row for row in tables["qrels"] if row["query"] in ids)
     needed = {row["document"] for row in qrels}
-    others = _draw(tuple(r for r in tables["corpus"] if r["_id"] not in needed), DISTRACTORS_PER_QUERY * count, rng)
+    others = _draw([row for row in tables["corpus"] if row["_id"] not in needed], DISTRACTORS_PER_QUERY * count, rng)
     kept = needed | {row["_id"] for row in others}
     return {"corpus": tuple(r for r in tables["corpus"] if r["_id"] in kept), "queries": queries, "qrels": qrels}

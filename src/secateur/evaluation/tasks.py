@@ -13,7 +13,7 @@ label, or that was sampled already, embeds all its texts (mteb's ``max_fraction_
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -36,7 +36,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from secateur.errors import ConfigError, DataError
-from secateur.evaluation.task_folder import Row, TaskFolder, read_task_folder, sample_task
+from secateur.evaluation.task_folder import TaskFolder, read_task_folder, sample_task
 from secateur.provenance import Fingerprint
 
 TEXTS_PER_CLUSTER = 10
@@ -74,17 +74,14 @@ class Task:
 
 def expand(tasks: Sequence[str | Path]) -> list[str | Path]:
     """Tasks with each benchmark's name replaced by the names of its tasks, in its order."""
-    return [own for task in tasks for own in _expanded(task)]
-
-
-def _expanded(task: str | Path) -> list[str | Path]:
-    if Path(task).exists():
-        return [task]
-    try:
-        benchmark = mteb.get_benchmark(str(task))
-    except KeyError:
-        return [task]
-    return [f"{task}/{own.metadata.name}" for own in benchmark.tasks]
+    expanded: list[str | Path] = []
+    for task in tasks:
+        try:
+            members = None if Path(task).exists() else mteb.get_benchmark(str(task)).tasks
+        except KeyError:
+            members = None
+        expanded += [task] if members is None else [f"{task}/{own.metadata.name}" for own in members]
+    return expanded
 
 
 def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) -> Task:
@@ -103,26 +100,40 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
     if sample is not None and sample < 1:
         raise ConfigError("sample", sample, f"{sample} rows are none", "1 or more")
     if not Path(task).exists():
-        return _named(str(task), sample)
+        return _named_task(str(task), sample)
     folder = read_task_folder(task)
-    kind = _KINDS[folder.type]
-    metadata = _metadata(folder, kind)
-    if sample is not None:
-        folder = sample_task(folder, sample, seed)
-    make = lambda: _local_task(folder, kind, metadata)  # noqa: E731
-    return Task(metadata, folder.instruction, folder.source, make, folder.note)
+    metadata = _metadata(folder)
+    sampled = folder if sample is None else sample_task(folder, sample, seed)
+    return Task(metadata, folder.instruction, folder.source, lambda: _local_task(sampled, metadata), folder.note)
+
+
+def open_tasks(tasks: Sequence[str | Path | Task], sample: int | None, seed: int) -> list[Task]:
+    """Open all tasks that are not open yet; benchmarks are expanded, and names must differ.
+
+    Raises:
+        DataError, ConfigError: As :func:`open_task`; or no tasks, or two of one name.
+    """
+    if not tasks:
+        raise ConfigError("tasks", tasks, "there are none", "name one at least")
+    opened: list[Task] = []
+    for task in tasks:
+        opened += [task] if isinstance(task, Task) else [open_task(t, sample=sample, seed=seed) for t in expand([task])]
+    names = [task.name for task in opened]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError("tasks", tasks, f"two tasks are called {twice[0]}", 'change "name" in one task.json')
+    return opened
 
 
 def identify(task: str | Path) -> tuple[str, str] | None:
     """A task's name and the fingerprint of its data, as its scores have them; None where it is not here."""
     folder = Path(task)
     files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
-    state = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return _identity(task, *state)
+    return _identify(task, *((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 @lru_cache(maxsize=1024)
-def _identity(task: str | Path, *state: object) -> tuple[str, str] | None:
+def _identify(task: str | Path, *state: object) -> tuple[str, str] | None:
     """As :func:`identify`: a folder is read once for each state of its files."""
     try:
         opened = open_task(task)
@@ -131,17 +142,28 @@ def _identity(task: str | Path, *state: object) -> tuple[str, str] | None:
     return opened.name, opened.source.sha256
 
 
-def _named(name: str, sample: int | None) -> Task:
+# mteb's own tasks -----------------------------------------------------------------------------------------------------
+
+
+def _named_task(name: str, sample: int | None) -> Task:
     known = _look_up(name)
-    about = known.metadata
+    about, parts = known.metadata, parts_of(known)
     if about.modalities != ["text"]:
         raise DataError(name, f"is an mteb task on {', '.join(about.modalities)}", "name a task on text alone")
     if sample is not None:
-        raise ConfigError(
-            "sample", sample, f"{name} is an mteb task, and only task folders are sampled", "run it whole"
-        )
-    source = Fingerprint(about.name, sha256(_revision(known).encode()).hexdigest(), 0, str(about.license or ""))
-    return Task(about, _instruction(known), source, lambda: _download(name))
+        problem = f"{name} is an mteb task, and only task folders are sampled"
+        raise ConfigError("sample", sample, problem, "run it whole")
+    # Which data it reads: data sets at their revisions, with the splits and languages that it takes.
+    data = [
+        f"{part.metadata.dataset['path']}@{part.metadata.dataset['revision']} "
+        f"{sorted(part.eval_splits)} {sorted(part.hf_subsets)}"
+        for part in parts
+    ]
+    # What mteb says for the task, else for its type; an aggregate has that of its parts.
+    prompt = parts[0].metadata.prompt
+    own = prompt.get("query", "") if isinstance(prompt, dict) else prompt
+    source = Fingerprint(about.name, sha256("\n".join(data).encode()).hexdigest(), 0, str(about.license or ""))
+    return Task(about, str(own or parts[0].abstask_prompt), source, lambda: _download(name))
 
 
 def _look_up(name: str) -> AbsTask:
@@ -158,28 +180,6 @@ def _look_up(name: str) -> AbsTask:
         raise DataError(name, "is neither a task folder nor the name of an mteb task", hint) from None
 
 
-def parts_of(task: AbsTask) -> list[AbsTask]:
-    """The tasks that an aggregate task is the mean of, those that mteb runs; any other task alone."""
-    return list(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
-
-
-def _instruction(task: AbsTask) -> str:
-    """What mteb says for the task, else for its type; an aggregate has that of its parts."""
-    first = parts_of(task)[0]
-    prompt = first.metadata.prompt
-    own = prompt.get("query", "") if isinstance(prompt, dict) else prompt
-    return str(own or first.abstask_prompt)
-
-
-def _revision(task: AbsTask) -> str:
-    """Which data a task reads: data sets at their revisions, with the splits and languages that it takes."""
-    told = []
-    for part in parts_of(task):
-        data = part.metadata.dataset
-        told.append(f"{data['path']}@{data['revision']} {sorted(part.eval_splits)} {sorted(part.hf_subsets)}")
-    return "\n".join(told)
-
-
 def _download(name: str) -> AbsTask:
     """An mteb task with its data, which mteb fetches from the Hub or finds in the cache there."""
     task = _look_up(name)
@@ -193,18 +193,22 @@ def _download(name: str) -> AbsTask:
     return task
 
 
+def parts_of(task: AbsTask) -> list[AbsTask]:
+    """The tasks that an aggregate task is the mean of, those that mteb runs; any other task alone."""
+    return list(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
+
+
 def count_samples(task: AbsTask) -> int:
     """How many rows a loaded task is scored on: pairs, texts or, for retrieval and reranking, queries."""
     return sum(
-        _count(part, subset, split)
+        _count(part, part.dataset.get(subset, part.dataset)[split])
         for part in parts_of(task)
         for subset in part.hf_subsets
         for split in part.eval_splits
     )
 
 
-def _count(task: AbsTask, subset: str, split: str) -> int:
-    data = task.dataset.get(subset, task.dataset)[split]
+def _count(task: AbsTask, data: Any) -> int:
     if isinstance(task, AbsTaskRetrieval):
         return sum(1 for query in data["queries"]["id"] if data["relevant_docs"].get(query))
     rows = len(data)
@@ -217,118 +221,21 @@ def _count(task: AbsTask, subset: str, split: str) -> int:
     return rows
 
 
+# Task folders ---------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class _Kind:
-    """A type of task folder in mteb's terms. ``aliases`` are the paper's and sentence-transformers' metric names."""
+class _Type:
+    """A type of task folder in mteb's terms: its name, its class, the default metric, and all metrics.
 
-    mteb_type: str
+    ``columns`` are those that mteb calls otherwise.
+    """
+
+    name: str
     base: type[AbsTask]
-    main: str
+    default: str
     metrics: frozenset[str]
-    data: Callable[[TaskFolder], Any]
-    settings: Callable[[TaskFolder], dict[str, Any]] = lambda folder: {}
-    aliases: Mapping[str, str] | None = None
-
-
-def _metric(folder: TaskFolder, kind: _Kind) -> str:
-    metric = (kind.aliases or {}).get(folder.metric, folder.metric) or kind.main
-    if metric not in kind.metrics:
-        hint = f"one of {', '.join(sorted(kind.metrics))}"
-        raise DataError(folder.path / "task.json", f"{folder.type} has no metric {metric!r}", hint, field="metric")
-    if metric in ("ap", "ap_weighted") and len({row["label"] for row in folder.tables["test"]}) != 2:
-        raise DataError(folder.path / "task.json", f"{metric} needs exactly two labels", "accuracy", field="metric")
-    return metric
-
-
-def _metadata(folder: TaskFolder, kind: _Kind) -> TaskMetadata:
-    prompt = {"query": folder.instruction} if kind.base is AbsTaskRetrieval else folder.instruction
-    return TaskMetadata(
-        name=folder.name,
-        type=kind.mteb_type,
-        category="t2c" if kind.base in (AbsTaskClassification, AbsTaskClustering) else "t2t",
-        description=" ".join(filter(None, [folder.notes or folder.name, f"Licence: {folder.source.licence or '?'}."])),
-        dataset={"path": folder.path.name, "revision": folder.source.sha256},
-        eval_splits=["test"],
-        eval_langs=["und-Zyyy"],  # a task folder does not say its language
-        main_score=_metric(folder, kind),
-        prompt=prompt if folder.instruction else None,
-        is_public=False,
-    )
-
-
-def _local_task(folder: TaskFolder, kind: _Kind, metadata: TaskMetadata) -> AbsTask:
-    """An mteb task whose data is in memory already."""
-    task = type(f"Local{kind.mteb_type}", (kind.base,), {"metadata": metadata, **kind.settings(folder)})()
-    task.dataset = kind.data(folder)
-    task.data_loaded = True
-    return task
-
-
-def _dataset(rows: tuple[Row, ...], **columns: str) -> Dataset:
-    """Rows as columns; ``columns`` are mteb's names and those of the folder."""
-    return Dataset.from_dict({column: [row[own] for row in rows] for column, own in columns.items()})
-
-
-def _columns(**columns: str) -> Callable[[TaskFolder], DatasetDict]:
-    return lambda folder: DatasetDict({split: _dataset(rows, **columns) for split, rows in folder.tables.items()})
-
-
-def _classification_data(folder: TaskFolder) -> DatasetDict:
-    """Labels become integers, as mteb wants them, in the order of their names."""
-    numbers = {label: i for i, label in enumerate(sorted({row["label"] for row in folder.tables["train"]}))}
-    numbered = {
-        split: tuple({"text": row["text"], "label": numbers[row["label"]]} for row in rows)
-        for split, rows in folder.tables.items()
-    }
-    return DatasetDict({split: _dataset(rows, text="text", label="label") for split, rows in numbered.items()})
-
-
-def _retrieval_data(folder: TaskFolder) -> dict[str, dict[str, RetrievalSplitData]]:
-    relevant: dict[str, dict[str, int]] = {}
-    for row in folder.tables["qrels"]:
-        relevant.setdefault(row["query"], {})[row["document"]] = row["score"]
-    split = RetrievalSplitData(
-        corpus=_dataset(folder.tables["corpus"], id="_id", title="title", text="text"),
-        queries=_dataset(folder.tables["queries"], id="_id", text="text"),
-        relevant_docs=relevant,
-        top_ranked=None,
-    )
-    return {"default": {"test": split}}
-
-
-def _reranking_data(folder: TaskFolder) -> dict[str, dict[str, RetrievalSplitData]]:
-    """Each query with its own candidates. The ids put positives first where scores tie, as mteb's reranking does."""
-    corpus: dict[str, str] = {}
-    queries: dict[str, str] = {}
-    relevant: dict[str, dict[str, int]] = {}
-    for number, row in enumerate(folder.tables["test"]):
-        query = f"test_query{number}"
-        queries[query] = row["query"]
-        relevant[query] = {}
-        for prefix, texts, score in (("apositive", row["positive"], 1), ("negative", row["negative"], 0)):
-            for i, text in enumerate(texts):
-                document = f"{prefix}_{query}_{i:05}"
-                corpus[document] = text
-                relevant[query][document] = score
-    split = RetrievalSplitData(
-        corpus=Dataset.from_dict({"id": list(corpus), "title": [""] * len(corpus), "text": list(corpus.values())}),
-        queries=Dataset.from_dict({"id": list(queries), "text": list(queries.values())}),
-        relevant_docs=relevant,
-        top_ranked={query: list(documents) for query, documents in relevant.items()},
-    )
-    return {"default": {"test": split}}
-
-
-def _clustering_settings(folder: TaskFolder) -> dict[str, Any]:
-    rows = folder.tables["test"]
-    usual = int(AbsTaskClustering.max_fraction_of_documents_to_embed * len(rows))
-    few = usual < TEXTS_PER_CLUSTER * len({row["label"] for row in rows})
-    return {"max_fraction_of_documents_to_embed": None} if folder.sampled or few else {}
-
-
-def _summarization_settings(folder: TaskFolder) -> dict[str, Any]:
-    scores = [score for row in folder.tables["test"] for score in row["relevance"]]
-    return {"min_score": min(scores), "max_score": max(scores)}
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 def _names(prefixes: str, metrics: str) -> frozenset[str]:
@@ -336,66 +243,118 @@ def _names(prefixes: str, metrics: str) -> frozenset[str]:
 
 
 _CORRELATIONS = frozenset({"pearson", "spearman"})
-_CUTOFFS = " ".join(f"at_{k}" for k in AbsTaskRetrieval.k_values)
-_RANKINGS = _names("ndcg map recall precision mrr hit_rate", _CUTOFFS)
-_KINDS: dict[str, _Kind] = {
-    "sts": _Kind(
-        "STS",
-        AbsTaskSTS,
-        "cosine_spearman",
-        _CORRELATIONS | _names("cosine manhattan euclidean", "pearson spearman"),
-        _columns(sentence1="sentence1", sentence2="sentence2", score="score"),
+_STS = _CORRELATIONS | _names("cosine manhattan euclidean", "pearson spearman")
+_PAIRS = _names("max similarity cosine manhattan euclidean dot", "accuracy f1 precision recall ap")
+_LABELS = frozenset({"accuracy", "ap", "ap_weighted", "f1", "precision", "recall"}) | _names(
+    "f1 precision recall", "weighted"
+)
+_RANKS = _names("ndcg map recall precision mrr hit_rate", " ".join(f"at_{k}" for k in AbsTaskRetrieval.k_values))
+_SUMMARIES = _CORRELATIONS | _names("cosine dot", "pearson spearman")
+_TYPES = {
+    "sts": _Type("STS", AbsTaskSTS, "cosine_spearman", _STS),
+    "pair_classification": _Type(
+        "PairClassification", AbsTaskPairClassification, "max_ap", _PAIRS, (("label", "labels"),)
     ),
-    "pair_classification": _Kind(
-        "PairClassification",
-        AbsTaskPairClassification,
-        "max_ap",
-        _names("max similarity cosine manhattan euclidean dot", "accuracy f1 precision recall ap"),
-        _columns(sentence1="sentence1", sentence2="sentence2", labels="label"),
-    ),
-    "classification": _Kind(
-        "Classification",
-        AbsTaskClassification,
-        "accuracy",
-        frozenset({"accuracy", "ap", "ap_weighted", "f1", "precision", "recall"})
-        | _names("f1 precision recall", "weighted"),
-        _classification_data,
-    ),
-    "clustering": _Kind(
+    "classification": _Type("Classification", AbsTaskClassification, "accuracy", _LABELS),
+    "clustering": _Type(
         "Clustering",
         AbsTaskClustering,
         "v_measure",
         frozenset({"v_measure", "ami"}),
-        _columns(sentences="text", labels="label"),
-        _clustering_settings,
+        (("text", "sentences"), ("label", "labels")),
     ),
-    "retrieval": _Kind(
-        "Retrieval",
-        AbsTaskRetrieval,
-        "ndcg_at_10",
-        _RANKINGS,
-        _retrieval_data,
-        lambda folder: {"ignore_identical_ids": folder.ignore_identical_ids},
-    ),
-    "reranking": _Kind(
-        "Reranking",
-        AbsTaskRetrieval,
-        "map_at_1000",
-        _RANKINGS,
-        _reranking_data,
-        aliases={"map": "map_at_1000", "mrr": "mrr_at_1000"},
-    ),
-    "summarization": _Kind(
-        "Summarization",
-        AbsTaskSummarization,
-        "cosine_spearman",
-        _CORRELATIONS | _names("cosine dot", "pearson spearman"),
-        _columns(
-            text="text",
-            human_summaries="human_summaries",
-            machine_summaries="machine_summaries",
-            relevance="relevance",
-        ),
-        _summarization_settings,
-    ),
+    "retrieval": _Type("Retrieval", AbsTaskRetrieval, "ndcg_at_10", _RANKS, (("_id", "id"),)),
+    "reranking": _Type("Reranking", AbsTaskRetrieval, "map_at_1000", _RANKS),
+    "summarization": _Type("Summarization", AbsTaskSummarization, "cosine_spearman", _SUMMARIES),
 }
+_OTHER_NAMES = {"map": "map_at_1000", "mrr": "mrr_at_1000"}
+"""What the paper and sentence-transformers call the metrics of reranking."""
+
+
+def _metadata(folder: TaskFolder) -> TaskMetadata:
+    kind = _TYPES[folder.type]
+    metric = folder.metric or kind.default
+    metric = _OTHER_NAMES.get(metric, metric) if folder.type == "reranking" else metric
+    if metric not in kind.metrics:
+        hint = f"one of {', '.join(sorted(kind.metrics))}"
+        raise DataError(folder.path / "task.json", f"{folder.type} has no metric {metric!r}", hint, field="metric")
+    if metric in ("ap", "ap_weighted") and len({row["label"] for row in folder.tables["test"]}) != 2:
+        raise DataError(folder.path / "task.json", f"{metric} needs exactly two labels", "accuracy", field="metric")
+    prompt = {"query": folder.instruction} if kind.base is AbsTaskRetrieval else folder.instruction
+    return TaskMetadata(
+        name=folder.name,
+        type=kind.name,
+        category="t2c" if folder.type in ("classification", "clustering") else "t2t",
+        description=" ".join(filter(None, [folder.notes or folder.name, f"Licence: {folder.source.licence or '?'}."])),
+        dataset={"path": folder.path.name, "revision": folder.source.sha256},
+        eval_splits=["test"],
+        eval_langs=["und-Zyyy"],  # a task folder does not say its language
+        main_score=metric,
+        prompt=prompt if folder.instruction else None,
+        is_public=False,
+    )
+
+
+def _local_task(folder: TaskFolder, metadata: TaskMetadata) -> AbsTask:
+    """An mteb task whose data is in memory already."""
+    kind, tables = _TYPES[folder.type], folder.tables
+    settings: dict[str, Any] = {"metadata": metadata}
+    if folder.type == "clustering":
+        rows = tables["test"]
+        usual = int(AbsTaskClustering.max_fraction_of_documents_to_embed * len(rows))
+        if folder.sampled or usual < TEXTS_PER_CLUSTER * len({row["label"] for row in rows}):
+            settings["max_fraction_of_documents_to_embed"] = None
+    elif folder.type == "retrieval":
+        settings["ignore_identical_ids"] = folder.ignore_identical_ids
+    elif folder.type == "summarization":
+        scores = [score for row in tables["test"] for score in row["relevance"]]
+        settings |= {"min_score": min(scores), "max_score": max(scores)}
+    task = type(f"Local{kind.name}", (kind.base,), settings)()
+    if kind.base is AbsTaskRetrieval:
+        split = _retrieval_data(folder) if folder.type == "retrieval" else _reranking_data(folder)
+        task.dataset = {"default": {"test": split}}
+    else:
+        if folder.type == "classification":  # mteb wants integers, here in the order of the labels' names
+            numbers = {label: i for i, label in enumerate(sorted({row["label"] for row in tables["train"]}))}
+            tables = {
+                split: tuple({**row, "label": numbers[row["label"]]} for row in rows) for split, rows in tables.items()
+            }
+        names = dict(kind.columns)
+        data = {split: Dataset.from_list(list(rows)).rename_columns(names) for split, rows in tables.items()}
+        task.dataset = DatasetDict(data)
+    task.data_loaded = True
+    return task
+
+
+def _retrieval_data(folder: TaskFolder) -> RetrievalSplitData:
+    relevant: dict[str, dict[str, int]] = {}
+    for row in folder.tables["qrels"]:
+        relevant.setdefault(row["query"], {})[row["document"]] = row["score"]
+    corpus, queries = (Dataset.from_list(list(folder.tables[name])) for name in ("corpus", "queries"))
+    names = {"_id": "id"}
+    return RetrievalSplitData(
+        corpus=corpus.rename_columns(names),
+        queries=queries.rename_columns(names),
+        relevant_docs=relevant,
+        top_ranked=None,
+    )
+
+
+def _reranking_data(folder: TaskFolder) -> RetrievalSplitData:
+    """Each query with its own candidates. The ids put positives first where scores tie, as mteb's reranking does."""
+    corpus: dict[str, str] = {}
+    queries: dict[str, str] = {}
+    relevant: dict[str, dict[str, int]] = {}
+    for number, row in enumerate(folder.tables["test"]):
+        query = f"test_query{number}"
+        queries[query], relevant[query] = row["query"], {}
+        for prefix, texts, score in (("apositive", row["positive"], 1), ("negative", row["negative"], 0)):
+            for i, text in enumerate(texts):
+                corpus[f"{prefix}_{query}_{i:05}"] = text
+                relevant[query][f"{prefix}_{query}_{i:05}"] = score
+    return RetrievalSplitData(
+        corpus=Dataset.from_dict({"id": list(corpus), "title": [""] * len(corpus), "text": list(corpus.values())}),
+        queries=Dataset.from_dict({"id": list(queries), "text": list(queries.values())}),
+        relevant_docs=relevant,
+        top_ranked={query: list(documents) for query, documents in relevant.items()},
+    )

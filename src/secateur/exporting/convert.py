@@ -13,7 +13,7 @@ the tools of the backend that will run it:
     ==========  ==============================================  ================================================
 
 In int8, activations are rounded by ranges that are measured beforehand on texts (``static``) or anew in every batch
-(``dynamic``); channels that stand out far stay in floats (:mod:`.outliers`).
+(``dynamic``); outlier channels stay in floats (:func:`.split_outliers`).
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from secateur.errors import ConfigError, MissingPackage, ModelError
-from secateur.exporting.graph import INPUTS, EncoderGraph
-from secateur.exporting.outliers import Features, Shapes, outliers_apart
+from secateur.exporting.graph import PROMPT_LENGTH, EncoderGraph, Features, Shapes, split_outliers
 from secateur.progress import quiet
 
 LARGEST_PROTOBUF = 1_900_000_000
@@ -45,8 +44,7 @@ SMALL = 1024
 """Initializers of fewer numbers stay as they are: they save nothing, and some are scales."""
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What to write. ``quantization`` is ``static`` or ``dynamic`` in int8, else None."""
 
     backend: str
@@ -56,85 +54,74 @@ class Form:
     @property
     def file(self) -> str:
         """Where sentence-transformers, transformers.js and the servers look for such a graph."""
-        return _FILES[self.backend, self.precision, self.quantization]
+        return FILES[self]
 
 
-_FILES = {
-    ("onnx", "float32", None): "onnx/model.onnx",
-    ("onnx", "float16", None): "onnx/model_fp16.onnx",
-    ("onnx", "bfloat16", None): "onnx/model_bf16.onnx",
-    ("onnx", "int8", "dynamic"): "onnx/model_quantized.onnx",
-    ("onnx", "int8", "static"): "onnx/model_static_quantized.onnx",
-    ("openvino", "float32", None): "openvino/openvino_model.xml",
-    ("openvino", "float16", None): "openvino/openvino_model_fp16.xml",
-    ("openvino", "bfloat16", None): "openvino/openvino_model_bf16.xml",
-    ("openvino", "int8", "static"): "openvino/openvino_model_qint8_quantized.xml",
-    ("openvino", "int8", "dynamic"): "openvino/openvino_model_qint8_dynamic.xml",
+FILES = {
+    Form("onnx", "float32", None): "onnx/model.onnx",
+    Form("onnx", "float16", None): "onnx/model_fp16.onnx",
+    Form("onnx", "bfloat16", None): "onnx/model_bf16.onnx",
+    Form("onnx", "int8", "dynamic"): "onnx/model_quantized.onnx",
+    Form("onnx", "int8", "static"): "onnx/model_static_quantized.onnx",
+    Form("openvino", "float32", None): "openvino/openvino_model.xml",
+    Form("openvino", "float16", None): "openvino/openvino_model_fp16.xml",
+    Form("openvino", "bfloat16", None): "openvino/openvino_model_bf16.xml",
+    Form("openvino", "int8", "static"): "openvino/openvino_model_qint8_quantized.xml",
+    Form("openvino", "int8", "dynamic"): "openvino/openvino_model_qint8_dynamic.xml",
 }
-_BEST = {"onnx": "dynamic", "openvino": "static"}
-"""The faster way to int8 on each backend (docs/export.md)."""
+FASTEST = {"onnx": "dynamic", "openvino": "static"}
+"""The faster quantization to int8 on each backend (docs/export.md)."""
 
-_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 
 
 def form_of(backend: str, precision: str, quantization: str | None) -> Form:
-    """Check what was asked for, and fill in what was left open.
+    """What to write, with the default quantization filled in.
 
     Raises:
-        ConfigError: There is no such form.
-        MissingPackage: What makes it is not installed.
+        ConfigError: A quantization is given for another precision than int8.
+        MissingPackage: A package that writes this form is not installed.
     """
-    if backend not in _BEST:
-        raise ConfigError("to", backend, f"no such backend as {backend!r}", f"one of {', '.join(_BEST)}")
     if quantization is not None and precision != "int8":
-        raise ConfigError(
-            "quantization", quantization, f"means nothing in {precision}", "it goes with --precision int8"
-        )
-    form = Form(backend, precision, (quantization or _BEST[backend]) if precision == "int8" else None)
-    if (form.backend, form.precision, form.quantization) not in _FILES:
-        if precision == "int8":
-            raise ConfigError("quantization", quantization, f"no such way as {quantization!r}", "static or dynamic")
-        known = ", ".join(sorted({key[1] for key in _FILES}))
-        raise ConfigError("precision", precision, f"no such precision as {precision!r}", f"one of {known}")
-    _check_packages(form)
+        problem = f"means nothing in {precision}"
+        raise ConfigError("quantization", quantization, problem, "it goes with --precision int8")
+    form = Form(backend, precision, (quantization or FASTEST[backend]) if precision == "int8" else None)
+    uses_nncf = precision == "int8" and form != Form("onnx", "int8", "dynamic")
+    for package in (*PACKAGES[backend], *(("nncf",) if uses_nncf else ())):
+        if find_spec(package) is None:
+            raise MissingPackage(package, f"export to {backend}", f"pip install 'secateur[{backend}]'")
     return form
 
 
-def _check_packages(form: Form) -> None:
-    from importlib.util import find_spec
-
-    needed = _PACKAGES[form.backend]
-    if form.precision == "int8" and (form.backend == "openvino" or form.quantization == "static"):
-        needed += ("nncf",)
-    for package in needed:
-        if find_spec(package) is None:
-            raise MissingPackage(package, f"export to {form.backend}", f"pip install 'secateur[{form.backend}]'")
-
-
-def convert(
-    graph: EncoderGraph, form: Form, folder: Path, calibration: Callable[[], Sequence[Features]]
-) -> tuple[Path, ...]:
-    """Write a graph.
+def convert(graph: EncoderGraph, form: Form, folder: Path, calibration: Callable[[], Sequence[Features]]) -> None:
+    """Write a graph into an export's folder, where ``form.file`` says.
 
     Args:
-        graph: The encoder, in float32, on the processor.
+        graph: The encoder, in float32, on the CPU.
         form: What to write.
-        folder: The export's folder; the graph goes where ``form.file`` says.
-        calibration: Batches of token ids that int8 is calibrated on; not called for anything else.
-
-    Returns:
-        The files written, the graph first.
+        folder: The export's folder.
+        calibration: Gives the inputs that int8 is calibrated on; not called for anything else.
 
     Raises:
-        ModelError: The architecture cannot be traced, or its weights do not fit the precision.
+        ModelError: The architecture cannot be traced.
+        ConfigError: Its weights do not fit the precision.
     """
     file = folder / form.file
     file.parent.mkdir(parents=True, exist_ok=True)
     write = {"onnx": _write_onnx, "openvino": _write_openvino}[form.backend]
     samples = calibration() if form.precision == "int8" else ()
-    with quiet(), _nothing_printed(), outliers_apart(graph, samples) as floats:
-        write(graph, form, file, samples, floats)
-    return file, *sorted(item for item in file.parent.iterdir() if item != file)
+    logging_before = logging.root.manager.disable
+    with (
+        quiet(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        split_outliers(graph, samples) as floats,
+    ):
+        logging.disable(logging.WARNING)
+        try:
+            write(graph, form, file, samples, floats)
+        finally:
+            logging.disable(logging_before)
 
 
 def _trace(graph: EncoderGraph, exporter: Any, config: Any) -> Any:
@@ -144,7 +131,7 @@ def _trace(graph: EncoderGraph, exporter: Any, config: Any) -> Any:
     mask[1, 6:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     if graph.takes_prompt:
-        inputs["prompt_length"] = torch.tensor([2])
+        inputs[PROMPT_LENGTH] = torch.tensor([2])
     try:
         with torch.no_grad():
             return exporter.export(graph.eval(), inputs, config=config).program
@@ -159,15 +146,16 @@ def _write_openvino(graph: EncoderGraph, form: Form, file: Path, samples: Sequen
     from openvino._offline_transformations import compress_model_transformation
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
+    def shape(op: Any) -> tuple[int, ...]:
+        partial = op.input(1).get_partial_shape()
+        return tuple(sorted(partial.to_shape())) if partial.is_static else ()
+
     model = _trace(graph, OpenVINOExporter(), OpenVINOConfig(dynamic=True))
     if form.precision == "int8":
         import nncf
 
-        spared = [
-            op.get_friendly_name()
-            for op in model.get_ops()
-            if op.get_type_name() == "MatMul" and _shape(op.input(1).get_partial_shape()) in floats
-        ]
+        products = [op for op in model.get_ops() if op.get_type_name() == "MatMul"]
+        spared = [op.get_friendly_name() for op in products if shape(op) in floats]
         if form.quantization == "static":
             model = _static_int8(model, samples, spared)
         else:
@@ -181,41 +169,34 @@ def _write_openvino(graph: EncoderGraph, form: Form, file: Path, samples: Sequen
     openvino.save_model(model, str(file), compress_to_fp16=False)
 
 
-def _shape(partial: Any) -> tuple[int, ...]:
-    """A shape of OpenVINO, least length first, as :data:`.Shapes` has it; of what is not constant, none."""
-    return tuple(sorted(partial.to_shape())) if partial.is_static else ()
-
-
-def _check_half(form: Form, largest: float) -> None:
-    if largest > np.finfo(np.float16).max:
-        problem = f"a weight of {largest:.3g} does not fit half precision"
-        raise ConfigError("precision", form.precision, problem, "export in float32")
-
-
 def _write_onnx(graph: EncoderGraph, form: Form, file: Path, samples: Sequence[Features], floats: Shapes) -> None:
     import onnx
     from transformers.exporters import OnnxConfig, OnnxExporter
 
     program = _trace(graph, OnnxExporter(), OnnxConfig(dynamic=True))
-    exported = file.with_name("traced.onnx")
-    OnnxExporter.save_program(program, exported)
-    model = onnx.load(exported)
-    for written in OnnxExporter.program_files(exported.name):
+    traced = file.with_name("traced.onnx")
+    OnnxExporter.save_program(program, traced)
+    model = onnx.load(traced)
+    for written in OnnxExporter.program_files(traced.name):
         (file.parent / written).unlink(missing_ok=True)
-    _default_prompt(model)
+    if graph.takes_prompt:  # a default for consumers that know the ids and the mask alone: a prompt of no tokens
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), PROMPT_LENGTH))
     if form.precision == "int8":
         # onnxruntime infers shapes anew, and stumbles over those of weights that it has transposed.
         weights = {item.name for item in model.graph.initializer}
         infos = [info for info in model.graph.value_info if info.name not in weights]
         del model.graph.value_info[:]
         model.graph.value_info.extend(infos)
-        model = _to_int8(model, form, file, samples, floats)
+        model = _onnx_int8(model, form, file, samples, floats)
     if form.precision != "float32":
         _store_in_half(model, form)
-    _save_onnx(model, file)
+    if model.ByteSize() < LARGEST_PROTOBUF:
+        onnx.save(model, file)
+    else:  # beyond what a protobuf holds, the weights are in a second file, named as transformers.js has it
+        onnx.save(model, file, save_as_external_data=True, location=f"{file.name}_data")
 
 
-def _to_int8(model: Any, form: Form, file: Path, samples: Sequence[Features], floats: Shapes) -> Any:
+def _onnx_int8(model: Any, form: Form, file: Path, samples: Sequence[Features], floats: Shapes) -> Any:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -231,7 +212,7 @@ def _to_int8(model: Any, form: Form, file: Path, samples: Sequence[Features], fl
 
 
 def _static_int8(model: Any, samples: Sequence[Features], spared: Sequence[str]) -> Any:
-    """Round matrices and activations by their ranges on ``samples``, with NNCF, but for the nodes ``spared``."""
+    """Quantize matrices and activations by their ranges on ``samples``, with NNCF, but for the nodes ``spared``."""
     import nncf
     from nncf.quantization.advanced_parameters import AdvancedSmoothQuantParameters
 
@@ -244,15 +225,6 @@ def _static_int8(model: Any, samples: Sequence[Features], spared: Sequence[str])
         ignored_scope=nncf.IgnoredScope(names=list(spared)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smoothing),
     )
-
-
-def _default_prompt(model: Any) -> None:
-    """A prompt of no tokens where a reader of the graph gives none: readers know ``input_ids`` and the mask alone."""
-    import onnx
-
-    name = INPUTS[2]
-    if any(port.name == name for port in model.graph.input):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), name))
 
 
 def _store_in_half(model: Any, form: Form) -> None:
@@ -275,23 +247,7 @@ def _store_in_half(model: Any, form: Form) -> None:
         model.graph.node.insert(place, cast)
 
 
-def _save_onnx(model: Any, file: Path) -> None:
-    """One file, or, beyond what a protobuf holds, a second one with the weights, named as transformers.js has it."""
-    import onnx
-
-    if model.ByteSize() < LARGEST_PROTOBUF:
-        onnx.save(model, file)
-        return
-    onnx.save(model, file, save_as_external_data=True, location=f"{file.name}_data")
-
-
-@contextlib.contextmanager
-def _nothing_printed() -> Iterator[None]:
-    """Keep what the converters print and log off the screen."""
-    before = logging.root.manager.disable
-    try:
-        logging.disable(logging.WARNING)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+def _check_half(form: Form, largest: float) -> None:
+    if largest > np.finfo(np.float16).max:
+        problem = f"a weight of {largest:.3g} does not fit half precision"
+        raise ConfigError("precision", form.precision, problem, "export in float32")

@@ -1,4 +1,4 @@
-"""A model for runtimes without torch: traced, written, run by that runtime, and compared with the original.
+"""A model for runtimes without torch: traced, converted, run by that runtime, and compared with the original.
 
 The folder that comes out is complete: the graph does all that lies between token ids and a finished vector, and
 ``export.json`` and ``tokenizer.json`` tell the rest. :mod:`.runtime` runs it, here already: what is compared is
@@ -8,9 +8,10 @@ what users will get. No folder appears whose vectors, or whose scores, differ by
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,21 +19,21 @@ from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
 from secateur.data.demo import pairs_of
-from secateur.data.sources import Data, read_sources
+from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, ExportTooFar, ModelError
-from secateur.exporting.compatibility import compatibility
+from secateur.evaluation.evaluate import evaluate
 from secateur.exporting.convert import Form, convert, form_of
-from secateur.exporting.faithfulness import cosines, reference_vectors, score_both
-from secateur.exporting.graph import EncoderGraph
-from secateur.exporting.manifest import Export
-from secateur.exporting.outliers import Features
+from secateur.exporting.graph import PROMPT_LENGTH, EncoderGraph, Features
 from secateur.files import new_folder
+from secateur.measures.metrics import paired_cosines
 from secateur.models.open_model import open_model, write_files
 from secateur.models.readers import NO_LIMIT, longest_text
-from secateur.options import SavedPooling
-from secateur.progress import Progress, silent
+from secateur.options import ExportOptions, step
+from secateur.progress import Progress, quiet, silent
 from secateur.provenance import Fingerprint, provenance
-from secateur.runtime.vectors import FORMATS, VectorFormat
+from secateur.results import Table
+from secateur.runtime.encoder import MANIFEST
+from secateur.runtime.vectors import VectorFormat
 
 STEP = "export"
 COMPARED, CALIBRATED = 64, 96
@@ -42,10 +43,10 @@ LONG = 1024
 """Tokens in the longest text that an export is compared on, where the model would read more."""
 
 CALIBRATION_LENGTH = 128
-LEAST_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.995, "int8": 0.9}
-"""Of the text that fares worst. Measured: docs/export.md."""
+MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.995, "int8": 0.9}
+"""Default of ``--min-cosine``. Measured: docs/export.md."""
 
-WORLD = (
+TEN_SCRIPTS = (
     "The gardener cut the hedge back to half its height.",
     "Садовник подстриг живую изгородь наполовину.",
     "园丁把树篱修剪到一半高。",
@@ -61,46 +62,74 @@ WORLD = (
 """Ten scripts and a line of code, beside the texts of the user or of the documentation that is installed."""
 
 
-def export(
-    model: str | Path,
-    *,
-    to: str = "onnx",
-    precision: str = "float32",
-    quantization: str | None = None,
-    data: Data = (),
-    dimensions: int | None = None,
-    vectors: VectorFormat = "float32",
-    tasks: Sequence[str | Path] = (),
-    sample: int | None = None,
-    seed: int = 42,
-    min_cosine: float | None = None,
-    max_loss: float = 0.5,
-    pooling: SavedPooling | None = None,
-    max_length: int = 512,
-    trust_remote_code: bool = False,
-    out: str | Path,
-    progress: Progress = silent,
-) -> Export:
-    """Write a model for ONNX Runtime or OpenVINO, and compare it with the original.
+@dataclass(frozen=True)
+class ScoreDifference:
+    """One task: the original's score and the export's, 0 to 1."""
 
-    Args:
-        model: Anything :func:`.open_model` opens.
-        to: ``onnx`` or ``openvino``.
-        precision: ``float32``, ``float16``, ``bfloat16`` or ``int8``; see :mod:`.convert`.
-        quantization: In int8, how activations are rounded: ``static`` or ``dynamic``. Default: what is faster.
-        data: Files of texts or pairs, or folders, to calibrate and compare on. Default: documentation of Python.
-        dimensions: Keep so many numbers of each vector.
-        vectors: Form in which the runtime gives vectors: ``float32``, ``int8``, ``uint8``, ``binary``, ``ubinary``.
-        tasks: Tasks to score the original and the export on, as for :func:`.evaluate`.
-        sample: Use a seeded sample of this size of each task.
-        seed: Of the samples.
-        min_cosine: Least cosine that any text may have. Default: by precision, :data:`LEAST_COSINE`.
-        max_loss: Points (of 100) that the average over the tasks may fall by.
-        pooling: For a bare language model.
-        max_length: For a bare language model.
-        trust_remote_code: As for ``open_model``.
-        out: The folder to write; it must not hold anything yet.
-        progress: Told how much is done, in per cent.
+    task: str
+    original: float
+    exported: float
+
+
+@dataclass(frozen=True)
+class Export(Table):
+    """``export.json``: what :mod:`.runtime` needs to know, and how near the export is to the original.
+
+    Attributes:
+        graph: The graph's file.
+        quantization: How activations are rounded in int8: ``static`` or ``dynamic``.
+        dimension: Numbers in a vector; ``vectors`` is their form where the caller asks for none, ``ranges`` the least
+            and greatest value of each, (2, dimension).
+        max_length: Tokens after which a text is cut, on its ``truncation_side``.
+        padding: Token id of padding; ``special`` those of special tokens.
+        files: Name → bytes.
+        cosine_min: Least cosine between the original's vector and the export's, over ``compared`` texts, alone and
+            with each prompt; ``cosine_mean`` their mean; ``least_cosine`` what was asked for.
+        scores_by_task: Task → the scores of ``original`` and ``exported``.
+        consumers: Other software → whether it ``loads`` the folder (:func:`consumers_of`), and ``why``; None in files
+            of earlier versions.
+    """
+
+    kind: ClassVar[str] = "export"
+    file: ClassVar[str] = MANIFEST
+
+    model: str
+    backend: str
+    precision: str
+    quantization: str | None
+    graph: str
+    dimension: int
+    vectors: VectorFormat
+    ranges: tuple[tuple[float, ...], ...]
+    max_length: int
+    truncation_side: str
+    padding: int
+    special: tuple[int, ...]
+    prompts: Mapping[str, str]
+    default_prompt_name: str | None
+    files: Mapping[str, int]
+    cosine_min: float
+    cosine_mean: float
+    least_cosine: float
+    compared: int
+    scores_by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    consumers: Mapping[str, Mapping[str, str]] | None = None
+
+    @property
+    def rows(self) -> tuple[ScoreDifference, ...]:
+        return tuple(ScoreDifference(task, **scores) for task, scores in self.scores_by_task.items())
+
+    @property
+    def points_lost(self) -> float | None:
+        """What the average over the tasks fell by, in points of 100; None without tasks."""
+        if not self.rows:
+            return None
+        return 100 * float(np.mean([row.original - row.exported for row in self.rows]))
+
+
+@step(ExportOptions)
+def export(options: ExportOptions, *, progress: Progress = silent) -> Export:
+    """Write a model for ONNX Runtime or OpenVINO, and compare it with the original.
 
     Returns:
         The manifest, which is in the folder as ``export.json``.
@@ -110,78 +139,73 @@ def export(
         MissingPackage: The backend is not installed.
         ExportTooFar: The export's vectors or scores are too far from the original's; no folder is left.
     """
-    form = form_of(to, precision, quantization)
-    if vectors not in FORMATS:
-        raise ConfigError("vectors", vectors, f"no such form as {vectors!r}", f"one of {', '.join(FORMATS)}")
-    least = LEAST_COSINE[precision] if min_cosine is None else min_cosine
-    if not -1 <= least <= 1:
-        raise ConfigError("min_cosine", least, f"{least} is no cosine", "-1 to 1")
-    with new_folder(out) as folder:
+    form = form_of(options.to, options.precision, options.quantization)
+    least = MIN_COSINE[options.precision] if options.min_cosine is None else options.min_cosine
+    with new_folder(options.out) as folder:
         progress(STEP, 0, 100)
-        compared, calibration, sources = _texts(data, seed)
-        opened = open_model(
-            model,
-            pooling=pooling,
-            max_length=max_length,
+        compared, calibration, sources = _texts(options)
+        model = open_model(
+            options.model,
+            pooling=options.pooling,
+            max_length=options.max_length,
             dtype="float32",
             device="cpu",
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
         )
-        compared.append(_long_text(opened, compared))
-        graph = EncoderGraph(opened, _check_dimensions(dimensions, opened))
+        compared.append(_long_text(model, compared))
+        whole = int(model.get_embedding_dimension() or 0)
+        if options.dimensions is not None and options.dimensions > whole:
+            raise ConfigError("dimensions", options.dimensions, f"cannot be {options.dimensions}", f"1 to {whole}")
+        graph = EncoderGraph(model, options.dimensions)
         progress(STEP, 10, 100)
-        convert(graph, form, folder, lambda: _features(opened, graph, calibration))
-        _write_rest(opened, folder)
+        convert(graph, form, folder, lambda: _features(model, graph, calibration))
+        if getattr(model.tokenizer, "backend_tokenizer", None) is None:
+            raise ModelError(type(model.tokenizer).__name__, "is a tokenizer in Python alone", "it cannot run without")
+        write_files(model, folder, weights=False)
+        model[0].auto_model.config.save_pretrained(folder)
         progress(STEP, 50, 100)
-        expected = reference_vectors(opened, [*compared, *calibration], dimensions)
-        about = _describe(opened, form, folder, expected, vectors) | {"least_cosine": least, "model": str(model)}
-        about |= {"provenance": provenance(sources, seed)}
-        draft = Export(**about, cosine_min=0.0, cosine_mean=0.0, compared=len(compared))
-        draft.save(folder)
+        expected = _reference_vectors(model, [*compared, *calibration], options.dimensions)
+        about = _describe(model, form, folder, expected, options.vectors) | {"least_cosine": least}
+        about |= {
+            "model": str(options.model),
+            "compared": len(compared),
+            "provenance": provenance(sources, options.seed),
+        }
+        Export(**about, cosine_min=0.0, cosine_mean=0.0).save(folder)  # the runtime reads it
         progress(STEP, 60, 100)
         encoder = runtime.load(folder)
-        found = cosines(opened, encoder, compared, expected[: len(compared)], dimensions)
-        if not found.min() >= least:
-            problem = f"the least cosine between its vectors and the original's is {found.min():.4f}, below {least:g}"
-            raise ExportTooFar(out, problem, "another --precision or --to, or a lower --min-cosine")
+        cosines = _cosines(model, encoder, compared, expected[: len(compared)], options.dimensions)
+        if not cosines.min() >= least:
+            problem = f"the least cosine between its vectors and the original's is {cosines.min():.4f}, below {least:g}"
+            raise ExportTooFar(options.out, problem, "another --precision or --to, or a lower --min-cosine")
         progress(STEP, 70, 100)
-        scores = score_both(opened, encoder, tasks, sample, seed, dimensions)
-        about |= {"cosine_min": float(found.min()), "cosine_mean": float(found.mean()), "scores_by_task": scores}
-        result = Export(**about, compared=len(compared), readers=_readers(folder))
-        if result.points_lost is not None and not result.points_lost <= max_loss:
-            problem = f"it loses {result.points_lost:.2f} points on the average of the tasks, more than {max_loss:g}"
-            raise ExportTooFar(out, problem, "another --precision or --to, or a higher --max-loss")
+        about |= {"cosine_min": float(cosines.min()), "cosine_mean": float(cosines.mean())}
+        result = Export(**about, scores_by_task=_scores(model, encoder, options), consumers=consumers_of(form, model))
+        if result.points_lost is not None and not result.points_lost <= options.max_loss:
+            problem = f"it loses {result.points_lost:.2f} points on the average of the tasks, more than"
+            hint = "another --precision or --to, or a higher --max-loss"
+            raise ExportTooFar(options.out, f"{problem} {options.max_loss:g}", hint)
         result.save(folder)
         progress(STEP, 100, 100)
     return result
 
 
-def _check_dimensions(dimensions: int | None, model: SentenceTransformer) -> int | None:
-    whole = int(model.get_embedding_dimension() or 0)
-    if dimensions is not None and not 0 < dimensions <= whole:
-        raise ConfigError("dimensions", dimensions, f"cannot be {dimensions}", f"1 to {whole}")
-    return dimensions
-
-
-def _texts(data: Data, seed: int) -> tuple[list[str], list[str], tuple[Fingerprint, ...]]:
+def _texts(options: ExportOptions) -> tuple[list[str], list[str], tuple[Fingerprint, ...]]:
     """Texts to compare on, other texts to calibrate on, and the files that they come from."""
     count = COMPARED + CALIBRATED
-    sources: tuple[Fingerprint, ...] = ()
-    if data:
-        whole = read_sources(data)
-        opened = [source.sample(-(-count // len(whole)), seed) for source in whole]
-        sources = tuple(source.source for source in opened)
-        rows = (row if isinstance(row, str) else row.positive for source in opened for row in source.rows)
-        texts = list(dict.fromkeys(rows))
-    else:
+    opened = read_sources(options.data, most=count, seed=options.seed) if options.data else []
+    rows = (row if isinstance(row, str) else row.positive for source in opened for row in source.rows)
+    texts = list(dict.fromkeys(rows))
+    if not options.data:
         texts = [f"{summary} {body}" for summary, body in itertools.islice(pairs_of(""), count)]
-    # Both get every second one: what stands side by side in a file is often alike.
+    # Both get every second one: neighbours in a file are often alike.
     compared, calibration = texts[::2][:COMPARED], texts[1::2] or texts
-    return [*compared, *WORLD], [*calibration, *WORLD][:CALIBRATED], sources
+    sources = tuple(source.source for source in opened)
+    return [*compared, *TEN_SCRIPTS], [*calibration, *TEN_SCRIPTS][:CALIBRATED], sources
 
 
 def _long_text(model: SentenceTransformer, texts: Sequence[str]) -> str:
-    """Texts as one that the model has to cut, or that has :data:`LONG` tokens: in it alone other limits show."""
+    """One text that the model has to cut, or that has :data:`LONG` tokens: a wrong limit shows in it alone."""
     limit = min(longest_text(model) or LONG, LONG)
     found: list[str] = []
     tokens = 0
@@ -194,23 +218,14 @@ def _long_text(model: SentenceTransformer, texts: Sequence[str]) -> str:
 
 
 def _features(model: SentenceTransformer, graph: EncoderGraph, texts: Sequence[str]) -> list[Features]:
-    """Inputs of the graph for each text alone."""
-    features = []
-    for text in texts:
-        read = model.preprocess([text])
-        one = {name: read[name].numpy()[:, :CALIBRATION_LENGTH] for name in ("input_ids", "attention_mask")}
-        if not one["input_ids"].size:
-            continue
-        features.append(one | ({"prompt_length": np.zeros(1, np.int64)} if graph.takes_prompt else {}))
-    return features
-
-
-def _write_rest(model: SentenceTransformer, folder: Path) -> None:
-    """All but the weights: tokenizer, configuration, modules."""
-    if getattr(model.tokenizer, "backend_tokenizer", None) is None:
-        raise ModelError(type(model.tokenizer).__name__, "is a tokenizer in Python alone", "it cannot run without it")
-    write_files(model, folder, weights=False)
-    model[0].auto_model.config.save_pretrained(folder)
+    """Inputs of the graph for each text alone; none for a text without tokens."""
+    read = [model.preprocess([text]) for text in texts]
+    prompt = {PROMPT_LENGTH: np.zeros(1, np.int64)} if graph.takes_prompt else {}
+    return [
+        {name: one[name].numpy()[:, :CALIBRATION_LENGTH] for name in ("input_ids", "attention_mask")} | prompt
+        for one in read
+        if one["input_ids"].numel()
+    ]
 
 
 def _describe(
@@ -237,5 +252,99 @@ def _describe(
     }
 
 
-def _readers(folder: Path) -> dict[str, dict[str, str]]:
-    return {note.reader: {"loads": note.loads, "why": note.why} for note in compatibility(folder)}
+def consumers_of(form: Form, model: SentenceTransformer) -> dict[str, dict[str, str]]:
+    """Other software → whether it ``loads`` an export, and ``why``; docs/export.md has the rules and their dates.
+
+    ``yes``: with the same vectors; ``differs``: with other vectors; ``no``: it does not load it.
+    """
+    pooling = model[1]
+    prompts = any(model.prompts.values()) and not pooling.include_prompt
+    name = Path(form.file).name
+    fastembed = "as a custom model without pooling, output_name='sentence_embedding'"
+    found = {
+        "sentence-transformers": (
+            "no",
+            f"backend={form.backend!r} needs optimum, which lacks support for transformers 5",
+        ),
+        **dict.fromkeys(("transformers", "vLLM", "infinity"), ("no", "it reads weights in safetensors")),
+        "Ollama": ("no", "it reads GGUF, which is made from safetensors"),
+        **dict.fromkeys(("transformers.js", "fastembed"), ("no", "it reads onnx/ alone: export --to onnx")),
+        "text-embeddings-inference": ("no", "it reads onnx/model.onnx (float32), pooled by mean, cls or last token"),
+    }
+    if form.backend == "onnx":
+        found["fastembed"] = ("yes", fastembed)
+        found["transformers.js"] = ("yes", f"sentence_embedding of {name}")
+        if model.tokenizer.truncation_side == "left":
+            found["transformers.js"] = ("differs", f"{name}; of long texts it keeps the start, the model the end")
+        if prompts:
+            problem = "texts with a prompt get other vectors: it feeds no prompt_length"
+            found["fastembed"] = ("differs", f"{fastembed}; {problem}")
+            found["transformers.js"] = ("differs", f"{name}; for texts with a prompt, feed prompt_length as well")
+        if form.precision == "bfloat16":
+            found["transformers.js"] = ("no", "it has no bfloat16")
+        if form.precision == "float32" and pooling.pooling_mode in ("mean", "cls", "lasttoken"):
+            how = "with its ONNX Runtime build alone; it pools"
+            found["text-embeddings-inference"] = (
+                ("differs", f"{how} the prompt's tokens too") if prompts else ("yes", f"{how} as the folder says")
+            )
+    return {consumer: {"loads": loads, "why": why} for consumer, (loads, why) in found.items()}
+
+
+def _reference_vectors(
+    model: SentenceTransformer, texts: Sequence[str], dimensions: int | None, prompt: str = ""
+) -> npt.NDArray[np.float32]:
+    """The original's vectors (texts, dimension)."""
+    short = {} if dimensions is None else {"truncate_dim": dimensions, "normalize_embeddings": True}
+    with quiet():
+        vectors: npt.NDArray[np.float32] = model.encode(list(texts), prompt=prompt, show_progress_bar=False, **short)
+    if not np.isfinite(vectors).all():
+        raise ModelError(type(model[0].auto_model).__name__, "gives vectors with NaN or infinity")
+    return vectors.astype(np.float32, copy=False)
+
+
+def _cosines(
+    model: SentenceTransformer,
+    encoder: runtime.Encoder,
+    texts: Sequence[str],
+    expected: npt.NDArray[np.float32],
+    dimensions: int | None,
+) -> npt.NDArray[np.float64]:
+    """Cosine of each text's two vectors: without a prompt, and with each of the model's."""
+    found = [paired_cosines(expected, encoder.encode(texts, prompt="", precision="float32"))]
+    for prompt in sorted({prompt for prompt in model.prompts.values() if prompt}):
+        vectors = encoder.encode(texts, prompt=prompt, precision="float32")
+        found.append(paired_cosines(_reference_vectors(model, texts, dimensions, prompt), vectors))
+    return np.concatenate(found)
+
+
+def _scores(
+    model: SentenceTransformer, encoder: runtime.Encoder, options: ExportOptions
+) -> dict[str, dict[str, float]]:
+    """Task → the scores of the original, with vectors of the same dimension, and of the export."""
+
+    def encode(inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **_: Any) -> Any:
+        found = encoder.encode(inputs, prompt_name=prompt_name, prompt=prompt)
+        return as_numbers(found, encoder.settings.vectors, encoder.settings.dimension)
+
+    def score(name: str) -> dict[str, float]:
+        found = evaluate([model], options.tasks, sample=options.sample, seed=options.seed, names=[name])
+        return {row.task: row.score for row in found.rows}
+
+    if not options.tasks:
+        return {}
+    whole = model.truncate_dim
+    model.truncate_dim = options.dimensions or whole
+    original = score("original")
+    model.truncate_dim = whole
+    model.encode = encode  # the export in place of the model, prompts included
+    exported = score("exported")
+    return {task: {"original": original[task], "exported": exported[task]} for task in original}
+
+
+def as_numbers(vectors: npt.NDArray[Any], form: VectorFormat, dimension: int) -> npt.NDArray[np.float32]:
+    """Vectors as they are compared: bytes as numbers around 0, bits as -1 and 1."""
+    if form in ("binary", "ubinary"):
+        packed = (vectors.astype(np.int16) + 128).astype(np.uint8) if form == "binary" else vectors
+        return np.unpackbits(packed, axis=-1, count=dimension).astype(np.float32) * 2 - 1
+    numbers = vectors.astype(np.float32)
+    return numbers - 128 if form == "uint8" else numbers

@@ -11,7 +11,7 @@ from sentence_transformers.util import all_gather, get_rank
 from torch import Tensor
 
 from secateur.healing import processes
-from secateur.measures.false_negatives import false_negative_mask
+from secateur.measures.metrics import false_negative_mask
 
 
 def row_keys(features: dict[str, Any]) -> Tensor:

@@ -14,8 +14,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from secateur.data.sources import Data, Source, read_sources
-from secateur.data.texts import Texts
+from secateur.data.sources import Data, Source, Texts, read_sources
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError
 from secateur.files import empty_folder, output_errors, partial_folder, rename_into_place
@@ -86,9 +85,9 @@ def heal(
 
     Args:
         model: A model folder, usually a pruned one; or anything :func:`.open_model` opens.
-        data: Files of pairs (see :mod:`.pairs`), or folders of them; their instructions take the place of the model's
+        data: Files of pairs (see :mod:`.sources`), or folders of them; their instructions take the place of the model's
             prompts, but for its default prompt, which stays where one of them has none. Or files of texts alone (see
-            :mod:`.texts`). Or data sets by name (see :mod:`.hub_sets`). What fills no batch is left out, and told
+            :mod:`.sources`). Or data sets by name (see :mod:`.hub`). What fills no batch is left out, and told
             under ``notes`` in ``training.json``.
         columns: Role → column, where the data call their ``query``, ``positive``, ``negative`` or ``text`` otherwise;
             for ``eval_data`` too.

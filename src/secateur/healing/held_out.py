@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from secateur.data.pairs import Pairs
-from secateur.data.sources import Data, read_sources
-from secateur.data.texts import Texts
+from secateur.data.sources import Data, Pairs, Texts, read_sources
 from secateur.errors import ConfigError, DataError
-from secateur.evaluation.evaluate import evaluate, open_tasks
-from secateur.evaluation.tasks import Task
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.tasks import Task, open_tasks
 from secateur.healing.recipe import check_count
 from secateur.healing.trainer import Validation
-from secateur.measures.false_negatives import false_negative_mask, text_numbers
-from secateur.measures.metrics import cosines, retrieval
+from secateur.measures.metrics import cosines, false_negative_mask, retrieval, text_numbers
 
 COMPARED = 2**24
 """Similarities of anchors and passages that are in memory at once."""

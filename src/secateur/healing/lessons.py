@@ -18,8 +18,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from secateur.data.pairs import Pair, Pairs
-from secateur.data.texts import Texts
+from secateur.data.sources import Pair, Pairs, Texts
 from secateur.errors import ConfigError, DataError
 from secateur.healing.objectives import DROPOUT, IMITATED, TEACHER_WEIGHT, VECTORS, Objective, dropout
 from secateur.healing.recipe import DISTILL, L3PRUNE, Recipe

@@ -11,9 +11,7 @@ from dataclasses import replace
 
 from sentence_transformers import SentenceTransformer
 
-from secateur.data.pairs import Pairs
-from secateur.data.sources import Source
-from secateur.data.texts import Texts
+from secateur.data.sources import Pairs, Source, Texts
 from secateur.errors import ConfigError
 from secateur.healing.train import TrainingSet
 

@@ -27,7 +27,7 @@ from transformers import PrinterCallback, TrainerState
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from secateur.data.pairs import Pair, Pairs
+from secateur.data.sources import Pair, Pairs
 from secateur.errors import ConfigError, DataError
 from secateur.healing import processes
 from secateur.healing.minibatches import MiniBatchedLoss

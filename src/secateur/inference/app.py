@@ -1,43 +1,92 @@
 """The server as an ASGI application: ``POST /v1/embeddings``, ``GET /v1/models``, health and metrics.
 
-A request goes through four stations: :class:`.Gate` (key, size, time; for every path alike), :func:`.prepare` (JSON to
-tokens, in one thread), :class:`.Batcher` (tokens to vectors, together with other requests) and :func:`.respond`
-(vectors to JSON, piece by piece). What waits anywhere is bounded. Texts are never logged.
+A request passes the middlewares (:mod:`.middleware`: error responses, log, body, key), becomes tokens
+(:class:`Requests`, in one thread), vectors (:class:`.Batcher`, together with other requests) and JSON
+(:func:`respond`). What waits anywhere is bounded. Texts are never logged.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import base64
+import json
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
+import numpy as np
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from prometheus_client import generate_latest
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
-from secateur.errors import SecateurError
-from secateur.inference.embeddings import (
-    EmbeddingList,
-    ErrorBody,
-    ModelCard,
-    ModelList,
-    prepare,
-    request_schema,
-    respond,
-    shorten,
+from secateur.inference.middleware import (
+    ApiError,
+    BodyLimitMiddleware,
+    ClientLeft,
+    KeyMiddleware,
+    Keys,
+    Metrics,
+    RequestMiddleware,
+    busy,
 )
-from secateur.inference.encoders import Encoder, EncoderDied, EncoderProcess, Tokens, Vectors
-from secateur.inference.gate import ApiError, ClientLeft, Gate, Keys, Limits, Metrics, busy, log
-from secateur.inference.queueing import Batcher, EncodingFailed, QueueFull, Worker
+from secateur.inference.queueing import Batcher, EncodingFailed, LocalWorker, QueueFull, Worker
+from secateur.inference.workers import EncoderProcess
+from secateur.options import ServeOptions
+from secateur.runtime.core import Encoder, TextRefused, Tokens, Vectors
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
+PIECE_NUMBERS = 1 << 15
+"""Numbers of vectors that are written as JSON at once."""
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "secateur"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A request that cannot be answered."},
     401: {"model": ErrorBody, "description": "No valid API key."},
     404: {"model": ErrorBody, "description": "No such model."},
@@ -50,49 +99,169 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+def _kind(value: Any) -> str:
+    """Which form of ``input`` a value means to be, by its first part."""
+    if isinstance(value, str):
+        return "text"
+    first = value[0] if isinstance(value, list) and value else ""
+    return "ids" if isinstance(first, int | float) else "id_lists" if isinstance(first, list) else "texts"
+
+
+def _integers(value: Any) -> Any:
+    """15.0 as 15, also in a list: to JSON they are the same."""
+    if isinstance(value, list):
+        return [_integers(number) if type(number) is float else number for number in value]
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def request_model(encoder: Encoder, name: str, options: ServeOptions) -> type[BaseModel]:
+    """The body of ``POST /v1/embeddings`` to this very model: OpenAI's fields, and ``prompt``."""
+    several: dict[str, Any] = {"min_length": 1, "max_length": options.max_items, "fail_fast": True}
+    longest = None if options.truncate else encoder.max_length
+    text = Annotated[str, Field(min_length=1)]
+    token_id = Annotated[int, Field(ge=0, lt=encoder.vocabulary)]
+    ids = Annotated[list[token_id], Field(min_length=1, max_length=longest, fail_fast=True), BeforeValidator(_integers)]
+    inputs = Annotated[
+        Annotated[text, Tag("text")]
+        | Annotated[list[text], Field(**several), Tag("texts")]
+        | Annotated[ids, Tag("ids")]
+        | Annotated[list[ids], Field(**several), Tag("id_lists")],
+        Discriminator(_kind),
+    ]
+    size = Annotated[int, Field(ge=1, le=encoder.dimension), BeforeValidator(_integers)]
+    prompt_name = Literal[tuple(sorted(encoder.prompts))] if encoder.prompts else None
+
+    class EmbeddingRequest(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+
+        model: Annotated[str, Field(json_schema_extra={"enum": [name]})]
+        input: Annotated[inputs, Field(description="Text, texts, token ids of a text, or those of several texts.")]
+        dimensions: Annotated[size | None, Field(description="Truncate vectors, and normalise them.")] = None
+        encoding_format: Literal["float", "base64"] | None = "float"
+        prompt: Annotated[prompt_name | None, Field(description="Name of the prompt before each text.")] = None
+        user: Annotated[Any, Field(description="Ignored.")] = None
+
+    return EmbeddingRequest
+
+
 @dataclass(frozen=True)
-class _Service:
-    """What the paths share."""
+class Prepared:
+    """A request, ready for the model."""
 
-    encoder: Encoder
-    name: str
-    limits: Limits
-    batcher: Batcher
-    preparing: Executor
-
-    async def answer(self, body: bytes, facts: dict[str, Any]) -> Response:
-        """A request's body made into the response; ``facts`` are told how much it was."""
-        reading = partial(prepare, body, self.encoder, self.name, self.limits)
-        prepared = await asyncio.get_running_loop().run_in_executor(self.preparing, reading)
-        tokens = sum(map(len, prepared.texts))
-        facts.update(texts=len(prepared.texts), tokens=tokens)
-        vectors = await self.batcher.embed(prepared.texts)
-        return respond(shorten(vectors, prepared.dimensions), self.name, tokens, prepared.as_base64)
+    texts: list[Tokens]
+    dimensions: int | None
+    as_base64: bool
 
 
-def _in_thread(thread: Executor | None, encoder: Encoder) -> Worker:
-    def encode(batch: Sequence[Tokens], _: float) -> Vectors:  # a thread cannot be ended, however long it takes
-        return thread.submit(encoder.encode, batch).result() if thread else encoder.encode(batch)
+class Requests:
+    """Requests to one model, as tokens.
 
-    return Worker(encode)
+    Args:
+        encoder: Its tokenizer and limits; used by one thread at a time.
+        name: What clients call the model.
+        options: What is served.
+    """
 
+    def __init__(self, encoder: Encoder, name: str, options: ServeOptions) -> None:
+        self._encoder = encoder
+        self.name = name
+        self.options = options
+        self._model = request_model(encoder, name, options)
 
-def _worker(process: EncoderProcess[Vectors]) -> Worker:
-    def revive() -> None:
+    def json_schema(self) -> dict[str, Any]:
+        """The schema of a request; a prompt goes with texts, not with token ids."""
+        schema = self._model.model_json_schema()
+        texts = [form for form in schema["properties"]["input"]["oneOf"] if "integer" not in json.dumps(form)]
+        with_prompt = {"properties": {"input": {"oneOf": texts}}}
+        return schema | {"anyOf": [with_prompt, {"properties": {"prompt": {"type": "null"}}}]}
+
+    def prepare(self, body: bytes) -> Prepared:
+        """A request's body as tokens; for one thread, so that no two are parsed at once.
+
+        Raises:
+            ApiError: It is not a request that this model can answer; of the body, only the field is in the message.
+        """
+        request: Any = self._parse(body)
+        if request.model != self.name:
+            raise ApiError(404, f"no such model; this server has {self.name}", "model_not_found", "model")
+        several = isinstance(request.input, list) and not isinstance(request.input[0], int)
+        inputs = request.input if several else [request.input]
         try:
-            process.revive()
-        except (SecateurError, EncoderDied, OSError) as error:
-            if not process.closed:
-                log.error("encoder cannot start", extra={"facts": {"problem": str(error)[:300]}})
+            if isinstance(inputs[0], str):
+                prompt = request.prompt if request.prompt is not None else self._encoder.default_prompt
+                before = self._encoder.prompts[prompt] if prompt is not None else ""
+                cut, limit = self.options.truncate, self.options.max_tokens
+                texts = self._encoder.tokenize(inputs, before, truncate=cut, limit=limit)
+            else:
+                texts = self._given_tokens(inputs, request.prompt)
+        except TextRefused as error:
+            param = "input" if error.place is None or not several else f"input[{error.place}]"
+            raise ApiError(400, f"{param}: {error}", "text_refused", param) from None
+        return Prepared(texts, request.dimensions, request.encoding_format == "base64")
 
-    return Worker(process.encode, process.ready, revive)
+    def _parse(self, body: bytes) -> BaseModel:
+        try:
+            content = from_json(body, allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from None
+        if not isinstance(content, dict):
+            raise ApiError(400, "the body is not a JSON object", "invalid_json")
+        known = self._model.model_fields
+        unknown = next((key for key in content if key not in known), None)
+        if unknown is not None:  # before pydantic makes an error of each of a million keys
+            raise ApiError(400, f"no such field; known are {', '.join(known)}", "unknown_field", unknown[:64])
+        try:
+            return self._model.model_validate(content)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+            tags = ("text", "texts", "ids", "id_lists")
+            name, *places = [part for part in first["loc"] if part not in tags]
+            param = str(name) + "".join(f"[{place}]" for place in places)
+            raise ApiError(400, f"{param}: {first['msg']}", "invalid_value", param) from None
+
+    def _given_tokens(self, inputs: list[list[int]], prompt: str | None) -> list[Tokens]:
+        """Token ids that a client made itself, cut where texts would be."""
+        if prompt is not None:
+            raise ApiError(400, "prompt: goes before texts, not before token ids", "invalid_value", "prompt")
+        longest = self._encoder.max_length
+        place = slice(longest) if self._encoder.truncation_side == "right" else slice(-longest, None)
+        texts = [Tokens(np.asarray(ids[place], dtype=np.int32)) for ids in inputs]
+        if sum(map(len, texts)) > self.options.max_tokens:
+            problem = f"more than {self.options.max_tokens} tokens in one request"
+            raise TextRefused(None, problem, "send fewer texts at once")
+        return texts
+
+
+def respond(vectors: Vectors, name: str, tokens: int, prepared: Prepared) -> Response:
+    """The response to a request; a long one is sent in pieces."""
+    if prepared.dimensions is not None and prepared.dimensions < vectors.shape[1]:
+        short = vectors[:, : prepared.dimensions]
+        vectors = short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12)
+    pieces = _json_pieces(vectors, name, tokens, prepared.as_base64)
+    if vectors.size <= PIECE_NUMBERS:
+        return Response(b"".join(pieces), media_type="application/json")
+    return StreamingResponse(pieces, media_type="application/json")
+
+
+def _json_pieces(vectors: Vectors, name: str, tokens: int, as_base64: bool) -> Iterator[bytes]:
+    """An ``EmbeddingList`` as JSON, in pieces of about :data:`PIECE_NUMBERS` numbers."""
+    yield b'{"object":"list","model":%s,"data":[' % json.dumps(name).encode()
+    rows = max(1, PIECE_NUMBERS // vectors.shape[1])
+    for start in range(0, len(vectors), rows):
+        piece = []
+        for index, vector in enumerate(vectors[start : start + rows], start):
+            as_bytes = base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_base64 else None
+            numbers = json.dumps(as_bytes if as_base64 else vector.tolist())
+            piece.append(f'{{"object":"embedding","index":{index},"embedding":{numbers}}}')
+        yield (b"," if start else b"") + ",".join(piece).encode()
+    yield b'],"usage":%s}' % json.dumps({"prompt_tokens": tokens, "total_tokens": tokens}).encode()
 
 
 def make_app(
     encoder: Encoder,
     name: str,
+    options: ServeOptions,
     *,
-    limits: Limits | None = None,
     keys: Keys | None = None,
     processes: Sequence[EncoderProcess[Vectors]] = (),
     metrics: Metrics | None = None,
@@ -103,134 +272,132 @@ def make_app(
     Args:
         encoder: Tokenizes; and encodes, in a thread, where there are no ``processes``.
         name: What clients call the model.
-        limits: What is taken.
-        keys: API keys; none: everybody is served.
-        processes: Encode in place of ``encoder``, each batch in one of them.
+        options: Its limits.
+        keys: API keys; none: every request is allowed.
+        processes: Encode in place of ``encoder``.
         metrics: Where to count.
         thread: Where ``encoder`` was opened, and encodes: OpenMP is slow where two threads have run models.
     """
-    limits, keys, metrics = limits or Limits(), keys or Keys(), metrics or Metrics()
-    batcher = Batcher(
-        [_worker(process) for process in processes] or [_in_thread(thread, encoder)],
-        max_length=encoder.max_length,
-        batch_tokens=limits.batch_tokens,
-        queue_tokens=limits.queue_tokens,
-        timeout=limits.timeout,
-        observe=metrics.observe,
-    )
-    metrics.queue_tokens.set_function(lambda: batcher.tokens)
+    keys, metrics = keys or Keys(), metrics or Metrics()
+    workers: Sequence[Worker] = processes or [LocalWorker(encoder)]
+    threads = ThreadPoolExecutor(len(processes)) if processes else thread or ThreadPoolExecutor(1)
+    batcher = Batcher(encoder, workers, threads, options, metrics)
     preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
     @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
-        yield
-        await batcher.close()
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with batcher.running():
+            yield
         for process in processes:
             process.close()
         preparing.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="secateur", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Gate, keys=keys, limits=limits, metrics=metrics)
-    app.add_exception_handler(HTTPException, _http_error)
-    guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []  # told in the schema; the gate is what checks
-    _add_embeddings(app, _Service(encoder, name, limits, batcher, preparing), guarded)
-    _add_models(app, name, guarded)
-    _add_health(app, batcher)
-    _add_metrics(app, metrics, guarded)
+    app = FastAPI(title="secateur", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(KeyMiddleware, keys=keys)  # the last that is added comes first
+    app.add_middleware(BodyLimitMiddleware, max_bytes=options.max_bytes)
+    app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_exception_handler(HTTPException, _as_api_error)
+    guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema; the middleware checks
+    _add_embeddings(app, Requests(encoder, name, options), batcher, preparing, guarded)
+    _add_information(app, name, batcher, metrics, guarded)
     return app
 
 
-def _add_embeddings(app: FastAPI, service: _Service, guarded: list[Any]) -> None:
-    content = {"application/json": {"schema": request_schema(service.encoder, service.name, service.limits)}}
+def _add_embeddings(
+    app: FastAPI, requests: Requests, batcher: Batcher, preparing: Executor, guarded: list[Any]
+) -> None:
+    content = {"application/json": {"schema": requests.json_schema()}}
 
     @app.post(
         "/v1/embeddings",
-        responses={200: {"model": EmbeddingList}, **_ERRORS},
+        responses={200: {"model": EmbeddingList}, **ERRORS},
         openapi_extra={"requestBody": {"required": True, "content": content}},
         dependencies=guarded,
     )
     async def embeddings(request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
+            raise ApiError(415, "send Content-Type: application/json", "unsupported_media_type")
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
-            raise ApiError(415, "send the body as it is, without Content-Encoding", code="unsupported_media_type")
-        answer = service.answer(await request.body(), request.state.facts)
-        return await _while_connected(request, answer, service.limits.timeout)
+            raise ApiError(415, "send the body as it is, without Content-Encoding", "unsupported_media_type")
+        body = await request.body()
+        return await _while_connected(request, answer(body, request.state.facts), requests.options.timeout)
+
+    async def answer(body: bytes, facts: dict[str, Any]) -> Response:
+        prepared = await asyncio.get_running_loop().run_in_executor(preparing, requests.prepare, body)
+        tokens = sum(map(len, prepared.texts))
+        facts.update(texts=len(prepared.texts), tokens=tokens)
+        return respond(await batcher.embed(prepared.texts), requests.name, tokens, prepared)
 
 
-def _add_models(app: FastAPI, name: str, guarded: list[Any]) -> None:
-    @app.get("/v1/models", responses={401: _ERRORS[401], 413: _ERRORS[413]}, dependencies=guarded)
-    async def models() -> ModelList:
-        return ModelList(data=[ModelCard(id=name)])
-
-    @app.get(
-        "/v1/models/{model:path}",
-        responses={status: _ERRORS[status] for status in (401, 404, 413)},
-        dependencies=guarded,
-    )
-    async def one_model(model: str) -> ModelCard:
-        if model != name:
-            raise ApiError(404, f"no such model; this server has {name}", param="model", code="model_not_found")
-        return ModelCard(id=name)
-
-
-def _add_health(app: FastAPI, batcher: Batcher) -> None:
-    @app.head("/health", include_in_schema=False)
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.head("/ready", include_in_schema=False)
-    @app.get("/ready", responses={503: _ERRORS[503]})
-    async def ready() -> dict[str, str]:
-        if not batcher.ready:
-            raise ApiError(503, "no encoder can take work", code="not_ready")
-        return {"status": "ready"}
-
-
-def _add_metrics(app: FastAPI, metrics: Metrics, guarded: list[Any]) -> None:
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, 401: _ERRORS[401]},
-        dependencies=guarded,
-    )
-    async def measured() -> Response:
-        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
-
-
-async def _http_error(request: Request, error: Exception) -> NoReturn:
-    """Starlette's own errors (no such path, no such method) as the gate's, which counts and logs them."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        takes = (error.headers or {}).get("Allow", "other methods")
-        raise ApiError(405, f"this path takes {takes}", code="method_not_allowed", headers=error.headers)
-    routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
-    known = ", ".join(f"{' '.join(route.methods or ())} {route.path_format}" for route in routes)
-    raise ApiError(error.status_code, f"no such path; there are {known}", code="not_found", headers=error.headers)
-
-
-async def _while_connected(request: Request, answer: Any, timeout: float) -> Response:
-    """Await an answer as long as its client waits for it."""
+async def _while_connected(request: Request, answer: Coroutine[Any, Any, Response], timeout: float) -> Response:
+    """Await a response as long as its client waits for it."""
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    work: asyncio.Task[Response] = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(left())
+    work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(left())
     try:
         await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
         if gone.done():
             raise ClientLeft
-        raise ApiError(503, f"not done in {timeout:g} s", code="timeout", headers={"Retry-After": "1"})
+        raise ApiError(503, f"not done in {timeout:g} s", "timeout", headers={"Retry-After": "1"})
     except QueueFull as error:
         raise busy(error.retry_after) from None
     except EncodingFailed:
-        raise ApiError(500, "the model failed on these texts", code="encoding_failed") from None
+        raise ApiError(500, "the model failed on these texts", "encoding_failed") from None
     finally:
         work.cancel()
         gone.cancel()
+
+
+def _add_information(app: FastAPI, name: str, batcher: Batcher, metrics: Metrics, guarded: list[Any]) -> None:
+    """The model, health, readiness and metrics."""
+
+    @app.get("/v1/models", responses={401: ERRORS[401]}, dependencies=guarded)
+    async def models() -> ModelList:
+        return ModelList(data=[ModelCard(id=name)])
+
+    @app.get(
+        "/v1/models/{model:path}",
+        responses={status: ERRORS[status] for status in (401, 404)},
+        dependencies=guarded,
+    )
+    async def one_model(model: str) -> ModelCard:
+        if model != name:
+            raise ApiError(404, f"no such model; this server has {name}", "model_not_found", "model")
+        return ModelCard(id=name)
+
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready", responses={503: ERRORS[503]})
+    async def ready() -> dict[str, str]:
+        if not batcher.ready:
+            raise ApiError(503, "no worker can take requests", "not_ready")
+        return {"status": "ready"}
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, 401: ERRORS[401]},
+        dependencies=guarded,
+    )
+    async def measured() -> Response:
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+
+
+async def _as_api_error(request: Request, error: Exception) -> NoReturn:
+    """Starlette's own errors (no such path, no such method) in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        takes = (error.headers or {}).get("Allow", "other methods")
+        raise ApiError(405, f"this path takes {takes}", "method_not_allowed", headers=error.headers)
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    known = ", ".join(f"{' '.join(route.methods or ())} {route.path_format}" for route in routes)
+    raise ApiError(error.status_code, f"no such path; there are {known}", "not_found", headers=error.headers)

@@ -1,39 +1,31 @@
 """Files of texts → one file of vectors: constant memory, each distinct text once, and a killed run goes on.
 
-The inputs are read twice. The first time each text is checked, counted and given the number of its first occurrence
-(``places.npy``), and each shard of distinct texts a hash (``digests``); so a mistake in the last line is found before
-the model has done anything, and an input that changes later is found out. The second time the distinct texts go through
-the model, by :data:`SHARD`, each shard a file in ``OUT.partial`` that appears when it is complete. At the end every row
-looks up its vector, and the result is renamed to its name.
+The inputs are read twice: first every text is checked and numbered (:mod:`.distinct`), then the distinct texts go
+through the model, by :data:`.SHARD`, each shard a file in ``OUT.partial`` that appears when it is complete. At the end
+every row looks up its vector, and the result is renamed to its name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import itertools
-import json
-import random
 import shutil
-import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from secateur.data.pairs import instruction_prompt
+from secateur.data.rows import read_column
+from secateur.data.sources import instruction_prompt
+from secateur.done import FILE, Made
 from secateur.errors import ConfigError, DataError, OutputError
-from secateur.files import lock, output_errors, read_json, write_bytes, write_text
-from secateur.inference.arithmetic import STORED
-from secateur.inference.encoders import Vectors
-from secateur.inference.pools import Facts, Opening, Run, Worker, in_processes, in_this_process, on_ray, open_worker
-from secateur.inference.rows import read_rows
+from secateur.files import lock, output_errors, read_json, write_bytes
+from secateur.inference.distinct import SHARD, Inputs, Texts, number_texts, pieces, places_of
+from secateur.inference.opening import AUTO, STORED, Opening, fingerprint_encoder, open_encoder, use_dtype
 from secateur.inference.vector_files import (
     check_suffix,
     description_file,
@@ -41,27 +33,17 @@ from secateur.inference.vector_files import (
     write_description,
     write_vectors,
 )
-from secateur.options import SavedPooling
+from secateur.inference.workers import Piece, Run, in_processes, on_ray
+from secateur.options import EncodeOptions, step
 from secateur.progress import Progress, silent
+from secateur.runtime.core import Encoder, OnBatch, Vectors
 from secateur.runtime.vectors import quantize
-
-SHARD = 2048
-"""Distinct texts that are encoded together, and what a killed run loses at most of each worker's work."""
 
 MEASURED_FROM = 200_000
 """From so many characters on, ``auto`` measures: fewer are sooner encoded than measured."""
-
-SAMPLE, SAMPLE_CHARACTERS = 64, 200
-"""Texts that measurements are made on, and how much of each: rounding shows where texts are short."""
-
-JOB, PLACES, DIGESTS, RESULT = "job.json", "places.npy", "digests", "result"
-
-DIGEST = 16
-"""Bytes of a hash."""
-
-ARITHMETIC, TEXTS, TOKENS = "arithmetic measured", "texts", "tokens"
-
-Precision = Literal["float32", "int8", "binary"]
+RESULT = "result"
+MEASURED, TEXTS, TOKENS = "dtype measured", "texts", "tokens"
+"""What is counted, as ``progress`` is told."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +51,8 @@ class Encoded:
     """What was written: ``rows`` vectors of ``dimension`` numbers in ``file``, from ``distinct`` texts.
 
     Attributes:
-        dtype: Of the model's arithmetic.
-        encoded: Texts that went through the model in this run; fewer than ``distinct`` where it went on.
+        dtype: In what the model multiplied.
+        encoded: Texts that went through the model in this run; fewer than ``distinct`` where it was resumed.
         tokens: Of these texts, prompts and special tokens included.
         seconds: That they took.
     """
@@ -85,147 +67,73 @@ class Encoded:
     seconds: float
 
 
-def encode(
-    model: str | Path,
-    files: str | Path | Sequence[str | Path],
-    *,
-    out: str | Path,
-    column: str | None = None,
-    prompt_name: str | None = None,
-    instruction: str | None = None,
-    normalize: bool = False,
-    dimensions: int | None = None,
-    precision: Precision = "float32",
-    ranges: str | Path | None = None,
-    batch_tokens: int | None = None,
-    processes: int = 1,
-    ray: str | None = None,
-    dtype: str = "auto",
-    pooling: SavedPooling | None = None,
-    max_length: int = 512,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> Encoded:
+@step(EncodeOptions)
+def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  # noqa: D417
     """Encode files of texts into one file of vectors; a run that was killed goes on where it stopped.
 
     Args:
-        model: As for ``open_model``, or a folder that ``export`` wrote.
-        files: JSON Lines, CSV, Parquet or plain text, one or several, read one after the other (:mod:`.rows`).
-        out: The file to write: ``.parquet``, ``.arrow``, ``.feather`` or ``.npy`` (:mod:`.vector_files`).
-        column: The column that holds the texts; default: ``text``, or the first known name that is there.
-        prompt_name: The model's prompt that goes before each text; default: the model's own default.
-        instruction: Goes before each text, in place of a named prompt.
-        normalize: Make vectors of length 1, also where the model does not.
-        dimensions: Keep so many numbers of each vector (Matryoshka); they are normalised after that if at all.
-        precision: ``float32``; ``int8``: 256 steps between each dimension's least and greatest value in these vectors,
-            which the file's description tells; ``binary``: one bit a dimension, packed by eight. As
-            ``sentence_transformers.quantize_embeddings`` does it.
-        ranges: For ``int8``, a file of such vectors, or a JSON file with ``ranges``: its steps are taken, so that
-            queries can be compared with documents. What lies outside gets the nearest step.
-        batch_tokens: Tokens in a batch, padding included; default: 1,024 on a CPU, 8,192 on a GPU.
-        processes: Processes of this machine, or actors of the cluster.
-        ray: Address of a Ray cluster, or ``local``.
-        dtype: ``auto``: the quickest that keeps a cosine of 0.9999 to float32, measured where there is much to encode
-            (:func:`.quicken`); ``float32``; ``mixed``: linear layers multiply in bfloat16; ``bfloat16`` or ``float16``.
-        pooling: As for ``open_model``.
-        max_length: As for ``open_model``.
-        device: Torch device; default: the GPU where there is one.
-        trust_remote_code: As for ``open_model``.
         progress: Called as work goes on; of tokens, whose total nobody knows, with a total of 0.
 
     Raises:
         DataError: A file or a text cannot be read; or there are none.
-        ConfigError: An option does not go with the model; or these vectors are all the same and give ``int8`` no steps.
+        ConfigError: An option does not go with the model; or ``int8`` finds no ranges, as all vectors are the same.
         OutputError: ``out`` exists, or cannot be written; or its partial folder holds another run's work, or one that
             is at work.
         ModelError: The model cannot be opened, or a worker died too often.
     """
-    out = Path(out)
-    files = [files] if isinstance(files, (str, Path)) else files
-    _check(files, dimensions, precision, processes)
-    steps = _Ranges(Path(ranges)) if ranges is not None else None
-    if steps is not None and precision != "int8":
-        raise ConfigError("ranges", str(ranges), f"means nothing in {precision}", "it goes with --precision int8")
-    texts = partial(_read_all, files, column)
-    opening = Opening(
-        str(model),
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        pooling=pooling,
-        max_length=max_length,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-    with _partial_folder(out) as folder:
+    ranges = read_ranges(options)
+
+    def texts() -> Iterator[str]:
+        for file in options.files:
+            yield from read_column(file, options.column)
+
+    with _partial_folder(options.out) as folder:
         with output_errors(folder):
-            inputs, sample = _number_texts(texts, folder, progress)
+            inputs, sample = number_texts(texts, folder)
+            progress("read", inputs.rows, inputs.rows)
         if not inputs.rows:
-            raise DataError(files[0], "holds no text")
-        if precision == "int8" and steps is None and inputs.distinct == 1:
-            raise _no_steps()
-        opening = replace(opening, dtype=_resolved_dtype(folder, inputs) if dtype == "auto" else dtype)
-        worker: Worker | None = open_worker(opening)
-        assert worker is not None
-        facts = worker.facts()
-        prompt = _prompt(facts, prompt_name, instruction)
-        numbers = _numbers(facts, dimensions)
-        if steps is not None:
-            steps.check(numbers, facts.fingerprint)
-        dtype = _settle(worker, opening.dtype, prompt, sample, progress)
-        opening = replace(opening, dtype=dtype, prompt=prompt)
-        job = _Job(inputs, facts.fingerprint, dtype, prompt, numbers, normalize)
-        _take_over(folder, job)
-        if ray is None and processes == 1:
-            pool = in_this_process(worker, prompt)
+            raise DataError(options.files[0], "holds no text")
+        if options.precision == "int8" and ranges is None and inputs.distinct == 1:
+            raise _no_ranges()
+        opening = _opening(options, inputs, folder)
+        encoder = open_encoder(opening)
+        prompt = _prompt(encoder, options)
+        about = _description(encoder, options, inputs, prompt)
+        if ranges is not None:
+            _check_ranges(ranges, about, options)
+        if opening.dtype == AUTO:
+            progress(MEASURED, 0, 1)
+        about["dtype"] = use_dtype(encoder, opening.dtype, sample, prompt)
+        if opening.dtype == AUTO:
+            progress(MEASURED, 1, 1)
+        _check_resume(folder, about)
+        if options.ray is None and options.processes == 1:
+            pool: AbstractContextManager[Run] = nullcontext(partial(_run_here, encoder, prompt))
         else:
-            worker = None  # its memory is the workers' now
-            pool = in_processes(opening, processes) if ray is None else on_ray(opening, ray, processes)
+            del encoder  # its memory is the workers' now
+            opening = replace(opening, dtype=about["dtype"])
+            address, count = options.ray, options.processes
+            pool = in_processes(opening, prompt, count) if address is None else on_ray(opening, prompt, address, count)
         with output_errors(folder):
-            work = _encode_shards(pool, texts, job, folder, progress)
-            about = {"model": str(model), **asdict(job), "precision": precision}
-            _finish(folder, job, precision, steps.values if steps else None, about, out)
-    return Encoded(out, inputs.rows, inputs.distinct, numbers, dtype, work.texts, work.tokens, work.seconds)
+            work = _encode_shards(pool, texts, about, folder, progress)
+            _write_result(folder, about, None if ranges is None else ranges["ranges"], options.out)
+    found = inputs.rows, inputs.distinct, about["dimension"], about["dtype"]
+    return Encoded(options.out, *found, work.texts, work.tokens, work.seconds)
 
 
-def _check(files: Sequence[str | Path], dimensions: int | None, precision: str, processes: int) -> None:
-    """Refuse what the command line cannot say, before anything is done."""
-    if not files:
-        raise ConfigError("files", [], "there are none to encode", "name at least one")
-    if precision not in get_args(Precision):
-        raise ConfigError("precision", precision, "is unknown", f"one of {', '.join(get_args(Precision))}")
-    for name, number in (("dimensions", dimensions), ("processes", processes)):
-        if number is not None and number < 1:
-            raise ConfigError(name, number, "is less than 1")
+def _run_here(
+    encoder: Encoder, prompt: str, pieces: Iterable[Piece], on_batch: OnBatch
+) -> Iterator[tuple[int, Vectors]]:
+    for number, texts in pieces:
+        yield number, encoder.encode_texts(texts, prompt, on_batch)
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What was read: ``rows`` texts, ``distinct`` different ones of so many characters together, and a hash over all
-    texts in order.
-    """
-
-    rows: int
-    distinct: int
-    characters: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class _Job:
-    """All that the vectors in a partial folder depend on; other inputs or settings are other work."""
-
-    inputs: _Inputs
-    fingerprint: str
-    dtype: str
-    prompt: str
-    dimension: int
-    normalize: bool
+# --- what the run is -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _partial_folder(out: Path) -> Iterator[Path]:
-    """Where a run works, alone; one that fails before it has begun with its job leaves nothing behind."""
+    """Where a run works, alone; one that fails before it has recorded what it does leaves nothing behind."""
     check_suffix(out)
     folder = out.with_name(out.name + ".partial")
     for taken in (out, description_file(out)):
@@ -235,156 +143,125 @@ def _partial_folder(out: Path) -> Iterator[Path]:
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
+        if (folder / "job.json").exists():
+            raise OutputError(folder, "holds an unfinished run of an earlier version", "remove the folder")
         try:
             yield folder
         except BaseException:
-            if not (folder / JOB).exists():
+            if not (folder / FILE).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _take_over(folder: Path, job: _Job) -> None:
-    """Make the folder this job's; refuse one that holds the work of another."""
-    file = folder / JOB
-    if not file.exists():
-        write_text(file, json.dumps(asdict(job), indent=1))
-        return
-    earlier, now = read_json(file), asdict(job)
-    differing = [key for key in now if not isinstance(earlier, dict) or earlier.get(key) != now[key]]
-    if differing:
-        problem = f"holds an unfinished run with other {', '.join(differing).replace('fingerprint', 'weights')}"
-        raise OutputError(folder, problem, "give that run's inputs and options to finish it, or remove the folder")
+def _opening(options: EncodeOptions, inputs: Inputs, folder: Path) -> Opening:
+    """How the model is opened.
 
-
-def _resolved_dtype(folder: Path, inputs: _Inputs) -> str:
-    """What ``auto`` is: what the run that is gone on with has found, for a second measurement may come out differently;
-    a measurement; or, where that would take longer than it saves, as stored.
+    ``auto`` is what the run that is resumed has found, for a second measurement may come out differently; or the dtype
+    of the weights, where measuring would take longer than it saves.
     """
-    file = folder / JOB
-    job = read_json(file) if file.exists() else {}
-    short = inputs.characters < MEASURED_FROM
-    return str(job.get("dtype", "auto")) if isinstance(job, dict) and job else STORED if short else "auto"
+    dtype = options.dtype
+    if dtype == AUTO and (folder / FILE).exists():
+        dtype = str(read_json(folder / FILE)["options"]["dtype"])
+    elif dtype == AUTO and inputs.characters < MEASURED_FROM:
+        dtype = STORED
+    return Opening(
+        str(options.model),
+        dtype,
+        options.pooling,
+        options.max_length,
+        options.device,
+        options.trust_remote_code,
+        options.batch_tokens,
+        length_step=1,
+    )
 
 
-def _prompt(facts: Facts, name: str | None, instruction: str | None) -> str:
-    if instruction is not None and name is not None:
-        raise ConfigError("instruction", instruction, "does not go with --prompt-name", "give one of the two")
-    if instruction is not None:
-        return instruction_prompt(instruction)
-    name = name if name is not None else facts.default_prompt
-    if name is not None and name not in facts.prompts:
-        known = ", ".join(facts.prompts) or "none"
+def _prompt(encoder: Encoder, options: EncodeOptions) -> str:
+    """What goes before each text."""
+    name = options.prompt_name
+    if options.instruction is not None:
+        if name is not None:
+            problem, hint = "does not go with --prompt-name", "give one of the two"
+            raise ConfigError("instruction", options.instruction, problem, hint)
+        return instruction_prompt(options.instruction)
+    name = name if name is not None else encoder.default_prompt
+    if name is not None and name not in encoder.prompts:
+        known = ", ".join(encoder.prompts) or "none"
         raise ConfigError("prompt_name", name, f"the model has no prompt {name!r}", f"its prompts: {known}")
-    return facts.prompts[name] if name is not None else ""
+    return encoder.prompts[name] if name is not None else ""
 
 
-def _numbers(facts: Facts, dimensions: int | None) -> int:
-    if dimensions is not None and dimensions > facts.dimension:
-        problem = f"{dimensions} are more than the model's vectors have"
-        raise ConfigError("dimensions", dimensions, problem, f"at most {facts.dimension}")
-    return dimensions or facts.dimension
+def _description(encoder: Encoder, options: EncodeOptions, inputs: Inputs, prompt: str) -> dict[str, Any]:
+    """What the file of vectors says of itself; all but the model's name and the precision decides about the shards."""
+    if options.dimensions is not None and options.dimensions > encoder.dimension:
+        problem = f"{options.dimensions} are more than the model's vectors have"
+        raise ConfigError("dimensions", options.dimensions, problem, f"at most {encoder.dimension}")
+    return {
+        "model": str(options.model),
+        "inputs": asdict(inputs),
+        "fingerprint": fingerprint_encoder(encoder),
+        "dtype": encoder.dtype,
+        "prompt": prompt,
+        "dimension": options.dimensions or encoder.dimension,
+        "normalize": options.normalize,
+        "precision": options.precision,
+    }
 
 
-def _read_all(files: Sequence[str | Path], column: str | None) -> Iterator[str]:
-    for file in files:
-        yield from read_rows(file, column)
+def _check_resume(folder: Path, about: dict[str, Any]) -> None:
+    """Record what the folder's shards are made from; refuse a folder that holds those of another run."""
+    kept = {name: about[name] for name in ("dtype", "prompt", "dimension", "normalize")}
+    made = Made("encode", kept, {"inputs": about["inputs"], "weights": about["fingerprint"]})
+    changed = made.changes_since(folder)
+    if changed:
+        problem = f"holds an unfinished run with other {', '.join(changed)}"
+        raise OutputError(folder, problem, "give that run's inputs and options to finish it, or remove the folder")
+    if changed is None:
+        made.record(folder)
 
 
-Texts = Callable[[], Iterator[str]]
+def read_ranges(options: EncodeOptions) -> dict[str, Any] | None:
+    """What an earlier file of int8 vectors says of itself; its ``ranges`` (2, dimension) as an array.
 
-
-def _settle(worker: Worker, dtype: str, prompt: str, sample: Sequence[str], progress: Progress) -> str:
-    """In what the worker multiplies, which may have to be measured."""
-    measures = dtype == "auto"
-    if measures:
-        progress(ARITHMETIC, 0, 1)
-    found = worker.settle(prompt, sample)
-    if measures:
-        progress(ARITHMETIC, 1, 1)
-    return found
-
-
-def _number_texts(texts: Texts, folder: Path, progress: Progress) -> tuple[_Inputs, list[str]]:
-    """Read all texts once; write for each row the number of its text, counted by first occurrence, and for each shard
-    a hash of its texts.
-
-    Which texts have been seen is kept on disk, so that any number of them takes the same memory.
-
-    Returns:
-        What was read, and the first :data:`SAMPLE_CHARACTERS` of :data:`SAMPLE` distinct texts, drawn at random.
+    Raises:
+        DataError: It tells no ranges.
+        ConfigError: The vectors are not to be int8.
     """
-    seen = folder / "seen.sqlite"
-    digest = hashlib.sha256()
-    rows = distinct = characters = 0
-    sample, shard = _Sample(), hashlib.blake2b(digest_size=DIGEST)
-    seen.unlink(missing_ok=True)
-    with (
-        closing(sqlite3.connect(seen, isolation_level=None)) as index,
-        (folder / PLACES).open("wb") as places,
-        (folder / DIGESTS).open("wb") as digests,
-    ):
-        index.execute("PRAGMA journal_mode=OFF")
-        index.execute("PRAGMA synchronous=OFF")
-        index.execute("CREATE TABLE seen (key BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
-        index.execute("BEGIN")
-        for rows, text in enumerate(texts(), start=1):  # noqa: B007
-            key = _hash(text)
-            digest.update(key)
-            if index.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, distinct)).rowcount:
-                number, distinct, characters = distinct, distinct + 1, characters + len(text)
-                sample.add(text)
-                shard.update(key)
-                if distinct % SHARD == 0:
-                    digests.write(shard.digest())
-                    shard = hashlib.blake2b(digest_size=DIGEST)
-            else:
-                (number,) = index.execute("SELECT number FROM seen WHERE key = ?", (key,)).fetchone()
-            places.write(number.to_bytes(8, "little"))
-        if distinct % SHARD:
-            digests.write(shard.digest())
-    seen.unlink()
-    progress("read", rows, rows)
-    return _Inputs(rows, distinct, characters, digest.hexdigest()), sample.texts
+    if options.ranges is None:
+        return None
+    about = read_description(options.ranges)
+    try:
+        about["ranges"] = np.asarray(about["ranges"], dtype=np.float32)
+    except (KeyError, TypeError, ValueError):
+        raise DataError(options.ranges, "tells no ranges", "give a file written with --precision int8") from None
+    if options.precision != "int8":
+        problem = f"means nothing in {options.precision}"
+        raise ConfigError("ranges", str(options.ranges), problem, "it goes with --precision int8")
+    return about
 
 
-class _Sample:
-    """The starts of some texts, each as likely to be kept as any other (reservoir sampling: Vitter 1985)."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self._seen = 0
-        self._rng = random.Random(0)  # noqa: S311
-
-    def add(self, text: str) -> None:
-        self._seen += 1
-        place = len(self.texts) if len(self.texts) < SAMPLE else self._rng.randrange(self._seen)
-        if place < SAMPLE:
-            self.texts[place : place + 1] = [text[:SAMPLE_CHARACTERS]]
+def _check_ranges(ranges: dict[str, Any], about: dict[str, Any], options: EncodeOptions) -> None:
+    """Refuse the ranges of other vectors."""
+    values, dimension, file = ranges["ranges"], about["dimension"], str(options.ranges)
+    hint = f"give a file of this model's int8 vectors of {dimension} numbers"
+    if values.shape != (2, dimension) or not (values[0] <= values[1]).all():
+        shape = " by ".join(map(str, values.shape))
+        raise ConfigError("ranges", file, f"{file} has {shape} ranges, not 2 by {dimension}", hint)
+    if ranges.get("fingerprint", about["fingerprint"]) != about["fingerprint"]:
+        raise ConfigError("ranges", file, f"{file} is of other weights, or another dtype", hint)
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=DIGEST).digest()
+def _no_ranges() -> ConfigError:
+    hint = "--ranges FILE takes those of an earlier file, such as that of the documents; or --precision float32"
+    return ConfigError("precision", "int8", "all vectors are the same, and have no ranges to be rounded by", hint)
 
 
-def _places(folder: Path) -> Iterator[NDArray[np.int64]]:
-    """For each row the number of its text, :data:`SHARD` rows at a time: a mapped file would stay in memory."""
-    with (folder / PLACES).open("rb") as stream:
-        while len(numbers := np.fromfile(stream, dtype="<i8", count=SHARD)):
-            yield numbers
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.npy"
-
-
-def _open_shard(folder: Path, number: int) -> Vectors:
-    found: Vectors = np.load(_shard(folder, number), mmap_mode="r")
-    return found
+# --- the second reading ----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Work:
-    """What this run has encoded so far; tells it to ``progress``, ``before`` being what an earlier run has done."""
+    """What this run has encoded so far; reports it, ``before`` being what an earlier run has done."""
 
     before: int
     distinct: int
@@ -400,13 +277,16 @@ class _Work:
         self.progress(TEXTS, self.before + self.texts, self.distinct)
 
 
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.npy"
+
+
 def _encode_shards(
-    pool: AbstractContextManager[Run], texts: Texts, job: _Job, folder: Path, progress: Progress
+    pool: AbstractContextManager[Run], texts: Texts, about: dict[str, Any], folder: Path, progress: Progress
 ) -> _Work:
-    """Encode what is not there yet."""
-    distinct = job.inputs.distinct
-    shards = -(-distinct // SHARD)
-    todo = [number for number in range(shards) if not _shard(folder, number).exists()]
+    """Encode what is not there yet: float32, shortened, and of length 1 where that is asked for."""
+    distinct = about["inputs"]["distinct"]
+    todo = {number for number in range(-(-distinct // SHARD)) if not _shard(folder, number).exists()}
     left = sum(min(SHARD, distinct - number * SHARD) for number in todo)
     progress(TEXTS, distinct - left, distinct)
     if not todo:
@@ -414,114 +294,53 @@ def _encode_shards(
     with pool as run:
         work = _Work(distinct - left, distinct, progress)
         progress(TOKENS, 0, 0)
-        pieces = _pieces(texts, folder, set(todo))
-        for number, vectors in zip(todo, run(pieces, work.add), strict=True):
-            write_bytes(_shard(folder, number), _as_npy(_finished(vectors, job)))
+        for number, vectors in run(pieces(texts, folder, todo), work.add):
+            vectors = vectors[:, : about["dimension"]]
+            if about["normalize"]:  # a vector of zeros stays one
+                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            stream = io.BytesIO()
+            np.save(stream, np.ascontiguousarray(vectors, dtype=np.float32))
+            write_bytes(_shard(folder, number), stream.getvalue())
         work.seconds = time.monotonic() - work.started
     return work
 
 
-def _pieces(texts: Texts, folder: Path, todo: set[int]) -> Iterator[list[str]]:
-    """The distinct texts of each shard in ``todo``, in order; what has changed meanwhile becomes no vectors."""
-    distinct = _distinct(texts, folder)
-    digests = (folder / DIGESTS).read_bytes()
-    for shard in range(len(digests) // DIGEST):
-        piece = list(itertools.islice(distinct, SHARD))
-        if shard not in todo:
-            continue
-        found = hashlib.blake2b(b"".join(map(_hash, piece)), digest_size=DIGEST).digest()
-        if found != digests[shard * DIGEST : (shard + 1) * DIGEST]:
-            raise DataError("the input", "changed while it was read", "run again when nothing writes to it")
-        yield piece
+# --- the result ------------------------------------------------------------------------------------------------------
 
 
-def _distinct(texts: Texts, folder: Path) -> Iterator[str]:
-    """Each text at its first occurrence, as :func:`_number_texts` found them."""
-    found = 0
-    for text, number in zip(texts(), itertools.chain.from_iterable(_places(folder)), strict=False):
-        if number == found:
-            found += 1
-            yield text
-
-
-def _finished(vectors: Vectors, job: _Job) -> Vectors:
-    """Shortened, and of length 1 where that is asked for; a vector of zeros stays one."""
-    vectors = vectors[:, : job.dimension]
-    if job.normalize:
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return np.ascontiguousarray(vectors, dtype=np.float32)
-
-
-def _as_npy(array: NDArray[Any]) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-def _finish(
-    folder: Path, job: _Job, precision: Precision, ranges: Vectors | None, about: dict[str, Any], out: Path
-) -> None:
+def _write_result(folder: Path, about: dict[str, Any], ranges: Vectors | None, out: Path) -> None:
     """Write the result from the shards, give it its name, and remove the folder."""
+    precision, dimension = about["precision"], about["dimension"]
     if precision == "int8":
-        ranges = _ranges(folder, job) if ranges is None else ranges
+        ranges = _measured_ranges(folder, about) if ranges is None else ranges
         about["ranges"] = ranges.tolist()
     else:
         ranges = np.zeros((2, 0), dtype=np.float32)
-    width = -(-job.dimension // 8) if precision == "binary" else job.dimension
+    width = -(-dimension // 8) if precision == "binary" else dimension
     dtype = np.float32 if precision == "float32" else np.int8
-    pieces = (quantize(vectors, precision, ranges) for vectors in _rows(folder, job))
-    write_vectors(folder / RESULT, pieces, (job.inputs.rows, width), dtype, about, out.suffix)
+    quantized = (quantize(vectors, precision, ranges) for vectors in _rows(folder, dimension))
+    write_vectors(folder / RESULT, quantized, (about["inputs"]["rows"], width), dtype, about, out.suffix)
     write_description(out, about)
     (folder / RESULT).replace(out)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _rows(folder: Path, job: _Job) -> Iterator[Vectors]:
+def _rows(folder: Path, dimension: int) -> Iterator[Vectors]:
     """The vectors of all rows, in their order, a piece at a time."""
-    for numbers in _places(folder):
-        vectors = np.empty((len(numbers), job.dimension), dtype=np.float32)
+    for numbers in places_of(folder):
+        vectors = np.empty((len(numbers), dimension), dtype=np.float32)
         for number in np.unique(numbers // SHARD):
             here = numbers // SHARD == number
-            vectors[here] = _open_shard(folder, int(number))[numbers[here] % SHARD]
+            vectors[here] = np.load(_shard(folder, int(number)), mmap_mode="r")[numbers[here] % SHARD]
         yield vectors
 
 
-def _ranges(folder: Path, job: _Job) -> Vectors:
+def _measured_ranges(folder: Path, about: dict[str, Any]) -> Vectors:
     """Least and greatest value of each dimension over all vectors: (2, dimension)."""
-    least, most = np.full(job.dimension, np.inf, np.float32), np.full(job.dimension, -np.inf, np.float32)
-    for number in range(-(-job.inputs.distinct // SHARD)):
-        vectors = _open_shard(folder, number)
-        least, most = np.minimum(least, vectors.min(axis=0)), np.maximum(most, vectors.max(axis=0))
-    if (least == most).all():
-        raise _no_steps()
-    return np.stack([least, most])
-
-
-def _no_steps() -> ConfigError:
-    hint = "--ranges FILE takes those of an earlier file, such as that of the documents; or --precision float32"
-    return ConfigError("precision", "int8", "all vectors are the same, and have no ranges to be rounded by", hint)
-
-
-class _Ranges:
-    """What an earlier file of int8 vectors was rounded by: ``values`` (2, dimension).
-
-    Raises:
-        DataError: It tells no ranges.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._about = read_description(file)
-        try:
-            self.values = np.asarray(self._about["ranges"], dtype=np.float32)
-        except (KeyError, TypeError, ValueError):
-            raise DataError(file, "tells no ranges", "give a file written with --precision int8") from None
-
-    def check(self, numbers: int, fingerprint: str) -> None:
-        """Refuse those of other vectors."""
-        hint = f"give a file of this model's int8 vectors of {numbers} numbers"
-        if self.values.shape != (2, numbers) or not (self.values[0] <= self.values[1]).all():
-            shape = " by ".join(map(str, self.values.shape))
-            raise ConfigError("ranges", str(self._file), f"{self._file} has {shape} ranges, not 2 by {numbers}", hint)
-        if self._about.get("fingerprint", fingerprint) != fingerprint:
-            raise ConfigError("ranges", str(self._file), f"{self._file} is of other weights, or another dtype", hint)
+    shards = range(-(-about["inputs"]["distinct"] // SHARD))
+    vectors = (np.load(_shard(folder, number), mmap_mode="r") for number in shards)
+    extremes = np.array([(shard.min(axis=0), shard.max(axis=0)) for shard in vectors])
+    least, greatest = extremes[:, 0].min(axis=0), extremes[:, 1].max(axis=0)
+    if (least == greatest).all():
+        raise _no_ranges()
+    return np.stack([least, greatest])

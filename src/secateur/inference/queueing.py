@@ -1,7 +1,7 @@
-"""Dynamic batching: texts of many requests wait in one queue, and go through the model together.
+"""Continuous batching: texts of many requests wait in one queue, and go through the model together.
 
-There is no timer. While the model works, texts gather; when it is done, the longest waiting text is taken together with
-those nearest to it in length, as many as the token budget holds. An idle model starts at once.
+There is no timer. While the model works, texts gather; when it is done, the text that has waited longest is taken
+together with those nearest to it in length, as many as the token budget holds. An idle model starts at once.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from secateur.inference.encoders import LENGTH_STEP, Tokens, Vectors
-from secateur.models.forward import halves, is_out_of_memory, padded_length
+from secateur.inference.middleware import Metrics, log
+from secateur.options import ServeOptions
+from secateur.runtime.core import Encoder, Tokens, Vectors
 
 LOOKAHEAD = 1024
 """How many waiting texts are looked at when a batch is made."""
@@ -29,18 +32,14 @@ PADDING = 1.1
 """A batch is padded to at most this many times the tokens that its texts would take one by one."""
 
 LONGEST_RETRY = 60
-
 LOOK_SECONDS = 0.5
-"""How often an idle worker is looked at."""
+"""How often an idle worker is checked."""
 
-PATIENCE = 20
-"""A batch that takes this many times as long as the slowest so far, token for token, hangs."""
+RESTART_SECONDS = 5.0
+"""Seconds between attempts to start a worker that cannot start."""
 
-LEAST_PATIENCE = 10.0
-"""Seconds that a batch may always take: what is short can be held up by anything."""
-
-REVIVE_SECONDS = 5.0
-"""How long a worker that could not be made ready is left alone."""
+PATIENCE, LEAST_PATIENCE = 20, 10.0
+"""A batch may take this many times as long as the slowest so far, token for token; and always so many seconds."""
 
 
 class QueueFull(Exception):
@@ -55,117 +54,78 @@ class EncodingFailed(Exception):
     """The model failed on the texts of one request, also when they were alone."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What one pass of the model did: how many texts and tokens, seconds in it, and seconds that each text waited."""
+class Worker(Protocol):
+    """What encodes batches; ``encode_batch`` and ``restart`` run in one thread at a time."""
 
-    texts: int
-    tokens: int
-    seconds: float
-    waits: tuple[float, ...]
-    error: Exception | None = None
+    def ready(self) -> bool:
+        """Whether it can take a batch; at once."""
+
+    def restart(self) -> None:
+        """Make it ready; may take long, and raises where that fails."""
+
+    def encode_batch(self, batch: Sequence[Tokens], timeout: float) -> Vectors:
+        """Vectors of texts that share a prompt length, in at most ``timeout`` seconds."""
+
+
+class LocalWorker:
+    """An encoder in this process as a :class:`.Worker`: in a thread, which cannot be ended, however long it takes."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def ready(self) -> bool:
+        return True
+
+    def restart(self) -> None:
+        pass
+
+    def encode_batch(self, batch: Sequence[Tokens], timeout: float = math.inf) -> Vectors:
+        """Vectors of a batch; in smaller parts once such a batch did not fit into memory."""
+        return self.encoder.encode_tokens(batch)
 
 
 @dataclass(eq=False)
-class _Job:
-    """The texts of one request."""
-
+class _Request:
     done: asyncio.Future[Vectors]
     vectors: list[Vectors | None]
     missing: int
 
 
 @dataclass(eq=False)
-class _Item:
-    """One text of a job."""
-
+class _Text:
     tokens: Tokens
-    job: _Job
+    request: _Request
     place: int
     since: float = field(default_factory=time.monotonic)
     tries: int = 0
-
-
-def choose_batch(waiting: Sequence[Tokens], budget: int, max_length: int) -> list[int]:
-    """Which of the waiting texts go through the model together.
-
-    The first always does; the others have its prompt length, are nearest to it in length, and cost little padding:
-    on a CPU many batches of even lengths are quicker than few of mixed ones.
-
-    Args:
-        waiting: Texts, the longest waiting first.
-        budget: Tokens of the batch, padding included; a longer text goes alone.
-        max_length: Tokens that the model reads.
-    """
-    first = waiting[0]
-    near = [i for i, tokens in enumerate(waiting) if i and tokens.prompt_length == first.prompt_length]
-    near.sort(key=lambda i: abs(len(waiting[i]) - len(first)))
-    chosen, width = [0], padded_length(len(first), max_length, LENGTH_STEP)
-    alone = width
-    for i in near:
-        own = padded_length(len(waiting[i]), max_length, LENGTH_STEP)
-        padded = max(width, own) * (len(chosen) + 1)
-        if padded <= min(budget, PADDING * (alone + own)):
-            width, alone = max(width, own), alone + own
-            chosen.append(i)
-    return chosen
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What takes batches; its functions run in one thread at a time, but for ``ready``.
-
-    Args:
-        encode: Texts of one prompt length to vectors; the second argument is how many seconds it may take.
-        ready: Whether it can take a batch; at once.
-        revive: Tries to make it ready, and takes its time.
-    """
-
-    encode: Callable[[Sequence[Tokens], float], Vectors]
-    ready: Callable[[], bool] = lambda: True
-    revive: Callable[[], None] = lambda: None
 
 
 class Batcher:
     """One queue before one or several workers, for the tasks of one event loop.
 
     Args:
-        workers: Each takes batches as long as it is ready, in a thread of its own.
-        max_length: Tokens in a text.
-        batch_tokens: Tokens in a pass of the model, padding included.
-        queue_tokens: Tokens that may wait or be encoded; more are refused.
-        timeout: Seconds after which nobody waits for an answer any more.
-        observe: Told of every batch.
+        encoder: Says how many tokens a batch has, and how many a text when it is padded.
+        workers: Each takes batches as long as it is ready.
+        threads: Where workers are called: one thread for each.
+        options: Tokens in the queue, and the timeout.
+        metrics: Where to count.
     """
 
     def __init__(
-        self,
-        workers: Sequence[Worker],
-        *,
-        max_length: int,
-        batch_tokens: int,
-        queue_tokens: int,
-        timeout: float = math.inf,
-        observe: Callable[[Batch], None] = lambda batch: None,
+        self, encoder: Encoder, workers: Sequence[Worker], threads: Executor, options: ServeOptions, metrics: Metrics
     ) -> None:
+        self._encoder = encoder
         self._workers = workers
-        self._max_length = max_length
-        self._batch_tokens = batch_tokens
-        self._queue_tokens = queue_tokens
-        self._timeout = timeout
-        self._observe = observe
-        self._waiting: dict[_Item, None] = {}  # in order; a set that keeps it
+        self._threads = threads
+        self._options = options
+        self._metrics = metrics
+        self._waiting: dict[_Text, None] = {}  # a set that keeps its order
         self._filled = asyncio.Event()
         self._tokens = 0
-        self._rate = 0.0
-        self._slowest = 0.0  # seconds for a token
-        self._threads = ThreadPoolExecutor(len(workers), thread_name_prefix="encoder")
+        self._rate = 0.0  # tokens per second, of all workers
+        self._slowest = 0.0  # seconds per token
         self._tasks: list[asyncio.Task[None]] = []
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that wait or are being encoded."""
-        return self._tokens
+        metrics.queue_tokens.set_function(lambda: self._tokens)
 
     @property
     def ready(self) -> bool:
@@ -173,19 +133,19 @@ class Batcher:
         working = zip(self._workers, self._tasks, strict=False)  # no tasks before the start
         return any(worker.ready() and not task.done() for worker, task in working)
 
-    def start(self) -> None:
-        """Begin to take batches; in the event loop."""
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Take batches until the end of the block; requests that still wait are cancelled then."""
         self._tasks = [asyncio.create_task(self._work(worker)) for worker in self._workers]
-        self._tasks.append(asyncio.create_task(self._look()))
-
-    async def close(self) -> None:
-        """Stop taking batches. Who waited waits no more: their tasks are cancelled."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for item in self._waiting:
-            item.job.done.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        try:
+            yield
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for text in self._waiting:
+                text.request.done.cancel()
+            self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def embed(self, texts: Sequence[Tokens]) -> Vectors:
         """The vectors (texts, dimension) of one request; cancelled, its texts leave the queue.
@@ -195,117 +155,122 @@ class Batcher:
             EncodingFailed: The model failed on these texts.
         """
         tokens = sum(map(len, texts))
-        if self._tokens and self._tokens + tokens > self._queue_tokens:
+        if self._tokens and self._tokens + tokens > self._options.queue_tokens:
             seconds = self._tokens / self._rate if self._rate else 1
             raise QueueFull(min(LONGEST_RETRY, max(1, math.ceil(seconds))))
-        job = _Job(asyncio.get_running_loop().create_future(), [None] * len(texts), len(texts))
-        items = [_Item(text, job, place) for place, text in enumerate(texts)]
+        request = _Request(asyncio.get_running_loop().create_future(), [None] * len(texts), len(texts))
+        queued = [_Text(text, request, place) for place, text in enumerate(texts)]
         self._tokens += tokens
-        self._waiting.update(dict.fromkeys(items))
+        self._waiting.update(dict.fromkeys(queued))
         self._filled.set()
         try:
-            return await job.done
+            return await request.done
         finally:
             self._tokens -= tokens
-            for item in items:
-                self._waiting.pop(item, None)
+            for text in queued:
+                self._waiting.pop(text, None)
 
     async def _work(self, worker: Worker) -> None:
+        """One worker's batches, one after the other."""
         loop = asyncio.get_running_loop()
         while True:
-            await self._readiness(worker)
-            await self._filled.wait()
             if not worker.ready():
+                try:
+                    await loop.run_in_executor(self._threads, worker.restart)
+                except Exception as error:
+                    log.error("worker cannot start", extra={"facts": {"problem": str(error)[:300]}})
+                    await asyncio.sleep(RESTART_SECONDS)
                 continue
             batch = self._take()
             if not batch:
                 self._filled.clear()
+                with suppress(asyncio.TimeoutError):  # an idle worker may have died
+                    await asyncio.wait_for(self._filled.wait(), LOOK_SECONDS)
                 continue
             start = time.monotonic()
-            error: Exception | None = None
+            tokens = [text.tokens for text in batch]
             try:
-                tokens = [item.tokens for item in batch]
-                vectors = await loop.run_in_executor(self._threads, self._encode, worker, tokens)
-                if len(vectors) != len(batch):
-                    raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
-                self._deliver(batch, vectors)
-            except Exception as caught:
-                error = caught
-                self._again(batch, caught)
-            self._record(batch, start, error)
+                found = await loop.run_in_executor(self._threads, worker.encode_batch, tokens, self._patience(tokens))
+                if len(found) != len(batch):
+                    raise RuntimeError(f"{len(found)} vectors for {len(batch)} texts")
+            except Exception as error:
+                # The worker sees tokens only: there is no text in what it says.
+                log.error("batch failed", extra={"facts": {"texts": len(batch), "problem": repr(error)[:300]}})
+                self._metrics.batch_errors.inc()
+                self._retry(batch, error)
+            else:
+                self._deliver(batch, found)
+                self._record(batch, start)
 
-    def _encode(self, worker: Worker, batch: Sequence[Tokens]) -> Vectors:
-        """One pass of the model; as many as it takes where a batch is too large for the memory."""
-        try:
-            return worker.encode(batch, self._patience(batch))
-        except Exception as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
-                raise
-        # Not while the error is handled: it holds on to what filled the memory.
-        smaller = max(self._max_length, self._batch_tokens // 2)  # never so small that a passing need of others stays
-        self._batch_tokens = min(self._batch_tokens, smaller)
-        return np.concatenate([self._encode(worker, [batch[i] for i in rows]) for rows in halves(range(len(batch)))])
-
-    def _patience(self, batch: Sequence[Tokens]) -> float:
-        """Seconds that a batch may take, by what others have taken; as long as somebody waits, before there was one."""
-        if not self._slowest:
-            return self._timeout
-        return min(self._timeout, max(LEAST_PATIENCE, PATIENCE * self._slowest * sum(map(len, batch))))
-
-    async def _look(self) -> None:
-        """Wake the workers now and then: an idle one may have died."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            self._filled.set()
-
-    async def _readiness(self, worker: Worker) -> None:
-        while not worker.ready():
-            await asyncio.get_running_loop().run_in_executor(self._threads, worker.revive)
-            if not worker.ready():
-                await asyncio.sleep(REVIVE_SECONDS)
-
-    def _take(self) -> list[_Item]:
+    def _take(self) -> list[_Text]:
         """The next batch, taken out of the queue."""
         ahead = list(itertools.islice(self._waiting, LOOKAHEAD))
         if not ahead:
             return []
-        # What failed with others is tried alone, so that one request's texts cannot fail another's.
         first = ahead[0]
-        ahead = [item for item in ahead if item.job is first.job] if first.tries else [i for i in ahead if not i.tries]
-        budget = self._batch_tokens >> first.tries  # it may have been too large: who has too little memory is killed
-        chosen = choose_batch([item.tokens for item in ahead], budget, self._max_length)
-        batch = [ahead[i] for i in chosen]
-        for item in batch:
-            del self._waiting[item]
+        if first.tries:  # texts that failed with others are tried request by request
+            ahead = [text for text in ahead if text.request is first.request]
+        same = first.tokens.prompt_length
+        ahead = [text for text in ahead if bool(text.tries) == bool(first.tries) and text.tokens.prompt_length == same]
+        budget = self._encoder.batch_tokens >> first.tries  # it may have been too large
+        batch = self._choose(ahead, budget)
+        for text in batch:
+            del self._waiting[text]
         return batch
 
-    def _deliver(self, batch: Sequence[_Item], vectors: Vectors) -> None:
-        for item, vector in zip(batch, vectors, strict=True):
-            job = item.job
-            job.vectors[item.place] = vector
-            job.missing -= 1
-            if not job.missing and not job.done.done():
-                job.done.set_result(np.stack([vector for vector in job.vectors if vector is not None]))
+    def _choose(self, waiting: Sequence[_Text], budget: int) -> list[_Text]:
+        """The first text, and those nearest to it in length that cost little padding.
 
-    def _again(self, batch: Sequence[_Item], error: Exception) -> None:
-        """Put a failed batch back in front, except what has failed too often or is waited for no more."""
-        again: dict[_Item, None] = {}
-        for item in batch:
-            item.tries += 1
-            if item.job.done.done():
-                continue
-            if item.tries < TRIES:
-                again[item] = None
-            else:
-                item.job.done.set_exception(EncodingFailed(f"{type(error).__name__}: {error}"))
-        self._waiting = {item: None for item in [*again, *self._waiting] if not item.job.done.done()}
+        On a CPU many batches of even lengths are quicker than few of mixed ones. A text longer than the budget goes
+        alone.
+        """
+        first, *others = waiting
+        chosen, longest = [first], self._encoder.padded_length(len(first.tokens))
+        real = longest
+        for text in sorted(others, key=lambda text: abs(len(text.tokens) - len(first.tokens))):
+            length = self._encoder.padded_length(len(text.tokens))
+            if max(longest, length) * (len(chosen) + 1) <= min(budget, PADDING * (real + length)):
+                chosen.append(text)
+                longest, real = max(longest, length), real + length
+        return chosen
+
+    def _patience(self, batch: Sequence[Tokens]) -> float:
+        """Seconds that a batch may take; as long as anybody waits, before there was one to compare with."""
+        if not self._slowest:
+            return self._options.timeout
+        return min(self._options.timeout, max(LEAST_PATIENCE, PATIENCE * self._slowest * sum(map(len, batch))))
+
+    def _deliver(self, batch: Sequence[_Text], vectors: Vectors) -> None:
+        for text, vector in zip(batch, vectors, strict=True):
+            request = text.request
+            request.vectors[text.place] = vector
+            request.missing -= 1
+            if not request.missing and not request.done.done():
+                request.done.set_result(np.stack([vector for vector in request.vectors if vector is not None]))
+
+    def _retry(self, batch: Sequence[_Text], error: Exception) -> None:
+        """Put a failed batch back in front, except texts that failed too often or that nobody waits for."""
+        again: list[_Text] = []
+        for text in batch:
+            text.tries += 1
+            if text.tries < TRIES:
+                again.append(text)
+            elif not text.request.done.done():
+                text.request.done.set_exception(EncodingFailed(f"{type(error).__name__}: {error}"))
+        queue = [*again, *self._waiting]
+        self._waiting = {text: None for text in queue if not text.request.done.done()}
         self._filled.set()
 
-    def _record(self, batch: Sequence[_Item], start: float, error: Exception | None) -> None:
+    def _record(self, batch: Sequence[_Text], start: float) -> None:
         seconds = time.monotonic() - start
-        tokens = sum(len(item.tokens) for item in batch)
-        if error is None:
-            rate = tokens / max(seconds, 1e-6) * len(self._workers)
-            self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
-            self._slowest = max(self._slowest, seconds / tokens)
-        self._observe(Batch(len(batch), tokens, seconds, tuple(start - item.since for item in batch), error))
+        tokens = sum(len(text.tokens) for text in batch)
+        rate = tokens / max(seconds, 1e-6) * len(self._workers)
+        self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
+        self._slowest = max(self._slowest, seconds / tokens)
+        self._metrics.texts.inc(len(batch))
+        self._metrics.tokens.inc(tokens)
+        self._metrics.batch_texts.observe(len(batch))
+        self._metrics.batch_tokens.observe(tokens)
+        self._metrics.batch_seconds.observe(seconds)
+        for text in batch:
+            self._metrics.queue_seconds.observe(start - text.since)

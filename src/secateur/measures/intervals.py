@@ -1,15 +1,15 @@
-"""How sure a measured number is: the paired bootstrap, the one way for losses and for scores.
+"""How sure a measured number is: one paired bootstrap, for losses and for scores, and a test for early stopping.
 
-The rows of a task, or the batches of a profile, are one draw from those that there could have been. Drawn again with
+The rows of a task, or the batches of a profile, are one sample of those that there could have been. Drawn again with
 replacement (Efron 1979), they give other numbers, whose spread is that of the number. Two models (or two depths) that
-are resampled by the same draws can be subtracted draw by draw: what rows have in common (some are hard for every
-model) cancels in the difference, as it should.
+are resampled with the same seed can be subtracted replicate by replicate: what rows have in common (some are hard for
+every model) cancels in the difference, as it should.
 
-A draw is kept as how often each unit occurs in it, so that a score is a function of counts and never of copied rows.
+A replicate is kept as how often each unit occurs in it, so that a score is a function of counts, never of copied rows.
 
-Limits. The interval is about what other units of the same number would have given, not what another training seed,
+Limits. An interval is about what other units of the same number would have given, not what another training seed,
 another training set of the classifier or another k-means start would have. Where there are too few units, or where a
-number is often undefined, there is no interval (:func:`doubt` says why).
+number is often undefined, there is no interval (:func:`why_no_interval`).
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, t
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
-"""Numbers as a function of counts: (draws, units), how often each unit occurs, → (draws,) or (draws, numbers)."""
+"""Numbers as a function of counts: (replicates, units) → (replicates,) or (replicates, numbers)."""
 
 Interval = tuple[float, float] | tuple[None, None]
 
-DRAWS = 2000
+REPLICATES = 2000
 CONFIDENCE = 0.95
-FEWEST = 5
+MINIMUM_UNITS = 5
 """Units below which a bootstrap means nothing."""
 MOST_UNDEFINED = 0.1
-"""Share of draws without a number beyond which the others stand for a part of the rows only."""
+"""Share of replicates without a number beyond which the others stand for a part of the rows only."""
 ROUNDING = 1e-12
 """Differences of scores below this are rounding."""
-_CHUNK = 1 << 21  # counts held at once: 16 MB
+_CHUNK = 1 << 21  # counts in memory at once: 16 MB
 
 
-def resampled_counts(units: int, seed: int, draws: int = DRAWS) -> Iterator[Array]:
-    """How often each unit occurs in each draw: (some draws, units) at a time; the same for the same arguments."""
+def resampled_counts(units: int, seed: int, replicates: int = REPLICATES) -> Iterator[Array]:
+    """How often each unit occurs in each replicate: (some, units) at a time; the same for the same arguments."""
     rng = np.random.default_rng(seed)
     size = max(1, _CHUNK // units)
-    for start in range(0, draws, size):
-        rows = min(size, draws - start)
+    for start in range(0, replicates, size):
+        rows = min(size, replicates - start)
         picked = rng.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
         yield np.bincount(picked.ravel(), minlength=rows * units).reshape(rows, units).astype(np.float64)
 
@@ -60,15 +60,19 @@ def mean_statistic(values: Sequence[float] | Array) -> Statistic:
     return mean
 
 
-def whole(statistic: Statistic, units: int) -> float:
-    """The score of the rows as they are."""
+def observed(statistic: Statistic, units: int) -> float:
+    """The number of the units as they are."""
     return float(statistic(np.ones((1, units)))[0])
 
 
 def resample(
-    statistic: Statistic, units: int, seed: int, draws: int = DRAWS, limits: tuple[float, float] | None = None
+    statistic: Statistic,
+    units: int,
+    seed: int,
+    replicates: int = REPLICATES,
+    limits: tuple[float, float] | None = None,
 ) -> Array:
-    """Numbers of units drawn again: (draws,) or (draws, numbers), centred on the number of the units as they are.
+    """Bootstrap replicates: (replicates,) or (replicates, numbers), centred on the number of the units as they are.
 
     Centring leaves out the bootstrap's own bias, such as that of the best threshold or of an entropy on fewer distinct
     rows. Deviations are widened, because a percentile interval is too narrow for few units: by sqrt(n / (n - 1))
@@ -78,22 +82,29 @@ def resample(
     ``tests/test_intervals.py``: from five units on, 93 % of the intervals or more hold the expected number (91 % for
     average precision).
 
-    A draw on which the number is undefined (all its labels alike) is NaN.
+    A replicate on which the number is undefined (all its labels alike) is NaN.
 
     Args:
         statistic: What is computed.
         units: How many units there are.
-        seed: Of the drawing.
-        draws: How often.
+        seed: Decides which units are drawn.
+        replicates: How often.
         limits: What the number can be, of a single number. Where units that are all alike give no spread (no error in
             n answers), the rule of three does: so many units may be at the other end.
     """
-    values = np.concatenate([statistic(counts) for counts in resampled_counts(units, seed, draws)])
+    values = np.concatenate([statistic(counts) for counts in resampled_counts(units, seed, replicates)])
     measured = statistic(np.ones((1, units)))[0]
     if limits is not None and _is_constant(values):
-        return _by_rule_of_three(float(measured), units, seed, draws, limits)
+        # Clopper and Pearson: where no unit differs, the share of units that do may be 1 - u^(1/n).
+        rng = np.random.default_rng(seed)
+        share = 1 - rng.random(replicates) ** (1 / units)
+        low, high = limits
+        either = np.where(rng.random(replicates) < 0.5, low, high)
+        end = low if measured >= high - ROUNDING else high if measured <= low + ROUNDING else either
+        by_rule: Array = measured + share * (end - measured)
+        return by_rule
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # undefined on every draw
+        warnings.simplefilter("ignore", RuntimeWarning)  # undefined on every replicate
         mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
     bias = np.divide(mean - measured, spread, out=np.zeros_like(spread), where=spread > 0)
     quantile = (1 + CONFIDENCE) / 2
@@ -102,42 +113,31 @@ def resample(
     return centred
 
 
-def _by_rule_of_three(measured: float, units: int, seed: int, draws: int, limits: tuple[float, float]) -> Array:
-    """Draws where no unit differs from the others: the share of units that do may be 1 - u^(1/n) (Clopper-Pearson)."""
-    rng = np.random.default_rng(seed)
-    share = 1 - rng.random(draws) ** (1 / units)
-    low, high = limits
-    far = np.where(rng.random(draws) < 0.5, low, high)
-    end = low if measured >= high - ROUNDING else high if measured <= low + ROUNDING else far
-    values: Array = measured + share * (end - measured)
-    return values
-
-
-def doubt(draws: Array, units: int) -> str:
-    """Why draws of one number, (draws,), give no interval; empty where they do."""
-    undefined = float(np.isnan(draws).mean())
-    if units < FEWEST:
-        return f"{units} are too few, it takes {FEWEST}"
+def why_no_interval(replicates: Array, units: int) -> str:
+    """Why replicates of one number, (replicates,), give no interval; empty where they do."""
+    undefined = float(np.isnan(replicates).mean())
+    if units < MINIMUM_UNITS:
+        return f"{units} are too few, it takes {MINIMUM_UNITS}"
     if undefined > MOST_UNDEFINED:
         return f"undefined on {100 * undefined:.0f} % of the draws"
-    return "all of them are alike" if _is_constant(draws) else ""
+    return "all of them are alike" if _is_constant(replicates) else ""
 
 
-def interval(draws: Array, limits: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
-    """Percentile interval of draws at :data:`CONFIDENCE`, within what the number can be; undefined draws left out.
+def interval(replicates: Array, limits: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+    """Percentile interval at :data:`CONFIDENCE`, within what the number can be; undefined replicates left out.
 
     Returns:
-        Its ends; (None, None) where no two draws differ, which tells nothing of other rows.
+        Its ends; (None, None) where no two replicates differ, which tells nothing of other rows.
     """
-    if _is_constant(draws):
+    if _is_constant(replicates):
         return None, None
-    ends = np.nanquantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    ends = np.nanquantile(replicates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     low, high = np.clip(ends, *limits)
     return float(low), float(high)
 
 
-def _is_constant(draws: Array) -> bool:
-    known = draws[~np.isnan(draws)]
+def _is_constant(replicates: Array) -> bool:
+    known = replicates[~np.isnan(replicates)]
     return known.size == 0 or bool(np.ptp(known) <= ROUNDING)
 
 
@@ -146,7 +146,47 @@ def limits_of(metric: str) -> tuple[float, float]:
     return (-1.0 if "pearson" in metric or "spearman" in metric else 0.0), 1.0
 
 
-def mean_of(draws: Sequence[Array]) -> Array:
-    """Draws of the mean of several scores, drawn independently of each other."""
-    mean: Array = np.mean(draws, axis=0)
+def mean_of(replicates: Sequence[Array]) -> Array:
+    """Replicates of the mean of several scores, drawn independently of each other."""
+    mean: Array = np.mean(replicates, axis=0)
     return mean
+
+
+def looks(batches: int) -> tuple[int, ...]:
+    """After how many of the batches to test for early stopping: 5, 10, 20, …, and all; never with fewer than 5.
+
+    A test that is repeated after every batch finds something sooner or later, whatever there is to find. So the looks
+    are fixed before the first batch, and each spends an equal share of the error (Bonferroni).
+    """
+    if batches < MINIMUM_UNITS:
+        return ()
+    found = [MINIMUM_UNITS]
+    while found[-1] < batches:
+        found.append(min(batches, 2 * found[-1]))
+    return tuple(found)
+
+
+def has_converged(losses: ArrayLike, looks: int = 1) -> bool:
+    """Whether the lowest depth of each half is significantly below every other depth of its half.
+
+    By two-sided paired t-tests over batches. Comparing the lowest with each other one at the level of a single test
+    needs no further correction: the error is largest where just two depths are near each other (Gutmann and Maymin
+    1987, "Is the selected population the best?"). Both halves must pass, so that they do not add up either.
+
+    Args:
+        losses: (batches, depths); fewer than five batches are never enough.
+        looks: How many looks there are in all, this one included; over all of them, the probability to stop at a depth
+            that is not the lowest is 1 - :data:`CONFIDENCE`.
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    batches, depths = values.shape
+    if batches < MINIMUM_UNITS:
+        return False
+    needed = float(t.ppf(1 - (1 - CONFIDENCE) / (2 * looks), batches - 1))
+    for half in (values[:, : depths // 2], values[:, depths // 2 :]):
+        if half.shape[1] > 1:
+            lowest = int(half.mean(axis=0).argmin())
+            above = np.delete(half - half[:, [lowest]], lowest, axis=1)
+            if not (above.mean(axis=0) > needed * above.std(axis=0, ddof=1) / batches**0.5).all():
+                return False
+    return True

@@ -1,4 +1,4 @@
-"""What a depth is worth, in numbers: pure functions on vectors and states.
+"""Losses and metrics of a depth: pure functions on vectors and states.
 
 Leading dimensions, written ``...``, are free: one call does one depth, or all of them at once.
 """
@@ -6,6 +6,7 @@ Leading dimensions, written ``...``, are free: one call does one depth, or all o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,34 +19,79 @@ TIE = 1e-6
 """Cosines closer than this are equal: float32 rounds the same text in two columns of a product differently."""
 
 
-def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor | None, scale: float) -> Tensor:
+def cosines(one: Tensor, other: Tensor) -> Tensor:
+    """Cosine of each row of (..., n, dimension) with each of (..., m, dimension), in float32: (..., n, m)."""
+    return functional.normalize(one.float(), dim=-1) @ functional.normalize(other.float(), dim=-1).mT
+
+
+def contrastive_loss(found: Tensor, scale: float) -> Tensor:
     """InfoNCE with in-batch and hard negatives, as L3Prune (arXiv 2410.14578) selects depths and trains by.
 
     Cross-entropy of finding anchor i's own positive among all positives and all hard negatives of the batch, by
     cosine × ``scale``.
 
     Args:
-        anchors: (..., batch, dimension).
-        positives: (..., batch, dimension), row i belonging to anchor i.
-        negatives: (..., any, dimension), or None.
+        found: Cosines (..., batch, candidates), candidate i being anchor i's own; -inf for one that does not count
+            (:func:`false_negative_mask`).
         scale: Inverse temperature; 20 for selection and 50 for training in the paper's code.
 
     Returns:
-        The mean loss over the batch, in nats: (...); ``log(number of candidates)`` is what chance gives.
+        The mean loss over the batch, in nats: (...); ``log(candidates)`` is what random vectors give.
     """
-    candidates = positives if negatives is None else torch.cat([positives, negatives], dim=-2)
-    return loss_of_cosines(cosines(anchors, candidates), scale)
-
-
-def cosines(one: Tensor, other: Tensor) -> Tensor:
-    """Cosine of each row of (..., n, dimension) with each of (..., m, dimension), in float32: (..., n, m)."""
-    return functional.normalize(one.float(), dim=-1) @ functional.normalize(other.float(), dim=-1).mT
-
-
-def loss_of_cosines(found: Tensor, scale: float) -> Tensor:
-    """The loss of :func:`contrastive_loss` from cosines (..., batch, candidates), candidate i being anchor i's own."""
     own = found.diagonal(dim1=-2, dim2=-1)
     return ((found * scale).logsumexp(dim=-1) - own * scale).mean(dim=-1)
+
+
+def false_negative_mask(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    rows: slice = slice(None),
+    once: bool = False,
+) -> Tensor:
+    """Which candidates must not count as negatives of an anchor.
+
+    The candidates are all positives, then all negatives. One is masked where its text is the anchor's own, or that of
+    any positive that the batch has for the same anchor text. The positive of the anchor's own row never is.
+
+    Args:
+        anchors: A number for each text, (batch,): equal texts have equal numbers, in all three arguments.
+        positives: (batch,), row i belonging to anchor i.
+        negatives: (any,), or None.
+        rows: The anchors that are asked for.
+        once: Also mask all copies of a text but the first. Ranks need it: equal passages are one document.
+
+    Returns:
+        (anchors asked for, candidates).
+    """
+    batch = len(anchors)
+    candidates = positives if negatives is None else torch.cat([positives, negatives])
+    texts, numbers = torch.unique(torch.cat([anchors, candidates]), return_inverse=True)
+    every_anchor, documents = numbers[:batch], numbers[batch:]
+    own = torch.arange(batch, device=anchors.device)[rows]
+    asked = every_anchor[rows]
+    places = torch.arange(len(own), device=anchors.device)
+
+    relevant = torch.zeros(len(own), len(texts), dtype=torch.bool, device=anchors.device)
+    place, row = (asked[:, None] == every_anchor).nonzero(as_tuple=True)
+    relevant[place, documents[row]] = True
+    relevant[places, asked] = True
+    mask = relevant[:, documents]
+    if once:
+        columns = torch.arange(len(documents), device=anchors.device)
+        first = torch.full_like(texts, len(columns)).scatter_reduce(0, documents, columns, "amin")
+        mask |= first[documents] != columns
+    mask[places, own] = False
+    return mask
+
+
+def text_numbers(*columns: Sequence[str]) -> list[Tensor]:
+    """A number for each text of each column, equal for equal texts."""
+    known: dict[str, int] = {}
+    return [
+        torch.tensor([known.setdefault(text, len(known)) for text in column], dtype=torch.long) for column in columns
+    ]
 
 
 class Retrieval(NamedTuple):
@@ -64,7 +110,7 @@ def retrieval(found: Tensor, own: Tensor | None = None) -> Retrieval:
 
     Args:
         found: Cosines (..., batch, candidates); -inf for a candidate that is none of this anchor
-            (:func:`.false_negative_mask`).
+            (:func:`false_negative_mask`).
         own: Which candidate is each anchor's own, (batch,); None: candidate i is anchor i's.
     """
     anchors = torch.arange(found.shape[-2], device=found.device)

@@ -7,26 +7,22 @@ on what follows.
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from secateur.errors import DataError
-from secateur.models.blocks import blocks_of
+from secateur.runtime.core import halves as halves
+from secateur.runtime.core import is_out_of_memory as is_out_of_memory
+from secateur.runtime.core import plan_batches
 
 BUDGET = 2048
 """Tokens in a batch, padding included."""
-PADDING = 1.05
-"""How many times its real tokens a batch may have with its padding, where it has enough of them already."""
-FEWEST = 192
-"""Tokens that are enough for a processor to multiply at its full rate."""
 LENGTH_STEP = 16
 """What :func:`padded_length` gives multiples of: each new shape costs a CPU a new kernel."""
 SHORTEST_PREFIX = 4
@@ -100,31 +96,8 @@ def padded_length(length: int, longest: int | None = None, step: int = LENGTH_ST
 
 
 def plan_evenly(lengths: Tensor, budget: int = BUDGET) -> list[list[int]]:
-    """Cut texts into batches of about as many tokens, the longest texts first, that are little padded.
-
-    A batch ends early rather than be much padded, and keeps its own length: a new shape is compiled once (a CPU takes
-    some milliseconds for it) and met again; padding is paid for in every batch.
-
-    Args:
-        lengths: (texts,), tokens of each.
-        budget: Tokens in a batch, padding included; a text longer than that makes a batch alone.
-
-    Returns:
-        Indices of texts, by batch.
-    """
-    order = lengths.argsort(descending=True, stable=True).tolist()
-    batches: list[list[int]] = []
-    longest = real = 0
-    for row in order:
-        length = max(1, int(lengths[row]))
-        padded = (len(batches[-1]) + 1) * longest if batches else 0
-        wasteful = real >= FEWEST and padded > PADDING * (real + length)
-        if not batches or padded > budget or wasteful:
-            batches.append([])
-            longest, real = length, 0
-        batches[-1].append(row)
-        real += length
-    return batches
+    """As :func:`.plan_batches`, for lengths (texts,) as a tensor."""
+    return plan_batches(lengths.tolist(), budget)
 
 
 class SharedPrefix(DynamicCache):  # type: ignore[misc]
@@ -181,72 +154,3 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given. A CPU has."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a batch was too large for the machine."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "allocate memory" in str(error) or "out of memory" in str(error)  # of ONNX Runtime, no RuntimeError
-
-
-@torch.no_grad()
-def block_seconds(model: SentenceTransformer, *, repeats: int = 3) -> dict[torch.dtype, float]:
-    """How long the model's first block takes in float32 and in bfloat16 on this processor: measured, a moment.
-
-    Args:
-        model: On the CPU; its weights stay as they are.
-        repeats: Of each, taken in turn; the quickest counts.
-    """
-    block = blocks_of(model[0].auto_model)[0]
-    args, kwargs = _inputs_of(model, block)
-    dtypes = (torch.float32, torch.bfloat16)
-    candidates = {d: (copy.deepcopy(block).to(d), _cast(args, d), _cast(kwargs, d)) for d in dtypes}
-    seconds = dict.fromkeys(dtypes, float("inf"))
-    for repeat in range(repeats + 1):
-        for dtype, (copied, its_args, its_kwargs) in candidates.items():
-            start = time.perf_counter()
-            copied(*its_args, **its_kwargs)
-            if repeat:  # the first call prepares kernels
-                seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-    return seconds
-
-
-class _Caught(Exception):
-    pass
-
-
-def _inputs_of(model: SentenceTransformer, block: nn.Module) -> tuple[Any, Any]:
-    """What a block is given in a batch of ordinary size."""
-    caught: list[tuple[Any, Any]] = []
-
-    def catch(_: nn.Module, args: Any, kwargs: Any) -> None:
-        caught.append((args, kwargs))
-        raise _Caught
-
-    features = model.preprocess(["The gardener cut the hedge back to half its height before the rain came."] * 32)
-    hook = block.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        model[0](features)
-    except _Caught:
-        pass
-    finally:
-        hook.remove()
-    return caught[0]
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value
-
-
-def halves(rows: Sequence[int]) -> Iterator[list[int]]:
-    """A batch as two."""
-    middle = len(rows) // 2
-    yield list(rows[:middle])
-    yield list(rows[middle:])

@@ -14,7 +14,6 @@ from secateur.options.runs import (
 )
 from secateur.options.shared import (
     PROFILE_FILES,
-    SELECTOR_NAMES,
     STUDY_FILES,
     Arithmetic,
     Dtype,
@@ -25,7 +24,6 @@ from secateur.options.way import ChooseOptions, HealOptions, HealSettings, Profi
 
 __all__ = [
     "PROFILE_FILES",
-    "SELECTOR_NAMES",
     "STUDY_FILES",
     "Arithmetic",
     "ChooseOptions",

@@ -39,27 +39,39 @@ class ExportOptions(Options):
 
     model: ModelName = argument(MODEL)
     out: Annotated[Path, Names("new folder")] = output("The folder to write.")
-    to: Literal["onnx", "openvino"] = Field("onnx", description="The runtime.")
-    precision: Literal["float32", "float16", "bfloat16", "int8"] = Field("float32", description="Of the graph.")
+    to: Literal["onnx", "openvino"] = Field("onnx", description="Backend that will run the model.")
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = Field(
+        "float32", description="Precision of the exported weights; int8 is the smallest and the fastest."
+    )
     quantization: Literal["static", "dynamic"] | None = Field(
-        None, description="How int8 rounds activations: by ranges measured on texts, or anew [default: the faster]."
+        None,
+        description="With int8, how activations are quantized: with ranges calibrated on texts (static), or anew in "
+        "each batch (dynamic) [default: the faster on the backend].",
     )
     data: Data = Field(
         default=[],
-        description="Files of texts or pairs, or folders of them, to calibrate and compare on "
+        description="Files of texts or pairs, or folders of them, to calibrate on and to compare vectors on "
         "[default: documentation of Python].",
     )
-    dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
+    dimensions: int | None = Field(None, ge=1, description="Truncate vectors to this many dimensions (Matryoshka).")
     vectors: Literal["float32", "int8", "uint8", "binary", "ubinary"] = Field(
-        "float32", description="Form in which the runtime gives vectors."
+        "float32", description="Precision of the vectors that the light runtime returns by default."
     )
-    tasks: Tasks = Field(default=[], description="Tasks to score both on: folders, or tasks and benchmarks of mteb.")
-    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    seed: Seed = Field(42, description="Of the samples.")
+    tasks: Tasks = Field(
+        default=[],
+        description="Tasks to score the original and the export on: folders, or tasks and benchmarks of mteb.",
+    )
+    sample: int | None = Field(None, ge=1, description="Score on a random sample of this many rows of each task.")
+    seed: Seed = Field(42, description="Random seed of the samples.")
     min_cosine: float | None = Field(
-        None, ge=-1, le=1, description="Least cosine with the original that any text may have [default: by precision]."
+        None,
+        ge=-1,
+        le=1,
+        description="Fail where any text's cosine with the original's vector is lower [default: by precision].",
     )
-    max_loss: float = Field(0.5, ge=0, description="Points of 100 that the average over the tasks may fall by.")
+    max_loss: float = Field(
+        0.5, ge=0, description="Fail where the average score over the tasks falls by more than this many points of 100."
+    )
     pooling: SavedPooling | None = Field(None, description=POOLING)
     max_length: int = Field(512, ge=1, description=LENGTH)
     trust_remote_code: bool = Field(False, description=TRUST)
@@ -100,21 +112,30 @@ class ServeOptions(Options):
     """
 
     model: ModelName = argument(MODEL)
-    host: str = Field("127.0.0.1", description="Address to listen at; others than loopback need an API key.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen at; 0 takes a free one.")
-    name: str | None = Field(None, min_length=1, description="What clients call the model [default: its folder].")
+    host: str = Field("127.0.0.1", description="Address to listen on; others than loopback need an API key.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one, which the log names.")
+    name: str | None = Field(None, min_length=1, description="Model name for clients [default: the folder's name].")
     api_key_file: Annotated[Path | None, Names("file")] = Field(
-        None, description="API keys, one a line; also in SECATEUR_API_KEYS."
+        None, description="File of API keys, one per line, besides those in the variable SECATEUR_API_KEYS."
     )
-    auth: bool = Field(True, description="--no-auth serves everybody who reaches the address.")
-    workers: int = Field(0, ge=0, description="Encoder processes, replaced when they die or hang; 0: a thread.")
+    auth: bool = Field(True, description="--no-auth serves without API keys, whatever the address.")
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Worker processes, each with the model in memory, restarted when they crash or hang; 0 encodes in "
+        "a thread of the server.",
+    )
     batch_tokens: int | None = Field(None, ge=1, description=BATCH)
-    queue_tokens: int = Field(500_000, ge=1, description="Tokens that may wait; more are answered with 429.")
-    max_items: int = Field(2048, ge=1, description="Texts in a request.")
-    max_tokens: int = Field(300_000, ge=1, description="Tokens in a request.")
-    max_bytes: int = Field(4 << 20, ge=1, description="Bytes of a request's body.")
-    timeout: float = Field(60.0, gt=0, description="Seconds that a request may take.")
-    truncate: bool = Field(False, description="Cut texts that are too long; else they are refused.")
+    queue_tokens: int = Field(
+        500_000, ge=1, description="Maximum number of tokens waiting or being encoded; beyond it, requests get 429."
+    )
+    max_items: int = Field(2048, ge=1, description="Maximum number of texts in a request.")
+    max_tokens: int = Field(300_000, ge=1, description="Maximum number of tokens in a request.")
+    max_bytes: int = Field(4 << 20, ge=1, description="Maximum size of a request's body, in bytes.")
+    timeout: float = Field(60.0, gt=0, description="Seconds after which a request is answered with 503.")
+    truncate: bool = Field(
+        False, description="Truncate texts that are too long for the model instead of refusing them."
+    )
     pooling: SavedPooling | None = Field(None, description=POOLING)
     max_length: int = Field(512, ge=1, description=LENGTH)
     dtype: Arithmetic = Field("auto", description=ARITHMETIC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from secateur.options.base import (
     AnyName,
@@ -40,6 +40,15 @@ from secateur.options.shared import (
 )
 
 
+def _sources(value: Any) -> Any:
+    """One file, or one data set that was read already, becomes a list of one."""
+    return listed(value) if value is None or isinstance(value, (str, list, tuple, set)) else [value]
+
+
+Sources = Annotated[list[AnyName], BeforeValidator(_sources), Names("data")]
+"""As Data; Python takes what was read already, too."""
+
+
 class ProfileOptions(Options):
     """Measure what every depth of a model is worth, in one pass.
 
@@ -47,7 +56,7 @@ class ProfileOptions(Options):
     """
 
     model: ModelName = argument(MODEL)
-    data: Data = positional(DATA + TEXTS, min_length=1)
+    data: Sources = positional(DATA + TEXTS, min_length=1)
     columns: Columns = Field(None, description=COLUMNS)
     out: Annotated[Path | None, Names("results", PROFILE_FILES)] = output(
         "Folder for profile.json and its pictures.", needed=False
@@ -58,33 +67,48 @@ class ProfileOptions(Options):
         None, description=POOLING + " l3prune: as the paper's own code, to reproduce its curve."
     )
     batch_size: int = Field(64, ge=2, description="Pairs per batch; the loss depends on it.")
-    max_examples: int = Field(1280, ge=2, description="Pairs used, drawn by the seed.")
-    until_sure: bool = Field(
-        False, description="Stop as soon as the choice is settled at 95 %, by a test at fixed looks."
+    max_examples: int = Field(
+        1280, ge=2, description="Maximum number of pairs or texts, sampled evenly from the files with the seed."
+    )
+    early_stopping: bool = Field(
+        False,
+        description="Stop early, once L3Prune's choice is significant at 95 % (tested after 5, 10, 20, ... batches).",
+        json_schema_extra={"old": "--until-sure"},
     )
     max_length: int = Field(512, ge=1, description=LENGTH)
-    dtype: Dtype = Field("auto", description="Number format of the arithmetic; auto: by what the processor multiplies.")
+    dtype: Dtype = Field(
+        "auto", description="Data type of the computation; auto: bfloat16 where the CPU has instructions for it."
+    )
     device: str | None = Field(None, description=DEVICE)
-    seed: Seed = Field(42, description="Of the drawing.")
+    seed: Seed = Field(42, description="Seed of the sampling.")
     tasks: Tasks = Field(
         [], description="Score these at every depth too: task folders, or tasks and benchmarks of mteb."
     )
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     trust_remote_code: bool = Field(False, description=TRUST)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"early_stopping" if key == "until_sure" else key: value for key, value in values.items()}
+
 
 class ChooseOptions(Options):
-    """Show what every selector chooses from a profile, with what it would cost; or choose within a budget.
+    """Compare what every selection method keeps and what it costs; or choose the depth that fits a budget.
 
     Example: secateur choose profile --max-params 100e6
     """
 
     profile: Annotated[AnyName, Names("profile")] = argument("A profile's file or folder.")
-    max_params: float | None = Field(None, gt=0, description="Most parameters, the token table included.")
-    max_bytes: float | None = Field(None, gt=0, description="Most bytes of the weights.")
-    max_latency_ms: float | None = Field(None, gt=0, description="Most milliseconds for one short text, as profiled.")
+    max_params: float | None = Field(
+        None, gt=0, description="Maximum number of parameters, the token embeddings included."
+    )
+    max_bytes: float | None = Field(None, gt=0, description="Maximum size of the weights in bytes, as stored.")
+    max_latency_ms: float | None = Field(
+        None, gt=0, description="Maximum milliseconds for one text of some 20 tokens, as measured by the profile."
+    )
     max_loss_increase: float | None = Field(
-        None, ge=0, description="Most by which the loss may be above the lowest of all depths; 0.05 is 5 %."
+        None, ge=0, description="Maximum increase of the loss over the lowest of all depths; 0.05 is 5 %."
     )
 
 

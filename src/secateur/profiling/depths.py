@@ -1,7 +1,8 @@
-"""One forward pass, every depth: the state after each block, normed and pooled as it passes by.
+"""Every depth from one forward pass: the state after each layer, through the model's own final norm and pooling.
 
-The vector at depth k is the vector of the model cut to its first k blocks. Hooks on the blocks take each block's
-output through the model's own final norm and pooling at once, so that no hidden states are kept.
+The vector at depth k is that of the model cut to its first k layers. :func:`layer_outputs` reads the states by hooks;
+:func:`depth_vectors` makes vectors of them for training, with gradients; :class:`DepthEncoder` encodes many texts
+for a profile and pools each state as it passes by, so that no hidden states are kept.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.errors import DataError, ModelError
+from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
 from secateur.measures.metrics import angular_distances, block_influence
-from secateur.models.blocks import blocks_of, final_norm, find_stack, states_of
+from secateur.models.blocks import blocks_of, bypassed, final_norm, legal_depths, states_of, tail_is_norm
 from secateur.models.forward import (
     BUDGET,
     REFUSALS,
@@ -38,12 +39,92 @@ from secateur.models.forward import (
     tokenize,
 )
 from secateur.models.open_model import is_causal
-from secateur.models.pooling import POOLINGS, make_pooling, pool, pooling_name
+from secateur.models.pooling import POOLINGS, L3PrunePooling, make_pooling, pool, pooling_name
+from secateur.profiling.lens import next_token_positions
+
+Visit = Callable[[int, Tensor, Tensor], None]
+"""Called with a depth and the states before and after its layer, both (texts, tokens, width)."""
 
 LINEAR = ("mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "cls")
 """Poolings of sentence-transformers that are a weighted sum of the tokens' states."""
 PROBES = 4
-"""Texts on which a quick way is compared with the plain one before it is believed."""
+"""Texts on which the shared prefix is compared with the ordinary pass."""
+
+
+@contextmanager
+def layer_outputs(transformer: PreTrainedModel, visit: Visit, depths: Collection[int] | None = None) -> Iterator[None]:
+    """Within: ``visit(depth, before, after)`` is called when one of these layers has run; by default, any."""
+
+    def hook(depth: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        visit(depth, args[0] if args else kwargs["hidden_states"], states_of(output))
+
+    with ExitStack() as hooks:
+        for depth, layer in enumerate(blocks_of(transformer), start=1):
+            if depths is None or depth in depths:
+                hooks.callback(layer.register_forward_hook(partial(hook, depth), with_kwargs=True).remove)
+        yield
+
+
+def ends_with_norm(model: SentenceTransformer) -> bool:
+    """Whether nothing but a norm follows the layers, so that one pass gives every depth."""
+    training = model.training
+    try:
+        features = model.eval().preprocess(["A first text", "another"])
+        inputs = {name: features[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        return tail_is_norm(model[0].auto_model, inputs)
+    finally:
+        model.train(training)
+
+
+def check_depths(model: SentenceTransformer, depths: Sequence[int]) -> tuple[int, ...]:
+    """Depths for :func:`depth_vectors`: ascending, the full depth as the last.
+
+    Raises:
+        ConfigError: A depth is out of range.
+        IllegalDepth: The model cannot be cut there.
+        UnsupportedArchitecture: More than a norm follows the layers.
+    """
+    transformer: PreTrainedModel = model[0].auto_model
+    full, legal = len(blocks_of(transformer)), legal_depths(transformer.config)
+    for depth in depths:
+        if not 1 <= depth <= full:
+            raise ConfigError("depths", depth, f"is {depth}", f"the model has {full} blocks")
+        if depth not in legal:
+            raise IllegalDepth(depth, full, "the model cannot be cut there", legal)
+    if not ends_with_norm(model):
+        raise UnsupportedArchitecture(transformer.name_or_path, "more than a norm follows its blocks")
+    return (*sorted({*depths} - {full}), full)
+
+
+def depth_vectors(
+    model: SentenceTransformer, features: dict[str, Any], depths: Sequence[int], *, run: nn.Module | None = None
+) -> Tensor:
+    """A batch at several depths, from one pass; gradients flow through all of them.
+
+    sentence-transformers' ``AdaptiveLayerLoss`` trains states without the final norm, which no cut model has.
+
+    Args:
+        model: In training or in evaluation mode.
+        features: What ``model.preprocess`` gave.
+        depths: From :func:`check_depths`.
+        run: What is called in place of ``model``, such as the wrapper of several processes around it.
+
+    Returns:
+        (texts, depths, dimension).
+    """
+    transformer: PreTrainedModel = model[0].auto_model
+    states: dict[int, Tensor] = {}
+
+    def keep(depth: int, before: Tensor, after: Tensor) -> None:
+        # Pooled after the pass: with gradient checkpointing, a layer must do the same when it is run again.
+        states[depth] = after
+
+    inner = [depth for depth in depths if depth != len(blocks_of(transformer))]
+    with layer_outputs(transformer, keep, inner):
+        last: Tensor = (run or model)(dict(features))["sentence_embedding"]
+    norm, dtype = final_norm(transformer), transformer.dtype
+    vectors = {depth: pool(model, norm(states[depth].to(dtype)), features).to(last.dtype) for depth in inner}
+    return torch.stack([vectors.get(depth, last) for depth in depths], dim=1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +134,7 @@ class Depths:
     Attributes:
         rows: Which of the texts given, in the order of ``vectors``.
         vectors: Pooled vectors (texts, poolings, depths, dimension) in float32; the model's own pooling is the first.
-        influence: (depths,), per block the sum over tokens of 1 − cosine(input, output).
+        influence: (depths,), per layer the sum over tokens of 1 − cosine(input, output).
         tokens: How many tokens that sum runs over.
         angles: (depths + 1, depths + 1), per pair of depths from 0 (the embeddings) on, the angular distance of the
             last tokens' states, summed over texts; None where states have another layout.
@@ -70,48 +151,59 @@ class Depths:
     targets: Tensor
 
 
+@dataclass(frozen=True)
+class _Prefix:
+    """What all texts start with: its keys and values, and per layer its normed states and its Block Influence."""
+
+    ids: Tensor
+    cache: SharedPrefix
+    normed: list[Tensor]
+    influence: Tensor
+
+
 class DepthEncoder:
-    """Runs texts through a model once and reads every depth.
+    """Encodes texts at every depth, each with one forward pass.
+
+    Where more than a norm follows the layers, each depth takes a pass of its own. An instruction that all texts start
+    with is computed once, if the model's vectors stay the same.
 
     Args:
         model: An opened model in evaluation mode.
-        every_pooling: Read the other poolings of :data:`.POOLINGS` too, where the model's own is a
+        every_pooling: Use the other poolings of :data:`.POOLINGS` too, where the model's own is a
             weighted sum of its tokens.
         budget: Tokens in a batch, padding included.
         name: What the user calls the model, for errors.
 
     Attributes:
-        poolings: Names of the poolings read, the model's own first.
-        notes: What did not go the quick way, in sentences.
+        depth: How many layers the model has.
+        poolings: Names of the poolings used, the model's own first.
+        notes: What a reader of the results must know, in sentences.
     """
 
     def __init__(
-        self,
-        model: SentenceTransformer,
-        *,
-        every_pooling: bool = False,
-        budget: int = BUDGET,
-        name: str = "model",
+        self, model: SentenceTransformer, *, every_pooling: bool = False, budget: int = BUDGET, name: str = "model"
     ) -> None:
-        self._model = model
-        self._name = name
-        self._budget = budget
+        self._model, self._name, self._budget = model, name, budget
         self._transformer: PreTrainedModel = model[0].auto_model
+        self._norm = final_norm(self._transformer)
         self.depth = len(blocks_of(self._transformer))
         self.notes: list[str] = []
-        self._head = _head_of(model, every_pooling)
-        self._one_pass: bool | None = None
+        self.poolings: tuple[str, ...] = (pooling_name(model),)
+        self._heads: list[Pooling] = []
+        first: Any = model[1] if len(model) > 1 else None
+        self._one_pass = ends_with_norm(model)
+        if not self._one_pass:
+            self.notes.append("more than a norm follows the blocks of this model: each depth took a pass of its own")
+        elif type(first) in (Pooling, L3PrunePooling) and first.pooling_mode in LINEAR:
+            others = [name for name in POOLINGS if name != self.poolings[0]] if every_pooling else []
+            self.poolings += (*others,)
+            self._heads = [first, *(make_pooling(name, first.embedding_dimension) for name in others)]  # type: ignore[arg-type]
+        self._shares = bool(self._heads) and is_causal(model[0])
         self._prefix: _Prefix | None = None
-        self._shares = self._head is not None and is_causal(model[0])
-
-    @property
-    def poolings(self) -> tuple[str, ...]:
-        """Names of the poolings read, the model's own first."""
-        return self._head.names if self._head else (pooling_name(self._model),)
 
     @property
     def bytes_per_text(self) -> int:
-        """Of the vectors that a text leaves."""
+        """Size of a text's vectors."""
         return len(self.poolings) * self.depth * int(self._model.get_embedding_dimension()) * 4
 
     @torch.no_grad()
@@ -122,9 +214,9 @@ class DepthEncoder:
 
         Args:
             texts: At least one.
-            prompt: Goes before each.
+            prompt: Prepended to each.
             sampled: Indices of texts from which one token's states are kept.
-            seed: Of which token.
+            seed: Decides which token.
 
         Yields:
             The texts of one batch at every depth.
@@ -134,102 +226,52 @@ class DepthEncoder:
             DataError: A text has no tokens, or its prompt leaves no room for them.
         """
         tokens = tokenize(self._model, texts, prompt)
-        if prompt and pooling_name(self._model) == "l3prune":
+        if prompt and self.poolings[0] == "l3prune":
             # The blank that ends the paper's prompt belongs to the word after it, where a tokenizer joins them.
             tokens.features["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
-        probe = None
-        if self._one_pass is None:
-            probe = self._check_one_pass(tokens, _spread(tokens, self._budget))
-            self._one_pass = probe is not None
-        prefix = self._share(tokens, probe)
+        prefix = self._share(tokens)
         picks = {row: random.Random(f"{seed} {texts[row]}").random() for row in sampled}  # noqa: S311
-        todo = deque(plan_evenly(tokens.lengths - (prefix.length if prefix else 0), self._budget))
+        todo = deque(plan_evenly(tokens.lengths - (len(prefix.ids) if prefix else 0), self._budget))
         while todo:
             rows = todo.popleft()
             try:
-                found = self._read(tokens, rows, prefix, picks)
+                found = self._read(tokens, rows, prefix, picks) if self._one_pass else self._read_each(tokens, rows)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                todo.extendleft(reversed(self._smaller(rows, tokens)))
+                if len(rows) == 1:
+                    problem = f"a text of {int(tokens.lengths[rows[0]])} tokens does not fit into memory"
+                    raise ModelError(self._name, problem, "lower --max-length") from None
+                self._budget = max(1, self._budget // 2)
+                self.notes = list(dict.fromkeys([*self.notes, "a batch was too large for the memory and was halved"]))
+                todo.extendleft(reversed(list(halves(rows))))
                 continue
-            self._check_finite(found)
+            finite = found.vectors[:, 0].isfinite().all(dim=2).all(dim=0)
+            if not bool(finite.all()):
+                problem = f"gives vectors that are not finite at depth {int(finite.long().argmin()) + 1}"
+                raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
             yield replace(found, vectors=found.vectors[..., : self._model.truncate_dim])
 
-    def _smaller(self, rows: list[int], tokens: Tokens) -> list[list[int]]:
-        if len(rows) == 1:
-            problem = f"a text of {int(tokens.lengths[rows[0]])} tokens does not fit into memory"
-            raise ModelError(self._name, problem, "lower --max-length")
-        self._budget = max(1, self._budget // 2)
-        note = "a batch was too large for the memory and was halved"
-        self.notes += [note] if note not in self.notes else []
-        return list(halves(rows))
-
-    def _check_finite(self, found: Depths) -> None:
-        finite = found.vectors.isfinite().all(dim=3).all(dim=0)[0]
-        if not bool(finite.all()):
-            problem = f"gives vectors that are not finite at depth {int(finite.long().argmin()) + 1}"
-            raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
-
-    def _check_one_pass(self, tokens: Tokens, rows: list[int]) -> Depths | None:
-        """A few texts read by hooks, if their last depth is what the model itself computes; fewer if need be."""
-        try:
-            found = self._one_pass_over(tokens, rows)
-            return None if found is None else replace(found, rows=tuple(rows))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        return self._check_one_pass(tokens, self._smaller(rows, tokens)[0])
-
-    def _one_pass_over(self, tokens: Tokens, rows: list[int]) -> Depths | None:
-        features = self._to_device(tokens.batch(rows))
-        found = self._believed(features)
-        if found is None and self._head is not None:
-            # The pooling may do more than a weighted sum; the model's own modules tell.
-            head, self._head = self._head, None
-            found = self._believed(features)
-            if found is not None:
-                self.notes.append(
-                    f"other poolings than {head.names[0]} were not read: the model's own is more than one"
-                )
-        if found is None:
-            self._shares = False
-            self.notes.append("more than a norm follows the blocks of this model: each depth took a pass of its own")
-        return found
-
-    def _believed(self, features: dict[str, Any]) -> Depths | None:
-        """What hooks read in the model's own pass, if their last depth is what comes out of it."""
-        reader = _Reader(self._model, self._head, features, None, {})
-        with _hooks(blocks_of(self._transformer), reader.visit):
-            own = self._model(dict(features))["sentence_embedding"]
-        found = reader.found(self.depth)
-        return found if found is not None and self._agree(found.vectors[:, 0, -1], own) else None
-
-    def _share(self, tokens: Tokens, probe: Depths | None) -> _Prefix | None:
-        """What all texts start with, computed once, if that gives the vectors of the plain way.
-
-        Args:
-            tokens: Of the texts.
-            probe: Some of them as the plain way gives them, where that is known already.
-        """
-        if not (self._shares and len(tokens.lengths) > 2 * PROBES):
+    def _share(self, tokens: Tokens) -> _Prefix | None:
+        """What all texts start with, computed once; None where the vectors would not be the same."""
+        if not self._shares or len(tokens.lengths) <= 2 * PROBES:
             return None
-        start = common_start(tokens)
-        known = self._prefix
-        if known is not None and torch.equal(start[: known.length], known.ids):
+        start, known = common_start(tokens), self._prefix
+        if known is not None and torch.equal(start[: len(known.ids)], known.ids):
             return known
         if len(start) < SHORTEST_PREFIX:
             return None
-        rows = list(probe.rows) if probe is not None else _spread(tokens, self._budget)
+        order = tokens.lengths.argsort().tolist()
+        rows = [order[i * (len(order) - 1) // (PROBES - 1)] for i in range(PROBES)]  # from the shortest to the longest
         try:
-            plain = probe or self._hooked(self._to_device(tokens.batch(rows)), None, {})
+            plain = self._read(tokens, rows, None, {}).vectors
             prefix = self._run_prefix(start)
-            shared = self._hooked(self._to_device(tokens.batch(rows, left=False)), prefix, {})
+            same = self._agree(self._read(tokens, rows, prefix, {}).vectors, plain)
         except (MemoryError, *REFUSALS) as error:
             if is_out_of_memory(error):
-                return None  # no room to try it: the batches themselves are cut until they fit
-            plain = shared = None
-        if plain is not None and shared is not None and self._agree(shared.vectors, plain.vectors, exact=1e-4):
+                return None  # the batches themselves are halved until they fit
+            same = False
+        if same:
             self._prefix = prefix
             return prefix
         self._shares = False
@@ -237,250 +279,116 @@ class DepthEncoder:
         return None
 
     def _run_prefix(self, start: Tensor) -> _Prefix:
-        found = _Prefix(start)
-        norm = final_norm(self._transformer)
+        normed: list[Tensor] = []
+        influence: list[Tensor] = []
         mask = torch.ones(1, len(start), device=self._model.device)
 
-        def visit(index: int, before: Tensor, after: Tensor) -> None:
-            found.normed.append(norm(after)[0].float())
-            found.influence.append(float(block_influence(before, after, mask)))
+        def visit(depth: int, before: Tensor, after: Tensor) -> None:
+            normed.append(self._norm(after)[0].float())
+            influence.append(block_influence(before, after, mask))
 
-        with _hooks(blocks_of(self._transformer), visit):
-            found.cache = run_prefix(self._transformer, start)
-        return found
+        with layer_outputs(self._transformer, visit):
+            cache = run_prefix(self._transformer, start)
+        return _Prefix(start, cache, normed, torch.stack(influence).double().cpu())
 
-    def _to_device(self, features: dict[str, Any]) -> dict[str, Any]:
-        return {key: v.to(self._model.device) if isinstance(v, Tensor) else v for key, v in features.items()}
-
-    def _read(self, tokens: Tokens, rows: list[int], prefix: _Prefix | None, picks: dict[int, float]) -> Depths:
-        features = self._to_device(tokens.batch(rows, left=False if prefix else None))
-        here = {place: picks[row] for place, row in enumerate(rows) if row in picks}
-        found = self._hooked(features, prefix, here) if self._one_pass else self._pass_per_depth(features)
-        assert found is not None, "the first batch went this way"
-        return replace(found, rows=tuple(rows))
-
-    def _hooked(self, features: dict[str, Any], prefix: _Prefix | None, picks: dict[int, float]) -> Depths | None:
-        """One pass; None for an architecture whose blocks hand on something else than (texts, tokens, width)."""
-        reader = _Reader(self._model, self._head, features, prefix, picks)
-        with _hooks(blocks_of(self._transformer), reader.visit):
-            if prefix is None or prefix.cache is None:
-                self._model[0](dict(features))
-            else:
-                run_after(self._transformer, prefix.cache, prefix.length, features)
-        return reader.found(self.depth)
-
-    def _pass_per_depth(self, features: dict[str, Any]) -> Depths:
-        """For the few architectures where more than a norm follows the blocks: one forward pass per depth."""
-        mask = features["attention_mask"]
-        vectors = []
-        influence: dict[int, float] = {}
-
-        def visit(index: int, before: Tensor, after: Tensor) -> None:
-            real = mask
-            # These blocks may keep several streams or another layout: every state counts the same.
-            if before.shape[:-1] != mask.shape:
-                real = torch.ones(before.shape[:-1], device=before.device) * (mask.sum() / before.shape[:-1].numel())
-            influence[index] = float(block_influence(before, after, real))
-
-        with _hooks(blocks_of(self._transformer), visit):
-            for depth in range(1, self.depth + 1):
-                with _first_blocks(self._transformer, depth):
-                    vectors.append(self._model(dict(features))["sentence_embedding"].float())
-        none = torch.zeros(0, self.depth, 1)
-        sums = torch.tensor([influence[index] for index in range(self.depth)], dtype=torch.float64)
-        pooled = torch.stack(vectors, dim=1)[:, None]
-        return Depths((), pooled.cpu(), sums, int(mask.sum()), None, none, torch.zeros(0, dtype=torch.long))
-
-    def _agree(self, found: Tensor, expected: Tensor, exact: float = 1e-3) -> bool:
-        """Equal up to rounding; vectors that are not finite agree with anything: that is reported elsewhere."""
-        found, expected = found.float().cpu(), expected.float().cpu()
-        if found.shape != expected.shape:
-            return False
+    def _agree(self, found: Tensor, expected: Tensor) -> bool:
+        """Equal up to rounding; vectors that are not finite agree with anything: :meth:`run` reports them."""
         if not bool(expected.isfinite().all()):
             return True
-        allowed = exact if self._transformer.dtype == torch.float32 else 3e-2
+        allowed = 1e-4 if self._transformer.dtype == torch.float32 else 3e-2
         error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
         return bool((error <= allowed).all())
 
+    def _read(self, tokens: Tokens, rows: list[int], prefix: _Prefix | None, picks: dict[int, float]) -> Depths:
+        """One pass over a batch; with a prefix, over what follows it."""
+        features = self._features(tokens, rows, left=False if prefix else None)
+        skipped = len(prefix.ids) if prefix else 0
+        mask = features["attention_mask"][:, skipped:]
+        each, last = torch.arange(len(mask)), (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        weights = self._weights(features) if self._heads else None
+        text, place = next_token_positions(features, skipped, [picks.get(row) for row in rows])
+        vectors: list[Tensor] = []
+        influence: list[Tensor] = []
+        ends: list[Tensor] = []
+        states: list[Tensor] = []
 
-@dataclass
-class _Prefix:
-    """What all texts start with: its keys and values, and per block its normed states and its Block Influence."""
+        def visit(depth: int, before: Tensor, after: Tensor) -> None:
+            normed = self._norm(after)
+            if weights is None:
+                vectors.append(pool(self._model, normed, features).float()[:, None])
+            else:
+                pooled = weights[:, :, skipped:] @ normed.float()
+                if prefix:
+                    pooled = pooled + weights[:, :, :skipped] @ prefix.normed[depth - 1]
+                vectors.append(self._finish(pooled, normed.dtype))
+            influence.append(block_influence(before, after, mask))
+            ends.extend(state[each, last] for state in ((before, after) if depth == 1 else (after,)))
+            states.append(normed[text, place])
 
-    ids: Tensor
-    cache: SharedPrefix | None = None
-    normed: list[Tensor] = field(default_factory=list)
-    influence: list[float] = field(default_factory=list)
+        with layer_outputs(self._transformer, visit):
+            if prefix:
+                run_after(self._transformer, prefix.cache, skipped, features)
+            else:
+                self._model[0](dict(features))
+        influences = torch.stack(influence).double().cpu()
+        return Depths(
+            rows=tuple(rows),
+            vectors=torch.stack(vectors, dim=2).cpu(),
+            influence=influences + len(rows) * prefix.influence if prefix else influences,
+            tokens=int(features["attention_mask"].sum()),
+            angles=(angular_distances(torch.stack(ends, dim=1)) * len(rows)).double().cpu(),
+            states=torch.stack(states, dim=1),
+            targets=features["input_ids"][text, place + skipped + 1],
+        )
 
-    @property
-    def length(self) -> int:
-        return len(self.ids)
+    def _read_each(self, tokens: Tokens, rows: list[int]) -> Depths:
+        """One pass for each depth, the later layers bypassed."""
+        features = self._features(tokens, rows)
+        mask = features["attention_mask"]
+        vectors: list[Tensor] = []
+        influence: dict[int, float] = {}
 
+        def visit(depth: int, before: Tensor, after: Tensor) -> None:
+            real = mask
+            # These layers may keep several streams or another layout: every state counts the same.
+            if before.shape[:-1] != mask.shape:
+                real = torch.ones(before.shape[:-1], device=before.device) * (mask.sum() / before.shape[:-1].numel())
+            influence[depth] = float(block_influence(before, after, real))  # the last pass stays
 
-@dataclass(frozen=True)
-class _Head:
-    """What follows a transformer: poolings that are weighted sums, and modules that take the pooled vector."""
+        for depth in range(1, self.depth + 1):
+            with layer_outputs(self._transformer, visit), bypassed(self._transformer, range(depth)):
+                vectors.append(self._model(dict(features))["sentence_embedding"].float().cpu())
+        sums = torch.tensor([influence[depth] for depth in range(1, self.depth + 1)], dtype=torch.float64)
+        none, targets = torch.zeros(0, self.depth, 1), torch.zeros(0, dtype=torch.long)
+        return Depths(tuple(rows), torch.stack(vectors, 1)[:, None], sums, int(mask.sum()), None, none, targets)
 
-    names: tuple[str, ...]
-    poolings: tuple[Pooling, ...]
-    tail: tuple[nn.Module, ...]
+    def _features(self, tokens: Tokens, rows: list[int], left: bool | None = None) -> dict[str, Any]:
+        features = tokens.batch(rows, left=left)
+        return {key: v.to(self._model.device) if isinstance(v, Tensor) else v for key, v in features.items()}
 
-    def weights(self, features: dict[str, Any]) -> Tensor:
+    def _weights(self, features: dict[str, Any]) -> Tensor:
         """The weight of each token's state in each pooled vector: (texts, poolings, tokens).
 
         A weighted sum's derivative by a state is its weight: so the arithmetic is the pooling modules' own.
         """
         mask = features["attention_mask"]
         found = []
-        for pooling in self.poolings:
+        for pooling in self._heads:
             with torch.enable_grad():
                 states = torch.ones(*mask.shape, 1, device=mask.device, requires_grad=True)
                 pooled = pooling(dict(features, token_embeddings=states))["sentence_embedding"]
                 found.append(torch.autograd.grad(pooled.sum(), states)[0].squeeze(-1))
+        if bool((found[0].sum(dim=1) == 0).any()):
+            problem = f"of a text nothing is left to pool after {mask.shape[1]} tokens: its prompt fills them all"
+            raise DataError("texts", problem, "shorten the instruction, or raise --max-length")
         return torch.stack(found, dim=1)
 
-    def finish(self, pooled: Tensor, dtype: torch.dtype) -> Tensor:
-        """Pooled vectors (texts, poolings, width) → (texts, poolings, dimension)."""
+    def _finish(self, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the modules after the pooling make of (texts, poolings, width): (texts, poolings, dimension)."""
         current: dict[str, Any] = {"sentence_embedding": pooled.flatten(0, 1)}
-        for module in self.tail:
+        for module in list(self._model)[2:]:
             if next(module.parameters(), None) is not None:
                 current["sentence_embedding"] = current["sentence_embedding"].to(dtype)
             current = module(current)
         vectors: Tensor = current["sentence_embedding"]
         return vectors.float().reshape(*pooled.shape[:2], -1)
-
-
-def _head_of(model: SentenceTransformer, every_pooling: bool) -> _Head | None:
-    """The model's head, or None where its pooling is no weighted sum and its modules must be run as they are."""
-    modules = list(model)
-    if len(modules) < 2 or not isinstance(modules[1], Pooling) or modules[1].pooling_mode not in LINEAR:
-        return None
-    own = pooling_name(model)
-    others = [name for name in POOLINGS if name != own] if every_pooling else []
-    width = modules[1].embedding_dimension
-    poolings = (modules[1], *(make_pooling(name, width) for name in others))  # type: ignore[arg-type]
-    return _Head((own, *others), poolings, tuple(modules[2:]))
-
-
-class _Reader:
-    """Takes each block's output as it passes."""
-
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        head: _Head | None,
-        features: dict[str, Any],
-        prefix: _Prefix | None,
-        picks: dict[int, float],
-    ) -> None:
-        self._model, self._head, self._features, self._prefix = model, head, features, prefix
-        self._norm = final_norm(model[0].auto_model)
-        whole = features["attention_mask"]
-        skipped = prefix.length if prefix else 0
-        self._mask = whole[:, skipped:]
-        self._last = (self._mask * torch.arange(self._mask.shape[1], device=whole.device)).argmax(dim=1)
-        if head is not None:
-            weights = head.weights(features)
-            if bool((weights[:, 0].sum(dim=1) == 0).any()):
-                problem = f"of a text nothing is left to pool after {whole.shape[1]} tokens: its prompt fills them all"
-                raise DataError("texts", problem, "shorten the instruction, or raise --max-length")
-            self._weights, self._weights_before = weights[:, :, skipped:], weights[:, :, :skipped]
-        self._picked = _positions(features, skipped, picks)
-        self._vectors: dict[int, Tensor] = {}
-        self._influence: dict[int, float] = {}
-        self._ends: list[Tensor] = []
-        self._states: list[Tensor] = []
-
-    def visit(self, index: int, before: Tensor, after: Tensor) -> None:
-        """Read the states before and after block ``index``, both (texts, tokens, width)."""
-        if after.shape[:-1] != self._mask.shape or before.shape != after.shape:
-            return
-        normed = self._norm(after)
-        self._vectors[index] = self._pool(index, normed)
-        self._influence[index] = float(block_influence(before, after, self._mask))
-        if index == 0:
-            self._ends.append(self._at_end(before))
-        self._ends.append(self._at_end(after))
-        self._states.append(normed[self._picked[0], self._picked[1]])
-
-    def _pool(self, index: int, normed: Tensor) -> Tensor:
-        if self._head is None:
-            return pool(self._model, normed, self._features).float()[:, None]
-        pooled = self._weights @ normed.float()
-        if self._prefix and bool(self._weights_before.any()):
-            pooled = pooled + self._weights_before @ self._prefix.normed[index]
-        return self._head.finish(pooled, normed.dtype)
-
-    def _at_end(self, states: Tensor) -> Tensor:
-        return states[torch.arange(len(states), device=states.device), self._last]
-
-    def found(self, depth: int) -> Depths | None:
-        """What was read; None if some block handed on something else."""
-        if len(self._vectors) < depth:
-            return None
-        order = range(depth)
-        influence = torch.tensor([self._influence[index] for index in order], dtype=torch.float64)
-        texts = len(self._mask)
-        if self._prefix:
-            influence += texts * torch.tensor(self._prefix.influence, dtype=torch.float64)
-        ends = torch.stack(self._ends, dim=1)
-        rows, places = self._picked
-        skipped = self._prefix.length if self._prefix else 0
-        return Depths(
-            rows=(),
-            vectors=torch.stack([self._vectors[index] for index in order], dim=2).cpu(),
-            influence=influence,
-            tokens=int(self._features["attention_mask"].sum()),
-            angles=(angular_distances(ends) * texts).double().cpu(),
-            states=torch.stack(self._states, dim=1),
-            targets=self._features["input_ids"][rows, places + skipped + 1],
-        )
-
-
-def _positions(features: dict[str, Any], skipped: int, picks: dict[int, float]) -> tuple[Tensor, Tensor]:
-    """Rows and places (after the ``skipped`` first tokens) of sampled tokens that have a next one in their text."""
-    mask = features["attention_mask"]
-    start = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0])
-    found = []
-    for row, share in picks.items():
-        real = mask[row].nonzero().flatten()
-        first, last = max(int(real[0]) + start, skipped), int(real[-1]) - 1
-        if first <= last:
-            found.append((row, first + int(share * (last - first + 1)) - skipped))
-    table = torch.tensor(found, dtype=torch.long, device=mask.device).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def _spread(tokens: Tokens, budget: int) -> list[int]:
-    """A few texts from the shortest to the longest, as many as fit into a batch."""
-    order = tokens.lengths.argsort().tolist()
-    rows = [order[i * (len(order) - 1) // (PROBES - 1)] for i in range(PROBES)] if len(order) > PROBES else order
-    while len(rows) > 1 and len(rows) * int(tokens.lengths[rows[-1]]) > budget:
-        rows = rows[:-1:2]
-    return rows
-
-
-@contextmanager
-def _first_blocks(transformer: PreTrainedModel, depth: int) -> Iterator[None]:
-    """The model without its later blocks, for the time of a forward pass."""
-    owner_path, _, name = find_stack(transformer).path.rpartition(".")
-    owner = transformer.get_submodule(owner_path)
-    every = getattr(owner, name)
-    setattr(owner, name, every[:depth])
-    try:
-        yield
-    finally:
-        setattr(owner, name, every)
-
-
-@contextmanager
-def _hooks(blocks: nn.ModuleList, visit: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within: ``visit(index, before, after)`` is called with the states around each block that runs."""
-
-    def hook(index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        visit(index, args[0] if args else kwargs["hidden_states"], states_of(output))
-
-    with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            stack.callback(block.register_forward_hook(partial(hook, index), with_kwargs=True).remove)
-        yield

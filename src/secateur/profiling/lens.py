@@ -7,6 +7,8 @@ share their weights, or in the checkpoint, of which nothing else is read.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.nn import functional
 from transformers import CONFIG_NAME, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from secateur.models.blocks import embeddings_of, text_config
+from secateur.models.blocks import embeddings_of
 from secateur.models.open_model import is_causal
 
 FEWEST, MOST = 32, 256
@@ -36,6 +38,58 @@ def positions(texts: int) -> int:
     return max(FEWEST, min(MOST, texts // 16))
 
 
+def next_token_positions(
+    features: dict[str, Any], skipped: int, picks: Sequence[float | None]
+) -> tuple[Tensor, Tensor]:
+    """Rows and places (after the ``skipped`` first tokens) of sampled tokens that have a next one in their text."""
+    mask = features["attention_mask"]
+    start = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0])
+    found = []
+    for row, share in enumerate(picks):
+        if share is not None:
+            real = mask[row].nonzero().flatten()
+            first, last = max(int(real[0]) + start, skipped), int(real[-1]) - 1
+            if first <= last:
+                found.append((row, first + int(share * (last - first + 1)) - skipped))
+    table = torch.tensor(found, dtype=torch.long, device=mask.device).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+@torch.no_grad()
+def next_token_losses(model: SentenceTransformer, states: Tensor, targets: Tensor) -> list[float] | None:
+    """Next-token loss at every depth, as the language model's own class computes it (scales, caps and all).
+
+    Args:
+        model: An opened model.
+        states: (sampled, depths, width), through the final norm.
+        targets: (sampled,), the token that follows each.
+
+    Returns:
+        Mean cross-entropy in nats, by depth; None where the model has no language-model head, its checkpoint does not
+        hold it, or its class reaches inside the transformer (OPT, Falcon-H1), so that the head cannot be used alone.
+    """
+    language_model = _language_model(model[0].auto_model) if is_causal(model[0]) else None
+    if language_model is None:
+        return None
+    given = _States()
+    setattr(language_model, language_model.base_model_prefix, given)
+    if any(t.is_meta for t in (*language_model.parameters(), *language_model.buffers())):
+        return None
+    language_model.to(model[0].auto_model.dtype).eval()
+    sums = torch.zeros(states.shape[1], dtype=torch.float64)
+    try:
+        for start in range(0, len(states), CHUNK):
+            expected = targets[start : start + CHUNK]
+            for depth in range(states.shape[1]):
+                given.states = states[start : start + CHUNK, depth][None]
+                logits = language_model(input_ids=expected[None], use_cache=False).logits[0].float()
+                sums[depth] += float(functional.cross_entropy(logits, expected, reduction="sum"))
+    except AttributeError:
+        return None
+    losses: list[float] = (sums / len(states)).tolist()
+    return losses
+
+
 class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
     """States and nothing else, whatever a language model asks its transformer for besides."""
 
@@ -45,95 +99,39 @@ class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
 
 
 class _States(nn.Module):
-    """Stands where the transformer was, and gives the states it is told."""
+    """Takes the transformer's place in a language model, and returns the states that it is given."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.states = torch.zeros(1, 1, 1)
+    states: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> _Output:
         return _Output(last_hidden_state=self.states)
 
 
-class Lens:
-    """The head of a language model: states → logits, as the model's own class computes them (scales, caps and all)."""
-
-    def __init__(self, language_model: PreTrainedModel, states: _States) -> None:
-        self._language_model = language_model
-        self._states = states
-
-    @torch.no_grad()
-    def losses(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Next-token loss at every depth.
-
-        Args:
-            states: (sampled, depths, width), through the final norm.
-            targets: (sampled,), the token that follows each.
-
-        Returns:
-            (depths,), mean cross-entropy in nats.
-        """
-        sums = torch.zeros(states.shape[1], dtype=torch.float64)
-        for start in range(0, len(states), CHUNK):
-            expected = targets[start : start + CHUNK]
-            for depth in range(states.shape[1]):
-                self._states.states = states[start : start + CHUNK, depth][None]
-                logits = self._language_model(input_ids=expected[None], use_cache=False).logits[0].float()
-                sums[depth] += float(functional.cross_entropy(logits, expected, reduction="sum"))
-        return sums / len(states)
-
-
-def find_lens(model: SentenceTransformer) -> Lens | None:
-    """The language-model head of an opened model; None where it has none, or where its checkpoint does not hold it."""
-    transformer: PreTrainedModel = model[0].auto_model
+def _language_model(transformer: PreTrainedModel) -> PreTrainedModel | None:
+    """The language model around a transformer, with weights for its head alone; None where these cannot be found."""
     kind = type(transformer.config)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or not is_causal(model[0]):
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     with torch.device("meta"):
-        language_model = MODEL_FOR_CAUSAL_LM_MAPPING[kind]._from_config(transformer.config)
+        language_model = MODEL_FOR_CAUSAL_LM_MAPPING[kind](copy.deepcopy(transformer.config))
     head = language_model.get_output_embeddings()
-    place = language_model.base_model_prefix
-    if head is None or not isinstance(getattr(language_model, place, None), PreTrainedModel):
+    if head is None or not isinstance(getattr(language_model, language_model.base_model_prefix, None), PreTrainedModel):
         return None
-    name = next(name for name, module in language_model.named_modules() if module is head)
-    weights = _weights(transformer, name, list(dict(head.named_parameters())))
-    if weights is None or any(weights[key].shape != value.shape for key, value in head.named_parameters()):
-        return None
-    head.load_state_dict(weights, assign=True)
-    states = _States()
-    setattr(language_model, place, states)
-    rest = [
-        key for key, value in [*language_model.named_parameters(), *language_model.named_buffers()] if value.is_meta
-    ]
-    return None if rest else _usable(Lens(language_model.to(transformer.dtype).eval(), states), transformer)
-
-
-def _usable(lens: Lens, transformer: PreTrainedModel) -> Lens | None:
-    """Some classes reach inside their transformer (OPT, Falcon-H1): their head cannot be had alone."""
-    states = torch.zeros(1, 1, text_config(transformer).hidden_size, dtype=transformer.dtype, device=transformer.device)
-    try:
-        lens.losses(states, torch.ones(1, dtype=torch.long, device=transformer.device))
-    except AttributeError:
-        return None
-    return lens
-
-
-def _weights(transformer: PreTrainedModel, head: str, keys: list[str]) -> dict[str, Tensor] | None:
-    """The head's tensors, as the model has them in memory or on disk."""
-    if getattr(transformer.config, "tie_word_embeddings", False):
-        if keys != ["weight"]:
-            return None
-        weight = embeddings_of(transformer).weight
-        assert isinstance(weight, Tensor)
-        return {"weight": weight.detach()}
-    folder = _folder_of(transformer)
+    shapes = {name: parameter.shape for name, parameter in head.named_parameters()}
     found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
-            found |= {key: tensors.get_tensor(f"{head}.{key}") for key in keys if f"{head}.{key}" in names}
-    on = transformer.device
-    return {key: value.to(on, transformer.dtype) for key, value in found.items()} if len(found) == len(keys) else None
+    if getattr(transformer.config, "tie_word_embeddings", False):
+        found = {"weight": embeddings_of(transformer).weight.detach()}  # type: ignore[operator]
+    else:
+        path = next(name for name, module in language_model.named_modules() if module is head)
+        for file in sorted(_folder_of(transformer).glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                stored = set(tensors.keys())
+                found |= {key: tensors.get_tensor(f"{path}.{key}") for key in shapes if f"{path}.{key}" in stored}
+    if {key: value.shape for key, value in found.items()} != shapes:
+        return None
+    weights = {key: value.to(transformer.device, transformer.dtype) for key, value in found.items()}
+    head.load_state_dict(weights, assign=True)
+    return language_model
 
 
 def _folder_of(transformer: PreTrainedModel) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from secateur.data.hub_sets import is_hub_name, parse_name
+from secateur.data.hub import is_hub_name, parse_name
 from secateur.document import (
     NONE,
     Block,

@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.data.texts import read_texts
+from secateur.data.sources import read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError
-from secateur.evaluation.differences import read_draws, score_differences
 from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.measures.intervals import Array
 from secateur.models.open_model import open_model
@@ -62,7 +62,7 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
             out = options.out or Path(scratch)
             shared = {name: getattr(options, name) for name in ("sample", "seed", "batch_size", "cache")}
             scores = evaluate(options.models, options.tasks, names=names, out=out, progress=progress, **shared)
-            draws = [read_draws(out, row) for row in scores.rows]
+            draws = [read_replicates(out, row) for row in scores.rows]
         made = provenance([*scores.provenance.data, *sources], options.seed)
         differences = score_differences(scores.rows, names[0], draws)
         result = replace(result, provenance=made, scores=scores.rows, differences=differences)

@@ -32,7 +32,7 @@ from sentence_transformers.util import get_device_name
 from secateur.checkpoints.embedder import MODULES
 from secateur.errors import ConfigError, ModelError
 from secateur.files import read_json
-from secateur.measures.flops import flops_per_token
+from secateur.measures.costs import flops_per_token
 from secateur.models.blocks import depth_of, embeddings_of
 from secateur.models.forward import wait
 from secateur.models.open_model import demo_model, model_label, open_model

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import t
 
-from secateur.evaluation.differences import of_the_same_things, read_draws
+from secateur.evaluation.replicates import is_paired, read_replicates
 from secateur.measures.intervals import CONFIDENCE, Array, interval, limits_of, mean_of
 from secateur.reporting.run import UNTRAINED, Run, Variant
 from secateur.results import CostRow, ScoreRow
@@ -202,8 +202,8 @@ def _scored(group: RunGroup, spreads: _Spreads) -> RunGroup:
     draws = {}
     for task in group.tasks:
         rows = [variant.scores[task] for variant in group.variants]
-        if all(row.draws and of_the_same_things(row, rows[0]) for row in rows):
-            read = [read_draws(v.results[task], row) for v, row in zip(group.variants, rows, strict=True)]
+        if all(row.draws and is_paired(row, rows[0]) for row in rows):
+            read = [read_replicates(v.results[task], row) for v, row in zip(group.variants, rows, strict=True)]
             draws[task] = mean_of([replicates for replicates in read if replicates is not None])
     group = replace(group, draws=draws)
     scores = {task: _estimate([group], [task], spreads, task) for task in group.tasks}
@@ -282,7 +282,7 @@ def _estimate(sides: Sequence[RunGroup], tasks: Sequence[str], spreads: _Spreads
     rows = {name: [v.scores[name] for side in sides for v in side.variants] for name in tasks}
     if not tasks or any(values is None for values in means):
         return Estimate(math.nan)
-    if len(sides) > 1 and any(not of_the_same_things(row, own[0]) for own in rows.values() for row in own):
+    if len(sides) > 1 and any(not is_paired(row, own[0]) for own in rows.values() for row in own):
         return Estimate(math.nan)
     first, *second = [float(np.mean(values)) for values in means if values is not None]
     value = first - sum(second)

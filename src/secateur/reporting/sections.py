@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from secateur.choosing.candidates import ranges
+from secateur.choosing.choose import ranges
 from secateur.document import (
     NONE,
     Block,

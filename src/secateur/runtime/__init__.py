@@ -11,6 +11,7 @@ OpenVINO's. Nothing of secateur that needs more is imported here.
 
 from __future__ import annotations
 
-from secateur.runtime.encoder import Encoder, load
+from secateur.runtime.encoder import ExportEncoder as Encoder
+from secateur.runtime.encoder import load
 
 __all__ = ["Encoder", "load"]

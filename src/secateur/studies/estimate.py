@@ -1,9 +1,7 @@
-"""How long a study will take: operations counted, divided by this machine's measured rate, then corrected as it goes.
+"""How long a step takes, about: its operations, divided by the measured rate of a matrix product, plus a constant.
 
-An estimate, and called one wherever it is shown. A forward pass costs 2 operations for each weight that a token runs
-through; a training step costs three forward passes. What is not arithmetic (opening models, checking them in fresh
-processes) is a constant for each kind of step. Once steps have finished, those that are left are multiplied by what
-the finished ones of their kind took, divided by what was foretold.
+A forward pass costs 2 operations for each weight that a token runs through, a training step three forward passes. What
+is left is corrected by what the finished steps of the same kind took.
 """
 
 from __future__ import annotations
@@ -14,43 +12,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoConfig
 
 from secateur.checkpoints.embedder import read_embedder
 from secateur.checkpoints.sources import open_source
-from secateur.data.pairs import Pairs
-from secateur.data.texts import Texts
+from secateur.data.sources import Source
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
 from secateur.models.blocks import blocks_of, depth_of, skeleton
 from secateur.models.open_model import as_model_error, open_model, resolve
-from secateur.options import ProfileOptions, StudyOptions, default_of
+from secateur.options import HealOptions, ProfileOptions, PruneOptions, StudyOptions
 from secateur.progress import quiet
-from secateur.studies.plan import Base, Plan, Step, numbers_of
+from secateur.studies.plan import Base, Plan, Step, recipe_of
 
 CHARACTERS_PER_TOKEN = 4
-BACKWARD = 2
-"""A backward pass costs as much as so many forward passes."""
-
 FIXED_SECONDS = {"prune": 12.0, "profile": 5.0, "heal": 15.0, "evaluate": 6.0, "cost": 5.0}
 BYTES_PER_SECOND = 200e6
 COST_TOKENS = 10_000
 """Tokens that the timing of one model encodes, about."""
-
 SMALL_FOLDER = 2 << 30
-"""A folder of fewer bytes is opened to see that it is whole; of a larger one, the configuration has to do."""
+"""A folder of fewer bytes is opened to see that it is whole; of a larger one, only the configuration is read."""
 
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much there is to do, and how fast this machine is.
+    """How much data there is, ``rows`` of ``texts_per_row`` texts, and how fast a matrix product is here.
 
-    Attributes:
-        flops_per_second: Of a matrix product.
-        rows: Of the data.
-        texts_per_row: 2, or more with negatives; 1 for texts alone.
-        tokens_per_text: Guessed from the characters.
-        task_tokens: Tokens of all tasks together; None where one is not here yet.
+    ``task_tokens`` are those of all tasks together; None where the data of one are not here yet.
     """
 
     flops_per_second: float
@@ -67,63 +54,40 @@ def measure_base(name: str, model: str) -> Base:
         ModelError, UnsupportedArchitecture: It cannot be opened or cut.
     """
     source = resolve(model)
-    if isinstance(source, Path) and source.suffix == ".gguf":
-        with as_model_error(model), quiet():
+    with as_model_error(model), quiet():
+        if isinstance(source, Path) and source.suffix == ".gguf":
             transformer = skeleton(AutoConfig.from_pretrained(source.parent, gguf_file=source.name))
-    elif isinstance(source, Path) and _size(source) < SMALL_FOLDER:
-        transformer = open_model(model, device="cpu")[0].auto_model
-    else:
-        opened = open_source(source)
-        embedder = read_embedder(opened)
-        place = f"{embedder.transformer}/config.json" if embedder and embedder.transformer else "config.json"
-        with as_model_error(model), quiet():
-            found = opened.find(place)
-            transformer = skeleton(AutoConfig.from_pretrained(found if found is not None else source))
-    blocks = sum(parameter.numel() for parameter in blocks_of(transformer).parameters())
-    looked_up = [part for part in transformer.modules() if isinstance(part, nn.Embedding)]
-    tables = sum(parameter.numel() for part in looked_up for parameter in part.parameters())
-    whole = sum(parameter.numel() for parameter in transformer.parameters())
+        elif isinstance(source, Path) and sum(f.stat().st_size for f in source.rglob("*.safetensors")) < SMALL_FOLDER:
+            transformer = open_model(model, device="cpu")[0].auto_model
+        else:
+            opened = open_source(source)
+            embedder = read_embedder(opened)
+            folder = f"{embedder.transformer}/" if embedder and embedder.transformer else ""
+            transformer = skeleton(AutoConfig.from_pretrained(opened.find(f"{folder}config.json") or source))
     depth = depth_of(transformer)
-    return Base(name, model, depth, blocks // depth, max(0, whole - blocks - tables), 4 * whole)
+    blocks = sum(parameter.numel() for parameter in blocks_of(transformer).parameters())
+    return Base(name, model, depth, blocks // depth, sum(parameter.numel() for parameter in transformer.parameters()))
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-
-
-def measure_amounts(study: StudyOptions, sources: Sequence[Pairs | Texts]) -> Amounts:
+def measure_amounts(study: StudyOptions, sources: Sequence[Source]) -> Amounts:
     """Count the texts of a study, and time a matrix product."""
-    texts: list[str] = []
-    for source in sources:
-        for row in source.rows:
-            texts += [row] if isinstance(row, str) else [row.anchor, row.positive, *row.negatives]
-    rows = sum(len(source.rows) for source in sources)
-    return Amounts(
-        flops_per_second=_flops_per_second(),
-        rows=rows,
-        texts_per_row=len(texts) / max(1, rows),
-        tokens_per_text=_tokens(texts) / max(1, len(texts)),
-        task_tokens=_task_tokens(study),
-    )
+    rows = [row for source in sources for row in source.rows]
+    texts = [t for row in rows for t in ([row] if isinstance(row, str) else [row.anchor, row.positive, *row.negatives])]
+    task_tokens: float | None = None
+    if all(Path(task).exists() for task in study.tasks):
+        folders = [read_task_folder(task) for task in study.tasks]
+        drawn = [sample_task(task, study.sample, study.seed) if study.sample else task for task in folders]
+        task_tokens = sum(_tokens(texts_of(task)) for task in drawn)
+    per_row, per_text = len(texts) / max(1, len(rows)), _tokens(texts) / max(1, len(texts))
+    return Amounts(_flops_per_second(), len(rows), per_row, per_text, task_tokens)
 
 
 def _tokens(texts: Sequence[str]) -> float:
     return sum(map(len, texts)) / CHARACTERS_PER_TOKEN + len(texts)
 
 
-def _task_tokens(study: StudyOptions) -> float | None:
-    if not all(Path(task).exists() for task in study.tasks):
-        return None
-    tokens = 0.0
-    for task in study.tasks:
-        folder = read_task_folder(task)
-        tokens += _tokens(texts_of(sample_task(folder, study.sample, study.seed) if study.sample else folder))
-    return tokens
-
-
 def _flops_per_second(size: int = 768, seconds: float = 0.2) -> float:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    matrix = torch.randn(size, size, device=device)
+    matrix = torch.randn(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
     float((matrix @ matrix).sum())  # warm
     started, products = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
@@ -132,70 +96,45 @@ def _flops_per_second(size: int = 768, seconds: float = 0.2) -> float:
     return 2 * size**3 * products / (time.perf_counter() - started)
 
 
-def estimate(plan: Plan, bases: Sequence[Base], amounts: Amounts) -> dict[str, float | None]:
-    """Step → seconds that it will take, about; None where nobody knows."""
-    by_name = {base.name: base for base in bases}
-    return {step.name: _seconds(step, plan, by_name, amounts) for step in plan.steps}
-
-
-def _seconds(step: Step, plan: Plan, bases: Mapping[str, Base], amounts: Amounts) -> float | None:
+def estimate(step: Step, plan: Plan, bases: Mapping[str, Base], amounts: Amounts) -> float | None:
+    """Seconds that a step will take, about; None where nobody knows."""
     fixed = FIXED_SECONDS[step.kind]
     if step.kind == "cost":
-        made = [(bases[v.base], len(v.blocks) if v.blocks is not None else v.depth) for v in plan.variants]
-        flops = sum(COST_TOKENS * _forward(base, blocks) for base, blocks in made)
-        return fixed * len(made) + flops / amounts.flops_per_second
-    base = bases[step.base]
-    if step.kind == "prune":
-        return fixed + 4 * base.bytes / BYTES_PER_SECOND
-    tokens = _work(step, amounts)
-    return None if tokens is None else fixed + tokens * _forward(base, step.blocks) / amounts.flops_per_second
+        blocks = [(bases[v.base], v.depth if v.blocks is None else len(v.blocks)) for v in plan.variants]
+        parameters = sum(count * base.block_parameters for base, count in blocks)
+        return fixed * len(blocks) + 2 * COST_TOKENS * parameters / amounts.flops_per_second
+    base, options = bases[step.base], step.options
+    if isinstance(options, PruneOptions):
+        return fixed + 16 * base.parameters / BYTES_PER_SECOND  # float32, read and written twice
+    tokens = amounts.task_tokens
+    if isinstance(options, HealOptions):
+        recipe = recipe_of(options.given())
+        texts = recipe.steps * recipe.batch_size * amounts.texts_per_row
+        tokens = 3 * texts * min(amounts.tokens_per_text, recipe.max_length)
+    elif isinstance(options, ProfileOptions):
+        pairs = min(options.max_examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text
+        tokens = pairs if not options.tasks else None if tokens is None else pairs + tokens
+    flops = 2 * step.blocks * base.block_parameters
+    return None if tokens is None else fixed + tokens * flops / amounts.flops_per_second
 
 
-def _forward(base: Base, blocks: int) -> float:
-    """Operations for one token."""
-    return 2.0 * (blocks * base.block_parameters + base.other_parameters)
-
-
-def _work(step: Step, amounts: Amounts) -> float | None:
-    """Tokens of a step, each counted as often as the forward passes that its work is worth."""
-    given = step.options
-    if step.kind == "profile":
-        examples = given.get("max_examples", default_of(ProfileOptions, "max_examples"))
-        pairs = float(min(examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text)
-        if not given.get("tasks"):
-            return pairs
-        return None if amounts.task_tokens is None else pairs + amounts.task_tokens
-    if step.kind == "evaluate":
-        return amounts.task_tokens
-    numbers = numbers_of(given)
-    tokens = min(amounts.tokens_per_text, numbers.max_length)
-    rows = numbers.steps * numbers.batch_size
-    return float(rows * amounts.texts_per_row * tokens * (1 + BACKWARD))
-
-
-def corrected(
-    estimates: Mapping[str, float | None], kinds: Mapping[str, str], seconds: Mapping[str, float]
-) -> dict[str, float | None]:
+def corrected(steps: Sequence[Step], seconds: Mapping[str, float]) -> dict[str, float | None]:
     """Estimates after what the finished steps took.
 
     Args:
-        estimates: Step → seconds foretold.
-        kinds: Step → its kind.
+        steps: With their first estimates.
         seconds: Finished step → seconds taken.
 
     Returns:
         Step → its seconds where it is finished, else its estimate times the factor of its kind (of all kinds, where
         none of its kind has finished).
     """
-    told = {name: value for name in seconds if (value := estimates.get(name))}
 
-    def factor(names: Sequence[str]) -> float | None:
-        foretold = sum(told[name] for name in names)
-        return sum(seconds[name] for name in names) / foretold if foretold else None
+    def factor(kind: str) -> float | None:
+        done = [step for step in steps if step.name in seconds and step.seconds and kind in (step.kind, "")]
+        foretold = sum(step.seconds or 0 for step in done)
+        return sum(seconds[step.name] for step in done) / foretold if foretold else None
 
-    overall = factor(list(told)) or 1.0
-    by_kind = {kind: factor([name for name in told if kinds.get(name) == kind]) for kind in set(kinds.values())}
-    return {
-        name: seconds[name] if name in seconds else value and value * (by_kind.get(kinds[name]) or overall)
-        for name, value in estimates.items()
-    }
+    overall = factor("") or 1.0
+    factors = {kind: factor(kind) or overall for kind in {step.kind for step in steps}}
+    return {step.name: seconds.get(step.name, step.seconds and step.seconds * factors[step.kind]) for step in steps}

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from architectures import model_of
+from architectures import batch, model_of, padding_id, states
 from conftest import MakeEncoder, tiny_transformer
-from secateur.measures.flops import flops_per_token
-from secateur.models.blocks import cut, legal_depths
+from secateur.choosing.choose import cost_of
+from secateur.measures.costs import flops_by_layer, flops_per_token, layer_sizes, measure_layers
+from secateur.models.blocks import blocks_of, cut, legal_depths
 from secateur.models.open_model import open_model
-from secateur.profiling.parts import cost_of, measure_parts, part_sizes
 from secateur.profiling.profile import profile
 from secateur.pruning.prune import prune
 
@@ -27,20 +29,26 @@ VARIED = (
 
 
 class Wrapped(torch.nn.Module):
-    """What :func:`part_sizes` asks of a SentenceTransformer."""
+    """A transformer as the SentenceTransformer that the counters ask for; every text is a batch of three."""
 
     def __init__(self, transformer):
         super().__init__()
-        self.auto_model = transformer
+        self.auto_model = transformer.eval()
 
     def __getitem__(self, _):
         return self
+
+    def preprocess(self, _):
+        return batch(pad=padding_id(self.auto_model))
+
+    def forward(self, features):
+        return states(self.auto_model, features)
 
 
 @pytest.mark.parametrize("name", VARIED)
 def test_sizes_of_every_depth_are_those_of_the_cut_model(name: str, tmp_path: Path):
     whole = model_of(name)
-    sizes = part_sizes(Wrapped(whole))
+    sizes = layer_sizes(Wrapped(whole))
     for depth in legal_depths(whole.config):
         small = copy.deepcopy(whole)
         cut(small, range(depth))
@@ -60,7 +68,7 @@ def stored_bytes(folder: Path) -> int:
 
 def test_costs_of_a_set_of_blocks_are_those_of_the_cut_encoder(make_encoder: MakeEncoder):
     model = make_encoder("llama", depth=6)
-    parts = measure_parts(model, part_sizes(model))
+    parts = measure_layers(model, layer_sizes(model))
     assert [row.part for row in parts] == [*range(7)]
     for blocks in ((0,), (0, 1, 2), (1, 4), tuple(range(6))):
         small = copy.deepcopy(model)
@@ -71,11 +79,26 @@ def test_costs_of_a_set_of_blocks_are_those_of_the_cut_encoder(make_encoder: Mak
         assert found.flops_per_token == pytest.approx(flops_per_token(small, 128)[0])
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deberta", "mamba"])
+def test_operations_of_layers_add_up_to_those_of_the_model(name: str):
+    """Experts that torch's counter does not know by itself, tables handed from module to module, a scan."""
+    model = Wrapped(model_of(name))
+    config = model.auto_model.config
+    outside, *layers = flops_by_layer(model, 12, blocks_of(model.auto_model))[0]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as dense:
+        model.requires_grad_(False)(model.preprocess([]))
+    experts = 0
+    if name == "mixtral":
+        experts = 2 * 36 * config.num_experts_per_tok * 3 * config.hidden_size * config.intermediate_size * len(layers)
+    assert outside >= 0 and min(layers) > 0
+    assert 12 * (outside + sum(layers)) == pytest.approx(dense.get_total_flops() + experts)
+
+
 def test_times_are_those_of_a_clock_outside(make_encoder: MakeEncoder):
     model = make_encoder("llama", depth=4)
     slow = model[0].auto_model.layers[2]
     slow.register_forward_hook(lambda *_: time.sleep(0.05))
-    parts = measure_parts(model, part_sizes(model))
+    parts = measure_layers(model, layer_sizes(model))
     for column in ("latency", "seconds"):
         times = [getattr(row, column) for row in parts]
         assert all(value > 0 for value in times)

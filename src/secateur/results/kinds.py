@@ -1,71 +1,13 @@
-"""What a run leaves on disk: tables with their provenance.
-
-A result is a table. Each table is a frozen dataclass whose ``rows`` are tidy: one row per (model, depth) or per
-(model, task). It is saved as one JSON file with a ``kind``, a schema version and a
-:class:`.Provenance`, so that every number can be traced to a command, a seed and a data file.
-``load(path)`` gives back what ``table.save(path)`` wrote.
-"""
+"""The tables that the steps write: profiles, scores, costs, comparisons, trainings, and where a model comes from."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from functools import cache
-from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from secateur.errors import DataError
-from secateur.files import read_json, write_text
-from secateur.provenance import Fingerprint, Provenance
-
-SCHEMA_VERSION = 1
-
-T = TypeVar("T", bound="Table")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows and their provenance. Subclasses say what a row is.
-
-    Attributes:
-        kind: Name of the table in its file; tells a profile from scores.
-        file: Name that the table's file has by convention.
-    """
-
-    kind: ClassVar[str] = ""
-    file: ClassVar[str] = ""
-
-    provenance: Provenance
-
-    @property
-    def rows(self) -> tuple[Any, ...]:
-        """The tidy rows, each a frozen dataclass."""
-        raise AttributeError(f"{type(self).__name__} has no rows")
-
-    @property
-    def commands(self) -> tuple[str, ...]:
-        """The commands that the rows come from."""
-        return (self.provenance.command,)
-
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """One flat dict per row."""
-        return [asdict(row) for row in self.rows]
-
-    def to_dataframe(self) -> Any:
-        """The rows as a ``pandas.DataFrame``."""
-        import pandas as pd
-
-        return pd.DataFrame(self.to_dicts())
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the table into ``folder`` under its conventional name, whole or not at all."""
-        path = Path(folder) / self.file
-        content = {"kind": self.kind, "schema_version": SCHEMA_VERSION, **asdict(self)}
-        write_text(path, json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
-        return path
+from secateur.results.base import Float, Matrix, Table
 
 
 @dataclass(frozen=True)
@@ -84,7 +26,7 @@ class DepthRow:
     depth: int
     loss: float | None
     loss_se: float | None
-    block_influence: float
+    block_influence: Float
     effective_rank: float | None
     loss_low: float | None = None
     loss_high: float | None = None
@@ -110,7 +52,7 @@ class DepthScoreRow:
     kind: str
     metric: str
     depth: int
-    score: float
+    score: Float
     low: float | None = None
     high: float | None = None
     samples: int = 0
@@ -130,12 +72,9 @@ class PartRow:
     part: int
     parameters: int
     bytes: int
-    flops_per_token: float
-    latency: float
-    seconds: float
-
-
-Matrix = tuple[tuple[float | None, ...], ...]
+    flops_per_token: Float
+    latency: Float
+    seconds: Float
 
 
 @dataclass(frozen=True)
@@ -159,11 +98,12 @@ class Profile(Table):
 
     kind: ClassVar[str] = "profile"
     file: ClassVar[str] = "profile.json"
+    rows_in: ClassVar[str] = "depths"
 
     model: str
     depth: int
     pooling: str
-    scale: float
+    scale: Float
     dtype: str
     batch_size: int
     batches: int
@@ -175,15 +115,11 @@ class Profile(Table):
     settled: bool | None = None
     cka: Matrix = ()
     angular: Matrix = ()
-    losses_by_pooling: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    losses_by_pooling: Mapping[str, tuple[Float, ...]] = field(default_factory=dict)
     batch_losses: Matrix = ()
     task_scores: tuple[DepthScoreRow, ...] = ()
     parts: tuple[PartRow, ...] = ()
     notes: tuple[str, ...] = ()
-
-    @property
-    def rows(self) -> tuple[DepthRow, ...]:
-        return self.depths
 
     @property
     def can_choose(self) -> bool:
@@ -200,8 +136,8 @@ class ScoreRow:
     what stood before the texts or queries; ``data`` and ``weights`` are fingerprints of the task and of the model.
 
     ``low`` to ``high`` is the 95 % bootstrap interval of the score over ``units`` things drawn again, ``unit`` says
-    which (:mod:`.predictions`); None where they cannot be, and ``note`` says why. ``draws`` names the file of the
-    draws, which :func:`.read_draws` reads.
+    which (:mod:`.replicates`); None where they cannot be, and ``note`` says why. ``draws`` names the file of the
+    draws, which :func:`.read_replicates` reads.
 
     ``prompts`` are those of the model on this task for texts of no kind, for queries and for documents; ``source`` is
     the model's folder or Hub id, ``files`` a fingerprint of that folder's files. ``versions`` are those of the
@@ -213,9 +149,9 @@ class ScoreRow:
     task: str
     type: str
     metric: str
-    score: float
+    score: Float
     samples: int
-    seconds: float
+    seconds: Float
     sample: int | None = None
     seed: int = 42
     prompt: str = ""
@@ -239,18 +175,14 @@ class ScoreRow:
 class Scores(Table):
     """Scores of one or more models on one or more tasks.
 
-    A file of scores grows from run to run. Its ``provenance`` is that of the run that wrote it last; each row says by
-    itself which command and versions it comes from.
+    A file of scores grows from run to run: ``provenance`` is that of the last run; each row has its own.
     """
 
     kind: ClassVar[str] = "scores"
     file: ClassVar[str] = "scores.json"
+    rows_in: ClassVar[str] = "scores"
 
     scores: tuple[ScoreRow, ...]
-
-    @property
-    def rows(self) -> tuple[ScoreRow, ...]:
-        return self.scores
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -335,12 +267,9 @@ class Costs(Table):
 
     kind: ClassVar[str] = "costs"
     file: ClassVar[str] = "costs.json"
+    rows_in: ClassVar[str] = "costs"
 
     costs: tuple[CostRow, ...]
-
-    @property
-    def rows(self) -> tuple[CostRow, ...]:
-        return self.costs
 
 
 @dataclass(frozen=True)
@@ -355,9 +284,9 @@ class DifferenceRow:
     reference: str
     task: str
     metric: str
-    score: float
-    reference_score: float
-    difference: float
+    score: Float
+    reference_score: Float
+    difference: Float
     low: float | None
     high: float | None
     unit: str = ""
@@ -375,7 +304,7 @@ class OverlapRow:
 
     model: str
     reference: str
-    overlap: float
+    overlap: Float
     neighbours: int
     texts: int
 
@@ -387,7 +316,7 @@ class ChangedRow:
     model: str
     reference: str
     text: str
-    overlap: float
+    overlap: Float
     lost: tuple[str, ...]
     gained: tuple[str, ...]
 
@@ -398,6 +327,7 @@ class Comparison(Table):
 
     kind: ClassVar[str] = "comparison"
     file: ClassVar[str] = "comparison.json"
+    rows_in: ClassVar[str] = "differences"
 
     reference: str
     models: tuple[str, ...]
@@ -407,18 +337,14 @@ class Comparison(Table):
     scores: tuple[ScoreRow, ...]
     costs: tuple[CostRow, ...]
 
-    @property
-    def rows(self) -> tuple[DifferenceRow, ...]:
-        return self.differences
-
 
 @dataclass(frozen=True)
 class LossRow:
     """One logged step of a training: mean loss since the last logged step, and the learning rate then."""
 
     step: int
-    loss: float
-    learning_rate: float
+    loss: Float
+    learning_rate: Float
 
 
 @dataclass(frozen=True)
@@ -426,7 +352,7 @@ class TrialRow:
     """A score of a model that is being trained, after ``step`` steps; higher is better."""
 
     step: int
-    score: float
+    score: Float
 
 
 @dataclass(frozen=True)
@@ -439,20 +365,17 @@ class Training(Table):
 
     kind: ClassVar[str] = "training"
     file: ClassVar[str] = "training.json"
+    rows_in: ClassVar[str] = "losses"
 
     model: str
     steps: int
-    seconds: float
+    seconds: Float
     trained_parameters: int
     settings: Mapping[str, Any]
     prompts: Mapping[str, str]
     losses: tuple[LossRow, ...]
     trials: tuple[TrialRow, ...] = ()
     best_step: int | None = None
-
-    @property
-    def rows(self) -> tuple[LossRow, ...]:
-        return self.losses
 
 
 @dataclass(frozen=True)
@@ -472,127 +395,7 @@ class Origin(Table):
     depth: int
     kept: tuple[int, ...]
     pooling: str
-    check: float
+    check: Float
     history: tuple[str, ...] = field(default=())
     checked_against: str = "the model in memory"
     left_out: tuple[str, ...] = ()
-
-
-_TABLES: tuple[type[Table], ...] = (Profile, Scores, Costs, Training, Origin)
-
-
-def load(path: str | Path, kind: type[T]) -> T:
-    """Read a table back.
-
-    Args:
-        path: The file, or the folder that holds it under its conventional name.
-        kind: The table class expected there.
-
-    Raises:
-        DataError: The file is missing, is not JSON, is another kind of table, or of a newer schema; or a value is of
-            another type than its key has.
-    """
-    file = Path(path) / kind.file if Path(path).is_dir() else Path(path)
-    content = read_json(file)
-    if not isinstance(content, dict) or content.get("kind") != kind.kind:
-        found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-        raise DataError(
-            file, f"holds {found!r}, not a {kind.kind}", f"give the file that secateur wrote as {kind.file}"
-        )
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(
-            file, f"schema version {content.get('schema_version')}, but this secateur reads {SCHEMA_VERSION}"
-        )
-    try:
-        table = _build(kind, content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(file, f"is not a whole {kind.kind}", f"missing or unexpected: {error}") from error
-    for key, value in _misfits(table):
-        raise DataError(file, f"{value!r:.60} is not valid", "make the file again", field=key)
-    return table
-
-
-_ROWS: dict[str, type] = {
-    "depths": DepthRow,
-    "task_scores": DepthScoreRow,
-    "parts": PartRow,
-    "scores": ScoreRow,
-    "costs": CostRow,
-    "losses": LossRow,
-    "trials": TrialRow,
-    "differences": DifferenceRow,
-    "overlaps": OverlapRow,
-    "changed": ChangedRow,
-}
-
-
-def _build(kind: type[T], content: Mapping[str, Any]) -> T:
-    optional = {f.name for f in fields(kind) if f.default is not MISSING}
-    values: dict[str, Any] = {
-        f.name: content[f.name] for f in fields(kind) if f.name in content or f.name not in optional
-    }
-    origin = dict(values["provenance"])
-    origin["data"] = tuple(Fingerprint(**item) for item in origin["data"])
-    values["provenance"] = Provenance(**origin)
-    for name, row in _ROWS.items():
-        if name in values:
-            values[name] = tuple(row(**_frozen(item)) for item in values[name])
-    return kind(**{name: _frozen(value) for name, value in values.items()})
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _misfits(part: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys of a table, and of its rows, whose values are of other types than theirs."""
-    for name, hint in _hints(part.__class__).items():
-        value, key = getattr(part, name), f"{place}{name}"
-        if get_origin(hint) is ClassVar:
-            continue
-        if is_dataclass(hint):
-            yield from _misfits(value, f"{key}.")
-        elif get_origin(hint) is tuple and is_dataclass(get_args(hint)[0]):
-            for number, item in enumerate(value):
-                yield from _misfits(item, f"{key}.{number}.")
-        elif not _fits(value, hint) or (value is None and hint is float and isinstance(part, CostRow)):
-            yield key, value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; null is any float, for one that was not finite is written so."""
-    if hint is Any:
-        return True
-    if hint is float:
-        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
-    if origin is not None:
-        return isinstance(value, Mapping) and all(_fits(item, inner[1]) for item in value.values())
-    return isinstance(value, hint)
-
-
-def _frozen(value: Any) -> Any:
-    """Lists as tuples, at any depth."""
-    if isinstance(value, Mapping):
-        return {key: _frozen(item) for key, item in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite is written as null, never as a word that other readers refuse."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,115 @@
+"""Data sets of the Hugging Face ``datasets`` library, by name: ``hf:NAME@REVISION:CONFIG[SPLIT]``.
+
+All but ``NAME`` may be left out: ``hf:sentence-transformers/all-nli:triplet`` is the split ``train`` (or the only one)
+of the configuration ``triplet``. ``SPLIT`` may be a slice, as ``datasets`` has them: ``[train[:10000]]``. ``NAME`` is
+one of the Hub's, a folder that ``load_dataset`` reads, or one that ``save_to_disk`` wrote. The library runs no code
+that comes with data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secateur.errors import DataError
+from secateur.progress import quiet
+
+if TYPE_CHECKING:
+    import datasets
+
+PREFIX = "hf:"
+_FORM = re.compile(r"hf:(?P<name>[^:@\[\]]+)(@(?P<revision>[^:\[\]]+))?(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubName:
+    """The parts of ``hf:NAME@REVISION:CONFIG[SPLIT]``."""
+
+    name: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+    def __str__(self) -> str:
+        parts = (("@{}", self.revision), (":{}", self.config), ("[{}]", self.split))
+        return PREFIX + self.name + "".join(form.format(part) for form, part in parts if part)
+
+    @property
+    def label(self) -> str:
+        """What the set is called among others: its name without the owner, with configuration and split."""
+        parts = [Path(self.name).name, self.config, self.split]
+        return "-".join(re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts if part)
+
+
+def is_hub_name(data: str | Path) -> bool:
+    """Whether this is the name of a data set, and not of a file."""
+    return str(data).startswith(PREFIX)
+
+
+def parse_name(data: str | Path) -> HubName:
+    """Take a name apart.
+
+    Raises:
+        DataError: It is not of the form.
+    """
+    found = _FORM.fullmatch(str(data))
+    if not found:
+        raise DataError(data, "is no name of a data set", "hf:NAME, hf:NAME:CONFIG or hf:NAME@REVISION:CONFIG[SPLIT]")
+    return HubName(**found.groupdict())
+
+
+def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:
+    """Load a data set from the Hub or a folder; the name that is returned has the revision that was found.
+
+    Raises:
+        DataError: There is none of this name, or it has no such configuration or split; or it comes with code.
+    """
+    asked = parse_name(data)
+    import datasets  # takes a second, which files need not wait for
+
+    saved = any((Path(asked.name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        with quiet():
+            if saved:
+                return asked, _load_saved(asked)
+            builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
+            builder.download_and_prepare()
+            loaded = builder.as_dataset(split=_split(asked, builder.info.splits))
+            found = builder.hash if not Path(asked.name).exists() and _COMMIT.fullmatch(builder.hash or "") else None
+            return replace(asked, revision=found or asked.revision), loaded
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(data, f"cannot be loaded ({' '.join(str(error).split())})") from error
+
+
+def _load_saved(asked: HubName) -> datasets.Dataset:
+    """What ``save_to_disk`` wrote: it has no configurations and revisions, and its splits have no slices."""
+    import datasets
+
+    if asked.config or asked.revision:
+        problem = "was saved to disk, without configurations and revisions"
+        raise DataError(str(asked), problem, f"hf:{asked.name}[SPLIT]")
+    loaded = datasets.load_from_disk(asked.name)
+    if not isinstance(loaded, datasets.DatasetDict):
+        if asked.split:
+            raise DataError(str(asked), "was saved to disk without splits", f"hf:{asked.name}")
+        return loaded
+    split = _split(asked, loaded)
+    if split not in loaded:
+        problem = "was saved to disk: its splits have no slices"
+        raise DataError(str(asked), problem, f"hf:{asked.name}[{split.partition('[')[0]}]")
+    return loaded[split]
+
+
+def _split(asked: HubName, there: Collection[str]) -> str:
+    """The split asked for; else ``train``, or the only one."""
+    if asked.split is not None:
+        if re.split(r"[\[+]", asked.split)[0] not in there:
+            raise DataError(str(asked), f"has no split {asked.split}", f"it has {', '.join(there)}")
+        return asked.split
+    if "train" not in there and len(there) > 1:
+        raise DataError(str(asked), "has several splits, none of them called train", f"name one of {', '.join(there)}")
+    return "train" if "train" in there else next(iter(there))

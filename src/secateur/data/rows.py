@@ -1,0 +1,317 @@
+"""Rows of files, one after the other, each with its line: JSON Lines, CSV, Parquet and plain text.
+
+Everything that reads data stands on :func:`read_rows`: pairs, texts, tasks, and what ``encode`` is given. Only a piece
+of a file is in memory. A mistake is a :class:`.DataError` with file, line and column. (The ``datasets`` library reads
+these formats, too, but does not tell the line of a mistake, and copies all data into its cache first.) Text is UTF-8; a
+byte order mark, as Excel and Notepad write it, is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import itertools
+import json
+import math
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import DataError, MissingPackage
+from secateur.files import check_is_file, parse_json
+
+Row = Mapping[str, Any]
+Select = Callable[[Sequence[str]], Sequence[str]]
+"""Given the names of all columns, those to read."""
+Fields = Mapping[str, Callable[[Any], Any]]
+"""Column → what its values are parsed by; a parser raises ValueError."""
+
+TEXT = "text"
+TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+PLAIN = (".txt", ".txt.gz")
+TEXT_COLUMNS = (TEXT, "sentence", "query", "passage", "document", "content")
+"""Where ``encode`` looks for texts, in this order, if nobody names a column."""
+CHECKED_ROWS = 1000
+"""Rows of each file that are checked before anything heavy is imported."""
+MAX_LINE = 1 << 28
+"""Bytes, and the characters of a field of CSV: a packed file of a few kilobytes may unpack to a line of gigabytes."""
+BATCH_ROWS = 1024
+"""Rows of Parquet in memory at once."""
+
+
+def read_rows(path: Path, select: Select | None = None) -> Iterator[tuple[int, Row]]:
+    """Read a file row by row.
+
+    Args:
+        path: JSON Lines, CSV, Parquet, or plain text, whose lines are in the column ``text``.
+        select: Which columns of CSV and Parquet to read. Default: all.
+
+    Returns:
+        The line of each row (of Parquet, its number), from 1, and its columns. Blank lines are no rows, except in plain
+        text.
+
+    Raises:
+        DataError: The file is missing, of no known format, or damaged; or, with its line, a row is broken.
+        MissingPackage: pyarrow is not installed.
+    """
+    check_is_file(path)
+    name = path.name.lower()
+    readers = dict(zip((*TABLES, *PLAIN), (_json_lines, _json_lines, _csv, _parquet, _plain, _plain), strict=True))
+    reader = next((reader for suffix, reader in readers.items() if name.endswith(suffix)), None)
+    if reader is None:
+        raise DataError(path, "is of no known format", f"expected one of {', '.join(readers)}")
+    return reader(path, select or list)
+
+
+def read_column(file: str | Path, column: str | None = None) -> Iterator[str]:
+    """Read the texts of one column, as ``encode`` does. An empty text is a text, too.
+
+    Args:
+        file: As for :func:`read_rows`.
+        column: The column that holds the texts. Default: the first of :data:`TEXT_COLUMNS` that is there.
+
+    Raises:
+        DataError: As :func:`read_rows`; or the column is missing or there twice, or a value is not a text.
+    """
+    path, wanted = Path(file), TEXT_COLUMNS if column is None else (column,)
+    if column is not None and path.name.lower().endswith(PLAIN):
+        raise DataError(path, "is plain text and has no columns", "leave out --column")
+
+    def find(there: Sequence[str], line: int | None) -> str:
+        found = next((name for name in wanted if name in there), None)
+        if found is None:
+            problem = f"no column {wanted[0]}" if len(wanted) == 1 else "none of its columns is known to hold texts"
+            hint = f"--column takes one of those that are there: {', '.join(map(str, there))}"
+            raise DataError(path, problem, hint if there else "it has none", line=line)
+        return found
+
+    header = None if path.name.lower().endswith(".parquet") else 1
+    for line, row in read_rows(path, lambda names: [find(names, header)]):
+        if len(wanted) > 1 or wanted[0] not in row:
+            wanted = (find(list(row), line),)
+        text = row[wanted[0]]
+        if not isinstance(text, str):
+            problem = "has no text" if text is None else f"holds a {type(text).__name__}, not a text"
+            raise DataError(path, problem, "fill it in, or leave the row out", line=line, field=wanted[0])
+        yield text
+
+
+def check_column(files: Sequence[str | Path], column: str | None = None) -> None:
+    """Check the first rows of files for :func:`read_column`, without PyTorch."""
+    for file in files:
+        for _ in itertools.islice(read_column(file, column), CHECKED_ROWS):
+            pass
+
+
+def parse_row(
+    place: str | Path, line: int, row: Row, fields: Fields, *, optional: Collection[str] = (), needed: str = ""
+) -> dict[str, Any]:
+    """Check the columns of a row that mean something.
+
+    Args:
+        place: What errors call the file.
+        line: Of the row.
+        row: Its columns.
+        fields: Those to check, and how.
+        optional: Columns that a row need not have; they are parsed as None.
+        needed: What every row must have, where that is not told by the name of the missing column.
+
+    Raises:
+        DataError: A column is missing, or its value is not valid.
+    """
+    values = {}
+    for field, parse in fields.items():
+        if field not in row and field not in optional:
+            hint = f"{needed}here are {', '.join(row)}"
+            raise DataError(place, "the column is missing", hint, line=line, field=field)
+        try:
+            values[field] = parse(row.get(field))
+        except ValueError as error:
+            raise DataError(place, str(error), line=line, field=field) from None
+    return values
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Read a text file line by line, with the numbers of the lines, from 1, and their ends. ``.gz`` is unpacked.
+
+    A line feed ends a line, and nothing else does: JSON allows the other separators of Unicode in its strings.
+
+    Raises:
+        DataError: The file is missing, a folder, a pipe or damaged; or a line is not UTF-8, holds a NUL byte or is too
+            long; or carriage returns alone end the lines.
+    """
+    check_is_file(file)
+    number, packed = 0, file.suffix.lower() == ".gz"
+    try:
+        with gzip.open(file, "rb") if packed else file.open("rb") as stream:
+            while raw := stream.readline(MAX_LINE + 1):
+                number += 1
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                if len(raw) > MAX_LINE:
+                    raise DataError(file, f"is longer than {MAX_LINE} bytes", "one row on each line", line=number)
+                if "\0" in line:
+                    raise DataError(file, "holds a NUL byte", "save the file as UTF-8", line=number)
+                if number == 1 and "\r" in line[:-1] and not line.endswith("\n"):
+                    hint = "save the file with line feeds"
+                    raise DataError(file, "carriage returns alone end its lines", hint, line=1)
+                yield number, line
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start + 1} is not UTF-8"
+        raise DataError(file, problem, "save the file as UTF-8", line=number) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(file, f"is not a whole gzip file ({error})", "copy or pack it again", line=number + 1) from None
+    except OSError as error:
+        raise DataError(file, f"cannot be read ({error.strerror or error})") from None
+
+
+def _plain(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
+    for line, text in read_lines(path):
+        yield line, {TEXT: text.removesuffix("\n").removesuffix("\r")}
+
+
+def _json_lines(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
+    for line, text in read_lines(path):
+        if not text.strip():
+            continue
+        try:
+            row = parse_json(text, strict=True)
+        except json.JSONDecodeError as error:
+            raise DataError(path, f"broken JSON ({error.msg}, column {error.colno})", line=line) from None
+        except ValueError as error:
+            raise DataError(path, f"broken JSON ({error})", line=line) from None
+        if not isinstance(row, dict):
+            problem = f"holds a {type(row).__name__}, not an object"
+            raise DataError(path, problem, 'each line is one {"key": value, ...}', line=line)
+        yield line, row
+
+
+def _csv(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit(MAX_LINE)  # Python's own limit is 131,072 characters
+    reader = csv.reader((text for _, text in read_lines(path)), strict=True)
+    names: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            if cells and not names:
+                names = cells
+                chosen = [name for name in select(names) if name]
+                _check_names(path, chosen, names, line)
+                places = {name: names.index(name) for name in chosen}
+            elif cells and len(cells) != len(names):
+                raise DataError(path, f"has {len(cells)} columns, the first line {len(names)}", line=line)
+            elif cells:
+                yield line, {name: cells[place] for name, place in places.items()}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(path, f"broken CSV ({error})", line=line) from None
+
+
+def _parquet(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise MissingPackage("pyarrow", f"reading {path}", "pip install 'secateur[torch]'") from None
+    first = 1
+    # Without buffers of this size whole row groups are in memory, and a file may be one.
+    options = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 1 << 20}
+    try:
+        with parquet.ParquetFile(path, **options) as opened:
+            names = opened.schema_arrow.names
+            chosen = list(select(names))
+            _check_names(path, chosen, names)
+            for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=chosen):
+                columns = [_values(path, name, batch.column(name), first) for name in chosen]
+                for line, values in enumerate(zip(*columns, strict=True), start=first):
+                    yield line, dict(zip(chosen, values, strict=True))
+                first += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        problem = f"is not a readable Parquet file ({' '.join(str(error).split()):.200})"
+        raise DataError(path, problem, line=first if first > 1 else None) from None
+
+
+def _values(path: Path, name: str, column: Any, first: int) -> Any:
+    """The values of a column; Parquet's writers need not check that texts are UTF-8."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        for line, value in enumerate(column, start=first):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                problem = f"byte {error.start + 1} of the text is not UTF-8"
+                raise DataError(path, problem, "write it as UTF-8", line=line, field=name) from None
+        raise
+
+
+def _check_names(path: Path, chosen: Sequence[str], names: Sequence[str], line: int | None = None) -> None:
+    for name in chosen:
+        if names.count(name) > 1:
+            problem = f"is the name of {names.count(name)} columns"
+            raise DataError(path, problem, "give each its own", line=line, field=name)
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+def as_text(value: Any) -> str:
+    """A text that is not empty."""
+    if not isinstance(value, str):
+        raise ValueError(f"is {value!r:.60}, not a text")
+    if not value.strip():
+        raise ValueError("the text is empty")
+    return value
+
+
+def as_text_or_empty(value: Any) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"is {value!r:.60}, not a text")
+    return value or ""
+
+
+def list_of(parse: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    def parse_list(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise ValueError(f"is {value!r:.60}, not a list")
+        if not value:
+            raise ValueError("is an empty list")
+        return [parse(item) for item in value]
+
+    return parse_list
+
+
+def as_number(value: Any) -> float:
+    if not isinstance(value, bool) and isinstance(value, (int, float)):
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+            if math.isfinite(value):
+                return float(value)
+    raise ValueError(f"is {value!r:.60}, not a number")
+
+
+def as_binary(value: Any) -> int:
+    """0 or 1, also as false and true or, from a column that had gaps, as 0.0 and 1.0."""
+    if not isinstance(value, (int, float)) or value not in (0, 1):
+        raise ValueError(f"is {value!r:.60}, not 0 or 1")
+    return int(value)
+
+
+def as_id(value: Any) -> str:
+    """A text or an integer; 7.0 is 7, but beyond 2**53 several integers are the same float."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        if abs(value) >= 1 << 53:
+            raise ValueError(f"is {value!r:.60}, a float too large to tell ids apart")
+        return str(int(value))
+    return as_text(value)
+
+
+def as_label(value: Any) -> str:
+    """A text, a number, or true or false; 1.0 and 1 are one label, true is another."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
+        return repr(value)
+    return as_id(value)

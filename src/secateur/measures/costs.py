@@ -1,0 +1,165 @@
+"""What a model costs, layer by layer: parameters, bytes, floating-point operations and time.
+
+Any cut costs the sum of what it keeps: the layers, and all that is outside of them. Parameters, bytes and operations
+are counted. Times are measured, not scaled: the clock is read between the layers of an ordinary ``encode``, so that the
+time until layer k ends is the time that the model cut to its first k layers takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.models.blocks import blocks_of, late_modules, packed_tensors
+from secateur.models.forward import wait
+from secateur.results import PartRow
+
+TEXT = "The gardener cut the hedge back to half its height before the rain came, on day {n}."
+FLOPS_TOKENS = 128
+BATCH, BATCHES = 8, 2
+SINGLES = 5
+_WORDS = "Return the element of the sequence at this position, or raise an error where there is none. "
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, a weight that is used twice counted once, and the bytes of the weights."""
+
+    parameters: int
+    bytes: int
+
+
+def layer_sizes(model: SentenceTransformer) -> tuple[Size, ...]:
+    """Count what is outside the layers, then each layer.
+
+    A weight that several layers share is counted with the first of them; a tensor outside the layers that packs one
+    slice for each of them is counted with the layers.
+
+    Args:
+        model: Its weights as they are stored, so that ``bytes`` are those of a written cut.
+    """
+    transformer = model[0].auto_model
+    layers = blocks_of(transformer)
+    packed = {id(tensor): tensor for tensor in map(transformer.get_parameter, packed_tensors(transformer))}
+    slices = _size(packed.values())
+    seen = set(packed)
+    late = [(index, transformer.get_submodule(name)) for name, index in late_modules(transformer).items()]
+    sizes = []
+    for index, layer in enumerate(layers):
+        later = {id(t) for first, module in late if first > index for t in module.parameters()}
+        own = _size_of_new(layer, seen, later)
+        sizes.append(Size(own.parameters + slices.parameters // len(layers), own.bytes + slices.bytes // len(layers)))
+    return (_size_of_new(model, seen), *sizes)
+
+
+def _size_of_new(module: nn.Module, seen: set[int], later: Collection[int] = ()) -> Size:
+    """Size of the parameters and stored buffers not counted yet, which are marked as seen; ``later`` is left out."""
+    own = {id(t): t for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    own |= {id(t): t for t in module.parameters()}
+    new = {key: tensor for key, tensor in own.items() if key not in seen and key not in later}
+    seen.update(new)
+    return _size(new.values())
+
+
+def _size(tensors: Collection[Tensor]) -> Size:
+    parameters = sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
+    return Size(parameters, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+def flops_per_token(model: SentenceTransformer, length: int) -> tuple[float, int]:
+    """Floating-point operations for each token of one text (:func:`flops_by_layer`), and the tokens that it had."""
+    (whole,), width = flops_by_layer(model, length, ())
+    return whole, width
+
+
+def flops_by_layer(model: SentenceTransformer, length: int, layers: Iterable[nn.Module]) -> tuple[list[float], int]:
+    """Count the floating-point operations of a forward pass, by torch's own counter.
+
+    Counted are matrix products, 2 operations for each multiply-add: linear layers, attention (over all pairs of tokens,
+    also where a causal mask discards half of them), convolutions, the experts that a token is sent to. Element-wise
+    work (norms, activations, softmax, scans) and look-ups are not.
+
+    Args:
+        model: Any encoder, on any device.
+        length: Tokens of the text; fewer where the model takes no more. Attention costs more for longer texts.
+        layers: Modules of the model.
+
+    Returns:
+        Operations for each token, of all that is outside of ``layers``, then of each; and the text's number of tokens.
+    """
+    features = model.preprocess([_WORDS * length])
+    width = min(length, features["input_ids"].shape[1])
+    device = next(model.parameters()).device
+    cut = {
+        key: value[:, :width].to(device) if isinstance(value, Tensor) and value.ndim == 2 else value
+        for key, value in features.items()
+    }
+    grouped = getattr(torch.ops.aten, "_grouped_mm", None)  # of experts; since torch 2.8
+    counter = FlopCounterMode(display=False, custom_mapping={grouped: _grouped_flops} if grouped else None)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:  # torch's counter would look for gradients
+            parameter.requires_grad_(False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # it does not know the fused attention of CPUs
+            model(cut)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    counts, names = counter.get_flop_counts(), {module: name for name, module in model.named_modules()}
+    inside = [sum(counts.get(f"{type(model).__name__}.{names[layer]}", {}).values()) for layer in layers]
+    return [flops / width for flops in (counter.get_total_flops() - sum(inside), *inside)], width
+
+
+def _grouped_flops(first: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * torch.Size(out_shape).numel() * first[-1]
+
+
+def measure_layers(model: SentenceTransformer, sizes: Sequence[Size]) -> tuple[PartRow, ...]:
+    """Count operations and measure times, some seconds for a model of 10⁸ parameters on a core.
+
+    Args:
+        model: In the dtype and on the device in which it is used.
+        sizes: From :func:`layer_sizes`.
+
+    Returns:
+        All that is outside the layers (the tokenizer's time included), then each layer.
+    """
+    flops, _ = flops_by_layer(model, FLOPS_TOKENS, blocks_of(model[0].auto_model))
+    latency, seconds = _median_seconds(model, 1, SINGLES), _median_seconds(model, BATCH, BATCHES)
+    columns = zip(sizes, flops, latency, seconds, strict=True)
+    return tuple(PartRow(part, size.parameters, size.bytes, *rest) for part, (size, *rest) in enumerate(columns))
+
+
+def _median_seconds(model: SentenceTransformer, texts: int, rounds: int) -> list[float]:
+    """Median wall time of one ``encode`` in one batch, by layer; a first round that prepares kernels does not count."""
+    layers = blocks_of(model[0].auto_model)
+    clock: list[float] = []
+
+    def tick(*_: Any) -> None:
+        wait(model.device)
+        clock.append(time.perf_counter())
+
+    found = []
+    with ExitStack() as hooks:
+        hooks.callback(layers[0].register_forward_pre_hook(tick).remove)
+        for layer in layers:
+            hooks.callback(layer.register_forward_hook(tick).remove)
+        for _ in range(rounds + 1):
+            clock.clear()
+            started = time.perf_counter()
+            model.encode([TEXT.format(n=n) for n in range(texts)], batch_size=texts, show_progress_bar=False)
+            wait(model.device)
+            spent = [end - start for start, end in itertools.pairwise(clock)]
+            found.append([time.perf_counter() - started - sum(spent), *spent])
+    return [statistics.median(layer) for layer in zip(*found[1:], strict=True)]

@@ -1,0 +1,111 @@
+"""The batches that a profile reads: data checked, with their prompts, each distinct text once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from sentence_transformers import SentenceTransformer
+
+from secateur.data.sources import Pair, Pairs, Source, Texts, batches, l3prune_prompt
+from secateur.errors import ConfigError, DataError
+from secateur.models.pooling import pooling_name
+
+
+def check_sources(sources: Sequence[Source], max_examples: int) -> None:
+    """Refuse data from which nothing can be learned.
+
+    Raises:
+        ConfigError, DataError: No file, one twice, fewer than two different rows, or no negative for any anchor.
+    """
+    if not sources:
+        raise ConfigError("data", sources, "no data file given")
+    contents = [source.source.sha256 for source in sources]
+    share = max(2, max_examples // len(sources))
+    for source in sources:
+        name, rows = source.source.name, source.rows
+        if contents.count(source.source.sha256) > 1:
+            raise DataError(name, "is there twice: its batches would count twice", "name it once")
+        what = "pairs" if isinstance(source, Pairs) else "texts"
+        if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in rows}) < 2:
+            if len(rows) < share:
+                problem = f"holds fewer than two different {what}"
+                raise DataError(name, problem, "a loss needs something to tell apart")
+            problem = f"fewer than two different {what} were drawn from it, of {share}"
+            raise DataError(name, problem, "raise --max-examples")
+        if isinstance(source, Pairs) and not _has_negatives(source):
+            hint = "a loss needs something to tell apart" if len(rows) < share else "raise --max-examples"
+            raise DataError(name, "every passage is a positive of every anchor", hint)
+
+
+def _has_negatives(pairs: Pairs) -> bool:
+    """Whether some anchor has a negative at all, wherever in the data."""
+    relevant: dict[str, set[str]] = {}
+    for row in pairs.rows:
+        relevant.setdefault(row.anchor, {row.anchor}).add(row.positive)
+    passages = {text for row in pairs.rows for text in (row.positive, *row.negatives)}
+    return any(not passages <= own for own in relevant.values())
+
+
+def with_prompts(source: Source, model: SentenceTransformer, default: bool) -> Source:
+    """Data with the prompts that are used.
+
+    Args:
+        source: The data.
+        model: Its default prompt goes before every text where the data have none; with the paper's pooling, prompts
+            get the paper's form.
+        default: Whether the default prompt may be used.
+    """
+    prompt, passage_prompt = source.prompt, source.passage_prompt if isinstance(source, Pairs) else ""
+    if default and not prompt and not passage_prompt:
+        prompt = passage_prompt = model.prompts.get(model.default_prompt_name or "") or ""
+    if pooling_name(model) == "l3prune":
+        prompt, passage_prompt = l3prune_prompt(prompt), l3prune_prompt(passage_prompt)
+    if isinstance(source, Texts):
+        return replace(source, prompt=prompt)
+    return replace(source, prompt=prompt, passage_prompt=passage_prompt)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Indices of distinct texts; a batch of texts alone has anchors only."""
+
+    anchors: tuple[int, ...]
+    positives: tuple[int, ...] = ()
+    negatives: tuple[int, ...] = ()
+
+    @property
+    def texts(self) -> set[int]:
+        return {*self.anchors, *self.positives, *self.negatives}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The distinct texts, each with its prompt, and the batches in the order in which they are visited."""
+
+    texts: tuple[tuple[str, str], ...]
+    batches: tuple[Batch, ...]
+    notes: tuple[str, ...]
+
+
+def make_corpus(sources: Sequence[Source], size: int, seed: int) -> Corpus:
+    places: dict[tuple[str, str], int] = {}
+
+    def indices(prompt: str, texts: Iterable[str]) -> tuple[int, ...]:
+        return tuple(places.setdefault((prompt, text), len(places)) for text in texts)
+
+    found = []
+    for source in sources:
+        if isinstance(source, Texts):
+            starts = range(0, len(source.rows), size)
+            found += [Batch(indices(source.prompt, source.rows[start : start + size])) for start in starts]
+            continue
+        for batch in batches(source, size):
+            others = (indices(batch.passage_prompt, texts) for texts in (batch.positives, batch.negatives))
+            found.append(Batch(indices(batch.prompt, batch.anchors), *others))
+    # In a drawn order the first batches stand for all of them, whatever the order of the files.
+    random.Random(seed).shuffle(found)  # noqa: S311 - not for secrets
+    sizes = sorted({len(batch.anchors) for batch in found if batch.positives})
+    note = f"losses of batches of {' and '.join(map(str, sizes))} pairs were averaged: more pairs give a higher loss"
+    return Corpus(tuple(places), tuple(found), (note,) if len(sizes) > 1 else ())
