@@ -17,11 +17,12 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance progress clusters document
+errors files done provenance progress clusters
 results: base kinds
 runtime
 options: base shared way runs inference
 figures: style plots
+document
 models: compat blocks cutting pooling checks forward save open_model
 data: rows hub sources vectors demo
 measures: metrics intervals costs
