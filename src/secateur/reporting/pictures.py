@@ -209,8 +209,8 @@ class Saturation:
         said = (
             f"Fitted by least squares to {plural(self.points, 'model')}: score = {score(self.plateau)} − "
             f"{score(self.gain)} × {base}^(−{self.exponent:.2f}); it explains {percent(self.explained)} of the "
-            f"variance, residuals have a standard deviation of {score(self.error)} points. Plateau: {score(self.plateau)} "
-            f"({span(self.plateau_low, self.plateau_high)}, bootstrap over models)."
+            f"variance, residuals have a standard deviation of {score(self.error)} points. Plateau: "
+            f"{score(self.plateau)} ({span(self.plateau_low, self.plateau_high)}, bootstrap over models)."
         )
         if self.limit is not None:
             return f"{said} Beyond {count(self.limit)} parameters, another point {cost.format('more')}"
