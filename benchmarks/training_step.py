@@ -33,7 +33,7 @@ from secateur.healing.losses import Loss
 from secateur.healing.recipes import TrainingConfig, decide, prepare, training_arguments
 from secateur.healing.trainer import Trainer
 from secateur.healing.training_data import TrainingSet, training_sets
-from secateur.models.blocks import cut
+from secateur.models.cutting import cut
 from secateur.models.open_model import open_model
 
 Step = Callable[[TrainingSet], float]

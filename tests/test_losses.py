@@ -22,7 +22,7 @@ from secateur.healing.losses import Loss, SortedColumn, batch_mask, contrastive_
 from secateur.healing.recipes import TrainingConfig, training_arguments
 from secateur.healing.teacher import PROBES, Teacher, keep_vectors
 from secateur.healing.trainer import Trainer
-from secateur.models.blocks import cut
+from secateur.models.cutting import cut
 from secateur.profiling.depths import depth_vectors
 
 ANCHORS = ["what is a hedge?", "who cuts it", "when", "where do they stand now?"]

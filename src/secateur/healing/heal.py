@@ -35,8 +35,10 @@ from secateur.healing.training_data import (
     training_sets,
     with_default_prompt,
 )
+from secateur.models import model_label
 from secateur.models.blocks import depth_of
-from secateur.models.open_model import make_bidirectional, model_label, open_model, save_model
+from secateur.models.open_model import make_bidirectional, open_model
+from secateur.models.save import save_model
 from secateur.options import HealOptions
 from secateur.options.base import step
 from secateur.profiling.depths import check_depths
