@@ -128,9 +128,7 @@ class ReportOptions(Options):
 
 
 class StudyOptions(HealSettings):
-    """Do all steps for models, depths, trainings and seeds: profile, choose, prune, heal, evaluate, report.
-
-    Run the same command again to resume.
+    """Do all steps for models, depths, trainings and seeds, from profile to report; run it again to resume.
 
     Example: secateur study smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o run
     """
