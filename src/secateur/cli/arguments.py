@@ -103,11 +103,18 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
         shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
         suffix = f" [default: {shown}]" if shown not in (None, False, "") else ""
         required = " [required]" if field.is_required() or extra(options, name, "required") else ""
-        metavar = f"{name.upper().rstrip('S')}..." if get_origin(kind) is list else None
+        metavar = f"{name.upper().rstrip('S')}..." if get_origin(kind) is list else _choices(field.annotation)
         info = typer.Option(*names, help=text + suffix + required, show_default=False, metavar=metavar)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
     )
+
+
+def _choices(annotation: Any) -> str | None:
+    """``l3prune|everyday|distill``, where an option takes one of a few words."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for part in get_args(annotation) if (found := _choices(part))), None)
+    return "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else None
 
 
 def _plain(annotation: Any) -> Any:

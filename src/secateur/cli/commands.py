@@ -1,4 +1,4 @@
-"""The commands. No logic: options come from :mod:`.config`, work is done by the functions of the same names.
+"""The commands. No logic: options come from :mod:`.options`, work is done by the functions of the same names.
 
 A mistake of the user gives one line on standard error and exit code 2; ``SECATEUR_DEBUG=1`` shows the traceback.
 """
@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur import options as config
 from secateur.cli.arguments import command_of, spread
 from secateur.cli.bars import per_second, study_bars, work_bars
 from secateur.cli.tables import (
@@ -27,7 +26,24 @@ from secateur.cli.tables import (
     show_scores,
     show_steps,
 )
-from secateur.errors import SYSTEM, SecateurError, system_error
+from secateur.errors import SYSTEM, DataError, SecateurError, system_error
+from secateur.options import (
+    ChooseOptions,
+    CompareOptions,
+    CostOptions,
+    EncodeOptions,
+    EvaluateOptions,
+    ExportOptions,
+    HealOptions,
+    Options,
+    ProfileOptions,
+    PruneOptions,
+    ReportOptions,
+    ResumeOptions,
+    ServeOptions,
+    StatusOptions,
+    StudyOptions,
+)
 
 app = typer.Typer(
     help="Cut a language model down to the text encoder you can afford.",
@@ -90,177 +106,152 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-@command_of(app, config.ProfileOptions)
-def profile_command(options: config.ProfileOptions) -> None:
+def _do(name: str, options: Options) -> Any:
+    """The result of the function of that name, under progress bars."""
     import secateur
 
     with work_bars() as progress:
-        result = secateur.profile(**_given(options), progress=progress)
-    show_profile(result)
-    typer.echo(f"\n{Path(str(options.out)) / 'profile.json'}")
-    for picture in sorted(Path(str(options.out)).glob("*.png")):
-        typer.echo(picture)
+        return getattr(secateur, name)(**options.given(), progress=progress)
 
 
-@command_of(app, config.ChooseOptions)
+def _say(*lines: object) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+@command_of(app, ProfileOptions)
+def profile_command(options: ProfileOptions) -> None:
+    show_profile(_do("profile", options))
+    out = Path(str(options.out))
+    _say(f"\n{out / 'profile.json'}", *sorted(out.glob("*.png")))
+
+
+@command_of(app, ChooseOptions)
 def choose_command(
-    options: config.ChooseOptions,
-    *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    options: ChooseOptions, *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
     import secateur
 
-    found = secateur.candidates(**_given(options))
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-        return
-    show_candidates(found)
+    found = secateur.candidates(**options.given())
+    _say(json.dumps(found.to_dict())) if as_json else show_candidates(found)
 
 
-@command_of(app, config.PruneOptions)
-def prune_command(options: config.PruneOptions) -> None:
-    import secateur
+@command_of(app, PruneOptions)
+def prune_command(options: PruneOptions) -> None:
     from secateur.results import Origin, load
 
-    with work_bars() as progress:
-        folder = secateur.prune(**_given(options), progress=progress)
+    folder = _do("prune", options)
     left_out = load(folder, Origin).left_out
     if left_out:
         typer.echo(f"left out: {', '.join(left_out)}", err=True)
-    typer.echo(folder)
+    _say(folder)
 
 
-@command_of(app, config.HealOptions)
-def heal_command(options: config.HealOptions) -> None:
-    import secateur
+@command_of(app, HealOptions)
+def heal_command(options: HealOptions) -> None:
     from secateur.results import Training, load
 
-    with work_bars() as progress:
-        folder = secateur.heal(**_given(options), progress=progress)
+    folder = _do("heal", options)
     settings = load(folder, Training).settings
     typer.echo(f"trained by {settings['objective']}", err=True)
     for note in settings["notes"]:
         typer.echo(f"note: {note}", err=True)
-    typer.echo(folder)
+    _say(folder)
 
 
-@command_of(app, config.EvaluateOptions)
-def evaluate_command(options: config.EvaluateOptions) -> None:
+@command_of(app, EvaluateOptions)
+def evaluate_command(options: EvaluateOptions) -> None:
+    show_scores(_do("evaluate", options))
+    _say(f"\n{Path(str(options.out)) / 'scores.json'}")
+
+
+@command_of(app, CostOptions)
+def cost_command(options: CostOptions) -> None:
+    show_costs(_do("cost", options).rows)
+    _say(f"\n{Path(str(options.out)) / 'costs.json'}")
+
+
+@command_of(app, CompareOptions)
+def compare_command(options: CompareOptions) -> None:
+    show_comparison(_do("compare", options))
+    _say(f"\n{Path(str(options.out)) / 'comparison.json'}")
+
+
+@command_of(app, ExportOptions)
+def export_command(options: ExportOptions) -> None:
+    show_export(_do("export", options))
+    _say(f"\n{options.out}")
+
+
+@command_of(app, ReportOptions)
+def report_command(options: ReportOptions) -> None:
     import secateur
 
-    with work_bars() as progress:
-        scores = secateur.evaluate(**_given(options), progress=progress)
-    show_scores(scores)
-    typer.echo(f"\n{Path(str(options.out)) / 'scores.json'}")
+    _say(secateur.report(**options.given()))
 
 
-@command_of(app, config.CostOptions)
-def cost_command(options: config.CostOptions) -> None:
-    import secateur
-
-    with work_bars() as progress:
-        costs = secateur.cost(**_given(options), progress=progress)
-    show_costs(costs.rows)
-    typer.echo(f"\n{Path(str(options.out)) / 'costs.json'}")
-
-
-@command_of(app, config.CompareOptions)
-def compare_command(options: config.CompareOptions) -> None:
-    import secateur
-
-    with work_bars() as progress:
-        comparison = secateur.compare(**_given(options), progress=progress)
-    show_comparison(comparison)
-    typer.echo(f"\n{Path(str(options.out)) / 'comparison.json'}")
-
-
-@command_of(app, config.ExportOptions)
-def export_command(options: config.ExportOptions) -> None:
-    import secateur
-
-    with work_bars() as progress:
-        result = secateur.export(**_given(options), progress=progress)
-    show_export(result)
-    typer.echo(f"\n{options.out}")
-
-
-@command_of(app, config.ReportOptions)
-def report_command(options: config.ReportOptions) -> None:
-    import secateur
-
-    typer.echo(secateur.report(**_given(options)))
-
-
-@command_of(app, config.StudyOptions)
+@command_of(app, StudyOptions)
 def study_command(
-    options: config.StudyOptions,
+    options: StudyOptions,
     *,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show the steps and their estimated times, and do nothing.")
     ] = False,
 ) -> None:
-    import secateur
-
     if plan:
-        with work_bars() as progress:
-            state = secateur.plan_study(**_given(options), progress=progress)
-        show_steps(state, options.jobs)
-        return
-    _study(_given(options))
+        show_steps(_do("plan_study", options), options.jobs)
+    else:
+        _study(options.given())
 
 
-@command_of(app, config.StatusOptions)
-def study_status_command(options: config.StatusOptions) -> None:
+@command_of(app, StatusOptions)
+def study_status_command(options: StatusOptions) -> None:
     import secateur
 
     show_steps(secateur.read_status(options.run), 1)
 
 
-@command_of(app, config.ResumeOptions)
-def study_resume_command(options: config.ResumeOptions) -> None:
+@command_of(app, ResumeOptions)
+def study_resume_command(options: ResumeOptions) -> None:
     import secateur
 
     secateur.read_status(options.run)  # a folder without a study is no place to begin one
-    given = _given(options)
+    given = options.given()
     _study({"out": given.pop("run"), **given})
 
 
 def _study(given: dict[str, Any]) -> None:
     import secateur
-    from secateur.errors import DataError
 
     with study_bars(int(given.get("jobs", 1))) as (progress, callback):
         page = secateur.study(**given, progress=progress, callback=callback)
     with suppress(DataError):  # a study without tasks has no scores
         show_scores(secateur.read_scores(given["out"]))
-    typer.echo(f"\n{page}")
+    _say(f"\n{page}")
 
 
-@command_of(app, config.EncodeOptions)
-def encode_command(options: config.EncodeOptions) -> None:
-    import secateur
+@command_of(app, EncodeOptions)
+def encode_command(options: EncodeOptions) -> None:
     from secateur.data.rows import check_column
 
     check_column(options.files, options.column)
     from secateur.inference.workers import keep_freed_memory  # with torch
 
     keep_freed_memory()
-    with work_bars() as progress:
-        done = secateur.encode(**_given(options), progress=progress)
-    typer.echo(
-        f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} numbers each, {done.dtype}", err=True
-    )
+    done = _do("encode", options)
+    told = f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} dimensions, {done.dtype}"
+    typer.echo(told, err=True)
     if done.encoded:
         texts, tokens = (per_second(count, done.seconds) for count in (done.encoded, done.tokens))
         typer.echo(f"encoded {done.encoded} texts, {texts} texts and {tokens} tokens per second", err=True)
-    typer.echo(done.file)
+    _say(done.file)
 
 
-@command_of(app, config.ServeOptions)
-def serve_command(options: config.ServeOptions) -> None:
+@command_of(app, ServeOptions)
+def serve_command(options: ServeOptions) -> None:
     import secateur
 
-    secateur.serve(**_given(options))
+    secateur.serve(**options.given())
 
 
 @app.callback(invoke_without_command=True)
@@ -272,8 +263,3 @@ def _version(
 
         typer.echo(installed("secateur"))
         raise typer.Exit
-
-
-def _given(options: config.Options) -> dict[str, Any]:
-    """The options that the user set, so that the functions' own defaults and a study's earlier settings hold."""
-    return {name: getattr(options, name) for name in options.model_fields_set}
