@@ -1,13 +1,13 @@
-"""What it costs to cut a checkpoint without opening it, and to open what was cut: memory, bytes and time, in one run.
+"""What it costs to cut a checkpoint, and to open what was cut: memory, bytes and time, in one run.
 
     python benchmarks/checkpoint.py                      # Llama-3-8B's configuration: 16 GB, and 10 GB for the results
     python benchmarks/checkpoint.py --hidden-size 1024   # a quick run: 1.4 GB
 
-A sharded checkpoint of random numbers is written, and cut to its first blocks in fresh processes: from the folder, in
-turns with ``cp`` of as many bytes (page cache emptied of both sources, results brought to the disk by both), and from a
-stand-in of the Hub on this machine that counts what it sends. Then the whole command runs, from the folder and from the
-stand-in: it opens what it wrote and compares vectors with the source's. Last, the whole checkpoint and the cut one are
-opened by transformers, and encode a text.
+A sharded checkpoint of random numbers is written, and cut to its first blocks by ``secateur prune`` in fresh processes:
+from the folder, in turns with ``cp`` of as many bytes (page cache emptied of both sources, results brought to the disk
+by both), and from a stand-in of the Hub on this machine that counts what it sends. Of the memory, *allocated* is the
+process's own; the rest of the resident memory are pages of files, which the system takes back where it needs them.
+Last, the whole checkpoint and the cut one are opened by transformers, and encode a text.
 """
 
 from __future__ import annotations
@@ -34,37 +34,31 @@ from hub import StandIn, serve
 SHARD_BYTES = 5_000_000_000  # as transformers' save_pretrained
 VOCABULARY, HEAD = 128_256, 128
 
-CHILD = """
-import json, re, sys, time
-import torch, transformers
+COMMAND = """
+import json, re, resource, sys, threading, time
 
-def status(file, field):
+def status(field, file="status"):
     return int(re.search(rf"{field}:\\s+(\\d+)", open(f"/proc/self/{file}").read())[1])
 
-from secateur.checkpoints.checkpoint import prune_checkpoint
-imported, read = status("status", "VmHWM") * 1024, status("io", "rchar")
-source, keep, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-start = time.perf_counter()
-result = prune_checkpoint(source, range(keep), out)
-print(json.dumps({
-    "seconds": time.perf_counter() - start,
-    "peak": status("status", "VmHWM") * 1024,
-    "imported": imported,
-    "read": status("io", "rchar") - read,
-    "kept": result.bytes_kept,
-}))
-"""
+import torch, transformers, secateur
+secateur.prune
+start, imported, read, allocated, done = time.perf_counter(), status("RssAnon"), status("rchar", "io"), [0], []
 
-COMMAND = """
-import json, re, resource, sys, time
-start = time.perf_counter()
-import secateur
+def watch():
+    while not done:
+        allocated[0] = max(allocated[0], status("RssAnon"))
+        time.sleep(0.02)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
 folder = secateur.prune(sys.argv[1], int(sys.argv[2]), pooling="mean", out=sys.argv[3])
-status = open("/proc/self/status").read()
+done.append(True)
+watcher.join()
 print(json.dumps({
     "seconds": time.perf_counter() - start,
-    "peak": int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024,
-    "anonymous": int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]) * 1024,
+    "peak": status("VmHWM") * 1024,
+    "allocated": allocated[0] * 1024,
+    "imported": imported * 1024,
     "checked": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
 }))
 """
@@ -97,7 +91,6 @@ def main() -> None:
         print(f"checkpoint   {total / 1e9:.2f} GB, {args.layers} blocks, first {args.keep} kept")
         from_folder(folder, args)
         from_hub(folder, args)
-        whole_command(folder, args)
         opening(folder)
 
 
@@ -195,38 +188,36 @@ def write_shard(stream, group: dict[str, tuple[tuple[int, ...], int]], noise: by
 
 def from_folder(folder: Path, args: argparse.Namespace) -> None:
     runs, copies = [], []
-    kept = folder / "kept"
+    pruned = folder / "pruned"
     for _ in range(args.rounds):
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir()
+        shutil.rmtree(pruned, ignore_errors=True)
         forget(folder / "model")
-        runs.append(child(folder / "model", args.keep, kept, {}))
-        copies.append(copy(kept, folder / "copy"))
-    worst = max(run["peak"] for run in runs)
-    bytes_kept = runs[0]["kept"]
+        runs.append(child(folder / "model", args.keep, pruned, {}))
+        copies.append(copy(pruned, folder / "copy"))
+    kept = sum(file.stat().st_size for file in files(pruned, ".safetensors"))
     seconds, copied = (statistics.median(times) for times in ([run["seconds"] for run in runs], copies))
-    ratio = statistics.median(run["seconds"] / once for run, once in zip(runs, copies, strict=True))
-    print(f"kept         {bytes_kept / 1e9:.2f} GB")
-    print(f"peak RSS     {worst / 1e6:.0f} MB (of it {runs[0]['imported'] / 1e6:.0f} MB after the imports)")
-    print(f"bytes read   {max(run['read'] for run in runs) / bytes_kept:.4f} of those kept (/proc/self/io rchar)")
-    print(f"time         {seconds:.2f} s, cp and sync {copied:.2f} s; ratio {ratio:.2f} (medians of {args.rounds})")
-    pairs = [f"{run['seconds']:.2f}/{once:.2f}" for run, once in zip(runs, copies, strict=True)]
-    print(f"             each: {', '.join(pairs)}")
+    print(f"kept         {kept / 1e9:.2f} GB")
+    print(f"time         {seconds:.1f} s with the check, after the imports; cp and sync of as much {copied:.2f} s")
+    print(f"memory       {shown(max(runs, key=lambda run: run['allocated']))}")
 
 
-def whole_command(folder: Path, args: argparse.Namespace) -> None:
-    forget(folder / "model")
-    run = child(folder / "model", args.keep, folder / "pruned", {}, COMMAND)
-    print(f"command      {run['seconds']:.1f} s with imports and the check; {shown(run)}")
+def from_hub(folder: Path, args: argparse.Namespace) -> None:
+    pruned, kept = folder / "pruned", sum(file.stat().st_size for file in files(folder / "pruned", ".safetensors"))
     with serve(folder / "model") as server:
-        run = child("me/tiny", args.keep, folder / "pruned-hub", hub_environment(server, folder / "home-2"), COMMAND)
-        kept = sum(file.stat().st_size for file in files(folder / "pruned", ".safetensors"))
-        print(f"  from a Hub {run['seconds']:.1f} s; {server.sent / kept:.4f} bytes sent for each kept; {shown(run)}")
+        run = child("me/tiny", args.keep, folder / "pruned-hub", hub_environment(server, folder / "home"))
+        weights = files(pruned, ".safetensors")
+        same = all(equal(folder / "pruned-hub" / file.name, file) for file in weights)
+        print(f"from the Hub {server.sent / kept:.4f} bytes sent for each kept; {run['seconds']:.1f} s")
+        print(f"             {shown(run)}; the same weights as from the folder: {'yes' if same else 'NO'}")
+    if not same:
+        raise SystemExit(1)
 
 
 def shown(run: dict[str, float]) -> str:
-    peaks = f"peak RSS {run['peak'] / 1e6:.0f} MB, of it allocated {run['anonymous'] / 1e6:.0f} MB at the end"
-    return f"{peaks}; the process that checks {run['checked'] / 1e6:.0f} MB"
+    allocated = (
+        f"allocated at most {run['allocated'] / 1e6:.0f} MB, {run['imported'] / 1e6:.0f} MB of it by the imports"
+    )
+    return f"{allocated}; peak RSS {run['peak'] / 1e6:.0f} MB; the process that checks {run['checked'] / 1e6:.0f} MB"
 
 
 def opening(folder: Path) -> None:
@@ -245,20 +236,6 @@ def hub_environment(server: StandIn, home: Path) -> dict[str, str]:
     return {"HF_ENDPOINT": server.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
 
 
-def from_hub(folder: Path, args: argparse.Namespace) -> None:
-    out = folder / "downloaded"
-    out.mkdir()
-    with serve(folder / "model") as server:
-        run = child("me/tiny", args.keep, out, hub_environment(server, folder / "home"))
-        same = all((out / file.name).read_bytes() == file.read_bytes() for file in files(folder / "kept", ".json"))
-        same &= all(equal(out / file.name, file) for file in files(folder / "kept", ".safetensors"))
-        print(f"from the Hub {server.sent / run['kept']:.4f} bytes sent for each kept; ", end="")
-        print(f"peak RSS {run['peak'] / 1e6:.0f} MB;")
-        print(f"             {run['seconds']:.2f} s; the same files as from the folder: {'yes' if same else 'NO'}")
-    if not same:
-        raise SystemExit(1)
-
-
 def files(folder: Path, suffix: str) -> Iterator[Path]:
     return (file for file in folder.iterdir() if file.suffix == suffix)
 
@@ -267,11 +244,9 @@ def equal(left: Path, right: Path) -> bool:
     return subprocess.run(["cmp", "--quiet", left, right]).returncode == 0
 
 
-def child(
-    source: Path | str, keep: int, out: Path, environment: dict[str, str], script: str = CHILD
-) -> dict[str, float]:
+def child(source: Path | str, keep: int, out: Path, environment: dict[str, str]) -> dict[str, float]:
     """Prune in a fresh process that measures itself."""
-    command = [sys.executable, "-c", script, str(source), str(keep), str(out)]
+    command = [sys.executable, "-c", COMMAND, str(source), str(keep), str(out)]
     done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -151,8 +151,8 @@ def test_refusals(hub: StandIn, tmp_path: Path):
 def wanted(model: PreTrainedModel, folder: Path, keep: Sequence[int]) -> set[str]:
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    headers = {"model.safetensors": {name: {"shape": list(tensor.shape)} for name, tensor in tensors.items()}}
-    return wanted_tensors("me/tiny", AutoConfig.from_pretrained(folder), headers, lambda depth: keep)
+    shapes = {name: {"shape": list(tensor.shape)} for name, tensor in tensors.items()}
+    return wanted_tensors("me/tiny", AutoConfig.from_pretrained(folder), shapes, lambda depth: keep)
 
 
 def test_heads_decoders_and_vision_towers_are_not_wanted(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -337,6 +338,22 @@ def test_sources_that_will_not_do(source: Path, cut: Path, tmp_path: Path):
     refused("cannot be merged", source, ConfigError, adapter="a", trust_remote_code=True)
     with pytest.raises(OutputError, match="already holds"):
         secateur.prune(source, 1, out=cut)
+
+
+def test_a_multimodal_model_is_cut_to_its_text_tower_whatever_its_tensors_were_called(tmp_path: Path):
+    folder = tiny_transformer(tmp_path / "m")
+    model = model_of("gemma3")
+    right = expected(model, folder, range(4), "mean")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"processor_class": "Gemma3Processor"}))
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {re.sub(r"^(model\.)?language_model\.", "language_model.model.", n): t for n, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    out = secateur.prune(folder, 4, pooling="mean", out=tmp_path / "out")
+    assert np.allclose(encode(out), right, atol=1e-4)
+    assert "processor_class" not in (out / "tokenizer_config.json").read_text()
+    assert load(out, Origin).left_out == ("multi_modal_projector", "vision_tower")
 
 
 @pytest.mark.slow

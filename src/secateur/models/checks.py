@@ -7,7 +7,7 @@ checks read names, sum each weight once and encode four short texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def check_finite(name: str | Path, model: SentenceTransformer) -> None:
     """Refuse weights that are not finite."""
     for path, parameter in model.named_parameters():
         # A sum reads each number once and makes no copy; it may also overflow, so that it only raises the suspicion.
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum(dtype=torch.float32))):
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum())):
             wrong = int((~torch.isfinite(parameter.detach())).sum())
             if wrong:
                 own = path.removeprefix("0.").removeprefix("model.")
@@ -192,6 +192,19 @@ def _check_ids(name: str | Path, transformer: Transformer) -> None:
         raise ModelError(name, problem, "the tokenizer is of another model, or the weights were not resized to it")
 
 
+class _Lookups(TorchFunctionMode):
+    """Within: every look-up in a table is noted (rows, table), whichever module makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.embedding and len(args) > 1:
+            self.seen.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def positions(transformer: Transformer) -> int | None:
     """Tokens that a text may have before its positions leave their table; None where there is no such table.
@@ -202,8 +215,7 @@ def positions(transformer: Transformer) -> int | None:
     ids = transformer.tokenizer(PAIRS[0][0])["input_ids"]
     if len(ids) < 2:
         return None
-    device = transformer.auto_model.device
-    tokens = torch.tensor([ids], device=device)
+    tokens = torch.tensor([ids], device=transformer.auto_model.device)
     with _Lookups() as lookups:
         transformer.auto_model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     limits = []
@@ -212,26 +224,6 @@ def positions(transformer: Transformer) -> int | None:
         if len(rows) == len(ids) and bool((rows.diff() == 1).all()) and rows.tolist() != ids:
             limits.append(len(table) - int(rows[0]))
     return min(limits, default=None)
-
-
-class _Lookups(TorchFunctionMode):
-    """Within: every look-up in a table is noted, whichever module makes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Note the rows and the table, and look up."""
-        if func is torch.nn.functional.embedding and len(args) > 1:
-            self.seen.append((args[0], args[1]))
-        return func(*args, **(kwargs or {}))
 
 
 def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:

@@ -309,14 +309,22 @@ def _compare(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], pa
     for name, module in after.items():
         inside = name.startswith(f"{path}.")
         for attribute, old, new in _changed_values(before[name], module):
-            if not (_is_copy(attribute, old, new, place) if inside else isinstance(new, int)):
+            # In a block, what only repeats its position, the depth, or what later blocks want of it; outside, a count.
+            repeats = (attribute in POSITIONS and place.get(old) == new) or attribute in DEPTHS | FOR_LATER_BLOCKS
+            if not (repeats if inside else isinstance(new, int)):
                 raise _Misfit(f"{name}.{attribute} depends on place or depth: {old} would become {new}")
             values.append((name, attribute, new))
-        for tensor, old_shape, new_shape in _changed_shapes(before[name], module):
-            axis = None if inside else _packed_axis(old_shape, new_shape, ratio)
-            if axis is None:
-                raise _Misfit(f"{name}.{tensor} depends on place or depth: {old_shape} would become {new_shape}")
-            packed.append((name, tensor, axis))
+        tensors = tensors_of(before[name])
+        for attribute, tensor in tensors_of(module).items():
+            was = tensors.get(attribute)
+            if tensor is None or (was is not None and was.shape == tensor.shape):
+                continue
+            old, new = () if was is None else tuple(was.shape), tuple(tensor.shape)
+            # The one axis that shrinks as the depth does.
+            axes = [axis for axis, sizes in enumerate(zip(old, new, strict=False)) if sizes[0] != sizes[1]]
+            if inside or len(old) != len(new) or len(axes) != 1 or old[axes[0]] * ratio != new[axes[0]]:
+                raise _Misfit(f"{name}.{attribute} depends on place or depth: {old} would become {new}")
+            packed.append((name, attribute, axes[0]))
     return Plan("", tuple(values), tuple(packed), _unused(before, after, keep))
 
 
@@ -329,26 +337,6 @@ def _changed_values(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, 
         same = math.isclose(old, new, rel_tol=1e-9) if isinstance(old, float) and isinstance(new, float) else old == new
         if not same:
             yield name, old, new
-
-
-def _is_copy(attribute: str, old: Any, new: Any, place: Mapping[int, int]) -> bool:
-    """Whether a changed attribute of a block only repeats its position, the depth, or what others want of it."""
-    return (attribute in POSITIONS and place.get(old) == new) or attribute in DEPTHS | FOR_LATER_BLOCKS
-
-
-def _changed_shapes(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    old = tensors_of(before)
-    for name, tensor in tensors_of(after).items():
-        was = old.get(name)
-        if tensor is not None and (was is None or was.shape != tensor.shape):
-            yield name, () if was is None else tuple(was.shape), tuple(tensor.shape)
-
-
-def _packed_axis(old: tuple[int, ...], new: tuple[int, ...], ratio: Fraction) -> int | None:
-    """The one axis that shrinks as the depth does."""
-    axes = [axis for axis, sizes in enumerate(zip(old, new, strict=False)) if sizes[0] != sizes[1]]
-    shrinks = len(old) == len(new) and len(axes) == 1 and old[axes[0]] * ratio == new[axes[0]]
-    return axes[0] if shrinks else None
 
 
 def _unused(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], keep: Sequence[int]) -> tuple[str, ...]:

@@ -113,19 +113,20 @@ class PruneOptions(Options):
 
     model: Model
     to: Annotated[Any, Names("layers")] = positional(
-        "A number of first blocks to keep, a share to remove (0.3), large, small, or another selector.", default=None
+        "Number of first blocks to keep (7), share to remove (0.3), or a selector (large, small, knee, ...).",
+        default=None,
     )
-    keep: Any = Field(None, description="In place of --to: the blocks that stay, from 0, such as 0-5,8,11.")
-    drop: Any = Field(None, description="In place of --to: the blocks that go, such as 20-27.")
-    out: Annotated[Path, Names("new folder")] = output("The model folder to write.")
+    keep: Any = Field(None, description="Blocks to keep, counted from 0, such as 0-5,8,11; use it in place of --to.")
+    drop: Any = Field(None, description="Blocks to remove, counted from 0, such as 20-27; use it in place of --to.")
+    out: Annotated[Path, Names("new folder")] = output("Folder to write the cut model to.")
     profile: Annotated[Any, Names("profile")] = Field(
-        None, description="What selectors choose from: a profile's file or folder."
+        None, description="Profile of the model (a file, or its folder), for selectors that choose from one."
     )
     pooling: Pooling = None
     max_length: MaxLength = 512
-    dtype: Dtype = Field("auto", description="Number format of the written weights; auto: as stored.")
+    dtype: Dtype = Field("auto", description="Data type of the written weights; auto keeps the model's own.")
     adapter: Annotated[Any, BeforeValidator(path_text)] = Field(
-        None, description="A LoRA adapter to merge into the weights: a folder or a Hub id."
+        None, description="LoRA adapter (a folder or a Hub id) to merge into the weights."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the model on the Hub.")
     trust_remote_code: TrustRemoteCode = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -118,25 +117,23 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
 
 
 def _read_config(folder: Path) -> LoraConfig:
-    content: Any = read_json(folder / CONFIG)
-    where = folder / CONFIG
-    if not isinstance(content, dict):
-        raise ModelError(where, "is not a JSON object")
-    if content.get("peft_type") != "LORA":
-        raise UnsupportedArchitecture(where, f"is a {content.get('peft_type')} adapter, not a LoRA", HINT)
-    if content.get("init_lora_weights") not in HARMLESS_STARTS:
-        problem = f"init_lora_weights {content['init_lora_weights']!r} changes the base itself"
-        raise UnsupportedArchitecture(where, problem, HINT)
+    """What peft has to know of an adapter; refuses what is more than LoRA of linear layers."""
+    where, content = folder / CONFIG, read_json(folder / CONFIG)
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
+        raise UnsupportedArchitecture(where, f"is a {found} adapter, not a LoRA", HINT)
+    start, bias = content.get("init_lora_weights"), content.get("bias", "none")
+    if start not in HARMLESS_STARTS:
+        raise UnsupportedArchitecture(where, f"init_lora_weights {start!r} changes the base itself", HINT)
     known = {field.name for field in dataclasses.fields(LoraConfig)}
-    used = [key for key, value in content.items() if value not in (None, False, "", [], {})]
-    beyond = sorted(key for key in used if key not in known or key in ("modules_to_save", "trainable_token_indices"))
-    if content.get("bias", "none") != "none":
-        beyond.append("bias")
-    if beyond:
-        raise UnsupportedArchitecture(where, f"uses {', '.join(beyond)}, beyond LoRA of linear layers", HINT)
+    beyond = (set(content) - known) | {"modules_to_save", "trainable_token_indices"}
+    used = sorted(key for key in beyond if content.get(key) not in (None, False, "", [], {}))
+    used += ["bias"] if bias != "none" else []
+    if used:
+        raise UnsupportedArchitecture(where, f"uses {', '.join(used)}, beyond LoRA of linear layers", HINT)
     for key in ("r", "lora_alpha"):
         value = content.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (key == "r" and value < 1):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < (key == "r"):
             raise ModelError(where, f"{key} is {value!r}, not a number")
     return LoraConfig(**{key: value for key, value in content.items() if key in known})
 

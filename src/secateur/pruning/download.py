@@ -8,11 +8,13 @@ room on the disk, and are never read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +27,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     get_session,
     hf_raise_for_status,
 )
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from secateur.errors import ModelError
@@ -32,6 +35,7 @@ from secateur.files import read_json
 from secateur.models.blocks import blocks_of, find_stack, skeleton, tensor_of_block, text_config, text_tower
 from secateur.models.checks import check_names, is_within
 from secateur.models.compat import is_ignored
+from secateur.models.open_model import as_model_error
 from secateur.progress import Progress, quiet, silent
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -89,23 +93,21 @@ def fetch_kept(
             (out / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             (out / file.relative_to(folder)).symlink_to(file.resolve())
     root = transformer_folder(out)
-    place = root.relative_to(out).as_posix().removeprefix(".")
-    shards = _shards(name, root)
-    repository = _Repository(name, folder.name, place)
+    paths = [root / shard for shard in _shards(name, root)]
+    shards = [_Shard(name, folder.name, p.relative_to(out).as_posix(), p) for p in paths if not p.exists()]
     with hub_errors_of(name, folder.name):
-        missing = [shard for shard in shards if not (root / shard).exists()]
-        headers = {shard: repository.header(shard, root / shard) for shard in missing}
-    wanted = {tensor for header in headers.values() for tensor in header}
-    if not any((root / shard).is_symlink() for shard in shards):  # none is here whole
-        with quiet():
-            wanted = wanted_tensors(name, AutoConfig.from_pretrained(root), headers, choose)
-    spans = {shard: _spans(header, wanted) for shard, header in headers.items()}
-    total = sum(end - start for parts in spans.values() for start, end in parts)
-    done = 0
+        headers = [shard.header() for shard in shards]
+    tensors = {tensor: entry for header in headers for tensor, entry in header.items()}
+    wanted = set(tensors)
+    if not any(path.is_symlink() for path in paths):  # no shard is here whole
+        with as_model_error(name, out), quiet():
+            wanted = wanted_tensors(name, AutoConfig.from_pretrained(root), tensors, choose)
+    spans = [(shard, _spans(header, wanted)) for shard, header in zip(shards, headers, strict=True)]
+    total, done = sum(end - start for _, parts in spans for start, end in parts), 0
     with hub_errors_of(name, folder.name):
-        for shard, parts in spans.items():
+        for shard, parts in spans:
             for start, end in parts:
-                for count in repository.fetch(shard, start, end, root / shard):
+                for count in shard.fetch(start, end):
                     done += count
                     progress("download", done, total)
     return out
@@ -114,10 +116,11 @@ def fetch_kept(
 def transformer_folder(folder: Path) -> Path:
     """Where a model's folder has its transformer: what its modules.json names first, else the folder itself."""
     modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else [{"path": ""}]
-    try:
-        return folder / str(modules[0]["path"])
-    except (LookupError, TypeError):
-        raise ModelError(folder, "its modules.json is not a list of modules, each with a type and a path") from None
+    first = modules[0] if isinstance(modules, list) and modules else None
+    place = first.get("path") if isinstance(first, dict) else None
+    if not isinstance(place, str) or ".." in PurePosixPath(place).parts or place.startswith("/"):
+        raise ModelError(folder, "its modules.json is not a list of modules, each with a type and a path inside of it")
+    return folder / place
 
 
 def _shards(name: str, root: Path) -> list[str]:
@@ -135,19 +138,20 @@ def _shards(name: str, root: Path) -> list[str]:
 
 
 def wanted_tensors(
-    name: str, config: PretrainedConfig, headers: dict[str, dict[str, Any]], choose: Callable[[int], Sequence[int]]
+    name: str, config: PretrainedConfig, tensors: dict[str, Any], choose: Callable[[int], Sequence[int]]
 ) -> set[str]:
     """Which tensors of a checkpoint a cut model needs, by their names; all, where these do not follow its blocks."""
-    shapes = {tensor: entry["shape"] for header in headers.values() for tensor, entry in header.items()}
     config.name_or_path = name
     model = skeleton(config)
     depth = text_config(config).num_hidden_layers
     keep = set(choose(depth))
-    # transformers tells which it has no use for; those that it leaves out on purpose, it does not tell.
-    state = {
-        tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items() if not is_ignored(model, tensor)
-    }
+    state = {tensor: torch.empty(entry["shape"], device="meta") for tensor, entry in tensors.items()}
     unused = check_names(name, type(model), config, None, state_dict=state)
+    # Tensors that transformers leaves out on purpose, such as T5's decoder, it does not tell; its patterns match more.
+    spared = {tensor: state[tensor] for tensor in state if not is_ignored(model, tensor)}
+    with contextlib.suppress(ModelError):
+        check_names(name, type(model), config, None, state_dict=spared)
+        state = spared
     unused = [tensor for tensor in unused if not is_within(tensor, model)]
     tower = text_tower(model)
     towers = {child for child, _ in model.named_children()} - {tower.partition(".")[0]} if tower else set()
@@ -174,95 +178,87 @@ def _spans(header: dict[str, Any], wanted: set[str]) -> list[tuple[int, int]]:
     return spans
 
 
-class _Repository:
-    """The shards of a model on the Hub, at one commit."""
+@dataclass
+class _Shard:
+    """A safetensors file on the Hub, and the sparse file that stands for it here.
 
-    def __init__(self, name: str, commit: str, place: str) -> None:
-        self.name, self.commit, self.place = name, commit, place
-        self.sizes: dict[str, int] = {}
+    Attributes:
+        repository: Name of the model.
+        commit: Of the model.
+        file: Path in the repository.
+        path: Of the sparse file; a link to the whole one, where that is here.
+    """
 
-    def header(self, shard: str, path: Path) -> dict[str, Any]:
-        """The tensors of a shard by name, with the ``span`` of bytes of each; none where the file is fetched whole."""
-        where = f"{self.name}/{shard}"
-        for _ in self.fetch(shard, 0, 8, path):
-            pass
-        if path.is_symlink():
+    repository: str
+    commit: str
+    file: str
+    path: Path
+
+    def header(self) -> dict[str, Any]:
+        """The tensors by name, each with its ``shape`` and its ``span`` of bytes; none where the file is here whole."""
+        self.fetch_all(0, 8)
+        if self.path.is_symlink():
             return {}
-        size, length = self.sizes[shard], int.from_bytes(_read(path, 0, 8), "little")
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise ModelError(where, f"is no safetensors file: a header of {length} bytes")
-        for _ in self.fetch(shard, 8, 8 + length, path):
+        with self.path.open("rb", buffering=0) as file:
+            end = 8 + int.from_bytes(file.read(8), "little")
+            if end <= min(8 + MAX_HEADER_BYTES, self.path.stat().st_size):
+                self.fetch_all(8, end)
+            try:
+                with safe_open(self.path, framework="pt"):  # checks all that a header says
+                    pass
+            except SafetensorError as error:
+                problem = f"is damaged or no safetensors file ({error})"
+                raise ModelError(f"{self.repository}/{self.file}", problem) from None
+            header: dict[str, Any] = json.loads(file.read(end - 8))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            entry["span"] = tuple(end + offset for offset in entry["data_offsets"])
+        return header
+
+    def fetch_all(self, start: int, end: int) -> None:
+        """Fetch a range."""
+        for _ in self.fetch(start, end):
             pass
-        try:
-            header = json.loads(_read(path, 8, 8 + length))
-            header.pop("__metadata__", None)
-            for entry in header.values():
-                start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-                entry["span"] = (start, end)
-                if not 8 + length <= start <= end <= size or not isinstance(entry["shape"], list):
-                    raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise ModelError(where, "is no safetensors file: its header is broken") from None
-        return dict(header)
 
-    def fetch(self, shard: str, start: int, end: int, path: Path) -> Iterator[int]:
-        """Fetch a range of a shard to its place in a sparse file; yields the bytes of each piece.
+    def fetch(self, start: int, end: int) -> Iterator[int]:
+        """Fetch a range to its place in the sparse file; yields the bytes of each piece.
 
-        A connection that breaks is taken up again where it broke. From a server without ranges, the whole shard is
+        A connection that breaks is taken up again where it broke. From a server without ranges, the whole file is
         fetched into the Hub's cache.
         """
+        url = hf_hub_url(self.repository, self.file, revision=self.commit)
+        options = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
         failures = 0
-        while start < end and not path.is_symlink():
-            before, problem = start, None
+        while start < end and not self.path.is_symlink():
+            headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
             try:
-                for piece in self._request(shard, start, end):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with path.open("r+b" if path.exists() else "w+b") as file:
-                        file.truncate(self.sizes[shard])
-                        file.seek(start)
-                        file.write(piece)
-                    start += len(piece)
-                    yield len(piece)
-            except _NoRangesError:
-                whole = hf_hub_download(self.name, self._path(shard), revision=self.commit)
-                path.unlink(missing_ok=True)
-                path.symlink_to(Path(whole).resolve())
+                with get_session().stream("GET", url, headers=headers, **options) as response:
+                    hf_raise_for_status(response)
+                    served, _, size = response.headers.get("Content-Range", "").partition("/")
+                    if response.status_code != 206 or not served.startswith(f"bytes {start}-"):
+                        break
+                    for piece in response.iter_bytes(BUFFER):
+                        self._write(piece, start, int(size))
+                        start += len(piece)
+                        failures = 0
+                        yield len(piece)
             except HTTPError as error:
-                problem = error
-            failures = 0 if start > before else failures + 1
-            response = getattr(problem, "response", None)
-            may_pass = response is None or response.status_code in RETRIED_STATUS
-            if problem and (failures == ATTEMPTS or not may_pass):
-                raise problem
-            if start < end and failures:
+                failures += 1
+                answer = getattr(error, "response", None)
+                if failures == ATTEMPTS or (answer is not None and answer.status_code not in RETRIED_STATUS):
+                    raise
                 time.sleep(min(8.0, 2.0 ** (failures - 2)))
+        if start < end and not self.path.is_symlink():
+            whole = hf_hub_download(self.repository, self.file, revision=self.commit)
+            self.path.unlink(missing_ok=True)
+            self.path.symlink_to(Path(whole).resolve())
 
-    def _path(self, shard: str) -> str:
-        return f"{self.place}/{shard}" if self.place else shard
-
-    def _request(self, shard: str, start: int, end: int) -> Iterator[bytes]:
-        url = hf_hub_url(self.name, self._path(shard), revision=self.commit)
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
-            hf_raise_for_status(response)
-            served, _, size = response.headers.get("Content-Range", "").partition("/")
-            if response.status_code != 206 or not served.startswith(f"bytes {start}-") or not size.isdigit():
-                raise _NoRangesError
-            self.sizes[shard] = int(size)
-            for piece in response.iter_bytes(BUFFER):
-                yield piece[: end - start]
-                start += len(piece)
-
-
-class _NoRangesError(Exception):
-    """The server answers a request for a range with something else."""
-
-
-def _read(path: Path, start: int, end: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(end - start)
+    def _write(self, piece: bytes, start: int, size: int) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+            file.truncate(size)
+            file.seek(start)
+            file.write(piece)
 
 
 HUB_PROBLEMS: tuple[tuple[type[Exception], str, str], ...] = (

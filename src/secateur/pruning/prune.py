@@ -33,7 +33,7 @@ from secateur.options import PruneOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
 from secateur.pruning.adapters import adapter_folder, base_of, is_adapter, merge_adapter, merge_adapters
-from secateur.pruning.download import fetch_kept, fetch_small
+from secateur.pruning.download import fetch_kept, fetch_small, transformer_folder
 from secateur.results import Origin, load
 
 STEP = "prune, %"
@@ -114,9 +114,9 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
             expected = expected_of(model, WHOLE)
         cut(transformer, keep)
         check_finite(name, model)
-        progress(STEP, 60, 100)
-        if options.dtype != "auto":
-            expected = _convert(model, expected, options.dtype, scratch / "as-stored")
+    progress(STEP, 60, 100)
+    if options.dtype != "auto":
+        expected = _convert(model, expected, options.dtype, scratch / "as-stored")
     save_model(model, folder, origin, expected=expected)
 
 
@@ -146,7 +146,7 @@ def _fetch(
 
 
 def _refuse_quantized(name: str | Path, source: str | Path) -> None:
-    file = Path(source) / "config.json"
+    file = transformer_folder(Path(source)) / CONFIG_NAME
     content = read_json(file) if file.is_file() else {}
     parts = [content, *(part for part in content.values() if isinstance(part, dict))]
     if any(part.get("quantization_config") for part in parts):
@@ -204,8 +204,9 @@ def _convert(model: SentenceTransformer, expected: Expected, dtype: str, folder:
     if not found <= TOLERANCE:
         raise VerificationFailed("the cut model", found, TOLERANCE)
     transformer = model[0].auto_model
-    transformer.save_pretrained(folder)
-    model[0].model = type(transformer).from_pretrained(folder, dtype=dtype).eval()
+    with quiet():
+        transformer.save_pretrained(folder)
+        model[0].model = type(transformer).from_pretrained(folder, dtype=dtype).eval()
     return expected_of(model, WHOLE)
 
 
