@@ -11,7 +11,7 @@ from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.tasks import open_task
-from secateur.models.blocks import cut
+from secateur.models.cutting import cut
 from secateur.models.open_model import open_model
 from secateur.profiling.depth_scores import depth_scores
 from secateur.profiling.profile import profile

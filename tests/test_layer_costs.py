@@ -17,7 +17,8 @@ from architectures import batch, model_of, padding_id, states
 from conftest import MakeEncoder, tiny_transformer
 from secateur.choosing.choose import cost_of
 from secateur.measures.costs import flops_by_layer, flops_per_token, layer_sizes, measure_layers
-from secateur.models.blocks import blocks_of, cut, legal_depths
+from secateur.models.blocks import blocks_of
+from secateur.models.cutting import cut, legal_depths
 from secateur.models.open_model import open_model
 from secateur.profiling.profile import profile
 from secateur.pruning.prune import prune

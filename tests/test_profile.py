@@ -23,7 +23,8 @@ from secateur.data.sources import read_pairs, read_texts
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.measures.costs import BATCH, BATCHES, SINGLES
 from secateur.measures.intervals import looks
-from secateur.models.blocks import blocks_of, cut, legal_depths
+from secateur.models.blocks import blocks_of
+from secateur.models.cutting import cut, legal_depths
 from secateur.models.forward import plan_evenly, tokenize
 from secateur.models.open_model import open_model
 from secateur.profiling.depths import DepthEncoder, check_depths, depth_vectors

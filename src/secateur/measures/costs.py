@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.models.blocks import blocks_of, late_modules, packed_tensors
+from secateur.models.blocks import blocks_of
+from secateur.models.cutting import late_modules, packed_tensors
 from secateur.models.forward import wait
 from secateur.results import PartRow
 
