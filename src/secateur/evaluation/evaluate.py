@@ -44,7 +44,7 @@ from secateur.evaluation.tasks import Task, count_samples, open_tasks
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
 from secateur.measures import intervals
 from secateur.measures.intervals import Array
-from secateur.models.names import model_names
+from secateur.models import model_names
 from secateur.models.open_model import open_model
 from secateur.options import EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
