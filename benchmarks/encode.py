@@ -43,7 +43,7 @@ from secateur.inference.opening import use_dtype
 from secateur.inference.workers import keep_freed_memory
 from secateur.measures.costs import flops_per_token
 from secateur.measures.metrics import paired_cosines
-from secateur.models.open_model import model_label
+from secateur.models import model_label
 from secateur.runtime.core import CPU_BATCH
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")

@@ -23,7 +23,8 @@ from secateur.errors import ConfigError
 from secateur.inference.encoders import PROBED_COSINE, MixedProducts, ModelEncoder
 from secateur.measures.metrics import paired_cosines
 from secateur.models.blocks import blocks_of
-from secateur.models.open_model import MAX_LENGTH, PROBES, open_model
+from secateur.models.open_model import MAX_LENGTH, open_model
+from secateur.models.save import PROBES
 from secateur.options import SavedPooling
 from secateur.provenance import fingerprint
 from secateur.runtime.core import CPU_BATCH, LENGTH_STEP, Encoder, Tokens, Vectors
