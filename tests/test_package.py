@@ -20,9 +20,10 @@ ORDER = """
 errors files done provenance progress clusters
 results: base kinds
 runtime
-options: base shared way runs inference
-figures: style plots
+options: base fields way runs inference
+figures: style
 document
+figures: plots
 models: compat blocks cutting pooling checks forward save open_model
 data: rows hub sources vectors demo
 measures: metrics intervals costs
