@@ -1048,6 +1048,15 @@ def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTrans
     assert "too many" in refused[1]
 
 
+def test_the_server_and_bulk_encoding_do_not_import_each_other():
+    server, bulk = ("middleware", "queueing", "app", "serve"), ("distinct", "vector_files", "encode")
+    package = Path(secateur.__file__).parent / "inference"
+    for some, others in ((server, bulk), (bulk, server)):
+        for module in some:
+            source = (package / f"{module}.py").read_text()
+            assert not [other for other in others if f"secateur.inference.{other} import" in source], module
+
+
 def test_options_that_cannot_be_are_refused_before_anything_is_opened(folder: Path, tmp_path: Path):
     for workers in (0, 1):
         with pytest.raises(ConfigError, match="no device of torch"):
