@@ -17,11 +17,12 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance progress clusters tables
+errors files done provenance progress clusters
 results: base kinds
 runtime
 options: base shared way runs inference
 figures: style plots
+document
 models: compat blocks cutting pooling checks forward save open_model
 data: rows hub sources vectors demo
 measures: metrics intervals costs
@@ -29,10 +30,9 @@ evaluation: task_folder tasks replicates evaluate
 choosing: selectors choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
-healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
-healing: held_out prompts lessons heal
-reporting: cost compare run findings saturation verdict document pictures sections card report
-studies: presets plan estimate records runner study
+healing: recipes training_data teacher losses evaluator trainer heal
+reporting: cost compare run findings verdict pictures sections card report
+studies: plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening workers middleware queueing app serve
 inference: distinct vector_files encode

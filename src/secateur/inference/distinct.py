@@ -1,8 +1,8 @@
 """The distinct texts of input files of any size, numbered by first occurrence: constant memory.
 
-Before the model does anything, all texts are read and checked. Each distinct one is kept on disk (``texts.sqlite``), and
-for each row the number of its text (``places.npy``). So a mistake in the last line is found at once, and an input that
-changes later does not matter.
+Before the model does anything, all texts are read and checked. Each distinct one is kept on disk (``texts.sqlite``),
+and for each row the number of its text (``places.npy``). So a mistake in the last line is found at once, and an input
+that changes later does not matter.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ class DepthEncoder:
                     raise ModelError(self._name, problem, "lower --max-length") from None
                 self._budget = max(1, self._budget // 2)
                 self.notes = list(dict.fromkeys([*self.notes, "a batch was too large for the memory and was halved"]))
-                todo.extendleft(reversed(list(halves(rows))))
+                todo.extendleft(list(half) for half in reversed([*halves(rows)]))
                 continue
             finite = found.vectors[:, 0].isfinite().all(dim=2).all(dim=0)
             if not bool(finite.all()):

@@ -94,16 +94,14 @@ def _flops_per_second(size: int = 768, seconds: float = 0.2) -> float:
     return 2 * size**3 * products / (time.perf_counter() - started)
 
 
-def estimate(step: Step, plan: Plan, bases: Mapping[str, Base], amounts: Amounts) -> float | None:
+def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
     """Seconds that a step will take, about; None where nobody knows."""
-    fixed = FIXED_SECONDS[step.kind]
-    if step.kind == "cost":
-        blocks = [(bases[v.base], v.depth if v.blocks is None else len(v.blocks)) for v in plan.variants]
-        parameters = sum(count * base.block_parameters for base, count in blocks)
-        return fixed * len(blocks) + 2 * COST_TOKENS * parameters / amounts.flops_per_second
-    base, options = bases[step.base], step.options
+    fixed, options, variant = FIXED_SECONDS[step.kind], step.options, step.variant
+    if variant is None:  # cost
+        timed = [2 * COST_TOKENS * model.depth * model.base.block_parameters for _, model in plan.models]
+        return fixed * len(timed) + sum(timed) / amounts.flops_per_second
     if isinstance(options, PruneOptions):
-        return fixed + 16 * base.parameters / BYTES_PER_SECOND  # float32, read and written twice
+        return fixed + 16 * variant.base.parameters / BYTES_PER_SECOND  # float32, read and written twice
     tokens = amounts.task_tokens
     if isinstance(options, HealOptions):
         recipe = recipe_of(options.given())
@@ -112,7 +110,7 @@ def estimate(step: Step, plan: Plan, bases: Mapping[str, Base], amounts: Amounts
     elif isinstance(options, ProfileOptions):
         pairs = min(options.max_examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text
         tokens = pairs if not options.tasks else None if tokens is None else pairs + tokens
-    flops = 2 * step.blocks * base.block_parameters
+    flops = 2 * variant.depth * variant.base.block_parameters
     return None if tokens is None else fixed + tokens * flops / amounts.flops_per_second
 
 
