@@ -17,12 +17,11 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance progress clusters
+errors files done provenance progress clusters document
 results: base kinds
 runtime
-options: base shared way runs inference
+options: base fields way runs inference
 figures: style plots
-document
 models: compat blocks cutting pooling checks forward save open_model
 data: rows hub sources vectors demo
 measures: metrics intervals costs
