@@ -33,7 +33,7 @@ profiling: lens depths depth_scores corpus profile
 pruning: selection prune
 healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
 healing: held_out prompts lessons heal
-reporting: cost compare run findings verdict pictures sections card report
+reporting: cost compare run findings verdict pictures tables card report
 studies: presets plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening workers middleware queueing app serve

@@ -179,7 +179,7 @@ def _label_points(
         size = Text.get_window_extent(trial, renderer)
         trial.remove()
         place = axes.transData.transform((x, y))
-        best: tuple[float, float, Any, Bbox] | None = None
+        best: tuple[float, int, Any, Bbox] | None = None
         for radius, angle in itertools.product((8, 18, 32, 48), (90, 45, 135, 0, 180, 270, 315, 225)):
             # From the point to the middle of the text, in typographic points; its nearest edge is at the radius.
             away = np.round([math.cos(math.radians(angle)), math.sin(math.radians(angle))], 6)

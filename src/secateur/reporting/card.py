@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from secateur.document import (
 from secateur.files import read_json
 from secateur.reporting.findings import GroupComparison, Summary
 from secateur.reporting.run import HUB_NAME, Variant, base_licence, is_on_hub
-from secateur.reporting.sections import COSTS, SPEED, kept_blocks, settings_text
+from secateur.reporting.tables import SPEED, cost_table, kept_blocks, settings_text
 from secateur.reporting.verdict import seed_note
 from secateur.results import Origin, ScoreRow
 
@@ -67,11 +68,10 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
     sections = [Section("use", "Use", list(_use(folder)))]
     if variant.cost:
         shown = {"This model": variant.cost} | ({full.name: full.cost} if full and full.cost else {})
-        names = ("Parameters", "of which embedding table", "On disk", "Short texts per second")
-        rows = [(name, *(COSTS[name](cost) for cost in shown.values())) for name in names]
+        costs = [replace(cost, model=name) for name, cost in shown.items()]
         machine = summary.run.costs.provenance.hardware if summary.run.costs else {}
         where = Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
-        sections.append(Section("costs", "Size and speed", [Table("", ["", *shown], rows), where]))
+        sections.append(Section("costs", "Size and speed", [cost_table(costs).transposed(), where]))
     if variant.scores:
         note = seed_note(summary) if variant.training else ""
         sections.append(Section("scores", "Scores", list(_scores(variant, full, comparison, note))))
