@@ -5,20 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from secateur.reporting.journal import read_journal
 
 from secateur.errors import ConfigError, IllegalDepth, OutputError
 from secateur.files import output_error
 from secateur.options import CostOptions, HealOptions, PruneOptions, StudyOptions, make
 from secateur.provenance import provenance
+from secateur.reporting.run import read_journal
 from secateur.results import DepthRow, Profile
 from secateur.studies.estimate import corrected
-from secateur.studies.plan import Base, Plan, Step, plan_steps
-from secateur.studies.presets import SHRINK
-from secateur.studies.runner import Executor, Scheduler, State
+from secateur.studies.plan import PRESETS, Base, Plan, Step, plan_steps
+from secateur.studies.runner import Executor, Scheduler, State, on_ray
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]
 
@@ -35,7 +36,7 @@ def profile_of(base: str, losses: list[float | None]) -> Profile:
 
 
 def names(plan: Plan) -> list[str]:
-    return [variant.name for variant in plan.variants]
+    return [variant.name for _, variant in plan.models]
 
 
 def test_models_depths_recipes_and_seeds_are_multiplied():
@@ -77,7 +78,7 @@ def test_what_a_profile_decides_stands_open_until_it_is_there():
     assert names(after) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-2-healed", "tiny-1-healed"]
     assert all(step.known for step in after.steps)
     same = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [1.0, 2.0, 1.0, 2.0])})
-    assert [variant.specs for variant in same.variants if variant.name == "tiny-1-healed"] == [("small", "1")]
+    assert [variant.specs for _, variant in same.models if variant.name == "tiny-1-healed"] == [("small", "1")]
     assert names(same) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-1-healed"]
 
 
@@ -157,7 +158,7 @@ def test_mapped_columns_go_to_every_command_that_reads_the_data():
 
 
 def test_the_whole_teaches_its_parts_and_not_itself():
-    plan = plan_steps(options(**SHRINK), BASES[1:], {})
+    plan = plan_steps(options(**PRESETS["shrink"]), BASES[1:], {})
     assert names(plan) == ["tiny-4-zero-shot", "tiny-3-distilled", "tiny-2-distilled", "tiny-1-distilled"]
     heals = [step for step in plan.steps if step.kind == "heal"]
     assert {step.options.teacher for step in heals} == {"run/models/tiny-4-zero-shot"}
@@ -248,7 +249,7 @@ def test_the_journal_survives_a_torn_line_and_a_result_without_its_line(tmp_path
     begun: list[str] = []
     assert work(tmp_path, [step(tmp_path, "a"), step(tmp_path, "b", "a")], begun.append)[0] == {}
     assert begun == ["b"]
-    assert outcomes(tmp_path) == [("a", "started"), ("a", "done"), ("b", "started"), ("b", "done")]
+    assert outcomes(tmp_path) == [("a", "started"), ("b", "started"), ("b", "done")]
 
 
 def test_a_place_that_cannot_be_written_ends_the_study(tmp_path: Path):
@@ -271,3 +272,15 @@ def test_a_place_that_holds_something_else_fails_its_step_alone(tmp_path: Path):
     failed, _ = work(tmp_path, [step(tmp_path, "a"), step(tmp_path, "b")], do)
     assert list(failed) == ["a"]
     assert outcomes(tmp_path)[-1] == ("b", "done")
+
+
+def test_steps_on_a_cluster_share_its_gpus(monkeypatch: pytest.MonkeyPatch):
+    """A task that asks for no GPU does not see any."""
+    asked: list[dict[str, float]] = []
+    ray = SimpleNamespace(
+        cluster_resources=lambda: {"CPU": 8.0, "GPU": 2.0},
+        remote=lambda **needs: asked.append(needs) or (lambda _: None),
+    )
+    monkeypatch.setattr("secateur.studies.runner.ray_cluster", lambda address: nullcontext(ray))
+    assert [on_ray("auto", jobs).slots for jobs in (1, 4)] == [8, 4]
+    assert asked == [{"num_cpus": 1, "num_gpus": 0.25}, {"num_cpus": 2, "num_gpus": 0.5}]

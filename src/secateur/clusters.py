@@ -1,12 +1,17 @@
-"""A Ray cluster: found or started here, and left as it was."""
+"""Other processes: a Ray cluster, and commands of secateur. No PyTorch is imported here, for Ray's own processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from secateur.errors import ConfigError, MissingPackage
+from secateur.errors import ConfigError, MissingPackage, StepFailed
 
 
 @contextmanager
@@ -38,3 +43,60 @@ def ray_cluster(address: str) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()  # type: ignore[no-untyped-call,unused-ignore]
+
+
+# The thread ends the process when the one that started it is gone, however that went.
+_SCRIPT = """
+import os, sys, threading
+def watch():
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+sys.argv[0] = "secateur"
+from secateur.cli import main
+main()
+"""
+
+
+def run_command(
+    command: Sequence[str],
+    log: Path,
+    folder: Path,
+    threads: int,
+    processes: set[subprocess.Popen[bytes]] | None = None,
+) -> None:
+    """Run a command of secateur in a process of its own, which ends when this one does.
+
+    Args:
+        command: Its words; the first is ``secateur``.
+        log: Where its output goes.
+        folder: To run it in.
+        threads: For its arithmetic.
+        processes: It is a member of while it runs.
+
+    Raises:
+        StepFailed: It ended with an error.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    members = processes if processes is not None else set()
+    with log.open("wb") as stream:
+        stream.write(f"$ {shlex.join(command)}\n".encode())
+        stream.flush()
+        process = subprocess.Popen(  # noqa: S603 - this package's own command
+            [sys.executable, "-c", _SCRIPT, *command[1:]],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        members.add(process)
+        with process:
+            code = process.wait()
+        members.discard(process)
+    if code < 0:
+        raise StepFailed(f"was ended by signal {-code}" + (", for want of memory perhaps" if code == -9 else ""))
+    if code:
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[1:] if line.strip()]
+        raise StepFailed(said[-1].removeprefix("secateur: ") if said else f"ended with code {code}")

@@ -4,56 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from secateur.cli.tables import show_steps, summary
+
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
     from secateur.progress import Progress
     from secateur.studies.runner import State
 
-from secateur.cli.tables import show_steps, summary
-
 
 @contextmanager
-def work_bars() -> Iterator[Progress]:
-    """Bars on standard error, one for each piece of work, with the time left; in a log, one line for each when done."""
-    import time
+def _bars() -> Iterator[Bars]:
+    """Bars on standard error, with the time left; none in a log."""
     import warnings
 
-    from rich import progress as bars
+    from rich import progress as rich
     from rich.console import Console
 
     warnings.filterwarnings("ignore")
     console = Console(stderr=True)
-    amount: tuple[bars.ProgressColumn, ...] = (bars.BarColumn(), bars.MofNCompleteColumn())
-    times: tuple[bars.ProgressColumn, ...] = (
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("left"),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[rate]}"),
-    )
-    tasks: dict[str, bars.TaskID] = {}
-    started: dict[str, float] = {}
-    since: dict[str, int] = {}  # what a run that was stopped had done before
-    with bars.Progress(
-        bars.TextColumn("{task.description}"),
-        *amount,
-        *times,
-        console=console,
-        disable=not console.is_terminal,
-        speed_estimate_period=600,  # a piece of work may take minutes
-    ) as shown:
+    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()]
+    columns += [rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()]
+    columns += [rich.TextColumn("{task.fields[rate]}")]
+    hidden = not console.is_terminal
+    # The speed is that of the last ten minutes: a piece of work may take minutes.
+    with rich.Progress(*columns, console=console, disable=hidden, speed_estimate_period=600) as bars:
+        yield bars
+
+
+@contextmanager
+def work_bars() -> Iterator[Progress]:
+    """A bar for each piece of work; in a log, one line for each when done."""
+    import time
+
+    tasks: dict[str, tuple[Any, float, int]] = {}  # the bar, its start, and what an earlier run had done before
+    with _bars() as bars:
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks or done == 0:
-                # An earlier run's work says nothing of the speed of this one.
-                tasks[what] = shown.add_task(what, total=total or None, completed=done, rate="")
-                started[what], since[what] = time.monotonic(), done
-            seconds = time.monotonic() - started[what]
-            rate = f"{per_second(done - since[what], seconds)}/s" if seconds >= 1 else ""
-            shown.update(tasks[what], completed=done, total=total or None, rate=rate)
-            if 0 < done == total and not console.is_terminal:
+                bar = bars.add_task(what, total=total or None, completed=done, rate="")
+                tasks[what] = bar, time.monotonic(), done
+            bar, started, before = tasks[what]
+            seconds = time.monotonic() - started
+            rate = f"{per_second(done - before, seconds)}/s" if seconds >= 1 else ""
+            bars.update(bar, completed=done, total=total or None, rate=rate)
+            if 0 < done == total and not bars.console.is_terminal:
                 typer.echo(f"{what}: {total} in {seconds:.0f} s" + (f", {rate}" if rate else ""), err=True)
 
         yield progress
@@ -67,46 +66,32 @@ def per_second(done: int, seconds: float) -> str:
 
 @contextmanager
 def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]:
-    """The plan, then on standard error a bar for the study and one for each running step; in a log, a line for each."""
+    """The plan, then a bar for the study and one for each running step, and a line for each that has ended."""
     import time
-    import warnings
 
-    from rich import progress as bars
-    from rich.console import Console
-
-    warnings.filterwarnings("ignore")
-    console = Console(stderr=True)
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
-    tasks: dict[str, bars.TaskID] = {}
+    tasks: dict[str, Any] = {}
     told: set[str] = set()
-    with bars.Progress(*columns, bars.TimeElapsedColumn(), console=console, disable=not console.is_terminal) as shown:
+    with _bars() as bars:
+        whole = bars.add_task("", rate="")
 
         def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=done, total=total or None)
 
-        def watch(state: State) -> None:
+        def callback(state: State) -> None:
             if not told:
-                show_steps(state, slots, console)
+                show_steps(state, slots, bars.console)
                 told.update(("", *state.done))
-            over = state.done | state.failed.keys()
-            for name in sorted(over - told):
-                line = (
-                    f"failed: {state.failed[name]}" if name in state.failed else f"{state.seconds.get(name, 0):.0f} s"
-                )
-                shown.print(
-                    f"{time.strftime('%H:%M:%S')}  {name}: {line}", markup=False, highlight=False, soft_wrap=True
-                )
+            for name in state.running.keys() - tasks.keys():
+                tasks[name] = bars.add_task(name, total=None, rate="")
+            ended = {name: f"{state.seconds.get(name, 0):.0f} s" for name in state.done}
+            ended |= {name: f"failed: {reason}" for name, reason in state.failed.items()}
+            for name in sorted(ended.keys() - told):
+                line = f"{time.strftime('%H:%M:%S')}  {name}: {ended[name]}"
+                bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
                 if name in tasks:
-                    shown.remove_task(tasks.pop(name))
-            told.update(over)
-            for name in state.running:
-                if name not in tasks:
-                    tasks[name] = shown.add_task(name, total=None)
-            if "" not in tasks:
-                tasks[""] = shown.add_task("")
-            total, done = len(state.plan.steps), len(state.done)
-            shown.update(tasks[""], completed=done, total=total, description=summary(state, slots))
+                    bars.remove_task(tasks.pop(name))
+            told.update(ended)
+            total, words = len(state.plan.steps), summary(state, slots)
+            bars.update(whole, completed=len(state.done), total=total, description=words)
 
-        yield progress, watch
+        yield progress, callback

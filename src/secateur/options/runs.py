@@ -46,14 +46,19 @@ class EvaluateOptions(Options):
     """
 
     models: Models = argument(MODEL, min_length=1)
-    tasks: Tasks = positional("Task folders, or names of mteb's tasks and benchmarks.", min_length=1)
-    out: Annotated[Path | None, Names("results")] = output("Folder for scores.json.", needed=False)
-    names: list[str] | None = Field(
-        None, description="What to call the models [default: the last part of their paths]."
+    tasks: Tasks = positional("Task folders, or names of tasks and benchmarks of mteb.", min_length=1)
+    out: Annotated[Path | None, Names("results")] = output(
+        "The folder for scores.json; scores that it already holds are computed again only if something changed.",
+        needed=False,
     )
-    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    seed: Seed = Field(42, description="Of the sample.")
-    batch_size: int = Field(32, ge=1, description="Texts per batch.")
+    names: list[str] | None = Field(
+        None, description="Names of the models in the table [default: the last part of their paths]."
+    )
+    sample: int | None = Field(
+        None, ge=1, description="Evaluate on at most this many rows of each task folder, the same for all models."
+    )
+    seed: Seed = Field(42, description="Random seed of the sample.")
+    batch_size: int = Field(32, ge=1, description="Number of texts encoded at once.")
     cache: Path | None = Field(None, description=CACHE)
 
 
@@ -135,8 +140,14 @@ class ReportOptions(Options):
     )
 
 
+JOBS = "Number of steps that run at the same time, each in a process of its own."
+RAY = "Run the steps on a Ray cluster: its address, auto for the one of this machine, local for a new one."
+
+
 class StudyOptions(HealSettings):
-    """Go the whole way: profile, choose, prune, heal, evaluate, report; run it again to resume.
+    """Do all steps for models, depths, trainings and seeds: profile, choose, prune, heal, evaluate, report.
+
+    Run the same command again to resume.
 
     Example: secateur study smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o run
     """
@@ -145,32 +156,33 @@ class StudyOptions(HealSettings):
     data: Data = Field(default=[], description=DATA)
     columns: Columns = Field(None, description=COLUMNS)
     tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
-    out: Annotated[Path, Names("results", STUDY_FILES)] = output("The run folder.")
+    out: Annotated[Path, Names("results", STUDY_FILES)] = output("The run folder: all results, and what is left to do.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(
         None,
-        description="demo: SmolLM2 on API documentation, in ten minutes; paper: L3Prune's experiments; "
-        "shrink: an embedder's parts learn from the whole, on texts alone.",
+        description="Options decided for you, where you set none. demo: SmolLM2 on API documentation, in ten minutes; "
+        "paper: L3Prune's experiments; shrink: an embedding model teaches its own first layers, on texts alone.",
     )
     depths: Annotated[list[str], BeforeValidator(texts), Names("layers")] = Field(
-        default=["large", "small"], description="As prune --to; the full depth is always there."
+        default=["large", "small"], description="Depths to cut to, as prune --to; the full model is always there."
     )
     recipes: dict[str, dict[str, Any]] = Field(
         default={"healed": {}},
-        description="Names of trainings; none leaves the cut models as they are. In YAML: name -> options of heal.",
+        description="Names of trainings, each done at every depth; none: the cut models are evaluated untrained, too. "
+        "In YAML: name -> options of heal.",
     )
     teacher: Annotated[str | None, BeforeValidator(path_text)] = Field(
-        None, description="As heal --teacher; self: the whole model teaches its parts."
+        None, description="Model whose vectors are imitated, as heal --teacher; self: the full model of each depth."
     )
-    seeds: list[Seed] = Field(default=[], description="Train once with each [default: --seed].")
-    profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the profile's loss.")
-    profile_dtype: Dtype = Field("auto", description="Number format of the profile's arithmetic; auto: the quickest.")
-    max_examples: int = Field(1280, ge=2, description="Pairs used by the profile.")
-    depth_scores: bool = Field(False, description="Score the tasks at every depth of the models as they came, too.")
+    seeds: list[Seed] = Field(default=[], description="Repeat each training with these seeds [default: --seed].")
+    profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the loss that the profile measures.")
+    profile_dtype: Dtype = Field("auto", description="Dtype of the profile's computation; auto: as profile.")
+    max_examples: int = Field(1280, ge=2, description="Number of pairs used by the profile.")
+    depth_scores: bool = Field(False, description="Score the tasks at every depth of the untrained models, too.")
     pooling: SavedPooling | None = Field(None, description=POOLING)
     sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
     cache: Path | None = Field(None, description=CACHE + " [default: cache in the run folder]")
-    jobs: int = Field(1, ge=1, description="Steps at once, each in a process of its own.")
-    ray: str | None = Field(None, description="Run the steps on the Ray cluster at this address, or auto, or local.")
+    jobs: int = Field(1, ge=1, description=JOBS)
+    ray: str | None = Field(None, description=RAY)
 
     @field_validator("recipes", mode="before")
     @classmethod
@@ -189,7 +201,7 @@ class StudyOptions(HealSettings):
 
 
 class StatusOptions(Options):
-    """Show how far a study is.
+    """Show which steps of a study are done, and how long the others will take.
 
     Example: secateur study status run
     """
@@ -198,13 +210,13 @@ class StatusOptions(Options):
 
 
 class ResumeOptions(StatusOptions):
-    """Go on with a study that was stopped, or whose steps failed.
+    """Resume a study that was stopped, or in which steps failed.
 
     Example: secateur study resume run --jobs 4
     """
 
-    jobs: int = Field(1, ge=1, description="Steps at once, each in a process of its own.")
-    ray: str | None = Field(None, description="Run the steps on the Ray cluster at this address, or auto, or local.")
+    jobs: int = Field(1, ge=1, description=JOBS)
+    ray: str | None = Field(None, description=RAY)
 
 
 def read_study(run: Path) -> StudyOptions:

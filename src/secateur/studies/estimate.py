@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from secateur.checkpoints.embedder import read_embedder
-from secateur.checkpoints.sources import open_source
 from secateur.data.sources import Source
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
+from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of, skeleton
-from secateur.models.open_model import as_model_error, open_model, resolve
+from secateur.models.open_model import as_model_error, open_model
 from secateur.options import HealOptions, ProfileOptions, PruneOptions, StudyOptions
 from secateur.progress import quiet
+from secateur.pruning.download import fetch_small, transformer_folder
 from secateur.studies.plan import Base, Plan, Step, recipe_of
 
 CHARACTERS_PER_TOKEN = 4
@@ -60,10 +60,8 @@ def measure_base(name: str, model: str) -> Base:
         elif isinstance(source, Path) and sum(f.stat().st_size for f in source.rglob("*.safetensors")) < SMALL_FOLDER:
             transformer = open_model(model, device="cpu")[0].auto_model
         else:
-            opened = open_source(source)
-            embedder = read_embedder(opened)
-            folder = f"{embedder.transformer}/" if embedder and embedder.transformer else ""
-            transformer = skeleton(AutoConfig.from_pretrained(opened.find(f"{folder}config.json") or source))
+            folder = source if isinstance(source, Path) else fetch_small(source)
+            transformer = skeleton(AutoConfig.from_pretrained(transformer_folder(folder)))
     depth = depth_of(transformer)
     blocks = sum(parameter.numel() for parameter in blocks_of(transformer).parameters())
     return Base(name, model, depth, blocks // depth, sum(parameter.numel() for parameter in transformer.parameters()))
@@ -96,16 +94,14 @@ def _flops_per_second(size: int = 768, seconds: float = 0.2) -> float:
     return 2 * size**3 * products / (time.perf_counter() - started)
 
 
-def estimate(step: Step, plan: Plan, bases: Mapping[str, Base], amounts: Amounts) -> float | None:
+def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
     """Seconds that a step will take, about; None where nobody knows."""
-    fixed = FIXED_SECONDS[step.kind]
-    if step.kind == "cost":
-        blocks = [(bases[v.base], v.depth if v.blocks is None else len(v.blocks)) for v in plan.variants]
-        parameters = sum(count * base.block_parameters for base, count in blocks)
-        return fixed * len(blocks) + 2 * COST_TOKENS * parameters / amounts.flops_per_second
-    base, options = bases[step.base], step.options
+    fixed, options, variant = FIXED_SECONDS[step.kind], step.options, step.variant
+    if variant is None:  # cost
+        timed = [2 * COST_TOKENS * model.depth * model.base.block_parameters for _, model in plan.models]
+        return fixed * len(timed) + sum(timed) / amounts.flops_per_second
     if isinstance(options, PruneOptions):
-        return fixed + 16 * base.parameters / BYTES_PER_SECOND  # float32, read and written twice
+        return fixed + 16 * variant.base.parameters / BYTES_PER_SECOND  # float32, read and written twice
     tokens = amounts.task_tokens
     if isinstance(options, HealOptions):
         recipe = recipe_of(options.given())
@@ -114,7 +110,7 @@ def estimate(step: Step, plan: Plan, bases: Mapping[str, Base], amounts: Amounts
     elif isinstance(options, ProfileOptions):
         pairs = min(options.max_examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text
         tokens = pairs if not options.tasks else None if tokens is None else pairs + tokens
-    flops = 2 * step.blocks * base.block_parameters
+    flops = 2 * variant.depth * variant.base.block_parameters
     return None if tokens is None else fixed + tokens * flops / amounts.flops_per_second
 
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from secateur.choosing.choose import blocks_to_keep, needs_profile
 from secateur.errors import ConfigError, SecateurError
-from secateur.healing.recipe import L3PRUNE, Recipe, make_recipe
+from secateur.healing.recipes import TrainingConfig, training_config
 from secateur.options import (
     CostOptions,
     EvaluateOptions,
@@ -38,11 +38,29 @@ from secateur.results import Costs, Profile, Scores
 
 CURVE = "curve.png"
 """The file of a profile that is written last."""
+MODELS = "models"
+"""The folder of the models that are evaluated and timed."""
 ZERO_SHOT, NO_TRAINING = "zero-shot", "none"
 ITSELF = "self"
 """As a teacher: the whole model, of which the cut ones are parts."""
 BY_TASKS = "best-task"
 """As a depth: what the scores of the tasks at every depth choose."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {  # the experiments of L3Prune, arXiv 2410.14578, sections 4 and 5; the data are left to the user
+        "models": [
+            "meta-llama/Meta-Llama-3-8B-Instruct",
+            "mistralai/Mistral-7B-Instruct-v0.2",
+            "Qwen/Qwen2-7B-Instruct",
+            "microsoft/Phi-3-mini-4k-instruct",
+        ],
+        "depths": ["large", "small", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8"],
+        "tasks": ["MTEB(eng, v1)"],
+        "gradient_checkpointing": True,
+    },
+    "shrink": {"depths": ["0.25", "0.5", "0.75"], "recipes": {"distilled": {}}, "teacher": ITSELF},
+}
+"""Options that a preset decides, where the user has not; the demo's come with its data."""
 
 COMMANDS: Mapping[str, type[Options]] = {
     "prune": PruneOptions,
@@ -71,6 +89,32 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One model of a study.
+
+    Attributes:
+        name: Of its folder.
+        base: The model that it is cut from.
+        specs: The entries of ``depths`` that lead to its blocks; ``full`` for all of them.
+        blocks: Indices of its blocks; None while a profile has to say.
+        recipe: How it is trained; ``none``: not at all.
+        seed: Of the training; None without one.
+    """
+
+    name: str
+    base: Base
+    specs: tuple[str, ...]
+    blocks: tuple[int, ...] | None
+    recipe: str = NO_TRAINING
+    seed: int | None = None
+
+    @property
+    def depth(self) -> int:
+        """Number of its blocks; of all blocks while a profile has to say."""
+        return self.base.depth if self.blocks is None else len(self.blocks)
+
+
+@dataclass(frozen=True)
 class Step:
     """One command of a study.
 
@@ -80,8 +124,7 @@ class Step:
         options: Of the command; those at their defaults are not set.
         output: The file or folder that is there when the step is done.
         depends_on: Names of the steps that must be done before.
-        base: The model it is about; empty where it is about several.
-        blocks: Number of blocks of the model that it runs; those of the whole model where they are not known yet.
+        variant: The model that it makes or measures; None where there are several.
         known: Whether all options are final; else the step waits for a profile, which tells the blocks.
         seconds: An estimate of its time; None where nobody knows.
     """
@@ -91,8 +134,7 @@ class Step:
     options: Options
     output: Path
     depends_on: tuple[str, ...] = ()
-    base: str = ""
-    blocks: int = 0
+    variant: Variant | None = None
     known: bool = True
     seconds: float | None = None
 
@@ -105,14 +147,17 @@ class Step:
     def command(self) -> tuple[str, ...]:
         """The words of the same work on the command line; ``-o`` comes last."""
         kind = type(self.options)
-        given = self.options.given()
-        named = [name for name in given if extra(kind, name, "argument")]
-        order = sorted(given.keys() - {"out", *named}, key=list(kind.model_fields).index)
-        words = ["secateur", self.kind, *(word for name in named for word in _words(given[name]))]
-        for name in sorted(order, key=lambda name: not extra(kind, name, "positional")):
-            flag = name.replace("_", "-")
-            words += [f"--no-{flag}"] if given[name] is False else [f"--{flag}", *_words(given[name])]
-        return (*words, "-o", str(given["out"]))
+        given = {name: getattr(self.options, name) for name in kind.model_fields if name in self.options.given()}
+        out = str(given.pop("out"))
+        words = ["secateur", self.kind]
+        for name in sorted(given, key=lambda name: not extra(kind, name, "positional")):
+            flag, value = name.replace("_", "-"), given[name]
+            if isinstance(value, Mapping):
+                value = ",".join(f"{key}={item}" for key, item in value.items())
+            if not extra(kind, name, "argument"):
+                words.append(f"--no-{flag}" if value is False else f"--{flag}")
+            words += [] if isinstance(value, bool) else map(str, value if isinstance(value, list) else [value])
+        return (*words, "-o", out)
 
     @property
     def command_line(self) -> str:
@@ -120,61 +165,28 @@ class Step:
         return shlex.join(self.command) if self.known else ""
 
 
-def _words(value: Any) -> list[str]:
-    if value is True:
-        return []
-    if isinstance(value, Mapping):
-        return [",".join(f"{name}={item}" for name, item in value.items())]
-    return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One model that a study makes.
-
-    Attributes:
-        name: Of its folder.
-        base: The model that it was cut from.
-        depth: Number of blocks of that model.
-        specs: The entries of ``depths`` that lead to these blocks; ``full`` for all of them.
-        blocks: Indices of its blocks; None while a profile has to say.
-        recipe: How it was trained; ``none``: not at all.
-        seed: Of the training; None without one.
-        folder: Where it is.
-        step: The step that makes it.
-    """
-
-    name: str
-    base: str
-    depth: int
-    specs: tuple[str, ...]
-    blocks: tuple[int, ...] | None
-    recipe: str
-    seed: int | None
-    folder: str
-    step: str
-
-
 @dataclass
 class Plan:
-    """The steps in an order in which they can be done, and the variants that they make.
+    """The steps, in an order in which they can be done.
 
     ``failed`` are steps that can never be done, with the reason: a profile that does not tell what a depth asks of it.
     """
 
     steps: list[Step] = field(default_factory=list)
-    variants: list[Variant] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def add(
-        self, kind: str, name: str, output: Path, depends_on: Sequence[str], base: Base, cut: Cut, **options: Any
-    ) -> str:
+    @property
+    def models(self) -> list[tuple[Step, Variant]]:
+        """The steps that make the study's models, and these."""
+        made = [step for step in self.steps if step.output.parent.name == MODELS]
+        return [(step, step.variant) for step in made if step.variant is not None]
+
+    def add(self, kind: str, variant: Variant, output: Path, *depends_on: str, **options: Any) -> str:
         """Add a step about one model; one whose blocks are not known waits for the profile as well."""
-        needed = tuple(depends_on) if cut.blocks is not None else (*depends_on, f"profile {base.name}")
-        blocks = base.depth if cut.blocks is None else len(cut.blocks)
-        step = Step(
-            f"{kind} {name}", kind, _options(kind, options), output, needed, base.name, blocks, cut.blocks is not None
-        )
+        name = variant.base.name if kind == "profile" else variant.name
+        known = variant.blocks is not None
+        needed = depends_on if known else (*depends_on, f"profile {variant.base.name}")
+        step = Step(f"{kind} {name}", kind, _options(kind, options), output, needed, variant, known)
         self.steps.append(step)
         return step.name
 
@@ -189,41 +201,22 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         steps = [
-            {
-                "name": step.name,
-                "command": step.command_line,
-                "output": str(step.output),
-                "depends_on": step.depends_on,
-                "seconds": step.seconds,
-            }
+            {"name": step.name, "command": step.command_line, "output": str(step.output), "seconds": step.seconds}
+            | {"depends_on": step.depends_on}
             for step in self.steps
         ]
-        return {"steps": steps, "variants": [asdict(variant) for variant in self.variants]}
+        variants = [
+            {"name": v.name, "base": v.base.name, "depth": v.base.depth, "specs": v.specs, "blocks": v.blocks}
+            | {"recipe": v.recipe, "seed": v.seed, "folder": str(step.output), "step": step.name}
+            for step, v in self.models
+        ]
+        return {"steps": steps, "variants": variants}
 
 
 def _options(kind: str, values: Mapping[str, Any]) -> Options:
     """A command's options, those at their defaults not set."""
-    fields = COMMANDS[kind]
-    return make(fields, {key: value for key, value in values.items() if value != default_of(fields, key)})
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Blocks to keep, the entries of ``depths`` that say so, how a name tells it, and why they cannot be told."""
-
-    label: str
-    specs: tuple[str, ...]
-    blocks: tuple[int, ...] | None
-    problem: str = ""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Which blocks, as ``prune`` takes it."""
-        if self.blocks is None:
-            return {}
-        if self.blocks == tuple(range(len(self.blocks))):
-            return {"to": str(len(self.blocks))}
-        return {"keep": ",".join(map(str, self.blocks))}
+    command = COMMANDS[kind]
+    return make(command, {key: value for key, value in values.items() if value != default_of(command, key)})
 
 
 def plan_steps(
@@ -241,19 +234,76 @@ def plan_steps(
         ConfigError: A depth, a recipe or a seed is not valid.
         IllegalDepth: A model cannot be cut so.
     """
-    recipes = recipe_settings(study)
-    plan = Plan()
+    recipes, plan = recipe_settings(study), Plan()
     for base in bases:
         _add_base(plan, study, recipes, base, profiles.get(base.name))
     lost = {*failed, *plan.failed}
     lost |= plan.blocked(lost)
-    left = [variant for variant in plan.variants if variant.step not in lost]
+    left = [step for step, _ in plan.models if step.name not in lost]
     if left:  # all models in one step: times are compared under the same conditions
-        options = _options("cost", {"models": [variant.folder for variant in left], "out": str(study.out)})
-        known = all(variant.blocks is not None for variant in left)
-        needed = tuple(variant.step for variant in left)
+        options = _options("cost", {"models": [str(step.output) for step in left], "out": study.out})
+        needed, known = tuple(step.name for step in left), all(step.known for step in left)
         plan.steps.append(Step("cost all", "cost", options, study.out / Costs.file, needed, known=known))
     return plan
+
+
+def _add_base(
+    plan: Plan, study: StudyOptions, recipes: Mapping[str, Mapping[str, Any]], base: Base, profile: Profile | None
+) -> None:
+    """The model as it came, its profile, and every depth with every recipe and seed."""
+    run, cache = study.out, study.cache or study.out / "cache"
+    data = {"data": study.data, "columns": study.columns}
+    whole = Variant(f"{base.name}-{base.depth}", base, ("full",), tuple(range(base.depth)))
+    source = run / MODELS / f"{whole.name}-{ZERO_SHOT}"
+    came = f"prune {source.name}"
+
+    def evaluate(variant: Variant, step: str) -> None:
+        out = run / "scores" / variant.name
+        given = {"models": [str(run / MODELS / variant.name)], "names": [variant.name], "tasks": study.tasks}
+        if study.tasks:  # by its name, wherever the run folder lies: the scores are of this study's model
+            asked = {"sample": study.sample, "seed": study.seed, "cache": cache, "out": out}
+            plan.add("evaluate", variant, out / Scores.file, step, **given, **asked)
+
+    for variant, problem in [(whole, ""), *_cuts(study.depths, base, profile)]:
+        is_kept = variant is whole or NO_TRAINING in recipes
+        cut = replace(variant, name=f"{variant.name}-{ZERO_SHOT}") if is_kept else variant
+        folder = run / (MODELS if is_kept else "pruned") / cut.name
+        if variant is whole:
+            blocks = {"model": base.model, "to": str(base.depth), "pooling": study.pooling}
+            pruned = plan.add("prune", cut, folder, **blocks, out=folder)
+        else:
+            pruned = plan.add("prune", cut, folder, came, model=str(source), **_kept(variant.blocks), out=folder)
+        if problem:
+            plan.failed[pruned] = problem
+        if is_kept:
+            evaluate(cut, pruned)
+        if variant is whole:
+            out = run / "profiles" / base.name
+            tasks = study.tasks if study.depth_scores or BY_TASKS in study.depths else []
+            measured = {"scale": study.profile_scale, "max_examples": study.max_examples, "dtype": study.profile_dtype}
+            measured |= {"seed": study.seed, "tasks": tasks, "sample": study.sample if tasks else None, "out": out}
+            plan.add("profile", cut, out / CURVE, came, model=str(source), **data, **measured)
+        for recipe, settings in recipes.items():
+            itself = settings.get("teacher") == ITSELF
+            if recipe == NO_TRAINING or (itself and variant is whole):  # the whole has nothing to learn from itself
+                continue
+            # A teacher's vectors are the same at all depths, and with all seeds.
+            given = {"cache": cache if "teacher" in settings else None} | settings
+            given |= {"teacher": str(source)} if itself else {}
+            for seed in study.seeds or [study.seed]:
+                suffix = f"-seed{seed}" if len(study.seeds) > 1 else ""
+                trained = replace(variant, name=f"{variant.name}-{recipe}{suffix}", recipe=recipe, seed=seed)
+                out = run / MODELS / trained.name
+                step = plan.add("heal", trained, out, pruned, model=str(folder), **data, **given, seed=seed, out=out)
+                evaluate(trained, step)
+
+
+def _kept(blocks: tuple[int, ...] | None) -> dict[str, str]:
+    """Which blocks, as ``prune`` takes it."""
+    if blocks is None:
+        return {}
+    is_prefix = blocks == tuple(range(len(blocks)))
+    return {"to": str(len(blocks))} if is_prefix else {"keep": ",".join(map(str, blocks))}
 
 
 _DECIDED = frozenset({"model", "data", "columns", "out", "seed"})
@@ -285,97 +335,28 @@ def recipe_settings(study: StudyOptions) -> dict[str, dict[str, Any]]:
     return recipes
 
 
-def recipe_of(settings: Mapping[str, Any]) -> Recipe:
+def recipe_of(settings: Mapping[str, Any]) -> TrainingConfig:
     """The numbers of a training, from its options; those that are not given are the recipe's."""
-    known = {field.name for field in fields(Recipe)}
-    return make_recipe(settings.get("recipe") or L3PRUNE, **{k: v for k, v in settings.items() if k in known})
+    return training_config(make(HealOptions, {"model": "-", "data": ["-"], "out": "-"} | dict(settings)))
 
 
-def _add_base(
-    plan: Plan, study: StudyOptions, recipes: Mapping[str, Mapping[str, Any]], base: Base, profile: Profile | None
-) -> None:
-    """The model as it came, its profile, and every depth with every recipe and seed."""
-    whole = Cut(str(base.depth), ("full",), tuple(range(base.depth)))
-    name = f"{base.name}-{base.depth}-{ZERO_SHOT}"
-    source = study.out / "models" / name
-    given: dict[str, Any] = {"model": base.model, **whole.options, "pooling": study.pooling, "out": str(source)}
-    came = plan.add("prune", name, source, [], base, whole, **given)
-    _add_variant(plan, study, base, whole, NO_TRAINING, None, name, came)
-    folder = study.out / "profiles" / base.name
-    tasks = study.tasks if study.depth_scores or BY_TASKS in study.depths else []
-    given = {"model": str(source), "data": study.data, "columns": study.columns, "scale": study.profile_scale}
-    given |= {"max_examples": study.max_examples, "dtype": study.profile_dtype, "seed": study.seed, "tasks": tasks}
-    given |= {"sample": study.sample if tasks else None, "out": str(folder)}
-    plan.add("profile", base.name, folder / CURVE, [came], base, whole, **given)
-    _add_trainings(plan, study, recipes, base, whole, source, came)
-    for cut in _cuts(study.depths, base, profile):
-        name, folder = f"{base.name}-{cut.label}", study.out / "pruned" / f"{base.name}-{cut.label}"
-        if NO_TRAINING in recipes:
-            name = f"{name}-{ZERO_SHOT}"
-            folder = study.out / "models" / name
-        given = {"model": str(source), **cut.options, "out": str(folder)}
-        pruned = plan.add("prune", name, folder, [came], base, cut, **given)
-        if NO_TRAINING in recipes:
-            _add_variant(plan, study, base, cut, NO_TRAINING, None, name, pruned)
-        if cut.problem:
-            plan.failed[pruned] = cut.problem
-        _add_trainings(plan, study, recipes, base, cut, folder, pruned)
+def _cuts(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator[tuple[Variant, str]]:
+    """The cuts below the full depth, the deepest first, and why one cannot be told.
 
-
-def _add_trainings(
-    plan: Plan,
-    study: StudyOptions,
-    recipes: Mapping[str, Mapping[str, Any]],
-    base: Base,
-    cut: Cut,
-    source: Path,
-    made: str,
-) -> None:
-    """One cut with every recipe and seed. A model that is its own teacher has nothing to learn while it is whole."""
-    seeds = study.seeds or [study.seed]
-    whole = study.out / "models" / f"{base.name}-{base.depth}-{ZERO_SHOT}"
-    for recipe, settings in recipes.items():
-        itself = settings.get("teacher") == ITSELF
-        if recipe == NO_TRAINING or (itself and source == whole):
-            continue
-        given = {"model": str(source), "data": study.data, "columns": study.columns}
-        if "teacher" in settings:  # its vectors are the same at all depths, and with all seeds
-            given["cache"] = str(study.cache or study.out / "cache")
-        given |= {**settings, "teacher": str(whole)} if itself else settings
-        for seed in seeds:
-            name = f"{base.name}-{cut.label}-{recipe}" + (f"-seed{seed}" if len(seeds) > 1 else "")
-            folder = study.out / "models" / name
-            step = plan.add("heal", name, folder, [made], base, cut, **given, seed=seed, out=str(folder))
-            _add_variant(plan, study, base, cut, recipe, seed, name, step)
-
-
-def _add_variant(
-    plan: Plan, study: StudyOptions, base: Base, cut: Cut, recipe: str, seed: int | None, name: str, step: str
-) -> None:
-    """A model that a step makes, and its evaluation."""
-    folder, out = str(study.out / "models" / name), study.out / "scores" / name
-    plan.variants.append(Variant(name, base.name, base.depth, cut.specs, cut.blocks, recipe, seed, folder, step))
-    if study.tasks:
-        # By its name, wherever the run folder lies: the scores are of this study's model.
-        given = {"models": [folder], "tasks": study.tasks, "sample": study.sample, "seed": study.seed, "names": [name]}
-        given |= {"cache": str(study.cache or study.out / "cache"), "out": str(out)}
-        plan.add("evaluate", name, out / Scores.file, [step], base, cut, **given)
-
-
-def _cuts(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator[Cut]:
-    """The cuts below the full depth, the deepest first; entries that lead to the same blocks are one."""
+    Entries that lead to the same blocks are one.
+    """
     known: dict[tuple[int, ...], list[str]] = {}
-    unknown: list[str] = []
+    unknown: dict[str, str] = {}
     for spec in specs:
         try:
             blocks = _blocks(spec, base.depth, profile)
         except SecateurError as error:
             if profile is None:  # nothing has begun
                 raise
-            yield Cut(f"({spec})", (spec,), None, str(error))
+            unknown[spec] = str(error)
             continue
         if blocks is None:
-            unknown.append(spec)
+            unknown[spec] = ""
         else:
             known.setdefault(blocks, []).append(spec)
     taken: set[str] = set()
@@ -383,9 +364,9 @@ def _cuts(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator
         if len(blocks) < base.depth:
             label = _label(blocks, known[blocks][0], taken)
             taken.add(label)
-            yield Cut(label, tuple(known[blocks]), blocks)
-    for spec in unknown:
-        yield Cut(f"({spec})", (spec,), None)
+            yield Variant(f"{base.name}-{label}", base, tuple(known[blocks]), blocks), ""
+    for spec, problem in unknown.items():
+        yield Variant(f"{base.name}-({spec})", base, (spec,), None), problem
 
 
 def _blocks(spec: str, depth: int, profile: Profile | None) -> tuple[int, ...] | None:

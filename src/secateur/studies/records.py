@@ -41,7 +41,7 @@ def made_from(step: Step, plan: Plan, run: Path, *, closely: bool = True) -> Mad
     values = step.options.model_dump(mode="json", include=step.options.model_fields_set - _ASIDE)
     for name, value in values.items():
         marks = [mark.what for mark in type(step.options).model_fields[name].metadata if isinstance(mark, Names)]
-        what = next((mark for mark in marks if mark in ("model", "data", "task")), None)
+        what = next((str(mark) for mark in marks if mark in ("model", "data", "task")), "")
         for item in (value if isinstance(value, list) else [value]) if what else ():
             maker = makers.get(item)
             if maker is None:
@@ -72,16 +72,20 @@ def _files(item: str, what: str) -> dict[str, str] | None:
     return {str(file): fingerprint(file, 0).sha256 for file in files}
 
 
-def is_done(step: Step, plan: Plan, run: Path, *, closely: bool = True) -> bool:
+def is_done(step: Step, plan: Plan, run: Path, *, closely: bool = True, keep: bool = False) -> bool:
     """Whether a step's output is there, and is of the present options and inputs.
 
     A model or profile without a record is whole as well: an earlier version made it, or a study that was killed before
-    the record was there. :func:`check` has compared what is known of it.
+    the record was written. With ``keep`` it gets one.
     """
     if not step.output.exists():
         return False
     changes = made_from(step, plan, run, closely=closely).changes_since(run / FOLDER, _name(step))
-    return not changes if changes is not None else step.kind not in MEASURED
+    if changes is None and step.kind not in MEASURED:
+        if keep:
+            record(step, plan, run)
+        return True
+    return changes == []
 
 
 def record(step: Step, plan: Plan, run: Path) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -23,8 +21,8 @@ from typing import Any
 
 import torch
 
-from secateur.clusters import ray_cluster
-from secateur.errors import OutputError, SecateurError, StepFailed
+from secateur.clusters import ray_cluster, run_command
+from secateur.errors import OutputError, SecateurError
 from secateur.evaluation.evaluate import evaluate
 from secateur.files import output_errors
 from secateur.healing.heal import heal
@@ -87,11 +85,6 @@ class Executor:
     close: Callable[[], None] = lambda: None
 
 
-def taken_seconds(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Finished step → how long it took, of the last time."""
-    return {entry["step"]: entry["seconds"] for entry in entries if entry["outcome"] == "done" and entry["seconds"]}
-
-
 @dataclass
 class Scheduler:
     """Runs what of a plan is not done, each step once the steps that it depends on are done.
@@ -99,7 +92,7 @@ class Scheduler:
     Attributes:
         run: The run folder, for journal and logs.
         make_plan: Gives the plan, told the steps that failed; asked again after each step, for profiles add to it.
-        is_done: Whether a step's output is there and of its inputs; asked when all that it depends on is done.
+        is_done: Whether a step's output is there, of its inputs; asked when all that it depends on is done.
         record: Told of a step that has ended well.
         executor: Runs one.
         callback: Told of every change.
@@ -116,8 +109,6 @@ class Scheduler:
     running: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    unfinished: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Steps of which the journal has the start and no end."""
 
     def go(self) -> dict[str, str]:
         """Run all that can be run.
@@ -129,19 +120,14 @@ class Scheduler:
             OutputError: The disk is full, or the run folder cannot be written.
             DataError: The journal is broken.
         """
-        file = self.run / JOURNAL
-        with output_errors(file):
-            file.touch()
-            os.truncate(file, len(complete_lines(file.read_bytes())))  # without the torn line of a killed process
-        entries = read_journal(self.run)
-        self.seconds = taken_seconds(entries)
-        last = {entry["step"]: entry for entry in entries}
-        self.unfinished = {name: entry for name, entry in last.items() if entry["outcome"] == "started"}
+        with output_errors(self.run / JOURNAL), (self.run / JOURNAL).open("ab+") as stream:
+            stream.seek(0)
+            stream.truncate(len(complete_lines(stream.read())))  # without the torn line of a killed process
+        self.seconds = taken_seconds(read_journal(self.run))
         futures: dict[Future[Exception | None], Step] = {}
         pool = ThreadPoolExecutor(self.executor.slots)
         try:
             while True:
-                self.look()
                 ready = self.ready()
                 for step in ready:
                     self.begin(step)
@@ -157,36 +143,26 @@ class Scheduler:
             self.executor.close()
             pool.shutdown(cancel_futures=True)
 
-    def look(self) -> None:
-        """Make the plan, and see what of it is there already."""
+    def ready(self) -> list[Step]:
+        """Make the plan, see what of it is there already, and give the steps to begin now."""
         self.plan = self.make_plan(self.failed)
         self.failed |= self.plan.failed
-        for step in self.waiting():
-            if self.done.issuperset(step.depends_on) and self.is_done(step, self.plan):
-                self.done.add(step.name)
-                if step.name in self.unfinished:  # killed before the journal had its line
-                    entry = self.unfinished.pop(step.name) | {"outcome": "done", "ended": _now(), "seconds": None}
-                    self.write(**entry)
-        self.tell()
-
-    def waiting(self) -> Iterator[Step]:
-        """Steps whose options are known, that are neither done, nor running, nor failed."""
+        able: list[Step] = []
         for step in self.plan.steps:
-            if step.known and not any(step.name in steps for steps in (self.done, self.failed, self.running)):
-                yield step
-
-    def ready(self) -> list[Step]:
-        """Steps to begin now."""
-        able = [step for step in self.waiting() if self.done.issuperset(step.depends_on)]
+            over = step.name in self.done or step.name in self.failed or step.name in self.running
+            if step.known and not over and self.done.issuperset(step.depends_on):
+                if self.is_done(step, self.plan):
+                    self.done.add(step.name)
+                else:
+                    able.append(step)
+        self.tell()
         shared = [step for step in able if not step.exclusive]
         if shared and not any(step.exclusive for step in self.plan.steps if step.name in self.running):
             return shared[: self.executor.slots - len(self.running)]
         return able[:1] if not self.running else []
 
     def begin(self, step: Step) -> None:
-        self.unfinished[step.name] = {"step": step.name, "outcome": "started", "started": _now()}
-        self.unfinished[step.name]["command"] = step.command_line
-        self.write(**self.unfinished[step.name])
+        self.write(step, "started", started=_now())
         self.running[step.name] = time.monotonic()
         self.tell()
 
@@ -200,26 +176,25 @@ class Scheduler:
 
     def end(self, step: Step, error: Exception | None) -> None:
         seconds = time.monotonic() - self.running.pop(step.name)
-        entry = self.unfinished.pop(step.name) | {"ended": _now(), "seconds": round(seconds, 3)}
+        times = {"ended": _now(), "seconds": round(seconds, 3)}
         if error is None:
             self.record(step, self.plan)
             self.done.add(step.name)
             self.seconds[step.name] = seconds
-            self.write(**entry | {"outcome": "done"})
+            self.write(step, "done", **times)
         else:
             reason = str(error) if isinstance(error, (SecateurError, OSError)) else f"{type(error).__name__}: {error}"
             self.failed[step.name] = " ".join(reason.split())
-            failure = {"outcome": "failed", "error": self.failed[step.name], "log": str(self.log(step))}
-            self.write(**entry | failure)
+            self.write(step, "failed", **times, error=self.failed[step.name], log=str(self.log(step)))
         self.tell()
         if isinstance(error, OutputError) and error.concerns_all:
             raise error  # nothing else can be written either
 
-    def write(self, **entry: Any) -> None:
+    def write(self, step: Step, outcome: str, **entry: Any) -> None:
         """Add a line to the journal, on disk before this returns."""
-        file = self.run / JOURNAL
-        with output_errors(file), file.open("ab") as stream:
-            stream.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        line = json.dumps({"step": step.name, "outcome": outcome, **entry, "command": step.command_line})
+        with output_errors(self.run / JOURNAL), (self.run / JOURNAL).open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -229,6 +204,11 @@ class Scheduler:
 
     def tell(self) -> None:
         self.callback(State(self.plan, set(self.done), dict(self.running), dict(self.failed), dict(self.seconds)))
+
+
+def taken_seconds(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Finished step → how long it took, of the last time."""
+    return {entry["step"]: entry["seconds"] for entry in entries if entry["outcome"] == "done" and entry["seconds"]}
 
 
 def _now() -> str:
@@ -298,60 +278,3 @@ def on_ray(address: str, jobs: int) -> Executor:
             raise error.cause from None
 
     return Executor(slots, run, connection.close)
-
-
-# The thread ends the process when the one that started it is gone, however that went.
-_SCRIPT = """
-import os, sys, threading
-def watch():
-    while os.read(0, 1):
-        pass
-    os._exit(1)
-threading.Thread(target=watch, daemon=True).start()
-sys.argv[0] = "secateur"
-from secateur.cli import main
-main()
-"""
-
-
-def run_command(
-    command: Sequence[str],
-    log: Path,
-    folder: Path,
-    threads: int,
-    processes: set[subprocess.Popen[bytes]] | None = None,
-) -> None:
-    """Run a command of secateur in a process of its own, which ends when this one does.
-
-    Args:
-        command: Its words; the first is ``secateur``.
-        log: Where its output goes.
-        folder: To run it in.
-        threads: For its arithmetic.
-        processes: It is a member of while it runs.
-
-    Raises:
-        StepFailed: It ended with an error.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    members = processes if processes is not None else set()
-    with log.open("wb") as stream:
-        stream.write(f"$ {shlex.join(command)}\n".encode())
-        stream.flush()
-        process = subprocess.Popen(  # noqa: S603 - this package's own command
-            [sys.executable, "-c", _SCRIPT, *command[1:]],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-        members.add(process)
-        with process:
-            code = process.wait()
-        members.discard(process)
-    if code < 0:
-        raise StepFailed(f"was ended by signal {-code}" + (", for want of memory perhaps" if code == -9 else ""))
-    if code:
-        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[1:] if line.strip()]
-        raise StepFailed(said[-1].removeprefix("secateur: ") if said else f"ended with code {code}")

@@ -25,28 +25,38 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
+from secateur.data.demo import demo_study
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, OutputError, StudyFailed
 from secateur.evaluation.tasks import expand, open_tasks
 from secateur.files import lock, read_json, results_folder, write_text
-from secateur.healing.lessons import find_aim, sets_of
-from secateur.models.open_model import model_label
+from secateur.healing.training_data import training_sets
+from secateur.models import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
 from secateur.reporting.report import report
-from secateur.reporting.run import read_journal
-from secateur.results import Costs, Profile, Scores, Training, load
+from secateur.reporting.run import read_journal, read_run
+from secateur.results import Costs, Profile, Scores, load
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
-from secateur.studies.plan import CURVE, NO_TRAINING, Base, Plan, Step, Variant, plan_steps, recipe_of, recipe_settings
-from secateur.studies.presets import fill_in
+from secateur.studies.plan import (
+    CURVE,
+    NO_TRAINING,
+    PRESETS,
+    ZERO_SHOT,
+    Base,
+    Plan,
+    plan_steps,
+    recipe_of,
+    recipe_settings,
+)
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
 
 SETTINGS, PLAN, TABLE, CHOICE = "study.yaml", "plan.json", "table.csv", "choice.json"
@@ -76,36 +86,24 @@ def study(options: StudyOptions, *, progress: Progress = silent, callback: Calla
         raise ConfigError("out", str(options.out), "is the name of the model", "name another folder")
     run = results_folder(options.out, *STUDY_FILES)
     outline = _prepare(options, progress)
-    settings = outline.study
-    if settings.ray is not None:
-        executor = on_ray(settings.ray, settings.jobs)
-    else:
-        executor = in_this_process(progress) if settings.jobs == 1 else in_processes(settings.jobs)
     (run / records.FOLDER).mkdir(exist_ok=True)
     with lock(run / records.FOLDER):
         if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
             _make_plan(outline, keep=True)
-            write_text(run / SETTINGS, to_yaml(settings))
-
-        def is_done(step: Step, plan: Plan) -> bool:
-            done = records.is_done(step, plan, run)
-            if done:  # what an earlier version made, or a killed study just before this, has no record
-                records.record(step, plan, run)
-            return done
-
+            write_text(run / SETTINGS, to_yaml(outline.study))
+        jobs, address = outline.study.jobs, outline.study.ray
+        local = in_this_process(progress) if jobs == 1 else in_processes(jobs)
         failed = Scheduler(
             run,
             make_plan=lambda failed: _make_plan(outline, failed, keep=True),
-            is_done=is_done,
+            is_done=lambda step, plan: records.is_done(step, plan, run, keep=True),
             record=lambda step, plan: records.record(step, plan, run),
-            executor=executor,
+            executor=on_ray(address, jobs) if address is not None else local,
             callback=callback,
         ).go()
         page = None
         if not failed or (run / Costs.file).is_file() or any(run.glob(f"*/*/{Scores.file}")):
-            write_text(run / TABLE, _as_csv(join_tables(run)))
-            with acting_as(f"secateur report {shlex.quote(str(run))}"):
-                page = report(run)
+            page = _write_view(run)
     if failed or page is None:
         raise StudyFailed(run, failed, page)
     return page
@@ -157,7 +155,7 @@ def _is_locked(folder: Path) -> bool:
         return folder.exists()
 
 
-# Before ---------------------------------------------------------------------------------------------------------------
+# Before it runs -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -170,9 +168,9 @@ class _Outline:
 
 
 def _prepare(given: StudyOptions, progress: Progress, *, closely: bool = True) -> _Outline:
-    """The options of this run and what was measured for it, when all of the study has been found to be possible.
+    """The options of this run and what was measured for it, when the study has been found to be possible.
 
-    Measured sizes, and that all was checked, are kept in ``plan.json`` for as long as the options stay.
+    ``plan.json`` keeps the sizes, and with the options that nothing needs to be checked again while these stay.
 
     Args:
         given: The options of this call.
@@ -180,52 +178,50 @@ def _prepare(given: StudyOptions, progress: Progress, *, closely: bool = True) -
         closely: Look at the files that the study reads.
 
     Raises:
-        ConfigError, DataError: Options or files differ from those of results that are there; or the study cannot be
-            done as it is described.
+        SecateurError: Options or files differ from those of results that are there, or the study cannot be done.
     """
     run = given.out
     settings = _settings(given, progress)
-    kept = _read_plan(run) if (run / SETTINGS).is_file() and (run / PLAN).is_file() else None
-    same = kept is not None and kept["study"] in (None, _what(settings))
-    if kept is not None and (same or not closely):
+    kept = _read_plan(run) if (run / SETTINGS).is_file() and (run / PLAN).is_file() else {}
+    if kept and (not closely or kept["study"] in (None, _what(settings))):
         outline = _Outline(settings, kept["models"], kept["amounts"])
     else:
-        outline = _measure(settings)
-    if kept is not None:
+        outline = _check_and_measure(settings)
+    if kept:
         if not (run / records.FOLDER).is_dir():
-            _check_earlier(run, kept, settings)
+            _check_earlier_version(run, kept, settings)
         records.check(_make_plan(outline), run, closely=closely)
     return outline
 
 
 def _settings(given: StudyOptions, progress: Progress) -> StudyOptions:
-    """The options of this run: those given, or those that an earlier start left in the folder; both must agree."""
-    run, file = given.out, given.out / SETTINGS
-    how = {key: getattr(given, key) for key in HOW & given.model_fields_set}
-    earlier = read_study(run) if file.is_file() else None
-    if earlier is None or not given.model_fields_set <= HOW:
-        given = fill_in(given, run, progress)
-        given = given.model_copy(update={"tasks": [str(task) for task in expand(given.tasks)]})
-        for key in StudyOptions.model_fields if earlier is not None else ():
+    """The options of this run: those that an earlier start left in the folder, with which those given must agree."""
+    if (given.out / SETTINGS).is_file():
+        earlier = read_study(given.out)
+        for key in StudyOptions.model_fields:
             there, here = getattr(earlier, key), getattr(given, key)
-            if key not in HOW and _plain(key, there) != _plain(key, here):
-                raise ConfigError(key, here, f"is {here} here, but {there} in {file}", "name a new run folder")
-    if earlier is not None:
-        return earlier.model_copy(update=how)
+            if key in given.model_fields_set - HOW and _plain(key, there) != _plain(key, here):
+                problem = f"is {here} here, but {there} in {given.out / SETTINGS}"
+                raise ConfigError(key, here, problem, "name a new run folder")
+        return earlier.model_copy(update={key: getattr(given, key) for key in HOW & given.model_fields_set})
+    if given.preset == "demo":
+        given = demo_study(given, given.out, progress)
+    decided = PRESETS.get(given.preset or "", {})
+    given = given.model_copy(update={key: v for key, v in decided.items() if key not in given.model_fields_set})
     if not given.models:
         raise ConfigError("models", None, "no model given, and no study to go on with in the run folder")
-    return given
+    return given.model_copy(update={"tasks": [str(task) for task in expand(given.tasks)]})
 
 
 def _plain(key: str, value: Any) -> Any:
-    """An option to be compared: what is a file or folder may be spelled in several ways."""
+    """An option to be compared: a file or folder may be spelled in several ways, a benchmark stands for its tasks."""
     if isinstance(value, list):
-        return [_plain(key, item) for item in value]
+        return [_plain(key, item) for item in (expand(value) if key == "tasks" else value)]
     is_place = key in ("models", "data", "tasks", "cache") and value is not None and Path(value).exists()
     return str(Path(value).resolve()) if is_place else value
 
 
-def _measure(settings: StudyOptions) -> _Outline:
+def _check_and_measure(settings: StudyOptions) -> _Outline:
     """Look at all that a study reads, and refuse one that cannot be done."""
     names = [model_label(model) for model in settings.models]
     for name in names:
@@ -236,13 +232,49 @@ def _measure(settings: StudyOptions) -> _Outline:
     sources = read_sources(settings.data, columns=settings.columns)
     for name, recipe in recipe_settings(settings).items():
         if name != NO_TRAINING:
-            aim = find_aim(sources, taught="teacher" in recipe, teacher_weight=recipe.get("teacher_weight"))
-            sets_of(sources, recipe_of(recipe).batch_size, aim)
+            training_sets(sources, recipe_of(recipe))
     if settings.tasks:
         open_tasks(settings.tasks, settings.sample, settings.seed)
     bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))
     plan_steps(settings, bases, {})
     return _Outline(settings, bases, measure_amounts(settings, sources))
+
+
+def _what(settings: StudyOptions) -> dict[str, Any]:
+    """The options that say what a study is, as JSON has them."""
+    return settings.model_dump(mode="json", exclude=set(HOW))
+
+
+def _read_plan(run: Path) -> dict[str, Any]:
+    """``plan.json`` of an earlier start, also of the version before.
+
+    Raises:
+        DataError: It is missing or broken.
+    """
+    content = read_json(run / PLAN)
+    try:
+        known = {field.name for field in fields(Base)}
+        models = tuple(Base(**{key: base[key] for key in base.keys() & known}) for base in content["models"])
+        given = content.get("study")
+        study = None if given is None else _what(make(StudyOptions, given | {"out": run}))
+        return content | {"models": models, "amounts": Amounts(**content["amounts"]), "study": study}
+    except (AttributeError, KeyError, TypeError, ConfigError) as error:
+        hint = f"missing or unexpected: {error}; remove it, and the study makes it again"
+        raise DataError(run / PLAN, "is not a whole plan", hint) from error
+
+
+def _check_earlier_version(run: Path, kept: Mapping[str, Any], settings: StudyOptions) -> None:
+    """Refuse to go on with a run of the version before, which has no records, after options or files have changed."""
+    before, now = kept["study"], _what(settings)
+    differing = [key for key in now if before is not None and before[key] != now[key]]
+    if differing:
+        what = f"changed in {run / SETTINGS} since an earlier version of secateur began the study"
+        raise ConfigError(", ".join(differing), None, what, "change it back, or name a new run folder")
+    for files in kept.get("inputs", {}).values():
+        for file, sha256 in files.items():
+            if Path(file).is_file() and fingerprint(Path(file), 0).sha256 != sha256:
+                hint = "bring the old state back, or name a new run folder"
+                raise DataError(file, "has changed since the study began", hint)
 
 
 def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = False) -> Plan:
@@ -257,68 +289,29 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
     folders = {base.name: run / "profiles" / base.name for base in outline.bases}
     profiles = {name: load(folder, Profile) for name, folder in folders.items() if (folder / CURVE).is_file()}
     plan = plan_steps(outline.study, outline.bases, profiles, failed)
-    bases = {base.name: base for base in outline.bases}
-    plan.steps = [replace(step, seconds=estimate(step, plan, bases, outline.amounts)) for step in plan.steps]
+    plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
     if keep:
+        texts = {}
         for name, measured in profiles.items():
             if measured.can_choose:
                 choice = choose(measured) | {CHOSEN_FROM: losses_fingerprint(measured)}
-                _write_changed(folders[name] / CHOICE, json.dumps(choice) + "\n")
+                texts[folders[name] / CHOICE] = json.dumps(choice) + "\n"
         content = {"models": [asdict(base) for base in outline.bases], "amounts": asdict(outline.amounts)}
         content |= {"study": _what(outline.study), **plan.to_dict()}
-        _write_changed(run / PLAN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        texts[run / PLAN] = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        for file, text in texts.items():
+            if not (file.is_file() and file.read_text(encoding="utf-8") == text):
+                write_text(file, text)
     return plan
 
 
-def _write_changed(file: Path, text: str) -> None:
-    if not (file.is_file() and file.read_text(encoding="utf-8") == text):
-        write_text(file, text)
+# Its results ----------------------------------------------------------------------------------------------------------
 
-
-def _what(settings: StudyOptions) -> dict[str, Any]:
-    """The options that say what a study is, as JSON has them."""
-    return settings.model_dump(mode="json", exclude=set(HOW))
-
-
-def _read_plan(run: Path) -> dict[str, Any]:
-    """``plan.json`` of an earlier start, of this version or the one before; its ``study`` may be absent there.
-
-    Raises:
-        DataError: It is missing or broken.
-    """
-    file = run / PLAN
-    content = read_json(file)
-    try:
-        known = {field.name for field in fields(Base)}
-        bases = [Base(**{key: base[key] for key in base.keys() & known}) for base in content["models"]]
-        variants = [Variant(**item) for item in content["variants"]]
-        given = content.get("study")
-        study = None if given is None else _what(make(StudyOptions, given | {"out": run}))
-        read = {"models": tuple(bases), "amounts": Amounts(**content["amounts"]), "variants": variants, "study": study}
-        return read | {"inputs": content.get("inputs") or {}}
-    except (AttributeError, KeyError, TypeError, ConfigError) as error:
-        hint = f"missing or unexpected: {error}; remove it, and the study makes it again"
-        raise DataError(file, "is not a whole plan", hint) from error
-
-
-def _check_earlier(run: Path, kept: Mapping[str, Any], settings: StudyOptions) -> None:
-    """Refuse to go on with a run of the version before, which has no records, after options or files have changed.
-
-    Raises:
-        ConfigError, DataError: They have.
-    """
-    before, now = kept["study"], _what(settings)
-    differing = [key for key in now if before is not None and before.get(key) != now[key]]
-    if differing:
-        what = f"changed in {run / SETTINGS} since an earlier version of secateur began the study"
-        raise ConfigError(", ".join(differing), None, what, "change it back, or name a new run folder")
-    for file, sha256 in ((file, sha) for files in kept["inputs"].values() for file, sha in files.items()):
-        if Path(file).is_file() and fingerprint(Path(file), 0).sha256 != sha256:
-            hint = "bring the old state back, or name a new run folder"
-            raise DataError(file, "has changed since the study began", hint)
-
-
-# After ----------------------------------------------------------------------------------------------------------------
+_SCORES = ("task", "type", "metric", "score", "low", "high", "samples", "sample")
+_COSTS = (
+    *("parameters", "embedding_parameters", "bytes", "memory_bytes", "flops_per_token"),
+    *("texts_per_second", "long_texts_per_second", "latency_p50", "latency_p95"),
+)
 
 
 def read_scores(run: str | Path) -> Scores:
@@ -332,41 +325,34 @@ def read_scores(run: str | Path) -> Scores:
 
 
 def join_tables(run: str | Path) -> list[dict[str, Any]]:
-    """All that a study found out, joined: one flat row for each variant and task, as ``table.csv`` has it.
+    """All results of a study, joined: one flat row for each model and task, as ``table.csv`` has it.
 
-    A row has the model, which ``blocks`` of its ``depth`` it keeps, the ``specs`` of the study that lead there, recipe
-    and seed, the score with its interval, and the costs. A variant without tasks has one row without a score. Group by
-    all but ``seed`` to average over seeds.
+    A row has the base model, which ``blocks`` of its ``depth`` are kept, the ``specs`` of the study that lead there,
+    recipe and seed, the score with its interval, and the costs. A model without scores has one row. Group by all but
+    ``seed`` to average over seeds.
     """
-    run = Path(run)
-    costs = {row.model: row for row in load(run, Costs).rows} if (run / Costs.file).is_file() else {}
+    specs = {item["name"]: " ".join(item["specs"]) for item in _read_plan(Path(run))["variants"]}
+    found = {variant.name: variant for variant in read_run(run).variants}
     rows: list[dict[str, Any]] = []
-    for variant in _read_plan(run)["variants"]:
-        file = run / "models" / variant.name / Training.file
-        training = load(file, Training) if file.is_file() else None
-        what = {"model": variant.base, "variant": variant.name, "depth": variant.depth}
-        what |= {"kept": None if variant.blocks is None else len(variant.blocks), "specs": " ".join(variant.specs)}
-        what |= {"blocks": None if variant.blocks is None else " ".join(map(str, variant.blocks))}
-        what |= {"recipe": variant.recipe, "seed": variant.seed, "steps": training.steps if training else None}
+    for variant in (found[name] for name in specs if name in found):
+        training, origin = variant.training, variant.origin
+        what = {"model": variant.base, "variant": variant.name, "depth": variant.blocks, "kept": variant.depth}
+        what |= {"specs": specs[variant.name], "blocks": " ".join(map(str, origin.kept)) if origin else None}
+        what |= {"recipe": NO_TRAINING if variant.recipe == ZERO_SHOT else variant.recipe, "seed": variant.seed}
+        what |= {"steps": training.steps if training else None}
         what |= {"train_seconds": round(training.seconds, 1) if training else None}
-        cost = costs.get(variant.name)
-        price = {name: getattr(cost, name, None) for name in _COSTS}
-        scores = run / "scores" / variant.name / Scores.file
-        scored = load(scores, Scores).to_dicts() if scores.is_file() else [{}]
-        rows += [what | {name: row.get(name) for name in _SCORES} | price for row in scored]
+        cost = {name: getattr(variant.cost, name, None) for name in _COSTS}
+        for score in list(variant.scores.values()) or [None]:
+            rows.append(what | {name: getattr(score, name, None) for name in _SCORES} | cost)
     return rows
 
 
-_SCORES = ("task", "type", "metric", "score", "low", "high", "samples", "sample")
-_COSTS = (
-    *("parameters", "embedding_parameters", "bytes", "memory_bytes", "flops_per_token"),
-    *("texts_per_second", "long_texts_per_second", "latency_p50", "latency_p95"),
-)
-
-
-def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    stream = io.StringIO()
+def _write_view(run: Path) -> Path:
+    """``table.csv`` and the report."""
+    rows, stream = join_tables(run), io.StringIO()
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return stream.getvalue()
+    write_text(run / TABLE, stream.getvalue())
+    with acting_as(f"secateur report {shlex.quote(str(run))}"):
+        return report(run)
