@@ -18,8 +18,9 @@ import torch
 
 from secateur.choosing.choose import Candidate, candidates, is_prefix, ranges
 from secateur.files import write_text
-from secateur.models.blocks import cut
-from secateur.models.open_model import model_label, open_model
+from secateur.models import model_label
+from secateur.models.cutting import cut
+from secateur.models.open_model import open_model
 from secateur.profiling.profile import profile
 from secateur.results import Profile, load
 

@@ -36,16 +36,15 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from secateur.inference.arithmetic import quicken
-from secateur.inference.memory import keep_freed_memory
-from secateur.inference.mixed import is_mixed, use_mixed_products
 
 from secateur import accelerate, export, open_model, prune, runtime
-from secateur.inference.encode import SAMPLE, SHARD
-from secateur.inference.encoders import CPU_BATCH
+from secateur.inference.distinct import SAMPLE, SHARD
+from secateur.inference.opening import use_dtype
+from secateur.inference.workers import keep_freed_memory
 from secateur.measures.costs import flops_per_token
 from secateur.measures.metrics import paired_cosines
-from secateur.models.open_model import model_label
+from secateur.models import model_label
+from secateur.runtime.core import CPU_BATCH
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
 INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best;\n"
@@ -151,12 +150,10 @@ def open_ways(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]
         for dtype in args.dtypes:
             stored = "bfloat16" if dtype == "bfloat16" else "float32"
             model = own if dtype == "float32" else open_model(name, device="cpu", dtype=stored)
-            if dtype == "mixed":
-                use_mixed_products(model)
-            elif dtype == "auto":
+            fast = ways[f"{dtype}, {budget} tokens"] = accelerate(model, batch_tokens=budget)
+            if dtype in ("mixed", "auto"):
                 sample = [*mixed_lengths(SAMPLE // 2), *(INSTRUCTION + text for text in queries(SAMPLE // 2))]
-                print(f"  auto takes {quicken(model, sample)}")
-            ways[f"{dtype}, {budget} tokens"] = accelerate(model, batch_tokens=budget)
+                print(f"  {dtype} takes {use_dtype(fast.encoder, dtype, sample)}")
     return own, ways
 
 
@@ -262,7 +259,7 @@ def flops_of(own: Any, texts: Sequence[str]) -> float:
 def multiplies_in_bfloat16(model: Any) -> bool:
     if isinstance(model, runtime.Encoder):
         return bool(model.settings.precision == "bfloat16")
-    return model.dtype == torch.bfloat16 or is_mixed(model)
+    return model.dtype == torch.bfloat16 or model.encoder.dtype.startswith("mixed")
 
 
 # --- a large run -----------------------------------------------------------------------------------------------------

@@ -38,9 +38,10 @@ from secateur.choosing.choose import blocks_to_keep
 from secateur.data.rows import read_rows
 from secateur.data.sources import instruction_prompt, read_pairs
 from secateur.files import read_json, write_text
-from secateur.healing.recipe import Recipe
-from secateur.healing.train import make_loss, train, training_sets
-from secateur.healing.trainable import prepare
+from secateur.healing.losses import Loss
+from secateur.healing.recipes import TrainingConfig, prepare
+from secateur.healing.trainer import train
+from secateur.healing.training_data import training_sets
 from secateur.models.blocks import depth_of
 from secateur.models.open_model import open_model
 from secateur.progress import silent
@@ -250,9 +251,9 @@ def equal_steps(args: argparse.Namespace, row: Row, cut: Path) -> int:
 def step_flops(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> int:
     """Counted in one forward and backward pass of a batch of triplets at full length."""
     model = open_model(folder, device="cpu")
-    recipe = Recipe(train=settings.get("train", "lora"), batch_size=4, precision="float32")
-    prepare(model, recipe)
-    loss = make_loss(model.train(), recipe)
+    config = TrainingConfig(train=settings.get("train", "lora"), batch_size=4, precision="float32")
+    prepare(model, config)
+    loss = Loss(model.train(), config)
     batch = [" ".join(["word"] * 600)] * 4
     model.max_seq_length = args.max_length
     columns = [model.preprocess(batch) for _ in range(3)]
@@ -270,8 +271,9 @@ def static(args: argparse.Namespace, row: Row, folder: Path, seed: int, about: d
     sources = [read_pairs(file) for file in training_files(args)]
     model.prompts.update({pairs.name: pairs.prompt for pairs in sources if pairs.prompt})
     numbers = {"steps": args.steps, "batch_size": args.batch_size, "max_length": args.max_length, "seed": seed}
-    recipe = Recipe(**numbers, **row.settings)
-    outcome = train(model, training_sets(sources, args.batch_size), recipe, folder / "checkpoints", silent)
+    config = TrainingConfig(**numbers, **row.settings)
+    sets, _ = training_sets(sources, config)
+    outcome = train(model, sets, config, folder / "checkpoints")
     about |= {"steps": args.steps, "seconds": outcome.seconds, "trained_parameters": outcome.trained_parameters}
     return model
 

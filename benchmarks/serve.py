@@ -34,9 +34,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
-from secateur.inference.arithmetic import use_arithmetic, weights_dtype
 
 from secateur import accelerate, open_model
+from secateur.inference.opening import use_dtype, weights_dtype
 
 WORDS = (
     "hedge",
@@ -176,8 +176,8 @@ def speed(args: argparse.Namespace) -> None:
     waits: list[float] = []
     with server(args.model, "--workers", str(args.workers)) as (_, host, port, dtype):
         quick = open_model(args.model, device="cpu", dtype=weights_dtype(dtype))
-        use_arithmetic(quick, dtype)
         fast = accelerate(quick)
+        use_dtype(fast.encoder, dtype)
         print(f"  the server multiplies in {dtype}")
         expected = model.encode(texts, batch_size=32)
         crowd_and_wait(host, port, texts[: args.clients * 2], args.clients)  # warm-up

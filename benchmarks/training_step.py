@@ -29,11 +29,11 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch.nn.functional import pad
 
 from secateur.data.sources import data_files, read_pairs
-from secateur.healing.recipe import Recipe, make_recipe
-from secateur.healing.train import TrainingSet, make_loss, training_arguments, training_sets
-from secateur.healing.trainable import decide, prepare
+from secateur.healing.losses import Loss
+from secateur.healing.recipes import TrainingConfig, decide, prepare, training_arguments
 from secateur.healing.trainer import Trainer
-from secateur.models.blocks import cut
+from secateur.healing.training_data import TrainingSet, training_sets
+from secateur.models.cutting import cut
 from secateur.models.open_model import open_model
 
 Step = Callable[[TrainingSet], float]
@@ -42,16 +42,16 @@ Step = Callable[[TrainingSet], float]
 
 def main() -> None:
     args = arguments()
-    recipe = make_recipe(batch_size=args.batch_size, max_length=args.max_length, train=args.train)
-    sets = training_sets([read_pairs(file) for file in data_files(args.data)], args.batch_size)
+    config = TrainingConfig(batch_size=args.batch_size, max_length=args.max_length, train=args.train)
+    sets, _ = training_sets([read_pairs(file) for file in data_files(args.data)], config)
     rng = random.Random(args.seed)
     weights = [len(item.rows) for item in sets]
     seconds: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         ways = {
-            "plain": plain(open_part(args.model, None), recipe),
-            "secateur": ours(open_part(args.model, None), recipe, sets, Path(folder)),
-            "small": ours(open_part(args.model, args.small), recipe, sets, Path(folder)),
+            "plain": plain(open_part(args.model, None), config),
+            "secateur": ours(open_part(args.model, None), config, sets, Path(folder)),
+            "small": ours(open_part(args.model, args.small), config, sets, Path(folder)),
         }
         for batch in rng.choices(sets, weights, k=1 + args.repeats):
             rows = batch.rows.select(rng.sample(range(len(batch.rows)), args.batch_size))
@@ -64,7 +64,7 @@ def main() -> None:
                     f"{batch.name:24} {name:10} {took[0]:7.2f} s {took[1]:7.2f} processor s, loss {loss:.3f}",
                     flush=True,
                 )
-    precision = "bfloat16" if recipe.in_bfloat16 else "float32"
+    precision = "bfloat16" if config.uses_bfloat16 else "float32"
     print(f"{args.train}, {args.batch_size} rows of at most {args.max_length} tokens, {precision}, ", end="")
     print(f"{torch.get_num_threads()} threads, median of {args.repeats} batches")
     for name, over, under in (("plain / secateur", "plain", "secateur"), ("small / full depth", "small", "secateur")):
@@ -96,17 +96,17 @@ def open_part(folder: Path, blocks: int | None) -> SentenceTransformer:
     return model
 
 
-def plain(model: SentenceTransformer, recipe: Recipe) -> Step:
-    """Stock calls alone; what is trained, and the optimizer's numbers, are the recipe's."""
-    recipe = decide(model, recipe)
-    prepare(model, recipe)
+def plain(model: SentenceTransformer, config: TrainingConfig) -> Step:
+    """Stock calls alone; what is trained, and the optimizer's numbers, are the configuration's."""
+    config = decide(model, config)
+    prepare(model, config)
     for layer in [module for module in model.modules() if hasattr(module, "lora_dropout")]:
-        layer.lora_dropout["default"] = torch.nn.Dropout(recipe.lora_dropout)
+        layer.lora_dropout["default"] = torch.nn.Dropout(config.lora_dropout)
     model.float().train()
-    model.max_seq_length = recipe.max_length
+    model.max_seq_length = config.max_length
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.peak_learning_rate, weight_decay=0.0)
-    loss_of = MultipleNegativesRankingLoss(model, scale=recipe.scale)
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    loss_of = MultipleNegativesRankingLoss(model, scale=config.scale)
 
     def step(batch: TrainingSet) -> float:
         columns = [
@@ -133,16 +133,16 @@ def to_full_length(model: SentenceTransformer, features: dict[str, Any]) -> dict
     }
 
 
-def ours(model: SentenceTransformer, recipe: Recipe, sets: Sequence[TrainingSet], folder: Path) -> Step:
+def ours(model: SentenceTransformer, config: TrainingConfig, sets: Sequence[TrainingSet], folder: Path) -> Step:
     """What the trainer's own loop does with a batch, but for checkpoints and logs."""
-    recipe = decide(model, recipe)
-    prepare(model, recipe)
-    model.max_seq_length = recipe.max_length
+    config = decide(model, config)
+    prepare(model, config)
+    model.max_seq_length = config.max_length
     trainer = Trainer(
         model=model,
-        args=training_arguments(sets, recipe, folder),
+        args=training_arguments(config, folder, {item.name: item.prompts for item in sets}),
         train_dataset=DatasetDict({item.name: item.rows for item in sets}),
-        loss=make_loss(model, recipe),
+        loss=Loss(model, config),
     )
     trainer.create_optimizer()
     trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(model, trainer.optimizer)

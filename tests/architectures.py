@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrained
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import IllegalDepth, UnsupportedArchitecture
-from secateur.models import blocks
+from secateur.models import blocks, cutting
 
 DEPTH, WIDTH, VOCABULARY = 6, 32, 120
 LENGTHS = (12, 9, 5)
@@ -432,7 +432,7 @@ def outcome(name: str) -> Outcome:
     model = model_of(name)
     try:
         stack = blocks.find_stack(model)
-        legal = blocks.legal_depths(model.config)
+        legal = cutting.legal_depths(model.config)
     except UnsupportedArchitecture as error:
         return Outcome(name, refused=str(error))
     kept = next((k for k in legal if k >= DEPTH // 2), DEPTH)
@@ -477,7 +477,7 @@ def cut_and_reload(
     with bypassed(model, keep):
         expected = states(model, features)
     pruned = copy.deepcopy(model)
-    blocks.cut(pruned, keep)
+    cutting.cut(pruned, keep)
     in_memory = distance(states(pruned, features), expected)
     with tempfile.TemporaryDirectory() as folder:
         pruned.save_pretrained(folder)
@@ -504,7 +504,7 @@ def refusal(config: PretrainedConfig, legal: Sequence[int]) -> str:
     if illegal is None:
         return ""
     try:
-        blocks.check_keep(config, range(illegal))
+        cutting.check_keep(config, range(illegal))
     except IllegalDepth as error:
         return str(error)
     raise AssertionError(f"depth {illegal} is not in legal_depths, but check_keep accepts it")

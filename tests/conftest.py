@@ -22,6 +22,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from secateur.models import save
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789;:,.?' "
 MakeEncoder = Callable[..., SentenceTransformer]
 
@@ -67,6 +69,28 @@ def write_pairs(file: Path, rows: Sequence[Mapping[str, object]], instruction: s
     if instruction:
         file.with_suffix(".json").write_text(json.dumps({"query_instruction": instruction}), encoding="utf-8")
     return file
+
+
+def _reopen_here(folder: Path, device: str) -> tuple[Any, Any]:
+    return save.probe(SentenceTransformer(str(folder), device=device))
+
+
+_reopen_afresh = save.reopen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_process() -> Iterator[None]:
+    """Written folders are reopened in the process of the tests: another takes seconds to import torch."""
+    save.reopen = _reopen_here
+    yield
+    save.reopen = _reopen_afresh
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for tests that are marked ``fresh``."""
+    if request.node.get_closest_marker("fresh"):
+        monkeypatch.setattr(save, "reopen", _reopen_afresh)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -64,7 +65,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         asked = self.headers.get("Range", "")
         self.server.asked.append(f"{self.command} {self.path} {asked}")
-        match = re.fullmatch(r"/me/tiny/resolve/([^/]+)/(.+)", self.path)
+        path = self.path.partition("?")[0]
+        if re.fullmatch(r"/api/models/me/tiny/(revision|tree)/[^/]+", path):
+            self._tell(path.split("/")[5])
+            return
+        match = re.fullmatch(r"/me/tiny/resolve/([^/]+)/(.+)", path)
         file = self.server.root / match[2] if match else None
         if file is None or not file.is_file():
             self.send_response(404)
@@ -76,6 +81,22 @@ class _Handler(BaseHTTPRequestHandler):
         start, end = self._head(file, size, re.fullmatch(r"bytes=(\d+)-(\d*)", asked))
         if body:
             self._body(file, start, end)
+
+    def _tell(self, what: str) -> None:
+        """What the Hub tells of a repository: its commit, or its files."""
+        root = self.server.root
+        files = [file for file in sorted(root.rglob("*")) if file.is_file()]
+        tree = [
+            {"type": "file", "path": file.relative_to(root).as_posix(), "size": file.stat().st_size, "oid": file.name}
+            for file in files
+        ]
+        told = {"id": "me/tiny", "sha": self.server.commit, "siblings": []} if what == "revision" else tree
+        content = json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def _head(self, file: Path, size: int, span: re.Match[str] | None) -> tuple[int, int]:
         start, end = 0, size

@@ -24,7 +24,7 @@ from transformers import (
 
 from architectures import ARCHITECTURES, DEPTH, TOLERANCE, batch, bypassed, config_of, distance, model_of, states
 from secateur.errors import IllegalDepth, UnsupportedArchitecture
-from secateur.models import blocks
+from secateur.models import blocks, cutting
 
 
 def llama(layers: int = DEPTH, **fields) -> LlamaConfig:
@@ -74,15 +74,15 @@ class TestFinding:
             blocks.find_stack(model())
 
     def test_of_an_encoder_decoder_configuration_the_encoder_is_judged(self):
-        assert blocks.legal_depths(tiny_t5()) == (1, 2)
+        assert cutting.legal_depths(tiny_t5()) == (1, 2)
         assert type(blocks.skeleton(tiny_t5())).__name__ == "T5EncoderModel"
 
     def test_shared_blocks_are_refused_in_a_clear_line(self):
-        for refused in (blocks.find_stack, blocks.depth_of, lambda model: blocks.cut(model, [0])):
+        for refused in (blocks.find_stack, blocks.depth_of, lambda model: cutting.cut(model, [0])):
             with pytest.raises(UnsupportedArchitecture, match="its 6 layers share the weights of 1 block"):
                 refused(model_of("albert"))
         with pytest.raises(UnsupportedArchitecture, match="share the weights"):
-            blocks.check_keep(config_of("albert"), [0, 1])
+            cutting.check_keep(config_of("albert"), [0, 1])
 
     def test_a_model_without_a_stack_of_blocks_is_refused(self):
         with pytest.raises(UnsupportedArchitecture, match="ResNetModel has no list of its blocks"):
@@ -92,7 +92,7 @@ class TestFinding:
         config = llama()
         config.__class__ = type("HomemadeConfig", (LlamaConfig,), {"model_type": "homemade"})
         with pytest.raises(UnsupportedArchitecture, match="no text model of the type homemade"):
-            blocks.legal_depths(config)
+            cutting.legal_depths(config)
 
     @pytest.mark.parametrize(
         ("name", "path", "expected"),
@@ -157,7 +157,7 @@ class TestConfig:
     def test_every_field_with_one_item_for_each_layer_is_sliced(self):
         config = config_of("smollm3")
         before = copy.deepcopy(config)
-        blocks.cut_config(config, [0, 3, 5])
+        cutting.cut_config(config, [0, 3, 5])
         assert config.num_hidden_layers == 3
         assert config.no_rope_layers == [before.no_rope_layers[i] for i in (0, 3, 5)]
         assert config.layer_types == [before.layer_types[i] for i in (0, 3, 5)]
@@ -165,35 +165,35 @@ class TestConfig:
     def test_index_lists_are_renumbered(self):
         config = config_of("qwen2_moe")
         assert config.mlp_only_layers == [0, 4]
-        blocks.cut_config(config, [1, 4, 5])
+        cutting.cut_config(config, [1, 4, 5])
         assert config.mlp_only_layers == [1]
 
     @pytest.mark.parametrize(("depth", "windows"), [(1, 1), (2, 2), (4, 2)])
     def test_counters(self, depth, windows):
         config = config_of("qwen2+sliding")
-        blocks.cut_config(config, range(depth))
+        cutting.cut_config(config, range(depth))
         assert config.max_window_layers == windows
         dense = config_of("deepseek_v3")
-        blocks.cut_config(dense, range(depth))
+        cutting.cut_config(dense, range(depth))
         assert dense.first_k_dense_replace == windows
 
     def test_shared_caches_are_counted_from_the_back(self):
         config = config_of("gemma4_text")
         assert config.num_kv_shared_layers == 2
-        blocks.cut_config(config, range(5))
+        cutting.cut_config(config, range(5))
         assert config.num_kv_shared_layers == 1
-        blocks.cut_config(config, range(4))
+        cutting.cut_config(config, range(4))
         assert config.num_kv_shared_layers == 0
 
     def test_only_the_text_part_of_a_multimodal_configuration_is_cut(self):
         config = config_of("gemma3")
-        blocks.cut_config(config, range(2))
+        cutting.cut_config(config, range(2))
         assert (config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers) == (2, DEPTH)
         assert blocks.text_config(config) is config.text_config
 
     def test_lists_of_the_same_length_that_are_not_about_layers_stay(self):
         config = llama(layers=2, eos_token_id=[3, 4])
-        blocks.cut_config(config, [0])
+        cutting.cut_config(config, [0])
         assert config.eos_token_id == [3, 4]
 
     @settings(max_examples=40, deadline=None)
@@ -202,7 +202,7 @@ class TestConfig:
         keep = sorted(kept)
         config = config_of(name)
         types = list(config.layer_types)
-        blocks.cut_config(config, keep)
+        cutting.cut_config(config, keep)
         assert list(config.layer_types) == [types[i] for i in keep]
 
 
@@ -220,47 +220,47 @@ class TestRefusals:
     )
     def test_blocks_that_are_not_there(self, keep, problem):
         with pytest.raises(IllegalDepth, match=problem) as error:
-            blocks.check_keep(llama(), keep)
+            cutting.check_keep(llama(), keep)
         assert error.value.depth == DEPTH
         assert error.value.nearest
 
     @pytest.mark.parametrize(("depth", "nearest"), [(1, (2,)), (3, (2, 4)), (5, (4, 6))])
     def test_gemma_4_must_end_on_full_attention(self, depth, nearest):
         with pytest.raises(IllegalDepth, match="layer_types") as error:
-            blocks.check_keep(config_of("gemma4_text"), range(depth))
+            cutting.check_keep(config_of("gemma4_text"), range(depth))
         assert error.value.nearest == nearest
         assert f"nearest legal: {', '.join(map(str, nearest))}" in str(error.value)
 
     def test_a_depth_that_the_blocks_are_scaled_by_is_refused(self):
         with pytest.raises(IllegalDepth, match="scaling_factor depends on place or depth") as error:
-            blocks.check_keep(config_of("esmc"), range(3))
+            cutting.check_keep(config_of("esmc"), range(3))
         assert error.value.nearest == (DEPTH,)
 
     def test_what_transformers_cannot_build_is_refused(self):
         config = llama()
         config.hidden_act = "no such activation"
         with pytest.raises(UnsupportedArchitecture, match="cannot build it"):
-            blocks.legal_depths(config)
+            cutting.legal_depths(config)
 
     @pytest.mark.parametrize("name", ["diffllama", "jamba", "gpt2+inverse_scale"])
     def test_blocks_that_depend_on_their_place_may_not_move(self, name):
         config = config_of(name)
         with pytest.raises(IllegalDepth, match="depends on place or depth"):
-            blocks.check_keep(config, [0, 2, 5])
-        blocks.check_keep(config, range(3))
+            cutting.check_keep(config, [0, 2, 5])
+        cutting.check_keep(config, range(3))
 
     def test_a_refused_cut_leaves_the_model_as_it_was(self):
         model = model_of("diffllama")
         before = states(model, batch())
         with pytest.raises(IllegalDepth):
-            blocks.cut(model, [1, 2])
+            cutting.cut(model, [1, 2])
         assert model.config.num_hidden_layers == len(model.layers) == DEPTH
         assert torch.equal(states(model, batch()), before)
 
     def test_judging_edits_nothing(self):
         config = config_of("gemma4_text")
         before = config.to_dict()
-        blocks.legal_depths(config)
+        cutting.legal_depths(config)
         assert config.to_dict() == before
 
 
@@ -272,7 +272,7 @@ class TestCut:
             expected = states(model, batch())
         naive, ours = copy.deepcopy(model), copy.deepcopy(model)
         naive_cut(naive, 3)
-        blocks.cut(ours, range(3))
+        cutting.cut(ours, range(3))
         assert distance(states(naive, batch()), expected) < TOLERANCE
         assert distance(states(reloaded(naive, tmp_path / "naive"), batch()), expected) > 0.05
         assert distance(states(reloaded(ours, tmp_path / "ours"), batch()), expected) < TOLERANCE
@@ -284,7 +284,7 @@ class TestCut:
             expected = states(model, batch())
         naive, ours = copy.deepcopy(model), copy.deepcopy(model)
         naive_cut(naive, 3)
-        blocks.cut(ours, range(3))
+        cutting.cut(ours, range(3))
         assert distance(states(reloaded(naive, tmp_path / "naive"), batch()), expected) > 0.005
         back = reloaded(ours, tmp_path / "ours")
         assert blocks.depth_of(back) == 3
@@ -293,9 +293,9 @@ class TestCut:
     @pytest.mark.parametrize("name", ["llama", "gemma3n_text", "gemma3", "umt5", "nemotron_h", "zamba2"])
     def test_cutting_twice_is_cutting_once(self, name):
         once, twice = model_of(name), model_of(name)
-        blocks.cut(once, range(2))
-        blocks.cut(twice, range(4))
-        blocks.cut(twice, range(2))
+        cutting.cut(once, range(2))
+        cutting.cut(twice, range(4))
+        cutting.cut(twice, range(2))
         assert torch.equal(states(once, batch()), states(twice, batch()))
         assert once.config.to_dict() == twice.config.to_dict()
 
@@ -303,7 +303,7 @@ class TestCut:
         model = model_of("gemma3n_text")
         table = model.embed_tokens_per_layer.weight.detach().clone()
         projection = model.per_layer_model_projection.weight.detach().clone()
-        blocks.cut(model, range(4))
+        cutting.cut(model, range(4))
         assert torch.equal(model.embed_tokens_per_layer.weight, table[:, : 4 * 8])
         assert torch.equal(model.per_layer_model_projection.weight, projection[: 4 * 8])
         assert model.per_layer_model_projection.out_features == 4 * 8
@@ -312,13 +312,13 @@ class TestCut:
         model = model_of("embedding_gemma2_text")
         with bypassed(model, [1, 4, 5]):
             expected = states(model, batch())
-        blocks.cut(model, [1, 4, 5])
+        cutting.cut(model, [1, 4, 5])
         assert distance(states(model, batch()), expected) < TOLERANCE
 
     def test_positions_are_renumbered_and_caches_are_off(self):
         model = model_of("llama")
         assert model.config.use_cache
-        blocks.cut(model, [0, 2, 5])
+        cutting.cut(model, [0, 2, 5])
         assert [block.self_attn.layer_idx for block in model.layers] == [0, 1, 2]
         assert not model.config.use_cache
         cached = model(**batch(), use_cache=True)
@@ -327,7 +327,7 @@ class TestCut:
     def test_the_vision_tower_and_the_head_stay(self):
         model = Gemma3ForConditionalGeneration(config_of("gemma3"))
         vision = sum(parameter.numel() for parameter in model.model.vision_tower.parameters())
-        blocks.cut(model, range(2))
+        cutting.cut(model, range(2))
         assert len(model.model.language_model.layers) == model.config.text_config.num_hidden_layers == 2
         assert sum(parameter.numel() for parameter in model.model.vision_tower.parameters()) == vision
         assert blocks.head_of(model) is model.lm_head
@@ -335,14 +335,14 @@ class TestCut:
     def test_weights_are_not_copied(self):
         model = model_of("llama")
         kept = model.layers[4].mlp.up_proj.weight
-        blocks.cut(model, [0, 4])
+        cutting.cut(model, [0, 4])
         assert model.layers[1].mlp.up_proj.weight is kept
 
     @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "qwen2", "t5", "gemma3"])
     def test_all_blocks_change_nothing(self, name):
         model = model_of(name)
         before = states(model, batch())
-        blocks.cut(model, range(DEPTH))
+        cutting.cut(model, range(DEPTH))
         assert torch.equal(states(model, batch()), before)
 
     @pytest.mark.parametrize("name", ["gemma4_text+moe", "zamba2", "llama4_text", "granitemoehybrid"])
@@ -350,26 +350,26 @@ class TestCut:
     def test_what_is_judged_legal_is_right_after_reloading(self, name, keep, tmp_path):
         model = model_of(name)
         try:
-            blocks.check_keep(model.config, keep)
+            cutting.check_keep(model.config, keep)
         except IllegalDepth as error:
             assert error.nearest
             return
         with bypassed(model, keep):
             expected = states(model, batch())
-        blocks.cut(model, keep)
+        cutting.cut(model, keep)
         assert distance(states(reloaded(model, tmp_path), batch()), expected) < TOLERANCE
 
 
 def test_legal_depths_agree_with_check_keep():
     for name in ("gemma4_text", "olmo_hybrid", "minicpm3", "qwen3"):
         config = config_of(name)
-        legal = blocks.legal_depths(config)
+        legal = cutting.legal_depths(config)
         for depth in range(1, DEPTH + 1):
             if depth in legal:
-                blocks.check_keep(config, range(depth))
+                cutting.check_keep(config, range(depth))
             else:
                 with pytest.raises(IllegalDepth):
-                    blocks.check_keep(config, range(depth))
+                    cutting.check_keep(config, range(depth))
 
 
 def test_at_least_eighty_model_types_are_measured():

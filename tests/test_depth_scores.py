@@ -11,7 +11,7 @@ from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.tasks import open_task
-from secateur.models.blocks import cut
+from secateur.models.cutting import cut
 from secateur.models.open_model import open_model
 from secateur.profiling.depth_scores import depth_scores
 from secateur.profiling.profile import profile
@@ -54,8 +54,8 @@ def test_prompts_are_those_that_evaluate_chooses(tasks, make_encoder: MakeEncode
     model = make_encoder("llama", depth=2, prompts=prompts)
     own = [tasks[TYPES.index(kind)] for kind in ("retrieval", "sts")]
     expected = {row.task: row.score for row in evaluate([model], own, names=["m"]).rows}
-    found = depth_scores(model, [open_task(task) for task in own])
-    assert {row.task: row.score for row in found.rows if row.depth == 2} == pytest.approx(expected, abs=1e-4)
+    rows, _ = depth_scores(model, [open_task(task) for task in own])
+    assert {row.task: row.score for row in rows if row.depth == 2} == pytest.approx(expected, abs=1e-4)
     assert model.prompts == {"query": "", "document": "", **prompts} and "encode" not in vars(model)
 
 
@@ -73,9 +73,9 @@ def test_a_score_that_is_no_number_is_left_out_and_said(tasks, tmp_path):
         row["sentence1"], row["sentence2"] = "w" + row["sentence1"], "w" + row["sentence2"]
     task = write_task(tmp_path / "same", "sts", rows, name="same")
     model = open_model(tiny_transformer(tmp_path / "llama", "llama", depth=2), pooling="cls", dtype="float32")
-    found = depth_scores(model, [open_task(task)])
-    assert found.rows == ()
-    assert found.notes == ("cosine_spearman on same is no number at depth 1, 2: the vectors there are all alike",)
+    rows, notes = depth_scores(model, [open_task(task)])
+    assert rows == ()
+    assert notes == ("cosine_spearman on same is no number at depth 1, 2: the vectors there are all alike",)
 
 
 def test_mistakes_are_found_before_the_pass(llama_folder, tmp_path, tasks):
@@ -102,10 +102,8 @@ def test_a_full_disk_of_temporary_files_is_said(tasks, llama_folder, monkeypatch
 @pytest.mark.skipif(not (SHARED / "data" / "eval").is_dir(), reason="the evaluation tasks are not here")
 def test_smollm2_scores_are_those_of_the_cut_models(tmp_path):
     pytest.importorskip("gguf")
-    names = ("STSBenchmark", "EmotionClassification", "AGNewsClustering", "TrecQA", "MRPC")
-    tasks = [SHARED / "data" / "eval" / name for name in names]
+    tasks = [SHARED / "data" / "eval" / name for name in ("STSBenchmark", "TrecQA")]
     data = write_pairs(tmp_path / "pairs.jsonl", example_pairs())
-    found = profile("smollm2", data, batch_size=8, dtype="float32", tasks=tasks, sample=24)
-    for depth in (1, 7, 30):
-        pruned = prune("smollm2", depth, dtype="float32", out=tmp_path / str(depth))
-        assert_the_same(found, depth, evaluate([pruned], tasks, sample=24))
+    found = profile("smollm2", data, batch_size=8, dtype="float32", tasks=tasks, sample=12)
+    pruned = prune("smollm2", 7, dtype="float32", out=tmp_path / "pruned")
+    assert_the_same(found, 7, evaluate([pruned], tasks, sample=12))

@@ -605,7 +605,7 @@ def test_real_scores_are_those_of_other_evaluators(name: str, minilm: SentenceTr
     source = sample_task(read_task_folder(shared_task(name)), 12 if type_ in ("retrieval", "reranking") else 120, 7)
     rows = {stem: [dict(row) for row in table] for stem, table in source.tables.items()}
     if type_ == "retrieval":
-        rows["qrels"] = [(row["query"], row["document"], min(row["score"], 1)) for row in rows["qrels"]]
+        rows["qrels"] = [(row["query-id"], row["corpus-id"], min(row["score"], 1)) for row in rows["qrels"]]
         rows["corpus"] = [row | {"title": ""} for row in rows["corpus"] if row["text"].strip()]
         kept = {row["_id"] for row in rows["corpus"]}
         rows["qrels"] = [row for row in rows["qrels"] if row[1] in kept]

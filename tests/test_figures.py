@@ -13,11 +13,11 @@ import pytest
 from matplotlib import image
 from matplotlib.text import Text
 
+from secateur.document import shorten
 from secateur.figures.plots import Point, frontier, profile_figures, size_curve, training_curves
 from secateur.figures.style import COLOURS, INK, save, svg
 from secateur.provenance import Provenance
 from secateur.results import DepthRow, DepthScoreRow, LossRow, Profile, Training, TrialRow
-from secateur.tables import shorten
 
 MADE = Provenance("secateur study", "2026-01-02T03:04:05+00:00", 7, {}, (), {})
 SVG = "{http://www.w3.org/2000/svg}"

@@ -13,10 +13,9 @@ from scipy.stats import binomtest, ttest_ind
 from secateur.errors import DataError
 from secateur.provenance import Provenance
 from secateur.reporting.findings import MARGIN, Estimate, GroupComparison, Summary, pareto, summarize
-from secateur.reporting.pictures import size_pictures
+from secateur.reporting.pictures import Saturation, fit_saturation, size_pictures
 from secateur.reporting.report import report
 from secateur.reporting.run import read_run
-from secateur.reporting.saturation import Saturation, fit_saturation
 from secateur.reporting.verdict import most_telling, notes, smallest_as_good, verdict
 from secateur.results import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training
 

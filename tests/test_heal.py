@@ -27,14 +27,15 @@ from killing import run_until
 from secateur.data.sources import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
 from secateur.evaluation.evaluate import is_instructed
-from secateur.healing import held_out, trainable
-from secateur.healing.held_out import held_out_ndcg, read_held_out
-from secateur.healing.recipe import LEARNING_RATES, RECIPES, Recipe, make_recipe
-from secateur.healing.train import Outcome, make_loss, train, training_sets
-from secateur.healing.trainable import decide
-from secateur.healing.trainer import TRAINED_WEIGHTS, Validation, last_checkpoint
+from secateur.healing import evaluator, recipes
+from secateur.healing.evaluator import held_out_ndcg, read_held_out
+from secateur.healing.losses import Loss
+from secateur.healing.recipes import LEARNING_RATES, TrainingConfig, decide, training_config
+from secateur.healing.trainer import TRAINED_WEIGHTS, TrainingResult, last_checkpoint, train
+from secateur.healing.training_data import TrainingSet
+from secateur.healing.training_data import training_sets as sets_and_notes
 from secateur.models.open_model import is_causal
-from secateur.progress import silent
+from secateur.options import HealOptions, make
 from secateur.results import Origin, Training, load
 from task_folders import example_rows, write_task
 
@@ -43,9 +44,23 @@ SETTINGS = {"steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "lora_rank":
 SETTINGS |= {"precision": "float32", "scale": 20.0}
 
 
+def training_sets(data: Sequence[Pairs], batch_size: int) -> list[TrainingSet]:
+    return sets_and_notes(data, TrainingConfig(batch_size=batch_size))[0]
+
+
+def config_of(**given: object) -> TrainingConfig:
+    return training_config(make(HealOptions, {"model": "m", "data": ["d"], "out": "o"} | given))
+
+
 @pytest.fixture(scope="module")
 def healed(llama_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path_factory.mktemp("healed") / "model")
+
+
+@pytest.fixture(autouse=True)
+def no_check_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each written model, which takes seconds; the fixture ``healed`` is made before, with it."""
+    monkeypatch.setattr("secateur.models.open_model.difference", lambda *_: 0.0)
 
 
 def test_training_lowers_the_loss_and_leaves_a_plain_model(healed: Path, llama_folder: Path):
@@ -116,10 +131,12 @@ def test_a_disk_that_fills_up_on_the_way_loses_nothing(
         assert list(disk.iterdir()) == [out]
 
 
-def trained(folder: Path, data: Sequence[Pairs], llama: Path, **changes: object) -> tuple[torch.nn.Module, Outcome]:
-    recipe = Recipe(**(SETTINGS | {"steps": 4} | changes))
+def trained(
+    folder: Path, data: Sequence[Pairs], llama: Path, **changes: object
+) -> tuple[torch.nn.Module, TrainingResult]:
+    config = TrainingConfig(**(SETTINGS | {"steps": 4} | changes))
     model = secateur.open_model(llama, device="cpu")
-    outcome = train(model, training_sets(data, recipe.batch_size), recipe, folder, silent)
+    outcome = train(model, training_sets(data, config.batch_size), config, folder)
     return model, outcome
 
 
@@ -143,10 +160,10 @@ def test_each_mode_trains_what_it_says_and_goes_on_bit_for_bit(
 
 def test_weights_stored_in_bfloat16_are_trained_in_float32(llama_folder: Path, pairs_file: Path, tmp_path: Path):
     """Their steps are below the last bit of a bfloat16; what is written has the format that it had."""
-    recipe = Recipe(**(SETTINGS | {"steps": 2, "train": "blocks", "learning_rate": 1e-5}))
+    config = TrainingConfig(**(SETTINGS | {"steps": 2, "train": "blocks", "learning_rate": 1e-5}))
     model = secateur.open_model(llama_folder, device="cpu", dtype="bfloat16")
     before = model[0].auto_model.norm.weight.detach().clone()
-    train(model, training_sets([read_pairs(pairs_file)], 8), recipe, tmp_path, silent)
+    train(model, training_sets([read_pairs(pairs_file)], 8), config, tmp_path)
     saved = load_file(tmp_path / "checkpoint-2" / TRAINED_WEIGHTS)
     norm = next(tensor for name, tensor in saved.items() if name.endswith("model.norm.weight"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -157,11 +174,11 @@ def test_weights_stored_in_bfloat16_are_trained_in_float32(llama_folder: Path, p
 
 def test_auto_trains_the_blocks_where_they_fit_and_says_so(llama_folder: Path, monkeypatch: pytest.MonkeyPatch):
     model = secateur.open_model(llama_folder, device="cpu")
-    assert decide(model, Recipe(train="auto")).train == "blocks"
+    assert decide(model, TrainingConfig(train="auto")).train == "blocks"
     weights = sum(p.numel() for p in model[0].auto_model.layers.parameters())
     for memory, expected in ((32 * weights, "blocks"), (32 * weights - 1, "lora")):
-        monkeypatch.setattr(trainable.psutil, "virtual_memory", lambda memory=memory: SimpleNamespace(total=memory))
-        decided = decide(model, Recipe(train="auto"))
+        monkeypatch.setattr(recipes.psutil, "virtual_memory", lambda memory=memory: SimpleNamespace(total=memory))
+        decided = decide(model, TrainingConfig(train="auto"))
         assert (decided.train, decided.learning_rate) == (expected, LEARNING_RATES[expected])
 
 
@@ -196,10 +213,9 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(
     llama_folder: Path, pairs_file: Path, tmp_path: Path
 ):
     sets = training_sets([read_pairs(pairs_file)], 8)
-    recipe = Recipe(**(SETTINGS | {"steps": 10}))
+    config = TrainingConfig(**(SETTINGS | {"steps": 10, "eval_every": 1, "patience": 2}))
     model = secateur.open_model(llama_folder, device="cpu")
-    validation = Validation(scores_of(0.1, 0.5, 0.4, 0.5), every=1, patience=2)
-    outcome = train(model, sets, recipe, tmp_path / "long", silent, validation=validation)
+    outcome = train(model, sets, config, tmp_path / "long", score=scores_of(0.1, 0.5, 0.4, 0.5))
     assert [(row.step, row.score) for row in outcome.trials] == [(1, 0.1), (2, 0.5), (3, 0.4), (4, 0.5)]
     assert outcome.best_step == 2
     best = load_file(tmp_path / "long" / "checkpoint-2" / TRAINED_WEIGHTS)
@@ -207,10 +223,10 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(
     a, b = (next(best[key] for key in best if f"{name}.lora_{x}" in key) for x in "AB")
     base = load_file(llama_folder / "model.safetensors")[f"{name}.weight"]
     merged = model[0].auto_model.get_submodule(name).weight
-    assert torch.allclose(merged, base + recipe.lora_alpha / recipe.lora_rank * b @ a, atol=1e-6)
+    assert torch.allclose(merged, base + config.lora_alpha / config.lora_rank * b @ a, atol=1e-6)
     # Killed after its last step, it has nothing left to train or to measure.
     again = secateur.open_model(llama_folder, device="cpu")
-    same = train(again, sets, recipe, tmp_path / "long", silent, validation=replace(validation, score=scores_of()))
+    same = train(again, sets, config, tmp_path / "long", score=scores_of())
     assert (same.trials, same.best_step) == (outcome.trials, 2)
     assert torch.equal(again[0].auto_model.get_submodule(name).weight, merged)
 
@@ -229,12 +245,13 @@ def test_what_is_scored_is_what_is_written(
         return [0.1, 0.5, 0.3][len(seen) - 1]
 
     sets = training_sets([read_pairs(pairs_file)], 8)
-    recipe = Recipe(**(SETTINGS | {"steps": 3, "train": mode, "precision": precision, "lora_dropout": 0.0}))
+    changes = {"steps": 3, "train": mode, "precision": precision, "lora_dropout": 0.0, "eval_every": 1}
+    config = TrainingConfig(**(SETTINGS | changes))
     outcomes = []
-    for validation in (None, Validation(score, every=1)):
+    for own in (None, score):
         model = secateur.open_model(llama_folder, device="cpu", dtype="bfloat16")
-        folder = tmp_path / str(validation is None)
-        outcomes.append(train(model, sets, recipe, folder, silent, validation=validation))
+        folder = tmp_path / str(own is None)
+        outcomes.append(train(model, sets, config, folder, score=own))
     assert outcomes[1].best_step == 2
     assert np.array_equal(model.encode(texts), seen[1])
     assert not np.array_equal(seen[1], seen[2])
@@ -244,9 +261,9 @@ def test_what_is_scored_is_what_is_written(
 def test_tasks_are_opened_once(llama_folder: Path, pairs_file: Path, tmp_path: Path):
     """Their files may go while a training runs."""
     task = write_task(tmp_path / "task", "sts", example_rows("sts"))
-    score = read_held_out(
-        None, [task], instruction=None, columns=None, sample=None, every=None, patience=None, seed=0
-    ).score
+    held_out = read_held_out(make(HealOptions, {"model": "m", "data": ["d"], "out": "o", "eval_tasks": [task]}))
+    assert held_out is not None
+    score = held_out.score
     model = secateur.open_model(llama_folder, device="cpu")
     expected = secateur.evaluate([model], [task]).rows[0].score
     shutil.rmtree(task)
@@ -308,7 +325,7 @@ def test_equal_passages_are_one_document_of_the_held_out_ranking(
         gains.append(1 / math.log2(1 + rank) if rank <= 10 else 0)
     assert 0.1 < np.mean(gains) < 0.9
     assert held_out_ndcg(model, pairs) == pytest.approx(np.mean(gains), abs=1e-6)
-    monkeypatch.setattr(held_out, "COMPARED", 1)
+    monkeypatch.setattr(evaluator, "COMPARED", 1)
     assert held_out_ndcg(model, pairs) == pytest.approx(np.mean(gains), abs=1e-6)
 
 
@@ -317,7 +334,7 @@ def test_a_training_that_is_measured_goes_on_bit_for_bit_after_a_kill(
 ):
     """What the score draws at random must not change what the training draws."""
     sets = training_sets([read_pairs(pairs_file)], 8)
-    recipe = Recipe(**(SETTINGS | {"steps": 6}))
+    config = TrainingConfig(**(SETTINGS | {"steps": 6, "eval_every": 2}))
     runs = []
     for killed in (False, True):
         values, folder = [0.1, 0.4, 0.2], tmp_path / str(killed)
@@ -330,14 +347,13 @@ def test_a_training_that_is_measured_goes_on_bit_for_bit_after_a_kill(
             if done == 5 * 8:
                 raise KeyboardInterrupt
 
-        validation = Validation(score, every=2)
         if killed:
             with pytest.raises(KeyboardInterrupt):
                 model = secateur.open_model(llama_folder, device="cpu")
-                train(model, sets, recipe, folder, kill, validation=validation)
+                train(model, sets, config, folder, score=score, progress=kill)
             assert values == [0.2]
         model = secateur.open_model(llama_folder, device="cpu")
-        runs.append((model, train(model, sets, recipe, folder, silent, validation=validation)))
+        runs.append((model, train(model, sets, config, folder, score=score)))
         assert not values
     (one, whole), (other, resumed) = runs
     assert (resumed.losses, resumed.trials, resumed.best_step) == (whole.losses, whole.trials, 4)
@@ -347,9 +363,9 @@ def test_a_training_that_is_measured_goes_on_bit_for_bit_after_a_kill(
 class Exploding(torch.nn.Module):
     """Grows a thousandfold after eleven steps."""
 
-    def __init__(self, model: SentenceTransformer, recipe: Recipe) -> None:
+    def __init__(self, model: SentenceTransformer, config: TrainingConfig) -> None:
         super().__init__()
-        self.loss, self.calls = make_loss(model, recipe), 0
+        self.loss, self.calls = Loss(model, config), 0
 
     def forward(self, features: object, labels: object) -> torch.Tensor:
         self.calls += 1
@@ -359,9 +375,9 @@ class Exploding(torch.nn.Module):
 def test_an_exploding_loss_stops_with_the_last_good_state(llama_folder: Path, pairs_file: Path, tmp_path: Path):
     model = secateur.open_model(llama_folder, device="cpu")
     sets = training_sets([read_pairs(pairs_file)], 8)
-    recipe = Recipe(**(SETTINGS | {"steps": 20}))
+    config = TrainingConfig(**(SETTINGS | {"steps": 20}))
     with pytest.raises(TrainingDiverged) as caught:
-        train(model, sets, recipe, tmp_path, silent, Exploding)
+        train(model, sets, config, tmp_path, make_loss=Exploding)
     assert caught.value.step == 12
     assert Path(str(caught.value.checkpoint)).name == "checkpoint-10"
 
@@ -378,15 +394,15 @@ def test_both_ways_is_kept_in_the_folder_and_refused_where_it_changes_nothing(
 
 
 def test_a_recipe_is_a_set_of_defaults():
-    paper = make_recipe("l3prune")
+    paper = config_of()
     numbers = (paper.steps, paper.batch_size, paper.scale, paper.max_length, paper.warmup * paper.steps)
     assert numbers == (1000, 64, 50.0, 512, 300)
     assert (paper.train, paper.lora_rank, paper.lora_alpha, paper.lora_dropout) == ("lora", 16, 32, 0.05)
-    assert (paper.peak_learning_rate, paper.seed) == (2e-4, 42)
-    given = make_recipe("everyday", steps=3, scale=None, train="all")
-    assert (given.steps, given.train, given.scale) == (3, "all", RECIPES["everyday"].scale)
-    with pytest.raises(ConfigError, match="one of l3prune"):
-        make_recipe("nonesuch")
+    assert (LEARNING_RATES["lora"], paper.learning_rate, paper.seed) == (2e-4, None, 42)
+    given = config_of(recipe="everyday", steps=3, train="all")
+    assert (given.steps, given.train, given.scale, given.max_length) == (3, "all", 20.0, 128)
+    assert config_of(recipe="everyday", train="blocks", lora_rank=16).lora_rank == 16  # as the recipe has it
+    assert config_of(recipe="everyday", lora_rank=4).lora_rank == 4
 
 
 def test_merged_weights_are_the_base_and_the_product_of_the_factors(llama_folder: Path, pairs_file: Path, tmp_path):
@@ -514,7 +530,7 @@ def test_a_training_that_runs_out_of_batches_is_no_success(llama_folder: Path, p
     same = replace(item, rows=item.rows.select([0] * 16))
     model = secateur.open_model(llama_folder, device="cpu")
     with pytest.raises(DataError, match="gave no batch of 8 after 0 of 3 steps"):
-        train(model, [same], Recipe(**(SETTINGS | {"steps": 3})), tmp_path, silent)
+        train(model, [same], TrainingConfig(**(SETTINGS | {"steps": 3})), tmp_path)
 
 
 def test_what_is_not_trained_on_is_told_and_leaves_no_trace(llama_folder: Path, pairs_file: Path, tmp_path: Path):
@@ -565,14 +581,15 @@ def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
         ({"train": "blocks", "lora_rank": 3}, "lora_rank: there are no adapters where train is blocks"),
         ({"train": "all", "lora_dropout": 0.5}, "lora_dropout: there are no adapters"),
         ({"cache": "cc"}, "cache: there is no teacher"),
-        ({"eval_every": 0}, "eval_every: is 0: a whole number, 1 or more"),
-        ({"patience": 0}, "patience: is 0"),
-        ({"eval_sample": 0}, "eval_sample: is 0"),
-        ({"steps": 2.5}, "steps: is 2.5: a whole number"),
-        ({"seed": -1}, "seed: is -1: a whole number, from 0"),
-        ({"seed": 2**33}, "seed: is"),
-        ({"scale": math.inf}, "scale: is inf: it must be positive, and finite"),
-        ({"learning_rate": math.nan}, "learning_rate: is nan"),
+        ({"eval_every": 0}, "eval_every: 0 is not valid"),
+        ({"patience": 0}, "patience: 0 is not valid"),
+        ({"eval_sample": 0}, "eval_sample: 0 is not valid"),
+        ({"recipe": "nonesuch"}, "recipe: 'nonesuch' is not valid: .*l3prune"),
+        ({"steps": 2.5}, "steps: 2.5 is not valid: .*integer"),
+        ({"seed": -1}, "seed: -1 is not valid"),
+        ({"seed": 2**33}, "seed: 8589934592 is not valid"),
+        ({"scale": math.inf}, "scale: inf is not valid: .*finite"),
+        ({"learning_rate": math.nan}, "learning_rate: nan is not valid"),
         ({"max_length": 15}, 'max_length: is 15: the prompt "find the word;\n" would fill all of it: 16 or more'),
     ],
 )
@@ -594,11 +611,6 @@ def test_a_length_without_room_for_a_text_is_refused(tmp_path: Path):
     data = write_pairs(tmp_path / "plain.jsonl", example_pairs(8))
     with pytest.raises(ConfigError, match="max_length: is 2: the special tokens would fill all of it: 3 or more"):
         secateur.heal(folder, data, **SETTINGS, max_length=2, out=tmp_path / "out")
-
-
-def test_numbers_of_adapters_that_are_the_recipes_own_may_stand_anywhere():
-    assert make_recipe("everyday", train="blocks", lora_rank=16).lora_rank == 16
-    assert make_recipe("everyday", lora_rank=4).lora_rank == 4
 
 
 def test_rows_with_negatives_and_another_file_do_not_share_a_name(tmp_path: Path):

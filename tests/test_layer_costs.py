@@ -17,7 +17,8 @@ from architectures import batch, model_of, padding_id, states
 from conftest import MakeEncoder, tiny_transformer
 from secateur.choosing.choose import cost_of
 from secateur.measures.costs import flops_by_layer, flops_per_token, layer_sizes, measure_layers
-from secateur.models.blocks import blocks_of, cut, legal_depths
+from secateur.models.blocks import blocks_of
+from secateur.models.cutting import cut, legal_depths
 from secateur.models.open_model import open_model
 from secateur.profiling.profile import profile
 from secateur.pruning.prune import prune
@@ -53,10 +54,10 @@ def test_sizes_of_every_depth_are_those_of_the_cut_model(name: str, tmp_path: Pa
         small = copy.deepcopy(whole)
         cut(small, range(depth))
         kept = sizes[: depth + 1]
-        assert sum(size.parameters for size in kept) == sum(p.numel() for p in small.parameters()), depth
+        assert sum(parameters for parameters, _ in kept) == sum(p.numel() for p in small.parameters()), depth
         folder = tmp_path / str(depth)
         small.save_pretrained(folder)
-        assert sum(size.bytes for size in kept) == stored_bytes(folder), depth
+        assert sum(size for _, size in kept) == stored_bytes(folder), depth
 
 
 def stored_bytes(folder: Path) -> int:
@@ -111,9 +112,6 @@ def test_times_are_those_of_a_clock_outside(make_encoder: MakeEncoder):
 def test_a_profile_predicts_the_weights_that_prune_writes(pairs_file: Path, tmp_path: Path):
     source = tiny_transformer(tmp_path / "llama", "llama", depth=4)
     open_model(source, dtype="bfloat16")[0].auto_model.save_pretrained(source)
-    for dtype in ("auto", "bfloat16"):
-        found = profile(source, pairs_file, batch_size=8, dtype=dtype)
-        for to in ("2", "uniform:3"):
-            out = prune(source, to, out=tmp_path / f"{dtype}-{to.replace(':', '-')}")
-            blocks = (0, 1) if to == "2" else (0, 2, 3)
-            assert cost_of(found.parts, blocks).bytes == stored_bytes(out)
+    found = profile(source, pairs_file, batch_size=8)  # the weights stay as stored, whatever computes
+    out = prune(source, "uniform:3", out=tmp_path / "cut")
+    assert cost_of(found.parts, (0, 2, 3)).bytes == stored_bytes(out)

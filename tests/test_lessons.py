@@ -12,23 +12,28 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import secateur
-from conftest import example_pairs, tiny_transformer, write_pairs
+from conftest import example_pairs, tiny_transformer
 from secateur.data.sources import Pair, Pairs, read_pairs, read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError
-from secateur.healing.lessons import LABEL, find_aim, sets_of, teach
-from secateur.healing.objectives import Objective
-from secateur.healing.recipe import Recipe, make_recipe
-from secateur.healing.teacher import PROBES, TeacherVectors, open_teacher
-from secateur.healing.train import train, training_sets, used_rows
+from secateur.healing.losses import Loss
+from secateur.healing.recipes import TrainingConfig, training_config
+from secateur.healing.teacher import LABEL, PROBES, TeacherVectors, open_teacher, teach
+from secateur.healing.trainer import train
+from secateur.healing.training_data import training_sets, used_rows
 from secateur.options import HealOptions, make
-from secateur.progress import silent
 from secateur.provenance import Fingerprint
 from secateur.results import Training, load
 
 SOURCE = Fingerprint("data", "", 1)
 SETTINGS = {"steps": 30, "batch_size": 8, "precision": "float32"}
-RECIPE = Recipe(**SETTINGS)
+TAUGHT = TrainingConfig(**SETTINGS, has_teacher=True, learning_rate=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def no_check_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each written model, which takes seconds; test_heal.py has it."""
+    monkeypatch.setattr("secateur.models.open_model.difference", lambda *_: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +75,8 @@ def test_a_cut_model_is_taught_by_the_whole_one_on_texts_alone(llama_folder: Pat
     assert table.prompts == {}
     kept = sorted(cache.rglob("*.npy"))
     assert sum(len(np.load(file)) for file in kept if "keys" not in file.name) == 80 + len(PROBES)
-    sets = sets_of([read_texts(texts_file)], 8, find_aim([], taught=True))
-    again = teach(sets, RECIPE, open_teacher(llama_folder, max_length=128), cache, silent)
+    sets, _ = training_sets([read_texts(texts_file)], TAUGHT)
+    again = teach(sets, used_rows(sets, TAUGHT), open_teacher(llama_folder, max_length=128), cache)
     assert sorted(cache.rglob("*.npy")) == kept
     assert again[0][0].rows.column_names == ["text", LABEL]
 
@@ -82,7 +87,7 @@ def test_pairs_with_a_teacher_at_several_depths_and_sizes(
     options = SETTINGS | {"steps": 4, "depths": [1], "dims": [8], "learning_rate": 1e-3}
     out = secateur.heal(llama_folder, pairs_file, teacher=wide, **options, out=tmp_path / "elastic")
     settings = load(out, Training).settings
-    assert settings["objective"] == "contrast and distillation"
+    assert settings["objective"] == "contrastive loss and distillation"
     assert (settings["recipe"], settings["teacher_weight"]) == ("l3prune", 0.5)
     assert (settings["depths"], settings["dims"]) == ((1,), (8,))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elastic"]
@@ -91,7 +96,7 @@ def test_pairs_with_a_teacher_at_several_depths_and_sizes(
 def test_texts_alone_without_a_teacher_are_their_own_positives(llama_folder: Path, texts_file: Path, tmp_path: Path):
     out = secateur.heal(llama_folder, texts_file, **(SETTINGS | {"learning_rate": 1e-3}), out=tmp_path / "alone")
     table = load(out, Training)
-    assert table.settings["objective"] == "contrast, each text alone its own positive under dropout (SimCSE)"
+    assert table.settings["objective"] == "contrastive loss, each text its own positive under dropout (SimCSE)"
     assert table.settings["data"] == {"words.txt": 80}
     losses = [row.loss for row in table.losses]
     assert 0 < np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -99,8 +104,8 @@ def test_texts_alone_without_a_teacher_are_their_own_positives(llama_folder: Pat
 
 def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: Path, texts_file: Path, tmp_path: Path):
     sources = [read_pairs(pairs_file), read_texts(texts_file, "say;\n")]
-    aim = find_aim(sources, taught=True)
-    sets, vectors = teach(sets_of(sources, 8, aim), RECIPE, open_teacher(llama_folder, device="cpu"), tmp_path, silent)
+    sets, _ = training_sets(sources, TAUGHT)
+    sets, vectors = teach(sets, used_rows(sets, TAUGHT), open_teacher(llama_folder, device="cpu"), tmp_path)
     model = secateur.open_model(llama_folder, device="cpu")
     for item, prompts in zip(sets, (["find the word;\n", "", ""], ["say;\n"]), strict=True):
         row = item.rows[3]
@@ -115,14 +120,14 @@ def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: 
 def test_the_rows_that_a_training_reads_are_known_before_it(llama_folder: Path, tmp_path: Path, steps: int):
     rows = {n: tuple(Pair(f"{n} {i}", f"{i} of {n}") for i in range(n)) for n in (40, 24, 9)}
     pairs = [Pairs(f"{n}", own, "", "", SOURCE) for n, own in rows.items()]
-    sets = training_sets(pairs, 8)
+    config = TrainingConfig(steps=steps, batch_size=8, precision="float32", seed=3, learning_rate=2e-4)
+    sets, _ = training_sets(pairs, config)
     sets = [replace(item, rows=item.rows.add_column("label", list(range(len(item.rows))))) for item in sets]
     model = secateur.open_model(llama_folder, device="cpu")
-    recipe = make_recipe("l3prune", steps=steps, batch_size=8, precision="float32", seed=3)
-    expected = used_rows(sets, recipe)
+    expected = used_rows(sets, config)
     read: list[set[int]] = [set() for _ in sets]
 
-    class Watching(Objective):
+    class Watching(Loss):
         def forward(self, features: Sequence[dict], labels: torch.Tensor) -> torch.Tensor:
             features = list(features)
             first = model.tokenizer.decode(features[0]["input_ids"][0], skip_special_tokens=True)
@@ -130,7 +135,7 @@ def test_the_rows_that_a_training_reads_are_known_before_it(llama_folder: Path, 
             read[of].update(labels.tolist())
             return super().forward(features, labels)
 
-    train(model, sets, recipe, tmp_path, silent, lambda model, recipe: Watching(model, scale=recipe.scale))
+    train(model, sets, config, tmp_path, make_loss=Watching)
     assert [set(rows) for rows in expected] == read
     assert steps > 5 or sum(map(len, expected)) == 8 * steps
 
@@ -148,9 +153,9 @@ def test_mistakes_are_told_before_anything_is_written(
         (pairs_file, {"teacher_model": "m"}, ConfigError, "teacher_model: there is no teacher"),
         (pairs_file, taught | {"teacher_model": "m"}, ConfigError, "teacher_model: names a server's model"),
         (pairs_file, {"distill": "both"}, ConfigError, "distill: there is no teacher"),
-        (pairs_file, taught | {"distill": "x"}, ConfigError, "distill: is 'x'"),
-        (pairs_file, taught | {"teacher_weight": 2.0}, ConfigError, "teacher_weight: is 2.0"),
-        (pairs_file, {"depths": [9]}, ConfigError, "depths: is 9: the model has 3 blocks"),
+        (pairs_file, taught | {"distill": "x"}, ConfigError, "distill: 'x' is not valid"),
+        (pairs_file, taught | {"teacher_weight": 2.0}, ConfigError, "teacher_weight: 2.0 is not valid"),
+        (pairs_file, {"depths": [9]}, ConfigError, "depths: is 9: the model has 3 "),
         (pairs_file, {"dims": [99]}, ConfigError, "dims: is 99: the vectors have 32 numbers"),
         (pairs_file, {"eval_data": texts_file}, DataError, "holds texts alone"),
         (few, taught, DataError, "2 texts do not fill a batch of 8"),
@@ -169,14 +174,14 @@ def test_numbers_may_stand_with_commas():
         make(HealOptions, values | {"depths": "6,many"})
 
 
-def test_texts_alone_are_pairs_of_themselves_only_without_a_teacher(pairs_file: Path, texts_file: Path, tmp_path: Path):
-    sources: list[Pairs] = [read_pairs(write_pairs(tmp_path / "p.jsonl", example_pairs(9)))]
+def test_texts_are_pairs_of_themselves_only_without_a_teacher(pairs_file: Path, texts_file: Path):
     texts = read_texts(texts_file)
-    alone, taught = (find_aim([*sources, texts], taught=told) for told in (False, True))
-    assert [item.rows.column_names for item in sets_of([texts], 8, alone)] == [["anchor", "positive"]]
-    assert [item.rows.column_names for item in sets_of([texts], 8, taught)] == [["text"]]
-    assert taught.teacher_weight == 0.5
-    assert find_aim([texts], taught=True).teacher_weight == 1.0
+    for taught, columns in ((False, ["anchor", "positive"]), (True, ["text"])):
+        sets, _ = training_sets([texts], replace(TAUGHT, has_teacher=taught))
+        assert [item.rows.column_names for item in sets] == [columns]
+    options = make(HealOptions, {"model": "m", "data": ["d"], "out": "o", "teacher": "t"})
+    both, alone = (training_config(options, sources) for sources in ([read_pairs(pairs_file), texts], [texts]))
+    assert (both.recipe, both.teacher_weight, alone.recipe, alone.teacher_weight) == ("l3prune", 0.5, "distill", 1.0)
 
 
 class Recording:
@@ -190,7 +195,7 @@ class Recording:
             self.asked += [(text, model.max_seq_length) for text in texts]
             return encode(model, texts, *args, **options)
 
-        monkeypatch.setattr("secateur.healing.teacher.SentenceTransformer.encode", recorded)
+        monkeypatch.setattr(SentenceTransformer, "encode", recorded)
 
 
 @pytest.mark.slow

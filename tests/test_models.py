@@ -20,8 +20,10 @@ from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel, 
 import secateur
 from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
-from secateur.models.open_model import demo_model, is_causal, save_model
+from secateur.models import demo_model
+from secateur.models.open_model import is_causal
 from secateur.models.pooling import pooling_name
+from secateur.models.save import save_model
 from secateur.pruning.prune import origin_of
 
 TEXTS = ["the hedge is cut back", "one", "def add: return a, b"]
@@ -206,10 +208,10 @@ BROKEN_EMBEDDERS = {
     "no vocabulary": (without_tokenizer, "its tokenizer gives different texts the same ids"),
     "a pooling of another width": (with_json("1_Pooling/config.json", embedding_dimension=16), "32 numbers.* say 16"),
     "a pooling that is none": (with_json("1_Pooling/config.json", pooling_mode="nonesuch"), "Invalid pooling mode"),
-    "a pooling without its file": (lambda folder: shutil.rmtree(folder / "1_Pooling"), "not a text model"),
+    "a pooling without its file": (lambda folder: shutil.rmtree(folder / "1_Pooling"), "1_Pooling: has no config.json"),
     "a length that is none": (with_json("sentence_bert_config.json", max_seq_length=-1), "cuts texts after -1"),
     "a prompt that is no text": (with_json("config_sentence_transformers.json", prompts={"q": 5}), "its prompt 'q'"),
-    "modules that are none": (lambda folder: (folder / "modules.json").write_text("[{}]"), "not a text model"),
+    "modules that are none": (lambda folder: (folder / "modules.json").write_text("[{}]"), "is not a list of modules"),
 }
 
 

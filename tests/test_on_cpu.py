@@ -6,9 +6,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import MakeEncoder
-from secateur.healing.on_cpu import BitsDropout, attention_in_float32
-from secateur.healing.recipe import Recipe
-from secateur.healing.trainable import prepare
+from secateur.healing.recipes import BitsDropout, TrainingConfig, attention_in_float32, prepare
 
 TEXTS = ["a hedge", "a longer hedge, cut back", "q"]
 
@@ -34,7 +32,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(share: float):
 
 def test_adapters_drop_as_the_recipe_says(make_encoder: MakeEncoder):
     model = make_encoder("llama")
-    prepare(model, Recipe(lora_dropout=0.2))
+    prepare(model, TrainingConfig(lora_dropout=0.2))
     found = [module.p for module in model.modules() if isinstance(module, BitsDropout)]
     assert found == [0.2] * 7 * 3
 

@@ -17,23 +17,21 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance progress clusters tables
+errors files done provenance progress clusters
 results: base kinds
 runtime
 options: base shared way runs inference
 figures: style plots
-models: stacks legality blocks forward
-checkpoints: shards sources lora cut_plan shard_writer checkpoint embedder verify
-models: names pooling checks gguf readers open_model
+document
+models: compat blocks cutting pooling checks forward save open_model
 data: rows hub sources vectors demo
 measures: metrics intervals costs
 evaluation: task_folder tasks replicates evaluate
 choosing: selectors choose
 profiling: lens depths depth_scores corpus profile
-pruning: selection prune
-healing: remote recipe processes resuming batch_mask teacher minibatches objectives on_cpu trainable trainer train
-healing: held_out prompts lessons heal
-reporting: cost compare run findings saturation verdict document pictures sections card report
+pruning: download adapters prune
+healing: recipes training_data teacher losses evaluator trainer heal
+reporting: cost compare run findings verdict pictures sections card report
 studies: plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening workers middleware queueing app serve
@@ -53,7 +51,13 @@ def flow() -> list[str]:
 
 
 FLOW = flow()
-PARTS = {"runtime": "runtime", "cli": "cli.commands", "options": "options.inference", "results": "results.kinds"}
+PARTS = {
+    "runtime": "runtime",
+    "cli": "cli.commands",
+    "options": "options.inference",
+    "results": "results.kinds",
+    "models": "models.compat",
+}
 """Packages whose names are had from the package itself → where they stand."""
 
 

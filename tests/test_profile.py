@@ -18,11 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import architectures
 from conftest import LETTERS, example_pairs, tiny_transformer
 from secateur.choosing.choose import choose
+from secateur.cli import app
 from secateur.data.sources import read_pairs, read_texts
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.measures.costs import BATCH, BATCHES, SINGLES
 from secateur.measures.intervals import looks
-from secateur.models.blocks import blocks_of, cut, legal_depths
+from secateur.models.blocks import blocks_of
+from secateur.models.cutting import cut, legal_depths
 from secateur.models.forward import plan_evenly, tokenize
 from secateur.models.open_model import open_model
 from secateur.profiling.depths import DepthEncoder, check_depths, depth_vectors
@@ -387,8 +389,12 @@ def test_fewer_than_five_batches_have_no_intervals(llama, pairs):
 
 def test_early_stopping_with_texts_alone_is_refused(llama, folder):
     texts = write(folder / "unlabelled.jsonl", [{"text": row["query"]} for row in example_pairs(20)])
-    with pytest.raises(ConfigError, match="early_stopping: needs losses, and the data are texts alone"):
-        profile(llama, texts, early_stopping=True)
+    for option in ("early_stopping", "until_sure"):  # the second is what it was called
+        with pytest.raises(ConfigError, match="early_stopping: needs losses, and the data are texts alone"):
+            profile(llama, texts, **{option: True})
+        with pytest.raises(ConfigError, match="early_stopping: needs losses"):
+            flags = ["--" + option.replace("_", "-"), "-o", str(folder / "none")]
+            app(["profile", str(llama), "--data", str(texts), *flags], standalone_mode=False)
 
 
 def test_half_precision_gives_nearly_the_same(llama, pairs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,19 @@ from conftest import example_pairs, tiny_transformer, write_pairs
 from secateur.data.sources import read_pairs
 from secateur.errors import ConfigError, OutputError
 from secateur.files import lock
-from secateur.healing.recipe import Recipe
-from secateur.healing.train import train, training_sets
-from secateur.progress import silent
+from secateur.healing.recipes import TrainingConfig
+from secateur.healing.trainer import train
+from secateur.healing.training_data import training_sets
 from secateur.results import Training, load
 from task_folders import example_rows, write_task
 
 SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 8, "precision": "float32", "train": "blocks"}
+
+
+@pytest.fixture(autouse=True)
+def no_check_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each written model, which takes seconds; test_heal.py has it."""
+    monkeypatch.setattr("secateur.models.open_model.difference", lambda *_: 0.0)
 
 
 def killed(*given: Any, at: int = 2, **options: Any) -> None:
@@ -46,17 +51,17 @@ def test_it_goes_on_with_the_same_model_prompts_and_validation_alone(tmp_path: P
         with pytest.raises(ConfigError, match=rf"out: .*out.partial holds an unfinished training .*\({told}\)"):
             secateur.heal(model, data, **(SETTINGS | same | options))
 
-    refused("what stands before the texts; the held-out data", instruction="say it")
-    refused("the held-out data", eval_data=data)
-    refused("the held-out data", eval_data=None)
-    refused("the tasks on the way", eval_tasks=[task])
-    refused("the held-out data; eval_sample was None, is 5", eval_sample=5)
+    refused("other prompts; other eval_data", instruction="say it")
+    refused("other eval_data", eval_data=data)
+    refused("other eval_data", eval_data=None)
+    refused("other eval_tasks", eval_tasks=[task])
+    refused("eval_sample was None, is 5; other eval_data", eval_sample=5)
     write_pairs(data, example_pairs(16), "find another")
-    refused("what stands before the texts")
+    refused("other prompts")
     write_pairs(data, example_pairs(16), "find the word")
     shutil.move(model, tmp_path / "kept")
     tiny_transformer(model, "llama", depth=2, seed=1)
-    refused("the model is another")
+    refused("other model")
     monkeypatch.chdir(tmp_path)  # the same model and data, by other names of theirs
     out = secateur.heal("kept", "./words.jsonl", **SETTINGS, eval_data="held.jsonl", out="out")
     table = load(out, Training)
@@ -66,24 +71,23 @@ def test_it_goes_on_with_the_same_model_prompts_and_validation_alone(tmp_path: P
     assert list(table.settings["eval_tasks"]) == []
 
 
-def test_one_run_at_a_time_goes_on_and_tells_what_an_earlier_version_did_not_note(
+def test_one_run_at_a_time_resumes_and_not_what_an_earlier_version_began(
     llama_folder: Path, pairs_file: Path, tmp_path: Path
 ):
     killed(llama_folder, pairs_file, out=tmp_path / "out")
     partial = tmp_path / "out.partial"
-    noted = json.loads((partial / "training.json").read_text())
-    known = {key: value for key, value in noted.items() if key not in ("weights", "prompts")}
-    (partial / "training.json").write_text(json.dumps(known))
     with lock(partial), pytest.raises(OutputError, match="another run is working in it"):
         secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out")
+    made = (partial / "done.json").rename(tmp_path / "done.json")
+    with pytest.raises(ConfigError, match=r"an unfinished training .*\(begun by an earlier version\): remove it"):
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out")
+    made.rename(partial / "done.json")
 
     def at_work(what: str, done: int, total: int) -> None:
         with pytest.raises(OutputError, match="another run is working in it"), lock(partial):
             pass
 
-    out = secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out", progress=at_work)
-    (told,) = load(out, Training).settings["notes"]
-    assert told.startswith("begun by an earlier version, which did not note weights, prompts")
+    secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out", progress=at_work)
     assert not partial.exists()
 
 
@@ -126,9 +130,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
 
 def test_seconds_are_those_of_all_starts(llama_folder: Path, pairs_file: Path, tmp_path: Path):
     """A training that has nothing left to do still knows what it took."""
-    sets = training_sets([read_pairs(pairs_file)], 8)
+    config = TrainingConfig(**SETTINGS)
+    sets, _ = training_sets([read_pairs(pairs_file)], config)
     found = []
     for _ in range(2):
         model = secateur.open_model(llama_folder, device="cpu")
-        found.append(train(model, sets, Recipe(**SETTINGS), tmp_path, silent).seconds)
+        found.append(train(model, sets, config, tmp_path).seconds)
     assert 0.5 * found[0] < found[1] < found[0] + 5

@@ -156,7 +156,14 @@ def appended(table: str, *new: object):
             "score",
             "not an integer of at most",
         ),
-        ("retrieval", appended("qrels", ("q1", "d1")), "qrels.tsv", 50, None, "2 columns"),
+        (
+            "retrieval",
+            appended("qrels", ("q1", "d1")),
+            "qrels.tsv",
+            50,
+            "score",
+            "column is missing: here are query-id, corpus-id",
+        ),
         ("retrieval", appended("qrels", ("q0", "d0", 1)), "qrels.tsv", 50, None, "twice"),
         ("retrieval", replaced("corpus", 3, _id="d0"), "corpus.jsonl", 4, None, "'d0' occurs twice"),
         ("retrieval", replaced("corpus", 3, text=["x"]), "corpus.jsonl", 4, "text", "not a text"),
@@ -368,9 +375,9 @@ def test_sampled_queries_keep_all_their_documents(tmp_path: Path):
     task = read_task_folder(write_task(tmp_path / "t", "retrieval", example_rows("retrieval", 200)))
     sample = sample_task(task, 5, 42).tables
     queries, corpus = {row["_id"] for row in sample["queries"]}, {row["_id"] for row in sample["corpus"]}
-    judged = [row for row in task.tables["qrels"] if row["query"] in queries]
+    judged = [row for row in task.tables["qrels"] if row["query-id"] in queries]
     assert list(sample["qrels"]) == judged
-    needed = {row["document"] for row in judged}
+    needed = {row["corpus-id"] for row in judged}
     assert needed <= corpus
     assert len(corpus) == len(needed) + 5 * DISTRACTORS_PER_QUERY
 

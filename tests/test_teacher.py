@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import email.utils
 import json
 import os
 import subprocess
@@ -21,8 +20,8 @@ from sentence_transformers import SentenceTransformer
 
 from conftest import MakeEncoder
 from secateur.errors import ConfigError, ModelError
-from secateur.healing.remote import COMMON_KEY, KEY, Server, connect, embed
-from secateur.healing.teacher import CHUNK, PROBES, Teacher, keep_vectors, open_teacher
+from secateur.healing import teacher as teachers
+from secateur.healing.teacher import CHUNK, COMMON_KEY, KEY, PROBES, Teacher, connect, embed, keep_vectors, open_teacher
 
 TEXTS = ["a hedge", "a longer hedge, cut back.", "q", "葉 🌿"]
 
@@ -182,8 +181,8 @@ class Mood:
     times: list[float] = field(default_factory=list)
     url: str = ""
 
-    def server(self, **options: object) -> Server:
-        return Server(self.url, "m", **({"wait": 0.01, "timeout": 5} | options))
+    def embed(self, texts: list[str] = TEXTS, **options: object) -> np.ndarray:
+        return embed(connect(self.url).with_options(**({"timeout": 5} | options)), "m", texts)
 
 
 @pytest.fixture
@@ -205,9 +204,6 @@ def mood() -> Iterator[Mood]:
             rows = [{"index": i, "embedding": [float(len(text)), 1.0]} for i, text in enumerate(texts)]
             if act == "429":
                 self.answer(429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.3"})
-            elif act == "429 date":
-                until = email.utils.formatdate(time.time() + 1.5, usegmt=True)
-                self.answer(429, b"", {"Retry-After": until})
             elif act == "429 tomorrow":
                 self.answer(429, b"", {"Retry-After": "86400"})
             elif act in ("400", "500", "503"):
@@ -229,7 +225,7 @@ def mood() -> Iterator[Mood]:
                 rows[0]["embedding"] = [1.0]
                 self.answer(200, json.dumps({"data": rows}).encode())
             elif act == "HTML":
-                self.answer(200, b"<!doctype html><title>Welcome to the portal</title>")
+                self.answer(200, b"<!doctype html><title>Welcome to the portal</title>", {"Content-Type": "text/html"})
             elif act == "deep":
                 self.answer(200, b"[" * 100_000 + b"]" * 100_000)
             elif act == "endless":
@@ -247,7 +243,9 @@ def mood() -> Iterator[Mood]:
 
         def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
-            for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            for name, value in (
+                {"Content-Length": str(len(body)), "Content-Type": "application/json"} | (headers or {})
+            ).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
@@ -265,31 +263,38 @@ def mood() -> Iterator[Mood]:
 LENGTHS = [[7, 1], [25, 1], [1, 1], [3, 1]]
 
 
-def test_what_may_pass_is_asked_for_again(mood: Mood):
-    mood.does = ["500", "truncated", "broken off", "slow", "503"]
-    assert embed(mood.server(timeout=0.3), TEXTS).tolist() == LENGTHS
-    assert len(mood.requests) == 6
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between attempts, where the server does not say how long."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+
+
+def test_what_may_pass_is_asked_for_again(mood: Mood, no_waiting: None):
+    mood.does = ["500", "broken off", "slow", "503"]
+    assert mood.embed(timeout=0.3).tolist() == LENGTHS
+    assert len(mood.requests) == 5
     mood.does = ["503"] * 3
-    with pytest.raises(ModelError, match=r"answers 503 \(no such thing\), 3 times"):
-        embed(mood.server(attempts=3), TEXTS)
-    with pytest.raises(ModelError, match=r"gives no whole answer .*, 2 times"):
-        embed(Server("http://127.0.0.1:9/v1", "m", attempts=2, wait=0.01), TEXTS)
+    with pytest.raises(ModelError, match=r"answers 503 \(.*no such thing.*\)"):
+        mood.embed(max_retries=2)
+    assert not mood.does
+    mood.url = "http://127.0.0.1:9/v1"
+    with pytest.raises(ModelError, match=r"127.0.0.1:9/v1: gives no valid answer \(Connection error.\): with --cache"):
+        mood.embed(max_retries=1)
 
 
 def test_a_server_is_left_alone_for_as_long_as_it_wants(mood: Mood):
-    mood.does = ["429", "429 date"]
-    assert embed(mood.server(), TEXTS).tolist() == LENGTHS
-    first, second, third = mood.times
-    assert second - first >= 0.3
-    assert third - second >= 0.4  # the date of a header has no parts of a second
+    mood.does = ["429"]
+    assert mood.embed().tolist() == LENGTHS
+    assert mood.times[1] - mood.times[0] >= 0.3
     mood.does = ["429 tomorrow"]
-    with pytest.raises(ModelError, match="wants to be asked again in 86400 seconds"):
-        embed(mood.server(), TEXTS)
+    with pytest.raises(ModelError, match=r"answers 429 .*, and wants to be asked again in or at 86400"):
+        mood.embed()
 
 
-def test_requests_are_small_enough_for_the_server(mood: Mood):
+def test_requests_are_small_enough_for_the_server(mood: Mood, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(teachers, "REQUEST_TEXTS", 3)
     mood.does = ["413 over 2"]
-    assert embed(mood.server(batch=3), TEXTS).tolist() == LENGTHS
+    assert mood.embed().tolist() == LENGTHS
     assert [count for _, count in mood.requests] == [3, 1, 2, 1]
 
 
@@ -302,15 +307,16 @@ def test_requests_are_small_enough_for_the_server(mood: Mood):
         ("text", "one vector for each of 4 texts"),
         ("endless", "one vector for each of 4 texts"),
         ("HTML", 'answers with no JSON \\("<!doctype html><title>Welcome to the portal'),
-        ("deep", "JSON that is nested too deep"),
-        ("400", r"answers 400 \(no such thing\)"),
+        ("truncated", "gives no valid answer"),
+        ("deep", "gives no valid answer"),
+        ("400", r"answers 400 \(.*no such thing.*\)"),
         ("moved", "answers 307"),
     ],
 )
 def test_a_wrong_answer_is_told_at_once(act: str, told: str, mood: Mood):
     mood.does = [act]
     with pytest.raises(ModelError, match=told):
-        embed(mood.server(), TEXTS)
+        mood.embed()
     assert len(mood.requests) == 1
 
 
@@ -324,16 +330,16 @@ def test_vectors_of_nan_from_a_server_are_not_kept(mood: Mood, tmp_path: Path):
 
 def test_keys_and_addresses(mood: Mood, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match=r"teacher_model: the server has 2 models \(one, two\)"):
-        connect(mood.url)
+        open_teacher(mood.url)
+    mood.embed(["a"])
     monkeypatch.setenv(COMMON_KEY, "common")
-    embed(connect(mood.url, "m"), ["a"])
-    assert connect("http://far.example/v1", "m").key == ""
-    assert connect("https://far.example/v1", "m").key == "common"
+    mood.embed(["a"])
+    assert connect("http://far.example/v1").api_key == "none"
+    assert connect("https://far.example/v1").api_key == "common"
     monkeypatch.setenv(KEY, "own")
-    embed(connect(mood.url, "m"), ["a"])
-    assert [key for key, _ in mood.requests] == ["Bearer common", "Bearer own"]
-    assert "own" not in repr(connect(mood.url, "m"))
+    mood.embed(["a"])
+    assert [key for key, _ in mood.requests] == ["Bearer none", "Bearer common", "Bearer own"]
     for address in ("http://me:secret@far.example/v1", "http:///v1"):
         with pytest.raises(ConfigError) as told:
-            connect(address, "m")
+            connect(address)
         assert "secret" not in str(told.value)

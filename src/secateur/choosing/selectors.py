@@ -35,14 +35,7 @@ FLAT = 1e-9
 
 @dataclass(frozen=True)
 class Question:
-    """Which layers of a model to keep.
-
-    Attributes:
-        depth: How many layers the model has.
-        profile: Of this model; not every selection method needs one.
-        count: How many layers to keep, for the methods that do not decide it themselves.
-        seed: Of what is drawn.
-    """
+    """Which layers of a model of ``depth`` layers to keep; ``count``: how many, where the method does not decide it."""
 
     depth: int
     profile: Profile | None = None
@@ -156,32 +149,35 @@ def knee_strength(losses: Array) -> Array:
     return lead
 
 
-def l3prune(question: Question, half: int) -> Choice:
-    """The lowest loss in the first (0) or second (1) half of the depths (L3Prune, arXiv 2410.14578, section 3)."""
-    table = _halves(question)
-    depth, chance = by_rule(table, lowest_in_each_half, half)
-    return Choice(prefix(depth), f"{_loss(table, depth)}, the lowest of {_range(table, half)}", chance=chance)
+def l3prune(question: Question, half: int, rule: Rule = lowest_in_each_half) -> Choice:
+    """The lowest loss in the first (0) or second (1) half of the depths (L3Prune, arXiv 2410.14578, section 3).
 
-
-def l3prune_interior(question: Question, half: int) -> Choice:
-    """The lowest true minimum of the smoothed loss in a half; where there is none, what :func:`l3prune` chooses."""
-    table = _halves(question)
-    depth, chance = by_rule(table, valleys_in_each_half, half)
-    where = _range(table, half)
-    if depth in valleys(losses_of(table)):
-        return Choice(prefix(depth), f"the lowest valley of {where}, {_loss(table, depth)}", "", chance)
+    With :func:`valleys_in_each_half` as its rule, the lowest true minimum, and a warning where there is none.
+    """
+    table, depth = _profile(question), question.depth
+    losses = losses_of(table)
+    if depth == 1:
+        raise IllegalDepth("small and large", depth, "a single block has no halves")
+    chosen, chance = by_rule(table, rule, half)
+    where = f"depths {depth // 2 + 1} to {depth}" if half else f"depths 1 to {depth // 2}"
+    loss = f"loss {losses[chosen - 1]:.4f}"
+    if rule is lowest_in_each_half:
+        return Choice(prefix(chosen), f"{loss}, the lowest of {where}", chance=chance)
+    if chosen in valleys(losses):
+        return Choice(prefix(chosen), f"the lowest valley of {where}, {loss}", chance=chance)
     warning = f"no valley in {where}: the lowest loss there, as l3prune"
-    return Choice(prefix(depth), f"{_loss(table, depth)}, the lowest of {where}", warning, chance)
+    return Choice(prefix(chosen), f"{loss}, the lowest of {where}", warning, chance)
 
 
 def by_knee(question: Question) -> Choice:
     """The depth after which more layers bring little (Kneedle, Satopää et al. 2011)."""
     table = _profile(question)
     depth, chance = by_rule(table, knee, 0)
-    if knee_strength(losses_of(table)).max() > FLAT:
-        reason = f"beyond, loss falls more slowly than blocks are added; {_loss(table, depth)}"
-        return Choice(prefix(depth), reason, "", chance)
-    return Choice(prefix(depth), f"the lowest loss, {_loss(table, depth)}", "the curve has no knee", chance)
+    losses = losses_of(table)
+    loss = f"loss {losses[depth - 1]:.4f}"
+    if knee_strength(losses).max() > FLAT:
+        return Choice(prefix(depth), f"beyond, loss falls more slowly than blocks are added; {loss}", chance=chance)
+    return Choice(prefix(depth), f"the lowest loss, {loss}", "the curve has no knee", chance)
 
 
 def best_task(question: Question) -> Choice:
@@ -275,8 +271,8 @@ class Selector:
 SELECTORS: Mapping[str, Selector] = {
     "l3prune-small": Selector(partial(l3prune, half=0)),
     "l3prune-large": Selector(partial(l3prune, half=1)),
-    "l3prune-interior-small": Selector(partial(l3prune_interior, half=0)),
-    "l3prune-interior-large": Selector(partial(l3prune_interior, half=1)),
+    "l3prune-interior-small": Selector(partial(l3prune, half=0, rule=valleys_in_each_half)),
+    "l3prune-interior-large": Selector(partial(l3prune, half=1, rule=valleys_in_each_half)),
     "knee": Selector(by_knee),
     "best-task": Selector(best_task),
     "block-influence": Selector(block_influence, counts=True),
@@ -329,20 +325,3 @@ def by_rule(table: Profile, rule: Rule, place: int) -> tuple[int, float | None]:
 def _profile(question: Question) -> Profile:
     assert question.profile is not None, "asked for by Selector.reads_profile"
     return question.profile
-
-
-def _halves(question: Question) -> Profile:
-    table = _profile(question)
-    losses_of(table)
-    if table.depth == 1:
-        raise IllegalDepth("small and large", table.depth, "a single block has no halves")
-    return table
-
-
-def _loss(table: Profile, depth: int) -> str:
-    return f"loss {losses_of(table)[depth - 1]:.4f}"
-
-
-def _range(table: Profile, half: int) -> str:
-    middle = table.depth // 2
-    return f"depths {middle + 1} to {table.depth}" if half else f"depths 1 to {middle}"

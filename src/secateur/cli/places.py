@@ -13,7 +13,7 @@ from typing import Any
 from secateur.errors import DataError, OutputError
 from secateur.evaluation.task_folder import check_task_folder, read_task_folder
 from secateur.files import check_is_file, check_results_folder, partial_folder
-from secateur.models.names import resolve
+from secateur.models import resolve
 from secateur.options import Names, Options, read_study
 from secateur.results import Profile, load
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from secateur.tables import Cell, Table, byte_size, count, duration, loss, number, percent, score, signed, span
+from secateur.document import Cell, Table, byte_size, count, duration, loss, number, percent, score, signed, span
 
 if TYPE_CHECKING:
     from rich.console import Console

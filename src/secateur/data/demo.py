@@ -17,7 +17,7 @@ from pathlib import Path
 
 from secateur.errors import DataError
 from secateur.files import write_text
-from secateur.models.names import DEMO_MODEL
+from secateur.models import DEMO_MODEL
 from secateur.options import StudyOptions
 from secateur.progress import Progress
 

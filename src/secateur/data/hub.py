@@ -9,7 +9,6 @@ that comes with data.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,45 +70,38 @@ def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:
     asked = parse_name(data)
     import datasets  # takes a second, which files need not wait for
 
-    saved = any((Path(asked.name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    was_saved = any((Path(asked.name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
         with quiet():
-            if saved:
+            if was_saved:
                 return asked, _load_saved(asked)
             builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
             builder.download_and_prepare()
-            loaded = builder.as_dataset(split=_split(asked, builder.info.splits))
-            found = builder.hash if not Path(asked.name).exists() and _COMMIT.fullmatch(builder.hash or "") else None
-            return replace(asked, revision=found or asked.revision), loaded
+            split = _split(asked, list(builder.info.splits), sliced=True)
+            commit = builder.hash if not Path(asked.name).exists() and _COMMIT.fullmatch(builder.hash or "") else None
+            return replace(asked, revision=commit or asked.revision), builder.as_dataset(split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(data, f"cannot be loaded ({' '.join(str(error).split())})") from error
 
 
 def _load_saved(asked: HubName) -> datasets.Dataset:
-    """What ``save_to_disk`` wrote: it has no configurations and revisions, and its splits have no slices."""
+    """What ``save_to_disk`` wrote."""
     import datasets
 
     if asked.config or asked.revision:
         problem = "was saved to disk, without configurations and revisions"
         raise DataError(str(asked), problem, f"hf:{asked.name}[SPLIT]")
     loaded = datasets.load_from_disk(asked.name)
-    if not isinstance(loaded, datasets.DatasetDict):
-        if asked.split:
-            raise DataError(str(asked), "was saved to disk without splits", f"hf:{asked.name}")
-        return loaded
-    split = _split(asked, loaded)
-    if split not in loaded:
-        problem = "was saved to disk: its splits have no slices"
-        raise DataError(str(asked), problem, f"hf:{asked.name}[{split.partition('[')[0]}]")
-    return loaded[split]
+    if isinstance(loaded, datasets.DatasetDict):
+        return loaded[_split(asked, list(loaded), sliced=False)]
+    if asked.split:
+        raise DataError(str(asked), "was saved to disk without splits", f"hf:{asked.name}")
+    return loaded
 
 
-def _split(asked: HubName, there: Collection[str]) -> str:
-    """The split asked for; else ``train``, or the only one."""
-    if asked.split is not None:
-        if re.split(r"[\[+]", asked.split)[0] not in there:
-            raise DataError(str(asked), f"has no split {asked.split}", f"it has {', '.join(there)}")
-        return asked.split
-    if "train" not in there and len(there) > 1:
-        raise DataError(str(asked), "has several splits, none of them called train", f"name one of {', '.join(there)}")
-    return "train" if "train" in there else next(iter(there))
+def _split(asked: HubName, there: list[str], *, sliced: bool) -> str:
+    """The split asked for, or a slice of it; else ``train``, or the only one."""
+    split = asked.split or (there[0] if len(there) == 1 else "train")
+    if (re.split(r"[\[+]", split)[0] if sliced else split) not in there:
+        raise DataError(str(asked), f"has no split {split}", f"it has {', '.join(there)}")
+    return split

@@ -13,12 +13,11 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from secateur.data.hub import PREFIX, HubName, is_hub_name, load_set, parse_name
-from secateur.data.rows import CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, Select, as_text, parse_row, read_rows
+from secateur.data.hub import PREFIX, is_hub_name, load_set, parse_name
+from secateur.data.rows import CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, parse_row, read_rows
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
 from secateur.provenance import Fingerprint, fingerprint
@@ -27,7 +26,6 @@ ROLES = ("query", "anchor", "positive", "negative", TEXT)
 """The columns that mean something; ``query`` and ``anchor`` are two names of one."""
 
 T = TypeVar("T")
-Reader = Callable[[], Iterator[tuple[int, Row]]]
 
 
 @dataclass(frozen=True)
@@ -63,20 +61,22 @@ class Pairs:
     passage_prompt: str
     source: Fingerprint
 
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        return tuple(row.anchor for row in self.rows)
+
+    @property
+    def positives(self) -> tuple[str, ...]:
+        return tuple(row.positive for row in self.rows)
+
+    @property
+    def negatives(self) -> tuple[str, ...]:
+        """Those of all rows, one after the other."""
+        return tuple(text for row in self.rows for text in row.negatives)
+
     def sample(self, count: int, seed: int) -> Pairs:
         """At most ``count`` rows, drawn by ``seed``, in the order of the file."""
         return _sample(self, count, seed)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Examples of one data set whose positives and negatives serve all its anchors."""
-
-    anchors: tuple[str, ...]
-    positives: tuple[str, ...]
-    negatives: tuple[str, ...]
-    prompt: str
-    passage_prompt: str
 
 
 Source = Pairs | Texts
@@ -111,26 +111,14 @@ def l3prune_prompt(prompt: str) -> str:
     return f"{prompt[:-1]} " if prompt.endswith(";\n") else prompt
 
 
-def batches(pairs: Pairs, size: int) -> list[Batch]:
+def batches(pairs: Pairs, size: int) -> list[Pairs]:
     """Cut a data set into batches in its own order; a last one that is not full is left out, unless it is the only one.
 
     The loss depends on the size of a batch, so batches of two sizes must not be averaged.
     """
     size = min(size, len(pairs.rows))
-    cut = [pairs.rows[start : start + size] for start in range(0, len(pairs.rows) - size + 1, size)]
-    return [
-        Batch(
-            anchors=tuple(row.anchor for row in rows),
-            positives=tuple(row.positive for row in rows),
-            negatives=tuple(text for row in rows for text in row.negatives),
-            prompt=pairs.prompt,
-            passage_prompt=pairs.passage_prompt,
-        )
-        for rows in cut
-    ]
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
+    starts = range(0, len(pairs.rows) - size + 1, size)
+    return [replace(pairs, rows=pairs.rows[start : start + size]) for start in starts]
 
 
 def read_sources(
@@ -163,22 +151,22 @@ def read_sources(
         if isinstance(item, Source):
             read.append(item if share is None else item.sample(share, seed))
         else:
-            table = _open(item, columns)
-            if table.has_texts_only:
-                read.append(_read_texts(table, instruction_prompt(instruction or ""), share, seed))
+            table = _Table(item, columns)
+            if table.of_texts:
+                read.append(table.texts(instruction_prompt(instruction or ""), share, seed))
             else:
-                read.append(_read_pairs(table, instruction, share, seed))
+                read.append(table.pairs(instruction, share, seed))
     return read
 
 
 def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Mapping[str, str] | None = None) -> Pairs:
     """Read and check one file or data set of pairs, as :func:`read_sources` does."""
-    return _read_pairs(_open(data, columns), instruction)
+    return _Table(data, columns).pairs(instruction)
 
 
 def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str] | None = None) -> Texts:
     """Read and check texts alone: plain text, one on each line, or a file or data set with the column ``text``."""
-    return _read_texts(_open(data, columns), prompt)
+    return _Table(data, columns).texts(prompt)
 
 
 def check_data(data: Data, columns: Mapping[str, str] | None = None) -> None:
@@ -191,17 +179,14 @@ def check_data(data: Data, columns: Mapping[str, str] | None = None) -> None:
             :data:`.CHECKED_ROWS` rows.
     """
     for item in _items(data):
-        if isinstance(item, Source):
-            continue
-        if is_hub_name(item):
+        if isinstance(item, Path) and is_hub_name(item):
             parse_name(item)
-            continue
-        table = _open(item, columns)
-        if not table.has_texts_only:
-            _read_beside(table.path)
-        parse = _text_of if table.has_texts_only else _pair_of
-        rows = [parse(table.place, line, row) for line, row in itertools.islice(table.rows(), CHECKED_ROWS)]
-        _check_any(table, rows)
+        elif isinstance(item, Path):
+            table = _Table(item, columns)
+            if not table.of_texts:
+                _read_beside(item)
+            parse = table.text_of if table.of_texts else table.pair_of
+            table.check_any([parse(*row) for row in itertools.islice(table.rows(), CHECKED_ROWS)])
 
 
 def _items(data: Data) -> list[Path | Source]:
@@ -231,147 +216,140 @@ def stem(path: Path) -> str:
     return path.name[: -len(suffix)] if (suffix := next(known, "")) else path.stem
 
 
-@dataclass(frozen=True)
 class _Table:
-    """Opened data: what errors call it, its name, its file (None for a data set of the Hub), and what reads it."""
+    """A data file, or a data set of the Hub, opened to be read row by row.
 
-    place: str
-    name: str
-    path: Path | None
-    columns: Mapping[str, str]
-    read: Reader
-    fingerprint: Callable[[int], Fingerprint]
-    has_texts_only: bool = False
+    Attributes:
+        place: What errors call it.
+        name: A file's name without its suffix, or what the data set is called among others.
+        path: The file; None for a data set of the Hub.
+        of_texts: Whether its rows are texts alone, and no pairs.
+    """
+
+    def __init__(self, data: str | Path, columns: Mapping[str, str] | None) -> None:
+        for role in columns or {}:
+            if role not in ROLES:
+                raise ConfigError("columns", role, f"{role} is no role of a column", f"one of {', '.join(ROLES)}")
+        if columns and {"query", "anchor"} <= columns.keys():
+            problem = "query and anchor are two words for one column"
+            raise ConfigError("columns", dict(columns), problem, "map one of them")
+        self.place = str(data)
+        self.path = None if is_hub_name(data) else Path(data)
+        self._plain = self.place.lower().endswith(PLAIN)
+        mapped = {} if self._plain or columns is None else columns
+        self._columns = {"query" if role == "anchor" else role: column for role, column in mapped.items()}
+        if self.path is None:
+            self._hub_name, self._set = load_set(data)
+            self._selected = self._set.select_columns(self._select(self._set.column_names))
+            self.name = self._hub_name.label
+        else:
+            read_rows(self.path)  # opens nothing, but refuses a file that is missing or of no known format
+            self.name = stem(self.path)
+        first = next(self.rows(), (0, {}))[1]
+        self.of_texts = self._plain or (TEXT in first and "positive" not in first)
 
     def rows(self) -> Iterator[tuple[int, Row]]:
-        """The line of each row and its columns, those of ``columns`` under the names that they stand for.
+        """The line of each row and its columns, the mapped ones under the names that they stand for.
 
         Raises:
-            DataError: One of these is missing; the negative may be missing from some rows, but not from all.
+            DataError: A mapped column is missing; the negative may be missing from some rows, but not from all.
         """
         there: Row = {}
-        line, missing = 0, [column for role, column in self.columns.items() if role == "negative"]
-        for line, there in self.read():
-            named = {role: there[column] for role, column in self.columns.items() if column in there}
-            lacking = [column for role, column in self.columns.items() if role not in {*named, "negative"}]
-            if lacking:
-                raise self._missing(lacking[0], there, line)
-            missing = [] if "negative" in named else missing
-            yield line, {**there, **named} if named else there
-        if line and missing:
-            raise self._missing(missing[0], there, line)
+        line, negative_seen = 0, "negative" not in self._columns
+        for line, there in enumerate(self._selected, 1) if self.path is None else read_rows(self.path, self._select):
+            if self._plain and not there[TEXT].strip():
+                continue
+            if self._columns:
+                named = {role: there[column] for role, column in self._columns.items() if column in there}
+                for role, column in self._columns.items():
+                    if role not in named and role != "negative":
+                        raise self._missing(column, there, line)
+                negative_seen = negative_seen or "negative" in named
+                there = {**there, **named}
+            yield line, there
+        if line and not negative_seen:
+            raise self._missing(self._columns["negative"], there, line)
 
     def _missing(self, column: str, there: Row, line: int) -> DataError:
         return DataError(self.place, "the column is missing", f"it has {', '.join(there)}", line=line, field=column)
 
+    def _select(self, there: Sequence[str]) -> Sequence[str]:
+        """The columns that mean something; all, where one is missing, for the error to name them."""
+        mapped = self._columns.values()
+        has = {*there, *(role for role, column in self._columns.items() if column in there)}
+        enough = TEXT in has or ("positive" in has and not has.isdisjoint({"query", "anchor"}))
+        return [name for name in there if name in {*ROLES, *mapped}] if enough and {*mapped} <= {*there} else there
 
-def _open(data: str | Path, columns: Mapping[str, str] | None) -> _Table:
-    for role in columns or {}:
-        if role not in ROLES:
-            raise ConfigError("columns", role, f"{role} is no role of a column", f"one of {', '.join(ROLES)}")
-    if columns and {"query", "anchor"} <= columns.keys():
-        raise ConfigError("columns", dict(columns), "query and anchor are two words for one column", "map one of them")
-    mapped = {"query" if role == "anchor" else role: column for role, column in (columns or {}).items()}
-    if is_hub_name(data):
-        name, loaded = load_set(data)
-        read = partial(enumerate, loaded.select_columns(_select(mapped, loaded.column_names)), 1)
-        table = _Table(str(data), name.label, None, mapped, read, partial(_hub_fingerprint, name, loaded, read))
-    else:
-        path = Path(data)
-        plain = path.name.lower().endswith(PLAIN)
-        reader: Reader = partial(_text_rows if plain else read_rows, path, partial(_select, mapped))
-        read_rows(path)  # opens nothing, but refuses a file that is missing or of no known format
-        table = _Table(str(path), stem(path), path, {} if plain else mapped, reader, partial(fingerprint, path), plain)
-    first = next(table.rows(), None)
-    of_texts = first is not None and TEXT in first[1] and "positive" not in first[1]
-    return replace(table, has_texts_only=table.has_texts_only or of_texts)
+    def texts(self, prompt: str, most: int | None = None, seed: int = 0) -> Texts:
+        """All texts, or so many of them, drawn by the seed."""
+        rows = self._keep(self.text_of, most, seed)
+        return Texts(self.path.name if self.path else self.name, rows, prompt, self._fingerprint(len(rows)))
 
+    def pairs(self, instruction: str | None, most: int | None = None, seed: int = 0) -> Pairs:
+        """All pairs, or so many of them, drawn by the seed."""
+        beside = _read_beside(self.path) if self.path is not None else {}
+        rows = self._keep(self.pair_of, most, seed)
+        source = self._fingerprint(len(rows))
+        source = replace(source, licence=beside.get("licence", source.licence))
+        query = beside.get("query_instruction", "") if instruction is None else instruction
+        passage = beside.get("passage_instruction", "")
+        return Pairs(self.name, rows, instruction_prompt(query), instruction_prompt(passage), source)
 
-def _text_rows(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
-    """The lines of plain text; blank ones are no texts."""
-    return ((line, row) for line, row in read_rows(path, select) if row[TEXT].strip())
+    def text_of(self, line: int, row: Row) -> str:
+        """The text of a row, checked."""
+        return str(parse_row(self.place, line, row, {TEXT: as_text})[TEXT])
 
+    def pair_of(self, line: int, row: Row) -> Pair:
+        """The pair of a row, checked."""
+        if row.get("negative") == "" and self.place.lower().endswith(".csv"):  # CSV has no other way to leave one out
+            row = {**row, "negative": None}
+        anchor = "anchor" if "anchor" in row and "query" not in row else "query"
+        fields: Fields = {anchor: as_text, "positive": as_text, "negative": _as_negatives}
+        needed = "each row needs query or anchor, and positive (see --columns); "
+        found = parse_row(self.place, line, row, fields, optional=("negative",), needed=needed)
+        return Pair(*found.values())
 
-def _select(columns: Mapping[str, str], there: Sequence[str]) -> Sequence[str]:
-    """The columns that mean something; all, where one is missing, for the error to name them."""
-    has = {*there, *(role for role, column in columns.items() if column in there)}
-    if not {*columns.values()} <= {*there} or not (TEXT in has or ("positive" in has and {"query", "anchor"} & has)):
-        return there
-    return [name for name in there if name in {*ROLES, *columns.values()}]
+    def _keep(self, parse: Callable[[int, Row], T], most: int | None, seed: int) -> tuple[T, ...]:
+        """Check all rows, and keep at most so many, drawn by the seed; a file that has more is read twice."""
+        kept: list[T] = []
+        count = 0
+        for count, (line, row) in enumerate(self.rows(), start=1):
+            parsed = parse(line, row)
+            if most is None or count <= most:
+                kept.append(parsed)
+        self.check_any(kept)
+        if most is not None and count > most:
+            chosen = set(_places(count, most, seed))
+            kept = [parse(line, row) for place, (line, row) in enumerate(self.rows()) if place in chosen]
+            if len(kept) < most:
+                raise DataError(self.place, "lost rows while it was read", "run the same command again")
+        return tuple(kept)
 
+    def check_any(self, rows: Sequence[object]) -> None:
+        """Refuse data without rows."""
+        if not rows:
+            raise DataError(self.place, "holds no text" if self.of_texts else "has no rows")
 
-def _hub_fingerprint(name: HubName, loaded: Any, read: Reader, rows: int) -> Fingerprint:
-    """The name with its revision, and the hash of the rows as JSON, wherever they are kept."""
-    digest = hashlib.sha256()
-    for _, row in read():
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return Fingerprint(str(name), digest.hexdigest(), rows, str(loaded.info.license or ""))
-
-
-def _kept(table: _Table, parse: Callable[[str, int, Row], T], most: int | None, seed: int) -> tuple[T, ...]:
-    """Check all rows, and keep at most so many, drawn by the seed; a file that has more is read twice."""
-    kept: list[T] = []
-    count = 0
-    for count, (line, row) in enumerate(table.rows(), start=1):
-        parsed = parse(table.place, line, row)
-        if most is None or count <= most:
-            kept.append(parsed)
-    _check_any(table, kept)
-    if most is not None and count > most:
-        chosen = set(_places(count, most, seed))
-        again = enumerate(table.rows())
-        kept = [parse(table.place, line, row) for place, (line, row) in again if place in chosen]
-        if len(kept) < most:
-            raise DataError(table.place, "lost rows while it was read", "run the same command again")
-    return tuple(kept)
-
-
-def _check_any(table: _Table, rows: Sequence[object]) -> None:
-    if not rows:
-        raise DataError(table.place, "holds no text" if table.has_texts_only else "has no rows")
-
-
-def _read_texts(table: _Table, prompt: str, most: int | None = None, seed: int = 0) -> Texts:
-    rows = _kept(table, _text_of, most, seed)
-    return Texts(table.path.name if table.path else table.name, rows, prompt, table.fingerprint(len(rows)))
-
-
-def _text_of(place: str, line: int, row: Row) -> str:
-    return str(parse_row(place, line, row, {TEXT: as_text})[TEXT])
-
-
-def _read_pairs(table: _Table, instruction: str | None, most: int | None = None, seed: int = 0) -> Pairs:
-    beside = _read_beside(table.path)
-    rows = _kept(table, _pair_of, most, seed)
-    source = table.fingerprint(len(rows))
-    query = beside.get("query_instruction", "") if instruction is None else instruction
-    passage = beside.get("passage_instruction", "")
-    source = replace(source, licence=beside.get("licence", source.licence))
-    return Pairs(table.name, rows, instruction_prompt(query), instruction_prompt(passage), source)
-
-
-def _pair_of(place: str, line: int, row: Row) -> Pair:
-    if row.get("negative") == "" and place.lower().endswith(".csv"):  # CSV has no other way to leave one out
-        row = {**row, "negative": None}
-    anchor = "anchor" if "anchor" in row and "query" not in row else "query"
-    fields: Fields = {anchor: as_text, "positive": as_text, "negative": _as_negatives}
-    hint = "each row needs query or anchor, and positive (see --columns); "
-    found = parse_row(place, line, row, fields, optional=("negative",), needed=hint)
-    return Pair(found[anchor], found["positive"], found["negative"])
+    def _fingerprint(self, rows: int) -> Fingerprint:
+        """Of a file's bytes; of a data set, its name with the revision, and the hash of the rows as JSON."""
+        if self.path is not None:
+            return fingerprint(self.path, rows)
+        digest = hashlib.sha256()
+        for row in self._selected:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return Fingerprint(str(self._hub_name), digest.hexdigest(), rows, str(self._set.info.license or ""))
 
 
 def _as_negatives(value: Any) -> tuple[str, ...]:
     return () if value is None else tuple(map(as_text, value if isinstance(value, list) else [value]))
 
 
-def _read_beside(path: Path | None) -> Mapping[str, str]:
+def _read_beside(path: Path) -> Mapping[str, str]:
     """What the JSON file of the same name tells about the data; without one, what the papers tell of the E5 mix.
 
     Raises:
         DataError: It is broken, or a value is not a text.
     """
-    if path is None:
-        return {}
     file = path.with_name(stem(path) + ".json")
     if not file.is_file():
         return {"query_instruction": _e5_instruction(path)}

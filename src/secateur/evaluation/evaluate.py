@@ -20,7 +20,6 @@ import json
 import math
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,17 +42,10 @@ from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.replicates import replicates_file, resampled_scores
 from secateur.evaluation.tasks import Task, count_samples, open_tasks
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
-from secateur.measures.intervals import (
-    MINIMUM_UNITS,
-    Array,
-    interval,
-    limits_of,
-    mean_of,
-    observed,
-    resample,
-    why_no_interval,
-)
-from secateur.models.open_model import model_label, open_model
+from secateur.measures import intervals
+from secateur.measures.intervals import Array
+from secateur.models import model_names
+from secateur.models.open_model import open_model
 from secateur.options import EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (
@@ -81,29 +73,21 @@ def evaluate(  # noqa: D417 - the rest follows from the options
     instructed: Sequence[bool] | None = None,
     progress: Progress = silent,
 ) -> Scores:
-    """Score models on tasks, with mteb's own evaluators.
+    """Score models on tasks, with mteb's own evaluators: each task's main metric, on mteb's protocol (:mod:`.tasks`).
 
-    The score is each task's main metric, by mteb's code on mteb's protocol (see :mod:`.tasks` for what that samples and
-    repeats by itself). All task folders are checked before any text is encoded. One model at a time is in memory.
-
-    Scores that ``out`` holds already are not computed again if the model's weights and settings, the task's data,
-    ``sample``, ``seed``, the prompts and the versions of the libraries are the same; those of other models and tasks
-    stay in the file as they are, those too that another run adds meanwhile. A task that fails does not keep the others
-    from being scored; its error comes at the end.
+    All task folders are checked before any text is encoded; one model at a time is in memory. A score that ``out`` has
+    is computed again only if the model, the data, ``sample``, ``seed``, a prompt or a library's version changed; other
+    rows stay in the file. A task that fails does not keep others from being scored; its error comes at the end.
 
     Args:
         instructions: False: no instruction and no prompt before any text, for no model.
         instructed: Whether each model was trained with instructions. Default: read from its prompts.
         progress: Called before each task and at the end, with the number of scores that are there.
 
-    Returns:
-        One row for each model and task, by model.
-
     Raises:
         DataError: A task is not right, or cannot be downloaded.
         ModelError: A model cannot be opened, or its vectors are not numbers or all alike.
-        ConfigError: Two models or tasks of one name, or an option is not valid; or ``out`` has scores of another model
-            by the same name, which nobody gave it.
+        ConfigError: Two models or tasks have one name, or ``out`` has scores of another model by the same name.
         OutputError: ``out`` cannot be written.
     """
     labels = model_names(options.models, options.names)
@@ -115,10 +99,10 @@ def evaluate(  # noqa: D417 - the rest follows from the options
     failures: list[SecateurError] = []
 
     def score_model(number: int, label: str, given: Model) -> None:
-        """All tasks of one model, which is let go when this returns, before the next one is opened."""
+        """All tasks of one model, which leaves the memory when this returns, before the next one is opened."""
         model = given if isinstance(given, SentenceTransformer) else open_model(given)
         told = is_instructed(model) if instructed is None else instructed[number]
-        weights, source, files = fingerprint_model(model), _source(given), _files(given)
+        weights, (source, files) = fingerprint_model(model), _origin(given)
         if options.names is None:
             table.check_same_model(label, source, weights)
         cache = VectorCache(options.cache, weights, versions_of(ENCODING)) if options.cache is not None else None
@@ -126,8 +110,7 @@ def evaluate(  # noqa: D417 - the rest follows from the options
             progress("evaluate", done, total)
             prompts = task_prompts(task, told) if instructions else {}
             with quiet(), as_encoder(model, label, prompts, cache) as encoder:
-                key = {"sample": options.sample, "seed": options.seed, "data": task.source.sha256, "weights": weights}
-                key |= {"versions": versions_of(), **_prompts(encoder, task)}
+                key = {"weights": weights, "sample": options.sample, "seed": options.seed, **_inputs(encoder, task)}
                 if table.holds(label, task.name, key, files):
                     continue
                 try:
@@ -135,54 +118,22 @@ def evaluate(  # noqa: D417 - the rest follows from the options
                 except (DataError, ModelError) as error:
                     if options.out is None:
                         raise
-                    failures.append(error)
+                    failures.append(error.with_traceback(None))  # which would keep the model in memory
 
     for number, (label, given) in enumerate(zip(labels, options.models, strict=True)):
         score_model(number, label, given)
-        for failure in failures:  # its traceback holds the model
-            traceback.clear_frames(failure.__traceback__)
     progress("evaluate", total, total)
     if failures:
         raise failures[0]
     return table.scores([(label, task.name) for label in labels for task in tasks])
 
 
-def model_names(models: Sequence[Model], names: Sequence[str] | None = None) -> list[str]:
-    """What each model is called in tables: the names given, else the last parts of the paths, or whole paths where two
-    of those are alike.
-
-    Raises:
-        ConfigError: Two models have the same name, or there are not as many names as models.
-    """
-    if names is not None and len(names) != len(models):
-        raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
-    if names is not None:
-        found = list(names)
-    else:
-        bases = [
-            (model.model_card_data.base_model or f"model-{number}") if isinstance(model, SentenceTransformer) else model
-            for number, model in enumerate(models, start=1)
-        ]
-        found = [model_label(base) for base in bases]
-        if len(set(found)) < len(found):  # folders of one name, such as a/final and b/final
-            given = zip(found, models, strict=True)
-            found = [name if isinstance(model, SentenceTransformer) else str(model) for name, model in given]
-    twice = [name for name in found if found.count(name) > 1]
-    if twice:
-        raise ConfigError("names", found, f"two models are called {twice[0]}", "give each its own name: --names A B")
-    return found
-
-
-def _source(model: Model) -> str:
-    """Where a model is from: a folder's whole path, or a Hub id; empty for one that is open already."""
+def _origin(model: Model) -> tuple[str, str]:
+    """A folder's whole path or a Hub id, and the fingerprint of its files; both empty for a model that is open."""
     if isinstance(model, SentenceTransformer):
-        return ""
+        return "", ""
     path = Path(model).expanduser()
-    return str(path.resolve()) if path.exists() else str(model)
-
-
-def _files(model: Model) -> str:
-    return "" if isinstance(model, SentenceTransformer) else fingerprint_files(model)
+    return str(path.resolve()) if path.exists() else str(model), fingerprint_files(model)
 
 
 class _ScoreTable:
@@ -279,10 +230,11 @@ def task_prompts(task: Task, instructed: bool) -> dict[str, str] | None:
     return {key: instruction_prompt(task.instruction)} if task.instruction else {}
 
 
-def _prompts(encoder: Encoder, task: Task) -> dict[str, Any]:
-    """The row's ``prompts``, of texts of no kind, queries and documents; and ``prompt``, the one that is told.
+def _inputs(encoder: Encoder, task: Task) -> dict[str, Any]:
+    """What a score follows from besides the model and the sample, by the names of its row.
 
-    What goes before texts is mteb's choice, else that of the model's ``encode_query`` and ``encode_document``.
+    The prompts, of texts of no kind, queries and documents, are mteb's choice, else that of the model's
+    ``encode_query`` and ``encode_document``.
     """
     found = []
     own = {PromptType.query: ("query",), PromptType.document: ("document", "passage", "corpus")}
@@ -293,7 +245,8 @@ def _prompts(encoder: Encoder, task: Task) -> dict[str, Any]:
             prompts = model.prompts
             name = next((name for name in own.get(kind, ()) if name in prompts), model.default_prompt_name)
         found.append(str(prompts.get(name) or ""))
-    return {"prompt": found[1] if task.asymmetric else found[0], "prompts": tuple(found)}
+    prompt = found[1] if task.asymmetric else found[0]
+    return {"data": task.source.sha256, "versions": versions_of(), "prompt": prompt, "prompts": tuple(found)}
 
 
 class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
@@ -397,49 +350,43 @@ def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: M
         created=now(),
         **key,
     )
-    replicates, note = None, ""
+    replicates = None
     if math.isfinite(row.score):
         try:
             row, replicates = _with_interval(row, made, predictions, state)
-        except _NoInterval as error:
-            note = f"no interval: {error}"
         except Exception as error:  # an interval that cannot be computed does not lose a score that took hours
-            note = f"no interval: {type(error).__name__}: {' '.join(str(error).split())}"
-    row = replace(row, note="; ".join(filter(None, [task.note, note])))
+            row = replace(row, note=f"no interval: {type(error).__name__}: {' '.join(str(error).split())}")
+    row = replace(row, note="; ".join(filter(None, [task.note, row.note])))
     # The revision tells mteb's tools one state of a model from another under the same name.
     meta = encoder.mteb_model_meta.model_copy(update={"revision": row.weights[:12]})
     return Scored(row, replicates, result, meta)
 
 
-class _NoInterval(Exception):
-    """Why a score has no interval."""
-
-
 def _with_interval(
     row: ScoreRow, task: Any, predictions: Mapping[str, Any], state: tuple[Any, ...]
-) -> tuple[ScoreRow, Array]:
-    """A score with its interval, and its bootstrap replicates.
+) -> tuple[ScoreRow, Array | None]:
+    """A score with its interval and its bootstrap replicates; or with a note that says why it has none."""
 
-    Raises:
-        _NoInterval: It has none.
-    """
+    def without(why: str) -> tuple[ScoreRow, None]:
+        return replace(row, note=f"no interval: {why}"), None
+
     parts = resampled_scores(task, predictions, row.metric, state)
     if not parts:
-        raise _NoInterval(f"the rows of {row.type} by {row.metric} cannot be resampled")
-    if (fewest := min(part.units for part in parts)) < MINIMUM_UNITS:
-        raise _NoInterval(f"{fewest} {parts[0].unit} are fewer than {MINIMUM_UNITS}")
-    again = float(np.mean([observed(part.statistic, part.units) for part in parts]))
+        return without(f"the rows of {row.type} by {row.metric} cannot be resampled")
+    if (fewest := min(part.units for part in parts)) < intervals.MINIMUM_UNITS:
+        return without(f"{fewest} {parts[0].unit} are fewer than {intervals.MINIMUM_UNITS}")
+    again = float(np.mean([intervals.observed(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
-        raise _NoInterval(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
-    limits, found = limits_of(row.metric), []
+        return without(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
+    limits, found = intervals.limits_of(row.metric), []
     for number, part in enumerate(parts):
         # The seed follows from the data alone, so that every model is resampled alike.
         seed = int(hashlib.sha256(f"{row.data} {number}".encode()).hexdigest()[:8], 16)
-        found.append(resample(part.statistic, part.units, seed, limits=limits))
-        if why := why_no_interval(found[-1], part.units):
-            raise _NoInterval(why)
-    replicates = mean_of(found)
-    low, high = interval(replicates, limits)
+        found.append(intervals.resample(part.statistic, part.units, seed, limits=limits))
+        if why := intervals.why_no_interval(found[-1], part.units):
+            return without(why)
+    replicates = intervals.mean_of(found)
+    low, high = intervals.interval(replicates, limits)
     identity = [row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights, row.versions]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     units = sum(part.units for part in parts)

@@ -93,10 +93,7 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     folder = Path(path)
     about = _read_about(folder)
     fields = _FIELDS[about["type"]]
-    tables = {
-        name: _read_table(file, fields[name]) if name in fields else _read_qrels(file)
-        for name, file in _files(folder, about["type"])
-    }
+    tables = {name: _read_table(file, fields[name]) for name, file in _files(folder, about["type"])}
     _check_tables(about["type"], tables)
     ignore = about["ignore_identical_ids"]
     digest = hashlib.sha256(f"{about['type']} {about['metric']}\n".encode())
@@ -107,11 +104,7 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     main = tables.get("test") or tables["queries"]
     return TaskFolder(
         path=folder,
-        name=about["name"],
-        type=about["type"],
-        metric=about["metric"],
-        instruction=about["instruction"],
-        notes=about["notes"],
+        **{key: about[key] for key in ("name", "type", "metric", "instruction", "notes")},
         tables={name: tuple(table.rows) for name, table in tables.items()},
         source=Fingerprint(about["name"], digest.hexdigest(), len(main.rows), about["licence"]),
         ignore_identical_ids=bool(ignore),
@@ -143,13 +136,11 @@ def texts_of(task: TaskFolder) -> list[str]:
 def _files(folder: Path, type_: str) -> Iterator[tuple[str, Path]]:
     """The files of a task of this type, by the names of their tables."""
     for name in _FIELDS[type_]:
-        plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
-        if plain.exists() and packed.exists():
-            raise DataError(plain, f"stands beside {packed.name}", "remove one of the two")
-        yield name, packed if packed.exists() else plain
-    if type_ == "retrieval":
-        plain, beir = folder / "qrels.tsv", folder / "qrels" / "test.tsv"
-        yield "qrels", beir if beir.exists() and not plain.exists() else plain
+        endings = ("qrels.tsv", "qrels/test.tsv") if name == "qrels" else (f"{name}.jsonl", f"{name}.jsonl.gz")
+        plain, other = (folder / ending for ending in endings)
+        if name != "qrels" and plain.exists() and other.exists():
+            raise DataError(plain, f"stands beside {other.name}", "remove one of the two")
+        yield name, other if other.exists() and not plain.exists() else plain
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -215,7 +206,7 @@ def _raise_first(mistakes: Sequence[DataError]) -> None:
 
 def _read_table(file: Path, fields: Fields) -> _Table:
     table, mistakes = _Table(file, [], []), []
-    for line, row in read_rows(file):
+    for line, row in _judgments(file) if file.suffix == ".tsv" else read_rows(file):
         try:
             table.rows.append(parse_row(file, line, row, fields, optional=("title",)))
             table.lines.append(line)
@@ -227,30 +218,20 @@ def _read_table(file: Path, fields: Fields) -> _Table:
     return table
 
 
-def _read_qrels(file: Path) -> _Table:
-    """Relevance judgments: a header and ``query-id``, ``corpus-id``, ``score`` (an integer) between tabs.
-
-    Scores below 0, as TREC has them, are "not relevant", like 0.
-    """
-    table, mistakes = _Table(file, [], []), []
+def _judgments(file: Path) -> Iterator[tuple[int, Row]]:
     for line, text in read_lines(file):
-        cells = text.rstrip("\r\n").split("\t")
+        cells = text.rstrip("\r\n").split("\t", 2)
         if line == 1 and tuple(cells) != QRELS_HEADER:
             raise DataError(file, "is not the header", f"write {'<tab>'.join(QRELS_HEADER)}", line=1)
-        if line == 1 or not text.strip():
-            continue
-        if len(cells) != len(QRELS_HEADER):
-            mistakes.append(DataError(file, f"has {len(cells)} columns, not 3", "put tabs between them", line=line))
-        elif not _JUDGMENT.fullmatch(cells[2].strip()):
-            problem = f"is {cells[2]!r:.60}, not an integer of at most 9 digits"
-            mistakes.append(DataError(file, problem, line=line, field="score"))
-        else:
-            table.lines.append(line)
-            table.rows.append({"query": cells[0], "document": cells[1], "score": max(0, int(cells[2]))})
-    _raise_first(mistakes)
-    if not table.rows:
-        raise DataError(file, "has no rows")
-    return table
+        if line > 1 and text.strip():
+            yield line, dict(zip(QRELS_HEADER, cells, strict=False))
+
+
+def _judgment(value: str) -> int:
+    """A relevance judgment; scores below 0, as TREC has them, are "not relevant", like 0."""
+    if not _JUDGMENT.fullmatch(value.strip()):
+        raise ValueError(f"is {value!r:.60}, not an integer of at most 9 digits")
+    return max(0, int(value))
 
 
 _PAIR: Fields = {"sentence1": as_text, "sentence2": as_text}
@@ -264,6 +245,7 @@ _FIELDS: dict[str, dict[str, Fields]] = {
     "retrieval": {
         "corpus": {"_id": as_id, "title": as_text_or_empty, "text": as_text_or_empty},
         "queries": {"_id": as_id, "text": as_text},
+        "qrels": {"query-id": str, "corpus-id": str, "score": _judgment},
     },
     "reranking": {"test": {"query": as_text, "positive": _TEXTS, "negative": _TEXTS}},
     "summarization": {
@@ -320,23 +302,21 @@ def _check_retrieval(tables: dict[str, _Table]) -> None:
     it stays a relevant document that no model can find.
     """
     corpus, queries, qrels = tables["corpus"], tables["queries"], tables["qrels"]
-    for table, columns in ((corpus, ("_id",)), (queries, ("_id",)), (qrels, ("query", "document"))):
+    for table, columns in ((corpus, ("_id",)), (queries, ("_id",)), (qrels, QRELS_HEADER[:2])):
         seen: set[tuple[str, ...]] = set()
         keys = [tuple(row[column] for column in columns) for row in table.rows]
         twice = [index for index, key in enumerate(keys) if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
         _raise_first([table.error(index, f"{', '.join(map(repr, keys[index]))} occurs twice") for index in twice])
-    names = {"query": ("query-id", queries), "document": ("corpus-id", corpus)}
-    ids = {key: {row["_id"] for row in table.rows} for key, (_, table) in names.items()}
+    known = {"query-id": queries, "corpus-id": corpus}
+    ids = {column: {row["_id"] for row in table.rows} for column, table in known.items()}
     mistakes = []
     for index, row in enumerate(qrels.rows):
-        unknown = [key for key in names if row[key] not in ids[key]]
-        if unknown:
-            field, table = names[unknown[0]]
-            mistakes.append(qrels.error(index, f"{row[unknown[0]]!r} is not in {table.file.name}", field))
+        for column in [column for column in known if row[column] not in ids[column]][:1]:
+            mistakes.append(qrels.error(index, f"{row[column]!r} is not in {known[column].file.name}", column))
     _raise_first(mistakes)
     if not any(row["score"] for row in qrels.rows):
         raise DataError(qrels.file, "calls no document relevant", "one score at least is above 0", field="score")
-    judged = {row["query"] for row in qrels.rows}
+    judged = {row["query-id"] for row in qrels.rows}
     corpus.keep(lambda row: bool((row["title"] + row["text"]).strip()))
     queries.keep(lambda row: row["_id"] in judged)
 
@@ -402,8 +382,8 @@ def _sample_retrieval(tables: Tables, count: int, rng: random.Random) -> dict[st
         return dict(tables)
     queries = _draw(tables["queries"], count, rng)
     ids = {row["_id"] for row in queries}
-    qrels = tuple(row for row in tables["qrels"] if row["query"] in ids)
-    needed = {row["document"] for row in qrels}
+    qrels = tuple(row for row in tables["qrels"] if row["query-id"] in ids)
+    needed = {row["corpus-id"] for row in qrels}
     others = _draw([row for row in tables["corpus"] if row["_id"] not in needed], DISTRACTORS_PER_QUERY * count, rng)
     kept = needed | {row["_id"] for row in others}
     return {"corpus": tuple(r for r in tables["corpus"] if r["_id"] in kept), "queries": queries, "qrels": qrels}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -123,23 +122,6 @@ def open_tasks(tasks: Sequence[str | Path | Task], sample: int | None, seed: int
     if twice:
         raise ConfigError("tasks", tasks, f"two tasks are called {twice[0]}", 'change "name" in one task.json')
     return opened
-
-
-def identify(task: str | Path) -> tuple[str, str] | None:
-    """A task's name and the fingerprint of its data, as its scores have them; None where it is not here."""
-    folder = Path(task)
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
-    return _identify(task, *((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-
-
-@lru_cache(maxsize=1024)
-def _identify(task: str | Path, *state: object) -> tuple[str, str] | None:
-    """As :func:`identify`: a folder is read once for each state of its files."""
-    try:
-        opened = open_task(task)
-    except (DataError, ConfigError):
-        return None
-    return opened.name, opened.source.sha256
 
 
 # mteb's own tasks -----------------------------------------------------------------------------------------------------
@@ -329,7 +311,7 @@ def _local_task(folder: TaskFolder, metadata: TaskMetadata) -> AbsTask:
 def _retrieval_data(folder: TaskFolder) -> RetrievalSplitData:
     relevant: dict[str, dict[str, int]] = {}
     for row in folder.tables["qrels"]:
-        relevant.setdefault(row["query"], {})[row["document"]] = row["score"]
+        relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
     corpus, queries = (Dataset.from_list(list(folder.tables[name])) for name in ("corpus", "queries"))
     names = {"_id": "id"}
     return RetrievalSplitData(

@@ -26,8 +26,8 @@ from secateur.exporting.convert import Form, convert, form_of
 from secateur.exporting.graph import PROMPT_LENGTH, EncoderGraph, Features
 from secateur.files import new_folder
 from secateur.measures.metrics import paired_cosines
-from secateur.models.open_model import open_model, write_files
-from secateur.models.readers import NO_LIMIT, longest_text
+from secateur.models.open_model import open_model
+from secateur.models.save import NO_LIMIT, longest_text, write_files
 from secateur.options import ExportOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import Fingerprint, provenance

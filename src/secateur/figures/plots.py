@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from secateur.document import shorten
 from secateur.figures.style import (
     COLOURS,
     DASHES,
@@ -29,7 +30,6 @@ from secateur.figures.style import (
     new_figure,
 )
 from secateur.results import DepthScoreRow, Matrix, Profile, Training
-from secateur.tables import shorten
 
 BOLD: dict[str, Any] = {"fontsize": 8.5, "fontweight": "bold"}
 
@@ -172,33 +172,31 @@ def _label_points(
             axes.transData.transform(point) for point in zip(*line, strict=True) if all(map(math.isfinite, point))
         ]
         for start, end in itertools.pairwise(corners):
-            covered += list(np.linspace(start, end, 1 + max(1, int(math.dist(start, end) / 8))))
+            covered += np.linspace(start, end, 1 + max(1, int(math.dist(start, end) / 8))).tolist()
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (axes.transData.transform(p[:2]) for p in labels)]
     for x, y, text in labels:
         trial = axes.text(x, y, text, **BOLD)
         size = Text.get_window_extent(trial, renderer)
         trial.remove()
-        best: tuple[float, Any, Bbox] | None = None
+        place = axes.transData.transform((x, y))
+        best: tuple[float, float, Any, Bbox] | None = None
         for radius, angle in itertools.product((8, 18, 32, 48), (90, 45, 135, 0, 180, 270, 315, 225)):
-            dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
-            across, along = (0.5 - 0.5 * np.sign(round(offset)) for offset in (dx, dy))  # which part is at the offset
-            centre = axes.transData.transform((x, y)) + np.array((dx, dy)) * pixel
-            left, bottom = centre - (across * size.width, along * size.height)
+            # From the point to the middle of the text, in typographic points; its nearest edge is at the radius.
+            away = np.round([math.cos(math.radians(angle)), math.sin(math.radians(angle))], 6)
+            offset = radius * away + np.sign(away) * (size.width, size.height) / (2 * pixel)
+            left, bottom = place + offset * pixel - (size.width / 2, size.height / 2)
             box = Bbox.from_bounds(left, bottom, size.width, size.height)
             outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
             hidden = 1e6 * outside + 1e3 * sum(box.padded(2 * pixel).overlaps(other) for other in taken)
-            hidden += 10 * sum(box.contains(*place) for place in covered) + radius
+            hidden += 10 * sum(box.contains(*pixels) for pixels in covered) + radius
             if best is None or hidden < best[0]:
-                aligned = {0: "left", 0.5: "center", 1: "right"}[across], {0: "bottom", 0.5: "center", 1: "top"}[along]
-                best = hidden, (dx, dy, *aligned), box
+                best = hidden, radius, offset, box
         assert best is not None
-        dx, dy, horizontal, vertical = best[1]
-        arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
-        axes.annotate(
-            text, (x, y), (dx, dy), textcoords="offset points", ha=horizontal, va=vertical, zorder=4,
-            arrowprops=arrow if math.hypot(dx, dy) > 10 else None, annotation_clip=False, **BOLD,
-        )  # fmt: skip
-        taken.append(best[2])
+        _, radius, offset, box = best
+        arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4} if radius > 10 else None
+        style = {"textcoords": "offset points", "ha": "center", "va": "center", "arrowprops": arrow, "zorder": 4}
+        axes.annotate(text, (x, y), tuple(offset), annotation_clip=False, **style, **BOLD)
+        taken.append(box)
 
 
 # Training -------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.figure import Figure
 
+from secateur.document import printable, shorten
 from secateur.files import write_bytes
-from secateur.tables import printable, shorten
 
 if TYPE_CHECKING:
     from secateur.figures.plots import Point

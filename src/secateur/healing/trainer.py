@@ -1,12 +1,13 @@
-"""sentence-transformers' trainer with checkpoints that hold only what is trained, and an eye on the losses."""
+"""sentence-transformers' trainer: with checkpoints that hold only what is trained, and a watch on the losses."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,43 +15,142 @@ from typing import Any
 from zipfile import ZipFile
 
 import torch
+from accelerate import PartialState
+from datasets import DatasetDict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.base.evaluation import BaseEvaluator
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from sentence_transformers.util.distributed import get_world_size
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from secateur.errors import DataError, OutputError, TrainingDiverged
-from secateur.healing.on_cpu import attention_in_float32
-from secateur.healing.trainable import as_written
+from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
+from secateur.healing.evaluator import Evaluator, Score
+from secateur.healing.losses import Loss
+from secateur.healing.recipes import (
+    SCORE,
+    TrainingConfig,
+    attention_in_float32,
+    decide,
+    finish,
+    prepare,
+    training_arguments,
+)
+from secateur.healing.training_data import TrainingSet
 from secateur.models.forward import padded_length
-from secateur.progress import Progress
-
-TRAINED_WEIGHTS = "trained.safetensors"
-
-SECONDS = "seconds"
+from secateur.progress import Progress, quiet, silent
+from secateur.results import LossRow, TrialRow
 
 FIRST_LOSSES = 10
-NOTHING = 1e-3
 EXPLODED = 10.0
 """A loss this many times the largest of the :data:`FIRST_LOSSES` logged first has exploded."""
+NEAR_ZERO = 1e-3
+"""Losses below count as this: a student that is its teacher has a loss of 0, or by rounding a little below."""
 
-SCORE = "eval_score"
+TRAINED_WEIGHTS, SECONDS = "trained.safetensors", "seconds"
+
+MakeLoss = Callable[[SentenceTransformer, TrainingConfig], nn.Module]
+"""Makes the loss, a module as sentence-transformers has them: ``forward(sentence_features, labels) -> scalar``.
+
+``sentence_features`` has one dictionary of tokens for each text column of the set that the batch is from, in the order
+of its columns; ``labels`` is the column ``label`` of that set as a tensor, or None. Parameters of its own are trained
+and kept in the checkpoints with those of the model. It must embed through its attribute ``model``, which the trainer
+replaces by the wrapped one when there are several processes.
+"""
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Scores of a model while it trains, of which the best is kept.
+class TrainingResult:
+    """What a training did.
 
-    ``score`` gives a number that is higher for a better model, asked every ``every`` steps (None: as often as a
-    checkpoint is written) and after the last. After ``patience`` scores in a row that are no better than the best
-    before them, training stops.
+    ``steps`` are those done, ``losses`` those logged, ``trials`` the scores on the way, ``best_step`` the one whose
+    weights were kept (None: the last); ``seconds`` are those of the training, without what a kill lost of it;
+    ``trained_parameters`` is how many numbers were trained.
     """
 
-    score: Callable[[SentenceTransformer], float]
-    every: int | None = None
-    patience: int | None = None
+    steps: int
+    seconds: float
+    trained_parameters: int
+    losses: tuple[LossRow, ...]
+    trials: tuple[TrialRow, ...]
+    best_step: int | None
+
+
+def train(
+    model: SentenceTransformer,
+    sets: Sequence[TrainingSet],
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    make_loss: MakeLoss = Loss,
+    score: Score | None = None,
+    report_to: str = "none",
+    rows: str = "pairs",
+    progress: Progress = silent,
+) -> TrainingResult:
+    """Train a model in place.
+
+    Args:
+        model: The model; its own modules pool and normalise.
+        sets: Each batch comes from one of them, drawn in proportion to their rows. Columns are texts, but for one
+            that is called ``label``: numbers, or lists of numbers of equal length, which the loss is given.
+        config: The numbers; what is left open in them (:func:`.decide`) is decided here.
+        folder: Where checkpoints go; a training that stopped there is resumed.
+        make_loss: Makes the loss.
+        score: Called every ``eval_every`` steps (by default, as often as a checkpoint is written) and after the last;
+            the model is left at the best.
+        report_to: A tracker that transformers knows: ``tensorboard``, ``wandb``, ``mlflow``, …
+        rows: What the rows are, for the progress.
+        progress: Called with the rows seen, after each step.
+
+    Raises:
+        TrainingDiverged: The loss is not finite, or exploded.
+        ConfigError: The launcher asks for FSDP.
+        DataError: The data had no batches for all of the steps, or the loss was 0 in every one.
+        OutputError: A file of the checkpoint that it would be resumed from is damaged.
+    """
+    config = decide(model, config)
+    dtypes = prepare(model, config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    length = model.max_seq_length
+    model.max_seq_length = min(config.max_length, length or config.max_length)
+    prompts = {item.name: item.prompts for item in sets}
+    # Before the loss, which may ask how many processes there are: the arguments join them.
+    arguments = training_arguments(config, folder, prompts, evaluated=score is not None, report_to=report_to)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=DatasetDict({item.name: item.rows for item in sets}),
+        loss=make_loss(model, config),
+        evaluator=Evaluator(score, length, dtypes) if score else None,
+        callbacks=[ProgressCallback(folder, config, f"heal ({config.train}), {rows}", progress)],
+    )
+    if trainer.is_fsdp_enabled:
+        raise ConfigError("fsdp", True, "weights cannot be sharded", "start the processes without FSDP")
+    trainer.remove_callback(PrinterCallback)
+    with quiet():
+        trainer.train_or_resume(last_checkpoint(folder), config.patience)
+    state = trainer.state
+    if state.global_step < config.steps and not out_of_patience(state, config.patience):
+        problem = f"gave no batch of {config.batch_size} after {state.global_step} of {config.steps} steps"
+        raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
+    check_learning(state)
+    # The trainer left its autocast around the model: what is saved and compared is the model without it.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.max_seq_length = length
+    finish(model, dtypes)
+    log = state.log_history
+    return TrainingResult(
+        steps=state.global_step,
+        seconds=trainer.seconds,
+        trained_parameters=trained,
+        losses=tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row),
+        trials=tuple(TrialRow(row["step"], row[SCORE]) for row in log if SCORE in row),
+        best_step=state.best_global_step if score else None,
+    )
 
 
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
@@ -64,8 +164,27 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     @property
     def seconds(self) -> float:
-        """Of training: since :meth:`go_on`, and up to the checkpoint that it went on from."""
+        """Of training: since it was started, and up to the checkpoint that it was resumed from."""
         return self._seconds_before + time.monotonic() - self._started
+
+    def train_or_resume(self, checkpoint: Path | None, patience: int | None) -> None:
+        """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
+        self._started = time.monotonic()
+        state = read_state(checkpoint) if checkpoint else None
+        if checkpoint:
+            with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt") as file:
+                self._seconds_before = float((file.metadata() or {}).get(SECONDS, 0.0))
+        if state is None or (state.global_step < self.args.max_steps and not out_of_patience(state, patience)):
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        else:
+            self.state = state
+            self._load_from_checkpoint(str(checkpoint))
+            self._load_best_model()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with attention_in_float32() if self.args.bf16 and self.args.device.type == "cpu" else nullcontext():
+            loss: Tensor = super().training_step(*args, **kwargs)
+            return loss
 
     def get_data_collator(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
         collator = super().get_data_collator(model, *args, **kwargs)
@@ -74,23 +193,6 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """The card is the report's; the stock one would tokenize the data for its examples."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with attention_in_float32() if self.args.bf16 and self.args.device.type == "cpu" else nullcontext():
-            loss: torch.Tensor = super().training_step(*args, **kwargs)
-            return loss
-
-    def go_on(self, checkpoint: str | None, patience: int | None) -> None:
-        """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
-        self._started = time.monotonic()
-        state = _checked_state(Path(checkpoint)) if checkpoint else None
-        self._seconds_before = _seconds_of(Path(checkpoint)) if checkpoint else 0.0
-        if state is None or (state.global_step < self.args.max_steps and not out_of_patience(state, patience)):
-            self.train(resume_from_checkpoint=checkpoint)
-        else:
-            self.state = state
-            self._load_from_checkpoint(str(checkpoint))
-            self._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -110,7 +212,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         if best and best != self.state.global_step:
             self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{best}"))
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
+    def _trained(self) -> dict[str, nn.Parameter]:
         """What is trained: of the model by its own names, and of the loss what it has besides."""
         of_model = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         known = {id(parameter) for parameter in self.model.parameters()}
@@ -118,52 +220,18 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return of_model | own
 
 
-class Judge(BaseEvaluator):  # type: ignore[misc]
-    """A :class:`Validation`'s score as the trainer asks for it: of the model as it would be written, at its own length.
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """Reports the progress in rows, and stops a training that has diverged, or gets no better."""
 
-    Args:
-        score: Of a model.
-        own_length: The model's, which may be longer than that of the training.
-        before: The number formats of the model that came (:func:`.prepare`).
-    """
-
-    def __init__(
-        self, score: Callable[[SentenceTransformer], float], own_length: int, before: Mapping[str, torch.dtype]
-    ) -> None:
-        super().__init__()
-        self.score = score
-        self.own_length = own_length
-        self.before = before
-
-    def __call__(self, model: SentenceTransformer, *_: Any, **__: Any) -> dict[str, float]:
-        """The score, under the name that the trainer looks for."""
-        trained_length, model.max_seq_length = model.max_seq_length, self.own_length
-        # What the score draws must not change what the training draws.
-        with torch.random.fork_rng(), as_written(model, self.before):
-            score = float(self.score(model))
-        model.max_seq_length = trained_length
-        return {"score": score}
-
-
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Tells the progress in pairs, and stops a training that has diverged, or gets no better."""
-
-    def __init__(self, folder: Path, what: str, batch_size: int, patience: int | None, progress: Progress) -> None:
-        self.folder = folder
-        self.what = what
-        self.batch_size = batch_size
-        self.patience = patience
-        self.progress = progress
+    def __init__(self, folder: Path, config: TrainingConfig, what: str, progress: Progress) -> None:
+        self.folder, self.config, self.what, self.progress = folder, config, what, progress
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._tell(state)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._tell(state)
-
-    def _tell(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
-            self.progress(self.what, state.global_step * self.batch_size, state.max_steps * self.batch_size)
+            size = self.config.batch_size
+            self.progress(self.what, state.global_step * size, state.max_steps * size)
+
+    on_step_end = on_train_begin
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -172,15 +240,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if loss is None:
             return
         first = [entry["loss"] for entry in state.log_history if "loss" in entry][:FIRST_LOSSES]
-        finite = math.isfinite(loss) and math.isfinite(logs.get("grad_norm", 0.0))
         if len(first) == FIRST_LOSSES:
             check_learning(state)
-        # A student that is its teacher has a loss of 0, or by rounding a little below.
-        if not finite or loss > EXPLODED * max(*first, NOTHING):
+        finite = math.isfinite(loss) and math.isfinite(logs.get("grad_norm", 0.0))
+        if not finite or loss > EXPLODED * max(*first, NEAR_ZERO):
             raise TrainingDiverged(state.global_step, loss, last_checkpoint(self.folder))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if out_of_patience(state, self.patience):
+        if out_of_patience(state, self.config.patience):
             control.should_training_stop = True
 
 
@@ -208,55 +275,51 @@ def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]
 
     On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back.
     """
-    tokenizer = model.tokenizer
-    left = tokenizer.padding_side == "left"
-    fill = {"input_ids": tokenizer.pad_token_id or 0}
+    left = model.tokenizer.padding_side == "left"
+    fill = {"input_ids": model.tokenizer.pad_token_id or 0}
 
     def preprocess(texts: list[str], **options: Any) -> dict[str, Any]:
         features: dict[str, Any] = dict(model.preprocess(texts, **options))
         length = features["input_ids"].shape[1]
         missing = padded_length(length) - length
         for key, value in features.items():
-            if isinstance(value, torch.Tensor) and value.shape[:2] == (len(texts), length):
+            if isinstance(value, Tensor) and value.shape[:2] == (len(texts), length):
                 sides = (missing, 0) if left else (0, missing)
-                features[key] = torch.nn.functional.pad(value, sides, value=fill.get(key, 0))
+                features[key] = nn.functional.pad(value, sides, value=fill.get(key, 0))
         return features
 
     return preprocess
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; those that were cut off while being written are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if _is_whole(path)]
-    for path in set(found) - set(whole):
-        shutil.rmtree(path)
-    return str(whole[-1]) if whole else None
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; those that were cut off while being written are removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())  # the last file that the trainer writes
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
 
 
-def _seconds_of(checkpoint: Path) -> float:
-    """Those that a checkpoint took; earlier versions did not note them."""
-    with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt") as file:
-        return float((file.metadata() or {}).get(SECONDS, 0.0))
-
-
-def _checked_state(checkpoint: Path) -> TrainerState:
+def read_state(checkpoint: Path) -> TrainerState:
     """The trainer's state in a checkpoint, all of whose files can be read.
 
     Raises:
-        OutputError: One is missing or damaged. Without the optimizer's, the stock trainer would go on with a new one.
+        OutputError: One is missing or damaged. Without the optimizer's, the stock trainer would use a new one.
     """
     for name in (TRAINED_WEIGHTS, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state*.pth"):
         found = sorted(checkpoint.glob(name))
         if not found or not all(map(_is_readable, found)):
             problem = f"its {found[0].name if found else name} is {'damaged' if found else 'missing'}"
-            hint = "remove this folder; the same command then goes on from the checkpoint before it, or anew"
+            hint = "remove this folder; the same command then resumes from the checkpoint before it, or begins anew"
             raise OutputError(checkpoint, problem, hint)
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def _is_readable(file: Path) -> bool:
-    """Whether a file of a checkpoint is what it was written as, as far as its own checks tell."""
+    """Whether a file of a checkpoint is what it was written as, as far as its own checksums tell."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
@@ -272,10 +335,34 @@ def _is_readable(file: Path) -> bool:
         return False
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the trainer's state, the last file of a checkpoint that the trainer writes, is there to its end."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
+def init_processes(batch_size: int) -> None:
+    """Meet the other processes, where ``torchrun`` or ``accelerate launch`` started several.
+
+    Raises:
+        ConfigError: The batch does not divide evenly among them.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=not torch.cuda.is_available())
+    count = get_world_size()
+    if batch_size % count:
+        problem = f"a batch of {batch_size} does not divide among {count} processes"
+        raise ConfigError("batch_size", batch_size, problem, f"a multiple of {count}")
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that transformers does not know, or that is not installed.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+        raise ConfigError("report_to", name, f"is {name!r}", f"none, all, {', '.join(INTEGRATION_TO_CALLBACK)}")
+    # Flyte and Azure are not among those that transformers looks for by themselves.
+    if name not in ("none", "all", "flyte", "azure_ml", *get_available_reporting_integrations()):
+        raise ConfigError("report_to", name, f"{name} is not installed here", f"pip install {name}")

@@ -34,9 +34,8 @@ from secateur.inference.middleware import (
     Keys,
     Metrics,
     RequestMiddleware,
-    busy,
 )
-from secateur.inference.queueing import Batcher, EncodingFailed, LocalWorker, QueueFull, Worker
+from secateur.inference.queueing import Batcher, LocalWorker, Worker
 from secateur.inference.workers import EncoderProcess
 from secateur.options import ServeOptions
 from secateur.runtime.core import Encoder, TextRefused, Tokens, Vectors
@@ -129,7 +128,7 @@ def request_model(encoder: Encoder, name: str, options: ServeOptions) -> type[Ba
         Discriminator(_kind),
     ]
     size = Annotated[int, Field(ge=1, le=encoder.dimension), BeforeValidator(_integers)]
-    prompt_name = Literal[tuple(sorted(encoder.prompts))] if encoder.prompts else None
+    prompt_name: Any = Literal[(None, *sorted(encoder.prompts))]
 
     class EmbeddingRequest(BaseModel):
         model_config = ConfigDict(extra="forbid", strict=True)
@@ -138,7 +137,7 @@ def request_model(encoder: Encoder, name: str, options: ServeOptions) -> type[Ba
         input: Annotated[inputs, Field(description="Text, texts, token ids of a text, or those of several texts.")]
         dimensions: Annotated[size | None, Field(description="Truncate vectors, and normalise them.")] = None
         encoding_format: Literal["float", "base64"] | None = "float"
-        prompt: Annotated[prompt_name | None, Field(description="Name of the prompt before each text.")] = None
+        prompt: Annotated[prompt_name, Field(description="Name of the prompt before each text.")] = None
         user: Annotated[Any, Field(description="Ignored.")] = None
 
     return EmbeddingRequest
@@ -344,10 +343,6 @@ async def _while_connected(request: Request, answer: Coroutine[Any, Any, Respons
         if gone.done():
             raise ClientLeft
         raise ApiError(503, f"not done in {timeout:g} s", "timeout", headers={"Retry-After": "1"})
-    except QueueFull as error:
-        raise busy(error.retry_after) from None
-    except EncodingFailed:
-        raise ApiError(500, "the model failed on these texts", "encoding_failed") from None
     finally:
         work.cancel()
         gone.cancel()

@@ -1,8 +1,8 @@
 """Files of texts → one file of vectors: constant memory, each distinct text once, and a killed run goes on.
 
-The inputs are read twice: first every text is checked and numbered (:mod:`.distinct`), then the distinct texts go
-through the model, by :data:`.SHARD`, each shard a file in ``OUT.partial`` that appears when it is complete. At the end
-every row looks up its vector, and the result is renamed to its name.
+First all texts are read, checked and numbered (:mod:`.distinct`). Then the distinct ones go through the model, by
+:data:`.SHARD`, each shard a file in ``OUT.partial`` that appears when it is complete. At the end every row looks up its
+vector, and the result is renamed to its name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from secateur.data.sources import instruction_prompt
 from secateur.done import FILE, Made
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import lock, output_errors, read_json, write_bytes
-from secateur.inference.distinct import SHARD, Inputs, Texts, number_texts, pieces, places_of
+from secateur.inference.distinct import SHARD, Inputs, number_texts, read_places, read_shards
 from secateur.inference.opening import AUTO, STORED, Opening, fingerprint_encoder, open_encoder, use_dtype
 from secateur.inference.vector_files import (
     check_suffix,
@@ -82,13 +82,9 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
         ModelError: The model cannot be opened, or a worker died too often.
     """
     ranges = read_ranges(options)
-
-    def texts() -> Iterator[str]:
-        for file in options.files:
-            yield from read_column(file, options.column)
-
     with _partial_folder(options.out) as folder:
         with output_errors(folder):
+            texts = (text for file in options.files for text in read_column(file, options.column))
             inputs, sample = number_texts(texts, folder)
             progress("read", inputs.rows, inputs.rows)
         if not inputs.rows:
@@ -115,7 +111,7 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
             address, count = options.ray, options.processes
             pool = in_processes(opening, prompt, count) if address is None else on_ray(opening, prompt, address, count)
         with output_errors(folder):
-            work = _encode_shards(pool, texts, about, folder, progress)
+            work = _encode_shards(pool, about, folder, progress)
             _write_result(folder, about, None if ranges is None else ranges["ranges"], options.out)
     found = inputs.rows, inputs.distinct, about["dimension"], about["dtype"]
     return Encoded(options.out, *found, work.texts, work.tokens, work.seconds)
@@ -178,17 +174,12 @@ def _opening(options: EncodeOptions, inputs: Inputs, folder: Path) -> Opening:
 
 def _prompt(encoder: Encoder, options: EncodeOptions) -> str:
     """What goes before each text."""
-    name = options.prompt_name
-    if options.instruction is not None:
-        if name is not None:
-            problem, hint = "does not go with --prompt-name", "give one of the two"
-            raise ConfigError("instruction", options.instruction, problem, hint)
-        return instruction_prompt(options.instruction)
-    name = name if name is not None else encoder.default_prompt
-    if name is not None and name not in encoder.prompts:
-        known = ", ".join(encoder.prompts) or "none"
-        raise ConfigError("prompt_name", name, f"the model has no prompt {name!r}", f"its prompts: {known}")
-    return encoder.prompts[name] if name is not None else ""
+    if options.instruction is None:
+        return encoder.prompt_of(options.prompt_name)
+    if options.prompt_name is not None:
+        problem, hint = "does not go with --prompt-name", "give one of the two"
+        raise ConfigError("instruction", options.instruction, problem, hint)
+    return instruction_prompt(options.instruction)
 
 
 def _description(encoder: Encoder, options: EncodeOptions, inputs: Inputs, prompt: str) -> dict[str, Any]:
@@ -256,7 +247,7 @@ def _no_ranges() -> ConfigError:
     return ConfigError("precision", "int8", "all vectors are the same, and have no ranges to be rounded by", hint)
 
 
-# --- the second reading ----------------------------------------------------------------------------------------------
+# --- the shards -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -281,12 +272,10 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.npy"
 
 
-def _encode_shards(
-    pool: AbstractContextManager[Run], texts: Texts, about: dict[str, Any], folder: Path, progress: Progress
-) -> _Work:
+def _encode_shards(pool: AbstractContextManager[Run], about: dict[str, Any], folder: Path, progress: Progress) -> _Work:
     """Encode what is not there yet: float32, shortened, and of length 1 where that is asked for."""
     distinct = about["inputs"]["distinct"]
-    todo = {number for number in range(-(-distinct // SHARD)) if not _shard(folder, number).exists()}
+    todo = [number for number in range(-(-distinct // SHARD)) if not _shard(folder, number).exists()]
     left = sum(min(SHARD, distinct - number * SHARD) for number in todo)
     progress(TEXTS, distinct - left, distinct)
     if not todo:
@@ -294,7 +283,7 @@ def _encode_shards(
     with pool as run:
         work = _Work(distinct - left, distinct, progress)
         progress(TOKENS, 0, 0)
-        for number, vectors in run(pieces(texts, folder, todo), work.add):
+        for number, vectors in run(read_shards(folder, todo), work.add):
             vectors = vectors[:, : about["dimension"]]
             if about["normalize"]:  # a vector of zeros stays one
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -327,7 +316,7 @@ def _write_result(folder: Path, about: dict[str, Any], ranges: Vectors | None, o
 
 def _rows(folder: Path, dimension: int) -> Iterator[Vectors]:
     """The vectors of all rows, in their order, a piece at a time."""
-    for numbers in places_of(folder):
+    for numbers in read_places(folder):
         vectors = np.empty((len(numbers), dimension), dtype=np.float32)
         for number in np.unique(numbers // SHARD):
             here = numbers // SHARD == number

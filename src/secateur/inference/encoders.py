@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from secateur.errors import ModelError
 from secateur.measures.metrics import paired_cosines
 from secateur.models.blocks import blocks_of
 from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, SharedPrefix, run_after, run_prefix
-from secateur.models.open_model import PROBES, is_causal
+from secateur.models.open_model import is_causal
 from secateur.models.pooling import pool
+from secateur.models.save import PROBES
 from secateur.progress import quiet
 from secateur.runtime.core import (
     CPU_BATCH,
@@ -33,10 +35,11 @@ from secateur.runtime.core import (
     LENGTH_STEP,
     PADDING,
     Encoder,
-    Group,
     OnBatch,
+    RunBatch,
     Tokens,
     Vectors,
+    ignore,
     is_out_of_memory,
 )
 
@@ -53,14 +56,6 @@ ROWS_STEP = 16
 def batch_budget(device: str | torch.device) -> int:
     """Tokens in a batch, padding included, where nobody says how many."""
     return CPU_BATCH if torch.device(device).type == "cpu" else GPU_BATCH
-
-
-@dataclass(frozen=True)
-class Spared:
-    """Texts of fewer tokens than ``below``, those of a prompt included, run their first ``blocks`` in float32."""
-
-    below: int
-    blocks: int
 
 
 class MixedLinear(nn.Module):
@@ -101,11 +96,12 @@ class MixedProducts:
     in longer ones it averages out. So texts that are short may run some of the first blocks, or all, in float32.
 
     Attributes:
-        spared: From few tokens to many.
+        spared: Pairs (below, blocks), from few tokens to many: texts of fewer tokens than ``below``, those of a prompt
+            included, run their first ``blocks`` in float32.
     """
 
     def __init__(self, model: SentenceTransformer) -> None:
-        self.spared: Sequence[Spared] = ()
+        self.spared: Sequence[tuple[int, int]] = ()
         self._layers: list[tuple[int, nn.Module, str, MixedLinear]] = []
         for number, block in enumerate(blocks_of(model[0].auto_model)):
             for parent in list(block.modules()):
@@ -116,14 +112,14 @@ class MixedProducts:
 
     def prepare(self, tokens: int) -> None:
         """Set the layers for a batch whose shortest text has so many tokens."""
-        exact = next((some.blocks for some in self.spared if tokens < some.below), 0)
+        exact = next((blocks for below, blocks in self.spared if tokens < below), 0)
         for number, _, _, layer in self._layers:
             layer.exact = number < exact
 
-    def use(self, spared: Sequence[Spared]) -> None:
+    def use(self, spared: Sequence[tuple[int, int]]) -> None:
         """Take this schedule, and let go of the float32 weights that it does not need."""
         self.spared = spared
-        most = max((some.blocks for some in spared), default=0)
+        most = max((blocks for _, blocks in spared), default=0)
         for number, _, _, layer in self._layers:
             if number >= most:
                 layer.linear = None
@@ -187,13 +183,13 @@ class ModelEncoder(Encoder):
         self._compared: set[bytes] = set()
         with quiet():
             expected = model.encode(list(PROBES), prompt_name=self.default_prompt, show_progress_bar=False)
-        prompt = self.prompts[self.default_prompt] if self.default_prompt else ""
-        cosine = float(paired_cosines(self.run(self.tokenize(PROBES, prompt)), expected).min())
+        found = self.run(self.tokenize(PROBES, self.prompt_of(None)))
+        cosine = float(paired_cosines(found, expected).min())
         if not cosine >= LEAST_COSINE:  # a module may want more than tokens and a mask
             raise ModelError(name, f"gives other vectors in batches than alone (cosine {cosine:.4f})")
 
     def encode_texts(
-        self, texts: Sequence[str], prompt: str = "", on_batch: OnBatch = lambda texts, tokens: None, **options: Any
+        self, texts: Sequence[str], prompt: str = "", on_batch: OnBatch = ignore, **options: Any
     ) -> Vectors:
         """See :meth:`Encoder.encode_texts`."""
         self._prefix = None  # the model may have been trained since
@@ -214,18 +210,17 @@ class ModelEncoder(Encoder):
         with torch.inference_mode():
             return self._as_array(self.model(self._features(batch))["sentence_embedding"])
 
-    def groups(self, tokens: Sequence[Tokens], rows: Sequence[int]) -> list[Group]:
-        """Texts that start with the shared prompt, which is computed once, and the others."""
+    def ways(self, tokens: Sequence[Tokens], rows: Sequence[int]) -> list[tuple[Sequence[int], RunBatch, int]]:
+        """Texts that start with the shared prompt, which is computed once, go another way than the others."""
         with torch.inference_mode():
             prefix = self._share([tokens[row] for row in rows])
         if prefix is None:
-            return [Group(rows, self.run)]
+            return [(rows, self.run, 0)]
         shared = [row for row in rows if prefix.starts(tokens[row])]
         others = sorted(set(rows) - set(shared))
-        after = Group(shared, lambda batch: self._run_after(batch, prefix), len(prefix.ids))
-        return [after, Group(others, self.run)]
+        return [(shared, partial(self._run_after, prefix), len(prefix.ids)), (others, self.run, 0)]
 
-    def _run_after(self, batch: Sequence[Tokens], prefix: Prefix) -> Vectors:
+    def _run_after(self, prefix: Prefix, batch: Sequence[Tokens]) -> Vectors:
         """As :meth:`run`, for texts that start with what has been run already."""
         with torch.inference_mode():
             features = self._features(batch)
@@ -274,7 +269,7 @@ class ModelEncoder(Encoder):
                 probes = [text for text in tokens if self._prefix.starts(text)][:: max(1, len(tokens) // 8)]
                 if not probes:
                     return None
-                self._shares_prompts = self._is_same(self._run_after(probes, self._prefix), self.run(probes))
+                self._shares_prompts = self._is_same(self._run_after(self._prefix, probes), self.run(probes))
                 self._compared.add(start.tobytes())
         except REFUSALS as error:
             if is_out_of_memory(error):

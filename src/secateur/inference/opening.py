@@ -20,10 +20,11 @@ from sentence_transformers import SentenceTransformer
 from secateur import runtime
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError
-from secateur.inference.encoders import PROBED_COSINE, MixedProducts, ModelEncoder, Spared
+from secateur.inference.encoders import PROBED_COSINE, MixedProducts, ModelEncoder
 from secateur.measures.metrics import paired_cosines
 from secateur.models.blocks import blocks_of
-from secateur.models.open_model import MAX_LENGTH, PROBES, open_model
+from secateur.models.open_model import MAX_LENGTH, open_model
+from secateur.models.save import PROBES
 from secateur.options import SavedPooling
 from secateur.provenance import fingerprint
 from secateur.runtime.core import CPU_BATCH, LENGTH_STEP, Encoder, Tokens, Vectors
@@ -96,7 +97,7 @@ def open_encoder(opening: Opening) -> Encoder:
         torch.set_num_threads(opening.threads)
     model = open_model(
         opening.model,
-        dtype=_weights_dtype(opening.dtype),
+        dtype=weights_dtype(opening.dtype),
         pooling=opening.pooling,
         max_length=opening.max_length,
         device=opening.device,
@@ -116,7 +117,7 @@ def fingerprint_encoder(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def _weights_dtype(name: str) -> str:
+def weights_dtype(name: str) -> str:
     """In what dtype ``open_model`` opens the weights."""
     return AUTO if name == STORED else "float32" if name.partition(":")[0] == MIXED else name
 
@@ -143,7 +144,7 @@ def use_dtype(encoder: Encoder, name: str, texts: Sequence[str] = (), prompt: st
     if kind == MIXED:
         pairs = [part.split("x") for part in schedule.split(",") if part]
         try:
-            spared = [Spared(int(below), int(blocks)) for below, blocks in pairs]
+            spared = [(int(below), int(blocks)) for below, blocks in pairs]
         except ValueError:
             raise ConfigError("dtype", name, f"{name!r} is not valid", "mixed, or such as mixed:8x30,24x12") from None
         encoder.products = MixedProducts(encoder.model)
@@ -184,33 +185,33 @@ def select_dtype(encoder: ModelEncoder, texts: Sequence[str] = (), prompt: str =
                 encoder.products = None
             else:
                 encoder.products.use(spared)
-                schedule = ",".join(f"{some.below}x{some.blocks}" for some in spared)
+                schedule = ",".join(f"{below}x{blocks}" for below, blocks in spared)
                 encoder.dtype = f"{MIXED}:{schedule}" if spared else MIXED
     return encoder.dtype
 
 
 def _find_spared(
     encoder: ModelEncoder, products: MixedProducts, tokens: Sequence[Tokens], exact: Vectors
-) -> list[Spared] | None:
+) -> list[tuple[int, int]] | None:
     """What must stay in float32 of short texts for all to keep their vectors; None where long ones do not keep them."""
     lengths = np.array([len(text) for text in tokens])
     depth = len(blocks_of(encoder.model[0].auto_model))
     limit = sys.maxsize
-    spared: list[Spared] = []
+    spared: list[tuple[int, int]] = []
     for blocks in sorted({round(share * depth) for share in SHARES}):
         short = np.flatnonzero(lengths < limit)
-        products.spared = [Spared(sys.maxsize, blocks)]
-        found = encoder.encode_tokens([tokens[place] for place in short])
+        products.spared = [(sys.maxsize, blocks)]
+        found = encoder.encode_tokens([tokens[place] for place in short.tolist()])
         kept = paired_cosines(found, exact[short]) >= PROBED_COSINE
         edge = next((edge for edge in EDGES if kept[lengths[short] >= edge].all()), limit)
         if edge < limit and blocks:
-            spared.insert(0, Spared(limit, blocks))
+            spared.insert(0, (limit, blocks))
         limit = min(edge, limit)
         if limit == sys.maxsize:
             return None
         if not limit:
             return spared
-    return [Spared(limit, depth), *spared]
+    return [(limit, depth), *spared]
 
 
 def product_gain() -> float:

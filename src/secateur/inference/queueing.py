@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
-from secateur.inference.middleware import Metrics, log
+from secateur.inference.middleware import ApiError, Metrics, busy, log
+from secateur.inference.workers import EncoderProcess
 from secateur.options import ServeOptions
 from secateur.runtime.core import Encoder, Tokens, Vectors
 
@@ -32,6 +32,8 @@ PADDING = 1.1
 """A batch is padded to at most this many times the tokens that its texts would take one by one."""
 
 LONGEST_RETRY = 60
+"""Seconds after which a refused client may come again, at most."""
+
 LOOK_SECONDS = 0.5
 """How often an idle worker is checked."""
 
@@ -42,33 +44,8 @@ PATIENCE, LEAST_PATIENCE = 20, 10.0
 """A batch may take this many times as long as the slowest so far, token for token; and always so many seconds."""
 
 
-class QueueFull(Exception):
-    """No room for a request; there should be some after ``retry_after`` seconds."""
-
-    def __init__(self, retry_after: int) -> None:
-        self.retry_after = retry_after
-        super().__init__(f"the queue is full; try again in {retry_after} s")
-
-
-class EncodingFailed(Exception):
-    """The model failed on the texts of one request, also when they were alone."""
-
-
-class Worker(Protocol):
-    """What encodes batches; ``encode_batch`` and ``restart`` run in one thread at a time."""
-
-    def ready(self) -> bool:
-        """Whether it can take a batch; at once."""
-
-    def restart(self) -> None:
-        """Make it ready; may take long, and raises where that fails."""
-
-    def encode_batch(self, batch: Sequence[Tokens], timeout: float) -> Vectors:
-        """Vectors of texts that share a prompt length, in at most ``timeout`` seconds."""
-
-
 class LocalWorker:
-    """An encoder in this process as a :class:`.Worker`: in a thread, which cannot be ended, however long it takes."""
+    """An encoder in a thread of this process, where an :class:`.EncoderProcess` could be; it cannot be ended."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -84,18 +61,13 @@ class LocalWorker:
         return self.encoder.encode_tokens(batch)
 
 
-@dataclass(eq=False)
-class _Request:
-    done: asyncio.Future[Vectors]
-    vectors: list[Vectors | None]
-    missing: int
+Worker = LocalWorker | EncoderProcess[Vectors]
 
 
 @dataclass(eq=False)
 class _Text:
     tokens: Tokens
-    request: _Request
-    place: int
+    vector: asyncio.Future[Vectors]
     since: float = field(default_factory=time.monotonic)
     tries: int = 0
 
@@ -144,30 +116,30 @@ class Batcher:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             for text in self._waiting:
-                text.request.done.cancel()
+                text.vector.cancel()
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def embed(self, texts: Sequence[Tokens]) -> Vectors:
         """The vectors (texts, dimension) of one request; cancelled, its texts leave the queue.
 
         Raises:
-            QueueFull: Too many tokens wait already.
-            EncodingFailed: The model failed on these texts.
+            ApiError: Too many tokens wait already (429), or the model fails on one of these texts (500).
         """
         tokens = sum(map(len, texts))
         if self._tokens and self._tokens + tokens > self._options.queue_tokens:
             seconds = self._tokens / self._rate if self._rate else 1
-            raise QueueFull(min(LONGEST_RETRY, max(1, math.ceil(seconds))))
-        request = _Request(asyncio.get_running_loop().create_future(), [None] * len(texts), len(texts))
-        queued = [_Text(text, request, place) for place, text in enumerate(texts)]
+            raise busy(min(LONGEST_RETRY, max(1, math.ceil(seconds))))
+        loop = asyncio.get_running_loop()
+        queued = [_Text(text, loop.create_future()) for text in texts]
         self._tokens += tokens
         self._waiting.update(dict.fromkeys(queued))
         self._filled.set()
         try:
-            return await request.done
+            return np.stack(await asyncio.gather(*(text.vector for text in queued)))
         finally:
             self._tokens -= tokens
             for text in queued:
+                text.vector.cancel()
                 self._waiting.pop(text, None)
 
     async def _work(self, worker: Worker) -> None:
@@ -190,75 +162,60 @@ class Batcher:
             start = time.monotonic()
             tokens = [text.tokens for text in batch]
             try:
-                found = await loop.run_in_executor(self._threads, worker.encode_batch, tokens, self._patience(tokens))
-                if len(found) != len(batch):
-                    raise RuntimeError(f"{len(found)} vectors for {len(batch)} texts")
+                vectors = await loop.run_in_executor(self._threads, worker.encode_batch, tokens, self._timeout(tokens))
+                if len(vectors) != len(batch):
+                    raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
             except Exception as error:
                 # The worker sees tokens only: there is no text in what it says.
                 log.error("batch failed", extra={"facts": {"texts": len(batch), "problem": repr(error)[:300]}})
                 self._metrics.batch_errors.inc()
-                self._retry(batch, error)
-            else:
-                self._deliver(batch, found)
-                self._record(batch, start)
+                self._retry(batch)
+                continue
+            for text, vector in zip(batch, vectors, strict=True):
+                if not text.vector.done():
+                    text.vector.set_result(vector)
+            self._record(batch, start)
 
     def _take(self) -> list[_Text]:
-        """The next batch, taken out of the queue."""
+        """The next batch, taken out of the queue: the first text, and those nearest to it in length.
+
+        They must cost little padding: on a CPU many batches of even lengths are quicker than few of mixed ones. Texts
+        of a batch that failed go in smaller batches, and at last alone: so a text that breaks the model fails only its
+        own request. A text longer than the budget goes alone, too.
+        """
         ahead = list(itertools.islice(self._waiting, LOOKAHEAD))
         if not ahead:
             return []
-        first = ahead[0]
-        if first.tries:  # texts that failed with others are tried request by request
-            ahead = [text for text in ahead if text.request is first.request]
-        same = first.tokens.prompt_length
-        ahead = [text for text in ahead if bool(text.tries) == bool(first.tries) and text.tokens.prompt_length == same]
-        budget = self._encoder.batch_tokens >> first.tries  # it may have been too large
-        batch = self._choose(ahead, budget)
+        first, *others = ahead
+        batch, longest = [first], self._encoder.padded_length(len(first.tokens))
+        real, budget = longest, self._encoder.batch_tokens >> first.tries
+        for text in sorted(others, key=lambda text: abs(len(text.tokens) - len(first.tokens))):
+            if text.tries != first.tries or text.tokens.prompt_length != first.tokens.prompt_length:
+                continue
+            length = self._encoder.padded_length(len(text.tokens))
+            if max(longest, length) * (len(batch) + 1) <= min(budget, PADDING * (real + length)):
+                batch.append(text)
+                longest, real = max(longest, length), real + length
+        if first.tries == TRIES - 1:
+            batch = [first]
         for text in batch:
             del self._waiting[text]
         return batch
 
-    def _choose(self, waiting: Sequence[_Text], budget: int) -> list[_Text]:
-        """The first text, and those nearest to it in length that cost little padding.
-
-        On a CPU many batches of even lengths are quicker than few of mixed ones. A text longer than the budget goes
-        alone.
-        """
-        first, *others = waiting
-        chosen, longest = [first], self._encoder.padded_length(len(first.tokens))
-        real = longest
-        for text in sorted(others, key=lambda text: abs(len(text.tokens) - len(first.tokens))):
-            length = self._encoder.padded_length(len(text.tokens))
-            if max(longest, length) * (len(chosen) + 1) <= min(budget, PADDING * (real + length)):
-                chosen.append(text)
-                longest, real = max(longest, length), real + length
-        return chosen
-
-    def _patience(self, batch: Sequence[Tokens]) -> float:
+    def _timeout(self, batch: Sequence[Tokens]) -> float:
         """Seconds that a batch may take; as long as anybody waits, before there was one to compare with."""
         if not self._slowest:
             return self._options.timeout
         return min(self._options.timeout, max(LEAST_PATIENCE, PATIENCE * self._slowest * sum(map(len, batch))))
 
-    def _deliver(self, batch: Sequence[_Text], vectors: Vectors) -> None:
-        for text, vector in zip(batch, vectors, strict=True):
-            request = text.request
-            request.vectors[text.place] = vector
-            request.missing -= 1
-            if not request.missing and not request.done.done():
-                request.done.set_result(np.stack([vector for vector in request.vectors if vector is not None]))
-
-    def _retry(self, batch: Sequence[_Text], error: Exception) -> None:
+    def _retry(self, batch: Sequence[_Text]) -> None:
         """Put a failed batch back in front, except texts that failed too often or that nobody waits for."""
-        again: list[_Text] = []
         for text in batch:
             text.tries += 1
-            if text.tries < TRIES:
-                again.append(text)
-            elif not text.request.done.done():
-                text.request.done.set_exception(EncodingFailed(f"{type(error).__name__}: {error}"))
-        queue = [*again, *self._waiting]
-        self._waiting = {text: None for text in queue if not text.request.done.done()}
+            if text.tries == TRIES and not text.vector.done():
+                text.vector.set_exception(ApiError(500, "the model failed on these texts", "encoding_failed"))
+        again = [text for text in batch if not text.vector.done()]
+        self._waiting = dict.fromkeys([*again, *self._waiting])
         self._filled.set()
 
     def _record(self, batch: Sequence[_Text], start: float) -> None:

@@ -31,7 +31,8 @@ from secateur.inference.middleware import API_KEYS, ApiError, Keys, Metrics, log
 from secateur.inference.opening import Opening, is_export, open_encoder, use_dtype
 from secateur.inference.queueing import LocalWorker
 from secateur.inference.workers import SILENT_SECONDS, EncoderDied, EncoderProcess, keep_freed_memory
-from secateur.models.open_model import check_device, model_label
+from secateur.models import model_label
+from secateur.models.open_model import check_device
 from secateur.options import ServeOptions, step
 from secateur.runtime.core import Vectors
 

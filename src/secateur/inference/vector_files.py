@@ -1,14 +1,14 @@
 """Vectors to one file of any size: Parquet, Arrow IPC or NumPy, by its suffix, a piece at a time.
 
 Parquet and Arrow get the columns ``row`` (from 0, over all inputs) and ``embedding`` (a list of fixed length), and the
-description under the key ``secateur`` of the schema's metadata. NumPy gets an array (rows, numbers), which
+description under the key ``secateur`` of the schema's metadata. NumPy gets an array (rows, dimension), which
 ``numpy.load(file, mmap_mode="r")`` maps into memory, and the description in a JSON file beside it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from secateur.errors import ConfigError, DataError
 from secateur.files import check_is_file, read_json, write_text
 
-Pieces = Iterable[NDArray[Any]]
+SUFFIXES = (".parquet", ".arrow", ".feather", ".npy")
 
 
 def check_suffix(file: Path) -> None:
@@ -30,71 +30,52 @@ def check_suffix(file: Path) -> None:
     Raises:
         ConfigError: What the known ones are.
     """
-    if file.suffix.lower() not in _WRITERS:
-        raise ConfigError("out", str(file), f"{file.name} is of no known format", f"one of {', '.join(_WRITERS)}")
+    if file.suffix.lower() not in SUFFIXES:
+        raise ConfigError("out", str(file), f"{file.name} is of no known format", f"one of {', '.join(SUFFIXES)}")
 
 
 def write_vectors(
-    file: Path, pieces: Pieces, shape: tuple[int, int], dtype: DTypeLike, about: Mapping[str, Any], suffix: str
+    file: Path,
+    pieces: Iterable[NDArray[Any]],
+    shape: tuple[int, int],
+    dtype: DTypeLike,
+    about: Mapping[str, Any],
+    suffix: str,
 ) -> None:
-    """Write pieces (rows, numbers), one after the other, into a new file.
+    """Write pieces (rows, width), one after the other, into a new file.
 
     Args:
         file: The file.
         pieces: Together of ``shape``.
-        shape: Rows and numbers.
+        shape: Rows and width.
         dtype: Of each number.
         about: What the file says of itself, as JSON.
-        suffix: ``.parquet``, ``.arrow``, ``.feather`` or ``.npy``.
+        suffix: One of :data:`SUFFIXES`, which says the format.
     """
-    _WRITERS[suffix.lower()](file, pieces, shape, np.dtype(dtype), json.dumps(about))
-
-
-def _schema(shape: tuple[int, int], dtype: np.dtype[Any], about: str) -> pyarrow.Schema:
-    embedding = pyarrow.list_(pyarrow.from_numpy_dtype(dtype), shape[1])
+    kind = np.dtype(dtype)
+    if suffix.lower() == ".npy":
+        with file.open("wb") as stream:
+            header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for piece in pieces:
+                stream.write(np.ascontiguousarray(piece, dtype=kind).data)
+        return
+    embedding = pyarrow.list_(pyarrow.from_numpy_dtype(kind), shape[1])
     fields = [pyarrow.field("row", pyarrow.int64(), False), pyarrow.field("embedding", embedding, False)]
-    return pyarrow.schema(fields, metadata={"secateur": about})
-
-
-def _batches(pieces: Pieces, schema: pyarrow.Schema) -> Iterable[pyarrow.RecordBatch]:
+    schema = pyarrow.schema(fields, metadata={"secateur": json.dumps(about)})
+    if suffix.lower() == ".parquet":
+        # Numbers of a vector hardly repeat: a dictionary or compression would cost time and save nothing.
+        writer: Any = parquet.ParquetWriter(file, schema, compression="none", use_dictionary=False)
+    else:
+        writer = pyarrow.ipc.new_file(str(file), schema)
     row = 0
-    for piece in pieces:
-        rows = pyarrow.array(np.arange(row, row + len(piece), dtype=np.int64))
-        values = pyarrow.array(np.ascontiguousarray(piece).reshape(-1))
-        embeddings = pyarrow.FixedSizeListArray.from_arrays(values, type=schema.field("embedding").type)
-        yield pyarrow.RecordBatch.from_arrays([rows, embeddings], schema=schema)
-        row += len(piece)
-
-
-def _write_parquet(file: Path, pieces: Pieces, shape: tuple[int, int], dtype: np.dtype[Any], about: str) -> None:
-    schema = _schema(shape, dtype, about)
-    # Numbers of a vector hardly repeat: a dictionary or compression would cost time and save nothing.
-    with parquet.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
-        for batch in _batches(pieces, schema):
-            writer.write_batch(batch)
-
-
-def _write_arrow(file: Path, pieces: Pieces, shape: tuple[int, int], dtype: np.dtype[Any], about: str) -> None:
-    schema = _schema(shape, dtype, about)
-    with pyarrow.ipc.new_file(str(file), schema) as writer:
-        for batch in _batches(pieces, schema):
-            writer.write_batch(batch)
-
-
-def _write_numpy(file: Path, pieces: Pieces, shape: tuple[int, int], dtype: np.dtype[Any], about: str) -> None:
-    with file.open("wb") as stream:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(stream, header)
+    with writer:
         for piece in pieces:
-            stream.write(np.ascontiguousarray(piece, dtype=dtype).data)
-
-
-_WRITERS: dict[str, Callable[[Path, Pieces, tuple[int, int], np.dtype[Any], str], None]] = {
-    ".parquet": _write_parquet,
-    ".arrow": _write_arrow,
-    ".feather": _write_arrow,
-    ".npy": _write_numpy,
-}
+            rows = pyarrow.array(np.arange(row, row + len(piece), dtype=np.int64))
+            values = pyarrow.array(np.ascontiguousarray(piece).reshape(-1))
+            embeddings = pyarrow.FixedSizeListArray.from_arrays(values, type=embedding)
+            writer.write_batch(pyarrow.RecordBatch.from_arrays([rows, embeddings], schema=schema))
+            row += len(piece)
 
 
 def description_file(file: Path) -> Path | None:
@@ -117,18 +98,17 @@ def read_description(file: Path) -> dict[str, Any]:
     """
     file = description_file(file) or file
     check_is_file(file)
-    suffix = file.suffix.lower()
+    about: Any = None
     try:
-        if suffix == ".parquet":
-            metadata = parquet.read_schema(file).metadata
-        elif suffix in (".arrow", ".feather"):
+        if file.suffix.lower() == ".parquet":
+            about = json.loads(parquet.read_schema(file).metadata[b"secateur"])
+        elif file.suffix.lower() in (".arrow", ".feather"):
             with pyarrow.memory_map(str(file)) as source:
-                metadata = pyarrow.ipc.open_file(source).schema.metadata
+                about = json.loads(pyarrow.ipc.open_file(source).schema.metadata[b"secateur"])
         else:
-            metadata = {b"secateur": json.dumps(read_json(file))}
-        about = json.loads((metadata or {})[b"secateur"])
-    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DataError(file, "does not say how its vectors were made", "give a file that encode wrote") from error
+            about = read_json(file)
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError):
+        pass
     if not isinstance(about, dict):
         raise DataError(file, "does not say how its vectors were made", "give a file that encode wrote")
     return about

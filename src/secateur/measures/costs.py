@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.models.blocks import blocks_of, late_modules, packed_tensors
+from secateur.models.blocks import blocks_of
+from secateur.models.cutting import late_modules, packed_tensors
 from secateur.models.forward import wait
 from secateur.results import PartRow
 
@@ -32,12 +32,8 @@ SINGLES = 5
 _WORDS = "Return the element of the sequence at this position, or raise an error where there is none. "
 
 
-@dataclass(frozen=True)
-class Size:
-    """Parameters, a weight that is used twice counted once, and the bytes of the weights."""
-
-    parameters: int
-    bytes: int
+Size = tuple[int, int]
+"""Parameters, a weight that is used twice counted once, and the bytes of the weights."""
 
 
 def layer_sizes(model: SentenceTransformer) -> tuple[Size, ...]:
@@ -52,14 +48,14 @@ def layer_sizes(model: SentenceTransformer) -> tuple[Size, ...]:
     transformer = model[0].auto_model
     layers = blocks_of(transformer)
     packed = {id(tensor): tensor for tensor in map(transformer.get_parameter, packed_tensors(transformer))}
-    slices = _size(packed.values())
+    parameters, size = _size(packed.values())
     seen = set(packed)
     late = [(index, transformer.get_submodule(name)) for name, index in late_modules(transformer).items()]
     sizes = []
     for index, layer in enumerate(layers):
         later = {id(t) for first, module in late if first > index for t in module.parameters()}
         own = _size_of_new(layer, seen, later)
-        sizes.append(Size(own.parameters + slices.parameters // len(layers), own.bytes + slices.bytes // len(layers)))
+        sizes.append((own[0] + parameters // len(layers), own[1] + size // len(layers)))
     return (_size_of_new(model, seen), *sizes)
 
 
@@ -74,7 +70,7 @@ def _size_of_new(module: nn.Module, seen: set[int], later: Collection[int] = ())
 
 def _size(tensors: Collection[Tensor]) -> Size:
     parameters = sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
-    return Size(parameters, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    return parameters, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def flops_per_token(model: SentenceTransformer, length: int) -> tuple[float, int]:
@@ -138,7 +134,7 @@ def measure_layers(model: SentenceTransformer, sizes: Sequence[Size]) -> tuple[P
     flops, _ = flops_by_layer(model, FLOPS_TOKENS, blocks_of(model[0].auto_model))
     latency, seconds = _median_seconds(model, 1, SINGLES), _median_seconds(model, BATCH, BATCHES)
     columns = zip(sizes, flops, latency, seconds, strict=True)
-    return tuple(PartRow(part, size.parameters, size.bytes, *rest) for part, (size, *rest) in enumerate(columns))
+    return tuple(PartRow(part, *size, *rest) for part, (size, *rest) in enumerate(columns))
 
 
 def _median_seconds(model: SentenceTransformer, texts: int, rounds: int) -> list[float]:

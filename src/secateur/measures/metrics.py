@@ -126,25 +126,17 @@ def retrieval(found: Tensor, own: Tensor | None = None) -> Retrieval:
 
 
 def alignment(anchors: Tensor, positives: Tensor) -> Tensor:
-    """Mean squared distance of a text to its positive on the unit sphere: Wang & Isola (arXiv 2005.10242), α = 2.
+    """Mean squared distance of texts to their positives on the unit sphere: Wang & Isola (arXiv 2005.10242), α = 2.
 
-    Args:
-        anchors: (..., pairs, dimension).
-        positives: Same shape.
-
-    Returns:
-        (...), from 0 (the same direction) to 4.
+    From 0 (the same direction) to 4: (...), of two times (..., pairs, dimension).
     """
     return (2 - 2 * functional.cosine_similarity(anchors.float(), positives.float(), dim=-1)).mean(dim=-1)
 
 
 def uniformity(vectors: Tensor) -> float:
-    """How evenly vectors spread over the unit sphere: log of the mean of exp(−2‖x − y‖²) over all pairs.
+    """How evenly vectors (rows, dimension) spread over the unit sphere: log of the mean exp(−2‖x − y‖²) over pairs.
 
     Wang & Isola (arXiv 2005.10242), t = 2; 0 where all are the same, more negative is more even.
-
-    Args:
-        vectors: (rows, dimension), at least two rows.
     """
     squared = 2 - 2 * cosines(vectors, vectors)
     rows = len(vectors)
@@ -186,15 +178,8 @@ def _centred(vectors: Tensor) -> Tensor:
 def linear_cka(vectors: Tensor, *, rows: int = 128) -> Tensor:
     """Linear centred kernel alignment between all pairs of depths: Kornblith et al. (arXiv 1905.00414).
 
-    ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of the centred vectors, computed as the cosine of the two Gram matrices, some rows of them
-    at a time.
-
-    Args:
-        vectors: (depths, texts, dimension).
-        rows: Of each Gram matrix in memory at once.
-
-    Returns:
-        (depths, depths), in float64, from 0 to 1; NaN for a depth at which all vectors are the same.
+    ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of the centred vectors (depths, texts, dimension), computed as the cosine of the two Gram
+    matrices, some ``rows`` of them at a time: (depths, depths), from 0 to 1; NaN where all vectors are the same.
     """
     centred = torch.stack([_centred(v).float() for v in vectors])
     # Gram matrices are compared by direction only; without this their squares may leave float32.
@@ -208,15 +193,14 @@ def linear_cka(vectors: Tensor, *, rows: int = 128) -> Tensor:
 
 
 def block_influence(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """How much a block turns its input: sum over tokens of 1 − cosine(input, output), ShortGPT (arXiv 2403.03853).
+    """How much a layer turns its input: sum over tokens of 1 − cosine(input, output), ShortGPT (arXiv 2403.03853).
+
+    Divided by the number of tokens it is the Block Influence, from 0 (idle) to 2.
 
     Args:
-        before: The block's input states (batch, length, width).
-        after: Its output states, same shape.
+        before: Input states (batch, length, width), and ``after``, the output states.
+        after: See ``before``.
         mask: (batch, length), 0 for padding, which is not counted, whatever its states are.
-
-    Returns:
-        The sum, a scalar; divided by the number of tokens it is the Block Influence, from 0 (idle) to 2.
     """
     found = functional.cosine_similarity(before.float(), after.float(), dim=-1)
     return torch.where(mask != 0, (1 - found) * mask, 0).sum()
@@ -225,13 +209,8 @@ def block_influence(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
 def angular_distances(states: Tensor) -> Tensor:
     """Angle between a token's states at all pairs of depths, arccos(cosine) / π.
 
-    *The Unreasonable Ineffectiveness of the Deeper Layers* (arXiv 2403.17887), which takes each text's last token.
-
-    Args:
-        states: (texts, depths, width).
-
-    Returns:
-        The mean over texts: (depths, depths), from 0 (the same direction) to 1 (opposite).
+    *The Unreasonable Ineffectiveness of the Deeper Layers* (arXiv 2403.17887), which takes each text's last token. The
+    mean over texts of (texts, depths, width): (depths, depths), from 0 (the same direction) to 1 (opposite).
     """
     found = cosines(states, states).clamp(-1, 1)
     # arccos turns float32's rounding of 1 into an angle of 1e-4; a state's angle with itself is 0.

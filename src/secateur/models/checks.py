@@ -7,7 +7,7 @@ checks read names, sum each weight once and encode four short texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from secateur.checkpoints.cut_plan import is_within
 from secateur.errors import ModelError, UnsupportedArchitecture
+from secateur.models.compat import is_ignored
 from secateur.models.pooling import state_width
 
 # Two texts of as many words in each of several scripts: a tokenizer that knows any of them gives that pair two
@@ -36,6 +36,7 @@ PAIRS = (
     ("قطة في بيت", "كلب من حقل"),
     ("बिल्ली घर में", "कुत्ता बाहर है"),
 )
+ANOTHER_MODEL = "one of the two is of another model"
 
 
 def check_opened(name: str | Path, model: SentenceTransformer) -> None:
@@ -43,76 +44,119 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
 
     Args:
         name: What the user called it.
-        model: As opened.
+        model: As opened, with weights that were checked.
 
     Raises:
-        ModelError: Weights are missing, unused or not finite, the tokenizer knows no text, or the like.
-        UnsupportedArchitecture: It does not begin with a transformer that reads text.
+        ModelError: The tokenizer knows no text, a prompt is no text, a length no length, vectors are not finite.
     """
-    transformer = _transformer(name, model)
-    check_weights(name, transformer.auto_model)
-    _check_finite(name, model)
-    _check_prompts(name, model)
+    transformer = model[0]
+    for key, prompt in model.prompts.items():
+        if not isinstance(prompt, (str, type(None))):
+            raise ModelError(name, f"its prompt {key!r} is {prompt!r}, not a text", "see its prompts in the JSON file")
+    model.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
     _check_length(name, transformer)
     _check_ids(name, transformer)
-    _limit_length(transformer)
+    # Cut texts where the table of positions ends; the configuration's number may count rows that no token has.
+    limit, length = positions(transformer), transformer.max_seq_length
+    if limit is not None and (length is None or length > limit):
+        transformer.max_seq_length = limit
     _check_vectors(name, model)
 
 
-def _transformer(name: str | Path, model: SentenceTransformer) -> Transformer:
-    first = model[0]
-    if not isinstance(first, Transformer):
-        kind = type(first).__name__
-        hint = ""
-        if kind == "Router":
-            hint = "save one of its routes as a model: SentenceTransformer(modules=list(model[0].sub_modules[route]))"
+def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
+    """Refuse a model that does not begin with a transformer that reads text.
+
+    Raises:
+        UnsupportedArchitecture: It begins with something else.
+        ModelError: It has no tokenizer.
+    """
+    if not isinstance(model[0], Transformer):
+        kind = type(model[0]).__name__
+        router = "save one of its routes as a model: SentenceTransformer(modules=list(model[0].sub_modules[route]))"
+        hint = router if kind == "Router" else ""
         raise UnsupportedArchitecture(name, f"begins with a {kind}, not with a transformer", hint)
-    if first.tokenizer is None:
+    if model[0].tokenizer is None:
         raise ModelError(name, "has no tokenizer", "copy its tokenizer's files into the folder")
-    return first
 
 
-def check_weights(name: str | Path, model: PreTrainedModel) -> None:
+def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
     """Refuse weights that are not those which the configuration describes.
 
-    Asked on the meta device, transformers reads names and shapes alone. A missing pooler is no loss: no vector of
-    ours goes through it. Unused tensors outside of all modules of the model (heads, decoders, image towers) are those
-    of another part of the checkpoint; one inside them is a part of the model that its configuration leaves out.
+    Unused tensors outside of all modules of the model (heads, decoders, image towers) are those of another part of the
+    checkpoint; one inside them is a part of the model that its configuration leaves out. A single number is a constant
+    that older versions saved.
+
+    Returns:
+        The names of the unused tensors.
     """
     config = model.config
     if getattr(config, "quantization_config", None):
-        return
-    source = config.name_or_path
+        return []
     # What was just opened is on this disk, wherever it came from.
-    where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True}
-    options = {"device_map": "meta", "output_loading_info": True, "config": config, "use_safetensors": True}
-    _, found = type(model).from_pretrained(source, ignore_mismatched_sizes=True, **options, **where)
+    where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True, "use_safetensors": True}
+    unused = check_names(name, type(model), config, config.name_or_path, key_mapping=key_mapping, **where)
+    misplaced = [key for key in unused if is_within(key, model)]
+    if misplaced and Path(config.name_or_path).is_dir():
+        constants: list[str] = []
+        for file in Path(config.name_or_path).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                constants += [key for key in stored.keys() if not stored.get_slice(key).get_shape()]  # noqa: SIM118
+        misplaced = [key for key in misplaced if not any(constant.endswith(key) for constant in constants)]
+    if misplaced:
+        raise ModelError(name, f"has weights that its config.json has no place for: {_few(misplaced)}", ANOTHER_MODEL)
+    return unused
+
+
+def check_names(
+    name: str | Path, kind: type[PreTrainedModel], config: PretrainedConfig, source: str | None, **options: Any
+) -> list[str]:
+    """Let transformers load weights without reading them (on the ``meta`` device), by names and shapes alone.
+
+    Args:
+        name: What the user called the model.
+        kind: Its class.
+        config: Its configuration.
+        source: Its folder or Hub id; None where ``options`` hold its ``state_dict``.
+        options: Of ``from_pretrained``.
+
+    Returns:
+        Names of tensors that transformers has no use for.
+
+    Raises:
+        ModelError: A tensor is missing, or has another shape. A missing pooler is no loss: no vector of ours goes
+            through it.
+    """
+    options |= {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _, found = kind.from_pretrained(source, config=config, **options)
     for key, stored, wanted in sorted(found["mismatched_keys"]):
         problem = f"{key} has the shape {tuple(stored)}, but by config.json it is {tuple(wanted)}"
-        raise ModelError(name, problem, "one of the two is of another model")
+        raise ModelError(name, problem, ANOTHER_MODEL)
     missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
     if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(name, f"has no weights for {missing[0]}{others}", "copy or save the folder again")
-    unused = sorted(key for key in found["unexpected_keys"] if is_within(key, model))
-    if unused and Path(source).is_dir():
-        unused = _larger_than_one(unused, Path(source))
-    if unused:
-        others = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        problem = f"has weights that its config.json has no place for: {unused[0]}{others}"
-        raise ModelError(name, problem, "one of the two is of another model")
+        raise ModelError(name, f"has no weights for {_few(missing)}", "copy or save the folder again")
+    return sorted(found["unexpected_keys"])
 
 
-def _larger_than_one(keys: Iterable[str], folder: Path) -> list[str]:
-    """The tensors that hold more than one number: a single one is a constant that older versions saved."""
-    constants: list[str] = []
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as stored:
-            constants += [key for key in stored.keys() if not stored.get_slice(key).get_shape()]  # noqa: SIM118
-    return [key for key in keys if not any(constant.endswith(key) for constant in constants)]
+def _few(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
-def _check_finite(name: str | Path, model: SentenceTransformer) -> None:
+def is_within(name: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor that the model has no use for lies inside one of its modules, and so is a part it should have.
+
+    Not so are those of heads, decoders and other towers, those that transformers leaves out on purpose, and buffers
+    that the model computes itself, which older versions saved (``rotary_emb.inv_freq`` of each block).
+    """
+    prefix = f"{model.base_model_prefix}."
+    name = name.removeprefix(prefix)
+    parts = {child for child, _ in model.named_children()}
+    buffers = {tuple(buffer.split(".")[-2:]) for buffer, _ in model.named_buffers()}
+    is_buffer = tuple(name.split(".")[-2:]) in buffers
+    return name.partition(".")[0] in parts and not is_buffer and not is_ignored(model, prefix + name)
+
+
+def check_finite(name: str | Path, model: SentenceTransformer) -> None:
+    """Refuse weights that are not finite."""
     for path, parameter in model.named_parameters():
         # A sum reads each number once and makes no copy; it may also overflow, so that it only raises the suspicion.
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum(dtype=torch.float32))):
@@ -121,14 +165,6 @@ def _check_finite(name: str | Path, model: SentenceTransformer) -> None:
                 own = path.removeprefix("0.").removeprefix("model.")
                 hint = "copy it again; if its training diverged, take an earlier checkpoint"
                 raise ModelError(name, f"{wrong} of its weights are not finite, first in {own}", hint)
-
-
-def _check_prompts(name: str | Path, model: SentenceTransformer) -> None:
-    """Refuse prompts that are no texts; a prompt of null is an empty one."""
-    for key, prompt in model.prompts.items():
-        if not isinstance(prompt, (str, type(None))):
-            raise ModelError(name, f"its prompt {key!r} is {prompt!r}, not a text", "see its prompts in the JSON file")
-    model.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
 
 
 def _check_length(name: str | Path, transformer: Transformer) -> None:
@@ -154,14 +190,6 @@ def _check_ids(name: str | Path, transformer: Transformer) -> None:
     if count is not None and largest >= count:
         problem = f"its tokenizer gives the id {largest}, but it has vectors for {count} tokens"
         raise ModelError(name, problem, "the tokenizer is of another model, or the weights were not resized to it")
-
-
-def _limit_length(transformer: Transformer) -> None:
-    """Cut texts where the table of positions ends; the configuration's number may count rows that no token has."""
-    limit = positions(transformer)
-    length = transformer.max_seq_length
-    if limit is not None and (length is None or length > limit):
-        transformer.max_seq_length = limit
 
 
 @torch.no_grad()

@@ -1,43 +1,38 @@
-"""Opens whatever the user names as a ``SentenceTransformer``, and writes it as a plain folder.
+"""Opens whatever the user names as a ``SentenceTransformer``.
 
-Four doors: a sentence-transformers folder or Hub id (kept as it is), a transformers folder or Hub id (gets a pooling
-and a Normalize module), a GGUF file (converted to float32 on the way), and ``smollm2``, the demo's model. What comes
-out is a folder that stock libraries load: :func:`save_model` reopens it in a fresh process before it is called done.
+A sentence-transformers folder or Hub id is kept as it is; a transformers folder or Hub id gets a pooling and a
+Normalize module; a GGUF file is converted to float32 on the way; ``smollm2`` is the demo's model.
 """
 
 from __future__ import annotations
 
-import shutil
+import functools
+import importlib
+import importlib.util
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import is_sentence_transformer_model
 
-from secateur.checkpoints.verify import PROBES as PROBES
-from secateur.checkpoints.verify import Expected, difference, probe, probe_tokens
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
 from secateur.files import read_json
+from secateur.models import resolve
 from secateur.models.blocks import text_config
-from secateur.models.checks import check_opened
-from secateur.models.gguf import convert_gguf
-from secateur.models.names import DEMO_MODEL as DEMO_MODEL
-from secateur.models.names import demo_model as demo_model
-from secateur.models.names import model_label as model_label
-from secateur.models.names import resolve as resolve
-from secateur.models.pooling import make_pooling, pooling_name, state_width
-from secateur.models.readers import write_for_all_readers
+from secateur.models.checks import check_finite, check_opened, check_transformer, check_weights
+from secateur.models.compat import forget_names
+from secateur.models.pooling import make_pooling, state_width
 from secateur.options import PoolingName
 from secateur.progress import quiet
-from secateur.results import Origin
 
 MAX_LENGTH = 512
 """Tokens of a text, for a bare language model, where nobody says."""
@@ -54,7 +49,6 @@ def open_model(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    path: Path | None = None,
 ) -> SentenceTransformer:
     """Open a model as a ``SentenceTransformer``.
 
@@ -68,7 +62,6 @@ def open_model(
         device: Torch device; default: the GPU where there is one.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run the model code that a repository brings along.
-        path: Where the model is, if not at ``name``: errors call it by ``name``.
 
     Raises:
         ConfigError: There is no such device or number format, or no token is left of a text; or a trained embedder,
@@ -80,23 +73,100 @@ def open_model(
         raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(_DTYPES)}")
     if max_length < 1:
         raise ConfigError("max_length", max_length, f"{max_length} tokens are no text", "at least 1")
-    options: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    # Weights of another shape are refused by check_opened, which names them; transformers does not.
-    model_kwargs = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
-    with tempfile.TemporaryDirectory(prefix="secateur-") as converted, as_model_error(name, path), quiet():
-        source = resolve(name if path is None else path)
+    with as_model_error(name), quiet(), as_source(name, trust_remote_code) as source:
+        if is_embedder(source, revision):
+            check_embedder(name, pooling, max_length)
+        where = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model, _ = load_model(name, source, dtype=dtype, device=device, **where)
+        complete(name, model, pooling, max_length)
+        check_finite(name, model)
+        return model
+
+
+@contextmanager
+def as_source(name: str | Path, trust_remote_code: bool = False) -> Iterator[str | Path]:
+    """What libraries can open: a Hub id, or a folder that was looked at; a GGUF file is converted for a time."""
+    source = resolve(name)
+    with tempfile.TemporaryDirectory(prefix="secateur-") as converted:
         if isinstance(source, Path) and source.suffix == ".gguf":
             convert_gguf(source, Path(converted))
             source = Path(converted)
         elif isinstance(source, Path):
-            _check_folder(source)
-        if is_sentence_transformer_model(str(source), revision=revision):
-            check_embedder(name, pooling, max_length)
-            model = SentenceTransformer(str(source), model_kwargs=model_kwargs, **options)
-        else:
-            model = _wrap(source, model_kwargs, pooling, max_length, options)
-        check_opened(name, model)
-        return model
+            _check_folder(source, trust_remote_code)
+        yield source
+
+
+def is_embedder(source: str | Path, revision: str | None = None) -> bool:
+    """Whether a folder or Hub id holds a sentence-transformers model."""
+    return bool(is_sentence_transformer_model(str(source), revision=revision))
+
+
+def load_model(
+    name: str | Path,
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **where: Any,
+) -> tuple[SentenceTransformer, list[str]]:
+    """Load a model, and check its weights by their names and shapes; no weight is read yet.
+
+    Args:
+        name: What the user called it.
+        source: A folder or Hub id.
+        dtype: As for :func:`open_model`.
+        device: As for :func:`open_model`.
+        key_mapping: Patterns of names in the checkpoint, and what stands for them in the model.
+        where: ``revision`` and ``trust_remote_code``.
+
+    Returns:
+        The model, of a bare language model its transformer alone; and the names of the tensors that it does not use.
+    """
+    # Weights of another shape are refused by check_weights, which names them; transformers does not.
+    weights: dict[str, Any] = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
+    weights |= {"key_mapping": key_mapping} if key_mapping else {}
+    if is_embedder(source, where.get("revision")):
+        model = SentenceTransformer(str(source), model_kwargs=weights, device=device, **where)
+    else:
+        # The modality is pinned to text: left to itself, sentence-transformers puts every text into the chat template
+        # of a model that has one. The template stays in the folder for those who chat.
+        transformer = Transformer(
+            str(source),
+            model_kwargs=weights | where,
+            processor_kwargs=dict(where),
+            config_kwargs=dict(where),
+            modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+            module_output_name="token_embeddings",
+        )
+        if transformer.tokenizer is not None and transformer.tokenizer.pad_token is None:
+            transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
+        transformer.auto_model.config.use_cache = False
+        model = SentenceTransformer(modules=[transformer], device=device, similarity_fn_name="cosine")
+    check_transformer(name, model)
+    if key_mapping:
+        forget_names(model[0].auto_model)
+    return model.eval(), check_weights(name, model[0].auto_model, key_mapping)
+
+
+def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName | None, max_length: int) -> None:
+    """Give a bare language model its length, pooling and Normalize module; check what any model encodes.
+
+    Raises:
+        ModelError: Its parts do not fit each other.
+    """
+    if len(model) == 1:
+        transformer = model[0]
+        own_length = transformer.max_seq_length
+        transformer.max_seq_length = max_length if own_length is None else min(max_length, own_length)
+        # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
+        # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
+        # (docs/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
+        transformer.tokenizer.padding_side = "right"
+        pooling = pooling or ("weighted_mean" if is_causal(transformer) else "mean")
+        model.append(make_pooling(pooling, state_width(transformer)))
+        model.append(Normalize())
+    check_opened(name, model)
 
 
 def check_embedder(name: str | Path, pooling: PoolingName | None, max_length: int) -> None:
@@ -132,41 +202,6 @@ def check_device(device: str | None) -> None:
         raise ConfigError("device", device, problem, "cpu, or leave --device out") from None
 
 
-def _wrap(
-    source: str | Path,
-    model_kwargs: dict[str, Any],
-    pooling: PoolingName | None,
-    max_length: int,
-    options: dict[str, Any],
-) -> SentenceTransformer:
-    """A bare transformer as a ``SentenceTransformer``: text in, pooled and normalised vector out."""
-    shared = {key: options[key] for key in ("revision", "trust_remote_code")}
-    # The modality is pinned to text: left to itself, sentence-transformers puts every text into the chat template of
-    # a model that has one. The template stays in the folder for those who chat.
-    transformer = Transformer(
-        str(source),
-        model_kwargs=model_kwargs | shared,
-        processor_kwargs=dict(shared),
-        config_kwargs=dict(shared),
-        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-        module_output_name="token_embeddings",
-    )
-    own_length = transformer.max_seq_length
-    transformer.max_seq_length = max_length if own_length is None else min(max_length, own_length)
-    if transformer.tokenizer.pad_token is None:
-        transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
-    # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
-    # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
-    # (docs/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
-    transformer.tokenizer.padding_side = "right"
-    transformer.auto_model.config.use_cache = False
-    if pooling is None:
-        pooling = "weighted_mean" if is_causal(transformer) else "mean"
-    head = make_pooling(pooling, state_width(transformer))
-    modules = [transformer, head, Normalize()]
-    return SentenceTransformer(modules=modules, device=options["device"], similarity_fn_name="cosine").eval()
-
-
 @torch.no_grad()
 def is_causal(transformer: Transformer) -> bool:
     """Whether a token's state is blind to what follows it: measured on two texts that differ in their last token."""
@@ -192,27 +227,104 @@ def make_bidirectional(model: SentenceTransformer, name: str | Path) -> None:
         raise UnsupportedArchitecture(name, "cannot attend both ways: is_causal changes none of its vectors")
 
 
-def _check_folder(folder: Path) -> None:
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write a GGUF file as a transformers folder: float32 safetensors and the tokenizer.
+
+    transformers refuses to save a model that it read from GGUF, even dequantized; so its weights are moved into a
+    fresh model of the same configuration.
+
+    Raises:
+        ModelError: The package ``gguf`` is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(file, "is a GGUF file", "pip install 'secateur[gguf]'")
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    with _parsed_once():
+        read, found = transformers.AutoModel.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    if found["missing_keys"]:
+        raise ModelError(file, f"has no weights for {min(found['missing_keys'])}", "fetch or convert it again")
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        fresh = type(read)(config)
+    # Buffers that are not saved (rotary frequencies) are not in the state, and come with the modules that own them.
+    fresh.load_state_dict(read.state_dict(), assign=True)
+    fresh.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes seconds each."""
+    gguf: Any = importlib.import_module("gguf")
+    with _parsing:
+        reader = gguf.GGUFReader
+        gguf.GGUFReader = functools.cache(reader)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader = reader
+
+
+_parsing = threading.Lock()
+"""The reader is the process's: of two threads, the later would keep the other's."""
+
+
+def _check_folder(folder: Path, trust_remote_code: bool) -> None:
     """Say what is missing from a model folder before any library stumbles over it."""
     if not folder.is_dir():
         raise ModelError(folder, "is not a model folder or a .gguf file")
-    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+    if (folder / "modules.json").is_file():
+        _check_modules(folder, trust_remote_code)
+    elif not (folder / "config.json").is_file():
         raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict) or not config:
-            raise ModelError(folder, "has an empty config.json")
     weights = sorted(folder.rglob("*.safetensors"))
     if not weights:
         pickles = sorted(folder.glob("*.bin"))
         hint = "convert it: load it with transformers elsewhere and save_pretrained() it again" if pickles else ""
         raise ModelError(folder, f"has no safetensors{f', only {pickles[0].name}' if pickles else ''}", hint)
+    count = 0
     for file in weights:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as tensors:
+                count += len(tensors.keys())
         except (SafetensorError, OSError) as error:
             raise ModelError(folder, f"{file.name} is damaged or half written ({_in_one_line(error)})") from error
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or not config:
+            raise ModelError(folder, "has an empty config.json")
+        depth = config.get("num_hidden_layers", 0)
+        if isinstance(depth, int) and depth > count:  # before it is built: that takes memory for each block
+            raise ModelError(folder, f"config.json says {depth} blocks, but its weights are {count} tensors")
+
+
+def _check_modules(folder: Path, trust_remote_code: bool) -> None:
+    """Refuse a list of modules that is broken, or leads out of the folder, or to code that is not trusted."""
+    file = folder / "modules.json"
+    modules = read_json(file)
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
+        for module in modules
+    ):
+        raise ModelError(file, "is not a list of modules, each with a type and a path")
+    for position, module in enumerate(modules):
+        place, kind = folder / module["path"], module["type"].rpartition(".")[2]
+        if not module["type"].startswith("sentence_transformers.") and not trust_remote_code:
+            problem = f"its module {module['type']} is code of its own"
+            raise UnsupportedArchitecture(folder, problem, "--trust-remote-code runs it")
+        if not place.resolve().is_relative_to(folder.resolve()):
+            raise ModelError(file, f"names {module['path']!r}, which leads out of the model's folder")
+        if kind in ("StaticEmbedding", "BoW", "WordEmbeddings") and position == 0:
+            raise UnsupportedArchitecture(folder, f"begins with a {kind}, not with a transformer")
+        if kind in ("Pooling", "Dense") and not (place / "config.json").is_file():
+            raise ModelError(place, "has no config.json", "the model is incomplete: fetch it again")
+        pickle = place / "pytorch_model.bin"
+        if pickle.is_file() and not any(place.glob("*.safetensors")):
+            hint = "open it with sentence-transformers and save it again"
+            raise ModelError(pickle, "holds weights that only PyTorch can read", hint)
 
 
 @contextmanager
@@ -241,55 +353,3 @@ def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]
 def _in_one_line(error: BaseException) -> str:
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
-
-
-def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expected: Expected | None = None) -> Origin:
-    """Write a model as a plain folder, reopen it in a fresh process with stock libraries, and compare vectors.
-
-    Args:
-        model: The model in memory.
-        folder: An existing empty folder.
-        origin: Where the model comes from; its ``check`` is filled in and it is written as ``secateur.json``.
-        expected: What the folder should give; by default, what the model in memory gives.
-
-    Returns:
-        The origin as written.
-
-    Raises:
-        VerificationFailed: The reopened folder gives other vectors.
-    """
-    write_files(model, folder)
-    if expected is None:
-        with quiet():
-            expected = Expected(probe(model), tokens=probe_tokens(model))
-    return check_written(folder, replace(origin, pooling=pooling_name(model)), expected, str(model.device))
-
-
-def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = True) -> None:
-    """Write a model's folder; without ``weights``, all but those of the transformer, which are there already."""
-    transformer = model[0].model
-    # Gemma 3 makes its layer_types from this when it is opened; those of a cut model no longer follow it.
-    vars(text_config(transformer)).pop("_sliding_window_pattern", None)
-    if not weights:
-        transformer.save_pretrained = lambda *_, **__: None
-    try:
-        with quiet():
-            model.save(str(folder), create_model_card=False)
-    finally:
-        vars(transformer).pop("save_pretrained", None)
-    write_for_all_readers(folder, model)
-    for file in folder.rglob("*.safetensors"):
-        # safetensors lets nobody but the owner read what it writes; here the umask decides, as for modules.json.
-        shutil.copymode(folder / "modules.json", file)
-
-
-def check_written(folder: Path, origin: Origin, expected: Expected, device: str = "cpu") -> Origin:
-    """Compare a written folder with what it should give, and write ``secateur.json``: the last step of saving.
-
-    Raises:
-        VerificationFailed: It gives other vectors.
-    """
-    found = difference(folder, expected, device)
-    written = replace(origin, check=found, checked_against=expected.source)
-    written.save(folder)
-    return written

@@ -15,6 +15,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
+from secateur.models.compat import text_mask
 from secateur.options import PoolingName, SavedPooling
 
 POOLINGS: tuple[str, ...] = get_args(SavedPooling)
@@ -25,8 +26,7 @@ class L3PrunePooling(Pooling):  # type: ignore[misc]
 
     L3Prune (arXiv 2410.14578), after SGPT (arXiv 2202.08904). The stock ``Pooling("weightedmean",
     include_prompt=False)`` pools the same tokens but starts to count at the first token of the *prompt*, so that a long
-    prompt flattens the weights. Without a prompt the two are the same. No saved folder can hold this module: it is
-    there to reproduce the paper's profile.
+    prompt flattens the weights. Without a prompt the two are the same. No saved folder can hold this module.
     """
 
     def __init__(self, embedding_dimension: int) -> None:
@@ -36,12 +36,11 @@ class L3PrunePooling(Pooling):  # type: ignore[misc]
         """Pool ``token_embeddings`` (batch, length, width) into ``sentence_embedding`` (batch, width)."""
         if "prompt_length" not in features:
             return dict(super().forward(features, **kwargs))
-        prompt_length = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
         # With the prompt masked out, the stock module takes it for left padding and counts from the text.
-        text_mask = self._exclude_prompt_from_mask(features["attention_mask"], prompt_length)
+        prompt_length = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
         text_only = {key: value for key, value in features.items() if key != "prompt_length"}
-        pooled = super().forward(text_only | {"attention_mask": text_mask}, **kwargs)
-        return features | {"sentence_embedding": pooled["sentence_embedding"]}
+        text_only["attention_mask"] = text_mask(self, features["attention_mask"], prompt_length)
+        return features | {"sentence_embedding": super().forward(text_only, **kwargs)["sentence_embedding"]}
 
 
 @torch.no_grad()
@@ -64,10 +63,8 @@ def pooling_name(model: SentenceTransformer) -> str:
     """What a model pools by, in this package's terms; ``"own"`` where it is a combination or something else."""
     if any(isinstance(module, L3PrunePooling) for module in model):
         return "l3prune"
-    modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
-    if len(modes) != 1:
-        return "own"
-    return {"weightedmean": "weighted_mean"}.get(str(modes[0]), str(modes[0]))
+    modes = [str(module.pooling_mode) for module in model if isinstance(module, Pooling)]
+    return {"weightedmean": "weighted_mean"}.get(modes[0], modes[0]) if len(modes) == 1 else "own"
 
 
 def pool(model: SentenceTransformer, states: Tensor, features: dict[str, Any]) -> Tensor:

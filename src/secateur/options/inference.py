@@ -87,17 +87,35 @@ class EncodeOptions(Options):
     files: Files = argument(
         "Texts: .jsonl, .jsonl.gz, .csv, .parquet, or .txt and .txt.gz with one on each line.", min_length=1
     )
-    out: Annotated[Path, Names("new file")] = output("The file to write: .parquet, .arrow (or .feather), or .npy.")
-    column: str | None = Field(None, description="Column with the texts [default: text, or the first known name].")
-    prompt_name: str | None = Field(None, description="The model's prompt before each text [default: its own default].")
-    instruction: str | None = Field(None, description="Goes before each text, in place of a named prompt.")
-    normalize: bool = Field(False, description="Make vectors of length 1, also where the model does not.")
-    dimensions: int | None = Field(None, ge=1, description="Keep so many numbers of each vector (Matryoshka).")
-    precision: Literal["float32", "int8", "binary"] = Field("float32", description="Form of the vectors.")
-    ranges: Path | None = Field(None, description="With int8: a file of int8 vectors, whose ranges are taken.")
+    out: Annotated[Path, Names("new file")] = output(
+        "The file of vectors to write: .parquet, .arrow (or .feather), or .npy."
+    )
+    column: str | None = Field(
+        None, description="Column (or key) with the texts [default: text, or the first known name that is there]."
+    )
+    prompt_name: str | None = Field(
+        None, description="Name of the model's prompt to put before each text [default: its default prompt]."
+    )
+    instruction: str | None = Field(None, description="Instruction to put before each text, instead of a named prompt.")
+    normalize: bool = Field(False, description="Normalize vectors to length 1, also where the model does not.")
+    dimensions: int | None = Field(
+        None, ge=1, description="Truncate vectors to this dimension, for models trained for it (Matryoshka)."
+    )
+    precision: Literal["float32", "int8", "binary"] = Field(
+        "float32", description="Quantize the vectors: int8 takes a quarter of the room, binary a thirty-second."
+    )
+    ranges: Path | None = Field(
+        None,
+        description="With int8: an earlier file of int8 vectors to take the ranges from, so that queries can be "
+        "compared with documents.",
+    )
     batch_tokens: int | None = Field(None, ge=1, description=BATCH)
-    processes: int = Field(1, ge=1, description="Processes of this machine, or workers of the cluster.")
-    ray: str | None = Field(None, description="Address of a Ray cluster (auto, ray://host:10001), or local.")
+    processes: int = Field(
+        1, ge=1, description="Number of processes on this machine, or of workers on the cluster (1: one per machine)."
+    )
+    ray: str | None = Field(
+        None, description="Encode on a Ray cluster: its address (auto, ray://host:10001), or local for this machine."
+    )
     dtype: Arithmetic = Field("auto", description=ARITHMETIC)
     pooling: SavedPooling | None = Field(None, description=POOLING)
     max_length: int = Field(512, ge=1, description=LENGTH)

@@ -46,14 +46,19 @@ class EvaluateOptions(Options):
     """
 
     models: Models = argument(MODEL, min_length=1)
-    tasks: Tasks = positional("Task folders, or names of mteb's tasks and benchmarks.", min_length=1)
-    out: Annotated[Path | None, Names("results")] = output("Folder for scores.json.", needed=False)
-    names: list[str] | None = Field(
-        None, description="What to call the models [default: the last part of their paths]."
+    tasks: Tasks = positional("Task folders, or names of tasks and benchmarks of mteb.", min_length=1)
+    out: Annotated[Path | None, Names("results")] = output(
+        "The folder for scores.json; scores that it already holds are computed again only if something changed.",
+        needed=False,
     )
-    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    seed: Seed = Field(42, description="Of the sample.")
-    batch_size: int = Field(32, ge=1, description="Texts per batch.")
+    names: list[str] | None = Field(
+        None, description="Names of the models in the table [default: the last part of their paths]."
+    )
+    sample: int | None = Field(
+        None, ge=1, description="Evaluate on at most this many rows of each task folder, the same for all models."
+    )
+    seed: Seed = Field(42, description="Random seed of the sample.")
+    batch_size: int = Field(32, ge=1, description="Number of texts encoded at once.")
     cache: Path | None = Field(None, description=CACHE)
 
 

@@ -12,7 +12,6 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import IO, Any
 
@@ -33,14 +32,6 @@ TOGETHER = 4096
 Vectors = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class DepthScores:
-    """Rows by task, then depth; ``notes`` say which are missing, and what else a reader must know."""
-
-    rows: tuple[DepthScoreRow, ...]
-    notes: tuple[str, ...]
-
-
 def depth_scores(
     model: SentenceTransformer,
     tasks: Sequence[Task],
@@ -49,7 +40,7 @@ def depth_scores(
     seed: int = 42,
     name: str = "model",
     progress: Progress = silent,
-) -> DepthScores:
+) -> tuple[tuple[DepthScoreRow, ...], tuple[str, ...]]:
     """Score every depth of a model on tasks, its prompts chosen as :func:`.evaluate` does.
 
     Args:
@@ -59,6 +50,9 @@ def depth_scores(
         seed: See ``sample``.
         name: What the user calls the model.
         progress: Called before each depth of each task, and at the end.
+
+    Returns:
+        Rows by task, then depth; and notes, which say what is missing and what else a reader must know.
 
     Raises:
         ModelError: Vectors are not finite, or a text is too large for the memory.
@@ -91,7 +85,7 @@ def depth_scores(
             notes.append(f"{metric} is no number at depth {', '.join(missing)}: the vectors there are all alike")
         notes += [f"{task.name} at depth {', '.join(depths)}: {note}" for note, depths in noted.items()]
     progress("tasks by depth", total, total)
-    return DepthScores(tuple(rows), (*encoder.notes, *notes))
+    return tuple(rows), (*encoder.notes, *notes)
 
 
 class _Kept:

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
 from secateur.measures.metrics import angular_distances, block_influence
-from secateur.models.blocks import blocks_of, bypassed, final_norm, legal_depths, states_of, tail_is_norm
+from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm
+from secateur.models.cutting import bypassed, legal_depths
 from secateur.models.forward import (
     BUDGET,
     REFUSALS,
@@ -244,7 +245,7 @@ class DepthEncoder:
                     raise ModelError(self._name, problem, "lower --max-length") from None
                 self._budget = max(1, self._budget // 2)
                 self.notes = list(dict.fromkeys([*self.notes, "a batch was too large for the memory and was halved"]))
-                todo.extendleft(reversed(list(halves(rows))))
+                todo.extendleft(list(half) for half in reversed([*halves(rows)]))
                 continue
             finite = found.vectors[:, 0].isfinite().all(dim=2).all(dim=0)
             if not bool(finite.all()):

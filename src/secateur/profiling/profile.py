@@ -24,12 +24,13 @@ from secateur.files import results_folder
 from secateur.measures import metrics
 from secateur.measures.costs import Size, layer_sizes, measure_layers
 from secateur.measures.intervals import MINIMUM_UNITS, has_converged, interval, looks
+from secateur.models import model_label
 from secateur.models.forward import is_out_of_memory
-from secateur.models.open_model import model_label, open_model
+from secateur.models.open_model import open_model
 from secateur.models.pooling import pooling_name
 from secateur.options import PROFILE_FILES, ProfileOptions, step
 from secateur.profiling.corpus import Batch, Corpus, check_sources, make_corpus, with_prompts
-from secateur.profiling.depths import DepthEncoder, Depths
+from secateur.profiling.depths import DepthEncoder
 from secateur.profiling.lens import next_token_losses, positions
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
@@ -84,8 +85,8 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         if tasks:
             from secateur.profiling.depth_scores import depth_scores
 
-            scored = depth_scores(model, tasks, sample=options.sample, seed=seed, name=name, progress=progress)
-            task_scores, notes = scored.rows, [*notes, *scored.notes]
+            found = depth_scores(model, tasks, sample=options.sample, seed=seed, name=name, progress=progress)
+            task_scores, notes = found[0], [*notes, *found[1]]
     except SecateurError as error:  # what is measured so far is kept
         failed = error
         notes.append(f"no task scores: {error}")
@@ -177,9 +178,7 @@ class _Pass:
         self.batches = self.texts = self.tokens = 0
         self.converged: bool | None = None
         self.batch_losses: list[Tensor] = []
-        self.accuracy: list[Tensor] = []
-        self.ndcg: list[Tensor] = []
-        self.alignment: list[Tensor] = []
+        self.batch_scores: list[Tensor] = []  # (3, depths): accuracy, nDCG@10 and alignment
         self.influence = torch.zeros(())
         self.angles: Tensor | None = torch.zeros(())
         self.sample: dict[int, Tensor] = {}
@@ -233,18 +232,14 @@ class _Pass:
             own = [text for text in members if corpus[text][0] == prompt]
             picks = [place for place, text in enumerate(own) if text in sampled]
             for found in self._encoder.run([corpus[text][1] for text in own], prompt, picks, seed):
-                for row, vectors in zip(found.rows, found.vectors, strict=True):
-                    self._vectors[own[row]] = vectors
-                self._add(found)
-
-    def _add(self, found: Depths) -> None:
-        self.texts += len(found.rows)
-        self.tokens += found.tokens
-        self.influence = self.influence + found.influence
-        self.angles = None if self.angles is None or found.angles is None else self.angles + found.angles
-        if len(found.targets):
-            self.states.append(found.states)
-            self.targets.append(found.targets)
+                self._vectors |= {own[row]: vectors for row, vectors in zip(found.rows, found.vectors, strict=True)}
+                self.texts += len(found.rows)
+                self.tokens += found.tokens
+                self.influence = self.influence + found.influence
+                self.angles = None if self.angles is None or found.angles is None else self.angles + found.angles
+                if len(found.targets):
+                    self.states.append(found.states)
+                    self.targets.append(found.targets)
 
     def _score(self, batch: Batch) -> None:
         """Measure one batch at all depths at once. The paper's pooling leaves false negatives in, as its code does."""
@@ -268,9 +263,8 @@ class _Pass:
             if pooling == 0:
                 unranked = metrics.false_negative_mask(*numbers, once=True)
                 accuracy, ndcg = metrics.retrieval(found.masked_fill(unranked, -torch.inf))
-                self.accuracy.append(accuracy)
-                self.ndcg.append(ndcg)
-                self.alignment.append(metrics.alignment(anchors, candidates[:, : len(batch.positives)]))
+                alignment = metrics.alignment(anchors, candidates[:, : len(batch.positives)])
+                self.batch_scores.append(torch.stack([accuracy, ndcg, alignment]))
         self.batch_losses.append(torch.stack(losses))
 
 
@@ -283,20 +277,16 @@ def _rows(model: SentenceTransformer, measured: _Pass, seed: int, notes: list[st
         "mean_cosine": [metrics.mean_cosine(here) for here in vectors],
         **_supervised(measured, seed, notes),
     }
-    flat = [str(depth) for depth, rank in enumerate(columns["effective_rank"], start=1) if rank is None]
-    if flat:
-        notes.append(f"all vectors are the same at depth {', '.join(flat)}: no effective rank and no CKA there")
+    flat = ", ".join(str(depth) for depth, rank in enumerate(columns["effective_rank"], start=1) if rank is None)
+    notes += [f"all vectors are the same at depth {flat}: no effective rank and no CKA there"] if flat else []
     losses = None
     if measured.targets:
         losses = next_token_losses(model, torch.cat(measured.states), torch.cat(measured.targets))
     if losses is not None:
         columns["next_token_loss"] = [_number(loss) for loss in losses]
-        lost = [str(depth) for depth, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
-        if lost:
-            notes.append(
-                f"the next-token loss is no number at depth {', '.join(lost)}: the language-model head holds NaN, or "
-                "overflows in this dtype"
-            )
+        lost = ", ".join(str(depth) for depth, loss in enumerate(losses, start=1) if not math.isfinite(loss))
+        why = "the language-model head holds NaN, or overflows in this dtype"
+        notes += [f"the next-token loss is no number at depth {lost}: {why}"] if lost else []
     values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return tuple(DepthRow(depth=depth, **row) for depth, row in enumerate(values, start=1))
 
@@ -311,10 +301,9 @@ def _supervised(measured: _Pass, seed: int, notes: list[str]) -> dict[str, Colum
     columns: dict[str, Column] = {
         "loss": losses.mean(dim=0).tolist(),
         "loss_se": (losses.std(dim=0) / math.sqrt(batches)).tolist() if batches > 1 else [None] * depths,
-        "accuracy": torch.stack(measured.accuracy).mean(dim=0).tolist(),
-        "ndcg_at_10": torch.stack(measured.ndcg).mean(dim=0).tolist(),
-        "alignment": torch.stack(measured.alignment).mean(dim=0).tolist(),
     }
+    scores = torch.stack(measured.batch_scores).mean(dim=0).tolist()
+    columns |= dict(zip(("accuracy", "ndcg_at_10", "alignment"), scores, strict=True))
     if batches < MINIMUM_UNITS:
         few = "one batch is" if batches == 1 else f"{batches} batches are"
         notes.append(f"{few} too few for intervals and selection probabilities: it takes {MINIMUM_UNITS}")

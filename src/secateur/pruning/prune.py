@@ -1,83 +1,50 @@
-"""A depth, or a set of blocks → a plain model folder that holds these blocks and nothing of the others.
+"""Cuts a model to some of its blocks and writes it as a plain folder that holds nothing of the others.
 
-A checkpoint of safetensors is never opened whole: the tensors that stay are copied (:mod:`.checkpoint`), and
-what sentence-transformers keeps beside them is copied or added. Other models, GGUF files and those that bring their own
-code, are opened and cut in memory.
+The whole model is opened, which maps its weights into memory and reads none of them; only those of the blocks up to the
+last kept one ever are. From the Hub, the bytes of the kept blocks alone are fetched (:mod:`.download`).
 """
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
-from secateur.checkpoints.checkpoint import Pruned, prune_checkpoint
-from secateur.checkpoints.embedder import Embedder, copy_modules, read_embedder
-from secateur.checkpoints.sources import open_source
-from secateur.checkpoints.verify import Expected, expected_of, expected_of_checkpoint, probe_tokens
-from secateur.errors import ConfigError, ModelError, OutputError
-from secateur.files import new_folder
-from secateur.models.blocks import check_keep, cut, depth_of
-from secateur.models.open_model import (
-    as_model_error,
-    check_embedder,
-    check_written,
-    model_label,
-    open_model,
-    resolve,
-    save_model,
-    write_files,
-)
-from secateur.models.pooling import pooling_name
-from secateur.models.readers import write_for_all_readers
-from secateur.options import PruneOptions, SavedPooling, check
+from secateur.choosing.choose import blocks_to_keep, is_selector, read_profile
+from secateur.errors import ConfigError, ModelError, OutputError, UnsupportedArchitecture, VerificationFailed
+from secateur.files import new_folder, read_json, write_text
+from secateur.models import model_label, resolve
+from secateur.models.blocks import blocks_of, find_stack, skeleton, text_config, text_tower
+from secateur.models.checks import check_finite
+from secateur.models.cutting import bypassed, check_keep, cut
+from secateur.models.open_model import as_model_error, as_source, check_embedder, complete, is_embedder, load_model
+from secateur.models.save import TOLERANCE, Expected, expected_of, save_model
+from secateur.options import PruneOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
-from secateur.pruning.selection import Selection
-from secateur.results import Origin, Profile, load
+from secateur.pruning.adapters import adapter_folder, base_of, is_adapter, merge_adapter, merge_adapters
+from secateur.pruning.download import fetch_kept, fetch_small
+from secateur.results import Origin, load
 
 STEP = "prune, %"
+WHOLE = "the whole source"
 
 
-def prune(
-    model: str | Path,
-    to: str | int | float | None = None,
-    *,
-    keep: str | Sequence[int] | None = None,
-    drop: str | Sequence[int] | None = None,
-    profile: Profile | str | Path | None = None,
-    pooling: SavedPooling | None = None,
-    max_length: int = 512,
-    dtype: str = "auto",
-    adapter: str | Path | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    out: str | Path,
-    progress: Progress = silent,
-) -> Path:
+@step(PruneOptions)
+def prune(options: PruneOptions, *, progress: Progress = silent) -> Path:
     """Cut a model to some of its blocks and write it as a plain model folder.
 
     Exactly one of ``to``, ``keep`` and ``drop`` says which blocks.
-
-    Args:
-        model: Anything :func:`.open_model` opens, or a LoRA adapter that names its base.
-        to: A number of blocks to keep, or a share to remove: the first blocks stay; ``large``, ``small``, or another
-            selector, such as ``knee`` or ``uniform:7`` (:func:`.blocks_to_keep`).
-        keep: Blocks that stay, counted from 0: ``"0-5,8,11"``, or their indices.
-        drop: Blocks that go, in the same way.
-        profile: What selectors choose from.
-        pooling: For a bare language model; with a profile, the one that it was measured with.
-        max_length: Tokens per text, for a bare language model.
-        dtype: Of the written weights.
-        adapter: A LoRA adapter as peft saves it, to merge into the weights: a folder or a Hub id.
-        revision: Branch, tag or commit of ``model`` on the Hub.
-        trust_remote_code: As for ``open_model``; the model is then opened whole.
-        out: The folder to write; it must not hold anything yet, nor lie in that of the model.
-        progress: Told how much is done, in per cent.
 
     Returns:
         ``out``. The folder has been reopened in a fresh process, and gives the vectors that the source gives with
@@ -87,74 +54,22 @@ def prune(
         ModelError, IllegalDepth, ConfigError, OutputError: Bad input, or options that do not go together.
         VerificationFailed: The written folder gives other vectors.
     """
-    check(PruneOptions, pooling=pooling, max_length=max_length, dtype=dtype)
-    selection = Selection(to, keep, drop, profile)
-    selection.check_pooling(pooling)
-    source = resolve(model)
+    _check_choice(options)
+    source = resolve(options.model)
     if isinstance(source, Path):
-        if revision is not None:
-            raise ConfigError("revision", revision, f"{source} is here and not on the Hub: it has none", "leave it out")
-        if source.resolve() in Path(out).resolve().parents:
-            raise OutputError(out, "lies in the model's own folder", "name a folder beside it")
-    in_memory = trust_remote_code or (isinstance(source, Path) and source.suffix == ".gguf")
-    if in_memory and adapter is not None:
-        raise ConfigError("adapter", adapter, f"cannot be merged into {model}", "it must be safetensors, without code")
-    opening = Opening(pooling, max_length, dtype)
-    with new_folder(out) as folder, _beside(folder) as scratch:
+        if options.revision is not None:
+            problem = f"{source} is here and not on the Hub: it has none"
+            raise ConfigError("revision", options.revision, problem, "leave it out")
+        if source.resolve() in options.out.resolve().parents:
+            raise OutputError(options.out, "lies in the model's own folder", "name a folder beside it")
+    if options.adapter is not None and (options.trust_remote_code or str(source).endswith(".gguf")):
+        problem = f"cannot be merged into {options.model}"
+        raise ConfigError("adapter", options.adapter, problem, "it must be safetensors, without code")
+    with new_folder(options.out) as folder, _beside(folder) as scratch:
         progress(STEP, 0, 100)
-        if in_memory:
-            opened = open_model(
-                model, revision=revision, trust_remote_code=trust_remote_code, device="cpu", **asdict(opening)
-            )
-            progress(STEP, 50, 100)
-            _cut_in_memory(opened, model, selection, folder)
-        else:
-            job = Job(source, adapter, revision, opening, folder, scratch)
-            _cut_checkpoint(job, selection, progress)
+        _prune(options, source, folder, scratch, progress)
         progress(STEP, 100, 100)
-    return Path(out)
-
-
-@dataclass(frozen=True)
-class Opening:
-    """How to open a bare language model, and in which number format; see :func:`.open_model`."""
-
-    pooling: SavedPooling | None
-    max_length: int
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checkpoint to cut.
-
-    Attributes:
-        source: A folder, or a model on the Hub, at ``revision``.
-        adapter: To be merged.
-        revision: Of the source.
-        opening: How to open the result.
-        folder: Where the result goes.
-        scratch: A folder for what is only needed on the way.
-    """
-
-    source: str | Path
-    adapter: str | Path | None
-    revision: str | None
-    opening: Opening
-    folder: Path
-    scratch: Path
-
-    @property
-    def cut(self) -> Path:
-        """Where the copied tensors go: weights in another number format are written from there by transformers, which
-        knows the ones that stay as they are.
-        """
-        return self.folder if self.opening.dtype == "auto" else self.scratch / "as-stored"
-
-    @property
-    def read(self) -> Path:
-        """Where a download leaves what it read of the source."""
-        return self.scratch / "read"
+    return options.out
 
 
 @contextmanager
@@ -169,61 +84,129 @@ def _beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _cut_in_memory(opened: SentenceTransformer, model: str | Path, selection: Selection, folder: Path) -> None:
-    transformer = opened[0].auto_model
-    depth = depth_of(transformer)
-    keep = selection.blocks(depth)
-    check_keep(transformer.config, keep)
-    with quiet():
-        expected = Expected(expected_of(opened, transformer, keep), "the whole source", tokens=probe_tokens(opened))
-    cut(transformer, keep)
-    save_model(opened, folder, origin_of(model, depth, keep), expected=expected)
+def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Path, progress: Progress) -> None:
+    """The way from a source to the verified folder."""
+    name = options.model
+    adapter = None if options.adapter is None else adapter_folder(options.adapter)
+    source, revision, base_adapter = _fetch(options, source, scratch, progress)
+    adapter = adapter or base_adapter
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": options.trust_remote_code}
+    with as_model_error(name, scratch / "read"), quiet(), as_source(source, options.trust_remote_code) as opened:
+        if is_embedder(opened, revision):
+            check_embedder(name, options.pooling, options.max_length)
+        _refuse_quantized(name, opened)
+        origin_file = Path(opened) / Origin.file
+        shown, key_mapping = _text_tower(opened, scratch / "text") if not options.trust_remote_code else (opened, None)
+        model, unused = load_model(name, shown, device="cpu", key_mapping=key_mapping, **where)
+        left_out = _left_out(model[0].auto_model, unused)
+        transformer: PreTrainedModel = model[0].auto_model
+        depth, path = len(blocks_of(transformer)), find_stack(transformer).path
+        keep = blocks_of_choice(options, depth)
+        check_keep(transformer.config, keep)
+        origin = origin_of(name, depth, keep, origin_file if origin_file.is_file() else None, left_out)
+        progress(STEP, 30, 100)
+        if adapter is not None:
+            merge_adapter(transformer, adapter, [f"{path}.{index}." for index in keep], left_out)
+        elif hasattr(transformer, "peft_config"):
+            merge_adapters(transformer)
+        with bypassed(transformer, keep):
+            complete(name, model, options.pooling, options.max_length)
+            expected = expected_of(model, WHOLE)
+        cut(transformer, keep)
+        check_finite(name, model)
+        progress(STEP, 60, 100)
+        if options.dtype != "auto":
+            expected = _convert(model, expected, options.dtype, scratch / "as-stored")
+    save_model(model, folder, origin, expected=expected)
 
 
-def _cut_checkpoint(job: Job, selection: Selection, progress: Progress) -> None:
-    source = open_source(job.source, revision=job.revision)
-    embedder = read_embedder(source)
-    if embedder is not None:
-        check_embedder(job.source, job.opening.pooling, job.opening.max_length)
-    # What is read first on the Hub settles the commit.
-    job = replace(job, revision=getattr(source, "revision", None))
-    result = _copy_transformer(job, embedder, selection, progress)
-    if embedder is not None:
-        copy_modules(source, embedder, job.cut)
-    origin = origin_of(job.source, result.depth, result.keep, source.find(Origin.file), result.left_out)
-    opened = open_model(job.source, path=job.cut, device="cpu", **asdict(job.opening))
-    progress(STEP, 80, 100)
-    if job.cut != job.folder or embedder is None:
-        write_files(opened, job.folder, weights=job.cut != job.folder)
-    else:
-        write_for_all_readers(job.folder, opened)
-    with as_model_error(job.source), quiet():
-        expected = replace(_expected(job, opened, result), tokens=probe_tokens(opened))
-    origin = replace(origin, pooling=pooling_name(opened))
-    del opened  # the fresh process has a copy of its own
-    progress(STEP, 90, 100)
-    check_written(job.folder, origin, expected)
+def _fetch(
+    options: PruneOptions, source: str | Path, scratch: Path, progress: Progress
+) -> tuple[str | Path, str | None, Path | None]:
+    """What is to be opened, at which revision, and the adapter where the source is one that names its base."""
+    revision, adapter = options.revision, None
+    small = fetch_small(source, revision) if isinstance(source, str) and not options.trust_remote_code else None
+    folder = small or source
+    if isinstance(folder, Path) and is_adapter(folder):
+        adapter = adapter_folder(folder)
+        base, revision = base_of(folder)
+        source = resolve(base)
+        small = fetch_small(source, revision) if isinstance(source, str) else None
+    if small is None:
+        return source, revision, adapter
+    (scratch / "read").mkdir()
+
+    def choose(depth: int) -> Sequence[int]:
+        return blocks_of_choice(options, depth)
+
+    def told(what: str, done: int, total: int) -> None:
+        progress(STEP, 25 * done // max(1, total), 100)
+
+    return fetch_kept(str(source), small, choose, scratch / "read", told), None, adapter
 
 
-def _copy_transformer(job: Job, embedder: Embedder | None, selection: Selection, progress: Progress) -> Pruned:
-    place = embedder.transformer if embedder else ""
-    (job.cut / place).mkdir(parents=True, exist_ok=True)
-    job.read.mkdir()
-    return prune_checkpoint(
-        Path(job.source) / place if place else job.source,
-        selection.blocks,
-        job.cut / place,
-        adapter=job.adapter,
-        revision=job.revision,
-        mirror=job.read,
-        progress=lambda done, total: progress(STEP, 70 * done // max(1, total), 100),
-    )
+def _refuse_quantized(name: str | Path, source: str | Path) -> None:
+    file = Path(source) / "config.json"
+    content = read_json(file) if file.is_file() else {}
+    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
+    if any(part.get("quantization_config") for part in parts):
+        hint = "prune the weights it was quantized from, and quantize the result"
+        raise UnsupportedArchitecture(name, "its weights are quantized", hint)
 
 
-def _expected(job: Job, opened: SentenceTransformer, result: Pruned) -> Expected:
-    downloaded = any(job.read.iterdir())
-    checkpoint = job.read if downloaded else Path(result.base).expanduser()
-    return expected_of_checkpoint(opened, checkpoint, result.keep, adapter=result.adapter, partial=downloaded)
+def _text_tower(source: str | Path, folder: Path) -> tuple[str | Path, dict[str, str] | None]:
+    """A folder that shows a multimodal model as its text tower alone; the source itself, where it is a text model.
+
+    Returns:
+        The folder, and what to make of the names in its weights.
+    """
+    if not isinstance(source, Path) or not (source / CONFIG_NAME).is_file():
+        return source, None
+    config = AutoConfig.from_pretrained(source)
+    text = text_config(config)
+    tower = text_tower(skeleton(config)) if text is not config else ""
+    if not tower:
+        return source, None
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.name not in (CONFIG_NAME, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+            (folder / file.name).symlink_to(file.resolve())
+    text.dtype = text.dtype or config.dtype
+    text.save_pretrained(folder)
+    if (source / "tokenizer_config.json").is_file():
+        settings = read_json(source / "tokenizer_config.json")
+        settings.pop("processor_class", None)  # which wants the files of images, too
+        write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return folder, {rf"^(?:.*\.)?{re.escape(tower)}\.(?:model\.)?": ""}
+
+
+def _left_out(transformer: PreTrainedModel, unused: Sequence[str]) -> tuple[str, ...]:
+    """The modules of the checkpoint that are not in the model: heads, a decoder, a vision tower."""
+    children = {child for child, _ in transformer.named_children()}
+    left_out = set()
+    for name in unused:
+        parts = name.split(".")
+        while len(parts) > 1 and parts[0] in ("model", "transformer", transformer.base_model_prefix):
+            parts.pop(0)
+        left_out |= {parts[0]} - children
+    return tuple(sorted(left_out))
+
+
+def _convert(model: SentenceTransformer, expected: Expected, dtype: str, folder: Path) -> Expected:
+    """Check a cut model in memory, and give its weights another number format.
+
+    transformers does it, which knows the weights that stay as they are.
+
+    Returns:
+        What the written folder should give.
+    """
+    found = float(np.abs(expected_of(model).vectors - expected.vectors).max())
+    if not found <= TOLERANCE:
+        raise VerificationFailed("the cut model", found, TOLERANCE)
+    transformer = model[0].auto_model
+    transformer.save_pretrained(folder)
+    model[0].model = type(transformer).from_pretrained(folder, dtype=dtype).eval()
+    return expected_of(model, WHOLE)
 
 
 def origin_of(
@@ -246,10 +229,70 @@ def origin_of(
     if len(before.kept) != depth:
         problem = f"its {Origin.file} lists {len(before.kept)} blocks, but it has {depth}"
         raise ModelError(model, problem, "remove that file if the model was changed by other means")
-    return replace(
-        before,
-        provenance=now,
-        kept=tuple(before.kept[index] for index in keep),
-        history=(*before.history, now.command),
-        left_out=(*before.left_out, *left_out),
-    )
+    kept, history = tuple(before.kept[index] for index in keep), (*before.history, now.command)
+    return replace(before, provenance=now, kept=kept, history=history, left_out=(*before.left_out, *left_out))
+
+
+# ---- which blocks stay
+
+
+def _check_choice(options: PruneOptions) -> None:
+    """Refuse choices that do not go together."""
+    given = [name for name in ("to", "keep", "drop") if getattr(options, name) is not None]
+    if len(given) != 1:
+        problem = f"cannot go with {' and '.join(given[1:])}" if given else "is missing, as are keep and drop"
+        raise ConfigError(given[0] if given else "to", None, problem, "give exactly one of to, keep and drop")
+    said = getattr(options, given[0])
+    if isinstance(said, bool) or (options.to is None and not isinstance(said, (str, Sequence))):
+        hint = "a number, a share or a selector" if options.to is not None else "blocks from 0, such as 0-5,8,11"
+        raise ConfigError(given[0], said, f"{said!r} is not valid", hint)
+    if options.profile is None:
+        return
+    if options.to is None or not is_selector(options.to):
+        problem = f"is not asked: {given[0]} {said} tells the blocks"
+        raise ConfigError("profile", options.profile, problem, "leave it out")
+    if options.pooling is not None:
+        measured = read_profile(options.profile).pooling
+        # A folder has the stock form of the paper's pooling.
+        if (measured if measured != "l3prune" else "weighted_mean") != options.pooling:
+            problem = f"is {options.pooling}, but the profile was measured with {measured}"
+            hint = f"profile with --pooling {options.pooling}, or cut with {measured}"
+            raise ConfigError("pooling", options.pooling, problem, hint)
+
+
+def blocks_of_choice(options: PruneOptions, depth: int) -> tuple[int, ...]:
+    """Indices of the blocks that stay, of ``depth`` blocks.
+
+    Raises:
+        ConfigError: A piece of the choice is no block of this model.
+    """
+    if options.to is not None:
+        return blocks_to_keep(options.to, depth, options.profile)
+    if options.keep is not None:
+        return _parse("keep", options.keep, depth)
+    gone = _parse("drop", options.drop, depth)
+    if len(gone) == depth:
+        raise ConfigError("drop", options.drop, f"would leave none of the {depth} blocks")
+    return tuple(i for i in range(depth) if i not in gone)
+
+
+def _parse(option: str, given: str | Sequence[int], depth: int) -> tuple[int, ...]:
+    """``"0-5,8,11"`` → indices."""
+    blocks: list[int] = []
+    for piece in given.split(",") if isinstance(given, str) else map(str, given):
+        match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", piece)
+        shown = repr(piece.strip())
+        if match is None:
+            raise ConfigError(option, given, f"{shown} is no block and no range of blocks", "such as 0-5,8,11")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigError(option, given, f"{shown} runs backwards", f"{last}-{first}")
+        if last >= depth:
+            raise ConfigError(option, given, f"{shown} is not in the model", f"its blocks are 0 to {depth - 1}")
+        if blocks and first <= blocks[-1]:
+            problem = f"{shown} does not come after {blocks[-1]}"
+            raise ConfigError(option, given, problem, "name each block once, in order")
+        blocks += range(first, last + 1)
+    if not blocks:
+        raise ConfigError(option, given, "names no block", "such as 0-5,8,11")
+    return tuple(blocks)

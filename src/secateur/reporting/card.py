@@ -1,29 +1,40 @@
-"""The model card of a folder: ``README.md`` with the Hub's metadata, scores among them in its ``model-index``.
-
-Metadata hold what the tables know. The licence is that of the base model, read from its own card where that is on this
-machine; without it there is none, rather than a guess.
-"""
+"""The model card of a folder: ``README.md`` with the Hub's metadata, scores among them in its ``model-index``."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from secateur.data.hub import is_hub_name, parse_name
+from secateur.document import (
+    NONE,
+    Block,
+    Bullets,
+    Code,
+    Section,
+    Table,
+    Text,
+    count,
+    duration,
+    plural,
+    score,
+    section_to_markdown,
+    signed,
+    span,
+    to_markdown,
+)
 from secateur.files import read_json
-from secateur.reporting.document import Block, Bullets, Code, Section, Text, section_to_markdown
 from secateur.reporting.findings import GroupComparison, Summary
 from secateur.reporting.run import HUB_NAME, Variant, base_licence, is_on_hub
 from secateur.reporting.sections import COSTS, SPEED, kept_blocks, settings_text
 from secateur.reporting.verdict import seed_note
-from secateur.results import Origin, ScoreRow, Training
-from secateur.tables import NONE, Table, count, duration, plural, score, signed, span, to_markdown
+from secateur.results import Origin, ScoreRow
 
 CARD_MARK = "<!-- Written by `secateur report`, which replaces it. Remove this line to keep a card of your own. -->"
 # Cards that sentence-transformers writes when a model is saved; a person's card is left alone.
@@ -86,24 +97,19 @@ def _use(folder: Path) -> Iterable[Block]:
     content = read_json(file) if file.exists() else {}
     found = content.get("prompts") if isinstance(content, dict) else None
     prompts = {str(name): str(text) for name, text in found.items() if text} if isinstance(found, dict) else {}
-    lines = [
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        'model = SentenceTransformer("path/to/this/folder")',
-    ]
-    encode = {"queries": "encode", "documents": "encode"}
-    option = ""
+    query, document, name = "encode", "encode", ""
     if "query" in prompts or "document" in prompts:
-        encode = {"queries": "encode_query", "documents": "encode_document"}
+        query, document = "encode_query", "encode_document"
     elif prompts:
-        lines.append(f"name = {json.dumps(next(iter(prompts)), ensure_ascii=False)}")
-        option = ", prompt_name=name"
-    texts = {
-        "queries": '["how do I prune a pear tree?"]',
-        "documents": '["Cut back the side shoots in late winter.", "The train leaves at noon."]',
-    }
-    lines += [f"{kind} = model.{method}({texts[kind]}{option})" for kind, method in encode.items()]
-    yield Code("\n".join([*lines, "print(model.similarity(queries, documents))"]), "python")
+        name = f", prompt_name={json.dumps(next(iter(prompts)), ensure_ascii=False)}"
+    lines = (
+        "from sentence_transformers import SentenceTransformer\n",
+        'model = SentenceTransformer("path/to/this/folder")',
+        f'queries = model.{query}(["how do I prune a pear tree?"]{name})',
+        f'documents = model.{document}(["Cut back the side shoots in winter.", "The train leaves at noon."]{name})',
+        "print(model.similarity(queries, documents))",
+    )
+    yield Code("\n".join(lines), "python")
     if prompts:
         rows = [(name, json.dumps(text, ensure_ascii=False)) for name, text in prompts.items()]
         yield Table("Prompts are part of the model:", ("Name", "Prompt"), rows, 2)
@@ -186,54 +192,54 @@ def public_command(command: str) -> str:
     return shlex.join("=".join(public(part) for part in word.split("=")) for word in words)
 
 
-# Metadata -------------------------------------------------------------------------------------------------------------
+# Metadata of a card ---------------------------------------------------------------------------------------------------
 
 
 def _metadata(variant: Variant, origin: Origin) -> str:
-    """The card's front matter, in YAML: base model, library, task, licence, data sets, and scores."""
-    base = origin.base_model
-    content: dict[str, Any] = {}
-    if is_on_hub(base):
-        content |= {"base_model": base, "base_model_relation": "finetune"}
-    licence = base_licence(base)
-    content |= {"license": licence} if licence else {}
-    tags = [tag for tag in TAGS if tag != "mteb" or variant.scores]
-    content |= {"pipeline_tag": "sentence-similarity", "library_name": "sentence-transformers", "tags": tags}
-    data = _hub_data(variant.training)
-    content |= {"datasets": data} if data else {}
-    results = [_result(row, variant.results[task]) for task, row in variant.scores.items() if row.score is not None]
-    content |= {"model-index": [{"name": variant.name, "results": results}]} if results else {}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
+    """The card's front matter, in YAML: base model, library, task, licence, data sets, and scores.
 
-
-def _hub_data(training: Training | None) -> Sequence[str]:
-    """Training data that have the form of names on the Hub."""
-    files = training.provenance.data if training else ()
-    names = [parse_name(file.name).name if is_hub_name(file.name) else file.name for file in files]
-    return list(dict.fromkeys(name for name in names if HUB_NAME.fullmatch(name)))
-
-
-def _result(row: ScoreRow, place: Path) -> dict[str, Any]:
-    """A score as the Hub's model-index has it, in points of 100 as MTEB's cards do.
-
-    The split and the revision are in the file that mteb wrote, where the evaluation left it.
+    The licence is that of the base model, read from its own card where that is on this machine; without it there is
+    none, rather than a guess.
     """
-    saved: Any = {}
-    for file in sorted((place / "mteb" / "results").glob("*/*/*.json")):
-        if file.stem == row.task and file.parent.name == row.weights[:12]:
-            saved = read_json(file)
-            break
+    base, training = origin.base_model, variant.training
+    names = [file.name for file in (training.provenance.data if training else ())]
+    names = [parse_name(name).name if is_hub_name(name) else name for name in names]
+    data = dict.fromkeys(name for name in names if HUB_NAME.fullmatch(name))
+    results = [_result(row, variant.results[task]) for task, row in variant.scores.items() if row.score is not None]
+    content = ModelCardData(
+        base_model=base if is_on_hub(base) else None,
+        base_model_relation="finetune" if is_on_hub(base) else None,
+        license=base_licence(base) or None,
+        pipeline_tag="sentence-similarity",
+        library_name="sentence-transformers",
+        tags=[tag for tag in TAGS if tag != "mteb" or variant.scores],
+        datasets=list(data) or None,
+        model_name=variant.name if results else None,
+        eval_results=results or None,
+    )
+    return content.to_yaml()
+
+
+def _result(row: ScoreRow, place: Path) -> EvalResult:
+    """A score in points of 100 as in MTEB's cards, with split and revision from mteb's own file where that was kept."""
+    files = sorted((place / "mteb" / "results").glob("*/*/*.json"))
+    own = (file for file in files if file.stem == row.task and file.parent.name == row.weights[:12])
+    saved: Any = next(map(read_json, own), None)
     saved = saved if isinstance(saved, dict) else {}
     is_local = not saved or saved.get("dataset_revision") == row.data
-    name = row.task if is_local else f"MTEB {row.task}"
-    dataset: dict[str, Any] = {"type": _dataset_type(row, is_local), "name": name}
-    if saved:
-        split, *_ = saved.get("scores") or ["test"]
-        dataset |= {"config": "default", "split": split, "revision": str(saved.get("dataset_revision"))}
-    if row.sample is not None:
-        dataset["args"] = {"sample": row.sample, "seed": row.seed}
-    metric = {"type": row.metric, "value": round(100 * row.score, 3), "name": row.metric}
-    return {"task": {"type": row.type, "name": row.type}, "dataset": dataset, "metrics": [metric]}
+    return EvalResult(
+        task_type=row.type,
+        task_name=row.type,
+        dataset_type=_dataset_type(row, is_local),
+        dataset_name=row.task if is_local else f"MTEB {row.task}",
+        dataset_config="default" if saved else None,
+        dataset_split=next(iter(saved.get("scores") or ["test"])) if saved else None,
+        dataset_revision=str(saved.get("dataset_revision")) if saved else None,
+        dataset_args={"sample": row.sample, "seed": row.seed} if row.sample is not None else None,
+        metric_type=row.metric,
+        metric_name=row.metric,
+        metric_value=round(100 * row.score, 3),
+    )
 
 
 def _dataset_type(row: ScoreRow, is_local: bool) -> str:

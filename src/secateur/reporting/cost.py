@@ -29,13 +29,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_device_name
 
-from secateur.checkpoints.embedder import MODULES
 from secateur.errors import ConfigError, ModelError
 from secateur.files import read_json
 from secateur.measures.costs import flops_per_token
+from secateur.models import demo_model, model_label
 from secateur.models.blocks import depth_of, embeddings_of
 from secateur.models.forward import wait
-from secateur.models.open_model import demo_model, model_label, open_model
+from secateur.models.open_model import open_model
+from secateur.models.save import MODULES
 from secateur.options import CostOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import fingerprint_files, provenance, versions_of

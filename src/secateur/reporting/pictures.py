@@ -1,19 +1,28 @@
-"""The pictures of a report: the figures of a run, each with what is said about it."""
+"""The pictures of a report: the figures of a run, each with what is said about it.
+
+The curve of quality against size is q(N) = a - b (N / N0)^(-c), with N parameters, N0 the smallest size measured, and a
+the plateau: the power law with an offset of the scaling laws (Kaplan et al. 2020; Hoffmann et al. 2022, eq. 2, in one
+variable), for a score in place of a loss. For each exponent c of a grid, a and b follow by linear least squares; the
+best c is kept. The interval of the plateau is that of the bootstrap over models. The models are cuts of one base model:
+those of another have a plateau of their own. A curve is refused, with the reason, where the points do not support it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
+
+from secateur.document import Picture, byte_size, count, duration, loss, percent, plural, score, span, speed
 from secateur.figures.plots import Point, frontier, profile_figures, size_curve, training_curves
-from secateur.reporting.document import Picture
+from secateur.measures.intervals import CONFIDENCE, Array
 from secateur.reporting.findings import RunGroup, Summary, pareto
 from secateur.reporting.run import Run
-from secateur.reporting.saturation import Saturation, fit_saturation
-from secateur.results import CostRow, DepthScoreRow, Profile, Training
-from secateur.tables import byte_size, count, duration, loss, percent, plural, score, span, speed
+from secateur.results import DepthScoreRow, Profile, Training
 
 MOST_LABELS = 24
 """Points beyond which only the best are labelled."""
@@ -33,93 +42,80 @@ def _some(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Cost:
-    """Something that a model costs: its name, how it is read from a row (with a range) and printed.
+    """A cost: its fields in :class:`.CostRow` with those of its range, if any, and how it is called and printed.
 
-    ``rises``: more of it is better. ``bars`` says what the range is.
+    ``bars`` says what the range is; ``rises``: more of it is better.
     """
 
-    key: str
-    title: str
+    fields: tuple[str, ...]
+    name: str
     axis: str
-    read: Callable[[CostRow], float | None]
     show: Callable[[float], str]
-    range: Callable[[CostRow], tuple[float | None, float | None]] = lambda _: (None, None)
-    rises: bool = False
     bars: str = ""
+    rises: bool = False
 
 
-_COSTS = (
-    _Cost("parameters", "size", "Parameters, embedding table included", lambda c: c.parameters, count),
-    _Cost("bytes", "bytes on disk", "Bytes on disk", lambda c: c.bytes, byte_size),
-    _Cost(
-        "speed",
-        "throughput",
-        "Short texts per second",
-        lambda c: c.texts_per_second,
-        speed,
-        lambda c: (c.speed_low, c.speed_high),
-        rises=True,
-        bars="Level bars span the slowest and the fastest repetition.",
+_SPEED, _LATENCY = ("texts_per_second", "speed_low", "speed_high"), ("latency_p50", "latency_p50", "latency_p95")
+_COSTS = {
+    "parameters": _Cost(("parameters",), "size", "Parameters, embedding table included", count),
+    "bytes": _Cost(("bytes",), "bytes on disk", "Bytes on disk", byte_size),
+    "speed": _Cost(
+        _SPEED, "throughput", "Short texts per second", speed, "the slowest to the fastest repetition", True
     ),
-    _Cost(
-        "latency",
-        "latency",
-        "Seconds for one short text (median)",
-        lambda c: c.latency_p50 or None,  # 0: not measured
-        duration,
-        lambda c: (c.latency_p50, c.latency_p95),
-        bars="Level bars reach to the 95th percentile.",
+    "latency": _Cost(
+        _LATENCY, "latency", "Seconds for one short text (median)", duration, "the median to the 95th percentile"
     ),
-)
+}
 
 
 def cost_pictures(summary: Summary) -> list[Picture]:
     """Average score against each cost that was measured."""
-    return [_frontier(cost, points) for cost in _COSTS if (points := _points(summary, cost))]
+    pictures = []
+    for key, cost in _COSTS.items():
+        points = tuple(point for _, point in _points(summary, cost))
+        if not points:
+            continue
+        told = [
+            f"{point.series}, {point.label or 'unlabelled'} blocks: {score(point.score)} at {cost.show(point.cost)}"
+            for point in sorted(points, key=lambda point: not point.best)
+        ]
+        caption = (
+            f"Average score of each model against its cost: {cost.axis[0].lower()}{cost.axis[1:]}. Numbers are "
+            "blocks kept; solid lines join one series, the dashed one the best models at their cost."
+        )
+        caption += " Upright bars are 95 % intervals." if any(point.low is not None for point in points) else ""
+        caption += f" Level bars reach from {cost.bars}." if cost.bars else ""
+        figure = frontier(points, cost.axis)
+        pictures.append(Picture(f"score-{key}", f"Score against {cost.name}", caption, _some(told), figure, points))
+    return pictures
 
 
-def _points(summary: Summary, measure: _Cost) -> tuple[Point, ...]:
+def _points(summary: Summary, measure: _Cost) -> list[tuple[RunGroup, Point]]:
     """A point for each group that is scored and has that cost."""
     found: list[tuple[RunGroup, Point]] = []
     for group in summary.groups:
         cost, average, first = group.cost, group.average, group.first
-        value = measure.read(cost) if cost else None
-        if value is None or average is None or cost is None:
+        if cost is None or average is None or not getattr(cost, measure.fields[0]):  # 0: not measured
             continue
-        within = span(average.low, average.high)
+        within, origin = span(average.low, average.high), first.origin
         note = (
             group.name,
-            f"{first.depth} of {first.blocks} blocks; score {score(average.value)}"
-            + (f" ({within})" if within else ""),
+            f"{first.depth} of {first.blocks} blocks; score {score(average.value)}{f' ({within})' if within else ''}",
             f"{count(cost.parameters)} parameters; {byte_size(cost.bytes)}; {speed(cost.texts_per_second)} texts/s"
             + (f"; {duration(cost.latency_p50)} for one" if cost.latency_p50 else ""),
-            command_of(group),
+            (origin.history or (origin.provenance.command,))[-1] if origin else "",
         )
-        point = Point(
-            series=first.series,
-            label="" if first.depth is None else str(first.depth),
-            score=average.value,
-            low=average.low,
-            high=average.high,
-            cost=value,
-            cost_low=measure.range(cost)[0],
-            cost_high=measure.range(cost)[1],
-            note=tuple(line for line in note if line),
-            link=folder_link(summary.run.folder, first.folder),
-        )
+        label, link = "" if first.depth is None else str(first.depth), folder_link(summary.run.folder, first.folder)
+        costs = [getattr(cost, name) for name in measure.fields]
+        lines = tuple(line for line in note if line)
+        point = Point(first.series, label, average.value, average.low, average.high, *costs, note=lines, link=link)
         found.append((group, point))
     best = set(pareto([(-point.cost if measure.rises else point.cost, point.score) for _, point in found]))
     few = len(found) <= MOST_LABELS
-    return tuple(
-        replace(point, best=index in best, label=point.label if few or index in best else "")
-        for index, (_, point) in enumerate(found)
-    )
-
-
-def command_of(group: RunGroup) -> str:
-    """The command that made a group's model, the last of its history."""
-    origin = group.first.origin
-    return (*origin.history, origin.provenance.command)[len(origin.history) - 1] if origin else ""
+    return [
+        (group, replace(point, best=index in best, label=point.label if few or index in best else ""))
+        for index, (group, point) in enumerate(found)
+    ]
 
 
 def folder_link(run: Path, folder: Path | None) -> str:
@@ -127,72 +123,151 @@ def folder_link(run: Path, folder: Path | None) -> str:
     return quote(folder.relative_to(run).as_posix()) + "/" if folder else ""
 
 
-def _frontier(cost: _Cost, points: tuple[Point, ...]) -> Picture:
-    text = [
-        f"{point.series}, {point.label or 'unlabelled'} blocks: {score(point.score)} at {cost.show(point.cost)}"
-        for point in sorted(points, key=lambda point: not point.best)
-    ]
-    bars = "Upright bars are 95 % intervals. " if any(point.low is not None for point in points) else ""
-    if any(point.cost_low is not None for point in points):
-        bars += cost.bars
-    caption = (
-        f"Average score of each model against its cost: {cost.axis[0].lower()}{cost.axis[1:]}. Numbers are "
-        f"blocks kept; solid lines join one series, the dashed one the best models at their cost. {bars}"
-    )
-    figure = frontier(points, cost.axis)
-    return Picture(f"score-{cost.key}", f"Score against {cost.title}", caption.strip(), _some(text), figure, points)
-
-
 # Score against size ---------------------------------------------------------------------------------------------------
+
+FEWEST_SIZES = 5
+"""Distinct sizes below which three parameters are not fitted."""
+LEAST_RATIO = 2.0
+"""The largest size must be so many times the smallest."""
+LEAST_EXPLAINED = 0.5
+_EXPONENTS = np.geomspace(0.05, 5.0, 200)
+_DRAWS = 1000
 
 
 def size_pictures(summary: Summary, threshold: float) -> list[Picture]:
     """For each base model a curve through its series with the most sizes, the first of equally many.
-
-    Cuts of one model lie on one curve; those of another have a plateau of their own.
 
     Args:
         summary: What the run found.
         threshold: Million parameters that a point of score may cost.
     """
     series: dict[str, dict[str, list[Point]]] = {}
-    sized = [group for group in summary.groups if group.cost is not None and group.average is not None]
-    for group, point in zip(sized, _points(summary, _COSTS[0]), strict=True):
+    for group, point in _points(summary, _COSTS["parameters"]):
         series.setdefault(group.first.base, {}).setdefault(point.series, []).append(replace(point, label=""))
-    largest = {base: max(own.values(), key=len) for base, own in series.items()}
     pictures: list[Picture] = []
-    for base, points in largest.items():
+    for base, own in series.items():
+        points = max(own.values(), key=len)
         if len(points) < 2 or len(pictures) == MOST_PROFILES:
             continue
         fitted = fit_saturation([p.cost for p in points], [p.score for p in points], threshold * MILLION)
-        drawn = (fitted.score, fitted.plateau, fitted.limit) if isinstance(fitted, Saturation) else (None, None, None)
-        caption = f"{points[0].series}: {plural(len(points), 'model')}. {saturation_sentence(fitted)}"
-        text = _some([f"{count(point.cost)} parameters: {score(point.score)}" for point in points])
+        drawn = (None, None, None) if isinstance(fitted, str) else (fitted.score, fitted.plateau, fitted.limit)
+        said = f"No curve is fitted: {fitted}." if isinstance(fitted, str) else fitted.sentence
+        caption = f"{points[0].series}: {plural(len(points), 'model')}. {said}"
+        told = _some([f"{count(point.cost)} parameters: {score(point.score)}" for point in points])
         key, title = f"saturation-{len(pictures) + 1}", f"Score against size: {base}"
-        pictures.append(Picture(key, title, caption, text, size_curve(points, *drawn), tuple(points)))
+        pictures.append(Picture(key, title, caption, told, size_curve(points, *drawn), tuple(points)))
     return pictures
 
 
-def saturation_sentence(fitted: Saturation | str) -> str:
-    """What the fit says, with its formula, or why there is none."""
-    if isinstance(fitted, str):
-        return f"No curve is fitted: {fitted}."
-    formula = (
-        f"score = {score(fitted.plateau)} − {score(fitted.gain)} × (parameters / {count(fitted.smallest)})"
-        f"^(−{fitted.exponent:.2f})"
-    )
-    fit = (
-        f"Fitted by least squares to {plural(fitted.points, 'model')}: {formula}; it explains "
-        f"{percent(fitted.explained)} of the variance, residuals have a standard deviation of "
-        f"{score(fitted.error)} points. Plateau: {score(fitted.plateau)} "
-        f"({span(fitted.plateau_low, fitted.plateau_high)}, bootstrap over models)."
-    )
-    cost = count(fitted.threshold)
-    if fitted.limit is not None:
-        return f"{fit} Beyond {count(fitted.limit)} parameters, another point costs more than {cost} parameters."
-    if fitted.marginal_cost(fitted.largest) <= fitted.threshold:
-        return f"{fit} At every size measured, another point costs less than {cost} parameters."
-    return f"{fit} Already at the smallest size measured, another point costs more than {cost} parameters."
+@dataclass(frozen=True)
+class Saturation:
+    """A fitted curve.
+
+    Attributes:
+        plateau: a, the score that no size exceeds, and its 95 % interval.
+        gain: b, what the smallest size is below the plateau.
+        exponent: c.
+        smallest: N0, in parameters; ``largest`` is the largest size measured.
+        explained: R², the share of the scores' variance that the curve explains.
+        error: Standard deviation of the residuals, with 3 parameters fitted.
+        points: How many models it was fitted to.
+        threshold: Parameters that one more point of 100 may cost.
+    """
+
+    plateau: float
+    plateau_low: float
+    plateau_high: float
+    gain: float
+    exponent: float
+    smallest: float
+    largest: float
+    explained: float
+    error: float
+    points: int
+    threshold: float
+
+    def score(self, size: float) -> float:
+        """The curve at a size in parameters."""
+        return self.plateau - self.gain * math.pow(size / self.smallest, -self.exponent)
+
+    def marginal_cost(self, size: float) -> float:
+        """Parameters that one more point of 100 costs at a size."""
+        slope = self.gain * self.exponent / self.smallest * math.pow(size / self.smallest, -self.exponent - 1)
+        return 0.01 / slope
+
+    @property
+    def limit(self) -> float | None:
+        """The size at which another point begins to cost more than the threshold; None outside the sizes measured."""
+        steepness = 100 * self.threshold * self.gain * self.exponent / self.smallest
+        size = self.smallest * math.pow(steepness, 1 / (self.exponent + 1))
+        return size if self.smallest <= size <= self.largest else None
+
+    @property
+    def sentence(self) -> str:
+        """What the fit says, with its formula."""
+        base, cost = f"(parameters / {count(self.smallest)})", f"costs {{}} than {count(self.threshold)} parameters."
+        said = (
+            f"Fitted by least squares to {plural(self.points, 'model')}: score = {score(self.plateau)} − "
+            f"{score(self.gain)} × {base}^(−{self.exponent:.2f}); it explains {percent(self.explained)} of the "
+            f"variance, residuals have a standard deviation of {score(self.error)} points. Plateau: "
+            f"{score(self.plateau)} ({span(self.plateau_low, self.plateau_high)}, bootstrap over models)."
+        )
+        if self.limit is not None:
+            return f"{said} Beyond {count(self.limit)} parameters, another point {cost.format('more')}"
+        if self.marginal_cost(self.largest) <= self.threshold:
+            return f"{said} At every size measured, another point {cost.format('less')}"
+        return f"{said} Already at the smallest size measured, another point {cost.format('more')}"
+
+
+def fit_saturation(sizes: Sequence[float], scores: Sequence[float], threshold: float) -> Saturation | str:
+    """Fit the curve, or say why not.
+
+    Args:
+        sizes: Parameters of each model.
+        scores: Its average score, 0 to 1.
+        threshold: Parameters that a point of 100 may cost.
+    """
+    size, score = np.asarray(sizes, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    smallest, largest = float(size.min()), float(size.max())
+    if len(set(sizes)) < FEWEST_SIZES:
+        return f"{len(set(sizes))} sizes are too few for a curve of three parameters; it takes {FEWEST_SIZES}"
+    if largest < LEAST_RATIO * smallest:
+        return f"the largest model is only {largest / smallest:.1f} times the smallest"
+    relative = size / smallest
+    plateau, gain, exponent, squares = (float(part[0]) for part in _fit(relative, score, np.ones((1, len(size)))))
+    total = float(np.sum((score - score.mean()) ** 2))
+    if total == 0 or gain <= 0:
+        return "the scores do not grow with size"
+    explained, error = 1 - squares / total, math.sqrt(squares / max(1, len(size) - 3))
+    if explained < LEAST_EXPLAINED:
+        return f"the scores follow no such curve: it explains {100 * explained:.0f} % of their variance"
+    if exponent <= _EXPONENTS[0]:
+        return "the scores still grow with the logarithm of the size: no plateau is in sight"
+    picked = np.random.default_rng(0).integers(0, len(size), (_DRAWS, len(size)))
+    counts = np.stack([np.bincount(row, minlength=len(size)) for row in picked]).astype(np.float64)
+    distinct = np.asarray([len(np.unique(relative[row])) for row in picked])
+    plateaus = _fit(relative, score, counts[distinct >= 4])[0]  # three parameters on three sizes fit anything
+    low, high = map(float, np.quantile(plateaus, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    fitted = (plateau, min(low, plateau), max(high, plateau), gain, exponent)
+    return Saturation(*fitted, smallest, largest, explained, error, len(size), threshold)
+
+
+def _fit(relative: Array, score: Array, counts: Array) -> tuple[Array, ...]:
+    """Least squares for each draw: counts (draws, models) → plateau, gain, exponent, sum of squares, (draws,) each."""
+    weight = counts.sum(axis=1)
+    mean = counts @ score / weight
+    best: tuple[Array, ...] = (mean, mean, mean, np.full_like(mean, np.inf))
+    for exponent in _EXPONENTS:
+        falling = -(relative**-exponent)
+        centre = counts @ falling / weight
+        variance = counts @ falling**2 / weight - centre**2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gain = np.where(variance > 1e-12, (counts @ (falling * score) / weight - centre * mean) / variance, 0.0)
+        plateau = mean - gain * centre
+        squares = np.sum(counts * (score - plateau[:, None] - gain[:, None] * falling) ** 2, axis=1)
+        found = plateau, gain, np.full_like(plateau, exponent), squares
+        best = tuple(np.where(squares < best[3], new, old) for new, old in zip(found, best, strict=True))
+    return best
 
 
 # Profiles and trainings -----------------------------------------------------------------------------------------------

@@ -13,16 +13,26 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from secateur.document import (
+    block_to_html,
+    percent,
+    pictures_in,
+    printable,
+    section_to_markdown,
+    signed,
+    span,
+    speed,
+    to_html,
+    to_markdown,
+)
 from secateur.figures.style import save
 from secateur.files import write_text
 from secateur.options import ReportOptions, step
 from secateur.reporting.card import may_write, model_card
-from secateur.reporting.document import block_to_html, pictures_in, section_to_markdown
 from secateur.reporting.findings import GroupComparison, Summary, summarize
 from secateur.reporting.run import CARD, Run, read_run
 from secateur.reporting.sections import OUTCOMES, created, sections
 from secateur.reporting.verdict import most_telling, notes, verdict
-from secateur.tables import percent, printable, signed, span, speed, to_html, to_markdown
 
 MOST_HIGHLIGHTS = 6
 """Cut models shown in short at the head of the page."""

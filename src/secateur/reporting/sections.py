@@ -8,23 +8,18 @@ from typing import Any
 import yaml
 
 from secateur.choosing.choose import ranges
-from secateur.provenance import Fingerprint, Provenance
-from secateur.reporting.document import Block, Bullets, Code, Details, Gallery, Heading, Section, Text
-from secateur.reporting.findings import MARGIN, Estimate, RunGroup, Summary
-from secateur.reporting.pictures import (
-    MOST_PROFILES,
-    cost_pictures,
-    folder_link,
-    profile_pictures,
-    size_pictures,
-    training_picture,
-)
-from secateur.reporting.run import Run, base_licence
-from secateur.results import CostRow, Origin, Training
-from secateur.tables import (
+from secateur.document import (
     NONE,
+    Block,
+    Bullets,
     Cell,
+    Code,
+    Details,
+    Gallery,
+    Heading,
+    Section,
     Table,
+    Text,
     byte_size,
     count,
     duration,
@@ -37,6 +32,18 @@ from secateur.tables import (
     span,
     speed,
 )
+from secateur.provenance import Fingerprint, Provenance
+from secateur.reporting.findings import MARGIN, Estimate, RunGroup, Summary
+from secateur.reporting.pictures import (
+    MOST_PROFILES,
+    cost_pictures,
+    folder_link,
+    profile_pictures,
+    size_pictures,
+    training_picture,
+)
+from secateur.reporting.run import Run, base_licence
+from secateur.results import CostRow, Origin, Training
 
 OUTCOMES = {
     "better": "significantly better",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from secateur.document import percent, plural, score, shorten, signed, span
 from secateur.reporting.findings import MARGIN, GroupComparison, Summary
-from secateur.tables import percent, plural, score, shorten, signed, span
 
 MOST_SENTENCES = 6
 MOST_SELECTIONS = 4

@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.errors import ModelError, SecateurError
+from secateur.errors import ConfigError, ModelError, SecateurError
 
 WINDOW = 512
 """Texts that are tokenized, and cut into batches, together; they come sorted by length."""
@@ -61,19 +61,12 @@ class Tokens:
         return len(self.ids)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Texts that go through the model in the same way.
+RunBatch = Callable[[Sequence[Tokens]], Vectors]
+"""One pass of a model over texts that share a prompt length: vectors (batch, dimension)."""
 
-    Attributes:
-        rows: Their indices.
-        run: One pass of the model, as :meth:`Encoder.run`.
-        skipped: Tokens at the start of each text that the pass leaves out, because they have been computed.
-    """
 
-    rows: Sequence[int]
-    run: Callable[[Sequence[Tokens]], Vectors]
-    skipped: int = 0
+def ignore(texts: int, tokens: int) -> None:
+    """Report to nobody."""
 
 
 class Encoder(ABC):
@@ -113,13 +106,20 @@ class Encoder(ABC):
     def run(self, batch: Sequence[Tokens]) -> Vectors:
         """Vectors (batch, dimension) of texts that share a prompt length, in one pass of the model."""
 
+    def prompt_of(self, name: str | None) -> str:
+        """The text of a named prompt; of the default one, where no name is given.
+
+        Raises:
+            ConfigError: There is no such prompt.
+        """
+        name = name if name is not None else self.default_prompt
+        if name is not None and name not in self.prompts:
+            known = ", ".join(self.prompts) or "none"
+            raise ConfigError("prompt_name", name, f"the model has no prompt {name!r}", f"its prompts: {known}")
+        return self.prompts[name] if name is not None else ""
+
     def encode_texts(
-        self,
-        texts: Sequence[str],
-        prompt: str = "",
-        on_batch: OnBatch = lambda texts, tokens: None,
-        *,
-        batch_size: int | None = None,
+        self, texts: Sequence[str], prompt: str = "", on_batch: OnBatch = ignore, *, batch_size: int | None = None
     ) -> Vectors:
         """Vectors (texts, dimension) in float32, in the order of the texts; each distinct text is run once.
 
@@ -136,12 +136,10 @@ class Encoder(ABC):
         windows = [distinct[start : start + WINDOW] for start in range(0, len(distinct), WINDOW)]
         vectors = np.zeros((len(distinct), self.dimension), dtype=np.float32)
         with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as thread:
-            following = thread.submit(self.tokenize, windows[0], prompt) if windows else None
+            coming = [thread.submit(self.tokenize, some, prompt) for some in windows[:1]]
             for number in range(len(windows)):
-                assert following is not None
-                tokens = following.result()
-                if number + 1 < len(windows):
-                    following = thread.submit(self.tokenize, windows[number + 1], prompt)
+                tokens = coming.pop().result()
+                coming += [thread.submit(self.tokenize, some, prompt) for some in windows[number + 1 : number + 2]]
                 start = number * WINDOW
                 vectors[start : start + WINDOW] = self.encode_tokens(tokens, on_batch, batch_size=batch_size)
         places = {text: place for place, text in enumerate(distinct)}
@@ -188,33 +186,27 @@ class Encoder(ABC):
         return found
 
     def encode_tokens(
-        self,
-        tokens: Sequence[Tokens],
-        on_batch: OnBatch = lambda texts, tokens: None,
-        *,
-        batch_size: int | None = None,
+        self, tokens: Sequence[Tokens], on_batch: OnBatch = ignore, *, batch_size: int | None = None
     ) -> Vectors:
         """Vectors (texts, dimension) of tokenized texts under one prompt; otherwise as :meth:`encode_texts`."""
         vectors = np.zeros((len(tokens), self.dimension), dtype=np.float32)
         filled = [row for row, text in enumerate(tokens) if len(text)]
         if len(filled) < len(tokens):
             on_batch(len(tokens) - len(filled), 0)
-        for group in self.groups(tokens, filled):
-            lengths = [self.padded_length(len(tokens[row]) - group.skipped) for row in group.rows]
+        for rows, run, computed in self.ways(tokens, filled):
+            lengths = [self.padded_length(len(tokens[row]) - computed) for row in rows]
             for places in plan_batches(lengths, self.batch_tokens, self.padding, batch_size):
-                rows = [group.rows[place] for place in places]
-                batch = [tokens[row] for row in rows]
-                vectors[rows] = self.encode_batch(batch, group.run)
+                chosen = [rows[place] for place in places]
+                batch = [tokens[row] for row in chosen]
+                vectors[chosen] = self.encode_batch(batch, run)
                 on_batch(len(batch), sum(map(len, batch)))
         return vectors
 
-    def groups(self, tokens: Sequence[Tokens], rows: Sequence[int]) -> list[Group]:
-        """Texts that go through the model in different ways; here there is one."""
-        return [Group(rows, self.run)]
+    def ways(self, tokens: Sequence[Tokens], rows: Sequence[int]) -> list[tuple[Sequence[int], RunBatch, int]]:
+        """Which of these rows go through the model how, and of how many tokens of each it has been computed already."""
+        return [(rows, self.run, 0)]
 
-    def encode_batch(
-        self, batch: Sequence[Tokens], run: Callable[[Sequence[Tokens]], Vectors] | None = None
-    ) -> Vectors:
+    def encode_batch(self, batch: Sequence[Tokens], run: RunBatch | None = None) -> Vectors:
         """Vectors of texts that share a prompt length; in halves where they do not fit into memory together.
 
         Args:
@@ -301,11 +293,11 @@ def plan_batches(
     return batches
 
 
-def halves(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+def halves(rows: Sequence[T]) -> Iterator[list[T]]:
     """A batch as two."""
     middle = len(rows) // 2
-    yield rows[:middle]
-    yield rows[middle:]
+    yield list(rows[:middle])
+    yield list(rows[middle:])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

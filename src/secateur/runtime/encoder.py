@@ -7,46 +7,33 @@ graph. Batches are made by :mod:`.core`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from secateur.errors import ConfigError, DataError, ModelError
+from secateur.errors import ConfigError, DataError, MissingPackage, ModelError
 from secateur.runtime.core import CPU_BATCH, Encoder, Tokens, Vectors
-from secateur.runtime.sessions import Session, open_session
 from secateur.runtime.vectors import FORMATS, VectorFormat, quantize
 
 MANIFEST = "export.json"
+NEEDED = (
+    *("backend", "precision", "quantization", "graph", "dimension", "max_length", "truncation_side", "vectors"),
+    *("ranges", "prompts", "default_prompt_name", "padding", "special"),
+)
+"""Keys that a manifest must have."""
+OUTPUT = "sentence_embedding"
+DYNAMIC_GROUP = 32
+"""Inputs of a matrix that share one scale, where OpenVINO rounds activations while it runs."""
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What the manifest of an export says of how to encode.
-
-    Attributes:
-        vectors: The form in which vectors are given where the caller asks for none.
-        ranges: (2, dimension), least and greatest values, for int8 vectors.
-        padding: Token id of padding.
-        special: Ids of special tokens: one that ends a prompt is not the prompt's.
-    """
-
-    backend: str
-    precision: str
-    dimension: int
-    max_length: int
-    truncation_side: str
-    vectors: VectorFormat
-    ranges: NDArray[np.float32]
-    prompts: Mapping[str, str]
-    default_prompt_name: str | None
-    padding: int
-    special: frozenset[int]
+Ids = NDArray[np.int64]
+Session = Callable[[dict[str, Ids]], Vectors]
+"""From ``input_ids`` and ``attention_mask`` (batch, length), and ``prompt_length``, to vectors (batch, dimension)."""
 
 
 def load(folder: str | Path, *, threads: int | None = None) -> ExportEncoder:
@@ -61,42 +48,98 @@ def load(folder: str | Path, *, threads: int | None = None) -> ExportEncoder:
         MissingPackage: Its backend is not installed.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    again = "give a folder that secateur export wrote"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(folder, f"has no {MANIFEST}", again) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(folder, f"{MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != "export":
+        raise ModelError(folder, f"{MANIFEST} is no manifest of an export", again)
+    missing = [name for name in NEEDED if name not in manifest]
+    if missing:
+        raise ModelError(folder, f"{MANIFEST} has no {missing[0]!r}", "export again")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelError(folder, f"has no readable tokenizer.json ({error})") from error
-    try:
-        known = {name: manifest[name] for name in Settings.__dataclass_fields__}
-        known |= {"ranges": np.asarray(known["ranges"], np.float32), "special": frozenset(known["special"])}
-        settings = Settings(**known)
-        file, dynamic = folder / manifest["graph"], manifest["quantization"] == "dynamic"
-    except KeyError as error:
-        raise ModelError(folder, f"{MANIFEST} has no {error}", "export again") from error
-    session = open_session(file, settings.backend, settings.precision, dynamic, threads)
-    return ExportEncoder(settings, tokenizer, session, str(folder))
+    return ExportEncoder(folder, manifest, tokenizer, open_session(folder, manifest, threads))
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def open_session(folder: Path, manifest: Mapping[str, Any], threads: int | None) -> Session:
+    """Open an export's graph on the processor; nothing else knows of its backend.
+
+    Raises:
+        MissingPackage: The backend is not installed.
+        ModelError: The backend cannot read the file.
+    """
+    opening = {"onnx": (_open_onnx, "ONNX Runtime"), "openvino": (_open_openvino, "OpenVINO")}
+    backend, file = manifest["backend"], folder / manifest["graph"]
+    if backend not in opening:
+        raise ModelError(file, f"is for the backend {backend!r}", f"this version knows {', '.join(opening)}")
+    if not file.is_file():
+        raise ModelError(file, "no such file", "the export is not whole; export again")
+    open_graph, name = opening[backend]
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(folder, f"has no {MANIFEST}", "give a folder that secateur export wrote") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(folder, f"{MANIFEST} cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != "export":
-        raise ModelError(folder, f"{MANIFEST} is no manifest of an export", "give a folder that secateur export wrote")
-    return manifest
+        return open_graph(file, manifest, threads)
+    except ImportError:
+        package = backend if backend == "openvino" else "onnxruntime"
+        raise MissingPackage(package, f"an {name} export", f"pip install {package}") from None
+    except Exception as error:  # onnxruntime's errors have no common base but this
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(file, f"{name} cannot open it ({first[:200]})") from error
+
+
+def _open_onnx(file: Path, manifest: Mapping[str, Any], threads: int | None) -> Session:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    known = {port.name for port in (*session.get_inputs(), *session.get_overridable_initializers())}
+
+    def run(inputs: dict[str, Ids]) -> Vectors:
+        vectors: Vectors = session.run([OUTPUT], {name: inputs[name] for name in known & inputs.keys()})[0]
+        return vectors
+
+    return run
+
+
+def _open_openvino(file: Path, manifest: Mapping[str, Any], threads: int | None) -> Session:
+    import openvino
+
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": "bf16" if manifest["precision"] == "bfloat16" else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": DYNAMIC_GROUP if manifest["quantization"] == "dynamic" else 0,
+    }
+    settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    model = openvino.Core().compile_model(str(file), "CPU", settings)
+    known = {name for port in model.inputs for name in port.names}
+    request, output = model.create_infer_request(), model.output(OUTPUT)
+
+    def run(inputs: dict[str, Ids]) -> Vectors:
+        found = request.infer({name: inputs[name] for name in known & inputs.keys()})
+        return np.array(found[output], dtype=np.float32)  # a copy: the next call writes into the same memory
+
+    return run
 
 
 class ExportEncoder(Encoder):
-    """An exported model in memory; :func:`load` makes it. One thread at a time may use it."""
+    """An exported model in memory; :func:`load` makes it. One thread at a time may use it.
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer, session: Session, name: str) -> None:
-        self.settings, self.name = settings, name
-        self.dimension, self.max_length = settings.dimension, settings.max_length
-        self.prompts, self.default_prompt = settings.prompts, settings.default_prompt_name
-        self.truncation_side, self.dtype = settings.truncation_side, settings.precision
+    Attributes:
+        settings: What the manifest says of how to encode.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], tokenizer: Tokenizer, session: Session) -> None:
+        self.settings = SimpleNamespace(**manifest)
+        self.name, self.dtype = str(folder), manifest["precision"]
+        self.dimension, self.max_length = manifest["dimension"], manifest["max_length"]
+        self.prompts, self.default_prompt = manifest["prompts"], manifest["default_prompt_name"]
+        self.truncation_side = manifest["truncation_side"]
         self.vocabulary = int(tokenizer.get_vocab_size())
         self._tokenizer, self._session = tokenizer, session
         self._tokenizer.no_padding()
@@ -139,21 +182,13 @@ class ExportEncoder(Encoder):
             if not isinstance(size, Integral) or size < 1:
                 raise ConfigError(name, size, f"{size!r} is not valid", "a whole number, at least 1")
         self.batch_tokens = batch_tokens
-        vectors = self.encode_texts(rows, self._prompt(prompt, prompt_name), batch_size=batch_size)
-        result = quantize(vectors, form, self.settings.ranges)
+        problem, hint = _no_text(prompt) if prompt is not None else ("", "")
+        if problem:
+            raise ConfigError("prompt", prompt, problem, hint)
+        prompt = self.prompt_of(prompt_name) if prompt is None else prompt
+        vectors = self.encode_texts(rows, prompt, batch_size=batch_size)
+        result = quantize(vectors, form, np.asarray(self.settings.ranges, np.float32))
         return result[0] if isinstance(texts, str) else result
-
-    def _prompt(self, prompt: str | None, name: str | None) -> str:
-        if prompt is not None:
-            problem, hint = _no_text(prompt)
-            if problem:
-                raise ConfigError("prompt", prompt, problem, hint)
-            return prompt
-        name = name if name is not None else self.default_prompt
-        if name is not None and name not in self.prompts:
-            known = ", ".join(self.prompts) or "none"
-            raise ConfigError("prompt_name", name, f"the model has no prompt {name!r}", f"its prompts: {known}")
-        return self.prompts[name] if name is not None else ""
 
     def read(self, texts: Sequence[str], prompt: str, truncate: bool) -> list[Tokens]:
         """See :meth:`Encoder.read`."""
@@ -171,7 +206,9 @@ class ExportEncoder(Encoder):
 
     def run(self, batch: Sequence[Tokens]) -> Vectors:
         """See :meth:`Encoder.run`."""
-        return self._session(*self.pad(batch, self.settings.padding), batch[0].prompt_length)
+        ids, mask = self.pad(batch, self.settings.padding)
+        prompt_length = np.array([batch[0].prompt_length], np.int64)
+        return self._session({"input_ids": ids, "attention_mask": mask, "prompt_length": prompt_length})
 
 
 def _rows(texts: object) -> list[str]:

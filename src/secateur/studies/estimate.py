@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from secateur.checkpoints.embedder import read_embedder
-from secateur.checkpoints.sources import open_source
 from secateur.data.sources import Source
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
+from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of, skeleton
-from secateur.models.open_model import as_model_error, open_model, resolve
+from secateur.models.open_model import as_model_error, open_model
 from secateur.options import HealOptions, ProfileOptions, PruneOptions, StudyOptions
 from secateur.progress import quiet
+from secateur.pruning.download import fetch_small, transformer_folder
 from secateur.studies.plan import Base, Plan, Step, recipe_of
 
 CHARACTERS_PER_TOKEN = 4
@@ -60,10 +60,8 @@ def measure_base(name: str, model: str) -> Base:
         elif isinstance(source, Path) and sum(f.stat().st_size for f in source.rglob("*.safetensors")) < SMALL_FOLDER:
             transformer = open_model(model, device="cpu")[0].auto_model
         else:
-            opened = open_source(source)
-            embedder = read_embedder(opened)
-            folder = f"{embedder.transformer}/" if embedder and embedder.transformer else ""
-            transformer = skeleton(AutoConfig.from_pretrained(opened.find(f"{folder}config.json") or source))
+            folder = source if isinstance(source, Path) else fetch_small(source)
+            transformer = skeleton(AutoConfig.from_pretrained(transformer_folder(folder)))
     depth = depth_of(transformer)
     blocks = sum(parameter.numel() for parameter in blocks_of(transformer).parameters())
     return Base(name, model, depth, blocks // depth, sum(parameter.numel() for parameter in transformer.parameters()))

@@ -14,13 +14,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from secateur.choosing.choose import blocks_to_keep, needs_profile
 from secateur.errors import ConfigError, SecateurError
-from secateur.healing.recipe import L3PRUNE, Recipe, make_recipe
+from secateur.healing.recipes import TrainingConfig, training_config
 from secateur.options import (
     CostOptions,
     EvaluateOptions,
@@ -335,10 +335,9 @@ def recipe_settings(study: StudyOptions) -> dict[str, dict[str, Any]]:
     return recipes
 
 
-def recipe_of(settings: Mapping[str, Any]) -> Recipe:
+def recipe_of(settings: Mapping[str, Any]) -> TrainingConfig:
     """The numbers of a training, from its options; those that are not given are the recipe's."""
-    known = {field.name for field in fields(Recipe)}
-    return make_recipe(settings.get("recipe") or L3PRUNE, **{k: v for k, v in settings.items() if k in known})
+    return training_config(make(HealOptions, {"model": "-", "data": ["-"], "out": "-"} | dict(settings)))
 
 
 def _cuts(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator[tuple[Variant, str]]:

@@ -36,8 +36,8 @@ from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, OutputError, StudyFailed
 from secateur.evaluation.tasks import expand, open_tasks
 from secateur.files import lock, read_json, results_folder, write_text
-from secateur.healing.lessons import find_aim, sets_of
-from secateur.models.open_model import model_label
+from secateur.healing.training_data import training_sets
+from secateur.models import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
@@ -232,8 +232,7 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
     sources = read_sources(settings.data, columns=settings.columns)
     for name, recipe in recipe_settings(settings).items():
         if name != NO_TRAINING:
-            aim = find_aim(sources, taught="teacher" in recipe, teacher_weight=recipe.get("teacher_weight"))
-            sets_of(sources, recipe_of(recipe).batch_size, aim)
+            training_sets(sources, recipe_of(recipe))
     if settings.tasks:
         open_tasks(settings.tasks, settings.sample, settings.seed)
     bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))

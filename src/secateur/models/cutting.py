@@ -14,21 +14,19 @@ import copy
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
-from transformers import __version__ as transformers_version
-from transformers import logging as transformers_logging
-from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
+from transformers import PretrainedConfig, PreTrainedModel
 
-from secateur.errors import IllegalDepth, UnsupportedArchitecture
-from secateur.models.stacks import blocks_of, depth_of, find_stack, text_config
+from secateur.errors import IllegalDepth
+from secateur.models.blocks import blocks_of, build, depth_of, find_stack, last_line, skeleton, text_config
+from secateur.models.compat import cut_layer_overrides, drop_layer_pattern, tensors_of
+from secateur.progress import quiet
 
 # Fields that list the indices of some layers. Any other list of one item for each layer is sliced.
 INDEX_LISTS = {
@@ -68,14 +66,8 @@ def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
     for name, value in _cut_fields(config, depth, keep).items():
         setattr(config, name, value)
     config.num_hidden_layers = len(keep)
-    # The rule from which Gemma 3 makes its layer_types, which no longer follow it.
-    vars(config).pop("_sliding_window_pattern", None)
-    spec = getattr(config, "_heterogeneity_spec", None)
-    if spec is not None:
-        # In place: the public setter checks it against a configuration that is half edited.
-        overrides = dict(spec.per_layer_overrides)
-        spec.per_layer_overrides.clear()
-        spec.per_layer_overrides.update({new: overrides[old] for new, old in enumerate(keep) if old in overrides})
+    drop_layer_pattern(config)
+    cut_layer_overrides(config, keep)
 
 
 def _cut_fields(config: PretrainedConfig, depth: int, keep: Sequence[int]) -> dict[str, Any]:
@@ -99,132 +91,6 @@ def _cut_fields(config: PretrainedConfig, depth: int, keep: Sequence[int]) -> di
     return edits
 
 
-def check_keep(config: PretrainedConfig, keep: Sequence[int]) -> None:
-    """Make sure that a model can be cut to these blocks. Needs no weights.
-
-    Raises:
-        IllegalDepth: The blocks are not there, not ascending, or the architecture cannot be cut to them.
-        UnsupportedArchitecture: The architecture cannot be cut at all.
-    """
-    legal_plan(skeleton(config), keep)
-
-
-def legal_depths(config: PretrainedConfig) -> tuple[int, ...]:
-    """The depths k for which the first k blocks are a model that saves and reloads unchanged. Needs no weights.
-
-    Raises:
-        UnsupportedArchitecture: The architecture cannot be cut at all.
-    """
-    return _legal_depths(skeleton(config))
-
-
-def _legal_depths(full: PreTrainedModel) -> tuple[int, ...]:
-    return tuple(k for k in range(1, depth_of(full) + 1) if not _plan(full, range(k)).problem)
-
-
-def opens_at(config: PretrainedConfig, depth: int) -> bool:
-    """Whether transformers opens the first blocks of an uncut checkpoint when its configuration is cut to them.
-
-    It does not where the cut is illegal, or a tensor packs one slice for each block.
-    """
-    plan = _plan(skeleton(config), range(depth))
-    return not plan.problem and not plan.packed
-
-
-def packed_tensors(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the tensors outside the blocks that pack one slice for each block, as per-layer embeddings do."""
-    _, plan = next(_cuts(model), (0, Plan()))
-    return tuple(f"{module}.{tensor}".lstrip(".") for module, tensor, _ in plan.packed)
-
-
-def late_modules(model: PreTrainedModel) -> dict[str, int]:
-    """Modules of a shared block that only a later block uses, as Zamba 2's adapters → the index of that block."""
-    weights = [weight for block in blocks_of(model) for weight in block.parameters()]
-    if len(set(map(id, weights))) == len(weights):  # no block is shared
-        return {}
-    return {name: depth for depth, plan in _cuts(model) for name in plan.unused}
-
-
-def _cuts(model: PreTrainedModel) -> Iterator[tuple[int, Plan]]:
-    """The depths that a model can be cut to, from the shallowest, and what each cut changes."""
-    full = build(type(model), copy.deepcopy(model.config))
-    for depth in range(1, depth_of(full)):
-        plan = _plan(full, range(depth))
-        if not plan.problem:
-            yield depth, plan
-
-
-def legal_plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:
-    """The plan of a cut, or an error that names the nearest legal depths."""
-    depth = depth_of(full)
-    kept = list(keep)
-    asked = str(len(kept)) if kept == list(range(len(kept))) else f"blocks {', '.join(map(str, kept))}"
-    if not kept:
-        raise IllegalDepth(asked, depth, "at least one block must stay", _nearest(_legal_depths(full), 1))
-    if not all(0 <= i < depth for i in kept):
-        problem = f"its blocks are 0 to {depth - 1}"
-    elif kept != sorted(set(kept)):
-        problem = "blocks must ascend, each at most once"
-    else:
-        plan = _plan(full, kept)
-        if not plan.problem:
-            return plan
-        problem = plan.problem
-    raise IllegalDepth(asked, depth, problem, _nearest(_legal_depths(full), len(kept)))
-
-
-def _nearest(legal: Sequence[int], depth: int) -> tuple[int, ...]:
-    """The legal depths on either side."""
-    below = [k for k in legal if k <= depth]
-    above = [k for k in legal if k > depth]
-    return (*below[-1:], *above[:1])
-
-
-def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that holds the encoder of an encoder-decoder alone, such as ``T5EncoderModel``; None for others."""
-    known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-    found = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)] if known else None
-    return found if found is not None and found.__name__.endswith("EncoderModel") else None
-
-
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that a configuration describes, without weights (on the ``meta`` device).
-
-    Of an encoder-decoder, the encoder alone.
-
-    Raises:
-        UnsupportedArchitecture: transformers has no such model.
-    """
-    config = copy.deepcopy(config)
-    name = config.name_or_path or type(config).__name__
-    encoder = encoder_class(config)
-    if encoder is None and type(config) not in MODEL_MAPPING:
-        problem = f"transformers {transformers_version} has no text model of the type {config.model_type}"
-        raise UnsupportedArchitecture(name, problem)
-    if encoder is not None:
-        config.is_encoder_decoder = False
-    try:
-        return build(encoder or AutoModel.from_config, config)
-    except Exception as error:  # of whatever kind: a configuration that is not whole, or a package that it needs
-        problem = f"transformers {transformers_version} cannot build it ({_last_line(error)})"
-        raise UnsupportedArchitecture(name, problem) from error
-
-
-def build(make: Callable[[PretrainedConfig], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Make a model without weights; ``config`` becomes its own."""
-    for part in (config, text_config(config)):
-        # save_pretrained leaves the type's name in its place, of which some models (Apertus) cannot make tensors.
-        if isinstance(part.dtype, str):
-            part.dtype = getattr(torch, part.dtype)
-    with no_init_weights(), torch.device("meta"):
-        return make(config)
-
-
-def _last_line(error: Exception) -> str:
-    """What an error of transformers says, without the lines around it."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a cut changes besides the list of blocks.
@@ -242,6 +108,141 @@ class Plan:
     unused: tuple[str, ...] = ()
 
 
+def check_keep(config: PretrainedConfig, keep: Sequence[int]) -> None:
+    """Make sure that a model can be cut to these blocks. Needs no weights.
+
+    Raises:
+        IllegalDepth: The blocks are not there, not ascending, or the architecture cannot be cut to them.
+        UnsupportedArchitecture: The architecture cannot be cut at all.
+    """
+    legal_plan(skeleton(config), keep)
+
+
+def legal_depths(config: PretrainedConfig) -> tuple[int, ...]:
+    """The depths k for which the first k blocks are a model that saves and reloads unchanged. Needs no weights.
+
+    Raises:
+        UnsupportedArchitecture: The architecture cannot be cut at all.
+    """
+    return tuple(depth for depth, _ in _cuts(skeleton(config)))
+
+
+def legal_plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:
+    """The plan of a cut, or an error that names the nearest legal depths."""
+    depth, kept = depth_of(full), list(keep)
+    plan = Plan()
+    if not kept:
+        plan = Plan("at least one block must stay")
+    elif not all(0 <= i < depth for i in kept):
+        plan = Plan(f"its blocks are 0 to {depth - 1}")
+    elif kept != sorted(set(kept)):
+        plan = Plan("blocks must ascend, each at most once")
+    else:
+        plan = _plan(full, kept)
+    if not plan.problem:
+        return plan
+    asked = str(len(kept)) if kept == list(range(len(kept))) else f"blocks {', '.join(map(str, kept))}"
+    legal, wanted = [legal for legal, _ in _cuts(full)], max(1, len(kept))
+    nearest = (*[k for k in legal if k <= wanted][-1:], *[k for k in legal if k > wanted][:1])
+    raise IllegalDepth(asked, depth, plan.problem, nearest)
+
+
+def packed_tensors(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the tensors outside the blocks that pack one slice for each block, as per-layer embeddings do."""
+    cuts = _cuts(build(type(model), copy.deepcopy(model.config)))
+    plan = next((plan for _, plan in cuts), Plan())
+    return tuple(f"{module}.{tensor}".lstrip(".") for module, tensor, _ in plan.packed)
+
+
+def late_modules(model: PreTrainedModel) -> dict[str, int]:
+    """Modules of a shared block that only a later block uses, as Zamba 2's adapters → the index of that block."""
+    weights = [weight for block in blocks_of(model) for weight in block.parameters()]
+    if len(set(map(id, weights))) == len(weights):  # no block is shared
+        return {}
+    full = build(type(model), copy.deepcopy(model.config))
+    return {name: depth for depth, plan in _cuts(full) for name in plan.unused}
+
+
+def _cuts(full: PreTrainedModel) -> Iterator[tuple[int, Plan]]:
+    """The depths that a model without weights can be cut to, from the shallowest, and what each cut changes."""
+    for depth in range(1, depth_of(full) + 1):
+        plan = _plan(full, range(depth))
+        if not plan.problem:
+            yield depth, plan
+
+
+def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
+    """Cut a model in place to the kept blocks, with its configuration and every copy of their positions.
+
+    Tensors outside the blocks that pack one slice for each block are sliced; caches are switched off, for an encoder
+    needs none, and hybrids cut below their first attention block fail with one.
+
+    Args:
+        model: The model; the weights of its blocks are not copied.
+        keep: Indices of the blocks that stay, ascending.
+
+    Raises:
+        IllegalDepth: The model cannot be cut to these blocks; it is unchanged then.
+        UnsupportedArchitecture: The model cannot be cut at all.
+    """
+    path = find_stack(model).path
+    blocks = blocks_of(model)
+    plan = legal_plan(build(type(model), copy.deepcopy(model.config)), keep)
+    owner, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.ModuleList([blocks[i] for i in keep]))
+    for module, name, value in plan.values:
+        setattr(model.get_submodule(module), name, value)
+    for module, name, axis in plan.packed:
+        tensor = getattr(model.get_submodule(module), name)
+        slices = tensor.detach().chunk(len(blocks), axis)
+        kept = torch.cat([slices[i] for i in keep], axis)
+        kept = nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
+        setattr(model.get_submodule(module), name, kept)
+    for module in reversed(plan.unused):
+        parent, _, index = module.rpartition(".")
+        del model.get_submodule(parent)[int(index)]
+    # T5's encoder holds a copy of the model's configuration.
+    parts = path.split(".")
+    owners = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    configs = [text_config(part) for part in owners if isinstance(part, PreTrainedModel)]
+    for config in {id(config): config for config in configs}.values():
+        cut_config(config, keep)
+    for part in model.modules():
+        if getattr(getattr(part, "config", None), "use_cache", False):
+            part.config.use_cache = False
+
+
+@contextlib.contextmanager
+def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
+    """Within: the uncut model gives what it would give if it had the kept blocks only.
+
+    Of the others, those before the last kept one are run, and hand on what they were given; those after it are not,
+    so that their weights are never read. Nothing of what :func:`cut` or a cut configuration does is used, so that both
+    can be checked by it.
+    """
+    last: list[Any] = []
+
+    def hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        last[:] = [output]
+
+    blocks = blocks_of(model)
+    hooks = [blocks[i].register_forward_hook(hand_on, with_kwargs=True) for i in range(max(keep)) if i not in set(keep)]
+    hooks.append(blocks[max(keep)].register_forward_hook(note))
+    for block in blocks[max(keep) + 1 :]:
+        block.forward = lambda *args, **kwargs: last[0]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for block in blocks[max(keep) + 1 :]:
+            del block.forward
+
+
 class _Misfit(Exception):
     """The cut model is not the model that its configuration describes."""
 
@@ -251,29 +252,18 @@ def _plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:
     config = copy.deepcopy(full.config)
     path = find_stack(full).path
     try:
-        with _quiet():
+        with quiet():  # what transformers logs of configurations that are tried is not for the user
             cut_config(config, keep)
             _check_survives(config)
             target = build(type(full), config)
     except _Misfit as misfit:
         return Plan(str(misfit))
     except Exception as error:  # of whatever kind: transformers does not take the cut configuration
-        return Plan(f"transformers refuses the cut configuration ({_last_line(error)})")
+        return Plan(f"transformers refuses the cut configuration ({last_line(error)})")
     try:
         return _compare(_cut_modules(full, path, keep), dict(target.named_modules()), path, keep)
     except _Misfit as misfit:
         return Plan(str(misfit))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Configurations are tried on purpose: what transformers logs of the illegal ones is not for the user."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 def _check_survives(config: PretrainedConfig) -> None:
@@ -347,8 +337,8 @@ def _is_copy(attribute: str, old: Any, new: Any, place: Mapping[int, int]) -> bo
 
 
 def _changed_shapes(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    old = {**before._parameters, **before._buffers}
-    for name, tensor in {**after._parameters, **after._buffers}.items():
+    old = tensors_of(before)
+    for name, tensor in tensors_of(after).items():
         was = old.get(name)
         if tensor is not None and (was is None or was.shape != tensor.shape):
             yield name, () if was is None else tuple(was.shape), tuple(tensor.shape)

@@ -10,20 +10,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
-from conftest import MakeEncoder
+from conftest import MakeEncoder, example_pairs
 from secateur.errors import ConfigError
-from secateur.healing.batch_mask import batch_mask, row_keys
-from secateur.healing.objectives import DepthVectors, Objective, contrastive_loss, dropout
+from secateur.healing import losses
+from secateur.healing.losses import Loss, SortedColumn, batch_mask, contrastive_loss, dropout, row_keys
+from secateur.healing.recipes import TrainingConfig, training_arguments
 from secateur.healing.teacher import PROBES, Teacher, TeacherVectors, keep_vectors
-from secateur.models.blocks import cut
+from secateur.healing.trainer import Trainer
+from secateur.models.cutting import cut
+from secateur.profiling.depths import depth_vectors
 
 ANCHORS = ["what is a hedge?", "who cuts it", "when", "where do they stand now?"]
 POSITIVES = ["a row of shrubs", "the gardener", "in spring, before the birds", "here"]
 NEGATIVES = ["a wall", "the cat", "never", "a rather longer text than the others"]
 SCALE = 20.0
+
+
+def config(**changes: Any) -> TrainingConfig:
+    return TrainingConfig(**({"scale": SCALE} | changes))
 
 
 def tokens(model: SentenceTransformer, *columns: Sequence[str], prompt: str | None = None) -> list[dict[str, Any]]:
@@ -46,13 +54,13 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def info_nce(anchors: np.ndarray, candidates: np.ndarray, left_out: set[tuple[int, int]] = frozenset()) -> float:
     """Anchor i's own candidate is the i-th."""
-    losses = []
+    values = []
     for i, anchor in enumerate(unit(anchors)):
         scores = {
             j: SCALE * float(anchor @ other) for j, other in enumerate(unit(candidates)) if (i, j) not in left_out
         }
-        losses.append(math.log(sum(map(math.exp, scores.values()))) - scores[i])
-    return sum(losses) / len(losses)
+        values.append(math.log(sum(map(math.exp, scores.values()))) - scores[i])
+    return sum(values) / len(values)
 
 
 def divergence(vectors: np.ndarray, targets: np.ndarray) -> float:
@@ -72,13 +80,13 @@ def test_false_negatives_are_left_out_of_the_contrastive_loss(make_encoder: Make
     positives = ["a", "a", "c", "d"]
     negatives = ["e", "b", "d", "same"]
     keys = [row_keys(column) for column in tokens(model, anchors, positives, negatives)]
-    never = {(int(i), int(j)) for i, j in batch_mask(keys).nonzero()}
+    masked = {(int(i), int(j)) for i, j in batch_mask(keys).nonzero()}
     # 0 and 1 have one positive; 0 and 2 one anchor, so that "a" is a positive of 2 wherever it stands; "d" is the
     # positive of 3; "b" and "same" are anchors.
-    assert never == {(0, 1), (1, 0), (0, 2), (2, 0), (2, 1), (3, 6), (3, 5), (0, 7), (2, 7)}
+    assert masked == {(0, 1), (1, 0), (0, 2), (2, 0), (2, 1), (3, 6), (3, 5), (0, 7), (2, 7)}
     columns = [torch.from_numpy(model.encode(texts)) for texts in (anchors, positives, negatives)]
     found = float(contrastive_loss(columns, batch_mask(keys), SCALE))
-    assert found == pytest.approx(info_nce(columns[0].numpy(), torch.cat(columns[1:]).numpy(), never), abs=1e-5)
+    assert found == pytest.approx(info_nce(columns[0].numpy(), torch.cat(columns[1:]).numpy(), masked), abs=1e-5)
     plain = float(MultipleNegativesRankingLoss(None, SCALE).compute_loss_from_embeddings(columns, None))
     assert float(contrastive_loss(columns, None, SCALE)) == pytest.approx(plain, abs=1e-5) != pytest.approx(found)
 
@@ -92,7 +100,7 @@ def test_the_loss_of_pairs_with_a_teacher_is_what_its_formula_says(
     model = make_encoder()
     texts = ANCHORS + POSITIVES + NEGATIVES
     teacher, targets = taught(tmp_path, texts, 32)
-    loss = Objective(model, scale=SCALE, teacher=teacher, teacher_weight=weight, distill=distill)
+    loss = Loss(model, config(has_teacher=True, teacher_weight=weight, distill=distill), teacher)
     labels = torch.from_numpy(np.stack([teacher.rows(column) for column in (ANCHORS, POSITIVES, NEGATIVES)], axis=1))
     found = loss(tokens(model, ANCHORS, POSITIVES, NEGATIVES), labels)
     vectors = model.encode(texts)
@@ -103,10 +111,10 @@ def test_the_loss_of_pairs_with_a_teacher_is_what_its_formula_says(
     assert float(found) == pytest.approx(expected, abs=1e-4)
 
 
-def test_texts_alone_go_through_a_linear_map_where_the_widths_differ(make_encoder: MakeEncoder, tmp_path: Path):
+def test_unlabelled_texts_go_through_a_linear_map_where_the_widths_differ(make_encoder: MakeEncoder, tmp_path: Path):
     model = make_encoder()
     teacher, targets = taught(tmp_path, ANCHORS, 5)
-    loss = Objective(model, scale=SCALE, teacher=teacher, teacher_weight=1.0, distill="both")
+    loss = Loss(model, config(has_teacher=True, teacher_weight=1.0, distill="both"), teacher)
     own = {name: p for name, p in loss.named_parameters() if not name.startswith("model.") and ".model." not in name}
     assert sorted(tuple(p.shape) for p in own.values()) == [(5,), (5, 32)]
     found = loss(tokens(model, ANCHORS), torch.from_numpy(teacher.rows(ANCHORS))[:, None])
@@ -119,48 +127,32 @@ def test_texts_alone_go_through_a_linear_map_where_the_widths_differ(make_encode
     assert float(found) == pytest.approx(near + divergence(vectors, targets), abs=1e-4)
 
 
-def test_doubles_do_not_drown_the_similarities_of_the_others(make_encoder: MakeEncoder, tmp_path: Path):
+def test_duplicates_do_not_drown_the_similarities_of_the_others(make_encoder: MakeEncoder, tmp_path: Path):
     model = make_encoder()
     texts = ["one", "one", "two", "three"]
     teacher, _ = taught(tmp_path, ["one", "two", "three"], 7)
-    loss = Objective(model, scale=SCALE, teacher=teacher, teacher_weight=1.0, distill="both")
+    loss = Loss(model, config(has_teacher=True, teacher_weight=1.0, distill="both"), teacher)
     once, twice = (
         loss(tokens(model, column), torch.from_numpy(teacher.rows(column))[:, None]) for column in (texts[1:], texts)
     )
     assert torch.isfinite(once) and torch.isfinite(twice)
-    pair = ["one", "one"]  # nothing but doubles: only the vectors themselves are left
+    pair = ["one", "one"]  # nothing but duplicates: only the vectors themselves are left
     lonely = loss(tokens(model, pair), torch.from_numpy(teacher.rows(pair))[:, None])
     assert 0 <= float(lonely) <= 2
-
-
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_vectors_at_a_depth_are_those_of_the_model_cut_there(architecture: str, make_encoder: MakeEncoder):
-    model = make_encoder(architecture, depth=4)
-    reader = DepthVectors(model, [1, 3])
-    assert reader.depths == (1, 3, 4)
-    features = model.preprocess(ANCHORS, prompt="find: ")
-    with torch.no_grad():
-        found = reader(model, features)
-    for i, depth in enumerate(reader.depths):
-        pruned = copy.deepcopy(model)
-        cut(pruned[0].auto_model, range(depth))
-        expected = pruned.encode(ANCHORS, prompt="find: ", convert_to_tensor=True)
-        assert torch.allclose(found[:, i], expected, atol=1e-5), depth
-    assert not torch.allclose(found[:, 0], found[:, 1], atol=1e-2)
 
 
 def test_the_elastic_loss_is_the_mean_over_depths_and_sizes(make_encoder: MakeEncoder):
     model = make_encoder("llama", depth=3)
     columns = (ANCHORS, POSITIVES, NEGATIVES)
-    found = Objective(model, scale=SCALE, depths=[1], dims=[8, 16])(tokens(model, *columns))
-    losses = []
+    found = Loss(model, config(depths=(1,), dims=(8, 16)))(tokens(model, *columns))
+    expected = []
     for depth, size in itertools.product((1, 3), (8, 16, 32)):
         pruned = copy.deepcopy(model)
         cut(pruned[0].auto_model, range(depth))
         anchors, positives, negatives = (pruned.encode(texts)[:, :size] for texts in columns)
-        losses.append(info_nce(anchors, np.concatenate([positives, negatives])))
-    assert float(found) == pytest.approx(np.mean(losses), abs=1e-4)
-    alone = Objective(model, scale=SCALE, dims=[8, 16])(tokens(model, *columns))
+        expected.append(info_nce(anchors, np.concatenate([positives, negatives])))
+    assert float(found) == pytest.approx(np.mean(expected), abs=1e-4)
+    alone = Loss(model, config(dims=(8, 16)))(tokens(model, *columns))
     stock = MatryoshkaLoss(model, MultipleNegativesRankingLoss(model, scale=SCALE), [32, 16, 8])
     assert float(alone) == pytest.approx(float(stock(tokens(model, *columns), None)) / 3, abs=1e-4)
 
@@ -176,11 +168,11 @@ def test_saving_memory_changes_no_gradient(way: str, make_encoder: MakeEncoder, 
     model = make_encoder("llama", depth=3)
     teacher, _ = taught(tmp_path, ANCHORS + POSITIVES, 5)
     labels = torch.from_numpy(np.stack([teacher.rows(ANCHORS), teacher.rows(POSITIVES)], axis=1))
-    options = {"scale": SCALE, "teacher": teacher, "depths": [1], "dims": [8]}
+    options = {"has_teacher": True, "depths": (1,), "dims": (8,)}
     torch.manual_seed(1)
-    plain = Objective(model, **options)
+    plain = Loss(model, config(**options), teacher)
     torch.manual_seed(1)
-    thrifty = Objective(model, **options, mini_batch_tokens=30 if way == "mini-batches" else None)
+    thrifty = Loss(model, config(**options, mini_batch_tokens=30 if way == "mini-batches" else None), teacher)
     expected = plain(tokens(model, ANCHORS, POSITIVES), labels)
     before = gradients(model, expected)
     model.train()
@@ -195,13 +187,12 @@ def test_saving_memory_changes_no_gradient(way: str, make_encoder: MakeEncoder, 
 
 def test_a_few_steps_lower_the_loss_at_every_depth(make_encoder: MakeEncoder):
     model = make_encoder("llama", depth=4)
-    elastic = Objective(model, scale=SCALE, depths=[1, 2])
+    elastic = Loss(model, config(depths=(1, 2)))
     features = tokens(model, ANCHORS, POSITIVES, NEGATIVES)
-    reader = DepthVectors(model, [1, 2])
 
     @torch.no_grad()
     def by_depth() -> list[float]:
-        columns = [reader(model, column) for column in features]
+        columns = [depth_vectors(model, column, (1, 2, 4)) for column in features]
         return [float(contrastive_loss([c[:, i] for c in columns], None, SCALE)) for i in range(3)]
 
     before = by_depth()
@@ -216,13 +207,12 @@ def test_a_few_steps_lower_the_loss_at_every_depth(make_encoder: MakeEncoder):
 def test_mistakes_are_told(make_encoder: MakeEncoder):
     model = make_encoder(depth=3)
     for option, told in (
-        ({"depths": [4]}, "depths: is 4: the model has 3 blocks"),
-        ({"depths": [0]}, "depths: is 0"),
-        ({"dims": [33]}, "dims: is 33: the vectors have 32 numbers"),
-        ({"teacher_weight": 1.5}, "teacher_weight: is 1.5"),
+        ({"depths": (4,)}, "depths: is 4: the model has 3 "),
+        ({"depths": (0,)}, "depths: is 0"),
+        ({"dims": (33,)}, "dims: is 33: the vectors have 32 numbers"),
     ):
         with pytest.raises(ConfigError, match=told):
-            Objective(model, scale=SCALE, **option)
+            Loss(model, config(**option))
 
 
 def same_twice(model: SentenceTransformer) -> bool:
@@ -235,10 +225,82 @@ def same_twice(model: SentenceTransformer) -> bool:
 def test_dropout_makes_two_views_of_a_text_in_training_alone(architecture: str, make_encoder: MakeEncoder):
     model = make_encoder(architecture)
     expected = model.encode(ANCHORS)
-    with dropout(model, 0.1):
+    with dropout(model, config(unsupervised=True)):
         assert np.array_equal(model.eval().encode(ANCHORS), expected)
         assert not same_twice(model.train())
-    with dropout(model, 0.0):
+    with dropout(model, config(has_teacher=True)):
         assert same_twice(model.train())
     assert same_twice(model) == (architecture == "llama")
     assert np.array_equal(model.eval().encode(ANCHORS), expected)
+
+
+def long_and_short(model: torch.nn.Module, count: int) -> list[dict[str, torch.Tensor]]:
+    """Texts of very different lengths, in no order; the anchors with a prompt."""
+    rows = example_pairs(count)
+    texts = [[f"{row[key]}" * (1 + 7 * i % 5) for i, row in enumerate(rows)] for key in ("query", "positive")]
+    texts.append(["".join(row["negative"]) for row in rows])
+    return [model.preprocess(column, prompt="find: " if i == 0 else None) for i, column in enumerate(texts)]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("size", [1, 100, 100_000])
+def test_loss_and_gradients_are_those_of_the_whole_batch(make_encoder: MakeEncoder, architecture: str, size: int):
+    model = make_encoder(architecture).eval()  # no dropout: it would draw in another order
+    other = copy.deepcopy(model)
+    features = long_and_short(model, 9)
+    found = []
+    for own, loss in (
+        (model, MultipleNegativesRankingLoss(model, scale=SCALE)),
+        (other, Loss(other, config(mini_batch_tokens=size))),
+    ):
+        loss = loss([dict(column) for column in features], None)
+        loss.backward()
+        found.append(loss.item())
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in own.parameters())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        if one.grad is not None:
+            assert torch.allclose(one.grad, two.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_a_mini_batch_holds_at_most_so_many_tokens_in_few_shapes(make_encoder: MakeEncoder):
+    model = make_encoder("llama")
+    for features in long_and_short(model, 40):
+        column = SortedColumn(features, 200)
+        pieces = [column.piece(begin, end)["input_ids"].shape for begin, end in column.ranges]
+        assert sum(rows for rows, _ in pieces) == 40
+        assert all(rows * width <= 200 or rows == 1 for rows, width in pieces)
+        assert all(rows.bit_count() == 1 for rows, _ in pieces[:-1])
+        assert len(set(pieces)) <= 12
+        back = torch.cat([column.piece(b, e)["attention_mask"].sum(dim=1) for b, e in column.ranges])[column.places]
+        assert torch.equal(back, features["attention_mask"].sum(dim=1))
+
+
+def test_no_text_is_in_a_batch_twice_in_whatever_column(make_encoder: MakeEncoder, tmp_path: Path):
+    """Each row shares a text with its neighbours: its positive is the next one's negative, and anchors repeat."""
+    rows = [{"anchor": f"a{i // 2}", "positive": f"p{i}", "negative_1": f"p{(i + 1) % 24}"} for i in range(24)]
+    arguments = training_arguments(config(batch_size=4, learning_rate=1e-3), tmp_path)
+    trainer = Trainer(
+        model=make_encoder(), args=arguments, train_dataset=Dataset.from_list(rows), loss=torch.nn.Identity()
+    )
+    drawn = list(trainer.get_train_dataloader().batch_sampler)
+    assert len(drawn) >= 5
+    for batch in drawn:
+        texts = [text for i in batch for text in rows[i].values()]
+        assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize(("size", "rows"), [(None, 1024), (20, 2)])
+def test_texts_that_are_the_same_once_they_are_cut_are_no_negatives(
+    size: int | None, rows: int, make_encoder: MakeEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(losses, "LOSS_ROWS", rows)  # anchors that are compared at once
+    model = make_encoder("llama").eval()
+    model.max_seq_length = 4
+    anchors, positives = ["abc", "bcd", "cde", "def", "efg"], ["word one", "hedge", "word two", "spade", "word three"]
+    loss = Loss(model, config(mini_batch_tokens=size))
+    found = loss([model.preprocess(anchors), model.preprocess(positives)], None)
+    similar = SCALE * torch.from_numpy(model.encode(anchors) @ model.encode(positives).T).double()
+    others = {0: (1, 3), 1: (0, 2, 3, 4), 2: (1, 3), 3: (0, 1, 2, 4), 4: (1, 3)}
+    expected = [math.log(sum(math.exp(similar[i, j] - similar[i, i]) for j in (i, *others[i]))) for i in others]
+    assert float(found.detach()) == pytest.approx(sum(expected) / 5, rel=1e-4)

@@ -1,1 +1,0 @@
-"""Model folders and their tensors: found, read in part, written anew, and compared."""

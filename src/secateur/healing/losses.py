@@ -1,0 +1,330 @@
+"""The training loss: contrastive, distillation, or both, at one depth of the model or several.
+
+Each part is a function of vectors. :class:`Loss` runs the model once and averages the parts over the vectors that the
+model would give when it is cut: at each of ``depths``, and to the first numbers, for each of ``dims``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from sentence_transformers.util.distributed import get_world_size
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from secateur.errors import ConfigError
+from secateur.healing.recipes import TrainingConfig
+from secateur.healing.teacher import TeacherVectors
+from secateur.measures.metrics import cosines, false_negative_mask
+from secateur.models.blocks import embeddings_of
+from secateur.models.forward import padded_length
+from secateur.profiling.depths import check_depths, depth_vectors
+
+LOSS_ROWS = 1024
+"""Anchors whose similarities to all candidates are in memory at once."""
+
+SIMCSE_DROPOUT = 0.1
+
+
+def contrastive_loss(columns: Sequence[Tensor], mask: Tensor | None, scale: float) -> Tensor:
+    """InfoNCE with in-batch and hard negatives, as sentence-transformers' ``MultipleNegativesRankingLoss``.
+
+    Over several processes, each anchor's candidates are those of all.
+
+    Args:
+        columns: Anchors, positives and any number of negatives, each (batch, dimension).
+        mask: (batch, candidates), true where a candidate is no negative of an anchor (:func:`batch_mask`).
+        scale: Inverse temperature.
+    """
+    anchors, *documents = columns
+    if get_world_size() > 1:
+        documents = [all_gather_with_grad(column) for column in documents]
+    candidates = torch.cat(documents)
+    own = get_rank() * len(anchors) + torch.arange(len(anchors), device=anchors.device)
+
+    def losses_of(rows: slice) -> Tensor:
+        similarities = cosines(anchors[rows], candidates)
+        if mask is not None:
+            similarities = similarities.masked_fill(mask[rows], -torch.inf)
+        scores = similarities * scale
+        return torch.logsumexp(scores, dim=1) - scores.gather(1, own[rows, None])[:, 0]
+
+    if len(anchors) <= LOSS_ROWS:
+        return losses_of(slice(None)).mean()
+    parts = [slice(start, start + LOSS_ROWS) for start in range(0, len(anchors), LOSS_ROWS)]
+    # Computed again in the backward pass: the similarities of one part at a time are in memory.
+    return torch.cat([checkpoint(losses_of, rows, use_reentrant=False) for rows in parts]).mean()
+
+
+def row_keys(features: dict[str, Any]) -> Tensor:
+    """A number for each row of tokens, (rows,), the same for the same tokens whatever their padding."""
+    rows = zip(features["input_ids"].cpu(), features["attention_mask"].bool().cpu(), strict=True)
+    digests = [hashlib.blake2b(ids[real].numpy().tobytes(), digest_size=8).digest() for ids, real in rows]
+    keys = [int.from_bytes(digest, "big", signed=True) for digest in digests]
+    return torch.tensor(keys, device=features["input_ids"].device)
+
+
+def batch_mask(keys: Sequence[Tensor]) -> Tensor:
+    """:func:`.false_negative_mask` of this process's anchors: (batch, candidates of all processes).
+
+    Args:
+        keys: :func:`row_keys` of each column (anchors, positives, any number of negatives), each (batch,).
+    """
+    anchors, positives, *negatives = (all_gather(column) if get_world_size() > 1 else column for column in keys)
+    start = get_rank() * len(keys[0])
+    rows = slice(start, start + len(keys[0]))
+    return false_negative_mask(anchors, positives, torch.cat(negatives) if negatives else None, rows=rows)
+
+
+def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float) -> Tensor:
+    """How far the similarities within a batch are from the teacher's: the spaces may differ, even in width.
+
+    Each text's cosines with all others become a distribution: softmax of cosine × ``scale``, without the text itself
+    and its duplicates. The loss is the mean KL divergence of the student's distributions from the teacher's (SEED,
+    arXiv 2101.04731, with the batch in place of its queue), divided by ``scale``: its gradient is then as large as
+    that of a cosine, beside which it may stand. Undivided, it kept a student from the teacher's vectors
+    (docs/healing.md).
+
+    Args:
+        vectors: The student's, (texts, dimension).
+        targets: The teacher's of the same texts, (texts, any dimension).
+        same: (texts, texts), true where two are the same text, as each is to itself.
+        scale: Inverse temperature.
+    """
+    # A large number in place of infinity: a text that has no others than duplicates would give NaN.
+    student, teacher = (
+        (cosines(found, found) * scale).masked_fill(same, -1e4).log_softmax(dim=1) for found in (vectors, targets)
+    )
+    return functional.kl_div(student, teacher, log_target=True, reduction="batchmean") / scale
+
+
+class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
+    """A training's loss, on sentence-transformers' interface.
+
+    For each depth and size, ``teacher_weight × distillation + (1 - teacher_weight) × contrastive``, averaged. The
+    distillation is, by ``distill``, of ``vectors`` ``1 - cosine`` of each with the teacher's (EmbedDistill, arXiv
+    2301.12005, by sentence-transformers' ``EmbedDistillLoss``), through a linear map that is trained and thrown away
+    where the widths differ; of ``similarities`` :func:`similarity_loss`; or the sum of ``both``. The teacher has no
+    vectors of the smaller sizes: there, similarities are learned always.
+
+    With ``mini_batch_tokens``, gradients are cached (GradCache, arXiv 2101.06983): vectors first, without a graph; the
+    loss and its gradient at the vectors; then each mini-batch once more, with its graph.
+
+    Args:
+        model: The model that is trained.
+        config: ``scale``, ``teacher_weight``, ``distill``, ``depths``, ``dims`` (Matryoshka, arXiv 2205.13147) and
+            ``mini_batch_tokens`` are used.
+        teacher: Its vectors; then ``labels`` are row numbers in them, (batch, columns).
+
+    Raises:
+        ConfigError: A depth or size is out of range.
+        IllegalDepth, UnsupportedArchitecture: The model cannot be cut there.
+    """
+
+    mini_batch_size = LOSS_ROWS
+
+    def __init__(
+        self, model: SentenceTransformer, config: TrainingConfig, teacher: TeacherVectors | None = None
+    ) -> None:
+        super().__init__()
+        self.model: nn.Module = model  # the trainer wraps it, where there are several processes
+        self.config = config
+        self.teacher = teacher
+        self._student = [model]  # in a list, so that it is no module of the loss
+        self._depths = check_depths(model, config.depths) if config.depths else ()
+        self._width = int(model.get_embedding_dimension())
+        self._sizes = check_dims(model, config.dims)
+        self._near: EmbedDistillLoss | None = None
+        if teacher and config.distill != "similarities":
+            width = teacher.dimension if teacher.dimension != self._width else None
+            self._near = EmbedDistillLoss(model, "cosine", projection_dim=width)
+            if width and get_world_size() > 1:
+                for parameter in self._near.projection.parameters():  # the wrapper around the model does not sync them
+                    parameter.register_hook(_mean_over_processes)
+
+    def forward(self, sentence_features: Any, labels: Tensor | None = None) -> Tensor:
+        """The loss of one batch, with one dictionary of tokens for each column."""
+        features = list(sentence_features)
+        self._keys = [row_keys(column) for column in features]
+        if self.config.mini_batch_tokens is None:
+            return self._loss_of(embed_columns(self._embed, features), labels)
+        columns = [SortedColumn(column, self.config.mini_batch_tokens) for column in features]
+        self._places = [column.places for column in columns]
+        loss: Tensor = self.forward_cached(columns, labels)
+        return loss
+
+    def _embed(self, features: dict[str, Any]) -> dict[str, Tensor]:
+        """Vectors (texts, depths, dimension)."""
+        if self._depths:
+            vectors = depth_vectors(self._student[0], features, self._depths, run=self.model)
+        else:
+            vectors = self.model(features)["sentence_embedding"][:, None]
+        return {"sentence_embedding": vectors}
+
+    def embed_minibatch_iter(
+        self,
+        sentence_feature: SortedColumn,
+        with_grad: bool,
+        copy_random_state: bool,
+        random_states: list[RandContext] | None = None,
+        ranges: Any = None,
+    ) -> Iterator[tuple[Tensor, RandContext | None]]:
+        """Vectors of each mini-batch, in the column's own ranges."""
+        for i, (begin, end) in enumerate(sentence_feature.ranges):
+            piece = sentence_feature.piece(begin, end)
+            replay = random_states[i] if random_states else nullcontext()
+            with replay, nullcontext() if with_grad else torch.no_grad():
+                state = RandContext(*piece.values()) if copy_random_state else None
+                vectors = self._embed(piece)["sentence_embedding"]
+            yield vectors, state
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of cached vectors: by column, in mini-batches, put back into the order of the batch."""
+        places = [torch.tensor(own, device=reps[0][0].device) for own in self._places]
+        loss = self._loss_of([torch.cat(parts)[own] for parts, own in zip(reps, places, strict=True)], labels)
+        if with_backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss = loss.detach()
+        return loss
+
+    def _loss_of(self, columns: Sequence[Tensor], labels: Tensor | None) -> Tensor:
+        """The loss of vectors, by column (texts, depths, dimension)."""
+        targets = self._targets(labels) if self.teacher else None
+        weight = (self.config.teacher_weight if self.teacher else 0.0) if len(columns) > 1 else 1.0
+        mask = batch_mask(self._keys) if weight < 1 else None
+        losses = []
+        for depth in range(columns[0].shape[1]):
+            for size in self._sizes:
+                vectors = [column[:, depth, :size] for column in columns]
+                loss = vectors[0].new_zeros(())
+                if weight < 1:
+                    loss = loss + (1 - weight) * contrastive_loss(vectors, mask, self.config.scale)
+                if targets is not None:
+                    loss = loss + weight * self._distillation(vectors, targets)
+                losses.append(loss)
+        return torch.stack(losses).mean()
+
+    def _distillation(self, columns: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """The teacher's part at one depth and size."""
+        full = columns[0].shape[1] == self._width
+        loss = columns[0].new_zeros(())
+        if self._near is not None and full:
+            loss = loss + self._near.compute_loss_from_embeddings(columns, targets)
+        if self.config.distill != "vectors" or not full:
+            keys = torch.cat(self._keys)
+            same = keys == keys[:, None]
+            loss = loss + similarity_loss(torch.cat(columns), torch.cat(targets), same, self.config.scale)
+        return loss
+
+    def _targets(self, labels: Tensor | None) -> list[Tensor]:
+        assert self.teacher is not None and labels is not None, "a teacher's rows are the labels of its data"
+        rows = labels.cpu().numpy()
+        vectors = torch.from_numpy(self.teacher.read(rows.reshape(-1))).to(labels.device)
+        return list(vectors.reshape(*rows.shape, -1).unbind(dim=1))
+
+
+def _mean_over_processes(gradient: Tensor) -> Tensor:
+    torch.distributed.all_reduce(gradient := gradient.clone())
+    return gradient / get_world_size()
+
+
+def check_dims(model: SentenceTransformer, dims: Sequence[int]) -> tuple[int, ...]:
+    """The full size of a model's vectors, and the others, largest first.
+
+    Raises:
+        ConfigError: A size is out of range.
+    """
+    width = int(model.get_embedding_dimension())
+    for size in dims:
+        if not 1 <= size <= width:
+            raise ConfigError("dims", size, f"is {size}", f"the vectors have {width} numbers")
+    return (width, *sorted(set(dims) - {width}, reverse=True))
+
+
+class SortedColumn(dict[str, Any]):
+    """One column of a batch, its texts from the longest to the shortest, and how it splits into mini-batches.
+
+    A mini-batch has at most so many tokens, padding counted, or one text; the number of its texts is a power of two, so
+    that shapes are few: on a CPU every new shape costs time and memory for a kernel of its own.
+
+    Attributes:
+        places: Where each text of the batch went.
+        ranges: The first and last (exclusive) row of each mini-batch.
+    """
+
+    def __init__(self, features: dict[str, Any], tokens: int) -> None:
+        mask = features["attention_mask"]
+        lengths = mask.sum(dim=1)
+        order = lengths.argsort(descending=True, stable=True)
+        rows, full = mask.shape
+        ordered = {
+            key: value[order] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+            for key, value in features.items()
+        }
+        super().__init__(ordered)
+        # Padding on the left stays: what a model takes for a text's position may count from there.
+        padded_left = bool((mask[:, 0] == 0).any())
+        self.widths = [full if padded_left else padded_length(int(lengths[i]), full) for i in order]
+        self.places: list[int] = order.argsort().tolist()
+        self.ranges: list[tuple[int, int]] = []
+        begin = 0
+        while begin < rows:
+            fit = max(1, tokens // self.widths[begin])
+            end = min(rows, begin + 2 ** int(math.log2(fit)))
+            self.ranges.append((begin, end))
+            begin = end
+
+    def piece(self, begin: int, end: int) -> dict[str, Any]:
+        """Rows ``begin`` to ``end``, as wide as the first, which is the longest."""
+        rows, full = self["attention_mask"].shape
+        width = self.widths[begin]
+        found = dict(self)
+        for key, value in self.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) == rows:
+                wide = value.ndim > 1 and value.shape[1] == full
+                found[key] = value[begin:end, :width] if wide else value[begin:end]
+        return found
+
+
+@contextmanager
+def dropout(model: SentenceTransformer, config: TrainingConfig) -> Iterator[None]:
+    """Within: in training, the model's dropout is what its loss needs.
+
+    That is 0.1 where a text is told from itself by dropout alone (SimCSE), none for a teacher, else the model's own. A
+    model that has no dropout modules (as a Llama) gets one on its token embeddings. The dropout of adapters that are
+    added within stays theirs.
+    """
+    if not config.unsupervised and not config.has_teacher:
+        yield
+        return
+    share = SIMCSE_DROPOUT if config.unsupervised else 0.0
+    modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    before = [module.p for module in modules]
+    hook = None if modules else embeddings_of(model[0].auto_model).register_forward_hook(partial(_drop, share))
+    try:
+        for module in modules:
+            module.p = share
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            module.p = own
+        if hook:
+            hook.remove()
+
+
+def _drop(share: float, table: nn.Module, given: Any, output: Tensor) -> Tensor:
+    return functional.dropout(output, share, training=table.training)

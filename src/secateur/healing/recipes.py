@@ -1,0 +1,322 @@
+"""The numbers of a training, named sets of them, and the weights that it changes.
+
+``lora``    adapters on every linear layer of the blocks, merged at the end (Hu et al. 2021, arXiv:2106.09685)
+``blocks``  all weights of the blocks and the final norm, but not the token embeddings
+``all``     every weight
+``auto``    ``blocks`` where the optimizer's state fits into half of the memory, else ``lora``
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from secateur.data.sources import Source, Texts
+from secateur.errors import ConfigError
+from secateur.models.blocks import blocks_of, final_norm, linear_names
+from secateur.options import HealOptions
+
+LEARNING_RATES = {"lora": 2e-4, "blocks": 5e-4, "all": 5e-4}
+"""Peak learning rate by what is trained; the first is the paper's, the others were measured (docs/healing.md)."""
+
+CHECKPOINTS = 10
+"""How many a training writes on its way, so that a killed one loses at most a tenth."""
+LOGGED = 100
+"""About how many losses a training logs."""
+SCORE = "eval_score"
+
+BYTES_PER_WEIGHT = 16
+"""Of a trained weight in float32: itself, its gradient and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All numbers of a training, none left open; the defaults are the paper's (L3Prune, arXiv 2410.14578, section 4).
+
+    The names are those of :class:`.HealOptions`. ``learning_rate`` is None, and ``train`` may be ``auto``, until the
+    model is known (:func:`decide`).
+
+    Attributes:
+        recipe: Where the numbers that were not given come from.
+        has_teacher: Whether a teacher's vectors are learned from.
+        unsupervised: Whether each text without a label is its own positive, under dropout (SimCSE, arXiv 2104.08821).
+    """
+
+    recipe: str = "l3prune"
+    steps: int = 1000
+    batch_size: int = 64
+    train: str = "lora"
+    learning_rate: float | None = None
+    warmup: float = 0.3
+    scale: float = 50.0
+    max_length: int = 512
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    mini_batch_tokens: int | None = None
+    gradient_checkpointing: bool = False
+    precision: str = "auto"
+    seed: int = 42
+    has_teacher: bool = False
+    teacher_weight: float = 0.5
+    distill: str = "vectors"
+    depths: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()
+    unsupervised: bool = False
+    eval_every: int | None = None
+    patience: int | None = None
+
+    @property
+    def objective(self) -> str:
+        """What the loss is made of, in words."""
+        if self.has_teacher:
+            return "distillation" if self.teacher_weight == 1 else "contrastive loss and distillation"
+        return "contrastive loss" + (", each text its own positive under dropout (SimCSE)" if self.unsupervised else "")
+
+    @property
+    def uses_bfloat16(self) -> bool:
+        """``precision``, with ``auto`` decided for this machine: bfloat16 where the processor multiplies in it."""
+        if self.precision != "auto":
+            return self.precision == "bfloat16"
+        if torch.cuda.is_available():
+            return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+_SHORT_TEXTS: Mapping[str, Any] = {"train": "auto", "warmup": 0.1, "scale": 20.0, "max_length": 128}
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "l3prune": {},
+    "everyday": _SHORT_TEXTS,
+    "distill": _SHORT_TEXTS | {"learning_rate": 1e-3},
+}
+"""Named defaults: the paper's, one for every day, and one for a small model that a teacher teaches on unlabelled texts
+(docs/healing.md says how they were found)."""
+
+
+def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> TrainingConfig:
+    """The numbers that were given, the rest from a recipe.
+
+    Args:
+        options: Of :func:`.heal`.
+        sources: The data; they decide on the default recipe and on the teacher's weight. Without any, pairs are taken
+            for granted.
+
+    Raises:
+        ConfigError: An option has no effect here: of a teacher or of adapters, where there are none.
+    """
+    if options.teacher is None:
+        for key in ("teacher_model", "teacher_weight", "distill", "cache"):
+            if getattr(options, key) is not None:
+                raise ConfigError(key, getattr(options, key), "there is no teacher", "name one with --teacher")
+    texts = [isinstance(source, Texts) for source in sources]
+    has_pairs, has_teacher = not (texts and all(texts)), options.teacher is not None
+    weight = (0.5 if options.teacher_weight is None else options.teacher_weight) if has_pairs else 1.0
+    recipe = options.recipe or ("distill" if has_teacher and weight == 1 else "l3prune")
+    names = {field.name for field in fields(TrainingConfig)} & HealOptions.model_fields.keys()
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    given |= {"recipe": recipe, "depths": tuple(options.depths or ()), "dims": tuple(options.dims or ())}
+    given |= {"has_teacher": has_teacher, "teacher_weight": weight, "unsupervised": not has_teacher and any(texts)}
+    default = TrainingConfig(**RECIPES[recipe])
+    config = TrainingConfig(**{**RECIPES[recipe], **given})
+    for key in ("lora_rank", "lora_alpha", "lora_dropout") if config.train in ("blocks", "all") else ():
+        if getattr(config, key) != getattr(default, key):
+            problem = f"there are no adapters where train is {config.train}"
+            raise ConfigError(key, getattr(config, key), problem, "leave it out, or train lora")
+    return config
+
+
+def training_arguments(
+    config: TrainingConfig,
+    folder: Path,
+    prompts: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    evaluated: bool = False,
+    report_to: str = "none",
+) -> SentenceTransformerTrainingArguments:
+    """A decided configuration as the trainer takes it, with the prompts by set and column."""
+    log_every = max(1, config.steps // LOGGED)
+    # A logged loss is the mean since the one before: a checkpoint between two would lose the steps that led to it.
+    save_every = log_every * math.ceil(config.steps / CHECKPOINTS / log_every)
+    if evaluated and config.eval_every:
+        save_every = config.eval_every
+        log_every = math.gcd(log_every, save_every)
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        # A batch is drawn whole and divided among the processes, so that their number changes no loss.
+        accelerator_config={"split_batches": True},
+        learning_rate=config.learning_rate,
+        warmup_steps=round(config.warmup * config.steps),
+        lr_scheduler_type="linear",
+        bf16=config.uses_bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        data_seed=config.seed,
+        dataloader_drop_last=True,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
+        prompts={name: dict(own) for name, own in (prompts or {}).items() if own} or None,
+        eval_strategy="steps" if evaluated else "no",
+        eval_steps=save_every if evaluated else None,
+        load_best_model_at_end=evaluated,
+        metric_for_best_model=SCORE if evaluated else None,
+        greater_is_better=True if evaluated else None,
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=2,
+        logging_steps=log_every,
+        logging_nan_inf_filter=False,
+        report_to=report_to,
+        disable_tqdm=True,
+    )
+
+
+def decide(model: SentenceTransformer, config: TrainingConfig) -> TrainingConfig:
+    """The configuration with ``auto`` and the learning rate decided for this model on this machine.
+
+    Training all weights of the blocks is the default where it fits: for small cuts it is quicker than adapters and
+    not worse (docs/healing.md). All of the device's memory counts, used or not, so that a training that was stopped
+    finds the same answer when it is resumed.
+    """
+    train = config.train
+    if train == "auto":
+        weights = sum(p.numel() for p in blocks_of(model[0].auto_model).parameters())
+        on_gpu = model.device.type == "cuda"
+        properties = torch.cuda.get_device_properties(model.device) if on_gpu else None
+        memory = int(properties.total_memory if properties else psutil.virtual_memory().total)
+        train = "blocks" if 2 * BYTES_PER_WEIGHT * weights <= memory else "lora"
+    rate = LEARNING_RATES[train] if config.learning_rate is None else config.learning_rate
+    return replace(config, train=train, learning_rate=rate)
+
+
+def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, torch.dtype]:
+    """Make a model's weights trainable as a decided configuration says, in place.
+
+    Weights that are trained are kept in float32, whatever the precision: an update is often smaller than the last
+    bit of a bfloat16.
+
+    Returns:
+        The dtype of each weight before; :func:`finish` wants it back.
+    """
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    torch.manual_seed(config.seed)
+    if config.train == "lora":
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            bias="none",
+            target_modules=list(linear_names(model[0].auto_model)),
+        )
+        model.add_adapter(lora)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and model.device.type == "cpu":
+                for name, dropout in layer.lora_dropout.items():
+                    layer.lora_dropout[name] = BitsDropout(dropout.p) if isinstance(dropout, nn.Dropout) else dropout
+        return dtypes
+    if config.train == "blocks":
+        model.requires_grad_(False)
+        for part in (blocks_of(model[0].auto_model), final_norm(model[0].auto_model)):
+            part.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return dtypes
+
+
+def finish(model: SentenceTransformer, dtypes: Mapping[str, torch.dtype]) -> None:
+    """The model as it came, but trained, in place: adapters merged, dtypes restored, in evaluation mode."""
+    transformer = model[0].auto_model
+    adapted = [(name, layer) for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, layer in adapted:
+        layer.merge(safe_merge=True)
+        owner, _, attribute = name.rpartition(".")
+        setattr(transformer.get_submodule(owner), attribute, layer.get_base_layer())
+    if adapted:
+        transformer.delete_adapter("default")  # else an adapter would be saved in place of the model
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    model.eval()
+
+
+@contextmanager
+def as_written(model: SentenceTransformer, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Within: the model computes with the weights and in the dtypes that :func:`finish` would leave it with.
+
+    A merged adapter, and a float32 weight, are rounded to the dtype of the model that came. Afterwards the weights are
+    those of the training again, bit for bit.
+    """
+    trained = [(parameter, parameter.data) for parameter in model.parameters()]
+    autocast = vars(model).pop("forward", None)  # the trainer's, around the model's own
+    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    try:
+        for layer in adapted:
+            layer.merge(safe_merge=True)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+        yield
+    finally:
+        for parameter, data in trained:
+            parameter.data = data
+        for layer in adapted:
+            layer.merged_adapters.clear()
+        if autocast is not None:
+            model.forward = autocast
+
+
+class BitsDropout(nn.Dropout):
+    """Dropout by 16 random bits for each number, in place of a random float each; ``p`` in steps of 2⁻¹⁶.
+
+    On a CPU the stock one takes a sixth of a step with adapters, each of which has its own dropout.
+    """
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """As ``nn.Dropout``, of any shape."""
+        if not self.training or self.p == 0:
+            return numbers
+        count = numbers.numel()
+        words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[:count].view(numbers.shape)
+        kept = bits >= round(self.p * 2**16) - 2**15
+        return numbers * kept.to(numbers.dtype).mul_(1 / (1 - self.p))
+
+
+@contextmanager
+def attention_in_float32() -> Iterator[None]:
+    """Within: transformers' ``sdpa`` attention leaves autocast.
+
+    On a CPU, its backward pass takes twice to three times as long in bfloat16 (benchmarks/training_step.py).
+    """
+
+    def widened(given: Any) -> Any:
+        return given.float() if isinstance(given, Tensor) and given.is_floating_point() else given
+
+    def attend(module: nn.Module, *inputs: Any, **options: Any) -> tuple[Tensor, None]:
+        options = {name: widened(given) for name, given in options.items()}
+        with torch.autocast("cpu", enabled=False):
+            found: tuple[Tensor, None] = sdpa_attention_forward(module, *map(widened, inputs), **options)
+        return found
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # the stock one stands behind it

@@ -1,0 +1,102 @@
+"""Every private interface of other libraries that secateur uses, in one place.
+
+tests/test_compat.py has a test for each, which says what broke when a library changes it. Where a public way exists, it
+is taken instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sentence_transformers.base.losses.gradcache import _create_minibatch
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
+
+# ---- transformers: models
+
+
+def recorded_classes(model: PreTrainedModel, what: str) -> list[type]:
+    """The classes whose outputs transformers records under a name, such as ``hidden_states``."""
+    recorders = _CAN_RECORD_REGISTRY.get(model).get(what)
+    recorders = recorders if isinstance(recorders, (list, tuple)) else [recorders]
+    classes = [item.target_class if isinstance(item, OutputRecorder) else item for item in recorders]
+    return [cls for cls in classes if isinstance(cls, type)]
+
+
+def unsplit_classes(model: PreTrainedModel) -> set[str]:
+    """Names of the classes of modules that transformers keeps on one device."""
+    return set(model._no_split_modules or ())
+
+
+def is_ignored(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers leaves a tensor out on purpose when it loads, such as blocks that predict later tokens."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+
+
+def forget_names(model: PreTrainedModel) -> None:
+    """Let transformers save a model under its own names, and not under those that it was loaded from.
+
+    These are peft's, where it was loaded with an adapter, or those of a ``key_mapping``.
+    """
+    vars(model).pop("_weight_conversions", None)
+
+
+def forget_adapters(model: PreTrainedModel) -> None:
+    """Let transformers save a model whose adapters were merged as a model, and not as an adapter."""
+    model._hf_peft_config_loaded = False
+    forget_names(model)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+# ---- transformers: configurations
+
+
+def drop_layer_pattern(config: PretrainedConfig) -> None:
+    """Drop the rule from which Gemma 3 makes its ``layer_types``, which no longer follow it in a cut model."""
+    vars(config).pop("_sliding_window_pattern", None)
+
+
+def cut_layer_overrides(config: PretrainedConfig, keep: Sequence[int]) -> None:
+    """Keep what a configuration says of single layers for the kept ones, under their new indices.
+
+    The public ``per_layer_config`` checks what it is given against a configuration that is half edited here.
+    """
+    spec = getattr(config, "_heterogeneity_spec", None)
+    if spec is not None:
+        overrides = dict(spec.per_layer_overrides)
+        spec.per_layer_overrides.clear()
+        spec.per_layer_overrides.update({new: overrides[old] for new, old in enumerate(keep) if old in overrides})
+
+
+# ---- sentence-transformers
+
+
+def text_mask(pooling: Pooling, mask: Tensor, prompt_length: int) -> Tensor:
+    """The attention mask (texts, tokens) without the tokens of the prompt, on whichever side it is padded."""
+    found: Tensor = pooling._exclude_prompt_from_mask(mask, prompt_length)
+    return found
+
+
+def minibatch(features: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
+    """Some rows of a batch of features."""
+    found: dict[str, Any] = _create_minibatch(features, begin, end)
+    return found
+
+
+# ---- torch
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions that multiply in bfloat16."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own parameters and buffers, those too that are not there (None)."""
+    return {**module._parameters, **module._buffers}

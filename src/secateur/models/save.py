@@ -1,0 +1,279 @@
+"""Writes a model as a plain folder that every reader understands, and compares it with the model in a fresh process."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+from secateur.errors import ModelError, VerificationFailed
+from secateur.files import read_json, write_text
+from secateur.models.blocks import text_config
+from secateur.models.compat import drop_layer_pattern
+from secateur.models.pooling import pooling_name
+from secateur.progress import quiet
+from secateur.results import Origin
+
+PROBES = (
+    "The gardener cut the hedge back to half its height.",
+    "def add(a, b): return a + b",
+    "Blätter, 葉, листья 🌿",
+    "one; ",
+)
+"""Texts on which a written folder is compared with the model it was written from."""
+LONG = " ".join(PROBES) + " " + "cut the hedge back to half, " * 72
+"""A text of more than 512 tokens: positions and lengths that a short text does not reach are compared on it."""
+TOLERANCE = 1e-5
+IN_MEMORY = "the model in memory"
+MODULES = "modules.json"
+NO_LIMIT = 1 << 24
+"""A tokenizer that knows no limit says some 10^30."""
+
+
+def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expected: Expected | None = None) -> Origin:
+    """Write a model as a plain folder, reopen it in a fresh process with stock libraries, and compare vectors.
+
+    Args:
+        model: The model in memory.
+        folder: An existing empty folder.
+        origin: Where the model comes from; its ``check`` is filled in and it is written as ``secateur.json``.
+        expected: What the folder should give; by default, what the model in memory gives.
+
+    Returns:
+        The origin as written.
+
+    Raises:
+        VerificationFailed: The reopened folder gives other vectors.
+    """
+    write_files(model, folder)
+    expected = expected_of(model) if expected is None else expected
+    return check_written(folder, replace(origin, pooling=pooling_name(model)), expected, str(model.device))
+
+
+def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = True) -> None:
+    """Write a model's folder; without ``weights``, all but those of the transformer, which are there already."""
+    transformer = model[0].model
+    drop_layer_pattern(text_config(transformer))
+    if not weights:
+        transformer.save_pretrained = lambda *_, **__: None
+    try:
+        with quiet():
+            model.save(str(folder), create_model_card=False)
+    finally:
+        vars(transformer).pop("save_pretrained", None)
+    write_for_all_readers(folder, model)
+    for file in folder.rglob("*.safetensors"):
+        # safetensors lets nobody but the owner read what it writes; here the umask decides, as for modules.json.
+        shutil.copymode(folder / MODULES, file)
+
+
+# ---- the check
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a written folder should give.
+
+    Attributes:
+        vectors: (rows, dimension), of the probes.
+        tokens: Ids of each probe, which tell what differs if the vectors do.
+        source: What gave them.
+        tolerance: The largest difference of a number that is let pass.
+    """
+
+    vectors: np.ndarray
+    tokens: Sequence[Sequence[int]] = ()
+    source: str = IN_MEMORY
+    tolerance: float = TOLERANCE
+
+
+def expected_of(model: SentenceTransformer, source: str = IN_MEMORY, tolerance: float = TOLERANCE) -> Expected:
+    """What a folder that holds this model should give."""
+    with quiet():
+        return Expected(*probe(model), source, tolerance)
+
+
+def probe(model: SentenceTransformer) -> tuple[np.ndarray, list[list[int]]]:
+    """Vectors (rows, dimension) of the probes, each alone and all in one batch, without and with each prompt, and of a
+    text as long as the model reads; and the ids of each probe. A fresh process runs these very lines.
+    """
+    prompts = ["", *sorted({prompt for prompt in model.prompts.values() if prompt})]
+    parts = [
+        model.encode(list(PROBES), prompt=prompt, batch_size=batch, show_progress_bar=False)
+        for prompt in prompts
+        for batch in (1, len(PROBES))
+    ]
+    parts.append(model.encode([LONG], prompt="", show_progress_bar=False))
+    tokens = [model.preprocess([text])["input_ids"][0].tolist() for text in (*PROBES, LONG)]
+    return np.concatenate(parts).astype(np.float32), tokens
+
+
+_SCRIPT = f"""
+from __future__ import annotations
+import json, sys
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+{inspect.getsource(probe)}
+
+folder, device, threads, out, *PROBES, LONG = sys.argv[1:]
+torch.set_num_threads(int(threads))
+vectors, tokens = probe(SentenceTransformer(folder, device=device))
+assert not any(name.split(".")[0] == "secateur" for name in sys.modules)
+np.save(out, vectors)
+print(json.dumps(tokens))
+"""
+
+
+def reopen(folder: Path, device: str) -> tuple[np.ndarray, list[list[int]]]:
+    """What :func:`probe` gives for a folder in a fresh process, in which stock libraries open it.
+
+    Raises:
+        ModelError: The folder does not open.
+    """
+    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
+        out = str(Path(scratch) / "vectors.npy")
+        command = [sys.executable, "-c", _SCRIPT, str(folder), device, str(torch.get_num_threads()), out, *PROBES, LONG]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+            raise ModelError(folder, f"does not reopen in a fresh process ({last})")
+        return np.load(out), json.loads(done.stdout.splitlines()[-1])
+
+
+def difference(folder: Path, expected: Expected, device: str = "cpu") -> float:
+    """The largest difference between a folder's vectors, reopened in a fresh process, and the expected ones.
+
+    Raises:
+        ModelError: The folder does not open.
+        VerificationFailed: The difference is more than ``expected.tolerance``.
+    """
+    vectors, tokens = reopen(folder, device)
+    same_shape = vectors.shape == expected.vectors.shape
+    largest = float(np.abs(expected.vectors - vectors).max()) if same_shape else float("inf")
+    if largest <= expected.tolerance:
+        return largest
+    cause = "its tokens are the same, its weights or its configuration differ" if expected.tokens else ""
+    if not same_shape:
+        cause = f"its prompts or dimension differ: {vectors.shape} vectors, not {expected.vectors.shape}"
+    for text, one, other in zip((*PROBES, LONG), expected.tokens, tokens, strict=False):
+        if list(one) != list(other):
+            told = f"{len(other)} tokens, not the same as the right {len(one)}, of {text[:40]!r}"
+            cause = f"its tokenizer differs: {told}"
+            break
+    raise VerificationFailed(folder, largest, expected.tolerance, cause)
+
+
+def check_written(folder: Path, origin: Origin, expected: Expected, device: str = "cpu") -> Origin:
+    """Compare a written folder with what it should give, and write ``secateur.json``: the last step of saving.
+
+    Raises:
+        VerificationFailed: It gives other vectors.
+    """
+    written = replace(origin, check=difference(folder, expected, device), checked_against=expected.source)
+    written.save(folder)
+    return written
+
+
+# ---- files for readers that do not go through sentence-transformers
+
+SUPERSEDED = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+"""Keys of tokenizer_config.json that transformers copies from the truncation and padding of the tokenizer.json that it
+has opened, and that no longer hold.
+"""
+_LEGACY_TYPES = ("Transformer", "Pooling", "Normalize", "Dense")
+_POOLING_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+"""Both spellings of a pooling: text-embeddings-inference reads only these booleans, sentence-transformers 6 writes only
+the name; both accept both.
+"""
+
+
+def longest_text(model: SentenceTransformer) -> int | None:
+    """Tokens after which a model cuts a text, special ones included; None: it never does."""
+    limit = model.max_seq_length
+    return int(limit) if limit and limit < NO_LIMIT else None
+
+
+def write_for_all_readers(folder: Path, model: SentenceTransformer) -> None:
+    """Make all files of a model's folder say what the model does.
+
+    ``tokenizers`` alone, fastembed, transformers.js, text-embeddings-inference and llama.cpp each look at another file
+    for the same thing: where a text is cut, on which side, how it is padded, how states are pooled.
+
+    Args:
+        folder: As sentence-transformers writes it.
+        model: What it holds, opened.
+    """
+    modules = read_json(folder / MODULES)
+    for module in modules:
+        name = module["type"].rpartition(".")[2]
+        if name in _LEGACY_TYPES:
+            module["type"] = f"sentence_transformers.models.{name}"
+        config = folder / module["path"] / "config.json"
+        mode = read_json(config).get("pooling_mode") if name == "Pooling" else None
+        if mode is not None:
+            modes = [mode] if isinstance(mode, str) else mode
+            _update(config, {key: mode in modes for mode, key in _POOLING_KEYS.items()})
+    _write(folder / MODULES, modules)
+    is_first = modules[0]["type"].endswith(".Transformer")
+    if is_first and getattr(model.tokenizer, "backend_tokenizer", None) is not None:
+        _write_tokenizer(folder / modules[0]["path"], model)
+
+
+def _write(file: Path, content: Any) -> None:
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _update(file: Path, changes: dict[str, Any], dropped: tuple[str, ...] = ()) -> None:
+    before = read_json(file) if file.is_file() else {}
+    _write(file, {key: value for key, value in before.items() if key not in dropped} | changes)
+
+
+def _write_tokenizer(folder: Path, model: SentenceTransformer) -> None:
+    tokenizer, limit = model.tokenizer, longest_text(model)
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["truncation"] = limit and {
+        "direction": tokenizer.truncation_side.title(),
+        "max_length": limit,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    rules["padding"] = None if tokenizer.pad_token is None else {
+        "strategy": "BatchLongest",
+        "direction": tokenizer.padding_side.title(),
+        "pad_to_multiple_of": None,
+        "pad_id": tokenizer.pad_token_id,
+        "pad_type_id": tokenizer.pad_token_type_id,
+        "pad_token": tokenizer.pad_token,
+    }  # fmt: skip
+    _write(folder / "tokenizer.json", rules)
+    sides = {"truncation_side": tokenizer.truncation_side, "padding_side": tokenizer.padding_side}
+    length = {"model_max_length": limit} if limit else {}
+    _update(folder / "tokenizer_config.json", tokenizer.special_tokens_map | sides | length, SUPERSEDED)
+    # Older folders name it after their architecture, such as sentence_roberta_config.json.
+    settings = next(folder.glob("sentence_*_config.json"), folder / "sentence_bert_config.json")
+    _update(settings, {"max_seq_length": limit} if limit else {})
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    keys = ("content", "lstrip", "normalized", "rstrip", "single_word")
+    named = {name: added[token] for name, token in tokenizer.special_tokens_map.items() if token in added}
+    described = {name: {key: getattr(token, key) for key in keys} for name, token in named.items()}
+    _write(folder / "special_tokens_map.json", described)

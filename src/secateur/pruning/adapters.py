@@ -1,0 +1,158 @@
+"""LoRA adapters as peft saves them, merged into the weights of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.errors import ModelError, UnsupportedArchitecture
+from secateur.files import read_json
+from secateur.models import resolve
+from secateur.models.compat import forget_adapters, is_ignored
+from secateur.pruning.download import hub_errors_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Ways to begin a training that leave the base as it was; PiSSA, OLoRA, CorDA and LoftQ change it."""
+HINT = "merge it with peft (merge_and_unload) and prune the merged model"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter that was saved alone."""
+    names = ("config.json", "modules.json")
+    return (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in names)
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The base model that an adapter names, and its revision.
+
+    Raises:
+        ModelError: It names none.
+    """
+    content = read_json(folder / CONFIG)
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ModelError(folder / CONFIG, "names no base model", "give the base, and this as its adapter")
+    return base, content.get("revision")
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """Where an adapter is on this disk; one on the Hub is fetched.
+
+    Raises:
+        ModelError: There is none, or it is not saved as safetensors.
+    """
+    found = resolve(adapter)
+    if isinstance(found, str):
+        with hub_errors_of(found, None):
+            found = Path(snapshot_download(found, allow_patterns=[CONFIG, WEIGHTS]))
+    for name, hint in ((CONFIG, "give the folder that peft's save_pretrained wrote"), (WEIGHTS, "save as safetensors")):
+        if not (found / name).is_file():
+            raise ModelError(adapter, f"has no {name}", hint)
+    return found
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], outside: Collection[str]) -> None:
+    """Merge an adapter into a model's weights, with peft; computed in float32 and rounded once.
+
+    Args:
+        model: The base.
+        folder: Of the adapter.
+        keep: Prefixes of the blocks that are wanted, such as ``layers.3.``; changes of other blocks are left out.
+        outside: Modules of the whole base that are not in the model, such as a head; changes of these are left out.
+
+    Raises:
+        ModelError: It is broken, or of another base.
+        UnsupportedArchitecture: It changes more than weights of linear layers.
+    """
+    config = _read_config(folder)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ModelError(folder / WEIGHTS, f"is damaged or half written ({error})") from None
+    modules = dict(model.named_modules())
+    known = {"model", "transformer", "language_model", model.base_model_prefix}
+    changes: dict[str, Tensor] = {}
+    places: dict[str, None] = {}
+    for name, tensor in weights.items():
+        path, found, rest = name.removeprefix("base_model.model.").partition(".lora_")
+        if not found:
+            raise UnsupportedArchitecture(folder / WEIGHTS, f"holds {name}, which no LoRA of linear layers has", HINT)
+        parts = path.split(".")
+        while ".".join(parts) not in modules and len(parts) > 1 and parts[0] in known:
+            parts.pop(0)
+        place = ".".join(parts)
+        is_outside = set(path.split(".")) & {"lm_head", *outside} or is_ignored(model, path)
+        if place not in modules and not is_outside:
+            raise ModelError(folder, f"changes {path}, which {model.name_or_path} has not", "is this its base?")
+        if any(place.startswith(prefix) for prefix in keep):
+            places[place] = None
+            changes[f"{place}.lora_{rest}"] = tensor
+    if not weights:
+        raise ModelError(folder / WEIGHTS, "holds no LoRA weights")
+    config.target_modules = "|".join(place.replace(".", r"\.") for place in places)
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    if not places:
+        return
+    try:
+        inject_adapter_in_model(config, model)
+        loaded = set_peft_model_state_dict(model, changes)
+    except (RuntimeError, ValueError) as error:  # of shapes, or of a layer that takes no adapter
+        first = " ".join(str(error).split())[:200]
+        raise ModelError(folder, f"does not fit {model.name_or_path} ({first})", "is this its base?") from error
+    missing = [key for key in loaded.missing_keys if "lora_" in key]
+    if missing or loaded.unexpected_keys:
+        raise ModelError(folder / WEIGHTS, f"has no weights for {[*missing, *loaded.unexpected_keys][0]}")
+    merge_adapters(model)
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    content: Any = read_json(folder / CONFIG)
+    where = folder / CONFIG
+    if not isinstance(content, dict):
+        raise ModelError(where, "is not a JSON object")
+    if content.get("peft_type") != "LORA":
+        raise UnsupportedArchitecture(where, f"is a {content.get('peft_type')} adapter, not a LoRA", HINT)
+    if content.get("init_lora_weights") not in HARMLESS_STARTS:
+        problem = f"init_lora_weights {content['init_lora_weights']!r} changes the base itself"
+        raise UnsupportedArchitecture(where, problem, HINT)
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    used = [key for key, value in content.items() if value not in (None, False, "", [], {})]
+    beyond = sorted(key for key in used if key not in known or key in ("modules_to_save", "trainable_token_indices"))
+    if content.get("bias", "none") != "none":
+        beyond.append("bias")
+    if beyond:
+        raise UnsupportedArchitecture(where, f"uses {', '.join(beyond)}, beyond LoRA of linear layers", HINT)
+    for key in ("r", "lora_alpha"):
+        value = content.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (key == "r" and value < 1):
+            raise ModelError(where, f"{key} is {value!r}, not a number")
+    return LoraConfig(**{key: value for key, value in content.items() if key in known})
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Fold each adapter into the layer it stands on, and put that layer back in its place.
+
+    Computed in float32 at least, and rounded once to the type of the layer's weight.
+    """
+    adapted = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, layer in adapted:
+        base: nn.Module = layer.get_base_layer()
+        dtype = next(base.parameters()).dtype
+        layer.to(torch.promote_types(dtype, torch.float32))
+        layer.merge(safe_merge=True)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, base.to(dtype))
+    forget_adapters(model)
