@@ -16,13 +16,14 @@ from transformers import AutoConfig
 
 from secateur.data.sources import Source
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
+from secateur.healing.recipes import training_config
 from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of, skeleton
 from secateur.models.open_model import as_model_error, open_model
 from secateur.options import HealOptions, ProfileOptions, PruneOptions, StudyOptions
 from secateur.progress import quiet
 from secateur.pruning.download import fetch_small, transformer_folder
-from secateur.studies.plan import Base, Plan, Step, recipe_of
+from secateur.studies.plan import Base, Plan, Step
 
 CHARACTERS_PER_TOKEN = 4
 FIXED_SECONDS = {"prune": 12.0, "profile": 5.0, "heal": 15.0, "evaluate": 6.0, "cost": 5.0}
@@ -104,7 +105,7 @@ def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
         return fixed + 16 * variant.base.parameters / BYTES_PER_SECOND  # float32, read and written twice
     tokens = amounts.task_tokens
     if isinstance(options, HealOptions):
-        recipe = recipe_of(options.given())
+        recipe = training_config(options)
         texts = recipe.steps * recipe.batch_size * amounts.texts_per_row
         tokens = 3 * texts * min(amounts.tokens_per_text, recipe.max_length)
     elif isinstance(options, ProfileOptions):

@@ -224,7 +224,7 @@ def in_this_process(progress: Progress) -> Executor:
 
         try:
             with acting_as(step.command_line):
-                _FUNCTIONS[step.kind](**step.options.given(), progress=named)
+                _FUNCTIONS[step.kind](step.options, progress=named)
         except Exception:
             with suppress(OSError):  # the disk is full, perhaps: the step's own error says more
                 log.parent.mkdir(parents=True, exist_ok=True)
