@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 import secateur
 from conftest import example_pairs, tiny_transformer
+from quick_checks import quick_checks as quick_checks
 from secateur.data.sources import Pair, Pairs, read_pairs, read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError
@@ -226,7 +227,7 @@ def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
 
 
 @pytest.mark.slow
-def test_a_study_asks_the_teacher_once_for_each_text(texts_file: Path, tmp_path: Path, monkeypatch):
+def test_a_study_asks_the_teacher_once_for_each_text(texts_file: Path, tmp_path: Path, monkeypatch, quick_checks):
     model, recording = tiny_transformer(tmp_path / "tiny", "bert", depth=4), Recording(monkeypatch)
     options = {"preset": "shrink", "seeds": [1, 2], "steps": 3, "batch_size": 8, "precision": "float32"}
     options |= {"max_length": 12, "max_examples": 8}
