@@ -13,13 +13,12 @@ from sentence_transformers import SentenceTransformer
 
 import secateur
 from conftest import example_pairs, tiny_transformer
-from quick_checks import quick_checks as quick_checks
 from secateur.data.sources import Pair, Pairs, read_pairs, read_texts
 from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError
 from secateur.healing.losses import Loss
 from secateur.healing.recipes import TrainingConfig, training_config
-from secateur.healing.teacher import LABEL, PROBES, TeacherVectors, open_teacher, teach
+from secateur.healing.teacher import LABEL, PROBES, Teacher, open_teacher, teach
 from secateur.healing.trainer import train
 from secateur.healing.training_data import training_sets, used_rows
 from secateur.options import HealOptions, make
@@ -51,6 +50,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_transformer(tmp_path_factory.mktemp("wide") / "bert", "bert", depth=2, seed=5)
 
 
+def teacher_of(name: object, max_length: int | None = None, **given: object) -> Teacher:
+    options = make(HealOptions, {"model": "m", "data": ["d"], "out": "o", "teacher": str(name)} | given)
+    return open_teacher(options, max_length)
+
+
 def closeness(one: Path, other: Path) -> float:
     """Mean cosine of two models' vectors of texts that neither was trained on."""
     texts = [str(row["query"]) for row in example_pairs(20, seed=9)]
@@ -77,7 +81,7 @@ def test_a_cut_model_is_taught_by_the_whole_one_on_texts_alone(llama_folder: Pat
     kept = sorted(cache.rglob("*.npy"))
     assert sum(len(np.load(file)) for file in kept if "keys" not in file.name) == 80 + len(PROBES)
     sets, _ = training_sets([read_texts(texts_file)], TAUGHT)
-    again = teach(sets, used_rows(sets, TAUGHT), open_teacher(llama_folder, max_length=128), cache)
+    again = teach(sets, TAUGHT, teacher_of(llama_folder, 128), cache)
     assert sorted(cache.rglob("*.npy")) == kept
     assert again[0][0].rows.column_names == ["text", LABEL]
 
@@ -90,7 +94,7 @@ def test_pairs_with_a_teacher_at_several_depths_and_sizes(
     settings = load(out, Training).settings
     assert settings["objective"] == "contrastive loss and distillation"
     assert (settings["recipe"], settings["teacher_weight"]) == ("l3prune", 0.5)
-    assert (settings["depths"], settings["dims"]) == ((1,), (8,))
+    assert (settings["depths"], settings["dims"]) == ([1], [8])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elastic"]
 
 
@@ -106,7 +110,7 @@ def test_texts_alone_without_a_teacher_are_their_own_positives(llama_folder: Pat
 def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: Path, texts_file: Path, tmp_path: Path):
     sources = [read_pairs(pairs_file), read_texts(texts_file, "say;\n")]
     sets, _ = training_sets(sources, TAUGHT)
-    sets, vectors = teach(sets, used_rows(sets, TAUGHT), open_teacher(llama_folder, device="cpu"), tmp_path)
+    sets, vectors = teach(sets, TAUGHT, teacher_of(llama_folder, device="cpu"), tmp_path)
     model = secateur.open_model(llama_folder, device="cpu")
     for item, prompts in zip(sets, (["find the word;\n", "", ""], ["say;\n"]), strict=True):
         row = item.rows[3]
@@ -205,9 +209,7 @@ def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
 ):
     """What the training reads is what the teacher was asked for: over two sets, some epochs, and from a checkpoint."""
     read: list[int] = []
-    monkeypatch.setattr(
-        TeacherVectors, "read", lambda *args, own=TeacherVectors.read: read.extend(args[1]) or own(*args)
-    )
+    monkeypatch.setattr(VectorCache, "read", lambda *args, own=VectorCache.read: read.extend(args[1]) or own(*args))
     for steps, some in ((3, True), (30, False)):
         read.clear()
         folder, options = tmp_path / str(steps), SETTINGS | {"steps": steps, "max_length": 9, "instruction": ""}
@@ -227,7 +229,7 @@ def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
 
 
 @pytest.mark.slow
-def test_a_study_asks_the_teacher_once_for_each_text(texts_file: Path, tmp_path: Path, monkeypatch, quick_checks):
+def test_a_study_asks_the_teacher_once_for_each_text(texts_file: Path, tmp_path: Path, monkeypatch):
     model, recording = tiny_transformer(tmp_path / "tiny", "bert", depth=4), Recording(monkeypatch)
     options = {"preset": "shrink", "seeds": [1, 2], "steps": 3, "batch_size": 8, "precision": "float32"}
     options |= {"max_length": 12, "max_examples": 8}
