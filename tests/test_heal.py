@@ -275,7 +275,7 @@ def test_a_training_that_learns_nothing_says_so(llama_folder: Path, tmp_path: Pa
     rows = [{"query": chr(0x1F600 + i), "positive": f"face {i}"} for i in range(8)]
     pairs, texts = write_pairs(tmp_path / "faces.jsonl", rows), tmp_path / "faces.txt"
     texts.write_text("".join(f"{row['query']}\n" for row in rows), encoding="utf-8")
-    for data, steps, kind in ((pairs, 2, "pairs"), (texts, 12, "texts")):
+    for data, steps in ((pairs, 2), (texts, 12)):
         told: set[str] = set()
 
         def note(what: str, done: int, total: int, told: set[str] = told) -> None:
@@ -283,8 +283,9 @@ def test_a_training_that_learns_nothing_says_so(llama_folder: Path, tmp_path: Pa
 
         settings = SETTINGS | {"steps": steps}
         with pytest.raises(DataError, match=f"the loss is 0 from the first step to step {min(steps, 10)}: nothing is"):
-            secateur.heal(llama_folder, data, **settings, out=tmp_path / kind, progress=note)
-        assert told == {f"heal (lora), {kind}"}
+            secateur.heal(llama_folder, data, **settings, out=tmp_path / "out", progress=note)
+        assert told == {"heal (lora)"}
+        shutil.rmtree(tmp_path / "out.partial")
 
 
 def test_held_out_rows_are_measured_on_the_way(llama_folder: Path, pairs_file: Path, tmp_path: Path):
@@ -545,8 +546,8 @@ def test_what_is_not_trained_on_is_told_and_leaves_no_trace(llama_folder: Path, 
     assert [item.name for item in table.provenance.data] == ["words.jsonl", "many.jsonl"]
     assert table.prompts["query"] == "find the word;\n"
     assert list(table.settings["notes"]) == [
-        "many.jsonl: 1 rows have a negative that is a positive of the same query: row 5",
         "small.jsonl: 5 rows: too few for a batch of 8, not trained on",
+        "many.jsonl: 1 rows have a negative that is a positive of the same query: row 5",
         "many.jsonl: 8 rows have up to 3 negatives, of which 1 are used, as many as every row has",
     ]
 

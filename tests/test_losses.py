@@ -15,11 +15,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from conftest import MakeEncoder, example_pairs
+from secateur.data.vectors import VectorCache
 from secateur.errors import ConfigError
 from secateur.healing import losses
 from secateur.healing.losses import Loss, SortedColumn, batch_mask, contrastive_loss, dropout, row_keys
 from secateur.healing.recipes import TrainingConfig, training_arguments
-from secateur.healing.teacher import PROBES, Teacher, TeacherVectors, keep_vectors
+from secateur.healing.teacher import PROBES, Teacher, keep_vectors
 from secateur.healing.trainer import Trainer
 from secateur.models.cutting import cut
 from secateur.profiling.depths import depth_vectors
@@ -39,7 +40,7 @@ def tokens(model: SentenceTransformer, *columns: Sequence[str], prompt: str | No
     return [model.preprocess(list(texts), prompt=before) for texts, before in zip(columns, prompts, strict=True)]
 
 
-def taught(folder: Path, texts: Sequence[str], dimension: int) -> tuple[TeacherVectors, np.ndarray]:
+def taught(folder: Path, texts: Sequence[str], dimension: int) -> tuple[VectorCache, np.ndarray]:
     """A teacher's random vectors, not of length 1, as kept and as they are."""
     vectors = np.random.default_rng(0).normal(size=(len(texts), dimension)).astype(np.float32)
     known = dict(zip(texts, vectors, strict=True))
@@ -101,7 +102,9 @@ def test_the_loss_of_pairs_with_a_teacher_is_what_its_formula_says(
     texts = ANCHORS + POSITIVES + NEGATIVES
     teacher, targets = taught(tmp_path, texts, 32)
     loss = Loss(model, config(has_teacher=True, teacher_weight=weight, distill=distill), teacher)
-    labels = torch.from_numpy(np.stack([teacher.rows(column) for column in (ANCHORS, POSITIVES, NEGATIVES)], axis=1))
+    labels = torch.from_numpy(
+        np.stack([teacher.rows(column, "") for column in (ANCHORS, POSITIVES, NEGATIVES)], axis=1)
+    )
     found = loss(tokens(model, ANCHORS, POSITIVES, NEGATIVES), labels)
     vectors = model.encode(texts)
     near = float((1 - (unit(vectors) * unit(targets)).sum(axis=1)).mean())
@@ -117,7 +120,7 @@ def test_unlabelled_texts_go_through_a_linear_map_where_the_widths_differ(make_e
     loss = Loss(model, config(has_teacher=True, teacher_weight=1.0, distill="both"), teacher)
     own = {name: p for name, p in loss.named_parameters() if not name.startswith("model.") and ".model." not in name}
     assert sorted(tuple(p.shape) for p in own.values()) == [(5,), (5, 32)]
-    found = loss(tokens(model, ANCHORS), torch.from_numpy(teacher.rows(ANCHORS))[:, None])
+    found = loss(tokens(model, ANCHORS), torch.from_numpy(teacher.rows(ANCHORS, ""))[:, None])
     found.backward()
     assert all(p.grad is not None for p in own.values())
     vectors = model.encode(ANCHORS)
@@ -133,11 +136,12 @@ def test_duplicates_do_not_drown_the_similarities_of_the_others(make_encoder: Ma
     teacher, _ = taught(tmp_path, ["one", "two", "three"], 7)
     loss = Loss(model, config(has_teacher=True, teacher_weight=1.0, distill="both"), teacher)
     once, twice = (
-        loss(tokens(model, column), torch.from_numpy(teacher.rows(column))[:, None]) for column in (texts[1:], texts)
+        loss(tokens(model, column), torch.from_numpy(teacher.rows(column, ""))[:, None])
+        for column in (texts[1:], texts)
     )
     assert torch.isfinite(once) and torch.isfinite(twice)
     pair = ["one", "one"]  # nothing but duplicates: only the vectors themselves are left
-    lonely = loss(tokens(model, pair), torch.from_numpy(teacher.rows(pair))[:, None])
+    lonely = loss(tokens(model, pair), torch.from_numpy(teacher.rows(pair, ""))[:, None])
     assert 0 <= float(lonely) <= 2
 
 
@@ -167,7 +171,7 @@ def gradients(model: SentenceTransformer, loss: torch.Tensor) -> dict[str, torch
 def test_saving_memory_changes_no_gradient(way: str, make_encoder: MakeEncoder, tmp_path: Path):
     model = make_encoder("llama", depth=3)
     teacher, _ = taught(tmp_path, ANCHORS + POSITIVES, 5)
-    labels = torch.from_numpy(np.stack([teacher.rows(ANCHORS), teacher.rows(POSITIVES)], axis=1))
+    labels = torch.from_numpy(np.stack([teacher.rows(ANCHORS, ""), teacher.rows(POSITIVES, "")], axis=1))
     options = {"has_teacher": True, "depths": (1,), "dims": (8,)}
     torch.manual_seed(1)
     plain = Loss(model, config(**options), teacher)

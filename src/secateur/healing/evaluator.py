@@ -29,10 +29,10 @@ Score = Callable[[SentenceTransformer], float]
 class HeldOut:
     """Pairs and tasks that were read; ``sample`` rows of each task count, drawn by ``seed``."""
 
-    pairs: Sequence[Pairs]
-    tasks: Sequence[Task]
-    sample: int | None
-    seed: int
+    pairs: Sequence[Pairs] = ()
+    tasks: Sequence[Task] = ()
+    sample: int | None = None
+    seed: int = 42
 
     def score(self, model: SentenceTransformer) -> float:
         """The mean over files and tasks."""
@@ -42,11 +42,11 @@ class HeldOut:
             found += [row.score for row in table.rows]
         return sum(found) / len(found)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, list[dict[str, Any]]]:
         """For ``training.json``."""
         pairs = [asdict(p.source) | {"prompt": p.prompt, "passage_prompt": p.passage_prompt} for p in self.pairs]
         tasks = [{"name": t.name, "sha256": t.source.sha256, "instruction": t.instruction} for t in self.tasks]
-        return {"eval_data": pairs, "eval_tasks": tasks, "eval_sample": self.sample}
+        return {"eval_data": pairs, "eval_tasks": tasks}
 
 
 def read_held_out(options: HealOptions) -> HeldOut | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_rank
 
-from secateur.data.sources import Source, Texts, read_sources
+from secateur.data.sources import Source, read_sources
 from secateur.data.vectors import fingerprint_model
 from secateur.done import FILE, Made
 from secateur.errors import ConfigError, OutputError
@@ -33,7 +33,6 @@ from secateur.healing.training_data import (
     default_prompt,
     set_prompts,
     training_sets,
-    used_rows,
     with_default_prompt,
 )
 from secateur.models import model_label
@@ -60,10 +59,8 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
         ``out``: reopened in a fresh process and compared, with ``training.json`` beside the model.
 
     Raises:
-        ModelError, DataError, ConfigError: Bad input; ``out`` was begun with another model, data or settings; or the
-            loss is 0 from the first step, so that nothing is learned.
-        OutputError: ``out`` holds something, cannot be written, or another run is writing it; or its newest checkpoint
-            is damaged.
+        ModelError, DataError, ConfigError: Bad input; ``out`` was begun with other settings; or nothing is learned.
+        OutputError: ``out`` is not empty or cannot be written; another run is writing it; or a checkpoint is damaged.
         TrainingDiverged: The loss is not finite, or exploded.
         VerificationFailed: The written folder gives other vectors.
     """
@@ -74,21 +71,15 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     init_processes(config.batch_size)
     sets, notes = training_sets(sources, config)
     held_out = read_held_out(options)
-    model = open_model(options.model, device=options.device, trust_remote_code=options.trust_remote_code)
-    if config.depths:
-        check_depths(model, config.depths)
-    check_dims(model, config.dims)
-    teacher = _open_teacher(options, min(config.max_length, model.max_seq_length or config.max_length))
-    if options.bidirectional:
-        make_bidirectional(model, options.model)
-    default = default_prompt(model) if options.instruction is None else ""
-    sets_of_teacher, sets = sets, with_default_prompt(sets, default)  # a teacher has a default prompt of its own
-    check_room(model, sets, config.max_length)
+    model, teacher = _open_models(options, config)
     config = decide(model, config)
+    default = default_prompt(model) if options.instruction is None else ""
+    own_sets = with_default_prompt(sets, default)  # a teacher has a default prompt of its own
+    check_room(model, own_sets, config.max_length)
     sources = [source for source in sources if source.name in {item.source for item in sets}]
-    settings = _settings(options, config, sets, held_out, teacher) | {"notes": notes}
     prompts = set_prompts(model, sources, default)
-    made = _made_from(settings, model, sources, sets)
+    made = _made_from(options, config, model, sources, own_sets, held_out, teacher)
+    settings = _settings(options, made, sets, held_out) | {"objective": config.objective, "notes": notes}
     with output_errors(options.out), locked_folder(options.out) as folder:
         if get_rank() == 0:
             check_resume(folder, made)
@@ -96,21 +87,14 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
         vectors = None
         if teacher:
             cache = options.cache or folder / "teacher"
-            taught, vectors = teach(sets_of_teacher, used_rows(sets, config), teacher, cache, progress)
-            sets = with_default_prompt(taught, default)
+            taught, vectors = teach(sets, config, teacher, cache, progress)
+            own_sets = [replace(own, rows=item.rows) for own, item in zip(own_sets, taught, strict=True)]
             teacher = None  # its weights are not needed any more
+        make_loss = partial(Loss, teacher=vectors)
+        score = held_out.score if held_out else None
+        arguments: dict[str, Any] = {"report_to": options.report_to, "progress": progress}
         with dropout(model, config):
-            result = train(
-                model,
-                sets,
-                config,
-                folder / "checkpoints",
-                make_loss=partial(Loss, teacher=vectors),
-                score=held_out.score if held_out else None,
-                report_to=options.report_to,
-                rows=_rows_of(sources),
-                progress=progress,
-            )
+            result = train(model, own_sets, config, folder / "checkpoints", make_loss, score, **arguments)
         if get_rank() == 0:
             _write(options.model, model, sources, prompts, settings, result, folder / "model")
             rename_into_place(folder / "model", options.out)
@@ -119,61 +103,51 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     return options.out
 
 
-def _open_teacher(options: HealOptions, max_length: int) -> Teacher | None:
-    if options.teacher is None:
-        return None
-    return open_teacher(
-        options.teacher,
-        model=options.teacher_model,
-        max_length=max_length,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
-def _rows_of(sources: Sequence[Source]) -> str:
-    """What a row of the data is, for the progress."""
-    kinds = {type(source) for source in sources}
-    return "rows" if len(kinds) > 1 else "texts" if kinds == {Texts} else "pairs"
-
-
-def _settings(
-    options: HealOptions,
-    config: TrainingConfig,
-    sets: Sequence[TrainingSet],
-    held_out: HeldOut | None,
-    teacher: Teacher | None,
-) -> dict[str, Any]:
-    """The settings in ``training.json``."""
-    settings: dict[str, Any] = asdict(config) | {"objective": config.objective}
-    settings |= {"data": {item.name: len(item.rows) for item in sets}, "columns": dict(options.columns or {})}
-    settings |= {"bidirectional": options.bidirectional, "instruction": options.instruction}
-    settings |= (held_out or HeldOut([], [], options.eval_sample, options.seed)).settings()
-    if teacher:
-        settings |= {"teacher": teacher.name, "teacher_model": options.teacher_model}
-        return settings | {"teacher_fingerprint": teacher.fingerprint}
-    return {key: value for key, value in settings.items() if key not in ("teacher_weight", "distill")}
-
-
-_INPUTS = ("eval_data", "eval_tasks", "teacher_fingerprint")
-_NAMES = ("notes", "instruction", "teacher", "teacher_model", "name", "licence")
-"""Settings from which no number follows: what they name is known by its content."""
+def _open_models(options: HealOptions, config: TrainingConfig) -> tuple[SentenceTransformer, Teacher | None]:
+    """The model that is trained, and the teacher, who reads as much of a text."""
+    model = open_model(options.model, device=options.device, trust_remote_code=options.trust_remote_code)
+    if config.depths:
+        check_depths(model, config.depths)
+    check_dims(model, config.dims)
+    length = min(config.max_length, model.max_seq_length or config.max_length)
+    teacher = open_teacher(options, length) if options.teacher is not None else None
+    if options.bidirectional:
+        make_bidirectional(model, options.model)
+    return model, teacher
 
 
 def _made_from(
-    settings: Mapping[str, Any], model: SentenceTransformer, sources: Sequence[Source], sets: Sequence[TrainingSet]
+    options: HealOptions,
+    config: TrainingConfig,
+    model: SentenceTransformer,
+    sources: Sequence[Source],
+    sets: Sequence[TrainingSet],
+    held_out: HeldOut | None,
+    teacher: Teacher | None,
 ) -> Made:
-    """All that decides on the numbers of a training."""
+    """All that decides on the numbers of a training; what has a name is known by its content."""
+    own = {"bidirectional": options.bidirectional, "eval_sample": options.eval_sample, "columns": options.columns or {}}
     inputs: dict[str, Any] = {
         "model": fingerprint_model(model),
         "data": [source.source.sha256 for source in sources],
-        "prompts": {item.name: dict(item.prompts) for item in sets},
-        "teacher": settings.get("teacher_fingerprint"),
+        "rows": [[item.name, len(item.rows)] for item in sets],
+        "prompts": [[item.name, dict(item.prompts)] for item in sets],
+        "teacher": teacher.fingerprint if teacher else "",
     }
-    for key in ("eval_data", "eval_tasks"):
-        inputs[key] = [{name: value for name, value in item.items() if name not in _NAMES} for item in settings[key]]
-    options = {key: value for key, value in settings.items() if key not in (*_NAMES, *_INPUTS)}
-    return Made("heal", options, inputs)
+    for key, items in (held_out or HeldOut()).settings().items():
+        inputs[key] = [{k: v for k, v in item.items() if k not in ("name", "licence")} for item in items]
+    return Made("heal", asdict(config) | own, inputs)
+
+
+def _settings(
+    options: HealOptions, made: Made, sets: Sequence[TrainingSet], held_out: HeldOut | None
+) -> dict[str, Any]:
+    """The settings in ``training.json``."""
+    settings = {"data": {item.name: len(item.rows) for item in sets}, "instruction": options.instruction}
+    if options.teacher is not None:
+        teacher = {"teacher": str(options.teacher), "teacher_model": options.teacher_model}
+        settings |= teacher | {"teacher_fingerprint": made.inputs["teacher"]}
+    return {**made.options, **settings, **(held_out or HeldOut()).settings()}
 
 
 @contextmanager

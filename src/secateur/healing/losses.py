@@ -7,6 +7,7 @@ model would give when it is cut: at each of ``depths``, and to the first numbers
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from secateur.data.vectors import VectorCache
 from secateur.errors import ConfigError
 from secateur.healing.recipes import TrainingConfig
-from secateur.healing.teacher import TeacherVectors
 from secateur.measures.metrics import cosines, false_negative_mask
 from secateur.models.blocks import embeddings_of
 from secateur.models.forward import padded_length
@@ -39,9 +40,7 @@ SIMCSE_DROPOUT = 0.1
 
 
 def contrastive_loss(columns: Sequence[Tensor], mask: Tensor | None, scale: float) -> Tensor:
-    """InfoNCE with in-batch and hard negatives, as sentence-transformers' ``MultipleNegativesRankingLoss``.
-
-    Over several processes, each anchor's candidates are those of all.
+    """InfoNCE with in-batch and hard negatives of all processes, as ``MultipleNegativesRankingLoss`` computes it.
 
     Args:
         columns: Anchors, positives and any number of negatives, each (batch, dimension).
@@ -94,8 +93,7 @@ def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float
     Each text's cosines with all others become a distribution: softmax of cosine × ``scale``, without the text itself
     and its duplicates. The loss is the mean KL divergence of the student's distributions from the teacher's (SEED,
     arXiv 2101.04731, with the batch in place of its queue), divided by ``scale``: its gradient is then as large as
-    that of a cosine, beside which it may stand. Undivided, it kept a student from the teacher's vectors
-    (docs/healing.md).
+    that of a cosine. Undivided, it kept a student from the teacher's vectors (docs/healing.md).
 
     Args:
         vectors: The student's, (texts, dimension).
@@ -113,31 +111,28 @@ def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float
 class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
     """A training's loss, on sentence-transformers' interface.
 
-    For each depth and size, ``teacher_weight × distillation + (1 - teacher_weight) × contrastive``, averaged. The
+    For each depth and dimension, ``teacher_weight × distillation + (1 - teacher_weight) × contrastive``, averaged. The
     distillation is, by ``distill``, of ``vectors`` ``1 - cosine`` of each with the teacher's (EmbedDistill, arXiv
-    2301.12005, by sentence-transformers' ``EmbedDistillLoss``), through a linear map that is trained and thrown away
-    where the widths differ; of ``similarities`` :func:`similarity_loss`; or the sum of ``both``. The teacher has no
-    vectors of the smaller sizes: there, similarities are learned always.
+    2301.12005), through a linear map that is trained and thrown away where the widths differ; of ``similarities``
+    :func:`similarity_loss`; or the sum of ``both``. For the smaller dimensions (Matryoshka, arXiv 2205.13147), of which
+    the teacher has no vectors, it is always the similarities.
 
     With ``mini_batch_tokens``, gradients are cached (GradCache, arXiv 2101.06983): vectors first, without a graph; the
     loss and its gradient at the vectors; then each mini-batch once more, with its graph.
 
     Args:
         model: The model that is trained.
-        config: ``scale``, ``teacher_weight``, ``distill``, ``depths``, ``dims`` (Matryoshka, arXiv 2205.13147) and
-            ``mini_batch_tokens`` are used.
+        config: Of the training.
         teacher: Its vectors; then ``labels`` are row numbers in them, (batch, columns).
 
     Raises:
-        ConfigError: A depth or size is out of range.
+        ConfigError: A depth or dimension is out of range.
         IllegalDepth, UnsupportedArchitecture: The model cannot be cut there.
     """
 
     mini_batch_size = LOSS_ROWS
 
-    def __init__(
-        self, model: SentenceTransformer, config: TrainingConfig, teacher: TeacherVectors | None = None
-    ) -> None:
+    def __init__(self, model: SentenceTransformer, config: TrainingConfig, teacher: VectorCache | None = None) -> None:
         super().__init__()
         self.model: nn.Module = model  # the trainer wraps it, where there are several processes
         self.config = config
@@ -203,43 +198,34 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 
     def _loss_of(self, columns: Sequence[Tensor], labels: Tensor | None) -> Tensor:
         """The loss of vectors, by column (texts, depths, dimension)."""
-        targets = self._targets(labels) if self.teacher else None
+        targets: list[Tensor] = []
+        if self.teacher is not None and labels is not None:
+            rows = labels.cpu().numpy()
+            assert (rows >= 0).all(), "a batch holds a text that used_rows() did not foresee"
+            vectors = torch.from_numpy(self.teacher.read(rows.reshape(-1))).to(labels.device)
+            targets = list(vectors.reshape(*rows.shape, -1).unbind(dim=1))
         weight = (self.config.teacher_weight if self.teacher else 0.0) if len(columns) > 1 else 1.0
         mask = batch_mask(self._keys) if weight < 1 else None
+        keys = torch.cat(self._keys)
         losses = []
-        for depth in range(columns[0].shape[1]):
-            for size in self._sizes:
-                vectors = [column[:, depth, :size] for column in columns]
-                loss = vectors[0].new_zeros(())
-                if weight < 1:
-                    loss = loss + (1 - weight) * contrastive_loss(vectors, mask, self.config.scale)
-                if targets is not None:
-                    loss = loss + weight * self._distillation(vectors, targets)
-                losses.append(loss)
+        for depth, size in itertools.product(range(columns[0].shape[1]), self._sizes):
+            own = [column[:, depth, :size] for column in columns]
+            loss = own[0].new_zeros(())
+            if weight < 1:
+                loss = loss + (1 - weight) * contrastive_loss(own, mask, self.config.scale)
+            if targets and self._near is not None and size == self._width:
+                loss = loss + weight * self._near.compute_loss_from_embeddings(own, targets)
+            if targets and (self.config.distill != "vectors" or size < self._width):
+                same = keys == keys[:, None]
+                loss = loss + weight * similarity_loss(torch.cat(own), torch.cat(targets), same, self.config.scale)
+            losses.append(loss)
         return torch.stack(losses).mean()
-
-    def _distillation(self, columns: list[Tensor], targets: list[Tensor]) -> Tensor:
-        """The teacher's part at one depth and size."""
-        full = columns[0].shape[1] == self._width
-        loss = columns[0].new_zeros(())
-        if self._near is not None and full:
-            loss = loss + self._near.compute_loss_from_embeddings(columns, targets)
-        if self.config.distill != "vectors" or not full:
-            keys = torch.cat(self._keys)
-            same = keys == keys[:, None]
-            loss = loss + similarity_loss(torch.cat(columns), torch.cat(targets), same, self.config.scale)
-        return loss
-
-    def _targets(self, labels: Tensor | None) -> list[Tensor]:
-        assert self.teacher is not None and labels is not None, "a teacher's rows are the labels of its data"
-        rows = labels.cpu().numpy()
-        vectors = torch.from_numpy(self.teacher.read(rows.reshape(-1))).to(labels.device)
-        return list(vectors.reshape(*rows.shape, -1).unbind(dim=1))
 
 
 def _mean_over_processes(gradient: Tensor) -> Tensor:
-    torch.distributed.all_reduce(gradient := gradient.clone())
-    return gradient / get_world_size()
+    total: Tensor = gradient.clone()
+    torch.distributed.all_reduce(total)
+    return total / float(get_world_size())
 
 
 def check_dims(model: SentenceTransformer, dims: Sequence[int]) -> tuple[int, ...]:

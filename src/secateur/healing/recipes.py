@@ -102,7 +102,7 @@ _SHORT_TEXTS: Mapping[str, Any] = {"train": "auto", "warmup": 0.1, "scale": 20.0
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "l3prune": {},
     "everyday": _SHORT_TEXTS,
-    "distill": _SHORT_TEXTS | {"learning_rate": 1e-3},
+    "distill": {**_SHORT_TEXTS, "learning_rate": 1e-3},
 }
 """Named defaults: the paper's, one for every day, and one for a small model that a teacher teaches on unlabelled texts
 (docs/healing.md says how they were found)."""

@@ -1,7 +1,6 @@
-"""A teacher's vectors: each text encoded once, kept on disk, mapped into memory, read row by row.
+"""A teacher's vectors: each text encoded once and kept on disk (:mod:`.vectors`), so that a killed run loses little.
 
-A teacher is any model that this package opens, or a server that speaks the OpenAI embeddings API. Its vectors are kept
-by :mod:`.vectors`, under the model's fingerprint: a run that was killed continues where it was.
+A teacher is any model that this package opens, or a server that speaks the OpenAI embeddings API.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -21,17 +20,17 @@ from numpy.typing import NDArray
 from secateur.data.vectors import VectorCache, fingerprint_model, folder_of
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.files import lock, output_errors
-from secateur.healing.training_data import TrainingSet
+from secateur.healing.recipes import TrainingConfig
+from secateur.healing.training_data import TrainingSet, used_rows
 from secateur.models.open_model import open_model
+from secateur.options import HealOptions
 from secateur.progress import Progress, quiet, silent
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
 LABEL = "label"
-"""The column of a teacher's row numbers, one for each text of a row."""
-UNUSED = -1
-"""In place of the row number of a text that no batch holds."""
+"""The column of a teacher's row numbers, one for each text of a row; -1 where no batch holds the row."""
 
 CHUNK = 1024
 """Texts encoded between two files: what a kill costs."""
@@ -44,11 +43,16 @@ MANY = 16
 """Texts of which a teacher must tell one from the others; a few may be alike to it, such as emoji."""
 
 KEY, COMMON_KEY = "SECATEUR_TEACHER_KEY", "OPENAI_API_KEY"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 REQUEST_TEXTS = 128
 TIMEOUT = 60.0
 """Seconds without a sign of life."""
 RETRIES = 8
+HINTS = {
+    0: "with --cache, what it gave is kept, and the same command continues",
+    401: f"set {KEY}",
+    403: f"set {KEY}",
+    404: "the address ends with /v1; --teacher-model names the model",
+}
 
 
 @dataclass(frozen=True)
@@ -72,45 +76,35 @@ class Teacher:
         return prompt if self.length is None else f"{self.length} tokens: {prompt}"
 
 
-def open_teacher(
-    name: str | Path,
-    *,
-    model: str | None = None,
-    max_length: int | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> Teacher:
-    """Open a model, or connect to a server.
+def open_teacher(options: HealOptions, max_length: int | None = None) -> Teacher:
+    """Open the ``teacher`` of some options: a model, or a server that is called ``http(s)://host/v1``.
 
     Args:
-        name: Whatever :func:`.open_model` opens, or ``http(s)://host/v1``.
-        model: What a server calls its model; it may be left out where the server has one only.
+        options: Those of the teacher, and ``device`` and ``trust_remote_code`` of a model.
         max_length: Tokens to which a model cuts texts, where its own limit is not lower. A server cuts as it does.
-        device: Torch device of a model.
-        trust_remote_code: As for ``open_model``.
 
     Raises:
         ModelError, ConfigError: It cannot be opened or reached.
         MissingPackage: A server, without the package openai.
     """
-    if str(name).startswith(("http://", "https://")):
-        client = connect(str(name))
+    name, model = str(options.teacher), options.teacher_model
+    if name.startswith(("http://", "https://")):
+        client = connect(name)
         model = model or _only_model(client)
-        identity = hashlib.sha256(f"{str(name).rstrip('/')}\0{model}".encode()).hexdigest()
-        return Teacher(str(name), identity, lambda texts, prompt: embed(client, model, [prompt + t for t in texts]))
+        identity = hashlib.sha256(f"{name.rstrip('/')}\0{model}".encode()).hexdigest()
+        return Teacher(name, identity, lambda texts, prompt: embed(client, model, [prompt + text for text in texts]))
     if model is not None:
         raise ConfigError("teacher_model", model, f"names a server's model, and {name} is no server", "leave it out")
-    opened = open_model(name, device=device, trust_remote_code=trust_remote_code)
+    opened = open_model(name, device=options.device, trust_remote_code=options.trust_remote_code)
     fingerprint = fingerprint_model(opened)  # before its length is changed, which is part of the context
-    lengths = [length for length in (max_length, opened.max_seq_length) if length]
-    opened.max_seq_length = min(lengths, default=None)
+    opened.max_seq_length = min((n for n in (max_length, opened.max_seq_length) if n), default=None)
 
     def encode(texts: list[str], prompt: str) -> NDArray[np.float32]:
         """Without a prompt of the data, the model's own default prompt goes before the texts, if it has one."""
         with quiet():
             return np.asarray(opened.encode(texts, prompt=prompt or None, show_progress_bar=False), dtype=np.float32)
 
-    return Teacher(str(name), fingerprint, encode, opened.max_seq_length)
+    return Teacher(name, fingerprint, encode, opened.max_seq_length)
 
 
 def connect(url: str) -> OpenAI:
@@ -132,8 +126,8 @@ def connect(url: str) -> OpenAI:
     if not parts.hostname or "@" in parts.netloc:
         problem = "an address holds no password" if "@" in parts.netloc else f"{url!r} is no address"
         raise ConfigError("teacher", parts.hostname or url, problem, f"http(s)://host/v1; the key stands in {KEY}")
-    private = parts.scheme == "https" or parts.hostname in LOOPBACK
-    key = os.environ.get(KEY) or (os.environ.get(COMMON_KEY, "") if private else "")
+    private = parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
+    key = os.environ.get(KEY) or (os.environ.get(COMMON_KEY) if private else None)
     return openai.OpenAI(
         base_url=url.rstrip("/"),
         api_key=key or "none",  # without one, the client would take OPENAI_API_KEY by itself
@@ -146,7 +140,7 @@ def _only_model(client: OpenAI) -> str:
     try:
         names = [str(model.id) for model in client.models.list().data]
     except Exception as error:
-        _raise_error(client, error)
+        raise _server_error(client, error) from None
     if len(names) != 1:
         some = ", ".join(names[:10]) or "none that it tells"
         raise ConfigError("teacher_model", None, f"the server has {len(names)} models ({some})", "name one")
@@ -159,122 +153,69 @@ def embed(client: OpenAI, model: str, texts: Sequence[str]) -> NDArray[np.float3
     Raises:
         ModelError: The server refuses, does not answer in all attempts, or its answer is not what was asked for.
     """
-    if len(texts) > REQUEST_TEXTS:
-        parts = [texts[start : start + REQUEST_TEXTS] for start in range(0, len(texts), REQUEST_TEXTS)]
-        return _joined(client, [embed(client, model, part) for part in parts])
+    url, most = str(client.base_url).rstrip("/"), REQUEST_TEXTS
     try:
-        answer: Any = client.embeddings.create(model=model, input=list(texts), encoding_format="float")
+        if len(texts) <= most:
+            answer: Any = client.embeddings.create(model=model, input=list(texts), encoding_format="float")
     except Exception as error:
-        if getattr(error, "status_code", 0) != 413:
-            _raise_error(client, error)
-        if len(texts) == 1:
-            problem = f"refuses a text of {len(texts[0])} characters ({error})"
-            raise ModelError(_url(client), problem) from None
-        half = len(texts) // 2
-        return _joined(client, [embed(client, model, part) for part in (texts[:half], texts[half:])])
+        if getattr(error, "status_code", 0) != 413 or len(texts) == 1:
+            raise _server_error(client, error) from None
+        most = -(-len(texts) // 2)
+    if len(texts) > most:
+        starts = range(0, len(texts), most)
+        return np.concatenate([embed(client, model, texts[start : start + most]) for start in starts])
     if isinstance(answer, str):
         said = f'answers with no JSON ("{" ".join(answer.split()):.60}")'
-        raise ModelError(_url(client), said, "the address ends with /v1")
+        raise ModelError(url, said, "the address ends with /v1")
     try:
         rows = {int(row.index): row.embedding for row in answer.data}
         vectors = np.array([rows[i] for i in range(len(texts))], dtype=np.float32)
-        count = len(answer.data)
+        if len(answer.data) != len(texts) or vectors.ndim != 2:
+            raise ValueError(f"{len(answer.data)} vectors")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         problem = f"does not answer with one vector for each of {len(texts)} texts ({error!r})"
-        raise ModelError(_url(client), problem) from None
-    if count != len(texts) or vectors.ndim != 2:
-        raise ModelError(_url(client), f"answers with {count} vectors for {len(texts)} texts")
+        raise ModelError(url, problem) from None
     return vectors
 
 
-def _url(client: OpenAI) -> str:
-    return str(client.base_url).rstrip("/")
-
-
-def _joined(client: OpenAI, parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    if len({part.shape[1] for part in parts}) > 1:
-        raise ModelError(_url(client), "gives vectors of several sizes")
-    return np.concatenate(parts)
-
-
-def _raise_error(client: OpenAI, error: Exception) -> NoReturn:
+def _server_error(client: OpenAI, error: Exception) -> ModelError:
     """What the openai client raised, as one line about the server."""
-    url, status = _url(client), getattr(error, "status_code", None)
+    status = getattr(error, "status_code", 0)
     said = " ".join(str(getattr(error, "message", None) or error or type(error).__name__).split())[:300]
-    if status is None:
-        hint = "with --cache, what it gave is kept, and the same command continues"
-        raise ModelError(url, f"gives no valid answer ({said})", hint) from None
-    hints = {401: f"set {KEY}", 403: f"set {KEY}", 404: "the address ends with /v1; --teacher-model names the model"}
-    wait = getattr(error, "response").headers.get("retry-after")  # noqa: B009 - all errors with a status have it
-    later = f", and wants to be asked again in or at {wait}" if wait else ""
-    raise ModelError(url, f"answers {status} ({said}){later}", hints.get(status, "")) from None
-
-
-class TeacherVectors:
-    """Kept vectors of one teacher, found by text and read by row; made by :func:`keep_vectors`."""
-
-    def __init__(self, teacher: Teacher, cache: VectorCache) -> None:
-        self._context = teacher.context
-        self._cache = cache
-
-    @property
-    def dimension(self) -> int:
-        """How many numbers a vector has."""
-        return self._cache.dimension
-
-    def rows(self, texts: Sequence[str], prompt: str = "") -> NDArray[np.int64]:
-        """Row numbers of texts, (texts,), in this process.
-
-        Raises:
-            KeyError: A text was not among those that the vectors were made of.
-        """
-        return self._cache.rows(texts, self._context(prompt))
-
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Vectors by row number, (rows, dimension)."""
-        assert (rows != UNUSED).all(), "a batch holds a text that used_rows() did not foresee"
-        return self._cache.read(rows)
+    told = f"answers {status} ({said})" if status else f"gives no valid answer ({said})"
+    wait = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
+    told += f", and wants to be asked again in or at {wait}" if wait else ""
+    return ModelError(str(client.base_url).rstrip("/"), told, HINTS.get(status, ""))
 
 
 def teach(
-    sets: Sequence[TrainingSet],
-    used: Sequence[Sequence[int]],
-    teacher: Teacher,
-    folder: str | Path,
-    progress: Progress = silent,
-) -> tuple[list[TrainingSet], TeacherVectors]:
-    """Let a teacher encode the texts that will be in a batch, with the prompts of their columns.
-
-    Args:
-        sets: The texts.
-        used: The rows of each set that will be in a batch (:func:`.used_rows`).
-        teacher: The teacher.
-        folder: Where its vectors are kept.
-        progress: Called after each chunk.
+    sets: Sequence[TrainingSet], config: TrainingConfig, teacher: Teacher, folder: Path, progress: Progress = silent
+) -> tuple[list[TrainingSet], VectorCache]:
+    """Let a teacher encode the texts that will be in a batch of a training, with the prompts of their columns.
 
     Returns:
-        The sets with the column :data:`LABEL`, the numbers of the vectors of each row's texts (:data:`UNUSED` for rows
-        that will be in no batch), and the vectors.
+        The sets with the column :data:`LABEL`, the numbers of the vectors of each row's texts, and the vectors, which
+        are kept in ``folder``.
     """
-    texts: dict[str, dict[str, None]] = {}
-    for item, rows in zip(sets, used, strict=True):
-        chosen = item.rows.select(rows)
+    texts: dict[str, list[str]] = {}
+    places = used_rows(sets, config)
+    used = [item.rows.select(rows) for item, rows in zip(sets, places, strict=True)]
+    for item, chosen in zip(sets, used, strict=True):
         for column in chosen.column_names:
-            texts.setdefault(item.prompts.get(column, ""), {}).update(dict.fromkeys(chosen[column]))
-    vectors = keep_vectors(teacher, {prompt: list(own) for prompt, own in texts.items()}, folder, progress)
+            texts.setdefault(item.prompts.get(column, ""), []).extend(chosen[column])
+    vectors = keep_vectors(teacher, texts, folder, progress)
     labelled = []
-    for item, rows in zip(sets, used, strict=True):
-        chosen, columns = item.rows.select(rows), item.rows.column_names
-        labels = np.full((len(item.rows), len(columns)), UNUSED, dtype=np.int64)
-        for i, column in enumerate(columns):
-            labels[rows, i] = vectors.rows(list(chosen[column]), item.prompts.get(column, ""))
+    for item, rows, chosen in zip(sets, places, used, strict=True):
+        labels = np.full((len(item.rows), len(chosen.column_names)), -1, dtype=np.int64)
+        for i, column in enumerate(chosen.column_names):
+            labels[rows, i] = vectors.rows(list(chosen[column]), teacher.context(item.prompts.get(column, "")))
         labelled.append(replace(item, rows=item.rows.add_column(LABEL, labels.tolist())))
     return labelled, vectors
 
 
 def keep_vectors(
     teacher: Teacher, texts: Mapping[str, Sequence[str]], folder: str | Path, progress: Progress = silent
-) -> TeacherVectors:
+) -> VectorCache:
     """Encode what is not kept yet.
 
     Runs and processes that keep vectors of one teacher in one folder encode one after another, so that none does what
@@ -285,6 +226,9 @@ def keep_vectors(
         texts: By the prompt before them; a text may repeat.
         folder: Of the vectors of all models, as for :func:`.evaluate`.
         progress: Called after each chunk.
+
+    Returns:
+        All vectors of the teacher, found by text and :meth:`Teacher.context`.
 
     Raises:
         ModelError: A vector is not finite, or zero, or of another size; the teacher gives one vector for different
@@ -298,8 +242,7 @@ def keep_vectors(
         cache = VectorCache(folder, teacher.fingerprint)
         _check_probes(teacher, cache)
         todo = [(prompt, cache.missing(own, teacher.context(prompt))) for prompt, own in texts.items()]
-        total = sum(len(own) for _, own in todo)
-        done = 0
+        done, total = 0, sum(len(own) for _, own in todo)
         for prompt, own in todo:
             for start in range(0, len(own), CHUNK):
                 progress("teacher", done, total)
@@ -308,10 +251,11 @@ def keep_vectors(
                 done += len(chunk)
         if total:
             progress("teacher", total, total)
-    return TeacherVectors(teacher, cache)
+    return cache
 
 
 def _checked(teacher: Teacher, prompt: str, dimension: int, texts: list[str]) -> NDArray[np.float32]:
+    """A teacher's vectors of texts, if they can be learned from."""
     vectors = teacher.encode(texts, prompt)
     if dimension and vectors.shape[1] != dimension:
         raise ModelError(teacher.name, f"gives vectors of {vectors.shape[1]} numbers, and earlier of {dimension}")
@@ -327,11 +271,10 @@ def _checked(teacher: Teacher, prompt: str, dimension: int, texts: list[str]) ->
 
 def _check_probes(teacher: Teacher, cache: VectorCache) -> None:
     """Refuse a teacher of one vector, and a server that has got another model since the vectors were kept."""
-    known = [text for text in PROBES if text not in cache.missing(PROBES, teacher.context(""))]
+    known = [text not in cache.missing(PROBES, teacher.context("")) for text in PROBES]
     now = _checked(teacher, "", cache.dimension, list(PROBES))
     kept = cache.encode(PROBES, teacher.context(""), lambda texts: now[[PROBES.index(text) for text in texts]])
-    lengths = np.linalg.norm(kept, axis=1) * np.linalg.norm(now, axis=1)
-    cosines = ((kept * now).sum(axis=1) / lengths)[[text in known for text in PROBES]]
+    cosines = ((kept * now).sum(axis=1) / np.linalg.norm(kept, axis=1) / np.linalg.norm(now, axis=1))[known]
     if len(cosines) and cosines.min() < SAME:
         problem = f"is not the model that the vectors in {cache.folder} are of (cosine {cosines.min():.3f} on one text)"
         raise ModelError(teacher.name, problem, "name another folder with --cache")

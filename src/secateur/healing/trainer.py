@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -40,7 +41,7 @@ from secateur.healing.recipes import (
     training_arguments,
 )
 from secateur.healing.training_data import TrainingSet
-from secateur.models.forward import padded_length
+from secateur.models.forward import LENGTH_STEP
 from secateur.progress import Progress, quiet, silent
 from secateur.results import LossRow, TrialRow
 
@@ -53,23 +54,12 @@ NEAR_ZERO = 1e-3
 TRAINED_WEIGHTS, SECONDS = "trained.safetensors", "seconds"
 
 MakeLoss = Callable[[SentenceTransformer, TrainingConfig], nn.Module]
-"""Makes the loss, a module as sentence-transformers has them: ``forward(sentence_features, labels) -> scalar``.
-
-``sentence_features`` has one dictionary of tokens for each text column of the set that the batch is from, in the order
-of its columns; ``labels`` is the column ``label`` of that set as a tensor, or None. Parameters of its own are trained
-and kept in the checkpoints with those of the model. It must embed through its attribute ``model``, which the trainer
-replaces by the wrapped one when there are several processes.
-"""
+"""Makes the loss, a module as sentence-transformers has them, that embeds through its attribute ``model``."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training did.
-
-    ``steps`` are those done, ``losses`` those logged, ``trials`` the scores on the way, ``best_step`` the one whose
-    weights were kept (None: the last); ``seconds`` are those of the training, without what a kill lost of it;
-    ``trained_parameters`` is how many numbers were trained.
-    """
+    """What a training did, as :class:`.Training` has it; ``best_step`` is None without scores."""
 
     steps: int
     seconds: float
@@ -84,33 +74,28 @@ def train(
     sets: Sequence[TrainingSet],
     config: TrainingConfig,
     folder: Path,
-    *,
     make_loss: MakeLoss = Loss,
     score: Score | None = None,
+    *,
     report_to: str = "none",
-    rows: str = "pairs",
     progress: Progress = silent,
 ) -> TrainingResult:
-    """Train a model in place.
+    """Train a model in place, from the start or from the last checkpoint in ``folder``.
 
     Args:
         model: The model; its own modules pool and normalise.
-        sets: Each batch comes from one of them, drawn in proportion to their rows. Columns are texts, but for one
-            that is called ``label``: numbers, or lists of numbers of equal length, which the loss is given.
+        sets: Each batch comes from one of them, drawn in proportion to their rows.
         config: The numbers; what is left open in them (:func:`.decide`) is decided here.
-        folder: Where checkpoints go; a training that stopped there is resumed.
+        folder: Where checkpoints go.
         make_loss: Makes the loss.
         score: Called every ``eval_every`` steps (by default, as often as a checkpoint is written) and after the last;
             the model is left at the best.
-        report_to: A tracker that transformers knows: ``tensorboard``, ``wandb``, ``mlflow``, …
-        rows: What the rows are, for the progress.
+        report_to: An experiment tracker that transformers supports.
         progress: Called with the rows seen, after each step.
 
     Raises:
-        TrainingDiverged: The loss is not finite, or exploded.
-        ConfigError: The launcher asks for FSDP.
-        DataError: The data had no batches for all of the steps, or the loss was 0 in every one.
-        OutputError: A file of the checkpoint that it would be resumed from is damaged.
+        TrainingDiverged, DataError: The loss exploded, or was 0 in every step; or the data had too few batches.
+        OutputError: A file of the checkpoint is damaged.
     """
     config = decide(model, config)
     dtypes = prepare(model, config)
@@ -126,7 +111,7 @@ def train(
         train_dataset=DatasetDict({item.name: item.rows for item in sets}),
         loss=make_loss(model, config),
         evaluator=Evaluator(score, length, dtypes) if score else None,
-        callbacks=[ProgressCallback(folder, config, f"heal ({config.train}), {rows}", progress)],
+        callbacks=[ProgressCallback(folder, config, progress)],
     )
     if trainer.is_fsdp_enabled:
         raise ConfigError("fsdp", True, "weights cannot be sharded", "start the processes without FSDP")
@@ -142,15 +127,7 @@ def train(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = length
     finish(model, dtypes)
-    log = state.log_history
-    return TrainingResult(
-        steps=state.global_step,
-        seconds=trainer.seconds,
-        trained_parameters=trained,
-        losses=tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row),
-        trials=tuple(TrialRow(row["step"], row[SCORE]) for row in log if SCORE in row),
-        best_step=state.best_global_step if score else None,
-    )
+    return trainer.result(trained)
 
 
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
@@ -181,6 +158,14 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self._load_from_checkpoint(str(checkpoint))
             self._load_best_model()
 
+    def result(self, trained_parameters: int) -> TrainingResult:
+        """What was done."""
+        state, log = self.state, self.state.log_history
+        losses = tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row)
+        trials = tuple(TrialRow(row["step"], row[SCORE]) for row in log if SCORE in row)
+        best = state.best_global_step if trials else None
+        return TrainingResult(state.global_step, self.seconds, trained_parameters, losses, trials, best)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with attention_in_float32() if self.args.bf16 and self.args.device.type == "cpu" else nullcontext():
             loss: Tensor = super().training_step(*args, **kwargs)
@@ -188,7 +173,9 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def get_data_collator(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
         collator = super().get_data_collator(model, *args, **kwargs)
-        collator.preprocess_fn = rounded_lengths(model)
+        # On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back.
+        padding = {"text": {"pad_to_multiple_of": LENGTH_STEP}}
+        collator.preprocess_fn = partial(model.preprocess, processing_kwargs=padding)
         return collator
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -223,13 +210,13 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     """Reports the progress in rows, and stops a training that has diverged, or gets no better."""
 
-    def __init__(self, folder: Path, config: TrainingConfig, what: str, progress: Progress) -> None:
-        self.folder, self.config, self.what, self.progress = folder, config, what, progress
+    def __init__(self, folder: Path, config: TrainingConfig, progress: Progress) -> None:
+        self.folder, self.config, self.progress = folder, config, progress
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             size = self.config.batch_size
-            self.progress(self.what, state.global_step * size, state.max_steps * size)
+            self.progress(f"heal ({self.config.train})", state.global_step * size, state.max_steps * size)
 
     on_step_end = on_train_begin
 
@@ -270,27 +257,6 @@ def out_of_patience(state: TrainerState, patience: int | None) -> bool:
     return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience if scores else False
 
 
-def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]:
-    """``model.preprocess`` with batches padded as :func:`.padded_length` says.
-
-    On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back.
-    """
-    left = model.tokenizer.padding_side == "left"
-    fill = {"input_ids": model.tokenizer.pad_token_id or 0}
-
-    def preprocess(texts: list[str], **options: Any) -> dict[str, Any]:
-        features: dict[str, Any] = dict(model.preprocess(texts, **options))
-        length = features["input_ids"].shape[1]
-        missing = padded_length(length) - length
-        for key, value in features.items():
-            if isinstance(value, Tensor) and value.shape[:2] == (len(texts), length):
-                sides = (missing, 0) if left else (0, missing)
-                features[key] = nn.functional.pad(value, sides, value=fill.get(key, 0))
-        return features
-
-    return preprocess
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; those that were cut off while being written are removed."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
@@ -309,30 +275,29 @@ def read_state(checkpoint: Path) -> TrainerState:
     Raises:
         OutputError: One is missing or damaged. Without the optimizer's, the stock trainer would use a new one.
     """
-    for name in (TRAINED_WEIGHTS, TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state*.pth"):
+    for name in (TRAINED_WEIGHTS, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state*.pth", TRAINER_STATE_NAME):
         found = sorted(checkpoint.glob(name))
-        if not found or not all(map(_is_readable, found)):
-            problem = f"its {found[0].name if found else name} is {'damaged' if found else 'missing'}"
+        problem = "" if found else "missing"
+        for file in found:
+            try:
+                if file.suffix == ".safetensors":
+                    with safe_open(file, framework="pt"):
+                        continue
+                if file.suffix == ".json":
+                    state = TrainerState.load_from_json(str(file))
+                    whole = checkpoint.name == f"checkpoint-{state.global_step}"
+                else:
+                    with ZipFile(file) as archive:  # as torch saves
+                        whole = archive.testzip() is None
+            except OSError:
+                raise
+            except Exception:  # whatever a reader makes of bytes that are not its own
+                whole = False
+            problem = problem or ("" if whole else "damaged")
+        if problem:
             hint = "remove this folder; the same command then resumes from the checkpoint before it, or begins anew"
-            raise OutputError(checkpoint, problem, hint)
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-
-def _is_readable(file: Path) -> bool:
-    """Whether a file of a checkpoint is what it was written as, as far as its own checksums tell."""
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt"):
-                return True
-        if file.suffix == ".json":
-            state = TrainerState.load_from_json(str(file))
-            return file.parent.name == f"checkpoint-{state.global_step}"
-        with ZipFile(file) as archive:  # as torch saves
-            return archive.testzip() is None
-    except OSError:
-        raise
-    except Exception:  # whatever a reader makes of bytes that are not its own
-        return False
+            raise OutputError(checkpoint, f"its {found[0].name if found else name} is {problem}", hint)
+    return state
 
 
 def init_processes(batch_size: int) -> None:

@@ -52,41 +52,54 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
     Raises:
         DataError: Nothing fills a batch, or two files have one name.
     """
-    texts = [source for source in sources if isinstance(source, Texts) and config.has_teacher]
-    pairs = [_as_pairs(source) for source in sources if not (isinstance(source, Texts) and config.has_teacher)]
-    groups = [group for some in pairs for group in _groups(some)]
-    names = Counter([group.name for group in groups] + [source.name for source in texts])
+    sets: list[TrainingSet] = []
+    notes: list[str] = []
+    too_few: list[str] = []
+    names: Counter[str] = Counter()
+    size = config.batch_size
+    for source in sorted(sources, key=lambda source: isinstance(source, Texts)):
+        if config.has_teacher and isinstance(source, Texts):
+            names[source.name] += 1
+            sets.append(_text_set(source, size))
+            continue
+        pairs = _as_pairs(source)
+        notes += _contradictions(pairs)
+        for name, kind, rows in _split(pairs):
+            names[name] += 1
+            fewest = min(len(row.negatives) for row in rows)
+            texts = [(row.anchor, row.positive, *row.negatives[:fewest]) for row in rows]
+            fits = distinct_rows(texts, size)
+            about = f"{pairs.source.name}: {len(rows)} rows{kind}"
+            more = [len(row.negatives) for row in rows if len(row.negatives) > fewest]
+            if fits < size:
+                about += f", no more than {fits} of them without a text in common" if len(rows) >= size else ""
+                too_few.append(about)
+                notes.append(f"{about}: too few for a batch of {size}, not trained on")
+                continue
+            if more:
+                used = f"{len(more)} rows have up to {max(more)} negatives, of which {fewest} are used"
+                notes.append(f"{pairs.source.name}: {used}, as many as every row has")
+            columns = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(fewest))]
+            data = Dataset.from_dict(dict(zip(columns, map(list, zip(*texts, strict=True)), strict=True)))
+            prompts = {column: pairs.prompt if column == "anchor" else pairs.passage_prompt for column in columns}
+            sets.append(TrainingSet(name, data, {column: p for column, p in prompts.items() if p}, pairs.name))
     for name, count in names.items():
         if count > 1:
             raise DataError(name, "two data files have this name, and a prompt belongs to a name", "rename one")
-    sets: list[TrainingSet] = []
-    notes = [note for some in pairs if (note := _contradictions(some))]
-    too_few = []
-    for group in groups:
-        fits = distinct_rows(group.columns, config.batch_size)
-        about = f"{group.pairs.source.name}: {len(group.rows)} rows{group.kind}"
-        if fits < config.batch_size:
-            if len(group.rows) >= config.batch_size:
-                about += f", no more than {fits} of them without a text in common"
-            too_few.append(about)
-            notes.append(f"{about}: too few for a batch of {config.batch_size}, not trained on")
-            continue
-        sets.append(group.training_set())
-        more = [len(row.negatives) for row in group.rows if len(row.negatives) > group.negatives]
-        if more:
-            used = f"{len(more)} rows have up to {max(more)} negatives, of which {group.negatives} are used"
-            notes.append(f"{group.pairs.source.name}: {used}, as many as every row has")
-    if groups and not sets:
-        problem = f"nothing fills a batch of {config.batch_size} ({', '.join(too_few)})"
+    if not sets or (too_few and all(item.rows.column_names == ["text"] for item in sets)):
+        problem = f"nothing fills a batch of {size} ({', '.join(too_few)})"
         raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
-    for source in texts:
-        rows = list(dict.fromkeys(source.rows))
-        if len(rows) < config.batch_size:
-            problem = f"{len(rows)} texts do not fill a batch of {config.batch_size}"
-            raise DataError(source.name, problem, "more texts, or a smaller batch")
-        prompts = {"text": source.prompt} if source.prompt else {}
-        sets.append(TrainingSet(source.name, Dataset.from_dict({"text": rows}), prompts, source.name))
     return sets, notes
+
+
+def _text_set(texts: Texts, batch_size: int) -> TrainingSet:
+    rows = list(dict.fromkeys(texts.rows))
+    if len(rows) < batch_size:
+        problem = f"{len(rows)} texts do not fill a batch of {batch_size}"
+        raise DataError(texts.name, problem, "more texts, or a smaller batch")
+    return TrainingSet(
+        texts.name, Dataset.from_dict({"text": rows}), {"text": texts.prompt} if texts.prompt else {}, texts.name
+    )
 
 
 def _as_pairs(source: Source) -> Pairs:
@@ -97,51 +110,24 @@ def _as_pairs(source: Source) -> Pairs:
     return Pairs(source.name, rows, source.prompt, source.prompt, source.source)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Rows of one file, all with negatives or all without; ``negatives`` is the fewest that one has."""
-
-    pairs: Pairs
-    name: str
-    kind: str
-    rows: Sequence[Pair]
-    negatives: int
-
-    @property
-    def columns(self) -> list[tuple[str, ...]]:
-        """The texts of each row."""
-        return [(row.anchor, row.positive, *row.negatives[: self.negatives]) for row in self.rows]
-
-    def training_set(self) -> TrainingSet:
-        names = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(self.negatives))]
-        columns = dict(zip(names, map(list, zip(*self.columns, strict=True)), strict=True))
-        prompts = {name: self.pairs.prompt if name == "anchor" else self.pairs.passage_prompt for name in names}
-        prompts = {name: prompt for name, prompt in prompts.items() if prompt}
-        return TrainingSet(self.name, Dataset.from_dict(columns), prompts, self.pairs.name)
-
-
-def _groups(pairs: Pairs) -> list[_Group]:
+def _split(pairs: Pairs) -> list[tuple[str, str, Sequence[Pair]]]:
+    """Rows without and with negatives, each with a name and what kind they are."""
     bare = [row for row in pairs.rows if not row.negatives]
     hard = [row for row in pairs.rows if row.negatives]
-    fewest = min((len(row.negatives) for row in hard), default=0)
     if not bare or not hard:
-        return [_Group(pairs, pairs.name, "", pairs.rows, fewest)]
-    return [
-        _Group(pairs, pairs.name, " without negatives", bare, 0),
-        _Group(pairs, f"{pairs.name}-hard", " with negatives", hard, fewest),
-    ]
+        return [(pairs.name, "", pairs.rows)]
+    return [(pairs.name, " without negatives", bare), (f"{pairs.name}-hard", " with negatives", hard)]
 
 
-def _contradictions(pairs: Pairs) -> str:
+def _contradictions(pairs: Pairs) -> list[str]:
     """Says which rows have a negative that is a positive of the same query; the loss masks it within a batch only."""
     positives: dict[str, set[str]] = {}
     for row in pairs.rows:
         positives.setdefault(row.anchor, set()).add(row.positive)
     both = [i for i, row in enumerate(pairs.rows, 1) if not positives[row.anchor].isdisjoint(row.negatives)]
-    if not both:
-        return ""
-    rows = f"row {both[0]}" + (" and others" if len(both) > 1 else "")
-    return f"{pairs.source.name}: {len(both)} rows have a negative that is a positive of the same query: {rows}"
+    rows = f"row {both[0]}" + (" and others" if len(both) > 1 else "") if both else ""
+    problem = f"{len(both)} rows have a negative that is a positive of the same query: {rows}"
+    return [f"{pairs.source.name}: {problem}"] if both else []
 
 
 def distinct_rows(rows: Sequence[Sequence[str]], most: int) -> int:

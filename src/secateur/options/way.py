@@ -23,7 +23,6 @@ from secateur.options.base import (
     positional,
 )
 from secateur.options.shared import (
-    CACHE,
     COLUMNS,
     DATA,
     DEVICE,
@@ -139,35 +138,51 @@ class PruneOptions(Options):
 
 
 class HealSettings(Options):
-    """The numbers of a training; those that are not given are the recipe's."""
+    """The hyperparameters of a training; those that are not given are the recipe's."""
 
     recipe: Literal["l3prune", "everyday", "distill"] | None = Field(
-        None, description="Where the numbers not given come from [l3prune; distill for a teacher and texts alone]."
+        None,
+        description="Defaults of the other options: l3prune as in the paper; everyday for short texts; distill for a "
+        "teacher and unlabelled texts [l3prune; distill for a teacher with texts only].",
     )
     steps: int | None = Field(None, ge=1, description="Optimizer steps [1000].")
-    batch_size: int | None = Field(None, ge=2, description="Pairs per step, of all processes together [64].")
+    batch_size: int | None = Field(None, ge=2, description="Rows per step, over all processes [64].")
     train: Literal["lora", "blocks", "all", "auto"] | None = Field(
-        None, description="What is trained: adapters, the blocks' weights, everything; auto: by memory [lora]."
+        None,
+        description="Which weights to train: LoRA adapters, the layers without the token embeddings, or all; auto: the "
+        "layers if the optimizer fits into half of the memory, else LoRA [lora].",
     )
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak of the schedule [by what is trained; 2e-4 for lora, 5e-4 for the rest]."
+        None,
+        gt=0,
+        description="Peak learning rate [2e-4 for lora, 5e-4 for blocks and all; 1e-3 with distill].",
     )
     warmup: float | None = Field(
-        None, ge=0, lt=1, description="Share of the steps in which the learning rate rises [0.3]."
+        None,
+        ge=0,
+        lt=1,
+        description="Share of the steps with a rising learning rate; then it falls to 0 [0.3].",
     )
-    scale: float | None = Field(None, gt=0, description="Inverse temperature of the contrastive loss [50].")
-    max_length: int | None = Field(None, ge=1, description="Tokens per text while training [512].")
-    lora_rank: int | None = Field(None, ge=1, description="Rank of the adapters [16].")
-    lora_alpha: int | None = Field(None, ge=1, description="Scale of the adapters times their rank [32].")
-    lora_dropout: float | None = Field(None, ge=0, lt=1, description="Dropout before the adapters [0.05].")
+    scale: float | None = Field(
+        None, gt=0, description="Inverse temperature of the loss: similarities are multiplied by it [50]."
+    )
+    max_length: int | None = Field(None, ge=1, description="Tokens after which a text is cut in training [512].")
+    lora_rank: int | None = Field(None, ge=1, description="Rank of the LoRA adapters [16].")
+    lora_alpha: int | None = Field(None, ge=1, description="LoRA alpha; the adapters are scaled by alpha / rank [32].")
+    lora_dropout: float | None = Field(None, ge=0, lt=1, description="Dropout before the LoRA adapters [0.05].")
     mini_batch_tokens: int | None = Field(
-        None, ge=1, description="Tokens in memory at once, for batches that do not fit; the numbers stay the same."
+        None,
+        ge=1,
+        description="For batches that do not fit into memory: compute at most this many tokens at once, by gradient "
+        "caching. The loss stays the same; a step takes about one more forward pass.",
     )
-    gradient_checkpointing: bool = Field(False, description="Save memory for time; the numbers stay the same.")
+    gradient_checkpointing: bool = Field(
+        False, description="Use less memory and more time by computing activations again in the backward pass."
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the arithmetic; auto: bfloat16 where the processor has it."
+        "auto", description="Precision of the computation; auto: bfloat16 if the processor supports it."
     )
-    seed: Seed = Field(42, description="Of adapters, dropout and the order of the data.")
+    seed: Seed = Field(42, description="Random seed of adapters, dropout and the order of the data.")
 
 
 class HealOptions(HealSettings):
@@ -180,31 +195,52 @@ class HealOptions(HealSettings):
     data: Data = positional(DATA + TEXTS, min_length=1)
     columns: Columns = Field(None, description=COLUMNS)
     out: Annotated[Path, Names("new folder")] = output("The model folder to write.")
-    instruction: str | None = Field(None, description=INSTRUCTION)
-    teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
-        None, description="Whose vectors are imitated: a model, or a server's http://host/v1."
+    instruction: str | None = Field(
+        None,
+        description="Prompt before each query or unlabelled text, in place of the data's own; an empty one removes the "
+        "model's default prompt, too.",
     )
-    teacher_model: str | None = Field(None, description="What a server calls its model [the only one it has].")
+    teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
+        None,
+        description="Teacher whose vectors the model learns: a model, or the address of a server with the OpenAI "
+        "embeddings API, such as http://host/v1.",
+    )
+    teacher_model: str | None = Field(None, description="Name of the model on the teacher's server [its only model].")
     teacher_weight: float | None = Field(
-        None, ge=0, le=1, description="Of the teacher beside the pairs [0.5; texts alone leave it all]."
+        None,
+        ge=0,
+        le=1,
+        description="Weight of the distillation loss; the contrastive loss has the rest [0.5; 1 for texts only].",
     )
     distill: Literal["vectors", "similarities", "both"] | None = Field(
-        None, description="What of the teacher is imitated: vectors stay in its space [vectors]."
+        None,
+        description="What to learn from the teacher: its vectors, so that the model can search the teacher's index; "
+        "the similarities between texts; or both [vectors].",
     )
-    depths: list[int] | None = Field(None, description="Train these depths too, to be cut later: 6,12,24.")
-    dims: list[int] | None = Field(None, description="Train vectors cut to these sizes too: 64,128.")
-    cache: Path | None = Field(None, description=CACHE)
-    bidirectional: bool = Field(False, description="Let a decoder's tokens see those after them, from here on.")
+    depths: list[int] | None = Field(
+        None, description="Train these depths too, so that the model can be cut there later without training: 6,12,24."
+    )
+    dims: list[int] | None = Field(
+        None, description="Train vectors truncated to these dimensions too (Matryoshka): 64,128."
+    )
+    cache: Path | None = Field(None, description="Folder that keeps the teacher's vectors for other trainings.")
+    bidirectional: bool = Field(
+        False, description="Turn a decoder's causal attention into bidirectional attention, in the written model too."
+    )
     eval_data: Annotated[list[Path] | None, BeforeValidator(listed), Names("data")] = Field(
-        None, description="Held-out files like --data, measured on the way."
+        None, description="Held-out files like --data, on which nDCG@10 is evaluated during training."
     )
     eval_tasks: Annotated[list[AnyName] | None, BeforeValidator(listed), Names("task")] = Field(
-        None, description="Tasks measured on the way; the best model is kept."
+        None, description="Tasks to evaluate during training, as for evaluate; the best model of all is written."
     )
-    eval_sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each of them.")
-    eval_every: int | None = Field(None, ge=1, description="Steps between measurements [a tenth of all].")
-    patience: int | None = Field(None, ge=1, description="Stop after so many measurements without a better one.")
-    report_to: str = Field("none", description="A tracker that transformers knows: tensorboard, wandb, mlflow, ...")
+    eval_sample: int | None = Field(None, ge=1, description="Evaluate on a random sample of this many rows of each.")
+    eval_every: int | None = Field(None, ge=1, description="Steps between two evaluations [a tenth of all].")
+    patience: int | None = Field(
+        None, ge=1, description="Early stopping: stop after this many evaluations without a better score."
+    )
+    report_to: str = Field(
+        "none", description="Experiment tracker that transformers supports: tensorboard, wandb, mlflow, ..."
+    )
     device: str | None = Field(None, description=DEVICE)
     trust_remote_code: bool = Field(False, description=TRUST)
 
