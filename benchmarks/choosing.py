@@ -61,7 +61,7 @@ def table(model: str, options: argparse.Namespace) -> str:
         else:
             loss, low, high = loss_of_set(model, row, options)
             kept = f"{len(row.blocks)}: {ranges(row.blocks)}"
-        sure = "" if row.chance is None else f"{row.chance:.0%}"
+        sure = "" if row.selection_probability is None else f"{row.selection_probability:.0%}"
         lines.append(
             f"| `{row.name}` | {kept} | {sure} | {loss:.3f} ({low:.3f} to {high:.3f}) | {row.parameters / 1e6:.1f} | "
             f"{row.bytes / 1e6:.0f} | {row.flops_per_token / 1e6:.0f} | {row.speed:.1f} × |"

@@ -17,7 +17,7 @@ from secateur.choosing.selectors import SELECTORS, lowest_in_each_half, replicat
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.measures.intervals import interval
 from secateur.provenance import provenance
-from secateur.results import DepthRow, DepthScoreRow, PartRow, Profile
+from secateur.results import DepthRow, DepthScoreRow, LayerCost, Profile
 
 SHARES = ("first", "uniform", "random", "block-influence", "angular")
 
@@ -169,14 +169,14 @@ def test_numbers_and_first_are_the_first_blocks():
 
 def test_how_sure_a_choice_is():
     profile = table([3.0, 1, 3, 3, 2, 3], batches=20)
-    assert choice_of("small", 6, profile).chance == 1
+    assert choice_of("small", 6, profile).selection_probability == 1
     unsure = table([1.0, 1.001, 3, 3, 2, 3], batches=20)
-    chance = choice_of("small", 6, unsure).chance
+    chance = choice_of("small", 6, unsure).selection_probability
     assert chance is not None and 0.2 < chance < 0.8
     valley = choice_of("l3prune-interior-small", 12, table(VALLEYS, batches=20))
-    assert valley.chance is not None and valley.chance > 0.9
-    assert choice_of("small", 6, table([3.0, 1, 3, 3, 2, 3])).chance is None
-    assert choice_of("uniform:3", 6).chance is None
+    assert valley.selection_probability is not None and valley.selection_probability > 0.9
+    assert choice_of("small", 6, table([3.0, 1, 3, 3, 2, 3])).selection_probability is None
+    assert choice_of("uniform:3", 6).selection_probability is None
 
 
 def test_texts_alone_choose_by_what_they_tell():
@@ -251,7 +251,7 @@ def test_profiles_that_are_missing_or_of_another_model():
     assert not any(map(needs_profile, ("7", 0.3, "uniform:7", "random:7:1", "first:7")))
 
 
-PARTS = tuple(PartRow(k, 1000 + 100 * k, 4000 + 400 * k, 10.0 * k, 0.001 * (k + 1), 0.01) for k in range(7))
+PARTS = tuple(LayerCost(k, 1000 + 100 * k, 4000 + 400 * k, 10.0 * k, 0.001 * (k + 1), 0.01) for k in range(7))
 """Costs of six blocks that differ."""
 
 
@@ -268,7 +268,7 @@ LOSSES = [1.2, 2.0, 3.0, 1.0, 1.04, 1.5]
     [("max_params", "parameters", 1), ("max_bytes", "bytes", 1), ("max_latency_ms", "latency", 1000)],
 )
 def test_budgets_of_costs(limit: str, column: str, unit: int):
-    profile, texts = table(LOSSES, parts=PARTS), table(None, depth=6, parts=PARTS)
+    profile, texts = table(LOSSES, layer_costs=PARTS), table(None, depth=6, layer_costs=PARTS)
     for deepest, cost in enumerate(costs(column), start=1):
         expected = min(range(deepest // 2 + 1, deepest + 1), key=lambda k: LOSSES[k - 1])
         assert choose(profile, **{limit: unit * cost + 1e-6}) == {"budget": expected}
@@ -282,7 +282,7 @@ def test_budgets_of_costs(limit: str, column: str, unit: int):
 
 
 def test_a_budget_of_loss_is_the_shallowest_near_enough_to_the_lowest():
-    profile = table(LOSSES, parts=PARTS, batches=20)
+    profile = table(LOSSES, layer_costs=PARTS, batches=20)
     for increase, depth in ((0, 4), (0.05, 4), (0.199, 4), (0.201, 1)):
         assert choose(profile, max_loss_increase=increase) == {"budget": depth}
     three = costs("parameters")[2]
@@ -292,7 +292,7 @@ def test_a_budget_of_loss_is_the_shallowest_near_enough_to_the_lowest():
     ):
         choose(profile, max_loss_increase=0.1, max_params=three)
     with pytest.raises(DataError, match="texts alone"):
-        choose(table(None, depth=6, parts=PARTS), max_loss_increase=0.1)
+        choose(table(None, depth=6, layer_costs=PARTS), max_loss_increase=0.1)
 
 
 @pytest.mark.parametrize("limit", [{"max_params": math.nan}, {"max_bytes": "five"}, {"max_params": -1}])
@@ -305,7 +305,7 @@ def test_limits_that_are_no_numbers_are_refused(limit: dict[str, object]):
 
 def test_all_choices_side_by_side():
     angles = tuple(map(tuple, torch.rand(7, 7).tolist()))
-    profile = table(LOSSES, parts=PARTS, batches=20, angular=angles, task_scores=scores(one=[0, 1, 2, 3, 4, 5]))
+    profile = table(LOSSES, layer_costs=PARTS, batches=20, angular=angles, task_scores=scores(one=[0, 1, 2, 3, 4, 5]))
     found = candidates(profile, max_params=costs("parameters")[2])
     assert (found.model, found.depth, found.refused) == ("model", 6, {})
     sizes = {len(row.blocks) for row in found.rows if ":" not in row.name and row.name in ("budget", *found.depths)}

@@ -17,7 +17,7 @@ from secateur.document import shorten
 from secateur.figures.plots import Point, frontier, profile_figures, size_curve, training_curves
 from secateur.figures.style import COLOURS, INK, save, svg
 from secateur.provenance import Provenance
-from secateur.results import DepthRow, DepthScoreRow, LossRow, Profile, Training, TrialRow
+from secateur.results import DepthRow, DepthScoreRow, EvaluationRow, LossRow, Profile, Training
 
 MADE = Provenance("secateur study", "2026-01-02T03:04:05+00:00", 7, {}, (), {})
 SVG = "{http://www.w3.org/2000/svg}"
@@ -207,9 +207,9 @@ def test_training_curves_draw_every_logged_loss() -> None:
 
 def test_scores_on_the_way_are_drawn_below_with_the_kept_step_in_a_ring() -> None:
     rows = tuple(LossRow(step, 1.0 / step, 1e-4) for step in (5, 10, 15))
-    trials = tuple(TrialRow(step, score) for step, score in ((5, 0.25), (10, 0.5), (15, 0.4)))
+    trials = tuple(EvaluationRow(step, score) for step, score in ((5, 0.25), (10, 0.5), (15, 0.4)))
     plain = Training(MADE, "m", 15, 1.0, 10, {}, {}, rows)
-    figure = training_curves({"plain": plain, "measured": replace(plain, trials=trials, best_step=10)})
+    figure = training_curves({"plain": plain, "measured": replace(plain, evaluations=trials, best_step=10)})
     losses, scores = figure.axes
     assert len(losses.lines) == 2
     line, ring = scores.lines

@@ -216,7 +216,7 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(
     config = TrainingConfig(**(SETTINGS | {"steps": 10, "eval_every": 1, "patience": 2}))
     model = secateur.open_model(llama_folder, device="cpu")
     outcome = train(model, sets, config, tmp_path / "long", score=scores_of(0.1, 0.5, 0.4, 0.5))
-    assert [(row.step, row.score) for row in outcome.trials] == [(1, 0.1), (2, 0.5), (3, 0.4), (4, 0.5)]
+    assert [(row.step, row.score) for row in outcome.evaluations] == [(1, 0.1), (2, 0.5), (3, 0.4), (4, 0.5)]
     assert outcome.best_step == 2
     best = load_file(tmp_path / "long" / "checkpoint-2" / TRAINED_WEIGHTS)
     name = "layers.0.self_attn.q_proj"
@@ -227,7 +227,7 @@ def test_the_best_model_is_kept_and_training_stops_when_it_gets_no_better(
     # Killed after its last step, it has nothing left to train or to measure.
     again = secateur.open_model(llama_folder, device="cpu")
     same = train(again, sets, config, tmp_path / "long", score=scores_of())
-    assert (same.trials, same.best_step) == (outcome.trials, 2)
+    assert (same.evaluations, same.best_step) == (outcome.evaluations, 2)
     assert torch.equal(again[0].auto_model.get_submodule(name).weight, merged)
 
 
@@ -293,9 +293,9 @@ def test_held_out_rows_are_measured_on_the_way(llama_folder: Path, pairs_file: P
     options = SETTINGS | {"steps": 4, "eval_data": [held_file], "eval_every": 2}
     healed = secateur.heal(llama_folder, pairs_file, **options, out=tmp_path / "out")
     table = load(healed, Training)
-    assert [row.step for row in table.trials] == [2, 4]
-    kept = max(row.score for row in table.trials)
-    assert table.best_step == next(row.step for row in table.trials if row.score == kept)
+    assert [row.step for row in table.evaluations] == [2, 4]
+    kept = max(row.score for row in table.evaluations)
+    assert table.best_step == next(row.step for row in table.evaluations if row.score == kept)
     found = held_out_ndcg(secateur.open_model(healed, device="cpu"), read_pairs(held_file))
     assert found == pytest.approx(kept, abs=1e-5)
     with pytest.raises(ConfigError, match="nothing to measure on the way"):
@@ -357,7 +357,7 @@ def test_a_training_that_is_measured_goes_on_bit_for_bit_after_a_kill(
         runs.append((model, train(model, sets, config, folder, score=score)))
         assert not values
     (one, whole), (other, resumed) = runs
-    assert (resumed.losses, resumed.trials, resumed.best_step) == (whole.losses, whole.trials, 4)
+    assert (resumed.losses, resumed.evaluations, resumed.best_step) == (whole.losses, whole.evaluations, 4)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 

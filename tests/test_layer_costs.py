@@ -70,12 +70,12 @@ def stored_bytes(folder: Path) -> int:
 def test_costs_of_a_set_of_blocks_are_those_of_the_cut_encoder(make_encoder: MakeEncoder):
     model = make_encoder("llama", depth=6)
     parts = measure_layers(model, layer_sizes(model))
-    assert [row.part for row in parts] == [*range(7)]
+    assert [row.layer for row in parts] == [*range(7)]
     for blocks in ((0,), (0, 1, 2), (1, 4), tuple(range(6))):
         small = copy.deepcopy(model)
         cut(small[0].auto_model, blocks)
         found = cost_of(parts, blocks)
-        assert found.part == len(blocks)
+        assert found.layer == len(blocks)
         assert found.parameters == sum(p.numel() for p in small.parameters())
         assert found.flops_per_token == pytest.approx(flops_per_token(small, 128)[0])
 
@@ -112,4 +112,4 @@ def test_a_profile_predicts_the_weights_that_prune_writes(pairs_file: Path, tmp_
     open_model(source, dtype="bfloat16")[0].auto_model.save_pretrained(source)
     found = profile(source, pairs_file, batch_size=8)  # the weights stay as stored, whatever computes
     out = prune(source, "uniform:3", out=tmp_path / "cut")
-    assert cost_of(found.parts, (0, 2, 3)).bytes == stored_bytes(out)
+    assert cost_of(found.layer_costs, (0, 2, 3)).bytes == stored_bytes(out)

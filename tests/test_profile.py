@@ -273,7 +273,7 @@ def test_angles_influence_and_tables_have_their_shapes(llama, pairs, tmp_path):
     for row in found.rows:
         assert row.loss_low <= row.loss <= row.loss_high
         assert 0 <= row.accuracy <= row.ndcg_at_10 <= 1
-    assert sum(row.chance for row in found.rows) == pytest.approx(2)
+    assert sum(row.selection_probability for row in found.rows) == pytest.approx(2)
 
 
 @torch.no_grad()
@@ -336,7 +336,7 @@ def test_no_next_token_loss_without_a_head(folder, llama, pairs):
 def test_texts_alone_tell_all_but_the_supervised_columns(llama, folder):
     rows = [{"text": row["query"]} for row in example_pairs(20)]
     found = profile(llama, write(folder / "texts.jsonl", rows), dtype="float32", batch_size=8)
-    assert all(row.loss is None and row.chance is None and row.accuracy is None for row in found.rows)
+    assert all(row.loss is None and row.selection_probability is None and row.accuracy is None for row in found.rows)
     assert all(row.effective_rank > 1 and row.uniformity < 0 and row.block_influence > 0 for row in found.rows)
     assert len(found.cka) == 4 and any("texts alone" in note for note in found.notes)
     with pytest.raises(DataError, match="texts alone"):
@@ -349,7 +349,7 @@ def test_early_stopping_ends_with_the_full_choice(folder):
     early = profile(apart, data, batch_size=4, dtype="float32", early_stopping=True)
     assert choose(early) == choose(full)
     assert early.batches < full.batches == 50
-    assert early.settled and early.batches in looks(50)
+    assert early.converged and early.batches in looks(50)
     assert any("early stopping after" in note for note in early.notes)
     # Batches are visited in the same order, so what was read is what the full pass read first.
     assert np.allclose(early.batch_losses, full.batch_losses[: early.batches], atol=1e-4)
@@ -360,7 +360,7 @@ def test_what_fails_after_the_measuring_costs_no_more_than_itself(folder, pairs,
     model = open_model(tiny_transformer(folder / "uncounted", depth=2), dtype="float32")
     monkeypatch.setattr("secateur.measures.costs.FlopCounterMode.get_flop_counts", fail_to_count)
     found = profile(model, pairs, batch_size=4, out=tmp_path / "uncounted")
-    assert found.parts == () and "no costs of cut models: unknown operation" in found.notes
+    assert found.layer_costs == () and "no costs of cut models: unknown operation" in found.notes
     assert load(tmp_path / "uncounted", Profile) == found and (tmp_path / "uncounted/curve.png").is_file()
 
     task = write_task(tmp_path / "t", "sts", example_rows("sts"))
@@ -383,7 +383,7 @@ def failing(*_: object) -> None:
 def test_fewer_than_five_batches_have_no_intervals(llama, pairs):
     few = profile(llama, pairs, batch_size=8, dtype="float32")
     assert few.batches == 3
-    assert all(row.loss_low is None and row.chance is None and row.loss_se > 0 for row in few.rows)
+    assert all(row.loss_low is None and row.selection_probability is None and row.loss_se > 0 for row in few.rows)
     assert any("3 batches are too few for intervals" in note for note in few.notes)
 
 
@@ -557,7 +557,7 @@ def test_a_model_that_has_room_for_few_texts_only_is_still_profiled(llama, pairs
     found = profile(model, pairs, batch_size=8, instruction=INSTRUCTION)
     assert [row.loss for row in found.rows] == pytest.approx([row.loss for row in expected.rows], abs=1e-4)
     assert "a batch was too large for the memory and was halved" in found.notes
-    assert found.parts == () and any("no costs of cut models" in note for note in found.notes)
+    assert found.layer_costs == () and any("no costs of cut models" in note for note in found.notes)
 
 
 def test_a_single_text_too_large_for_the_memory_is_said(llama, pairs):

@@ -26,13 +26,13 @@ from secateur.results import (
     CostRow,
     Costs,
     DepthRow,
+    EvaluationRow,
     LossRow,
     Origin,
     Profile,
     ScoreRow,
     Scores,
     Training,
-    TrialRow,
     load,
 )
 
@@ -76,7 +76,7 @@ def write_model(run: Path, name: str, depth: int, healed: bool, base_model: str 
         losses = tuple(LossRow(step, 2.718 - 0.0271 * step, 1e-4) for step in (10, 20, 30))
         settings = {"learning_rate": 2e-4, "loss": "contrastive"}
         provenance = made(history[-1], seed, NLI)
-        trials = tuple(TrialRow(step, value) for step, value in ((10, 0.6123), (20, 0.6547), (30, 0.6391)))
+        trials = tuple(EvaluationRow(step, value) for step, value in ((10, 0.6123), (20, 0.6547), (30, 0.6391)))
         training = Training(provenance, name, 30, 61.0, 1_234_567, settings, {"allnli": "find"}, losses, trials, 20)
         training.save(folder)
     return folder

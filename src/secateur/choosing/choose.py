@@ -29,7 +29,7 @@ from secateur.choosing.selectors import (
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.measures.intervals import Array
 from secateur.options import ChooseOptions, step
-from secateur.results import PartRow, Profile, load
+from secateur.results import LayerCost, Profile, load
 
 CHOSEN_FROM = "chosen_from"
 """Key of ``choice.json`` that holds the :func:`losses_fingerprint`; a choice written by hand needs none."""
@@ -161,14 +161,14 @@ def _check_count(count: int, said: str | int | float, depth: int) -> None:
         raise IllegalDepth(said, depth, f"that would keep {count}", [1 if count < 1 else depth])
 
 
-def cost_of(parts: Sequence[PartRow], blocks: Sequence[int]) -> PartRow:
+def cost_of(parts: Sequence[LayerCost], blocks: Sequence[int]) -> LayerCost:
     """What a model costs that keeps these layers, by index from 0: a row whose ``part`` is their number."""
     kept = [parts[0], *(parts[index + 1] for index in blocks)]
-    sums = {item.name: sum(getattr(row, item.name) for row in kept) for item in fields(PartRow)}
-    return PartRow(**sums | {"part": len(blocks)})
+    sums = {item.name: sum(getattr(row, item.name) for row in kept) for item in fields(LayerCost)}
+    return LayerCost(**sums | {"layer": len(blocks)})
 
 
-_COSTS: dict[str, tuple[Callable[[PartRow], float], str]] = {
+_COSTS: dict[str, tuple[Callable[[LayerCost], float], str]] = {
     "max_params": (lambda row: row.parameters, "{:,.0f} parameters"),
     "max_bytes": (lambda row: row.bytes, "{:,.0f} bytes"),
     "max_latency_ms": (lambda row: 1000 * row.latency, "{:.3g} ms"),
@@ -198,10 +198,10 @@ def within(options: ChooseOptions, table: Profile) -> Choice:
         if key not in _COSTS:
             continue
         measure, words = _COSTS[key]
-        if not table.parts:
+        if not table.layer_costs:
             hint = "it was made by an earlier version; profile again"
             raise DataError(table.file, "does not tell what the blocks cost", hint, field="parts")
-        costs = [measure(cost_of(table.parts, prefix(depth))) for depth in range(1, table.depth + 1)]
+        costs = [measure(cost_of(table.layer_costs, prefix(depth))) for depth in range(1, table.depth + 1)]
         if costs[0] > limit:
             hint = f"the smallest, depth 1, has {words.format(costs[0])}"
             raise ConfigError(key, limit, f"no depth has at most {words.format(limit)}", hint)
@@ -213,7 +213,7 @@ def within(options: ChooseOptions, table: Profile) -> Choice:
         return Choice(prefix(deepest), told)
     depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1:], 0)
     told += f"; loss {losses_of(table)[depth - 1]:.4f}, the lowest of depths {deepest // 2 + 1} to {deepest}"
-    return Choice(prefix(depth), told, chance=chance)
+    return Choice(prefix(depth), told, selection_probability=chance)
 
 
 def _shallowest(increase: float, deepest: int, table: Profile) -> Choice:
@@ -234,7 +234,7 @@ def _shallowest(increase: float, deepest: int, table: Profile) -> Choice:
     told = (
         f"the shallowest; loss {losses[depth - 1]:.4f}, {100 * above[depth - 1]:.1f} % above the lowest of all depths"
     )
-    return Choice(prefix(depth), told, chance=chance)
+    return Choice(prefix(depth), told, selection_probability=chance)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class Candidate:
         name: What ``--to`` takes to get it; ``full`` is the model as it is, ``budget`` what the limits allow.
         loss: At that depth, zero-shot, with its 95 % interval from ``loss_low`` to ``loss_high``; None where other
             layers than the first stay, since a profile measures depths.
-        latency: Seconds for one text of some 20 tokens (:class:`.PartRow`).
+        latency: Seconds for one text of some 20 tokens (:class:`.LayerCost`).
         speed: Texts per second in a batch, relative to the full depth. Costs are None in a profile of an earlier
             version.
     """
@@ -254,7 +254,7 @@ class Candidate:
     blocks: tuple[int, ...]
     reason: str
     warning: str = ""
-    chance: float | None = None
+    selection_probability: float | None = None
     loss: float | None = None
     loss_low: float | None = None
     loss_high: float | None = None
@@ -325,11 +325,11 @@ def _candidate(table: Profile, name: str, choice: Choice) -> Candidate:
     row = table.depths[len(choice.blocks) - 1] if is_prefix(choice.blocks) else None
     loss = {key: getattr(row, key) for key in ("loss", "loss_low", "loss_high")} if row else {}
     cost: dict[str, Any] = {}
-    if table.parts:
-        part = cost_of(table.parts, choice.blocks)
+    if table.layer_costs:
+        part = cost_of(table.layer_costs, choice.blocks)
         cost = {key: getattr(part, key) for key in ("parameters", "bytes", "flops_per_token", "latency")}
-        cost["speed"] = cost_of(table.parts, prefix(table.depth)).seconds / part.seconds
-    return Candidate(name, choice.blocks, choice.reason, choice.warning, choice.chance, **loss, **cost)
+        cost["speed"] = cost_of(table.layer_costs, prefix(table.depth)).seconds / part.seconds
+    return Candidate(name, choice.blocks, choice.reason, choice.warning, choice.selection_probability, **loss, **cost)
 
 
 def is_prefix(blocks: Sequence[int]) -> bool:

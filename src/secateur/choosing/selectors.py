@@ -51,14 +51,14 @@ class Choice:
         blocks: Indices of the layers that stay, from 0, ascending.
         reason: Why, in half a sentence with the numbers that decided.
         warning: What a reader must know before relying on it; empty where there is nothing.
-        chance: Selection probability: the share of bootstrap replicates over the profile's batches in which the same
-            rule chooses the same; None where a rule does not read losses by batch.
+        selection_probability: Share of the bootstrap replicates over the profile's batches in which the same rule
+            chooses the same; None where a rule does not read losses by batch.
     """
 
     blocks: tuple[int, ...]
     reason: str
     warning: str = ""
-    chance: float | None = None
+    selection_probability: float | None = None
 
 
 def replicates_of(losses: ArrayLike, seed: int, replicates: int = REPLICATES) -> Array:
@@ -152,9 +152,9 @@ def l3prune(question: Question, half: int, rule: Rule = lowest_in_each_half) -> 
     where = f"depths {depth // 2 + 1} to {depth}" if half else f"depths 1 to {depth // 2}"
     loss = f"loss {losses[chosen - 1]:.4f}"
     if rule is lowest_in_each_half:
-        return Choice(prefix(chosen), f"{loss}, the lowest of {where}", chance=chance)
+        return Choice(prefix(chosen), f"{loss}, the lowest of {where}", selection_probability=chance)
     if chosen in valleys(losses):
-        return Choice(prefix(chosen), f"the lowest valley of {where}, {loss}", chance=chance)
+        return Choice(prefix(chosen), f"the lowest valley of {where}, {loss}", selection_probability=chance)
     warning = f"no valley in {where}: the lowest loss there, as l3prune"
     return Choice(prefix(chosen), f"{loss}, the lowest of {where}", warning, chance)
 
@@ -166,7 +166,9 @@ def by_knee(question: Question) -> Choice:
     losses = losses_of(table)
     loss = f"loss {losses[depth - 1]:.4f}"
     if knee_strength(losses).max() > FLAT:
-        return Choice(prefix(depth), f"beyond, loss falls more slowly than blocks are added; {loss}", chance=chance)
+        return Choice(
+            prefix(depth), f"beyond, loss falls more slowly than blocks are added; {loss}", selection_probability=chance
+        )
     return Choice(prefix(depth), f"the lowest loss, {loss}", "the curve has no knee", chance)
 
 

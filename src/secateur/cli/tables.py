@@ -70,7 +70,7 @@ def show_candidates(found: Candidates) -> None:
     columns: dict[str, Callable[[Candidate], str | Cell]] = {
         "name": lambda row: row.name,
         "blocks": lambda row: str(len(row.blocks)),
-        "probability": lambda row: percent(row.chance, 0),
+        "probability": lambda row: percent(row.selection_probability, 0),
         "loss": lambda row: Cell(loss(row.loss), (span(row.loss_low, row.loss_high, loss),) if row.loss_low else ()),
         "parameters": lambda row: count(row.parameters),
         "size": lambda row: byte_size(row.bytes),

@@ -194,13 +194,13 @@ def training_curves(trainings: Mapping[str, Training]) -> Figure:
 
     A ring marks the score of the step whose weights were kept.
     """
-    scored = any(training.trials for training in trainings.values())
+    scored = any(training.evaluations for training in trainings.values())
     with drawing():
         figure = new_figure(5.4 if scored else 3.3)
         panels = list(figure.subplots(1 + scored, sharex=True, squeeze=False).flat)
         for index, (name, training) in enumerate(trainings.items()):
             losses = {row.step: gap(row.loss) for row in training.rows}
-            scores = {row.step: 100 * gap(row.score) for row in training.trials}
+            scores = {row.step: 100 * gap(row.score) for row in training.evaluations}
             for axes, curve in zip(panels, (losses, scores), strict=False):
                 style = look(index, "linestyle", "marker") | {"markersize": 4.5, "linewidth": 1.4}
                 if curve:

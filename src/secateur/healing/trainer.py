@@ -43,7 +43,7 @@ from secateur.healing.recipes import (
 from secateur.healing.training_data import TrainingSet
 from secateur.models.forward import LENGTH_STEP
 from secateur.progress import Progress, quiet, silent
-from secateur.results import LossRow, TrialRow
+from secateur.results import EvaluationRow, LossRow
 
 FIRST_LOSSES = 10
 EXPLODED = 10.0
@@ -65,7 +65,7 @@ class TrainingResult:
     seconds: float
     trained_parameters: int
     losses: tuple[LossRow, ...]
-    trials: tuple[TrialRow, ...]
+    evaluations: tuple[EvaluationRow, ...]
     best_step: int | None
 
 
@@ -162,9 +162,9 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         """What was done."""
         state, log = self.state, self.state.log_history
         losses = tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row)
-        trials = tuple(TrialRow(row["step"], row[SCORE]) for row in log if SCORE in row)
-        best = state.best_global_step if trials else None
-        return TrainingResult(state.global_step, self.seconds, trained_parameters, losses, trials, best)
+        evaluations = tuple(EvaluationRow(row["step"], row[SCORE]) for row in log if SCORE in row)
+        best = state.best_global_step if evaluations else None
+        return TrainingResult(state.global_step, self.seconds, trained_parameters, losses, evaluations, best)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with attention_in_float32() if self.args.bf16 and self.args.device.type == "cpu" else nullcontext():

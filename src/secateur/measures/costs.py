@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.models.blocks import blocks_of
 from secateur.models.cutting import late_modules, packed_tensors
 from secateur.models.forward import wait
-from secateur.results import PartRow
+from secateur.results import LayerCost
 
 TEXT = "The gardener cut the hedge back to half its height before the rain came, on day {n}."
 FLOPS_TOKENS = 128
@@ -121,7 +121,7 @@ def _grouped_flops(first: Sequence[int], *_: Any, out_shape: Sequence[int], **__
     return 2 * torch.Size(out_shape).numel() * first[-1]
 
 
-def measure_layers(model: SentenceTransformer, sizes: Sequence[Size]) -> tuple[PartRow, ...]:
+def measure_layers(model: SentenceTransformer, sizes: Sequence[Size]) -> tuple[LayerCost, ...]:
     """Count operations and measure times, some seconds for a model of 10⁸ parameters on a core.
 
     Args:
@@ -134,7 +134,7 @@ def measure_layers(model: SentenceTransformer, sizes: Sequence[Size]) -> tuple[P
     flops, _ = flops_by_layer(model, FLOPS_TOKENS, blocks_of(model[0].auto_model))
     latency, seconds = _median_seconds(model, 1, SINGLES), _median_seconds(model, BATCH, BATCHES)
     columns = zip(sizes, flops, latency, seconds, strict=True)
-    return tuple(PartRow(part, *size, *rest) for part, (size, *rest) in enumerate(columns))
+    return tuple(LayerCost(part, *size, *rest) for part, (size, *rest) in enumerate(columns))
 
 
 def _median_seconds(model: SentenceTransformer, texts: int, rounds: int) -> list[float]:

@@ -34,7 +34,7 @@ from secateur.profiling.depths import DepthEncoder
 from secateur.profiling.lens import next_token_losses, positions
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
-from secateur.results import DepthRow, DepthScoreRow, PartRow, Profile
+from secateur.results import DepthRow, DepthScoreRow, LayerCost, Profile
 
 if TYPE_CHECKING:
     from secateur.evaluation.tasks import Task
@@ -94,13 +94,13 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         depths=rows,
         texts=measured.texts,
         tokens=measured.tokens,
-        settled=measured.converged,
+        converged=measured.converged,
         cka=_table(metrics.linear_cka(measured.sample_vectors)),
         angular=() if measured.angles is None else _table(measured.angles / measured.texts),
         losses_by_pooling=measured.losses_by_pooling,
         batch_losses=_table(measured.losses) if measured.batch_losses else (),
         task_scores=task_scores,
-        parts=_layer_costs(model, sizes, notes),
+        layer_costs=_layer_costs(model, sizes, notes),
         notes=tuple(dict.fromkeys([*notes, *encoder.notes, *corpus.notes])),
     )
     if out is not None:
@@ -324,7 +324,7 @@ def _supervised(measured: _Pass, seed: int, notes: list[str]) -> dict[str, Colum
     low, high = zip(*map(interval, replicates.T), strict=True)
     chosen = lowest_in_each_half(replicates)
     chance = [float((chosen == depth).any(axis=-1).mean()) for depth in range(1, depths + 1)]
-    return columns | {"loss_low": low, "loss_high": high, "chance": chance}
+    return columns | {"loss_low": low, "loss_high": high, "selection_probability": chance}
 
 
 def _number(value: float) -> float | None:
@@ -335,7 +335,7 @@ def _table(matrix: Tensor) -> tuple[tuple[float | None, ...], ...]:
     return tuple(tuple(_number(value) for value in row) for row in matrix.double().tolist())
 
 
-def _layer_costs(model: SentenceTransformer, sizes: Sequence[Size], notes: list[str]) -> tuple[PartRow, ...]:
+def _layer_costs(model: SentenceTransformer, sizes: Sequence[Size], notes: list[str]) -> tuple[LayerCost, ...]:
     """What the layers cost; whatever goes wrong here costs no more than these numbers, not the measured profile."""
     try:
         return measure_layers(model, sizes)

@@ -338,7 +338,7 @@ def training_picture(run: Run) -> Picture | None:
     if not trainings:
         return None
     caption = "Loss of each healed model, the mean since the step logged before."
-    scored = any(item.trials for item in trainings.values())
+    scored = any(item.evaluations for item in trainings.values())
     if scored:
         caption += (
             " Below, its evaluation scores, each the mean over the held-out data; a ring marks the step whose weights "
@@ -350,5 +350,5 @@ def training_picture(run: Run) -> Picture | None:
 
 
 def _kept_step(training: Training) -> str:
-    best = next((row for row in training.trials if row.step == training.best_step), None)
+    best = next((row for row in training.evaluations if row.step == training.best_step), None)
     return f", and is kept from step {best.step}, with a score of {score(best.score)}" if best else ""

@@ -179,7 +179,9 @@ def _training_blocks(run: Run) -> Iterable[doc.Block]:
         curves = {name: {row.step: doc.loss(row.loss) for row in item.rows} for name, item in trained.items()}
         numbers = [tables.by_step("Training loss in nats.", curves)]
         scores = {
-            name: {r.step: doc.score(r.score) for r in item.trials} for name, item in trained.items() if item.trials
+            name: {r.step: doc.score(r.score) for r in item.evaluations}
+            for name, item in trained.items()
+            if item.evaluations
         }
         numbers += [tables.by_step("Evaluation scores, × 100.", scores)] if scores else []
         yield doc.Details("The numbers of these curves", tuple(numbers))

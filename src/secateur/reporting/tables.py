@@ -43,7 +43,7 @@ def profile_table(profile: Profile, choice: Mapping[str, int]) -> doc.Table:
         "Depth": depth,
         "Loss (nats)": lambda row: _with_interval(row.loss, row.loss_low, row.loss_high, doc.loss),
         "Standard error": lambda row: doc.loss(row.loss_se),
-        "Probability": lambda row: doc.percent(row.chance, 0),
+        "Probability": lambda row: doc.percent(row.selection_probability, 0),
         "nDCG@10": lambda row: doc.loss(row.ndcg_at_10),
         "Next-token loss (nats)": lambda row: doc.loss(row.next_token_loss),
         "Block Influence": lambda row: doc.loss(row.block_influence),

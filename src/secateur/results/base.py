@@ -94,10 +94,8 @@ def load(path: str | Path, kind: type[T]) -> T:
     if version != SCHEMA_VERSION:
         raise DataError(file, f"schema version {version}, but this secateur reads {SCHEMA_VERSION}")
     try:
-        table: T = _adapter(cast(Any, kind)).validate_json(
-            json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"),
-            strict=True,  # a lone surrogate is "?"
-        )
+        text = json.dumps(_with_new_names(content), ensure_ascii=False).encode("utf-8", "replace")  # lone surrogates
+        table: T = _adapter(cast(Any, kind)).validate_json(text, strict=True)
         return table
     except ValidationError as error:
         first = error.errors()[0]
@@ -105,6 +103,24 @@ def load(path: str | Path, kind: type[T]) -> T:
         if first["type"] in ("missing", "unexpected_keyword_argument"):
             raise DataError(file, f"is not a whole {kind.kind}", f"missing or unexpected: {key}") from None
         raise DataError(file, f"{first['input']!r:.60} is not valid", "make the file again", field=key) from None
+
+
+RENAMED = {
+    "chance": "selection_probability",
+    "settled": "converged",
+    "parts": "layer_costs",
+    "part": "layer",
+    "trials": "evaluations",
+}
+"""Names that files of earlier versions have for fields of tables and of their rows."""
+
+
+def _with_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    named = {RENAMED.get(key, key): value for key, value in content.items()}
+    for key, rows in named.items():
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            named[key] = [{RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
+    return named
 
 
 @cache

@@ -15,9 +15,9 @@ class DepthRow:
     """One depth of a profile: the state after ``depth`` blocks, through the model's final norm, pooled.
 
     ``loss`` is the mean over batches, in nats, ``loss_se`` its standard error and ``loss_low`` to ``loss_high`` its
-    95 % bootstrap interval; ``chance`` is the share of bootstrap draws in which L3Prune's rule chooses this depth (both
-    None with fewer than five batches). ``accuracy``, ``ndcg_at_10`` and ``alignment`` are of pairs too, and None with
-    texts alone.
+    95 % bootstrap interval; ``selection_probability`` is the share of bootstrap replicates in which
+    L3Prune's rule chooses this depth (both None with fewer than five batches). ``accuracy``, ``ndcg_at_10`` and
+    ``alignment`` are of pairs too, and None with texts alone.
     ``block_influence`` belongs to the block that ends at this depth; ``effective_rank``, ``uniformity`` and
     ``mean_cosine`` are of the pooled vectors; ``next_token_loss`` is that of the language-model head at this depth, in
     nats, None where the model has none.
@@ -30,7 +30,7 @@ class DepthRow:
     effective_rank: float | None
     loss_low: float | None = None
     loss_high: float | None = None
-    chance: float | None = None
+    selection_probability: float | None = None
     accuracy: float | None = None
     ndcg_at_10: float | None = None
     alignment: float | None = None
@@ -59,17 +59,17 @@ class DepthScoreRow:
 
 
 @dataclass(frozen=True)
-class PartRow:
+class LayerCost:
     """What one part of a model costs; any cut costs the sum of the parts that it keeps.
 
-    ``part`` 0 is all that is no block (token table, norms, pooling, and the tokenizer's time), ``part`` k the k-th
+    ``layer`` 0 is all that is no block (token table, norms, pooling, and the tokenizer's time), ``layer`` k the k-th
     block. ``parameters`` counts a weight that is used twice once; ``bytes`` are those of the weights as the model was
     opened (as stored, but for a number format that was asked for); ``flops_per_token`` are counted on a text of 128
     tokens. ``latency`` is the median time in seconds for one text of some 20 tokens, ``seconds`` that for a batch of 8,
     in the number format and on the device of the profile.
     """
 
-    part: int
+    layer: int
     parameters: int
     bytes: int
     flops_per_token: Float
@@ -84,7 +84,7 @@ class Profile(Table):
     Attributes:
         batches: Batches read, of ``batch_size`` pairs (or texts).
         texts: Distinct texts run, and ``tokens`` theirs, prompts included.
-        settled: Whether the choice of L3Prune's rule is significantly better than every other depth of its half, at
+        converged: Whether the choice of L3Prune's rule is significantly better than every other depth of its half, at
             95 % over all looks at the data (:mod:`.stopping`); None without pairs.
         cka: Linear CKA between depths, (depth, depth); null where a depth gives all texts the same vector.
         angular: Mean angular distance of the last token's states between depths, (depth + 1, depth + 1), the first
@@ -92,7 +92,7 @@ class Profile(Table):
         losses_by_pooling: Pooling → its loss at each depth; the model's own pooling is among them.
         batch_losses: (batches, depth), what ``loss`` is the mean of, for any other rule's bootstrap.
         task_scores: Tasks × depths, one :class:`DepthScoreRow` each; empty where no task was asked for.
-        parts: What each part of the model costs; empty in profiles of earlier versions.
+        layer_costs: What each layer of the model costs; empty in profiles of earlier versions.
         notes: What a reader must know: what was measured to decide, what could not be computed, and why.
     """
 
@@ -112,13 +112,13 @@ class Profile(Table):
     depths: tuple[DepthRow, ...]
     texts: int = 0
     tokens: int = 0
-    settled: bool | None = None
+    converged: bool | None = None
     cka: Matrix = ()
     angular: Matrix = ()
     losses_by_pooling: Mapping[str, tuple[Float, ...]] = field(default_factory=dict)
     batch_losses: Matrix = ()
     task_scores: tuple[DepthScoreRow, ...] = ()
-    parts: tuple[PartRow, ...] = ()
+    layer_costs: tuple[LayerCost, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -140,9 +140,9 @@ class ScoreRow:
     draws, which :func:`.read_replicates` reads.
 
     ``prompts`` are those of the model on this task for texts of no kind, for queries and for documents; ``source`` is
-    the model's folder or Hub id, ``files`` a fingerprint of that folder's files. ``versions`` are those of the
-    libraries, ``command`` and ``created`` say what computed this row, and when. All are empty in scores of earlier
-    versions. ``note`` says what a reader must know: why there is no interval, or that a task may mislead.
+    the model's folder or Hub id, ``files`` a fingerprint of its files. ``versions`` of the libraries, ``command`` and
+    ``created`` say what computed this row, and when; all are empty in scores of earlier versions. ``note`` says why
+    there is no interval, or that a task may mislead.
     """
 
     model: str
@@ -348,7 +348,7 @@ class LossRow:
 
 
 @dataclass(frozen=True)
-class TrialRow:
+class EvaluationRow:
     """A score of a model that is being trained, after ``step`` steps; higher is better."""
 
     step: int
@@ -359,8 +359,8 @@ class TrialRow:
 class Training(Table):
     """How a model was healed. ``settings`` is the resolved configuration; ``prompts`` are by data set.
 
-    ``trials`` are the scores on the way, where there were any, and ``best_step`` is the step whose weights were kept;
-    None is the last.
+    ``evaluations`` are the scores on the way, where there were any; ``best_step`` is the step whose weights were kept,
+    None for the last.
     """
 
     kind: ClassVar[str] = "training"
@@ -374,7 +374,7 @@ class Training(Table):
     settings: Mapping[str, Any]
     prompts: Mapping[str, str]
     losses: tuple[LossRow, ...]
-    trials: tuple[TrialRow, ...] = ()
+    evaluations: tuple[EvaluationRow, ...] = ()
     best_step: int | None = None
 
 
