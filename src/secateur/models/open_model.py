@@ -76,7 +76,7 @@ def open_model(
     with as_model_error(name), quiet(), as_source(name, trust_remote_code) as source:
         if is_embedder(source, revision):
             check_embedder(name, pooling, max_length)
-        where = {"revision": revision, "trust_remote_code": trust_remote_code}
+        where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         model, _ = load_model(name, source, dtype=dtype, device=device, **where)
         complete(name, model, pooling, max_length)
         check_finite(name, model)

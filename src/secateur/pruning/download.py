@@ -227,7 +227,7 @@ class _Shard:
         fetched into the Hub's cache.
         """
         url = hf_hub_url(self.repository, self.file, revision=self.commit)
-        options = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
+        options: dict[str, Any] = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
         failures = 0
         while start < end and not self.path.is_symlink():
             headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
