@@ -32,7 +32,11 @@ def _run_here(command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def quick_checks():
-    """Written models are reopened and compared in this process. The check itself is tested with the models."""
+    """Written models are reopened and compared in this process, and timed for a moment.
+
+    The check itself is tested with the models, and the times with the costs.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", _run_here)
+        patch.setattr("secateur.reporting.cost.LEAST_SECONDS", 0.01)
         yield

@@ -176,7 +176,7 @@ def test_another_model_in_a_models_folder_is_not_counted(make_encoder: MakeEncod
 def test_wrong_arguments_are_refused(tmp_path: Path):
     for arguments, options, says in (
         ([[]], {}, "models: is missing"),
-        ([["a/final", "a/final"]], {}, "same name"),
+        ([["a/final", "a/final"]], {}, "two models are called"),
         ([["a", "b"]], {"names": ["one"]}, "1 names for 2 models"),
         ([["a"]], {"repetitions": 0}, "repetitions: 0 is not valid"),
     ):

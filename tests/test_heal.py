@@ -60,7 +60,7 @@ def healed(llama_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPa
 @pytest.fixture(autouse=True)
 def no_check_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each written model, which takes seconds; the fixture ``healed`` is made before, with it."""
-    monkeypatch.setattr("secateur.models.open_model.difference", lambda *_: 0.0)
+    monkeypatch.setattr("secateur.models.save.difference", lambda *_: 0.0)
 
 
 def test_training_lowers_the_loss_and_leaves_a_plain_model(healed: Path, llama_folder: Path):

@@ -33,7 +33,7 @@ TAUGHT = TrainingConfig(**SETTINGS, has_teacher=True, learning_rate=1e-3)
 @pytest.fixture(autouse=True)
 def no_check_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each written model, which takes seconds; test_heal.py has it."""
-    monkeypatch.setattr("secateur.models.open_model.difference", lambda *_: 0.0)
+    monkeypatch.setattr("secateur.models.save.difference", lambda *_: 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,11 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance progress clusters
+errors files done provenance progress clusters document
 results: base kinds
 runtime
-options: base shared way runs inference
+options: base fields way runs inference
 figures: style plots
-document
 models: compat blocks cutting pooling checks forward save open_model
 data: rows hub sources vectors demo
 measures: metrics intervals costs
@@ -31,7 +30,7 @@ choosing: selectors choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes training_data teacher losses evaluator trainer heal
-reporting: cost compare run findings verdict pictures sections card report
+reporting: cost compare run findings verdict pictures tables card report
 studies: plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening workers middleware queueing app serve

@@ -17,7 +17,6 @@ from secateur.options import CostOptions, HealOptions, PruneOptions, StudyOption
 from secateur.provenance import provenance
 from secateur.reporting.run import read_journal
 from secateur.results import DepthRow, Profile
-from secateur.studies.estimate import corrected
 from secateur.studies.plan import PRESETS, Base, Plan, Step, plan_steps
 from secateur.studies.runner import Executor, Scheduler, State, on_ray
 
@@ -168,8 +167,10 @@ def test_estimates_are_corrected_by_what_has_finished():
     told = {"a": 10.0, "b": 10.0, "c": 4.0, "d": None}
     kinds = {"a": "heal", "b": "heal", "c": "profile", "d": "evaluate"}
     steps = [Step(name, kinds[name], HealOptions.model_construct(), Path(name), seconds=told[name]) for name in told]
-    assert corrected(steps, {}) == told
-    assert corrected(steps, {"a": 20.0}) == {"a": 20.0, "b": 20.0, "c": 8.0, "d": None}
+    assert State(Plan(steps), (), {}, {}, {}).expected == told
+    state = State(Plan(steps), {"a"}, {}, {}, {"a": 20.0})
+    assert state.expected == {"a": 20.0, "b": 20.0, "c": 8.0, "d": None}
+    assert state.seconds_left == 28.0
 
 
 # Running --------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 8, "precision": "float32",
 @pytest.fixture(autouse=True)
 def no_check_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each written model, which takes seconds; test_heal.py has it."""
-    monkeypatch.setattr("secateur.models.open_model.difference", lambda *_: 0.0)
+    monkeypatch.setattr("secateur.models.save.difference", lambda *_: 0.0)
 
 
 def killed(*given: Any, at: int = 2, **options: Any) -> None:

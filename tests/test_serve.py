@@ -148,11 +148,11 @@ def running(app, send_buffer: int | None = None) -> Iterator[Running]:
             yield Running(server, port, thread)
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(300)
             assert not thread.is_alive()
 
 
-def wait_until(true, seconds: float = 20) -> None:
+def wait_until(true, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"
@@ -682,7 +682,7 @@ def test_a_server_told_to_end_finishes_what_it_took(encoder: Encoder):
             server.server.should_exit = True
             wait_until(lambda: refuses_connections(server.port))
         assert [answer.result()[0] for answer in asked] == [200] * 10
-        server.thread.join(10)
+        server.thread.join(300)
         with pytest.raises(urllib.error.URLError):
             server.get("/health")
 
@@ -701,7 +701,7 @@ def test_a_second_signal_answers_who_waits_and_ends_at_once(encoder: Encoder, ca
         server.server.handle_exit(signal.SIGINT, None)
         server.server.handle_exit(signal.SIGINT, None)
         assert [refused(503, answer.result())["code"] for answer in asked] == ["shutdown"] * 4
-        server.thread.join(10)
+        server.thread.join(300)
         assert not server.thread.is_alive()
     assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
 
@@ -817,7 +817,7 @@ def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
         assert refused(503, server.get("/ready"))["code"] == "not_ready"  # they have not loaded yet
-        wait_until(lambda: all(worker.ready() for worker in workers), 100)
+        wait_until(lambda: all(worker.ready() for worker in workers))
         send(signal.SIGSTOP)
         answers = ask()
         wait_until(lambda: waiting(server) == 12 * 7)
@@ -826,7 +826,7 @@ def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
         assert len(restarts) == server.metric("secateur_batch_errors_total") == 2
         assert any("code -9" in str(vars(record)) for record in caplog.records)
 
-        wait_until(lambda: all(worker.ready() for worker in workers), 100)
+        wait_until(lambda: all(worker.ready() for worker in workers))
         send(signal.SIGSTOP)
         answers = ask()
         wait_until(lambda: server.get("/ready")[0] == 503)
@@ -989,7 +989,7 @@ def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, 
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=stream, env=environment)
     try:
-        wait_until(lambda: '"serving"' in log.read_text() or process.poll() is not None, 60)
+        wait_until(lambda: '"serving"' in log.read_text() or process.poll() is not None)
         first = json.loads(log.read_text().splitlines()[0])
         address = f"{first['address']}/v1"
         with openai.OpenAI(base_url=address, api_key="sesame-open", max_retries=9) as client:
@@ -997,7 +997,7 @@ def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, 
             with pytest.raises(openai.BadRequestError):
                 client.embeddings.create(model="tiny", input=secret * 100)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(300) == 0
     finally:
         process.kill()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -1046,6 +1046,15 @@ def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTrans
     assert np.array(instructed.data[0].embedding) == pytest.approx(model.encode("one", prompt_name="query"), abs=1e-5)
     assert refused[0] == 400
     assert "too many" in refused[1]
+
+
+def test_the_server_and_bulk_encoding_do_not_import_each_other():
+    server, bulk = ("middleware", "queueing", "app", "serve"), ("distinct", "vector_files", "encode")
+    package = Path(secateur.__file__).parent / "inference"
+    for some, others in ((server, bulk), (bulk, server)):
+        for module in some:
+            source = (package / f"{module}.py").read_text()
+            assert not [other for other in others if f"secateur.inference.{other} import" in source], module
 
 
 def test_options_that_cannot_be_are_refused_before_anything_is_opened(folder: Path, tmp_path: Path):

@@ -171,7 +171,7 @@ def test_our_own_server_teaches_as_the_model_does(make_encoder: MakeEncoder, tmp
         process.wait(20)
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"
@@ -280,7 +280,7 @@ def test_what_may_pass_is_asked_for_again(mood: Mood, no_waiting: None):
     assert mood.embed(timeout=0.3).tolist() == LENGTHS
     assert len(mood.requests) == 5
     mood.does = ["503"] * 3
-    with pytest.raises(ModelError, match=r"answers 503 \(.*no such thing.*\)"):
+    with pytest.raises(ModelError, match=r"answers 503 \(no such thing\)"):
         mood.embed(max_retries=2)
     assert not mood.does
     mood.url = "http://127.0.0.1:9/v1"
@@ -315,7 +315,7 @@ def test_requests_are_small_enough_for_the_server(mood: Mood, monkeypatch: pytes
         ("HTML", 'answers with no JSON \\("<!doctype html><title>Welcome to the portal'),
         ("truncated", "gives no valid answer"),
         ("deep", "gives no valid answer"),
-        ("400", r"answers 400 \(.*no such thing.*\)"),
+        ("400", r"answers 400 \(no such thing\)"),
         ("moved", "answers 307"),
     ],
 )

@@ -8,15 +8,12 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from secateur.figures.plots import Point
+T = TypeVar("T")
 
 NONE = "–"
 SPACE = "\N{NO-BREAK SPACE}"
@@ -163,6 +160,23 @@ class Table:
     texts: int = 1
     groups: Sequence[str] = ()
 
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        items: Sequence[T],
+        columns: Mapping[str, Callable[[T], str | Cell]],
+        texts: int = 1,
+        groups: Sequence[str] = (),
+    ) -> Table:
+        """A row for each item, with what each column shows of it."""
+        return cls(title, list(columns), [[show(item) for show in columns.values()] for item in items], texts, groups)
+
+    def transposed(self) -> Table:
+        """The table with its columns as rows, for a terminal that is not wide."""
+        names, *rows = zip(self.columns, *self.rows, strict=True)
+        return Table(self.title, [_cell(name).text for name in names], rows)
+
     def filled(self) -> Table:
         """The table without the columns that have no value in any row."""
         cells = [[_cell(cell) for cell in row] for row in self.rows]
@@ -269,14 +283,13 @@ class Code:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its ``caption``, and its content in words (``text``). ``key`` names its file, without suffix."""
+    """A ``figure`` of matplotlib, as an ``svg`` element too; ``key`` names its file, without suffix."""
 
     key: str
     title: str
     caption: str
-    text: str
-    figure: Figure
-    points: tuple[Point, ...] = ()
+    svg: str
+    figure: Any
 
 
 @dataclass(frozen=True)
@@ -376,10 +389,7 @@ def code(text: str) -> str:
 
 
 def _figure(picture: Picture, kind: str = "") -> str:
-    from secateur.figures.style import svg
-
-    shown = svg(picture.figure, picture.key, picture.title, picture.text, picture.points)
-    return f"<figure{kind}>\n{shown}\n<figcaption>{_escaped(picture.caption)}</figcaption>\n</figure>"
+    return f"<figure{kind}>\n{picture.svg}\n<figcaption>{_escaped(picture.caption)}</figcaption>\n</figure>"
 
 
 def _escaped(text: str) -> str:

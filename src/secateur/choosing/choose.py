@@ -162,12 +162,7 @@ def _check_count(count: int, said: str | int | float, depth: int) -> None:
 
 
 def cost_of(parts: Sequence[PartRow], blocks: Sequence[int]) -> PartRow:
-    """What a model costs that keeps these layers: a row whose ``part`` is their number.
-
-    Args:
-        parts: Of the whole model.
-        blocks: Indices of the layers that stay, from 0.
-    """
+    """What a model costs that keeps these layers, by index from 0: a row whose ``part`` is their number."""
     kept = [parts[0], *(parts[index + 1] for index in blocks)]
     sums = {item.name: sum(getattr(row, item.name) for row in kept) for item in fields(PartRow)}
     return PartRow(**sums | {"part": len(blocks)})
@@ -244,19 +239,15 @@ def _shallowest(increase: float, deepest: int, table: Profile) -> Choice:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One choice.
+    """One choice (:class:`.Choice`) with its row of the profile.
 
     Attributes:
         name: What ``--to`` takes to get it; ``full`` is the model as it is, ``budget`` what the limits allow.
-        blocks: Indices of the layers that stay, from 0.
-        reason: Why, and ``warning`` what must be known; empty where there is nothing.
-        chance: Selection probability (:class:`.Choice`); None where the method reads no losses.
         loss: At that depth, zero-shot, with its 95 % interval from ``loss_low`` to ``loss_high``; None where other
             layers than the first stay, since a profile measures depths.
-        parameters: Counted, as are ``bytes`` and ``flops_per_token``.
-        latency: Seconds for one text of some 20 tokens, from the measured times of the layers.
-        speed: Texts per second in a batch, relative to the full depth, likewise. Costs are None in a profile of an
-            earlier version.
+        latency: Seconds for one text of some 20 tokens (:class:`.PartRow`).
+        speed: Texts per second in a batch, relative to the full depth. Costs are None in a profile of an earlier
+            version.
     """
 
     name: str

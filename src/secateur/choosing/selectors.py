@@ -71,13 +71,9 @@ def replicates_of(losses: ArrayLike, seed: int, replicates: int = REPLICATES) ->
 
 
 def lowest_in_each_half(losses: ArrayLike) -> NDArray[Any]:
-    """L3Prune's rule (arXiv 2410.14578, section 3): the depth of the lowest loss in each half.
+    """L3Prune's rule (arXiv 2410.14578, section 3): the depth of the lowest loss in each half, (..., 2).
 
-    Args:
-        losses: (..., depths); the first ``depths // 2`` are the first half. Of equal losses the shallowest wins.
-
-    Returns:
-        (..., 2), depths counted from 1, the smaller first; of a single depth (..., 1).
+    The first ``depths // 2`` are the first half. Of equal losses the shallowest wins. Of a single depth, (..., 1).
     """
     values = np.asarray(losses)
     half = values.shape[-1] // 2
@@ -122,15 +118,9 @@ def valleys(losses: ArrayLike) -> list[int]:
 
 
 def knee(losses: Array) -> NDArray[Any]:
-    """The depth after which more layers bring little: Kneedle (Satopää et al. 2011) on the best loss so far.
+    """The depth after which more layers bring little, (..., 1): Kneedle (Satopää et al. 2011) on the best loss so far.
 
-    Where the curve has no knee (:func:`knee_strength`), the depth of the lowest loss.
-
-    Args:
-        losses: (..., depths).
-
-    Returns:
-        (..., 1), depths counted from 1. Of equal distances the shallowest wins.
+    Where the curve has no knee (:func:`knee_strength`), the depth of the lowest loss. Of equal ones the shallowest.
     """
     lead = knee_strength(losses)
     found: NDArray[Any] = np.where(lead.max(axis=-1) > FLAT, lead.argmax(axis=-1), losses.argmin(axis=-1)) + 1
@@ -255,13 +245,7 @@ def first(question: Question) -> Choice:
 
 @dataclass(frozen=True)
 class Selector:
-    """A selection method.
-
-    Attributes:
-        rule: The function.
-        counts: Whether it must be told how many layers to keep.
-        reads_profile: Whether it needs a profile.
-    """
+    """A selection method; ``counts``: it must be told how many layers to keep."""
 
     rule: Callable[[Question], Choice]
     counts: bool = False
@@ -304,15 +288,9 @@ def losses_of(table: Profile) -> Array:
 
 
 def by_rule(table: Profile, rule: Rule, place: int) -> tuple[int, float | None]:
-    """What a rule chooses on the measured curve, and its selection probability.
+    """The rule's choice number ``place`` on the measured curve, and its selection probability.
 
-    Args:
-        table: The profile.
-        rule: From losses to depths.
-        place: Which of the rule's choices.
-
-    Returns:
-        A depth, and the share of bootstrap replicates with the same choice; None with fewer than five batches.
+    That is the share of bootstrap replicates with the same choice; None with fewer than five batches.
     """
     depth = int(rule(losses_of(table))[place])
     if len(table.batch_losses) < MINIMUM_UNITS:

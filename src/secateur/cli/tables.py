@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from secateur.document import Cell, Table, byte_size, count, duration, loss, number, percent, score, signed, span
+from secateur.document import NONE, Cell, Table, byte_size, count, duration, loss, percent, score, signed, span
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from secateur.choosing.choose import Candidates
+    from secateur.choosing.choose import Candidate, Candidates
     from secateur.exporting.export import Export
     from secateur.results import Comparison, CostRow, Profile, Scores
     from secateur.studies.runner import State
-
-Columns = dict[str, tuple[str, Callable[[Any], str]]]
-"""Field of a row → its heading, and how it is printed."""
 
 
 def _show(table: Table, console: Console | None = None) -> None:
     from rich.console import Console
 
     (console or Console()).print(table.to_rich())
-
-
-def _table(
-    title: str, headings: Sequence[str], texts: Sequence[Sequence[str]], rows: Sequence[Any], columns: Columns
-) -> Table:
-    """One line for each row: its texts, then the fields that some row has."""
-    cells = [
-        [
-            *words,
-            *(show(value) if (value := getattr(row, name)) is not None else "" for name, (_, show) in columns.items()),
-        ]
-        for words, row in zip(texts, rows, strict=True)
-    ]
-    return Table(title, [*headings, *(heading for heading, _ in columns.values())], cells, len(headings)).filled()
 
 
 def summary(state: State, slots: int) -> str:
@@ -68,61 +51,34 @@ def show_steps(state: State, slots: int, console: Console | None = None) -> None
         console.print(f"{name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
-_PROFILE: Columns = {
-    "loss": ("loss", loss),
-    "loss_low": ("from", loss),
-    "loss_high": ("to", loss),
-    "chance": ("probability", lambda share: percent(share, 0)),
-    "ndcg_at_10": ("nDCG@10", loss),
-    "next_token_loss": ("next-token loss", loss),
-    "block_influence": ("influence", loss),
-    "effective_rank": ("rank", number),
-    "mean_cosine": ("cosine", loss),
-}
-
-
 def show_profile(profile: Profile) -> None:
     """Losses by depth; of tasks that were scored, scores by depth."""
     import secateur
+    from secateur.reporting.tables import depth_scores_table, profile_table
 
-    chosen = {depth: size for size, depth in secateur.choose(profile).items()} if profile.can_choose else {}
-    title = f"{profile.model}: {profile.depth} blocks, {profile.pooling}, scale {profile.scale:g}"
-    texts = [(str(row.depth), chosen.get(row.depth, "")) for row in profile.depths]
-    _show(_table(title, ("depth", "choice"), texts, profile.depths, _PROFILE))
-    scores: dict[str, dict[int, float]] = {}
-    for row in profile.task_scores:
-        scores.setdefault(f"{row.task} ({row.metric})", {})[row.depth] = row.score
-    if scores:
-        rows = []
-        for depth in range(1, profile.depth + 1):
-            own = [(found.get(depth), max(found.values())) for found in scores.values()]
-            cells = ("" if at is None else score(at, 2) + ("*" if at == best else " ") for at, best in own)
-            rows.append((str(depth), *cells))
-        _show(Table("zero-shot scores × 100 by depth; * the best of a task", ("depth", *scores), rows))
+    _show(profile_table(profile, secateur.choose(profile) if profile.can_choose else {}))
+    if profile.task_scores:
+        _show(depth_scores_table(profile))
     for note in profile.notes:
         typer.echo(f"note: {note}")
-
-
-_CANDIDATES: Columns = {
-    "blocks": ("blocks", lambda blocks: str(len(blocks))),
-    "chance": ("probability", lambda share: percent(share, 0)),
-    "loss": ("loss", loss),
-    "loss_low": ("from", loss),
-    "loss_high": ("to", loss),
-    "parameters": ("parameters", count),
-    "bytes": ("size", byte_size),
-    "flops_per_token": ("FLOPs per token", count),
-    "latency": ("latency", duration),
-    "speed": ("speed", lambda ratio: f"{ratio:.1f} ×"),
-}
 
 
 def show_candidates(found: Candidates) -> None:
     """What each selector chooses, and why."""
     from secateur.choosing.choose import is_prefix, ranges
 
-    title = f"{found.model}: {found.depth} blocks"
-    _show(_table(title, ("name",), [(row.name,) for row in found.rows], found.rows, _CANDIDATES))
+    columns: dict[str, Callable[[Candidate], str | Cell]] = {
+        "name": lambda row: row.name,
+        "blocks": lambda row: str(len(row.blocks)),
+        "probability": lambda row: percent(row.chance, 0),
+        "loss": lambda row: Cell(loss(row.loss), (span(row.loss_low, row.loss_high, loss),) if row.loss_low else ()),
+        "parameters": lambda row: count(row.parameters),
+        "size": lambda row: byte_size(row.bytes),
+        "FLOPs per token": lambda row: count(row.flops_per_token),
+        "latency": lambda row: duration(row.latency),
+        "speed": lambda row: NONE if row.speed is None else f"{row.speed:.1f} ×",
+    }
+    _show(Table.of(f"{found.model}: {found.depth} blocks", found.rows, columns).filled())
     for row in found.rows[1:]:
         kept = "" if is_prefix(row.blocks) else f"blocks {ranges(row.blocks)} (from 0), "
         typer.echo(f"{row.name}: {kept}{row.reason}" + (f" (note: {row.warning})" if row.warning else ""))
@@ -158,13 +114,9 @@ def _interval(value: float, low: float | None, high: float | None, show: Callabl
 
 def show_costs(rows: Sequence[CostRow]) -> None:
     """Costs × models."""
-    from secateur.reporting.sections import COSTS
+    from secateur.reporting.tables import cost_table
 
-    first = rows[0]
-    cells: list[tuple[str | Cell, ...]] = [("Blocks", *(str(row.depth) for row in rows))]
-    cells += [(name, *(show(row) for row in rows)) for name, show in COSTS.items()]
-    title = f"costs on {first.device}, {first.threads} threads, {first.dtype}"
-    _show(Table(title, ("", *(row.model for row in rows)), cells))
+    _show(cost_table(rows).transposed())
 
 
 def show_comparison(comparison: Comparison) -> None:

@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mteb._evaluators.retrieval_metrics import calculate_retrieval_scores, mrr
@@ -128,8 +127,7 @@ def score_differences(
 # Scores as functions of how often each row occurs ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Resampled:
+class Resampled(NamedTuple):
     """One split of a task: ``units`` things that can be resampled, called ``unit``, and the score of each replicate."""
 
     unit: str

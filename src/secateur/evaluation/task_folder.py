@@ -1,24 +1,10 @@
 """Task folders: somebody's own evaluation data, checked before anything is encoded.
 
-A task folder holds ``task.json`` and, by its ``type``:
-
-======================= ======================================================================================
-``sts``                 ``test.jsonl``: ``sentence1``, ``sentence2``, ``score`` (a number)
-``pair_classification`` ``test.jsonl``: ``sentence1``, ``sentence2``, ``label`` (0 or 1)
-``classification``      ``train.jsonl`` and ``test.jsonl``: ``text``, ``label`` (a text, a number, true or false)
-``clustering``          ``test.jsonl``: ``text``, ``label``
-``retrieval``           BEIR's ``corpus.jsonl`` (``_id``, ``title`` where there is one, ``text``), ``queries.jsonl``
-                        (``_id``, ``text``) and ``qrels.tsv`` or ``qrels/test.tsv`` (header ``query-id``,
-                        ``corpus-id``, ``score``; a score below 1 is "not relevant", as for trec_eval)
-``reranking``           ``test.jsonl``: ``query``, ``positive`` and ``negative`` (lists of texts)
-``summarization``       ``test.jsonl``: ``text``, ``human_summaries``, ``machine_summaries`` (lists of texts),
-                        ``relevance`` (one number for each machine summary)
-======================= ======================================================================================
-
-``task.json`` has ``type`` and may have ``name`` (default: the folder's), ``metric`` (default: mteb's main score of the
-type), ``instruction``, ``licence`` and ``notes``; of retrieval also ``ignore_identical_ids`` (true: a document does not
-answer the query of its own id, as in ArguAna); other keys are for people. A folder without ``task.json`` that holds
-BEIR's files is a retrieval task. Each ``.jsonl`` may be a ``.jsonl.gz``.
+A task folder holds ``task.json`` and the files of its ``type``: :data:`_FIELDS` has their columns, and
+``docs/tasks.md`` explains them. ``task.json`` may also have ``name`` (default: the folder's), ``metric`` (default:
+mteb's main score of the type), ``instruction``, ``licence`` and ``notes``; of retrieval also ``ignore_identical_ids``
+(true: a document does not answer the query of its own id, as in ArguAna); other keys are for people. A folder without
+``task.json`` that holds BEIR's files is a retrieval task. Each ``.jsonl`` may be a ``.jsonl.gz``.
 """
 
 from __future__ import annotations

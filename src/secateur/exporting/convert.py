@@ -1,18 +1,8 @@
 """An encoder's graph in the formats of ONNX Runtime and OpenVINO, and their weights in fewer bits.
 
 The graph is traced once, in float32, by transformers' own exporters; fewer bits are made from the written graph, by
-the tools of the backend that will run it:
-
-    ==========  ==============================================  ================================================
-    precision   onnx                                            openvino
-    ==========  ==============================================  ================================================
-    float32     as traced                                       as traced
-    float16     weights stored in half, float32 arithmetic      the same
-    bfloat16    weights stored in bfloat16, float32 arithmetic  weights stored in half, bfloat16 arithmetic
-    int8        matrices and activations; tables in half        the same
-    ==========  ==============================================  ================================================
-
-In int8, activations are rounded by ranges that are measured beforehand on texts (``static``) or anew in every batch
+the tools of the backend that will run it. docs/export.md says what each precision stores, and in what it multiplies.
+In int8, activations are quantized with ranges that are calibrated on texts (``static``) or anew in every batch
 (``dynamic``); outlier channels stay in floats (:func:`.split_outliers`).
 """
 
@@ -96,11 +86,7 @@ def form_of(backend: str, precision: str, quantization: str | None) -> Form:
 def convert(graph: EncoderGraph, form: Form, folder: Path, calibration: Callable[[], Sequence[Features]]) -> None:
     """Write a graph into an export's folder, where ``form.file`` says.
 
-    Args:
-        graph: The encoder, in float32, on the CPU.
-        form: What to write.
-        folder: The export's folder.
-        calibration: Gives the inputs that int8 is calibrated on; not called for anything else.
+    ``calibration`` gives the inputs that int8 is calibrated on; it is not called for anything else.
 
     Raises:
         ModelError: The architecture cannot be traced.

@@ -152,29 +152,21 @@ def export(options: ExportOptions, *, progress: Progress = silent) -> Export:
             device="cpu",
             trust_remote_code=options.trust_remote_code,
         )
+        _check(model, options.dimensions)
         compared.append(_long_text(model, compared))
-        whole = int(model.get_embedding_dimension() or 0)
-        if options.dimensions is not None and options.dimensions > whole:
-            raise ConfigError("dimensions", options.dimensions, f"cannot be {options.dimensions}", f"1 to {whole}")
         graph = EncoderGraph(model, options.dimensions)
         progress(STEP, 10, 100)
         convert(graph, form, folder, lambda: _features(model, graph, calibration))
-        if getattr(model.tokenizer, "backend_tokenizer", None) is None:
-            raise ModelError(type(model.tokenizer).__name__, "is a tokenizer in Python alone", "it cannot run without")
         write_files(model, folder, weights=False)
         model[0].auto_model.config.save_pretrained(folder)
         progress(STEP, 50, 100)
-        expected = _reference_vectors(model, [*compared, *calibration], options.dimensions)
-        about = _describe(model, form, folder, expected, options.vectors) | {"least_cosine": least}
-        about |= {
-            "model": str(options.model),
-            "compared": len(compared),
-            "provenance": provenance(sources, options.seed),
-        }
+        vectors = _reference_vectors(model, [*compared, *calibration], options.dimensions)
+        about = _describe(model, form, folder, vectors) | {"model": str(options.model), "compared": len(compared)}
+        about |= {"vectors": options.vectors, "least_cosine": least, "provenance": provenance(sources, options.seed)}
         Export(**about, cosine_min=0.0, cosine_mean=0.0).save(folder)  # the runtime reads it
         progress(STEP, 60, 100)
         encoder = runtime.load(folder)
-        cosines = _cosines(model, encoder, compared, expected[: len(compared)], options.dimensions)
+        cosines = _cosines(model, encoder, compared, options.dimensions)
         if not cosines.min() >= least:
             problem = f"the least cosine between its vectors and the original's is {cosines.min():.4f}, below {least:g}"
             raise ExportTooFar(options.out, problem, "another --precision or --to, or a lower --min-cosine")
@@ -188,6 +180,14 @@ def export(options: ExportOptions, *, progress: Progress = silent) -> Export:
         result.save(folder)
         progress(STEP, 100, 100)
     return result
+
+
+def _check(model: SentenceTransformer, dimensions: int | None) -> None:
+    whole = int(model.get_embedding_dimension() or 0)
+    if dimensions is not None and dimensions > whole:
+        raise ConfigError("dimensions", dimensions, f"cannot be {dimensions}", f"1 to {whole}")
+    if getattr(model.tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(type(model.tokenizer).__name__, "is a tokenizer in Python alone", "it cannot run without")
 
 
 def _texts(options: ExportOptions) -> tuple[list[str], list[str], tuple[Fingerprint, ...]]:
@@ -228,9 +228,7 @@ def _features(model: SentenceTransformer, graph: EncoderGraph, texts: Sequence[s
     ]
 
 
-def _describe(
-    model: SentenceTransformer, form: Form, folder: Path, vectors: npt.NDArray[np.float32], given: VectorFormat
-) -> dict[str, Any]:
+def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: npt.NDArray[np.float32]) -> dict[str, Any]:
     """The manifest's fields that follow from the model and from the written files."""
     tokenizer = model.tokenizer
     files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
@@ -240,7 +238,6 @@ def _describe(
         "quantization": form.quantization,
         "graph": form.file,
         "dimension": vectors.shape[1],
-        "vectors": given,
         "ranges": tuple(tuple(map(float, edge)) for edge in (vectors.min(axis=0), vectors.max(axis=0))),
         "max_length": longest_text(model) or NO_LIMIT,
         "truncation_side": tokenizer.truncation_side,
@@ -303,17 +300,13 @@ def _reference_vectors(
 
 
 def _cosines(
-    model: SentenceTransformer,
-    encoder: runtime.Encoder,
-    texts: Sequence[str],
-    expected: npt.NDArray[np.float32],
-    dimensions: int | None,
+    model: SentenceTransformer, encoder: runtime.Encoder, texts: Sequence[str], dimensions: int | None
 ) -> npt.NDArray[np.float64]:
     """Cosine of each text's two vectors: without a prompt, and with each of the model's."""
-    found = [paired_cosines(expected, encoder.encode(texts, prompt="", precision="float32"))]
-    for prompt in sorted({prompt for prompt in model.prompts.values() if prompt}):
-        vectors = encoder.encode(texts, prompt=prompt, precision="float32")
-        found.append(paired_cosines(_reference_vectors(model, texts, dimensions, prompt), vectors))
+    found = []
+    for prompt in sorted({"", *filter(None, model.prompts.values())}):
+        expected = _reference_vectors(model, texts, dimensions, prompt)
+        found.append(paired_cosines(expected, encoder.encode(texts, prompt=prompt, precision="float32")))
     return np.concatenate(found)
 
 

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from secateur.document import shorten
+from secateur.document import count, shorten
 from secateur.figures.style import (
     COLOURS,
     DASHES,
@@ -25,6 +25,7 @@ from secateur.figures.style import (
     NARROW,
     drawing,
     floats,
+    gap,
     legend,
     look,
     new_figure,
@@ -134,18 +135,11 @@ def _finish(figure: Figure, axes: Any, points: Sequence[Point], cost: str) -> No
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(_short_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value).replace(".0", "")))
     axes.set_xlabel(cost)
     axes.set_ylabel("Average score (× 100)")
     if len({point.series for point in points}) <= MOST_SERIES:
         legend(figure, axes)
-
-
-def _short_count(value: float, _: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:g} {unit}"
-    return f"{value:g}"
 
 
 def _label_points(
@@ -154,16 +148,9 @@ def _label_points(
     labels: Sequence[tuple[float, float, str]],
     lines: Sequence[tuple[Sequence[float], Sequence[float]]],
 ) -> None:
-    """Put each label near its point, where it hides least: first of all no other label or point, then no line.
-
-    Args:
-        figure: The figure; its layout is fixed here, because the axes must not move once the free places are known.
-        axes: Where the points are.
-        labels: x, y and text of each.
-        lines: x and y of each line.
-    """
+    """Put each label (x, y, text) where it hides least: first of all no other label or point, then no line (x, y)."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine("none")  # the axes must not move once the free places are known
     frame, pixel, renderer = axes.get_window_extent(), figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
     frame = Bbox.from_extents(frame.x0, frame.y0, figure.bbox.x1, frame.y1 + 12 * pixel)
     covered = []  # pixels on the lines, about every eighth
@@ -179,7 +166,7 @@ def _label_points(
         size = Text.get_window_extent(trial, renderer)
         trial.remove()
         place = axes.transData.transform((x, y))
-        best: tuple[float, float, Any, Bbox] | None = None
+        best: tuple[float, int, Any, Bbox] | None = None
         for radius, angle in itertools.product((8, 18, 32, 48), (90, 45, 135, 0, 180, 270, 315, 225)):
             # From the point to the middle of the text, in typographic points; its nearest edge is at the radius.
             away = np.round([math.cos(math.radians(angle)), math.sin(math.radians(angle))], 6)
@@ -212,19 +199,17 @@ def training_curves(trainings: Mapping[str, Training]) -> Figure:
         figure = new_figure(5.4 if scored else 3.3)
         panels = list(figure.subplots(1 + scored, sharex=True, squeeze=False).flat)
         for index, (name, training) in enumerate(trainings.items()):
-            curves = [([row.step for row in training.rows], floats([row.loss for row in training.rows]))]
-            if training.trials:
-                scores = [100 * value for value in floats([row.score for row in training.trials])]
-                curves.append(([row.step for row in training.trials], scores))
-                kept = [
-                    value for row, value in zip(training.trials, scores, strict=True) if row.step == training.best_step
-                ]
-                ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 1.6}
-            for axes, (steps, values) in zip(panels, curves, strict=False):
+            losses = {row.step: gap(row.loss) for row in training.rows}
+            scores = {row.step: 100 * gap(row.score) for row in training.trials}
+            for axes, curve in zip(panels, (losses, scores), strict=False):
                 style = look(index, "linestyle", "marker") | {"markersize": 4.5, "linewidth": 1.4}
-                axes.plot(steps, values, markevery=max(1, len(steps) // 8), label=shorten(name), **style)
-            if training.trials:
-                panels[1].plot([training.best_step] * len(kept), kept, linestyle="none", **look(index), **ring)
+                if curve:
+                    every = max(1, len(curve) // 8)
+                    axes.plot([*curve], [*curve.values()], markevery=every, label=shorten(name), **style)
+            if scores:
+                kept = {step: score for step, score in scores.items() if step == training.best_step}
+                ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 1.6}
+                panels[1].plot([*kept], [*kept.values()], linestyle="none", **look(index), **ring)
         panels[0].set_ylabel("Training loss (nats)")
         if scored:
             panels[1].set_ylabel("Evaluation score (× 100)")

@@ -86,9 +86,13 @@ def look(index: int, *parts: str) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)]} | {part: styles[part][index % len(styles[part])] for part in parts}
 
 
+def gap(value: float | None) -> float:
+    """A number to draw: one that was not finite is null in its file, and NaN leaves a gap in the line."""
+    return math.nan if value is None else value
+
+
 def floats(values: Sequence[float | None]) -> list[float]:
-    """Numbers to draw: one that was not finite is null in its file, and NaN leaves a gap in the line."""
-    return [math.nan if value is None else value for value in values]
+    return [gap(value) for value in values]
 
 
 def legend(figure: Figure, axes: Any) -> None:

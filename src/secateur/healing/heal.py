@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from sentence_transformers.util import get_rank
 from secateur.data.sources import Source, read_sources
 from secateur.data.vectors import fingerprint_model
 from secateur.done import FILE, Made
-from secateur.errors import ConfigError, OutputError
+from secateur.errors import ConfigError
 from secateur.files import empty_folder, lock, output_errors, partial_folder, read_json, rename_into_place
 from secateur.healing.evaluator import HeldOut, read_held_out
 from secateur.healing.losses import Loss, check_dims, dropout
@@ -147,7 +147,9 @@ def _settings(
     if options.teacher is not None:
         teacher = {"teacher": str(options.teacher), "teacher_model": options.teacher_model}
         settings |= teacher | {"teacher_fingerprint": made.inputs["teacher"]}
-    return {**made.options, **settings, **(held_out or HeldOut()).settings()}
+    unused = () if options.teacher is not None else ("teacher_weight", "distill")
+    known = {key: value for key, value in made.options.items() if key not in unused}
+    return {**known, **settings, **(held_out or HeldOut()).settings()}
 
 
 @contextmanager
@@ -157,20 +159,14 @@ def locked_folder(out: Path) -> Iterator[Path]:
     Raises:
         OutputError: Another run does, or has just finished.
     """
-    partial = partial_folder(out)
-    barrier()  # or a late one would find what the first one wrote
-    if get_rank() > 0:
-        yield partial
-        return
-    partial.mkdir(parents=True, exist_ok=True)
-    with lock(partial):
-        try:
-            partial_folder(out)
-        except OutputError:
-            with suppress(OSError):  # only if it is empty: made just now
-                partial.rmdir()
-            raise
-        yield partial
+    folder = partial_folder(out)
+    barrier()  # or a late process would find what the first one wrote
+    with ExitStack() as stack:
+        if get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder))
+            partial_folder(out)  # another run may have finished meanwhile
+        yield folder
 
 
 def check_resume(folder: Path, made: Made) -> None:
@@ -180,14 +176,16 @@ def check_resume(folder: Path, made: Made) -> None:
         ConfigError: It is made from something else.
     """
     changes = made.changes_since(folder)
-    if changes is None and not (folder / "checkpoints").exists():
+    if changes is None and not any((folder / name).exists() for name in (Training.file, "checkpoints")):
         empty_folder(folder)
         made.record(folder)
-    if not changes and (folder / FILE).is_file():
+        return
+    if changes == []:
         return
     told = "begun by an earlier version"
     if changes:
-        before = read_json(folder / FILE)["options"]
+        recorded = read_json(folder / FILE)
+        before = recorded.get("options", {}) if isinstance(recorded, dict) else {}
         told = "; ".join(
             f"{key} was {before.get(key)}, is {made.options[key]}" if key in made.options else f"other {key}"
             for key in changes

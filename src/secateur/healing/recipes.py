@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from secateur.data.sources import Source, Texts
 from secateur.errors import ConfigError
 from secateur.models.blocks import blocks_of, final_norm, linear_names
+from secateur.models.compat import multiplies_bfloat16
 from secateur.options import HealOptions
 
 LEARNING_RATES = {"lora": 2e-4, "blocks": 5e-4, "all": 5e-4}
@@ -95,7 +96,7 @@ class TrainingConfig:
             return self.precision == "bfloat16"
         if torch.cuda.is_available():
             return bool(torch.cuda.is_bf16_supported())
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return multiplies_bfloat16()
 
 
 _SHORT_TEXTS: Mapping[str, Any] = {"train": "auto", "warmup": 0.1, "scale": 20.0, "max_length": 128}

@@ -181,7 +181,9 @@ def embed(client: OpenAI, model: str, texts: Sequence[str]) -> NDArray[np.float3
 def _server_error(client: OpenAI, error: Exception) -> ModelError:
     """What the openai client raised, as one line about the server."""
     status = getattr(error, "status_code", 0)
-    said = " ".join(str(getattr(error, "message", None) or error or type(error).__name__).split())[:300]
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, dict) else getattr(error, "message", None)
+    said = " ".join(str(message or error or type(error).__name__).split())[:300]
     told = f"answers {status} ({said})" if status else f"gives no valid answer ({said})"
     wait = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
     told += f", and wants to be asked again in or at {wait}" if wait else ""

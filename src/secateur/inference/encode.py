@@ -157,7 +157,8 @@ def _opening(options: EncodeOptions, inputs: Inputs, folder: Path) -> Opening:
     """
     dtype = options.dtype
     if dtype == AUTO and (folder / FILE).exists():
-        dtype = str(read_json(folder / FILE)["options"]["dtype"])
+        recorded = read_json(folder / FILE)
+        dtype = str((recorded.get("options") or {}).get("dtype", AUTO)) if isinstance(recorded, dict) else AUTO
     elif dtype == AUTO and inputs.characters < MEASURED_FROM:
         dtype = STORED
     return Opening(
@@ -202,7 +203,7 @@ def _description(encoder: Encoder, options: EncodeOptions, inputs: Inputs, promp
 def _check_resume(folder: Path, about: dict[str, Any]) -> None:
     """Record what the folder's shards are made from; refuse a folder that holds those of another run."""
     kept = {name: about[name] for name in ("dtype", "prompt", "dimension", "normalize")}
-    made = Made("encode", kept, {"inputs": about["inputs"], "weights": about["fingerprint"]})
+    made = Made("encode", kept, {"inputs": about["inputs"]["sha256"], "weights": about["fingerprint"]})
     changed = made.changes_since(folder)
     if changed:
         problem = f"holds an unfinished run with other {', '.join(changed)}"

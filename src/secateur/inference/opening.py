@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -217,17 +219,12 @@ def _find_spared(
 def product_gain() -> float:
     """How many times as fast this processor multiplies in bfloat16 as in float32: measured, a moment."""
     states, weights = torch.randn(256, 1024), torch.randn(1024, 1024)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        of = states.to(dtype), weights.to(dtype)
-        torch.nn.functional.linear(*of)  # prepares the kernel
-        taken = []
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.nn.functional.linear(*of)
-            taken.append(time.perf_counter() - start)
-        seconds[dtype] = min(taken)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+    def seconds(dtype: torch.dtype) -> float:
+        multiply = partial(torch.nn.functional.linear, states.to(dtype), weights.to(dtype))
+        return min(timeit.repeat(multiply, timer=time.process_time, number=1, repeat=6))  # whatever else runs
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
 def probe_texts(model: SentenceTransformer) -> list[str]:

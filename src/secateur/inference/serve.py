@@ -185,6 +185,24 @@ def open_worker(opening: Opening) -> LocalWorker:
     return LocalWorker(encoder)
 
 
+def _start_workers(
+    stack: ExitStack, options: ServeOptions, opening: Opening, metrics: Metrics
+) -> list[EncoderProcess[Vectors]]:
+    """Start the worker processes, together, and wait until each has opened the model; the stack ends them."""
+    share = max(1, torch.get_num_threads() // max(1, options.workers))
+    make = partial(open_worker, replace(opening, threads=share))
+    silence = min(SILENT_SECONDS, max(LEAST_SILENCE, options.timeout / 4))
+    new = partial(EncoderProcess[Vectors], make, metrics.restarts.inc, silence)
+    processes = [stack.enter_context(closing(new())) for _ in range(options.workers)]
+    for process in processes:
+        try:
+            process.restart()
+        except EncoderDied as error:
+            hint = "too little memory? Fewer --workers need less"
+            raise ModelError(options.model, f"{error}, before it could take work", hint) from None
+    return processes
+
+
 @step(ServeOptions)
 def serve(options: ServeOptions) -> None:
     """Serve a model until the process is told to end (SIGTERM, Ctrl-C); then finish the requests it has.
@@ -225,17 +243,7 @@ def serve(options: ServeOptions) -> None:
             encoder.model.to("meta")  # only its tokenizer is needed here
             dtype = dtype if torch.device(device).type == "cpu" else options.dtype
             opening = replace(opening, dtype=dtype)
-        share = max(1, torch.get_num_threads() // max(1, options.workers))
-        make = partial(open_worker, replace(opening, threads=share))
-        silence = min(SILENT_SECONDS, max(LEAST_SILENCE, options.timeout / 4))
-        new = partial(EncoderProcess[Vectors], make, metrics.restarts.inc, silence)
-        processes = [stack.enter_context(closing(new())) for _ in range(options.workers)]
-        for process in processes:
-            try:
-                process.restart()
-            except EncoderDied as error:
-                hint = "too little memory? Fewer --workers need less"
-                raise ModelError(options.model, f"{error}, before it could take work", hint) from None
+        processes = _start_workers(stack, options, opening, metrics)
         name = options.name or model_label(options.model)
         app = make_app(encoder, name, options, keys=keys, processes=processes, metrics=metrics, thread=thread)
         gc.collect()

@@ -20,7 +20,7 @@ from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from secateur.clusters import ray_cluster
 from secateur.errors import ModelError, SecateurError
@@ -38,11 +38,8 @@ SILENT_SECONDS = 10.0
 LONG_SILENCE = 120.0
 """The same where no client waits, and before the encoder has been made: while Python imports a large library, no other
 thread of the process runs."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-"""Of mallopt(3)."""
 
 Answer = TypeVar("Answer")
-AnswerOf = TypeVar("AnswerOf", covariant=True)
 Piece = tuple[int, Sequence[str]]
 Encoded = tuple[int, Vectors, int]
 Run = Callable[[Iterable[Piece], OnBatch], Iterator[tuple[int, Vectors]]]
@@ -60,20 +57,13 @@ def keep_freed_memory() -> None:
     are left as they are.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_ARENA_MAX, 1)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that it takes
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
 class EncoderDied(RuntimeError):
     """The process of an encoder ended in the middle of a batch, or before it could take one."""
-
-
-class Encoding(Protocol[AnswerOf]):
-    """What a process can do: batches of whatever it understands to vectors, maybe with more about them."""
-
-    def encode_batch(self, batch: Any, /) -> AnswerOf:
-        """Vectors, or what holds them."""
 
 
 class EncoderProcess(Generic[Answer]):
@@ -82,14 +72,14 @@ class EncoderProcess(Generic[Answer]):
     ``concurrent.futures`` would end all of a pool's processes with one, and never sees that one hangs.
 
     Args:
-        make: Makes the encoder in the new process; a function that can be pickled.
+        make: Makes the encoder in the new process, which has a method ``encode_batch``; it must be picklable.
         on_restart: Called when a dead process is replaced.
         silence: Seconds without a sign of life after which the process is killed, once its encoder has been made.
     """
 
     def __init__(
         self,
-        make: Callable[[], Encoding[Answer]],
+        make: Callable[[], Any],
         on_restart: Callable[[], None] = lambda: None,
         silence: float = LONG_SILENCE,
     ) -> None:
@@ -224,7 +214,7 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Connection, make: Callable[[], Encoding[Any]], beats: Any) -> None:
+def _serve(pipe: Connection, make: Callable[[], Any], beats: Any) -> None:
     """The life of an encoder process: what was wrong with the encoder, or None; then batches in, answers out.
 
     It ends when the other end is closed, or at SIGTERM, when it gives back what it holds of the system.

@@ -126,8 +126,7 @@ def why_no_interval(replicates: Array, units: int) -> str:
 def interval(replicates: Array, limits: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
     """Percentile interval at :data:`CONFIDENCE`, within what the number can be; undefined replicates left out.
 
-    Returns:
-        Its ends; (None, None) where no two replicates differ, which tells nothing of other rows.
+    (None, None) where no two replicates differ, which tells nothing of other rows.
     """
     if _is_constant(replicates):
         return None, None

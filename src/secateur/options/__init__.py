@@ -1,6 +1,14 @@
 """Every option once: the arguments of the functions, the flags of the commands, the keys of YAML files."""
 
 from secateur.options.base import Names, Options, check, default_of, extra, make, read_yaml, step, to_yaml
+from secateur.options.fields import (
+    PROFILE_FILES,
+    STUDY_FILES,
+    Arithmetic,
+    Dtype,
+    PoolingName,
+    SavedPooling,
+)
 from secateur.options.inference import EncodeOptions, ExportOptions, ServeOptions
 from secateur.options.runs import (
     CompareOptions,
@@ -11,14 +19,6 @@ from secateur.options.runs import (
     StatusOptions,
     StudyOptions,
     read_study,
-)
-from secateur.options.shared import (
-    PROFILE_FILES,
-    STUDY_FILES,
-    Arithmetic,
-    Dtype,
-    PoolingName,
-    SavedPooling,
 )
 from secateur.options.way import ChooseOptions, HealOptions, HealSettings, ProfileOptions, PruneOptions
 

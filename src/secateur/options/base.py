@@ -4,7 +4,7 @@ A command's options are one class; its function is decorated with :func:`step`:
 
     class CutOptions(Options):
         '''Cut a model.'''
-        model: ModelName = argument("The model.")
+        model: Model
         layers: int = Field(6, ge=1, description="Number of layers to keep.")
 
     @step(CutOptions)
@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticUndefined
 
 from secateur.errors import ConfigError, DataError
@@ -75,54 +74,6 @@ class Names:
         "layers", "model", "data", "task", "file", "profile", "run", "study", "new folder", "new file", "results"
     ]
     own: tuple[str, ...] | None = None
-
-
-def name_or_object(value: Any) -> Any:
-    """A path becomes text; an object (an opened model, a task, a table) stays as it is; numbers are refused."""
-    if value is None or isinstance(value, (int, float, list, dict, tuple)):
-        raise ValueError("a name or a path is expected")
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def path_text(value: Any) -> Any:
-    """A path becomes text."""
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def texts(value: Any) -> Any:
-    """Numbers and paths in a list become texts."""
-    items = listed(value)
-    return [str(item) for item in items] if isinstance(items, list) else items
-
-
-def listed(value: Any) -> Any:
-    """One name stands for a list of one."""
-    if isinstance(value, (str, os.PathLike)):
-        return [value]
-    return list(value) if isinstance(value, (tuple, set)) else value
-
-
-def _columns(given: Any) -> Any:
-    """``query=question,positive=answer`` becomes a mapping."""
-    if not given or not isinstance(given, (str, list)):
-        return given or None
-    words = [word for item in ([given] if isinstance(given, str) else given) for word in str(item).split(",")]
-    pairs = [word.partition("=") for word in words]
-    for word, (role, _, column) in zip(words, pairs, strict=True):
-        if not role.strip() or not column.strip():
-            raise ValueError(f"{word!r} is not of the form query=question")
-    return {role.strip(): column.strip() for role, _, column in pairs}
-
-
-AnyName = Annotated[Any, BeforeValidator(name_or_object)]
-ModelName = Annotated[AnyName, Names("model")]
-Data = Annotated[list[Path], BeforeValidator(listed), Names("data")]
-Models = Annotated[list[AnyName], BeforeValidator(listed), Names("model")]
-Tasks = Annotated[list[AnyName], BeforeValidator(listed), Names("task")]
-Files = Annotated[list[Path], BeforeValidator(listed), Names("file")]
-Columns = Annotated[dict[str, str] | None, BeforeValidator(_columns)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
-"""The range that numpy takes."""
 
 
 def argument(description: str, **limits: Any) -> Any:

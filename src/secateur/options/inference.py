@@ -7,27 +7,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from secateur.options.base import (
-    Data,
-    Files,
-    ModelName,
-    Names,
-    Options,
-    Seed,
-    Tasks,
-    argument,
-    output,
-)
-from secateur.options.shared import (
-    ARITHMETIC,
-    BATCH,
-    DEVICE,
-    LENGTH,
+from secateur.options.base import Names, Options, argument, output
+from secateur.options.fields import (
     MODEL,
-    POOLING,
-    TRUST,
     Arithmetic,
-    SavedPooling,
+    BatchTokens,
+    Data,
+    Device,
+    Files,
+    MaxLength,
+    Model,
+    ModelName,
+    Pooling,
+    Sample,
+    SampleSeed,
+    Tasks,
+    TrustRemoteCode,
 )
 
 
@@ -37,7 +32,7 @@ class ExportOptions(Options):
     Example: secateur export smollm2-large-healed --to openvino --precision int8 -o smollm2-large-int8
     """
 
-    model: ModelName = argument(MODEL)
+    model: Model
     out: Annotated[Path, Names("new folder")] = output("The folder to write.")
     to: Literal["onnx", "openvino"] = Field("onnx", description="Backend that will run the model.")
     precision: Literal["float32", "float16", "bfloat16", "int8"] = Field(
@@ -61,8 +56,8 @@ class ExportOptions(Options):
         default=[],
         description="Tasks to score the original and the export on: folders, or tasks and benchmarks of mteb.",
     )
-    sample: int | None = Field(None, ge=1, description="Score on a random sample of this many rows of each task.")
-    seed: Seed = Field(42, description="Random seed of the samples.")
+    sample: Sample = None
+    seed: SampleSeed = 42
     min_cosine: float | None = Field(
         None,
         ge=-1,
@@ -72,9 +67,9 @@ class ExportOptions(Options):
     max_loss: float = Field(
         0.5, ge=0, description="Fail where the average score over the tasks falls by more than this many points of 100."
     )
-    pooling: SavedPooling | None = Field(None, description=POOLING)
-    max_length: int = Field(512, ge=1, description=LENGTH)
-    trust_remote_code: bool = Field(False, description=TRUST)
+    pooling: Pooling = None
+    max_length: MaxLength = 512
+    trust_remote_code: TrustRemoteCode = False
 
 
 class EncodeOptions(Options):
@@ -109,18 +104,18 @@ class EncodeOptions(Options):
         description="With int8: an earlier file of int8 vectors to take the ranges from, so that queries can be "
         "compared with documents.",
     )
-    batch_tokens: int | None = Field(None, ge=1, description=BATCH)
+    batch_tokens: BatchTokens = None
     processes: int = Field(
         1, ge=1, description="Number of processes on this machine, or of workers on the cluster (1: one per machine)."
     )
     ray: str | None = Field(
         None, description="Encode on a Ray cluster: its address (auto, ray://host:10001), or local for this machine."
     )
-    dtype: Arithmetic = Field("auto", description=ARITHMETIC)
-    pooling: SavedPooling | None = Field(None, description=POOLING)
-    max_length: int = Field(512, ge=1, description=LENGTH)
-    device: str | None = Field(None, description=DEVICE)
-    trust_remote_code: bool = Field(False, description=TRUST)
+    dtype: Arithmetic = "auto"
+    pooling: Pooling = None
+    max_length: MaxLength = 512
+    device: Device = None
+    trust_remote_code: TrustRemoteCode = False
 
 
 class ServeOptions(Options):
@@ -129,7 +124,7 @@ class ServeOptions(Options):
     Example: secateur serve smollm2-large-healed --port 8000
     """
 
-    model: ModelName = argument(MODEL)
+    model: Model
     host: str = Field("127.0.0.1", description="Address to listen on; others than loopback need an API key.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one, which the log names.")
     name: str | None = Field(None, min_length=1, description="Model name for clients [default: the folder's name].")
@@ -143,7 +138,7 @@ class ServeOptions(Options):
         description="Worker processes, each with the model in memory, restarted when they crash or hang; 0 encodes in "
         "a thread of the server.",
     )
-    batch_tokens: int | None = Field(None, ge=1, description=BATCH)
+    batch_tokens: BatchTokens = None
     queue_tokens: int = Field(
         500_000, ge=1, description="Maximum number of tokens waiting or being encoded; beyond it, requests get 429."
     )
@@ -154,8 +149,8 @@ class ServeOptions(Options):
     truncate: bool = Field(
         False, description="Truncate texts that are too long for the model instead of refusing them."
     )
-    pooling: SavedPooling | None = Field(None, description=POOLING)
-    max_length: int = Field(512, ge=1, description=LENGTH)
-    dtype: Arithmetic = Field("auto", description=ARITHMETIC)
-    device: str | None = Field(None, description=DEVICE)
-    trust_remote_code: bool = Field(False, description=TRUST)
+    pooling: Pooling = None
+    max_length: MaxLength = 512
+    dtype: Arithmetic = "auto"
+    device: Device = None
+    trust_remote_code: TrustRemoteCode = False

@@ -8,33 +8,28 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from secateur.errors import DataError
-from secateur.options.base import (
+from secateur.options.base import Names, Options, argument, make, output, positional, read_yaml
+from secateur.options.fields import (
+    DATA,
+    MODEL,
+    STUDY_FILES,
+    Cache,
     Columns,
     Data,
+    Device,
+    Dtype,
     Files,
+    Jobs,
+    ModelNames,
     Models,
-    Names,
-    Options,
+    Pooling,
+    Ray,
+    Sample,
+    SampleSeed,
     Seed,
     Tasks,
-    argument,
-    make,
-    output,
     path_text,
-    positional,
-    read_yaml,
     texts,
-)
-from secateur.options.shared import (
-    CACHE,
-    COLUMNS,
-    DATA,
-    DEVICE,
-    MODEL,
-    POOLING,
-    STUDY_FILES,
-    Dtype,
-    SavedPooling,
 )
 from secateur.options.way import HealSettings
 
@@ -51,15 +46,11 @@ class EvaluateOptions(Options):
         "The folder for scores.json; scores that it already holds are computed again only if something changed.",
         needed=False,
     )
-    names: list[str] | None = Field(
-        None, description="Names of the models in the table [default: the last part of their paths]."
-    )
-    sample: int | None = Field(
-        None, ge=1, description="Evaluate on at most this many rows of each task folder, the same for all models."
-    )
-    seed: Seed = Field(42, description="Random seed of the sample.")
+    names: ModelNames = None
+    sample: Sample = None
+    seed: SampleSeed = 42
     batch_size: int = Field(32, ge=1, description="Number of texts encoded at once.")
-    cache: Path | None = Field(None, description=CACHE)
+    cache: Cache = None
 
 
 class CostOptions(Options):
@@ -70,16 +61,14 @@ class CostOptions(Options):
 
     models: Models = argument(MODEL, min_length=1)
     out: Annotated[Path | None, Names("results")] = output("Folder for costs.json.", needed=False)
-    names: list[str] | None = Field(
-        None, description="What to call the models [default: the last part of their paths]."
-    )
+    names: ModelNames = None
     repetitions: int = Field(3, ge=1, description="Number of timed rounds; speeds are their median, with the range.")
     thorough: bool = Field(
         False,
         description="Encode sixteen times as many texts, try more batch sizes, and measure load time and peak memory "
         "of each model in a process of its own. Otherwise the peak is not measured.",
     )
-    device: str | None = Field(None, description=DEVICE)
+    device: Device = None
 
     @model_validator(mode="before")
     @classmethod
@@ -106,16 +95,14 @@ class CompareOptions(Options):
         "texts of the task folders].",
     )
     out: Annotated[Path | None, Names("results")] = output("Folder for comparison.json and the scores.", needed=False)
-    names: list[str] | None = Field(
-        None, description="What to call the models [default: the last part of their paths]."
-    )
+    names: ModelNames = None
     neighbours: int = Field(10, ge=1, description="Number of nearest texts compared for each text.")
     max_texts: int = Field(2000, ge=2, description="Most texts used for the neighbours; more are sampled by the seed.")
-    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    seed: Seed = Field(42, description="Random seed of the samples.")
+    sample: Sample = None
+    seed: SampleSeed = 42
     batch_size: int = Field(32, ge=1, description="Texts per batch when encoding.")
     timed: bool = Field(True, description="Count parameters and measure speed, too, as `secateur cost` does.")
-    cache: Path | None = Field(None, description=CACHE)
+    cache: Cache = None
 
     @field_validator("models", mode="before")
     @classmethod
@@ -140,21 +127,15 @@ class ReportOptions(Options):
     )
 
 
-JOBS = "Number of steps that run at the same time, each in a process of its own."
-RAY = "Run the steps on a Ray cluster: its address, auto for the one of this machine, local for a new one."
-
-
 class StudyOptions(HealSettings):
-    """Do all steps for models, depths, trainings and seeds: profile, choose, prune, heal, evaluate, report.
-
-    Run the same command again to resume.
+    """Do all steps for models, depths, trainings and seeds, from profile to report; run it again to resume.
 
     Example: secateur study smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o run
     """
 
     models: Models = argument(MODEL, default=[])
     data: Data = Field(default=[], description=DATA)
-    columns: Columns = Field(None, description=COLUMNS)
+    columns: Columns = None
     tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
     out: Annotated[Path, Names("results", STUDY_FILES)] = output("The run folder: all results, and what is left to do.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(
@@ -178,11 +159,11 @@ class StudyOptions(HealSettings):
     profile_dtype: Dtype = Field("auto", description="Dtype of the profile's computation; auto: as profile.")
     max_examples: int = Field(1280, ge=2, description="Number of pairs used by the profile.")
     depth_scores: bool = Field(False, description="Score the tasks at every depth of the untrained models, too.")
-    pooling: SavedPooling | None = Field(None, description=POOLING)
-    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    cache: Path | None = Field(None, description=CACHE + " [default: cache in the run folder]")
-    jobs: int = Field(1, ge=1, description=JOBS)
-    ray: str | None = Field(None, description=RAY)
+    pooling: Pooling = None
+    sample: Sample = None
+    cache: Path | None = Field(None, description="Folder that keeps vectors [default: cache in the run folder].")
+    jobs: Jobs = 1
+    ray: Ray = None
 
     @field_validator("recipes", mode="before")
     @classmethod
@@ -215,8 +196,8 @@ class ResumeOptions(StatusOptions):
     Example: secateur study resume run --jobs 4
     """
 
-    jobs: int = Field(1, ge=1, description=JOBS)
-    ray: str | None = Field(None, description=RAY)
+    jobs: Jobs = 1
+    ray: Ray = None
 
 
 def read_study(run: Path) -> StudyOptions:

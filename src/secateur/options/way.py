@@ -7,35 +7,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from secateur.options.base import (
-    AnyName,
-    Columns,
-    Data,
-    ModelName,
-    Names,
-    Options,
-    Seed,
-    Tasks,
-    argument,
-    listed,
-    output,
-    path_text,
-    positional,
-)
-from secateur.options.shared import (
-    COLUMNS,
+from secateur.options.base import Names, Options, argument, output, positional
+from secateur.options.fields import (
     DATA,
-    DEVICE,
-    INSTRUCTION,
-    LENGTH,
-    MODEL,
     POOLING,
     PROFILE_FILES,
     TEXTS,
-    TRUST,
+    AnyName,
+    Columns,
+    Data,
+    Device,
     Dtype,
+    Instruction,
+    MaxLength,
+    Model,
+    Pooling,
     PoolingName,
-    SavedPooling,
+    Sample,
+    SampleSeed,
+    Seed,
+    Tasks,
+    TrustRemoteCode,
+    listed,
+    path_text,
 )
 
 
@@ -54,14 +48,14 @@ class ProfileOptions(Options):
     Example: secateur profile smollm2 --data pairs.jsonl --tasks tasks/my-search -o profile
     """
 
-    model: ModelName = argument(MODEL)
+    model: Model
     data: Sources = positional(DATA + TEXTS, min_length=1)
-    columns: Columns = Field(None, description=COLUMNS)
+    columns: Columns = None
     out: Annotated[Path | None, Names("results", PROFILE_FILES)] = output(
         "Folder for profile.json and its pictures.", needed=False
     )
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
-    instruction: str | None = Field(None, description=INSTRUCTION)
+    instruction: Instruction = None
     pooling: PoolingName | None = Field(
         None, description=POOLING + " l3prune: as the paper's own code, to reproduce its curve."
     )
@@ -74,17 +68,17 @@ class ProfileOptions(Options):
         description="Stop early, once L3Prune's choice is significant at 95 % (tested after 5, 10, 20, ... batches).",
         json_schema_extra={"old": "--until-sure"},
     )
-    max_length: int = Field(512, ge=1, description=LENGTH)
+    max_length: MaxLength = 512
     dtype: Dtype = Field(
         "auto", description="Data type of the computation; auto: bfloat16 where the CPU has instructions for it."
     )
-    device: str | None = Field(None, description=DEVICE)
-    seed: Seed = Field(42, description="Seed of the sampling.")
+    device: Device = None
+    seed: SampleSeed = 42
     tasks: Tasks = Field(
         [], description="Score these at every depth too: task folders, or tasks and benchmarks of mteb."
     )
-    sample: int | None = Field(None, ge=1, description="Use a seeded sample of this size of each task.")
-    trust_remote_code: bool = Field(False, description=TRUST)
+    sample: Sample = None
+    trust_remote_code: TrustRemoteCode = False
 
     @model_validator(mode="before")
     @classmethod
@@ -117,7 +111,7 @@ class PruneOptions(Options):
     Example: secateur prune smollm2 --to large --profile profile -o smollm2-large
     """
 
-    model: ModelName = argument(MODEL)
+    model: Model
     to: Annotated[Any, Names("layers")] = positional(
         "Number of first blocks to keep (7), share to remove (0.3), or a selector (large, small, knee, ...).",
         default=None,
@@ -128,14 +122,14 @@ class PruneOptions(Options):
     profile: Annotated[Any, Names("profile")] = Field(
         None, description="Profile of the model (a file, or its folder), for selectors that choose from one."
     )
-    pooling: SavedPooling | None = Field(None, description=POOLING)
-    max_length: int = Field(512, ge=1, description=LENGTH)
+    pooling: Pooling = None
+    max_length: MaxLength = 512
     dtype: Dtype = Field("auto", description="Data type of the written weights; auto keeps the model's own.")
     adapter: Annotated[Any, BeforeValidator(path_text)] = Field(
         None, description="LoRA adapter (a folder or a Hub id) to merge into the weights."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the model on the Hub.")
-    trust_remote_code: bool = Field(False, description=TRUST)
+    trust_remote_code: TrustRemoteCode = False
 
 
 class HealSettings(Options):
@@ -192,9 +186,9 @@ class HealOptions(HealSettings):
     Example: secateur heal smollm2-large --data pairs.jsonl --steps 1000 -o smollm2-large-healed
     """
 
-    model: ModelName = argument(MODEL)
+    model: Model
     data: Data = positional(DATA + TEXTS, min_length=1)
-    columns: Columns = Field(None, description=COLUMNS)
+    columns: Columns = None
     out: Annotated[Path, Names("new folder")] = output("The model folder to write.")
     instruction: str | None = Field(
         None,
@@ -234,7 +228,7 @@ class HealOptions(HealSettings):
     eval_tasks: Annotated[list[AnyName] | None, BeforeValidator(listed), Names("task")] = Field(
         None, description="Tasks to evaluate during training, as for evaluate; the best model of all is written."
     )
-    eval_sample: int | None = Field(None, ge=1, description="Evaluate on a random sample of this many rows of each.")
+    eval_sample: Sample = None
     eval_every: int | None = Field(None, ge=1, description="Steps between two evaluations [a tenth of all].")
     patience: int | None = Field(
         None, ge=1, description="Early stopping: stop after this many evaluations without a better score."
@@ -242,8 +236,8 @@ class HealOptions(HealSettings):
     report_to: str = Field(
         "none", description="Experiment tracker that transformers supports: tensorboard, wandb, mlflow, ..."
     )
-    device: str | None = Field(None, description=DEVICE)
-    trust_remote_code: bool = Field(False, description=TRUST)
+    device: Device = None
+    trust_remote_code: TrustRemoteCode = False
 
     @field_validator("depths", "dims", mode="before")
     @classmethod

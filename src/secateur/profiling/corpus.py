@@ -27,15 +27,13 @@ def check_sources(sources: Sequence[Source], max_examples: int) -> None:
         name, rows = source.source.name, source.rows
         if contents.count(source.source.sha256) > 1:
             raise DataError(name, "is there twice: its batches would count twice", "name it once")
-        what = "pairs" if isinstance(source, Pairs) else "texts"
+        what = f"fewer than two different {'pairs' if isinstance(source, Pairs) else 'texts'}"
+        problem, hint = f"holds {what}", "a loss needs something to tell apart"
+        if len(rows) >= share:
+            problem, hint = f"{what} were drawn from it, of {share}", "raise --max-examples"
         if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in rows}) < 2:
-            if len(rows) < share:
-                problem = f"holds fewer than two different {what}"
-                raise DataError(name, problem, "a loss needs something to tell apart")
-            problem = f"fewer than two different {what} were drawn from it, of {share}"
-            raise DataError(name, problem, "raise --max-examples")
+            raise DataError(name, problem, hint)
         if isinstance(source, Pairs) and not _has_negatives(source):
-            hint = "a loss needs something to tell apart" if len(rows) < share else "raise --max-examples"
             raise DataError(name, "every passage is a positive of every anchor", hint)
 
 
@@ -49,13 +47,9 @@ def _has_negatives(pairs: Pairs) -> bool:
 
 
 def with_prompts(source: Source, model: SentenceTransformer, default: bool) -> Source:
-    """Data with the prompts that are used.
+    """Data with the prompts that are used: the model's default prompt, if ``default``, where the data have none.
 
-    Args:
-        source: The data.
-        model: Its default prompt goes before every text where the data have none; with the paper's pooling, prompts
-            get the paper's form.
-        default: Whether the default prompt may be used.
+    With the paper's pooling, prompts get the paper's form.
     """
     prompt, passage_prompt = source.prompt, source.passage_prompt if isinstance(source, Pairs) else ""
     if default and not prompt and not passage_prompt:

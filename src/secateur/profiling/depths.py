@@ -23,22 +23,9 @@ from transformers import PreTrainedModel
 
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
 from secateur.measures.metrics import angular_distances, block_influence
+from secateur.models import forward
 from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm
 from secateur.models.cutting import bypassed, legal_depths
-from secateur.models.forward import (
-    BUDGET,
-    REFUSALS,
-    SHORTEST_PREFIX,
-    SharedPrefix,
-    Tokens,
-    common_start,
-    halves,
-    is_out_of_memory,
-    plan_evenly,
-    run_after,
-    run_prefix,
-    tokenize,
-)
 from secateur.models.open_model import is_causal
 from secateur.models.pooling import POOLINGS, L3PrunePooling, make_pooling, pool, pooling_name
 from secateur.profiling.lens import next_token_positions
@@ -157,7 +144,7 @@ class _Prefix:
     """What all texts start with: its keys and values, and per layer its normed states and its Block Influence."""
 
     ids: Tensor
-    cache: SharedPrefix
+    cache: forward.SharedPrefix
     normed: list[Tensor]
     influence: Tensor
 
@@ -172,7 +159,7 @@ class DepthEncoder:
         model: An opened model in evaluation mode.
         every_pooling: Use the other poolings of :data:`.POOLINGS` too, where the model's own is a
             weighted sum of its tokens.
-        budget: Tokens in a batch, padding included.
+        budget: Tokens in a batch, padding included; a batch that does not fit into memory halves it.
         name: What the user calls the model, for errors.
 
     Attributes:
@@ -182,7 +169,12 @@ class DepthEncoder:
     """
 
     def __init__(
-        self, model: SentenceTransformer, *, every_pooling: bool = False, budget: int = BUDGET, name: str = "model"
+        self,
+        model: SentenceTransformer,
+        *,
+        every_pooling: bool = False,
+        budget: int = forward.BUDGET,
+        name: str = "model",
     ) -> None:
         self._model, self._name, self._budget = model, name, budget
         self._transformer: PreTrainedModel = model[0].auto_model
@@ -226,26 +218,26 @@ class DepthEncoder:
             ModelError: Vectors are not finite, or a single text is too large for the memory.
             DataError: A text has no tokens, or its prompt leaves no room for them.
         """
-        tokens = tokenize(self._model, texts, prompt)
+        tokens = forward.tokenize(self._model, texts, prompt)
         if prompt and self.poolings[0] == "l3prune":
             # The blank that ends the paper's prompt belongs to the word after it, where a tokenizer joins them.
             tokens.features["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
         prefix = self._share(tokens)
         picks = {row: random.Random(f"{seed} {texts[row]}").random() for row in sampled}  # noqa: S311
-        todo = deque(plan_evenly(tokens.lengths - (len(prefix.ids) if prefix else 0), self._budget))
+        todo = deque(forward.plan_evenly(tokens.lengths - (len(prefix.ids) if prefix else 0), self._budget))
         while todo:
             rows = todo.popleft()
             try:
                 found = self._read(tokens, rows, prefix, picks) if self._one_pass else self._read_each(tokens, rows)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                if not forward.is_out_of_memory(error):
                     raise
                 if len(rows) == 1:
                     problem = f"a text of {int(tokens.lengths[rows[0]])} tokens does not fit into memory"
                     raise ModelError(self._name, problem, "lower --max-length") from None
                 self._budget = max(1, self._budget // 2)
                 self.notes = list(dict.fromkeys([*self.notes, "a batch was too large for the memory and was halved"]))
-                todo.extendleft(list(half) for half in reversed([*halves(rows)]))
+                todo.extendleft(list(half) for half in reversed([*forward.halves(rows)]))
                 continue
             finite = found.vectors[:, 0].isfinite().all(dim=2).all(dim=0)
             if not bool(finite.all()):
@@ -253,23 +245,26 @@ class DepthEncoder:
                 raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
             yield replace(found, vectors=found.vectors[..., : self._model.truncate_dim])
 
-    def _share(self, tokens: Tokens) -> _Prefix | None:
+    def _share(self, tokens: forward.Tokens) -> _Prefix | None:
         """What all texts start with, computed once; None where the vectors would not be the same."""
         if not self._shares or len(tokens.lengths) <= 2 * PROBES:
             return None
-        start, known = common_start(tokens), self._prefix
+        start, known = forward.common_start(tokens), self._prefix
         if known is not None and torch.equal(start[: len(known.ids)], known.ids):
             return known
-        if len(start) < SHORTEST_PREFIX:
+        if len(start) < forward.SHORTEST_PREFIX:
             return None
         order = tokens.lengths.argsort().tolist()
         rows = [order[i * (len(order) - 1) // (PROBES - 1)] for i in range(PROBES)]  # from the shortest to the longest
         try:
             plain = self._read(tokens, rows, None, {}).vectors
             prefix = self._run_prefix(start)
-            same = self._agree(self._read(tokens, rows, prefix, {}).vectors, plain)
-        except (MemoryError, *REFUSALS) as error:
-            if is_out_of_memory(error):
+            error = (self._read(tokens, rows, prefix, {}).vectors - plain).norm(dim=-1)
+            allowed = 1e-4 if self._transformer.dtype == torch.float32 else 3e-2
+            # Vectors that are not finite agree with anything: they are reported by the caller.
+            same = bool((error <= allowed * plain.norm(dim=-1)).all()) or not bool(plain.isfinite().all())
+        except (MemoryError, *forward.REFUSALS) as error:
+            if forward.is_out_of_memory(error):
                 return None  # the batches themselves are halved until they fit
             same = False
         if same:
@@ -289,18 +284,10 @@ class DepthEncoder:
             influence.append(block_influence(before, after, mask))
 
         with layer_outputs(self._transformer, visit):
-            cache = run_prefix(self._transformer, start)
+            cache = forward.run_prefix(self._transformer, start)
         return _Prefix(start, cache, normed, torch.stack(influence).double().cpu())
 
-    def _agree(self, found: Tensor, expected: Tensor) -> bool:
-        """Equal up to rounding; vectors that are not finite agree with anything: :meth:`run` reports them."""
-        if not bool(expected.isfinite().all()):
-            return True
-        allowed = 1e-4 if self._transformer.dtype == torch.float32 else 3e-2
-        error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
-        return bool((error <= allowed).all())
-
-    def _read(self, tokens: Tokens, rows: list[int], prefix: _Prefix | None, picks: dict[int, float]) -> Depths:
+    def _read(self, tokens: forward.Tokens, rows: list[int], prefix: _Prefix | None, picks: dict[int, float]) -> Depths:
         """One pass over a batch; with a prefix, over what follows it."""
         features = self._features(tokens, rows, left=False if prefix else None)
         skipped = len(prefix.ids) if prefix else 0
@@ -328,7 +315,7 @@ class DepthEncoder:
 
         with layer_outputs(self._transformer, visit):
             if prefix:
-                run_after(self._transformer, prefix.cache, skipped, features)
+                forward.run_after(self._transformer, prefix.cache, skipped, features)
             else:
                 self._model[0](dict(features))
         influences = torch.stack(influence).double().cpu()
@@ -342,7 +329,7 @@ class DepthEncoder:
             targets=features["input_ids"][text, place + skipped + 1],
         )
 
-    def _read_each(self, tokens: Tokens, rows: list[int]) -> Depths:
+    def _read_each(self, tokens: forward.Tokens, rows: list[int]) -> Depths:
         """One pass for each depth, the later layers bypassed."""
         features = self._features(tokens, rows)
         mask = features["attention_mask"]
@@ -363,7 +350,7 @@ class DepthEncoder:
         none, targets = torch.zeros(0, self.depth, 1), torch.zeros(0, dtype=torch.long)
         return Depths(tuple(rows), torch.stack(vectors, 1)[:, None], sums, int(mask.sum()), None, none, targets)
 
-    def _features(self, tokens: Tokens, rows: list[int], left: bool | None = None) -> dict[str, Any]:
+    def _features(self, tokens: forward.Tokens, rows: list[int], left: bool | None = None) -> dict[str, Any]:
         features = tokens.batch(rows, left=left)
         return {key: v.to(self._model.device) if isinstance(v, Tensor) else v for key, v in features.items()}
 

@@ -47,10 +47,9 @@ def next_token_positions(
     found = []
     for row, share in enumerate(picks):
         if share is not None:
-            real = mask[row].nonzero().flatten()
-            first, last = max(int(real[0]) + start, skipped), int(real[-1]) - 1
-            if first <= last:
-                found.append((row, first + int(share * (last - first + 1)) - skipped))
+            options = mask[row].nonzero().flatten()[start:-1] - skipped
+            options = options[options >= 0]
+            found += [(row, int(options[int(share * len(options))]))] if len(options) else []
     table = torch.tensor(found, dtype=torch.long, device=mask.device).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from secateur.choosing.selectors import lowest_in_each_half, replicates_of
-from secateur.data.sources import Pairs, read_sources
+from secateur.data.sources import Texts, read_sources
 from secateur.errors import ConfigError, SecateurError
 from secateur.files import results_folder
 from secateur.measures import metrics
@@ -67,7 +67,7 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     seed = options.seed
     sources = read_sources(options.data, options.instruction, options.columns, most=options.max_examples, seed=seed)
     check_sources(sources, options.max_examples)
-    if options.early_stopping and not any(isinstance(source, Pairs) for source in sources):
+    if options.early_stopping and all(isinstance(source, Texts) for source in sources):
         raise ConfigError("early_stopping", True, "needs losses, and the data are texts alone", "leave it out")
     tasks = _open_tasks(options)
     model, name, sizes, notes = _open(options)
@@ -79,17 +79,7 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     if measured.batches < len(corpus.batches):
         notes.append(f"early stopping after {measured.batches} of {len(corpus.batches)} batches")
     rows = _rows(model, measured, seed, notes)
-    failed: SecateurError | None = None
-    task_scores: tuple[DepthScoreRow, ...] = ()
-    try:
-        if tasks:
-            from secateur.profiling.depth_scores import depth_scores
-
-            found = depth_scores(model, tasks, sample=options.sample, seed=seed, name=name, progress=progress)
-            task_scores, notes = found[0], [*notes, *found[1]]
-    except SecateurError as error:  # what is measured so far is kept
-        failed = error
-        notes.append(f"no task scores: {error}")
+    task_scores, failed = _score_tasks(model, name, tasks, options, notes, progress)
     result = Profile(
         provenance=provenance([*(source.source for source in sources), *(task.source for task in tasks)], seed),
         model=name,
@@ -131,6 +121,28 @@ def _open_tasks(options: ProfileOptions) -> list[Task]:
     from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
 
     return open_tasks(options.tasks, options.sample, options.seed)
+
+
+def _score_tasks(
+    model: SentenceTransformer,
+    name: str,
+    tasks: Sequence[Task],
+    options: ProfileOptions,
+    notes: list[str],
+    progress: Progress,
+) -> tuple[tuple[DepthScoreRow, ...], SecateurError | None]:
+    """Scores by depth, and what went wrong: the profile that is measured already is kept."""
+    if not tasks:
+        return (), None
+    from secateur.profiling.depth_scores import depth_scores
+
+    try:
+        rows, more = depth_scores(model, tasks, sample=options.sample, seed=options.seed, name=name, progress=progress)
+    except SecateurError as error:
+        notes.append(f"no task scores: {error}")
+        return (), error
+    notes += more
+    return rows, None
 
 
 def _open(options: ProfileOptions) -> tuple[SentenceTransformer, str, tuple[Size, ...], list[str]]:

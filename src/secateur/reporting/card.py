@@ -6,33 +6,18 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from secateur import document as doc
 from secateur.data.hub import is_hub_name, parse_name
-from secateur.document import (
-    NONE,
-    Block,
-    Bullets,
-    Code,
-    Section,
-    Table,
-    Text,
-    count,
-    duration,
-    plural,
-    score,
-    section_to_markdown,
-    signed,
-    span,
-    to_markdown,
-)
 from secateur.files import read_json
 from secateur.reporting.findings import GroupComparison, Summary
 from secateur.reporting.run import HUB_NAME, Variant, base_licence, is_on_hub
-from secateur.reporting.sections import COSTS, SPEED, kept_blocks, settings_text
+from secateur.reporting.tables import SPEED, cost_table, kept_blocks, settings_text
 from secateur.reporting.verdict import seed_note
 from secateur.results import Origin, ScoreRow
 
@@ -64,18 +49,17 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
         f"A text encoder: {kept_blocks(origin)} of the {origin.depth} blocks of {public(origin.base_model)}, "
         f"{trained}. It is a plain sentence-transformers folder, which is used without secateur."
     )
-    sections = [Section("use", "Use", list(_use(folder)))]
+    sections = [doc.Section("use", "Use", list(_use(folder)))]
     if variant.cost:
         shown = {"This model": variant.cost} | ({full.name: full.cost} if full and full.cost else {})
-        names = ("Parameters", "of which embedding table", "On disk", "Short texts per second")
-        rows = [(name, *(COSTS[name](cost) for cost in shown.values())) for name in names]
+        costs = [replace(cost, model=name) for name, cost in shown.items()]
         machine = summary.run.costs.provenance.hardware if summary.run.costs else {}
-        where = Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
-        sections.append(Section("costs", "Size and speed", [Table("", ["", *shown], rows), where]))
+        where = doc.Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
+        sections.append(doc.Section("costs", "Size and speed", [cost_table(costs).transposed(), where]))
     if variant.scores:
         note = seed_note(summary) if variant.training else ""
-        sections.append(Section("scores", "Scores", list(_scores(variant, full, comparison, note))))
-    sections.append(Section("made", "How it was made", list(_how(variant, origin))))
+        sections.append(doc.Section("scores", "Scores", list(_scores(variant, full, comparison, note))))
+    sections.append(doc.Section("made", "How it was made", list(_how(variant, origin))))
     limits = [
         f"The licence and the terms of {public(origin.base_model)} hold for this model, and those of its training data "
         "where they reach so far.",
@@ -84,15 +68,20 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
         + ": measure it on your own data before you rely on it.",
         *(() if variant.training else ("It has not been trained after the cut.",)),
     ]
-    sections.append(Section("limits", "Limits", [Bullets(tuple(limits))]))
-    head = [f"---\n{_metadata(variant, origin)}\n---", CARD_MARK, f"# {to_markdown(variant.name)}", to_markdown(about)]
-    return "\n\n".join([*head, *map(section_to_markdown, sections)]) + "\n"
+    sections.append(doc.Section("limits", "Limits", [doc.Bullets(tuple(limits))]))
+    head = [
+        f"---\n{_metadata(variant, origin)}\n---",
+        CARD_MARK,
+        f"# {doc.to_markdown(variant.name)}",
+        doc.to_markdown(about),
+    ]
+    return "\n\n".join([*head, *map(doc.section_to_markdown, sections)]) + "\n"
 
 
 # Sections -------------------------------------------------------------------------------------------------------------
 
 
-def _use(folder: Path) -> Iterable[Block]:
+def _use(folder: Path) -> Iterable[doc.Block]:
     file = folder / "config_sentence_transformers.json"
     content = read_json(file) if file.exists() else {}
     found = content.get("prompts") if isinstance(content, dict) else None
@@ -109,38 +98,40 @@ def _use(folder: Path) -> Iterable[Block]:
         f'documents = model.{document}(["Cut back the side shoots in winter.", "The train leaves at noon."]{name})',
         "print(model.similarity(queries, documents))",
     )
-    yield Code("\n".join(lines), "python")
+    yield doc.Code("\n".join(lines), "python")
     if prompts:
         rows = [(name, json.dumps(text, ensure_ascii=False)) for name, text in prompts.items()]
-        yield Table("Prompts are part of the model:", ("Name", "Prompt"), rows, 2)
+        yield doc.Table("Prompts are part of the model:", ("Name", "Prompt"), rows, 2)
 
 
-def _scores(variant: Variant, full: Variant | None, comparison: GroupComparison | None, note: str) -> Iterable[Block]:
+def _scores(
+    variant: Variant, full: Variant | None, comparison: GroupComparison | None, note: str
+) -> Iterable[doc.Block]:
     columns = ["Task", "Metric", "Samples", "This model", "95 % interval", *([full.name] if full else [])]
     rows = [
-        [task, row.metric, str(row.samples), score(row.score), span(row.low, row.high) or NONE]
-        + ([score(full.scores[task].score)] if full else [])
+        [task, row.metric, str(row.samples), doc.score(row.score), doc.span(row.low, row.high) or doc.NONE]
+        + ([doc.score(full.scores[task].score)] if full else [])
         for task, row in variant.scores.items()
     ]
-    rows.append(["Average", "", "", score(variant.average), "", *([score(full.average)] if full else [])])
-    yield Table("Each task's own metric, × 100.", columns, rows, 2)
+    rows.append(["Average", "", "", doc.score(variant.average), "", *([doc.score(full.average)] if full else [])])
+    yield doc.Table("Each task's own metric, × 100.", columns, rows, 2)
     if full:
         same = variant.training and full.training and variant.training.settings == full.training.settings
         how = ", trained with the same settings" if same else ""
-        yield Text(f"{full.name} is the full model to compare with: all {full.depth} blocks{how}.")
+        yield doc.Text(f"{full.name} is the full model to compare with: all {full.depth} blocks{how}.")
     if comparison and comparison.difference.low is not None:
         difference, seeds = comparison.difference, len(comparison.group.variants)
-        over = f", over {plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
-        within = span(difference.low, difference.high, signed)
-        points = f"{signed(difference.value)} points, 95 % interval {within}"
-        yield Text(f"The average differs by {points}, paired by text{over}.")
+        over = f", over {doc.plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
+        within = doc.span(difference.low, difference.high, doc.signed)
+        points = f"{doc.signed(difference.value)} points, 95 % interval {within}"
+        yield doc.Text(f"The average differs by {points}, paired by text{over}.")
     if note:
-        yield Text(note)
+        yield doc.Text(note)
 
 
-def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
+def _how(variant: Variant, origin: Origin) -> Iterable[doc.Block]:
     for command in origin.history or (origin.provenance.command,):
-        yield Code(public_command(command), "sh")
+        yield doc.Code(public_command(command), "sh")
     facts = [
         f"Blocks kept: {kept_blocks(origin)}, of {origin.depth}.",
         f"Pooling: {origin.pooling}.",
@@ -149,20 +140,20 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
     ]
     training = variant.training
     if training:
-        seed = NONE if training.provenance.seed is None else training.provenance.seed
+        seed = doc.NONE if training.provenance.seed is None else training.provenance.seed
         facts.append(
-            f"Training: {training.steps} steps in {duration(training.seconds)}, "
-            f"{count(training.trained_parameters)} parameters trained, seed {seed}."
+            f"Training: {training.steps} steps in {doc.duration(training.seconds)}, "
+            f"{doc.count(training.trained_parameters)} parameters trained, seed {seed}."
         )
         facts += [
             f"Training data: {file.name}, {file.rows:,} rows, licence {file.licence or 'not stated'}, "
             f"SHA-256 {file.sha256}."
             for file in training.provenance.data
         ]
-    yield Bullets(tuple(facts))
+    yield doc.Bullets(tuple(facts))
     if training:
-        yield Code(settings_text(training, public), "yaml")
-    yield Text(f"Made with {', '.join(f'{key} {value}' for key, value in origin.provenance.versions.items())}.")
+        yield doc.Code(settings_text(training, public), "yaml")
+    yield doc.Text(f"Made with {', '.join(f'{key} {value}' for key, value in origin.provenance.versions.items())}.")
 
 
 # What may be published ------------------------------------------------------------------------------------------------

@@ -23,11 +23,12 @@ from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.measures.intervals import Array
+from secateur.models import model_names
 from secateur.models.open_model import open_model
 from secateur.options import CompareOptions, step
 from secateur.progress import Progress, silent
 from secateur.provenance import ENCODING, Fingerprint, provenance, versions_of
-from secateur.reporting.cost import cost, names_of
+from secateur.reporting.cost import cost
 from secateur.results import ChangedRow, Comparison, OverlapRow
 
 MOST_CHANGED = 10
@@ -45,7 +46,7 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
     """
     if not options.tasks and not options.texts:
         raise ConfigError("tasks", options.tasks, "there is nothing to compare on", "give --tasks or --texts")
-    names = names_of(options.models, options.names)
+    names = model_names(options.models, options.names)
     texts, sources = _texts(options)
     result = Comparison(
         provenance=provenance(sources, options.seed),

@@ -29,10 +29,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_device_name
 
-from secateur.errors import ConfigError, ModelError
+from secateur.errors import ModelError
 from secateur.files import read_json
 from secateur.measures.costs import flops_per_token
-from secateur.models import demo_model, model_label
+from secateur.models import demo_model, model_names
 from secateur.models.blocks import depth_of, embeddings_of
 from secateur.models.forward import wait
 from secateur.models.open_model import open_model
@@ -76,7 +76,7 @@ def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
         ConfigError: An option has an invalid value, or two models have the same name.
         OutputError: ``out`` cannot be written.
     """
-    names = names_of(options.models, options.names)
+    names = model_names(options.models, options.names)
     amount = THOROUGH if options.thorough else QUICK
     room = ROOM * free_memory(torch.device(options.device or get_device_name()))
     timers = [_Timer(name, model, options.device) for name, model in zip(names, options.models, strict=True)]
@@ -104,22 +104,6 @@ def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
     if failures:
         raise failures[0]
     return costs
-
-
-def names_of(models: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:
-    """What to call models: the given names, or the last part of their paths, or their whole paths to tell them apart.
-
-    Raises:
-        ConfigError: Two have the same name, or there are more or fewer names than models.
-    """
-    found = list(names) if names is not None else [model_label(model) for model in models]
-    if len(found) != len(models):
-        raise ConfigError("names", names, f"{len(found)} names for {len(models)} models")
-    if names is None and len(set(found)) < len(found):  # such as a/final and b/final
-        found = [str(model) for model in models]
-    if len(set(found)) < len(found):
-        raise ConfigError("names", found, "two models have the same name", "give each its own name")
-    return found
 
 
 @dataclass

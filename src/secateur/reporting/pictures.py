@@ -16,9 +16,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from secateur.document import Picture, byte_size, count, duration, loss, percent, plural, score, span, speed
 from secateur.figures.plots import Point, frontier, profile_figures, size_curve, training_curves
+from secateur.figures.style import svg
 from secateur.measures.intervals import CONFIDENCE, Array
 from secateur.reporting.findings import RunGroup, Summary, pareto
 from secateur.reporting.run import Run
@@ -31,10 +33,13 @@ MOST_PROFILES = 8
 MILLION = 1e6
 
 
-def _some(parts: Sequence[str]) -> str:
-    """Parts of a description; of very many the first, since nobody listens to hundreds."""
-    more = f"; and {len(parts) - MOST_LABELS} more, in the table" if len(parts) > MOST_LABELS else ""
-    return "; ".join(parts[:MOST_LABELS]) + more
+def _picture(
+    key: str, title: str, caption: str, told: Sequence[str], figure: Figure, points: Sequence[Point] = ()
+) -> Picture:
+    """A figure with its content in words, for those who do not see it; of very many items the first."""
+    more = f"; and {len(told) - MOST_LABELS} more, in the table" if len(told) > MOST_LABELS else ""
+    text = "; ".join(told[:MOST_LABELS]) + more
+    return Picture(key, title, caption, svg(figure, key, title, text, points), figure)
 
 
 # Score against cost ---------------------------------------------------------------------------------------------------
@@ -86,7 +91,7 @@ def cost_pictures(summary: Summary) -> list[Picture]:
         caption += " Upright bars are 95 % intervals." if any(point.low is not None for point in points) else ""
         caption += f" Level bars reach from {cost.bars}." if cost.bars else ""
         figure = frontier(points, cost.axis)
-        pictures.append(Picture(f"score-{key}", f"Score against {cost.name}", caption, _some(told), figure, points))
+        pictures.append(_picture(f"score-{key}", f"Score against {cost.name}", caption, told, figure, points))
     return pictures
 
 
@@ -106,10 +111,9 @@ def _points(summary: Summary, measure: _Cost) -> list[tuple[RunGroup, Point]]:
             (origin.history or (origin.provenance.command,))[-1] if origin else "",
         )
         label, link = "" if first.depth is None else str(first.depth), folder_link(summary.run.folder, first.folder)
-        costs = [getattr(cost, name) for name in measure.fields]
-        lines = tuple(line for line in note if line)
-        point = Point(first.series, label, average.value, average.low, average.high, *costs, note=lines, link=link)
-        found.append((group, point))
+        value, low, high = ([getattr(cost, name) for name in measure.fields] + [None, None])[:3]
+        lines, scores = tuple(line for line in note if line), (average.value, average.low, average.high)
+        found.append((group, Point(first.series, label, *scores, value, low, high, False, lines, link)))
     best = set(pareto([(-point.cost if measure.rises else point.cost, point.score) for _, point in found]))
     few = len(found) <= MOST_LABELS
     return [
@@ -153,9 +157,9 @@ def size_pictures(summary: Summary, threshold: float) -> list[Picture]:
         drawn = (None, None, None) if isinstance(fitted, str) else (fitted.score, fitted.plateau, fitted.limit)
         said = f"No curve is fitted: {fitted}." if isinstance(fitted, str) else fitted.sentence
         caption = f"{points[0].series}: {plural(len(points), 'model')}. {said}"
-        told = _some([f"{count(point.cost)} parameters: {score(point.score)}" for point in points])
+        told = [f"{count(point.cost)} parameters: {score(point.score)}" for point in points]
         key, title = f"saturation-{len(pictures) + 1}", f"Score against size: {base}"
-        pictures.append(Picture(key, title, caption, told, size_curve(points, *drawn), tuple(points)))
+        pictures.append(_picture(key, title, caption, told, size_curve(points, *drawn), points))
     return pictures
 
 
@@ -208,8 +212,8 @@ class Saturation:
         base, cost = f"(parameters / {count(self.smallest)})", f"costs {{}} than {count(self.threshold)} parameters."
         said = (
             f"Fitted by least squares to {plural(self.points, 'model')}: score = {score(self.plateau)} − "
-            f"{score(self.gain)} × {base}^(−{self.exponent:.2f}); it explains {percent(self.explained)} of the "
-            f"variance, residuals have a standard deviation of {score(self.error)} points. Plateau: "
+            f"{score(self.gain)} × {base}^(−{self.exponent:.2f}); it explains {percent(self.explained)} of "
+            f"the variance, residuals have a standard deviation of {score(self.error)} points. Plateau: "
             f"{score(self.plateau)} ({span(self.plateau_low, self.plateau_high)}, bootstrap over models)."
         )
         if self.limit is not None:
@@ -282,7 +286,7 @@ def profile_pictures(run: Run, name: str, number: int) -> dict[str, Picture]:
         f"{profile.batch_size}, scale {profile.scale:g}, {profile.pooling} pooling; the band is its 95 % interval. "
         + (f"Chosen: {marks}." if marks else "")
     )
-    losses = "; ".join(f"depth {row.depth}: {loss(row.loss)}" for row in profile.rows)
+    losses = [f"depth {row.depth}: {loss(row.loss)}" for row in profile.rows]
     told = {
         "curve": (f"Loss by depth: {name}", caption, losses),
         "solved": (
@@ -294,20 +298,20 @@ def profile_pictures(run: Run, name: str, number: int) -> dict[str, Picture]:
         "cka": (
             f"Similarity of depths: {name}",
             "Linear CKA of the vectors at all pairs of depths: 1 is the same up to rotation and scale.",
-            f"{_farthest(profile.cka, 1)} the least alike.",
+            [f"{_farthest(profile.cka, 1)} the least alike."],
         ),
         "angles": (
             f"Angles between depths: {name}",
             "Angular distance of the last token’s states at all pairs of depths, from the embeddings (0) on. "
             "Light squares along the diagonal are runs of blocks that turn the states little.",
-            f"{_farthest([[-(v or 0.0) for v in row] for row in profile.angular], 0)} the farthest apart.",
+            [f"{_farthest([[-(v or 0.0) for v in row] for row in profile.angular], 0)} the farthest apart."],
         ),
     }
     figures = profile_figures(profile, choice)
-    return {kind: Picture(f"{kind}-{number}", *told[kind], figure) for kind, figure in figures.items()}
+    return {kind: _picture(f"{kind}-{number}", *told[kind], figure) for kind, figure in figures.items()}
 
 
-def _best_depths(profile: Profile) -> str:
+def _best_depths(profile: Profile) -> list[str]:
     """In words: the depth at which each task scores best."""
     best: dict[str, DepthScoreRow] = {}
     for row in profile.task_scores:
@@ -316,7 +320,7 @@ def _best_depths(profile: Profile) -> str:
     sentences = [f"{task} is best at depth {row.depth} ({score(row.score)})" for task, row in best.items()]
     lens = [(row.next_token_loss, row.depth) for row in profile.rows if row.next_token_loss is not None]
     sentences += [f"the next-token loss is lowest at depth {min(lens)[1]}"] if lens else []
-    return "; ".join(sentences)
+    return sentences
 
 
 def _farthest(likeness: Sequence[Sequence[float | None]], first: int) -> str:
@@ -342,7 +346,7 @@ def training_picture(run: Run) -> Picture | None:
         )
     title = "Training loss and evaluation scores" if scored else "Training loss"
     ends = [f"{name} ends at {loss(item.rows[-1].loss)}{_kept_step(item)}" for name, item in trainings.items()]
-    return Picture("training", title, caption, _some(ends), training_curves(trainings))
+    return _picture("training", title, caption, ends, training_curves(trainings))
 
 
 def _kept_step(training: Training) -> str:

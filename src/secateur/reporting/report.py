@@ -7,32 +7,25 @@ nothing, runs nothing, and escapes every text it did not write.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from secateur.document import (
-    block_to_html,
-    percent,
-    pictures_in,
-    printable,
-    section_to_markdown,
-    signed,
-    span,
-    speed,
-    to_html,
-    to_markdown,
-)
+from secateur import document as doc
 from secateur.figures.style import save
 from secateur.files import write_text
 from secateur.options import ReportOptions, step
+from secateur.provenance import Fingerprint, Provenance
+from secateur.reporting import pictures, tables
 from secateur.reporting.card import may_write, model_card
 from secateur.reporting.findings import GroupComparison, Summary, summarize
-from secateur.reporting.run import CARD, Run, read_run
-from secateur.reporting.sections import OUTCOMES, created, sections
+from secateur.reporting.run import CARD, Run, base_licence, read_run
 from secateur.reporting.verdict import most_telling, notes, verdict
+from secateur.results import Origin
 
 MOST_HIGHLIGHTS = 6
 """Cut models shown in short at the head of the page."""
@@ -55,13 +48,13 @@ def report(options: ReportOptions) -> Path:
     summary = summarize(read_run(options.run))
     run = summary.run
     parts = sections(summary, options.threshold)
-    for picture in chain.from_iterable(pictures_in(section.blocks) for section in parts):
+    for picture in chain.from_iterable(doc.pictures_in(section.blocks) for section in parts):
         save(picture.figure, run.folder / "figures" / f"{picture.key}.png")
     title, sentences = run.folder.resolve().name, verdict(summary)
-    remarks = [*notes(summary), *_score_notes(run)]
-    head = [f"# {to_markdown(title)}", *(f"**{to_markdown(sentence)}**" for sentence in sentences)]
-    head += [to_markdown(remark) for remark in remarks]
-    _write(run.folder / "report.md", "\n\n".join([*head, *map(section_to_markdown, parts)]) + "\n")
+    remarks = notes(summary)
+    head = [f"# {doc.to_markdown(title)}", *(f"**{doc.to_markdown(sentence)}**" for sentence in sentences)]
+    head += [doc.to_markdown(remark) for remark in remarks]
+    _write(run.folder / "report.md", "\n\n".join([*head, *map(doc.section_to_markdown, parts)]) + "\n")
     for variant in run.variants:
         if variant.folder is not None and variant.origin is not None and may_write(variant.folder / CARD):
             _write(variant.folder / CARD, model_card(summary, variant, variant.folder, variant.origin))
@@ -98,30 +91,181 @@ def _highlights(summary: Summary) -> list[Highlight]:
 
 def _highlight(item: GroupComparison) -> Highlight:
     own, full, share = item.group, item.reference, item.share
-    facts = [f"{signed(item.difference.value)} points: {OUTCOMES[item.outcome]}"]
+    facts = [f"{doc.signed(item.difference.value)} points: {tables.OUTCOMES[item.outcome]}"]
     if own.cost and full.cost:
-        facts.append(f"{percent(own.cost.parameters / full.cost.parameters)} of its parameters")
+        facts.append(f"{doc.percent(own.cost.parameters / full.cost.parameters)} of its parameters")
         if item.speed is not None:
-            rates = speed(own.cost.texts_per_second), speed(full.cost.texts_per_second)
+            rates = doc.speed(own.cost.texts_per_second), doc.speed(full.cost.texts_per_second)
             facts.append(f"{rates[0]} texts per second (full model: {rates[1]})")
-    within = f"({span(share.low, share.high, percent)}) " if share.low is not None else ""
+    within = f"({doc.span(share.low, share.high, doc.percent)}) " if share.low is not None else ""
     return Highlight(
         f"{own.first.series}: {own.first.depth} of {own.first.blocks} blocks",
-        percent(share.value),
+        doc.percent(share.value),
         f"{within}of the {full.first.recipe} full model’s average score",
         tuple(facts),
     )
 
 
-def _score_notes(run: Run) -> list[str]:
-    """What scores say of themselves, each once: why one has no interval, that a task may mislead."""
-    rows = (row for table in run.scores for row in table.rows if row.note)
-    return list(dict.fromkeys(f"{row.task}: {row.note}." for row in rows))
-
-
 def _write(path: Path, text: str) -> None:
     # A lone surrogate, which JSON can hold, has no UTF-8.
     write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
+
+
+# Sections -------------------------------------------------------------------------------------------------------------
+
+
+def sections(summary: Summary, threshold: float) -> list[doc.Section]:
+    """The sections that a run's tables allow, in the order of the report.
+
+    Args:
+        summary: What the run found.
+        threshold: Million parameters that a point of score may cost.
+    """
+    run = summary.run
+    found: list[doc.Section] = []
+    if run.failed:
+        failed = doc.Bullets(tuple(f"{step}: {reason}" for step, reason in run.failed.items()))
+        found.append(doc.Section("failed", "What failed", [failed]))
+    if drawn := pictures.cost_pictures(summary):
+        fast = any(picture.key == "score-speed" for picture in drawn)
+        ends = "; right is faster in the figure of throughput, and more costly in the others" if fast else ""
+        text = doc.Text(f"Each point is a model; it leads to its folder. Up is better{ends}.")
+        found.append(doc.Section("trade-off", "Quality and cost", [text, doc.Gallery(tuple(drawn))]))
+    if drawn := pictures.size_pictures(summary, threshold):
+        found.append(doc.Section("size", "Quality and size", drawn))
+    if run.profiles:
+        found.append(doc.Section("depth", "Quality by depth", list(_depth_blocks(run))))
+    if summary.groups:
+        blocks: list[doc.Block] = [tables.model_table(summary)]
+        if any(variant.origin for variant in run.variants):
+            blocks.append(doc.Details("How each model was made", (tables.origin_table(run),)))
+        found.append(doc.Section("models", "Models", blocks))
+    if any(group.rows for group in summary.groups):
+        notes = [doc.Text(note, is_note=True) for note in _missing_intervals(run)]
+        found.append(doc.Section("tasks", "Score per task", [tables.task_table(summary), *notes], short="Tasks"))
+    if costs := [replace(group.cost, model=group.name) for group in summary.groups if group.cost is not None]:
+        found.append(doc.Section("costs", "Costs", [tables.cost_table(costs)]))
+    if any(variant.training for variant in run.variants):
+        found.append(doc.Section("training", "Training", list(_training_blocks(run))))
+    found.append(doc.Section("commands", "Commands", list(_command_blocks(run))))
+    found.append(doc.Section("provenance", "Provenance", list(_provenance_blocks(run))))
+    return found
+
+
+def _depth_blocks(run: Run) -> Iterable[doc.Block]:
+    yield doc.Text(
+        "Quality of the untrained model’s vectors after each block. The depths to cut to are chosen on the loss, "
+        "before any training: how well the vectors tell matching texts from others, lower is better."
+    )
+    for place, (base, profile) in enumerate(list(run.profiles.items())[: pictures.MOST_PROFILES], 1):
+        yield doc.Heading(base)
+        drawn = pictures.profile_pictures(run, base, place)
+        yield from (drawn[kind] for kind in ("curve", "solved") if kind in drawn)
+        if maps := tuple(drawn[kind] for kind in ("cka", "angles") if kind in drawn):
+            yield doc.Gallery(maps)
+        yield from (doc.Text(f"{note[:1].upper()}{note[1:]}.", is_note=True) for note in profile.notes)
+        numbers = tables.profile_table(profile, run.choices.get(base, {})), tables.depth_scores_table(profile)
+        yield doc.Details("The numbers of these figures", tuple(table for table in numbers if table.rows))
+    if more := list(run.profiles)[pictures.MOST_PROFILES :]:
+        yield doc.Text(
+            f"{doc.plural(len(more), 'more profile')}, each with its curve in its own folder: {', '.join(more)}."
+        )
+
+
+def _training_blocks(run: Run) -> Iterable[doc.Block]:
+    trained = {variant.name: variant.training for variant in run.variants if variant.training}
+    if picture := pictures.training_picture(run):
+        yield picture
+        curves = {name: {row.step: doc.loss(row.loss) for row in item.rows} for name, item in trained.items()}
+        numbers = [tables.by_step("Training loss in nats.", curves)]
+        scores = {
+            name: {r.step: doc.score(r.score) for r in item.trials} for name, item in trained.items() if item.trials
+        }
+        numbers += [tables.by_step("Evaluation scores, × 100.", scores)] if scores else []
+        yield doc.Details("The numbers of these curves", tuple(numbers))
+    same: dict[str, list[str]] = {}
+    for name, training in trained.items():
+        same.setdefault(tables.settings_text(training), []).append(name)
+    for settings, names in same.items():
+        summary = f"Settings of {doc.plural(len(names), 'training')}"
+        yield doc.Details(summary, (doc.Text(", ".join(names), is_note=True), doc.Code(settings, "yaml")))
+
+
+def _command_blocks(run: Run) -> Iterable[doc.Block]:
+    """Each command once, in the order of the work, with what it made."""
+    yield doc.Text("What was run, in order.", is_note=True)
+    steps: dict[str, list[str]] = {}
+    for title, table in run.tables:
+        history = table.history if isinstance(table, Origin) else ()
+        for command in history or table.commands:
+            titles = steps.setdefault(command, [])
+            titles += [title] if title not in titles else []
+    for command, titles in steps.items():
+        made = "; ".join(titles)
+        yield doc.Code(command, "sh", made[:1].upper() + made[1:])
+    if run.study:
+        yield doc.Details("Configuration of the study (study.yaml)", (doc.Code(run.study, "yaml"),))
+
+
+def _provenance_blocks(run: Run) -> Iterable[doc.Block]:
+    """What all tables say of base models, data, seeds, versions, machine and time."""
+    made = [table.provenance for _, table in run.tables]
+    first, last = created(run)
+    bases = dict.fromkeys(variant.origin.base_model for variant in run.variants if variant.origin)
+    facts = {
+        "Made": _moment(first) + (f" to {_moment(last)}" if last != first else ""),
+        "Seed": ", ".join(dict.fromkeys(str(item.seed) for item in made if item.seed is not None)),
+        "Base models": ", ".join(f"{base} (licence {base_licence(base) or 'not known'})" for base in bases),
+        "Hardware": _values(made, lambda item: item.hardware),
+        "Versions": _values(made, lambda item: item.versions),
+    }
+    yield doc.Bullets(tuple(f"{key}: {value}" for key, value in facts.items() if value))
+    files: dict[Fingerprint, dict[str, int]] = {}
+    for title, table in run.tables:
+        for file in table.provenance.data:
+            kinds, kind = files.setdefault(file, {}), title.split(maxsplit=1)[0]
+            kinds[kind] = kinds.get(kind, 0) + 1
+    if files:
+        rows = []
+        for file, kinds in files.items():
+            uses = ", ".join(f"{kind} ({times})" if times > 1 else kind for kind, times in kinds.items())
+            rows.append((file.name, file.licence or "not stated", uses, file.sha256, f"{file.rows:,}"))
+        yield doc.Table(
+            "Data files as they were read.", ("File", "Licence", "Used for", "SHA-256", "Rows used"), rows, 4
+        )
+
+
+def created(run: Run) -> tuple[str, str]:
+    """When the first and the last of a run's tables were made."""
+    times = sorted(table.provenance.created for _, table in run.tables)
+    return times[0], times[-1]
+
+
+def _moment(time: str) -> str:
+    """An ISO 8601 time without its seconds."""
+    return time[:16].replace("T", " ") + (" UTC" if time.endswith("+00:00") else "")
+
+
+def _values(made: Iterable[Provenance], part: Callable[[Provenance], Mapping[str, Any]]) -> str:
+    """Keys with their values in all tables; more than one where the tables were made in different places."""
+    values: dict[str, dict[str, None]] = {}
+    for item in made:
+        for key, value in part(item).items():
+            values.setdefault(key, {})[str(value)] = None
+    return ", ".join(f"{key} {', '.join(seen)}" for key, seen in values.items())
+
+
+def _missing_intervals(run: Run) -> list[str]:
+    """Why scores have no interval, those of a task with the same reason together."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for variant in run.variants:
+        for row in variant.scores.values():
+            if row.note:
+                models.setdefault((row.task, row.note), []).append(variant.name)
+    return [f"{task}, {', '.join(names)}: {note}." for (task, note), names in models.items()]
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
 
 
 _ENVIRONMENT = Environment(
@@ -132,4 +276,4 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_ENVIRONMENT.filters |= {"printable": printable, "name": to_html, "html": block_to_html}
+_ENVIRONMENT.filters |= {"printable": doc.printable, "name": doc.to_html, "html": doc.block_to_html}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
 from secateur.errors import DataError
@@ -202,7 +202,6 @@ def _choice(folder: Path, profile: Profile) -> dict[str, int]:
 
 CARD = "README.md"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 
 
 def is_on_hub(model: str) -> bool:
@@ -215,12 +214,10 @@ def base_licence(base: str) -> str:
     found = try_to_load_from_cache(base, CARD) if is_on_hub(base) else os.path.join(base, CARD)  # noqa: PTH118
     if not isinstance(found, str) or not os.path.isfile(found):  # noqa: PTH113  where Path raises, this is false
         return ""
-    front = _FRONT_MATTER.match(Path(found).read_text(encoding="utf-8", errors="replace"))
     try:
-        content = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
+        licence = (metadata_load(found) or {}).get("license")
+    except (ValueError, yaml.YAMLError):  # no metadata, or broken ones
         return ""
-    licence = content.get("license") if isinstance(content, dict) else None
     return licence if isinstance(licence, str) else ""
 
 

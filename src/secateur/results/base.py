@@ -94,7 +94,10 @@ def load(path: str | Path, kind: type[T]) -> T:
     if version != SCHEMA_VERSION:
         raise DataError(file, f"schema version {version}, but this secateur reads {SCHEMA_VERSION}")
     try:
-        table: T = _adapter(cast(Any, kind)).validate_json(json.dumps(content), strict=True)
+        table: T = _adapter(cast(Any, kind)).validate_json(
+            json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"),
+            strict=True,  # a lone surrogate is "?"
+        )
         return table
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,13 +1,13 @@
 """How long a step takes, about: its operations, divided by the measured rate of a matrix product, plus a constant.
 
-A forward pass costs 2 operations for each weight that a token runs through, a training step three forward passes. What
-is left is corrected by what the finished steps of the same kind took.
+A forward pass costs 2 operations for each weight that a token runs through, a training step three forward passes.
+:class:`.State` corrects these estimates by what the finished steps of the same kind took.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from transformers import AutoConfig
 
 from secateur.data.sources import Source
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
+from secateur.healing.recipes import training_config
 from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of, skeleton
 from secateur.models.open_model import as_model_error, open_model
 from secateur.options import HealOptions, ProfileOptions, PruneOptions, StudyOptions
 from secateur.progress import quiet
 from secateur.pruning.download import fetch_small, transformer_folder
-from secateur.studies.plan import Base, Plan, Step, recipe_of
+from secateur.studies.plan import Base, Plan, Step
 
 CHARACTERS_PER_TOKEN = 4
 FIXED_SECONDS = {"prune": 12.0, "profile": 5.0, "heal": 15.0, "evaluate": 6.0, "cost": 5.0}
@@ -104,7 +105,7 @@ def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
         return fixed + 16 * variant.base.parameters / BYTES_PER_SECOND  # float32, read and written twice
     tokens = amounts.task_tokens
     if isinstance(options, HealOptions):
-        recipe = recipe_of(options.given())
+        recipe = training_config(options)
         texts = recipe.steps * recipe.batch_size * amounts.texts_per_row
         tokens = 3 * texts * min(amounts.tokens_per_text, recipe.max_length)
     elif isinstance(options, ProfileOptions):
@@ -112,25 +113,3 @@ def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
         tokens = pairs if not options.tasks else None if tokens is None else pairs + tokens
     flops = 2 * variant.depth * variant.base.block_parameters
     return None if tokens is None else fixed + tokens * flops / amounts.flops_per_second
-
-
-def corrected(steps: Sequence[Step], seconds: Mapping[str, float]) -> dict[str, float | None]:
-    """Estimates after what the finished steps took.
-
-    Args:
-        steps: With their first estimates.
-        seconds: Finished step → seconds taken.
-
-    Returns:
-        Step → its seconds where it is finished, else its estimate times the factor of its kind (of all kinds, where
-        none of its kind has finished).
-    """
-
-    def factor(kind: str) -> float | None:
-        done = [step for step in steps if step.name in seconds and step.seconds and kind in (step.kind, "")]
-        foretold = sum(step.seconds or 0 for step in done)
-        return sum(seconds[step.name] for step in done) / foretold if foretold else None
-
-    overall = factor("") or 1.0
-    factors = {kind: factor(kind) or overall for kind in {step.kind for step in steps}}
-    return {step.name: seconds.get(step.name, step.seconds and step.seconds * factors[step.kind]) for step in steps}

@@ -16,11 +16,10 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from secateur.choosing.choose import blocks_to_keep, needs_profile
 from secateur.errors import ConfigError, SecateurError
-from secateur.healing.recipes import TrainingConfig, training_config
 from secateur.options import (
     CostOptions,
     EvaluateOptions,
@@ -35,6 +34,8 @@ from secateur.options import (
     make,
 )
 from secateur.results import Costs, Profile, Scores
+
+O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
 
 CURVE = "curve.png"
 """The file of a profile that is written last."""
@@ -186,7 +187,7 @@ class Plan:
         name = variant.base.name if kind == "profile" else variant.name
         known = variant.blocks is not None
         needed = depends_on if known else (*depends_on, f"profile {variant.base.name}")
-        step = Step(f"{kind} {name}", kind, _options(kind, options), output, needed, variant, known)
+        step = Step(f"{kind} {name}", kind, _options(COMMANDS[kind], options), output, needed, variant, known)
         self.steps.append(step)
         return step.name
 
@@ -213,10 +214,10 @@ class Plan:
         return {"steps": steps, "variants": variants}
 
 
-def _options(kind: str, values: Mapping[str, Any]) -> Options:
+def _options(command: type[O], values: Mapping[str, Any]) -> O:
     """A command's options, those at their defaults not set."""
-    command = COMMANDS[kind]
-    return make(command, {key: value for key, value in values.items() if value != default_of(command, key)})
+    known = command.model_fields
+    return make(command, {k: v for k, v in values.items() if k not in known or v != default_of(command, k)})
 
 
 def plan_steps(
@@ -234,21 +235,48 @@ def plan_steps(
         ConfigError: A depth, a recipe or a seed is not valid.
         IllegalDepth: A model cannot be cut so.
     """
-    recipes, plan = recipe_settings(study), Plan()
+    recipes, plan = recipe_options(study), Plan()
     for base in bases:
         _add_base(plan, study, recipes, base, profiles.get(base.name))
     lost = {*failed, *plan.failed}
     lost |= plan.blocked(lost)
     left = [step for step, _ in plan.models if step.name not in lost]
     if left:  # all models in one step: times are compared under the same conditions
-        options = _options("cost", {"models": [str(step.output) for step in left], "out": study.out})
+        options = _options(CostOptions, {"models": [str(step.output) for step in left], "out": study.out})
         needed, known = tuple(step.name for step in left), all(step.known for step in left)
         plan.steps.append(Step("cost all", "cost", options, study.out / Costs.file, needed, known=known))
     return plan
 
 
+_DECIDED: dict[str, Any] = {"model": "-", "data": ["-"], "columns": None, "out": "-", "seed": 42}
+"""Options of a training that the study decides, until it has."""
+
+
+def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
+    """Recipe → the options of its training, but for those that the study decides. ``none`` has none.
+
+    Raises:
+        ConfigError: A name cannot be part of a folder's, or a setting is not valid.
+    """
+    common = {name: getattr(study, name) for name in (*HealSettings.model_fields, "teacher")}
+    recipes: dict[str, HealOptions] = {}
+    for name, own in study.recipes.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ConfigError("recipes", name, f"{name!r} is no name", "small letters, digits and _")
+        if name == NO_TRAINING and own:
+            raise ConfigError("recipes", own, "none has no settings", "name the recipe otherwise")
+        for decided in sorted(_DECIDED.keys() & own.keys()):
+            raise ConfigError(f"recipes.{name}.{decided}", own, "is the study's to say", "leave it out")
+        try:
+            recipes[name] = _options(HealOptions, common | own | _DECIDED)
+        except ConfigError as error:
+            problem = error.problem.partition(": ")[2]
+            raise ConfigError(f"recipes.{name}.{error.key}", error.value, problem, error.hint) from None
+    return recipes
+
+
 def _add_base(
-    plan: Plan, study: StudyOptions, recipes: Mapping[str, Mapping[str, Any]], base: Base, profile: Profile | None
+    plan: Plan, study: StudyOptions, recipes: Mapping[str, HealOptions], base: Base, profile: Profile | None
 ) -> None:
     """The model as it came, its profile, and every depth with every recipe and seed."""
     run, cache = study.out, study.cache or study.out / "cache"
@@ -280,10 +308,15 @@ def _add_base(
         if variant is whole:
             out = run / "profiles" / base.name
             tasks = study.tasks if study.depth_scores or BY_TASKS in study.depths else []
-            measured = {"scale": study.profile_scale, "max_examples": study.max_examples, "dtype": study.profile_dtype}
+            measured: dict[str, Any] = {
+                "scale": study.profile_scale,
+                "max_examples": study.max_examples,
+                "dtype": study.profile_dtype,
+            }
             measured |= {"seed": study.seed, "tasks": tasks, "sample": study.sample if tasks else None, "out": out}
             plan.add("profile", cut, out / CURVE, came, model=str(source), **data, **measured)
-        for recipe, settings in recipes.items():
+        for recipe, training in recipes.items():
+            settings = {key: value for key, value in training.given().items() if key not in _DECIDED}
             itself = settings.get("teacher") == ITSELF
             if recipe == NO_TRAINING or (itself and variant is whole):  # the whole has nothing to learn from itself
                 continue
@@ -304,40 +337,6 @@ def _kept(blocks: tuple[int, ...] | None) -> dict[str, str]:
         return {}
     is_prefix = blocks == tuple(range(len(blocks)))
     return {"to": str(len(blocks))} if is_prefix else {"keep": ",".join(map(str, blocks))}
-
-
-_DECIDED = frozenset({"model", "data", "columns", "out", "seed"})
-"""Options of a training that the study decides."""
-
-
-def recipe_settings(study: StudyOptions) -> dict[str, dict[str, Any]]:
-    """Recipe → the options of its training that are not at their defaults, without the seed. ``none`` has none.
-
-    Raises:
-        ConfigError: A name cannot be part of a folder's, or a setting is not valid.
-    """
-    common = {name: getattr(study, name) for name in (*HealSettings.model_fields, "teacher")}
-    recipes: dict[str, dict[str, Any]] = {}
-    for name, own in study.recipes.items():
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise ConfigError("recipes", name, f"{name!r} is no name", "small letters, digits and _")
-        if name == NO_TRAINING and own:
-            raise ConfigError("recipes", own, "none has no settings", "name the recipe otherwise")
-        for decided in sorted(_DECIDED & own.keys()):
-            raise ConfigError(f"recipes.{name}.{decided}", own, "is the study's to say", "leave it out")
-        try:
-            whole = make(HealOptions, common | own | {"model": "-", "data": ["-"], "out": "-"})
-        except ConfigError as error:
-            problem = error.problem.partition(": ")[2]
-            raise ConfigError(f"recipes.{name}.{error.key}", error.value, problem, error.hint) from None
-        given = {key: getattr(whole, key) for key in HealOptions.model_fields if key not in _DECIDED}
-        recipes[name] = {key: value for key, value in given.items() if value != default_of(HealOptions, key)}
-    return recipes
-
-
-def recipe_of(settings: Mapping[str, Any]) -> TrainingConfig:
-    """The numbers of a training, from its options; those that are not given are the recipe's."""
-    return training_config(make(HealOptions, {"model": "-", "data": ["-"], "out": "-"} | dict(settings)))
 
 
 def _cuts(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator[tuple[Variant, str]]:

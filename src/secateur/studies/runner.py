@@ -32,7 +32,6 @@ from secateur.provenance import acting_as
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, complete_lines, read_journal
-from secateur.studies.estimate import corrected
 from secateur.studies.plan import Plan, Step
 
 LOGS = "logs"
@@ -57,8 +56,21 @@ class State:
 
     @property
     def expected(self) -> dict[str, float | None]:
-        """Step → the seconds that it took, or will take, about; None where nobody knows."""
-        return corrected(self.plan.steps, self.seconds)
+        """Step → the seconds that it took, or will take, about; None where nobody knows.
+
+        An estimate is multiplied by what the finished steps of its kind took beside theirs (those of all kinds, where
+        none of its kind has finished).
+        """
+
+        def factor(kind: str) -> float | None:
+            done = [step for step in self.plan.steps if step.name in self.seconds and step.seconds]
+            done = [step for step in done if kind in (step.kind, "")]
+            estimated = sum(step.seconds or 0 for step in done)
+            return sum(self.seconds[step.name] for step in done) / estimated if estimated else None
+
+        factors = {step.kind: factor(step.kind) or factor("") or 1.0 for step in self.plan.steps}
+        left = {step.name: step.seconds and step.seconds * factors[step.kind] for step in self.plan.steps}
+        return {name: self.seconds.get(name, seconds) for name, seconds in left.items()}
 
     @property
     def seconds_left(self) -> float:
@@ -224,7 +236,7 @@ def in_this_process(progress: Progress) -> Executor:
 
         try:
             with acting_as(step.command_line):
-                _FUNCTIONS[step.kind](**step.options.given(), progress=named)
+                _FUNCTIONS[step.kind](step.options, progress=named)
         except Exception:
             with suppress(OSError):  # the disk is full, perhaps: the step's own error says more
                 log.parent.mkdir(parents=True, exist_ok=True)

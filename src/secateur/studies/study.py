@@ -36,6 +36,7 @@ from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, DataError, OutputError, StudyFailed
 from secateur.evaluation.tasks import expand, open_tasks
 from secateur.files import lock, read_json, results_folder, write_text
+from secateur.healing.recipes import training_config
 from secateur.healing.training_data import training_sets
 from secateur.models import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
@@ -54,8 +55,7 @@ from secateur.studies.plan import (
     Base,
     Plan,
     plan_steps,
-    recipe_of,
-    recipe_settings,
+    recipe_options,
 )
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
 
@@ -230,9 +230,9 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
     if not settings.data:
         raise ConfigError("data", None, "no data to profile and heal with", "give --data FILE")
     sources = read_sources(settings.data, columns=settings.columns)
-    for name, recipe in recipe_settings(settings).items():
+    for name, recipe in recipe_options(settings).items():
         if name != NO_TRAINING:
-            training_sets(sources, recipe_of(recipe))
+            training_sets(sources, training_config(recipe, sources))
     if settings.tasks:
         open_tasks(settings.tasks, settings.sample, settings.seed)
     bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))
@@ -251,7 +251,7 @@ def _read_plan(run: Path) -> dict[str, Any]:
     Raises:
         DataError: It is missing or broken.
     """
-    content = read_json(run / PLAN)
+    content: dict[str, Any] = read_json(run / PLAN)
     try:
         known = {field.name for field in fields(Base)}
         models = tuple(Base(**{key: base[key] for key in base.keys() & known}) for base in content["models"])
@@ -336,13 +336,18 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for variant in (found[name] for name in specs if name in found):
         training, origin = variant.training, variant.origin
-        what = {"model": variant.base, "variant": variant.name, "depth": variant.blocks, "kept": variant.depth}
+        what: dict[str, Any] = {
+            "model": variant.base,
+            "variant": variant.name,
+            "depth": variant.blocks,
+            "kept": variant.depth,
+        }
         what |= {"specs": specs[variant.name], "blocks": " ".join(map(str, origin.kept)) if origin else None}
         what |= {"recipe": NO_TRAINING if variant.recipe == ZERO_SHOT else variant.recipe, "seed": variant.seed}
         what |= {"steps": training.steps if training else None}
         what |= {"train_seconds": round(training.seconds, 1) if training else None}
         cost = {name: getattr(variant.cost, name, None) for name in _COSTS}
-        for score in list(variant.scores.values()) or [None]:
+        for score in variant.scores.values() or (None,):
             rows.append(what | {name: getattr(score, name, None) for name in _SCORES} | cost)
     return rows
 

@@ -1,0 +1,136 @@
+"""Types of options, and the options that several commands share, each with its description."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from secateur.options.base import Names, argument
+
+SavedPooling = Literal["weighted_mean", "mean", "lasttoken", "cls"]
+"""Poolings that a saved folder can have: sentence-transformers' own."""
+PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls", "l3prune"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _check_dtype(name: str) -> str:
+    if not re.fullmatch(r"auto|float32|bfloat16|float16|mixed(:\d+x\d+(,\d+x\d+)*)?", name):
+        raise ValueError("one of auto, float32, mixed, bfloat16, float16; or such as mixed:8x30,24x12")
+    return name
+
+
+PROFILE_FILES = (
+    *("profile.json", "choice.json"),
+    *(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg")),
+)
+STUDY_FILES = (
+    *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
+    *("data", "tasks", "models", "profiles", "pruned", "scores", "figures", "cache", "logs", "done"),
+)
+
+
+def name_or_object(value: Any) -> Any:
+    """A path becomes text; an object (an opened model, a task, a table) stays as it is; numbers are refused."""
+    if value is None or isinstance(value, (int, float, list, dict, tuple)):
+        raise ValueError("a name or a path is expected")
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def path_text(value: Any) -> Any:
+    """A path becomes text."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def texts(value: Any) -> Any:
+    """Numbers and paths in a list become texts."""
+    items = listed(value)
+    return [str(item) for item in items] if isinstance(items, list) else items
+
+
+def listed(value: Any) -> Any:
+    """One name stands for a list of one."""
+    if isinstance(value, (str, os.PathLike)):
+        return [value]
+    return list(value) if isinstance(value, (tuple, set)) else value
+
+
+def _columns(given: Any) -> Any:
+    """``query=question,positive=answer`` becomes a mapping."""
+    if not given or not isinstance(given, (str, list)):
+        return given or None
+    words = [word for item in ([given] if isinstance(given, str) else given) for word in str(item).split(",")]
+    pairs = [word.partition("=") for word in words]
+    for word, (role, _, column) in zip(words, pairs, strict=True):
+        if not role.strip() or not column.strip():
+            raise ValueError(f"{word!r} is not of the form query=question")
+    return {role.strip(): column.strip() for role, _, column in pairs}
+
+
+AnyName = Annotated[Any, BeforeValidator(name_or_object)]
+ModelName = Annotated[AnyName, Names("model")]
+Data = Annotated[list[Path], BeforeValidator(listed), Names("data")]
+Models = Annotated[list[AnyName], BeforeValidator(listed), Names("model")]
+Tasks = Annotated[list[AnyName], BeforeValidator(listed), Names("task")]
+Files = Annotated[list[Path], BeforeValidator(listed), Names("file")]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+"""The range that numpy takes."""
+
+MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
+DATA = (
+    "Files of query (or anchor), positive and optional negative: .jsonl, .jsonl.gz, .csv or .parquet; folders of them; "
+    "or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
+)
+TEXTS = " Or of texts alone: .txt, or .jsonl with text."
+POOLING = "How a bare language model pools its tokens [default: weighted_mean, or mean where attention goes both ways]."
+
+Model = Annotated[ModelName, argument(MODEL)]
+Columns = Annotated[
+    dict[str, str] | None,
+    BeforeValidator(_columns),
+    Field(
+        description="What the data call these columns, where otherwise: query=question,positive=answer,negative=wrong, "
+        "or text=body."
+    ),
+]
+Instruction = Annotated[
+    str | None, Field(description="Goes before each query, in place of the one that comes with the data.")
+]
+Pooling = Annotated[SavedPooling | None, Field(description=POOLING)]
+MaxLength = Annotated[int, Field(ge=1, description="Tokens after which a text is cut, for a bare language model.")]
+Arithmetic = Annotated[
+    str,
+    AfterValidator(_check_dtype),
+    Field(
+        description="In what the model multiplies: float32; bfloat16 or float16; mixed: linear layers multiply in "
+        "bfloat16, the rest is float32; auto: the fastest that keeps a cosine of 0.9999 to float32, measured on the "
+        "machine and your texts."
+    ),
+]
+BatchTokens = Annotated[
+    int | None,
+    Field(ge=1, description="Tokens in a batch, padding included [default: 1,024 on a CPU, 8,192 on a GPU]."),
+]
+ModelNames = Annotated[
+    list[str] | None, Field(description="What to call the models [default: the last part of their paths].")
+]
+Sample = Annotated[
+    int | None,
+    Field(ge=1, description="Use at most this many rows of each task, sampled by the seed, the same for all models."),
+]
+SampleSeed = Annotated[Seed, Field(description="Random seed of the sample.")]
+Cache = Annotated[
+    Path | None, Field(description="Folder that keeps vectors, so that no text is encoded twice by the same model.")
+]
+Jobs = Annotated[
+    int, Field(ge=1, description="Number of steps that run at the same time, each in a process of its own.")
+]
+Ray = Annotated[
+    str | None,
+    Field(description="Run the steps on a Ray cluster: its address, auto for this machine's, local for a new one."),
+]
+Device = Annotated[str | None, Field(description="Torch device [default: the GPU where there is one].")]
+TrustRemoteCode = Annotated[bool, Field(description="Run the model code that a repository brings along.")]
