@@ -20,6 +20,7 @@ from conftest import tiny_transformer
 from hub import StandIn, serve
 from secateur.errors import ModelError
 from secateur.models import cutting
+from secateur.pruning import download
 from secateur.pruning.download import fetch_kept, fetch_small, wanted_tensors
 
 DEPTH = 5
@@ -172,6 +173,17 @@ def test_the_blocks_of_other_architectures(tmp_path: Path, name: str):
     model = model_of(name)
     names = wanted(model, tmp_path / name, [0, 1])
     assert len(names) < len(load_file(tmp_path / name / "model.safetensors"))
+
+
+def test_a_tensor_that_was_left_out_by_mistake_is_found(hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tiny_transformer(tmp_path / "m", "llama")
+    for file in folder.iterdir():
+        (hub.root / file.name).write_bytes(file.read_bytes())
+    needed = download.wanted_tensors
+    lost = "layers.0.mlp.up_proj.weight"
+    monkeypatch.setattr(download, "wanted_tensors", lambda *args: needed(*args) - {lost})
+    with pytest.raises(ModelError, match=rf"me/tiny: {lost} has only zeros: fetch the model"):
+        secateur.prune("me/tiny", 1, out=tmp_path / "out")
 
 
 def test_a_download_that_fails_leaves_nothing(hub: StandIn, tmp_path: Path):

@@ -114,6 +114,8 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
             expected = expected_of(model, WHOLE)
         cut(transformer, keep)
         check_finite(name, model)
+        if (scratch / "read").is_dir():
+            _check_fetched(name, transformer)
     progress(STEP, 60, 100)
     if options.dtype != "auto":
         expected = _convert(model, expected, options.dtype, scratch / "as-stored")
@@ -143,6 +145,13 @@ def _fetch(
         progress(STEP, 25 * done // max(1, total), 100)
 
     return fetch_kept(str(source), small, choose, scratch / "read", told), None, adapter
+
+
+def _check_fetched(name: str | Path, transformer: PreTrainedModel) -> None:
+    """Refuse a matrix of zeros, which may be one that should have been fetched from the Hub and was not."""
+    for path, parameter in transformer.named_parameters():
+        if parameter.ndim > 1 and not bool(parameter.any()):
+            raise ModelError(name, f"{path} has only zeros", "fetch the model (hf download) and give its folder")
 
 
 def _refuse_quantized(name: str | Path, source: str | Path) -> None:
