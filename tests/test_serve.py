@@ -100,7 +100,7 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, **options: object) -> openai.OpenAI:
-        settings = {"base_url": f"{self.address}/v1", "api_key": "none", "max_retries": 0, "timeout": 30}
+        settings = {"base_url": f"{self.address}/v1", "api_key": "none", "max_retries": 0, "timeout": 300}
         return openai.OpenAI(**{**settings, **options})
 
     def get(self, path: str) -> tuple[int, str]:
@@ -128,7 +128,7 @@ class Running:
 
 def fetch(request: urllib.request.Request) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=300) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -200,7 +200,7 @@ class Held(Encoder):
 
     def run(self, batch: Sequence[Tokens]) -> Vectors:
         self.batches.append(list(batch))
-        assert self.go.wait(30)
+        assert self.go.wait(300)
         if self.room and len(batch) * max(map(len, batch)) > self.room:
             raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
         if self.failures or any(self.poison in tokens.ids for tokens in batch):
@@ -403,7 +403,7 @@ def test_hostile_bodies_are_refused_and_the_server_goes_on(served: Running, name
     assert served.post(request())[0] == 200
 
 
-def raw(port: int, *parts: bytes, seconds: float = 10) -> bytes:
+def raw(port: int, *parts: bytes, seconds: float = 60) -> bytes:
     """What the server answers to bytes on a socket, until it closes or falls silent."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
         for part in parts:
@@ -714,7 +714,7 @@ def arrived(server: Running, count: int = 1) -> bool:
 def test_headers_that_trickle_are_cut_off(encoder: Encoder):
     with running(make_app(encoder, "tiny", limits())) as server:
         for first in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"):
-            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
                 answer = b""
                 if first:
                     connection.sendall(first)
@@ -733,11 +733,11 @@ def test_headers_that_trickle_are_cut_off(encoder: Encoder):
             assert refused(408, (408, body))["message"] == "the headers came too slowly"
             assert f"Content-Length: {len(body)}" in head
             assert answer.count(b"200 OK") == bool(first)
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as silent:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as silent:
             wait_until(lambda: server.connections)
             server.forward(31)
             assert silent.recv(100) == b""
-        kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         with contextlib.closing(kept):
             for _ in range(2):
                 kept.request("GET", "/health")
