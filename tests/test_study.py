@@ -22,6 +22,7 @@ from killing import run_until
 from quick_checks import quick_checks as quick_checks
 from secateur import cli
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, OutputError, SecateurError, StudyFailed
+from secateur.files import lock
 from secateur.reporting.run import read_run
 from secateur.results import Costs, Origin, Profile, Scores, Training, load
 from secateur.studies.study import join_tables
@@ -556,3 +557,8 @@ def test_every_error_is_one_of_secateurs(tmp_path: Path, place: Path):
     with pytest.raises(SecateurError) as caught:
         secateur.study([tmp_path / "tiny"], **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_second_study_in_a_folder_is_refused(place: Path, run: Path):
+    with lock(run), pytest.raises(OutputError, match="another run is working in it"):
+        run_study(place)
