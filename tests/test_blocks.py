@@ -52,14 +52,12 @@ def reloaded(model: PreTrainedModel, folder) -> PreTrainedModel:
 
 
 class TestFinding:
-    def test_blocks_norm_embeddings_and_head_of_a_language_model(self):
+    def test_blocks_norm_and_embeddings_of_a_language_model(self):
         model = LlamaForCausalLM(llama())
         assert blocks.find_stack(model) == blocks.Stack("model.layers", "model.norm", "recorded outputs")
         assert blocks.blocks_of(model) is model.model.layers
         assert blocks.final_norm(model) is model.model.norm
         assert blocks.embeddings_of(model) is model.model.embed_tokens
-        assert blocks.head_of(model) is model.lm_head
-        assert blocks.head_of(model.model) is None
 
     def test_post_norm_encoders_have_no_final_norm(self):
         assert isinstance(blocks.final_norm(model_of("bert")), nn.Identity)
@@ -330,7 +328,7 @@ class TestCut:
         cutting.cut(model, range(2))
         assert len(model.model.language_model.layers) == model.config.text_config.num_hidden_layers == 2
         assert sum(parameter.numel() for parameter in model.model.vision_tower.parameters()) == vision
-        assert blocks.head_of(model) is model.lm_head
+        assert model.get_output_embeddings() is model.lm_head
 
     def test_weights_are_not_copied(self):
         model = model_of("llama")

@@ -70,12 +70,6 @@ def test_text_mask_masks_the_prompt_on_either_side():
     assert compat.text_mask(pooling, mask, 2).tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
 
 
-def test_minibatch_takes_rows():
-    features = {"input_ids": torch.arange(6).reshape(3, 2), "prompt_length": 2}
-    part = compat.minibatch(features, 1, 3)
-    assert part["input_ids"].tolist() == [[2, 3], [4, 5]] and part["prompt_length"] == 2
-
-
 def test_multiplies_bfloat16_answers():
     assert compat.multiplies_bfloat16() in (True, False)
 

@@ -154,12 +154,6 @@ def embeddings_of(model: PreTrainedModel) -> nn.Module:
     return table
 
 
-def head_of(model: PreTrainedModel) -> nn.Module | None:
-    """The language-model head, None where the model was opened without one."""
-    head: nn.Module | None = model.get_output_embeddings()
-    return head
-
-
 def states_of(output: Any) -> torch.Tensor:
     """The hidden states in what a block returns: itself, or the first of a tuple."""
     states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from sentence_transformers.base.losses.gradcache import _create_minibatch
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -80,12 +78,6 @@ def cut_layer_overrides(config: PretrainedConfig, keep: Sequence[int]) -> None:
 def text_mask(pooling: Pooling, mask: Tensor, prompt_length: int) -> Tensor:
     """The attention mask (texts, tokens) without the tokens of the prompt, on whichever side it is padded."""
     found: Tensor = pooling._exclude_prompt_from_mask(mask, prompt_length)
-    return found
-
-
-def minibatch(features: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
-    """Some rows of a batch of features."""
-    found: dict[str, Any] = _create_minibatch(features, begin, end)
     return found
 
 

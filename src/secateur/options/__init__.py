@@ -1,6 +1,6 @@
 """Every option once: the arguments of the functions, the flags of the commands, the keys of YAML files."""
 
-from secateur.options.base import Names, Options, check, default_of, extra, make, read_yaml, step, to_yaml
+from secateur.options.base import Names, Options, default_of, extra, make, read_yaml, step, to_yaml
 from secateur.options.fields import (
     PROFILE_FILES,
     STUDY_FILES,
@@ -46,7 +46,6 @@ __all__ = [
     "ServeOptions",
     "StatusOptions",
     "StudyOptions",
-    "check",
     "default_of",
     "extra",
     "make",

@@ -117,20 +117,6 @@ def make(options: type[O], values: Mapping[str, Any]) -> O:
         raise ConfigError(key, first["input"], f"{first['input']!r} is not valid", first["msg"]) from None
 
 
-def check(options: type[Options], **values: Any) -> None:
-    """Validate some of a command's options, of a function that is not made by :func:`step` yet.
-
-    Raises:
-        ConfigError: The first that has an invalid value.
-    """
-    blank = options.model_construct()
-    for key, value in values.items():
-        try:
-            options.__pydantic_validator__.validate_assignment(blank, key, value, strict=True)
-        except ValidationError as error:
-            raise ConfigError(key, value, f"{value!r} is not valid", error.errors()[0]["msg"]) from None
-
-
 def default_of(options: type[Options], name: str) -> Any:
     """An option's default, or None where it must be given."""
     default = options.model_fields[name].get_default(call_default_factory=True)
