@@ -21,7 +21,7 @@ from secateur.healing import losses
 from secateur.healing.losses import Loss, SortedColumn, batch_mask, contrastive_loss, dropout, row_keys
 from secateur.healing.recipes import TrainingConfig, training_arguments
 from secateur.healing.teacher import PROBES, Teacher, keep_vectors
-from secateur.healing.trainer import Trainer
+from secateur.healing.trainer import Trainer, rounded_lengths
 from secateur.models.cutting import cut
 from secateur.profiling.depths import depth_vectors
 
@@ -308,3 +308,15 @@ def test_texts_that_are_the_same_once_they_are_cut_are_no_negatives(
     others = {0: (1, 3), 1: (0, 2, 3, 4), 2: (1, 3), 3: (0, 1, 2, 4), 4: (1, 3)}
     expected = [math.log(sum(math.exp(similar[i, j] - similar[i, i]) for j in (i, *others[i]))) for i in others]
     assert float(found.detach()) == pytest.approx(sum(expected) / 5, rel=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_are_padded_to_few_lengths_whatever_the_longest_text_may_have(side: str, make_encoder: MakeEncoder):
+    model = make_encoder("llama")
+    model.max_seq_length, model.tokenizer.padding_side = 9, side
+    plain = model.preprocess(ANCHORS)
+    padded = rounded_lengths(model)(ANCHORS)
+    assert (plain["input_ids"].shape[1], padded["input_ids"].shape[1]) == (9, 16)
+    assert torch.equal(padded["attention_mask"].sum(dim=1), plain["attention_mask"].sum(dim=1))
+    found, expected = (model(features)["sentence_embedding"] for features in (padded, plain))
+    assert torch.allclose(found, expected, atol=1e-5)

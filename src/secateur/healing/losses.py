@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -157,7 +157,7 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             return self._loss_of(embed_columns(self._embed, features), labels)
         columns = [SortedColumn(column, self.config.mini_batch_tokens) for column in features]
         self._places = [column.places for column in columns]
-        loss: Tensor = cast(Any, self).forward_cached(columns, labels)
+        loss: Tensor = CachedLossMixin.forward_cached(self, columns, labels)
         return loss
 
     def _embed(self, features: dict[str, Any]) -> dict[str, Tensor]:

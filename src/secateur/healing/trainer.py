@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -41,7 +40,7 @@ from secateur.healing.recipes import (
     training_arguments,
 )
 from secateur.healing.training_data import TrainingSet
-from secateur.models.forward import LENGTH_STEP
+from secateur.models.forward import padded_length
 from secateur.progress import Progress, quiet, silent
 from secateur.results import EvaluationRow, LossRow
 
@@ -173,9 +172,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def get_data_collator(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
         collator = super().get_data_collator(model, *args, **kwargs)
-        # On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back.
-        padding = {"text": {"pad_to_multiple_of": LENGTH_STEP}}
-        collator.preprocess_fn = partial(model.preprocess, processing_kwargs=padding)
+        collator.preprocess_fn = rounded_lengths(model)
         return collator
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -255,6 +252,28 @@ def out_of_patience(state: TrainerState, patience: int | None) -> bool:
     """Whether the last ``patience`` scores are no better than the best before them."""
     scores = [entry[SCORE] for entry in state.log_history if SCORE in entry]
     return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience if scores else False
+
+
+def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]:
+    """``model.preprocess`` with batches padded as :func:`.padded_length` says.
+
+    On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back. The
+    tokenizers' own ``pad_to_multiple_of`` refuses a ``max_length`` that is no multiple.
+    """
+    left = model.tokenizer.padding_side == "left"
+    fill = {"input_ids": model.tokenizer.pad_token_id or 0}
+
+    def preprocess(texts: list[str], **options: Any) -> dict[str, Any]:
+        features: dict[str, Any] = dict(model.preprocess(texts, **options))
+        length = features["input_ids"].shape[1]
+        missing = padded_length(length) - length
+        for key, value in features.items():
+            if isinstance(value, Tensor) and value.shape[:2] == (len(texts), length):
+                sides = (missing, 0) if left else (0, missing)
+                features[key] = nn.functional.pad(value, sides, value=fill.get(key, 0))
+        return features
+
+    return preprocess
 
 
 def last_checkpoint(folder: Path) -> Path | None:
