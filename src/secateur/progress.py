@@ -1,4 +1,4 @@
-"""How long work tells how far it is: one callback, which the command line turns into a bar, and no other bars."""
+"""The progress callback of long work, which the command line turns into bars; the libraries' own bars are silenced."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partialmethod
 
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, done, total)``, from 0 to ``total``; a total of 0: nobody knows it."""
+"""Called as ``progress(what, done, total)`` with ``done`` from 0 to ``total``; a total of 0 is unknown."""
 
 CHATTY = ("mteb", "sentence_transformers", "datasets")
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """The default callback: does nothing."""
 
 
 _lock = threading.Lock()

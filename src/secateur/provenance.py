@@ -22,7 +22,7 @@ DECIDING = ("secateur", "mteb", "scikit-learn", "sentence-transformers", "transf
 """Libraries by whose version a score may change."""
 ENCODING = ("sentence-transformers", "transformers", "torch")
 """Those by whose version a vector may change."""
-_TOLD_ASIDE = frozenset({"secateur.json", "training.json"})
+_DESCRIPTIONS = frozenset({"secateur.json", "training.json"})
 """Files of a model folder that say how it was made; no vector depends on them."""
 
 
@@ -123,7 +123,7 @@ def model_files(model: str | Path) -> list[Path]:
         return [path] if path.is_file() else []
     parts = [path, *(part.parent for part in path.glob("*/config.json"))]
     files = {file for part in parts for file in part.iterdir() if file.is_file()}
-    return sorted(f for f in files if not (f.name.startswith(".") or f.suffix == ".md" or f.name in _TOLD_ASIDE))
+    return sorted(f for f in files if not (f.name.startswith(".") or f.suffix == ".md" or f.name in _DESCRIPTIONS))
 
 
 def fingerprint_files(model: str | Path) -> str:

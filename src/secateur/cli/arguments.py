@@ -15,7 +15,7 @@ from secateur.errors import ConfigError
 from secateur.options import HealSettings, Options, default_of, extra, make, read_yaml
 
 
-def spread(arguments: list[str]) -> list[str]:
+def expand_list_options(arguments: list[str]) -> list[str]:
     """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``.
 
     ``study status`` and ``study resume`` are commands whose names have a blank.
@@ -28,15 +28,15 @@ def spread(arguments: list[str]) -> list[str]:
     }
     if tuple(arguments[:2]) in (("study", "status"), ("study", "resume")):
         arguments = [" ".join(arguments[:2]), *arguments[2:]]
-    spread: list[str] = []
+    expanded: list[str] = []
     current = ""
     for argument in arguments:
         if argument.startswith("-"):
             current = argument if argument in several else ""
-            spread += [] if current else [argument]
+            expanded += [] if current else [argument]
         else:
-            spread += [current, argument] if current else [argument]
-    return spread
+            expanded += [current, argument] if current else [argument]
+    return expanded
 
 
 def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:

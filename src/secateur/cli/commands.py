@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli.arguments import command_of, spread
+from secateur.cli.arguments import command_of, expand_list_options
 from secateur.cli.bars import per_second, study_bars, work_bars
 from secateur.cli.tables import (
     show_candidates,
@@ -66,7 +66,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         # typer returns the code of a click.Exit (--help) instead of raising it; since 0.29 Ctrl-C is one, too.
-        code = app(spread(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0
+        code = app(expand_list_options(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         _flush()
