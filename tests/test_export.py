@@ -148,7 +148,7 @@ FORMS = [
     ("gemma3_text", Form("onnx", "float16", None)),
     ("qwen3", Form("openvino", "float16", None)),
     ("modernbert", Form("onnx", "bfloat16", None)),
-    ("modernbert", Form("openvino", "bfloat16", None)),
+    ("bert", Form("openvino", "bfloat16", None)),
 ]
 QUICK = 2
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ T = TypeVar("T")
 NONE = "–"
 SPACE = "\N{NO-BREAK SPACE}"
 NAME_LENGTH = 40
+TERMINAL = 80
+"""Characters in a line of a usual terminal."""
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 # Numbers --------------------------------------------------------------------------------------------------------------
@@ -179,22 +181,38 @@ class Table:
 
     def filled(self) -> Table:
         """The table without the columns that have no value in any row."""
-        cells = [[_cell(cell) for cell in row] for row in self.rows]
-        kept = [i for i in range(len(self.columns)) if any(row[i].text not in ("", NONE) for row in cells)]
-        columns, rows = [self.columns[i] for i in kept], [[row[i] for i in kept] for row in cells]
-        return Table(self.title, columns, rows, sum(i < self.texts for i in kept), self.groups)
+        empty = ("", NONE)
+        return self._only(
+            [i for i in range(len(self.columns)) if any(_cell(r[i]).text not in empty for r in self.rows)]
+        )
+
+    def select(self, **names: str) -> Table:
+        """The table with other headings: old heading → new one; columns without one are dropped."""
+        columns = [names.get(heading, heading) for heading in self.columns]
+        return replace(self, columns=columns)._only([i for i, heading in enumerate(columns) if heading])
+
+    def _only(self, kept: Sequence[int]) -> Table:
+        columns, rows = [self.columns[i] for i in kept], [[row[i] for i in kept] for row in self.rows]
+        return replace(self, columns=columns, rows=rows, texts=sum(i < self.texts for i in kept))
 
     def to_rich(self) -> Any:
         """A ``rich.table.Table`` for the terminal."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        shown = RichTable(title=Text(printable(self.title)) if self.title else None)
-        for index, heading in enumerate(self.columns):
+        title = Text(printable(self.title)) if self.title else None
+        shown = RichTable(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
+        texts = [[printable(_in_line(_cell(cell))) for cell in row] for row in self.rows]
+        headings = [printable(heading).split() or [""] for heading in self.columns]
+        widths = [max(map(len, [*words, *cells])) for words, *cells in zip(headings, *texts, strict=True)]
+        # Where all fits into a usual terminal if headings alone are broken, no cell is.
+        narrow = sum(width + 1 for width in widths) <= TERMINAL
+        for index, words in enumerate(headings):
             aligned: Any = "left" if index < self.texts else "right"
-            shown.add_column(Text(printable(heading)), justify=aligned, overflow="fold")
-        for row in self.rows:
-            shown.add_row(*(Text(printable(_in_line(_cell(cell)))) for cell in row))
+            heading = Text(("\n" if narrow else " ").join(words))
+            shown.add_column(heading, justify=aligned, overflow="fold", no_wrap=narrow)
+        for row in texts:
+            shown.add_row(*map(Text, row))
         return shown
 
     def to_html(self) -> str:
@@ -249,148 +267,3 @@ def _in_line(cell: Cell) -> str:
     arrow = f" {_ARROWS[cell.trend]}" if cell.trend else ""
     notes = f" ({'; '.join(cell.notes)}{arrow})" if cell.notes else arrow
     return cell.text + (f" ({cell.tag})" if cell.tag else "") + notes
-
-
-# Documents ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph; a note in it is less prominent."""
-
-    text: str
-    is_note: bool = False
-
-
-@dataclass(frozen=True)
-class Heading:
-    text: str
-
-
-@dataclass(frozen=True)
-class Bullets:
-    items: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Code:
-    """Something to copy, under what it is."""
-
-    text: str
-    language: str = ""
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A ``figure`` of matplotlib, as an ``svg`` element too; ``key`` names its file, without suffix."""
-
-    key: str
-    title: str
-    caption: str
-    svg: str
-    figure: Any
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Pictures side by side, where there is room."""
-
-    pictures: tuple[Picture, ...]
-
-
-@dataclass(frozen=True)
-class Details:
-    """What a page shows when its ``summary`` is clicked on."""
-
-    summary: str
-    blocks: tuple[Block, ...]
-
-
-Block = Text | Heading | Bullets | Code | Table | Picture | Gallery | Details
-
-
-@dataclass(frozen=True)
-class Section:
-    """Blocks under a title; ``key`` is the section's address in the page, ``short`` its name in the navigation."""
-
-    key: str
-    title: str
-    blocks: Sequence[Block]
-    short: str = ""
-
-
-def pictures_in(blocks: Sequence[Block]) -> Iterator[Picture]:
-    """The pictures among blocks."""
-    for block in blocks:
-        if isinstance(block, Picture):
-            yield block
-        elif isinstance(block, Gallery):
-            yield from block.pictures
-        elif isinstance(block, Details):
-            yield from pictures_in(block.blocks)
-
-
-def block_to_html(block: Block) -> str:
-    """A block as HTML."""
-    match block:
-        case Text(text, is_note):
-            return f'<p class="quiet">{_escaped(text)}</p>' if is_note else f"<p>{_escaped(text)}</p>"
-        case Heading(text):
-            return f"<h3>{to_html(text)}</h3>"
-        case Bullets(items):
-            return "<ul>\n" + "\n".join(f"<li>{_escaped(item)}</li>" for item in items) + "\n</ul>"
-        case Code(text, language, title):
-            above = f"<p>{_escaped(title)}</p>\n" if title else ""
-            kind = ' class="once"' if language == "sh" else ""  # one click selects the whole command
-            return f'{above}<pre{kind} tabindex="0"><code>{html.escape(code(text))}</code></pre>'
-        case Table():
-            return block.to_html()
-        case Picture():
-            return _figure(block, ' class="wide"')
-        case Gallery(pictures):
-            return '<div class="plots">\n' + "\n".join(map(_figure, pictures)) + "\n</div>"
-        case Details(summary, blocks):
-            inside = "\n".join(map(block_to_html, blocks))
-            return f"<details>\n<summary>{_escaped(summary)}</summary>\n{inside}\n</details>"
-
-
-def block_to_markdown(block: Block) -> str:
-    """A block as GitHub's Markdown; pictures are files in the folder ``figures``."""
-    match block:
-        case Text(text):
-            return to_markdown(text)
-        case Heading(text):
-            return f"### {to_markdown(text)}"
-        case Bullets(items):
-            return "\n".join(f"- {to_markdown(item)}" for item in items)
-        case Code(text, language, title):
-            text = code(text)
-            fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
-            return (f"{to_markdown(title)}:\n\n" if title else "") + f"{fence}{language}\n{text}\n{fence}"
-        case Table():
-            return block.to_markdown()
-        case Picture(key, title, caption):
-            return f"![{to_markdown(title)}](figures/{key}.png)\n\n{to_markdown(caption)}"
-        case Gallery(pictures):
-            return "\n\n".join(map(block_to_markdown, pictures))
-        case Details(summary, blocks):
-            return "\n\n".join([f"{to_markdown(summary)}:", *map(block_to_markdown, blocks)])
-
-
-def section_to_markdown(section: Section) -> str:
-    """A section with its title."""
-    return "\n\n".join([f"## {section.title}", *map(block_to_markdown, section.blocks)])
-
-
-def code(text: str) -> str:
-    """Lines of code as they are shown: nothing in them hides, or turns what is copied."""
-    return "\n".join(printable(line) for line in text.expandtabs(4).splitlines())
-
-
-def _figure(picture: Picture, kind: str = "") -> str:
-    return f"<figure{kind}>\n{picture.svg}\n<figcaption>{_escaped(picture.caption)}</figcaption>\n</figure>"
-
-
-def _escaped(text: str) -> str:
-    return html.escape(printable(text))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from secateur.document import NONE, Cell, Table, byte_size, count, duration, loss, percent, score, signed, span
+from secateur.document import NONE, Cell, Table, count, duration, loss, number, percent, score, signed, span
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,9 @@ def show_profile(profile: Profile) -> None:
     import secateur
     from secateur.reporting.tables import depth_scores_table, profile_table
 
-    _show(profile_table(profile, secateur.choose(profile) if profile.can_choose else {}))
+    table = profile_table(profile, secateur.choose(profile) if profile.can_choose else {})
+    short = {"Standard error": "", "Probability": "Chosen", "Effective rank": "Rank"}
+    _show(table.select(**short, **{"Next-token loss (nats)": "Next token (nats)"}))
     if profile.task_scores:
         _show(depth_scores_table(profile))
     for note in profile.notes:
@@ -67,16 +69,18 @@ def show_candidates(found: Candidates) -> None:
     """What each selector chooses, and why."""
     from secateur.choosing.choose import is_prefix, ranges
 
-    columns: dict[str, Callable[[Candidate], str | Cell]] = {
+    columns: dict[str, Callable[[Candidate], str | Cell]] = {  # short: they fit into 80 characters
         "name": lambda row: row.name,
         "blocks": lambda row: str(len(row.blocks)),
-        "probability": lambda row: percent(row.selection_probability, 0),
-        "loss": lambda row: Cell(loss(row.loss), (span(row.loss_low, row.loss_high, loss),) if row.loss_low else ()),
-        "parameters": lambda row: count(row.parameters),
-        "size": lambda row: byte_size(row.bytes),
-        "FLOPs per token": lambda row: count(row.flops_per_token),
-        "latency": lambda row: duration(row.latency),
-        "speed": lambda row: NONE if row.speed is None else f"{row.speed:.1f} ×",
+        "prob.": lambda row: number(row.selection_probability, ".0%"),
+        "loss": lambda row: loss(row.loss),
+        "from": lambda row: number(row.loss_low, ".2f"),
+        "to": lambda row: number(row.loss_high, ".2f"),
+        "params": lambda row: count(row.parameters),
+        "MB": lambda row: number(row.bytes and row.bytes / 1e6, ".0f"),
+        "MFLOPs": lambda row: number(row.flops_per_token and row.flops_per_token / 1e6, ".0f"),
+        "ms": lambda row: number(row.latency and 1000 * row.latency),
+        "speed": lambda row: NONE if row.speed is None else f"{row.speed:.1f}×",
     }
     _show(Table.of(f"{found.model}: {found.depth} blocks", found.rows, columns).filled())
     for row in found.rows[1:]:

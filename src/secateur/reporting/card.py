@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from secateur import document as doc
 from secateur.data.hub import is_hub_name, parse_name
 from secateur.files import read_json
+from secateur.reporting.blocks import Block, Bullets, Code, Section, Text, section_to_markdown
 from secateur.reporting.findings import GroupComparison, Summary
 from secateur.reporting.run import HUB_NAME, Variant, base_licence, is_on_hub
 from secateur.reporting.tables import SPEED, cost_table, kept_blocks, settings_text
@@ -49,17 +50,17 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
         f"A text encoder: {kept_blocks(origin)} of the {origin.depth} blocks of {public(origin.base_model)}, "
         f"{trained}. It is a plain sentence-transformers folder, which is used without secateur."
     )
-    sections = [doc.Section("use", "Use", list(_use(folder)))]
+    sections = [Section("use", "Use", list(_use(folder)))]
     if variant.cost:
         shown = {"This model": variant.cost} | ({full.name: full.cost} if full and full.cost else {})
         costs = [replace(cost, model=name) for name, cost in shown.items()]
         machine = summary.run.costs.provenance.hardware if summary.run.costs else {}
-        where = doc.Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
-        sections.append(doc.Section("costs", "Size and speed", [cost_table(costs).transposed(), where]))
+        where = Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
+        sections.append(Section("costs", "Size and speed", [cost_table(costs).transposed(), where]))
     if variant.scores:
         note = seed_note(summary) if variant.training else ""
-        sections.append(doc.Section("scores", "Scores", list(_scores(variant, full, comparison, note))))
-    sections.append(doc.Section("made", "How it was made", list(_how(variant, origin))))
+        sections.append(Section("scores", "Scores", list(_scores(variant, full, comparison, note))))
+    sections.append(Section("made", "How it was made", list(_how(variant, origin))))
     limits = [
         f"The licence and the terms of {public(origin.base_model)} hold for this model, and those of its training data "
         "where they reach so far.",
@@ -68,20 +69,20 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
         + ": measure it on your own data before you rely on it.",
         *(() if variant.training else ("It has not been trained after the cut.",)),
     ]
-    sections.append(doc.Section("limits", "Limits", [doc.Bullets(tuple(limits))]))
+    sections.append(Section("limits", "Limits", [Bullets(tuple(limits))]))
     head = [
         f"---\n{_metadata(variant, origin)}\n---",
         CARD_MARK,
         f"# {doc.to_markdown(variant.name)}",
         doc.to_markdown(about),
     ]
-    return "\n\n".join([*head, *map(doc.section_to_markdown, sections)]) + "\n"
+    return "\n\n".join([*head, *map(section_to_markdown, sections)]) + "\n"
 
 
 # Sections -------------------------------------------------------------------------------------------------------------
 
 
-def _use(folder: Path) -> Iterable[doc.Block]:
+def _use(folder: Path) -> Iterable[Block]:
     file = folder / "config_sentence_transformers.json"
     content = read_json(file) if file.exists() else {}
     found = content.get("prompts") if isinstance(content, dict) else None
@@ -98,15 +99,13 @@ def _use(folder: Path) -> Iterable[doc.Block]:
         f'documents = model.{document}(["Cut back the side shoots in winter.", "The train leaves at noon."]{name})',
         "print(model.similarity(queries, documents))",
     )
-    yield doc.Code("\n".join(lines), "python")
+    yield Code("\n".join(lines), "python")
     if prompts:
         rows = [(name, json.dumps(text, ensure_ascii=False)) for name, text in prompts.items()]
         yield doc.Table("Prompts are part of the model:", ("Name", "Prompt"), rows, 2)
 
 
-def _scores(
-    variant: Variant, full: Variant | None, comparison: GroupComparison | None, note: str
-) -> Iterable[doc.Block]:
+def _scores(variant: Variant, full: Variant | None, comparison: GroupComparison | None, note: str) -> Iterable[Block]:
     columns = ["Task", "Metric", "Samples", "This model", "95 % interval", *([full.name] if full else [])]
     rows = [
         [task, row.metric, str(row.samples), doc.score(row.score), doc.span(row.low, row.high) or doc.NONE]
@@ -118,20 +117,20 @@ def _scores(
     if full:
         same = variant.training and full.training and variant.training.settings == full.training.settings
         how = ", trained with the same settings" if same else ""
-        yield doc.Text(f"{full.name} is the full model to compare with: all {full.depth} blocks{how}.")
+        yield Text(f"{full.name} is the full model to compare with: all {full.depth} blocks{how}.")
     if comparison and comparison.difference.low is not None:
         difference, seeds = comparison.difference, len(comparison.group.variants)
         over = f", over {doc.plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
         within = doc.span(difference.low, difference.high, doc.signed)
         points = f"{doc.signed(difference.value)} points, 95 % interval {within}"
-        yield doc.Text(f"The average differs by {points}, paired by text{over}.")
+        yield Text(f"The average differs by {points}, paired by text{over}.")
     if note:
-        yield doc.Text(note)
+        yield Text(note)
 
 
-def _how(variant: Variant, origin: Origin) -> Iterable[doc.Block]:
+def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
     for command in origin.history or (origin.provenance.command,):
-        yield doc.Code(public_command(command), "sh")
+        yield Code(public_command(command), "sh")
     facts = [
         f"Blocks kept: {kept_blocks(origin)}, of {origin.depth}.",
         f"Pooling: {origin.pooling}.",
@@ -150,10 +149,10 @@ def _how(variant: Variant, origin: Origin) -> Iterable[doc.Block]:
             f"SHA-256 {file.sha256}."
             for file in training.provenance.data
         ]
-    yield doc.Bullets(tuple(facts))
+    yield Bullets(tuple(facts))
     if training:
-        yield doc.Code(settings_text(training, public), "yaml")
-    yield doc.Text(f"Made with {', '.join(f'{key} {value}' for key, value in origin.provenance.versions.items())}.")
+        yield Code(settings_text(training, public), "yaml")
+    yield Text(f"Made with {', '.join(f'{key} {value}' for key, value in origin.provenance.versions.items())}.")
 
 
 # What may be published ------------------------------------------------------------------------------------------------

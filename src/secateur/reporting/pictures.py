@@ -18,10 +18,11 @@ from urllib.parse import quote
 import numpy as np
 from matplotlib.figure import Figure
 
-from secateur.document import Picture, byte_size, count, duration, loss, percent, plural, score, span, speed
+from secateur.document import byte_size, count, duration, loss, percent, plural, score, span, speed
 from secateur.figures.plots import Point, frontier, profile_figures, size_curve, training_curves
 from secateur.figures.style import svg
 from secateur.measures.intervals import CONFIDENCE, Array
+from secateur.reporting.blocks import Picture
 from secateur.reporting.findings import RunGroup, Summary, pareto
 from secateur.reporting.run import Run
 from secateur.results import DepthScoreRow, Profile, Training

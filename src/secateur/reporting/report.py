@@ -21,6 +21,19 @@ from secateur.files import write_text
 from secateur.options import ReportOptions, step
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting import pictures, tables
+from secateur.reporting.blocks import (
+    Block,
+    Bullets,
+    Code,
+    Details,
+    Gallery,
+    Heading,
+    Section,
+    Text,
+    block_to_html,
+    pictures_in,
+    section_to_markdown,
+)
 from secateur.reporting.card import may_write, model_card
 from secateur.reporting.findings import GroupComparison, Summary, summarize
 from secateur.reporting.run import CARD, Run, base_licence, read_run
@@ -48,13 +61,13 @@ def report(options: ReportOptions) -> Path:
     summary = summarize(read_run(options.run))
     run = summary.run
     parts = sections(summary, options.threshold)
-    for picture in chain.from_iterable(doc.pictures_in(section.blocks) for section in parts):
+    for picture in chain.from_iterable(pictures_in(section.blocks) for section in parts):
         save(picture.figure, run.folder / "figures" / f"{picture.key}.png")
     title, sentences = run.folder.resolve().name, verdict(summary)
     remarks = notes(summary)
     head = [f"# {doc.to_markdown(title)}", *(f"**{doc.to_markdown(sentence)}**" for sentence in sentences)]
     head += [doc.to_markdown(remark) for remark in remarks]
-    _write(run.folder / "report.md", "\n\n".join([*head, *map(doc.section_to_markdown, parts)]) + "\n")
+    _write(run.folder / "report.md", "\n\n".join([*head, *map(section_to_markdown, parts)]) + "\n")
     for variant in run.variants:
         if variant.folder is not None and variant.origin is not None and may_write(variant.folder / CARD):
             _write(variant.folder / CARD, model_card(summary, variant, variant.folder, variant.origin))
@@ -114,7 +127,7 @@ def _write(path: Path, text: str) -> None:
 # Sections -------------------------------------------------------------------------------------------------------------
 
 
-def sections(summary: Summary, threshold: float) -> list[doc.Section]:
+def sections(summary: Summary, threshold: float) -> list[Section]:
     """The sections that a run's tables allow, in the order of the report.
 
     Args:
@@ -122,57 +135,57 @@ def sections(summary: Summary, threshold: float) -> list[doc.Section]:
         threshold: Million parameters that a point of score may cost.
     """
     run = summary.run
-    found: list[doc.Section] = []
+    found: list[Section] = []
     if run.failed:
-        failed = doc.Bullets(tuple(f"{step}: {reason}" for step, reason in run.failed.items()))
-        found.append(doc.Section("failed", "What failed", [failed]))
+        failed = Bullets(tuple(f"{step}: {reason}" for step, reason in run.failed.items()))
+        found.append(Section("failed", "What failed", [failed]))
     if drawn := pictures.cost_pictures(summary):
         fast = any(picture.key == "score-speed" for picture in drawn)
         ends = "; right is faster in the figure of throughput, and more costly in the others" if fast else ""
-        text = doc.Text(f"Each point is a model; it leads to its folder. Up is better{ends}.")
-        found.append(doc.Section("trade-off", "Quality and cost", [text, doc.Gallery(tuple(drawn))]))
+        text = Text(f"Each point is a model; it leads to its folder. Up is better{ends}.")
+        found.append(Section("trade-off", "Quality and cost", [text, Gallery(tuple(drawn))]))
     if drawn := pictures.size_pictures(summary, threshold):
-        found.append(doc.Section("size", "Quality and size", drawn))
+        found.append(Section("size", "Quality and size", drawn))
     if run.profiles:
-        found.append(doc.Section("depth", "Quality by depth", list(_depth_blocks(run))))
+        found.append(Section("depth", "Quality by depth", list(_depth_blocks(run))))
     if summary.groups:
-        blocks: list[doc.Block] = [tables.model_table(summary)]
+        blocks: list[Block] = [tables.model_table(summary)]
         if any(variant.origin for variant in run.variants):
-            blocks.append(doc.Details("How each model was made", (tables.origin_table(run),)))
-        found.append(doc.Section("models", "Models", blocks))
+            blocks.append(Details("How each model was made", (tables.origin_table(run),)))
+        found.append(Section("models", "Models", blocks))
     if any(group.rows for group in summary.groups):
-        notes = [doc.Text(note, is_note=True) for note in _missing_intervals(run)]
-        found.append(doc.Section("tasks", "Score per task", [tables.task_table(summary), *notes], short="Tasks"))
+        notes = [Text(note, is_note=True) for note in _missing_intervals(run)]
+        found.append(Section("tasks", "Score per task", [tables.task_table(summary), *notes], short="Tasks"))
     if costs := [replace(group.cost, model=group.name) for group in summary.groups if group.cost is not None]:
-        found.append(doc.Section("costs", "Costs", [tables.cost_table(costs)]))
+        found.append(Section("costs", "Costs", [tables.cost_table(costs)]))
     if any(variant.training for variant in run.variants):
-        found.append(doc.Section("training", "Training", list(_training_blocks(run))))
-    found.append(doc.Section("commands", "Commands", list(_command_blocks(run))))
-    found.append(doc.Section("provenance", "Provenance", list(_provenance_blocks(run))))
+        found.append(Section("training", "Training", list(_training_blocks(run))))
+    found.append(Section("commands", "Commands", list(_command_blocks(run))))
+    found.append(Section("provenance", "Provenance", list(_provenance_blocks(run))))
     return found
 
 
-def _depth_blocks(run: Run) -> Iterable[doc.Block]:
-    yield doc.Text(
+def _depth_blocks(run: Run) -> Iterable[Block]:
+    yield Text(
         "Quality of the untrained model’s vectors after each block. The depths to cut to are chosen on the loss, "
         "before any training: how well the vectors tell matching texts from others, lower is better."
     )
     for place, (base, profile) in enumerate(list(run.profiles.items())[: pictures.MOST_PROFILES], 1):
-        yield doc.Heading(base)
+        yield Heading(base)
         drawn = pictures.profile_pictures(run, base, place)
         yield from (drawn[kind] for kind in ("curve", "solved") if kind in drawn)
         if maps := tuple(drawn[kind] for kind in ("cka", "angles") if kind in drawn):
-            yield doc.Gallery(maps)
-        yield from (doc.Text(f"{note[:1].upper()}{note[1:]}.", is_note=True) for note in profile.notes)
+            yield Gallery(maps)
+        yield from (Text(f"{note[:1].upper()}{note[1:]}.", is_note=True) for note in profile.notes)
         numbers = tables.profile_table(profile, run.choices.get(base, {})), tables.depth_scores_table(profile)
-        yield doc.Details("The numbers of these figures", tuple(table for table in numbers if table.rows))
+        yield Details("The numbers of these figures", tuple(table for table in numbers if table.rows))
     if more := list(run.profiles)[pictures.MOST_PROFILES :]:
-        yield doc.Text(
+        yield Text(
             f"{doc.plural(len(more), 'more profile')}, each with its curve in its own folder: {', '.join(more)}."
         )
 
 
-def _training_blocks(run: Run) -> Iterable[doc.Block]:
+def _training_blocks(run: Run) -> Iterable[Block]:
     trained = {variant.name: variant.training for variant in run.variants if variant.training}
     if picture := pictures.training_picture(run):
         yield picture
@@ -184,18 +197,18 @@ def _training_blocks(run: Run) -> Iterable[doc.Block]:
             if item.evaluations
         }
         numbers += [tables.by_step("Evaluation scores, × 100.", scores)] if scores else []
-        yield doc.Details("The numbers of these curves", tuple(numbers))
+        yield Details("The numbers of these curves", tuple(numbers))
     same: dict[str, list[str]] = {}
     for name, training in trained.items():
         same.setdefault(tables.settings_text(training), []).append(name)
     for settings, names in same.items():
         summary = f"Settings of {doc.plural(len(names), 'training')}"
-        yield doc.Details(summary, (doc.Text(", ".join(names), is_note=True), doc.Code(settings, "yaml")))
+        yield Details(summary, (Text(", ".join(names), is_note=True), Code(settings, "yaml")))
 
 
-def _command_blocks(run: Run) -> Iterable[doc.Block]:
+def _command_blocks(run: Run) -> Iterable[Block]:
     """Each command once, in the order of the work, with what it made."""
-    yield doc.Text("What was run, in order.", is_note=True)
+    yield Text("What was run, in order.", is_note=True)
     steps: dict[str, list[str]] = {}
     for title, table in run.tables:
         history = table.history if isinstance(table, Origin) else ()
@@ -204,12 +217,12 @@ def _command_blocks(run: Run) -> Iterable[doc.Block]:
             titles += [title] if title not in titles else []
     for command, titles in steps.items():
         made = "; ".join(titles)
-        yield doc.Code(command, "sh", made[:1].upper() + made[1:])
+        yield Code(command, "sh", made[:1].upper() + made[1:])
     if run.study:
-        yield doc.Details("Configuration of the study (study.yaml)", (doc.Code(run.study, "yaml"),))
+        yield Details("Configuration of the study (study.yaml)", (Code(run.study, "yaml"),))
 
 
-def _provenance_blocks(run: Run) -> Iterable[doc.Block]:
+def _provenance_blocks(run: Run) -> Iterable[Block]:
     """What all tables say of base models, data, seeds, versions, machine and time."""
     made = [table.provenance for _, table in run.tables]
     first, last = created(run)
@@ -221,7 +234,7 @@ def _provenance_blocks(run: Run) -> Iterable[doc.Block]:
         "Hardware": _values(made, lambda item: item.hardware),
         "Versions": _values(made, lambda item: item.versions),
     }
-    yield doc.Bullets(tuple(f"{key}: {value}" for key, value in facts.items() if value))
+    yield Bullets(tuple(f"{key}: {value}" for key, value in facts.items() if value))
     files: dict[Fingerprint, dict[str, int]] = {}
     for title, table in run.tables:
         for file in table.provenance.data:
@@ -278,4 +291,4 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_ENVIRONMENT.filters |= {"printable": doc.printable, "name": doc.to_html, "html": doc.block_to_html}
+_ENVIRONMENT.filters |= {"printable": doc.printable, "name": doc.to_html, "html": block_to_html}
