@@ -19,6 +19,7 @@ import secateur
 from conftest import disk_of, example_pairs, write_pairs
 from secateur import cli
 from secateur import options as config
+from secateur.cli.bars import study_bars
 from secateur.errors import ConfigError, DataError
 from secateur.provenance import provenance
 from secateur.results import DepthRow, LayerCost, Profile, Scores, load
@@ -481,3 +482,9 @@ def test_the_installed_command_answers(tmp_path: Path):
     version = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert version.returncode == 0
     assert version.stdout.strip()[0].isdigit()
+
+
+def test_a_study_has_a_bar_for_work_that_is_no_step():
+    with study_bars(1) as (progress, _):
+        for done in range(3):
+            progress("read docstrings", done, 2)

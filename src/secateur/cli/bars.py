@@ -75,6 +75,8 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
         whole = bars.add_task("", rate="")
 
         def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:  # before the first step, such as reading the preset's data
+                tasks[what] = bars.add_task(what, total=None, rate="")
             bars.update(tasks[what], completed=done, total=total or None)
 
         def callback(state: State) -> None:

@@ -87,13 +87,13 @@ class Profile(Table):
         converged: Whether the choice of L3Prune's rule is significantly better than every other depth of its half, at
             95 % over all looks at the data (:mod:`.stopping`); None without pairs.
         cka: Linear CKA between depths, (depth, depth); null where a depth gives all texts the same vector.
-        angular: Mean angular distance of the last token's states between depths, (depth + 1, depth + 1), the first
-            being the embeddings; empty where an architecture's states have another layout.
-        losses_by_pooling: Pooling → its loss at each depth; the model's own pooling is among them.
-        batch_losses: (batches, depth), what ``loss`` is the mean of, for any other rule's bootstrap.
+        angular: Mean angular distance of the last token's states, (depth + 1, depth + 1), depth 0 being the embeddings;
+            empty where an architecture's states have another layout.
+        losses_by_pooling: Pooling → its loss at each depth, the model's own among them.
+        batch_losses: (batches, depth), what ``loss`` is the mean of.
         task_scores: Tasks × depths, one :class:`DepthScoreRow` each; empty where no task was asked for.
         layer_costs: What each layer of the model costs; empty in profiles of earlier versions.
-        notes: What a reader must know: what was measured to decide, what could not be computed, and why.
+        notes: What was measured to decide, what could not be computed, and why.
     """
 
     kind: ClassVar[str] = "profile"
@@ -276,8 +276,8 @@ class Costs(Table):
 class DifferenceRow:
     """One model against the reference on one task; ``task`` is empty in the row of the mean over all tasks.
 
-    ``difference`` is ``score`` - ``reference_score``, with its paired 95 % bootstrap interval over ``units`` things
-    drawn again (``unit`` says which); None where the two were not scored on the same things.
+    ``difference`` is ``score`` - ``reference_score``, with its paired 95 % bootstrap interval over ``units`` (``unit``
+    says which); None where the two were not scored on the same.
     """
 
     model: str
@@ -323,7 +323,7 @@ class ChangedRow:
 
 @dataclass(frozen=True)
 class Comparison(Table):
-    """Models side by side; the first is the ``reference`` of the others. ``rows`` are the differences of scores."""
+    """Models side by side; the first is the ``reference`` of the others."""
 
     kind: ClassVar[str] = "comparison"
     file: ClassVar[str] = "comparison.json"
@@ -384,8 +384,7 @@ class Origin(Table):
 
     ``kept`` are the original indices of the blocks kept, of ``depth`` blocks in all; ``history`` has one line for each
     command that made the folder, oldest first; ``check`` is the largest difference between the folder's vectors and
-    those of ``checked_against``, on a few texts; ``left_out`` names the parts of the source that are no blocks and
-    were not kept: heads, a vision tower.
+    those of ``checked_against``, on a few texts; ``left_out`` names what was not kept: heads, a vision tower.
     """
 
     kind: ClassVar[str] = "model"
