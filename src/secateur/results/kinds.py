@@ -294,7 +294,7 @@ class DifferenceRow:
 
     @property
     def apart(self) -> bool:
-        """Whether the difference is outside the error."""
+        """Whether the difference is significant at 95 %."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
