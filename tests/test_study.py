@@ -560,5 +560,5 @@ def test_every_error_is_one_of_secateurs(tmp_path: Path, place: Path):
 
 
 def test_a_second_study_in_a_folder_is_refused(place: Path, run: Path):
-    with lock(run), pytest.raises(OutputError, match="another run is working in it"):
+    with lock(run / "done"), pytest.raises(OutputError, match="another run is working in it"):
         run_study(place)
