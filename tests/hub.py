@@ -29,6 +29,7 @@ class StandIn(ThreadingHTTPServer):
         self.ranges = True
         self.break_after: int | None = None
         self.sent = 0
+        self.counting = threading.Lock()
         self.asked: list[str] = []
 
     @property
@@ -117,8 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
         if limit is not None and end - start > limit:
             self.server.break_after, end, self.close_connection = None, start + limit, True
         if end > start:
+            with self.server.counting:  # before it is sent: whoever has the last byte may look at once
+                self.server.sent += end - start
             with file.open("rb") as stream:
-                self.server.sent += self.connection.sendfile(stream, start, end - start)
+                self.connection.sendfile(stream, start, end - start)
 
     def log_message(self, *args) -> None:
         pass
