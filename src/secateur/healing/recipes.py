@@ -99,14 +99,14 @@ class TrainingConfig:
         return multiplies_bfloat16()
 
 
-_SHORT_TEXTS: Mapping[str, Any] = {"train": "auto", "warmup": 0.1, "scale": 20.0, "max_length": 128}
+_FINETUNE: Mapping[str, Any] = {"train": "auto", "warmup": 0.1, "scale": 20.0, "max_length": 128}
 RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "finetune": _FINETUNE,
     "l3prune": {},
-    "everyday": _SHORT_TEXTS,
-    "distill": {**_SHORT_TEXTS, "learning_rate": 1e-3},
+    "distill": {**_FINETUNE, "learning_rate": 1e-3},
 }
-"""Named defaults: the paper's, one for every day, and one for a small model that a teacher teaches on unlabelled texts
-(docs/healing.md says how they were found)."""
+"""Named defaults: the layers' own weights are trained, the paper's, and a teacher on unlabelled texts (docs/healing.md
+says how they were found)."""
 
 
 def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> TrainingConfig:
@@ -127,7 +127,7 @@ def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> Tra
     texts = [isinstance(source, Texts) for source in sources]
     has_pairs, has_teacher = not (texts and all(texts)), options.teacher is not None
     weight = (0.5 if options.teacher_weight is None else options.teacher_weight) if has_pairs else 1.0
-    recipe = options.recipe or ("distill" if has_teacher and weight == 1 else "l3prune")
+    recipe = options.recipe or ("distill" if has_teacher and weight == 1 else "finetune")
     names = {field.name for field in fields(TrainingConfig)} & HealOptions.model_fields.keys()
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     given |= {"recipe": recipe, "depths": tuple(options.depths or ()), "dims": tuple(options.dims or ())}

@@ -3,6 +3,7 @@
 from secateur.options.base import Names, Options, default_of, extra, make, read_yaml, step, to_yaml
 from secateur.options.fields import (
     PROFILE_FILES,
+    SCOUT_FILES,
     STUDY_FILES,
     Arithmetic,
     Dtype,
@@ -20,12 +21,22 @@ from secateur.options.runs import (
     StudyOptions,
     read_study,
 )
-from secateur.options.way import ChooseOptions, HealOptions, HealSettings, ProfileOptions, PruneOptions
+from secateur.options.way import (
+    Budget,
+    ChooseOptions,
+    HealOptions,
+    HealSettings,
+    ProfileOptions,
+    PruneOptions,
+    ScoutOptions,
+)
 
 __all__ = [
     "PROFILE_FILES",
+    "SCOUT_FILES",
     "STUDY_FILES",
     "Arithmetic",
+    "Budget",
     "ChooseOptions",
     "CompareOptions",
     "CostOptions",
@@ -43,6 +54,7 @@ __all__ = [
     "ReportOptions",
     "ResumeOptions",
     "SavedPooling",
+    "ScoutOptions",
     "ServeOptions",
     "StatusOptions",
     "StudyOptions",

@@ -27,9 +27,10 @@ PROFILE_FILES = (
     *("profile.json", "choice.json"),
     *(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg")),
 )
+SCOUT_FILES = ("scout.json", "model", "tasks", "draws", "cache", "done.json", "frontier.png", "frontier.svg")
 STUDY_FILES = (
     *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
-    *("data", "tasks", "models", "profiles", "pruned", "scores", "figures", "cache", "logs", "done"),
+    *("data", "tasks", "models", "profiles", "scouts", "pruned", "scores", "figures", "cache", "logs", "done"),
 )
 
 
@@ -56,6 +57,12 @@ def listed(value: Any) -> Any:
     if isinstance(value, (str, os.PathLike)):
         return [value]
     return list(value) if isinstance(value, (tuple, set)) else value
+
+
+def comma_separated(value: Any) -> Any:
+    """``6,12`` becomes a list."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return None if value is None else [part for item in items for part in str(item).split(",")]
 
 
 def _columns(given: Any) -> Any:

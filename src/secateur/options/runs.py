@@ -28,10 +28,11 @@ from secateur.options.fields import (
     SampleSeed,
     Seed,
     Tasks,
+    comma_separated,
     path_text,
     texts,
 )
-from secateur.options.way import HealSettings
+from secateur.options.way import Budget, HealSettings
 
 
 class EvaluateOptions(Options):
@@ -127,8 +128,8 @@ class ReportOptions(Options):
     )
 
 
-class StudyOptions(HealSettings):
-    """Do all steps for models, depths, trainings and seeds, from profile to report; run it again to resume.
+class StudyOptions(HealSettings, Budget):
+    """Find the depth that your data need: profile, scout, choose, polish, evaluate, report; run it again to resume.
 
     Example: secateur study smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o run
     """
@@ -143,12 +144,23 @@ class StudyOptions(HealSettings):
         description="Options decided for you, where you set none. demo: SmolLM2 on API documentation, in ten minutes; "
         "paper: L3Prune's experiments; shrink: an embedding model teaches its own first layers, on texts alone.",
     )
+    ladder: list[int] = Field(
+        default=[], description="Depths that the scout trains: 6,12,24 [default: about eight, as scout --depths]."
+    )
+    polish: list[int] = Field(
+        default=[],
+        description="Depths to go on training from the scout [default: the one that is chosen by its scores].",
+    )
+    held_out: int = Field(
+        1000, ge=10, description="Without tasks: how many rows score the depths and are not trained on, as for scout."
+    )
     depths: Annotated[list[str], BeforeValidator(texts), Names("layers")] = Field(
-        default=["large", "small"], description="Depths to cut to, as prune --to; the full model is always there."
+        default=[],
+        description="In place of a scout: train each of these depths separately, and the full model. As prune --to.",
     )
     recipes: dict[str, dict[str, Any]] = Field(
         default={"healed": {}},
-        description="Names of trainings, each done at every depth; none: the cut models are evaluated untrained, too. "
+        description="With --depths: trainings, each done at every depth; none: the cut models are evaluated untrained. "
         "In YAML: name -> options of heal.",
     )
     teacher: Annotated[str | None, BeforeValidator(path_text)] = Field(
@@ -172,6 +184,11 @@ class StudyOptions(HealSettings):
         if isinstance(given, list):
             return {name: {} for name in given}
         return {name: own or {} for name, own in given.items()} if isinstance(given, dict) else given
+
+    @field_validator("ladder", "polish", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return comma_separated(value) or []
 
     @field_validator("seeds")
     @classmethod

@@ -12,6 +12,7 @@ from secateur.options.fields import (
     DATA,
     POOLING,
     PROFILE_FILES,
+    SCOUT_FILES,
     TEXTS,
     AnyName,
     Columns,
@@ -28,6 +29,7 @@ from secateur.options.fields import (
     Seed,
     Tasks,
     TrustRemoteCode,
+    comma_separated,
     listed,
     path_text,
 )
@@ -86,13 +88,16 @@ class ProfileOptions(Options):
         return {"early_stopping" if key == "until_sure" else key: value for key, value in values.items()}
 
 
-class ChooseOptions(Options):
-    """Compare what every selection method keeps and what it costs; or choose the depth that fits a budget.
+class Budget(Options):
+    """What a depth may cost, and what it may lose."""
 
-    Example: secateur choose profile --max-params 100e6
-    """
-
-    profile: Annotated[AnyName, Names("profile")] = argument("A profile's file or folder.")
+    tolerance: float | None = Field(
+        None,
+        ge=0,
+        description="Choose the smallest depth that loses no more than so many points of average score against the "
+        "full depth trained alike, at 95 % confidence [1.0 for a scout].",
+    )
+    best: bool = Field(False, description="Choose the depth with the highest average score, of those that fit.")
     max_params: float | None = Field(
         None, gt=0, description="Maximum number of parameters, the token embeddings included."
     )
@@ -100,8 +105,19 @@ class ChooseOptions(Options):
     max_latency_ms: float | None = Field(
         None, gt=0, description="Maximum milliseconds for one text of some 20 tokens, as measured by the profile."
     )
+
+
+class ChooseOptions(Budget):
+    """Choose a depth by the scores of a scout, or compare what every selection method keeps of a profile.
+
+    Example: secateur choose scout --tolerance 1.0 --max-params 100e6
+    """
+
+    profile: Annotated[AnyName, Names("profile")] = argument("A scout or a profile: its file or folder.")
     max_loss_increase: float | None = Field(
-        None, ge=0, description="Maximum increase of the loss over the lowest of all depths; 0.05 is 5 %."
+        None,
+        ge=0,
+        description="Maximum increase of a profile's loss over the lowest of all depths; 0.05 is 5 %.",
     )
 
 
@@ -135,17 +151,18 @@ class PruneOptions(Options):
 class HealSettings(Options):
     """The hyperparameters of a training; those that are not given are the recipe's."""
 
-    recipe: Literal["l3prune", "everyday", "distill"] | None = Field(
+    recipe: Literal["finetune", "l3prune", "distill"] | None = Field(
         None,
-        description="Defaults of the other options: l3prune as in the paper; everyday for short texts; distill for a "
-        "teacher and unlabelled texts [l3prune; distill for a teacher with texts only].",
+        description="Defaults of the other options: finetune trains the layers' own weights; l3prune trains LoRA "
+        "adapters, as in the paper; distill is for a teacher and texts alone [finetune; distill for the "
+        "latter].",
     )
     steps: int | None = Field(None, ge=1, description="Optimizer steps [1000].")
     batch_size: int | None = Field(None, ge=2, description="Rows per step, over all processes [64].")
     train: Literal["lora", "blocks", "all", "auto"] | None = Field(
         None,
         description="Which weights to train: LoRA adapters, the layers without the token embeddings, or all; auto: the "
-        "layers if the optimizer fits into half of the memory, else LoRA [lora].",
+        "layers if the optimizer fits into half of the memory, else LoRA [auto; lora with l3prune].",
     )
     learning_rate: float | None = Field(
         None,
@@ -156,12 +173,16 @@ class HealSettings(Options):
         None,
         ge=0,
         lt=1,
-        description="Share of the steps with a rising learning rate; then it falls to 0 [0.3].",
+        description="Share of the steps with a rising learning rate; then it falls to 0 [0.1; 0.3 with l3prune].",
     )
     scale: float | None = Field(
-        None, gt=0, description="Inverse temperature of the loss: similarities are multiplied by it [50]."
+        None,
+        gt=0,
+        description="Inverse temperature of the loss: similarities are multiplied by it [20; 50 with l3prune].",
     )
-    max_length: int | None = Field(None, ge=1, description="Tokens after which a text is cut in training [512].")
+    max_length: int | None = Field(
+        None, ge=1, description="Tokens after which a text is cut in training [128; 512 with l3prune]."
+    )
     lora_rank: int | None = Field(None, ge=1, description="Rank of the LoRA adapters [16].")
     lora_alpha: int | None = Field(None, ge=1, description="LoRA alpha; the adapters are scaled by alpha / rank [32].")
     lora_dropout: float | None = Field(None, ge=0, lt=1, description="Dropout before the LoRA adapters [0.05].")
@@ -178,6 +199,11 @@ class HealSettings(Options):
         "auto", description="Precision of the computation; auto: bfloat16 if the processor supports it."
     )
     seed: Seed = Field(42, description="Random seed of adapters, dropout and the order of the data.")
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _old_recipe(cls, value: Any) -> Any:
+        return "finetune" if value == "everyday" else value
 
 
 class HealOptions(HealSettings):
@@ -219,6 +245,11 @@ class HealOptions(HealSettings):
         None, description="Train vectors truncated to these dimensions too (Matryoshka): 64,128."
     )
     cache: Path | None = Field(None, description="Folder that keeps the teacher's vectors for other trainings.")
+    exclude: Tasks = Field(
+        [],
+        description="Task folders that will judge the model: rows of the data that hold one of their texts are not "
+        "trained on.",
+    )
     bidirectional: bool = Field(
         False, description="Turn a decoder's causal attention into bidirectional attention, in the written model too."
     )
@@ -242,6 +273,36 @@ class HealOptions(HealSettings):
     @field_validator("depths", "dims", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        """Take ``6,12`` for ``6 12``."""
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return None if value is None else [part for item in items for part in str(item).split(",")]
+        return comma_separated(value)
+
+
+class ScoutOptions(HealOptions):
+    """Train several depths of a model at once, briefly, and score each on your tasks: what is every depth worth?
+
+    Example: secateur scout smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o scout
+    """
+
+    out: Annotated[Path, Names("results", SCOUT_FILES)] = output(
+        "Folder for the trained model (model), scout.json and its picture; run again to resume or to score more."
+    )
+    depths: list[int] | None = Field(
+        None, description="Depths to train: 6,12,24 [default: about eight, from a fifth of the layers to all of them]."
+    )
+    score: list[int] | None = Field(None, description="More depths to score, between those that are trained.")
+    tasks: Tasks = Field(
+        [],
+        description="Task folders, or names of mteb's tasks and benchmarks, to score the depths on [default: finding "
+        "the positives of held-out pairs].",
+    )
+    sample: Sample = None
+    held_out: int = Field(
+        1000,
+        ge=10,
+        description="Without tasks: how many rows of the data are not trained on, but score the depths; at most a "
+        "tenth of each file.",
+    )
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _split_score(cls, value: Any) -> Any:
+        return comma_separated(value)

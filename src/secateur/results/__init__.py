@@ -15,8 +15,10 @@ from secateur.results.kinds import (
     Origin,
     OverlapRow,
     Profile,
+    RungRow,
     ScoreRow,
     Scores,
+    Scout,
     Training,
 )
 
@@ -36,8 +38,10 @@ __all__ = [
     "Origin",
     "OverlapRow",
     "Profile",
+    "RungRow",
     "ScoreRow",
     "Scores",
+    "Scout",
     "Table",
     "Training",
     "load",

@@ -41,7 +41,7 @@ class DepthRow:
 
 @dataclass(frozen=True)
 class DepthScoreRow:
-    """One task at one depth of an untrained model: what :func:`.evaluate` gives for the model cut to it.
+    """One task at one depth of a model: what :func:`.evaluate` gives for the model cut to it.
 
     ``kind`` is mteb's name of the task's type, ``score`` the task's main metric (0 to 1), ``low`` to ``high`` its 95 %
     bootstrap interval, None where rows cannot be drawn again; ``samples`` are the rows it was computed on. A depth at
@@ -125,6 +125,53 @@ class Profile(Table):
     def can_choose(self) -> bool:
         """Whether there is something to choose from, and losses to choose by."""
         return self.depth > 1 and all(row.loss is not None for row in self.depths)
+
+
+@dataclass(frozen=True)
+class RungRow:
+    """One depth of a scouted model.
+
+    ``score`` is the mean over the scout's tasks, 0 to 1; ``difference`` is it less that of the full depth. Each has its
+    95 % bootstrap interval, the latter paired by row; the ends are None where there is none, as at the full depth.
+    ``trained`` says whether the depth was one of those that were trained.
+    """
+
+    depth: int
+    trained: bool
+    score: Float
+    low: float | None
+    high: float | None
+    difference: Float
+    difference_low: float | None = None
+    difference_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Scout(Table):
+    """What each depth of a model is worth after one short training of several depths at once.
+
+    Attributes:
+        model: What the model is called.
+        depth: Its number of layers.
+        judge: What the scores are of: ``tasks`` (the user's), ``pairs`` (held-out ones), or ``texts`` (whether a text
+            has the neighbours that it has for the teacher).
+        depths: One :class:`RungRow` for each depth that was scored, ascending; the full depth is the last.
+        task_scores: Tasks × depths.
+        layer_costs: What each layer costs.
+        notes: What a reader must know.
+    """
+
+    kind: ClassVar[str] = "scout"
+    file: ClassVar[str] = "scout.json"
+    rows_in: ClassVar[str] = "depths"
+
+    model: str
+    depth: int
+    judge: str
+    depths: tuple[RungRow, ...]
+    task_scores: tuple[DepthScoreRow, ...] = ()
+    layer_costs: tuple[LayerCost, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
