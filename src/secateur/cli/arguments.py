@@ -12,7 +12,7 @@ import typer
 
 from secateur.cli.places import check_places
 from secateur.errors import ConfigError
-from secateur.options import HealSettings, Options, default_of, extra, make, read_yaml
+from secateur.options import Options, default_of, extra, make, read_yaml
 
 
 def expand_list_options(arguments: list[str]) -> list[str]:
@@ -22,7 +22,7 @@ def expand_list_options(arguments: list[str]) -> list[str]:
     """
     several = {
         "--" + name.replace("_", "-")
-        for command in Options.__subclasses__() + HealSettings.__subclasses__()
+        for command in _below(Options)
         for name, field in command.model_fields.items()
         if get_origin(_plain(field.annotation)) is list
     }
@@ -37,6 +37,11 @@ def expand_list_options(arguments: list[str]) -> list[str]:
         else:
             expanded += [current, argument] if current else [argument]
     return expanded
+
+
+def _below(options: type[Options]) -> list[type[Options]]:
+    """The classes made of another, those made of these, and so on."""
+    return [found for own in options.__subclasses__() for found in (own, *_below(own))]
 
 
 def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
