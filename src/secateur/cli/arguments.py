@@ -20,9 +20,12 @@ def expand_list_options(arguments: list[str]) -> list[str]:
 
     ``study status`` and ``study resume`` are commands whose names have a blank.
     """
+    commands = [Options]
+    for command in commands:
+        commands += command.__subclasses__()
     several = {
         "--" + name.replace("_", "-")
-        for command in _below(Options)
+        for command in commands
         for name, field in command.model_fields.items()
         if get_origin(_plain(field.annotation)) is list
     }
@@ -37,11 +40,6 @@ def expand_list_options(arguments: list[str]) -> list[str]:
         else:
             expanded += [current, argument] if current else [argument]
     return expanded
-
-
-def _below(options: type[Options]) -> list[type[Options]]:
-    """The classes made of another, those made of these, and so on."""
-    return [found for own in options.__subclasses__() for found in (own, *_below(own))]
 
 
 def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -116,7 +114,7 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
 
 
 def _choices(annotation: Any) -> str | None:
-    """``l3prune|everyday|distill``, where an option takes one of a few words."""
+    """``finetune|l3prune|distill``, where an option takes one of a few words."""
     if get_origin(annotation) in (Union, types.UnionType):
         return next((found for part in get_args(annotation) if (found := _choices(part))), None)
     return "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else None

@@ -33,10 +33,12 @@ class Excluded:
         Raises:
             DataError: No row is left at all.
         """
+        if not self.texts:
+            return list(sources), []
         kept: list[Source] = []
         notes: list[str] = []
-        for source in sources if self.texts else ():
-            rows: list[Any]
+        for source in sources:
+            rows: Any
             negatives = 0
             if isinstance(source, Pairs):
                 clean = [row for row in source.rows if self.texts.isdisjoint((row.anchor, row.positive))]
@@ -44,19 +46,14 @@ class Excluded:
                 negatives = sum(len(r.negatives) for r in clean) - sum(len(r.negatives) for r in rows)
             else:
                 rows = [text for text in source.rows if text not in self.texts]
-            gone = len(source.rows) - len(rows)
-            if gone or negatives:
-                parts = [f"{gone} of {len(source.rows)} rows"] if gone else []
-                parts += [f"{negatives} negatives"] if negatives else []
-                told = f"{' and '.join(parts)} hold a text of an excluded task"
-                notes.append(f"{source.source.name}: {told}, not trained on")
+            parts = [(len(source.rows) - len(rows), f"of {len(source.rows)} rows"), (negatives, "other negatives")]
+            if told := ", ".join(f"{count} {what}" for count, what in parts if count):
+                notes.append(f"{source.source.name}: not trained on, as texts of excluded tasks: {told}")
             if rows:
-                about = replace(source.source, rows=len(rows))
-                left: Any = tuple(rows)
-                kept.append(replace(source, rows=left, source=about))
-        if self.texts and not kept:
+                kept.append(replace(source, rows=tuple(rows), source=replace(source.source, rows=len(rows))))
+        if not kept:
             raise DataError("data", "every row holds a text of an excluded task", "other data, or exclude less")
-        return (kept, notes) if self.texts else (list(sources), [])
+        return kept, notes
 
 
 def read_excluded(tasks: Sequence[object]) -> Excluded:

@@ -29,7 +29,7 @@ PROFILE_FILES = (
 )
 SCOUT_FILES = (
     *("scout.json", "model", "model.partial", "tasks", "tasks.partial", "draws", "cache", "done.json"),
-    *("frontier.png", "frontier.svg"),
+    *("choice.json", "frontier.png", "frontier.svg"),
 )
 STUDY_FILES = (
     *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),

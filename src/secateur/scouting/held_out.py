@@ -88,7 +88,8 @@ def hold_out(
     drawn = [rows if _queries(rows) >= FEWEST else frozenset() for rows in drawn]
     found = sum(map(_queries, drawn))
     if found < FEWEST_IN_ALL:
-        problem = f"{found} rows can be held out to score the depths, a tenth of each file, {FEWEST} of it or more"
+        each = f"at most a tenth of each file, and none of a file with fewer than {FEWEST} in it"
+        problem = f"{found} queries can be held out to score the depths ({each})"
         raise DataError("data", problem, "name tasks with --tasks, give more rows, or raise --held-out")
     known = {text for source, rows in zip(own, drawn, strict=True) for text in _texts(source, rows)}
     with new_folder(folder) as partial:

@@ -121,7 +121,7 @@ def _begin(out: Path, made: Made) -> None:
 
     One that had not come to a first checkpoint has nothing to lose, and is begun anew.
     """
-    if (out / "model.partial" / "checkpoints").is_dir():
+    if any((out / "model.partial" / "checkpoints").glob("checkpoint-*")):
         check_resume(out, made, "a scout", ("model.partial",))
         return
     for name in ("tasks", "model.partial", "draws"):
