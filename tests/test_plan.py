@@ -116,6 +116,7 @@ def test_a_profile_that_does_not_tell_fails_its_depths_alone():
         ({"depths": ["2"], "recipes": {"mine": {"stepz": 1}}}, ConfigError, "recipes.mine.stepz"),
         ({"depths": ["2"], "recipes": {"mine": {"seed": 1}}}, ConfigError, "recipes.mine.seed"),
         ({"recipes": {"mine": {}}}, ConfigError, "recipes"),
+        ({"depths": ["chosen"]}, ConfigError, "depths"),
         ({"depths": ["2"], "ladder": [2]}, ConfigError, "ladder"),
         ({"depths": ["2"], "polish": [2]}, ConfigError, "polish"),
         ({"depths": ["2"], "tolerance": 2.0}, ConfigError, "tolerance"),
@@ -270,7 +271,7 @@ def test_each_seed_has_a_scout_and_the_first_ones_scores_choose():
     expected = [f"tiny-{what}-seed{seed}" for seed in (3, 5) for what in ("4-scout", "2-scout", "2-polished")]
     assert names(plan) == ["tiny-4-zero-shot", *expected]
     lines = lines_of(plan)
-    assert "--seed 5 -o run/scouts/tiny-seed5" in lines["scout tiny-seed5"]
+    assert "--seed 5 --tasks t -o run/scouts/tiny-seed5" in lines["scout tiny-seed5"]
     assert lines["prune tiny-2-scout-seed5"].startswith("secateur prune run/scouts/tiny-seed5/model --to 2 ")
     assert "--seed 5 " in lines["heal tiny-2-polished-seed5"]
     before = plan_steps(study, BASES[1:], {}, {})

@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from secateur.choosing.choose import blocks_to_keep, choose
+from secateur.choosing.choose import CHOSEN, blocks_to_keep
+from secateur.choosing.evidence import choose_rung
 from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig
 from secateur.options import Budget, CostOptions, HealOptions, StudyOptions, default_of
@@ -35,8 +36,6 @@ from secateur.studies.steps import (
 )
 
 SCOUTS, SCOUT, POLISHED = "scouts", "scout", "polished"
-CHOSEN = "chosen"
-"""As a depth: what the scores of a scout choose."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {  # the experiments of L3Prune, arXiv 2410.14578, sections 4 and 5; the data are left to the user
@@ -104,6 +103,8 @@ def _check(study: StudyOptions) -> None:
     Raises:
         ConfigError: One of a scout where the depths are named, or one of named depths where they are not.
     """
+    if CHOSEN in study.depths:
+        raise ConfigError("depths", CHOSEN, f"{CHOSEN} is what a scout chooses", "leave out depths")
     names = _SCOUTED if study.depths else ("recipes",)
     for name in names:
         given = getattr(study, name)
@@ -132,8 +133,7 @@ def chosen_depth(study: StudyOptions, scout: Scout) -> int:
         ConfigError: No depth is within it.
         DataError: The scout does not tell what it asks.
     """
-    (depth,) = choose(scout, **{name: getattr(study, name) for name in Budget.model_fields}).values()
-    return depth
+    return len(choose_rung(study, scout).blocks)
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: B
     cuts = _cuts(study, base, scout)
     for seed, suffix in _suffixes(study).items():
         _add_cut(plan, study, settings, judge, whole, seed, suffix)
-        for spec, depth, problem in cuts:
-            blocks = None if depth is None else tuple(range(depth))
+        for spec, kept, problem in cuts:
+            blocks = None if kept is None else tuple(range(kept))
             _add_cut(plan, study, settings, judge, Variant("", base, (spec,), blocks), seed, suffix, problem)
 
 
@@ -183,7 +183,7 @@ def _add_scouts(
     for seed, suffix in _suffixes(study).items():
         variant = replace(whole, name=whole.base.name + suffix, recipe=SCOUT, seed=seed)
         folder = study.out / SCOUTS / variant.name
-        own = {"model": str(study.out / MODELS / whole.name), "depths": study.ladder or None}
+        own: dict[str, Any] = {"model": str(study.out / MODELS / whole.name), "depths": study.ladder or None}
         own |= {"tasks": judge.tasks, "sample": study.sample, "held_out": study.held_out}
         own |= {"exclude": judge.tasks if judge.held_out else []}
         options = {**settings, **own, "seed": seed, "out": folder}

@@ -224,7 +224,8 @@ def add_whole(plan: Plan, study: StudyOptions, base: Base) -> tuple[Variant, str
 def add_profile(plan: Plan, study: StudyOptions, whole: Variant, came: str, tasks: Sequence[str]) -> None:
     """The profile of the model as it came; it scores ``tasks``, too."""
     out = study.out / "profiles" / whole.base.name
-    options = {"data": study.data, "columns": study.columns, "max_examples": study.max_examples, "seed": study.seed}
+    options: dict[str, Any] = {"data": study.data, "columns": study.columns}
+    options |= {"max_examples": study.max_examples, "seed": study.seed}
     options |= {"scale": study.profile_scale, "dtype": study.profile_dtype}
     options |= {"tasks": tasks, "sample": study.sample if tasks else None}
     plan.add("profile", whole, out / CURVE, came, model=str(study.out / MODELS / whole.name), **options, out=out)
@@ -238,7 +239,11 @@ def add_scores(
         return
     out = study.out / "scores" / variant.name
     # By its name, wherever the run folder lies: the scores are of this study's model.
-    options = {"models": [str(study.out / MODELS / variant.name)], "names": [variant.name], "tasks": tasks}
+    options: dict[str, Any] = {
+        "models": [str(study.out / MODELS / variant.name)],
+        "names": [variant.name],
+        "tasks": tasks,
+    }
     options |= {"sample": study.sample, "seed": study.seed, "cache": cache_of(study)}
     plan.add("evaluate", variant, out / Scores.file, step, told_by=told_by, **options, out=out)
 

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
+from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.data.demo import demo_study
 from secateur.data.sources import Texts, read_sources
 from secateur.errors import ConfigError, DataError, OutputError, SecateurError, StudyFailed
@@ -51,7 +51,7 @@ from secateur.results import Costs, Profile, Scores, Scout, Training, load
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.grid import recipe_options
-from secateur.studies.plan import CHOSEN, PRESETS, SCOUT, SCOUTS, chosen_depth, plan_steps, scout_names
+from secateur.studies.plan import PRESETS, SCOUT, SCOUTS, chosen_depth, plan_steps, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
 from secateur.studies.steps import CURVE, FRONTIER, ITSELF, NO_TRAINING, ZERO_SHOT, Base, Plan
 
