@@ -21,12 +21,12 @@ errors files done provenance progress clusters document
 results: base kinds
 runtime
 options: base fields way runs inference
-figures: style plots
+figures: style solved plots
 models: compat blocks cutting pooling checks forward save open_model
 data: rows hub sources vectors demo
 measures: metrics intervals costs
 evaluation: task_folder tasks replicates evaluate
-choosing: selectors choose
+choosing: selectors budgets evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes exclusion training_data teacher losses evaluator trainer heal

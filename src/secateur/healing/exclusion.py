@@ -50,7 +50,8 @@ class Excluded:
             if told := ", ".join(f"{count} {what}" for count, what in parts if count):
                 notes.append(f"{source.source.name}: not trained on, as texts of excluded tasks: {told}")
             if rows:
-                kept.append(replace(source, rows=tuple(rows), source=replace(source.source, rows=len(rows))))
+                left: Any = tuple(rows)
+                kept.append(replace(source, rows=left, source=replace(source.source, rows=len(rows))))
         if not kept:
             raise DataError("data", "every row holds a text of an excluded task", "other data, or exclude less")
         return kept, notes
