@@ -239,7 +239,8 @@ def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
 @pytest.mark.slow
 def test_a_study_asks_the_teacher_once_for_each_text(texts_file: Path, tmp_path: Path, monkeypatch):
     model, recording = tiny_transformer(tmp_path / "tiny", "bert", depth=4), Recording(monkeypatch)
-    options = {"preset": "shrink", "seeds": [1, 2], "steps": 3, "batch_size": 8, "precision": "float32"}
+    options = {"depths": ["1", "2", "3"], "recipes": {"distilled": {}}, "teacher": "self"}
+    options |= {"seeds": [1, 2], "steps": 3, "batch_size": 8, "precision": "float32"}
     options |= {"max_length": 12, "max_examples": 8}
     secateur.study([model], data=[texts_file], **options, out=tmp_path / "run")
     healed = [folder.name for folder in (tmp_path / "run" / "models").iterdir() if "distilled" in folder.name]

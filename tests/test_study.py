@@ -367,6 +367,30 @@ def test_a_run_of_the_version_before_is_resumed_where_nothing_changed(run: Path,
     assert {file.name for file in (copy / "done").iterdir()} == {file.name for file in (run / "done").iterdir()}
 
 
+def test_a_run_of_a_version_without_scouts_goes_on_with_its_depths_and_recipe(run: Path, tmp_path: Path):
+    """The paper's recipe was the default then, and records did not tell it."""
+    copy = copied(run, tmp_path)
+    new = {"ladder", "polish", "held_out", "tolerance", "best", "max_params", "max_bytes", "max_latency_ms"}
+    settings = yaml.safe_load((copy / "study.yaml").read_text())
+    (copy / "study.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if k not in new}))
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["study"] = {k: v for k, v in plan["study"].items() if k not in new}
+    (copy / "plan.json").write_text(json.dumps(plan))
+    for file in (copy / "done").glob("heal-*.json"):
+        record = json.loads(file.read_text())
+        del record["options"]["recipe"]
+        file.write_text(json.dumps(record))
+    state = secateur.plan_study(out=copy)
+    assert {state.of(step) for step in state.plan.steps} == {"done"}
+    assert secateur.read_status(copy).done == {step.name for step in state.plan.steps}
+    edit(copy, "recipes", {"healed": {}, "other": {}})
+    heals = [step for step in secateur.plan_study(out=copy).plan.steps if step.kind == "heal"]
+    assert [step.options.recipe for step in heals] == ["l3prune"] * 4
+    edit(copy, "recipe", "finetune")
+    with pytest.raises(ConfigError, match=r"^recipe: changed in .*models/tiny-2-healed"):
+        secateur.plan_study(out=copy)
+
+
 def test_a_study_can_be_added_to(run: Path, tmp_path: Path):
     copy = copied(run, tmp_path)
     edit(copy, "recipes", {"none": {}, "healed": {}})
