@@ -30,7 +30,7 @@ choosing: selectors budgets evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes training_data teacher losses evaluator trainer heal
-reporting: cost compare run findings blocks verdict pictures tables card report
+reporting: cost compare run findings blocks advice verdict pictures tables card report
 studies: plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening workers middleware queueing app serve
