@@ -165,11 +165,12 @@ def test_the_verdict_is_the_choice_the_polish_and_the_place(reported: Path) -> N
          "the highest score."),
         (3, {"max_params": 11e6}, "−10.7 to −7.5) against all 8 trained alike, the highest score within the budget; "
          "more may be lost than the tolerance."),
+        (4, {"best": True, "max_params": 12e6}, "trained alike, the highest score within the budget."),
         (3, {"tolerance": 1.0}, "trained alike; by these scores it would be 4."),
         (7, {}, "7 of 8 layers are chosen, a depth that the scout did not score."),
         (4, {"tolerance": "much"}, "within the tolerance of 1 point."),
     ],
-    ids=["tolerance", "stricter", "best", "budget", "edited", "not scored", "broken study"],
+    ids=["tolerance", "stricter", "best", "budget", "best of a budget", "edited", "not scored", "broken study"],
 )  # fmt: skip
 def test_a_choice_is_said_to_be_what_it_was_asked_to_be(run: Path, chosen: int, study, words: str) -> None:
     rewrite(run, **study)
@@ -223,6 +224,11 @@ def test_a_full_depth_that_was_polished_too_is_the_one_to_compare_with(run: Path
     assert "score 60.4, 0.6 points less" in smaller and "than all 8 trained on alike" in smaller
     assert "Trained on alone, all 8 layers score 61.0, 1.8 points more" in whole
     assert "which had the scout’s training alone." in whole
+
+
+def test_another_polished_depth_than_the_chosen_one_is_no_these(run: Path) -> None:
+    choose(run, 5)
+    assert told(run)[1].startswith("Trained on alone, 4 layers score 60.4")
 
 
 def test_other_seeds_are_told_and_none_is_called_undecided(run: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+from secateur.choosing.budgets import cost_limits
 from secateur.choosing.evidence import TOLERANCE, choose_rung
 from secateur.document import percent, plural, score, shorten, signed, span
 from secateur.errors import SecateurError
@@ -19,12 +20,13 @@ def scout_sentences(summary: Summary) -> list[list[str]]:
     for base in dict.fromkeys(scout.base for scout in run.scouts):
         scouts = [scout for scout in run.scouts if scout.base == base]
         decisive = [scout for scout in scouts if scout.chosen is not None] or scouts[:1]
+        chosen = {scout.chosen for scout in decisive}
         sentences = [f"{shorten(scout.name)}: {_choice(scout, run.budget)}" for scout in decisive]
         sentences += _other_seeds(decisive[0], [scout for scout in scouts if scout not in decisive])
         for group in summary.groups:
             if group.first.base == base and group.first.recipe == POLISHED and group.first.scout is not None:
-                sentences += _polished(group, summary.compared.get(group.name))
-        found.append([*sentences, *_places(summary, base, {scout.chosen for scout in decisive})])
+                sentences += _polished(group, summary.compared.get(group.name), chosen)
+        found.append([*sentences, *_places(summary, base, chosen)])
     return found
 
 
@@ -77,8 +79,9 @@ def _why(scouted: Scouted, budget: Budget) -> tuple[str, bool]:
     if len(recommended.blocks) != scouted.chosen:
         return f"; by these scores it would be {len(recommended.blocks)}", False
     if budget.best or recommended.warning:
-        limits = "" if budget.best else " within the budget; "
-        return f", the highest score{limits}{recommended.warning}", False
+        limits = " within the budget" if cost_limits(budget) else ""
+        warning = f"; {recommended.warning}" if recommended.warning else ""
+        return f", the highest score{limits}{warning}", False
     return f", within {_tolerance(budget)}", True
 
 
@@ -124,12 +127,12 @@ def _other_seeds(decisive: Scouted, others: Sequence[Scouted]) -> Iterator[str]:
 # The polish -----------------------------------------------------------------------------------------------------------
 
 
-def _polished(group: RunGroup, item: GroupComparison | None) -> Iterator[str]:
+def _polished(group: RunGroup, item: GroupComparison | None, chosen: Collection[int | None]) -> Iterator[str]:
     """What a model is worth that was trained on alone."""
     own = group.first
     if group.average is None:
         return
-    layers = f"{'all' if own.is_full else 'these'} {own.depth} layers"
+    layers = f"{'all ' if own.is_full else 'these ' if own.depth in chosen else ''}{own.depth} layers"
     said = f"Trained on alone, {layers} score {score(group.average.value)}"
     if item is None or not item.is_known:
         yield f"{said}."
@@ -158,7 +161,7 @@ def _savings(item: GroupComparison) -> str:
 # The folder -----------------------------------------------------------------------------------------------------------
 
 
-def _places(summary: Summary, base: str, chosen: set[int | None]) -> Iterator[str]:
+def _places(summary: Summary, base: str, chosen: Collection[int | None]) -> Iterator[str]:
     """Where the models to use are: those trained on alone, else those of the chosen depth."""
     own = [v for v in summary.run.variants if v.base == base and v.scout is not None and v.folder is not None]
     polished = [variant for variant in own if variant.recipe == POLISHED]
