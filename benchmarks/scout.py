@@ -233,7 +233,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     settings = {key: json.loads(value) for key, value in (item.split("=") for item in given)}
     files = sorted(path for path in args.data.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")))
     parts = [split(read_pairs(file), args.held_out) for file in files]
-    numbers: dict[str, Any] = {**RECIPES["everyday"], "train": "blocks", "steps": args.steps, "seed": seed}
+    numbers: dict[str, Any] = {**RECIPES["finetune"], "train": "blocks", "steps": args.steps, "seed": seed}
     numbers |= {"batch_size": args.batch_size, "max_length": args.max_length} | settings
     model = open_model(args.model, device="cpu", pooling=args.pooling)
     make: Callable[..., Loss] = Elastic

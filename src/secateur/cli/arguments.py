@@ -111,7 +111,7 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
 
 
 def _choices(annotation: Any) -> str | None:
-    """``l3prune|everyday|distill``, where an option takes one of a few words."""
+    """``finetune|l3prune|distill``, where an option takes one of a few words."""
     if get_origin(annotation) in (Union, types.UnionType):
         return next((found for part in get_args(annotation) if (found := _choices(part))), None)
     return "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else None
