@@ -14,10 +14,20 @@ from matplotlib import image
 from matplotlib.text import Text
 
 from secateur.document import shorten
-from secateur.figures.plots import Point, frontier, profile_figures, size_curve, training_curves
+from secateur.figures.plots import Point, frontier, frontier_figure, profile_figures, size_curve, training_curves
 from secateur.figures.style import COLOURS, INK, save, svg
 from secateur.provenance import Provenance
-from secateur.results import DepthRow, DepthScoreRow, EvaluationRow, LossRow, Profile, Training
+from secateur.results import (
+    DepthRow,
+    DepthScoreRow,
+    EvaluationRow,
+    LayerCost,
+    LossRow,
+    Profile,
+    RungRow,
+    Scout,
+    Training,
+)
 
 MADE = Provenance("secateur study", "2026-01-02T03:04:05+00:00", 7, {}, (), {})
 SVG = "{http://www.w3.org/2000/svg}"
@@ -194,6 +204,52 @@ def test_labels_of_crowded_points_do_not_overlap() -> None:
     boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without arrows
     assert len(boxes) == 7
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def scouted(depths=(2, 5, 6, 9, 12), ends=0.02, **more) -> Scout:
+    """Scores that rise with depth, of which depth 5 was not trained; layers of one size, the rest of three."""
+    rows = []
+    for depth in depths:
+        score, difference, full = 0.4 + 0.01 * depth, 0.01 * (depth - depths[-1]), depth == depths[-1]
+        paired = (None, None) if full or ends is None else (difference - ends / 2, difference + ends / 2)
+        own = (None, None) if ends is None else (score - ends, score + ends)
+        rows.append(RungRow(depth, depth != 5, score, *own, difference, *paired))
+    parts = tuple(LayerCost(k, 100 if k else 300, 400, 1.0, 0.1, 0.1) for k in range(depths[-1] + 1))
+    about = {"model": "m", "depth": depths[-1], "judge": "tasks", "depths": tuple(rows), "layer_costs": parts}
+    return Scout(MADE, **(about | more))
+
+
+def test_a_scout_draws_its_scores_with_both_intervals_the_tolerance_and_the_choice() -> None:
+    figure = frontier_figure(scouted(), 9, 1.5)
+    axes = figure.axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines["trained"].get_xdata()) == [2, 6, 9, 12]
+    assert list(lines["trained"].get_ydata()) == pytest.approx([42, 46, 49, 52])
+    hollow = lines["scored, not trained"]
+    assert (list(hollow.get_xdata()), hollow.get_markerfacecolor()) == ([5], "white")
+    assert hollow.get_color() == lines["trained"].get_markerfacecolor() == COLOURS[0]
+    assert list(lines["score of the full depth"].get_ydata()) == pytest.approx([52, 52])
+    bars = {bar.get_label(): [seg[:, 1].tolist() for seg in bar.get_segments()] for bar in axes.collections}
+    assert bars["95 % interval: score"] == [pytest.approx([38 + d, 42 + d]) for d in (2, 5, 6, 9, 12)]
+    assert bars["95 % interval: difference"] == [pytest.approx([39 + d, 41 + d]) for d in (2, 5, 6, 9)]
+    (band,) = [patch for patch in axes.patches if patch.get_label() == "up to 1.5 below it"]
+    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((50.5, 52))
+    text = words(svg(figure, "f", "t", "d"))
+    assert {"chosen: 9", "Mean score (× 100)", "Depth (layers kept, of 12)", "80 %", "100 %"} <= set(text)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scout_of_little_can_be_drawn(tmp_path: Path) -> None:
+    for table in (scouted(ends=None), scouted(layer_costs=()), scouted((3,)), scouted(tuple(range(1, 81)))):
+        figure = frontier_figure(table)
+        text = words(svg(figure, "f", "t", "d"))
+        assert str(table.depth) in text and not any("chosen" in word for word in text)
+        ticks = [word for word in text if word.isdigit()]
+        assert len(ticks) < 60
+    lost = scouted()
+    lost = replace(lost, depths=(replace(lost.depths[0], score=None), *lost.depths[1:]))
+    drawn = next(line for line in frontier_figure(lost, 2).axes[0].lines if line.get_label() == "trained")
+    assert list(drawn.get_xdata()) == [6, 9, 12]
 
 
 def test_training_curves_draw_every_logged_loss() -> None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from architectures import batch, model_of, padding_id, states
 from conftest import MakeEncoder, tiny_transformer
-from secateur.choosing.choose import cost_of
+from secateur.choosing.budgets import cost_of
 from secateur.measures.costs import flops_by_layer, flops_per_token, layer_sizes, measure_layers
 from secateur.models.blocks import blocks_of
 from secateur.models.cutting import cut, legal_depths

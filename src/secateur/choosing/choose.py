@@ -1,4 +1,4 @@
-"""From what a user says to the layers that stay: a number, a share, a selection method, or a budget."""
+"""From what a user says to the layers that stay: a number, a share, a selection method, a scout, or a budget."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.choosing.budgets import affordable, cost_limits, costs
+from secateur.choosing.evidence import Rungs, choose_rung, side_by_side
 from secateur.choosing.selectors import (
     SEED,
     SELECTORS,
@@ -27,39 +29,72 @@ from secateur.choosing.selectors import (
     prefix,
 )
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
+from secateur.files import read_json
 from secateur.measures.intervals import Array
-from secateur.options import ChooseOptions, step
-from secateur.results import LayerCost, Profile, load
+from secateur.options import Budget, ChooseOptions, make, step
+from secateur.results import Profile, Scout, load
 
 CHOSEN_FROM = "chosen_from"
 """Key of ``choice.json`` that holds the :func:`losses_fingerprint`; a choice written by hand needs none."""
-FULL, BUDGET = "full", "budget"
+FULL, BUDGET, CHOSEN = "full", "budget", "chosen"
+Measured = Profile | Scout | str | Path
+"""A table to choose from, its file or its folder."""
+T = TypeVar("T", Profile, Scout)
 
 
 @step(ChooseOptions)
 def choose(options: ChooseOptions) -> dict[str, int]:
-    """Choose depths from a profile: L3Prune's two (arXiv 2410.14578, section 3), or one within a budget.
+    """Choose a depth by a scout's scores; or depths from a profile: L3Prune's two, or one within a budget.
 
     Returns:
-        ``{"small": k, "large": k}``, numbers of layers to keep: where the untrained model's loss is lowest, ``small``
-        in the first ``depth // 2`` depths and ``large`` in the others. Of equal losses the shallowest wins. With
-        limits, ``{"budget": k}``.
+        Numbers of layers to keep. For a scout ``{"chosen": k}``, see :func:`.choose_rung`.
+        For a profile ``{"small": k, "large": k}`` (arXiv 2410.14578, section 3): where the untrained model's loss is
+        lowest, ``small`` in the first ``depth // 2`` depths and ``large`` in the others. Of equal losses the shallowest
+        wins. With limits, ``{"budget": k}``.
 
     Raises:
-        DataError: The file is no profile, or does not tell what is asked for, as one of texts alone has no losses.
+        DataError: The file is neither, or does not tell what is asked for, as a profile of texts alone has no losses.
         IllegalDepth: The model has a single layer.
-        ConfigError: No depth is within the limits, or a limit is no number.
+        ConfigError: No depth is within the limits, a limit is no number, or a profile is asked for what only a scout
+            tells.
     """
-    table = read_profile(options.profile)
+    table = read_table(options.profile)
+    if isinstance(table, Scout):
+        return {CHOSEN: len(choose_rung(options, table).blocks)}
+    _check_profile(options, table)
     if _limits(options):
         return {BUDGET: len(within(options, table).blocks)}
     question = Question(table.depth, table)
     return {name: len(l3prune(question, half).blocks) for half, name in enumerate(SHORT)}
 
 
-def read_profile(profile: Profile | str | Path) -> Profile:
-    """A profile, its file, or the folder that holds it."""
-    return profile if isinstance(profile, Profile) else load(profile, Profile)
+def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
+    """A profile or a scout, its file, or the folder that holds it.
+
+    Raises:
+        DataError: It is neither.
+    """
+    if isinstance(given, (Profile, Scout)):
+        return given
+    path = Path(given)
+    if path.is_dir():
+        file = next((path / kind.file for kind in (Scout, Profile) if (path / kind.file).is_file()), None)
+        if file is None:
+            raise DataError(
+                path, f"holds no {Scout.file} and no {Profile.file}", "name the folder of a scout or a profile"
+            )
+        path = file
+    content = read_json(path)
+    is_scout = isinstance(content, dict) and content.get("kind") == Scout.kind
+    return load(path, Scout) if is_scout else load(path, Profile)
+
+
+def _check_profile(options: ChooseOptions, table: Profile) -> None:
+    """Refuse what only scores after a training tell."""
+    for name in ("tolerance", "best"):
+        if (value := getattr(options, name)) not in (None, False):
+            problem = f"is about scores after a training, and {table.model} has a profile only"
+            raise ConfigError(name, value, problem, f"scout it: secateur scout {table.model} ...")
 
 
 def losses_fingerprint(profile: Profile) -> str:
@@ -69,17 +104,17 @@ def losses_fingerprint(profile: Profile) -> str:
 
 
 def blocks_to_keep(
-    to: str | int | float, depth: int, profile: Profile | str | Path | None = None, *, seed: int = SEED
+    to: str | int | float, depth: int, profile: Measured | None = None, *, seed: int = SEED
 ) -> tuple[int, ...]:
     """The layers that stay, as ``--to`` says it.
 
     Args:
         to: How many layers to keep; a share to remove, between 0 and 1 (as in the paper's code, ``1`` keeps one layer
-            and ``0.3`` removes 30 % of them, rounding the number kept down); ``small`` or ``large``; the name of a
-            selection method (:data:`.SELECTORS`) that decides how many, such as ``knee``; or the name of
-            another with a number: ``uniform:7``, and with a seed ``random:7:1``.
+            and ``0.3`` removes 30 % of them, rounding the number kept down); ``chosen``, by a scout's scores;
+            ``small`` or ``large``; the name of a selection method (:data:`.SELECTORS`) that decides how many, such
+            as ``knee``; or the name of another with a number: ``uniform:7``, and with a seed ``random:7:1``.
         depth: How many layers the model has.
-        profile: Of this model, for the methods that read one.
+        profile: Of this model, for the methods that read one; for ``chosen`` a scout.
         seed: Of what is drawn, where ``to`` names none.
 
     Returns:
@@ -113,40 +148,55 @@ def is_selector(to: str | int | float) -> bool:
 
 
 def needs_profile(to: str | int | float) -> bool:
-    """Whether only a profile tells which layers ``to`` means.
+    """Whether only a profile, or a scout, tells which layers ``to`` means.
 
     Raises:
         ConfigError: It is no selection method.
     """
-    return is_selector(to) and SELECTORS[_parse(str(to))[0]].reads_profile
+    if not is_selector(to):
+        return False
+    key = _parse(str(to))[0]
+    return key == CHOSEN or SELECTORS[key].reads_profile
 
 
-def choice_of(name: str, depth: int, profile: Profile | str | Path | None = None, *, seed: int = SEED) -> Choice:
+def choice_of(name: str, depth: int, profile: Measured | None = None, *, seed: int = SEED) -> Choice:
     """What a selection method chooses, with its reason; arguments and errors as for :func:`blocks_to_keep`."""
     key, count, own_seed = _parse(name)
-    selector, table = SELECTORS[key], None
-    if selector.reads_profile:
-        if profile is None:
-            hint = "give --profile DIR, or a number of blocks"
-            raise ConfigError("to", name, f"is {name}, which needs a profile", hint)
-        table = read_profile(profile)
-        if table.depth != depth:
-            problem = f"has {table.depth} depths, but the model has {depth} blocks"
-            raise ConfigError("profile", table.model, problem)
+    if key == CHOSEN:
+        return choose_rung(make(Budget, {}), _table_for(name, depth, profile, Scout))
+    selector = SELECTORS[key]
+    table = _table_for(name, depth, profile, Profile) if selector.reads_profile else None
     if selector.counts:
         _check_count(count, count, depth)
     return selector.rule(Question(depth, table, count, seed if own_seed is None else own_seed))
+
+
+def _table_for(name: str, depth: int, given: Measured | None, kind: type[T]) -> T:
+    """The table that a selection method reads, of a model of that depth."""
+    if given is None:
+        hint = "give --profile DIR, or a number of blocks"
+        raise ConfigError("to", name, f"is {name}, which needs a {kind.kind}", hint)
+    table = read_table(given)
+    if not isinstance(table, kind):
+        hint = f"{CHOSEN} reads a scout" if isinstance(table, Scout) else "give the folder that secateur scout wrote"
+        raise ConfigError("profile", table.model, f"is a {table.kind}, but {name} needs a {kind.kind}", hint)
+    if table.depth != depth:
+        problem = f"has {table.depth} depths, but the model has {depth} blocks"
+        raise ConfigError("profile", table.model, problem)
+    return table
 
 
 def _parse(text: str) -> tuple[str, int, int | None]:
     """``random:7:1`` → the selection method, how many layers, and the seed if it is there."""
     name, *numbers = text.split(":")
     key = SHORT.get(name, name)
-    if key not in SELECTORS:
-        known = ", ".join([*SHORT, *(key if not item.counts else f"{key}:K" for key, item in SELECTORS.items())])
+    if key not in (*SELECTORS, CHOSEN):
+        known = ", ".join(
+            [CHOSEN, *SHORT, *(key if not item.counts else f"{key}:K" for key, item in SELECTORS.items())]
+        )
         hint = f"give a number of blocks, a share to remove, or one of {known}"
         raise ConfigError("to", text, f"is {text!r}", hint)
-    if not SELECTORS[key].counts:
+    if key == CHOSEN or not SELECTORS[key].counts:
         if numbers:
             raise ConfigError("to", text, f"is {text!r}, but {name} decides by itself how many blocks to keep", name)
         return key, 0, None
@@ -161,25 +211,10 @@ def _check_count(count: int, said: str | int | float, depth: int) -> None:
         raise IllegalDepth(said, depth, f"that would keep {count}", [1 if count < 1 else depth])
 
 
-def cost_of(parts: Sequence[LayerCost], blocks: Sequence[int]) -> LayerCost:
-    """What a model costs that keeps these layers, by index from 0: a row whose ``part`` is their number."""
-    kept = [parts[0], *(parts[index + 1] for index in blocks)]
-    sums = {item.name: sum(getattr(row, item.name) for row in kept) for item in fields(LayerCost)}
-    return LayerCost(**sums | {"layer": len(blocks)})
-
-
-_COSTS: dict[str, tuple[Callable[[LayerCost], float], str]] = {
-    "max_params": (lambda row: row.parameters, "{:,.0f} parameters"),
-    "max_bytes": (lambda row: row.bytes, "{:,.0f} bytes"),
-    "max_latency_ms": (lambda row: 1000 * row.latency, "{:.3g} ms"),
-}
-"""Limit of a cost → what it limits, and how that is said."""
-
-
 def _limits(options: ChooseOptions) -> dict[str, float]:
     """The limits that are given."""
-    limits = {name: getattr(options, name) for name in (*_COSTS, "max_loss_increase")}
-    return {name: limit for name, limit in limits.items() if limit is not None}
+    increase = options.max_loss_increase
+    return cost_limits(options) | ({} if increase is None else {"max_loss_increase": increase})
 
 
 def within(options: ChooseOptions, table: Profile) -> Choice:
@@ -193,19 +228,7 @@ def within(options: ChooseOptions, table: Profile) -> Choice:
         ConfigError: No depth is within a limit; the message tells the smallest that there is.
         DataError: The profile does not tell what a limit is about.
     """
-    deepest = table.depth
-    for key, limit in _limits(options).items():
-        if key not in _COSTS:
-            continue
-        measure, words = _COSTS[key]
-        if not table.layer_costs:
-            hint = "it was made by an earlier version; profile again"
-            raise DataError(table.file, "does not tell what the blocks cost", hint, field="parts")
-        costs = [measure(cost_of(table.layer_costs, prefix(depth))) for depth in range(1, table.depth + 1)]
-        if costs[0] > limit:
-            hint = f"the smallest, depth 1, has {words.format(costs[0])}"
-            raise ConfigError(key, limit, f"no depth has at most {words.format(limit)}", hint)
-        deepest = min(deepest, sum(cost <= limit for cost in costs))
+    deepest = affordable(options, table, range(1, table.depth + 1))[-1]
     if options.max_loss_increase is not None:
         return _shallowest(options.max_loss_increase, deepest, table)
     told = f"depth {deepest} is the deepest that fits"
@@ -288,17 +311,21 @@ class Candidates:
 
 
 @step(ChooseOptions)
-def candidates(options: ChooseOptions) -> Candidates:
-    """What every selection method chooses from a profile, side by side, with what it would cost and how sure it is.
+def candidates(options: ChooseOptions) -> Candidates | Rungs:
+    """What there is to choose from, side by side, with what it would cost and how sure it is.
 
-    Methods that must be told how many layers to keep are asked for as many as ``small`` and ``large``, and as many as
-    the limits allow.
+    Of a scout, the depths that it scored (:class:`.Rungs`). Of a profile, what every selection method chooses; those
+    that must be told how many layers to keep are asked for as many as ``small`` and ``large``, and as many as the
+    limits allow.
 
     Raises:
-        DataError: The file is no profile.
-        ConfigError: No depth is within the limits, or a limit is no number.
+        DataError: The file is neither.
+        ConfigError: As for :func:`choose`.
     """
-    table = read_profile(options.profile)
+    table = read_table(options.profile)
+    if isinstance(table, Scout):
+        return side_by_side(options, table)
+    _check_profile(options, table)
     rows = [_candidate(table, FULL, Choice(prefix(table.depth), "nothing is cut"))]
     if _limits(options):
         rows.append(_candidate(table, BUDGET, within(options, table)))
@@ -324,11 +351,7 @@ def _names(table: Profile, sizes: Sequence[int]) -> Iterator[str]:
 def _candidate(table: Profile, name: str, choice: Choice) -> Candidate:
     row = table.depths[len(choice.blocks) - 1] if is_prefix(choice.blocks) else None
     loss = {key: getattr(row, key) for key in ("loss", "loss_low", "loss_high")} if row else {}
-    cost: dict[str, Any] = {}
-    if table.layer_costs:
-        part = cost_of(table.layer_costs, choice.blocks)
-        cost = {key: getattr(part, key) for key in ("parameters", "bytes", "flops_per_token", "latency")}
-        cost["speed"] = cost_of(table.layer_costs, prefix(table.depth)).seconds / part.seconds
+    cost = costs(table, choice.blocks)
     return Candidate(name, choice.blocks, choice.reason, choice.warning, choice.selection_probability, **loss, **cost)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from secateur.cli.places import check_places
 from secateur.errors import ConfigError
-from secateur.options import HealSettings, Options, default_of, extra, make, read_yaml
+from secateur.options import Options, default_of, extra, make, read_yaml
 
 
 def expand_list_options(arguments: list[str]) -> list[str]:
@@ -20,9 +20,12 @@ def expand_list_options(arguments: list[str]) -> list[str]:
 
     ``study status`` and ``study resume`` are commands whose names have a blank.
     """
+    commands = [Options]
+    for command in commands:
+        commands += command.__subclasses__()
     several = {
         "--" + name.replace("_", "-")
-        for command in Options.__subclasses__() + HealSettings.__subclasses__()
+        for command in commands
         for name, field in command.model_fields.items()
         if get_origin(_plain(field.annotation)) is list
     }

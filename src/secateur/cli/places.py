@@ -15,7 +15,6 @@ from secateur.evaluation.task_folder import check_task_folder, read_task_folder
 from secateur.files import check_is_file, check_results_folder, partial_folder
 from secateur.models import resolve
 from secateur.options import Names, Options, read_study
-from secateur.results import Profile, load
 
 SMALL = 8 << 20
 """Bytes of a task that are read here too: it takes less time than importing what a step needs."""
@@ -82,12 +81,18 @@ def _check_layers(to: str) -> None:
     needs_profile(to)
 
 
+def _check_table(path: str) -> None:
+    from secateur.choosing.choose import read_table
+
+    read_table(path)
+
+
 _CHECKS: dict[str, Callable[[Any], object]] = {
     "layers": _check_layers,
     "model": _check_model,
     "task": _check_task,
     "file": check_is_file,
-    "profile": lambda path: load(path, Profile),
+    "profile": _check_table,
     "run": _check_run,
     "study": read_study,
     "new folder": partial_folder,

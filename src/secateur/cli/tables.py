@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from secateur.document import NONE, Cell, Table, count, duration, loss, number, percent, score, signed, span
+from secateur.document import NONE, Cell, Table, count, duration, loss, number, percent, plural, score, signed, span
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from secateur.choosing.choose import Candidate, Candidates
+    from secateur.choosing.evidence import Rung, Rungs
     from secateur.exporting.export import Export
-    from secateur.results import Comparison, CostRow, Profile, Scores
+    from secateur.results import Comparison, CostRow, Profile, Scores, Scout
     from secateur.studies.runner import State
 
 
@@ -65,10 +66,22 @@ def show_profile(profile: Profile) -> None:
         typer.echo(f"note: {note}")
 
 
-def show_candidates(found: Candidates) -> None:
-    """What each selector chooses, and why."""
-    from secateur.choosing.choose import is_prefix, ranges
+def show_scout(scout: Scout) -> None:
+    """Scores by depth, and which depth they speak for."""
+    import secateur
 
+    show_candidates(secateur.candidates(scout))
+    for note in scout.notes:
+        typer.echo(f"note: {note}")
+
+
+def show_candidates(found: Candidates | Rungs) -> None:
+    """What there is to choose from, what is chosen, and why."""
+    from secateur.choosing.choose import Candidates, is_prefix, ranges
+
+    if not isinstance(found, Candidates):
+        _show_rungs(found)
+        return
     columns: dict[str, Callable[[Candidate], str | Cell]] = {  # short: they fit into 80 characters
         "name": lambda row: row.name,
         "blocks": lambda row: str(len(row.blocks)),
@@ -88,6 +101,27 @@ def show_candidates(found: Candidates) -> None:
         typer.echo(f"{row.name}: {kept}{row.reason}" + (f" (note: {row.warning})" if row.warning else ""))
     for name, why in found.refused.items():
         typer.echo(f"{name}: cannot be told: {why}")
+
+
+def _show_rungs(found: Rungs) -> None:
+    columns: dict[str, Callable[[Rung], str | Cell]] = {  # short: they fit into 80 characters
+        "layers": lambda row: f"{row.depth}{'' if row.trained else '*'}",
+        "score": lambda row: _interval(row.score, row.low, row.high, digits=1),
+        "difference": lambda row: (
+            NONE
+            if row.depth == found.depth
+            else _interval(row.difference, row.difference_low, row.difference_high, signed, 1)
+        ),
+        "params": lambda row: count(row.parameters),
+        "speed": lambda row: NONE if row.speed is None else f"{row.speed:.1f}×",
+        "chosen by": lambda row: ", ".join(row.chosen_by) if row.fits else "over budget",
+    }
+    judges = {"tasks": plural(found.tasks, "task"), "pairs": "held-out pairs", "texts": "held-out texts"}
+    title = f"{found.model}: scores × 100 on {judges[found.judge]}, with 95 % intervals"
+    _show(Table.of(title, found.rows, columns).filled())
+    if not all(row.trained for row in found.rows):
+        typer.echo("* scored without having been trained itself")
+    typer.echo(found.reason)
 
 
 def show_export(result: Export) -> None:
@@ -112,8 +146,10 @@ def show_scores(scores: Scores) -> None:
         typer.echo(f"note: {task}: {note}")
 
 
-def _interval(value: float, low: float | None, high: float | None, show: Callable[..., str] = score) -> Cell:
-    return Cell(show(value, 2), (span(low, high, show),) if low is not None else ())
+def _interval(
+    value: float, low: float | None, high: float | None, show: Callable[..., str] = score, digits: int = 2
+) -> Cell:
+    return Cell(show(value, digits), (span(low, high, show),) if low is not None else ())
 
 
 def show_costs(rows: Sequence[CostRow]) -> None:

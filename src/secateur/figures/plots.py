@@ -1,4 +1,4 @@
-"""The figures: score against cost, training curves, and what a profile holds against depth."""
+"""The figures: score against cost, training curves, and what a scout and a profile hold against depth."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from secateur.document import count, shorten
+from secateur.figures.solved import panels_of, solved_by_depth
 from secateur.figures.style import (
+    BOLD,
     COLOURS,
     DASHES,
     INK,
     MOST_SERIES,
     NARROW,
+    depth_axis,
     drawing,
     floats,
     gap,
+    label_points,
     legend,
     look,
     new_figure,
 )
-from secateur.results import DepthScoreRow, Matrix, Profile, Training
-
-BOLD: dict[str, Any] = {"fontsize": 8.5, "fontweight": "bold"}
+from secateur.results import Matrix, Profile, Scout, Training
 
 # Score against cost ---------------------------------------------------------------------------------------------------
 
@@ -80,7 +78,7 @@ def frontier(points: Sequence[Point], cost: str) -> Figure:
         axes.margins(x=0.1, y=0.14)
         _finish(figure, axes, points, cost)
         labels = [(point.cost, 100 * point.score, shorten(point.label)) for point in points if point.label]
-        _label_points(figure, axes, labels, lines)
+        label_points(figure, axes, labels, lines)
     return figure
 
 
@@ -142,48 +140,72 @@ def _finish(figure: Figure, axes: Any, points: Sequence[Point], cost: str) -> No
         legend(figure, axes)
 
 
-def _label_points(
-    figure: Figure,
-    axes: Any,
-    labels: Sequence[tuple[float, float, str]],
-    lines: Sequence[tuple[Sequence[float], Sequence[float]]],
-) -> None:
-    """Put each label (x, y, text) where it hides least: first of all no other label or point, then no line (x, y)."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the axes must not move once the free places are known
-    frame, pixel, renderer = axes.get_window_extent(), figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
-    frame = Bbox.from_extents(frame.x0, frame.y0, figure.bbox.x1, frame.y1 + 12 * pixel)
-    covered = []  # pixels on the lines, about every eighth
-    for line in lines:
-        corners = [
-            axes.transData.transform(point) for point in zip(*line, strict=True) if all(map(math.isfinite, point))
-        ]
-        for start, end in itertools.pairwise(corners):
-            covered += np.linspace(start, end, 1 + max(1, int(math.dist(start, end) / 8))).tolist()
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (axes.transData.transform(p[:2]) for p in labels)]
-    for x, y, text in labels:
-        trial = axes.text(x, y, text, **BOLD)
-        size = Text.get_window_extent(trial, renderer)
-        trial.remove()
-        place = axes.transData.transform((x, y))
-        best: tuple[float, int, Any, Bbox] | None = None
-        for radius, angle in itertools.product((8, 18, 32, 48), (90, 45, 135, 0, 180, 270, 315, 225)):
-            # From the point to the middle of the text, in typographic points; its nearest edge is at the radius.
-            away = np.round([math.cos(math.radians(angle)), math.sin(math.radians(angle))], 6)
-            offset = radius * away + np.sign(away) * (size.width, size.height) / (2 * pixel)
-            left, bottom = place + offset * pixel - (size.width / 2, size.height / 2)
-            box = Bbox.from_bounds(left, bottom, size.width, size.height)
-            outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
-            hidden = 1e6 * outside + 1e3 * sum(box.padded(2 * pixel).overlaps(other) for other in taken)
-            hidden += 10 * sum(box.contains(*pixels) for pixels in covered) + radius
-            if best is None or hidden < best[0]:
-                best = hidden, radius, offset, box
-        assert best is not None
-        _, radius, offset, box = best
-        arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4} if radius > 10 else None
-        style = {"textcoords": "offset points", "ha": "center", "va": "center", "arrowprops": arrow, "zorder": 4}
-        axes.annotate(text, (x, y), tuple(offset), annotation_clip=False, **style, **BOLD)
-        taken.append(box)
+# Scouts ---------------------------------------------------------------------------------------------------------------
+
+
+def frontier_figure(scout: Scout, chosen: int | None = None, tolerance: float = 1.0) -> Figure:
+    """Mean score (× 100) of a scout's depths with 95 % intervals; above, their parameters relative to the full depth.
+
+    A thick bar is the interval of the difference to the full depth, drawn where the score is: a depth is within the
+    tolerance where all of its bar is above the lower edge of the band.
+
+    Args:
+        scout: The table to draw. Depths that were not trained are hollow.
+        chosen: The depth that is marked.
+        tolerance: Points by which the band goes below the full depth's score.
+    """
+    rungs = [row for row in scout.rows if row.score is not None]
+    points = [(row.depth, 100 * row.score) for row in rungs]
+    depths, full = [depth for depth, _ in points], points[-1][1]
+    own = [(row.depth, 100 * row.low, 100 * row.high) for row in rungs if row.low is not None]
+    paired = [row for row in rungs if row.difference_low is not None]
+    difference = [(row.depth, full + 100 * row.difference_low, full + 100 * row.difference_high) for row in paired]
+    with drawing():
+        figure = new_figure(3.9)
+        axes = figure.subplots()
+        axes.plot(*zip(*points, strict=True), color=COLOURS[0], linewidth=1, alpha=0.6)
+        dot: dict[str, Any] = {"color": COLOURS[0], "marker": "o", "linestyle": "none", "zorder": 3}
+        for trained, face, name in ((True, COLOURS[0], "trained"), (False, "white", "scored, not trained")):
+            shown = [point for row, point in zip(rungs, points, strict=True) if row.trained is trained]
+            if shown:
+                axes.plot(*zip(*shown, strict=True), markerfacecolor=face, label=name, **dot)
+        thin: dict[str, Any] = {"linewidth": 0.9, "label": "95 % interval: score"}
+        thick: dict[str, Any] = {"linewidth": 4.5, "alpha": 0.4, "label": "95 % interval: difference"}
+        for bars, style in ((own, thin), (difference, thick)):
+            if bars:
+                places, low, high = zip(*bars, strict=True)
+                axes.vlines(places, low, high, COLOURS[0], **style)
+        axes.axhline(full, color=COLOURS[2], linewidth=1, label="score of the full depth")
+        band: dict[str, Any] = {"color": COLOURS[2], "alpha": 0.22, "linewidth": 0}
+        axes.axhspan(full - tolerance, full, label=f"up to {tolerance:g} below it", **band)
+        marked = [point for point in points if point[0] == chosen]
+        for point in marked:
+            ring: dict[str, Any] = {"markersize": 13, "fillstyle": "none", "markeredgewidth": 2}
+            axes.plot(*point, "o", color=COLOURS[1], zorder=4, **ring)
+        axes.set_ylabel("Mean score (× 100)")
+        axes.set_xlabel(f"Depth (layers kept, of {scout.depth})")
+        space = max(1, scout.depth - depths[0])
+        axes.set_xlim(depths[0] - 0.06 * space, scout.depth + 0.06 * space)
+        axes.set_xticks(_apart(depths, 0.035 * space))
+        sizes = list(itertools.accumulate(part.parameters for part in scout.layer_costs))
+        if sizes:
+            above, told = axes.secondary_xaxis("top"), _apart(depths, 0.1 * space)
+            above.set_xticks(told, [f"{100 * sizes[depth] / sizes[-1]:.0f} %" for depth in told])
+            above.set_xlabel("Parameters, relative to the full depth")
+            above.spines["top"].set_visible(False)
+        legend(figure, axes)
+        lines = [(depths, [score for _, score in points]), *(((depth, depth), (low, high)) for depth, low, high in own)]
+        label_points(figure, axes, [(*point, f"chosen: {chosen}") for point in marked], lines)
+    return figure
+
+
+def _apart(places: Sequence[int], least: float) -> list[int]:
+    """Those of the ascending places that keep the least distance to each other; the last is one of them."""
+    kept: list[int] = []
+    for place in reversed(places):
+        if not kept or kept[-1] - place >= least:
+            kept.append(place)
+    return kept[::-1]
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -240,9 +262,9 @@ def profile_figures(profile: Profile, choice: Mapping[str, int] | None = None) -
     if len(profile.angular) > 2:  # colours run the other way, so that alike is light in both maps
         title = "Angular distance (share of π)"
         drawn["angles"] = _depth_map(profile.angular, 0, title, marks, cmap="cividis_r", vmin=0.0)
-    panels = _panels(profile)
+    panels = panels_of(profile)
     if len(panels) > 1:
-        drawn["solved"] = _solved_by_depth(profile.depth, panels)
+        drawn["solved"] = solved_by_depth(profile.depth, panels)
     return drawn
 
 
@@ -263,7 +285,7 @@ def _loss_curve(profile: Profile, marks: Mapping[int, str]) -> Figure:
             axes.set_ylabel(title)
             for depth in marks:
                 axes.axvline(depth, color=COLOURS[1], linewidth=0.9, linestyle=DASHES[2], zorder=0.5)
-        _depth_axis(bottom, profile.depth)
+        depth_axis(bottom, profile.depth)
         figure.align_ylabels()
         by_depth = dict(zip(depths, losses, strict=True))
         labels = [
@@ -273,14 +295,8 @@ def _loss_curve(profile: Profile, marks: Mapping[int, str]) -> Figure:
         ]
         if labels:
             top.plot(*zip(*[(x, y) for x, y, _ in labels], strict=True), "D", color=COLOURS[1], markersize=7, zorder=3)
-        _label_points(figure, top, labels, [(depths, losses)])
+        label_points(figure, top, labels, [(depths, losses)])
     return figure
-
-
-def _depth_axis(axes: Any, depth: int) -> None:
-    axes.set_xlabel(f"Depth (blocks kept, of {depth})")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlim(0.5, depth + 0.5)
 
 
 def _depth_map(matrix: Matrix, first: int, title: str, marks: Mapping[int, str], **colours: Any) -> Figure:
@@ -307,91 +323,4 @@ def _depth_map(matrix: Matrix, first: int, title: str, marks: Mapping[int, str],
         bar: Any = figure.colorbar(mesh, ax=axes, label=title, shrink=0.9)
         bar.outline.set_visible(False)
         bar.solids.set(edgecolor="face", rasterized=True)
-    return figure
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """One measure against depth; ``low`` and ``high`` are NaN where it has no interval."""
-
-    name: str
-    depths: list[int]
-    values: list[float]
-    low: list[float]
-    high: list[float]
-    falls: bool = False
-
-    @property
-    def best(self) -> int:
-        """Place of the best value."""
-        return int(np.nanargmin(np.array(self.values) * (1 if self.falls else -1)))
-
-    @property
-    def first(self) -> int:
-        """Place of the first value inside the interval of the best."""
-        bound = self.high[self.best] if self.falls else self.low[self.best]
-        inside = (i for i, v in enumerate(self.values) if (v <= bound if self.falls else v >= bound))
-        return next(inside, self.best)
-
-
-def _panels(profile: Profile) -> dict[str, list[_Curve]]:
-    """Title of a panel → its curves: the contrastive loss, task scores by kind, and next-token loss."""
-    rows, depths = profile.rows, [row.depth for row in profile.rows]
-    panels: dict[str, list[_Curve]] = {}
-    if any(row.loss is not None for row in rows):
-        losses, low, high = (floats([getattr(row, name) for row in rows]) for name in ("loss", "loss_low", "loss_high"))
-        panels["Contrastive loss (nats)"] = [_Curve("loss", depths, losses, low, high, falls=True)]
-    by_kind: dict[str, dict[str, list[DepthScoreRow]]] = {}
-    for score in profile.task_scores:
-        by_kind.setdefault(score.kind, {}).setdefault(score.task, []).append(score)
-    for kind, tasks in by_kind.items():
-        title = f"{kind}: {shorten(next(iter(tasks)), 26)}" if len(tasks) == 1 else f"{kind} ({len(tasks)} tasks)"
-        for task, own in tasks.items():
-            scores, low, high = (
-                [100 * v for v in floats([getattr(row, name) for row in own])] for name in ("score", "low", "high")
-            )
-            panels.setdefault(title, []).append(_Curve(task, [row.depth for row in own], scores, low, high))
-    if any(row.next_token_loss is not None for row in rows):
-        values, none = floats([row.next_token_loss for row in rows]), [math.nan] * len(depths)
-        panels["Next-token loss (nats)"] = [_Curve("next token", depths, values, none, none, falls=True)]
-    return panels
-
-
-def _solved_by_depth(depth: int, panels: Mapping[str, Sequence[_Curve]]) -> Figure:
-    """Where in depth each kind of task is solved: a panel each, on the same axis, with 95 % intervals as bands.
-
-    A full mark is on the best depth, a hollow one on the first that lies within the interval of the best.
-    """
-    rows = -(-len(panels) // 2)
-    with drawing():
-        figure = new_figure(0.55 + 1.55 * rows, 6.4)
-        grid = figure.subplots(rows, 2, sharex=True, squeeze=False).flatten()
-        for place, (axes, (title, curves)) in enumerate(zip(grid, panels.items(), strict=False)):
-            axes.set_title(title, loc="left", fontsize=8.5, fontweight="bold")
-            for index, curve in enumerate(curves):
-                style = look(index, "linestyle")
-                axes.fill_between(curve.depths, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
-                axes.plot(curve.depths, curve.values, linewidth=1.4, **style)
-                for mark, face in ((curve.first, "white"), (curve.best, style["color"])):
-                    dot = look(index, "marker") | {"markerfacecolor": face, "markersize": 5, "linestyle": "none"}
-                    axes.plot(curve.depths[mark], curve.values[mark], zorder=3, **dot)
-            _depth_axis(axes, depth)
-            axes.set_xlabel(axes.get_xlabel() if place >= len(panels) - 2 else "")
-            axes.tick_params(labelbottom=place >= len(panels) - 2)
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-            axes.margins(y=0.2)
-        for axes in grid[len(panels) :]:
-            axes.set_visible(False)
-        dot = {"color": INK, "marker": "o", "linestyle": "none", "markersize": 5}
-        handles = [Line2D([], [], markerfacecolor=face, **dot) for face in (INK, "none")]
-        names = ["best depth", "first depth within its 95 % interval"]
-        figure.legend(handles, names, loc="outside upper left", ncols=2, fontsize=8.5, handletextpad=0.2)
-        for axes, curves in zip(grid, panels.values(), strict=False):
-            labels = []
-            for curve in curves:
-                name = f"{shorten(curve.name, 22)}: " if len(curves) > 1 else ""
-                for mark in dict.fromkeys((curve.best, curve.first)):
-                    text = f"{name if mark == curve.best else ''}{curve.depths[mark]}"
-                    labels.append((float(curve.depths[mark]), curve.values[mark], text))
-            _label_points(figure, axes, labels, [(curve.depths, curve.values) for curve in curves])
     return figure

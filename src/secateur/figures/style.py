@@ -8,6 +8,7 @@ colour-blind), in marker and in dashes.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -19,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from secateur.document import printable, shorten
 from secateur.files import write_bytes
@@ -37,6 +43,7 @@ MOST_SERIES = 12
 """Beyond, a legend says less than it hides."""
 WIDTH, NARROW = 5.6, 4.8  # inches, of 72 units each: type of 9 units is still legible on a phone
 
+BOLD: dict[str, Any] = {"fontsize": 8.5, "fontweight": "bold"}
 _STYLE: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
@@ -101,6 +108,56 @@ def legend(figure: Figure, axes: Any) -> None:
         room = int(figure.get_figwidth() * 12 / (8 + max(map(len, names))))  # about twelve letters to an inch
         columns = max(1, min(room, len(names)))
         figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=3.2, fontsize=8.5)
+
+
+def depth_axis(axes: Any, depth: int) -> None:
+    axes.set_xlabel(f"Depth (blocks kept, of {depth})")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(0.5, depth + 0.5)
+
+
+def label_points(
+    figure: Figure,
+    axes: Any,
+    labels: Sequence[tuple[float, float, str]],
+    lines: Sequence[tuple[Sequence[float], Sequence[float]]],
+) -> None:
+    """Put each label (x, y, text) where it hides least: first of all no other label or point, then no line (x, y)."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the axes must not move once the free places are known
+    frame, pixel, renderer = axes.get_window_extent(), figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
+    frame = Bbox.from_extents(frame.x0, frame.y0, figure.bbox.x1, frame.y1 + 12 * pixel)
+    covered = []  # pixels on the lines, about every eighth
+    for line in lines:
+        corners = [
+            axes.transData.transform(point) for point in zip(*line, strict=True) if all(map(math.isfinite, point))
+        ]
+        for start, end in itertools.pairwise(corners):
+            covered += np.linspace(start, end, 1 + max(1, int(math.dist(start, end) / 8))).tolist()
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (axes.transData.transform(p[:2]) for p in labels)]
+    for x, y, text in labels:
+        trial = axes.text(x, y, text, **BOLD)
+        size = Text.get_window_extent(trial, renderer)
+        trial.remove()
+        place = axes.transData.transform((x, y))
+        best: tuple[float, int, Any, Bbox] | None = None
+        for radius, angle in itertools.product((8, 18, 32, 48), (90, 45, 135, 0, 180, 270, 315, 225)):
+            # From the point to the middle of the text, in typographic points; its nearest edge is at the radius.
+            away = np.round([math.cos(math.radians(angle)), math.sin(math.radians(angle))], 6)
+            offset = radius * away + np.sign(away) * (size.width, size.height) / (2 * pixel)
+            left, bottom = place + offset * pixel - (size.width / 2, size.height / 2)
+            box = Bbox.from_bounds(left, bottom, size.width, size.height)
+            outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
+            hidden = 1e6 * outside + 1e3 * sum(box.padded(2 * pixel).overlaps(other) for other in taken)
+            hidden += 10 * sum(box.contains(*pixels) for pixels in covered) + radius
+            if best is None or hidden < best[0]:
+                best = hidden, radius, offset, box
+        assert best is not None
+        _, radius, offset, box = best
+        arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4} if radius > 10 else None
+        style = {"textcoords": "offset points", "ha": "center", "va": "center", "arrowprops": arrow, "zorder": 4}
+        axes.annotate(text, (x, y), tuple(offset), annotation_clip=False, **style, **BOLD)
+        taken.append(box)
 
 
 # Files and page elements ----------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from secateur.errors import ConfigError
 from secateur.options.base import Names, Options, argument, output, positional
 from secateur.options.fields import (
     DATA,
@@ -106,6 +107,13 @@ class Budget(Options):
         None, gt=0, description="Maximum milliseconds for one text of some 20 tokens, as measured by the profile."
     )
 
+    @field_validator("best")
+    @classmethod
+    def _one_rule(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("tolerance") is not None:
+            raise ConfigError("best", value, "cannot go with tolerance", "give one of them")
+        return value
+
 
 class ChooseOptions(Budget):
     """Choose a depth by the scores of a scout, or compare what every selection method keeps of a profile.
@@ -129,14 +137,15 @@ class PruneOptions(Options):
 
     model: Model
     to: Annotated[Any, Names("layers")] = positional(
-        "Number of first blocks to keep (7), share to remove (0.3), or a selector (large, small, knee, ...).",
+        "Number of first blocks to keep (7), share to remove (0.3), chosen (by a scout), or a selector (large, ...).",
         default=None,
     )
     keep: Any = Field(None, description="Blocks to keep, counted from 0, such as 0-5,8,11; use it in place of --to.")
     drop: Any = Field(None, description="Blocks to remove, counted from 0, such as 20-27; use it in place of --to.")
     out: Annotated[Path, Names("new folder")] = output("Folder to write the cut model to.")
     profile: Annotated[Any, Names("profile")] = Field(
-        None, description="Profile of the model (a file, or its folder), for selectors that choose from one."
+        None,
+        description="Profile of the model (a file, or its folder), for selectors that choose from one; or its scout.",
     )
     pooling: Pooling = None
     max_length: MaxLength = 512
@@ -301,6 +310,16 @@ class ScoutOptions(HealOptions):
         description="Without tasks: how many rows of the data are not trained on, but score the depths; at most a "
         "tenth of each file.",
     )
+    teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
+        None,
+        description="Teacher whose vectors the model learns: a model, the address of a server, as for heal; or self, "
+        "the whole model as it came.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _self_as_teacher(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "teacher": values.get("model")} if values.get("teacher") == "self" else values
 
     @field_validator("score", mode="before")
     @classmethod

@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from secateur.choosing.choose import blocks_to_keep, is_selector, read_profile
+from secateur.choosing.choose import blocks_to_keep, is_selector, read_table
 from secateur.errors import ConfigError, ModelError, OutputError, UnsupportedArchitecture, VerificationFailed
 from secateur.files import new_folder, read_json, write_text
 from secateur.models import model_label, resolve
@@ -34,7 +34,7 @@ from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
 from secateur.pruning.adapters import adapter_folder, base_of, is_adapter, merge_adapter, merge_adapters
 from secateur.pruning.download import fetch_kept, fetch_small, transformer_folder
-from secateur.results import Origin, load
+from secateur.results import Origin, Profile, load
 
 STEP = "prune, %"
 WHOLE = "the whole source"
@@ -261,8 +261,8 @@ def _check_choice(options: PruneOptions) -> None:
     if options.to is None or not is_selector(options.to):
         problem = f"is not asked: {given[0]} {said} tells the blocks"
         raise ConfigError("profile", options.profile, problem, "leave it out")
-    if options.pooling is not None:
-        measured = read_profile(options.profile).pooling
+    if options.pooling is not None and isinstance(table := read_table(options.profile), Profile):
+        measured = table.pooling
         # A folder has the stock form of the paper's pooling.
         if (measured if measured != "l3prune" else "weighted_mean") != options.pooling:
             problem = f"is {options.pooling}, but the profile was measured with {measured}"

@@ -1,0 +1,61 @@
+"""What a choice costs, and which depths the limits allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from secateur.choosing.selectors import prefix
+from secateur.errors import ConfigError, DataError
+from secateur.options import Budget
+from secateur.results import LayerCost, Profile, Scout
+
+_COSTS: dict[str, tuple[Callable[[LayerCost], float], str]] = {
+    "max_params": (lambda row: row.parameters, "{:,.0f} parameters"),
+    "max_bytes": (lambda row: row.bytes, "{:,.0f} bytes"),
+    "max_latency_ms": (lambda row: 1000 * row.latency, "{:.3g} ms"),
+}
+"""Limit of a cost → what it limits, and how that is said."""
+
+
+def cost_of(parts: Sequence[LayerCost], blocks: Sequence[int]) -> LayerCost:
+    """What a model costs that keeps these layers, by index from 0: a row whose ``layer`` is their number."""
+    kept = [parts[0], *(parts[index + 1] for index in blocks)]
+    sums = {item.name: sum(getattr(row, item.name) for row in kept) for item in fields(LayerCost)}
+    return LayerCost(**sums | {"layer": len(blocks)})
+
+
+def costs(table: Profile | Scout, blocks: Sequence[int]) -> dict[str, Any]:
+    """The costs of a cut by their names, and its ``speed`` relative to the whole model; empty where none are known."""
+    if not table.layer_costs:
+        return {}
+    own = cost_of(table.layer_costs, blocks)
+    known = {key: getattr(own, key) for key in ("parameters", "bytes", "flops_per_token", "latency")}
+    return known | {"speed": cost_of(table.layer_costs, prefix(table.depth)).seconds / own.seconds}
+
+
+def cost_limits(options: Budget) -> dict[str, float]:
+    """The limits of costs that are given."""
+    return {name: limit for name in _COSTS if (limit := getattr(options, name)) is not None}
+
+
+def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -> list[int]:
+    """Those of the depths (ascending) that are within all limits.
+
+    Raises:
+        ConfigError: None is; the message tells what the smallest costs.
+        DataError: The table does not tell costs.
+    """
+    left = list(depths)
+    for key, limit in cost_limits(options).items():
+        measure, words = _COSTS[key]
+        if not table.layer_costs:
+            hint = f"it was made by an earlier version; {table.kind} again"
+            raise DataError(table.file, "does not tell what the blocks cost", hint, field="layer_costs")
+        found = {depth: measure(cost_of(table.layer_costs, prefix(depth))) for depth in depths}
+        if found[depths[0]] > limit:
+            hint = f"the smallest, depth {depths[0]}, has {words.format(found[depths[0]])}"
+            raise ConfigError(key, limit, f"no depth has at most {words.format(limit)}", hint)
+        left = [depth for depth in left if found[depth] <= limit]
+    return left

@@ -1,0 +1,216 @@
+"""Which depth to keep by a scout's scores: a rule that holds its level, and a sentence that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.choosing.budgets import affordable, cost_limits, costs
+from secateur.choosing.selectors import Choice, prefix
+from secateur.document import plural, signed, span
+from secateur.errors import ConfigError, DataError
+from secateur.options import Budget, ChooseOptions
+from secateur.results import RungRow, Scout
+
+TOLERANCE = 1.0
+"""Points of average score, of 100, that may be lost where nothing else is said."""
+
+
+def choose_rung(options: Budget, scout: Scout) -> Choice:
+    """Choose a depth of those that a scout scored and the limits of costs allow.
+
+    With ``best`` the highest mean score, of equal ones the shallowest; else the smallest depth that loses no more than
+    the tolerance (:func:`smallest_within`). Where that one is too expensive, so are the deeper ones that lose no more;
+    then it is the highest score, with a warning.
+
+    Returns:
+        The first layers; ``reason`` is a whole sentence.
+
+    Raises:
+        ConfigError: No depth is within the limits of costs, or a limit is of the losses of a profile.
+        DataError: The scout does not tell costs, or has no score at the full depth.
+    """
+    if isinstance(options, ChooseOptions) and options.max_loss_increase is not None:
+        problem = "is about a profile's loss, and this is a scout"
+        raise ConfigError("max_loss_increase", options.max_loss_increase, problem, "give --tolerance")
+    rungs = scored(scout)
+    fitting = affordable(options, scout, [row.depth for row in rungs])
+    highest = max((row for row in rungs if row.depth in fitting), key=lambda row: (row.score, -row.depth))
+    title = "the highest score of those that fit" if cost_limits(options) else f"the highest of {len(rungs)} scores"
+    if options.best:
+        return Choice(prefix(highest.depth), _sentence(scout, highest, title, None))
+    tolerance = TOLERANCE if options.tolerance is None else options.tolerance
+    found = smallest_within(rungs, tolerance)
+    if found.depth in fitting:
+        return Choice(prefix(found.depth), _sentence(scout, found, "", tolerance))
+    reason = _sentence(scout, highest, title, tolerance, found)
+    return Choice(prefix(highest.depth), reason, "more may be lost than the tolerance")
+
+
+def scored(scout: Scout) -> list[RungRow]:
+    """The depths whose score is a number, ascending; the full depth is the last.
+
+    Raises:
+        DataError: The full depth has none.
+    """
+    rungs = [row for row in scout.depths if row.score is not None]
+    if not rungs or rungs[-1].depth != scout.depth:
+        raise DataError(scout.file, f"has no score at depth {scout.depth}, the full one", "scout again", field="depths")
+    return rungs
+
+
+def smallest_within(rungs: Sequence[RungRow], tolerance: float) -> RungRow:
+    """The smallest depth that loses at most the tolerance, in points, against the full depth; else the full depth.
+
+    Fixed-sequence non-inferiority: from the deepest trained depth below the full one down, as long as the lower end of
+    the difference's 95 % interval allows no larger loss; the first that may lose more, or has no interval, ends it.
+    That some depth passes which really loses more has a chance of at most 2.5 %, however many there are.
+
+    Depths that were asked for without being trained are looked at afterwards, from the last one that passed down to
+    the next trained one: to ask for more scores must not end the sequence of the trained ones earlier. That costs at
+    most another 2.5 %.
+    """
+    last, below = rungs[-1], 0
+    for row in reversed([row for row in rungs[:-1] if row.trained]):
+        if not _is_within(row, tolerance):
+            below = row.depth
+            break
+        last = row
+    for row in reversed([row for row in rungs if not row.trained and below < row.depth < last.depth]):
+        if not _is_within(row, tolerance):
+            break
+        last = row
+    return last
+
+
+def _is_within(row: RungRow, tolerance: float) -> bool:
+    return row.difference_low is not None and row.difference_low >= -tolerance / 100
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+def _sentence(scout: Scout, row: RungRow, title: str, tolerance: float | None, wanted: RungRow | None = None) -> str:
+    """What is recommended and why, what the next smaller depth would lose, and what the cut costs.
+
+    Args:
+        scout: The depths.
+        row: The chosen one.
+        title: What it is chosen for, where not for the tolerance.
+        tolerance: In points; None where there is none.
+        wanted: The smallest depth within the tolerance, where it is too expensive.
+    """
+    rungs, depth = scored(scout), scout.depth
+    smaller = next((other for other in reversed(rungs) if other.depth < row.depth), None)
+    whole = row.depth == depth
+    name = f"All {plural(depth, 'layer')}" if whole else f"{row.depth} of {plural(depth, 'layer')}"
+    head = f"{name}, {title}" if title else name
+    parts = []
+    if tolerance is None and not whole:
+        # Nothing is promised of the highest score: the interval flatters what was chosen by its score.
+        parts.append(_difference(row, f" to all {depth} trained alike"))
+    elif not whole:
+        loss = _loss(row, tolerance, MAY_BE if wanted else "at most {} points are lost")
+        parts.append(f"{loss} against all {depth} trained alike ({_difference(row)})")
+    if wanted is not None:
+        if _is_within(row, tolerance or 0):  # by itself, but the sequence had ended before
+            parts[-1] += f", but a deeper one may lose more than the tolerance of {tolerance:g}"
+        elif row.difference_low is not None:
+            parts[-1] += f", more than the tolerance of {tolerance:g}"
+        parts.append(f"to stay within the tolerance takes {'all' if wanted.depth == depth else wanted.depth} layers")
+    elif smaller is None:
+        parts.append("no smaller depth was scored")
+    elif tolerance is not None and smaller.difference_low is None:
+        parts.append(f"with {plural(smaller.depth, 'layer')} there is no interval, so the search ended there")
+    else:
+        own = f" ({_difference(smaller)})" if whole else ""
+        limit = f", and {tolerance:g} may be" if whole and tolerance is not None else ""
+        may = _loss(smaller, tolerance, MAY_BE)
+        parts.append(f"with {plural(smaller.depth, 'layer')} {may}{own}{limit}")
+    return f"{head}: {'; '.join(parts)}.{'' if whole else _costs(scout, row)}"
+
+
+MAY_BE = "up to {} points may be lost"
+
+
+def _loss(row: RungRow, tolerance: float | None, words: str) -> str:
+    """The most that is lost, at 95 % confidence."""
+    if row.difference_low is None:
+        return "how much is lost is not known"
+    lost = -100 * row.difference_low
+    # So many digits that one sees on which side of the tolerance it is.
+    limit = 0.0 if tolerance is None else tolerance
+    digits = next((digits for digits in (1, 2, 3) if (round(lost, digits) > limit) == (lost > limit)), 4)
+    if not round(lost, digits):
+        return "nothing is lost"
+    return words.format(f"{lost:.{digits}f}") if lost > 0 else f"at least {-lost:.{digits}f} points are gained"
+
+
+def _difference(row: RungRow, to: str = "") -> str:
+    ends = span(row.difference_low, row.difference_high, signed)
+    return f"difference {signed(row.difference)}{to}, {f'95 % interval {ends}' if ends else 'without an interval'}"
+
+
+def _costs(scout: Scout, row: RungRow) -> str:
+    own, full = (costs(scout, prefix(depth)) for depth in (row.depth, scout.depth))
+    if not own:
+        return ""
+    return f" {100 * own['parameters'] / full['parameters']:.0f} % of the parameters, {own['speed']:.1f} × the speed."
+
+
+# Side by side ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rung(RungRow):
+    """One depth of a scout with what it costs; the costs are as in :class:`.Candidate`.
+
+    ``fits``: the limits of costs allow it; ``chosen_by`` are the rules that choose it: ``tolerance``, ``best``.
+    """
+
+    fits: bool = True
+    chosen_by: tuple[str, ...] = ()
+    parameters: int | None = None
+    bytes: int | None = None
+    flops_per_token: float | None = None
+    latency: float | None = None
+    speed: float | None = None
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """All depths that a scout of ``model`` scored, as :class:`Rung`; ``chosen`` is one of them, ``reason`` says why."""
+
+    model: str
+    depth: int
+    judge: str
+    tasks: int
+    chosen: int
+    reason: str
+    rows: tuple[Rung, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The chosen depth, why, and all that were scored."""
+        return {"chosen": self.chosen, "reason": self.reason, "rungs": [asdict(row) for row in self.rows]}
+
+
+def side_by_side(options: Budget, scout: Scout) -> Rungs:
+    """Every depth, and which rule chooses which; arguments and errors as for :func:`choose_rung`."""
+    choice = choose_rung(options, scout)
+    by_tolerance = choose_rung(options.model_copy(update={"best": False}), scout)
+    by_score = choose_rung(options.model_copy(update={"best": True}), scout)
+    rules = {} if by_tolerance.warning else {"tolerance": by_tolerance}
+    rules["best"] = by_score
+    fitting = affordable(options, scout, [row.depth for row in scout.depths])
+    rows = [
+        Rung(
+            **asdict(row),
+            fits=row.depth in fitting,
+            chosen_by=tuple(name for name, own in rules.items() if len(own.blocks) == row.depth),
+            **costs(scout, prefix(row.depth)),
+        )
+        for row in scout.depths
+    ]
+    tasks = len({row.task for row in scout.task_scores})
+    return Rungs(scout.model, scout.depth, scout.judge, tasks, len(choice.blocks), choice.reason, tuple(rows))
