@@ -8,7 +8,8 @@ finding each held-out anchor's positive among the held-out passages of its file,
 is looked at. A row and seed is a file of OUT, which is skipped when it is there; --table prints what is there.
 
 Rows ``scout-...`` are elastic trainings of all depths; ``alone-K`` are separate trainings of the first K blocks;
-``polish-K-...`` go on from the weights of the scout ``--from`` at K blocks.
+``polish-K`` go on from the weights of the scout ``--from`` at K blocks, ``polish-K-taught`` with its full depth as
+teacher. Settings follow a name: ``polish-7+learning_rate=1e-4+steps=257``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import hashlib
 import itertools
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,9 +36,11 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from secateur.data.sources import Pairs, read_pairs
+from secateur.data.vectors import fingerprint_model
 from secateur.files import read_json, write_text
 from secateur.healing.losses import Loss, batch_mask, contrastive_loss, similarity_loss
 from secateur.healing.recipes import RECIPES, TrainingConfig
+from secateur.healing.teacher import Teacher, teach
 from secateur.healing.trainer import train
 from secateur.healing.training_data import training_sets
 from secateur.measures.metrics import cosines, false_negative_mask, retrieval, text_numbers
@@ -92,6 +97,26 @@ class Sandwich(Sampled):
     count, smallest = 1, True
 
 
+class Single(Elastic):
+    """One depth in each step, drawn anew, and no block beyond it is run; the full depth in ``share`` of the steps."""
+
+    share, steps_run = 0.25, 0
+
+    def forward(self, sentence_features: Any, labels: Tensor | None = None) -> Tensor:
+        drawn = random.Random(self.steps_run)
+        self.steps_run += 1
+        inner = LADDER[:-1]
+        depth = LADDER[-1] if drawn.random() < self.share else drawn.choice(inner)
+        transformer: Any = self._student[0][0].auto_model
+        layers, self._depths = transformer.layers, ()
+        transformer.layers = layers[:depth]
+        try:
+            loss: Tensor = super().forward(sentence_features, labels)
+            return loss
+        finally:
+            transformer.layers = layers
+
+
 class Deep(Elastic):
     """The full depth has a weight of its own; the others share the rest."""
 
@@ -143,6 +168,7 @@ SCOUTS: dict[str, tuple[str, type[Elastic], tuple[int, ...]]] = {
     "scout-mean-4": ("mean over 4 depths", Elastic, (7, 15, 24, 30)),
     "scout-sampled": ("full depth and 2 drawn by step", Sampled, LADDER),
     "scout-sandwich": ("full depth, smallest, 1 drawn by step", Sandwich, LADDER),
+    "scout-single": ("one depth drawn by step", Single, LADDER),
     "scout-deep": ("half of the weight on full depth", Deep, LADDER),
     "scout-proportional": ("weights in proportion to depth", Proportional, LADDER),
     "scout-taught": ("full depth teaches the others similarities", Taught, LADDER),
@@ -183,6 +209,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def as_teacher(model: SentenceTransformer, config: TrainingConfig) -> Teacher:
+    model.max_seq_length = config.max_length
+    encode = partial(model.encode, show_progress_bar=False)
+    return Teacher("scout", fingerprint_model(model), lambda texts, prompt: encode(texts, prompt=prompt or None))
+
+
 def split(pairs: Pairs, count: int) -> tuple[Pairs, Pairs]:
     """Rows to train on, and rows held out, which share no anchor and no positive with them."""
 
@@ -196,30 +228,38 @@ def split(pairs: Pairs, count: int) -> tuple[Pairs, Pairs]:
 
 
 def run(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    """Train and score one row; ``name`` may end with settings: ``alone-7+learning_rate=1e-3``."""
-    name, *given = name.split("+")
+    """Train and score one row."""
+    row, (name, *given) = f"{name}-{seed}", name.split("+")
     settings = {key: json.loads(value) for key, value in (item.split("=") for item in given)}
     files = sorted(path for path in args.data.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")))
     parts = [split(read_pairs(file), args.held_out) for file in files]
-    numbers: dict[str, Any] = {**RECIPES["everyday"], "train": "blocks", "steps": args.steps, "seed": seed}
+    numbers: dict[str, Any] = {**RECIPES["finetune"], "train": "blocks", "steps": args.steps, "seed": seed}
     numbers |= {"batch_size": args.batch_size, "max_length": args.max_length} | settings
     model = open_model(args.model, device="cpu", pooling=args.pooling)
-    make, depths = Elastic, ()
+    make: Callable[..., Loss] = Elastic
+    depths: tuple[int, ...] = ()
+    teacher = None
     if name in SCOUTS:
         _, make, depths = SCOUTS[name]
     else:
-        kind, blocks, *_ = name.split("-")
+        kind, blocks, *taught = name.split("-")
         if kind == "polish":
             model.load_state_dict(load_file(args.out / f"{args.scout}-{seed}.safetensors"))
+        if taught:
+            teacher, numbers["has_teacher"] = deepcopy(model), True
         cut(model[0].auto_model, range(int(blocks)))
     config = TrainingConfig(**numbers, depths=tuple(depths))
     sets, _ = training_sets([rest for rest, _ in parts], config)
     model.prompts.update({rest.name: rest.prompt for rest, _ in parts if rest.prompt})
     started = time.perf_counter()
-    outcome = train(model, sets, config, args.out / f"checkpoints-{name}-{seed}-{config.steps}", make)
+    if teacher is not None:
+        sets, vectors = teach(sets, config, as_teacher(teacher, config), args.out / "vectors")
+        make = partial(Loss, teacher=vectors)
+    outcome = train(model, sets, config, args.out / f"checkpoints-{row}", make)
     seconds = time.perf_counter() - started
-    if name == args.scout:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, args.out / f"{name}-{seed}.safetensors")
+    if name in SCOUTS:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, args.out / f"{row}.safetensors")
+    shutil.rmtree(args.out / f"checkpoints-{row}")
     model.max_seq_length = args.max_length
     found = scores(model, [held for _, held in parts])
     wanted = depths or (len(found),)
@@ -276,9 +316,8 @@ def table(args: argparse.Namespace) -> str:
             mine = [fmean(item["all"][d - 1] for item in own) for d in common]
             corr = f"{spearmanr(mine, [fmean(i['all'][d - 1] for i in alone[d]) for d in common]).statistic:.2f}"
         about = SCOUTS[name][0] if name in SCOUTS else name
-        lines.append(
-            f"| {about} | {' | '.join(cells)} | {mean} | {corr} | {own[0]['steps']} | {fmean(i['seconds'] for i in own):.0f} |"
-        )
+        cells += [mean, corr, str(own[0]["steps"]), f"{fmean(item['seconds'] for item in own):.0f}"]
+        lines.append(f"| {about} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
@@ -54,8 +55,8 @@ def test_prompts_are_those_that_evaluate_chooses(tasks, make_encoder: MakeEncode
     model = make_encoder("llama", depth=2, prompts=prompts)
     own = [tasks[TYPES.index(kind)] for kind in ("retrieval", "sts")]
     expected = {row.task: row.score for row in evaluate([model], own, names=["m"]).rows}
-    rows, _ = depth_scores(model, [open_task(task) for task in own])
-    assert {row.task: row.score for row in rows if row.depth == 2} == pytest.approx(expected, abs=1e-4)
+    found, _ = depth_scores(model, [open_task(task) for task in own])
+    assert {score.task: score.row.score for score in found if score.depth == 2} == pytest.approx(expected, abs=1e-4)
     assert model.prompts == {"query": "", "document": "", **prompts} and "encode" not in vars(model)
 
 
@@ -67,14 +68,24 @@ def test_each_text_is_run_once_for_all_depths(tasks, llama_folder):
     assert sum(ran) <= 48 + 2 + 4  # is it blind to what follows; and quick ways are compared with the plain one
 
 
+def test_some_depths_alone_have_the_same_scores_and_replicates(tasks, llama_folder):
+    model, own = open_model(llama_folder, dtype="float32"), [open_task(task) for task in tasks[:5]]
+    every, some = depth_scores(model, own)[0], depth_scores(model, own, [3, 1])[0]
+    assert [score.depth for score in some] == [3, 1] * 5
+    same = {(score.task, score.depth): score for score in every}
+    for score in some:
+        assert score.row == same[score.task, score.depth].row
+        assert np.array_equal(score.replicates, same[score.task, score.depth].replicates)
+
+
 def test_a_score_that_is_no_number_is_left_out_and_said(tasks, tmp_path):
     rows = example_rows("sts")
     for row in rows["test"]:  # the first letter is all that cls pooling sees
         row["sentence1"], row["sentence2"] = "w" + row["sentence1"], "w" + row["sentence2"]
     task = write_task(tmp_path / "same", "sts", rows, name="same")
     model = open_model(tiny_transformer(tmp_path / "llama", "llama", depth=2), pooling="cls", dtype="float32")
-    rows, notes = depth_scores(model, [open_task(task)])
-    assert rows == ()
+    found, notes = depth_scores(model, [open_task(task)])
+    assert [(score.depth, score.row) for score in found] == [(1, None), (2, None)]
     assert notes == ("cosine_spearman on same is no number at depth 1, 2: the vectors there are all alike",)
 
 

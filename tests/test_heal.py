@@ -40,7 +40,14 @@ from secateur.results import Origin, Training, load
 from task_folders import example_rows, write_task
 
 STEPS = 20
-SETTINGS = {"steps": STEPS, "batch_size": 8, "learning_rate": 3e-3, "lora_rank": 4, "lora_dropout": 0.1}
+SETTINGS = {
+    "recipe": "l3prune",
+    "steps": STEPS,
+    "batch_size": 8,
+    "learning_rate": 3e-3,
+    "lora_rank": 4,
+    "lora_dropout": 0.1,
+}
 SETTINGS |= {"precision": "float32", "scale": 20.0}
 
 
@@ -395,15 +402,15 @@ def test_both_ways_is_kept_in_the_folder_and_refused_where_it_changes_nothing(
 
 
 def test_a_recipe_is_a_set_of_defaults():
-    paper = config_of()
+    paper = config_of(recipe="l3prune")
     numbers = (paper.steps, paper.batch_size, paper.scale, paper.max_length, paper.warmup * paper.steps)
     assert numbers == (1000, 64, 50.0, 512, 300)
     assert (paper.train, paper.lora_rank, paper.lora_alpha, paper.lora_dropout) == ("lora", 16, 32, 0.05)
     assert (LEARNING_RATES["lora"], paper.learning_rate, paper.seed) == (2e-4, None, 42)
-    given = config_of(recipe="everyday", steps=3, train="all")
+    given = config_of(steps=3, train="all")
     assert (given.steps, given.train, given.scale, given.max_length) == (3, "all", 20.0, 128)
-    assert config_of(recipe="everyday", train="blocks", lora_rank=16).lora_rank == 16  # as the recipe has it
-    assert config_of(recipe="everyday", lora_rank=4).lora_rank == 4
+    assert config_of(recipe="finetune", train="blocks", lora_rank=16).lora_rank == 16  # as the recipe has it
+    assert config_of(recipe="finetune", lora_rank=4).lora_rank == 4
 
 
 def test_merged_weights_are_the_base_and_the_product_of_the_factors(llama_folder: Path, pairs_file: Path, tmp_path):

@@ -93,13 +93,15 @@ def test_pairs_with_a_teacher_at_several_depths_and_sizes(
     out = secateur.heal(llama_folder, pairs_file, teacher=wide, **options, out=tmp_path / "elastic")
     settings = load(out, Training).settings
     assert settings["objective"] == "contrastive loss and distillation"
-    assert (settings["recipe"], settings["teacher_weight"]) == ("l3prune", 0.5)
+    assert (settings["recipe"], settings["teacher_weight"]) == ("finetune", 0.5)
     assert (settings["depths"], settings["dims"]) == ([1], [8])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elastic"]
 
 
 def test_texts_alone_without_a_teacher_are_their_own_positives(llama_folder: Path, texts_file: Path, tmp_path: Path):
-    out = secateur.heal(llama_folder, texts_file, **(SETTINGS | {"learning_rate": 1e-3}), out=tmp_path / "alone")
+    out = secateur.heal(
+        llama_folder, texts_file, **(SETTINGS | {"recipe": "l3prune", "learning_rate": 1e-3}), out=tmp_path / "alone"
+    )
     table = load(out, Training)
     assert table.settings["objective"] == "contrastive loss, each text its own positive under dropout (SimCSE)"
     assert table.settings["data"] == {"words.txt": 80}
@@ -186,7 +188,7 @@ def test_texts_are_pairs_of_themselves_only_without_a_teacher(pairs_file: Path, 
         assert [item.rows.column_names for item in sets] == [columns]
     options = make(HealOptions, {"model": "m", "data": ["d"], "out": "o", "teacher": "t"})
     both, alone = (training_config(options, sources) for sources in ([read_pairs(pairs_file), texts], [texts]))
-    assert (both.recipe, both.teacher_weight, alone.recipe, alone.teacher_weight) == ("l3prune", 0.5, "distill", 1.0)
+    assert (both.recipe, both.teacher_weight, alone.recipe, alone.teacher_weight) == ("finetune", 0.5, "distill", 1.0)
 
 
 class Recording:

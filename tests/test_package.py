@@ -29,9 +29,10 @@ evaluation: task_folder tasks replicates evaluate
 choosing: selectors budgets evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
-healing: recipes training_data teacher losses evaluator trainer heal
-reporting: cost compare run findings blocks verdict pictures tables card report
-studies: plan estimate records runner study
+healing: recipes exclusion training_data teacher losses evaluator trainer heal
+scouting: ladder held_out rungs scout
+reporting: cost compare run findings blocks advice verdict pictures tables card report
+studies: steps grid plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening workers middleware queueing app serve
 inference: distinct vector_files encode
@@ -79,6 +80,7 @@ def test_the_exported_names():
         "read_scores",
         "read_status",
         "report",
+        "scout",
         "serve",
         "study",
     ]
@@ -192,6 +194,7 @@ STEPS = {
     "choose": config.ChooseOptions,
     "prune": config.PruneOptions,
     "heal": config.HealOptions,
+    "scout": config.ScoutOptions,
     "evaluate": config.EvaluateOptions,
     "encode": config.EncodeOptions,
     "report": config.ReportOptions,

@@ -1,7 +1,7 @@
 """Cut a language model down to the text encoder you can afford.
 
 The way through, each step a function here and a command of the same name:
-``profile → choose → prune → heal → evaluate → report``, and all of them together as ``study``.
+``profile → scout → choose → prune → heal → evaluate → report``, and all of them together as ``study``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from secateur.reporting.compare import compare
     from secateur.reporting.cost import cost
     from secateur.reporting.report import report
+    from secateur.scouting.scout import scout
     from secateur.studies.study import plan_study, read_scores, read_status, study
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "read_scores",
     "read_status",
     "report",
+    "scout",
     "serve",
     "study",
 ]
@@ -66,6 +68,7 @@ _HOMES = {
     "read_scores": "studies.study",
     "read_status": "studies.study",
     "report": "reporting.report",
+    "scout": "scouting.scout",
     "serve": "inference.serve",
     "study": "studies.study",
 }

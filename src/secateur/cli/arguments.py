@@ -12,7 +12,7 @@ import typer
 
 from secateur.cli.places import check_places
 from secateur.errors import ConfigError
-from secateur.options import HealSettings, Options, default_of, extra, make, read_yaml
+from secateur.options import Options, default_of, extra, make, read_yaml
 
 
 def expand_list_options(arguments: list[str]) -> list[str]:
@@ -20,9 +20,12 @@ def expand_list_options(arguments: list[str]) -> list[str]:
 
     ``study status`` and ``study resume`` are commands whose names have a blank.
     """
+    commands = [Options]
+    for command in commands:
+        commands += command.__subclasses__()
     several = {
         "--" + name.replace("_", "-")
-        for command in Options.__subclasses__() + HealSettings.__subclasses__()
+        for command in commands
         for name, field in command.model_fields.items()
         if get_origin(_plain(field.annotation)) is list
     }
@@ -111,7 +114,7 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
 
 
 def _choices(annotation: Any) -> str | None:
-    """``l3prune|everyday|distill``, where an option takes one of a few words."""
+    """``finetune|l3prune|distill``, where an option takes one of a few words."""
     if get_origin(annotation) in (Union, types.UnionType):
         return next((found for part in get_args(annotation) if (found := _choices(part))), None)
     return "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else None

@@ -40,6 +40,7 @@ from secateur.options import (
     PruneOptions,
     ReportOptions,
     ResumeOptions,
+    ScoutOptions,
     ServeOptions,
     StatusOptions,
     StudyOptions,
@@ -157,6 +158,15 @@ def heal_command(options: HealOptions) -> None:
     for note in settings["notes"]:
         typer.echo(f"note: {note}", err=True)
     _say(folder)
+
+
+@command_of(app, ScoutOptions)
+def scout_command(options: ScoutOptions) -> None:
+    from secateur.cli import tables
+
+    show: Any = getattr(tables, "show_scout", _say)
+    show(_do("scout", options))
+    _say(f"\n{options.out / 'scout.json'}", options.out / "frontier.png", options.out / "model")
 
 
 @command_of(app, EvaluateOptions)

@@ -23,6 +23,7 @@ from secateur.done import FILE, Made
 from secateur.errors import ConfigError
 from secateur.files import empty_folder, lock, output_errors, partial_folder, read_json, rename_into_place
 from secateur.healing.evaluator import HeldOut, read_held_out
+from secateur.healing.exclusion import Excluded, read_excluded
 from secateur.healing.losses import Loss, check_dims, dropout
 from secateur.healing.recipes import TrainingConfig, decide, training_config
 from secateur.healing.teacher import Teacher, open_teacher, teach
@@ -65,7 +66,8 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
         VerificationFailed: The written folder gives other vectors.
     """
     partial_folder(options.out)
-    sources = read_sources(options.data, options.instruction, options.columns)
+    excluded = read_excluded(options.exclude)
+    sources, left_out = excluded.leave_out(read_sources(options.data, options.instruction, options.columns))
     config = training_config(options, sources)
     check_tracker(options.report_to)
     init_processes(config.batch_size)
@@ -78,8 +80,9 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     check_room(model, own_sets, config.max_length)
     sources = [source for source in sources if source.name in {item.source for item in sets}]
     prompts = set_prompts(model, sources, default)
-    made = _made_from(options, config, model, sources, own_sets, held_out, teacher)
-    settings = _settings(options, made, sets, held_out) | {"objective": config.objective, "notes": notes}
+    made = _made_from(options, config, model, sources, own_sets, held_out, teacher, excluded)
+    settings = _settings(options, made, sets, held_out) | excluded.settings()
+    settings |= {"objective": config.objective, "notes": [*left_out, *notes]}
     with output_errors(options.out), locked_folder(options.out) as folder:
         if get_rank() == 0:
             check_resume(folder, made)
@@ -124,6 +127,7 @@ def _made_from(
     sets: Sequence[TrainingSet],
     held_out: HeldOut | None,
     teacher: Teacher | None,
+    excluded: Excluded,
 ) -> Made:
     """All that decides on the numbers of a training; what has a name is known by its content."""
     own = {"bidirectional": options.bidirectional, "eval_sample": options.eval_sample, "columns": options.columns or {}}
@@ -136,6 +140,8 @@ def _made_from(
     }
     for key, items in (held_out or HeldOut()).settings().items():
         inputs[key] = [{k: v for k, v in item.items() if k not in ("name", "licence")} for item in items]
+    if excluded.tasks:
+        inputs["exclude"] = [task.sha256 for task in excluded.tasks]
     return Made("heal", asdict(config) | own, inputs)
 
 
@@ -169,14 +175,25 @@ def locked_folder(out: Path) -> Iterator[Path]:
         yield folder
 
 
-def check_resume(folder: Path, made: Made) -> None:
-    """Record what a training is made from, or make sure that the unfinished one in a folder is made from the same.
+def check_resume(
+    folder: Path,
+    made: Made,
+    what: str = "an unfinished training",
+    held: Sequence[str] = (Training.file, "checkpoints"),
+) -> None:
+    """Record what a result is made from, or make sure that the one in a folder is made from the same.
+
+    Args:
+        folder: Where it is made.
+        made: What it would be made from now.
+        what: What the folder holds, in words.
+        held: Names by which it is known to hold some of it; what else a folder without a record holds is removed.
 
     Raises:
         ConfigError: It is made from something else.
     """
     changes = made.changes_since(folder)
-    if changes is None and not any((folder / name).exists() for name in (Training.file, "checkpoints")):
+    if changes is None and not any((folder / name).exists() for name in held):
         empty_folder(folder)
         made.record(folder)
         return
@@ -190,7 +207,7 @@ def check_resume(folder: Path, made: Made) -> None:
             f"{key} was {before.get(key)}, is {made.options[key]}" if key in made.options else f"other {key}"
             for key in changes
         )
-    problem = f"{folder} holds an unfinished training with other settings ({told})"
+    problem = f"{folder} holds {what} with other settings ({told})"
     raise ConfigError("out", str(folder), problem, "remove it, or name another --out")
 
 

@@ -27,7 +27,10 @@ PROFILE_FILES = (
     *("profile.json", "choice.json"),
     *(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg")),
 )
-SCOUT_FILES = ("scout.json", "model", "tasks", "draws", "cache", "done.json", "frontier.png", "frontier.svg")
+SCOUT_FILES = (
+    *("scout.json", "model", "model.partial", "tasks", "tasks.partial", "draws", "cache", "done.json"),
+    *("choice.json", "frontier.png", "frontier.svg"),
+)
 STUDY_FILES = (
     *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
     *("data", "tasks", "models", "profiles", "scouts", "pruned", "scores", "figures", "cache", "logs", "done"),

@@ -310,6 +310,16 @@ class ScoutOptions(HealOptions):
         description="Without tasks: how many rows of the data are not trained on, but score the depths; at most a "
         "tenth of each file.",
     )
+    teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
+        None,
+        description="Teacher whose vectors the model learns: a model, the address of a server, as for heal; or self, "
+        "the whole model as it came.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _self_as_teacher(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "teacher": values.get("model")} if values.get("teacher") == "self" else values
 
     @field_validator("score", mode="before")
     @classmethod

@@ -1,9 +1,10 @@
-"""Zero-shot scores of evaluation tasks at every depth, from one encoding of their texts.
+"""Scores of evaluation tasks at every depth, or some, from one encoding of their texts.
 
 mteb's own evaluator scores a task once for each depth. The model it is given looks up its vectors: a text that was not
-asked for before is run through all layers once (:mod:`.depths`), and its vectors of all depths are kept in a temporary
-file until the task is done: texts × depths × dimension × 4 bytes (a thousand texts at 30 depths of 576: 69 MB). The
-scores at depth k are those that :func:`.evaluate` gives for the model cut to its first k layers.
+asked for before is run through all layers once (:mod:`.depths`), and its vectors of these depths are kept in a
+temporary file until the task is done: texts × depths × dimension × 4 bytes (a thousand texts at 30 depths of 576:
+69 MB). The scores at depth k are those that :func:`.evaluate` gives for the model cut to its first k layers, and all
+depths are resampled alike, so that differences between them have paired intervals.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import IO, Any
 
@@ -22,6 +24,7 @@ from sentence_transformers import SentenceTransformer
 from secateur.evaluation.evaluate import as_encoder, is_instructed, score_task, task_prompts
 from secateur.evaluation.tasks import Task
 from secateur.files import output_errors
+from secateur.measures.intervals import Array
 from secateur.profiling.depths import DepthEncoder
 from secateur.progress import Progress, quiet, silent
 from secateur.results import DepthScoreRow
@@ -32,27 +35,45 @@ TOGETHER = 4096
 Vectors = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class DepthScore:
+    """One task at one depth: ``row`` is None where the score is no number (all vectors alike).
+
+    ``replicates`` are the bootstrap's, (replicates,), None where rows cannot be drawn again; ``note`` is what a reader
+    of the score must know.
+    """
+
+    task: str
+    metric: str
+    depth: int
+    row: DepthScoreRow | None
+    replicates: Array | None
+    note: str = ""
+
+
 def depth_scores(
     model: SentenceTransformer,
     tasks: Sequence[Task],
+    depths: Sequence[int] | None = None,
     *,
     sample: int | None = None,
     seed: int = 42,
     name: str = "model",
     progress: Progress = silent,
-) -> tuple[tuple[DepthScoreRow, ...], tuple[str, ...]]:
-    """Score every depth of a model on tasks, its prompts chosen as :func:`.evaluate` does.
+) -> tuple[tuple[DepthScore, ...], tuple[str, ...]]:
+    """Score depths of a model on tasks, its prompts chosen as :func:`.evaluate` does.
 
     Args:
         model: An opened model; it is left as it was.
         tasks: Opened with ``sample`` and ``seed``.
+        depths: Which to score. Default: every one.
         sample: What the tasks were opened with, as ``seed``.
         seed: See ``sample``.
         name: What the user calls the model.
         progress: Called before each depth of each task, and at the end.
 
     Returns:
-        Rows by task, then depth; and notes, which say what is missing and what else a reader must know.
+        Scores by task, then depth; and notes, which say what is missing and what else a reader must know.
 
     Raises:
         ModelError: Vectors are not finite, or a text is too large for the memory.
@@ -60,39 +81,61 @@ def depth_scores(
         OutputError: The disk of temporary files is full.
     """
     encoder = DepthEncoder(model, name=name)
-    total = len(tasks) * encoder.depth
-    rows: list[DepthScoreRow] = []
-    notes: list[str] = []
-    for number, task in enumerate(tasks):
+    todo = [(task, depths or range(1, encoder.depth + 1)) for task in tasks]
+    found = tuple(score_depths(model, encoder, todo, sample=sample, seed=seed, name=name, progress=progress))
+    return found, (*encoder.notes, *notes_on(found))
+
+
+def score_depths(
+    model: SentenceTransformer,
+    encoder: DepthEncoder,
+    todo: Sequence[tuple[Task, Sequence[int]]],
+    *,
+    sample: int | None = None,
+    seed: int = 42,
+    name: str = "model",
+    progress: Progress = silent,
+) -> Iterator[DepthScore]:
+    """As :func:`depth_scores`, one by one, each task at depths of its own; ``encoder`` is the model's."""
+    done, total = 0, sum(len(depths) for _, depths in todo)
+    for task, depths in todo:
         key: dict[str, Any] = {"sample": sample, "seed": seed, "data": task.source.sha256}
         prompts = task_prompts(task, is_instructed(model))
-        missing, noted = list[str](), dict[str, list[str]]()
         with output_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
-            vectors = _Kept(encoder, file)
-            for depth in range(1, encoder.depth + 1):
-                progress("tasks by depth", number * encoder.depth + depth - 1, total)
+            vectors = _Kept(encoder, file, depths)
+            for depth in depths:
+                progress("tasks by depth", done, total)
                 with quiet(), as_encoder(model, name, prompts, None) as served, _lookup(model, vectors, depth):
-                    row = score_task(served, name, task, 32, key).row
-                numbers = (depth, row.score, row.low, row.high, row.samples)
+                    scored = score_task(served, name, task, 32, key)
+                row, own = scored.row, None
                 if math.isfinite(row.score):
-                    rows.append(DepthScoreRow(row.task, row.type, row.metric, *numbers))
-                else:
-                    missing.append(str(depth))
-                if row.note:
-                    noted.setdefault(row.note, []).append(str(depth))
-        if missing:
-            metric = f"{task.metadata.main_score} on {task.name}"
-            notes.append(f"{metric} is no number at depth {', '.join(missing)}: the vectors there are all alike")
-        notes += [f"{task.name} at depth {', '.join(depths)}: {note}" for note, depths in noted.items()]
+                    numbers = (depth, row.score, row.low, row.high, row.samples)
+                    own = DepthScoreRow(row.task, row.type, row.metric, *numbers)
+                yield DepthScore(row.task, row.metric, depth, own, scored.replicates, row.note)
+                done += 1
     progress("tasks by depth", total, total)
-    return tuple(rows), (*encoder.notes, *notes)
+
+
+def notes_on(scores: Sequence[DepthScore]) -> list[str]:
+    """What is missing among scores, and their notes, each once for all depths that have it."""
+    notes: list[str] = []
+    for task in dict.fromkeys(score.task for score in scores):
+        own = [score for score in scores if score.task == task]
+        if missing := [str(score.depth) for score in own if score.row is None]:
+            metric = f"{own[0].metric} on {task}"
+            notes.append(f"{metric} is no number at depth {', '.join(missing)}: the vectors there are all alike")
+        for note in dict.fromkeys(score.note for score in own if score.note):
+            depths = ", ".join(str(score.depth) for score in own if score.note == note)
+            notes.append(f"{task} at depth {depths}: {note}")
+    return notes
 
 
 class _Kept:
-    """The vectors of texts at every depth, in a file: each text is run once, at its first use."""
+    """The vectors of texts at some depths, in a file: each text is run once, at its first use."""
 
-    def __init__(self, encoder: DepthEncoder, file: IO[bytes]) -> None:
+    def __init__(self, encoder: DepthEncoder, file: IO[bytes], depths: Sequence[int]) -> None:
         self._encoder, self._file = encoder, file
+        self._depths = list(depths)
         self._places: dict[bytes, int] = {}
         self._dimension = 0
 
@@ -106,14 +149,15 @@ class _Kept:
             for batch in self._encoder.run([missing[key] for key in own], prompt):
                 self._dimension = batch.vectors.shape[-1]
                 # Written, not mapped: a full disk is an error here and would end the process there.
-                self._file.write(batch.vectors[:, 0].contiguous().numpy().tobytes())
+                chosen = batch.vectors[:, 0, [depth - 1 for depth in self._depths]]
+                self._file.write(chosen.contiguous().numpy().tobytes())
                 for row in batch.rows:
                     self._places[own[row]] = len(self._places)
         self._file.flush()
         # Mapped: of a large corpus only the rows that are asked for are read.
-        shape = (len(self._places), self._encoder.depth, self._dimension)
+        shape = (len(self._places), len(self._depths), self._dimension)
         held = np.memmap(self._file, np.float32, "r", shape=shape)
-        return np.asarray(held[[self._places[key] for key in keys], depth - 1])
+        return np.asarray(held[[self._places[key] for key in keys], self._depths.index(depth)])
 
 
 @contextmanager

@@ -64,8 +64,13 @@ def ends_with_norm(model: SentenceTransformer) -> bool:
         model.train(training)
 
 
-def check_depths(model: SentenceTransformer, depths: Sequence[int]) -> tuple[int, ...]:
+def check_depths(model: SentenceTransformer, depths: Sequence[int], option: str = "depths") -> tuple[int, ...]:
     """Depths for :func:`depth_vectors`: ascending, the full depth as the last.
+
+    Args:
+        model: An opened model.
+        depths: What was asked for.
+        option: Where, for errors.
 
     Raises:
         ConfigError: A depth is out of range.
@@ -76,7 +81,7 @@ def check_depths(model: SentenceTransformer, depths: Sequence[int]) -> tuple[int
     full, legal = len(blocks_of(transformer)), legal_depths(transformer.config)
     for depth in depths:
         if not 1 <= depth <= full:
-            raise ConfigError("depths", depth, f"is {depth}", f"the model has {full} blocks")
+            raise ConfigError(option, depth, f"is {depth}", f"the model has {full} blocks")
         if depth not in legal:
             raise IllegalDepth(depth, full, "the model cannot be cut there", legal)
     if not ends_with_norm(model):

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -100,7 +100,7 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         losses_by_pooling=measured.losses_by_pooling,
         batch_losses=_table(measured.losses) if measured.batch_losses else (),
         task_scores=task_scores,
-        layer_costs=_layer_costs(model, sizes, notes),
+        layer_costs=layer_costs(model, sizes, notes),
         notes=tuple(dict.fromkeys([*notes, *encoder.notes, *corpus.notes])),
     )
     if out is not None:
@@ -137,12 +137,13 @@ def _score_tasks(
     from secateur.profiling.depth_scores import depth_scores
 
     try:
-        rows, more = depth_scores(model, tasks, sample=options.sample, seed=options.seed, name=name, progress=progress)
+        given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name}
+        scores, more = depth_scores(model, tasks, **given, progress=progress)
     except SecateurError as error:
         notes.append(f"no task scores: {error}")
         return (), error
     notes += more
-    return rows, None
+    return tuple(score.row for score in scores if score.row), None
 
 
 def _open(options: ProfileOptions) -> tuple[SentenceTransformer, str, tuple[Size, ...], list[str]]:
@@ -335,8 +336,8 @@ def _table(matrix: Tensor) -> tuple[tuple[float | None, ...], ...]:
     return tuple(tuple(_number(value) for value in row) for row in matrix.double().tolist())
 
 
-def _layer_costs(model: SentenceTransformer, sizes: Sequence[Size], notes: list[str]) -> tuple[LayerCost, ...]:
-    """What the layers cost; whatever goes wrong here costs no more than these numbers, not the measured profile."""
+def layer_costs(model: SentenceTransformer, sizes: Sequence[Size], notes: list[str]) -> tuple[LayerCost, ...]:
+    """What the layers cost; whatever goes wrong here costs no more than these numbers, not what was measured before."""
     try:
         return measure_layers(model, sizes)
     except Exception as error:

@@ -1,0 +1,201 @@
+"""One short training of several depths at once, and what each of them is then worth: the evidence to choose on.
+
+    OUT/model          the trained model, at full depth; the first k of its layers are the model at depth k
+    OUT/tasks          held-out rows of the data as task folders, where no tasks were given
+    OUT/draws          the score of each task at each depth, with its bootstrap replicates
+    OUT/scout.json     the table of all
+    OUT/frontier.png   score against parameters
+
+Each is there whole or not at all, and kept when the same command runs again; the pictures come last.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.data.sources import Source, read_sources
+from secateur.done import FILE, Made
+from secateur.evaluation.tasks import Task, open_tasks
+from secateur.figures.plots import Point, frontier
+from secateur.figures.style import save
+from secateur.files import lock, results_folder
+from secateur.healing.exclusion import read_excluded
+from secateur.healing.heal import check_resume, heal
+from secateur.healing.recipes import training_config
+from secateur.healing.teacher import open_teacher
+from secateur.healing.trainer import check_tracker
+from secateur.measures.costs import layer_sizes
+from secateur.models import model_label, resolve
+from secateur.models.blocks import depth_of
+from secateur.models.cutting import legal_depths
+from secateur.models.open_model import open_model
+from secateur.options import SCOUT_FILES, HealOptions, ScoutOptions
+from secateur.options.base import make, step
+from secateur.profiling.depth_scores import DepthScore, notes_on, score_depths
+from secateur.profiling.depths import DepthEncoder, check_depths
+from secateur.profiling.profile import layer_costs
+from secateur.progress import Progress, silent
+from secateur.provenance import fingerprint_files, provenance
+from secateur.results import Scout, Training, load
+from secateur.scouting.held_out import hold_out, judge_of, left_whole
+from secateur.scouting.ladder import ladder
+from secateur.scouting.rungs import keep_score, kept_score, rungs
+
+PICTURES = ("frontier.svg", "frontier.png")
+_ASIDE = {"model", "data", "out", "score", "tasks", "exclude", "eval_data", "eval_tasks", "teacher", "cache"} | {
+    *("device", "report_to", "trust_remote_code")
+}
+"""Options that are known by their content, or do not change a result."""
+
+
+@step(ScoutOptions)
+def scout(options: ScoutOptions, *, progress: Progress = silent) -> Scout:
+    """Train a ladder of depths of a model at once (:func:`.heal` with ``depths``), and score each on tasks.
+
+    Without tasks, rows of the data are held out of the training and judge it. A scout that was killed goes on where it
+    stopped when the same command runs again; depths asked for by ``score`` are added to those that are there.
+
+    Returns:
+        The table in ``out``.
+
+    Raises:
+        ModelError, DataError, ConfigError: Bad input; too few rows to hold out; ``out`` was begun with other settings.
+        IllegalDepth, UnsupportedArchitecture: The model cannot be cut there, or more than a norm follows its layers.
+        TrainingDiverged: The loss is not finite, or exploded.
+        OutputError: ``out`` cannot be written, or holds something else.
+    """
+    out = results_folder(options.out, *SCOUT_FILES)
+    with lock(out):
+        sources = read_sources(options.data, options.instruction, options.columns)
+        training_config(options, sources)
+        check_tracker(options.report_to)
+        tasks = open_tasks(options.tasks, options.sample, options.seed) if options.tasks else []
+        made = _made_from(options, sources, tasks)
+        if not (out / "model").is_dir():
+            depths = _plan(options)
+            _begin(out, made)
+            _train(options, sources, depths, progress)
+        check_resume(out, made, "a scout", ("model",))
+        tasks = tasks or open_tasks(sorted((out / "tasks").iterdir()), options.sample, options.seed)
+        return _score(options, sources, tasks, progress)
+
+
+def _made_from(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Task]) -> Made:
+    """All that decides on the rungs that are there; what has a name is known by its content."""
+
+    def model(name: str) -> str:
+        return name if "://" in name else fingerprint_files(resolve(name)) or name
+
+    def told(tasks: Sequence[Task]) -> list[list[str]]:
+        return [[task.source.sha256, task.instruction] for task in tasks]
+
+    measured = read_sources(options.eval_data or (), options.instruction, options.columns)
+    on_the_way = open_tasks(options.eval_tasks, options.eval_sample, options.seed) if options.eval_tasks else []
+    inputs: dict[str, Any] = {
+        "model": model(options.model),
+        "data": [source.source.sha256 for source in sources],
+        "prompts": [[source.name, source.prompt] for source in sources],
+        "tasks": told(tasks),
+        "exclude": [task.sha256 for task in read_excluded(options.exclude).tasks],
+        "eval_data": [source.source.sha256 for source in measured],
+        "eval_tasks": told(on_the_way),
+        "teacher": "" if options.teacher is None else model(options.teacher),
+    }
+    return Made("scout", options.model_dump(mode="json", exclude=_ASIDE), inputs)
+
+
+def _plan(options: ScoutOptions) -> tuple[int, ...]:
+    """The depths to train, the full depth as the last."""
+    model = open_model(options.model, device=options.device, trust_remote_code=options.trust_remote_code)
+    transformer = model[0].auto_model
+    depths = check_depths(model, options.depths or ladder(depth_of(transformer), legal_depths(transformer.config)))
+    check_depths(model, options.score or (), "score")
+    return depths
+
+
+def _begin(out: Path, made: Made) -> None:
+    """Record what a scout is made from, or make sure that the one in ``out`` is made from the same.
+
+    One that had not come to a first checkpoint has nothing to lose, and is begun anew.
+    """
+    if any((out / "model.partial" / "checkpoints").glob("checkpoint-*")):
+        check_resume(out, made, "a scout", ("model.partial",))
+        return
+    for name in ("tasks", "model.partial", "draws"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (FILE, Scout.file, *PICTURES):
+        (out / name).unlink(missing_ok=True)
+    made.record(out)
+
+
+def _train(options: ScoutOptions, sources: Sequence[Source], depths: Sequence[int], progress: Progress) -> None:
+    """Hold rows out where there are no tasks, and train on the others."""
+    out, exclude = options.out, list(options.exclude)
+    cache = (options.cache or out / "cache") if options.teacher is not None else None
+    if not options.tasks:
+        if not (out / "tasks").is_dir():
+            judged_by_teacher = options.teacher is not None and judge_of(sources) == "texts"
+            teacher = open_teacher(options) if judged_by_teacher else None
+            hold_out(sources, options.held_out, options.seed, out / "tasks", teacher, cache, progress)
+        exclude += sorted(map(str, (out / "tasks").iterdir()))
+    given = {name: value for name, value in options.given().items() if name in HealOptions.model_fields}
+    given |= {"depths": list(depths), "exclude": exclude, "cache": cache, "out": out / "model"}
+    heal(make(HealOptions, given), progress=progress)
+
+
+def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Task], progress: Progress) -> Scout:
+    """Score what is not scored yet, and write the table and its pictures."""
+    out, draws = options.out, options.out / "draws"
+    training = load(out / "model", Training)
+    earlier = load(out, Scout) if (out / Scout.file).is_file() else None
+    trained: list[int] = training.settings["depths"]
+    before = [row.depth for row in earlier.depths] if earlier else []
+    wanted = sorted({*trained, *(options.score or ()), *before})
+    scores = {(task.name, depth): kept_score(draws, task, depth) for task in tasks for depth in wanted}
+    missing = {task.name: [depth for depth in wanted if scores[task.name, depth] is None] for task in tasks}
+    todo = [(task, missing[task.name]) for task in tasks if missing[task.name]]
+    if earlier and not todo and all((out / name).is_file() for name in PICTURES):
+        return earlier
+    model = open_model(out / "model", device=options.device, trust_remote_code=options.trust_remote_code)
+    check_depths(model, options.score or (), "score")
+    name, notes = model_label(options.model), list(training.settings["notes"])
+    encoder, by_name = DepthEncoder(model, name=name), {task.name: task for task in tasks}
+    given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name}
+    for score in score_depths(model, encoder, todo, **given, progress=progress):
+        keep_score(draws, by_name[score.task], score)
+        scores[score.task, score.depth] = score
+    found: list[DepthScore] = [score for score in scores.values() if score is not None]
+    rows, missed = rungs(found, trained, encoder.depth, name)
+    if not options.tasks:
+        notes += left_whole(sources, by_name)
+    notes += [*encoder.notes, *notes_on(found), *missed]
+    costs = (earlier.layer_costs if earlier else ()) or layer_costs(model, layer_sizes(model), notes)
+    table = Scout(
+        provenance=provenance([*(source.source for source in sources), *(task.source for task in tasks)], options.seed),
+        model=name,
+        depth=encoder.depth,
+        judge="tasks" if options.tasks else judge_of(sources),
+        depths=rows,
+        task_scores=tuple(score.row for score in found if score.row),
+        layer_costs=costs,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+    table.save(out)
+    _draw(table, out)
+    return table
+
+
+def _draw(table: Scout, out: Path) -> None:
+    """Score against parameters, or against depth where they could not be counted."""
+    costs = [part.parameters for part in table.layer_costs]
+    points: list[Point] = []
+    for row in table.depths:
+        cost = float(sum(costs[: row.depth + 1]) if costs else row.depth)
+        best = row.score is not None and all(row.score > point.score for point in points)
+        points.append(Point("trained at once", str(row.depth), row.score, row.low, row.high, cost, best=best))
+    figure = frontier(points, "Parameters" if costs else "Depth (blocks)")
+    for name in PICTURES:
+        save(figure, out / name)
