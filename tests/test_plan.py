@@ -16,9 +16,10 @@ from secateur.files import output_error
 from secateur.options import CostOptions, HealOptions, PruneOptions, StudyOptions, make
 from secateur.provenance import provenance
 from secateur.reporting.run import read_journal
-from secateur.results import DepthRow, Profile
-from secateur.studies.plan import PRESETS, Base, Plan, Step, plan_steps
+from secateur.results import DepthRow, DepthScoreRow, LayerCost, Profile, RungRow, Scout
+from secateur.studies.plan import PRESETS, plan_steps
 from secateur.studies.runner import Executor, Scheduler, State, on_ray
+from secateur.studies.steps import Base, Plan, Step
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]
 
@@ -42,7 +43,7 @@ def test_models_depths_recipes_and_seeds_are_multiplied():
     study = options(
         depths=["2", "uniform:2"], recipes={"none": {}, "lora": {}, "blocks": {"train": "blocks"}}, seeds=[1, 2]
     )
-    plan = plan_steps(study, BASES, {})
+    plan = plan_steps(study, BASES, {}, {})
     own = [name.removeprefix("tiny-") for name in names(plan) if name.startswith("tiny")]
     trained = [f"{recipe}-seed{seed}" for recipe in ("lora", "blocks") for seed in (1, 2)]
     expected = ["4-zero-shot", *(f"4-{t}" for t in trained)]
@@ -57,8 +58,9 @@ def test_models_depths_recipes_and_seeds_are_multiplied():
     )
 
 
-def test_every_step_comes_after_those_that_it_needs_and_makes_something_of_its_own():
-    plan = plan_steps(options(depths=["0.3", "2", "large"], seeds=[1, 2]), BASES, {})
+@pytest.mark.parametrize("given", [{"depths": ["0.3", "2", "large"]}, {}, {"tasks": []}, {"polish": [4, 1]}])
+def test_every_step_comes_after_those_that_it_needs_and_makes_something_of_its_own(given):
+    plan = plan_steps(options(**given, seeds=[1, 2]), BASES, {}, {})
     seen: set[str] = set()
     for step in plan.steps:
         assert seen.issuperset(step.depends_on), step.name
@@ -68,15 +70,15 @@ def test_every_step_comes_after_those_that_it_needs_and_makes_something_of_its_o
 
 def test_what_a_profile_decides_stands_open_until_it_is_there():
     study = options(depths=["small", "1"])
-    before = plan_steps(study, BASES[1:], {})
+    before = plan_steps(study, BASES[1:], {}, {})
     assert "tiny-(small)-healed" in names(before)
     waiting = next(step for step in before.steps if step.name == "heal tiny-(small)-healed")
     assert not waiting.known
     assert "profile tiny" in waiting.depends_on
-    after = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [3.0, 2.0, 1.0, 2.0])})
+    after = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [3.0, 2.0, 1.0, 2.0])}, {})
     assert names(after) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-2-healed", "tiny-1-healed"]
     assert all(step.known for step in after.steps)
-    same = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [1.0, 2.0, 1.0, 2.0])})
+    same = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [1.0, 2.0, 1.0, 2.0])}, {})
     assert [variant.specs for _, variant in same.models if variant.name == "tiny-1-healed"] == [("small", "1")]
     assert names(same) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-1-healed"]
 
@@ -85,7 +87,7 @@ def test_what_a_profile_decides_stands_open_until_it_is_there():
     ("given", "tasks"), [({}, None), ({"depth_scores": True}, ["task"]), ({"depths": ["best-task"]}, ["task"])]
 )
 def test_profiles_score_the_tasks_where_it_is_asked_for_or_needed(given, tasks):
-    plan = plan_steps(options(tasks=["task"], sample=50, **given), BASES, {})
+    plan = plan_steps(options(tasks=["task"], sample=50, **given), BASES, {}, {})
     measured = [step.options for step in plan.steps if step.kind == "profile"]
     assert [step.tasks or None for step in measured] == [tasks] * len(BASES)
     assert [step.sample for step in measured] == [50 if tasks else None] * len(BASES)
@@ -93,7 +95,7 @@ def test_profiles_score_the_tasks_where_it_is_asked_for_or_needed(given, tasks):
 
 def test_a_profile_that_does_not_tell_fails_its_depths_alone():
     study = options(depths=["small", "1"])
-    plan = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [None] * 4)})
+    plan = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [None] * 4)}, {})
     assert list(plan.failed) == ["prune tiny-(small)"]
     assert plan.blocked(plan.failed) == {"heal tiny-(small)-healed", "evaluate tiny-(small)-healed"}
     cost = plan.steps[-1]
@@ -108,11 +110,20 @@ def test_a_profile_that_does_not_tell_fails_its_depths_alone():
 @pytest.mark.parametrize(
     ("given", "error", "key"),
     [
-        ({"recipes": {"a-b": {}}}, ConfigError, "recipes"),
-        ({"recipes": {"none": {"steps": 3}}}, ConfigError, "recipes"),
-        ({"recipes": {"mine": {"steps": 0}}}, ConfigError, "recipes.mine.steps"),
-        ({"recipes": {"mine": {"stepz": 1}}}, ConfigError, "recipes.mine.stepz"),
-        ({"recipes": {"mine": {"seed": 1}}}, ConfigError, "recipes.mine.seed"),
+        ({"depths": ["2"], "recipes": {"a-b": {}}}, ConfigError, "recipes"),
+        ({"depths": ["2"], "recipes": {"none": {"steps": 3}}}, ConfigError, "recipes"),
+        ({"depths": ["2"], "recipes": {"mine": {"steps": 0}}}, ConfigError, "recipes.mine.steps"),
+        ({"depths": ["2"], "recipes": {"mine": {"stepz": 1}}}, ConfigError, "recipes.mine.stepz"),
+        ({"depths": ["2"], "recipes": {"mine": {"seed": 1}}}, ConfigError, "recipes.mine.seed"),
+        ({"recipes": {"mine": {}}}, ConfigError, "recipes"),
+        ({"depths": ["chosen"]}, ConfigError, "depths"),
+        ({"depths": ["2"], "ladder": [2]}, ConfigError, "ladder"),
+        ({"depths": ["2"], "polish": [2]}, ConfigError, "polish"),
+        ({"depths": ["2"], "tolerance": 2.0}, ConfigError, "tolerance"),
+        ({"depths": ["2"], "best": True}, ConfigError, "best"),
+        ({"depths": ["2"], "max_params": 1e6}, ConfigError, "max_params"),
+        ({"ladder": [2, 5]}, IllegalDepth, None),
+        ({"polish": [5]}, IllegalDepth, None),
         ({"depths": ["half"]}, ConfigError, "to"),
         ({"depths": ["block-influence:11"]}, IllegalDepth, None),
         ({"depths": ["5"]}, IllegalDepth, None),
@@ -120,7 +131,7 @@ def test_a_profile_that_does_not_tell_fails_its_depths_alone():
 )
 def test_a_description_that_is_not_right_is_refused_with_its_place(given, error, key):
     with pytest.raises(error) as caught:
-        plan_steps(options(**given), BASES, {})
+        plan_steps(options(**given), BASES, {}, {})
     assert key is None or caught.value.key == key
 
 
@@ -133,7 +144,7 @@ def test_options_that_are_not_right_are_refused(given):
 
 def test_commands_say_what_their_options_say():
     """Each command, parsed again, gives the options of the step."""
-    plan = plan_steps(options(depths=["2"], steps=7, gradient_checkpointing=True), BASES[1:], {})
+    plan = plan_steps(options(depths=["2"], steps=7, gradient_checkpointing=True), BASES[1:], {}, {})
     heal = next(step for step in plan.steps if step.name == "heal tiny-2-healed")
     assert heal.command[:3] == ("secateur", "heal", "run/pruned/tiny-2")
     assert "--gradient-checkpointing" in heal.command
@@ -145,7 +156,9 @@ def test_commands_say_what_their_options_say():
 def test_mapped_columns_go_to_every_command_that_reads_the_data():
     study = options(columns="query=question,positive=best answer", depths=["2"], data=["hf:org/set:all[train]"])
     assert study.columns == {"query": "question", "positive": "best answer"}
-    lines = [step.command_line for step in plan_steps(study, BASES[1:], {}).steps if step.kind in ("profile", "heal")]
+    lines = [
+        step.command_line for step in plan_steps(study, BASES[1:], {}, {}).steps if step.kind in ("profile", "heal")
+    ]
     assert len(lines) == 3
     assert all(
         "--data 'hf:org/set:all[train]'" in line and "--columns 'query=question,positive=best answer'" in line
@@ -157,10 +170,125 @@ def test_mapped_columns_go_to_every_command_that_reads_the_data():
 
 
 def test_the_whole_teaches_its_parts_and_not_itself():
-    plan = plan_steps(options(**PRESETS["shrink"]), BASES[1:], {})
-    assert names(plan) == ["tiny-4-zero-shot", "tiny-3-distilled", "tiny-2-distilled", "tiny-1-distilled"]
+    plan = plan_steps(options(depths=["0.25", "0.5", "0.75"], teacher="self"), BASES[1:], {}, {})
+    assert names(plan) == ["tiny-4-zero-shot", "tiny-3-healed", "tiny-2-healed", "tiny-1-healed"]
     heals = [step for step in plan.steps if step.kind == "heal"]
     assert {step.options.teacher for step in heals} == {"run/models/tiny-4-zero-shot"}
+
+
+# With a scout ---------------------------------------------------------------------------------------------------------
+
+
+def scout_of(lows: dict[int, float], depth: int = 4, judge: str = "tasks", task: str = "t") -> Scout:
+    """Each rung scores half; the lower end of its difference to the full depth is told."""
+    rungs = [RungRow(k, True, 0.5, 0.4, 0.6, low + 0.01, low, low + 0.02) for k, low in sorted(lows.items())]
+    rungs.append(RungRow(depth, True, 0.5, 0.4, 0.6, 0.0))
+    scores = tuple(DepthScoreRow(task, "Retrieval", "ndcg_at_10", rung.depth, 0.5) for rung in rungs)
+    costs = tuple(LayerCost(layer, 100, 400, 1.0, 1e-3, 1e-3) for layer in range(depth + 1))
+    return Scout(provenance(command="x"), "tiny", depth, judge, tuple(rungs), scores, costs)
+
+
+def lines_of(plan: Plan) -> dict[str, str]:
+    return {step.name: step.command_line for step in plan.steps}
+
+
+def test_what_a_scout_decides_stands_open_until_it_is_there():
+    before = plan_steps(options(steps=100), BASES[1:], {}, {})
+    assert names(before) == ["tiny-4-zero-shot", "tiny-4-scout", "tiny-(chosen)-scout", "tiny-(chosen)-polished"]
+    waiting = [step.name for step in before.steps if not step.known]
+    cut = ["prune tiny-(chosen)-scout", "evaluate tiny-(chosen)-scout"]
+    assert waiting == [*cut, "heal tiny-(chosen)-polished", "evaluate tiny-(chosen)-polished", "cost all"]
+    assert all("scout tiny" in step.depends_on for step in before.steps[:-1] if not step.known)
+    after = plan_steps(options(steps=100), BASES[1:], {}, {"tiny": scout_of({1: -0.3, 2: -0.005, 3: 0.0})})
+    assert names(after) == ["tiny-4-zero-shot", "tiny-4-scout", "tiny-2-scout", "tiny-2-polished"]
+    assert all(step.known for step in after.steps)
+    lines, data = lines_of(after), "--data a.jsonl"
+    assert lines["scout tiny"] == (
+        f"secateur scout run/models/tiny-4-zero-shot {data} --steps 100 --tasks t -o run/scouts/tiny"
+    )
+    assert lines["prune tiny-4-scout"] == "secateur prune run/scouts/tiny/model --to 4 -o run/models/tiny-4-scout"
+    assert lines["prune tiny-2-scout"] == "secateur prune run/scouts/tiny/model --to 2 -o run/models/tiny-2-scout"
+    assert lines["heal tiny-2-polished"] == (  # half of the depth: twice the steps
+        f"secateur heal run/models/tiny-2-scout {data} --steps 200 -o run/models/tiny-2-polished"
+    )
+    assert [step.name for step in after.steps if step.kind == "evaluate"] == [f"evaluate {m}" for m in names(after)]
+
+
+@pytest.mark.parametrize(
+    ("given", "polished"),
+    [
+        ({}, [2]),
+        ({"tolerance": 40.0}, [1]),
+        ({"tolerance": 0.0}, [3]),
+        ({"max_params": 200}, [1]),
+        ({"polish": [1, 3]}, [3, 1]),
+        ({"polish": [4, 2]}, [4, 2]),
+    ],
+)
+def test_the_depth_is_chosen_by_scores_and_budget_or_by_the_user(given, polished):
+    plan = plan_steps(options(**given), BASES[1:], {}, {"tiny": scout_of({1: -0.3, 2: -0.005, 3: 0.0})})
+    assert [name for name in names(plan) if "polished" in name] == [f"tiny-{depth}-polished" for depth in polished]
+    assert [name for name in names(plan) if "scout" in name] == [
+        f"tiny-{k}-scout" for k in sorted({4, *polished})[::-1]
+    ]
+    assert lines_of(plan).get("heal tiny-3-polished", "--steps 1333").split("--steps ")[1][:4] == "1333"
+
+
+def test_depths_that_the_user_polishes_wait_for_no_choice():
+    plan = plan_steps(options(polish=[2]), BASES[1:], {}, {})
+    assert all(step.known for step in plan.steps)
+
+
+def test_where_no_smaller_depth_is_good_enough_nothing_is_polished():
+    plan = plan_steps(options(), BASES[1:], {}, {"tiny": scout_of({1: -0.3, 2: -0.2, 3: -0.1})})
+    assert names(plan) == ["tiny-4-zero-shot", "tiny-4-scout"]
+    assert all(step.known for step in plan.steps)
+
+
+def test_a_budget_that_nothing_fits_fails_the_cut_alone():
+    plan = plan_steps(options(max_params=1), BASES[1:], {}, {"tiny": scout_of({2: 0.0})})
+    assert list(plan.failed) == ["prune tiny-(chosen)-scout"]
+    assert plan.steps[-1].known
+    assert [Path(model).name for model in plan.steps[-1].options.models] == ["tiny-4-zero-shot", "tiny-4-scout"]
+
+
+def test_without_tasks_the_rows_that_the_scout_held_out_score_and_are_not_trained_on():
+    before = plan_steps(options(tasks=[]), BASES[1:], {}, {})
+    waiting = {step.name for step in before.steps if not step.known}
+    assert {"evaluate tiny-4-zero-shot", "evaluate tiny-4-scout", "heal tiny-(chosen)-polished"} <= waiting
+    scout = scout_of({2: 0.0}, judge="pairs", task="a-held-out")
+    plan = plan_steps(options(tasks=[]), BASES[1:], {}, {"tiny": scout})
+    lines, held = lines_of(plan), "run/scouts/tiny/tasks/a-held-out"
+    for name in names(plan):
+        assert f"--tasks {held} " in lines[f"evaluate {name}"]
+    assert f"--exclude {held} " in lines["heal tiny-2-polished"]
+    assert "--exclude" not in lines["scout tiny"]
+
+
+def test_each_seed_has_a_scout_and_the_first_ones_scores_choose():
+    study = options(seeds=[3, 5])
+    plan = plan_steps(study, BASES[1:], {}, {"tiny-seed3": scout_of({2: 0.0})})
+    expected = [f"tiny-{what}-seed{seed}" for seed in (3, 5) for what in ("4-scout", "2-scout", "2-polished")]
+    assert names(plan) == ["tiny-4-zero-shot", *expected]
+    lines = lines_of(plan)
+    assert "--seed 5 --tasks t -o run/scouts/tiny-seed5" in lines["scout tiny-seed5"]
+    assert lines["prune tiny-2-scout-seed5"].startswith("secateur prune run/scouts/tiny-seed5/model --to 2 ")
+    assert "--seed 5 " in lines["heal tiny-2-polished-seed5"]
+    before = plan_steps(study, BASES[1:], {}, {})
+    cut = next(step for step in before.steps if step.name == "prune tiny-(chosen)-scout-seed5")
+    assert set(cut.depends_on) == {"scout tiny-seed3", "scout tiny-seed5"}
+    held = plan_steps(options(seeds=[3, 5], tasks=[]), BASES[1:], {}, {"tiny-seed3": scout_of({2: 0.0}, task="a")})
+    folder = "run/scouts/tiny-seed3/tasks/a"  # all are scored on the same rows, which none is trained on
+    assert f"--exclude {folder} " in lines_of(held)["scout tiny-seed5"]
+    assert f"--tasks {folder} " in lines_of(held)["scout tiny-seed5"]
+    assert f"--tasks {folder} " in lines_of(held)["evaluate tiny-2-polished-seed5"]
+
+
+def test_a_scout_is_taught_by_the_whole_and_so_is_its_polish():
+    plan = plan_steps(options(**PRESETS["shrink"]), BASES[1:], {}, {"tiny": scout_of({2: 0.0})})
+    taught = [step.options for step in plan.steps if step.kind in ("scout", "heal")]
+    assert len(taught) == 2
+    assert {(step.teacher, step.cache) for step in taught} == {("run/models/tiny-4-zero-shot", Path("run/cache"))}
 
 
 def test_estimates_are_corrected_by_what_has_finished():

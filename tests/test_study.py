@@ -7,12 +7,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +24,7 @@ from secateur.files import lock
 from secateur.reporting.run import read_run
 from secateur.results import Costs, Origin, Profile, Scores, Training, load
 from secateur.studies.study import join_tables
+from snapshots import Snapshots, assert_each_step_was_done_once, assert_same_weights
 from task_folders import example_rows, write_task
 
 OPTIONS = {"depths": ["1", "small"], "steps": 10, "batch_size": 8, "learning_rate": 1e-3, "lora_rank": 4}
@@ -53,29 +52,6 @@ def run_study(place: Path, out: str = "run", **changes: object) -> Path:
     return secateur.study([place / "tiny"], **options, out=place / out)
 
 
-class Snapshots:
-    """What a run folder holds at each moment at which a file or folder gets its name: what a kill there would leave."""
-
-    def __init__(self, run: Path, folder: Path) -> None:
-        self.run = run
-        self.folder = folder
-        self.moments: list[str] = []
-
-    def rename(self, rename: Callable[..., None]) -> Callable[..., None]:
-        def renamed(source: str, target: str, **options: object) -> None:
-            path = Path(target)
-            self.take(f"before {path.relative_to(self.run)}") if self.run in path.parents else None
-            rename(source, target, **options)
-            self.take(f"after {path.relative_to(self.run)}") if self.run in path.parents else None
-
-        return renamed
-
-    def take(self, moment: str) -> None:
-        if moment in MOMENTS and moment not in self.moments:
-            shutil.copytree(self.run, self.folder / str(len(self.moments)))
-            self.moments.append(moment)
-
-
 MOMENTS = (
     "after models/tiny-2-zero-shot",  # its record is missing
     "before profiles/tiny/profile.json",
@@ -91,16 +67,13 @@ MOMENTS = (
 
 @pytest.fixture(scope="module")
 def snapshots(place: Path) -> Snapshots:
-    return Snapshots(place / "run", place / "snapshots")
+    return Snapshots(place / "run", place / "snapshots", MOMENTS)
 
 
 @pytest.fixture(scope="module")
 def run(place: Path, snapshots: Snapshots, quick_checks: None) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("rename", "replace"):
-            patch.setattr(os, name, snapshots.rename(getattr(os, name)))
+    with snapshots.taken():
         assert run_study(place) == place / "run" / "report.html"
-    assert sorted(snapshots.moments) == sorted(MOMENTS)
     return place / "run"
 
 
@@ -227,32 +200,14 @@ def test_the_printed_commands_give_the_same_tables(run: Path, tmp_path: Path, mo
 
 
 def test_a_study_killed_at_any_point_ends_with_the_same_tables(run: Path, snapshots: Snapshots):
-    whole = run.rename(run.with_name("whole"))
-    try:
-        for number, moment in enumerate(snapshots.moments):
-            shutil.copytree(snapshots.folder / str(number), run)
-            assert secateur.study(out=run).is_file()
-            assert tables(run) == tables(whole), moment
-            assert not list(run.rglob("*.partial")), moment
-            assert_each_step_was_done_once(run)
-            for name in VARIANTS:
-                one, other = (load_file(there / "models" / name / "model.safetensors") for there in (run, whole))
-                assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys()), moment
-            shutil.rmtree(run)
-    finally:
-        shutil.rmtree(run, ignore_errors=True)
-        whole.rename(run)
-
-
-def assert_each_step_was_done_once(run: Path) -> None:
-    """By the journal: every step of the plan was begun, and never again after it was done."""
-    entries = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
-    done: list[str] = []
-    for entry in entries:
-        assert entry["step"] not in done, f"{entry} after it was done"
-        done += [entry["step"]] if entry["outcome"] == "done" else []
-    steps = json.loads((run / "plan.json").read_text())["steps"]
-    assert {entry["step"] for entry in entries} == {step["name"] for step in steps}
+    for moment in snapshots.restored():
+        whole = run.with_name("whole")
+        assert secateur.study(out=run).is_file()
+        assert tables(run) == tables(whole), moment
+        assert not list(run.rglob("*.partial")), moment
+        assert_each_step_was_done_once(run)
+        for name in VARIANTS:
+            assert_same_weights(run / "models" / name, whole / "models" / name, moment)
 
 
 def without(run: Path, tmp_path: Path, *variants: str) -> Path:
@@ -469,7 +424,7 @@ def test_a_plan_is_shown_and_nothing_is_written(place: Path, tmp_path: Path, mon
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 0
-    assert "heal tiny-(large)-healed" in capsys.readouterr().out
+    assert "heal tiny-(chosen)-polished" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

@@ -20,13 +20,13 @@ from secateur.healing.recipes import training_config
 from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of, skeleton
 from secateur.models.open_model import as_model_error, open_model
-from secateur.options import HealOptions, ProfileOptions, PruneOptions, StudyOptions
+from secateur.options import HealOptions, ProfileOptions, PruneOptions, ScoutOptions, StudyOptions
 from secateur.progress import quiet
 from secateur.pruning.download import fetch_small, transformer_folder
-from secateur.studies.plan import Base, Plan, Step
+from secateur.studies.steps import Base, Plan, Step
 
 CHARACTERS_PER_TOKEN = 4
-FIXED_SECONDS = {"prune": 12.0, "profile": 5.0, "heal": 15.0, "evaluate": 6.0, "cost": 5.0}
+FIXED_SECONDS = {"prune": 12.0, "profile": 5.0, "scout": 20.0, "heal": 15.0, "evaluate": 6.0, "cost": 5.0}
 BYTES_PER_SECOND = 200e6
 COST_TOKENS = 10_000
 """Tokens that the timing of one model encodes, about."""
@@ -38,7 +38,8 @@ SMALL_FOLDER = 2 << 30
 class Amounts:
     """How much data there is, ``rows`` of ``texts_per_row`` texts, and how fast a matrix product is here.
 
-    ``task_tokens`` are those of all tasks together; None where the data of one are not here yet.
+    ``task_tokens`` are those of all tasks together, or of the rows that a scout holds out for want of tasks; None where
+    the data of one are not here yet.
     """
 
     flops_per_second: float
@@ -78,6 +79,8 @@ def measure_amounts(study: StudyOptions, sources: Sequence[Source]) -> Amounts:
         drawn = [sample_task(task, study.sample, study.seed) if study.sample else task for task in folders]
         task_tokens = sum(_tokens(texts_of(task)) for task in drawn)
     per_row, per_text = len(texts) / max(1, len(rows)), _tokens(texts) / max(1, len(texts))
+    if not (study.tasks or study.depths):
+        task_tokens = min(study.held_out, len(rows) / 10) * per_row * per_text
     return Amounts(_flops_per_second(), len(rows), per_row, per_text, task_tokens)
 
 
@@ -107,7 +110,9 @@ def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
     if isinstance(options, HealOptions):
         recipe = training_config(options)
         texts = recipe.steps * recipe.batch_size * amounts.texts_per_row
-        tokens = 3 * texts * min(amounts.tokens_per_text, recipe.max_length)
+        trained = 3 * texts * min(amounts.tokens_per_text, recipe.max_length)
+        scored = tokens if isinstance(options, ScoutOptions) else 0
+        tokens = None if scored is None else trained + scored
     elif isinstance(options, ProfileOptions):
         pairs = min(options.max_examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text
         tokens = pairs if not options.tasks else None if tokens is None else pairs + tokens

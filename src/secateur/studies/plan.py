@@ -1,51 +1,41 @@
-"""What a study will do, as plain data: steps, each of which is one command, and the models that they make.
+"""What a study will do, as plain data: :func:`plan_steps` is a pure function of what is known so far.
 
-:func:`plan_steps` is a pure function of the options, the models' depths and what their profiles say so far. Depths that
-a profile chooses are not known before it is there: until then their steps stand in the plan without a command, and the
-plan made anew after the profile has them.
+By default one training of several depths, the scout, is scored at each of them, and the depth that its scores choose is
+cut out of it and trained on (polished). Where the user names depths, each is trained by itself (:mod:`.grid`).
 
-Folders are named ``<model>-<blocks>-<state>``. The state is ``zero-shot`` or the recipe's name, after the selector
-where the blocks are not the first ones, and before the seed where there are several:
-``smollm2-7-uniform-healed-seed2``.
+What a profile or a scout tells is not known before it is there: until then the steps that wait for it stand in the plan
+without a command, and the plan made anew afterwards has them.
 """
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from secateur.choosing.choose import blocks_to_keep, needs_profile
+from secateur.choosing.choose import CHOSEN, blocks_to_keep
+from secateur.choosing.evidence import choose_rung
 from secateur.errors import ConfigError, SecateurError
-from secateur.options import (
-    CostOptions,
-    EvaluateOptions,
-    HealOptions,
-    HealSettings,
-    Options,
-    ProfileOptions,
-    PruneOptions,
-    StudyOptions,
-    default_of,
-    extra,
-    make,
+from secateur.healing.recipes import TrainingConfig
+from secateur.options import Budget, CostOptions, HealOptions, StudyOptions, default_of
+from secateur.results import Costs, Profile, Scout
+from secateur.studies.grid import add_grid, recipe_options, settings_of
+from secateur.studies.steps import (
+    FRONTIER,
+    FULL,
+    ITSELF,
+    MODELS,
+    Base,
+    Plan,
+    Step,
+    Variant,
+    add_profile,
+    add_scores,
+    add_whole,
+    command_options,
 )
-from secateur.results import Costs, Profile, Scores
 
-O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
-
-CURVE = "curve.png"
-"""The file of a profile that is written last."""
-MODELS = "models"
-"""The folder of the models that are evaluated and timed."""
-ZERO_SHOT, NO_TRAINING = "zero-shot", "none"
-ITSELF = "self"
-"""As a teacher: the whole model, of which the cut ones are parts."""
-BY_TASKS = "best-task"
-"""As a depth: what the scores of the tasks at every depth choose."""
+SCOUTS, SCOUT, POLISHED = "scouts", "scout", "polished"
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {  # the experiments of L3Prune, arXiv 2410.14578, sections 4 and 5; the data are left to the user
@@ -57,171 +47,24 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         ],
         "depths": ["large", "small", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8"],
         "tasks": ["MTEB(eng, v1)"],
+        "recipe": "l3prune",
         "gradient_checkpointing": True,
     },
-    "shrink": {"depths": ["0.25", "0.5", "0.75"], "recipes": {"distilled": {}}, "teacher": ITSELF},
+    "shrink": {"teacher": ITSELF},
 }
 """Options that a preset decides, where the user has not; the demo's come with its data."""
 
-COMMANDS: Mapping[str, type[Options]] = {
-    "prune": PruneOptions,
-    "profile": ProfileOptions,
-    "heal": HealOptions,
-    "evaluate": EvaluateOptions,
-    "cost": CostOptions,
-}
 
-
-@dataclass(frozen=True)
-class Base:
-    """A model to begin with: its name in the study, what the user named, and its size.
-
-    Attributes:
-        depth: Number of blocks.
-        block_parameters: Parameters of one block.
-        parameters: Parameters of the whole model.
-    """
-
-    name: str
-    model: str
-    depth: int
-    block_parameters: int = 0
-    parameters: int = 0
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One model of a study.
-
-    Attributes:
-        name: Of its folder.
-        base: The model that it is cut from.
-        specs: The entries of ``depths`` that lead to its blocks; ``full`` for all of them.
-        blocks: Indices of its blocks; None while a profile has to say.
-        recipe: How it is trained; ``none``: not at all.
-        seed: Of the training; None without one.
-    """
-
-    name: str
-    base: Base
-    specs: tuple[str, ...]
-    blocks: tuple[int, ...] | None
-    recipe: str = NO_TRAINING
-    seed: int | None = None
-
-    @property
-    def depth(self) -> int:
-        """Number of its blocks; of all blocks while a profile has to say."""
-        return self.base.depth if self.blocks is None else len(self.blocks)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of a study.
-
-    Attributes:
-        name: The command and what it makes; unique in a study.
-        kind: The command.
-        options: Of the command; those at their defaults are not set.
-        output: The file or folder that is there when the step is done.
-        depends_on: Names of the steps that must be done before.
-        variant: The model that it makes or measures; None where there are several.
-        known: Whether all options are final; else the step waits for a profile, which tells the blocks.
-        seconds: An estimate of its time; None where nobody knows.
-    """
-
-    name: str
-    kind: str
-    options: Options
-    output: Path
-    depends_on: tuple[str, ...] = ()
-    variant: Variant | None = None
-    known: bool = True
-    seconds: float | None = None
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether nothing else may run meanwhile, because the step measures times."""
-        return self.kind == "cost"
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """The words of the same work on the command line; ``-o`` comes last."""
-        kind = type(self.options)
-        given = {name: getattr(self.options, name) for name in kind.model_fields if name in self.options.given()}
-        out = str(given.pop("out"))
-        words = ["secateur", self.kind]
-        for name in sorted(given, key=lambda name: not extra(kind, name, "positional")):
-            flag, value = name.replace("_", "-"), given[name]
-            if isinstance(value, Mapping):
-                value = ",".join(f"{key}={item}" for key, item in value.items())
-            if not extra(kind, name, "argument"):
-                words.append(f"--no-{flag}" if value is False else f"--{flag}")
-            words += [] if isinstance(value, bool) else map(str, value if isinstance(value, list) else [value])
-        return (*words, "-o", out)
-
-    @property
-    def command_line(self) -> str:
-        """As :attr:`command`, to be typed; empty while the options are not final."""
-        return shlex.join(self.command) if self.known else ""
-
-
-@dataclass
-class Plan:
-    """The steps, in an order in which they can be done.
-
-    ``failed`` are steps that can never be done, with the reason: a profile that does not tell what a depth asks of it.
-    """
-
-    steps: list[Step] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def models(self) -> list[tuple[Step, Variant]]:
-        """The steps that make the study's models, and these."""
-        made = [step for step in self.steps if step.output.parent.name == MODELS]
-        return [(step, step.variant) for step in made if step.variant is not None]
-
-    def add(self, kind: str, variant: Variant, output: Path, *depends_on: str, **options: Any) -> str:
-        """Add a step about one model; one whose blocks are not known waits for the profile as well."""
-        name = variant.base.name if kind == "profile" else variant.name
-        known = variant.blocks is not None
-        needed = depends_on if known else (*depends_on, f"profile {variant.base.name}")
-        step = Step(f"{kind} {name}", kind, _options(COMMANDS[kind], options), output, needed, variant, known)
-        self.steps.append(step)
-        return step.name
-
-    def blocked(self, failed: Collection[str]) -> set[str]:
-        """Steps that cannot be done because of others that failed."""
-        lost = set(failed)
-        for step in self.steps:  # in the order of the work
-            if lost.intersection(step.depends_on):
-                lost.add(step.name)
-        return lost - set(failed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        steps = [
-            {"name": step.name, "command": step.command_line, "output": str(step.output), "seconds": step.seconds}
-            | {"depends_on": step.depends_on}
-            for step in self.steps
-        ]
-        variants = [
-            {"name": v.name, "base": v.base.name, "depth": v.base.depth, "specs": v.specs, "blocks": v.blocks}
-            | {"recipe": v.recipe, "seed": v.seed, "folder": str(step.output), "step": step.name}
-            for step, v in self.models
-        ]
-        return {"steps": steps, "variants": variants}
-
-
-def _options(command: type[O], values: Mapping[str, Any]) -> O:
-    """A command's options, those at their defaults not set."""
-    known = command.model_fields
-    return make(command, {k: v for k, v in values.items() if k not in known or v != default_of(command, k)})
+_SCOUTED = ("ladder", "polish", "held_out", *Budget.model_fields)
+"""Options of a study with a scout."""
 
 
 def plan_steps(
-    study: StudyOptions, bases: Sequence[Base], profiles: Mapping[str, Profile], failed: Collection[str] = ()
+    study: StudyOptions,
+    bases: Sequence[Base],
+    profiles: Mapping[str, Profile],
+    scouts: Mapping[str, Scout],
+    failed: Collection[str] = (),
 ) -> Plan:
     """The plan of a study.
 
@@ -229,163 +72,169 @@ def plan_steps(
         study: Its options.
         bases: The models to begin with.
         profiles: Base → its profile, of those that are there.
+        scouts: Name of a scout (:func:`scout_names`) → what it found, of those that are there.
         failed: Names of steps that failed: their models are not counted and timed with the others.
 
     Raises:
-        ConfigError: A depth, a recipe or a seed is not valid.
+        ConfigError: A depth, a recipe or a seed is not valid, or an option has no effect.
         IllegalDepth: A model cannot be cut so.
     """
+    _check(study)
     recipes, plan = recipe_options(study), Plan()
     for base in bases:
-        _add_base(plan, study, recipes, base, profiles.get(base.name))
+        if study.depths:
+            add_grid(plan, study, recipes, base, profiles.get(base.name))
+        else:
+            (training,) = recipes.values()
+            _add_scouted(plan, study, training, base, scouts.get(scout_names(study, base)[0]))
     lost = {*failed, *plan.failed}
     lost |= plan.blocked(lost)
     left = [step for step, _ in plan.models if step.name not in lost]
     if left:  # all models in one step: times are compared under the same conditions
-        options = _options(CostOptions, {"models": [str(step.output) for step in left], "out": study.out})
+        options = command_options(CostOptions, {"models": [str(step.output) for step in left], "out": study.out})
         needed, known = tuple(step.name for step in left), all(step.known for step in left)
         plan.steps.append(Step("cost all", "cost", options, study.out / Costs.file, needed, known=known))
     return plan
 
 
-_DECIDED: dict[str, Any] = {"model": "-", "data": ["-"], "columns": None, "out": "-", "seed": 42}
-"""Options of a training that the study decides, until it has."""
-
-
-def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
-    """Recipe → the options of its training, but for those that the study decides. ``none`` has none.
+def _check(study: StudyOptions) -> None:
+    """Refuse options that would have no effect.
 
     Raises:
-        ConfigError: A name cannot be part of a folder's, or a setting is not valid.
+        ConfigError: One of a scout where the depths are named, or one of named depths where they are not.
     """
-    common = {name: getattr(study, name) for name in (*HealSettings.model_fields, "teacher")}
-    recipes: dict[str, HealOptions] = {}
-    for name, own in study.recipes.items():
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise ConfigError("recipes", name, f"{name!r} is no name", "small letters, digits and _")
-        if name == NO_TRAINING and own:
-            raise ConfigError("recipes", own, "none has no settings", "name the recipe otherwise")
-        for decided in sorted(_DECIDED.keys() & own.keys()):
-            raise ConfigError(f"recipes.{name}.{decided}", own, "is the study's to say", "leave it out")
-        try:
-            recipes[name] = _options(HealOptions, common | own | _DECIDED)
-        except ConfigError as error:
-            problem = error.problem.partition(": ")[2]
-            raise ConfigError(f"recipes.{name}.{error.key}", error.value, problem, error.hint) from None
-    return recipes
+    if CHOSEN in study.depths:
+        raise ConfigError("depths", CHOSEN, f"{CHOSEN} is what a scout chooses", "leave out depths")
+    names = _SCOUTED if study.depths else ("recipes",)
+    for name in names:
+        given = getattr(study, name)
+        if given != default_of(StudyOptions, name):
+            if study.depths:
+                problem = f"is for a scout, but depths names those to train: {', '.join(study.depths)}"
+                raise ConfigError(name, given, problem, f"leave out depths, or {name}")
+            problem = "are trained at the depths that are named, and none is"
+            raise ConfigError(name, given, problem, "name depths, or set the options of heal themselves")
 
 
-def _add_base(
-    plan: Plan, study: StudyOptions, recipes: Mapping[str, HealOptions], base: Base, profile: Profile | None
+def scout_names(study: StudyOptions, base: Base) -> list[str]:
+    """The folders of a model's scouts in ``RUN/scouts``, one for each seed; the first one's scores choose."""
+    return [base.name + suffix for suffix in _suffixes(study).values()]
+
+
+def _suffixes(study: StudyOptions) -> dict[int, str]:
+    """Seed → how names tell it: not at all where there is one."""
+    return {seed: f"-seed{seed}" if len(study.seeds) > 1 else "" for seed in study.seeds or [study.seed]}
+
+
+def chosen_depth(study: StudyOptions, scout: Scout) -> int:
+    """The depth that a scout's scores choose, within the study's budget.
+
+    Raises:
+        ConfigError: No depth is within it.
+        DataError: The scout does not tell what it asks.
+    """
+    return len(choose_rung(study, scout).blocks)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The tasks that score a study's models; ``told_by`` is the step that writes them yet, ``held_out`` whether one
+    does, or did: they hold rows of the data.
+    """
+
+    tasks: Sequence[str]
+    told_by: str | None = None
+    held_out: bool = False
+
+
+def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: Base, scout: Scout | None) -> None:
+    """The model as it came, its profile, its scouts, and what is cut from these and polished.
+
+    Args:
+        plan: To add to.
+        study: Its options.
+        training: The options of scout and polish, but for those that the study decides.
+        base: The model.
+        scout: What the first seed's scout found, if it is there.
+    """
+    for depth in (*study.ladder, *study.polish):
+        blocks_to_keep(depth, base.depth)
+    whole, came = add_whole(plan, study, base)
+    add_profile(plan, study, whole, came, study.tasks if study.depth_scores else [])
+    settings = settings_of(study, training, study.out / MODELS / whole.name)
+    settings = {"data": study.data, "columns": study.columns, **settings}
+    judge = _add_scouts(plan, study, settings, whole, came, scout)
+    add_scores(plan, study, whole, came, judge.tasks, judge.told_by)
+    if judge.held_out:
+        settings["exclude"] = judge.tasks
+    cuts = _cuts(study, base, scout)
+    for seed, suffix in _suffixes(study).items():
+        _add_cut(plan, study, settings, judge, whole, seed, suffix)
+        for spec, kept, problem in cuts:
+            blocks = None if kept is None else tuple(range(kept))
+            _add_cut(plan, study, settings, judge, Variant("", base, (spec,), blocks), seed, suffix, problem)
+
+
+def _add_scouts(
+    plan: Plan, study: StudyOptions, settings: Mapping[str, Any], whole: Variant, came: str, scout: Scout | None
+) -> _Judge:
+    """A scout for each seed, and what scores all models: without tasks, the rows that the first scout holds out."""
+    judge = _Judge(study.tasks)
+    for seed, suffix in _suffixes(study).items():
+        variant = replace(whole, name=whole.base.name + suffix, recipe=SCOUT, seed=seed)
+        folder = study.out / SCOUTS / variant.name
+        own: dict[str, Any] = {"model": str(study.out / MODELS / whole.name), "depths": study.ladder or None}
+        own |= {"tasks": judge.tasks, "sample": study.sample, "held_out": study.held_out}
+        own |= {"exclude": judge.tasks if judge.held_out else []}
+        options = {**settings, **own, "seed": seed, "out": folder}
+        step = plan.add("scout", variant, folder / FRONTIER, came, told_by=judge.told_by, **options)
+        if not judge.tasks:
+            names = dict.fromkeys(row.task for row in scout.task_scores) if scout else [""]
+            judge = _Judge([str(folder / "tasks" / name) for name in names], None if scout else step, held_out=True)
+    return judge
+
+
+def _cuts(study: StudyOptions, base: Base, scout: Scout | None) -> list[tuple[str, int | None, str]]:
+    """The cuts below the full depth: entry, depth (None while it is not known), and why it cannot be told."""
+    if study.polish:
+        return [(str(depth), depth, "") for depth in sorted({*study.polish} - {base.depth}, reverse=True)]
+    if scout is None:
+        return [(CHOSEN, None, "")]
+    try:
+        depth = chosen_depth(study, scout)
+    except SecateurError as error:
+        return [(CHOSEN, None, str(error))]
+    return [(CHOSEN, depth, "")] if depth < base.depth else []
+
+
+def _add_cut(
+    plan: Plan,
+    study: StudyOptions,
+    settings: Mapping[str, Any],
+    judge: _Judge,
+    cut: Variant,
+    seed: int,
+    suffix: str,
+    problem: str = "",
 ) -> None:
-    """The model as it came, its profile, and every depth with every recipe and seed."""
-    run, cache = study.out, study.cache or study.out / "cache"
-    data = {"data": study.data, "columns": study.columns}
-    whole = Variant(f"{base.name}-{base.depth}", base, ("full",), tuple(range(base.depth)))
-    source = run / MODELS / f"{whole.name}-{ZERO_SHOT}"
-    came = f"prune {source.name}"
+    """A depth of a seed's scout as a model, and polished: the full depth only where this is asked for.
 
-    def evaluate(variant: Variant, step: str) -> None:
-        out = run / "scores" / variant.name
-        given = {"models": [str(run / MODELS / variant.name)], "names": [variant.name], "tasks": study.tasks}
-        if study.tasks:  # by its name, wherever the run folder lies: the scores are of this study's model
-            asked = {"sample": study.sample, "seed": study.seed, "cache": cache, "out": out}
-            plan.add("evaluate", variant, out / Scores.file, step, **given, **asked)
-
-    for variant, problem in [(whole, ""), *_cuts(study.depths, base, profile)]:
-        is_kept = variant is whole or NO_TRAINING in recipes
-        cut = replace(variant, name=f"{variant.name}-{ZERO_SHOT}") if is_kept else variant
-        folder = run / (MODELS if is_kept else "pruned") / cut.name
-        if variant is whole:
-            blocks = {"model": base.model, "to": str(base.depth), "pooling": study.pooling}
-            pruned = plan.add("prune", cut, folder, **blocks, out=folder)
-        else:
-            pruned = plan.add("prune", cut, folder, came, model=str(source), **_kept(variant.blocks), out=folder)
-        if problem:
-            plan.failed[pruned] = problem
-        if is_kept:
-            evaluate(cut, pruned)
-        if variant is whole:
-            out = run / "profiles" / base.name
-            tasks = study.tasks if study.depth_scores or BY_TASKS in study.depths else []
-            measured: dict[str, Any] = {
-                "scale": study.profile_scale,
-                "max_examples": study.max_examples,
-                "dtype": study.profile_dtype,
-            }
-            measured |= {"seed": study.seed, "tasks": tasks, "sample": study.sample if tasks else None, "out": out}
-            plan.add("profile", cut, out / CURVE, came, model=str(source), **data, **measured)
-        for recipe, training in recipes.items():
-            settings = {key: value for key, value in training.given().items() if key not in _DECIDED}
-            itself = settings.get("teacher") == ITSELF
-            if recipe == NO_TRAINING or (itself and variant is whole):  # the whole has nothing to learn from itself
-                continue
-            # A teacher's vectors are the same at all depths, and with all seeds.
-            given = {"cache": cache if "teacher" in settings else None} | settings
-            given |= {"teacher": str(source)} if itself else {}
-            for seed in study.seeds or [study.seed]:
-                suffix = f"-seed{seed}" if len(study.seeds) > 1 else ""
-                trained = replace(variant, name=f"{variant.name}-{recipe}{suffix}", recipe=recipe, seed=seed)
-                out = run / MODELS / trained.name
-                step = plan.add("heal", trained, out, pruned, model=str(folder), **data, **given, seed=seed, out=out)
-                evaluate(trained, step)
-
-
-def _kept(blocks: tuple[int, ...] | None) -> dict[str, str]:
-    """Which blocks, as ``prune`` takes it."""
-    if blocks is None:
-        return {}
-    is_prefix = blocks == tuple(range(len(blocks)))
-    return {"to": str(len(blocks))} if is_prefix else {"keep": ",".join(map(str, blocks))}
-
-
-def _cuts(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator[tuple[Variant, str]]:
-    """The cuts below the full depth, the deepest first, and why one cannot be told.
-
-    Entries that lead to the same blocks are one.
+    The polish takes as many steps as cost what the scout cost.
     """
-    known: dict[tuple[int, ...], list[str]] = {}
-    unknown: dict[str, str] = {}
-    for spec in specs:
-        try:
-            blocks = _blocks(spec, base.depth, profile)
-        except SecateurError as error:
-            if profile is None:  # nothing has begun
-                raise
-            unknown[spec] = str(error)
-            continue
-        if blocks is None:
-            unknown[spec] = ""
-        else:
-            known.setdefault(blocks, []).append(spec)
-    taken: set[str] = set()
-    for blocks in sorted(known, key=lambda kept: (-len(kept), kept)):
-        if len(blocks) < base.depth:
-            label = _label(blocks, known[blocks][0], taken)
-            taken.add(label)
-            yield Variant(f"{base.name}-{label}", base, tuple(known[blocks]), blocks), ""
-    for spec, problem in unknown.items():
-        yield Variant(f"{base.name}-({spec})", base, (spec,), None), problem
-
-
-def _blocks(spec: str, depth: int, profile: Profile | None) -> tuple[int, ...] | None:
-    """The blocks that an entry of ``depths`` keeps; None where it takes a profile that is not there."""
-    if not needs_profile(spec) or profile is not None:
-        return blocks_to_keep(spec, depth, profile)
-    _, counted, count = spec.partition(":")
-    if counted:  # too many blocks are too many for every selector
-        blocks_to_keep(count.partition(":")[0], depth)
-    return None
-
-
-def _label(blocks: tuple[int, ...], spec: str, taken: Collection[str]) -> str:
-    """How a folder's name tells blocks: their number, and the selector unless they are the first ones."""
-    if blocks == tuple(range(len(blocks))):
-        return str(len(blocks))
-    words = re.sub(r"[^a-z0-9]+", "_", re.sub(rf":{len(blocks)}(?=:|$)", "", spec.lower())).strip("_")
-    way = words if words[:1].isalpha() else f"chosen_{words}"
-    label, number = f"{len(blocks)}-{way}", 1
-    while label in taken:
-        number += 1
-        label = f"{len(blocks)}-{way}_{number}"
-    return label
+    base, waits = cut.base, None if cut.blocks is not None else f"scout {scout_names(study, cut.base)[0]}"
+    label, to = (f"({cut.specs[0]})", {}) if cut.blocks is None else (cut.depth, {"to": str(cut.depth)})
+    cut = replace(cut, name=f"{base.name}-{label}-{SCOUT}{suffix}", recipe=SCOUT, seed=seed)
+    source, out = study.out / SCOUTS / f"{base.name}{suffix}" / "model", study.out / MODELS / cut.name
+    made_by = f"scout {source.parent.name}"
+    pruned = plan.add("prune", cut, out, made_by, told_by=waits, model=str(source), **to, out=out)
+    if problem:
+        plan.failed[pruned] = problem
+    waits = waits or judge.told_by
+    add_scores(plan, study, cut, pruned, judge.tasks, waits)
+    if cut.specs == FULL and cut.depth not in study.polish:
+        return
+    polished = replace(cut, name=f"{base.name}-{label}-{POLISHED}{suffix}", recipe=POLISHED)
+    steps = round((study.steps or TrainingConfig.steps) * base.depth / cut.depth)
+    given, out = {"model": str(out), **settings, "steps": steps, "seed": seed}, study.out / MODELS / polished.name
+    step = plan.add("heal", polished, out, pruned, told_by=waits, **given, out=out)
+    add_scores(plan, study, polished, step, judge.tasks, waits)

@@ -7,6 +7,7 @@ on the Hub and mteb's tasks have no files to compare.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 from secateur.data.sources import data_files, stem
 from secateur.done import Made
 from secateur.errors import ConfigError, DataError
-from secateur.options import Names
+from secateur.files import read_json
+from secateur.options import HealOptions, Names
 from secateur.provenance import fingerprint, fingerprint_files, model_files, versions_of
-from secateur.studies.plan import COMMANDS, Plan, Step
+from secateur.studies.steps import COMMANDS, Plan, Step
 
 FOLDER = "done"
 MEASURED = ("evaluate", "cost")
@@ -24,6 +26,10 @@ MEASURED = ("evaluate", "cost")
 profile, which is never made again by itself."""
 _ASIDE = frozenset({"out", "cache", "names"})
 """Options that do not change a result."""
+
+DEFAULT = "default"
+RECIPES_BEFORE: Mapping[str | None, tuple[str | None, ...]] = {None: ("l3prune", None), "everyday": ("finetune",)}
+"""What records of earlier versions say of a training's recipe → what it is called now."""
 
 
 def made_from(step: Step, plan: Plan, run: Path, *, closely: bool = True) -> Made:
@@ -35,7 +41,6 @@ def made_from(step: Step, plan: Plan, run: Path, *, closely: bool = True) -> Mad
         run: The run folder.
         closely: Read all files; else only those of tasks, since reading all weights may take minutes.
     """
-    makers = {str(other.output): other for other in plan.steps if other.kind in ("prune", "heal")}
     options: dict[str, Any] = {}
     inputs: dict[str, Any] = {}
     values = step.options.model_dump(mode="json", include=step.options.model_fields_set - _ASIDE)
@@ -43,7 +48,7 @@ def made_from(step: Step, plan: Plan, run: Path, *, closely: bool = True) -> Mad
         marks = [mark.what for mark in type(step.options).model_fields[name].metadata if isinstance(mark, Names)]
         what = next((str(mark) for mark in marks if mark in ("model", "data", "task")), "")
         for item in (value if isinstance(value, list) else [value]) if what else ():
-            maker = makers.get(item)
+            maker = _maker(item, plan)
             if maker is None:
                 inputs[item] = _files(item, what) if closely or what == "task" else None
             elif step.kind in MEASURED:
@@ -54,7 +59,19 @@ def made_from(step: Step, plan: Plan, run: Path, *, closely: bool = True) -> Mad
             value = None if maker or step.kind in MEASURED else value
         if value is not None:
             options[name] = value
+    if step.kind == "heal":
+        options.setdefault("recipe", DEFAULT)
     return Made(step.kind, options, inputs, versions_of() if step.kind in MEASURED else "")
+
+
+def _maker(item: str, plan: Plan) -> Step | None:
+    """The step of a study that writes a model, or the task folders of a scout."""
+    for step in plan.steps:
+        if step.kind in ("prune", "heal") and item == str(step.output):
+            return step
+        if step.kind == "scout" and step.output.parent in Path(item).parents:
+            return step
+    return None
 
 
 def _files(item: str, what: str) -> dict[str, str] | None:
@@ -80,12 +97,22 @@ def is_done(step: Step, plan: Plan, run: Path, *, closely: bool = True, keep: bo
     """
     if not step.output.exists():
         return False
-    changes = made_from(step, plan, run, closely=closely).changes_since(run / FOLDER, _name(step))
+    changes = _changes(step, plan, run, closely)
     if changes is None and step.kind not in MEASURED:
         if keep:
             record(step, plan, run)
         return True
     return changes == []
+
+
+def _changes(step: Step, plan: Plan, run: Path, closely: bool) -> list[str] | None:
+    """What differs from the record (:meth:`.Made.changes_since`), but for a recipe that was called otherwise then."""
+    changes = made_from(step, plan, run, closely=closely).changes_since(run / FOLDER, _name(step))
+    if changes and "recipe" in changes and isinstance(step.options, HealOptions):
+        before = read_json(run / FOLDER / _name(step))["options"].get("recipe")
+        if step.options.recipe in RECIPES_BEFORE.get(before, ()):
+            changes.remove("recipe")
+    return changes
 
 
 def record(step: Step, plan: Plan, run: Path) -> None:
@@ -110,10 +137,9 @@ def check(plan: Plan, run: Path, *, closely: bool = True) -> None:
     changed: dict[str, list[str]] = {}
     for step in plan.steps:
         if step.known and step.output.exists() and step.kind != "cost":
-            made = made_from(step, plan, run, closely=closely)
-            changes = made.changes_since(run / FOLDER, _name(step)) or []
-            free = {"versions", *made.inputs} if step.kind in MEASURED else set()
-            for name in changes:
+            inputs = made_from(step, plan, run, closely=closely).inputs
+            free = {"versions", *inputs} if step.kind in MEASURED else set()
+            for name in _changes(step, plan, run, closely) or []:
                 if name not in free:
                     changed.setdefault(name, []).append(str(step.output.relative_to(run)))
     known = {name for options in COMMANDS.values() for name in options.model_fields}

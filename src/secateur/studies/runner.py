@@ -32,13 +32,15 @@ from secateur.provenance import acting_as
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, complete_lines, read_journal
-from secateur.studies.plan import Plan, Step
+from secateur.scouting.scout import scout
+from secateur.studies.steps import Plan, Step
 
 LOGS = "logs"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "prune": prune,
     "profile": profile,
     "heal": heal,
+    "scout": scout,
     "evaluate": evaluate,
     "cost": cost,
 }
@@ -103,7 +105,8 @@ class Scheduler:
 
     Attributes:
         run: The run folder, for journal and logs.
-        make_plan: Gives the plan, told the steps that failed; asked again after each step, for profiles add to it.
+        make_plan: Gives the plan, told the steps that failed; asked again after each step, for profiles and scouts add
+            to it.
         is_done: Whether a step's output is there, of its inputs; asked when all that it depends on is done.
         record: Told of a step that has ended well.
         executor: Runs one.

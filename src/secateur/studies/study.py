@@ -9,8 +9,9 @@ interruption, does only what is missing:
     RUN/steps.jsonl                     the journal: what was begun, how it ended, how long it took
     RUN/done/<step>.json                what each output was made from
     RUN/logs/                           the output of steps that failed, and of those that ran in their own process
-    RUN/models/<variant>                models as plain folders: as they came (zero-shot), and trained
     RUN/profiles/<model>/               profile.json, curve.png, choice.json
+    RUN/scouts/<model>/                 model, scout.json, frontier.png, choice.json, tasks of held-out rows
+    RUN/models/<variant>                models as plain folders: as they came (zero-shot), and trained
     RUN/pruned/<model>-<blocks>         cut, not trained
     RUN/scores/<variant>/scores.json    evaluated
     RUN/cache/                          vectors of the evaluations and of teachers
@@ -26,38 +27,33 @@ import io
 import json
 import shlex
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
+from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.data.demo import demo_study
-from secateur.data.sources import read_sources
-from secateur.errors import ConfigError, DataError, OutputError, StudyFailed
+from secateur.data.sources import Texts, read_sources
+from secateur.errors import ConfigError, DataError, OutputError, SecateurError, StudyFailed
 from secateur.evaluation.tasks import expand, open_tasks
 from secateur.files import lock, read_json, results_folder, write_text
 from secateur.healing.recipes import training_config
 from secateur.healing.training_data import training_sets
 from secateur.models import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
+from secateur.options.runs import of_earlier_version
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
 from secateur.reporting.report import report
 from secateur.reporting.run import read_journal, read_run
-from secateur.results import Costs, Profile, Scores, load
+from secateur.results import Costs, Profile, Scores, Scout, Training, load
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
-from secateur.studies.plan import (
-    CURVE,
-    NO_TRAINING,
-    PRESETS,
-    ZERO_SHOT,
-    Base,
-    Plan,
-    plan_steps,
-    recipe_options,
-)
+from secateur.studies.grid import recipe_options
+from secateur.studies.plan import PRESETS, SCOUT, SCOUTS, chosen_depth, plan_steps, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
+from secateur.studies.steps import CURVE, FRONTIER, ITSELF, NO_TRAINING, ZERO_SHOT, Base, Plan
 
 SETTINGS, PLAN, TABLE, CHOICE = "study.yaml", "plan.json", "table.csv", "choice.json"
 HOW = frozenset({"out", "jobs", "ray"})
@@ -70,7 +66,7 @@ def ignore(state: State) -> None:
 
 @step(StudyOptions)
 def study(options: StudyOptions, *, progress: Progress = silent, callback: Callable[[State], None] = ignore) -> Path:
-    """Profile, choose, prune, heal, evaluate and report; a study that was stopped goes on where it was.
+    """Profile, scout, choose, polish, evaluate and report; a study that was stopped goes on where it was.
 
     Without any options but ``out``, ``jobs`` and ``ray``, it goes on with the study that ``out`` holds.
 
@@ -230,13 +226,15 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
     if not settings.data:
         raise ConfigError("data", None, "no data to profile and heal with", "give --data FILE")
     sources = read_sources(settings.data, columns=settings.columns)
+    if not (settings.depths or settings.teacher) and all(isinstance(source, Texts) for source in sources):
+        settings = settings.model_copy(update={"teacher": ITSELF})
     for name, recipe in recipe_options(settings).items():
         if name != NO_TRAINING:
             training_sets(sources, training_config(recipe, sources))
     if settings.tasks:
         open_tasks(settings.tasks, settings.sample, settings.seed)
     bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))
-    plan_steps(settings, bases, {})
+    plan_steps(settings, bases, {}, {})
     return _Outline(settings, bases, measure_amounts(settings, sources))
 
 
@@ -256,7 +254,7 @@ def _read_plan(run: Path) -> dict[str, Any]:
         known = {field.name for field in fields(Base)}
         models = tuple(Base(**{key: base[key] for key in base.keys() & known}) for base in content["models"])
         given = content.get("study")
-        study = None if given is None else _what(make(StudyOptions, given | {"out": run}))
+        study = None if given is None else _what(make(StudyOptions, of_earlier_version(given) | {"out": run}))
         return content | {"models": models, "amounts": Amounts(**content["amounts"]), "study": study}
     except (AttributeError, KeyError, TypeError, ConfigError) as error:
         hint = f"missing or unexpected: {error}; remove it, and the study makes it again"
@@ -278,17 +276,20 @@ def _check_earlier_version(run: Path, kept: Mapping[str, Any], settings: StudyOp
 
 
 def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = False) -> Plan:
-    """The plan as far as the profiles that are there decide it, with estimated times.
+    """The plan as far as the profiles and scouts that are there decide it, with estimated times.
 
     Args:
         outline: What it is made of.
         failed: Steps that failed.
-        keep: Write it, and what each profile chooses, to the run folder.
+        keep: Write it, and what each profile and scout chooses, to the run folder.
     """
-    run = outline.study.out
+    study, run = outline.study, outline.study.out
     folders = {base.name: run / "profiles" / base.name for base in outline.bases}
     profiles = {name: load(folder, Profile) for name, folder in folders.items() if (folder / CURVE).is_file()}
-    plan = plan_steps(outline.study, outline.bases, profiles, failed)
+    names = [scout_names(study, base)[0] for base in outline.bases]
+    scouted = {name: run / SCOUTS / name for name in ([] if study.depths else names)}
+    scouts = {name: load(folder, Scout) for name, folder in scouted.items() if (folder / FRONTIER).is_file()}
+    plan = plan_steps(study, outline.bases, profiles, scouts, failed)
     plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
     if keep:
         texts = {}
@@ -296,8 +297,11 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
             if measured.can_choose:
                 choice = choose(measured) | {CHOSEN_FROM: losses_fingerprint(measured)}
                 texts[folders[name] / CHOICE] = json.dumps(choice) + "\n"
+        for name, scout in scouts.items():
+            with suppress(SecateurError):  # its plan says why there is no choice
+                texts[scouted[name] / CHOICE] = json.dumps({CHOSEN: chosen_depth(study, scout)}) + "\n"
         content = {"models": [asdict(base) for base in outline.bases], "amounts": asdict(outline.amounts)}
-        content |= {"study": _what(outline.study), **plan.to_dict()}
+        content |= {"study": _what(study), **plan.to_dict()}
         texts[run / PLAN] = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         for file, text in texts.items():
             if not (file.is_file() and file.read_text(encoding="utf-8") == text):
@@ -328,22 +332,25 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
     """All results of a study, joined: one flat row for each model and task, as ``table.csv`` has it.
 
     A row has the base model, which ``blocks`` of its ``depth`` are kept, the ``specs`` of the study that lead there,
-    recipe and seed, the score with its interval, and the costs. A model without scores has one row. Group by all but
-    ``seed`` to average over seeds.
+    recipe and seed, steps and seconds of its last training, the score with its interval, and the costs. A model without
+    scores has one row. Group by all but ``seed`` to average over seeds.
     """
-    specs = {item["name"]: " ".join(item["specs"]) for item in _read_plan(Path(run))["variants"]}
+    planned = {item["name"]: item for item in _read_plan(Path(run))["variants"]}
     found = {variant.name: variant for variant in read_run(run).variants}
     rows: list[dict[str, Any]] = []
-    for variant in (found[name] for name in specs if name in found):
-        training, origin = variant.training, variant.origin
+    for variant in (found[name] for name in planned if name in found):
+        training, origin, item = variant.training, variant.origin, planned[variant.name]
+        if item["recipe"] == SCOUT:  # a cut of the model that was trained
+            folder = item["base"] + item["name"].rpartition(SCOUT)[2]
+            training = load(Path(run) / SCOUTS / folder / "model", Training)
         what: dict[str, Any] = {
             "model": variant.base,
             "variant": variant.name,
             "depth": variant.blocks,
             "kept": variant.depth,
         }
-        what |= {"specs": specs[variant.name], "blocks": " ".join(map(str, origin.kept)) if origin else None}
-        what |= {"recipe": NO_TRAINING if variant.recipe == ZERO_SHOT else variant.recipe, "seed": variant.seed}
+        what |= {"specs": " ".join(item["specs"]), "blocks": " ".join(map(str, origin.kept)) if origin else None}
+        what |= {"recipe": NO_TRAINING if variant.recipe == ZERO_SHOT else variant.recipe, "seed": item["seed"]}
         what |= {"steps": training.steps if training else None}
         what |= {"train_seconds": round(training.seconds, 1) if training else None}
         cost = {name: getattr(variant.cost, name, None) for name in _COSTS}
