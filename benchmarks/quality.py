@@ -64,7 +64,8 @@ class Row:
             ``embedder_middle``, a number; or ``uniform`` or ``random`` for as many as ``small``.
         settings: Of the training; None: there is none.
         start: What is cut: the model, the row ``scout``, or the embedder.
-        compute: How much the training may cost, in trainings of the reference; None: the same steps.
+        compute: What the training may cost, in trainings of the reference: ``equal`` is one, ``scout`` the share of
+            one that a scout gets, ``polish`` the rest; None: the same steps.
         pooling: Of the model.
     """
 
@@ -72,7 +73,7 @@ class Row:
     depth: str = "full"
     settings: dict[str, Any] | None = field(default_factory=lambda: BLOCKS)
     start: Literal["model", "scout", "embedder"] = "model"
-    compute: float | None = None
+    compute: Literal["equal", "scout", "polish"] | None = None
     pooling: str | None = None
 
     def parts(self, args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
@@ -91,17 +92,16 @@ ROWS = {
     "large": Row("large, same steps", "large"),
     "middle": Row("middle, same steps", "middle"),
     "small": Row("small, same steps", "small"),
-    "small-compute": Row("small, compute of the reference", "small", compute=1),
-    "scout": Row("scout, full depth", settings=BLOCKS | {"depths": "ladder"}),
+    "large-compute": Row("large, equal compute", "large", compute="equal"),
+    "middle-compute": Row("middle, equal compute", "middle", compute="equal"),
+    "small-compute": Row("small, equal compute", "small", compute="equal"),
+    "scout": Row("scout, full depth", settings=BLOCKS | {"depths": "ladder"}, compute="scout"),
     "scout-large": Row("scout, large", "large", None, "scout"),
     "scout-middle": Row("scout, middle", "middle", None, "scout"),
     "scout-small": Row("scout, small", "small", None, "scout"),
-    "polish-large": Row("scout and polish, large", "large", start="scout", compute=1),
-    "polish-middle": Row("scout and polish, middle", "middle", start="scout", compute=1),
-    "polish-small": Row("scout and polish, small", "small", start="scout", compute=1),
-    "large-twice": Row("large, compute of scout and polish", "large", compute=2),
-    "middle-twice": Row("middle, compute of scout and polish", "middle", compute=2),
-    "small-twice": Row("small, compute of scout and polish", "small", compute=2),
+    "polish-large": Row("scout and polish, large, equal compute", "large", start="scout", compute="polish"),
+    "polish-middle": Row("scout and polish, middle, equal compute", "middle", start="scout", compute="polish"),
+    "polish-small": Row("scout and polish, small, equal compute", "small", start="scout", compute="polish"),
     "depth-9": Row("9 blocks, same steps", "9"),
     "depth-12": Row("12 blocks, same steps", "12"),
     "depth-19": Row("19 blocks, same steps", "19"),
@@ -162,6 +162,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--large", type=int, default=24, help="blocks of the large cut")
     parser.add_argument("--middle", type=int, default=15, help="blocks of the middle cut")
     parser.add_argument("--ladder", type=int, nargs="+", default=[6, 7, 9, 12, 15, 19, 24, 30], help="of the scout")
+    parser.add_argument("--scout-share", type=float, default=0.25, help="of the compute of scout and polish together")
     parser.add_argument("--embedder-small", type=int, default=3, help="blocks of the embedder's small cut")
     parser.add_argument("--embedder-middle", type=int, default=4, help="blocks of the embedder's larger cut")
     parser.add_argument("--steps", type=int, default=200)
@@ -179,7 +180,17 @@ def arguments() -> argparse.Namespace:
 
 def check_same(args: argparse.Namespace) -> None:
     """Rows of one folder must be comparable: refuse to go on with other settings."""
-    keys = ("small", "middle", "large", "ladder", "embedder_small", "embedder_middle", "steps", "batch_size")
+    keys = (
+        "small",
+        "middle",
+        "large",
+        "ladder",
+        "scout_share",
+        "embedder_small",
+        "embedder_middle",
+        "steps",
+        "batch_size",
+    )
     keys += ("max_length", "distill_steps", "texts", "sample", "eval_length", "eval_dtype")
     settings = {key: getattr(args, key) for key in keys} | {"model": str(args.model), "tasks": str(args.tasks)}
     note = args.out / "settings.json"
@@ -222,7 +233,8 @@ def heal(args: argparse.Namespace, row: Row, cut: Path, out: Path, seed: int) ->
     if options.get("depths"):
         options["depths"] = args.ladder
     if row.compute is not None:
-        options["steps"] = round(row.compute * args.steps * reference_flops(args) / step_flops(args, cut))
+        share = {"equal": 1.0, "scout": args.scout_share, "polish": 1 - args.scout_share}[row.compute]
+        options["steps"] = round(share * args.steps * reference_flops(args) / step_flops(args, cut))
         print(f"  {options['steps']} steps in place of {args.steps}", flush=True)
     if row.start == "embedder":
         options |= {"teacher": args.embedder, "steps": args.distill_steps, "cache": args.out / "vectors"}
