@@ -1,15 +1,15 @@
-"""What healing recovers: the same model cut and trained in several ways, on the same batches, scored on the same tasks.
+"""What a cut and its healing keep: depths trained alone, by one scout, and polished, on the same tasks.
 
-    python benchmarks/quality.py MODEL DATA TASKS -o OUT [--embedder MINILM] [--rows ROW ...] [--steps 100]
+    python benchmarks/quality.py MODEL DATA TASKS -o OUT [--embedder MINILM] [--rows ROW ...] [--steps 200]
 
 MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so the row small-mean would fail),
 DATA a folder of training files, TASKS a folder of task folders. Each row and seed is a folder of OUT: it goes on where
-it was stopped, and is skipped once it is scored. Trained models are removed after scoring, but for the full-depth one,
-which is a teacher (--keep-models keeps all). At the end, and with --table alone, prints a Markdown table: the average
-over task types ± standard error over the seeds, in points.
+it was stopped, and is skipped once it is scored. Trained models are removed after scoring, but for those that other
+rows start from or learn from (--keep-models keeps all). At the end, and with --table alone, prints a Markdown table:
+the average over task types ± standard error over the seeds, in points.
 
-Every row has the same batches (same seed, same steps), but for the rows of equal compute, whose steps are scaled by
-the counted FLOPs of a training step, and the label-free rows, which see texts alone.
+The first row is the reference: the full depth with the default recipe. Rows have the same steps, or the same compute:
+steps that cost what others cost, by counted FLOPs of a training step. Label-free rows see texts alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import shutil
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytrec_eval
@@ -39,7 +39,7 @@ from secateur.data.rows import read_rows
 from secateur.data.sources import instruction_prompt, read_pairs
 from secateur.files import read_json, write_text
 from secateur.healing.losses import Loss
-from secateur.healing.recipes import TrainingConfig, prepare
+from secateur.healing.recipes import RECIPES, TrainingConfig, prepare
 from secateur.healing.trainer import train
 from secateur.healing.training_data import training_sets
 from secateur.models.blocks import depth_of
@@ -47,72 +47,79 @@ from secateur.models.open_model import open_model
 from secateur.progress import silent
 from secateur.results import Scores, Training, load
 
+BLOCKS = {"train": "blocks"}
 PAPER = {"recipe": "l3prune"}
 SEARCHES = ("Cranfield", "PubMedQA-L")
 STATIC_LEARNING_RATE = 1e-2
+REFERENCE = "full"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: how the model is cut, and what it is healed with."""
+    """A line of the table.
+
+    Attributes:
+        about: What it says.
+        depth: How many of the first blocks: ``full``, ``large``, ``middle``, ``small``, ``embedder_small``,
+            ``embedder_middle``, a number; or ``uniform`` or ``random`` for as many as ``small``.
+        settings: Of the training; None: there is none.
+        start: What is cut: the model, the row ``scout``, or the embedder.
+        compute: What the training may cost, in trainings of the reference: ``equal`` is one, ``scout`` the share of
+            one that a scout gets, ``polish`` the rest; None: the same steps.
+        pooling: Of the model.
+    """
 
     about: str
-    blocks: Callable[[argparse.Namespace, int, int], tuple[int, ...]]
-    settings: dict[str, Any] = field(default_factory=lambda: PAPER)
+    depth: str = "full"
+    settings: dict[str, Any] | None = field(default_factory=lambda: BLOCKS)
+    start: Literal["model", "scout", "embedder"] = "model"
+    compute: Literal["equal", "scout", "polish"] | None = None
     pooling: str | None = None
-    equal_compute: bool = False
-    teacher: bool = False
-    embedder: bool = False
 
-
-def first(name: str) -> Callable[[argparse.Namespace, int, int], tuple[int, ...]]:
-    return lambda args, depth, seed: tuple(range(depth if name == "full" else getattr(args, name)))
-
-
-def uniform(args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
-    return blocks_to_keep(f"uniform:{args.small}", depth)
-
-
-def at_random(args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
-    return blocks_to_keep(f"random:{args.small}", depth, seed=seed)
-
-
-def nothing(args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
-    return ()
+    def parts(self, args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
+        """The blocks that stay, of a model of ``depth``."""
+        if self.depth in ("uniform", "random"):
+            return blocks_to_keep(f"{self.depth}:{args.small}", depth, seed=seed)
+        count = depth if self.depth == "full" else int(getattr(args, self.depth, self.depth))
+        return tuple(range(count))
 
 
 ROWS = {
-    "full-lora": Row("full depth, the paper's recipe", first("full")),
-    "small-lora": Row("small, the paper's recipe", first("small")),
-    "small-blocks": Row("small, its blocks' weights, same steps", first("small"), {"train": "blocks"}),
-    "small-blocks-compute": Row(
-        "small, its blocks' weights, equal compute", first("small"), {"train": "blocks"}, equal_compute=True
+    REFERENCE: Row("full depth"),
+    "full-lora": Row("full depth, the paper's recipe", settings=PAPER),
+    "large-lora": Row("large, the paper's recipe", "large", PAPER),
+    "small-lora": Row("small, the paper's recipe", "small", PAPER),
+    "large": Row("large, same steps", "large"),
+    "middle": Row("middle, same steps", "middle"),
+    "small": Row("small, same steps", "small"),
+    "large-compute": Row("large, equal compute", "large", compute="equal"),
+    "middle-compute": Row("middle, equal compute", "middle", compute="equal"),
+    "small-compute": Row("small, equal compute", "small", compute="equal"),
+    "scout": Row("scout, full depth", settings=BLOCKS | {"depths": "ladder"}, compute="scout"),
+    "scout-large": Row("scout, large", "large", None, "scout"),
+    "scout-middle": Row("scout, middle", "middle", None, "scout"),
+    "scout-small": Row("scout, small", "small", None, "scout"),
+    "polish-large": Row("scout and polish, large, equal compute", "large", start="scout", compute="polish"),
+    "polish-middle": Row("scout and polish, middle, equal compute", "middle", start="scout", compute="polish"),
+    "polish-small": Row("scout and polish, small, equal compute", "small", start="scout", compute="polish"),
+    "depth-9": Row("9 blocks, same steps", "9"),
+    "depth-12": Row("12 blocks, same steps", "12"),
+    "depth-19": Row("19 blocks, same steps", "19"),
+    "random": Row("random blocks, same steps", "random"),
+    "uniform": Row("evenly spaced blocks, same steps", "uniform"),
+    "small-both-ways": Row("small, attention both ways", "small", BLOCKS | {"bidirectional": True}),
+    "small-mean": Row("small, mean pooling", "small", pooling="mean"),
+    "static": Row("token embeddings alone", "0", {"train": "all", "learning_rate": STATIC_LEARNING_RATE}),
+    "embedder": Row("the embedder, as it came", settings=None, start="embedder"),
+    "embedder-middle": Row(
+        "the embedder's first blocks (middle), distilled on texts alone", "embedder_middle", {}, "embedder"
     ),
-    "large-lora": Row("large, the paper's recipe", first("large")),
-    "small-all": Row("small, every weight", first("small"), {"train": "all"}),
-    "small-everyday": Row("small, the everyday recipe", first("small"), {"recipe": "everyday", "train": "blocks"}),
-    "small-everyday-compute": Row(
-        "small, the everyday recipe, equal compute",
-        first("small"),
-        {"recipe": "everyday", "train": "blocks"},
-        equal_compute=True,
-    ),
-    "small-teacher": Row(
-        "small, the everyday recipe and the healed full model as teacher",
-        first("small"),
-        {"recipe": "everyday", "train": "blocks"},
-        teacher=True,
-    ),
-    "random": Row("random blocks, the paper's recipe", at_random),
-    "uniform": Row("evenly spaced blocks, the paper's recipe", uniform),
-    "small-both-ways": Row("small, attention both ways", first("small"), PAPER | {"bidirectional": True}),
-    "small-mean": Row("small, mean pooling", first("small"), pooling="mean"),
-    "static": Row("token embeddings alone", nothing, {"train": "all", "learning_rate": STATIC_LEARNING_RATE}),
-    "embedder": Row("the embedder, as it came", first("full"), {}, embedder=True),
     "embedder-small": Row(
-        "the embedder's first blocks, distilled on texts alone", first("embedder_small"), {}, embedder=True
+        "the embedder's first blocks (small), distilled on texts alone", "embedder_small", {}, "embedder"
     ),
 }
+KEPT = ("full", "scout")
+"""Rows whose models others need."""
 
 
 def main() -> None:
@@ -131,7 +138,7 @@ def run_all(args: argparse.Namespace) -> list[str]:
     for seed in args.seeds:
         for name in args.rows:
             folder = args.out / f"{name}-{seed}"
-            if ROWS[name].embedder and args.embedder is None:
+            if ROWS[name].start == "embedder" and args.embedder is None:
                 print(f"{name}: left out, no --embedder", flush=True)
             elif not (folder / "done.json").is_file():
                 try:
@@ -153,14 +160,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--small", type=int, default=7, help="blocks of the small cuts")
     parser.add_argument("--large", type=int, default=24, help="blocks of the large cut")
-    parser.add_argument("--embedder-small", type=int, default=3, help="blocks of the embedder's cut")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--middle", type=int, default=15, help="blocks of the middle cut")
+    parser.add_argument("--ladder", type=int, nargs="+", default=[6, 7, 9, 12, 15, 19, 24, 30], help="of the scout")
+    parser.add_argument("--scout-share", type=float, default=0.25, help="of the compute of scout and polish together")
+    parser.add_argument("--embedder-small", type=int, default=3, help="blocks of the embedder's small cut")
+    parser.add_argument("--embedder-middle", type=int, default=4, help="blocks of the embedder's larger cut")
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-length", type=int, default=64, help="tokens per text in training")
+    parser.add_argument("--max-length", type=int, default=48, help="tokens per text in training")
     parser.add_argument("--distill-steps", type=int, default=1000, help="of the label-free row, whose steps are cheap")
     parser.add_argument("--texts", type=int, default=30000, help="texts of the label-free row")
-    parser.add_argument("--sample", type=int, default=300, help="of each task; 0: the whole task")
-    parser.add_argument("--eval-length", type=int, default=128, help="tokens per text in scoring, for all rows")
+    parser.add_argument("--sample", type=int, default=100, help="of each task; 0: the whole task")
+    parser.add_argument("--eval-length", type=int, default=64, help="tokens per text in scoring, for all rows")
     parser.add_argument("--eval-dtype", default="bfloat16")
     parser.add_argument("--keep-models", action="store_true")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
@@ -169,8 +180,18 @@ def arguments() -> argparse.Namespace:
 
 def check_same(args: argparse.Namespace) -> None:
     """Rows of one folder must be comparable: refuse to go on with other settings."""
-    keys = ("small", "large", "embedder_small", "steps", "batch_size", "max_length", "distill_steps", "texts")
-    keys += ("sample", "eval_length", "eval_dtype")
+    keys = (
+        "small",
+        "middle",
+        "large",
+        "ladder",
+        "scout_share",
+        "embedder_small",
+        "embedder_middle",
+        "steps",
+        "batch_size",
+    )
+    keys += ("max_length", "distill_steps", "texts", "sample", "eval_length", "eval_dtype")
     settings = {key: getattr(args, key) for key in keys} | {"model": str(args.model), "tasks": str(args.tasks)}
     note = args.out / "settings.json"
     if note.is_file() and read_json(note) != settings:
@@ -183,46 +204,42 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
     row, folder = ROWS[name], args.out / f"{name}-{seed}"
     folder.mkdir(exist_ok=True)
     print(f"{time.strftime('%H:%M:%S')} {folder.name}", flush=True)
-    source = args.embedder if row.embedder else args.model
-    depth = depth_of(open_model(source, device="cpu")[0].auto_model)
-    blocks = row.blocks(args, depth, seed)
+    starts = {"model": args.model, "embedder": args.embedder, "scout": args.out / f"scout-{seed}" / "model"}
+    source = starts[row.start]
+    blocks = row.parts(args, depth_of(open_model(source, device="cpu")[0].auto_model), seed)
     about: dict[str, Any] = {"blocks": len(blocks), "kept": blocks}
     if name == "static":
         score(args, static(args, row, folder, seed, about), folder, seed)
-    elif name == "embedder":
-        score(args, source, folder, seed)
     else:
-        model = folder / "model"
+        cut = folder / "cut"
+        if not cut.exists():
+            secateur.prune(source, keep=blocks, pooling=row.pooling, out=cut)
+        model = cut if row.settings is None else folder / "model"
         if not model.exists():
-            heal(args, row, folder, source, blocks, depth, seed)
-        about |= trained(load(model, Training))
+            heal(args, row, cut, model, seed)
+        about |= {} if row.settings is None else trained(load(model, Training))
         score(args, model, folder, seed)
-        if name == "embedder-small":
+        if row.start == "embedder" and row.settings is not None:
             about["searches"] = searches(args, model, args.embedder)
-        if name == "small-teacher":
-            about["searches"] = searches(args, model, args.out / f"full-lora-{seed}" / "model")
     write_text(folder / "done.json", json.dumps(about, indent=1))
-    if name != "full-lora" and not args.keep_models:
-        for leftover in ("model", "cut", "checkpoints"):
-            shutil.rmtree(folder / leftover, ignore_errors=True)
+    for leftover in ("cut", "checkpoints", *(() if name in KEPT or args.keep_models else ("model",))):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
 
 
-def heal(
-    args: argparse.Namespace, row: Row, folder: Path, source: Path, blocks: tuple[int, ...], depth: int, seed: int
-) -> None:
-    cut = folder / "cut"
-    if not cut.exists():
-        secateur.prune(source, keep=blocks, pooling=row.pooling, out=cut)
+def heal(args: argparse.Namespace, row: Row, cut: Path, out: Path, seed: int) -> None:
+    """Train one row's model with one seed."""
     options: dict[str, Any] = {"seed": seed, "batch_size": args.batch_size, "max_length": args.max_length}
-    options |= {"steps": args.steps, **row.settings}
-    if row.equal_compute:
-        options["steps"] = equal_steps(args, row, cut)
-    if row.embedder:
-        options |= {"teacher": source, "steps": args.distill_steps, "cache": args.out / "vectors"}
-    if row.teacher:
-        options |= {"teacher": args.out / f"full-lora-{seed}" / "model", "cache": args.out / "vectors"}
-    data: list[Path] = [texts(args)] if row.embedder else training_files(args)
-    secateur.heal(cut, data, out=folder / "model", progress=silent, **options)
+    options |= {"steps": args.steps, **(row.settings or {})}
+    if options.get("depths"):
+        options["depths"] = args.ladder
+    if row.compute is not None:
+        share = {"equal": 1.0, "scout": args.scout_share, "polish": 1 - args.scout_share}[row.compute]
+        options["steps"] = round(share * args.steps * reference_flops(args) / step_flops(args, cut))
+        print(f"  {options['steps']} steps in place of {args.steps}", flush=True)
+    if row.start == "embedder":
+        options |= {"teacher": args.embedder, "steps": args.distill_steps, "cache": args.out / "vectors"}
+    data: list[Path] = [texts(args)] if row.start == "embedder" else training_files(args)
+    secateur.heal(cut, data, out=out, progress=silent, **options)
 
 
 def training_files(args: argparse.Namespace) -> list[Path]:
@@ -240,18 +257,15 @@ def texts(args: argparse.Namespace) -> Path:
     return file
 
 
-def equal_steps(args: argparse.Namespace, row: Row, cut: Path) -> int:
-    """Steps of a cut model that cost what the full model's adapters cost in ``--steps``, by counted FLOPs."""
-    full = step_flops(args, args.model, {})
-    steps = round(args.steps * full / step_flops(args, cut, row.settings))
-    print(f"  {steps} steps in place of {args.steps}", flush=True)
-    return steps
+def reference_flops(args: argparse.Namespace) -> int:
+    """Of a step of the reference."""
+    return step_flops(args, args.model)
 
 
-def step_flops(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> int:
-    """Counted in one forward and backward pass of a batch of triplets at full length."""
+def step_flops(args: argparse.Namespace, folder: Path) -> int:
+    """Counted in one forward and backward pass of a batch of triplets at full length, the blocks' weights trained."""
     model = open_model(folder, device="cpu")
-    config = TrainingConfig(train=settings.get("train", "lora"), batch_size=4, precision="float32")
+    config = TrainingConfig(train="blocks", batch_size=4, precision="float32")
     prepare(model, config)
     loss = Loss(model.train(), config)
     batch = [" ".join(["word"] * 600)] * 4
@@ -271,7 +285,7 @@ def static(args: argparse.Namespace, row: Row, folder: Path, seed: int, about: d
     sources = [read_pairs(file) for file in training_files(args)]
     model.prompts.update({pairs.name: pairs.prompt for pairs in sources if pairs.prompt})
     numbers = {"steps": args.steps, "batch_size": args.batch_size, "max_length": args.max_length, "seed": seed}
-    config = TrainingConfig(**numbers, **row.settings)
+    config = TrainingConfig(**{**RECIPES["finetune"], **numbers, **(row.settings or {})})
     sets, _ = training_sets(sources, config)
     outcome = train(model, sets, config, folder / "checkpoints")
     about |= {"steps": args.steps, "seconds": outcome.seconds, "trained_parameters": outcome.trained_parameters}
@@ -357,7 +371,7 @@ def ndcg(similarity: np.ndarray, queries: list[str], documents: list[str], judge
 def table(args: argparse.Namespace) -> str:
     """All rows that are there."""
     average = partial(averages, args)
-    reference = average("full-lora")
+    reference = average(REFERENCE)
     types = sorted({kind for name in ROWS for kinds in average(name).values() for kind in kinds if kind})
     heads = ["row", "blocks", "steps", "trained, M", "train, s", "average", "− reference", *types, "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]

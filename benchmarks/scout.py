@@ -97,6 +97,26 @@ class Sandwich(Sampled):
     count, smallest = 1, True
 
 
+class Single(Elastic):
+    """One depth in each step, drawn anew, and no block beyond it is run; the full depth in ``share`` of the steps."""
+
+    share, steps_run = 0.25, 0
+
+    def forward(self, sentence_features: Any, labels: Tensor | None = None) -> Tensor:
+        drawn = random.Random(self.steps_run)
+        self.steps_run += 1
+        inner = LADDER[:-1]
+        depth = LADDER[-1] if drawn.random() < self.share else drawn.choice(inner)
+        transformer: Any = self._student[0][0].auto_model
+        layers, self._depths = transformer.layers, ()
+        transformer.layers = layers[:depth]
+        try:
+            loss: Tensor = super().forward(sentence_features, labels)
+            return loss
+        finally:
+            transformer.layers = layers
+
+
 class Deep(Elastic):
     """The full depth has a weight of its own; the others share the rest."""
 
@@ -148,6 +168,7 @@ SCOUTS: dict[str, tuple[str, type[Elastic], tuple[int, ...]]] = {
     "scout-mean-4": ("mean over 4 depths", Elastic, (7, 15, 24, 30)),
     "scout-sampled": ("full depth and 2 drawn by step", Sampled, LADDER),
     "scout-sandwich": ("full depth, smallest, 1 drawn by step", Sandwich, LADDER),
+    "scout-single": ("one depth drawn by step", Single, LADDER),
     "scout-deep": ("half of the weight on full depth", Deep, LADDER),
     "scout-proportional": ("weights in proportion to depth", Proportional, LADDER),
     "scout-taught": ("full depth teaches the others similarities", Taught, LADDER),
@@ -212,7 +233,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     settings = {key: json.loads(value) for key, value in (item.split("=") for item in given)}
     files = sorted(path for path in args.data.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")))
     parts = [split(read_pairs(file), args.held_out) for file in files]
-    numbers: dict[str, Any] = {**RECIPES["everyday"], "train": "blocks", "steps": args.steps, "seed": seed}
+    numbers: dict[str, Any] = {**RECIPES["finetune"], "train": "blocks", "steps": args.steps, "seed": seed}
     numbers |= {"batch_size": args.batch_size, "max_length": args.max_length} | settings
     model = open_model(args.model, device="cpu", pooling=args.pooling)
     make: Callable[..., Loss] = Elastic

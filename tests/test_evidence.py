@@ -222,6 +222,15 @@ def test_the_sentence_says_that_there_is_no_interval():
     )
 
 
+def test_a_trained_depth_whose_score_is_no_number_ends_the_search():
+    broken = replace(USUAL[3], score=None, low=None, high=None, difference=None, difference_low=None)  # NaN in a file
+    table = scout([*USUAL[:3], broken, USUAL[4]])
+    assert secateur.choose(table) == {"chosen": 24}
+    assert "with 19 layers there is no interval, so the search ended there" in said(table)
+    assert secateur.choose(table, best=True) == {"chosen": 24}
+    assert "with 19 layers how much is lost is not known" in said(table, best=True)
+
+
 def test_the_sentence_says_that_a_budget_costs_more_than_the_tolerance():
     assert said(scout(USUAL), max_params=cost(9, "parameters")).startswith(
         "9 of 30 layers, the highest score of those that fit: up to 2.1 points may be lost against all 30 trained "

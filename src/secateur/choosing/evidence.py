@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,7 +42,7 @@ def choose_rung(options: Budget, scout: Scout) -> Choice:
     if options.best:
         return Choice(prefix(highest.depth), _sentence(scout, highest, title, None))
     tolerance = TOLERANCE if options.tolerance is None else options.tolerance
-    found = smallest_within(rungs, tolerance)
+    found = smallest_within(scout.depths, tolerance)
     if found.depth in fitting:
         return Choice(prefix(found.depth), _sentence(scout, found, "", tolerance))
     reason = _sentence(scout, highest, title, tolerance, found)
@@ -54,7 +55,7 @@ def scored(scout: Scout) -> list[RungRow]:
     Raises:
         DataError: The full depth has none.
     """
-    rungs = [row for row in scout.depths if row.score is not None]
+    rungs = [row for row in scout.depths if row.score is not None and math.isfinite(row.score)]
     if not rungs or rungs[-1].depth != scout.depth:
         raise DataError(scout.file, f"has no score at depth {scout.depth}, the full one", "scout again", field="depths")
     return rungs
@@ -101,8 +102,8 @@ def _sentence(scout: Scout, row: RungRow, title: str, tolerance: float | None, w
         tolerance: In points; None where there is none.
         wanted: The smallest depth within the tolerance, where it is too expensive.
     """
-    rungs, depth = scored(scout), scout.depth
-    smaller = next((other for other in reversed(rungs) if other.depth < row.depth), None)
+    depth = scout.depth
+    smaller = next((other for other in reversed(scout.depths) if other.depth < row.depth), None)
     whole = row.depth == depth
     name = f"All {plural(depth, 'layer')}" if whole else f"{row.depth} of {plural(depth, 'layer')}"
     head = f"{name}, {title}" if title else name

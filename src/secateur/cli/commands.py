@@ -24,6 +24,7 @@ from secateur.cli.tables import (
     show_export,
     show_profile,
     show_scores,
+    show_scout,
     show_steps,
 )
 from secateur.errors import SYSTEM, DataError, SecateurError, system_error
@@ -162,10 +163,7 @@ def heal_command(options: HealOptions) -> None:
 
 @command_of(app, ScoutOptions)
 def scout_command(options: ScoutOptions) -> None:
-    from secateur.cli import tables
-
-    show: Any = getattr(tables, "show_scout", _say)
-    show(_do("scout", options))
+    show_scout(_do("scout", options))
     _say(f"\n{options.out / 'scout.json'}", options.out / "frontier.png", options.out / "model")
 
 

@@ -15,10 +15,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from secateur import document as doc
 from secateur.data.hub import is_hub_name, parse_name
 from secateur.files import read_json
+from secateur.provenance import Fingerprint
 from secateur.reporting.blocks import Block, Bullets, Code, Section, Text, section_to_markdown
 from secateur.reporting.findings import GroupComparison, Summary
-from secateur.reporting.run import HUB_NAME, Variant, base_licence, is_on_hub
-from secateur.reporting.tables import SPEED, cost_table, kept_blocks, settings_text
+from secateur.reporting.run import HUB_NAME, POLISHED, Scouted, Variant, base_licence, is_on_hub
+from secateur.reporting.tables import SPEED, cost_table, kept_blocks, scout_origin, settings_text
 from secateur.reporting.verdict import seed_note
 from secateur.results import Origin, ScoreRow
 
@@ -45,7 +46,9 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
     if comparison is not None:
         same = [other for other in comparison.reference.variants if other.seed == variant.seed]
         full = (same or comparison.reference.variants)[0]
-    trained = "trained after the cut" if variant.training else "as they came, without training"
+    trained = "trained after the cut" if variant.own_training else "as they came, without training"
+    if variant.scout:
+        trained = "trained together with other depths" + (", then alone" if variant.recipe == POLISHED else "")
     about = (
         f"A text encoder: {kept_blocks(origin)} of the {origin.depth} blocks of {public(origin.base_model)}, "
         f"{trained}. It is a plain sentence-transformers folder, which is used without secateur."
@@ -67,7 +70,11 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
         "Its biases and its languages are those of the base model; the blocks left out are not replaced.",
         ("Its quality is known on the tasks above only" if variant.scores else "It has not been evaluated")
         + ": measure it on your own data before you rely on it.",
-        *(() if variant.training else ("It has not been trained after the cut.",)),
+        *(
+            ()
+            if variant.own_training or (variant.training and variant.is_full)
+            else ("It has not been trained after the cut.",)
+        ),
     ]
     sections.append(Section("limits", "Limits", [Bullets(tuple(limits))]))
     head = [
@@ -117,6 +124,7 @@ def _scores(variant: Variant, full: Variant | None, comparison: GroupComparison 
     if full:
         same = variant.training and full.training and variant.training.settings == full.training.settings
         how = ", trained with the same settings" if same else ""
+        how += ", which had the scout's training alone" if comparison and comparison.is_polished_more else ""
         yield Text(f"{full.name} is the full model to compare with: all {full.depth} blocks{how}.")
     if comparison and comparison.difference.low is not None:
         difference, seeds = comparison.difference, len(comparison.group.variants)
@@ -138,6 +146,8 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
         f"{origin.check:.1e}.",
     ]
     training = variant.training
+    if variant.scout:
+        facts += _from_scout(variant, variant.scout)
     if training:
         seed = doc.NONE if training.provenance.seed is None else training.provenance.seed
         facts.append(
@@ -147,12 +157,31 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
         facts += [
             f"Training data: {file.name}, {file.rows:,} rows, licence {file.licence or 'not stated'}, "
             f"SHA-256 {file.sha256}."
-            for file in training.provenance.data
+            for file in _data_of(variant)
         ]
     yield Bullets(tuple(facts))
     if training:
         yield Code(settings_text(training, public), "yaml")
     yield Text(f"Made with {', '.join(f'{key} {value}' for key, value in origin.provenance.versions.items())}.")
+
+
+def _from_scout(variant: Variant, scout: Scouted) -> Iterable[str]:
+    """Which scout the weights are from, and what it said of this depth."""
+    if variant.recipe == POLISHED and variant.training:
+        yield f"Trained on from {public(variant.training.model)}, which has the weights of a scout."
+    yield f"Scout: {scout_origin(scout, public_command)}."
+    for row in scout.table.rows:
+        if row.depth == variant.depth:
+            within = f" ({doc.span(row.low, row.high)})" if row.low is not None else ""
+            full = scout.table.depth
+            less = f", {doc.signed(row.difference)} points to all {full} trained alike" if row.depth < full else ""
+            yield f"Score of {doc.plural(row.depth, 'block')} in the scout: {doc.score(row.score)}{within}{less}."
+
+
+def _data_of(variant: Variant) -> Iterable[Fingerprint]:
+    """Files that the weights were trained on: its own training's, and the scout's."""
+    trainings = [variant.training, variant.scout.training if variant.scout else None]
+    return dict.fromkeys(file for training in trainings if training for file in training.provenance.data)
 
 
 # What may be published ------------------------------------------------------------------------------------------------
@@ -191,8 +220,8 @@ def _metadata(variant: Variant, origin: Origin) -> str:
     The licence is that of the base model, read from its own card where that is on this machine; without it there is
     none, rather than a guess.
     """
-    base, training = origin.base_model, variant.training
-    names = [file.name for file in (training.provenance.data if training else ())]
+    base = origin.base_model
+    names = [file.name for file in _data_of(variant)]
     names = [parse_name(name).name if is_hub_name(name) else name for name in names]
     data = dict.fromkeys(name for name in names if HUB_NAME.fullmatch(name))
     results = [_result(row, variant.results[task]) for task, row in variant.scores.items() if row.score is not None]

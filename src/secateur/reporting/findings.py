@@ -22,7 +22,7 @@ from scipy.stats import t
 
 from secateur.evaluation.replicates import is_paired, read_replicates
 from secateur.measures.intervals import CONFIDENCE, Array, interval, limits_of, mean_of
-from secateur.reporting.run import UNTRAINED, Run, Variant
+from secateur.reporting.run import POLISHED, SCOUTED, UNTRAINED, Run, Variant
 from secateur.results import CostRow, ScoreRow
 
 MARGIN = 0.02
@@ -108,6 +108,17 @@ class GroupComparison:
     def is_known(self) -> bool:
         """Whether all tasks of the two were the same things, so that their averages have a difference."""
         return not math.isnan(self.difference.value)
+
+    @property
+    def full_name(self) -> str:
+        """What the full model is called in a sentence."""
+        recipe = self.reference.first.recipe
+        return f"the {'scouted' if recipe == SCOUTED else recipe} full model"
+
+    @property
+    def is_polished_more(self) -> bool:
+        """Whether the cut model was trained on after the scout, and the full model was not."""
+        return self.group.first.recipe == POLISHED and self.reference.first.recipe == SCOUTED
 
     @property
     def share(self) -> Estimate:
@@ -213,12 +224,15 @@ def _scored(group: RunGroup, spreads: _Spreads) -> RunGroup:
 
 
 def _reference(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
-    """The full model to compare with: of the same base and recipe, else the untrained one.
+    """The full model to compare with: of the same base and recipe, of a polished one the scout's, else the untrained.
 
     None where the run has none, or where it was not scored on the same tasks: averages would not compare.
     """
+    recipe = group.first.recipe
     full = [other for other in groups if other.first.base == group.first.base and other.first.is_full]
-    same = [other for other in full if other.first.recipe == group.first.recipe]
+    same = [other for other in full if other.first.recipe == recipe]
+    if recipe == POLISHED:  # the full depth, too, is compared with what it was polished from
+        same = [other for other in same if other is not group] or [o for o in full if o.first.recipe == SCOUTED]
     for other in same or [other for other in full if other.first.recipe == UNTRAINED]:
         if other.average is not None and group.average is not None and other.scores.keys() == group.scores.keys():
             return other

@@ -19,12 +19,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from secateur.document import byte_size, count, duration, loss, percent, plural, score, span, speed
-from secateur.figures.plots import Point, frontier, profile_figures, size_curve, training_curves
+from secateur.figures.plots import Point, frontier, frontier_figure, profile_figures, size_curve, training_curves
 from secateur.figures.style import svg
 from secateur.measures.intervals import CONFIDENCE, Array
 from secateur.reporting.blocks import Picture
 from secateur.reporting.findings import RunGroup, Summary, pareto
-from secateur.reporting.run import Run
+from secateur.reporting.run import Run, Scouted
 from secateur.results import DepthScoreRow, Profile, Training
 
 MOST_LABELS = 24
@@ -275,7 +275,22 @@ def _fit(relative: Array, score: Array, counts: Array) -> tuple[Array, ...]:
     return best
 
 
-# Profiles and trainings -----------------------------------------------------------------------------------------------
+# Scouts, profiles and trainings --------------------------------------------------------------------------------------
+
+
+def scout_picture(scouted: Scouted, number: int, tolerance: float) -> Picture:
+    """What every depth is worth: the score of each rung."""
+    scout, chosen = scouted.table, scouted.chosen
+    trained = plural(sum(row.trained for row in scout.rows), "depth")
+    caption = (
+        f"Score of {scout.model} at each depth after one training of {trained} at once. Thin bars are 95 % intervals "
+        "of the score, thick ones those of its difference to the full depth. Where all of a thick bar is above the "
+        f"lower edge of the band, no more than {tolerance:g} of 100 points are lost."
+        + (f" Chosen: {chosen} of {scout.depth} layers." if chosen is not None else "")
+    )
+    told = [f"depth {row.depth}: {score(row.score)}" for row in scout.rows]
+    figure = frontier_figure(scout, chosen, tolerance)
+    return _picture(f"frontier-{number}", f"What every depth is worth: {scouted.name}", caption, told, figure)
 
 
 def profile_pictures(run: Run, name: str, number: int) -> dict[str, Picture]:
@@ -335,10 +350,10 @@ def _farthest(likeness: Sequence[Sequence[float | None]], first: int) -> str:
 
 def training_picture(run: Run) -> Picture | None:
     """Losses, and evaluation scores where there are any."""
-    trainings = {v.name: v.training for v in run.variants if v.training and v.training.rows}
+    trainings = {name: training for name, training in run.trainings.items() if training.rows}
     if not trainings:
         return None
-    caption = "Loss of each healed model, the mean since the step logged before."
+    caption = f"Loss of each {'training' if run.scouts else 'healed model'}, the mean since the step logged before."
     scored = any(item.evaluations for item in trainings.values())
     if scored:
         caption += (

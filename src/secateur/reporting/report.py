@@ -21,6 +21,7 @@ from secateur.files import write_text
 from secateur.options import ReportOptions, step
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting import pictures, tables
+from secateur.reporting.advice import points_of
 from secateur.reporting.blocks import (
     Block,
     Bullets,
@@ -36,7 +37,7 @@ from secateur.reporting.blocks import (
 )
 from secateur.reporting.card import may_write, model_card
 from secateur.reporting.findings import GroupComparison, Summary, summarize
-from secateur.reporting.run import CARD, Run, base_licence, read_run
+from secateur.reporting.run import CARD, SCOUTED, Run, base_licence, read_run
 from secateur.reporting.verdict import most_telling, notes, verdict
 from secateur.results import Origin
 
@@ -114,7 +115,8 @@ def _highlight(item: GroupComparison) -> Highlight:
     return Highlight(
         f"{own.first.series}: {own.first.depth} of {own.first.blocks} blocks",
         doc.percent(share.value),
-        f"{within}of the {full.first.recipe} full model’s average score",
+        f"{within}of {item.full_name}’s average score"
+        + (", which had the scout’s training alone" if item.is_polished_more else ""),
         tuple(facts),
     )
 
@@ -136,6 +138,8 @@ def sections(summary: Summary, threshold: float) -> list[Section]:
     """
     run = summary.run
     found: list[Section] = []
+    if run.scouts:
+        found.append(Section("worth", "What every depth is worth", list(_scout_blocks(run)), short="Every depth"))
     if run.failed:
         failed = Bullets(tuple(f"{step}: {reason}" for step, reason in run.failed.items()))
         found.append(Section("failed", "What failed", [failed]))
@@ -158,18 +162,40 @@ def sections(summary: Summary, threshold: float) -> list[Section]:
         found.append(Section("tasks", "Score per task", [tables.task_table(summary), *notes], short="Tasks"))
     if costs := [replace(group.cost, model=group.name) for group in summary.groups if group.cost is not None]:
         found.append(Section("costs", "Costs", [tables.cost_table(costs)]))
-    if any(variant.training for variant in run.variants):
+    if run.trainings:
         found.append(Section("training", "Training", list(_training_blocks(run))))
     found.append(Section("commands", "Commands", list(_command_blocks(run))))
     found.append(Section("provenance", "Provenance", list(_provenance_blocks(run))))
     return found
 
 
-def _depth_blocks(run: Run) -> Iterable[Block]:
+def _scout_blocks(run: Run) -> Iterable[Block]:
     yield Text(
-        "Quality of the untrained model’s vectors after each block. The depths to cut to are chosen on the loss, "
-        "before any training: how well the vectors tell matching texts from others, lower is better."
+        "Several depths of the model were trained at once; each is compared with the full depth of the same training. "
+        "The depth to keep is chosen by these scores."
     )
+    for place, scout in enumerate(run.scouts[: pictures.MOST_PROFILES], 1):
+        if len(run.scouts) > 1:
+            yield Heading(scout.name)
+        if scout.table.rows[-1].score is not None:
+            yield pictures.scout_picture(scout, place, points_of(run.budget))
+        yield tables.rung_table(scout)
+        yield from (Text(f"{note[:1].upper()}{note[1:]}.", is_note=True) for note in scout.table.notes)
+        if scout.table.task_scores:
+            yield Details("Score of each task by depth", (tables.depth_scores_table(scout.table),))
+        choice = {name: depth for name, depth in run.choices.get(scout.base, {}).items() if name != SCOUTED}
+        if choice and scout.base in run.profiles:
+            yield tables.untrained_choices_table(scout, run.profiles[scout.base], choice)
+    if more := [scout.name for scout in run.scouts[pictures.MOST_PROFILES :]]:
+        yield Text(f"{doc.plural(len(more), 'more scout')}, each with its figure in its own folder: {', '.join(more)}.")
+
+
+def _depth_blocks(run: Run) -> Iterable[Block]:
+    loss = "how well the vectors tell matching texts from others, lower is better."
+    decides = "The depths to cut to are chosen on the loss, before any training:"
+    if run.scouts:
+        decides = "The scout decides on the depth, not this; the loss says, before any training,"
+    yield Text(f"Quality of the untrained model’s vectors after each block. {decides} {loss}")
     for place, (base, profile) in enumerate(list(run.profiles.items())[: pictures.MOST_PROFILES], 1):
         yield Heading(base)
         drawn = pictures.profile_pictures(run, base, place)
@@ -186,7 +212,7 @@ def _depth_blocks(run: Run) -> Iterable[Block]:
 
 
 def _training_blocks(run: Run) -> Iterable[Block]:
-    trained = {variant.name: variant.training for variant in run.variants if variant.training}
+    trained = run.trainings
     if picture := pictures.training_picture(run):
         yield picture
         curves = {name: {row.step: doc.loss(row.loss) for row in item.rows} for name, item in trained.items()}
@@ -234,7 +260,8 @@ def _provenance_blocks(run: Run) -> Iterable[Block]:
         "Hardware": _values(made, lambda item: item.hardware),
         "Versions": _values(made, lambda item: item.versions),
     }
-    yield Bullets(tuple(f"{key}: {value}" for key, value in facts.items() if value))
+    told = [f"{key}: {value}" for key, value in facts.items() if value]
+    yield Bullets((*told, *(f"Scout of {scout.name}: {tables.scout_origin(scout)}" for scout in run.scouts)))
     files: dict[Fingerprint, dict[str, int]] = {}
     for title, table in run.tables:
         for file in table.provenance.data:

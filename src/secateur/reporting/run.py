@@ -1,9 +1,9 @@
 """A run folder as plain data: its models, the tables that the steps of a study left there, and the study's journal.
 
-Folder names say what they hold: ``<base>-<blocks>-<recipe>``, where the recipe is ``zero-shot`` or the name of a
-training, with the selection method before it where the blocks are not the first ones, and the seed after it where
-there are several: ``smollm2-7-healed``, ``smollm2-7-uniform-healed-seed2``. What a model's own tables say (its blocks,
-its seed) goes before its name.
+Folder names say what they hold: ``<base>-<blocks>-<recipe>``, where the recipe is ``zero-shot``, ``scout`` (cut from a
+scout's model), ``polished`` (that, trained on alone) or the name of a training, with the selection method before it
+where the blocks are not the first ones, and the seed after it where there are several: ``smollm2-7-healed``,
+``smollm2-7-uniform-healed-seed2``. What a model's own tables say (its blocks, its seed) goes before its name.
 """
 
 from __future__ import annotations
@@ -11,26 +11,55 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
-from secateur.choosing.choose import CHOSEN_FROM, choose, losses_fingerprint
-from secateur.errors import DataError
+from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
+from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
-from secateur.results import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Table, Training, load
+from secateur.options import Budget, make
+from secateur.results import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Scout, Table, Training, load
 
-UNTRAINED = "zero-shot"
-JOURNAL = "steps.jsonl"
+UNTRAINED, SCOUTED, POLISHED = "zero-shot", "scout", "polished"
+CHOICE, JOURNAL = "choice.json", "steps.jsonl"
 
 _NAME = re.compile(
     rf"(?P<base>.+)-(?P<depth>\d+)-(?=[a-z])(?:(?P<selection>.+?)-)??(?P<recipe>{UNTRAINED}|[^-]+?)(?:-seed(?P<seed>\d+))?",
     re.DOTALL,
 )
+
+
+JUDGES = {"pairs": "held-out pairs", "texts": "held-out texts, with the teacher as judge"}
+"""What a scout without tasks scores on."""
+
+
+@dataclass(frozen=True)
+class Scouted:
+    """A scout of a run: its table, how it trained, and what was chosen by it.
+
+    Attributes:
+        name: Of its folder: the base model, with the seed where there are several.
+        training: Of its model, which all of its depths are parts of.
+        chosen: The depth; None where no choice is there.
+    """
+
+    name: str
+    base: str
+    seed: int | None
+    table: Scout
+    training: Training | None
+    chosen: int | None
+
+    @property
+    def judge(self) -> str:
+        """What its scores are of, in words."""
+        count = len({row.task for row in self.table.task_scores})
+        return JUDGES.get(self.table.judge) or f"your {f'{count} tasks' if count > 1 else 'task' if count else 'tasks'}"
 
 
 @dataclass(frozen=True)
@@ -43,7 +72,9 @@ class Variant:
         selection: The selection method that chose its blocks; empty where they are the first ones.
         recipe: What was done besides the cut: ``zero-shot`` (nothing), or the name of the training.
         seed: Of its training.
+        training: Of a model that was cut from a scout's: that of the scout.
         scores: By task; ``results`` is the folder that each was found in.
+        scout: The scout whose weights it is, or was trained on from.
     """
 
     name: str
@@ -59,6 +90,7 @@ class Variant:
     cost: CostRow | None
     scores: Mapping[str, ScoreRow]
     results: Mapping[str, Path]
+    scout: Scouted | None = None
 
     @property
     def series(self) -> str:
@@ -72,6 +104,11 @@ class Variant:
         return self.depth is not None and self.depth == self.blocks
 
     @property
+    def own_training(self) -> Training | None:
+        """Its training, if that is not its scout's."""
+        return None if self.scout and self.training == self.scout.training else self.training
+
+    @property
     def average(self) -> float | None:
         """Mean score over its tasks; None where it has no tasks, or one without a number."""
         values = [row.score for row in self.scores.values()]
@@ -83,7 +120,8 @@ class Variant:
 class Run:
     """What a run folder holds. ``profiles`` and ``choices`` (name of a choice → depth) are by base model.
 
-    ``failed`` are the steps of its study that failed, with the reason, and were not done since.
+    A choice by a scout has the name of the scout, and is called ``scout``. ``failed`` are the steps of its study
+    that failed, with the reason, and were not done since.
     """
 
     folder: Path
@@ -94,14 +132,35 @@ class Run:
     scores: tuple[Scores, ...]
     costs: Costs | None
     failed: Mapping[str, str]
+    scouts: tuple[Scouted, ...] = ()
+
+    @property
+    def budget(self) -> Budget:
+        """What the study was asked to keep to; nothing where that is not known."""
+        try:
+            given = yaml.safe_load(self.study)
+            known = given if isinstance(given, dict) else {}
+            return make(Budget, {key: known[key] for key in Budget.model_fields if key in known})
+        except (yaml.YAMLError, ValueError, ConfigError):  # edited, and broken
+            return make(Budget, {})
+
+    @property
+    def trainings(self) -> dict[str, Training]:
+        """Every training by the name of what it made."""
+        scouts = {f"the scout of {scout.name}": scout.training for scout in self.scouts if scout.training}
+        own = {variant.name: variant.own_training for variant in self.variants if variant.own_training}
+        return scouts | own
 
     @property
     def tables(self) -> list[tuple[str, Table]]:
         """Every table with a title, in the order of the work."""
         named: list[tuple[str, Table]] = [(f"profile of {name}", table) for name, table in self.profiles.items()]
+        for scout in self.scouts:
+            named.append((f"scout of {scout.name}", scout.table))
+            named += [(f"training of the scout of {scout.name}", scout.training)] if scout.training else []
         for variant in self.variants:
             named += [(f"model {variant.name}", variant.origin)] if variant.origin else []
-            named += [(f"training of {variant.name}", variant.training)] if variant.training else []
+            named += [(f"training of {variant.name}", variant.own_training)] if variant.own_training else []
         for table in self.scores:
             named.append((f"scores of {', '.join(dict.fromkeys(row.model for row in table.rows))}", table))
         return named + ([("costs", self.costs)] if self.costs else [])
@@ -120,7 +179,9 @@ def read_run(run: str | Path) -> Run:
     scores = {path.parent: load(path, Scores) for path in sorted(folder.glob(f"scores/*/{Scores.file}"))}
     costs = load(folder, Costs) if (folder / Costs.file).exists() else None
     models = {path.parent.name: path.parent for path in sorted(folder.glob(f"models/*/{Origin.file}"))}
-    if not (profiles or scores or costs or models):
+    bases = {*profiles, *(match["base"] for name in models if (match := _NAME.fullmatch(name)))}
+    scouts = [_scout(path, bases) for path in sorted(folder.glob(f"scouts/*/{Scout.file}"))]
+    if not (profiles or scores or costs or models or scouts):
         raise DataError(
             folder,
             "holds no profile, model, scores or costs",
@@ -133,9 +194,15 @@ def read_run(run: str | Path) -> Run:
         scored[row.model][row.task] = row, place
     cost = {row.model: row for row in costs.rows} if costs else {}
     names = dict.fromkeys([*models, *scored, *cost])
-    found = [_variant(name, models.get(name), cost.get(name), scored.get(name, {}), profiles) for name in names]
+    found = [
+        _with_scout(_variant(name, models.get(name), cost.get(name), scored.get(name, {}), profiles), scouts)
+        for name in names
+    ]
     found.sort(key=lambda v: (v.base, v.selection != "", v.recipe, v.selection, -(v.depth or 0), v.seed or 0, v.name))
     choices = {name: _choice(folder / "profiles" / name, table) for name, table in profiles.items()}
+    for scout in scouts:
+        own = {} if scout.chosen is None else {SCOUTED: scout.chosen}
+        choices[scout.name] = choices.get(scout.name, {}) | own
     study = folder / "study.yaml"
     last = {entry["step"]: entry for entry in read_journal(folder)}
     return Run(
@@ -147,6 +214,7 @@ def read_run(run: str | Path) -> Run:
         scores=tuple(scores.values()),
         costs=costs,
         failed={name: entry["error"] for name, entry in last.items() if entry["outcome"] == "failed"},
+        scouts=tuple(scouts),
     )
 
 
@@ -181,20 +249,56 @@ def _variant(
     )
 
 
+def _scout(file: Path, bases: Collection[str]) -> Scouted:
+    """A scout's folder; a seed after its name belongs to a base model that is known without it."""
+    folder, table = file.parent, load(file, Scout)
+    name, seed = folder.name, table.provenance.seed
+    base, seeded, ending = name.rpartition("-seed")
+    if name in bases or not (seeded and ending.isdigit() and base in bases):
+        base = name
+    elif seed is None:
+        seed = int(ending)
+    model = folder / "model"
+    training = load(model, Training) if (model / Training.file).exists() else None
+    content = _read_choice(folder)
+    chosen = _checked({CHOSEN: content[CHOSEN]}, table.depth, folder)[CHOSEN] if CHOSEN in content else None
+    return Scouted(name, base, seed, table, training, chosen)
+
+
+def _with_scout(variant: Variant, scouts: Sequence[Scouted]) -> Variant:
+    """The variant with the scout that it comes from, where its recipe says that it comes from one."""
+    own = [scout for scout in scouts if scout.base == variant.base]
+    if len(own) > 1:
+        own = [scout for scout in own if scout.seed == variant.seed]
+    if variant.recipe not in (SCOUTED, POLISHED) or not own:
+        return variant
+    training = variant.training or (own[0].training if variant.recipe == SCOUTED else None)
+    seed = training.provenance.seed if training and training.provenance.seed is not None else variant.seed
+    return replace(variant, scout=own[0], training=training, seed=seed)
+
+
 def _choice(folder: Path, profile: Profile) -> dict[str, int]:
-    """``choice.json``, which the user may have edited; chosen again where it was made from another profile."""
-    file = folder / "choice.json"
-    if not file.exists():
-        return {}
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise DataError(file, f"holds a {type(content).__name__}", 'write depths by name, such as {"small": 7}')
+    """A profile's choice; chosen again where it was made from another profile."""
+    content = _read_choice(folder)
     if content.pop(CHOSEN_FROM, None) not in (None, losses_fingerprint(profile)):
         return choose(profile) if profile.can_choose else {}
+    return _checked(content, profile.depth, folder)
+
+
+def _read_choice(folder: Path) -> dict[str, Any]:
+    """``choice.json``, which the user may have edited; empty where there is none."""
+    file = folder / CHOICE
+    content = read_json(file) if file.exists() else {}
+    if not isinstance(content, dict):
+        raise DataError(file, f"holds a {type(content).__name__}", 'write depths by name, such as {"small": 7}')
+    return content
+
+
+def _checked(content: dict[str, Any], most: int, folder: Path) -> dict[str, int]:
     for name, depth in content.items():
-        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= profile.depth:
-            hint = f"write a whole number, 1 to {profile.depth}"
-            raise DataError(file, f"{depth!r} is not a depth", hint, field=name)
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= most:
+            hint = f"write a whole number, 1 to {most}"
+            raise DataError(folder / CHOICE, f"{depth!r} is not a depth", hint, field=name)
     return content
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from secateur import document as doc
+from secateur.choosing.budgets import costs
 from secateur.choosing.choose import ranges
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
 from secateur.reporting.pictures import folder_link
-from secateur.reporting.run import Run
-from secateur.results import CostRow, DepthRow, DepthScoreRow, Origin, Profile, Training
+from secateur.reporting.run import Run, Scouted
+from secateur.results import CostRow, DepthRow, DepthScoreRow, Origin, Profile, RungRow, Scout, Training
 
 OUTCOMES = {
     "better": "significantly better",
@@ -53,10 +54,10 @@ def profile_table(profile: Profile, choice: Mapping[str, int]) -> doc.Table:
     return doc.Table.of(title, profile.rows, columns).filled()
 
 
-def depth_scores_table(profile: Profile) -> doc.Table:
+def depth_scores_table(measured: Profile | Scout) -> doc.Table:
     """Depths × tasks, the best depth of each task marked."""
     tasks: dict[str, dict[int, DepthScoreRow]] = {}
-    for row in profile.task_scores:
+    for row in measured.task_scores:
         tasks.setdefault(f"{row.task} ({row.kind}, {row.metric})", {})[row.depth] = row
     best = {task: max(own.values(), key=lambda row: row.score) for task, own in tasks.items()}
 
@@ -67,8 +68,9 @@ def depth_scores_table(profile: Profile) -> doc.Table:
         shown = _with_interval(row.score, row.low, row.high)
         return replace(shown, tag="best") if row is best[task] else shown
 
-    depths = sorted({row.depth for row in profile.task_scores})
-    title = "Scores (× 100) of the untrained model at each depth, with 95 % intervals."
+    depths = sorted({row.depth for row in measured.task_scores})
+    model = "scout’s model" if isinstance(measured, Scout) else "untrained model"
+    title = f"Scores (× 100) of the {model} at each depth, with 95 % intervals."
     return doc.Table(
         title, ["Depth", *tasks], [(str(depth), *(cell(task, depth) for task in tasks)) for depth in depths]
     )
@@ -78,6 +80,83 @@ def _with_interval(
     value: float | None, low: float | None, high: float | None, show: Callable[[float | None], str] = doc.score
 ) -> doc.Cell:
     return doc.Cell(show(value), (doc.span(low, high, show),) if low is not None else ())
+
+
+# Scouts ---------------------------------------------------------------------------------------------------------------
+
+
+def rung_table(scouted: Scouted) -> doc.Table:
+    """What a scout says of each depth."""
+    scout = scouted.table
+    title = (
+        f"{scout.model}: average score (× 100) of each depth after the scout’s training, on {scouted.judge}. "
+        f"Differences are in points, to all {scout.depth} layers trained alike; ranges are 95 % intervals, those of "
+        "differences paired by row."
+    )
+    columns: dict[str, Callable[[RungRow], str | doc.Cell]] = {
+        "Depth": lambda row: doc.Cell(str(row.depth), tag="chosen" if row.depth == scouted.chosen else ""),
+        "Training": lambda row: "trained" if row.trained else "scored only",
+        "Parameters": lambda row: doc.count(costs(scout, range(row.depth)).get("parameters")),
+        "Score": _rung_score,
+        "Difference": lambda row: doc.NONE if row.depth == scout.depth else _rung_difference(row),
+    }
+    return doc.Table.of(title, scout.rows, columns, texts=2).filled()
+
+
+def untrained_choices_table(scouted: Scouted, profile: Profile, choice: Mapping[str, int]) -> doc.Table:
+    """The depths that were chosen from the untrained profile, each with what the scout measured nearest to it.
+
+    Of two depths that are equally near it is the smaller one.
+    """
+    rungs = scouted.table.rows
+
+    def nearest(depth: int) -> RungRow:
+        found: RungRow = min(rungs, key=lambda row: (abs(row.depth - depth), row.depth))
+        return found
+
+    columns: dict[str, Callable[[tuple[str, int]], str | doc.Cell]] = {
+        "Choice": lambda item: item[0],
+        "Depth": lambda item: str(item[1]),
+        "Untrained loss (nats)": lambda item: doc.loss(profile.rows[item[1] - 1].loss),
+        "Nearest depth scored": lambda item: str(nearest(item[1]).depth),
+        "Its score": lambda item: _rung_score(nearest(item[1])),
+        "Its difference": lambda item: (
+            doc.NONE if nearest(item[1]).depth == scouted.table.depth else _rung_difference(nearest(item[1]))
+        ),
+    }
+    title = (
+        "For comparison: what is chosen from the untrained profile, by L3Prune’s rule unless choice.json was edited, "
+        "and what the scout measured at the depth nearest to it."
+    )
+    return doc.Table.of(title, sorted(choice.items(), key=lambda item: item[1]), columns)
+
+
+def scout_origin(scouted: Scouted, publish: Callable[[str], str] = str) -> str:
+    """Where a scout's numbers come from: the command as ``publish`` shows it, seed, steps, depths and data."""
+    made, training = scouted.table.provenance, scouted.training
+    depths = ", ".join(str(row.depth) for row in scouted.table.rows if row.trained)
+    steps = f"{doc.plural(training.steps, 'step')} in {doc.duration(training.seconds)}, " if training else ""
+    files = dict.fromkeys(training.provenance.data if training else made.data)
+    data = ", ".join(f"{file.name} ({file.rows:,} rows)" for file in files)
+    parts = (
+        publish(made.command),
+        "" if made.seed is None else f"seed {made.seed}",
+        f"{steps}depths {depths} at once",
+        data and f"data {data}",
+    )
+    return "; ".join(part for part in parts if part)
+
+
+def _rung_score(row: RungRow) -> doc.Cell:
+    return _with_interval(row.score, row.low, row.high)
+
+
+def _rung_difference(row: RungRow) -> doc.Cell:
+    low, high = row.difference_low, row.difference_high
+    shown = _with_interval(row.difference, low, high, doc.signed)
+    if low is None or high is None or low <= 0 <= high:
+        return shown
+    return replace(shown, trend="better" if low > 0 else "worse")
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -127,6 +206,7 @@ def _average(group: RunGroup) -> doc.Cell:
 
 def _difference(item: GroupComparison) -> doc.Cell:
     difference, full = item.difference, f"to {doc.shorten(item.reference.first.series)}"
+    full += ", which had the scout’s training alone" if item.is_polished_more else ""
     if difference.low is None:
         return doc.Cell(doc.signed(difference.value), (full,))
     within = doc.span(difference.low, difference.high, doc.signed)

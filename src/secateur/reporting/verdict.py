@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secateur.document import percent, plural, score, shorten, signed, span
+from secateur.reporting.advice import scout_note, scout_sentences
 from secateur.reporting.findings import MARGIN, GroupComparison, Summary
 
 MOST_SENTENCES = 6
@@ -12,15 +13,18 @@ MOST_SELECTIONS = 4
 
 
 def verdict(summary: Summary) -> tuple[str, ...]:
-    """One sentence for each series of cut models: what is as good as the full model, and what the others keep.
+    """What each scout found and what its models are worth; then one sentence for each other series of cut models.
 
-    Models with other blocks than the first ones come together, after the series they are compared with.
+    Of these: what is as good as the full model, and what the others keep. Models with other blocks than the first ones
+    come together, after the series they are compared with.
     """
+    found = scout_sentences(summary)
+    sentences = found[0] if len(found) == 1 else [" ".join(own) for own in found]
     series: dict[tuple[str, str, bool], list[GroupComparison]] = {}
-    for item in (item for own in summary.by_series.values() for item in own if item.is_known):
+    for item in _comparisons(summary):
         first = item.group.first
         series.setdefault((first.base, first.recipe, first.selection != ""), []).append(item)
-    sentences = [_selections(own) if other else _depths(own) for (*_, other), own in series.items()]
+    sentences += [_selections(own) if other else _depths(own) for (*_, other), own in series.items()]
     if len(sentences) > MOST_SENTENCES:
         more = len(sentences) - MOST_SENTENCES
         sentences = [*sentences[:MOST_SENTENCES], f"{more} more series of models are in the tables."]
@@ -35,6 +39,12 @@ def verdict(summary: Summary) -> tuple[str, ...]:
     if not sentences:
         sentences = [_choice(summary, name) for name in list(summary.run.profiles)[:MOST_SENTENCES]]
     return tuple(sentences) or (f"The run holds {plural(len(summary.run.variants), 'model')}, not yet scored.",)
+
+
+def _comparisons(summary: Summary) -> list[GroupComparison]:
+    """Those of cut models that no scout's sentences tell of."""
+    known = [item for own in summary.by_series.values() for item in own if item.is_known]
+    return [item for item in known if item.group.first.scout is None]
 
 
 def smallest_as_good(comparisons: Sequence[GroupComparison]) -> GroupComparison | None:
@@ -83,9 +93,9 @@ def _selections(comparisons: Sequence[GroupComparison]) -> str:
 
 def _part(item: GroupComparison, first: bool, by: str = "", as_good: bool = False) -> str:
     """One model in a sentence; what it is compared with is named with the first."""
-    own, full, one = item.group.first, item.reference.first, item.group.first.depth == 1
+    own, one = item.group.first, item.group.first.depth == 1
     which = (f"{own.depth} of {own.blocks} blocks" if first else str(own.depth)) + by
-    model = f"the {full.recipe} full model"
+    model = item.full_name
     tasks = "your task" if len(item.tasks) == 1 else f"your {len(item.tasks)} tasks"
     points = f"{signed(item.difference.value)} points"
     if item.difference.low is not None:
@@ -123,7 +133,7 @@ def _choice(summary: Summary, name: str) -> str:
 
 def notes(summary: Summary) -> tuple[str, ...]:
     """What the verdict's intervals cover, and what they do not."""
-    return tuple(note for note in (_interval_note(summary), seed_note(summary)) if note)
+    return tuple(note for note in (scout_note(summary), _interval_note(summary), seed_note(summary)) if note)
 
 
 def seed_note(summary: Summary) -> str:
@@ -159,8 +169,13 @@ def _interval_note(summary: Summary) -> str:
     what = "other texts of the same kind"
     if any(with_seeds):
         what += " and other training seeds" if all(with_seeds) else ", and other seeds where several were trained,"
-    return (
+    said = (
         f"Ranges are 95 % intervals of the difference, paired by text: what {what} would have given. They hold for "
-        "each comparison by itself, and for these tasks. The smallest model that is as good is sought from the largest "
+        "each comparison by itself, and for these tasks."
+    )
+    if not _comparisons(summary):
+        return said
+    return (
+        f"{said} The smallest model that is as good is sought from the largest "
         f"cut down, up to the first that may lose more than {100 * MARGIN:.0f} points: this errs at most once in forty."
     )

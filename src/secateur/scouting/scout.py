@@ -4,7 +4,7 @@
     OUT/tasks          held-out rows of the data as task folders, where no tasks were given
     OUT/draws          the score of each task at each depth, with its bootstrap replicates
     OUT/scout.json     the table of all
-    OUT/frontier.png   score against parameters
+    OUT/frontier.png   score against depth
 
 Each is there whole or not at all, and kept when the same command runs again; the pictures come last.
 """
@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.choosing.evidence import choose_rung
 from secateur.data.sources import Source, read_sources
 from secateur.done import FILE, Made
 from secateur.evaluation.tasks import Task, open_tasks
-from secateur.figures.plots import Point, frontier
+from secateur.figures.plots import frontier_figure
 from secateur.figures.style import save
 from secateur.files import lock, results_folder
 from secateur.healing.exclusion import read_excluded
@@ -32,7 +33,7 @@ from secateur.models import model_label, resolve
 from secateur.models.blocks import depth_of
 from secateur.models.cutting import legal_depths
 from secateur.models.open_model import open_model
-from secateur.options import SCOUT_FILES, HealOptions, ScoutOptions
+from secateur.options import SCOUT_FILES, Budget, HealOptions, ScoutOptions
 from secateur.options.base import make, step
 from secateur.profiling.depth_scores import DepthScore, notes_on, score_depths
 from secateur.profiling.depths import DepthEncoder, check_depths
@@ -189,13 +190,6 @@ def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Tas
 
 
 def _draw(table: Scout, out: Path) -> None:
-    """Score against parameters, or against depth where they could not be counted."""
-    costs = [part.parameters for part in table.layer_costs]
-    points: list[Point] = []
-    for row in table.depths:
-        cost = float(sum(costs[: row.depth + 1]) if costs else row.depth)
-        best = row.score is not None and all(row.score > point.score for point in points)
-        points.append(Point("trained at once", str(row.depth), row.score, row.low, row.high, cost, best=best))
-    figure = frontier(points, "Parameters" if costs else "Depth (blocks)")
+    figure = frontier_figure(table, len(choose_rung(make(Budget, {}), table).blocks))
     for name in PICTURES:
         save(figure, out / name)

@@ -1,0 +1,355 @@
+"""The report of a run with a scout: what to do, what every depth is worth, and where each number comes from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from secateur.errors import DataError
+from secateur.reporting.card import CARD_MARK
+from secateur.reporting.findings import summarize
+from secateur.reporting.report import report
+from secateur.reporting.run import read_run
+from secateur.reporting.verdict import notes, verdict
+from secateur.results import (
+    CostRow,
+    Costs,
+    DepthScoreRow,
+    LayerCost,
+    LossRow,
+    Origin,
+    RungRow,
+    ScoreRow,
+    Scores,
+    Scout,
+    Training,
+    load,
+)
+from test_report import NLI, SICK, TASKS, made, plain, read, write_profile
+
+COMMAND = "secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny"
+RUNGS = (
+    RungRow(3, True, 0.503, 0.481, 0.525, -0.091, -0.107, -0.075),
+    RungRow(4, True, 0.581, 0.559, 0.603, -0.006, -0.0093, 0.002),
+    RungRow(5, False, 0.584, 0.562, 0.606, -0.003, -0.0085, 0.004),
+    RungRow(6, True, 0.591, 0.569, 0.613, 0.004, -0.004, 0.012),
+    RungRow(8, True, 0.587, 0.565, 0.609, 0.0),
+)
+MEAN = {"tiny-8-zero-shot": 0.301, "tiny-8-scout": 0.592, "tiny-4-scout": 0.585, "tiny-4-polished": 0.604}
+PARAMETERS = {8: 40_000_000, 4: 18_400_000}
+SPEEDS = {8: (100.0, 96.0, 104.0), 4: (230.0, 222.0, 241.0)}
+
+
+def write_scout(run: Path, name: str = "tiny", chosen: int | None = 4, rungs=RUNGS, seed: int = 7) -> Path:
+    folder, full = run / "scouts" / name, max(row.depth for row in rungs)
+    scores = tuple(
+        DepthScoreRow(task, kind, metric, row.depth, row.score + add, row.low, row.high, samples)
+        for (task, kind, metric, samples), add in zip(TASKS, (0.02, -0.02), strict=True)
+        for row in rungs
+        if row.score == row.score
+    )
+    costs = tuple(LayerCost(k, 1_000_000 if k else 8_000_000, 4, 1.0, 0.001, 0.002) for k in range(full + 1))
+    notes = ("3 rows of the data were left out",)
+    Scout(made(COMMAND, seed, NLI), "tiny", full, "tasks", tuple(rungs), scores, costs, notes).save(folder)
+    losses = tuple(LossRow(step, 3.0 - step / 100, 1e-4) for step in (20, 40, 60))
+    settings = {"learning_rate": 3e-4, "depths": [3, 4, 6, 8]}
+    Training(made(COMMAND, seed, NLI), "tiny-8-zero-shot", 60, 412.0, 1_000_000, settings, {}, losses).save(
+        folder / "model"
+    )
+    if chosen is not None:
+        (folder / "choice.json").write_text(json.dumps({"chosen": chosen}))
+    return folder
+
+
+def write_model(run: Path, name: str, mean: float, seed: int = 7, own: float = 0.0005) -> None:
+    """A model with its scores, whose draws are the rows' noise, shared by all models, and a little of its own."""
+    depth, recipe = int(name.split("-")[1]), name.partition("-")[2].partition("-")[2]
+    history = ["secateur prune org/tiny --to 8"]
+    history += [COMMAND, f"secateur prune scouts/tiny/model --to {depth}"] if recipe != "zero-shot" else []
+    history += ["secateur heal models/tiny-4-scout --steps 120"] if "polished" in recipe else []
+    folder = run / "models" / name
+    Origin(made(history[-1]), "org/tiny", 8, tuple(range(depth)), "mean", 1.5e-7, tuple(history)).save(folder)
+    if "polished" in recipe:
+        losses = (LossRow(120, 1.234, 1e-4),)
+        settings = {"learning_rate": 3e-4}
+        Training(made(history[-1], seed, SICK), "tiny-4-scout", 120, 77.0, 99, settings, {}, losses).save(folder)
+    rows = []
+    for place, (task, kind, metric, samples) in enumerate(TASKS):
+        file = run / "scores" / name / "draws" / f"{task}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shared = np.random.default_rng(place).normal(0, 0.02, 2000)
+        np.save(file, mean + shared + np.random.default_rng([place, depth, seed]).normal(0, own, 2000))
+        row = ScoreRow(name, task, kind, metric, mean, samples, 1.0, data=task, unit="rows", units=samples, draws=task)
+        rows.append(row)
+    Scores(made(f"secateur evaluate {name}"), tuple(rows)).save(run / "scores" / name)
+
+
+def write_run(run: Path) -> Path:
+    write_profile(run)
+    write_scout(run)
+    rows = []
+    for name, mean in MEAN.items():
+        write_model(run, name, mean)
+        depth = int(name.split("-")[1])
+        rows.append(CostRow(name, depth, PARAMETERS[depth], 10_000_000, 4321 * depth, *SPEEDS[depth]))
+    Costs(made("secateur cost models"), tuple(rows)).save(run)
+    (run / "study.yaml").write_text("models: [org/tiny]\ntolerance: null\nbest: false\nmax_params: null\n")
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("secateur.reporting.report.save", lambda figure, path: path)
+    return write_run(tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With its report, to be read only."""
+    folder = write_run(tmp_path_factory.mktemp("reported") / "demo")
+    report(folder)
+    return folder
+
+
+def told(run: Path) -> list[str]:
+    return [plain(sentence) for sentence in verdict(summarize(read_run(run)))]
+
+
+def rewrite(run: Path, *rungs: RungRow, **study) -> None:
+    """Other rungs, and what the study was asked for."""
+    write_scout(run, rungs=rungs or RUNGS)
+    (run / "study.yaml").write_text(json.dumps(study))
+
+
+def choose(run: Path, depth: int) -> None:
+    (run / "scouts" / "tiny" / "choice.json").write_text(json.dumps({"chosen": depth}))
+
+
+def test_the_verdict_is_the_choice_the_polish_and_the_place(reported: Path) -> None:
+    choice, polish, place = told(reported)
+    assert choice == (
+        "tiny: on your 2 tasks, 4 of 8 layers lose 0.6 points (95 % interval −0.9 to +0.2) against all 8 trained "
+        "alike, within the tolerance of 1 point."
+    )
+    draws = [
+        np.mean([np.load(reported / f"scores/{name}/draws/{task[0]}.npy") for task in TASKS], axis=0)
+        for name in ("tiny-4-polished", "tiny-8-scout")
+    ]
+    low, high = 100 * np.quantile(draws[0] - draws[1], [0.025, 0.975])
+    assert polish == (
+        f"Trained on alone, these 4 layers score 60.4, 1.2 points more (95 % interval +{low:.1f} to +{high:.1f}) than "
+        "all 8, which had the scout’s training alone; they have 46 % of the parameters and 2.3 × the speed of the full "
+        "model."
+    )
+    assert place == "The model is in models/tiny-4-polished, beside this report."
+    page, markdown = read(reported / "report.html"), (reported / "report.md").read_text(encoding="utf-8")
+    for sentence in verdict(summarize(read_run(reported))):
+        assert sentence in page.text
+        assert plain(sentence)[-40:] in plain(markdown)
+    said = " ".join(notes(summarize(read_run(reported))))
+    assert "at most once in twenty" in said  # one depth was asked for, beside those that were trained
+    assert "may lose more than 2 points" not in said
+
+
+@pytest.mark.parametrize(
+    ("chosen", "study", "words"),
+    [
+        (4, {"tolerance": 1.0}, "−0.9 to +0.2) against all 8 trained alike, within your tolerance of 1 point."),
+        (6, {"tolerance": 0.5}, "−0.4 to +1.2) against all 8 trained alike, within your tolerance of 0.5 points."),
+        (6, {"best": True}, "6 of 8 layers gain 0.4 points (95 % interval −0.4 to +1.2) against all 8 trained alike, "
+         "the highest score."),
+        (3, {"max_params": 11e6}, "−10.7 to −7.5) against all 8 trained alike, the highest score within the budget; "
+         "more may be lost than the tolerance."),
+        (4, {"best": True, "max_params": 12e6}, "trained alike, the highest score within the budget."),
+        (3, {"tolerance": 1.0}, "trained alike; by these scores it would be 4."),
+        (7, {}, "7 of 8 layers are chosen, a depth that the scout did not score."),
+        (4, {"tolerance": "much"}, "within the tolerance of 1 point."),
+    ],
+    ids=["tolerance", "stricter", "best", "budget", "best of a budget", "edited", "not scored", "broken study"],
+)  # fmt: skip
+def test_a_choice_is_said_to_be_what_it_was_asked_to_be(run: Path, chosen: int, study, words: str) -> None:
+    rewrite(run, **study)
+    choose(run, chosen)
+    assert told(run)[0].endswith(words)
+
+
+def test_where_nothing_smaller_is_within_the_tolerance_the_nearest_is_told(run: Path) -> None:
+    shutil.rmtree(run / "models" / "tiny-4-polished")
+    shutil.rmtree(run / "scores" / "tiny-4-polished")
+    loses = replace(RUNGS[3], difference=-0.013, difference_low=-0.022, difference_high=-0.004)
+    rewrite(run, *RUNGS[:1], loses, RUNGS[-1])
+    choose(run, 8)
+    choice, place = told(run)
+    assert choice == (
+        "tiny: on your 2 tasks, nothing smaller than all 8 layers is shown to be within the tolerance of 1 point: "
+        "6 layers come nearest, and lose 1.3 points (95 % interval −2.2 to −0.4) against all 8 trained alike."
+    )
+    assert place == "The model is in models/tiny-8-scout, beside this report."
+    rewrite(run, *RUNGS[:2], loses, RUNGS[-1])
+    choose(run, 8)
+    assert told(run)[0].endswith(
+        "depths are tried from the deepest down, and 6 layers lose 1.3 points (95 % interval −2.2 to −0.4) against all "
+        "8 trained alike."
+    )
+    rewrite(run, *RUNGS[:2], loses, replace(RUNGS[-1], score=0.7), best=True)
+    choose(run, 8)
+    said = (
+        "all 8 layers are chosen, the highest score; of the smaller depths, 4 layers come nearest, and lose 0.6 points"
+    )
+    assert said in told(run)[0]
+
+
+def test_a_difference_that_may_be_none_is_called_so(run: Path) -> None:
+    write_model(run, "tiny-4-polished", 0.593, own=0.01)
+    polish = told(run)[1]
+    assert "score 59.3, 0.1 points more (95 % interval −" in polish
+    assert ", no significant difference) than all 8" in polish
+
+
+def test_without_the_scouts_full_depth_a_polished_model_is_compared_with_the_untrained_one(run: Path) -> None:
+    for part in ("models", "scores"):
+        shutil.rmtree(run / part / "tiny-8-scout")
+    (run / "costs.json").unlink()
+    assert "30.3 points more" in told(run)[1] and "than all 8 as they came" in told(run)[1]
+
+
+def test_a_full_depth_that_was_polished_too_is_the_one_to_compare_with(run: Path) -> None:
+    write_model(run, "tiny-8-polished", 0.61)
+    smaller, whole = sorted(told(run)[1:3], reverse=True)
+    assert "score 60.4, 0.6 points less" in smaller and "than all 8 trained on alike" in smaller
+    assert "Trained on alone, all 8 layers score 61.0, 1.8 points more" in whole
+    assert "which had the scout’s training alone." in whole
+
+
+def test_another_polished_depth_than_the_chosen_one_is_no_these(run: Path) -> None:
+    choose(run, 5)
+    assert told(run)[1].startswith("Trained on alone, 4 layers score 60.4")
+
+
+def test_other_seeds_are_told_and_none_is_called_undecided(run: Path) -> None:
+    for part in ("models", "scores"):
+        for name in list((run / part).iterdir()):
+            if name.name != "tiny-8-zero-shot":
+                shutil.rmtree(name)
+    shutil.rmtree(run / "scouts")
+    (run / "costs.json").unlink()
+    write_scout(run, "tiny-seed1", 4, seed=1)
+    write_scout(run, "tiny-seed2", None, [*RUNGS[:1], replace(RUNGS[1], difference=-0.011), *RUNGS[2:]], seed=2)
+    for seed, mean in ((1, 0.60), (2, 0.61)):
+        write_model(run, f"tiny-4-polished-seed{seed}", mean, seed)
+        write_model(run, f"tiny-8-scout-seed{seed}", 0.592, seed)
+    choice, others, polish, place = told(run)
+    assert choice.startswith("tiny-seed1: on your 2 tasks, 4 of 8 layers lose 0.6 points")
+    assert others == "Of this depth, scouts with other seeds find a difference of −1.1 points."
+    assert "these 4 layers score 60.5, 1.3 points more" in polish
+    assert place.startswith("The models are in models/tiny-4-polished-seed1, models/tiny-4-polished-seed2")
+    assert {v.name: v.scout.name for v in read_run(run).variants if v.scout} == {
+        f"tiny-{which}-seed{seed}": f"tiny-seed{seed}" for which in ("4-polished", "8-scout") for seed in (1, 2)
+    }
+
+
+def test_the_first_section_has_every_depth_with_what_was_measured_there(reported: Path) -> None:
+    page = read(reported / "report.html")
+    sections = [a["id"] for tag, a in page.tags if tag == "h2" and "id" in a]
+    assert sections[0] == "worth"
+    assert sections[1:] == [
+        *("trade-off", "size", "depth", "models", "tasks", "costs", "training", "commands", "provenance"),
+    ]
+    rows = {
+        row[0]: [plain(cell) for cell in row[1:]] for row in page.cells if row[1:2] in (["trained"], ["scored only"])
+    }
+    assert list(rows) == ["3", "4 chosen", "5", "6", "8"]
+    assert rows["4 chosen"] == ["trained", "12.0 M", "58.155.9 to 60.3", "−0.6−0.9 to +0.2"]
+    assert rows["5"][0] == "scored only"
+    assert rows["3"][3] == "−9.1−10.7 to −7.5 ▼ worse"
+    assert rows["8"][2:4] == ["58.756.5 to 60.9", "–"]
+    assert "3 rows of the data were left out." in page.text
+    assert ["4", "60.155.9 to 60.3", "56.155.9 to 60.3"] in page.cells
+    assert (reported / "figures" / "frontier-1.png").read_bytes().startswith(b"\x89PNG")
+    assert "(figures/frontier-1.png)" in (reported / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_the_untrained_profile_chooses_stands_beside_it(reported: Path) -> None:
+    page = read(reported / "report.html")
+    rows = [[plain(cell) for cell in row] for row in page.rows("small") + page.rows("large")]
+    assert rows == [
+        ["small", "2", "2.703", "3", "50.348.1 to 52.5", "−9.1−10.7 to −7.5 ▼ worse"],
+        ["large", "6", "1.859", "6", "59.156.9 to 61.3", "+0.4−0.4 to +1.2"],
+    ]
+    assert "The scout decides on the depth, not this" in page.text
+
+
+def test_where_a_scouts_numbers_come_from(reported: Path) -> None:
+    page, markdown = read(reported / "report.html"), (reported / "report.md").read_text(encoding="utf-8")
+    origin = f"Scout of tiny: {COMMAND}; seed 7; 60 steps in 412 s, depths 3, 4, 6, 8 at once; data"
+    assert f"{origin} allnli.jsonl.gz (277,230 rows)" in plain(page.text)
+    assert plain(origin)[:60] in plain(markdown)
+    assert "Scout of tiny; training of the scout of tiny" in page.text  # in the commands
+    steps = next(row for row in page.cells if row[0] == "Step" and "the scout of tiny" in row)
+    assert steps == ["Step", "the scout of tiny", "tiny-4-polished"]  # a cut has no training of its own
+    assert "2.400" in page.text
+
+
+def test_the_difference_of_a_polished_model_says_how_the_full_one_was_trained(reported: Path) -> None:
+    page = read(reported / "report.html")
+    assert "to tiny, scout, which had the scout’s training alone" in plain(page.row("tiny-4-polished")[-2])
+    cut = page.row("tiny-4-scout")[-2]
+    assert "to tiny, scout" in cut and "alone" not in cut
+    assert "of the scouted full model’s average score, which had the scout’s training alone" in page.text
+
+
+def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
+    card = plain((reported / "models" / "tiny-4-polished" / "README.md").read_text(encoding="utf-8"))
+    assert CARD_MARK in card
+    assert "trained together with other depths, then alone" in card
+    assert "Trained on from tiny-4-scout, which has the weights of a scout." in card
+    assert (
+        "Scout: secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny; seed 7;" in card
+    )
+    assert "Score of 4 blocks in the scout: 58.1 (55.9 to 60.3), −0.6 points to all 8 trained alike." in card
+    assert NLI.sha256 in card and SICK.sha256 in card  # of the scout's data, and of its own
+    assert "which had the scout's training alone" in card
+    cut = (reported / "models" / "tiny-4-scout" / "README.md").read_text(encoding="utf-8")
+    assert "trained together with other depths." in cut and "then alone" not in cut
+    assert "not been trained after the cut" in cut
+    whole = (reported / "models" / "tiny-8-scout" / "README.md").read_text(encoding="utf-8")
+    assert "60 steps" in whole and "not been trained" not in whole
+    assert "as they came" in (reported / "models" / "tiny-8-zero-shot" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_scout_alone_is_enough(tmp_path: Path) -> None:
+    write_scout(tmp_path, chosen=None)
+    page = read(report(tmp_path))
+    assert {a["id"] for tag, a in page.tags if tag == "h2" and "id" in a} == {
+        *("worth", "training", "commands", "provenance"),
+    }
+    assert told(tmp_path) == ["tiny: the scout scored 5 depths of 8; none is chosen yet."]
+
+
+def test_a_depth_without_a_score_is_shown_and_not_told(run: Path) -> None:
+    rewrite(run, replace(RUNGS[0], score=float("nan"), difference=float("nan")), *RUNGS[1:])
+    assert load(run / "scouts" / "tiny", Scout).rows[0].score is None
+    page = read(report(run))
+    assert next(row for row in page.cells if row[:2] == ["3", "trained"])[3].startswith("–")
+    assert "4 of 8 layers lose 0.6 points" in told(run)[0]
+
+
+@pytest.mark.parametrize("choice", ['{"chosen": 9}', '{"chosen": true}', "[2]", "{"])
+def test_a_broken_choice_of_a_scout_is_an_error_and_nothing_is_written(run: Path, choice: str) -> None:
+    (run / "scouts" / "tiny" / "choice.json").write_text(choice)
+    with pytest.raises(DataError, match=r"choice\.json"):
+        report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_the_same_run_gives_the_same_bytes(reported: Path, tmp_path: Path) -> None:
+    again = tmp_path / reported.name
+    shutil.copytree(reported, again)
+    before = {path: path.read_bytes() for path in again.rglob("*") if path.is_file()}
+    report(again)
+    assert {path: path.read_bytes() for path in again.rglob("*") if path.is_file()} == before
