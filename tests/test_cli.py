@@ -440,7 +440,7 @@ HEAL = ("heal", "model", "--data", "words.jsonl", "--batch-size", "8", "--steps"
         (("prune", "model", "--to", "1"), 52),
         (HEAL, 52),  # safetensors cannot write
         (HEAL, 140),  # torch cannot write
-        (("study", "model", "--data", "words.jsonl", "--batch-size", "8"), 52),
+        (("study", "model", "--data", "words.jsonl", "--tasks", "task", "--batch-size", "8"), 52),
     ],
 )
 def test_a_full_disk_is_one_line(command: tuple[str, ...], kilobytes: int, place: Path, run: Run):

@@ -202,7 +202,7 @@ def test_texts_alone_are_scouted_by_the_whole_model_on_texts_that_nothing_is_tra
         run / "models/tiny-1-polished-seed2",
     ):
         settings = load(folder, Training).settings
-        assert settings["data"] == {"notes.txt": 240 - len(held)}
+        assert settings["data"] == {"notes.txt": len(set(texts)) - len(held)}
         assert settings["recipe"] == "distill"
         assert Path(settings["teacher"]).name == "tiny-4-zero-shot"
     assert yaml.safe_load((run / "study.yaml").read_text())["teacher"] == "self"
@@ -233,8 +233,8 @@ def test_a_study_is_planned_and_told_on_the_command_line(place: Path, run: Path,
         assert caught.value.code == 0
         return capsys.readouterr().out
 
-    words = ["study", place / "tiny", "--data", place / "words.jsonl", "--batch-size", "8", "--tolerance", "2"]
-    said = command(*words, "--ladder", "1,2", "-o", tmp_path / "run", "--plan")
+    words = ["study", place / "tiny", "--data", place / "words.jsonl", "--tasks", place / "task"]
+    said = command(*words, "--batch-size", "8", "--tolerance", "2", "--ladder", "1,2", "-o", tmp_path / "run", "--plan")
     assert "scout tiny" in said and "heal tiny-(chosen)-polished" in said
     assert not (tmp_path / "run").exists()
     assert "waiting" not in command("study", "status", run)

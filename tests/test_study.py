@@ -161,6 +161,7 @@ def test_other_options_are_refused_in_the_same_run_folder(changes: dict[str, obj
         ({"depths": ["3"]}, IllegalDepth, "cannot cut 2 blocks to 3"),
         ({"depths": ["half"]}, ConfigError, "half"),
         ({"batch_size": 64}, DataError, "nothing fills a batch of 64"),
+        ({"depths": [], "tasks": []}, DataError, "queries can be held out"),
         ({"models": ["./nowhere"]}, ModelError, "no such file or folder"),
         ({"stepz": 1}, ConfigError, "no such option"),
     ],
@@ -443,7 +444,8 @@ def test_a_plan_is_shown_and_nothing_is_written(place: Path, tmp_path: Path, mon
     assert all(step.seconds and step.seconds > 0 for step in state.plan.steps)
     assert state.seconds_left == pytest.approx(sum(step.seconds or 0 for step in state.plan.steps))
     assert not (tmp_path / "run").exists()
-    words = ["study", place / "tiny", "--data", place / "words.jsonl", "--batch-size", "8", "-o", tmp_path / "run"]
+    words = ["study", place / "tiny", "--data", place / "words.jsonl", "--tasks", place / "task"]
+    words += ["--batch-size", "8", "-o", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words), "--plan"])
     with pytest.raises(SystemExit) as caught:
         cli.main()

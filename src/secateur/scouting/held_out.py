@@ -75,25 +75,13 @@ def hold_out(
         DataError: Too few rows can be held out; or two files have one name.
         OutputError: ``folder`` cannot be written.
     """
-    kind = Pairs if judge_of(sources) == "pairs" else Texts
-    own = [source for source in sources if isinstance(source, kind)]
-    if kind is Texts and (teacher is None or cache is None):
+    if judge_of(sources) == "texts" and (teacher is None or cache is None):
         hint = "name one with --teacher (self: the model as it came), or tasks with --tasks"
         raise ConfigError("teacher", None, "texts alone have no answers to find, and there is no teacher", hint)
-    names = [folder_name(source) for source in own]
-    if twice := [source.name for source, name in zip(own, names, strict=True) if names.count(name) > 1]:
-        raise DataError(twice[0], "two data files have this name, and so would their tasks", "rename one")
-    share = count // len(own)
-    drawn = [_draw(source, min(share, len(source.rows) // SHARE), seed) for source in own]
-    drawn = [rows if _queries(rows) >= FEWEST else frozenset() for rows in drawn]
-    found = sum(map(_queries, drawn))
-    if found < FEWEST_IN_ALL:
-        each = f"at most a tenth of each file, and none of a file with fewer than {FEWEST} in it"
-        problem = f"{found} queries can be held out to score the depths ({each})"
-        raise DataError("data", problem, "name tasks with --tasks, give more rows, or raise --held-out")
-    known = {text for source, rows in zip(own, drawn, strict=True) for text in _texts(source, rows)}
+    drawn = draw(sources, count, seed)
+    known = {text for source, rows in drawn for text in _texts(source, rows)}
     with new_folder(folder) as partial:
-        for source, rows in zip(own, drawn, strict=True):
+        for source, rows in drawn:
             if rows and isinstance(source, Pairs):
                 held = [row for row in source.rows if row in rows]
                 others = {text for row in held for text in row.negatives} - known
@@ -105,6 +93,24 @@ def hold_out(
 
 
 Rows = frozenset[Pair] | frozenset[str]
+
+
+def draw(sources: Sequence[Source], count: int, seed: int) -> list[tuple[Source, Rows]]:
+    """The rows of each file to hold out; arguments and errors as for :func:`hold_out`."""
+    kind = Pairs if judge_of(sources) == "pairs" else Texts
+    own = [source for source in sources if isinstance(source, kind)]
+    names = [folder_name(source) for source in own]
+    if twice := [source.name for source, name in zip(own, names, strict=True) if names.count(name) > 1]:
+        raise DataError(twice[0], "two data files have this name, and so would their tasks", "rename one")
+    share = count // len(own)
+    drawn = [_draw(source, min(share, len(source.rows) // SHARE), seed) for source in own]
+    drawn = [rows if _queries(rows) >= FEWEST else frozenset() for rows in drawn]
+    found = sum(map(_queries, drawn))
+    if found < FEWEST_IN_ALL:
+        each = f"at most a tenth of each file, and none of a file with fewer than {FEWEST} in it"
+        problem = f"{found} queries can be held out to score the depths ({each})"
+        raise DataError("data", problem, "name tasks with --tasks, give more rows, or raise --held-out")
+    return list(zip(own, drawn, strict=True))
 
 
 def _draw(source: Source, most: int, seed: int) -> Rows:

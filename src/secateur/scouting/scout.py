@@ -80,6 +80,7 @@ def scout(options: ScoutOptions, *, progress: Progress = silent) -> Scout:
             _begin(out, made)
             _train(options, sources, depths, progress)
         check_resume(out, made, "a scout", ("model",))
+        shutil.rmtree(out / "model.partial", ignore_errors=True)  # of a training that was killed at its very end
         tasks = tasks or open_tasks(sorted((out / "tasks").iterdir()), options.sample, options.seed)
         return _score(options, sources, tasks, progress)
 

@@ -47,11 +47,12 @@ from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
 from secateur.reporting.report import report
 from secateur.reporting.run import read_journal, read_run
-from secateur.results import Costs, Profile, Scores, Scout, Training, load
+from secateur.results import Costs, Profile, Scores, Scout, load
+from secateur.scouting.held_out import draw
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.grid import recipe_options
-from secateur.studies.plan import PRESETS, SCOUT, SCOUTS, chosen_depth, plan_steps, scout_names
+from secateur.studies.plan import PRESETS, SCOUTS, chosen_depth, plan_steps, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
 from secateur.studies.steps import CURVE, FRONTIER, ITSELF, NO_TRAINING, ZERO_SHOT, Base, Plan
 
@@ -235,6 +236,8 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
         open_tasks(settings.tasks, settings.sample, settings.seed)
     bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))
     plan_steps(settings, bases, {}, {})
+    if not (settings.depths or settings.tasks):
+        draw(sources, settings.held_out, settings.seeds[0] if settings.seeds else settings.seed)
     return _Outline(settings, bases, measure_amounts(settings, sources))
 
 
@@ -340,9 +343,6 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for variant in (found[name] for name in planned if name in found):
         training, origin, item = variant.training, variant.origin, planned[variant.name]
-        if item["recipe"] == SCOUT:  # a cut of the model that was trained
-            folder = item["base"] + item["name"].rpartition(SCOUT)[2]
-            training = load(Path(run) / SCOUTS / folder / "model", Training)
         what: dict[str, Any] = {
             "model": variant.base,
             "variant": variant.name,
