@@ -204,12 +204,12 @@ def test_what_a_scout_decides_stands_open_until_it_is_there():
     assert all(step.known for step in after.steps)
     lines, data = lines_of(after), "--data a.jsonl"
     assert lines["scout tiny"] == (
-        f"secateur scout run/models/tiny-4-zero-shot {data} --steps 100 --tasks t -o run/scouts/tiny"
+        f"secateur scout run/models/tiny-4-zero-shot {data} --steps 25 --tasks t -o run/scouts/tiny"
     )
     assert lines["prune tiny-4-scout"] == "secateur prune run/scouts/tiny/model --to 4 -o run/models/tiny-4-scout"
     assert lines["prune tiny-2-scout"] == "secateur prune run/scouts/tiny/model --to 2 -o run/models/tiny-2-scout"
-    assert lines["heal tiny-2-polished"] == (  # half of the depth: twice the steps
-        f"secateur heal run/models/tiny-2-scout {data} --steps 200 -o run/models/tiny-2-polished"
+    assert lines["heal tiny-2-polished"] == (  # what the scout left, twice at half of the depth
+        f"secateur heal run/models/tiny-2-scout {data} --steps 150 -o run/models/tiny-2-polished"
     )
     assert [step.name for step in after.steps if step.kind == "evaluate"] == [f"evaluate {m}" for m in names(after)]
 
@@ -231,7 +231,7 @@ def test_the_depth_is_chosen_by_scores_and_budget_or_by_the_user(given, polished
     assert [name for name in names(plan) if "scout" in name] == [
         f"tiny-{k}-scout" for k in sorted({4, *polished})[::-1]
     ]
-    assert lines_of(plan).get("heal tiny-3-polished", "--steps 1333").split("--steps ")[1][:4] == "1333"
+    assert lines_of(plan).get("heal tiny-3-polished", "--steps 1000").split("--steps ")[1][:4] == "1000"
 
 
 def test_depths_that_the_user_polishes_wait_for_no_choice():
@@ -239,10 +239,11 @@ def test_depths_that_the_user_polishes_wait_for_no_choice():
     assert all(step.known for step in plan.steps)
 
 
-def test_where_no_smaller_depth_is_good_enough_nothing_is_polished():
+def test_where_no_smaller_depth_is_good_enough_the_whole_is_polished():
     plan = plan_steps(options(), BASES[1:], {}, {"tiny": scout_of({1: -0.3, 2: -0.2, 3: -0.1})})
-    assert names(plan) == ["tiny-4-zero-shot", "tiny-4-scout"]
+    assert names(plan) == ["tiny-4-zero-shot", "tiny-4-scout", "tiny-4-polished"]
     assert all(step.known for step in plan.steps)
+    assert "--steps 750 " in lines_of(plan)["heal tiny-4-polished"]
 
 
 def test_a_budget_that_nothing_fits_fails_the_cut_alone():

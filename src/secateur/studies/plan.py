@@ -22,7 +22,6 @@ from secateur.results import Costs, Profile, Scout
 from secateur.studies.grid import add_grid, recipe_options, settings_of
 from secateur.studies.steps import (
     FRONTIER,
-    FULL,
     ITSELF,
     MODELS,
     Base,
@@ -55,6 +54,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Options that a preset decides, where the user has not; the demo's come with its data."""
 
 
+SCOUT_SHARE = 0.25
+"""Of a study's steps, each of which costs what a step of the full depth costs, the scout's; the polish has the rest."""
 _SCOUTED = ("ladder", "polish", "held_out", *Budget.model_fields)
 """Options of a study with a scout."""
 
@@ -168,8 +169,9 @@ def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: B
     if judge.held_out:
         settings["exclude"] = judge.tasks
     cuts = _cuts(study, base, scout)
+    polishes_whole = base.depth in study.polish or not cuts
     for seed, suffix in _suffixes(study).items():
-        _add_cut(plan, study, settings, judge, whole, seed, suffix)
+        _add_cut(plan, study, settings, judge, whole, seed, suffix, polishes=polishes_whole)
         for spec, kept, problem in cuts:
             blocks = None if kept is None else tuple(range(kept))
             _add_cut(plan, study, settings, judge, Variant("", base, (spec,), blocks), seed, suffix, problem)
@@ -184,7 +186,7 @@ def _add_scouts(
         variant = replace(whole, name=whole.base.name + suffix, recipe=SCOUT, seed=seed)
         folder = study.out / SCOUTS / variant.name
         own: dict[str, Any] = {"model": str(study.out / MODELS / whole.name), "depths": study.ladder or None}
-        own |= {"tasks": judge.tasks, "sample": study.sample, "held_out": study.held_out}
+        own |= {"steps": _steps(study)[0], "tasks": judge.tasks, "sample": study.sample, "held_out": study.held_out}
         own |= {"exclude": judge.tasks if judge.held_out else []}
         options = {**settings, **own, "seed": seed, "out": folder}
         step = plan.add("scout", variant, folder / FRONTIER, came, told_by=judge.told_by, **options)
@@ -194,8 +196,18 @@ def _add_scouts(
     return judge
 
 
+def _steps(study: StudyOptions) -> tuple[int, int]:
+    """Of the scout, and of the polish at full depth."""
+    budget = study.steps or TrainingConfig.steps
+    scout = max(1, round(SCOUT_SHARE * budget))
+    return scout, budget - scout
+
+
 def _cuts(study: StudyOptions, base: Base, scout: Scout | None) -> list[tuple[str, int | None, str]]:
-    """The cuts below the full depth: entry, depth (None while it is not known), and why it cannot be told."""
+    """The cuts below the full depth: entry, depth (None while it is not known), and why it cannot be told.
+
+    None where the full depth is chosen.
+    """
     if study.polish:
         return [(str(depth), depth, "") for depth in sorted({*study.polish} - {base.depth}, reverse=True)]
     if scout is None:
@@ -216,11 +228,10 @@ def _add_cut(
     seed: int,
     suffix: str,
     problem: str = "",
+    *,
+    polishes: bool = True,
 ) -> None:
-    """A depth of a seed's scout as a model, and polished: the full depth only where this is asked for.
-
-    The polish takes as many steps as cost what the scout cost.
-    """
+    """A depth of a seed's scout as a model, and polished: as many steps as cost what the scout left of the budget."""
     base, waits = cut.base, None if cut.blocks is not None else f"scout {scout_names(study, cut.base)[0]}"
     label, to = (f"({cut.specs[0]})", {}) if cut.blocks is None else (cut.depth, {"to": str(cut.depth)})
     cut = replace(cut, name=f"{base.name}-{label}-{SCOUT}{suffix}", recipe=SCOUT, seed=seed)
@@ -231,10 +242,10 @@ def _add_cut(
         plan.failed[pruned] = problem
     waits = waits or judge.told_by
     add_scores(plan, study, cut, pruned, judge.tasks, waits)
-    if cut.specs == FULL and cut.depth not in study.polish:
+    if not polishes:
         return
     polished = replace(cut, name=f"{base.name}-{label}-{POLISHED}{suffix}", recipe=POLISHED)
-    steps = round((study.steps or TrainingConfig.steps) * base.depth / cut.depth)
+    steps = max(1, round(_steps(study)[1] * base.depth / cut.depth))
     given, out = {"model": str(out), **settings, "steps": steps, "seed": seed}, study.out / MODELS / polished.name
     step = plan.add("heal", polished, out, pruned, told_by=waits, **given, out=out)
     add_scores(plan, study, polished, step, judge.tasks, waits)
