@@ -25,7 +25,7 @@ from secateur.studies.study import join_tables
 from snapshots import Snapshots, assert_each_step_was_done_once, assert_same_weights
 from task_folders import example_rows, write_task
 
-OPTIONS = {"ladder": [1, 2], "steps": 4, "batch_size": 8, "learning_rate": 1e-3, "precision": "float32"}
+OPTIONS = {"ladder": [1, 2], "steps": 8, "batch_size": 8, "learning_rate": 1e-3, "precision": "float32"}
 OPTIONS |= {"max_examples": 16, "sample": 16, "profile_dtype": "float32"}
 VARIANTS = ["tiny-4-zero-shot", "tiny-4-scout", "tiny-1-scout", "tiny-1-polished"]
 MOMENTS = (
@@ -93,8 +93,8 @@ def test_the_smallest_depth_that_is_good_enough_is_polished(run: Path):
     scores = {row.model: row.score for row in secateur.read_scores(run).rows}
     assert rungs[1].score == pytest.approx(scores["tiny-1-scout"], abs=1e-5)
     assert rungs[4].score == pytest.approx(scores["tiny-4-scout"], abs=1e-5)
-    assert load(run / "scouts" / "tiny" / "model", Training).steps == 4
-    assert load(run / "models" / "tiny-1-polished", Training).steps == 16  # a quarter of the blocks
+    assert load(run / "scouts" / "tiny" / "model", Training).steps == 2  # a quarter of all
+    assert load(run / "models" / "tiny-1-polished", Training).steps == 24  # the rest, at a quarter of the blocks
     assert load(run / "models" / "tiny-1-scout", Origin).kept == (0,)
     whole, cut = (load_file(run / "models" / name / "model.safetensors") for name in VARIANTS[1:3])
     assert all(torch.equal(whole[key], cut[key]) for key in cut)
@@ -108,9 +108,9 @@ def test_the_joined_table_has_a_row_for_each_model_and_task(run: Path):
     assert [(row["variant"], row["task"]) for row in rows] == [(name, "task") for name in VARIANTS]
     assert [(row["kept"], row["specs"], row["recipe"], row["seed"], row["steps"]) for row in rows] == [
         (4, "full", "none", None, None),
-        (4, "full", "scout", 42, 4),
-        (1, "chosen", "scout", 42, 4),
-        (1, "chosen", "polished", 42, 16),
+        (4, "full", "scout", 42, 2),
+        (1, "chosen", "scout", 42, 2),
+        (1, "chosen", "polished", 42, 24),
     ]
     with (run / "table.csv").open() as stream:
         assert [float(row["score"]) for row in csv.DictReader(stream)] == [row["score"] for row in rows]
@@ -164,7 +164,7 @@ def test_another_choice_adds_to_a_study_and_changes_nothing_that_is_there(run: P
     left = [step.name for step in state.plan.steps if state.of(step) != "done"]
     new = [f"{kind} tiny-2-{what}" for what in ("scout", "polished") for kind in ("prune", "evaluate")]
     assert left == [*new[:2], "heal tiny-2-polished", new[3], "cost all"]
-    edit(copy, polish=[], steps=5)
+    edit(copy, polish=[], steps=16)
     with pytest.raises(ConfigError, match=r"^steps: changed in .*scouts/tiny/frontier\.png"):
         secateur.study(out=copy)
 
