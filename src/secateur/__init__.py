@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from secateur.pruning.prune import prune
     from secateur.reporting.compare import compare
     from secateur.reporting.cost import cost
-    from secateur.reporting.report import report
+    from secateur.reporting.report import read_verdict, report
     from secateur.scouting.scout import scout
     from secateur.studies.study import plan_study, read_scores, read_status, study
 
@@ -44,6 +44,7 @@ __all__ = [
     "prune",
     "read_scores",
     "read_status",
+    "read_verdict",
     "report",
     "scout",
     "serve",
@@ -67,6 +68,7 @@ _HOMES = {
     "prune": "pruning.prune",
     "read_scores": "studies.study",
     "read_status": "studies.study",
+    "read_verdict": "reporting.report",
     "report": "reporting.report",
     "scout": "scouting.scout",
     "serve": "inference.serve",

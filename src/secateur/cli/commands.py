@@ -233,9 +233,9 @@ def _study(given: dict[str, Any]) -> None:
 
     with study_bars(int(given.get("jobs", 1))) as (progress, callback):
         page = secateur.study(**given, progress=progress, callback=callback)
-    with suppress(DataError):  # a study without tasks has no scores
+    with suppress(DataError):  # a study of depths without tasks has no scores
         show_scores(secateur.read_scores(given["out"]))
-    _say(f"\n{page}")
+    _say("", *secateur.read_verdict(given["out"]), f"\n{page}")
 
 
 @command_of(app, EncodeOptions)

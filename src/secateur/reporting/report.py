@@ -85,6 +85,15 @@ def report(options: ReportOptions) -> Path:
     return page
 
 
+def read_verdict(run: str | Path) -> tuple[str, ...]:
+    """What a run found, in the sentences with which its report begins.
+
+    Raises:
+        DataError: The folder is missing, holds no table, or a table in it is broken or contradicts another.
+    """
+    return verdict(summarize(read_run(run)))
+
+
 @dataclass(frozen=True)
 class Highlight:
     """A cut model in short: its name, the share of quality that it keeps, and some more facts."""
