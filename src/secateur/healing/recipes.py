@@ -36,7 +36,7 @@ LEARNING_RATES = {"lora": 2e-4, "blocks": 5e-4, "all": 5e-4}
 """Peak learning rate by what is trained; the first is the paper's, the others were measured (docs/healing.md)."""
 
 CHECKPOINTS = 10
-"""How many a training writes on its way, so that a killed one loses at most a tenth."""
+"""How many a training writes on its way, so that a killed one loses at most a tenth; fewer where writing takes long."""
 LOGGED = 100
 """About how many losses a training logs."""
 SCORE = "eval_score"

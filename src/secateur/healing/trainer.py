@@ -50,6 +50,9 @@ EXPLODED = 10.0
 NEAR_ZERO = 1e-3
 """Losses below count as this: a student that is its teacher has a loss of 0, or by rounding a little below."""
 
+QUICK_SAVE, SAVE_SHARE = 1.0, 0.1
+"""Checkpoints that take more seconds than this are written so rarely that they take at most this share of the time."""
+
 TRAINED_WEIGHTS, SECONDS = "trained.safetensors", "seconds"
 
 MakeLoss = Callable[[SentenceTransformer, TrainingConfig], nn.Module]
@@ -205,17 +208,33 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Reports the progress in rows, and stops a training that has diverged, or gets no better."""
+    """Reports the progress in rows, and stops a training that has diverged, or gets no better.
+
+    It leaves out checkpoints that would take much of the time: on a CPU, the optimizer's state of all weights takes
+    longer to write than some steps do.
+    """
 
     def __init__(self, folder: Path, config: TrainingConfig, progress: Progress) -> None:
         self.folder, self.config, self.progress = folder, config, progress
+        self._saved = self._began = time.monotonic()
+        self._took = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             size = self.config.batch_size
             self.progress(f"heal ({self.config.train})", state.global_step * size, state.max_steps * size)
 
-    on_step_end = on_train_begin
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.on_train_begin(args, state, control)
+        self._began = time.monotonic()
+        # A checkpoint belongs to each score; and several processes write theirs together, by one clock or none.
+        free = args.eval_strategy == "no" and get_world_size() == 1
+        if free and self._took > QUICK_SAVE and self._began - self._saved < self._took / SAVE_SHARE:
+            control.should_save = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._saved = time.monotonic()
+        self._took = self._saved - self._began
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
