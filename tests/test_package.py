@@ -79,6 +79,7 @@ def test_the_exported_names():
         "prune",
         "read_scores",
         "read_status",
+        "read_verdict",
         "report",
         "scout",
         "serve",
