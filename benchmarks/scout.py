@@ -87,9 +87,6 @@ class Sampled(Elastic):
         self._step += 1
         return super().forward(sentence_features, labels)
 
-    def together(self, losses: list[Tensor], columns: Sequence[Tensor]) -> Tensor:
-        return torch.stack(losses).mean()
-
 
 class Sandwich(Sampled):
     """The full depth, the smallest, and one other."""

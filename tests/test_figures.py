@@ -241,14 +241,14 @@ def test_a_scout_draws_its_scores_with_both_intervals_the_tolerance_and_the_choi
 @pytest.mark.filterwarnings("error")
 def test_a_scout_of_little_can_be_drawn(tmp_path: Path) -> None:
     for table in (scouted(ends=None), scouted(layer_costs=()), scouted((3,)), scouted(tuple(range(1, 81)))):
-        figure = frontier_figure(table)
+        figure = frontier_figure(table, None, 1.0)
         text = words(svg(figure, "f", "t", "d"))
         assert str(table.depth) in text and not any("chosen" in word for word in text)
         ticks = [word for word in text if word.isdigit()]
         assert len(ticks) < 60
     lost = scouted()
     lost = replace(lost, depths=(replace(lost.depths[0], score=None), *lost.depths[1:]))
-    drawn = next(line for line in frontier_figure(lost, 2).axes[0].lines if line.get_label() == "trained")
+    drawn = next(line for line in frontier_figure(lost, 2, 1.0).axes[0].lines if line.get_label() == "trained")
     assert list(drawn.get_xdata()) == [6, 9, 12]
 
 

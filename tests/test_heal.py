@@ -147,6 +147,23 @@ def trained(
     return model, outcome
 
 
+def test_checkpoints_that_take_long_are_rare_and_still_resumed_from(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As if the first had taken ages."""
+    data = [read_pairs(pairs_file)]
+    usual, _ = trained(tmp_path / "usual", data, llama_folder)
+    assert {path.name for path in (tmp_path / "usual").iterdir()} == {"checkpoint-3", "checkpoint-4"}
+    monkeypatch.setattr("secateur.healing.trainer.QUICK_SAVE", 0.0)
+    monkeypatch.setattr("secateur.healing.trainer.SAVE_SHARE", 1e-12)
+    rare, _ = trained(tmp_path / "rare", data, llama_folder)
+    assert {path.name for path in (tmp_path / "rare").iterdir()} == {"checkpoint-1"}
+    resumed, outcome = trained(tmp_path / "rare", data, llama_folder)
+    assert outcome.steps == 4
+    for model in (rare, resumed):
+        assert all(torch.equal(own, model.state_dict()[name]) for name, own in usual.state_dict().items())
+
+
 @pytest.mark.parametrize("mode", ["lora", "blocks", "all"])
 def test_each_mode_trains_what_it_says_and_goes_on_bit_for_bit(
     mode: str, llama_folder: Path, pairs_file: Path, tmp_path: Path

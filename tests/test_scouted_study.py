@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -238,3 +239,7 @@ def test_a_study_is_planned_and_told_on_the_command_line(place: Path, run: Path,
     assert "scout tiny" in said and "heal tiny-(chosen)-polished" in said
     assert not (tmp_path / "run").exists()
     assert "waiting" not in command("study", "status", run)
+    said = " ".join(command("study", "resume", run).split())
+    verdict = re.findall(r"^\*\*(.+)\*\*$", (run / "report.md").read_text(), re.MULTILINE)
+    assert "layers" in verdict[0]
+    assert [sentence for sentence in verdict if sentence.replace("\\", "") not in said] == []

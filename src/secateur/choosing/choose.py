@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.choosing.budgets import affordable, cost_limits, costs
+from secateur.choosing.budgets import CutCost, affordable, cost_limits, cut_cost
 from secateur.choosing.evidence import Rungs, choose_rung, side_by_side
 from secateur.choosing.selectors import (
     SEED,
@@ -261,16 +261,13 @@ def _shallowest(increase: float, deepest: int, table: Profile) -> Choice:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One choice (:class:`.Choice`) with its row of the profile.
+class Candidate(CutCost):
+    """One choice (:class:`.Choice`) with its row of the profile and what it costs.
 
     Attributes:
         name: What ``--to`` takes to get it; ``full`` is the model as it is, ``budget`` what the limits allow.
         loss: At that depth, zero-shot, with its 95 % interval from ``loss_low`` to ``loss_high``; None where other
             layers than the first stay, since a profile measures depths.
-        latency: Seconds for one text of some 20 tokens (:class:`.LayerCost`).
-        speed: Texts per second in a batch, relative to the full depth. Costs are None in a profile of an earlier
-            version.
     """
 
     name: str
@@ -281,11 +278,6 @@ class Candidate:
     loss: float | None = None
     loss_low: float | None = None
     loss_high: float | None = None
-    parameters: int | None = None
-    bytes: int | None = None
-    flops_per_token: float | None = None
-    latency: float | None = None
-    speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -351,7 +343,7 @@ def _names(table: Profile, sizes: Sequence[int]) -> Iterator[str]:
 def _candidate(table: Profile, name: str, choice: Choice) -> Candidate:
     row = table.depths[len(choice.blocks) - 1] if is_prefix(choice.blocks) else None
     loss = {key: getattr(row, key) for key in ("loss", "loss_low", "loss_high")} if row else {}
-    cost = costs(table, choice.blocks)
+    cost = asdict(cut_cost(table, choice.blocks))
     return Candidate(name, choice.blocks, choice.reason, choice.warning, choice.selection_probability, **loss, **cost)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.choosing.budgets import affordable, cost_limits, costs
+from secateur.choosing.budgets import CutCost, affordable, cost_limits, cut_cost
 from secateur.choosing.selectors import Choice, prefix
 from secateur.document import plural, signed, span
 from secateur.errors import ConfigError, DataError
@@ -154,29 +154,24 @@ def _difference(row: RungRow, to: str = "") -> str:
 
 
 def _costs(scout: Scout, row: RungRow) -> str:
-    own, full = (costs(scout, prefix(depth)) for depth in (row.depth, scout.depth))
-    if not own:
+    own, full = (cut_cost(scout, prefix(depth)) for depth in (row.depth, scout.depth))
+    if own.parameters is None or full.parameters is None:
         return ""
-    return f" {100 * own['parameters'] / full['parameters']:.0f} % of the parameters, {own['speed']:.1f} × the speed."
+    return f" {100 * own.parameters / full.parameters:.0f} % of the parameters, {own.speed:.1f} × the speed."
 
 
 # Side by side ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Rung(RungRow):
-    """One depth of a scout with what it costs; the costs are as in :class:`.Candidate`.
+class Rung(CutCost, RungRow):
+    """One depth of a scout with what it costs.
 
     ``fits``: the limits of costs allow it; ``chosen_by`` are the rules that choose it: ``tolerance``, ``best``.
     """
 
     fits: bool = True
     chosen_by: tuple[str, ...] = ()
-    parameters: int | None = None
-    bytes: int | None = None
-    flops_per_token: float | None = None
-    latency: float | None = None
-    speed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +204,7 @@ def side_by_side(options: Budget, scout: Scout) -> Rungs:
             **asdict(row),
             fits=row.depth in fitting,
             chosen_by=tuple(name for name, own in rules.items() if len(own.blocks) == row.depth),
-            **costs(scout, prefix(row.depth)),
+            **asdict(cut_cost(scout, prefix(row.depth))),
         )
         for row in scout.depths
     ]

@@ -116,8 +116,10 @@ def _show_rungs(found: Rungs) -> None:
         "speed": lambda row: NONE if row.speed is None else f"{row.speed:.1f}×",
         "chosen by": lambda row: ", ".join(row.chosen_by) if row.fits else "over budget",
     }
-    judges = {"tasks": plural(found.tasks, "task"), "pairs": "held-out pairs", "texts": "held-out texts"}
-    title = f"{found.model}: scores × 100 on {judges[found.judge]}, with 95 % intervals"
+    from secateur.reporting.run import JUDGES
+
+    judge = JUDGES.get(found.judge, plural(found.tasks, "task"))
+    title = f"{found.model}: scores × 100 on {judge}, with 95 % intervals"
     _show(Table.of(title, found.rows, columns).filled())
     if not all(row.trained for row in found.rows):
         typer.echo("* scored without having been trained itself")

@@ -33,7 +33,7 @@ BODY_WORDS = (12, 32)
 TRAIN_PAIRS = 4000
 TEST_PAIRS = 400
 SETTINGS = {"steps": 60, "batch_size": 32, "learning_rate": 5e-4, "max_length": 32, "max_examples": 320}
-"""Small enough for ten minutes on two cores: 15 steps are the scout's, the polish costs 45. By default 1,000 of 64."""
+"""For about ten minutes on two cores: 15 steps are the scout's, the polish costs 45. By default 1,000 of 64."""
 
 
 def demo_study(given: StudyOptions, run: Path, progress: Progress) -> StudyOptions:
@@ -86,11 +86,13 @@ def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> No
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """Within: syntax trees, which hold no cycles, are not searched for any; that took most of the time."""
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_on:
+            gc.enable()
 
 
 def pairs_of(package: str) -> Iterator[tuple[str, str]]:

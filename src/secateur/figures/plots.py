@@ -143,7 +143,7 @@ def _finish(figure: Figure, axes: Any, points: Sequence[Point], cost: str) -> No
 # Scouts ---------------------------------------------------------------------------------------------------------------
 
 
-def frontier_figure(scout: Scout, chosen: int | None = None, tolerance: float = 1.0) -> Figure:
+def frontier_figure(scout: Scout, chosen: int | None, tolerance: float) -> Figure:
     """Mean score (× 100) of a scout's depths with 95 % intervals; above, their parameters relative to the full depth.
 
     A thick bar is the interval of the difference to the full depth, drawn where the score is: a depth is within the
@@ -151,7 +151,7 @@ def frontier_figure(scout: Scout, chosen: int | None = None, tolerance: float = 
 
     Args:
         scout: The table to draw. Depths that were not trained are hollow.
-        chosen: The depth that is marked.
+        chosen: The depth that is marked; None: none is.
         tolerance: Points by which the band goes below the full depth's score.
     """
     rungs = [row for row in scout.rows if row.score is not None]

@@ -220,17 +220,20 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         self._took = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero:
-            size = self.config.batch_size
-            self.progress(f"heal ({self.config.train})", state.global_step * size, state.max_steps * size)
+        self._report(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.on_train_begin(args, state, control)
+        self._report(state)
         self._began = time.monotonic()
         # A checkpoint belongs to each score; and several processes write theirs together, by one clock or none.
         free = args.eval_strategy == "no" and get_world_size() == 1
         if free and self._took > QUICK_SAVE and self._began - self._saved < self._took / SAVE_SHARE:
             control.should_save = False
+
+    def _report(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            size = self.config.batch_size
+            self.progress(f"heal ({self.config.train})", state.global_step * size, state.max_steps * size)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saved = time.monotonic()

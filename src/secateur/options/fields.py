@@ -132,6 +132,14 @@ Sample = Annotated[
     Field(ge=1, description="Use at most this many rows of each task, sampled by the seed, the same for all models."),
 ]
 SampleSeed = Annotated[Seed, Field(description="Random seed of the sample.")]
+HeldOut = Annotated[
+    int,
+    Field(
+        ge=10,
+        description="Without tasks: number of rows of the data that score the depths and are not trained on; at most "
+        "a tenth of each file.",
+    ),
+]
 Cache = Annotated[
     Path | None, Field(description="Folder that keeps vectors, so that no text is encoded twice by the same model.")
 ]

@@ -19,6 +19,7 @@ from secateur.options.fields import (
     Device,
     Dtype,
     Files,
+    HeldOut,
     Jobs,
     ModelNames,
     Models,
@@ -141,8 +142,8 @@ class StudyOptions(HealSettings, Budget):
     out: Annotated[Path, Names("results", STUDY_FILES)] = output("The run folder: all results, and what is left to do.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(
         None,
-        description="Options decided for you, where you set none. demo: SmolLM2 on API documentation, in ten minutes; "
-        "paper: L3Prune's experiments; shrink: an embedding model teaches its own first layers, on texts alone.",
+        description="Options decided for you, where you set none. demo: SmolLM2 on API documentation, about ten "
+        "minutes; paper: L3Prune's experiments; shrink: an embedding model teaches its own first layers, on texts.",
     )
     ladder: list[int] = Field(
         default=[], description="Depths that the scout trains: 6,12,24 [default: about eight, as scout --depths]."
@@ -151,9 +152,7 @@ class StudyOptions(HealSettings, Budget):
         default=[],
         description="Depths to go on training from the scout [default: the one that is chosen by its scores].",
     )
-    held_out: int = Field(
-        1000, ge=10, description="Without tasks: how many rows score the depths and are not trained on, as for scout."
-    )
+    held_out: HeldOut = 1000
     depths: Annotated[list[str], BeforeValidator(texts), Names("layers")] = Field(
         default=[],
         description="In place of a scout: train each of these depths separately, and the full model. As prune --to.",

@@ -20,6 +20,7 @@ from secateur.options.fields import (
     Data,
     Device,
     Dtype,
+    HeldOut,
     Instruction,
     MaxLength,
     Model,
@@ -304,12 +305,7 @@ class ScoutOptions(HealOptions):
         "the positives of held-out pairs].",
     )
     sample: Sample = None
-    held_out: int = Field(
-        1000,
-        ge=10,
-        description="Without tasks: how many rows of the data are not trained on, but score the depths; at most a "
-        "tenth of each file.",
-    )
+    held_out: HeldOut = 1000
     teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
         None,
         description="Teacher whose vectors the model learns: a model, the address of a server, as for heal; or self, "

@@ -132,8 +132,9 @@ def _polished(group: RunGroup, item: GroupComparison | None, chosen: Collection[
     own = group.first
     if group.average is None:
         return
-    layers = f"{'all ' if own.is_full else 'these ' if own.depth in chosen else ''}{own.depth} layers"
-    said = f"Trained on alone, {layers} score {score(group.average.value)}"
+    layers = f"{'all ' if own.is_full else 'these ' if own.depth in chosen else ''}{own.depth} layers score"
+    layers = "the first layer scores" if own.depth == 1 else layers
+    said = f"Trained on alone, {layers} {score(group.average.value)}"
     if item is None or not item.is_known:
         yield f"{said}."
         return

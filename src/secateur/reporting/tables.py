@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from secateur import document as doc
-from secateur.choosing.budgets import costs
+from secateur.choosing.budgets import cut_cost
 from secateur.choosing.choose import ranges
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
 from secateur.reporting.pictures import folder_link
@@ -96,7 +96,7 @@ def rung_table(scouted: Scouted) -> doc.Table:
     columns: dict[str, Callable[[RungRow], str | doc.Cell]] = {
         "Depth": lambda row: doc.Cell(str(row.depth), tag="chosen" if row.depth == scouted.chosen else ""),
         "Training": lambda row: "trained" if row.trained else "scored only",
-        "Parameters": lambda row: doc.count(costs(scout, range(row.depth)).get("parameters")),
+        "Parameters": lambda row: doc.count(cut_cost(scout, range(row.depth)).parameters),
         "Score": _rung_score,
         "Difference": lambda row: doc.NONE if row.depth == scout.depth else _rung_difference(row),
     }

@@ -85,7 +85,7 @@ class Profile(Table):
         batches: Batches read, of ``batch_size`` pairs (or texts).
         texts: Distinct texts run, and ``tokens`` theirs, prompts included.
         converged: Whether the choice of L3Prune's rule is significantly better than every other depth of its half, at
-            95 % over all looks at the data (:mod:`.stopping`); None without pairs.
+            95 % over all looks at the data (:func:`.has_converged`); None without pairs.
         cka: Linear CKA between depths, (depth, depth); null where a depth gives all texts the same vector.
         angular: Mean angular distance of the last token's states, (depth + 1, depth + 1), depth 0 being the embeddings;
             empty where an architecture's states have another layout.

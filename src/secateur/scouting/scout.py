@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.choosing.evidence import choose_rung
+from secateur.choosing.evidence import TOLERANCE, choose_rung
 from secateur.data.sources import Source, read_sources
 from secateur.done import FILE, Made
 from secateur.evaluation.tasks import Task, open_tasks
@@ -191,6 +191,6 @@ def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Tas
 
 
 def _draw(table: Scout, out: Path) -> None:
-    figure = frontier_figure(table, len(choose_rung(make(Budget, {}), table).blocks))
+    figure = frontier_figure(table, len(choose_rung(make(Budget, {}), table).blocks), TOLERANCE)
     for name in PICTURES:
         save(figure, out / name)

@@ -15,13 +15,13 @@ from typing import Any
 from secateur.choosing.choose import blocks_to_keep, is_prefix, needs_profile
 from secateur.errors import ConfigError, SecateurError
 from secateur.options import HealOptions, HealSettings, StudyOptions
+from secateur.reporting.run import UNTRAINED
 from secateur.results import Profile
 from secateur.studies.steps import (
     FULL,
     ITSELF,
     MODELS,
     NO_TRAINING,
-    ZERO_SHOT,
     Base,
     Plan,
     Variant,
@@ -85,7 +85,7 @@ def add_grid(
     for variant, problem in _cuts(study.depths, base, profile):
         told_by = None if variant.blocks is not None else f"profile {base.name}"
         is_kept = NO_TRAINING in recipes
-        cut = replace(variant, name=f"{variant.name}-{ZERO_SHOT}") if is_kept else variant
+        cut = replace(variant, name=f"{variant.name}-{UNTRAINED}") if is_kept else variant
         folder = study.out / (MODELS if is_kept else "pruned") / cut.name
         blocks = {"model": str(source), **_kept(variant.blocks)}
         pruned = plan.add("prune", cut, folder, came, told_by=told_by, **blocks, out=folder)
@@ -107,7 +107,7 @@ def _add_trainings(
 ) -> None:
     """Train the model in a folder, which the step ``pruned`` makes, with every recipe and seed."""
     data = {"model": str(folder), "data": study.data, "columns": study.columns}
-    came = study.out / MODELS / f"{variant.base.name}-{variant.base.depth}-{ZERO_SHOT}"
+    came = study.out / MODELS / f"{variant.base.name}-{variant.base.depth}-{UNTRAINED}"
     for recipe, training in recipes.items():
         if recipe == NO_TRAINING or (training.teacher == ITSELF and variant.specs == FULL):
             continue  # the whole has nothing to learn from itself

@@ -18,6 +18,7 @@ from secateur.choosing.evidence import choose_rung
 from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig
 from secateur.options import Budget, CostOptions, HealOptions, StudyOptions, default_of
+from secateur.reporting.run import POLISHED, SCOUTED
 from secateur.results import Costs, Profile, Scout
 from secateur.studies.grid import add_grid, recipe_options, settings_of
 from secateur.studies.steps import (
@@ -34,7 +35,7 @@ from secateur.studies.steps import (
     command_options,
 )
 
-SCOUTS, SCOUT, POLISHED = "scouts", "scout", "polished"
+SCOUTS = "scouts"
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {  # the experiments of L3Prune, arXiv 2410.14578, sections 4 and 5; the data are left to the user
@@ -183,7 +184,7 @@ def _add_scouts(
     """A scout for each seed, and what scores all models: without tasks, the rows that the first scout holds out."""
     judge = _Judge(study.tasks)
     for seed, suffix in _suffixes(study).items():
-        variant = replace(whole, name=whole.base.name + suffix, recipe=SCOUT, seed=seed)
+        variant = replace(whole, name=whole.base.name + suffix, recipe=SCOUTED, seed=seed)
         folder = study.out / SCOUTS / variant.name
         own: dict[str, Any] = {"model": str(study.out / MODELS / whole.name), "depths": study.ladder or None}
         own |= {"steps": _steps(study)[0], "tasks": judge.tasks, "sample": study.sample, "held_out": study.held_out}
@@ -234,7 +235,7 @@ def _add_cut(
     """A depth of a seed's scout as a model, and polished: as many steps as cost what the scout left of the budget."""
     base, waits = cut.base, None if cut.blocks is not None else f"scout {scout_names(study, cut.base)[0]}"
     label, to = (f"({cut.specs[0]})", {}) if cut.blocks is None else (cut.depth, {"to": str(cut.depth)})
-    cut = replace(cut, name=f"{base.name}-{label}-{SCOUT}{suffix}", recipe=SCOUT, seed=seed)
+    cut = replace(cut, name=f"{base.name}-{label}-{SCOUTED}{suffix}", recipe=SCOUTED, seed=seed)
     source, out = study.out / SCOUTS / f"{base.name}{suffix}" / "model", study.out / MODELS / cut.name
     made_by = f"scout {source.parent.name}"
     pruned = plan.add("prune", cut, out, made_by, told_by=waits, model=str(source), **to, out=out)

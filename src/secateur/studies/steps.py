@@ -26,6 +26,7 @@ from secateur.options import (
     extra,
     make,
 )
+from secateur.reporting.run import UNTRAINED
 from secateur.results import Scores
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
@@ -34,7 +35,7 @@ CURVE, FRONTIER = "curve.png", "frontier.png"
 """The files of a profile and of a scout that are written last."""
 MODELS = "models"
 """The folder of the models that are evaluated and timed."""
-ZERO_SHOT, NO_TRAINING = "zero-shot", "none"
+NO_TRAINING = "none"
 ITSELF = "self"
 """As a teacher: the whole model, of which the cut ones are parts."""
 FULL = ("full",)
@@ -215,7 +216,7 @@ def command_options(command: type[O], values: Mapping[str, Any]) -> O:
 
 def add_whole(plan: Plan, study: StudyOptions, base: Base) -> tuple[Variant, str]:
     """The model as it came; gives it and its step."""
-    whole = Variant(f"{base.name}-{base.depth}-{ZERO_SHOT}", base, FULL, tuple(range(base.depth)))
+    whole = Variant(f"{base.name}-{base.depth}-{UNTRAINED}", base, FULL, tuple(range(base.depth)))
     out = study.out / MODELS / whole.name
     blocks = {"model": base.model, "to": str(base.depth), "pooling": study.pooling}
     return whole, plan.add("prune", whole, out, **blocks, out=out)

@@ -46,7 +46,7 @@ from secateur.options.runs import of_earlier_version
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
 from secateur.reporting.report import report
-from secateur.reporting.run import read_journal, read_run
+from secateur.reporting.run import CHOICE, UNTRAINED, read_journal, read_run
 from secateur.results import Costs, Profile, Scores, Scout, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
@@ -54,9 +54,9 @@ from secateur.studies.estimate import Amounts, estimate, measure_amounts, measur
 from secateur.studies.grid import recipe_options
 from secateur.studies.plan import PRESETS, SCOUTS, chosen_depth, plan_steps, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
-from secateur.studies.steps import CURVE, FRONTIER, ITSELF, NO_TRAINING, ZERO_SHOT, Base, Plan
+from secateur.studies.steps import CURVE, FRONTIER, ITSELF, NO_TRAINING, Base, Plan
 
-SETTINGS, PLAN, TABLE, CHOICE = "study.yaml", "plan.json", "table.csv", "choice.json"
+SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
 HOW = frozenset({"out", "jobs", "ray"})
 """Options that say how a study is run, not what it is; they may change when it goes on."""
 
@@ -350,7 +350,7 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
             "kept": variant.depth,
         }
         what |= {"specs": " ".join(item["specs"]), "blocks": " ".join(map(str, origin.kept)) if origin else None}
-        what |= {"recipe": NO_TRAINING if variant.recipe == ZERO_SHOT else variant.recipe, "seed": item["seed"]}
+        what |= {"recipe": NO_TRAINING if variant.recipe == UNTRAINED else variant.recipe, "seed": item["seed"]}
         what |= {"steps": training.steps if training else None}
         what |= {"train_seconds": round(training.seconds, 1) if training else None}
         cost = {name: getattr(variant.cost, name, None) for name in _COSTS}
