@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -167,6 +167,39 @@ def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Map
 def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str] | None = None) -> Texts:
     """Read and check texts alone: plain text, one on each line, or a file or data set with the column ``text``."""
     return _Table(data, columns).texts(prompt)
+
+
+def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> Iterator[str]:
+    """All texts of the data, one after the other: anchors, positives and negatives, or texts alone.
+
+    Raises:
+        ConfigError, DataError: As :func:`read_sources`, when the row is reached.
+    """
+    for item in _items(data):
+        if isinstance(item, Texts):
+            yield from item.rows
+        elif isinstance(item, Pairs):
+            yield from _texts_of(item.rows)
+        elif (table := _Table(item, columns)).of_texts:
+            yield from (table.text_of(*row) for row in table.rows())
+        else:
+            yield from _texts_of(table.pair_of(*row) for row in table.rows())
+
+
+def _texts_of(pairs: Iterable[Pair]) -> Iterator[str]:
+    return (text for pair in pairs for text in (pair.anchor, pair.positive, *pair.negatives))
+
+
+def prompts_of(data: Data) -> set[str]:
+    """The prompts that come with the data."""
+    found = set()
+    for item in _items(data):
+        if isinstance(item, Source):
+            found |= {item.prompt, item.passage_prompt} if isinstance(item, Pairs) else {item.prompt}
+        elif not is_hub_name(item):
+            beside = _read_beside(item)
+            found |= {instruction_prompt(beside.get(f"{role}_instruction", "")) for role in ("query", "passage")}
+    return found - {""}
 
 
 def check_data(data: Data, columns: Mapping[str, str] | None = None) -> None:

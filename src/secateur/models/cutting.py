@@ -308,7 +308,7 @@ def _compare(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], pa
     ratio = Fraction(len(keep), len(before[path]))  # type: ignore[arg-type]  # a ModuleList
     for name, module in after.items():
         inside = name.startswith(f"{path}.")
-        for attribute, old, new in _changed_values(before[name], module):
+        for attribute, old, new in changed_values(before[name], module):
             # In a block, what only repeats its position, the depth, or what later blocks want of it; outside, a count.
             repeats = (attribute in POSITIONS and place.get(old) == new) or attribute in DEPTHS | FOR_LATER_BLOCKS
             if not (repeats if inside else isinstance(new, int)):
@@ -328,7 +328,7 @@ def _compare(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], pa
     return Plan("", tuple(values), tuple(packed), _unused(before, after, keep))
 
 
-def _changed_values(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+def changed_values(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """Numbers, flags and words of a module that differ: (attribute, old, new)."""
     for name, new in vars(after).items():
         old = vars(before).get(name)

@@ -29,6 +29,7 @@ from secateur.options.way import (
     ProfileOptions,
     PruneOptions,
     ScoutOptions,
+    VocabularyOptions,
 )
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "ServeOptions",
     "StatusOptions",
     "StudyOptions",
+    "VocabularyOptions",
     "default_of",
     "extra",
     "make",

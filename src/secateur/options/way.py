@@ -90,6 +90,32 @@ class ProfileOptions(Options):
         return {"early_stopping" if key == "until_sure" else key: value for key, value in values.items()}
 
 
+class VocabularyOptions(Options):
+    """Which tokens stay."""
+
+    vocab: Data = Field(
+        [],
+        description="Cut the vocabulary, too, to the tokens that your texts need: files as for --data.",
+    )
+    vocab_size: int | None = Field(None, ge=1, description="Number of tokens to keep, special ones included.")
+    vocab_coverage: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Keep as many tokens as make up this share of the tokens of texts that were held out [0.995].",
+    )
+    columns: Columns = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Any:
+        given = [name for name in ("vocab_size", "vocab_coverage") if getattr(self, name) is not None]
+        if len(given) == 2:
+            raise ConfigError("vocab_coverage", self.vocab_coverage, "cannot go with vocab_size", "give one of them")
+        if given and not self.vocab and "data" not in type(self).model_fields:
+            raise ConfigError(given[0], getattr(self, given[0]), "needs texts to count tokens on", "give --vocab FILE")
+        return self
+
+
 class Budget(Options):
     """What a depth may cost, and what it may lose."""
 
@@ -130,15 +156,18 @@ class ChooseOptions(Budget):
     )
 
 
-class PruneOptions(Options):
-    """Cut a model to its first blocks, or any others, and write it as a plain model folder.
+class PruneOptions(VocabularyOptions):
+    """Cut a model to its first blocks, or any others, and its vocabulary to the tokens that your texts need.
 
-    Example: secateur prune smollm2 --to large --profile profile -o smollm2-large
+    It is written as a plain model folder.
+
+    Example: secateur prune smollm2 --to large --profile profile --vocab texts.jsonl -o smollm2-large
     """
 
     model: Model
     to: Annotated[Any, Names("layers")] = positional(
-        "Number of first blocks to keep (7), share to remove (0.3), chosen (by a scout), or a selector (large, ...).",
+        "Number of first blocks to keep (7), share to remove (0.3), chosen (by a scout), or a selector (large, ...). "
+        "With --vocab it may be left out: all stay.",
         default=None,
     )
     keep: Any = Field(None, description="Blocks to keep, counted from 0, such as 0-5,8,11; use it in place of --to.")
@@ -150,6 +179,11 @@ class PruneOptions(Options):
     )
     pooling: Pooling = None
     max_length: MaxLength = 512
+    vocab_multiple: int = Field(
+        1,
+        ge=1,
+        description="Add rows of zeros to the token table until their number is a multiple of this, such as 64.",
+    )
     dtype: Dtype = Field("auto", description="Data type of the written weights; auto keeps the model's own.")
     adapter: Annotated[Any, BeforeValidator(path_text)] = Field(
         None, description="LoRA adapter (a folder or a Hub id) to merge into the weights."

@@ -10,14 +10,14 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from secateur.choosing.choose import blocks_to_keep, is_selector, read_table
@@ -34,7 +34,9 @@ from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
 from secateur.pruning.adapters import adapter_folder, base_of, is_adapter, merge_adapter, merge_adapters
 from secateur.pruning.download import fetch_kept, fetch_small, transformer_folder
-from secateur.results import Origin, Profile, load
+from secateur.results import Origin, Profile, VocabularyCut, load
+from secateur.vocabulary.choice import count_vocabulary
+from secateur.vocabulary.trim import cut_tokenizer, cut_vocabulary, named_ids, renumbered
 
 STEP = "prune, %"
 WHOLE = "the whole source"
@@ -42,9 +44,9 @@ WHOLE = "the whole source"
 
 @step(PruneOptions)
 def prune(options: PruneOptions, *, progress: Progress = silent) -> Path:
-    """Cut a model to some of its blocks and write it as a plain model folder.
+    """Cut a model to some of its blocks, and to some of its tokens, and write it as a plain model folder.
 
-    Exactly one of ``to``, ``keep`` and ``drop`` says which blocks.
+    Exactly one of ``to``, ``keep`` and ``drop`` says which blocks; with ``vocab`` none need be given.
 
     Returns:
         ``out``. The folder has been reopened in a fresh process, and gives the vectors that the source gives with
@@ -62,6 +64,9 @@ def prune(options: PruneOptions, *, progress: Progress = silent) -> Path:
             raise ConfigError("revision", options.revision, problem, "leave it out")
         if source.resolve() in options.out.resolve().parents:
             raise OutputError(options.out, "lies in the model's own folder", "name a folder beside it")
+    if options.vocab and options.trust_remote_code:
+        problem = "cannot be told where a model's own code decides what an id stands for"
+        raise ConfigError("vocab", options.vocab, problem, "leave out --trust-remote-code, or --vocab")
     if options.adapter is not None and (options.trust_remote_code or str(source).endswith(".gguf")):
         problem = f"cannot be merged into {options.model}"
         raise ConfigError("adapter", options.adapter, problem, "it must be safetensors, without code")
@@ -109,10 +114,15 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
             merge_adapter(transformer, adapter, [f"{path}.{index}." for index in keep], left_out)
         elif hasattr(transformer, "peft_config"):
             merge_adapters(transformer)
-        with bypassed(transformer, keep):
+        tokens = _cut_tokens(options, model, progress) if options.vocab else None
+        with bypassed(transformer, keep), renumbered(model, *tokens[:2]) if tokens else nullcontext():
             complete(name, model, options.pooling, options.max_length)
             expected = expected_of(model, WHOLE)
         cut(transformer, keep)
+        if tokens:
+            cut_vocabulary(str(name), transformer, tokens[0], options.vocab_multiple)
+            model[0].processor = tokens[1]
+            origin = replace(origin, vocabulary=_continued(origin.vocabulary, tokens[2]))
         check_finite(name, model)
         if (scratch / "read").is_dir():
             _check_fetched(name, transformer)
@@ -120,6 +130,22 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
     if options.dtype != "auto":
         expected = _convert(model, expected, options.dtype, scratch / "as-stored")
     save_model(model, folder, origin, expected=expected)
+
+
+def _cut_tokens(
+    options: PruneOptions, model: SentenceTransformer, progress: Progress
+) -> tuple[tuple[int, ...], PreTrainedTokenizerBase, VocabularyCut]:
+    """The ids that stay, the tokenizer of these, and the record of the cut."""
+    named = named_ids(model)
+    counted = count_vocabulary(str(options.model), model.tokenizer, options, named, progress=progress)
+    size = counted.size_of(options)
+    kept = counted.kept(size)
+    return kept, cut_tokenizer(model.tokenizer, counted.vocabulary, kept), counted.cut(size)
+
+
+def _continued(before: VocabularyCut | None, now: VocabularyCut) -> VocabularyCut:
+    """The record of a vocabulary that was cut before."""
+    return now if before is None else replace(now, tokens=before.tokens)
 
 
 def _fetch(
@@ -249,6 +275,8 @@ def origin_of(
 def _check_choice(options: PruneOptions) -> None:
     """Refuse choices that do not go together."""
     given = [name for name in ("to", "keep", "drop") if getattr(options, name) is not None]
+    if not given and options.vocab:
+        return
     if len(given) != 1:
         problem = f"cannot go with {' and '.join(given[1:])}" if given else "is missing, as are keep and drop"
         raise ConfigError(given[0] if given else "to", None, problem, "give exactly one of to, keep and drop")
@@ -280,6 +308,8 @@ def blocks_of_choice(options: PruneOptions, depth: int) -> tuple[int, ...]:
         return blocks_to_keep(options.to, depth, options.profile)
     if options.keep is not None:
         return _parse("keep", options.keep, depth)
+    if options.drop is None:
+        return tuple(range(depth))
     gone = _parse("drop", options.drop, depth)
     if len(gone) == depth:
         raise ConfigError("drop", options.drop, f"would leave none of the {depth} blocks")

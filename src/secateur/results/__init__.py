@@ -20,6 +20,8 @@ from secateur.results.kinds import (
     Scores,
     Scout,
     Training,
+    VocabularyCut,
+    VocabularyRow,
 )
 
 __all__ = [
@@ -44,5 +46,7 @@ __all__ = [
     "Scout",
     "Table",
     "Training",
+    "VocabularyCut",
+    "VocabularyRow",
     "load",
 ]

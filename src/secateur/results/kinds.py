@@ -426,12 +426,45 @@ class Training(Table):
 
 
 @dataclass(frozen=True)
+class VocabularyRow:
+    """A vocabulary of ``tokens`` tokens, chosen by the user's texts, and what it does to texts that were held out.
+
+    ``coverage`` is the share of their tokens that stay, ``changed`` the share of the texts with a token that does not;
+    ``tokens_per_text`` is the mean number of tokens afterwards. ``unknown`` is the share of the tokens that are unknown
+    and were not before. ``parameters`` and ``bytes`` are those of the token tables; None where nobody knows.
+    """
+
+    tokens: int
+    coverage: Float
+    changed: Float
+    tokens_per_text: Float
+    unknown: Float = 0.0
+    parameters: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class VocabularyCut:
+    """How a vocabulary was cut: to ``row``, of ``tokens`` tokens, by ``texts`` texts of ``files``.
+
+    ``tokens_per_text`` is that of the held-out texts before.
+    """
+
+    row: VocabularyRow
+    tokens: int
+    tokens_per_text: Float
+    texts: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Origin(Table):
     """``secateur.json`` in a model folder: which blocks of which model it holds, and how it came to be.
 
     ``kept`` are the original indices of the blocks kept, of ``depth`` blocks in all; ``history`` has one line for each
     command that made the folder, oldest first; ``check`` is the largest difference between the folder's vectors and
-    those of ``checked_against``, on a few texts; ``left_out`` names what was not kept: heads, a vision tower.
+    those of ``checked_against``, on a few texts; ``left_out`` names what was not kept: heads, a vision tower;
+    ``vocabulary`` says how the vocabulary was cut, where it was.
     """
 
     kind: ClassVar[str] = "model"
@@ -445,3 +478,4 @@ class Origin(Table):
     history: tuple[str, ...] = field(default=())
     checked_against: str = "the model in memory"
     left_out: tuple[str, ...] = ()
+    vocabulary: VocabularyCut | None = None

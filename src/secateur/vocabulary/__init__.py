@@ -1,0 +1,1 @@
+"""Which tokens a vocabulary needs for the user's texts, and the model without the others."""

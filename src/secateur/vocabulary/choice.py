@@ -1,0 +1,149 @@
+"""From the user's texts, and a size or a coverage, to the tokens that stay; and what that does to texts held out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from secateur.data.sources import prompts_of, stream_texts
+from secateur.errors import ConfigError
+from secateur.options import VocabularyOptions
+from secateur.progress import Progress, silent
+from secateur.results import VocabularyCut, VocabularyRow
+from secateur.vocabulary.counts import TokenCounts, count_tokens, plain_tokenizer, token_ids
+from secateur.vocabulary.tokens import Vocabulary, keep_tokens, read_vocabulary
+
+COVERAGE = 0.995
+"""Share of the tokens of held-out texts that stay, where nobody says."""
+ROUND_SIZES = (64000, 32000, 16000, 8000, 4000, 2000)
+
+
+@dataclass(frozen=True)
+class CountedVocabulary:
+    """A vocabulary with what the user's texts need of it.
+
+    Attributes:
+        vocabulary: Of the model's tokenizer.
+        counts: Of the texts.
+        needed: Ids that stay in any case, ascending.
+        files: That the texts are from.
+    """
+
+    vocabulary: Vocabulary
+    counts: TokenCounts
+    needed: tuple[int, ...]
+    files: tuple[str, ...]
+
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """All ids; the first of them, however many from ``needed`` on, are a vocabulary."""
+        return np.array(list(self.vocabulary.order(self.counts.counted, self.needed)))
+
+    @cached_property
+    def coverage(self) -> NDArray[np.float64]:
+        """Share of the tokens of held-out texts that stay with the first n + 1 tokens of the order."""
+        found = self.counts.held_out[self.order]
+        covered: NDArray[np.float64] = np.cumsum(found) / max(1, found.sum())
+        return covered
+
+    def kept(self, size: int) -> tuple[int, ...]:
+        """Ids of the tokens of a vocabulary of that size, ascending."""
+        return tuple(sorted(self.order[:size].tolist()))
+
+    def size_of(self, options: VocabularyOptions) -> int:
+        """The size that is asked for.
+
+        Raises:
+            ConfigError: It is larger than the vocabulary, or smaller than what every vocabulary needs.
+        """
+        if options.vocab_size is None:
+            asked = COVERAGE if options.vocab_coverage is None else options.vocab_coverage
+            enough = int(np.searchsorted(self.coverage, asked - 1e-12)) + 1
+            return min(max(enough, len(self.needed)), len(self.order))
+        size, fewest, most = options.vocab_size, len(self.needed), len(self.order)
+        if size > most:
+            raise ConfigError("vocab_size", size, f"the vocabulary has {most:,} tokens", f"at most {most:,}")
+        if size < fewest:
+            problem = f"{fewest:,} tokens are special, or what rare words fall back to"
+            raise ConfigError("vocab_size", size, problem, f"at least {fewest:,}")
+        return size
+
+    @cached_property
+    def _before(self) -> list[list[int]]:
+        return token_ids(plain_tokenizer(json.dumps(self.vocabulary.rules)), list(self.counts.sample))
+
+    @property
+    def tokens_per_text(self) -> float:
+        """Of the held-out texts with all tokens."""
+        return float(np.mean([len(ids) for ids in self._before]))
+
+    def row(self, size: int) -> VocabularyRow:
+        """What a vocabulary of that size does to the held-out texts."""
+        kept = self.kept(size)
+        there = set(kept)
+        after = token_ids(
+            plain_tokenizer(json.dumps(keep_tokens(self.vocabulary.rules, kept))), list(self.counts.sample)
+        )
+        unknown = self.vocabulary.unknown
+        fresh = 0
+        if unknown is not None:
+            fresh = _occurrences(kept.index(unknown), after) - _occurrences(unknown, self._before)
+        return VocabularyRow(
+            tokens=len(kept),
+            coverage=float(self.coverage[size - 1]),
+            changed=float(np.mean([not there.issuperset(ids) for ids in self._before])),
+            tokens_per_text=float(np.mean([len(ids) for ids in after])),
+            unknown=max(0, fresh) / max(1, sum(map(len, after))),
+        )
+
+    def cut(self, size: int) -> VocabularyCut:
+        """The record of a cut to that size."""
+        return VocabularyCut(self.row(size), len(self.order), self.tokens_per_text, self.counts.texts, self.files)
+
+    def sizes(self) -> list[int]:
+        """Round sizes that are possible, and the whole, the largest first."""
+        whole = len(self.order)
+        return [whole, *(size for size in ROUND_SIZES if len(self.needed) <= size < whole)]
+
+
+def _occurrences(token: int, texts: Iterable[Sequence[int]]) -> int:
+    return sum(ids.count(token) for ids in texts)
+
+
+def count_vocabulary(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: VocabularyOptions,
+    named: Iterable[int] = (),
+    *,
+    data: Sequence[Any] = (),
+    progress: Progress = silent,
+) -> CountedVocabulary:
+    """Count the tokens of the texts that the options name.
+
+    Args:
+        name: Of the model, for errors.
+        tokenizer: Of the model.
+        options: Whose ``vocab`` names the texts.
+        named: Ids that the model needs (:func:`.named_ids`).
+        data: The texts, where the options name none.
+        progress: Told the number of texts.
+
+    Raises:
+        UnsupportedArchitecture: The tokenizer is not one of which tokens can be spared.
+        ConfigError, DataError: The texts are too few, or cannot be read.
+    """
+    vocabulary = read_vocabulary(name, tokenizer)
+    files = options.vocab or list(data)
+    counts = count_tokens(tokenizer, stream_texts(files, options.columns), progress=progress)
+    plain = plain_tokenizer(json.dumps(vocabulary.rules))
+    prompts = set(itertools.chain.from_iterable(token_ids(plain, sorted(prompts_of(files)))))
+    return CountedVocabulary(vocabulary, counts, tuple(vocabulary.needed({*named, *prompts})), tuple(map(str, files)))

@@ -1,0 +1,219 @@
+"""Which tokens must stay, in which order the others are worth it, and a ``tokenizer.json`` without the rest.
+
+The promise: a text whose tokens all stay is tokenized as before. It holds for
+
+- WordPiece, which takes the longest piece that fits, and Unigram, which takes the likeliest split: with fewer tokens to
+  take, what was best and is still there is still the best;
+- BPE, if every token on the way to one that stays, stays too. The merges inside of a token do not depend on what
+  stands beside it, so that the way is found by merging the token alone.
+
+``skeletoken`` edits this format, too. It refuses MiniLM's published file (a truncation without direction), takes twenty
+seconds for Gemma 3's, and does not know what is on the way to a token; what is left of it is :func:`keep_tokens`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from secateur.errors import UnsupportedArchitecture
+
+KINDS = ("BPE", "WordPiece", "Unigram")
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+"""What a tokenizer with byte fallback makes of characters that it does not know."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a ``tokenizer.json``.
+
+    Attributes:
+        rules: Its content.
+    """
+
+    rules: Mapping[str, Any]
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        model: Mapping[str, Any] = self.rules["model"]
+        return model
+
+    @cached_property
+    def in_model(self) -> dict[str, int]:
+        """Token → id, of those that the model makes of texts."""
+        vocab = self.model["vocab"]
+        return {item[0]: i for i, item in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Token → id, of all: the added ones too."""
+        return self.in_model | {token["content"]: token["id"] for token in self.rules["added_tokens"]}
+
+    @cached_property
+    def _tokens(self) -> dict[int, str]:
+        return {i: token for token, i in self.in_model.items()}
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[str, str], int]:
+        return {(left, right): rank for rank, (left, right) in enumerate(self.model.get("merges", ()))}
+
+    @property
+    def unknown(self) -> int | None:
+        """Id of the unknown token; None where there is none."""
+        unknown: int | None = self.model.get("unk_id")
+        return self.ids.get(self.model.get("unk_token") or "") if unknown is None else unknown
+
+    def needed(self, named: Iterable[int] = ()) -> list[int]:
+        """Ids that stay whatever the texts are: special and added tokens, and all that a rare word falls back to.
+
+        Args:
+            named: More of them, such as those that a configuration names.
+        """
+        special = {token["id"] for token in self.rules["added_tokens"]} | set(_special_ids(self.rules))
+        special |= set() if self.unknown is None else {self.unknown}
+        fallback = {self.in_model[token] for token in self._fallback()}
+        there = set(self.ids.values())
+        wanted = special | fallback | {i for i in named if i in there}
+        return sorted(wanted.union(*(self.on_the_way(i) for i in wanted)))
+
+    def order(self, counted: NDArray[np.int64], needed: Sequence[int]) -> Iterator[int]:
+        """All ids, the needed ones first and then the most frequent; what is on the way to a token precedes it.
+
+        So the first of them, however many, are a vocabulary.
+        """
+        given = set(needed)
+        yield from needed
+        there = np.array(sorted(set(self.ids.values())))
+        for token in there[np.argsort(-counted[there], kind="stable")].tolist():
+            if token not in given:
+                fresh = [i for i in self.on_the_way(token) if i not in given]
+                given.update(fresh, (token,))
+                yield from (*fresh, token)
+
+    def on_the_way(self, token: int) -> list[int]:
+        """Ids of what BPE merges into a token, in the order in which they come to be; of other models none."""
+        text = self._tokens.get(token)
+        if text is None or self.model["type"] != "BPE":
+            return []
+        prefix = self.model.get("continuing_subword_prefix") or ""
+        symbols = self._pieces(text)
+        made = list(symbols)
+        while len(symbols) > 1:
+            pairs = list(itertools.pairwise(symbols))
+            best = min(range(len(pairs)), key=lambda place: self._ranks.get(pairs[place], len(self._ranks)))
+            if pairs[best] not in self._ranks:
+                return []  # no text is tokenized to it, but for one that is looked up whole (ignore_merges)
+            symbols[best : best + 2] = [symbols[best] + symbols[best + 1].removeprefix(prefix)]
+            made.append(symbols[best])
+        return [self.in_model[symbol] for symbol in dict.fromkeys(made) if symbol in self.in_model and symbol != text]
+
+    def _pieces(self, token: str) -> list[str]:
+        """The smallest pieces that a token can be split into."""
+        prefix = self.model.get("continuing_subword_prefix") or ""
+        suffix = self.model.get("end_of_word_suffix") or ""
+        continues = bool(prefix) and token.startswith(prefix) and token != prefix
+        bare = token.removeprefix(prefix) if continues else token
+        ends = bool(suffix) and bare.endswith(suffix) and bare != suffix
+        characters = list(bare.removesuffix(suffix) if ends else bare)
+        if ends:
+            characters[-1] += suffix
+        return [piece if i == 0 and not continues else prefix + piece for i, piece in enumerate(characters)]
+
+    def _fallback(self) -> set[str]:
+        """What a word is made of whose tokens do not stay."""
+        tokens = self.in_model
+        smallest = BYTES
+        if not (self.model.get("byte_fallback") and tokens.keys() >= BYTES):
+            # Tokens that cannot be split further, and those with a character that has no token of its own. (BPE makes
+            # none of these.)
+            pieces = {token: self._pieces(token) for token in tokens}
+            smallest = {token for token, own in pieces.items() if own == [token]}
+            if self.model["type"] != "BPE":
+                smallest |= {token for token, own in pieces.items() if not tokens.keys() >= set(own)}
+        if self.model["type"] == "Unigram":
+            # What an unknown character costs depends on the least likely token.
+            smallest = smallest | {min(self.model["vocab"], key=lambda item: item[1])[0]}
+        return smallest
+
+
+def read_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase | None) -> Vocabulary:
+    """The tokens of a model's tokenizer.
+
+    Raises:
+        UnsupportedArchitecture: Its ids do not stand for the tokens of a list: characters, bytes, hashes, whole words.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = type(tokenizer).__name__
+    if backend is None:
+        raise UnsupportedArchitecture(name, f"its {kind} has no list of tokens that could be cut")
+    rules = json.loads(backend.to_str())
+    if rules["model"]["type"] not in KINDS:
+        problem = f"its tokenizer is of the kind {rules['model']['type']}, of which no token can be spared"
+        raise UnsupportedArchitecture(name, problem, f"vocabularies of {', '.join(KINDS)} can be cut")
+    return Vocabulary(rules)
+
+
+def keep_tokens(rules: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """A ``tokenizer.json`` with some of its tokens; ``kept`` are their ids, and the new id of each is its place."""
+    place = {old: new for new, old in enumerate(kept)}
+    model = dict(rules["model"])
+    if isinstance(model["vocab"], list):
+        model["vocab"] = [item for i, item in enumerate(model["vocab"]) if i in place]
+        model["unk_id"] = place.get(model["unk_id"])
+    else:
+        model["vocab"] = {token: place[i] for token, i in model["vocab"].items() if i in place}
+    if "merges" in model:
+        prefix, there = model.get("continuing_subword_prefix") or "", model["vocab"]
+        model["merges"] = [
+            [left, right]
+            for left, right in model["merges"]
+            if left in there and right in there and left + right.removeprefix(prefix) in there
+        ]
+    added = [token | {"id": place[token["id"]]} for token in rules["added_tokens"] if token["id"] in place]
+    renumbered = {key: _with_ids(rules[key], place) for key in ("post_processor", "padding") if rules.get(key)}
+    return {**rules, "model": model, "added_tokens": added, **renumbered}
+
+
+def _special_ids(rules: Mapping[str, Any]) -> Iterator[int]:
+    """Ids that the post-processor and the padding write into texts."""
+    found: list[int] = []
+
+    def note(i: int) -> int:
+        found.append(i)
+        return i
+
+    for key in ("post_processor", "padding"):
+        _each_id(rules.get(key), note)
+    yield from found
+
+
+def _with_ids(part: Any, place: Mapping[int, int]) -> Any:
+    return _each_id(part, place.__getitem__)
+
+
+def _each_id(part: Any, change: Callable[[int], int]) -> Any:
+    """A post-processor or a padding with other ids."""
+    if not isinstance(part, dict):
+        return part
+    changed = dict(part)
+    if part.get("type") == "Sequence":
+        changed["processors"] = [_each_id(item, change) for item in part["processors"]]
+    if part.get("type") == "TemplateProcessing":
+        special = part["special_tokens"]
+        changed["special_tokens"] = {
+            name: item | {"ids": [change(i) for i in item["ids"]]} for name, item in special.items()
+        }
+    for key in ("sep", "cls"):
+        if isinstance(part.get(key), (list, tuple)):
+            changed[key] = [part[key][0], change(part[key][1])]
+    if "pad_id" in part:
+        changed["pad_id"] = change(part["pad_id"])
+    return changed

@@ -1,0 +1,212 @@
+"""A model with fewer tokens: its tokenizer, its tables, and the ids in its configuration."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.errors import UnsupportedArchitecture
+from secateur.files import read_json, write_text
+from secateur.models.blocks import build, last_line, text_config
+from secateur.models.compat import tensors_of
+from secateur.models.cutting import changed_values
+from secateur.vocabulary.tokens import Vocabulary, keep_tokens
+
+SIZES = ("vocab_size", "vocab_size_per_layer_input")
+"""Fields that count tokens: of the table, and of Gemma 3n's tables for each layer, which may have fewer."""
+TOKEN_IDS = re.compile(r"_token_(ids?|index)$")
+WITHOUT_IDS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""The files of a tokenizer that name tokens by what they are: all others list them by their old ids."""
+
+
+def named_ids(model: SentenceTransformer) -> set[int]:
+    """Ids of tokens that a model needs whatever the texts are: those of its configuration and of its prompts."""
+    values = [value for config in _configs(model[0].auto_model) for value in _ids_in(config).values()]
+    found = {i for value in values for i in _listed(value)}
+    for prompt in model.prompts.values():
+        found |= set(model.tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else set()
+    return found
+
+
+@contextmanager
+def renumbered(model: SentenceTransformer, kept: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within: a whole model reads the texts of a cut tokenizer, each token by the id that it had.
+
+    Nothing of what :func:`cut_vocabulary` does to a model is used, so that it can be checked by it.
+    """
+    old = torch.tensor(kept)
+    transformer, processor = model[0].auto_model, model[0].processor
+    whole = transformer.forward
+
+    @functools.wraps(whole)
+    def forward(*args: Any, **given: Any) -> Any:
+        return whole(*args, **given | {"input_ids": old.to(given["input_ids"].device)[given["input_ids"]]})
+
+    model[0].processor = tokenizer
+    transformer.forward = forward  # no hook: sentence-transformers calls it past them
+    try:
+        yield
+    finally:
+        del transformer.forward
+        model[0].processor = processor
+
+
+def cut_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, kept: Sequence[int]
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with some of its tokens, as transformers opens it from its files."""
+    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
+        folder = Path(scratch)
+        tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():
+            if file.name not in WITHOUT_IDS:
+                file.unlink()
+        settings = read_json(folder / "tokenizer_config.json")
+        settings.pop("added_tokens_decoder", None)
+        write_text(folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False))
+        rules = keep_tokens(vocabulary.rules, kept)
+        write_text(folder / "tokenizer.json", json.dumps(rules, ensure_ascii=False))
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int], multiple: int = 1) -> None:
+    """Cut a model's tables in place to some of its tokens, and renumber those that its configuration names.
+
+    Args:
+        name: Of the model, for errors.
+        transformer: Only the rows that stay are read, of weights that are mapped into memory.
+        kept: Ids of the tokens that stay, ascending.
+        multiple: Rows of zeros are added until the number of rows is a multiple of it.
+
+    Raises:
+        UnsupportedArchitecture: No table follows the vocabulary, or something else than a table does.
+    """
+    changes = _changes(name, transformer, kept, multiple)
+    tables = [_tensor(transformer, path, attribute) for path, attribute, _ in changes.tables]
+    rows = {id(table): size for table, (_, _, size) in zip(tables, changes.tables, strict=True)}
+    cut = {id(table): _rows_of(table, kept, rows[id(table)]) for table in tables}  # tied tables stay tied
+    for table, (path, attribute, _) in zip(tables, changes.tables, strict=True):
+        setattr(transformer.get_submodule(path), attribute, cut[id(table)])
+    for path, attribute, value in changes.values:
+        setattr(transformer.get_submodule(path), attribute, value)
+    for config in _configs(transformer):
+        _cut_config(config, kept, multiple)
+
+
+def parameters_per_token(name: str, transformer: PreTrainedModel) -> int:
+    """Parameters that a model, with or without weights, has for each token."""
+    size = text_config(transformer).vocab_size
+    tables = _changes(name, transformer, range(size // 2), 1).tables
+    found = {id(table): table for path, attribute, _ in tables for table in [_tensor(transformer, path, attribute)]}
+    return sum(table.numel() // table.shape[0] for table in found.values())
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What a smaller vocabulary changes in a model: (module, tensor, rows), and (module, attribute, value)."""
+
+    tables: tuple[tuple[str, str, int], ...]
+    values: tuple[tuple[str, str, Any], ...]
+
+
+def _changes(name: str, transformer: PreTrainedModel, kept: Sequence[int], multiple: int) -> _Changes:
+    """Told by the models that transformers builds from the configuration as it is, and cut."""
+    config = copy.deepcopy(transformer.config)
+    before = build(type(transformer), copy.deepcopy(config))
+    for part in {id(part): part for part in (config, text_config(config))}.values():
+        _cut_config(part, kept, multiple)
+    try:
+        after = build(type(transformer), config)
+    except Exception as error:  # of whatever kind: transformers does not take the cut configuration
+        problem = f"transformers refuses a configuration of {len(kept)} tokens ({last_line(error)})"
+        raise UnsupportedArchitecture(name, problem) from error
+    tables, values = [], []
+    for path, module in after.named_modules():
+        old = before.get_submodule(path)
+        pairs = [(attribute, tensors_of(old).get(attribute), now) for attribute, now in tensors_of(module).items()]
+        shapes = [
+            (attribute, tuple(was.shape), tuple(now.shape))
+            for attribute, was, now in pairs
+            if was is not None and now is not None
+        ]
+        changed = [(attribute, was, now) for attribute, was, now in shapes if was != now]
+        for attribute, was, now in changed:
+            if len(was) != len(now) or was[1:] != now[1:]:
+                problem = f"{path}.{attribute} follows the vocabulary and is no table of tokens: {was} would be {now}"
+                raise UnsupportedArchitecture(name, problem)
+            tables.append((path, attribute, now[0]))
+        for attribute, was, now in changed_values(old, module):
+            if attribute == "padding_idx" and isinstance(module, nn.Embedding) and not changed:
+                problem = f"{path} counts from the id of the padding token, which would change from {was} to {now}"
+                raise UnsupportedArchitecture(name, problem)
+            values.append((path, attribute, now))
+    if not tables:
+        raise UnsupportedArchitecture(name, "none of its tables has a row for each token")
+    return _Changes(tuple(tables), tuple(values))
+
+
+def _tensor(model: nn.Module, path: str, attribute: str) -> torch.Tensor:
+    tensor: torch.Tensor = getattr(model.get_submodule(path), attribute)
+    return tensor
+
+
+@torch.no_grad()
+def _rows_of(table: torch.Tensor, kept: Sequence[int], rows: int) -> torch.Tensor:
+    """Some rows of a table, and zeros up to the number of rows that it is to have."""
+    there = torch.tensor([i for i in kept if i < len(table)])
+    cut = table.new_zeros((rows, *table.shape[1:]))
+    cut[: len(there)] = table[there]
+    return nn.Parameter(cut, table.requires_grad) if isinstance(table, nn.Parameter) else cut
+
+
+# ---- configurations
+
+
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """The configurations of a model and of its parts, each once; T5's encoder holds a copy of its own."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = [config for part in parts for config in (part.config, text_config(part))]
+    return list({id(config): config for config in found}.values())
+
+
+def _cut_config(config: PretrainedConfig, kept: Sequence[int], multiple: int) -> None:
+    """Edit a configuration in place: how many tokens there are, and the ids of those that it names."""
+    place = {old: new for new, old in enumerate(kept)}
+    for field, value in _ids_in(config).items():
+        ids = [place.get(i, i) for i in _listed(value)]
+        setattr(config, field, ids if isinstance(value, list) else ids[0])
+    for field in SIZES:
+        if isinstance(size := getattr(config, field, None), int):
+            setattr(config, field, math.ceil(sum(i < size for i in kept) / multiple) * multiple)
+
+
+def _ids_in(config: PretrainedConfig) -> dict[str, int | list[int]]:
+    """The fields that name tokens by their ids; ids that are no token's stay as they are."""
+    size = getattr(config, "vocab_size", 0)
+
+    def is_id(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
+
+    return {
+        field: value
+        for field, value in vars(config).items()
+        if TOKEN_IDS.search(field) and (is_id(value) or (isinstance(value, list) and value and all(map(is_id, value))))
+    }
+
+
+def _listed(value: int | list[int]) -> list[int]:
+    return value if isinstance(value, list) else [value]
