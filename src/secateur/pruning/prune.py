@@ -36,7 +36,7 @@ from secateur.pruning.adapters import adapter_folder, base_of, is_adapter, merge
 from secateur.pruning.download import fetch_kept, fetch_small, transformer_folder
 from secateur.results import Origin, Profile, VocabularyCut, load
 from secateur.vocabulary.choice import count_vocabulary
-from secateur.vocabulary.trim import cut_tokenizer, cut_vocabulary, named_ids, renumbered
+from secateur.vocabulary.trim import cut_tokenizer, cut_vocabulary, renumbered
 
 STEP = "prune, %"
 WHOLE = "the whole source"
@@ -136,8 +136,10 @@ def _cut_tokens(
     options: PruneOptions, model: SentenceTransformer, progress: Progress
 ) -> tuple[tuple[int, ...], PreTrainedTokenizerBase, VocabularyCut]:
     """The ids that stay, the tokenizer of these, and the record of the cut."""
-    named = named_ids(model)
-    counted = count_vocabulary(str(options.model), model.tokenizer, options, named, progress=progress)
+    transformer, prompts = model[0].auto_model, model.prompts.values()
+    counted = count_vocabulary(
+        str(options.model), model.tokenizer, transformer, options, prompts=prompts, progress=progress
+    )
     size = counted.size_of(options)
     kept = counted.kept(size)
     return kept, cut_tokenizer(model.tokenizer, counted.vocabulary, kept), counted.cut(size)

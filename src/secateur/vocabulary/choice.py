@@ -10,16 +10,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.sources import prompts_of, stream_texts
 from secateur.errors import ConfigError
+from secateur.models.blocks import text_config
 from secateur.options import VocabularyOptions
 from secateur.progress import Progress, silent
 from secateur.results import VocabularyCut, VocabularyRow
 from secateur.vocabulary.counts import TokenCounts, count_tokens, plain_tokenizer, token_ids
 from secateur.vocabulary.tokens import Vocabulary, keep_tokens, read_vocabulary
+from secateur.vocabulary.trim import named_ids, parameters_per_token
 
 COVERAGE = 0.995
 """Share of the tokens of held-out texts that stay, where nobody says."""
@@ -35,12 +38,16 @@ class CountedVocabulary:
         counts: Of the texts.
         needed: Ids that stay in any case, ascending.
         files: That the texts are from.
+        token_parameters: Parameters of the model for each token.
+        token_bytes: Bytes of these, in the number format of the model's configuration.
     """
 
     vocabulary: Vocabulary
     counts: TokenCounts
     needed: tuple[int, ...]
     files: tuple[str, ...]
+    token_parameters: int
+    token_bytes: int
 
     @cached_property
     def order(self) -> NDArray[np.int64]:
@@ -102,6 +109,8 @@ class CountedVocabulary:
             changed=float(np.mean([not there.issuperset(ids) for ids in self._before])),
             tokens_per_text=float(np.mean([len(ids) for ids in after])),
             unknown=max(0, fresh) / max(1, sum(map(len, after))),
+            parameters=len(kept) * self.token_parameters,
+            bytes=len(kept) * self.token_bytes,
         )
 
     def cut(self, size: int) -> VocabularyCut:
@@ -121,9 +130,10 @@ def _occurrences(token: int, texts: Iterable[Sequence[int]]) -> int:
 def count_vocabulary(
     name: str,
     tokenizer: PreTrainedTokenizerBase | None,
+    transformer: PreTrainedModel,
     options: VocabularyOptions,
-    named: Iterable[int] = (),
     *,
+    prompts: Iterable[str] = (),
     data: Sequence[Any] = (),
     progress: Progress = silent,
 ) -> CountedVocabulary:
@@ -132,18 +142,22 @@ def count_vocabulary(
     Args:
         name: Of the model, for errors.
         tokenizer: Of the model.
+        transformer: Of the model; it needs no weights.
         options: Whose ``vocab`` names the texts.
-        named: Ids that the model needs (:func:`.named_ids`).
+        prompts: Of the model; their tokens stay, as do those of the prompts that come with the texts.
         data: The texts, where the options name none.
         progress: Told the number of texts.
 
     Raises:
-        UnsupportedArchitecture: The tokenizer is not one of which tokens can be spared.
+        UnsupportedArchitecture: The tokenizer is not one of which tokens can be spared, or the model has no table.
         ConfigError, DataError: The texts are too few, or cannot be read.
     """
     vocabulary = read_vocabulary(name, tokenizer)
+    parameters = parameters_per_token(name, transformer)
     files = options.vocab or list(data)
     counts = count_tokens(tokenizer, stream_texts(files, options.columns), progress=progress)
     plain = plain_tokenizer(json.dumps(vocabulary.rules))
-    prompts = set(itertools.chain.from_iterable(token_ids(plain, sorted(prompts_of(files)))))
-    return CountedVocabulary(vocabulary, counts, tuple(vocabulary.needed({*named, *prompts})), tuple(map(str, files)))
+    in_prompts = itertools.chain.from_iterable(token_ids(plain, sorted({*prompts, *prompts_of(files)})))
+    needed = vocabulary.needed({*named_ids(transformer), *in_prompts})
+    size = (text_config(transformer).dtype or torch.float32).itemsize
+    return CountedVocabulary(vocabulary, counts, tuple(needed), tuple(map(str, files)), parameters, parameters * size)

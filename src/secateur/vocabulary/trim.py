@@ -33,13 +33,10 @@ WITHOUT_IDS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 """The files of a tokenizer that name tokens by what they are: all others list them by their old ids."""
 
 
-def named_ids(model: SentenceTransformer) -> set[int]:
-    """Ids of tokens that a model needs whatever the texts are: those of its configuration and of its prompts."""
-    values = [value for config in _configs(model[0].auto_model) for value in _ids_in(config).values()]
-    found = {i for value in values for i in _listed(value)}
-    for prompt in model.prompts.values():
-        found |= set(model.tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else set()
-    return found
+def named_ids(transformer: PreTrainedModel) -> set[int]:
+    """Ids of the tokens that a model's configuration names."""
+    values = [value for config in _configs(transformer) for value in _ids_in(config).values()]
+    return {i for value in values for i in _listed(value)}
 
 
 @contextmanager
