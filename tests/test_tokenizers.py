@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import pydoc
-import textwrap
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from sentence_transformers import SentenceTransformer
-from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer
 
 import architectures
 import secateur
+from published import PUBLISHED, WHOLE_WAY, write_model
 from secateur.data.sources import instruction_prompt
 
-CORPUS = [line for module in (textwrap, pydoc) for line in pydoc.plain(pydoc.render_doc(module)).splitlines()]
 TEXTS = (
     "the word one",
     "Text, wrapped  twice",
@@ -30,101 +25,11 @@ TEXTS = (
     "two\nlines",
     "ends in a blank ",
 )
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-PUBLISHED = {
-    "qwen2": "Qwen2Tokenizer",
-    "qwen3": "Qwen2Tokenizer",
-    "qwen3_5_text": "Qwen2Tokenizer",
-    "gpt2": "GPT2Tokenizer",
-    "opt": "GPT2Tokenizer",
-    "starcoder2": "GPT2Tokenizer",
-    "gpt_neox": "GPTNeoXTokenizer",
-    "cohere": "CohereTokenizer",
-    "roberta": "RobertaTokenizer",
-    "llama": "LlamaTokenizer",
-    "mistral": "LlamaTokenizer",
-    "phi3": "LlamaTokenizer",
-    "gemma": "GemmaTokenizer",
-    "gemma3_text": "GemmaTokenizer",
-    "bert": "BertTokenizer",
-    "distilbert": "DistilBertTokenizer",
-    "electra": "ElectraTokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
-    "camembert": "CamembertTokenizer",
-    "t5": "T5Tokenizer",
-}
-WHOLE_WAY = ("qwen2", "mistral", "bert", "xlm-roberta")
-"""One of each kind: byte-level BPE, BPE with byte fallback, WordPiece, Unigram."""
-
-
-@cache
-def byte_level_bpe() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [*SPECIAL, "<|endoftext|>"]
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
-    )
-    return tokenizer
-
-
-@cache
-def bpe_with_byte_fallback() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    special = [*SPECIAL, "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=700, special_tokens=special))
-    return tokenizer
-
-
-@cache
-def wordpiece() -> Tokenizer:
-    tokenizer = BertWordPieceTokenizer()
-    tokenizer.train_from_iterator(CORPUS, vocab_size=500)
-    return tokenizer._tokenizer
-
-
-@cache
-def unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.UnigramTrainer(vocab_size=500, special_tokens=SPECIAL, unk_token="<unk>")
-    )
-    return tokenizer
-
-
-def published(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer trained here, as the class that models of this type are published with builds it."""
-    kind = {"Llama": bpe_with_byte_fallback, "Gemma": bpe_with_byte_fallback, "Bert": wordpiece, "Electra": wordpiece}
-    kind |= {"DistilBert": wordpiece, "XLMRoberta": unigram, "T5": unigram, "Camembert": unigram}
-    trained = kind.get(name.removesuffix("Tokenizer"), byte_level_bpe)()
-    parts = {"vocab": trained.get_vocab()}
-    written = json.loads(trained.to_str())["model"]
-    if isinstance(trained.model, models.BPE):
-        parts["merges"] = [tuple(merge) for merge in written["merges"]]
-    if isinstance(trained.model, models.Unigram):
-        parts["vocab"] = [tuple(item) for item in written["vocab"]]
-    return getattr(transformers, name)(**parts, model_max_length=64)
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory):
-    """Folders as on the Hub: a random model of a type, and its tokenizer."""
-
-    def make(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("published") / name
-        tokenizer = published(PUBLISHED[name])
-        tokenizer.save_pretrained(folder)
-        config = architectures.config_of(name)
-        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-        torch.manual_seed(0)
-        AutoModel.from_config(config).save_pretrained(folder)
-        return folder
-
-    return cache(make)
+    return cache(lambda name: write_model(tmp_path_factory.mktemp("published") / name, name))
 
 
 def pooled_by_hand(folder: Path, prompt: str, text: str, backwards: bool) -> torch.Tensor:

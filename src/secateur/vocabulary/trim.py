@@ -106,8 +106,8 @@ def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int],
 
 def parameters_per_token(name: str, transformer: PreTrainedModel) -> int:
     """Parameters that a model, with or without weights, has for each token."""
-    size = text_config(transformer).vocab_size
-    tables = _changes(name, transformer, range(size // 2), 1).tables
+    fewer = sorted({*range(text_config(transformer).vocab_size // 2), *named_ids(transformer)})
+    tables = _changes(name, transformer, fewer, 1).tables
     found = {id(table): table for path, attribute, _ in tables for table in [_tensor(transformer, path, attribute)]}
     return sum(table.numel() // table.shape[0] for table in found.values())
 

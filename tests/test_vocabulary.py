@@ -1,0 +1,241 @@
+"""A model with fewer tokens: texts whose tokens all stay are encoded as before, and no text loses its tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import unicodedata
+import zlib
+from collections import Counter
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import architectures
+import secateur
+from published import CORPUS, PUBLISHED, write_model
+from secateur.errors import ConfigError, DataError, UnsupportedArchitecture
+from secateur.results import Origin, load
+from secateur.vocabulary.trim import cut_vocabulary, parameters_per_token
+
+SCRIPTS = (
+    "The gardener cut the hedge back",
+    "Die Gärtnerin schnitt die Hecke",
+    "Садовник подстриг живую изгородь",
+    "Ο κηπουρός έκοψε τον φράχτη",
+    "الحديقة الخضراء",
+    "הגנן גזם את השיח",
+    "माली ने बाड़ काटी",
+    "คนสวนตัดรั้วต้นไม้",
+    "园丁修剪了树篱",
+    "庭師は生け垣を刈った",
+    "정원사가 울타리를 다듬었다",
+    "def add(a: int, b: int) -> int:\n\treturn a + b  # sum",
+    "🌿✂️ 👩🏽‍🌾 emoji",
+    "control \x00\x07\x1b characters\u200b\u202e",
+    "",
+    "   ",
+    "x" * 300,
+)
+SHORT = [word for line in CORPUS for word in line.split()][:400]
+"""Texts of which many have only frequent tokens."""
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory):
+    return cache(lambda name: write_model(tmp_path_factory.mktemp("published") / name, name))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("\n".join(line for line in CORPUS if line.strip()), encoding="utf-8")
+    return file
+
+
+def assert_same_where_all_tokens_stay(
+    old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, alone: Tokenizer, texts: list[str]
+) -> list[str]:
+    """Compare tokens by what they are; gives the texts of which all stayed."""
+    ids = new.get_vocab()
+    unchanged = []
+    for text in texts:
+        before, after = old(text, truncation=False)["input_ids"], new(text, truncation=False)["input_ids"]
+        tokens = old.convert_ids_to_tokens(before)
+        assert after == alone.encode(text).ids
+        if all(token in ids for token in tokens):
+            assert new.convert_ids_to_tokens(after) == tokens
+            unchanged.append(text)
+        if old.unk_token is not None:
+            assert after.count(new.unk_token_id) <= before.count(old.unk_token_id), f"new unknown tokens: {text!r}"
+    return unchanged
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_texts_whose_tokens_stay_give_the_same_ids_and_vectors(name: str, folder_of, texts: Path, tmp_path: Path):
+    source, out = folder_of(name), tmp_path / "cut"
+    old = AutoTokenizer.from_pretrained(source)
+    secateur.prune(source, vocab=[texts], vocab_size=len(old) - 120, out=out)
+    new, alone = AutoTokenizer.from_pretrained(out), Tokenizer.from_file(str(out / "tokenizer.json"))
+    alone.no_padding()
+    alone.no_truncation()
+    assert len(new) == len(old) - 120
+    assert type(new) is type(old)
+    kept = sorted(new.get_vocab(), key=new.get_vocab().get)
+    assert kept == sorted(kept, key=old.get_vocab().get), "the order of the tokens stays"
+    assert old.all_special_tokens == new.all_special_tokens
+    unchanged = assert_same_where_all_tokens_stay(old, new, alone, [*SCRIPTS, *SHORT, *CORPUS[:300]])
+    assert 50 < len(unchanged) < 700
+    some = unchanged[:: len(unchanged) // 20]
+    before = secateur.open_model(source, device="cpu").encode(some, convert_to_tensor=True)
+    after = SentenceTransformer(str(out), device="cpu").encode(some, convert_to_tensor=True)
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+    assert sorted(file.name for file in out.glob("*token*")) == [
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert not list(out.glob("*vocab*")) + list(out.glob("*merges*")) + list(out.glob("*.model"))
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_every_architecture_follows_its_vocabulary(name: str, tmp_path: Path):
+    model = architectures.model_of(name)
+    kept = (0, 1, 2, *range(4, architectures.VOCABULARY, 3))
+    new = torch.tensor([[5, 6, 7, 8, 20, 30, 3], [9, 8, 7, 1, 1, 11, 3]])
+    mask = torch.ones_like(new)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor(kept)[new], attention_mask=mask).last_hidden_state
+        each = parameters_per_token(name, model)
+        cut_vocabulary(name, model, kept)
+        model.save_pretrained(tmp_path)
+        back = type(model).from_pretrained(tmp_path).eval()
+        for cut in (model, back):
+            found = cut(input_ids=new, attention_mask=mask).last_hidden_state
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            gone = before - sum(parameter.numel() for parameter in cut.parameters())
+            assert gone == each * (architectures.VOCABULARY - len(kept))
+
+
+def test_the_most_frequent_tokens_stay_and_the_coverage_is_that_of_held_out_texts(
+    folder_of, texts: Path, tmp_path: Path
+):
+    source, out = folder_of("qwen2"), tmp_path / "cut"
+    secateur.prune(source, vocab=[texts], vocab_coverage=0.9, out=out)
+    old, new = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(out)
+    lines = texts.read_text(encoding="utf-8").splitlines()
+    held_out = [line for line in lines if zlib.crc32(line.encode()) % 10 == 0]
+    counts = Counter(chain.from_iterable(old.tokenize(line) for line in lines if line not in held_out))
+    there = new.get_vocab().keys()
+    rarest = min(counts[token] for token in there if len(token) > 1 and token in counts)
+    assert all(token in there for token, count in counts.items() if count > max(rarest, 40))
+    tokens = list(chain.from_iterable(old.tokenize(line) for line in held_out))
+    record = load(out, Origin).vocabulary
+    assert record.row.coverage == pytest.approx(sum(token in there for token in tokens) / len(tokens))
+    assert 0.9 <= record.row.coverage < 0.92
+    changed = [not there >= set(old.tokenize(line)) for line in held_out]
+    assert record.row.changed == pytest.approx(sum(changed) / len(changed))
+    assert record.tokens_per_text == pytest.approx(len(tokens) / len(held_out))
+    after = sum(len(new.tokenize(line)) for line in held_out)
+    assert record.row.tokens_per_text == pytest.approx(after / len(held_out)) and after > len(tokens)
+    assert (record.row.tokens, record.tokens, record.texts) == (len(new), len(old), len(lines))
+    assert record.row.parameters == len(new) * architectures.WIDTH
+
+
+def test_depth_and_vocabulary_are_cut_together_and_again(folder_of, texts: Path, tmp_path: Path):
+    source = folder_of("bert")
+    secateur.prune(source, 3, vocab=[texts], vocab_size=300, vocab_multiple=64, out=tmp_path / "both")
+    one = SentenceTransformer(str(tmp_path / "both"), device="cpu")
+    assert one[0].auto_model.config.num_hidden_layers == 3
+    assert one[0].auto_model.get_input_embeddings().num_embeddings == one[0].auto_model.config.vocab_size == 320
+    assert not one[0].auto_model.get_input_embeddings().weight[300:].any()
+    secateur.prune(tmp_path / "both", 2, out=tmp_path / "less")
+    secateur.prune(tmp_path / "less", vocab=[texts], vocab_size=250, out=tmp_path / "least")
+    record = load(tmp_path / "least", Origin)
+    assert (record.kept, record.depth) == ((0, 1), 6)
+    assert (record.vocabulary.row.tokens, record.vocabulary.tokens) == (250, 500)
+    assert load(tmp_path / "less", Origin).vocabulary == load(tmp_path / "both", Origin).vocabulary
+    # The oracle: the whole model with the first blocks alone, on the same tokens by their old ids.
+    least = SentenceTransformer(str(tmp_path / "least"), device="cpu")
+    whole, old = secateur.open_model(source, device="cpu"), AutoTokenizer.from_pretrained(source)
+    for text in ("the word one", "Text, wrapped twice"):
+        features = least.tokenizer(text, return_tensors="pt")
+        tokens = least.tokenizer.convert_ids_to_tokens(features["input_ids"][0].tolist())
+        ids = torch.tensor([old.convert_tokens_to_ids(tokens)])
+        with torch.no_grad(), architectures.bypassed(whole[0].auto_model, (0, 1)):
+            states = whole[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        expected = torch.nn.functional.normalize(states.mean(dim=1), dim=1)[0]
+        found = least.encode(text, convert_to_tensor=True)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_prompts_of_the_data_keep_their_tokens(folder_of, tmp_path: Path):
+    source, rows = folder_of("bert"), [{"query": f"the {i}", "positive": f"a {i}"} for i in range(200)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "pairs.json").write_text(json.dumps({"query_instruction": "Return wrapped paragraphs"}))
+    old = AutoTokenizer.from_pretrained(source)
+    secateur.prune(source, vocab=[data], vocab_coverage=0.5, out=tmp_path / "cut")
+    new = AutoTokenizer.from_pretrained(tmp_path / "cut")
+    prompt = "Instruct: Return wrapped paragraphs;\nQuery:"
+    assert new.tokenize("Return wrapped paragraphs") == old.tokenize("Return wrapped paragraphs"), prompt
+    assert len(new) < len(old)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"vocab_size": 10_000}, "at most 500"),
+        ({"vocab_size": 5}, "at least"),
+        ({"vocab_size": 300, "vocab_coverage": 0.9}, "cannot go with vocab_size"),
+        ({"vocab_coverage": 1.5}, "less than or equal to 1"),
+        ({"vocab_size": 300, "vocab": []}, "give --vocab FILE"),
+        ({"vocab_size": 300, "trust_remote_code": True}, "own code"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict, told: str, folder_of, texts: Path, tmp_path: Path):
+    given = {"vocab": [texts], **options}
+    with pytest.raises(ConfigError, match=told):
+        secateur.prune(folder_of("bert"), 2, **given, out=tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_texts_that_tell_nothing_are_refused(folder_of, tmp_path: Path):
+    file = tmp_path / "few.txt"
+    file.write_text("one\ntwo\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="2 texts are too few"):
+        secateur.prune(folder_of("bert"), vocab=[file], out=tmp_path / "cut")
+    file.write_text("", encoding="utf-8")
+    with pytest.raises((ConfigError, DataError), match=r"too few|no text"):
+        secateur.prune(folder_of("bert"), vocab=[file], out=tmp_path / "cut")
+
+
+def test_a_tokenizer_without_spare_tokens_is_refused(llama_folder: Path, texts: Path, tmp_path: Path):
+    with pytest.raises(UnsupportedArchitecture, match="WordLevel"):
+        secateur.prune(llama_folder, vocab=[texts], out=tmp_path / "cut")
+
+
+def test_a_character_model_is_refused(folder_of, texts: Path, tmp_path: Path):
+    source = tmp_path / "canine"
+    shutil.copytree(folder_of("bert"), source)
+    for file in source.glob("*token*"):
+        file.unlink()
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CanineTokenizer"}))
+    with pytest.raises(UnsupportedArchitecture, match="no list of tokens"):
+        secateur.prune(source, vocab=[texts], out=tmp_path / "cut")
+
+
+def test_normalization_is_not_mistaken_for_loss(folder_of, texts: Path, tmp_path: Path):
+    """Composed and decomposed letters, which normalizers treat alike, get the same tokens as before the cut."""
+    source, out = folder_of("bert"), tmp_path / "cut"
+    secateur.prune(source, vocab=[texts], vocab_size=300, out=out)
+    new = AutoTokenizer.from_pretrained(out)
+    composed = "Gärtner"
+    assert new.tokenize(composed) == new.tokenize(unicodedata.normalize("NFD", composed))
