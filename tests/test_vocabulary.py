@@ -264,8 +264,8 @@ def test_real_tokenizers_keep_what_stays(name: str, size: int, tmp_path: Path):
     source, lines = real_model(name, tmp_path), [line.strip() for line in CORPUS if line.strip()]
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": line}) for line in [*lines, *SHORT]), encoding="utf-8")
-    secateur.prune(source, 1, vocab=[file], vocab_size=size, out=tmp_path / "cut")
     secateur.prune(source, 1, out=tmp_path / "whole")
+    secateur.prune(tmp_path / "whole", vocab=[file], vocab_size=size, out=tmp_path / "cut")
     old, new = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
     alone = Tokenizer.from_file(str(tmp_path / "cut" / "tokenizer.json"))
     alone.no_padding()
