@@ -1,4 +1,4 @@
-"""How fast tokens are counted and chosen, and in how much memory: made texts, of SIZE megabytes and of four times as many.
+"""How fast tokens are counted and chosen, and in how much memory: made texts, SIZE megabytes and four times as many.
 
 python benchmarks/vocabulary.py MODEL [--megabytes 50]
 """
