@@ -169,21 +169,24 @@ def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str]
     return _Table(data, columns).texts(prompt)
 
 
-def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> Iterator[str]:
-    """All texts of the data, one after the other: anchors, positives and negatives, or texts alone.
+def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> list[Iterator[str]]:
+    """All texts of each file, one after the other: anchors, positives and negatives, or texts alone.
 
     Raises:
         ConfigError, DataError: As :func:`read_sources`, when the row is reached.
     """
-    for item in _items(data):
-        if isinstance(item, Texts):
-            yield from item.rows
-        elif isinstance(item, Pairs):
-            yield from _texts_of(item.rows)
-        elif (table := _Table(item, columns)).of_texts:
-            yield from (table.text_of(*row) for row in table.rows())
-        else:
-            yield from _texts_of(table.pair_of(*row) for row in table.rows())
+    return [_stream(item, columns) for item in _items(data)]
+
+
+def _stream(item: Path | Source, columns: Mapping[str, str] | None) -> Iterator[str]:
+    if isinstance(item, Texts):
+        yield from item.rows
+    elif isinstance(item, Pairs):
+        yield from _texts_of(item.rows)
+    elif (table := _Table(item, columns)).of_texts:
+        yield from (table.text_of(*row) for row in table.rows())
+    else:
+        yield from _texts_of(table.pair_of(*row) for row in table.rows())
 
 
 def _texts_of(pairs: Iterable[Pair]) -> Iterator[str]:

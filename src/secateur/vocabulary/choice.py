@@ -58,7 +58,7 @@ class CountedVocabulary:
     def coverage(self) -> NDArray[np.float64]:
         """Share of the tokens of held-out texts that stay with the first n + 1 tokens of the order."""
         found = self.counts.held_out[self.order]
-        covered: NDArray[np.float64] = np.cumsum(found) / max(1, found.sum())
+        covered: NDArray[np.float64] = np.cumsum(found)
         return covered
 
     def kept(self, size: int) -> tuple[int, ...]:
@@ -158,6 +158,6 @@ def count_vocabulary(
     counts = count_tokens(tokenizer, stream_texts(files, options.columns), progress=progress)
     plain = plain_tokenizer(json.dumps(vocabulary.rules))
     in_prompts = itertools.chain.from_iterable(token_ids(plain, sorted({*prompts, *prompts_of(files)})))
-    needed = vocabulary.needed({*named_ids(transformer), *in_prompts})
+    needed = vocabulary.needed(counts.counted, {*named_ids(transformer), *in_prompts})
     size = (text_config(transformer).dtype or torch.float32).itemsize
     return CountedVocabulary(vocabulary, counts, tuple(needed), tuple(map(str, files)), parameters, parameters * size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,54 +28,73 @@ BATCH = 1 << 20
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Occurrences of each token, by its id.
+    """How frequent each token is, by its id: its share of the tokens of a file, averaged over the files.
 
     Attributes:
         counted: (ids,), in the texts by which tokens are chosen.
         held_out: (ids,), in the others.
         texts: Number of all texts, each copy counted.
-        sample: Some of the texts that are held out, drawn evenly.
+        sample: Some of the texts that are held out, drawn evenly, about as many of each file.
     """
 
-    counted: NDArray[np.int64]
-    held_out: NDArray[np.int64]
+    counted: NDArray[np.float64]
+    held_out: NDArray[np.float64]
     texts: int
     sample: tuple[str, ...]
 
 
 def count_tokens(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, progress: Progress = silent
+    tokenizer: PreTrainedTokenizerBase, files: Sequence[Iterable[str]], *, progress: Progress = silent
 ) -> TokenCounts:
     """Count the tokens of texts in full length, special tokens left out; only a piece of the texts is in memory.
 
-    Which texts are held out is told by a hash of each, so that all copies of a text are on one side.
+    Each file has the same weight, as in a profile. Which texts are held out is told by a hash of each, so that all
+    copies of a text are on one side.
 
     Raises:
         ConfigError: There are too few texts.
     """
     plain = plain_tokenizer(tokenizer.backend_tokenizer.to_str())
     size = 1 + max(plain.get_vocab(with_added_tokens=True).values())
-    counts = np.zeros((2, size), np.int64)
+    shares = np.zeros((2, size))
     sample: list[str] = []
-    drawn = random.Random(0)  # noqa: S311 - not for secrets
     seen = [0, 0]
-    for batch in _batches(texts):
-        sides = [zlib.crc32(text.encode("utf-8", "replace")) % HELD_OUT == 0 for text in batch]
-        for held_out in (False, True):
-            own = [text for text, side in zip(batch, sides, strict=True) if side == held_out]
-            ids = itertools.chain.from_iterable(token_ids(plain, own))
-            counts[int(held_out)] += np.bincount(np.fromiter(ids, np.int64), minlength=size)
-            for text in own:
-                seen[held_out] += 1
-                if held_out and len(sample) < SAMPLE:
-                    sample.append(text)
-                elif held_out and (place := drawn.randrange(seen[1])) < SAMPLE:
-                    sample[place] = text
-        progress("count tokens, texts", sum(seen), 0)
-    if sum(seen) < FEWEST or not all(seen):
+    for texts in files:
+        counts = np.zeros((2, size), np.int64)
+        own = _Sample(max(1, SAMPLE // len(files)))
+        for batch in _batches(texts):
+            sides: tuple[list[str], list[str]] = ([], [])
+            for text in batch:
+                sides[zlib.crc32(text.encode("utf-8", "replace")) % HELD_OUT == 0].append(text)
+            for side, part in enumerate(sides):
+                ids = itertools.chain.from_iterable(token_ids(plain, part))
+                counts[side] += np.bincount(np.fromiter(ids, np.int64), minlength=size)
+                seen[side] += len(part)
+            own.draw_from(sides[1])
+            progress("count tokens, texts", sum(seen), 0)
+        shares += counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+        sample += own.texts
+    if sum(seen) < FEWEST or not sample:
         problem = f"{sum(seen)} texts are too few to tell which tokens others need"
         raise ConfigError("vocab", sum(seen), problem, f"at least {FEWEST}, better thousands")
-    return TokenCounts(counts[0], counts[1], sum(seen), tuple(sample))
+    counted, held_out = shares / shares.sum(axis=1, keepdims=True)
+    return TokenCounts(counted, held_out, sum(seen), tuple(sample))
+
+
+class _Sample:
+    """Some of all texts that come by, each with the same chance (algorithm R)."""
+
+    def __init__(self, most: int) -> None:
+        self.texts: list[str] = []
+        self._most, self._seen, self._drawn = most, 0, random.Random(0)  # noqa: S311 - not for secrets
+
+    def draw_from(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self._seen += 1
+            if len(self.texts) < self._most:
+                self.texts.append(text)
+            elif (place := self._drawn.randrange(self._seen)) < self._most:
+                self.texts[place] = text
 
 
 def plain_tokenizer(rules: str) -> Tokenizer:

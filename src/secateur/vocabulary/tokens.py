@@ -71,20 +71,21 @@ class Vocabulary:
         unknown: int | None = self.model.get("unk_id")
         return self.ids.get(self.model.get("unk_token") or "") if unknown is None else unknown
 
-    def needed(self, named: Iterable[int] = ()) -> list[int]:
-        """Ids that stay whatever the texts are: special and added tokens, and all that a rare word falls back to.
+    def needed(self, frequency: NDArray[np.float64], named: Iterable[int] = ()) -> list[int]:
+        """Ids that stay in any case: special and added tokens, and all that a rare word falls back to.
 
         Args:
-            named: More of them, such as those that a configuration names.
+            frequency: (ids,), of the tokens in the texts, which tell the characters that they are made of.
+            named: More ids, such as those that a configuration names.
         """
         special = {token["id"] for token in self.rules["added_tokens"]} | set(_special_ids(self.rules))
         special |= set() if self.unknown is None else {self.unknown}
-        fallback = {self.in_model[token] for token in self._fallback()}
+        fallback = {self.in_model[token] for token in self._fallback(frequency)}
         there = set(self.ids.values())
         wanted = special | fallback | {i for i in named if i in there}
         return sorted(wanted.union(*(self.on_the_way(i) for i in wanted)))
 
-    def order(self, counted: NDArray[np.int64], needed: Sequence[int]) -> Iterator[int]:
+    def order(self, frequency: NDArray[np.float64], needed: Sequence[int]) -> Iterator[int]:
         """All ids, the needed ones first and then the most frequent; what is on the way to a token precedes it.
 
         So the first of them, however many, are a vocabulary.
@@ -92,7 +93,7 @@ class Vocabulary:
         given = set(needed)
         yield from needed
         there = np.array(sorted(set(self.ids.values())))
-        for token in there[np.argsort(-counted[there], kind="stable")].tolist():
+        for token in there[np.argsort(-frequency[there], kind="stable")].tolist():
             if token not in given:
                 fresh = [i for i in self.on_the_way(token) if i not in given]
                 given.update(fresh, (token,))
@@ -127,20 +128,26 @@ class Vocabulary:
             characters[-1] += suffix
         return [piece if i == 0 and not continues else prefix + piece for i, piece in enumerate(characters)]
 
-    def _fallback(self) -> set[str]:
-        """What a word is made of whose tokens do not stay."""
+    def _fallback(self, frequency: NDArray[np.float64]) -> set[str]:
+        """What a word is made of whose tokens do not stay: bytes; else single characters, those of the texts and ASCII.
+
+        Other characters become unknown: all of them, in all scripts, would take a quarter of a small vocabulary. (Of
+        byte-level BPE, the single characters stand for bytes; all stay.)
+        """
         tokens = self.in_model
-        smallest = BYTES
-        if not (self.model.get("byte_fallback") and tokens.keys() >= BYTES):
-            # Tokens that cannot be split further, and those with a character that has no token of its own. (BPE makes
-            # none of these.)
-            pieces = {token: self._pieces(token) for token in tokens}
-            smallest = {token for token, own in pieces.items() if own == [token]}
-            if self.model["type"] != "BPE":
-                smallest |= {token for token, own in pieces.items() if not tokens.keys() >= set(own)}
+        pieces = {token: self._pieces(token) for token in tokens}
+        smallest = {token for token, own in pieces.items() if own == [token]}
+        if self.model.get("byte_fallback") and tokens.keys() >= BYTES:
+            smallest = set(BYTES)
+        elif self.model["type"] != "BPE":
+            in_texts = "".join(token for token, i in tokens.items() if frequency[i] > 0)
+            characters = {*in_texts, *map(chr, range(128))}
+            # Those with a character that has no token of its own cannot be split either.
+            smallest |= {token for token, own in pieces.items() if not tokens.keys() >= set(own)}
+            smallest = {token for token in smallest if characters.issuperset(token)}
         if self.model["type"] == "Unigram":
             # What an unknown character costs depends on the least likely token.
-            smallest = smallest | {min(self.model["vocab"], key=lambda item: item[1])[0]}
+            smallest.add(min(self.model["vocab"], key=lambda item: item[1])[0])
         return smallest
 
 
