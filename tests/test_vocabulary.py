@@ -286,8 +286,8 @@ def test_real_tokenizers_keep_what_stays(name: str, size: int, tmp_path: Path):
 def test_each_file_has_the_same_weight(folder_of, texts: Path, tmp_path: Path):
     """A word that is frequent in a small file goes before one that is as frequent in a large one."""
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"
-    small.write_text("wrapped text\n" * 20 + "\n".join(f"a{i}" for i in range(40)), encoding="utf-8")
-    large.write_text("methods here\n" * 2000 + "\n".join(f"b{i}" for i in range(9000)), encoding="utf-8")
+    small.write_text("\n".join(f"wrapped text {i}" for i in range(60)), encoding="utf-8")
+    large.write_text("\n".join(f"methods here {i}" for i in range(9000)), encoding="utf-8")
     for name, files in (("both", [small, large]), ("large", [large])):
         secateur.prune(folder_of("bert"), 1, vocab=files, vocab_coverage=0.8, out=tmp_path / name)
     both, one = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("both", "large"))
