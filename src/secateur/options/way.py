@@ -142,10 +142,12 @@ class Budget(Options):
         return value
 
 
-class ChooseOptions(Budget):
+class ChooseOptions(Budget, VocabularyOptions):
     """Choose a depth by the scores of a scout, or compare what every selection method keeps of a profile.
 
-    Example: secateur choose scout --tolerance 1.0 --max-params 100e6
+    With --vocab, sizes of the vocabulary stand beside the depths, and limits of size are met over both.
+
+    Example: secateur choose scout --tolerance 1.0 --max-params 50e6 --vocab texts.jsonl
     """
 
     profile: Annotated[AnyName, Names("profile")] = argument("A scout or a profile: its file or folder.")
@@ -153,6 +155,10 @@ class ChooseOptions(Budget):
         None,
         ge=0,
         description="Maximum increase of a profile's loss over the lowest of all depths; 0.05 is 5 %.",
+    )
+    model: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
+        None,
+        description="The model whose vocabulary is cut, where the profile or the scout does not tell where it is.",
     )
 
 
