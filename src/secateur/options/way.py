@@ -143,9 +143,7 @@ class Budget(Options):
 
 
 class ChooseOptions(Budget, VocabularyOptions):
-    """Choose a depth by the scores of a scout, or compare what every selection method keeps of a profile.
-
-    With --vocab, sizes of the vocabulary stand beside the depths, and limits of size are met over both.
+    """Choose a depth, and a vocabulary, by the scores of a scout, or compare what each selector keeps of a profile.
 
     Example: secateur choose scout --tolerance 1.0 --max-params 50e6 --vocab texts.jsonl
     """
