@@ -24,9 +24,10 @@ options: base fields way runs inference
 figures: style solved plots
 models: compat blocks cutting pooling checks forward save open_model
 data: rows hub sources vectors demo
+vocabulary: counts tokens trim choice
 measures: metrics intervals costs
 evaluation: task_folder tasks replicates evaluate
-choosing: selectors budgets evidence choose
+choosing: selectors budgets vocabulary evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes exclusion training_data teacher losses evaluator trainer heal

@@ -60,6 +60,23 @@ def cost_limits(options: Budget) -> dict[str, float]:
     return {name: limit for name in _COSTS if (limit := getattr(options, name)) is not None}
 
 
+def check_costs(table: Profile | Scout) -> None:
+    """Refuse a table that does not tell costs.
+
+    Raises:
+        DataError: It does not.
+    """
+    if not table.layer_costs:
+        hint = f"it was made by an earlier version; {table.kind} again"
+        raise DataError(table.file, "does not tell what the blocks cost", hint, field="layer_costs")
+
+
+def fits(options: Budget, table: Profile | Scout, blocks: Sequence[int]) -> bool:
+    """Whether a cut is within all limits of costs."""
+    cost = cost_of(table.layer_costs, blocks)
+    return all(_COSTS[key][0](cost) <= limit for key, limit in cost_limits(options).items())
+
+
 def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -> list[int]:
     """Those of the depths (ascending) that are within all limits.
 
@@ -70,9 +87,7 @@ def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -
     left = list(depths)
     for key, limit in cost_limits(options).items():
         measure, words = _COSTS[key]
-        if not table.layer_costs:
-            hint = f"it was made by an earlier version; {table.kind} again"
-            raise DataError(table.file, "does not tell what the blocks cost", hint, field="layer_costs")
+        check_costs(table)
         found = {depth: measure(cost_of(table.layer_costs, prefix(depth))) for depth in depths}
         if found[depths[0]] > limit:
             hint = f"the smallest, depth {depths[0]}, has {words.format(found[depths[0]])}"

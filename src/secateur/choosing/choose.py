@@ -28,10 +28,12 @@ from secateur.choosing.selectors import (
     lowest_in_each_half,
     prefix,
 )
+from secateur.choosing.vocabulary import VocabularyCosts, decide, open_vocabularies, vocabulary_costs
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.files import read_json
 from secateur.measures.intervals import Array
 from secateur.options import Budget, ChooseOptions, make, step
+from secateur.progress import Progress, silent
 from secateur.results import Profile, Scout, load
 
 CHOSEN_FROM = "chosen_from"
@@ -43,29 +45,36 @@ T = TypeVar("T", Profile, Scout)
 
 
 @step(ChooseOptions)
-def choose(options: ChooseOptions) -> dict[str, int]:
+def choose(options: ChooseOptions, *, progress: Progress = silent) -> dict[str, int]:
     """Choose a depth by a scout's scores; or depths from a profile: L3Prune's two, or one within a budget.
 
     Returns:
         Numbers of layers to keep. For a scout ``{"chosen": k}``, see :func:`.choose_rung`.
         For a profile ``{"small": k, "large": k}`` (arXiv 2410.14578, section 3): where the untrained model's loss is
         lowest, ``small`` in the first ``depth // 2`` depths and ``large`` in the others. Of equal losses the shallowest
-        wins. With limits, ``{"budget": k}``.
+        wins. With limits, ``{"budget": k}``. With ``vocab`` also ``"vocab_size"``, the number of tokens to keep
+        (:mod:`.choosing.vocabulary`).
 
     Raises:
         DataError: The file is neither, or does not tell what is asked for, as a profile of texts alone has no losses.
         IllegalDepth: The model has a single layer.
         ConfigError: No depth is within the limits, a limit is no number, or a profile is asked for what only a scout
-            tells.
+            tells; with ``vocab``, the model is not found, or has no vocabulary as is asked for.
+        ModelError: With ``vocab``, the model cannot be opened, or its vocabulary cannot be cut.
     """
-    table = read_table(options.profile)
+    table = _read_checked(options)
+    vocabularies = open_vocabularies(options, table, progress)
     if isinstance(table, Scout):
-        return {CHOSEN: len(choose_rung(options, table).blocks)}
-    _check_profile(options, table)
-    if _limits(options):
-        return {BUDGET: len(within(options, table).blocks)}
-    question = Question(table.depth, table)
-    return {name: len(l3prune(question, half).blocks) for half, name in enumerate(SHORT)}
+        decision = decide(options, table, vocabularies, choose_rung)
+        told = {CHOSEN: len(decision.choice.blocks)}
+    elif _limits(options):
+        decision = decide(options, table, vocabularies, within)
+        told = {BUDGET: len(decision.choice.blocks)}
+    else:
+        question = Question(table.depth, table)
+        told = {name: len(l3prune(question, half).blocks) for half, name in enumerate(SHORT)}
+        decision = decide(options, table, vocabularies, within)
+    return told if decision.size is None else told | {"vocab_size": decision.size}
 
 
 def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
@@ -89,12 +98,14 @@ def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
     return load(path, Scout) if is_scout else load(path, Profile)
 
 
-def _check_profile(options: ChooseOptions, table: Profile) -> None:
-    """Refuse what only scores after a training tell."""
-    for name in ("tolerance", "best"):
+def _read_checked(options: ChooseOptions) -> Profile | Scout:
+    """The table; a profile is not asked what only scores after a training tell."""
+    table = read_table(options.profile)
+    for name in ("tolerance", "best") if isinstance(table, Profile) else ():
         if (value := getattr(options, name)) not in (None, False):
             problem = f"is about scores after a training, and {table.model} has a profile only"
             raise ConfigError(name, value, problem, f"scout it: secateur scout {table.model} ...")
+    return table
 
 
 def losses_fingerprint(profile: Profile) -> str:
@@ -217,21 +228,27 @@ def _limits(options: ChooseOptions) -> dict[str, float]:
     return cost_limits(options) | ({} if increase is None else {"max_loss_increase": increase})
 
 
-def within(options: ChooseOptions, table: Profile) -> Choice:
+def within(options: ChooseOptions, table: Profile, costs: Profile | None = None) -> Choice:
     """Choose a depth that the limits allow.
 
     With a limit of the loss the shallowest such depth. Without one, what L3Prune's rule would call ``large`` if the
     model had no more layers than fit the budget: the lowest loss of the deeper half of them; with a profile of texts
     alone, which has no losses, the deepest of them.
 
+    Args:
+        options: The limits; without any, it is ``large``.
+        table: The profile.
+        costs: The same profile with the costs of a smaller vocabulary, where the limits are about these.
+
     Raises:
         ConfigError: No depth is within a limit; the message tells the smallest that there is.
         DataError: The profile does not tell what a limit is about.
     """
-    deepest = affordable(options, table, range(1, table.depth + 1))[-1]
+    deepest = affordable(options, costs or table, range(1, table.depth + 1))[-1]
     if options.max_loss_increase is not None:
         return _shallowest(options.max_loss_increase, deepest, table)
-    told = f"depth {deepest} is the deepest that fits"
+    tokens = " with the fewest tokens that are allowed" if costs else ""
+    told = f"depth {deepest} is the deepest that fits{tokens}" if _limits(options) else "no depth is too expensive"
     if not all(row.loss is not None for row in table.depths):
         return Choice(prefix(deepest), told)
     depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1:], 0)
@@ -282,18 +299,26 @@ class Candidate(CutCost):
 
 @dataclass(frozen=True)
 class Candidates:
-    """All choices from the profile of ``model``, which has ``depth`` layers; ``refused`` is name → why not."""
+    """All choices from the profile of ``model``, which has ``depth`` layers; ``refused`` is name → why not.
+
+    ``vocabulary`` has the sizes of the vocabulary at the depth that the limits allow, or at ``large``; None where they
+    were not asked for.
+    """
 
     model: str
     depth: int
     rows: tuple[Candidate, ...]
     refused: Mapping[str, str]
+    vocabulary: VocabularyCosts | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The depths of ``small``, ``large`` and ``budget``, where they can be told; ``choices`` and ``refused``."""
+        """The depths of ``small``, ``large`` and ``budget``, where they can be told; ``choices`` and ``refused``; and
+        the vocabulary, where it was asked for.
+        """
         names = {BUDGET: BUDGET, **SHORT}
-        told = {name: self.depths[key] for name, key in names.items() if key in self.depths}
-        return {**told, "choices": [asdict(row) for row in self.rows], "refused": dict(self.refused)}
+        told: dict[str, Any] = {name: self.depths[key] for name, key in names.items() if key in self.depths}
+        told |= {"choices": [asdict(row) for row in self.rows], "refused": dict(self.refused)}
+        return told | (self.vocabulary.to_dict() if self.vocabulary else {})
 
     @property
     def depths(self) -> dict[str, int]:
@@ -303,31 +328,33 @@ class Candidates:
 
 
 @step(ChooseOptions)
-def candidates(options: ChooseOptions) -> Candidates | Rungs:
+def candidates(options: ChooseOptions, *, progress: Progress = silent) -> Candidates | Rungs:
     """What there is to choose from, side by side, with what it would cost and how sure it is.
 
     Of a scout, the depths that it scored (:class:`.Rungs`). Of a profile, what every selection method chooses; those
     that must be told how many layers to keep are asked for as many as ``small`` and ``large``, and as many as the
-    limits allow.
+    limits allow. With ``vocab``, sizes of the vocabulary come with them.
 
     Raises:
         DataError: The file is neither.
-        ConfigError: As for :func:`choose`.
+        ConfigError, ModelError: As for :func:`choose`.
     """
-    table = read_table(options.profile)
+    table = _read_checked(options)
+    vocabularies = open_vocabularies(options, table, progress)
     if isinstance(table, Scout):
-        return side_by_side(options, table)
-    _check_profile(options, table)
+        return side_by_side(options, table, vocabularies)
     rows = [_candidate(table, FULL, Choice(prefix(table.depth), "nothing is cut"))]
+    decision = decide(options, table, vocabularies, within)
     if _limits(options):
-        rows.append(_candidate(table, BUDGET, within(options, table)))
+        rows.append(_candidate(table, BUDGET, decision.choice))
     refused = {}
     for name in _names(table, [len(row.blocks) for row in rows[1:]]):
         try:
             rows.append(_candidate(table, name, choice_of(name, table.depth, table)))
         except SecateurError as error:
             refused[name] = str(error)
-    return Candidates(table.model, table.depth, tuple(rows), refused)
+    vocabulary = None if vocabularies is None else vocabulary_costs(options, table, vocabularies, decision)
+    return Candidates(table.model, table.depth, tuple(rows), refused, vocabulary)
 
 
 def _names(table: Profile, sizes: Sequence[int]) -> Iterator[str]:

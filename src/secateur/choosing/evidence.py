@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.choosing.budgets import CutCost, affordable, cost_limits, cut_cost
 from secateur.choosing.selectors import Choice, prefix
+from secateur.choosing.vocabulary import Decision, Vocabularies, VocabularyCosts, decide, vocabulary_costs
 from secateur.document import plural, signed, span
 from secateur.errors import ConfigError, DataError
 from secateur.options import Budget, ChooseOptions
@@ -18,12 +19,17 @@ TOLERANCE = 1.0
 """Points of average score, of 100, that may be lost where nothing else is said."""
 
 
-def choose_rung(options: Budget, scout: Scout) -> Choice:
+def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Choice:
     """Choose a depth of those that a scout scored and the limits of costs allow.
 
     With ``best`` the highest mean score, of equal ones the shallowest; else the smallest depth that loses no more than
     the tolerance (:func:`smallest_within`). Where that one is too expensive, so are the deeper ones that lose no more;
     then it is the highest score, with a warning.
+
+    Args:
+        options: The rule and the limits.
+        scout: The depths.
+        costs: The same scout with the costs that the limits are about, where they are those of a smaller vocabulary.
 
     Returns:
         The first layers; ``reason`` is a whole sentence.
@@ -36,7 +42,7 @@ def choose_rung(options: Budget, scout: Scout) -> Choice:
         problem = "is about a profile's loss, and this is a scout"
         raise ConfigError("max_loss_increase", options.max_loss_increase, problem, "give --tolerance")
     rungs = scored(scout)
-    fitting = affordable(options, scout, [row.depth for row in rungs])
+    fitting = affordable(options, costs or scout, [row.depth for row in rungs])
     highest = max((row for row in rungs if row.depth in fitting), key=lambda row: (row.score, -row.depth))
     title = "the highest score of those that fit" if cost_limits(options) else f"the highest of {len(rungs)} scores"
     if options.best:
@@ -176,7 +182,10 @@ class Rung(CutCost, RungRow):
 
 @dataclass(frozen=True)
 class Rungs:
-    """All depths that a scout of ``model`` scored, as :class:`Rung`; ``chosen`` is one of them, ``reason`` says why."""
+    """All depths that a scout of ``model`` scored, as :class:`Rung`; ``chosen`` is one of them, ``reason`` says why.
+
+    ``vocabulary`` has the sizes of the vocabulary at that depth; None where they were not asked for.
+    """
 
     model: str
     depth: int
@@ -185,20 +194,26 @@ class Rungs:
     chosen: int
     reason: str
     rows: tuple[Rung, ...]
+    vocabulary: VocabularyCosts | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The chosen depth, why, and all that were scored."""
-        return {"chosen": self.chosen, "reason": self.reason, "rungs": [asdict(row) for row in self.rows]}
+        """The chosen depth, why, and all that were scored; and the vocabulary, where it was asked for."""
+        told = {"chosen": self.chosen, "reason": self.reason, "rungs": [asdict(row) for row in self.rows]}
+        return told | (self.vocabulary.to_dict() if self.vocabulary else {})
 
 
-def side_by_side(options: Budget, scout: Scout) -> Rungs:
+def side_by_side(options: ChooseOptions, scout: Scout, vocabularies: Vocabularies | None = None) -> Rungs:
     """Every depth, and which rule chooses which; arguments and errors as for :func:`choose_rung`."""
-    choice = choose_rung(options, scout)
-    by_tolerance = choose_rung(options.model_copy(update={"best": False}), scout)
-    by_score = choose_rung(options.model_copy(update={"best": True}), scout)
+
+    def by(best: bool) -> Decision:
+        return decide(options.model_copy(update={"best": best}), scout, vocabularies, choose_rung)
+
+    decision, by_tolerance, by_score = by(options.best), by(False).choice, by(True).choice
+    choice = decision.choice
     rules = {} if by_tolerance.warning else {"tolerance": by_tolerance}
     rules["best"] = by_score
-    fitting = affordable(options, scout, [row.depth for row in scout.depths])
+    smallest = scout if vocabularies is None else vocabularies.with_size(scout, vocabularies.allowed(options)[-1])
+    fitting = affordable(options, smallest, [row.depth for row in scout.depths])
     rows = [
         Rung(
             **asdict(row),
@@ -209,4 +224,6 @@ def side_by_side(options: Budget, scout: Scout) -> Rungs:
         for row in scout.depths
     ]
     tasks = len({row.task for row in scout.task_scores})
-    return Rungs(scout.model, scout.depth, scout.judge, tasks, len(choice.blocks), choice.reason, tuple(rows))
+    vocabulary = None if vocabularies is None else vocabulary_costs(options, scout, vocabularies, decision)
+    about = (scout.model, scout.depth, scout.judge, tasks)
+    return Rungs(*about, len(choice.blocks), choice.reason, tuple(rows), vocabulary)

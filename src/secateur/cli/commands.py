@@ -132,9 +132,7 @@ def profile_command(options: ProfileOptions) -> None:
 def choose_command(
     options: ChooseOptions, *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
-    import secateur
-
-    found = secateur.candidates(**options.given())
+    found = _do("candidates", options)
     _say(json.dumps(found.to_dict())) if as_json else show_candidates(found)
 
 

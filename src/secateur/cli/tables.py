@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from secateur.choosing.choose import Candidate, Candidates
     from secateur.choosing.evidence import Rung, Rungs
+    from secateur.choosing.vocabulary import VocabularyCost, VocabularyCosts
     from secateur.exporting.export import Export
     from secateur.results import Comparison, CostRow, Profile, Scores, Scout
     from secateur.studies.runner import State
@@ -101,6 +102,7 @@ def show_candidates(found: Candidates | Rungs) -> None:
         typer.echo(f"{row.name}: {kept}{row.reason}" + (f" (note: {row.warning})" if row.warning else ""))
     for name, why in found.refused.items():
         typer.echo(f"{name}: cannot be told: {why}")
+    _show_vocabularies(found.vocabulary)
 
 
 def _show_rungs(found: Rungs) -> None:
@@ -124,6 +126,27 @@ def _show_rungs(found: Rungs) -> None:
     if not all(row.trained for row in found.rows):
         typer.echo("* scored without having been trained itself")
     typer.echo(found.reason)
+    _show_vocabularies(found.vocabulary)
+
+
+def _show_vocabularies(found: VocabularyCosts | None) -> None:
+    if found is None:
+        return
+    columns: dict[str, Callable[[VocabularyCost], str | Cell]] = {
+        "tokens": lambda row: f"{row.tokens:,}",
+        "coverage": lambda row: percent(row.coverage),
+        "texts changed": lambda row: percent(row.changed),
+        "unknown": lambda row: percent(row.unknown) if row.unknown else "",
+        "tokens per text": lambda row: number(row.tokens_per_text),
+        "of whole": lambda row: f"{row.longer:.2f}×",
+        "params": lambda row: count(row.parameters),
+        "MB": lambda row: number(row.bytes and row.bytes / 1e6),
+        "": lambda row: "chosen" if row.tokens == found.size else "" if row.fits else "over budget",
+    }
+    typer.echo()
+    _show(Table.of(f"vocabularies, with {plural(found.layers, 'layer')}", found.rows, columns).filled())
+    typer.echo(found.reason)
+    typer.echo(f"\n{found.command}")
 
 
 def show_export(result: Export) -> None:

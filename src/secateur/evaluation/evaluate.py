@@ -44,7 +44,7 @@ from secateur.evaluation.tasks import Task, count_samples, open_tasks
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
 from secateur.measures import intervals
 from secateur.measures.intervals import Array
-from secateur.models import model_names
+from secateur.models import model_names, model_source
 from secateur.models.open_model import open_model
 from secateur.options import EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
@@ -132,8 +132,7 @@ def _origin(model: Model) -> tuple[str, str]:
     """A folder's whole path or a Hub id, and the fingerprint of its files; both empty for a model that is open."""
     if isinstance(model, SentenceTransformer):
         return "", ""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.exists() else str(model), fingerprint_files(model)
+    return model_source(model), fingerprint_files(model)
 
 
 class _ScoreTable:

@@ -47,6 +47,12 @@ def model_label(name: str | Path) -> str:
     return Path(str(name)).name.removesuffix(".gguf") or "model"
 
 
+def model_source(name: str | Path) -> str:
+    """What names a model from any folder: the whole path of what is on this disk, else the name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else str(name)
+
+
 def model_names(models: Sequence[Any], names: Sequence[str] | None = None) -> list[str]:
     """What models are called in tables: the names given, else the last parts of their paths, or whole paths where two
     of those are alike.

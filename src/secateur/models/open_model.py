@@ -11,8 +11,9 @@ import importlib
 import importlib.util
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import is_sentence_transformer_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.models import resolve
-from secateur.models.blocks import text_config
+from secateur.models.blocks import skeleton, text_config, text_tower
 from secateur.models.checks import check_finite, check_opened, check_transformer, check_weights
 from secateur.models.compat import forget_names
 from secateur.models.pooling import make_pooling, state_width
@@ -81,6 +84,50 @@ def open_model(
         complete(name, model, pooling, max_length)
         check_finite(name, model)
         return model
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its weights: the transformer that encodes text, its tokenizer, and the model's prompts."""
+
+    transformer: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Mapping[str, str]
+
+
+def open_skeleton(name: str | Path) -> Skeleton:
+    """Open all of a model but its weights, which are neither read nor fetched.
+
+    Args:
+        name: As for :func:`open_model`.
+
+    Raises:
+        ModelError: The model is missing, half written, or not a text model.
+    """
+    source = resolve(name)
+    with as_model_error(name), quiet():
+        is_gguf = isinstance(source, Path) and source.suffix == ".gguf"
+        if isinstance(source, Path) and not is_gguf:
+            _check_folder(source, trust_remote_code=False)
+        modules = None if is_gguf else _small_file(source, "modules.json")
+        about = None if is_gguf else _small_file(source, "config_sentence_transformers.json")
+        where = {"pretrained_model_name_or_path": str(source), "subfolder": modules[0]["path"] if modules else ""}
+        with _parsed_once() if is_gguf else nullcontext():
+            where = _of_gguf(Path(source)) if is_gguf else where
+            config = transformers.AutoConfig.from_pretrained(**where)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        transformer, text = skeleton(config), text_config(config)
+        if text_tower(transformer):  # as prune cuts it out of a multimodal model
+            text.dtype = text.dtype or config.dtype
+            transformer = skeleton(text)
+        prompts = (about or {}).get("prompts") or {}
+        return Skeleton(transformer, tokenizer, {key: prompt or "" for key, prompt in prompts.items()})
+
+
+def _small_file(source: str | Path, file: str) -> Any:
+    """The content of a JSON file of a model, here or on the Hub; None where it has none."""
+    found = cached_file(str(source), file, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else read_json(Path(found))
 
 
 @contextmanager
@@ -236,9 +283,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     Raises:
         ModelError: The package ``gguf`` is not installed.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(file, "is a GGUF file", "pip install 'secateur[gguf]'")
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where = _of_gguf(file)
     with _parsed_once():
         read, found = transformers.AutoModel.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
@@ -253,6 +298,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
     fresh.load_state_dict(read.state_dict(), assign=True)
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _of_gguf(file: Path) -> dict[str, Any]:
+    """A GGUF file, as transformers' functions take it."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(file, "is a GGUF file", "pip install 'secateur[gguf]'")
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
 
 @contextmanager

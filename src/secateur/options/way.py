@@ -142,10 +142,10 @@ class Budget(Options):
         return value
 
 
-class ChooseOptions(Budget):
-    """Choose a depth by the scores of a scout, or compare what every selection method keeps of a profile.
+class ChooseOptions(Budget, VocabularyOptions):
+    """Choose a depth, and a vocabulary, by the scores of a scout, or compare what each selector keeps of a profile.
 
-    Example: secateur choose scout --tolerance 1.0 --max-params 100e6
+    Example: secateur choose scout --tolerance 1.0 --max-params 50e6 --vocab texts.jsonl
     """
 
     profile: Annotated[AnyName, Names("profile")] = argument("A scout or a profile: its file or folder.")
@@ -153,6 +153,10 @@ class ChooseOptions(Budget):
         None,
         ge=0,
         description="Maximum increase of a profile's loss over the lowest of all depths; 0.05 is 5 %.",
+    )
+    model: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
+        None,
+        description="The model whose vocabulary is cut, where the profile or the scout does not tell where it is.",
     )
 
 

@@ -24,7 +24,7 @@ from secateur.files import results_folder
 from secateur.measures import metrics
 from secateur.measures.costs import Size, layer_sizes, measure_layers
 from secateur.measures.intervals import MINIMUM_UNITS, has_converged, interval, looks
-from secateur.models import model_label
+from secateur.models import model_label, model_source
 from secateur.models.forward import is_out_of_memory
 from secateur.models.open_model import open_model
 from secateur.models.pooling import pooling_name
@@ -102,6 +102,7 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         task_scores=task_scores,
         layer_costs=layer_costs(model, sizes, notes),
         notes=tuple(dict.fromkeys([*notes, *encoder.notes, *corpus.notes])),
+        source="" if isinstance(options.model, SentenceTransformer) else model_source(options.model),
     )
     if out is not None:
         result.save(out)

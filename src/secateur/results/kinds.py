@@ -94,6 +94,7 @@ class Profile(Table):
         task_scores: Tasks × depths, one :class:`DepthScoreRow` each; empty where no task was asked for.
         layer_costs: What each layer of the model costs; empty in profiles of earlier versions.
         notes: What was measured to decide, what could not be computed, and why.
+        source: The model's folder, file or Hub id; empty for one that was open, and in profiles of earlier versions.
     """
 
     kind: ClassVar[str] = "profile"
@@ -120,6 +121,7 @@ class Profile(Table):
     task_scores: tuple[DepthScoreRow, ...] = ()
     layer_costs: tuple[LayerCost, ...] = ()
     notes: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def can_choose(self) -> bool:

@@ -23,7 +23,7 @@ from secateur.errors import UnsupportedArchitecture
 from secateur.files import read_json, write_text
 from secateur.models.blocks import build, last_line, text_config
 from secateur.models.compat import tensors_of
-from secateur.models.cutting import changed_values
+from secateur.models.cutting import changed_values, packed_tensors
 from secateur.vocabulary.tokens import Vocabulary, keep_tokens
 
 SIZES = ("vocab_size", "vocab_size_per_layer_input")
@@ -104,12 +104,43 @@ def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int],
         _cut_config(config, kept, multiple)
 
 
+@dataclass(frozen=True)
+class TokenTable:
+    """A tensor with ``rows`` rows, one for each token, of ``width`` numbers.
+
+    ``packed``: a row holds one slice for each block, as Gemma 3n's per-layer embeddings do.
+    """
+
+    rows: int
+    width: int
+    packed: bool
+
+
+def token_tables(name: str, transformer: PreTrainedModel) -> tuple[TokenTable, ...]:
+    """The tables of a model, with or without weights; tied ones once.
+
+    Raises:
+        UnsupportedArchitecture: As :func:`cut_vocabulary`.
+    """
+    packed = packed_tensors(transformer)
+    return tuple(
+        TokenTable(table.shape[0], table.numel() // table.shape[0], path in packed)
+        for path, table in _tables(name, transformer).items()
+    )
+
+
 def parameters_per_token(name: str, transformer: PreTrainedModel) -> int:
     """Parameters that a model, with or without weights, has for each token."""
+    return sum(table.numel() // table.shape[0] for table in _tables(name, transformer).values())
+
+
+def _tables(name: str, transformer: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tables by their paths, tied ones once."""
     fewer = sorted({*range(text_config(transformer).vocab_size // 2), *named_ids(transformer)})
-    tables = _changes(name, transformer, fewer, 1).tables
-    found = {id(table): table for path, attribute, _ in tables for table in [_tensor(transformer, path, attribute)]}
-    return sum(table.numel() // table.shape[0] for table in found.values())
+    named = _changes(name, transformer, fewer, 1).tables
+    found = {f"{path}.{attribute}".lstrip("."): _tensor(transformer, path, attribute) for path, attribute, _ in named}
+    paths = {id(table): path for path, table in found.items()}
+    return {path: found[path] for path in paths.values()}
 
 
 @dataclass(frozen=True)
