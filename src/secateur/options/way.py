@@ -161,9 +161,7 @@ class ChooseOptions(Budget, VocabularyOptions):
 
 
 class PruneOptions(VocabularyOptions):
-    """Cut a model to its first blocks, or any others, and its vocabulary to the tokens that your texts need.
-
-    It is written as a plain model folder.
+    """Cut a model to some of its blocks, its vocabulary to the tokens of your texts, and write a plain model folder.
 
     Example: secateur prune smollm2 --to large --profile profile --vocab texts.jsonl -o smollm2-large
     """
