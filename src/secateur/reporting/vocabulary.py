@@ -38,10 +38,12 @@ def _worth(summary: Summary, base: str) -> str:
 
 def _loss(item: GroupComparison) -> str:
     recipe, cost, full = item.group.first.recipe, item.group.cost, item.reference.cost
-    parts = [f"has {percent(cost.parameters / full.parameters, 0)} of the parameters"] if cost and full else []
-    parts += [f"scores {apart(item.difference)} than as it came"] if item.is_known else []
-    how = "untrained" if recipe == TRIMMED else recipe
-    return f"; {how}, the model of full depth {' and '.join(parts)}" if parts else ""
+    said = f"scores {apart(item.difference)} than as it came" if item.is_known else ""
+    if recipe != TRIMMED:
+        return f"; {recipe}, it {said}" if said else ""
+    has = f"has {percent(cost.parameters / full.parameters, 0)} of the parameters" if cost and full else ""
+    parts = " and ".join(part for part in (has, said) if part)
+    return f"; untrained, the model of full depth {parts}" if parts else ""
 
 
 def vocabulary_facts(cut: VocabularyCut, publish: Callable[[str], str] = str) -> list[str]:

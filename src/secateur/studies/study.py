@@ -34,7 +34,7 @@ from typing import Any
 
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.data.demo import demo_study
-from secateur.data.sources import Texts, read_sources
+from secateur.data.sources import Texts, check_data, read_sources
 from secateur.errors import ConfigError, DataError, OutputError, SecateurError, StudyFailed
 from secateur.evaluation.tasks import expand, open_tasks
 from secateur.files import lock, read_json, results_folder, write_text
@@ -228,6 +228,8 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
     if not settings.data:
         raise ConfigError("data", None, "no data to profile and heal with", "give --data FILE")
     sources = read_sources(settings.data, columns=settings.columns)
+    if settings.vocab:
+        check_data(settings.vocab, settings.columns)
     if not (settings.depths or settings.teacher) and all(isinstance(source, Texts) for source in sources):
         settings = settings.model_copy(update={"teacher": ITSELF})
     for name, recipe in recipe_options(settings).items():
