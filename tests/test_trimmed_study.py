@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import secateur
 from conftest import write_pairs
 from published import CORPUS, write_model
 from quick_checks import quick_checks as quick_checks
+from secateur import cli
 from secateur.errors import ConfigError
 from secateur.reporting.run import read_run
 from secateur.results import Costs, Origin, Scout, Training, load
@@ -102,6 +104,21 @@ def test_tasks_of_other_texts_than_those_that_chose_the_tokens_are_told(run: Pat
     (note,) = secateur.read_status(run).plan.notes
     assert "the task manual" in note and f"{100 * coverage['manual']:.1f}" in note
     assert plain(note) in plain((run / "report.md").read_text())
+
+
+def test_the_note_stands_in_the_plan_and_on_standard_error(run: Path, place: Path, tmp_path: Path, monkeypatch, capsys):
+    def command(*words: object) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 0
+        return capsys.readouterr()
+
+    told = "the vocabulary has"
+    assert command("study", "status", run)[0].count(told) == 1
+    assert command("study", "resume", run)[1].count(told) == 1
+    words = ("--vocab", place / "trees.jsonl", "--vocab-size", SIZE, "--vocab-tasks", place / "manual", place / "task")
+    assert command("prune", place / "tiny", *words, "-o", tmp_path / "cut")[1].count(told) == 1
 
 
 def test_a_finished_study_is_done_and_its_vocabulary_stays_as_it_is(run: Path, place: Path, tmp_path: Path):
