@@ -28,6 +28,8 @@ from secateur.results import (
     Scores,
     Scout,
     Training,
+    VocabularyCut,
+    VocabularyRow,
     load,
 )
 from test_report import NLI, SICK, TASKS, made, plain, read, write_profile
@@ -320,6 +322,78 @@ def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
     whole = (reported / "models" / "tiny-8-scout" / "README.md").read_text(encoding="utf-8")
     assert "60 steps" in whole and "not been trained" not in whole
     assert "as they came" in (reported / "models" / "tiny-8-zero-shot" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def trimmed(run: Path) -> Path:
+    """All models but the one that came have 8,000 tokens, and the whole one is there with these, untrained."""
+    write_model(run, "tiny-8-trimmed", 0.289, seed=8)
+    row = VocabularyRow(8000, 0.962, 0.31, 24.1, unknown=0.0004)
+    cut = VocabularyCut(row, 49152, 22.0, 24000, ("/home/me/texts.txt",), {"SICK-R": 0.95, "NLI": 0.9})
+    for folder in (run / "models").iterdir():
+        if folder.name != "tiny-8-zero-shot":
+            replace(load(folder, Origin), vocabulary=cut).save(folder)
+    sizes = {"tiny-8-zero-shot": 40_000_000, "tiny-8-trimmed": 30_000_000, "tiny-4-polished": 12_000_000}
+    costs = [CostRow(name, int(name[5]), size, 10_000_000, 4321, 100.0, 96.0, 104.0) for name, size in sizes.items()]
+    Costs(made("secateur cost models"), tuple(costs)).save(run)
+    return run
+
+
+def test_a_cut_vocabulary_is_told_with_what_it_costs(trimmed: Path) -> None:
+    told_of = told(trimmed)
+    assert told_of[1].startswith("Trained on alone, these 4 layers score 60.4, 1.2 points more")
+    assert told_of[1].endswith("of the model as it came.") and "30 % of the parameters" in told_of[1]
+    assert told_of[2].startswith("That is 30.3 points more (95 % interval +30")
+    sentence = told_of[-1]
+    assert sentence.startswith(
+        "tiny: the vocabulary is cut to 8,000 of 49,152 tokens, which are 96.2 % of those of held-out texts; "
+        "untrained, the model of full depth has 75 % of the parameters and scores 1.2 points less (95 % interval −1."
+    )
+    remarks = [plain(note) for note in notes(summarize(read_run(trimmed)))]
+    assert remarks[0] == (
+        "tiny: the vocabulary has 90.0 % of the tokens of the task NLI, of texts that were held out 96.2 %: it was cut "
+        "by texts of another language or kind."
+    )
+    assert not [note for note in remarks if "SICK-R" in note]  # covered well enough
+
+
+def test_a_cut_vocabulary_has_its_section_its_columns_and_its_place_in_the_card(trimmed: Path) -> None:
+    page = read(report(trimmed))
+    (row,) = (row for row in page.cells if row[0] == "tiny" and "8,000 of 49,152" in row)
+    assert [plain(cell) for cell in row[1:]] == [
+        "24,000 texts/home/me/texts.txt",
+        *("8,000 of 49,152", "96.2 %", "31.0 %", "24.1 (before: 22.0)", "0.04 %", "SICK-R 95.0 %, NLI 90.0 %"),
+    ]
+    assert "8,000 of 49,152" in page.row("tiny-4-polished") and "8,000 of 49,152" not in page.row("tiny-8-zero-shot")
+    assert any("30.3" in cell and "tiny, zero-shot" in cell for cell in page.row("tiny-4-polished"))
+    assert {"tiny, trimmed", "tiny, zero-shot", "tiny, polished"} <= {v.series for v in read_run(trimmed).variants}
+    cards = {
+        name: plain((trimmed / "models" / name / "README.md").read_text(encoding="utf-8"))
+        for name in ("tiny-8-zero-shot", "tiny-8-trimmed", "tiny-4-polished")
+    }
+    for said in (
+        "of org/tiny with 8,000 of 49,152 tokens",
+        "Vocabulary: 8,000 of 49,152 tokens, chosen by 24,000 texts of texts.txt.",
+        "96.2 % of the tokens stay, and 31.0 % of the texts have one that does not; a text has 24.1 tokens on average, "
+        "22.0 before.",
+        "Tokens that are unknown and were not before: 0.04 %.",
+        "Its vocabulary is for texts like those of texts.txt. Others, above all in other languages and scripts, become",
+        "Its tokenizer cannot write every character",
+        "Its biases are those of the base model",
+    ):
+        assert all(said in cards[name] for name in ("tiny-8-trimmed", "tiny-4-polished")), said
+        assert said not in cards["tiny-8-zero-shot"]
+    assert (
+        "30.3 points more" in cards["tiny-4-polished"] and "with all its blocks and tokens" in cards["tiny-4-polished"]
+    )
+
+
+def test_a_vocabulary_that_was_cut_before_the_study_is_told_and_compared_with_nothing(trimmed: Path) -> None:
+    whole, other = (trimmed / "models" / name for name in ("tiny-8-zero-shot", "tiny-4-polished"))
+    replace(load(whole, Origin), vocabulary=load(other, Origin).vocabulary).save(whole)
+    shutil.rmtree(trimmed / "models" / "tiny-8-trimmed")
+    assert summarize(read_run(trimmed)).originals == {}
+    assert told(trimmed)[-1].endswith("which are 96.2 % of those of held-out texts.")
 
 
 def test_a_scout_alone_is_enough(tmp_path: Path) -> None:

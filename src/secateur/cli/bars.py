@@ -82,11 +82,15 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
         def callback(state: State) -> None:
             if not told:
                 show_steps(state, slots, bars.console)
-                told.update(("", *state.done))
+                told.update(("", *state.done, *state.plan.notes))
             for name in state.running.keys() - tasks.keys():
                 tasks[name] = bars.add_task(name, total=None, rate="")
             ended = {name: f"{state.seconds.get(name, 0):.0f} s" for name in state.done}
             ended |= {name: f"failed: {reason}" for name, reason in state.failed.items()}
+            for note in state.plan.notes:
+                if note not in told:
+                    bars.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+                    told.add(note)
             for name in sorted(ended.keys() - told):
                 line = f"{time.strftime('%H:%M:%S')}  {name}: {ended[name]}"
                 bars.console.print(line, markup=False, highlight=False, soft_wrap=True)

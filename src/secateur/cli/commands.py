@@ -141,9 +141,15 @@ def prune_command(options: PruneOptions) -> None:
     from secateur.results import Origin, load
 
     folder = _do("prune", options)
-    left_out = load(folder, Origin).left_out
-    if left_out:
-        typer.echo(f"left out: {', '.join(left_out)}", err=True)
+    origin = load(folder, Origin)
+    if origin.left_out:
+        typer.echo(f"left out: {', '.join(origin.left_out)}", err=True)
+    if origin.vocabulary:
+        from secateur.reporting.vocabulary import coverage_notes, vocabulary_facts
+
+        notes = (f"note: {note}" for note in coverage_notes(folder.name, origin.vocabulary))
+        for line in (*vocabulary_facts(origin.vocabulary), *notes):
+            typer.echo(line, err=True)
     _say(folder)
 
 

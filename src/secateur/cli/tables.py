@@ -49,8 +49,9 @@ def show_steps(state: State, slots: int, console: Console | None = None) -> None
         rows.append((step.name, word, needs, took))
     _show(Table("", ("step", "state", "needs", "time"), rows, texts=3), console)
     console.print(summary(state, slots), highlight=False)
-    for name, reason in state.failed.items():
-        console.print(f"{name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    lines = [f"{name}: {reason}" for name, reason in state.failed.items()]
+    for line in [*lines, *(f"note: {note}" for note in state.plan.notes)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_profile(profile: Profile) -> None:

@@ -33,7 +33,7 @@ from secateur.options.fields import (
     path_text,
     texts,
 )
-from secateur.options.way import Budget, HealSettings
+from secateur.options.way import Budget, HealSettings, VocabularyOptions
 
 
 class EvaluateOptions(Options):
@@ -129,7 +129,7 @@ class ReportOptions(Options):
     )
 
 
-class StudyOptions(HealSettings, Budget):
+class StudyOptions(VocabularyOptions, HealSettings, Budget):
     """Find the depth that your data need: profile, scout, choose, polish, evaluate, report; run it again to resume.
 
     Example: secateur study smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o run
@@ -139,6 +139,11 @@ class StudyOptions(HealSettings, Budget):
     data: Data = Field(default=[], description=DATA)
     columns: Columns = None
     tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
+    vocab: Data = Field(
+        default=[],
+        description="Cut the vocabulary first, to the tokens that these texts need: files as for --data [default: "
+        "--data, with --vocab-size or --vocab-coverage].",
+    )
     out: Annotated[Path, Names("results", STUDY_FILES)] = output("The run folder: all results, and what is left to do.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(
         None,

@@ -106,6 +106,11 @@ class VocabularyOptions(Options):
     )
     columns: Columns = None
 
+    @property
+    def cuts_vocabulary(self) -> bool:
+        """Whether any token is to go."""
+        return bool(self.vocab) or self.vocab_size is not None or self.vocab_coverage is not None
+
     @model_validator(mode="after")
     def _goes_together(self) -> Any:
         given = [name for name in ("vocab_size", "vocab_coverage") if getattr(self, name) is not None]
@@ -185,6 +190,9 @@ class PruneOptions(VocabularyOptions):
         1,
         ge=1,
         description="Add rows of zeros to the token table until their number is a multiple of this, such as 64.",
+    )
+    vocab_tasks: Tasks = Field(
+        [], description="Task folders whose texts should be covered as well: it is told how well they are."
     )
     dtype: Dtype = Field("auto", description="Data type of the written weights; auto keeps the model's own.")
     adapter: Annotated[Any, BeforeValidator(path_text)] = Field(

@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 
 from secateur.choosing.choose import blocks_to_keep, is_selector, read_table
 from secateur.errors import ConfigError, ModelError, OutputError, UnsupportedArchitecture, VerificationFailed
+from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import new_folder, read_json, write_text
 from secateur.models import model_label, resolve
 from secateur.models.blocks import blocks_of, find_stack, skeleton, text_config, text_tower
@@ -142,7 +143,10 @@ def _cut_tokens(
     )
     size = counted.size_of(options)
     kept = counted.kept(size)
-    return kept, cut_tokenizer(model.tokenizer, counted.vocabulary, kept), counted.cut(size)
+    tasks = [read_task_folder(task) for task in options.vocab_tasks]
+    covered = {task.name: counted.coverage_of(texts_of(task), size) for task in tasks}
+    made = replace(counted.cut(size), task_coverage=covered)
+    return kept, cut_tokenizer(model.tokenizer, counted.vocabulary, kept), made
 
 
 def _continued(before: VocabularyCut | None, now: VocabularyCut) -> VocabularyCut:

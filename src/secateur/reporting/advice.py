@@ -9,7 +9,7 @@ from secateur.choosing.evidence import TOLERANCE, choose_rung
 from secateur.document import percent, plural, score, shorten, signed, span
 from secateur.errors import SecateurError
 from secateur.options import Budget
-from secateur.reporting.findings import GroupComparison, RunGroup, Summary
+from secateur.reporting.findings import Estimate, GroupComparison, RunGroup, Summary
 from secateur.reporting.run import POLISHED, SCOUTED, UNTRAINED, Scouted
 from secateur.results import RungRow
 
@@ -25,7 +25,8 @@ def scout_sentences(summary: Summary) -> list[list[str]]:
         sentences += _other_seeds(decisive[0], [scout for scout in scouts if scout not in decisive])
         for group in summary.groups:
             if group.first.base == base and group.first.recipe == POLISHED and group.first.scout is not None:
-                sentences += _polished(group, summary.compared.get(group.name), chosen)
+                item, original = (found.get(group.name) for found in (summary.compared, summary.originals))
+                sentences += _polished(group, item, original, chosen)
         found.append([*sentences, *_places(summary, base, chosen)])
     return found
 
@@ -127,8 +128,10 @@ def _other_seeds(decisive: Scouted, others: Sequence[Scouted]) -> Iterator[str]:
 # The polish -----------------------------------------------------------------------------------------------------------
 
 
-def _polished(group: RunGroup, item: GroupComparison | None, chosen: Collection[int | None]) -> Iterator[str]:
-    """What a model is worth that was trained on alone."""
+def _polished(
+    group: RunGroup, item: GroupComparison | None, original: GroupComparison | None, chosen: Collection[int | None]
+) -> Iterator[str]:
+    """What a model is worth that was trained on alone; ``original``: beside the model as it came, with all tokens."""
     own = group.first
     if group.average is None:
         return
@@ -138,25 +141,33 @@ def _polished(group: RunGroup, item: GroupComparison | None, chosen: Collection[
     if item is None or not item.is_known:
         yield f"{said}."
         return
-    difference, depth = item.difference, item.reference.first.depth
-    apart = "" if difference.low is None or difference.sign else ", no significant difference"
-    more = f"{score(abs(difference.value))} points {'less' if difference.value < 0 else 'more'}"
+    depth = item.reference.first.depth
     whole = {
         SCOUTED: f"all {depth}, which had the scout’s training alone",
         POLISHED: f"all {depth} trained on alike",
         UNTRAINED: f"all {depth} as they came",
     }[item.reference.first.recipe]
-    savings = "" if own.is_full else _savings(item)
-    yield f"{said}, {more} ({_interval(difference.low, difference.high)}{apart}) than {whole}{savings}."
+    savings = "" if own.is_full and original is None else _savings(original or item)
+    yield f"{said}, {apart(item.difference)} than {whole}{savings}."
+    if original is not None and original.is_known and original.reference is not item.reference:
+        yield f"That is {apart(original.difference)} than the model as it came, with all its layers and tokens."
+
+
+def apart(difference: Estimate) -> str:
+    """A difference in words, with its interval."""
+    none = "" if difference.low is None or difference.sign else ", no significant difference"
+    more = f"{score(abs(difference.value))} points {'less' if difference.value < 0 else 'more'}"
+    return f"{more} ({_interval(difference.low, difference.high)}{none})"
 
 
 def _savings(item: GroupComparison) -> str:
+    whole = "model as it came" if item.group.first.vocabulary != item.reference.first.vocabulary else "full model"
     cost, full = item.group.cost, item.reference.cost
     found = [f"{percent(cost.parameters / full.parameters, 0)} of the parameters"] if cost and full else []
     if item.speed is not None:
         ratio, is_apart = item.speed
         found.append(f"{ratio:.1f} × the speed" if is_apart else "no measurable difference in speed")
-    return f"; they have {' and '.join(found)} of the full model" if found else ""
+    return f"; they have {' and '.join(found)} of the {whole}" if found else ""
 
 
 # The folder -----------------------------------------------------------------------------------------------------------

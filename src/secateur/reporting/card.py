@@ -16,11 +16,13 @@ from secateur import document as doc
 from secateur.data.hub import is_hub_name, parse_name
 from secateur.files import read_json
 from secateur.provenance import Fingerprint
+from secateur.reporting.advice import apart
 from secateur.reporting.blocks import Block, Bullets, Code, Section, Text, section_to_markdown
 from secateur.reporting.findings import GroupComparison, Summary
 from secateur.reporting.run import HUB_NAME, POLISHED, Scouted, Variant, base_licence, is_on_hub
-from secateur.reporting.tables import SPEED, cost_table, kept_blocks, scout_origin, settings_text
+from secateur.reporting.tables import SPEED, cost_table, is_other, kept_blocks, kept_tokens, scout_origin, settings_text
 from secateur.reporting.verdict import seed_note
+from secateur.reporting.vocabulary import vocabulary_facts, vocabulary_limits
 from secateur.results import Origin, ScoreRow
 
 CARD_MARK = "<!-- Written by `secateur report`, which replaces it. Remove this line to keep a card of your own. -->"
@@ -49,25 +51,31 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
     trained = "trained after the cut" if variant.own_training else "as they came, without training"
     if variant.scout:
         trained = "trained together with other depths" + (", then alone" if variant.recipe == POLISHED else "")
+    original = next((item for item in summary.originals.values() if variant in item.group.variants), None)
+    cut = origin.vocabulary
+    tokens = f" with {kept_tokens(cut)} tokens" if cut else ""
     about = (
-        f"A text encoder: {kept_blocks(origin)} of the {origin.depth} blocks of {public(origin.base_model)}, "
+        f"A text encoder: {kept_blocks(origin)} of the {origin.depth} blocks of {public(origin.base_model)}{tokens}, "
         f"{trained}. It is a plain sentence-transformers folder, which is used without secateur."
     )
     sections = [Section("use", "Use", list(_use(folder)))]
     if variant.cost:
-        shown = {"This model": variant.cost} | ({full.name: full.cost} if full and full.cost else {})
+        others = [full, *(original.reference.variants if original else ())]
+        shown = {"This model": variant.cost} | {other.name: other.cost for other in others if other and other.cost}
         costs = [replace(cost, model=name) for name, cost in shown.items()]
         machine = summary.run.costs.provenance.hardware if summary.run.costs else {}
         where = Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
         sections.append(Section("costs", "Size and speed", [cost_table(costs).transposed(), where]))
     if variant.scores:
         note = seed_note(summary) if variant.training else ""
-        sections.append(Section("scores", "Scores", list(_scores(variant, full, comparison, note))))
+        sections.append(Section("scores", "Scores", list(_scores(variant, full, comparison, original, note))))
     sections.append(Section("made", "How it was made", list(_how(variant, origin))))
     limits = [
         f"The licence and the terms of {public(origin.base_model)} hold for this model, and those of its training data "
         "where they reach so far.",
-        "Its biases and its languages are those of the base model; the blocks left out are not replaced.",
+        *(vocabulary_limits(cut, public) if cut else ()),
+        f"Its biases{'' if cut else ' and its languages'} are those of the base model; the blocks left out are not "
+        "replaced.",
         ("Its quality is known on the tasks above only" if variant.scores else "It has not been evaluated")
         + ": measure it on your own data before you rely on it.",
         *(
@@ -112,7 +120,13 @@ def _use(folder: Path) -> Iterable[Block]:
         yield doc.Table("Prompts are part of the model:", ("Name", "Prompt"), rows, 2)
 
 
-def _scores(variant: Variant, full: Variant | None, comparison: GroupComparison | None, note: str) -> Iterable[Block]:
+def _scores(
+    variant: Variant,
+    full: Variant | None,
+    comparison: GroupComparison | None,
+    original: GroupComparison | None,
+    note: str,
+) -> Iterable[Block]:
     columns = ["Task", "Metric", "Samples", "This model", "95 % interval", *([full.name] if full else [])]
     rows = [
         [task, row.metric, str(row.samples), doc.score(row.score), doc.span(row.low, row.high) or doc.NONE]
@@ -132,6 +146,9 @@ def _scores(variant: Variant, full: Variant | None, comparison: GroupComparison 
         within = doc.span(difference.low, difference.high, doc.signed)
         points = f"{doc.signed(difference.value)} points, 95 % interval {within}"
         yield Text(f"The average differs by {points}, paired by text{over}.")
+    if original and original.is_known and is_other(comparison, original):
+        whole = "the model as it came, with all its blocks and tokens"
+        yield Text(f"The average is {apart(original.difference)} than that of {whole}.")
     if note:
         yield Text(note)
 
@@ -145,6 +162,7 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
         "Largest difference between this folder's vectors and those of the model it was written from: "
         f"{origin.check:.1e}.",
     ]
+    facts += vocabulary_facts(origin.vocabulary, public) if origin.vocabulary else []
     training = variant.training
     if variant.scout:
         facts += _from_scout(variant, variant.scout)

@@ -22,11 +22,13 @@ from scipy.stats import t
 
 from secateur.evaluation.replicates import is_paired, read_replicates
 from secateur.measures.intervals import CONFIDENCE, Array, interval, limits_of, mean_of
-from secateur.reporting.run import POLISHED, SCOUTED, UNTRAINED, Run, Variant
+from secateur.reporting.run import POLISHED, SCOUTED, TRIMMED, UNTRAINED, Run, Variant
 from secateur.results import CostRow, ScoreRow
 
 MARGIN = 0.02
 """Non-inferiority margin: a cut is as good as the full model where the interval excludes a loss of 2 points."""
+
+_NOT_TRAINED = (UNTRAINED, TRIMMED)
 
 Outcome = Literal["better", "same", "undecided", "worse", "unknown"]
 
@@ -156,12 +158,16 @@ class GroupComparison:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run's groups; ``compared`` by name, those with a full model to compare with; and those of cuts by series."""
+    """A run's groups; ``compared`` by name, those with a full model to compare with; and those of cuts by series.
+
+    ``originals`` by name are those with a cut vocabulary, beside the model as it came, with all blocks and tokens.
+    """
 
     run: Run
     groups: tuple[RunGroup, ...]
     compared: Mapping[str, GroupComparison]
     by_series: Mapping[str, tuple[GroupComparison, ...]]
+    originals: Mapping[str, GroupComparison] = field(default_factory=dict)
 
 
 def summarize(run: Run) -> Summary:
@@ -184,18 +190,32 @@ def summarize(run: Run) -> Summary:
     for group in groups:
         reference = _reference(group, groups)
         if reference is not None and reference is not group:
-            tasks = {task: _estimate([group, reference], [task], spreads, task) for task in group.scores}
-            difference = _estimate([group, reference], list(group.scores), spreads)
-            compared[group.name] = GroupComparison(group, reference, difference, tasks)
+            compared[group.name] = _compared(group, reference, spreads)
+    originals = {}
+    for came in (group for group in groups if group.first.is_full and group.first.recipe == UNTRAINED):
+        for group in groups:
+            own = group.first
+            if own.base == came.first.base and own.vocabulary and own.vocabulary != came.first.vocabulary:
+                originals[group.name] = _compared(group, came, spreads)
     by_series: dict[str, tuple[GroupComparison, ...]] = {}
     for item in compared.values():
         if not item.group.first.is_full and item.reference.average and item.reference.average.value:
             by_series[item.group.first.series] = (*by_series.get(item.group.first.series, ()), item)
     # A base model's untrained cuts are left out where there are trained ones.
     firsts = {series: own[0].group.first for series, own in by_series.items()}
-    trained = {first.base for first in firsts.values() if first.recipe != UNTRAINED}
-    shown = {s: own for s, own in by_series.items() if firsts[s].recipe != UNTRAINED or firsts[s].base not in trained}
-    return Summary(run, groups, compared, shown)
+    trained = {first.base for first in firsts.values() if first.recipe not in _NOT_TRAINED}
+    shown = {
+        s: own for s, own in by_series.items() if firsts[s].recipe not in _NOT_TRAINED or firsts[s].base not in trained
+    }
+    return Summary(run, groups, compared, shown, originals)
+
+
+def _compared(group: RunGroup, reference: RunGroup, spreads: _Spreads) -> GroupComparison:
+    """A group beside another; the difference is no number where they have other tasks."""
+    alike = group.scores.keys() == reference.scores.keys()
+    tasks = {task: _estimate([group, reference], [task], spreads, task) for task in group.scores} if alike else {}
+    difference = _estimate([group, reference], list(tasks), spreads)
+    return GroupComparison(group, reference, difference, tasks)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -224,7 +244,7 @@ def _scored(group: RunGroup, spreads: _Spreads) -> RunGroup:
 
 
 def _reference(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
-    """The full model to compare with: of the same base and recipe, of a polished one the scout's, else the untrained.
+    """The full model to compare with: of the same base and recipe, of a polished one the scout's, else as it came.
 
     None where the run has none, or where it was not scored on the same tasks: averages would not compare.
     """
@@ -233,6 +253,8 @@ def _reference(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
     same = [other for other in full if other.first.recipe == recipe]
     if recipe == POLISHED:  # the full depth, too, is compared with what it was polished from
         same = [other for other in same if other is not group] or [o for o in full if o.first.recipe == SCOUTED]
+    if recipe == TRIMMED:  # the full depth, with its cut vocabulary, is compared with all tokens
+        same = [other for other in same if other is not group]
     for other in same or [other for other in full if other.first.recipe == UNTRAINED]:
         if other.average is not None and group.average is not None and other.scores.keys() == group.scores.keys():
             return other

@@ -106,7 +106,9 @@ def _points(summary: Summary, measure: _Cost) -> list[tuple[RunGroup, Point]]:
         within, origin = span(average.low, average.high), first.origin
         note = (
             group.name,
-            f"{first.depth} of {first.blocks} blocks; score {score(average.value)}{f' ({within})' if within else ''}",
+            f"{first.depth} of {first.blocks} blocks"
+            + (f", {first.vocabulary.row.tokens:,} tokens" if first.vocabulary else "")
+            + f"; score {score(average.value)}{f' ({within})' if within else ''}",
             f"{count(cost.parameters)} parameters; {byte_size(cost.bytes)}; {speed(cost.texts_per_second)} texts/s"
             + (f"; {duration(cost.latency_p50)} for one" if cost.latency_p50 else ""),
             (origin.history or (origin.provenance.command,))[-1] if origin else "",

@@ -39,6 +39,7 @@ from secateur.reporting.card import may_write, model_card
 from secateur.reporting.findings import GroupComparison, Summary, summarize
 from secateur.reporting.run import CARD, SCOUTED, Run, base_licence, read_run
 from secateur.reporting.verdict import most_telling, notes, verdict
+from secateur.reporting.vocabulary import cut_vocabularies
 from secateur.results import Origin
 
 MOST_HIGHLIGHTS = 6
@@ -166,6 +167,12 @@ def sections(summary: Summary, threshold: float) -> list[Section]:
         if any(variant.origin for variant in run.variants):
             blocks.append(Details("How each model was made", (tables.origin_table(run),)))
         found.append(Section("models", "Models", blocks))
+    if cuts := cut_vocabularies(run):
+        said = (
+            "The vocabulary was cut before all else; the models are for texts like those that chose it. Others, above "
+            "all in other languages and scripts, become more tokens."
+        )
+        found.append(Section("vocabulary", "Vocabulary", [Text(said), tables.vocabulary_table(cuts)]))
     if any(group.rows for group in summary.groups):
         notes = [Text(note, is_note=True) for note in _missing_intervals(run)]
         found.append(Section("tasks", "Score per task", [tables.task_table(summary), *notes], short="Tasks"))

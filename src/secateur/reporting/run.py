@@ -1,9 +1,10 @@
 """A run folder as plain data: its models, the tables that the steps of a study left there, and the study's journal.
 
-Folder names say what they hold: ``<base>-<blocks>-<recipe>``, where the recipe is ``zero-shot``, ``scout`` (cut from a
-scout's model), ``polished`` (that, trained on alone) or the name of a training, with the selection method before it
-where the blocks are not the first ones, and the seed after it where there are several: ``smollm2-7-healed``,
-``smollm2-7-uniform-healed-seed2``. What a model's own tables say (its blocks, its seed) goes before its name.
+Folder names say what they hold: ``<base>-<blocks>-<recipe>``, where the recipe is ``zero-shot``, ``trimmed`` (not
+trained, but its vocabulary was cut), ``scout`` (cut from a scout's model), ``polished`` (that, trained on alone) or the
+name of a training, with the selection method before it where the blocks are not the first ones, and the seed after it
+where there are several: ``smollm2-7-healed``, ``smollm2-7-uniform-healed-seed2``. What a model's own tables say (its
+blocks, its seed) goes before its name.
 """
 
 from __future__ import annotations
@@ -23,9 +24,21 @@ from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerp
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
 from secateur.options import Budget, make
-from secateur.results import CostRow, Costs, Origin, Profile, ScoreRow, Scores, Scout, Table, Training, load
+from secateur.results import (
+    CostRow,
+    Costs,
+    Origin,
+    Profile,
+    ScoreRow,
+    Scores,
+    Scout,
+    Table,
+    Training,
+    VocabularyCut,
+    load,
+)
 
-UNTRAINED, SCOUTED, POLISHED = "zero-shot", "scout", "polished"
+UNTRAINED, TRIMMED, SCOUTED, POLISHED = "zero-shot", "trimmed", "scout", "polished"
 CHOICE, JOURNAL = "choice.json", "steps.jsonl"
 
 _NAME = re.compile(
@@ -70,7 +83,7 @@ class Variant:
         base: The base model, the first part of its name.
         depth: How many blocks it holds, of ``blocks``.
         selection: The selection method that chose its blocks; empty where they are the first ones.
-        recipe: What was done besides the cut: ``zero-shot`` (nothing), or the name of the training.
+        recipe: What was done besides the cut: ``zero-shot`` or ``trimmed`` (nothing), or the name of the training.
         seed: Of its training.
         training: Of a model that was cut from a scout's: that of the scout.
         scores: By task; ``results`` is the folder that each was found in.
@@ -102,6 +115,11 @@ class Variant:
     def is_full(self) -> bool:
         """Whether it has all blocks of its base model."""
         return self.depth is not None and self.depth == self.blocks
+
+    @property
+    def vocabulary(self) -> VocabularyCut | None:
+        """How its vocabulary was cut, if it was."""
+        return self.origin.vocabulary if self.origin else None
 
     @property
     def own_training(self) -> Training | None:

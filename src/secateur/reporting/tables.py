@@ -15,7 +15,18 @@ from secateur.choosing.choose import ranges
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
 from secateur.reporting.pictures import folder_link
 from secateur.reporting.run import Run, Scouted
-from secateur.results import CostRow, DepthRow, DepthScoreRow, Origin, Profile, RungRow, Scout, Training
+from secateur.reporting.vocabulary import cut_vocabularies
+from secateur.results import (
+    CostRow,
+    DepthRow,
+    DepthScoreRow,
+    Origin,
+    Profile,
+    RungRow,
+    Scout,
+    Training,
+    VocabularyCut,
+)
 
 OUTCOMES = {
     "better": "significantly better",
@@ -174,10 +185,16 @@ def model_table(summary: Summary) -> doc.Table:
         "Blocks": lambda g: (
             f"{g.first.depth} of {g.first.blocks}" if g.first.blocks else str(g.first.depth or doc.NONE)
         ),
+        "Tokens": lambda g: kept_tokens(g.first.vocabulary),
         **{name: partial(_of_cost, show) for name, show in SIZES.items()},
         "Texts per second": partial(_of_cost, _speed),
         "Average score": _average,
         "Difference": lambda g: _difference(compared[g.name]) if g.name in compared else doc.NONE,
+        "Difference to the model as it came": lambda g: (
+            _difference(summary.originals[g.name])
+            if g.name in summary.originals and is_other(compared.get(g.name), summary.originals[g.name])
+            else doc.NONE
+        ),
         "Tasks better / worse": lambda g: (
             f"{compared[g.name].count(1)} / {compared[g.name].count(-1)}" if g.name in compared else doc.NONE
         ),
@@ -204,6 +221,11 @@ def _average(group: RunGroup) -> doc.Cell:
     return replace(shown, notes=(*shown.notes, f"{len(group.seeds)} seeds, ± {doc.score(average.seed_error)}"))
 
 
+def is_other(item: GroupComparison | None, original: GroupComparison) -> bool:
+    """Whether the model as it came is another than the one that a group is compared with."""
+    return item is None or item.reference is not original.reference
+
+
 def _difference(item: GroupComparison) -> doc.Cell:
     difference, full = item.difference, f"to {doc.shorten(item.reference.first.series)}"
     full += ", which had the scout’s training alone" if item.is_polished_more else ""
@@ -221,6 +243,29 @@ def kept_blocks(origin: Origin) -> str:
     return f"blocks {ranges(origin.kept)} (counted from 0, as by --keep)"
 
 
+def kept_tokens(cut: VocabularyCut | None) -> str:
+    """How many tokens a cut vocabulary has, of how many."""
+    return doc.NONE if cut is None else f"{cut.row.tokens:,} of {cut.tokens:,}"
+
+
+def vocabulary_table(cuts: Mapping[str, VocabularyCut]) -> doc.Table:
+    """How vocabularies were cut; ``cuts`` is by base model."""
+    columns: dict[str, Callable[[tuple[str, VocabularyCut]], str | doc.Cell]] = {
+        "Base model": lambda item: item[0],
+        "Chosen by": lambda item: doc.Cell(f"{item[1].texts:,} texts", (", ".join(item[1].files),)),
+        "Tokens": lambda item: kept_tokens(item[1]),
+        "Their share of held-out texts": lambda item: doc.percent(item[1].row.coverage),
+        "Texts with a token that was cut": lambda item: doc.percent(item[1].row.changed),
+        "Tokens per text": lambda item: f"{item[1].row.tokens_per_text:.1f} (before: {item[1].tokens_per_text:.1f})",
+        "Newly unknown tokens": lambda item: doc.percent(item[1].row.unknown, 2) if item[1].row.unknown else doc.NONE,
+        "Their share of tasks": lambda item: doc.Cell(
+            ", ".join(f"{task} {doc.percent(share)}" for task, share in item[1].task_coverage.items()) or doc.NONE
+        ),
+    }
+    title = "The most frequent tokens stay, and all that rare words fall back to; shares are of the tokens of texts."
+    return doc.Table.of(title, list(cuts.items()), columns, texts=2).filled()
+
+
 def origin_table(run: Run) -> doc.Table:
     """How each model was made."""
     built = [(variant.name, variant.origin, variant.training) for variant in run.variants if variant.origin]
@@ -235,6 +280,8 @@ def origin_table(run: Run) -> doc.Table:
         "Training time": lambda m: doc.duration(m[2].seconds) if m[2] else doc.NONE,
         "Seed": lambda m: doc.NONE if m[2] is None or m[2].provenance.seed is None else str(m[2].provenance.seed),
     }
+    if cut_vocabularies(run):
+        made["Tokens kept"] = lambda m: kept_tokens(m[1].vocabulary)
     title = (
         "Blocks kept, training, and the check made when the folder was written: the largest difference between its "
         "vectors and those of the model it was written from."

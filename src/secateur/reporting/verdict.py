@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from secateur.document import percent, plural, score, shorten, signed, span
 from secateur.reporting.advice import scout_note, scout_sentences
 from secateur.reporting.findings import MARGIN, GroupComparison, Summary
+from secateur.reporting.vocabulary import coverage_notes, cut_vocabularies, vocabulary_sentences
 
 MOST_SENTENCES = 6
 MOST_SELECTIONS = 4
 
 
 def verdict(summary: Summary) -> tuple[str, ...]:
-    """What each scout found and what its models are worth; then one sentence for each other series of cut models.
+    """What each scout found and what its models are worth; then how the vocabulary was cut, where it was, and one
+    sentence for each other series of cut models.
 
     Of these: what is as good as the full model, and what the others keep. Models with other blocks than the first ones
     come together, after the series they are compared with.
     """
     found = scout_sentences(summary)
     sentences = found[0] if len(found) == 1 else [" ".join(own) for own in found]
+    sentences += vocabulary_sentences(summary)
     series: dict[tuple[str, str, bool], list[GroupComparison]] = {}
     for item in _comparisons(summary):
         first = item.group.first
@@ -132,8 +135,10 @@ def _choice(summary: Summary, name: str) -> str:
 
 
 def notes(summary: Summary) -> tuple[str, ...]:
-    """What the verdict's intervals cover, and what they do not."""
-    return tuple(note for note in (scout_note(summary), _interval_note(summary), seed_note(summary)) if note)
+    """What the verdict's intervals cover, and what they do not; and tasks that the vocabulary is not for."""
+    cuts = cut_vocabularies(summary.run)
+    found = [f"{note}." for base, cut in cuts.items() for note in coverage_notes(base, cut)]
+    return tuple(note for note in (*found, scout_note(summary), _interval_note(summary), seed_note(summary)) if note)
 
 
 def seed_note(summary: Summary) -> str:

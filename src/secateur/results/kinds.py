@@ -427,6 +427,11 @@ class Training(Table):
     best_step: int | None = None
 
 
+COVERED, BELOW_HELD_OUT = 0.95, 0.03
+"""Of a task's tokens fewer than this share stay, and so much fewer than of held-out texts: these are texts of another
+kind."""
+
+
 @dataclass(frozen=True)
 class VocabularyRow:
     """A vocabulary of ``tokens`` tokens, chosen by the user's texts, and what it does to texts that were held out.
@@ -449,7 +454,8 @@ class VocabularyRow:
 class VocabularyCut:
     """How a vocabulary was cut: to ``row``, of ``tokens`` tokens, by ``texts`` texts of ``files``.
 
-    ``tokens_per_text`` is that of the held-out texts before.
+    ``tokens_per_text`` is that of the held-out texts before; ``task_coverage`` is the share of the tokens of a task's
+    texts that stay, of tasks that were named.
     """
 
     row: VocabularyRow
@@ -457,6 +463,13 @@ class VocabularyCut:
     tokens_per_text: Float
     texts: int
     files: tuple[str, ...]
+    task_coverage: Mapping[str, Float] = field(default_factory=dict)
+
+    @property
+    def uncovered(self) -> dict[str, float]:
+        """Tasks that are covered much worse than the held-out texts, with their coverage."""
+        least = min(COVERED, self.row.coverage - BELOW_HELD_OUT)
+        return {task: share for task, share in self.task_coverage.items() if share < least}
 
 
 @dataclass(frozen=True)

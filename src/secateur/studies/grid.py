@@ -15,7 +15,7 @@ from typing import Any
 from secateur.choosing.choose import blocks_to_keep, is_prefix, needs_profile
 from secateur.errors import ConfigError, SecateurError
 from secateur.options import HealOptions, HealSettings, StudyOptions
-from secateur.reporting.run import UNTRAINED
+from secateur.reporting.run import TRIMMED, UNTRAINED
 from secateur.results import Profile
 from secateur.studies.steps import (
     FULL,
@@ -27,6 +27,7 @@ from secateur.studies.steps import (
     Variant,
     add_profile,
     add_scores,
+    add_trimmed,
     add_whole,
     cache_of,
     command_options,
@@ -52,6 +53,9 @@ def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
             raise ConfigError("recipes", name, f"{name!r} is no name", "small letters, digits and _")
         if name == NO_TRAINING and own:
             raise ConfigError("recipes", own, "none has no settings", "name the recipe otherwise")
+        if name == TRIMMED and study.cuts_vocabulary:
+            problem = "is what models are called that had their vocabulary cut alone"
+            raise ConfigError("recipes", name, problem, "name the recipe otherwise")
         for decided in sorted(_DECIDED.keys() & own.keys()):
             raise ConfigError(f"recipes.{name}.{decided}", own, "is the study's to say", "leave it out")
         try:
@@ -75,20 +79,23 @@ def settings_of(study: StudyOptions, training: HealOptions, came: Path) -> dict[
 def add_grid(
     plan: Plan, study: StudyOptions, recipes: Mapping[str, HealOptions], base: Base, profile: Profile | None
 ) -> None:
-    """The model as it came, its profile, and every depth with every recipe and seed."""
+    """The model as it came, with its vocabulary cut, its profile, and every depth with every recipe and seed."""
     whole, came = add_whole(plan, study, base)
-    add_scores(plan, study, whole, came, study.tasks)
+    start, begun = add_trimmed(plan, study, whole, came)
+    for untrained, step in {whole: came, start: begun}.items():
+        add_scores(plan, study, untrained, step, study.tasks)
     scored = study.tasks if study.depth_scores or BY_TASKS in study.depths else []
-    add_profile(plan, study, whole, came, scored)
-    source = study.out / MODELS / whole.name
-    _add_trainings(plan, study, recipes, replace(whole, name=f"{base.name}-{base.depth}"), source, came)
+    add_profile(plan, study, start, begun, scored)
+    source = study.out / MODELS / start.name
+    _add_trainings(plan, study, recipes, replace(whole, name=f"{base.name}-{base.depth}"), source, begun)
+    untrained_state = TRIMMED if study.cuts_vocabulary else UNTRAINED
     for variant, problem in _cuts(study.depths, base, profile):
         told_by = None if variant.blocks is not None else f"profile {base.name}"
         is_kept = NO_TRAINING in recipes
-        cut = replace(variant, name=f"{variant.name}-{UNTRAINED}") if is_kept else variant
+        cut = replace(variant, name=f"{variant.name}-{untrained_state}") if is_kept else variant
         folder = study.out / (MODELS if is_kept else "pruned") / cut.name
         blocks = {"model": str(source), **_kept(variant.blocks)}
-        pruned = plan.add("prune", cut, folder, came, told_by=told_by, **blocks, out=folder)
+        pruned = plan.add("prune", cut, folder, begun, told_by=told_by, **blocks, out=folder)
         if problem:
             plan.failed[pruned] = problem
         if is_kept:
@@ -109,8 +116,9 @@ def _add_trainings(
     data = {"model": str(folder), "data": study.data, "columns": study.columns}
     came = study.out / MODELS / f"{variant.base.name}-{variant.base.depth}-{UNTRAINED}"
     for recipe, training in recipes.items():
-        if recipe == NO_TRAINING or (training.teacher == ITSELF and variant.specs == FULL):
-            continue  # the whole has nothing to learn from itself
+        learns_nothing = training.teacher == ITSELF and variant.specs == FULL and not study.cuts_vocabulary
+        if recipe == NO_TRAINING or learns_nothing:  # the whole from itself
+            continue
         settings = settings_of(study, training, came)
         for seed in study.seeds or [study.seed]:
             suffix = f"-seed{seed}" if len(study.seeds) > 1 else ""

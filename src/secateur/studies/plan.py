@@ -31,6 +31,7 @@ from secateur.studies.steps import (
     Variant,
     add_profile,
     add_scores,
+    add_trimmed,
     add_whole,
     command_options,
 )
@@ -150,7 +151,7 @@ class _Judge:
 
 
 def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: Base, scout: Scout | None) -> None:
-    """The model as it came, its profile, its scouts, and what is cut from these and polished.
+    """The model as it came, with its vocabulary cut, its profile, its scouts, and what is cut from these and polished.
 
     Args:
         plan: To add to.
@@ -162,11 +163,13 @@ def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: B
     for depth in (*study.ladder, *study.polish):
         blocks_to_keep(depth, base.depth)
     whole, came = add_whole(plan, study, base)
-    add_profile(plan, study, whole, came, study.tasks if study.depth_scores else [])
+    start, begun = add_trimmed(plan, study, whole, came)
+    add_profile(plan, study, start, begun, study.tasks if study.depth_scores else [])
     settings = settings_of(study, training, study.out / MODELS / whole.name)
     settings = {"data": study.data, "columns": study.columns, **settings}
-    judge = _add_scouts(plan, study, settings, whole, came, scout)
-    add_scores(plan, study, whole, came, judge.tasks, judge.told_by)
+    judge = _add_scouts(plan, study, settings, start, begun, scout)
+    for untrained, step in {whole: came, start: begun}.items():
+        add_scores(plan, study, untrained, step, judge.tasks, judge.told_by)
     if judge.held_out:
         settings["exclude"] = judge.tasks
     cuts = _cuts(study, base, scout)
@@ -179,18 +182,18 @@ def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: B
 
 
 def _add_scouts(
-    plan: Plan, study: StudyOptions, settings: Mapping[str, Any], whole: Variant, came: str, scout: Scout | None
+    plan: Plan, study: StudyOptions, settings: Mapping[str, Any], start: Variant, begun: str, scout: Scout | None
 ) -> _Judge:
     """A scout for each seed, and what scores all models: without tasks, the rows that the first scout holds out."""
     judge = _Judge(study.tasks)
     for seed, suffix in _suffixes(study).items():
-        variant = replace(whole, name=whole.base.name + suffix, recipe=SCOUTED, seed=seed)
+        variant = replace(start, name=start.base.name + suffix, recipe=SCOUTED, seed=seed)
         folder = study.out / SCOUTS / variant.name
-        own: dict[str, Any] = {"model": str(study.out / MODELS / whole.name), "depths": study.ladder or None}
+        own: dict[str, Any] = {"model": str(study.out / MODELS / start.name), "depths": study.ladder or None}
         own |= {"steps": _steps(study)[0], "tasks": judge.tasks, "sample": study.sample, "held_out": study.held_out}
         own |= {"exclude": judge.tasks if judge.held_out else []}
         options = {**settings, **own, "seed": seed, "out": folder}
-        step = plan.add("scout", variant, folder / FRONTIER, came, told_by=judge.told_by, **options)
+        step = plan.add("scout", variant, folder / FRONTIER, begun, told_by=judge.told_by, **options)
         if not judge.tasks:
             names = dict.fromkeys(row.task for row in scout.task_scores) if scout else [""]
             judge = _Judge([str(folder / "tasks" / name) for name in names], None if scout else step, held_out=True)

@@ -24,7 +24,7 @@ FOLDER = "done"
 MEASURED = ("evaluate", "cost")
 """Steps whose results are of the models and library versions of now: else they run again. Others make a model or a
 profile, which is never made again by itself."""
-_ASIDE = frozenset({"out", "cache", "names"})
+_ASIDE = frozenset({"out", "cache", "names", "vocab_tasks"})
 """Options that do not change a result."""
 
 DEFAULT = "default"

@@ -1,7 +1,8 @@
 """What a study is made of, as plain data: models, and steps, each of which is one command.
 
-Folders are named ``<model>-<blocks>-<state>``. The state is ``zero-shot`` for a model as it came, ``scout`` after the
-training of several depths, ``polished`` after the one that follows it, or a recipe's name; after the selector where the
+Folders are named ``<model>-<blocks>-<state>``. The state is ``zero-shot`` for a model as it came, ``trimmed`` for one
+that is not trained either, but had its vocabulary cut, ``scout`` after the training of several depths, ``polished``
+after the one that follows it, or a recipe's name; after the selector where the
 blocks are not the first ones, and before the seed where there are several: ``smollm2-7-uniform-healed-seed2``.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from secateur.options import (
     extra,
     make,
 )
-from secateur.reporting.run import UNTRAINED
+from secateur.reporting.run import TRIMMED, UNTRAINED
 from secateur.results import Scores
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
@@ -151,10 +152,12 @@ class Plan:
     """The steps, in an order in which they can be done.
 
     ``failed`` are steps that can never be done, with the reason: a profile or a scout that does not tell a depth.
+    ``notes`` are what the user must know of what is done.
     """
 
     steps: list[Step] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def models(self) -> list[tuple[Step, Variant]]:
@@ -222,8 +225,21 @@ def add_whole(plan: Plan, study: StudyOptions, base: Base) -> tuple[Variant, str
     return whole, plan.add("prune", whole, out, **blocks, out=out)
 
 
+def add_trimmed(plan: Plan, study: StudyOptions, whole: Variant, came: str) -> tuple[Variant, str]:
+    """The model that all others are cut from, and its step: as it came, or with a smaller vocabulary."""
+    if not study.cuts_vocabulary:
+        return whole, came
+    trimmed = replace(whole, name=f"{whole.base.name}-{whole.depth}-{TRIMMED}")
+    out = study.out / MODELS / trimmed.name
+    options: dict[str, Any] = {"vocab": study.vocab or study.data, "columns": study.columns}
+    options |= {"vocab_size": study.vocab_size, "vocab_coverage": study.vocab_coverage}
+    options |= {"vocab_tasks": [task for task in study.tasks if Path(task).is_dir()]}
+    options["model"] = str(study.out / MODELS / whole.name)
+    return trimmed, plan.add("prune", trimmed, out, came, **options, out=out)
+
+
 def add_profile(plan: Plan, study: StudyOptions, whole: Variant, came: str, tasks: Sequence[str]) -> None:
-    """The profile of the model as it came; it scores ``tasks``, too."""
+    """The profile of a model that is not trained; it scores ``tasks``, too."""
     out = study.out / "profiles" / whole.base.name
     options: dict[str, Any] = {"data": study.data, "columns": study.columns}
     options |= {"max_examples": study.max_examples, "seed": study.seed}

@@ -34,7 +34,7 @@ from typing import Any
 
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.data.demo import demo_study
-from secateur.data.sources import Texts, read_sources
+from secateur.data.sources import Texts, check_data, read_sources
 from secateur.errors import ConfigError, DataError, OutputError, SecateurError, StudyFailed
 from secateur.evaluation.tasks import expand, open_tasks
 from secateur.files import lock, read_json, results_folder, write_text
@@ -46,15 +46,16 @@ from secateur.options.runs import of_earlier_version
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
 from secateur.reporting.report import report
-from secateur.reporting.run import CHOICE, UNTRAINED, read_journal, read_run
-from secateur.results import Costs, Profile, Scores, Scout, load
+from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, read_run
+from secateur.reporting.vocabulary import coverage_notes
+from secateur.results import Costs, Origin, Profile, Scores, Scout, VocabularyCut, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.grid import recipe_options
 from secateur.studies.plan import PRESETS, SCOUTS, chosen_depth, plan_steps, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
-from secateur.studies.steps import CURVE, FRONTIER, ITSELF, NO_TRAINING, Base, Plan
+from secateur.studies.steps import CURVE, FRONTIER, ITSELF, MODELS, NO_TRAINING, Base, Plan
 
 SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
 HOW = frozenset({"out", "jobs", "ray"})
@@ -214,7 +215,7 @@ def _plain(key: str, value: Any) -> Any:
     """An option to be compared: a file or folder may be spelled in several ways, a benchmark stands for its tasks."""
     if isinstance(value, list):
         return [_plain(key, item) for item in (expand(value) if key == "tasks" else value)]
-    is_place = key in ("models", "data", "tasks", "cache") and value is not None and Path(value).exists()
+    is_place = key in ("models", "data", "tasks", "vocab", "cache") and value is not None and Path(value).exists()
     return str(Path(value).resolve()) if is_place else value
 
 
@@ -227,6 +228,8 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
     if not settings.data:
         raise ConfigError("data", None, "no data to profile and heal with", "give --data FILE")
     sources = read_sources(settings.data, columns=settings.columns)
+    if settings.vocab:
+        check_data(settings.vocab, settings.columns)
     if not (settings.depths or settings.teacher) and all(isinstance(source, Texts) for source in sources):
         settings = settings.model_copy(update={"teacher": ITSELF})
     for name, recipe in recipe_options(settings).items():
@@ -294,6 +297,10 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
     scouts = {name: load(folder, Scout) for name, folder in scouted.items() if (folder / FRONTIER).is_file()}
     plan = plan_steps(study, outline.bases, profiles, scouts, failed)
     plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
+    for base in outline.bases:
+        trimmed = run / MODELS / f"{base.name}-{base.depth}-{TRIMMED}"
+        cut = load(trimmed, Origin).vocabulary if (trimmed / Origin.file).is_file() else None
+        plan.notes += coverage_notes(base.name, cut) if cut else []
     if keep:
         texts = {}
         for name, measured in profiles.items():
@@ -321,6 +328,12 @@ _COSTS = (
 )
 
 
+_VOCABULARY = (
+    *("tokens", "of_tokens", "vocabulary_from", "coverage", "changed_texts"),
+    *("tokens_per_text", "tokens_per_text_before", "unknown_tokens"),
+)
+
+
 def read_scores(run: str | Path) -> Scores:
     """All scores of a run in one table, in the order in which its models were made."""
     tables = [load(file, Scores) for file in sorted(Path(run).glob(f"scores/*/{Scores.file}"))]
@@ -335,8 +348,9 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
     """All results of a study, joined: one flat row for each model and task, as ``table.csv`` has it.
 
     A row has the base model, which ``blocks`` of its ``depth`` are kept, the ``specs`` of the study that lead there,
-    recipe and seed, steps and seconds of its last training, the score with its interval, and the costs. A model without
-    scores has one row. Group by all but ``seed`` to average over seeds.
+    recipe and seed, steps and seconds of its last training, how its vocabulary was cut (``tokens`` to
+    ``unknown_tokens``, empty where it was not), the score with its interval, and the costs. A model without scores has
+    one row. Group by all but ``seed`` to average over seeds.
     """
     planned = {item["name"]: item for item in _read_plan(Path(run))["variants"]}
     found = {variant.name: variant for variant in read_run(run).variants}
@@ -350,13 +364,24 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
             "kept": variant.depth,
         }
         what |= {"specs": " ".join(item["specs"]), "blocks": " ".join(map(str, origin.kept)) if origin else None}
-        what |= {"recipe": NO_TRAINING if variant.recipe == UNTRAINED else variant.recipe, "seed": item["seed"]}
+        is_trained = variant.recipe not in (UNTRAINED, TRIMMED)
+        what |= {"recipe": variant.recipe if is_trained else NO_TRAINING, "seed": item["seed"]}
         what |= {"steps": training.steps if training else None}
         what |= {"train_seconds": round(training.seconds, 1) if training else None}
+        what |= _vocabulary_cells(variant.vocabulary)
         cost = {name: getattr(variant.cost, name, None) for name in _COSTS}
         for score in variant.scores.values() or (None,):
             rows.append(what | {name: getattr(score, name, None) for name in _SCORES} | cost)
     return rows
+
+
+def _vocabulary_cells(cut: VocabularyCut | None) -> dict[str, Any]:
+    """How a vocabulary was cut, as a row of the joined table has it."""
+    if cut is None:
+        return dict.fromkeys(_VOCABULARY)
+    row = cut.row
+    values = (row.tokens, cut.tokens, " ".join(cut.files), row.coverage, row.changed)
+    return dict(zip(_VOCABULARY, (*values, row.tokens_per_text, cut.tokens_per_text, row.unknown), strict=True))
 
 
 def _write_view(run: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.sources import prompts_of, stream_texts
@@ -84,8 +85,18 @@ class CountedVocabulary:
         return size
 
     @cached_property
+    def _plain(self) -> Tokenizer:
+        return plain_tokenizer(json.dumps(self.vocabulary.rules))
+
+    @cached_property
     def _before(self) -> list[list[int]]:
-        return token_ids(plain_tokenizer(json.dumps(self.vocabulary.rules)), list(self.counts.sample))
+        return token_ids(self._plain, list(self.counts.sample))
+
+    def coverage_of(self, texts: Sequence[str], size: int) -> float:
+        """Share of the tokens of some texts that stay in a vocabulary of that size."""
+        kept = set(self.kept(size))
+        ids = list(itertools.chain.from_iterable(token_ids(self._plain, list(texts))))
+        return sum(i in kept for i in ids) / max(1, len(ids))
 
     @property
     def tokens_per_text(self) -> float:
