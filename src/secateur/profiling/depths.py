@@ -85,7 +85,8 @@ def check_depths(model: SentenceTransformer, depths: Sequence[int], option: str 
         if depth not in legal:
             raise IllegalDepth(depth, full, "the model cannot be cut there", legal)
     if not ends_with_norm(model):
-        raise UnsupportedArchitecture(transformer.name_or_path, "more than a norm follows its blocks")
+        hint = "depths can be trained separately: secateur study --depths"
+        raise UnsupportedArchitecture(transformer.name_or_path, "more than a norm follows its blocks", hint)
     return (*sorted({*depths} - {full}), full)
 
 

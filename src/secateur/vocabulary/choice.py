@@ -59,7 +59,7 @@ class CountedVocabulary:
     def coverage(self) -> NDArray[np.float64]:
         """Share of the tokens of held-out texts that stay with the first n + 1 tokens of the order."""
         found = self.counts.held_out[self.order]
-        covered: NDArray[np.float64] = np.cumsum(found)
+        covered: NDArray[np.float64] = np.cumsum(found) / np.cumsum(found)[-1]  # all tokens cover exactly 1
         return covered
 
     def kept(self, size: int) -> tuple[int, ...]:
