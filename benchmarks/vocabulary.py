@@ -29,7 +29,7 @@ def main() -> None:
     vocabulary = read_vocabulary(str(args.model), tokenizer)
     for megabytes in (args.megabytes, 4 * args.megabytes):
         started = time.perf_counter()
-        counts = count_tokens(tokenizer, [made(megabytes * 1_000_000)])
+        counts = count_tokens(vocabulary.tokenizer, [made(megabytes * 1_000_000)])
         counted = time.perf_counter()
         order = list(vocabulary.order(counts.counted, vocabulary.needed(counts.counted)))
         chosen = time.perf_counter() - counted

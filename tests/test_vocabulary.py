@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import shutil
-import unicodedata
 import zlib
 from collections import Counter
 from functools import cache
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import architectures
@@ -24,7 +25,8 @@ import secateur
 from published import CORPUS, PUBLISHED, write_model
 from secateur.errors import ConfigError, DataError, UnsupportedArchitecture
 from secateur.results import Origin, load
-from secateur.vocabulary.trim import cut_vocabulary, parameters_per_token
+from secateur.vocabulary.tokens import Vocabulary, keep_tokens
+from secateur.vocabulary.trim import cut_vocabulary, token_tables
 
 SCRIPTS = (
     "The gardener cut the hedge back",
@@ -108,7 +110,7 @@ def test_texts_whose_tokens_stay_give_the_same_ids_and_vectors(name: str, folder
     assert not list(out.glob("*vocab*")) + list(out.glob("*merges*")) + list(out.glob("*.model"))
 
 
-@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+@pytest.mark.parametrize("name", sorted(set(architectures.ARCHITECTURES) - {"albert"}))  # which prune refuses
 def test_every_architecture_follows_its_vocabulary(name: str, tmp_path: Path):
     model = architectures.model_of(name)
     kept = (0, 1, 2, *range(4, architectures.VOCABULARY, 3))
@@ -117,7 +119,7 @@ def test_every_architecture_follows_its_vocabulary(name: str, tmp_path: Path):
     before = sum(parameter.numel() for parameter in model.parameters())
     with torch.no_grad():
         expected = model(input_ids=torch.tensor(kept)[new], attention_mask=mask).last_hidden_state
-        each = parameters_per_token(name, model)
+        each = sum(table.width for table in token_tables(name, model))
         cut_vocabulary(name, model, kept)
         model.save_pretrained(tmp_path)
         back = type(model).from_pretrained(tmp_path).eval()
@@ -188,8 +190,7 @@ def test_prompts_of_the_data_keep_their_tokens(folder_of, tmp_path: Path):
     old = AutoTokenizer.from_pretrained(source)
     secateur.prune(source, vocab=[data], vocab_coverage=0.5, out=tmp_path / "cut")
     new = AutoTokenizer.from_pretrained(tmp_path / "cut")
-    prompt = "Instruct: Return wrapped paragraphs;\nQuery:"
-    assert new.tokenize("Return wrapped paragraphs") == old.tokenize("Return wrapped paragraphs"), prompt
+    assert new.tokenize("Return wrapped paragraphs") == old.tokenize("Return wrapped paragraphs")
     assert len(new) < len(old)
 
 
@@ -236,13 +237,17 @@ def test_a_character_model_is_refused(folder_of, texts: Path, tmp_path: Path):
         secateur.prune(source, vocab=[texts], out=tmp_path / "cut")
 
 
-def test_normalization_is_not_mistaken_for_loss(folder_of, texts: Path, tmp_path: Path):
-    """Composed and decomposed letters, which normalizers treat alike, get the same tokens as before the cut."""
-    source, out = folder_of("bert"), tmp_path / "cut"
-    secateur.prune(source, vocab=[texts], vocab_size=300, out=out)
-    new = AutoTokenizer.from_pretrained(out)
-    composed = "Gärtner"
-    assert new.tokenize(composed) == new.tokenize(unicodedata.normalize("NFD", composed))
+def test_what_an_unknown_character_costs_stays():
+    """Unigram makes it 10 less likely than the least likely token, which decides between two splits of a word."""
+    pieces = [("<unk>", 0.0), ("çy", -20.0), ("z", -20.0), ("yz", -1.0), ("never", -60.0), ("nor", -50.0)]
+    whole = Tokenizer(models.Unigram(pieces, unk_id=0))
+    assert whole.encode("çyz").tokens == ["çy", "z"]
+    vocabulary = Vocabulary(json.loads(whole.to_str()))
+    frequency = np.array([0, 0.4, 0.4, 0.2, 0, 0])
+    kept = sorted(itertools.islice(vocabulary.order(frequency, vocabulary.needed(frequency)), 5))
+    cut = Tokenizer.from_str(json.dumps(keep_tokens(vocabulary.rules, kept)))
+    assert cut.get_vocab_size() == 5 and "nor" not in cut.get_vocab()
+    assert cut.encode("çyz").tokens == ["çy", "z"]
 
 
 def real_model(name: str, folder: Path) -> Path | str:

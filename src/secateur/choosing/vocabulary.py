@@ -23,7 +23,6 @@ from secateur.results import Profile, Scout, VocabularyRow
 
 if TYPE_CHECKING:
     from secateur.vocabulary.choice import CountedVocabulary
-    from secateur.vocabulary.trim import TokenTable
 
 SIZE_LIMITS = ("max_params", "max_bytes")
 """Limits that a smaller vocabulary helps to meet; a text takes no less time with it."""
@@ -37,12 +36,10 @@ class Vocabularies:
     Attributes:
         model: What to cut, as ``prune`` takes it.
         counted: Its tokens, by the user's texts.
-        tables: Its tables of tokens.
     """
 
     model: str
     counted: CountedVocabulary
-    tables: tuple[TokenTable, ...]
 
     @property
     def whole(self) -> int:
@@ -59,9 +56,9 @@ class Vocabularies:
         """The table of the same model with fewer tokens, as far as costs go."""
         if size == self.whole or not table.layer_costs:
             return table
-        kept, first = self.counted.order[:size], table.layer_costs[0]
-        gone = [own.width * (own.rows - int((kept < own.rows).sum())) for own in self.tables]
-        outside = sum(numbers for own, numbers in zip(self.tables, gone, strict=True) if not own.packed)
+        tables, first = self.counted.tables, table.layer_costs[0]
+        gone = [own.width * own.rows - left for own, left in zip(tables, self.counted.parameters(size), strict=True)]
+        outside = sum(numbers for own, numbers in zip(tables, gone, strict=True) if not own.packed)
         in_each_layer = (sum(gone) - outside) // table.depth
         # Of the number format in which the table counts bytes: what is outside the layers is tables, for the most part.
         itemsize = round(first.bytes / first.parameters)
@@ -85,7 +82,6 @@ def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: 
     from secateur.models.blocks import depth_of  # with torch, which the rest of a choice does not need
     from secateur.models.open_model import open_skeleton
     from secateur.vocabulary.choice import count_vocabulary
-    from secateur.vocabulary.trim import token_tables
 
     name = options.model or _model_of(options, table)
     try:
@@ -102,7 +98,7 @@ def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: 
         raise ConfigError("model", name, problem, f"name the model of the {table.kind}: --model MODEL")
     prompts = opened.prompts.values()
     counted = count_vocabulary(name, opened.tokenizer, opened.transformer, options, prompts=prompts, progress=progress)
-    return Vocabularies(name, counted, token_tables(name, opened.transformer))
+    return Vocabularies(name, counted)
 
 
 def _model_of(options: ChooseOptions, table: Profile | Scout) -> str:

@@ -14,7 +14,6 @@ from secateur.options.fields import (
     MODEL,
     STUDY_FILES,
     Cache,
-    Columns,
     Data,
     Device,
     Dtype,
@@ -137,7 +136,6 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
 
     models: Models = argument(MODEL, default=[])
     data: Data = Field(default=[], description=DATA)
-    columns: Columns = None
     tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
     vocab: Data = Field(
         default=[],

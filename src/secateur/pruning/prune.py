@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +116,15 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
         elif hasattr(transformer, "peft_config"):
             merge_adapters(transformer)
         tokens = _cut_tokens(options, model, progress) if options.vocab else None
-        with bypassed(transformer, keep), renumbered(model, *tokens[:2]) if tokens else nullcontext():
+        with bypassed(transformer, keep), renumbered(model, tokens.kept, tokens.tokenizer) if tokens else nullcontext():
             complete(name, model, options.pooling, options.max_length)
             expected = expected_of(model, WHOLE)
         cut(transformer, keep)
         if tokens:
-            cut_vocabulary(str(name), transformer, tokens[0], options.vocab_multiple)
-            model[0].processor = tokens[1]
-            origin = replace(origin, vocabulary=_continued(origin.vocabulary, tokens[2]))
+            cut_vocabulary(str(name), transformer, tokens.kept, options.vocab_multiple)
+            model[0].processor = tokens.tokenizer
+            before = tokens.record.tokens if origin.vocabulary is None else origin.vocabulary.tokens
+            origin = replace(origin, vocabulary=replace(tokens.record, tokens=before))
         check_finite(name, model)
         if (scratch / "read").is_dir():
             _check_fetched(name, transformer)
@@ -133,25 +134,25 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
     save_model(model, folder, origin, expected=expected)
 
 
-def _cut_tokens(
-    options: PruneOptions, model: SentenceTransformer, progress: Progress
-) -> tuple[tuple[int, ...], PreTrainedTokenizerBase, VocabularyCut]:
-    """The ids that stay, the tokenizer of these, and the record of the cut."""
-    transformer, prompts = model[0].auto_model, model.prompts.values()
-    counted = count_vocabulary(
-        str(options.model), model.tokenizer, transformer, options, prompts=prompts, progress=progress
-    )
+@dataclass(frozen=True)
+class _Tokens:
+    """The ids that stay, ascending, the tokenizer of these, and the record of the cut."""
+
+    kept: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase
+    record: VocabularyCut
+
+
+def _cut_tokens(options: PruneOptions, model: SentenceTransformer, progress: Progress) -> _Tokens:
+    """Choose the tokens that stay; the model stays as it is."""
+    name, prompts = str(options.model), model.prompts.values()
+    counted = count_vocabulary(name, model.tokenizer, model[0].auto_model, options, prompts=prompts, progress=progress)
     size = counted.size_of(options)
     kept = counted.kept(size)
     tasks = [read_task_folder(task) for task in options.vocab_tasks]
     covered = {task.name: counted.coverage_of(texts_of(task), size) for task in tasks}
-    made = replace(counted.cut(size), task_coverage=covered)
-    return kept, cut_tokenizer(model.tokenizer, counted.vocabulary, kept), made
-
-
-def _continued(before: VocabularyCut | None, now: VocabularyCut) -> VocabularyCut:
-    """The record of a vocabulary that was cut before."""
-    return now if before is None else replace(now, tokens=before.tokens)
+    record = replace(counted.cut(size), task_coverage=covered)
+    return _Tokens(kept, cut_tokenizer(model.tokenizer, counted.vocabulary, kept), record)
 
 
 def _fetch(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.sources import prompts_of, stream_texts
@@ -23,7 +20,7 @@ from secateur.progress import Progress, silent
 from secateur.results import VocabularyCut, VocabularyRow
 from secateur.vocabulary.counts import TokenCounts, count_tokens, plain_tokenizer, token_ids
 from secateur.vocabulary.tokens import Vocabulary, keep_tokens, read_vocabulary
-from secateur.vocabulary.trim import named_ids, parameters_per_token
+from secateur.vocabulary.trim import TokenTable, named_ids, token_tables
 
 COVERAGE = 0.995
 """Share of the tokens of held-out texts that stay, where nobody says."""
@@ -39,16 +36,16 @@ class CountedVocabulary:
         counts: Of the texts.
         needed: Ids that stay in any case, ascending.
         files: That the texts are from.
-        token_parameters: Parameters of the model for each token.
-        token_bytes: Bytes of these, in the number format of the model's configuration.
+        tables: Of the model.
+        itemsize: Bytes of a number in them.
     """
 
     vocabulary: Vocabulary
     counts: TokenCounts
     needed: tuple[int, ...]
     files: tuple[str, ...]
-    token_parameters: int
-    token_bytes: int
+    tables: tuple[TokenTable, ...]
+    itemsize: int
 
     @cached_property
     def order(self) -> NDArray[np.int64]:
@@ -84,18 +81,19 @@ class CountedVocabulary:
             raise ConfigError("vocab_size", size, problem, f"at least {fewest:,}")
         return size
 
-    @cached_property
-    def _plain(self) -> Tokenizer:
-        return plain_tokenizer(json.dumps(self.vocabulary.rules))
+    def parameters(self, size: int) -> list[int]:
+        """Parameters that each table has with a vocabulary of that size."""
+        ids = self.order[:size]
+        return [table.width * int((ids < table.rows).sum()) for table in self.tables]
 
     @cached_property
     def _before(self) -> list[list[int]]:
-        return token_ids(self._plain, list(self.counts.sample))
+        return token_ids(self.vocabulary.tokenizer, list(self.counts.sample))
 
     def coverage_of(self, texts: Sequence[str], size: int) -> float:
         """Share of the tokens of some texts that stay in a vocabulary of that size."""
         kept = set(self.kept(size))
-        ids = list(itertools.chain.from_iterable(token_ids(self._plain, list(texts))))
+        ids = list(itertools.chain.from_iterable(token_ids(self.vocabulary.tokenizer, list(texts))))
         return sum(i in kept for i in ids) / max(1, len(ids))
 
     @property
@@ -107,9 +105,9 @@ class CountedVocabulary:
         """What a vocabulary of that size does to the held-out texts."""
         kept = self.kept(size)
         there = set(kept)
-        after = token_ids(
-            plain_tokenizer(json.dumps(keep_tokens(self.vocabulary.rules, kept))), list(self.counts.sample)
-        )
+        cut = plain_tokenizer(keep_tokens(self.vocabulary.rules, kept))
+        after = token_ids(cut, list(self.counts.sample))
+        parameters = sum(self.parameters(size))
         unknown = self.vocabulary.unknown
         fresh = 0
         if unknown is not None:
@@ -120,8 +118,8 @@ class CountedVocabulary:
             changed=float(np.mean([not there.issuperset(ids) for ids in self._before])),
             tokens_per_text=float(np.mean([len(ids) for ids in after])),
             unknown=max(0, fresh) / max(1, sum(map(len, after))),
-            parameters=len(kept) * self.token_parameters,
-            bytes=len(kept) * self.token_bytes,
+            parameters=parameters,
+            bytes=parameters * self.itemsize,
         )
 
     def cut(self, size: int) -> VocabularyCut:
@@ -145,7 +143,6 @@ def count_vocabulary(
     options: VocabularyOptions,
     *,
     prompts: Iterable[str] = (),
-    data: Sequence[Any] = (),
     progress: Progress = silent,
 ) -> CountedVocabulary:
     """Count the tokens of the texts that the options name.
@@ -156,7 +153,6 @@ def count_vocabulary(
         transformer: Of the model; it needs no weights.
         options: Whose ``vocab`` names the texts.
         prompts: Of the model; their tokens stay, as do those of the prompts that come with the texts.
-        data: The texts, where the options name none.
         progress: Told the number of texts.
 
     Raises:
@@ -164,11 +160,10 @@ def count_vocabulary(
         ConfigError, DataError: The texts are too few, or cannot be read.
     """
     vocabulary = read_vocabulary(name, tokenizer)
-    parameters = parameters_per_token(name, transformer)
-    files = options.vocab or list(data)
-    counts = count_tokens(tokenizer, stream_texts(files, options.columns), progress=progress)
-    plain = plain_tokenizer(json.dumps(vocabulary.rules))
-    in_prompts = itertools.chain.from_iterable(token_ids(plain, sorted({*prompts, *prompts_of(files)})))
+    tables = token_tables(name, transformer)
+    counts = count_tokens(vocabulary.tokenizer, stream_texts(options.vocab, options.columns), progress=progress)
+    told = sorted({*prompts, *prompts_of(options.vocab)})
+    in_prompts = itertools.chain.from_iterable(token_ids(vocabulary.tokenizer, told))
     needed = vocabulary.needed(counts.counted, {*named_ids(transformer), *in_prompts})
     size = (text_config(transformer).dtype or torch.float32).itemsize
-    return CountedVocabulary(vocabulary, counts, tuple(needed), tuple(map(str, files)), parameters, parameters * size)
+    return CountedVocabulary(vocabulary, counts, tuple(needed), tuple(map(str, options.vocab)), tables, size)

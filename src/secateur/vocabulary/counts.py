@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import ConfigError
 from secateur.progress import Progress, silent
@@ -43,19 +44,21 @@ class TokenCounts:
     sample: tuple[str, ...]
 
 
-def count_tokens(
-    tokenizer: PreTrainedTokenizerBase, files: Sequence[Iterable[str]], *, progress: Progress = silent
-) -> TokenCounts:
+def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progress: Progress = silent) -> TokenCounts:
     """Count the tokens of texts in full length, special tokens left out; only a piece of the texts is in memory.
 
     Each file has the same weight, as in a profile. Which texts are held out is told by a hash of each, so that all
     copies of a text are on one side.
 
+    Args:
+        tokenizer: From :func:`plain_tokenizer`.
+        files: The texts of each.
+        progress: Told the number of texts.
+
     Raises:
         ConfigError: There are too few texts.
     """
-    plain = plain_tokenizer(tokenizer.backend_tokenizer.to_str())
-    size = 1 + max(plain.get_vocab(with_added_tokens=True).values())
+    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     shares = np.zeros((2, size))
     sample: list[str] = []
     seen = [0, 0]
@@ -67,7 +70,7 @@ def count_tokens(
             for text in batch:
                 sides[zlib.crc32(text.encode("utf-8", "replace")) % HELD_OUT == 0].append(text)
             for side, part in enumerate(sides):
-                ids = itertools.chain.from_iterable(token_ids(plain, part))
+                ids = itertools.chain.from_iterable(token_ids(tokenizer, part))
                 counts[side] += np.bincount(np.fromiter(ids, np.int64), minlength=size)
                 seen[side] += len(part)
             own.draw_from(sides[1])
@@ -97,9 +100,9 @@ class _Sample:
                 self.texts[place] = text
 
 
-def plain_tokenizer(rules: str) -> Tokenizer:
-    """A tokenizer from its ``tokenizer.json``, that neither cuts nor pads."""
-    tokenizer = Tokenizer.from_str(rules)
+def plain_tokenizer(rules: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer from the content of its ``tokenizer.json``, that neither cuts nor pads."""
+    tokenizer = Tokenizer.from_str(json.dumps(rules))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -22,11 +22,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import UnsupportedArchitecture
+from secateur.vocabulary.counts import plain_tokenizer
 
 KINDS = ("BPE", "WordPiece", "Unigram")
+WRITERS = ("post_processor", "padding")
+"""Parts of a ``tokenizer.json`` that put tokens into texts, by their ids."""
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 """What a tokenizer with byte fallback makes of characters that it does not know."""
 
@@ -40,6 +44,11 @@ class Vocabulary:
     """
 
     rules: Mapping[str, Any]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What makes these tokens of a text, however long it is."""
+        return plain_tokenizer(self.rules)
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -78,7 +87,7 @@ class Vocabulary:
             frequency: (ids,), of the tokens in the texts, which tell the characters that they are made of.
             named: More ids, such as those that a configuration names.
         """
-        special = {token["id"] for token in self.rules["added_tokens"]} | set(_special_ids(self.rules))
+        special = {token["id"] for token in self.rules["added_tokens"]} | _special_ids(self.rules)
         special |= set() if self.unknown is None else {self.unknown}
         fallback = {self.in_model[token] for token in self._fallback(frequency)}
         there = set(self.ids.values())
@@ -185,25 +194,21 @@ def keep_tokens(rules: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]
             if left in there and right in there and left + right.removeprefix(prefix) in there
         ]
     added = [token | {"id": place[token["id"]]} for token in rules["added_tokens"] if token["id"] in place]
-    renumbered = {key: _with_ids(rules[key], place) for key in ("post_processor", "padding") if rules.get(key)}
+    renumbered = {key: _each_id(rules.get(key), place.__getitem__) for key in WRITERS}
     return {**rules, "model": model, "added_tokens": added, **renumbered}
 
 
-def _special_ids(rules: Mapping[str, Any]) -> Iterator[int]:
+def _special_ids(rules: Mapping[str, Any]) -> set[int]:
     """Ids that the post-processor and the padding write into texts."""
-    found: list[int] = []
+    found: set[int] = set()
 
     def note(i: int) -> int:
-        found.append(i)
+        found.add(i)
         return i
 
-    for key in ("post_processor", "padding"):
+    for key in WRITERS:
         _each_id(rules.get(key), note)
-    yield from found
-
-
-def _with_ids(part: Any, place: Mapping[int, int]) -> Any:
-    return _each_id(part, place.__getitem__)
+    return found
 
 
 def _each_id(part: Any, change: Callable[[int], int]) -> Any:

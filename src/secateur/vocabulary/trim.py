@@ -30,7 +30,7 @@ SIZES = ("vocab_size", "vocab_size_per_layer_input")
 """Fields that count tokens: of the table, and of Gemma 3n's tables for each layer, which may have fewer."""
 TOKEN_IDS = re.compile(r"_token_(ids?|index)$")
 WITHOUT_IDS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""The files of a tokenizer that name tokens by what they are: all others list them by their old ids."""
+"""The files of a tokenizer that do not list its tokens, and the one that is written anew."""
 
 
 def named_ids(transformer: PreTrainedModel) -> set[int]:
@@ -70,7 +70,7 @@ def cut_tokenizer(
         folder = Path(scratch)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():
-            if file.name not in WITHOUT_IDS:
+            if file.is_file() and file.name not in WITHOUT_IDS:
                 file.unlink()
         settings = read_json(folder / "tokenizer_config.json")
         settings.pop("added_tokens_decoder", None)
@@ -127,11 +127,6 @@ def token_tables(name: str, transformer: PreTrainedModel) -> tuple[TokenTable, .
         TokenTable(table.shape[0], table.numel() // table.shape[0], path in packed)
         for path, table in _tables(name, transformer).items()
     )
-
-
-def parameters_per_token(name: str, transformer: PreTrainedModel) -> int:
-    """Parameters that a model, with or without weights, has for each token."""
-    return sum(table.numel() // table.shape[0] for table in _tables(name, transformer).values())
 
 
 def _tables(name: str, transformer: PreTrainedModel) -> dict[str, torch.Tensor]:
