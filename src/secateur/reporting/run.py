@@ -39,6 +39,8 @@ from secateur.results import (
 )
 
 UNTRAINED, TRIMMED, SCOUTED, POLISHED = "zero-shot", "trimmed", "scout", "polished"
+BASELINE = "baseline"
+"""The recipe of a model that the study did not make: it is compared with."""
 CHOICE, JOURNAL = "choice.json", "steps.jsonl"
 
 _NAME = re.compile(
@@ -110,6 +112,11 @@ class Variant:
         """The variants it is drawn and listed with."""
         selected = f"by {self.selection}" if self.selection else ""
         return ", ".join(part for part in (self.base, self.recipe, selected) if part)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is a model to compare with, which the study did not make."""
+        return self.recipe == BASELINE
 
     @property
     def is_full(self) -> bool:
