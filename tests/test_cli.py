@@ -269,7 +269,7 @@ AT_ONCE = [
     ("heal model --data words.jsonl --eval-tasks empty -o out", "empty: has no task.json"),
     ("heal model --data words.jsonl --teacher ./nowhere -o out", "model ./nowhere: no such file or folder"),
     ("evaluate model --tasks empty -o out", "empty: has no task.json"),
-    ("evaluate model --tasks ./nowhere -o out", "nowhere: no such folder"),
+    ("evaluate model --tasks ./nowhere -o out", "nowhere: no such file or folder"),
     ("evaluate model --tasks task half -o out", "half/test.jsonl: no such file"),
     ("evaluate model --tasks task -o file", "output file: is a file"),
     ("cost ./nowhere -o out", "model ./nowhere: no such file or folder"),

@@ -26,7 +26,7 @@ models: compat blocks cutting pooling checks forward save open_model
 data: rows hub sources vectors demo
 vocabulary: counts tokens trim choice
 measures: metrics intervals costs
-evaluation: task_folder tasks replicates evaluate
+evaluation: task_tables task_formats task_folder task_check task_making tasks replicates evaluate
 choosing: selectors budgets vocabulary evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
@@ -67,6 +67,7 @@ def test_the_exported_names():
         "SecateurError",
         "accelerate",
         "candidates",
+        "check_tasks",
         "choose",
         "compare",
         "cost",
@@ -74,6 +75,7 @@ def test_the_exported_names():
         "evaluate",
         "export",
         "heal",
+        "make_task",
         "open_model",
         "plan_study",
         "profile",
@@ -198,6 +200,8 @@ STEPS = {
     "heal": config.HealOptions,
     "scout": config.ScoutOptions,
     "evaluate": config.EvaluateOptions,
+    "check_tasks": config.CheckTasksOptions,
+    "make_task": config.MakeTaskOptions,
     "encode": config.EncodeOptions,
     "report": config.ReportOptions,
     "cost": config.CostOptions,

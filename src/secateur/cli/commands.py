@@ -19,9 +19,11 @@ from secateur.cli.arguments import command_of, expand_list_options
 from secateur.cli.bars import per_second, study_bars, work_bars
 from secateur.cli.tables import (
     show_candidates,
+    show_checks,
     show_comparison,
     show_costs,
     show_export,
+    show_made_task,
     show_profile,
     show_scores,
     show_scout,
@@ -29,6 +31,7 @@ from secateur.cli.tables import (
 )
 from secateur.errors import SYSTEM, DataError, SecateurError, system_error
 from secateur.options import (
+    CheckTasksOptions,
     ChooseOptions,
     CompareOptions,
     CostOptions,
@@ -36,6 +39,7 @@ from secateur.options import (
     EvaluateOptions,
     ExportOptions,
     HealOptions,
+    MakeTaskOptions,
     Options,
     ProfileOptions,
     PruneOptions,
@@ -54,6 +58,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+tasks = typer.Typer(help="Check your tasks, or make a first one from texts.", rich_markup_mode=None)
+app.add_typer(tasks, name="tasks")
 
 INTERRUPTED = 130
 
@@ -175,6 +182,30 @@ def scout_command(options: ScoutOptions) -> None:
 def evaluate_command(options: EvaluateOptions) -> None:
     show_scores(_do("evaluate", options))
     _say(f"\n{Path(str(options.out)) / 'scores.json'}")
+
+
+@tasks.callback(invoke_without_command=True)
+def _help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        _say(context.get_help())
+
+
+@command_of(tasks, CheckTasksOptions)
+def check_command(options: CheckTasksOptions) -> None:
+    import secateur
+
+    checks = secateur.check_tasks(**options.given())
+    show_checks(checks)
+    if any(check.problem for check in checks):
+        raise typer.Exit(2)
+
+
+@command_of(tasks, MakeTaskOptions)
+def make_command(options: MakeTaskOptions) -> None:
+    import secateur
+
+    show_made_task(secateur.make_task(**options.given()))
+    _say(options.out)
 
 
 @command_of(app, CostOptions)

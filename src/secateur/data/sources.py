@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from secateur.data.hub import PREFIX, is_hub_name, load_set, parse_name
-from secateur.data.rows import CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, parse_row, read_rows
+from secateur.data.rows import CELLS, CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, parse_row, read_rows
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
 from secateur.provenance import Fingerprint, fingerprint
@@ -337,7 +337,7 @@ class _Table:
 
     def pair_of(self, line: int, row: Row) -> Pair:
         """The pair of a row, checked."""
-        if row.get("negative") == "" and self.place.lower().endswith(".csv"):  # CSV has no other way to leave one out
+        if row.get("negative") == "" and self.place.lower().endswith(CELLS):  # CSV has no other way to leave one out
             row = {**row, "negative": None}
         anchor = "anchor" if "anchor" in row and "query" not in row else "query"
         fields: Fields = {anchor: as_text, "positive": as_text, "negative": _as_negatives}

@@ -29,6 +29,7 @@ from secateur.options.fields import (
     Seed,
     Tasks,
     comma_separated,
+    listed,
     path_text,
     texts,
 )
@@ -42,7 +43,9 @@ class EvaluateOptions(Options):
     """
 
     models: Models = argument(MODEL, min_length=1)
-    tasks: Tasks = positional("Task folders, or names of tasks and benchmarks of mteb.", min_length=1)
+    tasks: Tasks = positional(
+        "Task folders or files (see `secateur tasks`), or names of tasks and benchmarks of mteb.", min_length=1
+    )
     out: Annotated[Path | None, Names("results")] = output(
         "The folder for scores.json; scores that it already holds are computed again only if something changed.",
         needed=False,
@@ -52,6 +55,29 @@ class EvaluateOptions(Options):
     seed: SampleSeed = 42
     batch_size: int = Field(32, ge=1, description="Number of texts encoded at once.")
     cache: Cache = None
+
+
+class CheckTasksOptions(Options):
+    """Say what task folders and files are, how they will be scored, and what is wrong where.
+
+    Example: secateur tasks check tasks/my-search pairs.csv
+    """
+
+    tasks: Annotated[list[Path], BeforeValidator(listed)] = argument("Task folders or files.", min_length=1)
+
+
+class MakeTaskOptions(Options):
+    """Make a first retrieval task from texts alone: title -> body, or first sentence -> rest.
+
+    Example: secateur tasks make articles.jsonl -o tasks/articles
+    """
+
+    texts: Annotated[Path, Names("file")] = argument("A file of texts: .jsonl, .csv, .tsv, .parquet or .txt.")
+    out: Annotated[Path, Names("new folder")] = output("The task folder to write.")
+    title: str | None = Field(None, description="Column of the titles [default: title, headline or heading].")
+    text: str | None = Field(None, description="Column of the texts [default: text, body, content or such].")
+    queries: int = Field(500, ge=1, description="Most queries; all texts are documents.")
+    seed: Seed = Field(42, description="Random seed: which texts are asked for.")
 
 
 class CostOptions(Options):
