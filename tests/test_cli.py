@@ -25,7 +25,7 @@ from secateur.provenance import provenance
 from secateur.results import DepthRow, LayerCost, Profile, Scores, load
 from task_folders import example_rows, write_task
 
-COMMANDS = ("profile", "choose", "prune", "heal", "evaluate", "report", "study")
+COMMANDS = ("profile", "choose", "prune", "heal", "evaluate", "report", "study", "tasks check", "tasks make")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def is_one_line(ended: Ended) -> bool:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_one_sentence_and_an_example(command: str, run: Run):
-    ended = run(command, "--help")
+    ended = run(*command.split(), "--help")
     paragraphs = [" ".join(part.split()) for part in ended.out.split("\n\n")]
     usage, sentence, example = paragraphs[:3]
     assert ended.code == 0
@@ -80,7 +80,7 @@ def test_help_is_one_sentence_and_an_example(command: str, run: Run):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_example_has_no_unknown_options(command: str, run: Run):
-    helped = run(command, "--help").out
+    helped = run(*command.split(), "--help").out
     example = next(part for part in helped.split("\n\n") if "Example:" in part).split()
     assert all(word in helped.split("Options:")[1] for word in example if word.startswith("-"))
 
@@ -252,6 +252,30 @@ def test_mistakes_in_options_are_one_line(arguments: tuple[str, ...], says: str,
     assert not [path for path in place.rglob("out*") if path.is_file() or path.suffix == ".partial"]
 
 
+def test_tasks_are_made_and_checked(place: Path, run: Run):
+    (place / "notes.txt").write_text(
+        "".join(f"This is note {i}. It goes on for long enough to be found.{i}\n" for i in range(9))
+    )
+    made = run("tasks", "make", "notes.txt", "-o", "notes", "--queries", 5)
+    assert made.code == 0, made
+    assert made.out == (
+        "notes-from-sentences: first sentence → rest, made from 9 texts; no person judged what is relevant\n"
+        "  5 queries, 9 documents\nnotes\n"
+    )
+    good = run("tasks", "check", "notes", "task")
+    assert (good.code, good.err) == (0, "")
+    assert good.out.startswith('notes: task folder, scored as retrieval by ndcg_at_10, called "notes-from-sentences"\n')
+    assert "  note: made from texts alone" in good.out
+    assert "task: task folder, scored as sts by cosine_spearman\n  pairs 24, different scores 24\n" in good.out
+    bad = run("tasks", "check", "notes.txt", "task")
+    assert (bad.code, bad.err) == (2, "")
+    assert (
+        bad.out.startswith("notes.txt: cannot be scored\n  wrong: notes.txt: is no task")
+        and "task: task folder" in bad.out
+    )
+    assert run("tasks").out.startswith("Usage: secateur tasks ")
+
+
 AT_ONCE = [
     ("profile ./nowhere --data words.jsonl -o out", "model ./nowhere: no such file or folder"),
     ("profile model --data absent.jsonl -o out", "absent.jsonl: no such file"),
@@ -272,6 +296,9 @@ AT_ONCE = [
     ("evaluate model --tasks ./nowhere -o out", "nowhere: no such file or folder"),
     ("evaluate model --tasks task half -o out", "half/test.jsonl: no such file"),
     ("evaluate model --tasks task -o file", "output file: is a file"),
+    ("tasks make absent.txt -o out", "absent.txt: no such file"),
+    ("tasks make words.jsonl -o task", "output task: already holds something else"),
+    ("tasks make words.jsonl -o out", "words.jsonl, line 1: none of its columns is known to hold texts"),
     ("cost ./nowhere -o out", "model ./nowhere: no such file or folder"),
     ("compare model ./nowhere --tasks task -o out", "model ./nowhere: no such file or folder"),
     ("compare model model --texts absent.txt -o out", "absent.txt: no such file"),

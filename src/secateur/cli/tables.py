@@ -196,7 +196,7 @@ def show_checks(checks: Sequence[TaskCheck]) -> None:
 
 def show_made_task(made: MadeTask) -> None:
     """Where a task is from, and what was left out."""
-    typer.echo(f"{made.name}: {made.how}, made from {made.texts:,} texts: no person judged what is relevant")
+    typer.echo(f"{made.name}: {made.how}, made from {made.texts:,} texts; no person judged what is relevant")
     typer.echo(f"  {made.queries:,} queries, {made.documents:,} documents")
     for why, many in made.left_out.items():
         typer.echo(f"  {why}: {many:,}")

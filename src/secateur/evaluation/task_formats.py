@@ -202,7 +202,7 @@ def _read_pairs(file: Path, type_: str) -> Content:
         asides = [f"rows of other splits than test, left out: {len(rows) - len(tested):,}"]
         rows = tested
     table = read_table(file, FIELDS["sts"]["test"], rows)
-    kind = type_ or ("pair_classification" if {row["score"] for row in table.rows} <= {0, 1} else "sts")
+    kind = type_ or ("pair_classification" if {row["score"] for row in table.rows} == {0, 1} else "sts")
     if kind == "pair_classification":
         grades = [index for index, row in enumerate(table.rows) if row["score"] not in (0, 1)]
         raise_first([(table.places[index], table.error(index, "is not 0 or 1", "score")) for index in grades])
