@@ -314,6 +314,16 @@ def test_task_json_names_what_its_files_do_not(tmp_path: Path):
         read_task_folder(folder)
 
 
+def test_a_data_file_has_the_instruction_that_stands_beside_it(tmp_path: Path):
+    write_lines(tmp_path / "held.jsonl", [{"query": "a", "positive": "b"}])
+    (tmp_path / "held.json").write_text('{"query_instruction": "Find it", "licence": "MIT"}')
+    task = read_task_folder(tmp_path / "held.jsonl")
+    assert (task.instruction, task.source.licence) == ("Find it", "MIT")
+    (tmp_path / "held.json").write_text('{"query_instruction": 3}')
+    with pytest.raises(DataError, match=r"held\.json, \"query_instruction\": is a int, not a text"):
+        read_task_folder(tmp_path / "held.jsonl")
+
+
 def test_cutoffs_are_those_of_mteb():
     assert tuple(AbsTaskRetrieval.k_values) == CUTOFFS
 

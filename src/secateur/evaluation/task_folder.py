@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.data.rows import Row
-from secateur.data.sources import stem
+from secateur.data.rows import TABLES, Row
+from secateur.data.sources import read_beside, stem
 from secateur.errors import DataError
 from secateur.evaluation.task_formats import ABOUT, Found, recognize
 from secateur.evaluation.task_tables import FIELDS, metric_of
@@ -126,9 +126,12 @@ def _look_at(place: Path) -> tuple[dict[str, Any], Found]:
 
 
 def _read_about(place: Path) -> dict[str, Any]:
-    """``task.json``, with its defaults; the type may be left to the files."""
+    """``task.json``, or the JSON file beside a data file, with defaults; the type may be left to the files."""
     file = place / ABOUT
     content: Any = read_json(file, strict=True) if file.is_file() else {}
+    if place.is_file() and place.name.endswith(TABLES):  # as beside training data
+        beside = read_beside(place)
+        content = {"instruction": beside.get("query_instruction", ""), "licence": beside.get("licence", "")}
     if not isinstance(content, dict):
         raise DataError(file, "is not a JSON object", 'write {"type": ...}')
     about: dict[str, Any] = dict.fromkeys(("name", "type", "metric", "instruction", "licence", "notes", "caution"), "")

@@ -26,8 +26,8 @@ BODIES = (TEXT, "body", "content", "abstract", "passage", "document", "sentence"
 LEAST_TEXT, LEAST_QUERY = 40, 12
 """Bytes in UTF-8 of a document and of a query: a Chinese character has three, and says as much as three letters."""
 EMPTY, COPY = "texts dropped as nearly empty", "texts dropped as copies of others"
-WITHOUT = "documents not asked for, as they have no title or first sentence"
-SHARED = "documents not asked for, as others have the same title or first sentence"
+WITHOUT = "documents not asked for: title or first sentence missing or very short"
+SHARED = "documents not asked for: another has the same title or first sentence"
 _SENTENCE = re.compile(r"(?s)\s*(.{6,}?(?:[.!?…](?=\s)|[。！？]|(?=\n)))(.*)")
 """Up to the first end of a sentence or line, beyond what may be an abbreviation; and the rest."""
 

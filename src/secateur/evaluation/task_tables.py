@@ -212,12 +212,16 @@ def read_table(
     table, mistakes = Table(file), []
     of_cells = file.name.lower().endswith(CELLS)
     parsers = {name: _of_cell(parse) if of_cells else parse for name, parse in fields.items()}
+    seen: Collection[str] = ()
     for place, row in read_rows(file) if rows is None else rows:
-        there = {role: column_of(row, role) for role in fields}
+        if row.keys() != seen:  # rows are mostly alike
+            seen = row.keys()
+            there = {column_of(row, role): role for role in fields}
+            columns = {column: parsers[role] for column, role in there.items()}
         line = place if isinstance(place, int) else None
         try:
-            found = parse_row(file, line, row, {there[role]: parsers[role] for role in fields}, optional=optional)
-            table.add(place, {role: found[there[role]] for role in fields})
+            found = parse_row(file, line, row, columns, optional=optional)
+            table.add(place, {there[column]: value for column, value in found.items()})
         except DataError as error:
             if line is None:
                 problem = str(error).removeprefix(f'{file}, "{error.field}": ')
