@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli.arguments import command_of, expand_list_options
+from secateur.cli.arguments import Commands, command_of, expand_list_options
 from secateur.cli.bars import per_second, study_bars, work_bars
 from secateur.cli.tables import (
     show_candidates,
@@ -49,13 +49,15 @@ from secateur.options import (
 
 app = typer.Typer(
     help="Cut a language model down to the text encoder you can afford.",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 INTERRUPTED = 130
+
+OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser at the end.")]
 
 UsageError: Any = typer.BadParameter.__base__
 """An option or command that does not exist. Its home depends on the version: typer brings a click of its own."""
@@ -112,7 +114,7 @@ def _do(name: str, options: Options) -> Any:
     """The result of the function of that name, under progress bars."""
     import secateur
 
-    with work_bars() as progress:
+    with work_bars(name) as progress:
         return getattr(secateur, name)(**options.given(), progress=progress)
 
 
@@ -196,10 +198,10 @@ def export_command(options: ExportOptions) -> None:
 
 
 @command_of(app, ReportOptions)
-def report_command(options: ReportOptions) -> None:
+def report_command(options: ReportOptions, *, open_page: OpenPage = False) -> None:
     import secateur
 
-    _say(secateur.report(**options.given()))
+    _show_page(secateur.report(**options.given()), open_page)
 
 
 @command_of(app, StudyOptions)
@@ -209,11 +211,12 @@ def study_command(
     plan: Annotated[
         bool, typer.Option("--plan", help="Show the steps and their estimated times, and do nothing.")
     ] = False,
+    open_page: OpenPage = False,
 ) -> None:
     if plan:
         show_steps(_do("plan_study", options), options.jobs)
     else:
-        _study(options.given())
+        _study(options.given(), open_page)
 
 
 @command_of(app, StatusOptions)
@@ -224,22 +227,32 @@ def study_status_command(options: StatusOptions) -> None:
 
 
 @command_of(app, ResumeOptions)
-def study_resume_command(options: ResumeOptions) -> None:
+def study_resume_command(options: ResumeOptions, *, open_page: OpenPage = False) -> None:
     import secateur
 
     secateur.read_status(options.run)  # a folder without a study is no place to begin one
     given = options.given()
-    _study({"out": given.pop("run"), **given})
+    _study({"out": given.pop("run"), **given}, open_page)
 
 
-def _study(given: dict[str, Any]) -> None:
+def _study(given: dict[str, Any], open_page: bool) -> None:
     import secateur
 
     with study_bars(int(given.get("jobs", 1))) as (progress, callback):
         page = secateur.study(**given, progress=progress, callback=callback)
     with suppress(DataError):  # a study of depths without tasks has no scores
         show_scores(secateur.read_scores(given["out"]))
-    _say("", *secateur.read_verdict(given["out"]), f"\n{page}")
+    _say("", *secateur.read_verdict(given["out"]), "")
+    _show_page(page, open_page)
+
+
+def _show_page(page: Path, in_browser: bool) -> None:
+    """Print where a page is; open it, too, where that is wanted."""
+    import webbrowser
+
+    _say(page)
+    if in_browser and not webbrowser.open(page.resolve().as_uri()):
+        typer.echo("there is no browser here to open it in", err=True)
 
 
 @command_of(app, EncodeOptions)
