@@ -27,7 +27,7 @@ from secateur.cli.tables import (
     show_scout,
     show_steps,
 )
-from secateur.errors import SYSTEM, DataError, SecateurError, system_error
+from secateur.errors import SYSTEM, DataError, MissingPackage, SecateurError, system_error
 from secateur.options import (
     ChooseOptions,
     CompareOptions,
@@ -81,6 +81,9 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; the same command goes on where it can", INTERRUPTED)
+    except ModuleNotFoundError as error:  # in looking at what the command names; the steps say it themselves
+        package = str(error.name).partition(".")[0]
+        _fail(str(MissingPackage(package, "this command", "pip install 'secateur[torch]'")), 2)
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
     except Exception as error:  # the last line of defence: a bug, said in one line
