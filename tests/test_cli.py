@@ -550,6 +550,17 @@ def test_a_log_gets_a_line_now_and_then_of_what_is_done_and_what_is_left():
     ]
 
 
+def test_the_log_of_a_study_names_the_running_step_and_the_next_piece_of_its_work():
+    lines = logged(
+        "with bars.study_bars(1) as (progress, _):\n"
+        "    progress('scout', 10, 10)\n"
+        "    progress('scout', 0, 100)\n"
+        "    progress('scout', 20, 100)\n"
+        "    time.sleep(0.5)\n"
+    )
+    assert {line[10:] for line in lines} == {"study: TIME so far", "scout: 20 of 100, TIME so far, about TIME left"}
+
+
 def test_a_command_that_is_no_terminal_s_tells_how_far_it_is(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bars, "EVERY", 0.01)
     ended = run(*HEAL, "-o", "out")

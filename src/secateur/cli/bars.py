@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -64,8 +65,8 @@ def _write_log(bars: Bars, name: str, ended: threading.Event) -> None:
 
 def _line(task: Task) -> str:
     """``heal (blocks): 3,200 of 64,000, 95 s so far, about 30 min left, 33.7/s``."""
-    if line := task.fields.get("line"):
-        return str(line)
+    if words := task.fields.get("words"):
+        return f"study: {words()}"
     done, elapsed = task.completed, task.elapsed or 0.0
     parts = [f"{done:,.0f} of {task.total:,.0f}" if task.total else f"{done:,.0f}"] if task.total or done else []
     parts.append(f"{duration(elapsed)} so far")
@@ -108,7 +109,7 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
     tasks: dict[str, Any] = {}
     told: set[str] = set()
     with _bars("study") as bars:
-        whole = bars.add_task("", rate="")
+        whole = bars.add_task("study", total=None, rate="")
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:  # before the first step, such as reading the preset's data
@@ -135,7 +136,9 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
                 if name in tasks:
                     bars.remove_task(tasks.pop(name))
             told.update(ended)
-            total, words = len(state.plan.steps), summary(state, slots)
-            bars.update(whole, completed=len(state.done), total=total, description=words, line=f"study: {words}")
+            # In a log the time left is told anew each minute.
+            words = partial(summary, state, slots)
+            total = len(state.plan.steps)
+            bars.update(whole, completed=len(state.done), total=total, description=words(), words=words)
 
         yield progress, callback
