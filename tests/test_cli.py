@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import secateur
 from conftest import disk_of, example_pairs, write_pairs
 from secateur import cli
 from secateur import options as config
+from secateur.cli import bars
 from secateur.cli.bars import study_bars
 from secateur.errors import ConfigError, DataError
 from secateur.provenance import provenance
@@ -509,6 +511,109 @@ def test_the_installed_command_answers(tmp_path: Path):
     version = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert version.returncode == 0
     assert version.stdout.strip()[0].isdigit()
+
+
+def completed(words: str, tmp_path: Path) -> list[str]:
+    """What bash offers for the last of these words, by the function that ``--show-completion`` gives it."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    (tmp_path / "secateur").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m secateur "$@"\n')
+    (tmp_path / "secateur").chmod(0o755)
+    script = (
+        'eval "$(_SECATEUR_COMPLETE=source_bash secateur)"\n'
+        'COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))\n_secateur_completion secateur\nprintf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    ended = subprocess.run(
+        [bash, "-c", script, "bash", *words.split(" ")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("secateur s", ["scout", "study", "serve"]),
+        ("secateur study sta", ["status"]),
+        ("secateur study status run --h", ["--help"]),
+        ("secateur prune model --vocab-s", ["--vocab-size"]),
+        ("secateur heal model --recipe ", ["finetune", "l3prune", "distill"]),
+        ("secateur heal mod", []),  # bash goes on with files
+    ],
+)
+def test_bash_completes_commands_options_and_choices(words: str, offered: list[str], tmp_path: Path):
+    assert completed(words, tmp_path) == offered
+
+
+def logged(script: str) -> list[str]:
+    """The lines of a log, that is of a pipe, which are written every 0.2 seconds in place of every minute."""
+    script = f"import sys, time\nfrom secateur.cli import bars, main\nbars.EVERY = 0.2\n{script}"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert "\N{ESCAPE}" not in ended.stderr
+    return [re.sub(r"[\d.]+\xa0m?s", "TIME", line) for line in ended.stderr.splitlines()]
+
+
+def test_a_log_gets_a_line_now_and_then_of_what_is_done_and_what_is_left():
+    lines = logged(
+        "with bars.work_bars('evaluate') as progress:\n"
+        "    time.sleep(0.5)\n"
+        "    progress('evaluate', 0, 3000)\n"
+        "    time.sleep(0.5)\n"
+        "    progress('evaluate', 1000, 3000)\n"
+        "    time.sleep(0.5)\n"
+        "    progress('evaluate', 3000, 3000)\n"
+    )
+    assert lines.pop().startswith("evaluate: 3000 in ")
+    assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in lines)
+    assert list(dict.fromkeys(line[10:] for line in lines)) == [
+        "evaluate: TIME so far",
+        "evaluate: 0 of 3,000, TIME so far",
+        "evaluate: 1,000 of 3,000, TIME so far, about TIME left",
+    ]
+
+
+def test_the_log_of_a_study_names_the_running_step_and_the_next_piece_of_its_work():
+    lines = logged(
+        "with bars.study_bars(1) as (progress, _):\n"
+        "    progress('scout', 10, 10)\n"
+        "    progress('scout', 0, 100)\n"
+        "    progress('scout', 20, 100)\n"
+        "    time.sleep(0.5)\n"
+    )
+    assert {line[10:] for line in lines} == {"study: TIME so far", "scout: 20 of 100, TIME so far, about TIME left"}
+
+
+def test_a_command_that_is_no_terminal_s_tells_how_far_it_is(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bars, "EVERY", 0.01)
+    ended = run(*HEAL, "-o", "out")
+    assert ended.code == 0, ended.err
+    assert re.search(r"^\d\d:\d\d:\d\d  heal \(blocks\): \d+ of 16, ", ended.err, re.MULTILINE)
+    assert str(ended.out).strip() == "out"
+
+
+def test_open_shows_the_page_in_the_browser(measured: Path, tmp_path: Path):
+    profiles = tmp_path / "a run" / "profiles"
+    shutil.copytree(measured, profiles / "model")
+    browser, seen = tmp_path / "browser", tmp_path / "seen"
+    browser.write_text(f'#!/bin/sh\necho "$1" > "{seen}"\n')
+    browser.chmod(0o755)
+    command = [sys.executable, "-m", "secateur", "report", "a run", "--open"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"BROWSER": str(browser)}
+    )
+    page = profiles.parent / "report.html"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{page.relative_to(tmp_path)}\n", "")
+    assert seen.read_text().strip() == page.as_uri()
+    graphical = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
+    none = {name: text for name, text in os.environ.items() if name not in graphical} | {"PATH": str(tmp_path / "x")}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=none)
+    assert (ended.returncode, ended.stdout) == (0, f"{page.relative_to(tmp_path)}\n")
+    assert ended.stderr == "there is no browser here to open it in\n"
 
 
 def test_a_study_has_a_bar_for_work_that_is_no_step():

@@ -102,8 +102,8 @@ Columns = Annotated[
     dict[str, str] | None,
     BeforeValidator(_columns),
     Field(
-        description="What the data call these columns, where otherwise: query=question,positive=answer,negative=wrong, "
-        "or text=body."
+        description="Your names of the columns, where they differ: query=question,positive=answer,negative=wrong, or "
+        "text=body."
     ),
 ]
 Instruction = Annotated[

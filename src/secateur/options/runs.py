@@ -149,8 +149,8 @@ class ReportOptions(Options):
     threshold: float = Field(
         100.0,
         gt=0,
-        description="Million parameters that one more point of score may cost; the report names the size beyond which "
-        "it costs more.",
+        description="The report names the size beyond which one more point of score costs more than this many million "
+        "parameters.",
     )
 
 
@@ -196,7 +196,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     )
     seeds: list[Seed] = Field(default=[], description="Repeat each training with these seeds [default: --seed].")
     profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the loss that the profile measures.")
-    profile_dtype: Dtype = Field("auto", description="Dtype of the profile's computation; auto: as profile.")
+    profile_dtype: Dtype = Field("auto", description="Data type of the profile's computation, as profile --dtype.")
     max_examples: int = Field(1280, ge=2, description="Number of pairs used by the profile.")
     depth_scores: bool = Field(False, description="Score the tasks at every depth of the untrained models, too.")
     pooling: Pooling = None
