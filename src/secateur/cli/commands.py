@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli.arguments import command_of, expand_list_options
+from secateur.cli.arguments import Commands, command_of, expand_list_options
 from secateur.cli.bars import per_second, study_bars, work_bars
 from secateur.cli.tables import (
     show_candidates,
@@ -49,8 +49,8 @@ from secateur.options import (
 
 app = typer.Typer(
     help="Cut a language model down to the text encoder you can afford.",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
