@@ -76,7 +76,7 @@ def test_a_static_embedding_is_the_mean_of_its_rows(tmp_path: Path):
     assert np.allclose(encode(unit, "oak", "oak ash", "fir"), [[0.6, 0.8], [0.5**0.5, 0.5**0.5], [0, 0]])
     folded = {"mapping": torch.tensor([0, 1, 1, 3]), "weights": torch.tensor([1.0, 1.0, 0.5, 2.0])}
     weighted = static_folder(tmp_path / "weighted", **folded)
-    assert encode(weighted, "ash", "oak ash elm") == [[1.5, 2], [1.5, (4 + 2 + 4) / 3]]
+    assert np.allclose(encode(weighted, "ash", "oak ash elm"), [[1.5, 2], [1.5, (4 + 2 + 4) / 3]])
     (plain / "modules.json").unlink()  # as the first versions of model2vec wrote it
     assert encode(plain, "oak ash") == [[2, 2]]
 
