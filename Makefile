@@ -1,5 +1,6 @@
 # make demo    a study on a real model, from installation to report
-# make test    lint, types and all tests
+# make test    lint, types, the package, and all tests
+# make package    what PyPI gets, into dist/
 # make check   the same without the slow tests
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test check lint
+.PHONY: install demo test check lint package
 install: .venv/installed
 
 # torch comes first, and alone: what needs it would otherwise be free to pull another build of it.
@@ -37,7 +38,18 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint .venv/test-models .venv/test-readers
+# The wheel, built from the source archive; in an empty environment its command answers without torch.
+package: install
+	rm -rf dist
+	$(BIN)/pyproject-build > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear build/empty
+	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	build/empty/bin/secateur --help > /dev/null
+	build/empty/bin/secateur --version
+	! build/empty/bin/python -m pip show --quiet torch 2> /dev/null
+
+test: lint package .venv/test-models .venv/test-readers
 	$(PYTEST)
 
 check: lint
