@@ -31,7 +31,7 @@ evaluation: task_tables task_formats task_folder task_check task_making tasks re
 choosing: selectors budgets vocabulary evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
-healing: recipes exclusion training_data teacher losses evaluator trainer heal
+healing: recipes exclusion training_data processes teacher losses evaluator trainer heal
 scouting: ladder held_out rungs scout
 reporting: cost compare run findings blocks advice vocabulary verdict pictures tables card report
 studies: steps grid plan estimate records runner study

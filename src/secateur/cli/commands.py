@@ -225,7 +225,9 @@ def export_command(options: ExportOptions) -> None:
 def report_command(options: ReportOptions, *, open_page: OpenPage = False) -> None:
     import secateur
 
-    _show_page(secateur.report(**options.given()), open_page)
+    page = secateur.report(**options.given())
+    _say(*secateur.read_verdict(options.run), "")
+    _show_page(page, open_page)
 
 
 @command_of(app, StudyOptions)

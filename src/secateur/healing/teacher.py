@@ -5,7 +5,9 @@ A teacher is whatever gives vectors (:mod:`.embedders`): a model, or an endpoint
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +15,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.util import get_rank
+from sentence_transformers.util.distributed import get_world_size
 
 from secateur.data.embedders import open_embedder
 from secateur.data.vectors import CHUNK, PROBES, VectorCache, fingerprint_model, folder_of, same_as_kept
-from secateur.errors import ModelError
+from secateur.errors import ModelError, OutputError
 from secateur.files import lock, output_errors
+from secateur.healing.processes import barrier
 from secateur.healing.recipes import TrainingConfig
 from secateur.healing.training_data import TrainingSet, used_rows
 from secateur.options import HealOptions
@@ -30,6 +35,9 @@ ALIKE = 1e-6
 """Vectors that all differ by less, as a share of their length, are one vector."""
 MANY = 16
 """Texts of which a teacher must tell one from the others; a few may be alike to it, such as emoji."""
+
+LOOKS = 120
+"""How often, once a second, a process looks for what the others have written: a shared disk may show it late."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,10 @@ def teach(
 def keep_vectors(
     teacher: Teacher, texts: Mapping[str, Sequence[str]], folder: str | Path, progress: Progress = silent
 ) -> VectorCache:
-    """Encode what is not kept yet.
+    """Encode what is not kept yet; of several processes that train one model, each encodes its share.
 
-    Runs and processes that keep vectors of one teacher in one folder encode one after another, so that none does what
-    another has done.
+    Runs that keep vectors of one teacher in one folder encode one after another, so that none does what another has
+    done.
 
     Args:
         teacher: From :func:`open_teacher`.
@@ -124,26 +132,38 @@ def keep_vectors(
     Raises:
         ModelError: A vector is not finite, or zero, or of another size; the teacher gives one vector for different
             texts, or is not the one that the vectors in ``folder`` are of.
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written; or the processes do not share it.
     """
-    own_folder = folder_of(folder, teacher.fingerprint)
+    own_folder, first = folder_of(folder, teacher.fingerprint), get_rank() == 0
     with output_errors(own_folder):
         own_folder.mkdir(parents=True, exist_ok=True)
-    with lock(own_folder, wait=True):
+    with lock(own_folder, wait=True) if first else nullcontext():
+        barrier()
         cache = VectorCache(folder, teacher.fingerprint)
         now = _checked(teacher, "", cache.dimension, list(PROBES))
         same_as_kept(teacher.name, cache, teacher.context(""), now)
-        todo = [(prompt, cache.missing(own, teacher.context(prompt))) for prompt, own in texts.items()]
+        shares = {prompt: list(dict.fromkeys(own))[get_rank() :: get_world_size()] for prompt, own in texts.items()}
+        todo = [(prompt, cache.missing(own, teacher.context(prompt))) for prompt, own in shares.items()]
         done, total = 0, sum(len(own) for _, own in todo)
+        tell = progress if first else silent
         for prompt, own in todo:
             for start in range(0, len(own), CHUNK):
-                progress("teacher", done, total)
+                tell("teacher", done, total)
                 chunk = own[start : start + CHUNK]
                 cache.encode(chunk, teacher.context(prompt), partial(_checked, teacher, prompt, cache.dimension))
                 done += len(chunk)
         if total:
-            progress("teacher", total, total)
-    return cache
+            tell("teacher", total, total)
+        barrier()
+    if get_world_size() == 1:
+        return cache
+    for _ in range(LOOKS):
+        cache = VectorCache(folder, teacher.fingerprint)
+        if not any(cache.missing(own, teacher.context(prompt)) for prompt, own in texts.items()):
+            return cache
+        time.sleep(1)
+    problem = "does not hold the vectors that the other processes have written"
+    raise OutputError(own_folder, problem, "name a folder that all machines share with --cache")
 
 
 def _checked(teacher: Teacher, prompt: str, dimension: int, texts: list[str]) -> NDArray[np.float32]:
