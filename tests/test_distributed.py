@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import secateur
 from conftest import MakeEncoder, example_pairs
-from secateur.healing.teacher import PROBES
+from secateur.data.vectors import PROBES
 from secateur.results import Training, load
 
 pytestmark = pytest.mark.slow

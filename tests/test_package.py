@@ -23,8 +23,8 @@ results: base kinds
 runtime
 options: base fields way runs inference
 figures: style solved plots
-models: compat blocks cutting pooling checks forward save open_model
-data: rows hub sources vectors demo
+models: compat blocks cutting pooling checks forward save open_model static
+data: rows hub sources vectors endpoints embedders demo
 vocabulary: counts tokens trim choice
 measures: metrics intervals costs
 evaluation: task_tables task_formats task_folder task_check task_making tasks replicates evaluate

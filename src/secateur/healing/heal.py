@@ -153,8 +153,7 @@ def _settings(
     """The settings in ``training.json``."""
     settings = {"data": {item.name: len(item.rows) for item in sets}, "instruction": options.instruction}
     if options.teacher is not None:
-        teacher = {"teacher": str(options.teacher), "teacher_model": options.teacher_model}
-        settings |= teacher | {"teacher_fingerprint": made.inputs["teacher"]}
+        settings |= {"teacher": str(options.teacher), "teacher_fingerprint": made.inputs["teacher"]}
     unused = () if options.teacher is not None else ("teacher_weight", "distill")
     known = {key: value for key, value in made.options.items() if key not in unused}
     return {**known, **settings, **(held_out or HeldOut()).settings()}
