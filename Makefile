@@ -1,6 +1,7 @@
 # make demo    a study on a real model, from installation to report
 # make test    lint, types and all tests
 # make check   the same without the slow tests
+# make docs    the site, in build/site
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test check lint
+.PHONY: install demo test check docs lint
 install: .venv/installed
 
 # torch comes first, and alone: what needs it would otherwise be free to pull another build of it.
@@ -29,6 +30,10 @@ install: .venv/installed
 	! command -v npm > /dev/null || npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
+.venv/docs: .venv/installed
+	$(PIP) -c constraints.txt -e '.[docs]'
+	touch $@
+
 demo: install
 	$(BIN)/secateur study --preset demo -o runs/demo
 
@@ -37,7 +42,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint .venv/test-models .venv/test-readers
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+test: lint docs .venv/test-models .venv/test-readers
 	$(PYTEST)
 
 check: lint

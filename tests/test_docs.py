@@ -196,7 +196,7 @@ def test_what_a_page_shows_runs(page: Path, workshop: Path, tmp_path: Path, monk
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_of_code_has_a_language_and_is_well_formed(page: Path):
     for kind, note, text in blocks(page):
-        assert kind in ("sh", "python", "yaml", "json", "text", "bibtex"), text
+        assert kind in ("sh", "python", "yaml", "json", "text", "console", "bibtex"), text
         assert not note or re.fullmatch(r"<!-- (not run: .+|file: \S+|in a folder of its own) -->", note), note
         if kind == "python":
             compile(text, str(page), "exec")

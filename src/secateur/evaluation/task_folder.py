@@ -3,7 +3,8 @@
 A task folder holds ``task.json`` and the files of its ``type``: :data:`_FIELDS` has their columns, and
 ``docs/reference/data.md`` explains them. ``task.json`` may also have ``name`` (default: the folder's), ``metric``
 (default: mteb's main score of the type), ``instruction``, ``licence`` and ``notes``; of retrieval also
-``ignore_identical_ids`` (true: a document does not answer the query of its own id, as in ArguAna); other keys are for people. A folder without
+``ignore_identical_ids`` (true: a document does not answer the query of its own id, as in ArguAna); other
+keys are for people. A folder without
 ``task.json`` that holds BEIR's files is a retrieval task. Each ``.jsonl`` may be a ``.jsonl.gz``.
 """
 
