@@ -36,8 +36,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "example" not in path.parts)]
 STEPS = "4"
 TRAININGS = ("heal", "scout", "study")
-LANGUAGE_MODELS = {"MODEL": 30, "Qwen/Qwen3-0.6B": 30}
-EMBEDDERS = {"sentence-transformers/all-MiniLM-L6-v2": 6, "intfloat/e5-small-v2": 12}
+LANGUAGE_MODELS = {"MODEL": 12, "Qwen/Qwen3-0.6B": 12}
+EMBEDDERS = {"sentence-transformers/all-MiniLM-L6-v2": 6, "intfloat/e5-small-v2": 6}
 READY = ("profile", "scout", "cut", "healed")
 """Folders that a page may use without having made them."""
 
