@@ -1,5 +1,6 @@
 # make demo    a study on a real model, from installation to report
-# make test    lint, types and all tests
+# make test    lint, types, the package, and all tests
+# make package    what PyPI gets, into dist/
 # make check   the same without the slow tests
 # make docs    the site, in build/site
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test check docs lint
+.PHONY: install demo test check docs lint package
 install: .venv/installed
 
 # torch comes first, and alone: what needs it would otherwise be free to pull another build of it.
@@ -45,7 +46,18 @@ lint: install
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-test: lint docs .venv/test-models .venv/test-readers
+# The wheel, built from the source archive; in an empty environment its command answers without torch.
+package: install
+	rm -rf dist
+	$(BIN)/pyproject-build > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear build/empty
+	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	build/empty/bin/secateur --help > /dev/null
+	build/empty/bin/secateur --version
+	! build/empty/bin/python -m pip show --quiet torch 2> /dev/null
+
+test: lint docs package .venv/test-models .venv/test-readers
 	$(PYTEST)
 
 check: lint

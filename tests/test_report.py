@@ -637,6 +637,21 @@ def test_scores_in_the_card_are_read_by_the_hubs_own_library(run: Path) -> None:
     assert hub.dataset_args == {"sample": 100, "seed": 7}
 
 
+def test_a_card_has_the_licence_and_the_languages_of_its_base(run: Path) -> None:
+    folder = write_model(run, "tiny-6-healed", 6, True, str(run.parent / "base"))
+    (run.parent / "base").mkdir()
+    own = "license: other\nlicense_name: tiny-terms\nlicense_link: LICENSE\nlanguage:\n- de\n- en"
+    (run.parent / "base" / "README.md").write_text(f"---\n{own}\n---\n# Base\n")
+    report(run)
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.license_name, card.data.language) == ("other", "tiny-terms", ["de", "en"])
+    assert card.data.license_link is None  # that file is not in this folder
+    (run.parent / "base" / "README.md").write_text(f"---\n{own.replace('LICENSE', 'https://a.org/t')}\n---\n")
+    report(run)
+    assert ModelCard.load(folder / "README.md").data.license_link == "https://a.org/t"
+    assert str(run.parent) not in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("base", ["./local", "/models/tiny", "tiny", "org/tiny.gguf", "a/b/c", "../x"])
 def test_a_base_model_that_is_not_on_the_hub_is_no_metadata(tmp_path: Path, base: str) -> None:
     folder = write_model(tmp_path, "tiny-2-healed", 2, healed=True, base_model=base)

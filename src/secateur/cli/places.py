@@ -58,11 +58,11 @@ def _check_task(name: str) -> None:
     if folder.exists():
         (read_task_folder if _bytes(folder) <= SMALL else check_task_folder)(folder)
     elif name.startswith((".", "/", "~")) or (folder.parent != Path() and folder.parent.is_dir()):
-        raise DataError(name, "no such folder", "give a task folder, or the name of an mteb task or benchmark")
+        raise DataError(name, "no such file or folder", "give a task folder, or the name of an mteb task or benchmark")
 
 
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
 
 
 def _check_run(folder: Path) -> None:

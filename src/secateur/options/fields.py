@@ -91,8 +91,8 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
 DATA = (
-    "Files of query (or anchor), positive and optional negative: .jsonl, .jsonl.gz, .csv or .parquet; folders of them; "
-    "or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
+    "Files of query (or anchor), positive and optional negative: .jsonl, .csv, .tsv (also .gz) or .parquet; folders of "
+    "them; or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
 )
 TEXTS = " Or of texts alone: .txt, or .jsonl with text."
 POOLING = "How a bare language model pools its tokens [default: weighted_mean, or mean where attention goes both ways]."
@@ -102,8 +102,8 @@ Columns = Annotated[
     dict[str, str] | None,
     BeforeValidator(_columns),
     Field(
-        description="What the data call these columns, where otherwise: query=question,positive=answer,negative=wrong, "
-        "or text=body."
+        description="Your names of the columns, where they differ: query=question,positive=answer,negative=wrong, or "
+        "text=body."
     ),
 ]
 Instruction = Annotated[

@@ -29,6 +29,7 @@ from secateur.options.fields import (
     Seed,
     Tasks,
     comma_separated,
+    listed,
     path_text,
     texts,
 )
@@ -42,7 +43,9 @@ class EvaluateOptions(Options):
     """
 
     models: Models = argument(MODEL, min_length=1)
-    tasks: Tasks = positional("Task folders, or names of tasks and benchmarks of mteb.", min_length=1)
+    tasks: Tasks = positional(
+        "Task folders or files (see `secateur tasks`), or names of tasks and benchmarks of mteb.", min_length=1
+    )
     out: Annotated[Path | None, Names("results")] = output(
         "The folder for scores.json; scores that it already holds are computed again only if something changed.",
         needed=False,
@@ -52,6 +55,29 @@ class EvaluateOptions(Options):
     seed: SampleSeed = 42
     batch_size: int = Field(32, ge=1, description="Number of texts encoded at once.")
     cache: Cache = None
+
+
+class CheckTasksOptions(Options):
+    """Say what task folders and files are, how they will be scored, and what is wrong where.
+
+    Example: secateur tasks check tasks/my-search pairs.csv
+    """
+
+    tasks: Annotated[list[Path], BeforeValidator(listed)] = argument("Task folders or files.", min_length=1)
+
+
+class MakeTaskOptions(Options):
+    """Make a first retrieval task from texts alone: title -> body, or first sentence -> rest.
+
+    Example: secateur tasks make articles.jsonl -o tasks/articles
+    """
+
+    texts: Annotated[Path, Names("file")] = argument("A file of texts: .jsonl, .csv, .tsv, .parquet or .txt.")
+    out: Annotated[Path, Names("new folder")] = output("The task folder to write.")
+    title: str | None = Field(None, description="Column of the titles [default: title, headline or heading].")
+    text: str | None = Field(None, description="Column of the texts [default: text, body, content or such].")
+    queries: int = Field(500, ge=1, description="Most queries; all texts are documents.")
+    seed: Seed = Field(42, description="Random seed: which texts are asked for.")
 
 
 class CostOptions(Options):
@@ -123,8 +149,8 @@ class ReportOptions(Options):
     threshold: float = Field(
         100.0,
         gt=0,
-        description="Million parameters that one more point of score may cost; the report names the size beyond which "
-        "it costs more.",
+        description="The report names the size beyond which one more point of score costs more than this many million "
+        "parameters.",
     )
 
 
@@ -170,7 +196,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     )
     seeds: list[Seed] = Field(default=[], description="Repeat each training with these seeds [default: --seed].")
     profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the loss that the profile measures.")
-    profile_dtype: Dtype = Field("auto", description="Dtype of the profile's computation; auto: as profile.")
+    profile_dtype: Dtype = Field("auto", description="Data type of the profile's computation, as profile --dtype.")
     max_examples: int = Field(1280, ge=2, description="Number of pairs used by the profile.")
     depth_scores: bool = Field(False, description="Score the tasks at every depth of the untrained models, too.")
     pooling: Pooling = None

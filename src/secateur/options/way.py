@@ -128,8 +128,8 @@ class Budget(Options):
     tolerance: float | None = Field(
         None,
         ge=0,
-        description="Choose the smallest depth that loses no more than so many points of average score against the "
-        "full depth trained alike, at 95 % confidence [1.0 for a scout].",
+        description="Choose the smallest depth whose average score is at most this many points below that of the full "
+        "depth with the same training, at 95 % confidence [1.0 for a scout].",
     )
     best: bool = Field(False, description="Choose the depth with the highest average score, of those that fit.")
     max_params: float | None = Field(
@@ -193,7 +193,7 @@ class PruneOptions(VocabularyOptions):
         description="Add rows of zeros to the token table until their number is a multiple of this, such as 64.",
     )
     vocab_tasks: Tasks = Field(
-        [], description="Task folders whose texts should be covered as well: it is told how well they are."
+        [], description="Task folders: tell what share of their tokens the kept vocabulary covers."
     )
     dtype: Dtype = Field("auto", description="Data type of the written weights; auto keeps the model's own.")
     adapter: Annotated[Any, BeforeValidator(path_text)] = Field(

@@ -338,15 +338,20 @@ def is_on_hub(model: str) -> bool:
     return bool(HUB_NAME.fullmatch(model)) and not model.endswith(".gguf") and not os.path.exists(model)  # noqa: PTH110
 
 
-def base_licence(base: str) -> str:
-    """The licence in the base model's own card, from its folder or from the Hub's cache; empty where not known."""
+def base_metadata(base: str) -> dict[str, Any]:
+    """What the base model's own card says, in its folder or in the Hub's cache; empty where there is none."""
     found = try_to_load_from_cache(base, CARD) if is_on_hub(base) else os.path.join(base, CARD)  # noqa: PTH118
     if not isinstance(found, str) or not os.path.isfile(found):  # noqa: PTH113  where Path raises, this is false
-        return ""
+        return {}
     try:
-        licence = (metadata_load(found) or {}).get("license")
+        return metadata_load(found) or {}
     except (ValueError, yaml.YAMLError):  # no metadata, or broken ones
-        return ""
+        return {}
+
+
+def base_licence(base: str) -> str:
+    """The licence in the base model's own card; empty where not known."""
+    licence = base_metadata(base).get("license")
     return licence if isinstance(licence, str) else ""
 
 
