@@ -30,6 +30,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+import secateur as package
 from secateur.cli import commands
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +211,11 @@ def test_documents_that_code_and_pages_name_are_there():
     for file in files:
         for name in re.findall(r"\bdocs/[\w./-]+\.(?:md|html|png|ipynb|py)\b", file.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file(), f"{file}: {name}"
+
+
+def test_the_reference_has_every_function():
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    assert set(package.__all__) - set(re.findall(r"^::: secateur\.(\w+)$", page, re.M)) == {"SecateurError"}
 
 
 @pytest.mark.slow
