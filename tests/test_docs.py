@@ -2,7 +2,8 @@
 
 A block is left out where the comment before it says why: ``<!-- not run: needs a cluster -->``. The others, ``sh`` and
 ``python``, run one after the other in a folder for each page; ``<!-- in a folder of its own -->`` begins a new one, and
-``<!-- file: study.yaml -->`` writes the block to a file. Trainings take a few steps, whatever number is printed.
+``<!-- file: study.yaml -->`` writes the block to a file. Trainings take a few steps, and small vocabularies have
+300 tokens, whatever number is printed.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from secateur.cli import commands
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "example" not in path.parts)]
-STEPS = "4"
+STEPS, TOKENS = "4", "300"
 TRAININGS = ("heal", "scout", "study")
 LANGUAGE_MODELS = {"MODEL": 12, "Qwen/Qwen3-0.6B": 12}
-EMBEDDERS = {"sentence-transformers/all-MiniLM-L6-v2": 6, "intfloat/e5-small-v2": 6}
+EMBEDDERS = {"sentence-transformers/all-MiniLM-L6-v2": 6, "intfloat/e5-small-v2": 12}
 READY = ("profile", "scout", "cut", "healed")
 """Folders that a page may use without having made them."""
 
@@ -125,6 +126,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def secateur(words: list[str]) -> None:
     """A command, in this process."""
     words = [found for word in words for found in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    if "--vocab-size" in words:
+        words[words.index("--vocab-size") + 1] = TOKENS
     if words[0] in TRAININGS and words[1] not in ("status", "resume"):
         words += ["--steps", STEPS]  # of an option that is given twice, the last one counts
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
