@@ -20,10 +20,11 @@ from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
 from secateur import runtime
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
 from secateur.exporting.convert import FILES, Form
-from secateur.exporting.export import MIN_COSINE, Export, as_numbers, consumers_of, export
+from secateur.exporting.export import MIN_COSINE, Export, consumers_of, export
 from secateur.exporting.graph import EncoderGraph, SplitLinear, split_outliers
 from secateur.measures.metrics import paired_cosines
 from secateur.results import load
+from secateur.runtime.vectors import as_numbers
 from task_folders import example_rows, write_task
 
 TEN_SCRIPTS = (

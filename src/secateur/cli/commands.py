@@ -54,13 +54,9 @@ from secateur.options import (
 app = typer.Typer(
     help="Cut a language model down to the text encoder you can afford.",
     cls=Commands,
-    no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-tasks = typer.Typer(help="Check your tasks, or make a first one from texts.", rich_markup_mode=None)
-app.add_typer(tasks, name="tasks")
 
 INTERRUPTED = 130
 
@@ -77,7 +73,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         # typer returns the code of a click.Exit (--help) instead of raising it; since 0.29 Ctrl-C is one, too.
-        code = app(expand_list_options(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0
+        code = app(expand_list_options(sys.argv[1:] or ["--help"]), prog_name="secateur", standalone_mode=False) or 0
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         _flush()
@@ -189,14 +185,8 @@ def evaluate_command(options: EvaluateOptions) -> None:
     _say(f"\n{Path(str(options.out)) / 'scores.json'}")
 
 
-@tasks.callback(invoke_without_command=True)
-def _help(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        _say(context.get_help())
-
-
-@command_of(tasks, CheckTasksOptions)
-def check_command(options: CheckTasksOptions) -> None:
+@command_of(app, CheckTasksOptions)
+def tasks_check_command(options: CheckTasksOptions) -> None:
     import secateur
 
     checks = secateur.check_tasks(**options.given())
@@ -205,8 +195,8 @@ def check_command(options: CheckTasksOptions) -> None:
         raise typer.Exit(2)
 
 
-@command_of(tasks, MakeTaskOptions)
-def make_command(options: MakeTaskOptions) -> None:
+@command_of(app, MakeTaskOptions)
+def tasks_make_command(options: MakeTaskOptions) -> None:
     import secateur
 
     show_made_task(secateur.make_task(**options.given()))
@@ -235,7 +225,9 @@ def export_command(options: ExportOptions) -> None:
 def report_command(options: ReportOptions, *, open_page: OpenPage = False) -> None:
     import secateur
 
-    _show_page(secateur.report(**options.given()), open_page)
+    page = secateur.report(**options.given())
+    _say(*secateur.read_verdict(options.run), "")
+    _show_page(page, open_page)
 
 
 @command_of(app, StudyOptions)

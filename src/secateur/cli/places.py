@@ -13,7 +13,7 @@ from typing import Any
 from secateur.errors import DataError, OutputError
 from secateur.evaluation.task_folder import check_task_folder, read_task_folder
 from secateur.files import check_is_file, check_results_folder, partial_folder
-from secateur.models import resolve
+from secateur.models import is_endpoint, resolve
 from secateur.options import Names, Options, read_study
 
 SMALL = 8 << 20
@@ -49,7 +49,7 @@ def _check_results(folder: Path, own: tuple[str, ...] | None) -> None:
 
 
 def _check_model(name: str) -> None:
-    if "://" not in name:  # a server, as a teacher
+    if not is_endpoint(name):
         resolve(name)
 
 

@@ -121,7 +121,7 @@ def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> Tra
         ConfigError: An option has no effect here: of a teacher or of adapters, where there are none.
     """
     if options.teacher is None:
-        for key in ("teacher_model", "teacher_weight", "distill", "cache"):
+        for key in ("teacher_weight", "distill", "cache"):
             if getattr(options, key) is not None:
                 raise ConfigError(key, getattr(options, key), "there is no teacher", "name one with --teacher")
     texts = [isinstance(source, Texts) for source in sources]

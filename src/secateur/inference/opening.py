@@ -6,14 +6,12 @@ vectors: it measures texts of this run, and random ones, both ways.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,9 +26,8 @@ from secateur.models.blocks import blocks_of
 from secateur.models.open_model import MAX_LENGTH, open_model
 from secateur.models.save import PROBES
 from secateur.options import SavedPooling
-from secateur.provenance import fingerprint
+from secateur.provenance import fingerprint_files, is_export
 from secateur.runtime.core import CPU_BATCH, LENGTH_STEP, Encoder, Tokens, Vectors
-from secateur.runtime.encoder import MANIFEST
 
 AUTO, MIXED, STORED = "auto", "mixed", "stored"
 """Names of a dtype beside PyTorch's own; the last is that of the weights."""
@@ -71,11 +68,6 @@ class Opening:
     threads: int | None = None
 
 
-def is_export(folder: str | Path) -> bool:
-    """Whether a path is a folder that ``secateur export`` wrote."""
-    return (Path(folder) / MANIFEST).is_file()
-
-
 def open_encoder(opening: Opening) -> Encoder:
     """Open a model or an export; :func:`use_dtype` comes next.
 
@@ -110,13 +102,7 @@ def open_encoder(opening: Opening) -> Encoder:
 
 def fingerprint_encoder(encoder: Encoder) -> str:
     """A hash of all that an encoder's vectors depend on."""
-    if isinstance(encoder, ModelEncoder):
-        return fingerprint_model(encoder.model)
-    digest = hashlib.sha256()
-    for file in sorted(Path(encoder.name).rglob("*")):
-        if file.is_file():
-            digest.update(f"{file.relative_to(encoder.name)} {fingerprint(file, 0).sha256}".encode())
-    return digest.hexdigest()
+    return fingerprint_model(encoder.model) if isinstance(encoder, ModelEncoder) else fingerprint_files(encoder.name)
 
 
 def weights_dtype(name: str) -> str:

@@ -28,12 +28,13 @@ from secateur.errors import ConfigError, ModelError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import ModelEncoder, batch_budget
 from secateur.inference.middleware import API_KEYS, ApiError, Keys, Metrics, log, log_as_json, read_keys
-from secateur.inference.opening import Opening, is_export, open_encoder, use_dtype
+from secateur.inference.opening import Opening, open_encoder, use_dtype
 from secateur.inference.queueing import LocalWorker
 from secateur.inference.workers import SILENT_SECONDS, EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
 from secateur.models.open_model import check_device
 from secateur.options import ServeOptions, step
+from secateur.provenance import is_export
 from secateur.runtime.core import Vectors
 
 BACKLOG = 2048

@@ -90,6 +90,10 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 """The range that numpy takes."""
 
 MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
+ENDPOINT = "a server with the OpenAI embeddings API: https://host/v1#model-name."
+OTHERS = (
+    MODEL + " Or what cannot be cut, but compared: a static embedding (model2vec), a folder that export wrote, or "
+) + ENDPOINT
 DATA = (
     "Files of query (or anchor), positive and optional negative: .jsonl, .csv, .tsv (also .gz) or .parquet; folders of "
     "them; or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."

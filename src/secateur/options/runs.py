@@ -12,6 +12,7 @@ from secateur.options.base import Names, Options, argument, make, output, positi
 from secateur.options.fields import (
     DATA,
     MODEL,
+    OTHERS,
     STUDY_FILES,
     Cache,
     Data,
@@ -42,7 +43,7 @@ class EvaluateOptions(Options):
     Example: secateur evaluate smollm2-large-healed --tasks tasks/my-search -o scores
     """
 
-    models: Models = argument(MODEL, min_length=1)
+    models: Models = argument(OTHERS, min_length=1)
     tasks: Tasks = positional(
         "Task folders or files (see `secateur tasks`), or names of tasks and benchmarks of mteb.", min_length=1
     )
@@ -86,7 +87,7 @@ class CostOptions(Options):
     Example: secateur cost smollm2 smollm2-large -o costs
     """
 
-    models: Models = argument(MODEL, min_length=1)
+    models: Models = argument(OTHERS, min_length=1)
     out: Annotated[Path | None, Names("results")] = output("Folder for costs.json.", needed=False)
     names: ModelNames = None
     repetitions: int = Field(3, ge=1, description="Number of timed rounds; speeds are their median, with the range.")
@@ -112,7 +113,7 @@ class CompareOptions(Options):
     Example: secateur compare smollm2 smollm2-large --tasks tasks/my-search --texts notes.txt -o comparison
     """
 
-    models: Models = argument(MODEL + " The first is the reference.", min_length=2)
+    models: Models = argument(OTHERS + " The first is the reference.", min_length=2)
     tasks: Tasks = Field(
         [], description="Task folders, or names of mteb's tasks and benchmarks, to score the models on."
     )
@@ -163,6 +164,10 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     models: Models = argument(MODEL, default=[])
     data: Data = Field(default=[], description=DATA)
     tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
+    baselines: Models = Field(
+        default=[],
+        description="Models to compare with, scored and timed as those of the study: names as for evaluate.",
+    )
     vocab: Data = Field(
         default=[],
         description="Cut the vocabulary first, to the tokens that these texts need: files as for --data [default: "

@@ -11,6 +11,7 @@ from secateur.errors import ConfigError
 from secateur.options.base import Names, Options, argument, output, positional
 from secateur.options.fields import (
     DATA,
+    ENDPOINT,
     POOLING,
     PROFILE_FILES,
     SCOUT_FILES,
@@ -278,10 +279,8 @@ class HealOptions(HealSettings):
     )
     teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
         None,
-        description="Teacher whose vectors the model learns: a model, or the address of a server with the OpenAI "
-        "embeddings API, such as http://host/v1.",
+        description="Teacher whose vectors the model learns: a model, or " + ENDPOINT,
     )
-    teacher_model: str | None = Field(None, description="Name of the model on the teacher's server [its only model].")
     teacher_weight: float | None = Field(
         None,
         ge=0,
@@ -353,8 +352,8 @@ class ScoutOptions(HealOptions):
     held_out: HeldOut = 1000
     teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
         None,
-        description="Teacher whose vectors the model learns: a model, the address of a server, as for heal; or self, "
-        "the whole model as it came.",
+        description="Teacher whose vectors the model learns: a model or an endpoint, as for heal; or self, the whole "
+        "model as it came.",
     )
 
     @model_validator(mode="before")

@@ -21,7 +21,7 @@ from secateur.reporting.blocks import Block, Bullets, Code, Section, Text, secti
 from secateur.reporting.findings import GroupComparison, Summary
 from secateur.reporting.run import HUB_NAME, POLISHED, Scouted, Variant, base_licence, base_metadata, is_on_hub
 from secateur.reporting.tables import SPEED, cost_table, is_other, kept_blocks, kept_tokens, scout_origin, settings_text
-from secateur.reporting.verdict import seed_note
+from secateur.reporting.verdict import Recommendation, seed_note
 from secateur.reporting.vocabulary import vocabulary_facts, vocabulary_limits
 from secateur.results import Origin, ScoreRow
 
@@ -41,8 +41,10 @@ def may_write(card: Path) -> bool:
     return any(mark in old for mark in GENERATED_MARKS)
 
 
-def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin) -> str:
-    """The card of a run's model. The full model beside it is of the same seed where there is one."""
+def model_card(summary: Summary, found: Recommendation, variant: Variant, folder: Path, origin: Origin) -> str:
+    """The card of a run's model; that of the recommended one says so. The full model beside it is of the same seed
+    where there is one.
+    """
     comparison = next((item for item in summary.compared.values() if variant in item.group.variants), None)
     full = None
     if comparison is not None:
@@ -91,6 +93,8 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
         f"# {doc.to_markdown(variant.name)}",
         doc.to_markdown(about),
     ]
+    if found.ship and variant in found.ship.group.variants:
+        head += [f"**{doc.to_markdown(found.headline)}**", doc.to_markdown(found.reasons[0])]
     return "\n\n".join([*head, *map(section_to_markdown, sections)]) + "\n"
 
 
