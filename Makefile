@@ -2,6 +2,7 @@
 # make test    lint, types, the package, and all tests
 # make package    what PyPI gets, into dist/
 # make check   the same without the slow tests
+# make docs    the site, in build/site
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test check lint package
+.PHONY: install demo test check docs lint package
 install: .venv/installed
 
 # torch comes first, and alone: what needs it would otherwise be free to pull another build of it.
@@ -30,6 +31,10 @@ install: .venv/installed
 	! command -v npm > /dev/null || npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
+.venv/docs: .venv/installed
+	$(PIP) -c constraints.txt -e '.[docs]'
+	touch $@
+
 demo: install
 	$(BIN)/secateur study --preset demo -o runs/demo
 
@@ -37,6 +42,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # The wheel, built from the source archive; in an empty environment its command answers without torch.
 package: install
@@ -49,7 +57,7 @@ package: install
 	build/empty/bin/secateur --version
 	! build/empty/bin/python -m pip show --quiet torch 2> /dev/null
 
-test: lint package .venv/test-models .venv/test-readers
+test: lint docs package .venv/test-models .venv/test-readers
 	$(PYTEST)
 
 check: lint

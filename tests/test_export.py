@@ -426,7 +426,7 @@ def test_the_manifest_tells_who_loads_the_export(exported: Callable[..., tuple[P
 
 
 def test_stock_sentence_transformers_without_modules_pools_by_the_mean(llama_folder: Path, tmp_path: Path):
-    """A rule of docs/export.md that can be run here."""
+    """A rule of docs/reference/exports.md that can be run here."""
     assert SentenceTransformer(str(llama_folder), device="cpu")[1].pooling_mode == "mean"
     bare = shutil.copytree(llama_folder, tmp_path / "bare")
     (bare / "model.safetensors").unlink()

@@ -1,10 +1,10 @@
 """Task folders and files: somebody's own evaluation data, checked before anything is encoded.
 
 A task folder holds ``task.json`` and the files of its ``type``: :data:`.FIELDS` has their columns, and
-``docs/tasks.md`` explains them. ``task.json`` may also have ``name`` (default: the folder's), ``metric`` (default:
-mteb's main score of the type), ``instruction``, ``licence``, ``notes`` and ``caution`` (stands beside each score); of
-retrieval also ``ignore_identical_ids`` (true: a document does not answer the query of its own id, as in ArguAna); other
-keys are for people. :mod:`.task_formats` has what needs no ``task.json``.
+``docs/reference/data.md`` explains them. ``task.json`` may also have ``name`` (default: the folder's), ``metric``
+(default: mteb's main score of the type), ``instruction``, ``licence``, ``notes`` and ``caution`` (stands beside each
+score); of retrieval also ``ignore_identical_ids`` (true: a document does not answer the query of its own id, as in
+ArguAna); other keys are for people. :mod:`.task_formats` has what needs no ``task.json``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The task files that people have, recognized by their names and columns, and read as the tables of a task.
 
-Each format is one function: given a file or a folder, it says what is there, or None. ``docs/tasks.md`` shows them.
+Each format is one function: given a file or a folder, it says what is there, or None. ``docs/how-to/judge.md`` shows
+them.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ LONG = 1024
 
 CALIBRATION_LENGTH = 128
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.995, "int8": 0.9}
-"""Default of ``--min-cosine``. Measured: docs/export.md."""
+"""Default of ``--min-cosine``. Measured: docs/explanation/results.md."""
 
 TEN_SCRIPTS = (
     "The gardener cut the hedge back to half its height.",
@@ -250,7 +250,7 @@ def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: npt
 
 
 def consumers_of(form: Form, model: SentenceTransformer) -> dict[str, dict[str, str]]:
-    """Other software → whether it ``loads`` an export, and ``why``; docs/export.md has the rules and their dates.
+    """Other software → whether it ``loads`` an export, and ``why``; docs/reference/exports.md has the rules, dated.
 
     ``yes``: with the same vectors; ``differs``: with other vectors; ``no``: it does not load it.
     """

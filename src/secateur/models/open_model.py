@@ -208,7 +208,7 @@ def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName 
         transformer.max_seq_length = max_length if own_length is None else min(max_length, own_length)
         # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
         # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
-        # (docs/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
+        # (docs/reference/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
         transformer.tokenizer.padding_side = "right"
         pooling = pooling or ("weighted_mean" if is_causal(transformer) else "mean")
         model.append(make_pooling(pooling, state_width(transformer)))
