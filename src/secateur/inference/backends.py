@@ -25,13 +25,12 @@ from secateur import runtime
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, MissingPackage, ModelError, OutputError
 from secateur.exporting.convert import form_of
-from secateur.exporting.export import TEN_SCRIPTS
 from secateur.inference.conversions import Conversion, Measured, conversion_of, precision_of
 from secateur.inference.encoders import MIXED, ModelEncoder, mix_products
 from secateur.inference.opening import AUTO, TORCH, Opening
 from secateur.measures.metrics import paired_cosines
 from secateur.models.open_model import open_model
-from secateur.models.save import PROBES
+from secateur.models.save import PROBES, TEN_SCRIPTS
 from secateur.progress import quiet
 from secateur.provenance import fingerprint
 from secateur.runtime.core import CPU_BATCH, Encoder, Vectors
@@ -210,10 +209,9 @@ def _is_decided(opening: Opening) -> bool:
     if dtype == "int8" and (backend == TORCH or not opening.on_cpu):
         raise ConfigError("dtype", dtype, "int8 is not for torch", "--backend openvino or onnx, on the CPU")
     if dtype in (STORED, MIXED) and backend not in (AUTO, TORCH):
-        raise ConfigError(
-            "dtype", dtype, f"is for torch, not for {backend}", "auto, float32, bfloat16, float16 or int8"
-        )
-    alone = dtype in (STORED, MIXED, "bfloat16", "float16")  # in torch, where no backend is named
+        hint = "auto, float32, bfloat16, float16 or int8"
+        raise ConfigError("dtype", dtype, f"{dtype} is for torch, not for {backend}", hint)
+    alone = dtype in (STORED, MIXED, BFLOAT16, "float16")  # in torch, where no backend is named
     return not opening.on_cpu or alone or AUTO not in (backend, dtype)
 
 

@@ -25,6 +25,7 @@ from secateur.errors import DataError, OutputError
 from secateur.files import lock, read_json, write_text
 from secateur.inference.opening import Opening
 from secateur.models import resolve
+from secateur.models.save import TEN_SCRIPTS
 from secateur.provenance import ENCODING, fingerprint_files, versions_of
 from secateur.runtime.encoder import MANIFEST
 
@@ -101,7 +102,7 @@ class Conversion:
         Raises:
             SecateurError: ``export`` fails; or no place can be written.
         """
-        from secateur.exporting.export import TEN_SCRIPTS, export  # with all that scores it
+        from secateur.exporting.export import export  # with all that scores it
 
         with _made_once(self.folders) as folder:
             if (made := self.kept) is None:

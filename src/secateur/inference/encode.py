@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
         about = _description(encoder, options, inputs, prompt) | {"backend": opening.backend, "dtype": opening.dtype}
         if ranges is not None:
             _check_ranges(ranges, about, options)
-        _check_resume(folder, about)
+        _check_resume(folder, about, opening.backend != TORCH and not opening.exported)
         if options.ray is None and options.processes == 1:
             pool: AbstractContextManager[Run] = nullcontext(partial(_run_here, encoder, prompt))
         else:
@@ -156,23 +156,25 @@ def _opening(options: EncodeOptions, folder: Path) -> Opening:
     """How the model is opened; ``auto`` is what the run that is resumed has found, for another measurement may find
     otherwise.
     """
-    backend, dtype = options.backend, options.dtype
-    recorded = read_json(folder / FILE) if (folder / FILE).exists() else None
-    found = recorded.get("options") if isinstance(recorded, dict) else None
-    if isinstance(found, dict) and "backend" in found:
-        backend = found["backend"] if backend == AUTO else backend
-        dtype = found["dtype"] if dtype == AUTO else dtype
-    return Opening(
+    opening = Opening(
         str(options.model),
-        dtype,
+        options.dtype,
         options.pooling,
         options.max_length,
         options.device,
         options.trust_remote_code,
         options.batch_tokens,
         length_step=1,
-        backend=backend,
+        backend=options.backend,
     )
+    recorded = read_json(folder / FILE) if (folder / FILE).exists() else None
+    found = recorded.get("options") if isinstance(recorded, dict) else None
+    if not isinstance(found, dict) or opening.exported or options.dtype != AUTO:
+        return opening
+    backend = found.get("backend") or TORCH
+    if options.backend not in (AUTO, backend):
+        return opening
+    return replace(opening, backend=backend, dtype=str(found.get("dtype", AUTO)))
 
 
 def _prompts(encoder: Encoder, options: EncodeOptions) -> list[str]:
@@ -201,9 +203,10 @@ def _description(encoder: Encoder, options: EncodeOptions, inputs: Inputs, promp
     }
 
 
-def _check_resume(folder: Path, about: dict[str, Any]) -> None:
+def _check_resume(folder: Path, about: dict[str, Any], converted: bool) -> None:
     """Record what the folder's shards are made from; refuse a folder that holds those of another run."""
-    kept = {name: about[name] for name in ("backend", "dtype", "prompt", "dimension", "normalize")}
+    kept = {name: about[name] for name in ("dtype", "prompt", "dimension", "normalize")}
+    kept["backend"] = about["backend"] if converted else None  # of an export, that is in its fingerprint
     made = Made("encode", kept, {"inputs": about["inputs"]["sha256"], "weights": about["fingerprint"]})
     changed = made.changes_since(folder)
     if changed:
