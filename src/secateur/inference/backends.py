@@ -29,7 +29,7 @@ from secateur.inference.conversions import Conversion, Measured, conversion_of, 
 from secateur.inference.encoders import MIXED, ModelEncoder, mix_products
 from secateur.inference.opening import AUTO, TORCH, Opening
 from secateur.measures.metrics import paired_cosines
-from secateur.models.open_model import open_model
+from secateur.models.open_model import check_device, open_model
 from secateur.models.save import PROBES, TEN_SCRIPTS
 from secateur.progress import quiet
 from secateur.provenance import fingerprint
@@ -175,6 +175,8 @@ def choose(
         ModelError: The model cannot be opened, or converted for the backend that is asked for; or nothing on that
             backend keeps the cosine.
     """
+    if not opening.exported:
+        check_device(opening.device)
     opening = replace(opening, calibration=tuple(texts))
     if _is_decided(opening):
         encoder = open_encoder(opening)
