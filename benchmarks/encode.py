@@ -2,7 +2,7 @@
 
     python benchmarks/encode.py FULL OTHER --depths 24 7  # ratios; cuts of the first model are divided by it
     python benchmarks/encode.py FULL OTHER --depths 7 --texts 48 --rounds 2    # the same in some ten minutes
-    python benchmarks/encode.py FULL OTHER --depths 24 7 --dtypes auto --openvino    # exports to OpenVINO beside it
+    python benchmarks/encode.py FULL OTHER --depths 24 7 --ways auto int8    # what auto takes at 0.9999 and at 0.98
     python benchmarks/encode.py FULL --depths 24 7 --only-cuts    # what depth costs, alone
     python benchmarks/encode.py --rows 1000000            # memory of a large run, killed five times and resumed
 
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,31 @@ import numpy as np
 import psutil
 import torch
 
-from secateur import accelerate, export, open_model, prune, runtime
+from secateur import open_model, prune
+from secateur.inference.backends import choose
 from secateur.inference.distinct import SAMPLE, SHARD
-from secateur.inference.opening import use_dtype
+from secateur.inference.opening import AUTO, Opening
 from secateur.inference.workers import keep_freed_memory
 from secateur.measures.costs import flops_per_token
 from secateur.measures.metrics import paired_cosines
 from secateur.models import model_label
-from secateur.runtime.core import CPU_BATCH
+from secateur.runtime.core import CPU_BATCH, Encoder
 
 WORDS = ("the", "of", "and", "to", "a", "hedge", "shears", "branch", "root", "graft", "bud", "leaf", "bark", "soil")
 INSTRUCTION = "Given a question of somebody who keeps a garden, retrieve the passages that answer it best;\n"
 BATCH_SIZES = (4, 8, 16, 32, 64)
 MARKS = (10_000, 30_000, 100_000, 200_000, 300_000, 500_000, 700_000)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-OPENVINO = "openvino bfloat16"
-AIMS = {"float32": (1.5, 0.9999), "auto": (1.5, 0.9999)} | dict.fromkeys(("mixed", "bfloat16", OPENVINO), (2.5, 0.999))
-"""Times as many texts of mixed lengths per second, at this cosine."""
+WAYS = {
+    "auto": (Opening("", AUTO), 0.9999),
+    "int8": (Opening("", AUTO), 0.98),
+    "torch": (Opening("", AUTO, backend="torch"), 0.9999),
+    "float32": (Opening("", "float32", backend="torch"), 0.9999),
+    "bfloat16": (Opening("", "bfloat16", backend="torch"), 0.999),
+}
+"""How each is opened, and the cosine that it is to keep; ``int8`` is what ``auto`` takes with a lower one."""
+AIM = 3.5
+"""Times as many texts per second as the model's own ``encode`` in float32."""
 
 
 def main() -> None:
@@ -77,9 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, nargs="+", default=[CPU_BATCH], help="budgets to try")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    dtypes = [name for name in AIMS if name != OPENVINO]
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "auto", "bfloat16"], choices=dtypes)
-    parser.add_argument("--openvino", action="store_true", help="also export to OpenVINO in bfloat16, and encode by it")
+    parser.add_argument("--ways", nargs="+", default=["auto", "int8", "torch", "float32"], choices=list(WAYS))
     parser.add_argument("--only-cuts", action="store_true", help="compare the cuts with the first model, and no more")
     parser.add_argument("--rows", type=int, help="rows of the large run, on a tiny random model")
     args = parser.parse_args()
@@ -127,33 +133,27 @@ def ratios(models: Sequence[str], cuts: Sequence[str], scratch: Path, args: argp
     for name, (own, ways) in () if args.only_cuts else opened.items():
         print(f"\n{model_label(name)}", flush=True)
         compare("mixed lengths", own, ways, mixed_lengths(args.texts), "", args)
-        compare("queries under an instruction", own, ways, queries(args.texts), INSTRUCTION, args, aim=3)
+        compare("queries under an instruction", own, ways, queries(args.texts), INSTRUCTION, args)
         against_peak(own, ways, args)
     for way in opened[models[0]][1] if cuts else ():
         against_first({model_label(name): opened[name] for name in (models[0], *cuts)}, way, args)
 
 
-def open_all(name: str, scratch: Path, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def open_all(name: str, scratch: Path, args: argparse.Namespace) -> tuple[Any, dict[str, Encoder]]:
+    """The model itself; and its encoders, whose conversions are kept in a copy of its folder."""
     print(f"\nopens {model_label(name)}", flush=True)
-    own, ways = open_ways(name, args)
-    if args.openvino:
-        folder = scratch / f"{model_label(name)} exported"
-        export(name, to="openvino", precision="bfloat16", out=folder)
-        ways[OPENVINO] = runtime.load(folder)
-    return own, ways
-
-
-def open_ways(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    own = open_model(name, device="cpu", dtype="float32")
+    own, copy = open_model(name, device="cpu", dtype="float32"), scratch / f"{model_label(name)} copied"
+    own.save(str(copy))
+    sample = [*mixed_lengths(SAMPLE // 2), *(INSTRUCTION + text for text in queries(SAMPLE // 2))]
     ways = {}
     for budget in args.batch_tokens:
-        for dtype in args.dtypes:
-            stored = "bfloat16" if dtype == "bfloat16" else "float32"
-            model = own if dtype == "float32" else open_model(name, device="cpu", dtype=stored)
-            fast = ways[f"{dtype}, {budget} tokens"] = accelerate(model, batch_tokens=budget)
-            if dtype in ("mixed", "auto"):
-                sample = [*mixed_lengths(SAMPLE // 2), *(INSTRUCTION + text for text in queries(SAMPLE // 2))]
-                print(f"  {dtype} takes {use_dtype(fast.encoder, dtype, sample)}")
+        for way in args.ways:
+            opening, least = WAYS[way]
+            opening = replace(opening, model=str(copy), device="cpu", batch_tokens=budget, length_step=1)
+            chosen = choose(opening, least, sample)
+            taken = chosen.told or f"{chosen.opening.backend} {chosen.opening.dtype}"
+            print(f"  {way} takes {taken}", flush=True)
+            ways[f"{way}, {budget} tokens"] = chosen.encoder
     return own, ways
 
 
@@ -164,7 +164,6 @@ def compare(
     texts: Sequence[str],
     prompt: str,
     args: argparse.Namespace,
-    aim: float = 0,
 ) -> None:
     """Time all ways on the same texts, and divide the best batch size of the model's own ``encode`` by each."""
     variants = {f"own, batches of {size}": Variant(own_encode(own, size), []) for size in BATCH_SIZES}
@@ -177,8 +176,8 @@ def compare(
         found = variants[way]
         each = ", ".join(f"{b / s:.2f}" for b, s in zip(best.seconds, found.seconds, strict=True))
         least = paired_cosines(found.vectors, best.vectors).min()
-        times, cosine = AIMS[way.partition(",")[0]]
-        gain = f"{best.median / found.median:.2f} times (aim {aim or times}; each round {each})"
+        cosine = WAYS[way.partition(",")[0]][1]
+        gain = f"{best.median / found.median:.2f} times (aim {AIM}; each round {each})"
         kept = f"cosine ≥ {least:.6f} (aim {cosine})"
         print(f"    {way:24} {len(texts) / found.median:8.1f} texts/s, {gain}, {kept}")
 
@@ -187,10 +186,8 @@ def own_encode(model: Any, size: int) -> Callable[[Sequence[str], str], np.ndarr
     return lambda texts, prompt: model.encode(list(texts), prompt=prompt, batch_size=size, show_progress_bar=False)
 
 
-def fast_encode(model: Any) -> Callable[[Sequence[str], str], np.ndarray]:
-    if isinstance(model, runtime.Encoder):
-        return lambda texts, prompt: model.encode(list(texts), prompt=prompt)
-    return lambda texts, prompt: model.encode(list(texts), prompt=prompt, show_progress_bar=False)
+def fast_encode(encoder: Encoder) -> Callable[[Sequence[str], str], np.ndarray]:
+    return lambda texts, prompt: encoder.encode_texts(list(texts), prompt)
 
 
 def run_in_turn(variants: dict[str, Variant], texts: Sequence[str], prompt: str, args: argparse.Namespace) -> None:
@@ -228,7 +225,7 @@ def against_peak(own: Any, ways: dict[str, Any], args: argparse.Namespace) -> No
     after = peaks(args)
     for way, variant in variants.items():
         rate = flops_of(own, texts) / variant.median
-        dtype = torch.bfloat16 if multiplies_in_bfloat16(ways[way]) else torch.float32
+        dtype = precision_of(ways[way])
         of = (before[dtype] + after[dtype]) / 2
         told = f"{rate / of:.2f} of the {of / 1e9:.0f} of matrix products (aim 0.6)"
         print(f"  documents: {way:24} {rate / 1e9:6.1f} useful GFLOP/s, {told}")
@@ -256,10 +253,9 @@ def flops_of(own: Any, texts: Sequence[str]) -> float:
     return float(each * sum(tokens))
 
 
-def multiplies_in_bfloat16(model: Any) -> bool:
-    if isinstance(model, runtime.Encoder):
-        return bool(model.settings.precision == "bfloat16")
-    return model.dtype == torch.bfloat16 or model.encoder.dtype.startswith("mixed")
+def precision_of(encoder: Encoder) -> torch.dtype:
+    """Of int8, too, the rate of bfloat16 is what it is compared with."""
+    return torch.float32 if encoder.dtype == "float32" else torch.bfloat16
 
 
 # --- a large run -----------------------------------------------------------------------------------------------------

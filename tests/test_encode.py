@@ -27,9 +27,10 @@ from secateur.cli import app
 from secateur.data.rows import read_column
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.inference import encoders
+from secateur.inference.backends import choose, open_encoder
 from secateur.inference.distinct import SHARD
-from secateur.inference.encoders import MixedLinear, ModelEncoder
-from secateur.inference.opening import Opening, open_encoder, use_dtype
+from secateur.inference.encoders import MixedLinear, ModelEncoder, mix_products
+from secateur.inference.opening import Opening
 from secateur.measures.metrics import paired_cosines
 from secateur.models import forward
 from task_folders import example_rows, write_task
@@ -138,7 +139,8 @@ def test_a_prompt_that_comes_out_a_little_otherwise_is_run_with_every_text(make_
 
     def mixed() -> np.ndarray:
         encoder = ModelEncoder(make_encoder("llama"))
-        use_dtype(encoder, "mixed")
+        mix_products(encoder.model)
+        encoder.dtype = encoders.MIXED
         return encoder.encode_texts(texts, prompt)
 
     expected = mixed()
@@ -209,110 +211,51 @@ def test_an_accelerated_model_has_the_same_scores(make_encoder: MakeEncoder, tmp
     assert second == pytest.approx(first, abs=1e-4)
 
 
-@pytest.mark.parametrize("prompt", ["", "find the word that is meant: "])
-def test_mixed_products_spare_short_texts(make_encoder: MakeEncoder, prompt: str):
-    own, exact = make_encoder("llama"), make_encoder("llama")
-    texts = [text for text in MIXED if text]
-    lengths = [len(ids) for ids in exact.tokenizer([prompt + text for text in texts])["input_ids"]]
-    limit = sorted(lengths)[len(lengths) // 2]
-    name = f"mixed:{limit}x{len(own[0].auto_model.layers)}"
-    encoder = ModelEncoder(own)
-    assert use_dtype(encoder, name) == encoder.dtype == name
-    expected = exact.encode(texts, prompt=prompt)
-    one_by_one = np.concatenate([encoder.encode_texts([text], prompt) for text in texts])
-    for found in (one_by_one, encoder.encode_texts(texts, prompt)):
-        same(found, expected, 0.999)
-        short = [i for i, length in enumerate(lengths) if length < limit]
-        np.testing.assert_allclose(found[short], expected[short], atol=1e-5)
-    long = [i for i, length in enumerate(lengths) if length >= limit]
-    assert np.abs(one_by_one[long] - expected[long]).max() > 1e-5
-
-
-def test_so_many_blocks_of_short_texts_stay_in_float32(make_encoder: MakeEncoder):
-    """Against a model whose other blocks are mixed for all texts."""
-    own, halved, whole, exact = (ModelEncoder(make_encoder("llama", depth=2)) for _ in range(4))
-    use_dtype(own, "mixed:8x2,30x1")
-    use_dtype(whole, "mixed")
-    halved.model[0].auto_model.layers[1] = whole.model[0].auto_model.layers[1]
-    texts = ["one", "a text of more tokens", "a text that has more tokens than any other one of them"]
-    lengths = [len(ids) for ids in own.model.tokenizer(texts)["input_ids"]]
-    assert [length >= 8 for length in lengths] == [False, True, True]
-    assert [length >= 30 for length in lengths] == [False, False, True]
-    for text, encoder in zip(texts, (exact, halved, whole), strict=True):
-        np.testing.assert_array_equal(own.encode_texts([text]), encoder.encode_texts([text]))
-    assert not np.array_equal(halved.encode_texts(texts[1:2]), exact.encode_texts(texts[1:2]))
-
-
 def test_a_mixed_layer_rounds_its_weights_and_inputs_alone(make_encoder: MakeEncoder):
     own = ModelEncoder(make_encoder("llama"))
-    use_dtype(own, "mixed")
+    mix_products(own.model)
     states = torch.randn(3, 7, 32)  # 21 rows, which are filled up
     layer = own.model[0].auto_model.layers[1].mlp.up_proj
     assert isinstance(layer, MixedLinear)
-    assert layer.linear is None, "nothing is spared: the float32 weights need no memory"
     rounded = states.bfloat16().double() @ layer.weight.double().T
     torch.testing.assert_close(layer(states).double(), rounded, rtol=1e-2, atol=1e-3)
     own.model.to("meta")
     assert layer.weight.device.type == "meta"
 
 
-def test_auto_keeps_its_bound_on_texts_that_it_has_not_seen(make_encoder: MakeEncoder, monkeypatch):
-    """Where bfloat16 is said to be quicker: random letters, hardest where they are few."""
-    monkeypatch.setattr("secateur.inference.opening.product_gain", lambda: 2.0)
-    own, exact = (ModelEncoder(make_encoder("llama", depth=4, seed=1)) for _ in range(2))
-    taken = use_dtype(own, "auto")
-    assert taken == "float32" or taken.startswith("mixed")
+@pytest.mark.parametrize("quicker", [True, False])
+def test_auto_in_torch_keeps_its_bound_on_texts_that_it_has_not_seen(
+    model: Path, reference, monkeypatch, quicker: bool
+):
+    """Where bfloat16 is said to be quicker, or not: random letters, hardest where they are few."""
+    monkeypatch.setattr("secateur.inference.backends._is_quicker", lambda: quicker)
+    chosen = choose(Opening(str(model), device="cpu", backend="torch"), 0.9999)
+    assert chosen.opening.dtype in (("float32", "mixed") if quicker else ("float32",))
     rng = random.Random(3)
     texts = ["".join(rng.choices(LETTERS, k=rng.randint(1, 12))) for _ in range(400)]
-    assert paired_cosines(own.encode_texts(texts), exact.encode_texts(texts)).min() >= 0.9999
+    found = chosen.encoder.encode_texts(texts)
+    assert paired_cosines(found, reference.encode(texts)).min() >= 0.9999
+    np.testing.assert_array_equal(open_encoder(chosen.opening).encode_texts(texts), found)
 
 
-def test_auto_stays_in_float32_where_that_is_quicker_or_long_texts_would_change(make_encoder: MakeEncoder, monkeypatch):
-    for gain, bound in ((1.0, 0.99995), (2.0, 1.1)):
-        monkeypatch.setattr("secateur.inference.opening.product_gain", lambda gain=gain: gain)
-        monkeypatch.setattr("secateur.inference.opening.PROBED_COSINE", bound)
-        own = ModelEncoder(make_encoder("llama"))
-        expected = own.encode_texts(SCRIPTS)
-        assert use_dtype(own, "auto") == own.dtype == "float32"
-        np.testing.assert_array_equal(own.encode_texts(SCRIPTS), expected)
-    halved = ModelEncoder(make_encoder("llama").bfloat16())
-    monkeypatch.setattr("secateur.inference.opening.product_gain", lambda: 0.5)
-    assert use_dtype(halved, "auto") == "float32"
-    assert halved.model.dtype == torch.float32
-
-
-def test_auto_measures_where_there_is_much_to_encode(model: Path, reference, tmp_path: Path, monkeypatch):
-    """Where bfloat16 is said to be quicker."""
-    monkeypatch.setattr("secateur.inference.opening.product_gain", lambda: 2.0)
-    for count, taken in ((100, "float32"), (2000, "mixed")):
-        texts = [f"{i} {'word ' * (i % 40)}" for i in range(count)]
-        out = tmp_path / f"{count}.npy"
-        done = encode(model, [write_lines(tmp_path / "a.jsonl", texts)], out=out, prompt_name="query")
-        assert done.dtype.partition(":")[0] == taken
-        same(vectors_of(out), reference.encode(texts, prompt_name="query"), 0.9999)
-        assert json.loads((tmp_path / f"{count}.npy.json").read_text())["dtype"] == done.dtype
-        again = encode(
-            model, [tmp_path / "a.jsonl"], out=tmp_path / f"again{count}.npy", prompt_name="query", dtype=done.dtype
-        )
-        np.testing.assert_array_equal(vectors_of(again.file), vectors_of(out))
-
-
-def test_auto_is_measured_on_texts_of_the_run(model: Path, tmp_path: Path, monkeypatch):
+def test_auto_measures_where_there_is_much_to_encode_on_texts_of_the_run(model: Path, tmp_path: Path, monkeypatch):
     asked = []
 
-    def select(_, texts, prompt: str) -> str:
-        asked.append((texts, prompt))
-        return "float32"
+    def look(opening, least, texts, count, prompts_of):
+        chosen = choose(opening, least, texts, count, prompts_of)
+        asked.append((texts, count, prompts_of(chosen.encoder)))
+        return chosen
 
-    monkeypatch.setattr("secateur.inference.opening.select_dtype", select)
-    texts = [f"{i} {'word ' * (20 + i % 60)}" for i in range(1000)]
-    file = write_lines(tmp_path / "a.jsonl", texts * 2)
-    encode(model, [file], out=tmp_path / "v.npy", prompt_name="query")
-    [(drawn, prompt)] = asked
-    assert prompt == "find the word that is meant: "
+    monkeypatch.setattr("secateur.inference.encode.choose", look)
+    few, many = ["one", "two"], [f"{i} {'word ' * (20 + i % 60)}" for i in range(1000)]
+    for number, texts in enumerate((few, many)):
+        file = write_lines(tmp_path / f"{number}.jsonl", texts * 2)
+        encode(model, [file], out=tmp_path / f"{number}.npy", prompt_name="query", backend="torch")
+    (_, nothing, _), (drawn, count, prompts) = asked
+    assert (nothing, count, prompts) == (0, 1000, ["find the word that is meant: "])
     assert len(set(drawn)) == len(drawn) == 64
-    assert set(drawn) <= {text[:200] for text in texts}
-    assert set(drawn) != {text[:200] for text in texts[:64]}, "not the first ones"
+    assert set(drawn) <= set(many)
+    assert set(drawn) != set(many[:64]), "not the first ones"
 
 
 # --- files in, one file out ------------------------------------------------------------------------------------------
@@ -553,7 +496,8 @@ def test_an_export_encodes_too(exported: Path, reference, tmp_path: Path):
 def test_an_export_has_decided_how_it_encodes(exported: Path):
     for options in (
         {"dtype": "bfloat16"},
-        {"dtype": "mixed"},
+        {"dtype": "int8"},
+        {"backend": "openvino"},
         {"device": "cpu"},
         {"pooling": "mean"},
         {"max_length": 8},
@@ -561,7 +505,7 @@ def test_an_export_has_decided_how_it_encodes(exported: Path):
     ):
         with pytest.raises(ConfigError, match=f"{next(iter(options))}: cannot be chosen for an export"):
             open_encoder(Opening(str(exported), **options))
-    assert use_dtype(open_encoder(Opening(str(exported), dtype="float32")), "float32") == "float32"
+    assert open_encoder(Opening(str(exported), dtype="float32", backend="onnx")).dtype == "float32"
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -640,12 +584,12 @@ def test_mistakes_in_the_options(model: Path, tmp_path: Path):
     assert [item.name for item in tmp_path.iterdir()] == ["a.jsonl"], "what has not begun leaves nothing behind"
 
 
-@pytest.mark.parametrize("dtype", ["mixed:abc", "mixed:8", "mixedx", "foo"])
+@pytest.mark.parametrize("dtype", ["mixed:8x30", "mixedx", "foo"])
 def test_a_number_format_that_is_none(model: Path, dtype: str):
     with pytest.raises(ConfigError, match=f"dtype: .*'{dtype}'"):
         encode(model, ["a.txt"], out="v.npy", dtype=dtype)
     with pytest.raises(ConfigError, match=f"dtype: .*'{dtype}'"):
-        use_dtype(open_encoder(Opening(str(model), dtype=dtype, device="cpu")), dtype)
+        open_encoder(Opening(str(model), dtype=dtype, device="cpu"))
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path):

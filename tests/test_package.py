@@ -36,7 +36,7 @@ scouting: ladder held_out rungs scout
 reporting: cost compare run findings blocks advice vocabulary verdict pictures tables card report
 studies: steps grid plan estimate records runner study
 exporting: graph convert export
-inference: encoders opening workers middleware queueing app serve
+inference: encoders opening conversions backends workers middleware queueing app serve
 inference: distinct vector_files encode
 cli: places arguments tables bars commands
 __main__

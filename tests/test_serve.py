@@ -42,6 +42,7 @@ from secateur.inference.opening import Opening
 from secateur.inference.queueing import Batcher, LocalWorker
 from secateur.inference.serve import Server, bind, make_server, open_worker
 from secateur.inference.workers import EncoderDied, EncoderProcess
+from secateur.measures.metrics import paired_cosines
 from secateur.options import ServeOptions, make
 from secateur.runtime.core import Encoder, Tokens, Vectors
 
@@ -979,13 +980,20 @@ def test_a_queue_takes_one_request_of_any_size_and_then_only_what_fits():
 # The process, its log, its options
 
 
-@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
-def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, tmp_path: Path, workers: str):
+@pytest.mark.parametrize(
+    ("workers", "backend"),
+    [("0", "torch"), ("0", "openvino"), pytest.param("1", "openvino", marks=pytest.mark.slow)],
+)
+def test_the_command_serves_logs_json_without_texts_and_ends_well(
+    folder: Path, model: SentenceTransformer, tmp_path: Path, workers: str, backend: str
+):
+    if backend != "torch":
+        pytest.importorskip(backend)
     log = tmp_path / "log"
     secret = "a text that nobody should read"
     environment = os.environ | {API_KEYS: "sesame-open"}
     command = [sys.executable, "-m", "secateur", "serve", str(folder), "--port", "0", "--device", "cpu"]
-    command += ["--workers", workers]
+    command += ["--workers", workers, "--backend", backend]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stderr=stream, env=environment)
     try:
@@ -1000,6 +1008,11 @@ def test_the_command_serves_logs_json_without_texts_and_ends_well(folder: Path, 
         assert process.wait(300) == 0
     finally:
         process.kill()
+    assert first["backend"] == backend
+    assert first["told"].startswith(f"{backend} ")
+    expected = model.encode([secret, "two"])
+    given = np.array([row.embedding for row in answer.parse().data])
+    assert paired_cosines(given, expected).min() >= 0.9999
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["serving", "request", "request", "ended"]
     told = lines[1]

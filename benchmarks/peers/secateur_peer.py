@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 
 from protocol import answer
-from secateur.inference.backends import choose
 
+from secateur.inference.backends import choose
 from secateur.inference.distinct import SAMPLE
 from secateur.inference.opening import Opening
 from secateur.inference.workers import keep_freed_memory

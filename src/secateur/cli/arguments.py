@@ -62,30 +62,6 @@ def _second_words(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name.removeprefix(f"{ctx.info_name} ") for name in names if name.startswith(f"{ctx.info_name} ")]
 
 
-class Commands(TyperGroup):
-    """Commands, some of which have a name of two words: ``study status``."""
-
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        """The command of the first words."""
-        if (both := " ".join(args[:2])) in self.commands:
-            args = [both, *args[2:]]
-        return super().resolve_command(ctx, args)
-
-    def shell_complete(self, ctx: typer.Context, incomplete: str) -> Any:  # type: ignore[override]
-        """The first words; the second are completed as what else could stand there."""
-        found = {}
-        for item in super().shell_complete(ctx, incomplete):
-            item.value = item.value.partition(" ")[0]
-            found.setdefault(item.value, item)
-        return list(found.values())
-
-
-def _second_words(ctx: typer.Context, incomplete: str) -> list[str]:
-    """For a begun word after ``study``: its commands. The shell completes files where there are none."""
-    names = ctx.parent.command.list_commands(ctx.parent) if ctx.parent and incomplete else []  # type: ignore[attr-defined]
-    return [name.removeprefix(f"{ctx.info_name} ") for name in names if name.startswith(f"{ctx.info_name} ")]
-
-
 def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a command whose arguments are the fields of ``options``; ``--config FILE.yaml`` sets them too."""
 

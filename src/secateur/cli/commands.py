@@ -290,8 +290,8 @@ def encode_command(options: EncodeOptions) -> None:
 
     keep_freed_memory()
     done = _do("encode", options)
-    told = f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} dimensions, {done.dtype}"
-    typer.echo(told, err=True)
+    told = f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} dimensions"
+    typer.echo(f"{told}, {done.told or f'{done.backend} {done.dtype}'}", err=True)
     if done.encoded:
         texts, tokens = (per_second(count, done.seconds) for count in (done.encoded, done.tokens))
         typer.echo(f"encoded {done.encoded} texts, {texts} texts and {tokens} tokens per second", err=True)

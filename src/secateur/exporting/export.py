@@ -28,7 +28,7 @@ from secateur.exporting.graph import PROMPT_LENGTH, EncoderGraph, Features
 from secateur.files import new_folder
 from secateur.measures.metrics import paired_cosines
 from secateur.models.open_model import open_model
-from secateur.models.save import NO_LIMIT, longest_text, write_files
+from secateur.models.save import NO_LIMIT, TEN_SCRIPTS, longest_text, write_files
 from secateur.options import ExportOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import EXPORT, Fingerprint, provenance
@@ -45,21 +45,6 @@ LONG = 1024
 CALIBRATION_LENGTH = 128
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.995, "int8": 0.9}
 """Default of ``--min-cosine``. Measured: docs/explanation/results.md."""
-
-TEN_SCRIPTS = (
-    "The gardener cut the hedge back to half its height.",
-    "Садовник подстриг живую изгородь наполовину.",
-    "园丁把树篱修剪到一半高。",
-    "庭師は生け垣を半分の高さに刈り込んだ。",
-    "정원사가 울타리를 절반 높이로 다듬었다.",
-    "قلّم البستاني السياج إلى نصف ارتفاعه.",
-    "הגנן גזם את הגדר החיה לחצי מגובהה.",
-    "माली ने बाड़ को आधी ऊँचाई तक काट दिया।",
-    "คนสวนตัดแต่งรั้วต้นไม้ให้เหลือครึ่งหนึ่ง",
-    "Ο κηπουρός κλάδεψε τον φράχτη στο μισό ύψος.",
-    "def prune(model, depth): return model[:depth]  # 🌿",
-)
-"""Ten scripts and a line of code, beside the texts of the user or of the documentation that is installed."""
 
 
 @dataclass(frozen=True)

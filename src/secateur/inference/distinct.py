@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 SHARD = 2048
 """Distinct texts that are encoded together, and what a killed run loses at most of each worker's work."""
-SAMPLE, SAMPLE_CHARACTERS = 64, 200
-"""Texts that measurements are made on, and how much of each: rounding shows where texts are short."""
+SAMPLE, SAMPLE_CHARACTERS = 64, 2000
+"""Texts that measurements are made on, and how much of each."""
 DATABASE, PLACES = "texts.sqlite", "places.npy"
 TABLES = """
 PRAGMA journal_mode=OFF;

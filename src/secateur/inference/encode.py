@@ -24,8 +24,9 @@ from secateur.data.sources import instruction_prompt
 from secateur.done import FILE, Made
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import lock, output_errors, read_json, write_bytes
+from secateur.inference.backends import choose, fingerprint_encoder
 from secateur.inference.distinct import SHARD, Inputs, number_texts, read_places, read_shards
-from secateur.inference.opening import AUTO, STORED, Opening, fingerprint_encoder, open_encoder, use_dtype
+from secateur.inference.opening import AUTO, TORCH, Opening
 from secateur.inference.vector_files import (
     check_suffix,
     description_file,
@@ -42,7 +43,7 @@ from secateur.runtime.vectors import quantize
 MEASURED_FROM = 200_000
 """From so many characters on, ``auto`` measures: fewer are sooner encoded than measured."""
 RESULT = "result"
-MEASURED, TEXTS, TOKENS = "dtype measured", "texts", "tokens"
+OPENED, TEXTS, TOKENS = "model opened", "texts", "tokens"
 """What is counted, as ``progress`` is told."""
 
 
@@ -51,7 +52,8 @@ class Encoded:
     """What was written: ``rows`` vectors of ``dimension`` numbers in ``file``, from ``distinct`` texts.
 
     Attributes:
-        dtype: In what the model multiplied.
+        dtype: In what the model multiplied, and ``backend`` what ran it.
+        told: Why, where that was to be decided: what it gains, and what else was tried.
         encoded: Texts that went through the model in this run; fewer than ``distinct`` where it was resumed.
         tokens: Of these texts, prompts and special tokens included.
         seconds: That they took.
@@ -65,6 +67,8 @@ class Encoded:
     encoded: int
     tokens: int
     seconds: float
+    backend: str = TORCH
+    told: str = ""
 
 
 @step(EncodeOptions)
@@ -91,30 +95,29 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
             raise DataError(options.files[0], "holds no text")
         if options.precision == "int8" and ranges is None and inputs.distinct == 1:
             raise _no_ranges()
-        opening = _opening(options, inputs, folder)
-        encoder = open_encoder(opening)
-        prompt = _prompt(encoder, options)
-        about = _description(encoder, options, inputs, prompt)
+        progress(OPENED, 0, 1)
+        count = inputs.distinct if inputs.characters >= MEASURED_FROM else 0
+        prompts = partial(_prompts, options=options)
+        chosen = choose(_opening(options, folder), options.min_cosine, sample, count, prompts)
+        progress(OPENED, 1, 1)
+        encoder, opening, told = chosen.encoder, chosen.opening, chosen.told
+        del chosen
+        (prompt,) = _prompts(encoder, options)
+        about = _description(encoder, options, inputs, prompt) | {"backend": opening.backend, "dtype": opening.dtype}
         if ranges is not None:
             _check_ranges(ranges, about, options)
-        if opening.dtype == AUTO:
-            progress(MEASURED, 0, 1)
-        about["dtype"] = use_dtype(encoder, opening.dtype, sample, prompt)
-        if opening.dtype == AUTO:
-            progress(MEASURED, 1, 1)
-        _check_resume(folder, about)
+        _check_resume(folder, about, opening.backend != TORCH and not opening.exported)
         if options.ray is None and options.processes == 1:
             pool: AbstractContextManager[Run] = nullcontext(partial(_run_here, encoder, prompt))
         else:
             del encoder  # its memory is the workers' now
-            opening = replace(opening, dtype=about["dtype"])
             address, count = options.ray, options.processes
             pool = in_processes(opening, prompt, count) if address is None else on_ray(opening, prompt, address, count)
         with output_errors(folder):
             work = _encode_shards(pool, about, folder, progress)
             _write_result(folder, about, None if ranges is None else ranges["ranges"], options.out)
     found = inputs.rows, inputs.distinct, about["dimension"], about["dtype"]
-    return Encoded(options.out, *found, work.texts, work.tokens, work.seconds)
+    return Encoded(options.out, *found, work.texts, work.tokens, work.seconds, about["backend"], told)
 
 
 def _run_here(
@@ -149,38 +152,39 @@ def _partial_folder(out: Path) -> Iterator[Path]:
             raise
 
 
-def _opening(options: EncodeOptions, inputs: Inputs, folder: Path) -> Opening:
-    """How the model is opened.
-
-    ``auto`` is what the run that is resumed has found, for a second measurement may come out differently; or the dtype
-    of the weights, where measuring would take longer than it saves.
+def _opening(options: EncodeOptions, folder: Path) -> Opening:
+    """How the model is opened; ``auto`` is what the run that is resumed has found, for another measurement may find
+    otherwise.
     """
-    dtype = options.dtype
-    if dtype == AUTO and (folder / FILE).exists():
-        recorded = read_json(folder / FILE)
-        dtype = str((recorded.get("options") or {}).get("dtype", AUTO)) if isinstance(recorded, dict) else AUTO
-    elif dtype == AUTO and inputs.characters < MEASURED_FROM:
-        dtype = STORED
-    return Opening(
+    opening = Opening(
         str(options.model),
-        dtype,
+        options.dtype,
         options.pooling,
         options.max_length,
         options.device,
         options.trust_remote_code,
         options.batch_tokens,
         length_step=1,
+        backend=options.backend,
     )
+    recorded = read_json(folder / FILE) if (folder / FILE).exists() else None
+    found = recorded.get("options") if isinstance(recorded, dict) else None
+    if not isinstance(found, dict) or opening.exported or options.dtype != AUTO:
+        return opening
+    backend = found.get("backend") or TORCH
+    if options.backend not in (AUTO, backend):
+        return opening
+    return replace(opening, backend=backend, dtype=str(found.get("dtype", AUTO)))
 
 
-def _prompt(encoder: Encoder, options: EncodeOptions) -> str:
-    """What goes before each text."""
+def _prompts(encoder: Encoder, options: EncodeOptions) -> list[str]:
+    """What goes before the texts: one prompt."""
     if options.instruction is None:
-        return encoder.prompt_of(options.prompt_name)
+        return [encoder.prompt_of(options.prompt_name)]
     if options.prompt_name is not None:
         problem, hint = "does not go with --prompt-name", "give one of the two"
         raise ConfigError("instruction", options.instruction, problem, hint)
-    return instruction_prompt(options.instruction)
+    return [instruction_prompt(options.instruction)]
 
 
 def _description(encoder: Encoder, options: EncodeOptions, inputs: Inputs, prompt: str) -> dict[str, Any]:
@@ -192,7 +196,6 @@ def _description(encoder: Encoder, options: EncodeOptions, inputs: Inputs, promp
         "model": str(options.model),
         "inputs": asdict(inputs),
         "fingerprint": fingerprint_encoder(encoder),
-        "dtype": encoder.dtype,
         "prompt": prompt,
         "dimension": options.dimensions or encoder.dimension,
         "normalize": options.normalize,
@@ -200,9 +203,10 @@ def _description(encoder: Encoder, options: EncodeOptions, inputs: Inputs, promp
     }
 
 
-def _check_resume(folder: Path, about: dict[str, Any]) -> None:
+def _check_resume(folder: Path, about: dict[str, Any], converted: bool) -> None:
     """Record what the folder's shards are made from; refuse a folder that holds those of another run."""
     kept = {name: about[name] for name in ("dtype", "prompt", "dimension", "normalize")}
+    kept["backend"] = about["backend"] if converted else None  # of an export, that is in its fingerprint
     made = Made("encode", kept, {"inputs": about["inputs"]["sha256"], "weights": about["fingerprint"]})
     changed = made.changes_since(folder)
     if changed:

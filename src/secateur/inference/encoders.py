@@ -45,8 +45,10 @@ from secateur.runtime.core import (
 
 LEAST_COSINE = 0.999
 """What batches must keep of the model's own vectors."""
+MIXED = "mixed"
+"""The dtype of a model in float32 whose linear layers multiply in bfloat16."""
 PROBED_COSINE = 0.99995
-"""What products in bfloat16 must keep on probes, for 0.9999 on other texts, which can be harder."""
+"""What a shared prompt must keep where they do."""
 SHARED_FROM = 8
 """Texts under one prompt from which on it pays to compute it once, and apart."""
 ROWS_STEP = 16
@@ -59,27 +61,19 @@ def batch_budget(device: str | torch.device) -> int:
 
 
 class MixedLinear(nn.Module):
-    """A linear layer that multiplies in bfloat16, adds up in float32 and hands on float32.
+    """A linear layer that multiplies in bfloat16 and hands on float32.
 
     Only its weights and inputs are rounded. What a model adds up over its blocks is not: rounding that is what makes
     the vectors of a model in bfloat16 differ.
-
-    Args:
-        linear: The layer in float32, which is kept, and used where ``exact`` is set.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight = nn.Parameter(linear.weight.detach().to(torch.bfloat16), requires_grad=False)
-        self.linear: nn.Linear | None = linear
         self.bias = linear.bias
-        self.exact = False
 
     def forward(self, states: Tensor) -> Tensor:
         """States (…, in) → (…, out), both float32."""
-        if self.exact and self.linear is not None:
-            found: Tensor = self.linear(states)
-            return found
         rows = states.reshape(-1, states.shape[-1])
         rounded = rows.new_empty(-(-len(rows) // ROWS_STEP) * ROWS_STEP, rows.shape[1], dtype=torch.bfloat16)
         rounded[: len(rows)] = rows
@@ -89,45 +83,22 @@ class MixedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-class MixedProducts:
-    """The linear layers in the blocks of a float32 model, made to multiply in bfloat16.
+def mix_products(model: SentenceTransformer) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Make the linear layers in the blocks of a float32 model multiply in bfloat16.
 
-    What that rounds shows in texts of a few tokens, whose states can fall to one side or the other in the first blocks;
-    in longer ones it averages out. So texts that are short may run some of the first blocks, or all, in float32.
-
-    Attributes:
-        spared: Pairs (below, blocks), from few tokens to many: texts of fewer tokens than ``below``, those of a prompt
-            included, run their first ``blocks`` in float32.
+    Returns:
+        Which were there: the module that holds each, its name in that module, and the layer.
     """
-
-    def __init__(self, model: SentenceTransformer) -> None:
-        self.spared: Sequence[tuple[int, int]] = ()
-        self._layers: list[tuple[int, nn.Module, str, MixedLinear]] = []
-        for number, block in enumerate(blocks_of(model[0].auto_model)):
-            for parent in list(block.modules()):
-                for name, child in list(parent.named_children()):
-                    if type(child) is nn.Linear:
-                        setattr(parent, name, layer := MixedLinear(child))
-                        self._layers.append((number, parent, name, layer))
-
-    def prepare(self, tokens: int) -> None:
-        """Set the layers for a batch whose shortest text has so many tokens."""
-        exact = next((blocks for below, blocks in self.spared if tokens < below), 0)
-        for number, _, _, layer in self._layers:
-            layer.exact = number < exact
-
-    def use(self, spared: Sequence[tuple[int, int]]) -> None:
-        """Take this schedule, and let go of the float32 weights that it does not need."""
-        self.spared = spared
-        most = max((blocks for _, blocks in spared), default=0)
-        for number, _, _, layer in self._layers:
-            if number >= most:
-                layer.linear = None
-
-    def undo(self) -> None:
-        """Put the layers back."""
-        for _, parent, name, layer in self._layers:
-            setattr(parent, name, layer.linear)
+    layers = [
+        (parent, name, child)
+        for block in blocks_of(model[0].auto_model)
+        for parent in block.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
+    for parent, name, layer in layers:
+        setattr(parent, name, MixedLinear(layer))
+    return layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +147,6 @@ class ModelEncoder(Encoder):
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.batch_tokens = batch_tokens or batch_budget(model.device)
         self.length_step, self.padding = length_step, PADDING
-        self.products: MixedProducts | None = None
         self._modality = model.preprocess(["a"])["modality"]
         self._shares_prompts = is_causal(model[0])
         self._prefix: Prefix | None = None
@@ -230,8 +200,6 @@ class ModelEncoder(Encoder):
 
     def _features(self, batch: Sequence[Tokens]) -> dict[str, Any]:
         """What the model's modules take: tensors (batch, length)."""
-        if self.products is not None:
-            self.products.prepare(min(map(len, batch)))
         ids, mask = self.pad(batch, self.model.tokenizer.pad_token_id or 0)
         device = self.model.device
         features: dict[str, Any] = {
@@ -260,8 +228,6 @@ class ModelEncoder(Encoder):
             return None
         try:
             if self._prefix is None or not np.array_equal(self._prefix.ids, start):
-                if self.products is not None:
-                    self.products.prepare(len(start))
                 transformer, ids = self.model[0].auto_model, torch.from_numpy(start.astype(np.int64))
                 states = transformer(input_ids=ids[None].to(transformer.device)).last_hidden_state
                 self._prefix = Prefix(start, run_prefix(transformer, ids), states)
@@ -281,7 +247,7 @@ class ModelEncoder(Encoder):
         """Whether vectors are equal up to rounding."""
         least = LEAST_COSINE
         if self.model.dtype == torch.float32:
-            least = 1 - 1e-6 if self.products is None else PROBED_COSINE
+            least = PROBED_COSINE if self.dtype == MIXED else 1 - 1e-6
         return bool(paired_cosines(found, expected).min() >= least)
 
 

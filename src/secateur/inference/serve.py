@@ -21,21 +21,20 @@ import h11
 import torch
 import uvicorn
 from fastapi import FastAPI
-from sentence_transformers.util import get_device_name
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from secateur.errors import ConfigError, ModelError
 from secateur.inference.app import make_app
+from secateur.inference.backends import STORED, choose, open_encoder
 from secateur.inference.encoders import ModelEncoder, batch_budget
 from secateur.inference.middleware import API_KEYS, ApiError, Keys, Metrics, log, log_as_json, read_keys
-from secateur.inference.opening import Opening, open_encoder, use_dtype
+from secateur.inference.opening import TORCH, Opening
 from secateur.inference.queueing import LocalWorker
 from secateur.inference.workers import SILENT_SECONDS, EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
 from secateur.models.open_model import check_device
 from secateur.options import ServeOptions, step
-from secateur.provenance import is_export
-from secateur.runtime.core import Vectors
+from secateur.runtime.core import Encoder, Vectors
 
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
@@ -180,8 +179,10 @@ def bind(host: str, port: int, keys: Keys, auth: bool = True) -> socket.socket:
 
 def open_worker(opening: Opening) -> LocalWorker:
     """Open a model or an export as a worker that takes batches as they come."""
-    encoder = open_encoder(opening)
-    use_dtype(encoder, opening.dtype)
+    return _worker(open_encoder(opening))
+
+
+def _worker(encoder: Encoder) -> LocalWorker:
     encoder.padding = math.inf  # the queue has seen to that
     return LocalWorker(encoder)
 
@@ -218,10 +219,6 @@ def serve(options: ServeOptions) -> None:
         problem = "says who is served, and --no-auth that everybody is"
         raise ConfigError("api_key_file", str(options.api_key_file), problem, "leave one of them out")
     keys = read_keys(options.api_key_file) if options.auth else Keys()
-    exported = is_export(options.model)
-    if not exported:
-        check_device(options.device)
-    device = "cpu" if exported else options.device or get_device_name()
     path = Path(options.model).expanduser()
     opening = Opening(
         str(path.absolute() if path.exists() else options.model),  # workers find it, whatever becomes of it here
@@ -230,20 +227,25 @@ def serve(options: ServeOptions) -> None:
         max_length=options.max_length,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
-        batch_tokens=options.batch_tokens or batch_budget(device),
+        batch_tokens=options.batch_tokens,
+        backend=options.backend,
     )
+    if not opening.exported:
+        check_device(options.device)
     metrics = Metrics()
     keep_freed_memory()
     with ExitStack() as stack:
         listener = stack.enter_context(bind(options.host, options.port, keys, options.auth))
         thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="model"))
-        here = replace(opening, device="cpu") if options.workers and not exported else opening
-        encoder = thread.submit(open_worker, here).result().encoder
-        dtype = encoder.dtype
+        # Workers open the model on its device; here, only its tokenizer is needed.
+        elsewhere = replace(opening, device="cpu", backend=TORCH, dtype=STORED)
+        here = opening if opening.on_cpu or not options.workers else elsewhere
+        chosen = thread.submit(choose, here, options.min_cosine).result()
+        encoder, opening = chosen.encoder, chosen.opening if here is opening else opening
+        _worker(encoder)
         if options.workers and isinstance(encoder, ModelEncoder):
-            encoder.model.to("meta")  # only its tokenizer is needed here
-            dtype = dtype if torch.device(device).type == "cpu" else options.dtype
-            opening = replace(opening, dtype=dtype)
+            encoder.model.to("meta")
+            encoder.batch_tokens = opening.batch_tokens or batch_budget("cpu" if opening.on_cpu else "cuda")
         processes = _start_workers(stack, options, opening, metrics)
         name = options.name or model_label(options.model)
         app = make_app(encoder, name, options, keys=keys, processes=processes, metrics=metrics, thread=thread)
@@ -253,7 +255,8 @@ def serve(options: ServeOptions) -> None:
         listener.listen(BACKLOG)  # before the log says so
         host, port = listener.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        facts = {"model": name, "address": address, "pid": os.getpid(), "dtype": dtype}
+        facts = {"model": name, "address": address, "pid": os.getpid(), "backend": opening.backend}
+        facts |= {"dtype": opening.dtype, "told": chosen.told}
         log.info("serving", extra={"facts": facts})
         make_server(app, options.timeout).run(sockets=[listener])
         log.info("ended")

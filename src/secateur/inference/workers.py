@@ -24,7 +24,8 @@ from typing import Any, Generic, TypeVar
 
 from secateur.clusters import ray_cluster, ray_share
 from secateur.errors import ModelError, SecateurError
-from secateur.inference.opening import Opening, open_encoder, use_dtype
+from secateur.inference.backends import open_encoder
+from secateur.inference.opening import Opening
 from secateur.runtime.core import OnBatch, Vectors, is_out_of_memory
 
 TRIES = 3
@@ -252,7 +253,6 @@ class TextEncoder:
     def __init__(self, opening: Opening, prompt: str) -> None:
         keep_freed_memory()
         self._encoder, self._prompt = open_encoder(opening), prompt
-        use_dtype(self._encoder, opening.dtype)
 
     def encode_batch(self, piece: Piece) -> Encoded:
         number, texts = piece

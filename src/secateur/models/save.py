@@ -32,6 +32,20 @@ PROBES = (
     "one; ",
 )
 """Texts on which a written folder is compared with the model it was written from."""
+TEN_SCRIPTS = (
+    "The gardener cut the hedge back to half its height.",
+    "Садовник подстриг живую изгородь наполовину.",
+    "园丁把树篱修剪到一半高。",
+    "庭師は生け垣を半分の高さに刈り込んだ。",
+    "정원사가 울타리를 절반 높이로 다듬었다.",
+    "قلّم البستاني السياج إلى نصف ارتفاعه.",
+    "הגנן גזם את הגדר החיה לחצי מגובהה.",
+    "माली ने बाड़ को आधी ऊँचाई तक काट दिया।",
+    "คนสวนตัดแต่งรั้วต้นไม้ให้เหลือครึ่งหนึ่ง",
+    "Ο κηπουρός κλάδεψε τον φράχτη στο μισό ύψος.",
+    "def prune(model, depth): return model[:depth]  # 🌿",
+)
+"""Ten scripts and a line of code, on which other runtimes and arithmetics are compared."""
 LONG = " ".join(PROBES) + " " + "cut the hedge back to half, " * 72
 """A text of more than 512 tokens: positions and lengths that a short text does not reach are compared on it."""
 TOLERANCE = 1e-5

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from secateur.options.base import Names, argument
 
@@ -15,12 +14,6 @@ SavedPooling = Literal["weighted_mean", "mean", "lasttoken", "cls"]
 """Poolings that a saved folder can have: sentence-transformers' own."""
 PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls", "l3prune"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-def _check_dtype(name: str) -> str:
-    if not re.fullmatch(r"auto|float32|bfloat16|float16|mixed(:\d+x\d+(,\d+x\d+)*)?", name):
-        raise ValueError("one of auto, float32, mixed, bfloat16, float16; or such as mixed:8x30,24x12")
-    return name
 
 
 PROFILE_FILES = (
@@ -115,13 +108,29 @@ Instruction = Annotated[
 ]
 Pooling = Annotated[SavedPooling | None, Field(description=POOLING)]
 MaxLength = Annotated[int, Field(ge=1, description="Tokens after which a text is cut, for a bare language model.")]
-Arithmetic = Annotated[
-    str,
-    AfterValidator(_check_dtype),
+Backend = Annotated[
+    Literal["auto", "torch", "onnx", "openvino"],
     Field(
-        description="In what the model multiplies: float32; bfloat16 or float16; mixed: linear layers multiply in "
-        "bfloat16, the rest is float32; auto: the fastest that keeps a cosine of 0.9999 to float32, measured on the "
-        "machine and your texts."
+        description="What runs the model on a CPU: PyTorch, ONNX Runtime or OpenVINO, for which it is converted once, "
+        "into its own folder; auto: the quickest of those installed that keeps --min-cosine, and PyTorch where that is "
+        "done before a conversion would be. A GPU takes PyTorch."
+    ),
+]
+Arithmetic = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "int8", "mixed", "stored"],
+    Field(
+        description="In what the model multiplies: float32; bfloat16; float16; int8 (not in PyTorch); mixed: in "
+        "PyTorch, linear layers in bfloat16 and the rest in float32; stored: PyTorch, as the weights are; auto: the "
+        "quickest that keeps --min-cosine."
+    ),
+]
+MinCosine = Annotated[
+    float,
+    Field(
+        ge=-1,
+        le=1,
+        description="The cosine to PyTorch in float32 that what auto takes must keep, measured on some of your texts; "
+        "0.98 lets int8 in.",
     ),
 ]
 BatchTokens = Annotated[

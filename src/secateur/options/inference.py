@@ -11,11 +11,13 @@ from secateur.options.base import Names, Options, argument, output
 from secateur.options.fields import (
     MODEL,
     Arithmetic,
+    Backend,
     BatchTokens,
     Data,
     Device,
     Files,
     MaxLength,
+    MinCosine,
     Model,
     ModelName,
     Pooling,
@@ -111,7 +113,9 @@ class EncodeOptions(Options):
     ray: str | None = Field(
         None, description="Encode on a Ray cluster: its address (auto, ray://host:10001), or local for this machine."
     )
+    backend: Backend = "auto"
     dtype: Arithmetic = "auto"
+    min_cosine: MinCosine = 0.9999
     pooling: Pooling = None
     max_length: MaxLength = 512
     device: Device = None
@@ -151,6 +155,8 @@ class ServeOptions(Options):
     )
     pooling: Pooling = None
     max_length: MaxLength = 512
+    backend: Backend = "auto"
     dtype: Arithmetic = "auto"
+    min_cosine: MinCosine = 0.9999
     device: Device = None
     trust_remote_code: TrustRemoteCode = False

@@ -36,12 +36,13 @@ Session = Callable[[dict[str, Ids]], Vectors]
 """From ``input_ids`` and ``attention_mask`` (batch, length), and ``prompt_length``, to vectors (batch, dimension)."""
 
 
-def load(folder: str | Path, *, threads: int | None = None) -> ExportEncoder:
+def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = None) -> ExportEncoder:
     """Open an exported folder.
 
     Args:
         folder: What ``secateur export`` wrote.
         threads: Threads of the backend; default: all cores.
+        dtype: ``bfloat16`` has OpenVINO multiply an export in float32 so; default: as it was exported.
 
     Raises:
         ModelError: The folder is no export, or not whole.
@@ -64,6 +65,7 @@ def load(folder: str | Path, *, threads: int | None = None) -> ExportEncoder:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelError(folder, f"has no readable tokenizer.json ({error})") from error
+    manifest["precision"] = dtype or manifest["precision"]
     return ExportEncoder(folder, manifest, tokenizer, open_session(folder, manifest, threads))
 
 
