@@ -324,12 +324,12 @@ _parsing = threading.Lock()
 """The reader is the process's: of two threads, the later would keep the other's."""
 
 
-def check_folder(folder: Path, trust_remote_code: bool) -> None:
+def check_folder(folder: Path, trust_remote_code: bool, *, static: bool = False) -> None:
     """Say what is missing from a model folder before any library stumbles over it."""
     if not folder.is_dir():
         raise ModelError(folder, "is not a model folder or a .gguf file")
     if (folder / "modules.json").is_file():
-        _check_modules(folder, trust_remote_code)
+        _check_modules(folder, trust_remote_code, static)
     elif not (folder / "config.json").is_file():
         raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
     weights = sorted(folder.rglob("*.safetensors"))
@@ -353,7 +353,7 @@ def check_folder(folder: Path, trust_remote_code: bool) -> None:
             raise ModelError(folder, f"config.json says {depth} blocks, but its weights are {count} tensors")
 
 
-def _check_modules(folder: Path, trust_remote_code: bool) -> None:
+def _check_modules(folder: Path, trust_remote_code: bool, static: bool) -> None:
     """Refuse a list of modules that is broken, or leads out of the folder, or to code that is not trusted."""
     file = folder / "modules.json"
     modules = read_json(file)
@@ -369,7 +369,8 @@ def _check_modules(folder: Path, trust_remote_code: bool) -> None:
             raise UnsupportedArchitecture(folder, problem, "--trust-remote-code runs it")
         if not place.resolve().is_relative_to(folder.resolve()):
             raise ModelError(file, f"names {module['path']!r}, which leads out of the model's folder")
-        if kind in ("BoW", "WordEmbeddings") and position == 0:
+        other = kind in ("BoW", "WordEmbeddings") or (kind == "StaticEmbedding" and not static)
+        if other and position == 0:
             raise UnsupportedArchitecture(folder, f"begins with a {kind}, not with a transformer")
         if kind in ("Pooling", "Dense") and not (place / "config.json").is_file():
             raise ModelError(place, "has no config.json", "the model is incomplete: fetch it again")

@@ -58,7 +58,7 @@ def open_static(name: str | Path, *, device: str | None = None) -> SentenceTrans
         source = resolve(name)
         if not isinstance(source, Path):
             source = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        check_folder(source, trust_remote_code=False)
+        check_folder(source, trust_remote_code=False, static=True)
         config = small_file(source, "config.json")
         given: dict[str, Any] = {"device": device, "similarity_fn_name": "cosine"}
         if _is_model2vec(config):
