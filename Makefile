@@ -1,6 +1,8 @@
 # make demo    a study on a real model, from installation to report
-# make test    lint, types and all tests
+# make test    lint, types, the package, and all tests
+# make package    what PyPI gets, into dist/
 # make check   the same without the slow tests
+# make docs    the site, in build/site
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +10,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test check lint
+.PHONY: install demo test check docs lint package
 install: .venv/installed
 
 # torch comes first, and alone: what needs it would otherwise be free to pull another build of it.
@@ -29,6 +31,10 @@ install: .venv/installed
 	! command -v npm > /dev/null || npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
+.venv/docs: .venv/installed
+	$(PIP) -c constraints.txt -e '.[docs]'
+	touch $@
+
 demo: install
 	$(BIN)/secateur study --preset demo -o runs/demo
 
@@ -37,7 +43,21 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint .venv/test-models .venv/test-readers
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The wheel, built from the source archive; in an empty environment its command answers without torch.
+package: install
+	rm -rf dist
+	$(BIN)/pyproject-build > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear build/empty
+	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	build/empty/bin/secateur --help > /dev/null
+	build/empty/bin/secateur --version
+	! build/empty/bin/python -m pip show --quiet torch 2> /dev/null
+
+test: lint docs package .venv/test-models .venv/test-readers
 	$(PYTEST)
 
 check: lint

@@ -1,4 +1,4 @@
-"""Every selector's choice on real models, with the zero-shot loss of each: the tables of docs/choosing.md, as Markdown.
+"""Every selector's choice on real models, with its zero-shot loss: the tables of docs/explanation/results.md.
 
     python benchmarks/choosing.py PAIRS --models smollm2 gemma-3-270m.gguf -o FOLDER
         [--tasks TASK ...] [--sample 300] [--examples 640] [--seed 42]

@@ -10,7 +10,7 @@ import transformers
 
 from architectures import ARCHITECTURES, DEPTH, TOLERANCE, Outcome, outcome, row
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "reference" / "architectures.md"
 
 # What of the blocks' linear modules stays without an adapter, and why.
 READ_PAST = re.compile(r"(mamba|mixer)\.(dt_proj|out_proj)$")  # state-space kernels read the weight itself
@@ -102,7 +102,7 @@ def test_right_padding_is_always_safe_for_the_common_ones(name):
 
 def test_the_document_is_the_outcome():
     document = DOCUMENT.read_text(encoding="utf-8")
-    if f"transformers {transformers.__version__}," not in document:
+    if f"transformers {transformers.__version__}," not in " ".join(document.split()):
         pytest.skip("the document was measured with another transformers")
     lines = document.splitlines()
     assert [line for line in lines if line.startswith("| ")][1:] == [row(outcome(name)) for name in ARCHITECTURES]

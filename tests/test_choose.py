@@ -344,6 +344,6 @@ def test_ranges_are_what_keep_takes():
 
 
 def test_the_documentation_names_every_selector():
-    text = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "reference" / "choosing.md").read_text(encoding="utf-8")
     for name, selector in SELECTORS.items():
         assert (f"`{name}:K`" if selector.counts else f"`{name}`") in text

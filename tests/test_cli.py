@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,14 @@ import secateur
 from conftest import disk_of, example_pairs, write_pairs
 from secateur import cli
 from secateur import options as config
+from secateur.cli import bars
 from secateur.cli.bars import study_bars
 from secateur.errors import ConfigError, DataError
 from secateur.provenance import provenance
 from secateur.results import DepthRow, LayerCost, Profile, Scores, load
 from task_folders import example_rows, write_task
 
-COMMANDS = ("profile", "choose", "prune", "heal", "evaluate", "report", "study")
+COMMANDS = ("profile", "choose", "prune", "heal", "evaluate", "report", "study", "tasks check", "tasks make")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def is_one_line(ended: Ended) -> bool:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_one_sentence_and_an_example(command: str, run: Run):
-    ended = run(command, "--help")
+    ended = run(*command.split(), "--help")
     paragraphs = [" ".join(part.split()) for part in ended.out.split("\n\n")]
     usage, sentence, example = paragraphs[:3]
     assert ended.code == 0
@@ -80,7 +82,7 @@ def test_help_is_one_sentence_and_an_example(command: str, run: Run):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_example_has_no_unknown_options(command: str, run: Run):
-    helped = run(command, "--help").out
+    helped = run(*command.split(), "--help").out
     example = next(part for part in helped.split("\n\n") if "Example:" in part).split()
     assert all(word in helped.split("Options:")[1] for word in example if word.startswith("-"))
 
@@ -252,6 +254,30 @@ def test_mistakes_in_options_are_one_line(arguments: tuple[str, ...], says: str,
     assert not [path for path in place.rglob("out*") if path.is_file() or path.suffix == ".partial"]
 
 
+def test_tasks_are_made_and_checked(place: Path, run: Run):
+    (place / "notes.txt").write_text(
+        "".join(f"This is note {i}. It goes on for long enough to be found.{i}\n" for i in range(9))
+    )
+    made = run("tasks", "make", "notes.txt", "-o", "notes", "--queries", 5)
+    assert made.code == 0, made
+    assert made.out == (
+        "notes-from-sentences: first sentence → rest, made from 9 texts; no person judged what is relevant\n"
+        "  5 queries, 9 documents\nnotes\n"
+    )
+    good = run("tasks", "check", "notes", "task")
+    assert (good.code, good.err) == (0, "")
+    assert good.out.startswith('notes: task folder, scored as retrieval by ndcg_at_10, called "notes-from-sentences"\n')
+    assert "  note: made from texts alone" in good.out
+    assert "task: task folder, scored as sts by cosine_spearman\n  pairs 24, different scores 24\n" in good.out
+    bad = run("tasks", "check", "notes.txt", "task")
+    assert (bad.code, bad.err) == (2, "")
+    assert (
+        bad.out.startswith("notes.txt: cannot be scored\n  wrong: notes.txt: is no task")
+        and "task: task folder" in bad.out
+    )
+    assert "'tasks check'" in run("tasks").err  # what could be meant
+
+
 AT_ONCE = [
     ("profile ./nowhere --data words.jsonl -o out", "model ./nowhere: no such file or folder"),
     ("profile model --data absent.jsonl -o out", "absent.jsonl: no such file"),
@@ -269,9 +295,12 @@ AT_ONCE = [
     ("heal model --data words.jsonl --eval-tasks empty -o out", "empty: has no task.json"),
     ("heal model --data words.jsonl --teacher ./nowhere -o out", "model ./nowhere: no such file or folder"),
     ("evaluate model --tasks empty -o out", "empty: has no task.json"),
-    ("evaluate model --tasks ./nowhere -o out", "nowhere: no such folder"),
+    ("evaluate model --tasks ./nowhere -o out", "nowhere: no such file or folder"),
     ("evaluate model --tasks task half -o out", "half/test.jsonl: no such file"),
     ("evaluate model --tasks task -o file", "output file: is a file"),
+    ("tasks make absent.txt -o out", "absent.txt: no such file"),
+    ("tasks make words.jsonl -o task", "output task: already holds something else"),
+    ("tasks make words.jsonl -o out", "words.jsonl, line 1: none of its columns is known to hold texts"),
     ("cost ./nowhere -o out", "model ./nowhere: no such file or folder"),
     ("compare model ./nowhere --tasks task -o out", "model ./nowhere: no such file or folder"),
     ("compare model model --texts absent.txt -o out", "absent.txt: no such file"),
@@ -482,6 +511,109 @@ def test_the_installed_command_answers(tmp_path: Path):
     version = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert version.returncode == 0
     assert version.stdout.strip()[0].isdigit()
+
+
+def completed(words: str, tmp_path: Path) -> list[str]:
+    """What bash offers for the last of these words, by the function that ``--show-completion`` gives it."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    (tmp_path / "secateur").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m secateur "$@"\n')
+    (tmp_path / "secateur").chmod(0o755)
+    script = (
+        'eval "$(_SECATEUR_COMPLETE=source_bash secateur)"\n'
+        'COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))\n_secateur_completion secateur\nprintf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    ended = subprocess.run(
+        [bash, "-c", script, "bash", *words.split(" ")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("secateur s", ["scout", "study", "serve"]),
+        ("secateur study sta", ["status"]),
+        ("secateur study status run --h", ["--help"]),
+        ("secateur prune model --vocab-s", ["--vocab-size"]),
+        ("secateur heal model --recipe ", ["finetune", "l3prune", "distill"]),
+        ("secateur heal mod", []),  # bash goes on with files
+    ],
+)
+def test_bash_completes_commands_options_and_choices(words: str, offered: list[str], tmp_path: Path):
+    assert completed(words, tmp_path) == offered
+
+
+def logged(script: str) -> list[str]:
+    """The lines of a log, that is of a pipe, which are written every 0.2 seconds in place of every minute."""
+    script = f"import sys, time\nfrom secateur.cli import bars, main\nbars.EVERY = 0.2\n{script}"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert "\N{ESCAPE}" not in ended.stderr
+    return [re.sub(r"[\d.]+\xa0m?s", "TIME", line) for line in ended.stderr.splitlines()]
+
+
+def test_a_log_gets_a_line_now_and_then_of_what_is_done_and_what_is_left():
+    lines = logged(
+        "with bars.work_bars('evaluate') as progress:\n"
+        "    time.sleep(0.5)\n"
+        "    progress('evaluate', 0, 3000)\n"
+        "    time.sleep(0.5)\n"
+        "    progress('evaluate', 1000, 3000)\n"
+        "    time.sleep(0.5)\n"
+        "    progress('evaluate', 3000, 3000)\n"
+    )
+    assert lines.pop().startswith("evaluate: 3000 in ")
+    assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in lines)
+    assert list(dict.fromkeys(line[10:] for line in lines)) == [
+        "evaluate: TIME so far",
+        "evaluate: 0 of 3,000, TIME so far",
+        "evaluate: 1,000 of 3,000, TIME so far, about TIME left",
+    ]
+
+
+def test_the_log_of_a_study_names_the_running_step_and_the_next_piece_of_its_work():
+    lines = logged(
+        "with bars.study_bars(1) as (progress, _):\n"
+        "    progress('scout', 10, 10)\n"
+        "    progress('scout', 0, 100)\n"
+        "    progress('scout', 20, 100)\n"
+        "    time.sleep(0.5)\n"
+    )
+    assert {line[10:] for line in lines} == {"study: TIME so far", "scout: 20 of 100, TIME so far, about TIME left"}
+
+
+def test_a_command_that_is_no_terminal_s_tells_how_far_it_is(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bars, "EVERY", 0.01)
+    ended = run(*HEAL, "-o", "out")
+    assert ended.code == 0, ended.err
+    assert re.search(r"^\d\d:\d\d:\d\d  heal \(blocks\): \d+ of 16, ", ended.err, re.MULTILINE)
+    assert str(ended.out).strip() == "out"
+
+
+def test_open_shows_the_page_in_the_browser(measured: Path, tmp_path: Path):
+    profiles = tmp_path / "a run" / "profiles"
+    shutil.copytree(measured, profiles / "model")
+    browser, seen = tmp_path / "browser", tmp_path / "seen"
+    browser.write_text(f'#!/bin/sh\necho "$1" > "{seen}"\n')
+    browser.chmod(0o755)
+    command = [sys.executable, "-m", "secateur", "report", "a run", "--open"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"BROWSER": str(browser)}
+    )
+    page = profiles.parent / "report.html"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{page.relative_to(tmp_path)}\n", "")
+    assert seen.read_text().strip() == page.as_uri()
+    graphical = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
+    none = {name: text for name, text in os.environ.items() if name not in graphical} | {"PATH": str(tmp_path / "x")}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=none)
+    assert (ended.returncode, ended.stdout) == (0, f"{page.relative_to(tmp_path)}\n")
+    assert ended.stderr == "there is no browser here to open it in\n"
 
 
 def test_a_study_has_a_bar_for_work_that_is_no_step():

@@ -139,7 +139,7 @@ def test_models_that_do_not_fit_together_take_turns_in_memory(
         opened.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("secateur.reporting.cost.open_model", watched)
+    monkeypatch.setattr("secateur.reporting.cost.open_embedder", watched)
     monkeypatch.setattr("secateur.reporting.cost.ROOM", 0.0)
     apart = cost(folders, repetitions=1)
     assert len(opened) == 2 * 3  # to warm up, to measure, and to count

@@ -127,7 +127,7 @@ def good_csv(bad: bytes) -> bytes:
         ("a.csv", b"query,answer\nq,p\n", 2, "positive", "column is missing"),
         ("a.csv", b"query,positive\n", None, None, "has no rows"),
         ("a.parquet", good_lines("{}"), None, None, "not a readable Parquet file"),
-        ("a.tsv", good_lines("{}"), None, None, "no known format: expected one of .jsonl"),
+        ("a.xls", good_lines("{}"), None, None, "no known format: expected one of .jsonl"),
     ],
 )
 def test_a_mistake_is_found_in_its_file_line_and_field(name, content, line, field, says, tmp_path: Path):

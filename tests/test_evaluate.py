@@ -667,7 +667,7 @@ def test_one_model_at_a_time_is_in_memory(make_encoder: MakeEncoder, tmp_path: P
         opened.append(weakref.ref(found := open_model(name, **options)))
         return found
 
-    monkeypatch.setattr("secateur.evaluation.evaluate.open_model", watched)
+    monkeypatch.setattr("secateur.evaluation.evaluate.open_embedder", watched)
     with pytest.raises(ModelError, match="m1"):
         evaluate([tmp_path / f"m{seed}" for seed in range(3)], [path], out=tmp_path / "out")
     assert alive == [0, 0, 0]

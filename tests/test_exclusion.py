@@ -94,5 +94,5 @@ def test_mistakes_are_said_in_a_line(llama_folder: Path, tmp_path: Path):
     with pytest.raises(DataError, match="every row holds a text of an excluded task"):
         task = judge(tmp_path / "judge", rows)
         secateur.heal(llama_folder, data, **SETTINGS, exclude=[task], out=tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"exclude: STS12 is no folder: name a task folder"):
+    with pytest.raises(ConfigError, match=r"exclude: STS12 is no folder or file: name a task folder"):
         secateur.heal(llama_folder, data, **SETTINGS, exclude=["STS12"], out=tmp_path / "out")

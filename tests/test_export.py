@@ -20,10 +20,11 @@ from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
 from secateur import runtime
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
 from secateur.exporting.convert import FILES, Form
-from secateur.exporting.export import MIN_COSINE, Export, as_numbers, consumers_of, export
+from secateur.exporting.export import MIN_COSINE, Export, consumers_of, export
 from secateur.exporting.graph import EncoderGraph, SplitLinear, split_outliers
 from secateur.measures.metrics import paired_cosines
 from secateur.results import load
+from secateur.runtime.vectors import as_numbers
 from task_folders import example_rows, write_task
 
 TEN_SCRIPTS = (
@@ -425,7 +426,7 @@ def test_the_manifest_tells_who_loads_the_export(exported: Callable[..., tuple[P
 
 
 def test_stock_sentence_transformers_without_modules_pools_by_the_mean(llama_folder: Path, tmp_path: Path):
-    """A rule of docs/export.md that can be run here."""
+    """A rule of docs/reference/exports.md that can be run here."""
     assert SentenceTransformer(str(llama_folder), device="cpu")[1].pooling_mode == "mean"
     bare = shutil.copytree(llama_folder, tmp_path / "bare")
     (bare / "model.safetensors").unlink()

@@ -141,7 +141,7 @@ def test_frontier_draws_each_model_once_with_its_label_interval_and_range() -> N
     axes = figure.axes[0]
     assert list(axes.lines[0].get_xdata()) == [88.0, 89.0, 90.0]
     assert list(axes.lines[0].get_ydata()) == pytest.approx([50, 45, 40])
-    assert {"2", "4", "8", "tiny, healed"} <= set(words(svg(figure, "f", "t", "d")))
+    assert {"2", "4", "8", "cut"} <= set(words(svg(figure, "f", "t", "d")))
     bars = [segment for lines in axes.collections for segment in lines.get_segments()]
     upright = [bar for bar in bars if bar[0][0] == bar[1][0]]
     assert sorted(x for bar in upright for x, _ in bar) == [88, 88, 89, 89, 90, 90]

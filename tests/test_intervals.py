@@ -101,7 +101,8 @@ def test_intervals_hold_the_expected_number_at_93_percent_or_more(name: str, uni
         assert limits is None or limits[0] <= low <= high <= limits[1]
         given, hits = given + 1, hits + (low <= expected <= high)
     assert given > 150
-    # The bootstrap finds a tenth less spread of average precision at 20 pairs than there is: docs/method.md says so.
+    # The bootstrap finds a tenth less spread of average precision at 20 pairs than there is (as the page on
+    # statistics in docs/explanation says).
     assert hits / given >= (0.91 if name == "ap" else 0.93)
 
 

@@ -14,11 +14,11 @@ from sentence_transformers import SentenceTransformer
 import secateur
 from conftest import example_pairs, tiny_transformer
 from secateur.data.sources import Pair, Pairs, read_pairs, read_texts
-from secateur.data.vectors import VectorCache, fingerprint_model
+from secateur.data.vectors import PROBES, VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError
 from secateur.healing.losses import Loss
 from secateur.healing.recipes import TrainingConfig, training_config
-from secateur.healing.teacher import LABEL, PROBES, Teacher, open_teacher, teach
+from secateur.healing.teacher import LABEL, Teacher, open_teacher, teach
 from secateur.healing.trainer import train
 from secateur.healing.training_data import training_sets, used_rows
 from secateur.options import HealOptions, make
@@ -157,8 +157,6 @@ def test_mistakes_are_told_before_anything_is_written(
     taught = {"teacher": llama_folder}
     for data, options, kind, told in (
         (pairs_file, {"teacher_weight": 0.5}, ConfigError, "teacher_weight: there is no teacher"),
-        (pairs_file, {"teacher_model": "m"}, ConfigError, "teacher_model: there is no teacher"),
-        (pairs_file, taught | {"teacher_model": "m"}, ConfigError, "teacher_model: names a server's model"),
         (pairs_file, {"distill": "both"}, ConfigError, "distill: there is no teacher"),
         (pairs_file, taught | {"distill": "x"}, ConfigError, "distill: 'x' is not valid"),
         (pairs_file, taught | {"teacher_weight": 2.0}, ConfigError, "teacher_weight: 2.0 is not valid"),

@@ -15,12 +15,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from conftest import MakeEncoder, example_pairs
-from secateur.data.vectors import VectorCache
+from secateur.data.vectors import PROBES, VectorCache
 from secateur.errors import ConfigError
 from secateur.healing import losses
 from secateur.healing.losses import Loss, SortedColumn, batch_mask, contrastive_loss, dropout, row_keys
 from secateur.healing.recipes import TrainingConfig, training_arguments
-from secateur.healing.teacher import PROBES, Teacher, keep_vectors
+from secateur.healing.teacher import Teacher, keep_vectors
 from secateur.healing.trainer import Trainer, rounded_lengths
 from secateur.models.cutting import cut
 from secateur.profiling.depths import depth_vectors

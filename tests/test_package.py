@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -22,15 +23,15 @@ results: base kinds
 runtime
 options: base fields way runs inference
 figures: style solved plots
-models: compat blocks cutting pooling checks forward save open_model
-data: rows hub sources vectors demo
+models: compat blocks cutting pooling checks forward save open_model static
+data: rows hub sources vectors endpoints embedders demo
 vocabulary: counts tokens trim choice
 measures: metrics intervals costs
-evaluation: task_folder tasks replicates evaluate
+evaluation: task_tables task_formats task_folder task_check task_making tasks replicates evaluate
 choosing: selectors budgets vocabulary evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
-healing: recipes exclusion training_data teacher losses evaluator trainer heal
+healing: recipes exclusion training_data processes teacher losses evaluator trainer heal
 scouting: ladder held_out rungs scout
 reporting: cost compare run findings blocks advice vocabulary verdict pictures tables card report
 studies: steps grid plan estimate records runner study
@@ -67,6 +68,7 @@ def test_the_exported_names():
         "SecateurError",
         "accelerate",
         "candidates",
+        "check_tasks",
         "choose",
         "compare",
         "cost",
@@ -74,6 +76,7 @@ def test_the_exported_names():
         "evaluate",
         "export",
         "heal",
+        "make_task",
         "open_model",
         "plan_study",
         "profile",
@@ -161,6 +164,23 @@ def test_a_step_without_torch_says_what_to_install():
     )
 
 
+def test_a_command_without_its_packages_says_what_to_install(tmp_path: Path):
+    script = "import sys\nsys.modules['scipy'] = None\nfrom secateur.cli import main\nmain()"
+    (tmp_path / "config.json").write_text("{}")
+    command = [sys.executable, "-c", script, "prune", str(tmp_path), "--to", "large", "-o", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "secateur: this command needs the package scipy: pip install 'secateur[torch]'\n"
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((SOURCE.parents[1] / "CITATION.cff").read_text(encoding="utf-8"))
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["title"].split(":")[0], citation["version"]) == (project["name"], project["version"])
+    assert citation["license"] == project["license"]
+
+
 def imports(module: Path) -> set[str]:
     """The modules of secateur that a module imports, wherever in it, and not only for its types."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
@@ -198,6 +218,8 @@ STEPS = {
     "heal": config.HealOptions,
     "scout": config.ScoutOptions,
     "evaluate": config.EvaluateOptions,
+    "check_tasks": config.CheckTasksOptions,
+    "make_task": config.MakeTaskOptions,
     "encode": config.EncodeOptions,
     "report": config.ReportOptions,
     "cost": config.CostOptions,
@@ -232,9 +254,14 @@ def test_importing_the_package_and_asking_for_help_imports_nothing_heavy():
         "import sys, secateur\nfrom secateur.cli import app\n"
         "assert app(['--help'], standalone_mode=False) in (None, 0)\n"
         "assert app(['study', '--help'], standalone_mode=False) in (None, 0)\n"
+        "import os\n"
+        "os.environ['_SECATEUR_COMPLETE'] = 'complete_bash'\n"
+        "os.environ |= {'COMP_WORDS': 'secateur heal m --t', 'COMP_CWORD': '3'}\n"
+        "try:\n    app(prog_name='secateur')\nexcept SystemExit as ended:\n    assert not ended.code\n"
         f"heavy = set({HEAVY!r}.split()) & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Usage: " in done.stdout
+    assert "--teacher\n" in done.stdout

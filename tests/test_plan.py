@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -427,13 +429,34 @@ def test_a_place_that_holds_something_else_fails_its_step_alone(tmp_path: Path):
     assert outcomes(tmp_path)[-1] == ("b", "done")
 
 
-def test_steps_on_a_cluster_share_its_gpus(monkeypatch: pytest.MonkeyPatch):
-    """A task that asks for no GPU does not see any."""
+@pytest.mark.parametrize(
+    ("gpus", "jobs", "slots", "cores", "share"),
+    [(2, 1, 2, 4, 1.0), (2, 4, 4, 2, 0.5), (2, 3, 3, 2, 0.5), (0, 1, 8, 1, 0.0), (0, 3, 3, 2, 0.0)],
+)
+def test_steps_on_a_cluster_share_its_gpus(
+    gpus: int, jobs: int, slots: int, cores: int, share: float, tmp_path: Path, monkeypatch, capsys
+):
+    """A task that asks for no GPU sees none; and a share fits on one, for else it would wait for ever."""
     asked: list[dict[str, float]] = []
+
+    def remote(**needs: float) -> Callable[[object], object]:
+        options = lambda **more: asked.append(needs | more) or SimpleNamespace(remote=lambda *_: None)  # noqa: E731
+        return lambda _: SimpleNamespace(options=options)
+
+    nodes = [{"Alive": alive, "Resources": {"CPU": cpus}} for alive, cpus in ((True, 4.0), (True, 4.0), (False, 1.0))]
+    nodes += [{"Alive": True, "Resources": {}}]  # a head that computes nothing
     ray = SimpleNamespace(
-        cluster_resources=lambda: {"CPU": 8.0, "GPU": 2.0},
-        remote=lambda **needs: asked.append(needs) or (lambda _: None),
+        cluster_resources=lambda: {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}),
+        nodes=lambda: nodes,
+        remote=remote,
+        get=lambda _: None,
+        exceptions=SimpleNamespace(RayTaskError=RuntimeError),
     )
     monkeypatch.setattr("secateur.studies.runner.ray_cluster", lambda address: nullcontext(ray))
-    assert [on_ray("auto", jobs).slots for jobs in (1, 4)] == [8, 4]
-    assert asked == [{"num_cpus": 1, "num_gpus": 0.25}, {"num_cpus": 2, "num_gpus": 0.5}]
+    executor = on_ray("auto", jobs)
+    assert executor.slots == slots
+    for kind in ("heal", "evaluate", "prune"):
+        executor.run(replace(step(tmp_path, kind), kind=kind), tmp_path / "log")
+    assert [need["num_gpus"] for need in asked] == [share, share, 0]
+    assert {need["num_cpus"] for need in asked} == {cores}
+    assert ("no GPU" in capsys.readouterr().err) == (gpus == 0)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from secateur.errors import DataError
+from secateur.reporting.advice import scout_sentences
 from secateur.reporting.card import CARD_MARK
 from secateur.reporting.findings import summarize
 from secateur.reporting.report import report
 from secateur.reporting.run import read_run
-from secateur.reporting.verdict import notes, verdict
+from secateur.reporting.verdict import notes, recommend
+from secateur.reporting.vocabulary import vocabulary_sentences
 from secateur.results import (
     CostRow,
     Costs,
@@ -32,7 +34,7 @@ from secateur.results import (
     VocabularyRow,
     load,
 )
-from test_report import NLI, SICK, TASKS, made, plain, read, write_profile
+from test_report import NLI, SICK, TASKS, made, model_row, plain, read, write_profile
 
 COMMAND = "secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny"
 RUNGS = (
@@ -119,7 +121,14 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(run: Path) -> list[str]:
-    return [plain(sentence) for sentence in verdict(summarize(read_run(run)))]
+    """What is said of the scout and of the vocabulary."""
+    summary = summarize(read_run(run))
+    by_base = [*scout_sentences(summary), vocabulary_sentences(summary)]
+    return [plain(line) for lines in by_base for line in lines]
+
+
+def found(run: Path):
+    return recommend(summarize(read_run(run)))
 
 
 def rewrite(run: Path, *rungs: RungRow, **study) -> None:
@@ -132,8 +141,8 @@ def choose(run: Path, depth: int) -> None:
     (run / "scouts" / "tiny" / "choice.json").write_text(json.dumps({"chosen": depth}))
 
 
-def test_the_verdict_is_the_choice_the_polish_and_the_place(reported: Path) -> None:
-    choice, polish, place = told(reported)
+def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: Path) -> None:
+    (choice,) = told(reported)
     assert choice == (
         "tiny: on your 2 tasks, 4 of 8 layers lose 0.6 points (95 % interval −0.9 to +0.2) against all 8 trained "
         "alike, within the tolerance of 1 point."
@@ -143,19 +152,19 @@ def test_the_verdict_is_the_choice_the_polish_and_the_place(reported: Path) -> N
         for name in ("tiny-4-polished", "tiny-8-scout")
     ]
     low, high = 100 * np.quantile(draws[0] - draws[1], [0.025, 0.975])
-    assert polish == (
-        f"Trained on alone, these 4 layers score 60.4, 1.2 points more (95 % interval +{low:.1f} to +{high:.1f}) than "
-        "all 8, which had the scout’s training alone; they have 46 % of the parameters and 2.3 × the speed of the full "
-        "model."
-    )
-    assert place == "The model is in models/tiny-4-polished, beside this report."
     page, markdown = read(reported / "report.html"), (reported / "report.md").read_text(encoding="utf-8")
-    for sentence in verdict(summarize(read_run(reported))):
-        assert sentence in page.text
-        assert plain(sentence)[-40:] in plain(markdown)
+    assert choice in plain(page.text)
+    assert choice[-40:] in plain(markdown)
+    shipped = found(reported)
+    assert plain(shipped.headline) == (
+        f"Ship tiny-4-polished: +1.2 points (+{low:.1f} to +{high:.1f}, significantly better), 2.3 × as fast, 50 % of "
+        "the size."
+    )
+    assert "beside tiny-8-scout, the full model" in shipped.reasons[0]
+    assert shipped.reasons[0].endswith("It had the scout’s training alone: trained on alike, it might score higher.")
+    assert shipped.command(reported) == f"secateur serve {reported / 'models' / 'tiny-4-polished'}"
     said = " ".join(notes(summarize(read_run(reported))))
     assert "at most once in twenty" in said  # one depth was asked for, beside those that were trained
-    assert "may lose more than 2 points" not in said
 
 
 @pytest.mark.parametrize(
@@ -186,12 +195,11 @@ def test_where_nothing_smaller_is_within_the_tolerance_the_nearest_is_told(run: 
     loses = replace(RUNGS[3], difference=-0.013, difference_low=-0.022, difference_high=-0.004)
     rewrite(run, *RUNGS[:1], loses, RUNGS[-1])
     choose(run, 8)
-    choice, place = told(run)
+    (choice,) = told(run)
     assert choice == (
         "tiny: on your 2 tasks, nothing smaller than all 8 layers is shown to be within the tolerance of 1 point: "
         "6 layers come nearest, and lose 1.3 points (95 % interval −2.2 to −0.4) against all 8 trained alike."
     )
-    assert place == "The model is in models/tiny-8-scout, beside this report."
     rewrite(run, *RUNGS[:2], loses, RUNGS[-1])
     choose(run, 8)
     assert told(run)[0].endswith(
@@ -208,29 +216,21 @@ def test_where_nothing_smaller_is_within_the_tolerance_the_nearest_is_told(run: 
 
 def test_a_difference_that_may_be_none_is_called_so(run: Path) -> None:
     write_model(run, "tiny-4-polished", 0.593, own=0.01)
-    polish = told(run)[1]
-    assert "score 59.3, 0.1 points more (95 % interval −" in polish
-    assert ", no significant difference) than all 8" in polish
+    assert "Ship tiny-4-polished: +0.1 points (−" in found(run).headline
+    assert "no significant difference" in found(run).headline
 
 
 def test_without_the_scouts_full_depth_a_polished_model_is_compared_with_the_untrained_one(run: Path) -> None:
     for part in ("models", "scores"):
         shutil.rmtree(run / part / "tiny-8-scout")
     (run / "costs.json").unlink()
-    assert "30.3 points more" in told(run)[1] and "than all 8 as they came" in told(run)[1]
+    assert "+30.3 points" in found(run).headline and "beside tiny-8-zero-shot" in found(run).reasons[0]
 
 
 def test_a_full_depth_that_was_polished_too_is_the_one_to_compare_with(run: Path) -> None:
     write_model(run, "tiny-8-polished", 0.61)
-    smaller, whole = sorted(told(run)[1:3], reverse=True)
-    assert "score 60.4, 0.6 points less" in smaller and "than all 8 trained on alike" in smaller
-    assert "Trained on alone, all 8 layers score 61.0, 1.8 points more" in whole
-    assert "which had the scout’s training alone." in whole
-
-
-def test_another_polished_depth_than_the_chosen_one_is_no_these(run: Path) -> None:
-    choose(run, 5)
-    assert told(run)[1].startswith("Trained on alone, 4 layers score 60.4")
+    assert "Ship tiny-4-polished: −0.6 points (" in found(run).headline
+    assert "beside tiny-8-polished" in found(run).reasons[0] and "scout’s training" not in found(run).reasons[0]
 
 
 def test_other_seeds_are_told_and_none_is_called_undecided(run: Path) -> None:
@@ -245,22 +245,25 @@ def test_other_seeds_are_told_and_none_is_called_undecided(run: Path) -> None:
     for seed, mean in ((1, 0.60), (2, 0.61)):
         write_model(run, f"tiny-4-polished-seed{seed}", mean, seed)
         write_model(run, f"tiny-8-scout-seed{seed}", 0.592, seed)
-    choice, others, polish, place = told(run)
+    choice, others = told(run)
     assert choice.startswith("tiny-seed1: on your 2 tasks, 4 of 8 layers lose 0.6 points")
     assert others == "Of this depth, scouts with other seeds find a difference of −1.1 points."
-    assert "these 4 layers score 60.5, 1.3 points more" in polish
-    assert place.startswith("The models are in models/tiny-4-polished-seed1, models/tiny-4-polished-seed2")
+    shipped = found(run)
+    assert shipped.headline.startswith(
+        "Not decided yet: tiny-4-polished shows no significant difference (+1.3 points, "
+    )
+    assert shipped.headline.endswith("more test queries or pairs and train more seeds before you ship it.")
     assert {v.name: v.scout.name for v in read_run(run).variants if v.scout} == {
         f"tiny-{which}-seed{seed}": f"tiny-seed{seed}" for which in ("4-polished", "8-scout") for seed in (1, 2)
     }
 
 
-def test_the_first_section_has_every_depth_with_what_was_measured_there(reported: Path) -> None:
+def test_the_scouts_section_has_every_depth_with_what_was_measured_there(reported: Path) -> None:
     page = read(reported / "report.html")
     sections = [a["id"] for tag, a in page.tags if tag == "h2" and "id" in a]
-    assert sections[0] == "worth"
-    assert sections[1:] == [
-        *("trade-off", "size", "depth", "models", "tasks", "costs", "training", "commands", "provenance"),
+    assert sections == [
+        *("frontier", "tasks", "sure", "worth", "size", "depth", "models", "costs", "training", "commands"),
+        "provenance",
     ]
     rows = {
         row[0]: [plain(cell) for cell in row[1:]] for row in page.cells if row[1:2] in (["trained"], ["scored only"])
@@ -299,10 +302,9 @@ def test_where_a_scouts_numbers_come_from(reported: Path) -> None:
 
 def test_the_difference_of_a_polished_model_says_how_the_full_one_was_trained(reported: Path) -> None:
     page = read(reported / "report.html")
-    assert "to tiny, scout, which had the scout’s training alone" in plain(page.row("tiny-4-polished")[-2])
-    cut = page.row("tiny-4-scout")[-2]
+    assert "to tiny, scout, which had the scout’s training alone" in plain(model_row(page, "tiny-4-polished")[-2])
+    cut = model_row(page, "tiny-4-scout")[-2]
     assert "to tiny, scout" in cut and "alone" not in cut
-    assert "of the scouted full model’s average score, which had the scout’s training alone" in page.text
 
 
 def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
@@ -340,11 +342,8 @@ def trimmed(run: Path) -> Path:
 
 
 def test_a_cut_vocabulary_is_told_with_what_it_costs(trimmed: Path) -> None:
-    told_of = told(trimmed)
-    assert told_of[1].startswith("Trained on alone, these 4 layers score 60.4, 1.2 points more")
-    assert told_of[1].endswith("of the model as it came.") and "30 % of the parameters" in told_of[1]
-    assert told_of[2].startswith("That is 30.3 points more (95 % interval +30")
-    sentence = told_of[-1]
+    assert found(trimmed).headline.startswith("Ship tiny-4-polished: +1.2 points (")
+    sentence = told(trimmed)[-1]
     assert sentence.startswith(
         "tiny: the vocabulary is cut to 8,000 of 49,152 tokens, which are 96.2 % of those of held-out texts; "
         "untrained, the model of full depth has 75 % of the parameters and scores 1.2 points less (95 % interval −1."
@@ -364,8 +363,9 @@ def test_a_cut_vocabulary_has_its_section_its_columns_and_its_place_in_the_card(
         "24,000 texts/home/me/texts.txt",
         *("8,000 of 49,152", "96.2 %", "31.0 %", "24.1 (before: 22.0)", "0.04 %", "SICK-R 95.0 %, NLI 90.0 %"),
     ]
-    assert "8,000 of 49,152" in page.row("tiny-4-polished") and "8,000 of 49,152" not in page.row("tiny-8-zero-shot")
-    assert any("30.3" in cell and "tiny, zero-shot" in cell for cell in page.row("tiny-4-polished"))
+    assert "8,000 of 49,152" in model_row(page, "tiny-4-polished")
+    assert "8,000 of 49,152" not in model_row(page, "tiny-8-zero-shot")
+    assert any("30.3" in cell and "tiny, zero-shot" in cell for cell in model_row(page, "tiny-4-polished"))
     assert {"tiny, trimmed", "tiny, zero-shot", "tiny, polished"} <= {v.series for v in read_run(trimmed).variants}
     cards = {
         name: plain((trimmed / "models" / name / "README.md").read_text(encoding="utf-8"))
@@ -400,7 +400,7 @@ def test_a_scout_alone_is_enough(tmp_path: Path) -> None:
     write_scout(tmp_path, chosen=None)
     page = read(report(tmp_path))
     assert {a["id"] for tag, a in page.tags if tag == "h2" and "id" in a} == {
-        *("worth", "training", "commands", "provenance"),
+        *("sure", "worth", "training", "commands", "provenance"),
     }
     assert told(tmp_path) == ["tiny: the scout scored 5 depths of 8; none is chosen yet."]
 

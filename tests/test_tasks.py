@@ -161,8 +161,8 @@ def appended(table: str, *new: object):
             appended("qrels", ("q1", "d1")),
             "qrels.tsv",
             50,
-            "score",
-            "column is missing: here are query-id, corpus-id",
+            None,
+            "has 2 columns, the first line 3",
         ),
         ("retrieval", appended("qrels", ("q0", "d0", 1)), "qrels.tsv", 50, None, "twice"),
         ("retrieval", replaced("corpus", 3, _id="d0"), "corpus.jsonl", 4, None, "'d0' occurs twice"),
@@ -197,7 +197,7 @@ def test_all_bad_rows_of_a_file_are_told_at_once(tmp_path: Path):
         open_task(write_task(tmp_path / "t", "retrieval", rows))
     assert str(caught.value).endswith(
         "qrels.tsv, line 50, \"corpus-id\": 'd999' is not in corpus.jsonl; "
-        "lines 51, 52, 53, 54, 55 and 5 more is not valid either"
+        "lines 51, 52, 53, 54, 55 and 5 more are not valid either"
     )
     sts = example_rows("sts")
     del sts["test"][2]["score"], sts["test"][7]["score"]
@@ -290,8 +290,10 @@ def test_what_is_no_task_folder_says_so(tmp_path: Path):
         open_task(tmp_path)
     path = write_task(tmp_path / "t", "sts", example_rows("sts"))
     (path / "task.json").write_text('{"name": "x"}')
-    with pytest.raises(DataError, match='"type": is missing'):
+    (path / "test.jsonl").rename(path / "test.txt")
+    with pytest.raises(DataError, match='"type": is missing, and the files do not tell it'):
         open_task(path)
+    (path / "test.txt").rename(path / "test.jsonl")
     (path / "task.json").write_text('{"type": "sts",\n oops}')
     with pytest.raises(DataError, match="line 2: broken JSON"):
         open_task(path)

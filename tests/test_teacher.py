@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +10,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from conftest import MakeEncoder
-from secateur.errors import ConfigError, ModelError
-from secateur.healing import teacher as teachers
-from secateur.healing.teacher import CHUNK, COMMON_KEY, KEY, PROBES, Teacher, connect, embed, keep_vectors, open_teacher
+from secateur.data import endpoints
+from secateur.data.endpoints import COMMON_KEY, KEY, connect
+from secateur.data.vectors import CHUNK, PROBES
+from secateur.errors import ModelError
+from secateur.healing.teacher import Teacher, keep_vectors, open_teacher
 from secateur.options import HealOptions, make
+from servers import Mood, serving
+from servers import mood as mood
+from servers import no_waiting as no_waiting
 
 TEXTS = ["a hedge", "a longer hedge, cut back.", "q", "葉 🌿"]
 
@@ -143,20 +139,12 @@ def test_a_model_teaches_by_its_own_pooling_and_prompts(make_encoder: MakeEncode
     model.default_prompt_name = "own"
     by_default = teacher_of(save(model, tmp_path / "prompted"), device="cpu")
     assert np.allclose(by_default.encode(TEXTS, ""), model.encode(TEXTS, prompt="own: "), atol=1e-5)
-    with pytest.raises(ConfigError, match="names a server's model"):
-        teacher_of(tmp_path / "model", teacher_model="x")
 
 
 @pytest.mark.slow
 def test_our_own_server_teaches_as_the_model_does(make_encoder: MakeEncoder, tmp_path: Path, monkeypatch):
     model = make_encoder("llama")
-    folder, log = save(model, tmp_path / "tiny"), tmp_path / "log"
-    command = [sys.executable, "-m", "secateur", "serve", str(folder), "--port", "0", "--device", "cpu"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stderr=stream, env=os.environ | {"SECATEUR_API_KEYS": "sesame-open"})
-    try:
-        wait_until(lambda: '"serving"' in log.read_text() or process.poll() is not None)
-        address = f"{json.loads(log.read_text().splitlines()[0])['address']}/v1"
+    with serving(save(model, tmp_path / "tiny"), tmp_path / "log", key="sesame-open") as address:
         with pytest.raises(ModelError, match=f"answers 401 .*: set {KEY}"):
             teacher_of(address)
         monkeypatch.setenv(KEY, "sesame-open")
@@ -165,142 +153,38 @@ def test_our_own_server_teaches_as_the_model_does(make_encoder: MakeEncoder, tmp
         expected = model.encode([f"find: {text}" for text in TEXTS])
         assert np.allclose(vectors.read(vectors.rows(TEXTS, "find: ")), expected, atol=1e-5)
         with pytest.raises(ModelError, match=r"answers 404 .no such model; this server has tiny"):
-            teacher_of(address, teacher_model="nonesuch").encode(["a"], "")
-    finally:
-        process.terminate()
-        process.wait(20)
+            teacher_of(f"{address}#nonesuch").encode(["a"], "")
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
-@dataclass
-class Mood:
-    """What the misbehaving server does, one entry for each request; at the end of the list it behaves."""
-
-    does: list[str] = field(default_factory=list)
-    requests: list[tuple[str, int]] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    url: str = ""
-
-    def embed(self, texts: list[str] = TEXTS, **options: object) -> np.ndarray:
-        return embed(connect(self.url).with_options(**({"timeout": 5} | options)), "m", texts)
-
-
-@pytest.fixture
-def mood() -> Iterator[Mood]:
-    state = Mood()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            self.answer(200, json.dumps({"data": [{"id": "one"}, {"id": "two"}]}).encode())
-
-        def do_POST(self) -> None:
-            texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
-            state.requests.append((self.headers.get("Authorization", ""), len(texts)))
-            state.times.append(time.monotonic())
-            act = state.does.pop(0) if state.does else "well"
-            rows = [{"index": i, "embedding": [float(len(text)), 1.0]} for i, text in enumerate(texts)]
-            if act == "429":
-                self.answer(429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.3"})
-            elif act == "429 tomorrow":
-                self.answer(429, b"", {"Retry-After": "86400"})
-            elif act in ("400", "500", "503"):
-                self.answer(int(act), b'{"error": {"message": "no such thing"}}')
-            elif act == "moved":
-                self.answer(307, b"", {"Location": f"{state.url}/elsewhere"})
-            elif act == "truncated":
-                self.answer(200, json.dumps({"data": rows}).encode()[:-5])
-            elif act == "broken off":
-                self.answer(200, json.dumps({"data": rows}).encode()[:-5], {"Content-Length": "999"})
-            elif act == "413 over 2" and len(texts) > 2:
-                state.does.insert(0, act)
-                self.answer(413, b"")
-            elif act == "fewer":
-                self.answer(200, json.dumps({"data": rows[:-1]}).encode())
-            elif act == "more":
-                self.answer(200, json.dumps({"data": [*rows, rows[0]]}).encode())
-            elif act == "ragged":
-                rows[0]["embedding"] = [1.0]
-                self.answer(200, json.dumps({"data": rows}).encode())
-            elif act == "HTML":
-                self.answer(200, b"<!doctype html><title>Welcome to the portal</title>", {"Content-Type": "text/html"})
-            elif act == "deep":
-                self.answer(200, b"[" * 100_000 + b"]" * 100_000)
-            elif act == "endless":
-                self.answer(200, b'{"data": [{"index": 1e999, "embedding": [1.0]}]}')
-            elif act == "text":
-                self.answer(200, b'["sorry"]')
-            elif act == "NaN":
-                rows[0]["embedding"] = [float("nan"), 1.0]
-                self.answer(200, json.dumps({"data": rows}).encode())
-            elif act == "slow":
-                time.sleep(1)
-            else:
-                state.does[:0] = [act] if act == "413 over 2" else []
-                self.answer(200, json.dumps({"data": rows[::-1]}).encode())
-
-        def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for name, value in (
-                {"Content-Length": str(len(body)), "Content-Type": "application/json"} | (headers or {})
-            ).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield state
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-LENGTHS = [[7, 1], [25, 1], [1, 1], [3, 1]]
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between attempts, where the server does not say how long."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+LENGTHS = [[7, 10], [25, 10], [1, 10], [3, 10]]
 
 
 def test_what_may_pass_is_asked_for_again(mood: Mood, no_waiting: None):
     mood.does = ["500", "broken off", "slow", "503"]
-    assert mood.embed(timeout=0.3).tolist() == LENGTHS
+    assert mood.embed(TEXTS, timeout=0.3).tolist() == LENGTHS
     assert len(mood.requests) == 5
     mood.does = ["503"] * 3
     with pytest.raises(ModelError, match=r"answers 503 \(no such thing\)"):
-        mood.embed(max_retries=2)
+        mood.embed(TEXTS, max_retries=2)
     assert not mood.does
     mood.url = "http://127.0.0.1:9/v1"
     with pytest.raises(ModelError, match=r"127.0.0.1:9/v1: gives no valid answer \(Connection error.\): with --cache"):
-        mood.embed(max_retries=1)
+        mood.embed(TEXTS, max_retries=1)
 
 
 def test_a_server_is_left_alone_for_as_long_as_it_wants(mood: Mood):
     mood.does = ["429"]
-    assert mood.embed().tolist() == LENGTHS
+    assert mood.embed(TEXTS).tolist() == LENGTHS
     assert mood.times[1] - mood.times[0] >= 0.3
     mood.does = ["429 tomorrow"]
     with pytest.raises(ModelError, match=r"answers 429 .*, and wants to be asked again in or at 86400"):
-        mood.embed()
+        mood.embed(TEXTS)
 
 
 def test_requests_are_small_enough_for_the_server(mood: Mood, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(teachers, "REQUEST_TEXTS", 3)
+    monkeypatch.setattr(endpoints, "REQUEST_TEXTS", 3)
     mood.does = ["413 over 2"]
-    assert mood.embed().tolist() == LENGTHS
+    assert mood.embed(TEXTS).tolist() == LENGTHS
     assert [count for _, count in mood.requests] == [3, 2, 1, 1]
 
 
@@ -322,20 +206,20 @@ def test_requests_are_small_enough_for_the_server(mood: Mood, monkeypatch: pytes
 def test_a_wrong_answer_is_told_at_once(act: str, told: str, mood: Mood):
     mood.does = [act]
     with pytest.raises(ModelError, match=told):
-        mood.embed()
+        mood.embed(TEXTS)
     assert len(mood.requests) == 1
 
 
 def test_vectors_of_nan_from_a_server_are_not_kept(mood: Mood, tmp_path: Path):
     mood.does = ["well", "NaN"]
-    with pytest.raises(ModelError, match='NaN, infinity, or all zeros for "a hedge"'):
-        keep_vectors(teacher_of(mood.url, teacher_model="m"), {"": TEXTS}, tmp_path)
-    vectors = keep_vectors(teacher_of(mood.url, teacher_model="m"), {"": TEXTS}, tmp_path)
+    with pytest.raises(ModelError, match='a vector with NaN or infinity for "a longer hedge'):
+        keep_vectors(teacher_of(f"{mood.url}#m"), {"": TEXTS}, tmp_path)
+    vectors = keep_vectors(teacher_of(f"{mood.url}#m"), {"": TEXTS}, tmp_path)
     assert vectors.read(vectors.rows(TEXTS, "")).tolist() == LENGTHS
 
 
 def test_keys_and_addresses(mood: Mood, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ConfigError, match=r"teacher_model: the server has 2 models \(one, two\)"):
+    with pytest.raises(ModelError, match=r"has 2 models \(one, two\): name one: http.*/v1#NAME"):
         teacher_of(mood.url)
     mood.embed(["a"])
     monkeypatch.setenv(COMMON_KEY, "common")
@@ -346,6 +230,6 @@ def test_keys_and_addresses(mood: Mood, monkeypatch: pytest.MonkeyPatch):
     mood.embed(["a"])
     assert [key for key, _ in mood.requests] == ["Bearer none", "Bearer common", "Bearer own"]
     for address in ("http://me:secret@far.example/v1", "http:///v1"):
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ModelError) as told:
             connect(address)
         assert "secret" not in str(told.value)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from secateur.choosing.choose import candidates, choose
     from secateur.errors import SecateurError
     from secateur.evaluation.evaluate import evaluate
+    from secateur.evaluation.task_check import check_tasks
+    from secateur.evaluation.task_making import make_task
     from secateur.exporting.export import export
     from secateur.healing.heal import heal
     from secateur.inference.encode import encode
@@ -31,6 +33,7 @@ __all__ = [
     "SecateurError",
     "accelerate",
     "candidates",
+    "check_tasks",
     "choose",
     "compare",
     "cost",
@@ -38,6 +41,7 @@ __all__ = [
     "evaluate",
     "export",
     "heal",
+    "make_task",
     "open_model",
     "plan_study",
     "profile",
@@ -55,6 +59,7 @@ _HOMES = {
     "SecateurError": "errors",
     "accelerate": "inference.encoders",
     "candidates": "choosing.choose",
+    "check_tasks": "evaluation.task_check",
     "choose": "choosing.choose",
     "compare": "reporting.compare",
     "cost": "reporting.cost",
@@ -62,6 +67,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "export": "exporting.export",
     "heal": "healing.heal",
+    "make_task": "evaluation.task_making",
     "open_model": "models.open_model",
     "plan_study": "studies.study",
     "profile": "profiling.profile",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -43,6 +44,20 @@ def ray_cluster(address: str) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()  # type: ignore[no-untyped-call,unused-ignore]
+
+
+def ray_share(ray: Any, count: int) -> tuple[int, float]:
+    """Cores and GPUs that each of so many tasks or actors may ask for, so that all of them run at once.
+
+    Ray hides the GPUs from a task that asks for none. Says so, on stderr, where the cluster has none.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    cores = min((int(node["CPU"]) for node in nodes), default=1) // math.ceil(count / max(1, len(nodes)))
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not gpus:
+        sys.stderr.write("the Ray cluster has no GPU: what runs on it runs on CPUs\n")
+    # A share of a GPU must fit on one: three tasks on two GPUs ask for half of one each.
+    return max(1, cores), 1 / math.ceil(count / gpus) if gpus else 0.0
 
 
 # The thread ends the process when the one that started it is gone, however that went.

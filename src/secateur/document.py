@@ -133,6 +133,7 @@ class Cell:
         tag: A short label beside it.
         link: Where it leads, in a page.
         trend: ``better`` or ``worse`` where the value differs significantly from what it is compared with.
+        heat: That difference, of scores from 0 to 1, which a page shows as a colour.
     """
 
     text: str
@@ -140,8 +141,11 @@ class Cell:
     tag: str = ""
     link: str = ""
     trend: str = ""
+    heat: float = 0.0
 
 
+_HOTTEST = 0.1
+"""A difference from which on colours are the same."""
 _ARROWS = {"better": "▲", "worse": "▼"}
 
 
@@ -245,7 +249,11 @@ class Table:
                 sign = f' <strong class="{cell.trend}">{arrow} {cell.trend}</strong>'
             text += f"<small>{html.escape(printable(note))}{sign}</small>"
         tag, scope = ("th", ' scope="row"') if index == 0 else ("td", "")
-        return f"<{tag}{scope}{self._kind(index) if index else ''}>{text}</{tag}>"
+        heat = ""
+        if abs(cell.heat) > 0:  # of NaN, no
+            share = round(100 * min(1.0, abs(cell.heat) / _HOTTEST))
+            heat = f' data-heat="{"gain" if cell.heat > 0 else "loss"}" style="--heat: {share}%"'
+        return f"<{tag}{scope}{self._kind(index) if index else ''}{heat}>{text}</{tag}>"
 
     def _kind(self, index: int) -> str:
         return "" if index < self.texts else ' class="number"'

@@ -34,11 +34,23 @@ def read_json(file: Path, *, strict: bool = False) -> Any:
     except FileNotFoundError:
         raise DataError(file, "no such file") from None
     except json.JSONDecodeError as error:
-        raise DataError(file, f"broken JSON ({error.msg})", line=error.lineno) from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(file, f"broken JSON ({error.msg}, column {error.colno})", line=error.lineno) from None
+    except UnicodeDecodeError as error:
+        raise not_utf8(file, error, error.object.count(b"\n", 0, error.start) + 1) from None
+    except OSError as error:
         raise DataError(file, f"cannot be read ({error})") from None
     except ValueError as error:
         raise DataError(file, f"broken JSON ({error})") from None
+
+
+def not_utf8(file: Path, error: UnicodeDecodeError, line: int) -> DataError:
+    """The error of a file in another encoding: its first bytes tell UTF-16; else Windows-1252 is the most likely."""
+    byte = error.start - error.object.rfind(b"\n", 0, error.start)
+    utf16 = line == 1 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+    encoding = "UTF-16" if utf16 else "WINDOWS-1252"
+    problem = "is UTF-16, not UTF-8" if utf16 else f"byte {byte} is not UTF-8"
+    hint = f"save the file as UTF-8; if it is {encoding}: iconv -f {encoding} -t UTF-8 OLD > NEW"
+    return DataError(file, problem, hint, line=line)
 
 
 def parse_json(text: str, *, strict: bool = False) -> Any:

@@ -22,6 +22,8 @@ DECIDING = ("secateur", "mteb", "scikit-learn", "sentence-transformers", "transf
 """Libraries by whose version a score may change."""
 ENCODING = ("sentence-transformers", "transformers", "torch")
 """Those by whose version a vector may change."""
+EXPORT = "export.json"
+"""The manifest in a folder that ``secateur export`` wrote."""
 _DESCRIPTIONS = frozenset({"secateur.json", "training.json"})
 """Files of a model folder that say how it was made; no vector depends on them."""
 
@@ -113,16 +115,23 @@ def fingerprint(file: Path, rows: int, licence: str = "") -> Fingerprint:
     return Fingerprint(file.name, _hash(file), rows, licence)
 
 
+def is_export(folder: str | Path) -> bool:
+    """Whether a path is a folder that ``secateur export`` wrote."""
+    return (Path(folder).expanduser() / EXPORT).is_file()
+
+
 def model_files(model: str | Path) -> list[Path]:
     """The files of a model folder, and of its modules' folders, that vectors may depend on; or a single file.
 
-    Empty for what is not on this disk. Other folders in it may hold anything, such as a model that was cut from it.
+    Empty for what is not on this disk. Other folders in it may hold anything, such as a model that was cut from it; but
+    those of an export hold its graph.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
         return [path] if path.is_file() else []
     parts = [path, *(part.parent for part in path.glob("*/config.json"))]
-    files = {file for part in parts for file in part.iterdir() if file.is_file()}
+    found = path.rglob("*") if is_export(path) else (file for part in parts for file in part.iterdir())
+    files = {file for file in found if file.is_file()}
     return sorted(f for f in files if not (f.name.startswith(".") or f.suffix == ".md" or f.name in _DESCRIPTIONS))
 
 

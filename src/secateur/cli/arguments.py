@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from typer.core import TyperGroup
 
 from secateur.cli.places import check_places
 from secateur.errors import ConfigError
@@ -16,10 +17,7 @@ from secateur.options import Options, default_of, extra, make, read_yaml
 
 
 def expand_list_options(arguments: list[str]) -> list[str]:
-    """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``.
-
-    ``study status`` and ``study resume`` are commands whose names have a blank.
-    """
+    """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``."""
     commands = [Options]
     for command in commands:
         commands += command.__subclasses__()
@@ -29,8 +27,6 @@ def expand_list_options(arguments: list[str]) -> list[str]:
         for name, field in command.model_fields.items()
         if get_origin(_plain(field.annotation)) is list
     }
-    if tuple(arguments[:2]) in (("study", "status"), ("study", "resume")):
-        arguments = [" ".join(arguments[:2]), *arguments[2:]]
     expanded: list[str] = []
     current = ""
     for argument in arguments:
@@ -40,6 +36,30 @@ def expand_list_options(arguments: list[str]) -> list[str]:
         else:
             expanded += [current, argument] if current else [argument]
     return expanded
+
+
+class Commands(TyperGroup):
+    """Commands, some of which have a name of two words: ``study status``."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        """The command of the first words."""
+        if (both := " ".join(args[:2])) in self.commands:
+            args = [both, *args[2:]]
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: typer.Context, incomplete: str) -> Any:  # type: ignore[override]
+        """The first words; the second are completed as what else could stand there."""
+        found: dict[str, Any] = {}
+        for item in super().shell_complete(ctx, incomplete):
+            item.value = item.value.partition(" ")[0]
+            found.setdefault(item.value, item)
+        return list(found.values())
+
+
+def _second_words(ctx: typer.Context, incomplete: str) -> list[str]:
+    """For a begun word after ``study``: its commands. The shell completes files where there are none."""
+    names = ctx.parent.command.list_commands(ctx.parent) if ctx.parent and incomplete else []  # type: ignore[attr-defined]
+    return [name.removeprefix(f"{ctx.info_name} ") for name in names if name.startswith(f"{ctx.info_name} ")]
 
 
 def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -96,6 +116,7 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
             help=text,
             show_default=False,
             metavar=name.upper().rstrip("S") + ("..." if get_origin(kind) is list else ""),
+            autocompletion=_second_words,
         )
     else:
         flag = "--" + name.replace("_", "-")
@@ -106,18 +127,25 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
         shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
         suffix = f" [default: {shown}]" if shown not in (None, False, "") else ""
         required = " [required]" if field.is_required() or extra(options, name, "required") else ""
-        metavar = f"{name.upper().rstrip('S')}..." if get_origin(kind) is list else _choices(field.annotation)
-        info = typer.Option(*names, help=text + suffix + required, show_default=False, metavar=metavar)
+        choices = _choices(field.annotation)
+        metavar = f"{name.upper().rstrip('S')}..." if get_origin(kind) is list else "|".join(choices) or None
+        info = typer.Option(
+            *names,
+            help=text + suffix + required,
+            show_default=False,
+            metavar=metavar,
+            autocompletion=lambda: choices,
+        )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
     )
 
 
-def _choices(annotation: Any) -> str | None:
-    """``finetune|l3prune|distill``, where an option takes one of a few words."""
+def _choices(annotation: Any) -> list[str]:
+    """``finetune``, ``l3prune``, ``distill``, where an option takes one of a few words."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return next((found for part in get_args(annotation) if (found := _choices(part))), None)
-    return "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else None
+        return next((found for part in get_args(annotation) if (found := _choices(part))), [])
+    return list(map(str, get_args(annotation))) if get_origin(annotation) is Literal else []
 
 
 def _plain(annotation: Any) -> Any:

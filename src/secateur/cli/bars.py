@@ -1,25 +1,36 @@
-"""Progress, as bars on the terminal."""
+"""Progress: bars on a terminal, lines in a log."""
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from secateur.cli.tables import show_steps, summary
+from secateur.document import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
+    from rich.progress import Task
 
     from secateur.progress import Progress
     from secateur.studies.runner import State
 
 
+EVERY = 60.0
+"""Seconds between two lines of a log."""
+
+
 @contextmanager
-def _bars() -> Iterator[Bars]:
-    """Bars on standard error, with the time left; none in a log."""
+def _bars(name: str) -> Iterator[Bars]:
+    """Bars on standard error, with the time left; in a log, every minute a line for each that is not full."""
     import warnings
 
     from rich import progress as rich
@@ -30,29 +41,57 @@ def _bars() -> Iterator[Bars]:
     columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()]
     columns += [rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()]
     columns += [rich.TextColumn("{task.fields[rate]}")]
-    hidden = not console.is_terminal
+    hidden = not (console.is_interactive and sys.stderr.isatty())  # FORCE_COLOR makes no terminal of a log
     # The speed is that of the last ten minutes: a piece of work may take minutes.
     with rich.Progress(*columns, console=console, disable=hidden, speed_estimate_period=600) as bars:
-        yield bars
+        ended = threading.Event()
+        log = threading.Thread(target=_write_log, args=(bars, name, ended), daemon=True)
+        if hidden and os.environ.get("RANK", "0") == "0":  # of the processes of a training, the first speaks
+            log.start()
+        try:
+            yield bars
+        finally:
+            ended.set()
+
+
+def _write_log(bars: Bars, name: str, ended: threading.Event) -> None:
+    began = time.monotonic()
+    while not ended.wait(EVERY):
+        latest = {task.description: task for task in bars.tasks}.values()
+        lines = [_line(task) for task in latest if task.total is None or task.completed < task.total]
+        for line in lines or [f"{name}: {duration(time.monotonic() - began)} so far"]:
+            typer.echo(f"{time.strftime('%H:%M:%S')}  {line}", err=True)
+
+
+def _line(task: Task) -> str:
+    """``heal (blocks): 3,200 of 64,000, 95 s so far, about 30 min left, 33.7/s``."""
+    if words := task.fields.get("words"):
+        return f"study: {words()}"
+    done, elapsed = task.completed, task.elapsed or 0.0
+    parts = [f"{done:,.0f} of {task.total:,.0f}" if task.total else f"{done:,.0f}"] if task.total or done else []
+    parts.append(f"{duration(elapsed)} so far")
+    if task.total and done > task.fields.get("before", 0):
+        left = elapsed * (task.total - done) / (done - task.fields.get("before", 0))
+        parts.append(f"about {duration(left)} left")
+    parts += [task.fields["rate"]] if task.fields["rate"] else []
+    return f"{task.description}: {', '.join(parts)}"
 
 
 @contextmanager
-def work_bars() -> Iterator[Progress]:
-    """A bar for each piece of work; in a log, one line for each when done."""
-    import time
-
+def work_bars(name: str) -> Iterator[Progress]:
+    """A bar for each piece of the work of a command; in a log, a line for each when done, too."""
     tasks: dict[str, tuple[Any, float, int]] = {}  # the bar, its start, and what an earlier run had done before
-    with _bars() as bars:
+    with _bars(name) as bars:
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks or done == 0:
-                bar = bars.add_task(what, total=total or None, completed=done, rate="")
+                bar = bars.add_task(what, total=total or None, completed=done, rate="", before=done)
                 tasks[what] = bar, time.monotonic(), done
             bar, started, before = tasks[what]
             seconds = time.monotonic() - started
-            rate = f"{per_second(done - before, seconds)}/s" if seconds >= 1 else ""
+            rate = f"{per_second(done - before, seconds)}/s" if seconds >= 1 and done > before else ""
             bars.update(bar, completed=done, total=total or None, rate=rate)
-            if 0 < done == total and not bars.console.is_terminal:
+            if 0 < done == total and bars.disable:
                 typer.echo(f"{what}: {total} in {seconds:.0f} s" + (f", {rate}" if rate else ""), err=True)
 
         yield progress
@@ -67,16 +106,16 @@ def per_second(done: int, seconds: float) -> str:
 @contextmanager
 def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]:
     """The plan, then a bar for the study and one for each running step, and a line for each that has ended."""
-    import time
-
     tasks: dict[str, Any] = {}
     told: set[str] = set()
-    with _bars() as bars:
-        whole = bars.add_task("", rate="")
+    with _bars("study") as bars:
+        whole = bars.add_task("study", total=None, rate="")
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:  # before the first step, such as reading the preset's data
                 tasks[what] = bars.add_task(what, total=None, rate="")
+            if done == 0:  # the next piece of work of the same step
+                bars.reset(tasks[what])
             bars.update(tasks[what], completed=done, total=total or None)
 
         def callback(state: State) -> None:
@@ -97,7 +136,9 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
                 if name in tasks:
                     bars.remove_task(tasks.pop(name))
             told.update(ended)
-            total, words = len(state.plan.steps), summary(state, slots)
-            bars.update(whole, completed=len(state.done), total=total, description=words)
+            # In a log the time left is told anew each minute.
+            words = partial(summary, state, slots)
+            total = len(state.plan.steps)
+            bars.update(whole, completed=len(state.done), total=total, description=words(), words=words)
 
         yield progress, callback

@@ -15,20 +15,23 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.cli.arguments import command_of, expand_list_options
+from secateur.cli.arguments import Commands, command_of, expand_list_options
 from secateur.cli.bars import per_second, study_bars, work_bars
 from secateur.cli.tables import (
     show_candidates,
+    show_checks,
     show_comparison,
     show_costs,
     show_export,
+    show_made_task,
     show_profile,
     show_scores,
     show_scout,
     show_steps,
 )
-from secateur.errors import SYSTEM, DataError, SecateurError, system_error
+from secateur.errors import SYSTEM, DataError, MissingPackage, SecateurError, system_error
 from secateur.options import (
+    CheckTasksOptions,
     ChooseOptions,
     CompareOptions,
     CostOptions,
@@ -36,6 +39,7 @@ from secateur.options import (
     EvaluateOptions,
     ExportOptions,
     HealOptions,
+    MakeTaskOptions,
     Options,
     ProfileOptions,
     PruneOptions,
@@ -49,13 +53,14 @@ from secateur.options import (
 
 app = typer.Typer(
     help="Cut a language model down to the text encoder you can afford.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=Commands,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 INTERRUPTED = 130
+
+OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser at the end.")]
 
 UsageError: Any = typer.BadParameter.__base__
 """An option or command that does not exist. Its home depends on the version: typer brings a click of its own."""
@@ -68,7 +73,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         # typer returns the code of a click.Exit (--help) instead of raising it; since 0.29 Ctrl-C is one, too.
-        code = app(expand_list_options(sys.argv[1:]), prog_name="secateur", standalone_mode=False) or 0
+        code = app(expand_list_options(sys.argv[1:] or ["--help"]), prog_name="secateur", standalone_mode=False) or 0
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         _flush()
@@ -79,6 +84,9 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; the same command goes on where it can", INTERRUPTED)
+    except ModuleNotFoundError as error:  # in looking at what the command names; the steps say it themselves
+        package = str(error.name).partition(".")[0]
+        _fail(str(MissingPackage(package, "this command", "pip install 'secateur[torch]'")), 2)
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
     except Exception as error:  # the last line of defence: a bug, said in one line
@@ -112,7 +120,7 @@ def _do(name: str, options: Options) -> Any:
     """The result of the function of that name, under progress bars."""
     import secateur
 
-    with work_bars() as progress:
+    with work_bars(name) as progress:
         return getattr(secateur, name)(**options.given(), progress=progress)
 
 
@@ -177,6 +185,24 @@ def evaluate_command(options: EvaluateOptions) -> None:
     _say(f"\n{Path(str(options.out)) / 'scores.json'}")
 
 
+@command_of(app, CheckTasksOptions)
+def tasks_check_command(options: CheckTasksOptions) -> None:
+    import secateur
+
+    checks = secateur.check_tasks(**options.given())
+    show_checks(checks)
+    if any(check.problem for check in checks):
+        raise typer.Exit(2)
+
+
+@command_of(app, MakeTaskOptions)
+def tasks_make_command(options: MakeTaskOptions) -> None:
+    import secateur
+
+    show_made_task(secateur.make_task(**options.given()))
+    _say(options.out)
+
+
 @command_of(app, CostOptions)
 def cost_command(options: CostOptions) -> None:
     show_costs(_do("cost", options).rows)
@@ -196,10 +222,12 @@ def export_command(options: ExportOptions) -> None:
 
 
 @command_of(app, ReportOptions)
-def report_command(options: ReportOptions) -> None:
+def report_command(options: ReportOptions, *, open_page: OpenPage = False) -> None:
     import secateur
 
-    _say(secateur.report(**options.given()))
+    page = secateur.report(**options.given())
+    _say(*secateur.read_verdict(options.run), "")
+    _show_page(page, open_page)
 
 
 @command_of(app, StudyOptions)
@@ -209,11 +237,12 @@ def study_command(
     plan: Annotated[
         bool, typer.Option("--plan", help="Show the steps and their estimated times, and do nothing.")
     ] = False,
+    open_page: OpenPage = False,
 ) -> None:
     if plan:
         show_steps(_do("plan_study", options), options.jobs)
     else:
-        _study(options.given())
+        _study(options.given(), open_page)
 
 
 @command_of(app, StatusOptions)
@@ -224,22 +253,32 @@ def study_status_command(options: StatusOptions) -> None:
 
 
 @command_of(app, ResumeOptions)
-def study_resume_command(options: ResumeOptions) -> None:
+def study_resume_command(options: ResumeOptions, *, open_page: OpenPage = False) -> None:
     import secateur
 
     secateur.read_status(options.run)  # a folder without a study is no place to begin one
     given = options.given()
-    _study({"out": given.pop("run"), **given})
+    _study({"out": given.pop("run"), **given}, open_page)
 
 
-def _study(given: dict[str, Any]) -> None:
+def _study(given: dict[str, Any], open_page: bool) -> None:
     import secateur
 
     with study_bars(int(given.get("jobs", 1))) as (progress, callback):
         page = secateur.study(**given, progress=progress, callback=callback)
     with suppress(DataError):  # a study of depths without tasks has no scores
         show_scores(secateur.read_scores(given["out"]))
-    _say("", *secateur.read_verdict(given["out"]), f"\n{page}")
+    _say("", *secateur.read_verdict(given["out"]), "")
+    _show_page(page, open_page)
+
+
+def _show_page(page: Path, in_browser: bool) -> None:
+    """Print where a page is; open it, too, where that is wanted."""
+    import webbrowser
+
+    _say(page)
+    if in_browser and not webbrowser.open(page.resolve().as_uri()):
+        typer.echo("there is no browser here to open it in", err=True)
 
 
 @command_of(app, EncodeOptions)

@@ -13,7 +13,7 @@ from typing import Any
 from secateur.errors import DataError, OutputError
 from secateur.evaluation.task_folder import check_task_folder, read_task_folder
 from secateur.files import check_is_file, check_results_folder, partial_folder
-from secateur.models import resolve
+from secateur.models import is_endpoint, resolve
 from secateur.options import Names, Options, read_study
 
 SMALL = 8 << 20
@@ -49,7 +49,7 @@ def _check_results(folder: Path, own: tuple[str, ...] | None) -> None:
 
 
 def _check_model(name: str) -> None:
-    if "://" not in name:  # a server, as a teacher
+    if not is_endpoint(name):
         resolve(name)
 
 
@@ -58,11 +58,11 @@ def _check_task(name: str) -> None:
     if folder.exists():
         (read_task_folder if _bytes(folder) <= SMALL else check_task_folder)(folder)
     elif name.startswith((".", "/", "~")) or (folder.parent != Path() and folder.parent.is_dir()):
-        raise DataError(name, "no such folder", "give a task folder, or the name of an mteb task or benchmark")
+        raise DataError(name, "no such file or folder", "give a task folder, or the name of an mteb task or benchmark")
 
 
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
 
 
 def _check_run(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from secateur.choosing.choose import Candidate, Candidates
     from secateur.choosing.evidence import Rung, Rungs
     from secateur.choosing.vocabulary import VocabularyCost, VocabularyCosts
+    from secateur.evaluation.task_check import TaskCheck
+    from secateur.evaluation.task_making import MadeTask
     from secateur.exporting.export import Export
     from secateur.results import Comparison, CostRow, Profile, Scores, Scout
     from secateur.studies.runner import State
@@ -170,6 +173,33 @@ def show_scores(scores: Scores) -> None:
     _show(Table("scores × 100, with 95 % intervals", ("task", *models), rows))
     for task, note in dict.fromkeys((row.task, row.note) for row in scores.rows if row.note):
         typer.echo(f"note: {task}: {note}")
+
+
+def show_checks(checks: Sequence[TaskCheck]) -> None:
+    """What each task is, or what is wrong with it."""
+    for check in checks:
+        if check.problem:
+            typer.echo(f"{check.path}: cannot be scored\n  wrong: {check.problem}")
+            continue
+        called = "" if Path(check.path).resolve().name.startswith(check.name) else f', called "{check.name}"'
+        typer.echo(f"{check.path}: {check.what}, scored as {check.type} by {check.metric}{called}")
+        typer.echo("  " + ", ".join(f"{what} {many:,}" for what, many in (check.counts or {}).items()))
+        told = [
+            ("instruction", check.instruction),
+            ("note", check.notes),
+            *(("aside", text) for text in check.asides),
+        ]
+        for word, text in told:
+            if text:
+                typer.echo(f"  {word}: {text}")
+
+
+def show_made_task(made: MadeTask) -> None:
+    """Where a task is from, and what was left out."""
+    typer.echo(f"{made.name}: {made.how}, made from {made.texts:,} texts; no person judged what is relevant")
+    typer.echo(f"  {made.queries:,} queries, {made.documents:,} documents")
+    for why, many in made.left_out.items():
+        typer.echo(f"  {why}: {many:,}")
 
 
 def _interval(

@@ -1,4 +1,4 @@
-"""Rows of files, one after the other, each with its line: JSON Lines, CSV, Parquet and plain text.
+"""Rows of files, one after the other, each with its line: JSON Lines, CSV, TSV, Parquet and plain text.
 
 Everything that reads data stands on :func:`read_rows`: pairs, texts, tasks, and what ``encode`` is given. Only a piece
 of a file is in memory. A mistake is a :class:`.DataError` with file, line and column. (The ``datasets`` library reads
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import DataError, MissingPackage
-from secateur.files import check_is_file, parse_json
+from secateur.files import check_is_file, not_utf8, parse_json
 
 Row = Mapping[str, Any]
 Select = Callable[[Sequence[str]], Sequence[str]]
@@ -29,7 +29,9 @@ Fields = Mapping[str, Callable[[Any], Any]]
 """Column → what its values are parsed by; a parser raises ValueError."""
 
 TEXT = "text"
-TABLES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+TABLES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+CELLS = TABLES[2:6]
+"""Of these, those in which every value is a text."""
 PLAIN = (".txt", ".txt.gz")
 TEXT_COLUMNS = (TEXT, "sentence", "query", "passage", "document", "content")
 """Where ``encode`` looks for texts, in this order, if nobody names a column."""
@@ -45,8 +47,9 @@ def read_rows(path: Path, select: Select | None = None) -> Iterator[tuple[int, R
     """Read a file row by row.
 
     Args:
-        path: JSON Lines, CSV, Parquet, or plain text, whose lines are in the column ``text``.
-        select: Which columns of CSV and Parquet to read. Default: all.
+        path: JSON Lines, CSV, TSV, Parquet, or plain text, whose lines are in the column ``text``. CSV may be
+            separated by semicolons or tabs, as Excel does in some languages: the first line tells.
+        select: Which columns of CSV, TSV and Parquet to read. Default: all.
 
     Returns:
         The line of each row (of Parquet, its number), from 1, and its columns. Blank lines are no rows, except in plain
@@ -58,7 +61,8 @@ def read_rows(path: Path, select: Select | None = None) -> Iterator[tuple[int, R
     """
     check_is_file(path)
     name = path.name.lower()
-    readers = dict(zip((*TABLES, *PLAIN), (_json_lines, _json_lines, _csv, _parquet, _plain, _plain), strict=True))
+    kinds = (_json_lines, _json_lines, _csv, _csv, _tsv, _tsv, _parquet, _plain, _plain)
+    readers = dict(zip((*TABLES, *PLAIN), kinds, strict=True))
     reader = next((reader for suffix, reader in readers.items() if name.endswith(suffix)), None)
     if reader is None:
         raise DataError(path, "is of no known format", f"expected one of {', '.join(readers)}")
@@ -106,7 +110,7 @@ def check_column(files: Sequence[str | Path], column: str | None = None) -> None
 
 
 def parse_row(
-    place: str | Path, line: int, row: Row, fields: Fields, *, optional: Collection[str] = (), needed: str = ""
+    place: str | Path, line: int | None, row: Row, fields: Fields, *, optional: Collection[str] = (), needed: str = ""
 ) -> dict[str, Any]:
     """Check the columns of a row that mean something.
 
@@ -158,8 +162,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
                     raise DataError(file, "carriage returns alone end its lines", hint, line=1)
                 yield number, line
     except UnicodeDecodeError as error:
-        problem = f"byte {error.start + 1} is not UTF-8"
-        raise DataError(file, problem, "save the file as UTF-8", line=number) from None
+        raise not_utf8(file, error, number) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(file, f"is not a whole gzip file ({error})", "copy or pack it again", line=number + 1) from None
     except OSError as error:
@@ -189,23 +192,48 @@ def _json_lines(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
 
 def _csv(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(MAX_LINE)  # Python's own limit is 131,072 characters
-    reader = csv.reader((text for _, text in read_lines(path)), strict=True)
+    lines = (text for _, text in read_lines(path))
+    first = next(lines, "")
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(itertools.chain([first], lines), strict=True, delimiter=delimiter)
+
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        line = 1
+        try:
+            for cells in reader:
+                yield line, cells
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(path, f"broken CSV ({error})", line=line) from None
+
+    yield from _table(path, select, rows())
+
+
+def _tsv(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
+    """A tab ends a cell, a line feed a row; quotes are letters, but not those that pandas put around a cell."""
+
+    def cell(text: str) -> str:
+        inner = text[1:-1].replace('""', "")
+        quoted = len(text) > 1 and text[0] == text[-1] == '"' and '"' not in inner
+        return text[1:-1].replace('""', '"') if quoted else text
+
+    lines = ((line, text.rstrip("\r\n")) for line, text in read_lines(path))
+    return _table(path, select, ((line, list(map(cell, text.split("\t")))) for line, text in lines if text.strip()))
+
+
+def _table(path: Path, select: Select, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, Row]]:
+    """Rows of cells as columns by the names in the first of them."""
     names: list[str] = []
-    line = 1
-    try:
-        for cells in reader:
-            if cells and not names:
-                names = cells
-                chosen = [name for name in select(names) if name]
-                _check_names(path, chosen, names, line)
-                places = {name: names.index(name) for name in chosen}
-            elif cells and len(cells) != len(names):
-                raise DataError(path, f"has {len(cells)} columns, the first line {len(names)}", line=line)
-            elif cells:
-                yield line, {name: cells[place] for name, place in places.items()}
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(path, f"broken CSV ({error})", line=line) from None
+    for line, cells in rows:
+        if cells and not names:
+            names = cells
+            chosen = [name for name in select(names) if name]
+            _check_names(path, chosen, names, line)
+            places = {name: names.index(name) for name in chosen}
+        elif cells and len(cells) != len(names):
+            raise DataError(path, f"has {len(cells)} columns, the first line {len(names)}", line=line)
+        elif cells:
+            yield line, {name: cells[place] for name, place in places.items()}
 
 
 def _parquet(path: Path, select: Select) -> Iterator[tuple[int, Row]]:

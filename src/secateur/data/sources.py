@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from secateur.data.hub import PREFIX, is_hub_name, load_set, parse_name
-from secateur.data.rows import CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, parse_row, read_rows
+from secateur.data.rows import CELLS, CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, parse_row, read_rows
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
 from secateur.provenance import Fingerprint, fingerprint
@@ -200,7 +200,7 @@ def prompts_of(data: Data) -> set[str]:
         if isinstance(item, Source):
             found |= {item.prompt, item.passage_prompt} if isinstance(item, Pairs) else {item.prompt}
         elif not is_hub_name(item):
-            beside = _read_beside(item)
+            beside = read_beside(item)
             found |= {instruction_prompt(beside.get(f"{role}_instruction", "")) for role in ("query", "passage")}
     return found - {""}
 
@@ -220,7 +220,7 @@ def check_data(data: Data, columns: Mapping[str, str] | None = None) -> None:
         elif isinstance(item, Path):
             table = _Table(item, columns)
             if not table.of_texts:
-                _read_beside(item)
+                read_beside(item)
             parse = table.text_of if table.of_texts else table.pair_of
             table.check_any([parse(*row) for row in itertools.islice(table.rows(), CHECKED_ROWS)])
 
@@ -323,7 +323,7 @@ class _Table:
 
     def pairs(self, instruction: str | None, most: int | None = None, seed: int = 0) -> Pairs:
         """All pairs, or so many of them, drawn by the seed."""
-        beside = _read_beside(self.path) if self.path is not None else {}
+        beside = read_beside(self.path) if self.path is not None else {}
         rows = self._keep(self.pair_of, most, seed)
         source = self._fingerprint(len(rows))
         source = replace(source, licence=beside.get("licence", source.licence))
@@ -337,7 +337,7 @@ class _Table:
 
     def pair_of(self, line: int, row: Row) -> Pair:
         """The pair of a row, checked."""
-        if row.get("negative") == "" and self.place.lower().endswith(".csv"):  # CSV has no other way to leave one out
+        if row.get("negative") == "" and self.place.lower().endswith(CELLS):  # CSV has no other way to leave one out
             row = {**row, "negative": None}
         anchor = "anchor" if "anchor" in row and "query" not in row else "query"
         fields: Fields = {anchor: as_text, "positive": as_text, "negative": _as_negatives}
@@ -380,7 +380,7 @@ def _as_negatives(value: Any) -> tuple[str, ...]:
     return () if value is None else tuple(map(as_text, value if isinstance(value, list) else [value]))
 
 
-def _read_beside(path: Path) -> Mapping[str, str]:
+def read_beside(path: Path) -> Mapping[str, str]:
     """What the JSON file of the same name tells about the data; without one, what the papers tell of the E5 mix.
 
     Raises:

@@ -22,12 +22,17 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch import uint8
 
-from secateur.errors import DataError
+from secateur.errors import DataError, ModelError
 from secateur.files import write_bytes
 
 _KEYS = ".keys.npy"
 _KEY_BYTES = 16
 _OF_THE_LAST_CALL = ("padding", "truncation")
+CHUNK = 1024
+"""Texts encoded between two files: what a kill, or a server that fails, costs."""
+PROBES = ("The gardener cut the hedge back to half its height.", "42, 7; 1999?", "Interest")
+SAME = 0.999
+"""Least cosine between what a model makes of a probe now and what is kept."""
 _MAPPED = 64
 """Files that are mapped at once, by all caches of a process; each takes one of its file descriptors, often 1,024."""
 
@@ -73,11 +78,13 @@ class VectorCache:
         Args:
             texts: May repeat.
             context: Whatever else a vector depends on, such as the prompt.
-            encode: Called with the texts that are missing, if any.
+            encode: Called with texts that are missing, :data:`CHUNK` at a time.
         """
-        if missing := self.missing(texts, context):
-            vectors = np.asarray(encode(missing), dtype=np.float32)
-            keys = np.frombuffer(b"".join(_key(text, context) for text in missing), dtype=np.uint8)
+        missing = self.missing(texts, context)
+        for start in range(0, len(missing), CHUNK):
+            some = missing[start : start + CHUNK]
+            vectors = np.asarray(encode(some), dtype=np.float32)
+            keys = np.frombuffer(b"".join(_key(text, context) for text in some), dtype=np.uint8)
             name = self.folder / uuid.uuid4().hex
             write_bytes(name.with_suffix(".npy"), npy_bytes(vectors))
             write_bytes(name.with_suffix(_KEYS), npy_bytes(keys.reshape(-1, _KEY_BYTES)))
@@ -140,11 +147,40 @@ def _key(text: str, context: str) -> bytes:
     return hashlib.sha256(f"{context}\0{text}".encode()).digest()[:_KEY_BYTES]
 
 
+def same_as_kept(name: str, cache: VectorCache, context: str, now: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Keep a model's vectors of :data:`PROBES`, or see that it still gives those that are kept, which are returned.
+
+    Args:
+        name: What the user calls the model.
+        cache: Its vectors.
+        context: As for :meth:`VectorCache.encode`.
+        now: Vectors, (probes, dimension).
+
+    Raises:
+        ModelError: It gives others: a server may have got another model.
+    """
+    known = [text not in cache.missing(PROBES, context) for text in PROBES]
+    if cache.dimension not in (0, now.shape[1]):
+        raise ModelError(name, f"gives vectors of {now.shape[1]} numbers, and earlier of {cache.dimension}")
+    kept = cache.encode(PROBES, context, lambda texts: now[[PROBES.index(text) for text in texts]])
+    cosines = ((kept * now).sum(axis=1) / np.linalg.norm(kept, axis=1) / np.linalg.norm(now, axis=1))[known]
+    if len(cosines) and cosines.min() < SAME:
+        problem = f"is not the model that the vectors in {cache.folder} are of (cosine {cosines.min():.3f} on one text)"
+        raise ModelError(name, problem, "name another folder with --cache")
+    return kept
+
+
 def fingerprint_model(model: SentenceTransformer) -> str:
-    """SHA-256 over what a model's vectors follow from: modules, tokenizer, configuration and weights."""
+    """SHA-256 over what a model's vectors follow from: modules, tokenizer, configuration and weights.
+
+    That of an export or an endpoint (:class:`.BlackBox`) is known to it.
+    """
+    if known := getattr(model[0], "fingerprint", ""):
+        return str(known)
     digest = hashlib.sha256(f"{model!r} {model.max_seq_length} {model.truncate_dim}".encode())
     if (tokenizer := getattr(model.tokenizer, "backend_tokenizer", None)) is None:
-        digest.update(repr(model.tokenizer).encode())
+        to_str = getattr(model.tokenizer, "to_str", model.tokenizer.__repr__)  # of a static embedding's, whole
+        digest.update(to_str().encode())
     else:  # without padding and truncation, which are settings of the last call
         kept = {key: value for key, value in json.loads(tokenizer.to_str()).items() if key not in _OF_THE_LAST_CALL}
         digest.update(json.dumps(kept).encode())

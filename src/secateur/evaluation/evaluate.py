@@ -10,6 +10,7 @@ data, so that differences between models have paired intervals too (:mod:`.compa
 
     OUT/scores.json                  the table
     OUT/draws/<name>.npy             the bootstrap replicates of a score, named in the table's rows
+    OUT/cache/                       the vectors of endpoints, where no other folder is named for them
     OUT/mteb/results/<model>/...     the same results in mteb's own format, for ``mteb.ResultCache(OUT/mteb)``
 """
 
@@ -36,20 +37,19 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
+from secateur.data.embedders import identify, open_embedder
 from secateur.data.sources import instruction_prompt
-from secateur.data.vectors import VectorCache, fingerprint_model, npy_bytes
+from secateur.data.vectors import VectorCache, npy_bytes
 from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.replicates import replicates_file, resampled_scores
 from secateur.evaluation.tasks import Task, count_samples, open_tasks
 from secateur.files import lock, output_error, output_errors, read_json, write_bytes
 from secateur.measures import intervals
 from secateur.measures.intervals import Array
-from secateur.models import model_names, model_source
-from secateur.models.open_model import open_model
-from secateur.options import EvaluateOptions, step
+from secateur.models import is_endpoint, model_names, model_source
+from secateur.options import CompareOptions, EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import (
-    ENCODING,
     Fingerprint,
     command_line,
     fingerprint_files,
@@ -100,12 +100,12 @@ def evaluate(  # noqa: D417 - the rest follows from the options
 
     def score_model(number: int, label: str, given: Model) -> None:
         """All tasks of one model, which leaves the memory when this returns, before the next one is opened."""
-        model = given if isinstance(given, SentenceTransformer) else open_model(given)
+        model = given if isinstance(given, SentenceTransformer) else open_embedder(given)
         told = is_instructed(model) if instructed is None else instructed[number]
-        weights, (source, files) = fingerprint_model(model), _origin(given)
+        weights, cache = identify(model, vectors_folder(options, given))
+        source, files = _origin(given)
         if options.names is None:
             table.check_same_model(label, source, weights)
-        cache = VectorCache(options.cache, weights, versions_of(ENCODING)) if options.cache is not None else None
         for done, task in enumerate(tasks, start=number * len(tasks)):
             progress("evaluate", done, total)
             prompts = task_prompts(task, told) if instructions else {}
@@ -126,6 +126,11 @@ def evaluate(  # noqa: D417 - the rest follows from the options
     if failures:
         raise failures[0]
     return table.scores([(label, task.name) for label in labels for task in tasks])
+
+
+def vectors_folder(options: EvaluateOptions | CompareOptions, model: Model) -> Path | None:
+    """Where a model's vectors are kept; those of an endpoint always, if there is a place: they cost money."""
+    return options.cache or (options.out / "cache" if options.out is not None and is_endpoint(model) else None)
 
 
 def _origin(model: Model) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Evaluation tasks: a task folder, or what mteb knows by a name, as a task that mteb itself scores.
+"""Evaluation tasks: a task folder or file, or what mteb knows by a name, as a task that mteb itself scores.
 
 A benchmark is the list of its tasks, each named ``BENCHMARK/TASK``: a benchmark may take a part of a task's languages
 and splits, as ``MTEB(eng, v1)/STS17`` is English alone.
@@ -84,10 +84,10 @@ def expand(tasks: Sequence[str | Path]) -> list[str | Path]:
 
 
 def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) -> Task:
-    """Open a task folder, or an mteb task by its name.
+    """Open a task folder or file, or an mteb task by its name.
 
     Args:
-        task: A folder (see :mod:`.task_folder`), or the name of a text task of mteb, or of one in a benchmark:
+        task: A folder or file (see :mod:`.task_folder`), or the name of a text task of mteb, or of one in a benchmark:
             ``BENCHMARK/TASK``.
         sample: Draw at most so many test rows (see :func:`.sample_task`); folders only.
         seed: Decides which.
@@ -120,7 +120,9 @@ def open_tasks(tasks: Sequence[str | Path | Task], sample: int | None, seed: int
     names = [task.name for task in opened]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ConfigError("tasks", tasks, f"two tasks are called {twice[0]}", 'change "name" in one task.json')
+        raise ConfigError(
+            "tasks", tasks, f"two tasks are called {twice[0]}", 'change "name" in one task.json, or rename it'
+        )
     return opened
 
 
@@ -208,60 +210,26 @@ def _count(task: AbsTask, data: Any) -> int:
 
 @dataclass(frozen=True)
 class _Type:
-    """A type of task folder in mteb's terms: its name, its class, the default metric, and all metrics.
-
-    ``columns`` are those that mteb calls otherwise.
-    """
+    """A type of task folder in mteb's terms: its name, its class, and the columns that mteb calls otherwise."""
 
     name: str
     base: type[AbsTask]
-    default: str
-    metrics: frozenset[str]
     columns: tuple[tuple[str, str], ...] = ()
 
 
-def _names(prefixes: str, metrics: str) -> frozenset[str]:
-    return frozenset(f"{prefix}_{metric}" for prefix in prefixes.split() for metric in metrics.split())
-
-
-_CORRELATIONS = frozenset({"pearson", "spearman"})
-_STS = _CORRELATIONS | _names("cosine manhattan euclidean", "pearson spearman")
-_PAIRS = _names("max similarity cosine manhattan euclidean dot", "accuracy f1 precision recall ap")
-_LABELS = frozenset({"accuracy", "ap", "ap_weighted", "f1", "precision", "recall"}) | _names(
-    "f1 precision recall", "weighted"
-)
-_RANKS = _names("ndcg map recall precision mrr hit_rate", " ".join(f"at_{k}" for k in AbsTaskRetrieval.k_values))
-_SUMMARIES = _CORRELATIONS | _names("cosine dot", "pearson spearman")
 _TYPES = {
-    "sts": _Type("STS", AbsTaskSTS, "cosine_spearman", _STS),
-    "pair_classification": _Type(
-        "PairClassification", AbsTaskPairClassification, "max_ap", _PAIRS, (("label", "labels"),)
-    ),
-    "classification": _Type("Classification", AbsTaskClassification, "accuracy", _LABELS),
-    "clustering": _Type(
-        "Clustering",
-        AbsTaskClustering,
-        "v_measure",
-        frozenset({"v_measure", "ami"}),
-        (("text", "sentences"), ("label", "labels")),
-    ),
-    "retrieval": _Type("Retrieval", AbsTaskRetrieval, "ndcg_at_10", _RANKS, (("_id", "id"),)),
-    "reranking": _Type("Reranking", AbsTaskRetrieval, "map_at_1000", _RANKS),
-    "summarization": _Type("Summarization", AbsTaskSummarization, "cosine_spearman", _SUMMARIES),
+    "sts": _Type("STS", AbsTaskSTS),
+    "pair_classification": _Type("PairClassification", AbsTaskPairClassification, (("label", "labels"),)),
+    "classification": _Type("Classification", AbsTaskClassification),
+    "clustering": _Type("Clustering", AbsTaskClustering, (("text", "sentences"), ("label", "labels"))),
+    "retrieval": _Type("Retrieval", AbsTaskRetrieval, (("_id", "id"),)),
+    "reranking": _Type("Reranking", AbsTaskRetrieval),
+    "summarization": _Type("Summarization", AbsTaskSummarization),
 }
-_OTHER_NAMES = {"map": "map_at_1000", "mrr": "mrr_at_1000"}
-"""What the paper and sentence-transformers call the metrics of reranking."""
 
 
 def _metadata(folder: TaskFolder) -> TaskMetadata:
     kind = _TYPES[folder.type]
-    metric = folder.metric or kind.default
-    metric = _OTHER_NAMES.get(metric, metric) if folder.type == "reranking" else metric
-    if metric not in kind.metrics:
-        hint = f"one of {', '.join(sorted(kind.metrics))}"
-        raise DataError(folder.path / "task.json", f"{folder.type} has no metric {metric!r}", hint, field="metric")
-    if metric in ("ap", "ap_weighted") and len({row["label"] for row in folder.tables["test"]}) != 2:
-        raise DataError(folder.path / "task.json", f"{metric} needs exactly two labels", "accuracy", field="metric")
     prompt = {"query": folder.instruction} if kind.base is AbsTaskRetrieval else folder.instruction
     return TaskMetadata(
         name=folder.name,
@@ -271,7 +239,7 @@ def _metadata(folder: TaskFolder) -> TaskMetadata:
         dataset={"path": folder.path.name, "revision": folder.source.sha256},
         eval_splits=["test"],
         eval_langs=["und-Zyyy"],  # a task folder does not say its language
-        main_score=metric,
+        main_score=folder.metric,
         prompt=prompt if folder.instruction else None,
         is_public=False,
     )

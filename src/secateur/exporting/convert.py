@@ -1,7 +1,7 @@
 """An encoder's graph in the formats of ONNX Runtime and OpenVINO, and their weights in fewer bits.
 
 The graph is traced once, in float32, by transformers' own exporters; fewer bits are made from the written graph, by
-the tools of the backend that will run it. docs/export.md says what each precision stores, and in what it multiplies.
+the tools of the backend that will run it. docs/reference/exports.md says what each precision stores and computes.
 In int8, activations are quantized with ranges that are calibrated on texts (``static``) or anew in every batch
 (``dynamic``); outlier channels stay in floats (:func:`.split_outliers`).
 """
@@ -60,7 +60,7 @@ FILES = {
     Form("openvino", "int8", "dynamic"): "openvino/openvino_model_qint8_dynamic.xml",
 }
 FASTEST = {"onnx": "dynamic", "openvino": "static"}
-"""The faster quantization to int8 on each backend (docs/export.md)."""
+"""The faster quantization to int8 on each backend (docs/explanation/results.md)."""
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 

@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
 from secateur.data.demo import pairs_of
+from secateur.data.embedders import as_model
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, ExportTooFar, ModelError
 from secateur.evaluation.evaluate import evaluate
@@ -30,9 +31,8 @@ from secateur.models.open_model import open_model
 from secateur.models.save import NO_LIMIT, TEN_SCRIPTS, longest_text, write_files
 from secateur.options import ExportOptions, step
 from secateur.progress import Progress, quiet, silent
-from secateur.provenance import Fingerprint, provenance
+from secateur.provenance import EXPORT, Fingerprint, provenance
 from secateur.results import Table
-from secateur.runtime.encoder import MANIFEST
 from secateur.runtime.vectors import VectorFormat
 
 STEP = "export"
@@ -44,7 +44,7 @@ LONG = 1024
 
 CALIBRATION_LENGTH = 128
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.995, "int8": 0.9}
-"""Default of ``--min-cosine``. Measured: docs/export.md."""
+"""Default of ``--min-cosine``. Measured: docs/explanation/results.md."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Export(Table):
     """
 
     kind: ClassVar[str] = "export"
-    file: ClassVar[str] = MANIFEST
+    file: ClassVar[str] = EXPORT
 
     model: str
     backend: str
@@ -235,7 +235,7 @@ def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: npt
 
 
 def consumers_of(form: Form, model: SentenceTransformer) -> dict[str, dict[str, str]]:
-    """Other software → whether it ``loads`` an export, and ``why``; docs/export.md has the rules and their dates.
+    """Other software → whether it ``loads`` an export, and ``why``; docs/reference/exports.md has the rules, dated.
 
     ``yes``: with the same vectors; ``differs``: with other vectors; ``no``: it does not load it.
     """
@@ -300,29 +300,15 @@ def _scores(
 ) -> dict[str, dict[str, float]]:
     """Task → the scores of the original, with vectors of the same dimension, and of the export."""
 
-    def encode(inputs: Any, prompt_name: str | None = None, prompt: str | None = None, **_: Any) -> Any:
-        found = encoder.encode(inputs, prompt_name=prompt_name, prompt=prompt)
-        return as_numbers(found, encoder.settings.vectors, encoder.settings.dimension)
-
-    def score(name: str) -> dict[str, float]:
-        found = evaluate([model], options.tasks, sample=options.sample, seed=options.seed, names=[name])
+    def score(given: SentenceTransformer, name: str) -> dict[str, float]:
+        found = evaluate([given], options.tasks, sample=options.sample, seed=options.seed, names=[name])
         return {row.task: row.score for row in found.rows}
 
     if not options.tasks:
         return {}
     whole = model.truncate_dim
     model.truncate_dim = options.dimensions or whole
-    original = score("original")
+    original = score(model, "original")
     model.truncate_dim = whole
-    model.encode = encode  # the export in place of the model, prompts included
-    exported = score("exported")
+    exported = score(as_model(encoder), "exported")
     return {task: {"original": original[task], "exported": exported[task]} for task in original}
-
-
-def as_numbers(vectors: npt.NDArray[Any], form: VectorFormat, dimension: int) -> npt.NDArray[np.float32]:
-    """Vectors as they are compared: bytes as numbers around 0, bits as -1 and 1."""
-    if form in ("binary", "ubinary"):
-        packed = (vectors.astype(np.int16) + 128).astype(np.uint8) if form == "binary" else vectors
-        return np.unpackbits(packed, axis=-1, count=dimension).astype(np.float32) * 2 - 1
-    numbers = vectors.astype(np.float32)
-    return numbers - 128 if form == "uint8" else numbers

@@ -41,7 +41,8 @@ class Point:
 
     ``series`` names the variants that a line joins, ``label`` stands beside the point. ``cost`` is what the horizontal
     axis shows, with the range that was measured; ``best``: no model is as good for less. ``note`` are lines that the
-    page shows of the point, the first its name, and ``link`` where it leads.
+    page shows of the point, the first its name, and ``link`` where it leads. ``kind`` is one of :data:`KINDS`;
+    ``marked``: the recommended one.
     """
 
     series: str
@@ -55,6 +56,17 @@ class Point:
     best: bool = False
     note: tuple[str, ...] = ()
     link: str = ""
+    kind: str = "cut"
+    marked: bool = False
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full model", {"color": COLOURS[0], "marker": "s", "markersize": 8}),
+    "cut": ("cut", {"color": COLOURS[2], "marker": "o"}),
+    "rejected": ("cut, significantly worse", {"color": COLOURS[1], "marker": "X", "markerfacecolor": "none"}),
+    "baseline": ("baseline", {"color": COLOURS[3], "marker": "D"}),
+}
+"""What a model is to the verdict → its name in the legend, and its look."""
 
 
 def frontier(points: Sequence[Point], cost: str) -> Figure:
@@ -63,13 +75,13 @@ def frontier(points: Sequence[Point], cost: str) -> Figure:
     A dashed line joins the best models at their cost (the Pareto front). Each point's element has the id ``point-<i>``.
     """
     with drawing():
-        figure = new_figure(3.6, NARROW)
+        figure = new_figure(3.7)
         axes = figure.subplots()
         lines = []
-        for index, name in enumerate(dict.fromkeys(point.series for point in points)):
+        for name in dict.fromkeys(point.series for point in points):
             own = sorted((point for point in points if point.series == name), key=lambda point: point.cost)
             lines.append(([point.cost for point in own], [100 * point.score for point in own]))
-            axes.plot(*lines[-1], linewidth=1.2, **look(index, "linestyle"))
+            axes.plot(*lines[-1], linewidth=0.8, alpha=0.5, color=INK)
         _draw_points(axes, points)
         front = sorted((point.cost, 100 * point.score) for point in points if point.best)
         if len(front) > 1:
@@ -77,7 +89,10 @@ def frontier(points: Sequence[Point], cost: str) -> Figure:
             axes.plot(*zip(*front, strict=True), label="best at its cost", **dashed)
         axes.margins(x=0.1, y=0.14)
         _finish(figure, axes, points, cost)
-        labels = [(point.cost, 100 * point.score, shorten(point.label)) for point in points if point.label]
+        told = sorted(
+            (point for point in points if point.label), key=lambda point: (not point.marked, -len(point.label))
+        )
+        labels = [(point.cost, 100 * point.score, shorten(point.label, 26)) for point in told]
         label_points(figure, axes, labels, lines)
     return figure
 
@@ -110,18 +125,22 @@ def size_curve(
 
 
 def _draw_points(axes: Any, points: Sequence[Point]) -> None:
-    """Markers by series, with error bars: the interval of the score, the range of the cost."""
-    series = list(dict.fromkeys(point.series for point in points))
-    for index, name in enumerate(series):
-        axes.plot([], [], linestyle="none", label=shorten(name), **look(index, "marker"))
+    """Markers by kind, with error bars: the interval of the score, the range of the cost; a ring around the marked."""
+    for kind, (name, style) in KINDS.items():
+        if any(point.kind == kind for point in points):
+            axes.plot([], [], linestyle="none", label=name, **style)
     for place, point in enumerate(points):
-        style = look(series.index(point.series), "marker")
+        style = KINDS[point.kind][1]
         axes.plot(point.cost, 100 * point.score, clip_on=False, gid=f"point-{place}", **style)
         bar = {"color": style["color"], "linewidth": 0.9}
         if point.low is not None and point.high is not None:
             axes.vlines(point.cost, 100 * point.low, 100 * point.high, **bar)
         if point.cost_low is not None and point.cost_high is not None:
             axes.hlines(100 * point.score, point.cost_low, point.cost_high, **bar)
+    ring: dict[str, Any] = {"markersize": 15, "fillstyle": "none", "markeredgewidth": 2, "linestyle": "none"}
+    chosen = [(point.cost, 100 * point.score) for point in points if point.marked]
+    if chosen:
+        axes.plot(*zip(*chosen, strict=True), "o", color=INK, label="recommended", clip_on=False, **ring)
 
 
 def _finish(figure: Figure, axes: Any, points: Sequence[Point], cost: str) -> None:
@@ -136,8 +155,7 @@ def _finish(figure: Figure, axes: Any, points: Sequence[Point], cost: str) -> No
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value).replace(".0", "")))
     axes.set_xlabel(cost)
     axes.set_ylabel("Average score (× 100)")
-    if len({point.series for point in points}) <= MOST_SERIES:
-        legend(figure, axes)
+    legend(figure, axes)
 
 
 # Scouts ---------------------------------------------------------------------------------------------------------------

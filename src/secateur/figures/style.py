@@ -122,7 +122,10 @@ def label_points(
     labels: Sequence[tuple[float, float, str]],
     lines: Sequence[tuple[Sequence[float], Sequence[float]]],
 ) -> None:
-    """Put each label (x, y, text) where it hides least: first of all no other label or point, then no line (x, y)."""
+    """Put each label (x, y, text) where it hides least: first of all no other label or point, then no line (x, y).
+
+    A label that would hide another, wherever it stood, is left out: the first ones matter most.
+    """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the axes must not move once the free places are known
     frame, pixel, renderer = axes.get_window_extent(), figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
@@ -154,6 +157,8 @@ def label_points(
                 best = hidden, radius, offset, box
         assert best is not None
         _, radius, offset, box = best
+        if any(box.overlaps(other) for other in taken[len(labels) :]):
+            continue
         arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4} if radius > 10 else None
         style = {"textcoords": "offset points", "ha": "center", "va": "center", "arrowprops": arrow, "zorder": 4}
         axes.annotate(text, (x, y), tuple(offset), annotation_clip=False, **style, **BOLD)

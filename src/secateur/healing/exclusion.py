@@ -66,9 +66,9 @@ def read_excluded(tasks: Sequence[object]) -> Excluded:
     """
     folders: list[TaskFolder] = []
     for task in tasks:
-        if not isinstance(task, (str, Path)) or not Path(task).is_dir():
+        if not isinstance(task, (str, Path)) or not Path(task).exists():
             hint = "name a task folder; the texts of mteb's own tasks are not here to compare with"
-            raise ConfigError("exclude", str(task), f"{task} is no folder", hint)
+            raise ConfigError("exclude", str(task), f"{task} is no folder or file", hint)
         folders.append(read_task_folder(task))
     texts = {text for folder in folders for text in texts_of(folder)}
     for folder in folders:

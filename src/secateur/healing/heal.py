@@ -25,9 +25,10 @@ from secateur.files import empty_folder, lock, output_errors, partial_folder, re
 from secateur.healing.evaluator import HeldOut, read_held_out
 from secateur.healing.exclusion import Excluded, read_excluded
 from secateur.healing.losses import Loss, check_dims, dropout
+from secateur.healing.processes import barrier, init_processes, is_sharded
 from secateur.healing.recipes import TrainingConfig, decide, training_config
 from secateur.healing.teacher import Teacher, open_teacher, teach
-from secateur.healing.trainer import TrainingResult, barrier, check_tracker, init_processes, train
+from secateur.healing.trainer import TrainingResult, check_tracker, train
 from secateur.healing.training_data import (
     TrainingSet,
     check_room,
@@ -70,11 +71,11 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     sources, left_out = excluded.leave_out(read_sources(options.data, options.instruction, options.columns))
     config = training_config(options, sources)
     check_tracker(options.report_to)
-    init_processes(config.batch_size)
+    init_processes(config, scored=bool(options.eval_data or options.eval_tasks))
     sets, notes = training_sets(sources, config)
     held_out = read_held_out(options)
     model, teacher = _open_models(options, config)
-    config = decide(model, config)
+    config = decide(model, replace(config, train="blocks") if is_sharded() and config.train == "auto" else config)
     default = default_prompt(model) if options.instruction is None else ""
     own_sets = with_default_prompt(sets, default)  # a teacher has a default prompt of its own
     check_room(model, own_sets, config.max_length)
@@ -108,7 +109,8 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
 
 def _open_models(options: HealOptions, config: TrainingConfig) -> tuple[SentenceTransformer, Teacher | None]:
     """The model that is trained, and the teacher, who reads as much of a text."""
-    model = open_model(options.model, device=options.device, trust_remote_code=options.trust_remote_code)
+    device = "cpu" if is_sharded() else options.device  # FSDP moves a block at a time to its device
+    model = open_model(options.model, device=device, trust_remote_code=options.trust_remote_code)
     if config.depths:
         check_depths(model, config.depths)
     check_dims(model, config.dims)
@@ -151,8 +153,7 @@ def _settings(
     """The settings in ``training.json``."""
     settings = {"data": {item.name: len(item.rows) for item in sets}, "instruction": options.instruction}
     if options.teacher is not None:
-        teacher = {"teacher": str(options.teacher), "teacher_model": options.teacher_model}
-        settings |= teacher | {"teacher_fingerprint": made.inputs["teacher"]}
+        settings |= {"teacher": str(options.teacher), "teacher_fingerprint": made.inputs["teacher"]}
     unused = () if options.teacher is not None else ("teacher_weight", "distill")
     known = {key: value for key, value in made.options.items() if key not in unused}
     return {**known, **settings, **(held_out or HeldOut()).settings()}

@@ -33,7 +33,7 @@ from secateur.models.compat import multiplies_bfloat16
 from secateur.options import HealOptions
 
 LEARNING_RATES = {"lora": 2e-4, "blocks": 5e-4, "all": 5e-4}
-"""Peak learning rate by what is trained; the first is the paper's, the others were measured (docs/healing.md)."""
+"""Peak learning rate by what is trained: the first is the paper's, docs/explanation/results.md measured the others."""
 
 CHECKPOINTS = 10
 """How many a training writes on its way, so that a killed one loses at most a tenth; fewer where writing takes long."""
@@ -105,8 +105,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "l3prune": {},
     "distill": {**_FINETUNE, "learning_rate": 1e-3},
 }
-"""Named defaults: the layers' own weights are trained, the paper's, and a teacher on unlabelled texts (docs/healing.md
-says how they were found)."""
+"""Named defaults: the layers' own weights are trained, the paper's, and a teacher on unlabelled texts
+(docs/explanation/results.md says how they were found)."""
 
 
 def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> TrainingConfig:
@@ -121,7 +121,7 @@ def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> Tra
         ConfigError: An option has no effect here: of a teacher or of adapters, where there are none.
     """
     if options.teacher is None:
-        for key in ("teacher_model", "teacher_weight", "distill", "cache"):
+        for key in ("teacher_weight", "distill", "cache"):
             if getattr(options, key) is not None:
                 raise ConfigError(key, getattr(options, key), "there is no teacher", "name one with --teacher")
     texts = [isinstance(source, Texts) for source in sources]
@@ -193,8 +193,8 @@ def decide(model: SentenceTransformer, config: TrainingConfig) -> TrainingConfig
     """The configuration with ``auto`` and the learning rate decided for this model on this machine.
 
     Training all weights of the blocks is the default where it fits: for small cuts it is quicker than adapters and
-    not worse (docs/healing.md). All of the device's memory counts, used or not, so that a training that was stopped
-    finds the same answer when it is resumed.
+    not worse (docs/explanation/results.md). All of the device's memory counts, used or not, so that a training that
+    was stopped finds the same answer when it is resumed.
     """
     train = config.train
     if train == "auto":

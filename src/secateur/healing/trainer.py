@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 from zipfile import ZipFile
 
 import torch
-from accelerate import PartialState
+from accelerate.utils import load_fsdp_model
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import DatasetDict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,6 +30,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
 from secateur.healing.evaluator import Evaluator, Score
 from secateur.healing.losses import Loss
+from secateur.healing.processes import gather, is_sharded, shard_by_blocks, sharded_copy
 from secateur.healing.recipes import (
     SCORE,
     TrainingConfig,
@@ -107,16 +108,18 @@ def train(
     prompts = {item.name: item.prompts for item in sets}
     # Before the loss, which may ask how many processes there are: the arguments join them.
     arguments = training_arguments(config, folder, prompts, evaluated=score is not None, report_to=report_to)
+    own = sharded_copy(model) if is_sharded() else model
     trainer = Trainer(
-        model=model,
+        model=own,
         args=arguments,
         train_dataset=DatasetDict({item.name: item.rows for item in sets}),
-        loss=make_loss(model, config),
+        loss=make_loss(own, config),
         evaluator=Evaluator(score, length, dtypes) if score else None,
         callbacks=[ProgressCallback(folder, config, progress)],
     )
     if trainer.is_fsdp_enabled:
-        raise ConfigError("fsdp", True, "weights cannot be sharded", "start the processes without FSDP")
+        trainer.check_sharded()
+        shard_by_blocks(own, trainer.accelerator, config)
     trainer.remove_callback(PrinterCallback)
     with quiet():
         trainer.train_or_resume(last_checkpoint(folder), config.patience)
@@ -125,8 +128,10 @@ def train(
         problem = f"gave no batch of {config.batch_size} after {state.global_step} of {config.steps} steps"
         raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
     check_learning(state)
-    # The trainer left its autocast around the model: what is saved and compared is the model without it.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if trainer.is_fsdp_enabled:
+        gather(own, model)
+    else:  # the trainer left its autocast around the model: what is saved and compared is the model without it
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = length
     finish(model, dtypes)
     return trainer.result(trained)
@@ -149,10 +154,8 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
     def train_or_resume(self, checkpoint: Path | None, patience: int | None) -> None:
         """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
         self._started = time.monotonic()
-        state = read_state(checkpoint) if checkpoint else None
-        if checkpoint:
-            with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt") as file:
-                self._seconds_before = float((file.metadata() or {}).get(SECONDS, 0.0))
+        state = read_state(checkpoint, sharded=self.is_fsdp_enabled) if checkpoint else None
+        self._seconds_before = max((row.get(SECONDS, 0.0) for row in state.log_history), default=0.0) if state else 0.0
         if state is None or (state.global_step < self.args.max_steps and not out_of_patience(state, patience)):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         else:
@@ -168,8 +171,12 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         best = state.best_global_step if evaluations else None
         return TrainingResult(state.global_step, self.seconds, trained_parameters, losses, evaluations, best)
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, SECONDS: self.seconds}, *args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with attention_in_float32() if self.args.bf16 and self.args.device.type == "cpu" else nullcontext():
+        autocast = self.args.bf16 and not self.is_fsdp_enabled
+        with attention_in_float32() if autocast and self.args.device.type == "cpu" else nullcontext():
             loss: Tensor = super().training_step(*args, **kwargs)
             return loss
 
@@ -183,11 +190,14 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: p.detach().contiguous() for name, p in self._trained().items()}
-        save_file(weights, folder / TRAINED_WEIGHTS, metadata={SECONDS: repr(self.seconds)})
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: p.detach().contiguous() for name, p in self._trained().items()}, folder / TRAINED_WEIGHTS)
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            load_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, self.model, checkpoint_path)
+            return
         saved = load_file(Path(checkpoint_path) / TRAINED_WEIGHTS)
         with torch.no_grad():
             for name, parameter in self._trained().items():
@@ -201,10 +211,21 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """What is trained: of the model by its own names, and of the loss what it has besides."""
-        of_model = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad} | self._of_loss()
+
+    def _of_loss(self) -> dict[str, nn.Parameter]:
         known = {id(parameter) for parameter in self.model.parameters()}
-        own = {f"loss.{name}": p for name, p in self.loss.named_parameters() if id(p) not in known and p.requires_grad}
-        return of_model | own
+        return {f"loss.{name}": p for name, p in self.loss.named_parameters() if id(p) not in known and p.requires_grad}
+
+    def check_sharded(self) -> None:
+        """Refuse a loss with weights of its own, which FSDP has no place for.
+
+        Raises:
+            ConfigError: It has some.
+        """
+        if self._of_loss():
+            problem = "with FSDP, a teacher's vectors must be as wide as the model's"
+            raise ConfigError("distill", "vectors", problem, "--distill similarities, or another teacher")
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
@@ -310,17 +331,21 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def read_state(checkpoint: Path) -> TrainerState:
+def read_state(checkpoint: Path, *, sharded: bool = False) -> TrainerState:
     """The trainer's state in a checkpoint, all of whose files can be read.
 
     Raises:
         OutputError: One is missing or damaged. Without the optimizer's, the stock trainer would use a new one.
     """
-    for name in (TRAINED_WEIGHTS, OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state*.pth", TRAINER_STATE_NAME):
+    parts = f"{FSDP_MODEL_NAME}_0/.metadata", "optimizer_0/.metadata"  # written last, and read by torch alone
+    weights = parts if sharded else (TRAINED_WEIGHTS, OPTIMIZER_NAME)
+    for name in (*weights, SCHEDULER_NAME, "rng_state*.pth", TRAINER_STATE_NAME):
         found = sorted(checkpoint.glob(name))
         problem = "" if found else "missing"
         for file in found:
             try:
+                if name in parts:
+                    continue
                 if file.suffix == ".safetensors":
                     with safe_open(file, framework="pt"):
                         continue
@@ -339,26 +364,6 @@ def read_state(checkpoint: Path) -> TrainerState:
             hint = "remove this folder; the same command then resumes from the checkpoint before it, or begins anew"
             raise OutputError(checkpoint, f"its {found[0].name if found else name} is {problem}", hint)
     return state
-
-
-def init_processes(batch_size: int) -> None:
-    """Meet the other processes, where ``torchrun`` or ``accelerate launch`` started several.
-
-    Raises:
-        ConfigError: The batch does not divide evenly among them.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=not torch.cuda.is_available())
-    count = get_world_size()
-    if batch_size % count:
-        problem = f"a batch of {batch_size} does not divide among {count} processes"
-        raise ConfigError("batch_size", batch_size, problem, f"a multiple of {count}")
-
-
-def barrier() -> None:
-    """Wait until every process is here."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def check_tracker(name: str) -> None:

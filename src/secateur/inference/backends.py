@@ -7,14 +7,12 @@ kept (:mod:`.conversions`).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ from secateur.measures.metrics import paired_cosines
 from secateur.models.open_model import check_device, open_model
 from secateur.models.save import PROBES, TEN_SCRIPTS
 from secateur.progress import quiet
-from secateur.provenance import fingerprint
+from secateur.provenance import fingerprint_files
 from secateur.runtime.core import CPU_BATCH, Encoder, Vectors
 
 STORED = "stored"
@@ -68,13 +66,7 @@ class Chosen:
 
 def fingerprint_encoder(encoder: Encoder) -> str:
     """A hash of all that an encoder's vectors depend on, but for its dtype."""
-    if isinstance(encoder, ModelEncoder):
-        return fingerprint_model(encoder.model)
-    digest = hashlib.sha256()
-    for file in sorted(Path(encoder.name).rglob("*")):
-        if file.is_file():
-            digest.update(f"{file.relative_to(encoder.name)} {fingerprint(file, 0).sha256}".encode())
-    return digest.hexdigest()
+    return fingerprint_model(encoder.model) if isinstance(encoder, ModelEncoder) else fingerprint_files(encoder.name)
 
 
 def open_encoder(opening: Opening) -> Encoder:

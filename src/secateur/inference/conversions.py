@@ -26,8 +26,7 @@ from secateur.files import lock, read_json, write_text
 from secateur.inference.opening import Opening
 from secateur.models import resolve
 from secateur.models.save import TEN_SCRIPTS
-from secateur.provenance import ENCODING, fingerprint_files, versions_of
-from secateur.runtime.encoder import MANIFEST
+from secateur.provenance import ENCODING, fingerprint_files, is_export, versions_of
 
 FOLDER = "conversions"
 LIBRARIES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino", "nncf")}
@@ -62,7 +61,7 @@ class Conversion:
     @property
     def kept(self) -> Path | None:
         """The folder, if it is there."""
-        return next((folder for folder in self.folders if (folder / MANIFEST).is_file()), None)
+        return next((folder for folder in self.folders if is_export(folder)), None)
 
     @property
     def record(self) -> dict[str, Any]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from sentence_transformers.util import get_device_name
 
 from secateur.models.open_model import MAX_LENGTH
 from secateur.options import SavedPooling
+from secateur.provenance import is_export
 from secateur.runtime.core import LENGTH_STEP
-from secateur.runtime.encoder import MANIFEST
 
 AUTO, TORCH = "auto", "torch"
 
@@ -45,7 +44,7 @@ class Opening:
     @property
     def exported(self) -> bool:
         """Whether the model is a folder that ``secateur export`` wrote."""
-        return (Path(self.model) / MANIFEST).is_file()
+        return is_export(self.model)
 
     @property
     def on_cpu(self) -> bool:

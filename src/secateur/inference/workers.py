@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeVar
 
-from secateur.clusters import ray_cluster
+from secateur.clusters import ray_cluster, ray_share
 from secateur.errors import ModelError, SecateurError
 from secateur.inference.backends import open_encoder
 from secateur.inference.opening import Opening
@@ -329,12 +329,12 @@ def on_ray(opening: Opening, prompt: str, address: str, actors: int) -> Iterator
         from ray.util import ActorPool  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         actors = actors if actors > 1 else sum(node["Alive"] for node in ray.nodes())
-        has = ray.cluster_resources()
-        cores = max(1, int(has.get("CPU", 1)) // actors)
-        # Ray hides the GPUs from an actor that asks for none.
-        gpus = 0 if opening.device == "cpu" else min(1, has.get("GPU", 0) / actors)
+        cores, gpus = ray_share(ray, actors)
         actor = ray.remote(TextEncoder).options(
-            num_cpus=cores, num_gpus=gpus, max_restarts=-1, max_task_retries=TRIES - 1
+            num_cpus=cores,
+            num_gpus=0 if opening.device == "cpu" else gpus,
+            max_restarts=-1,
+            max_task_retries=TRIES - 1,
         )
         own = replace(opening, threads=opening.threads or cores)
         pool = ActorPool([actor.remote(own, prompt) for _ in range(actors)])

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from secateur.errors import ConfigError, ModelError
 
@@ -42,8 +43,16 @@ def demo_model() -> Path:
     return files[0]
 
 
+def is_endpoint(name: object) -> bool:
+    """Whether a name is the address of a server."""
+    return isinstance(name, str) and name.startswith(("http://", "https://"))
+
+
 def model_label(name: str | Path) -> str:
-    """A short name for files and tables: the last part of a path or Hub id, without ``.gguf``."""
+    """A short name for files and tables: the last part of a path, Hub id or address, without ``.gguf``."""
+    if is_endpoint(name):
+        address = urlsplit(str(name))
+        name = address.fragment.partition("?")[0] or address.hostname or ""
     return Path(str(name)).name.removesuffix(".gguf") or "model"
 
 

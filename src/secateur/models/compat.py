@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -79,6 +81,14 @@ def text_mask(pooling: Pooling, mask: Tensor, prompt_length: int) -> Tensor:
     """The attention mask (texts, tokens) without the tokens of the prompt, on whichever side it is padded."""
     found: Tensor = pooling._exclude_prompt_from_mask(mask, prompt_length)
     return found
+
+
+# ---- accelerate
+
+
+def shard_on_cpus() -> None:
+    """Let accelerate use FSDP on CPUs too, as torch does; else it says nothing and copies the weights."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 # ---- torch

@@ -108,9 +108,9 @@ def open_skeleton(name: str | Path) -> Skeleton:
     with as_model_error(name), quiet():
         is_gguf = isinstance(source, Path) and source.suffix == ".gguf"
         if isinstance(source, Path) and not is_gguf:
-            _check_folder(source, trust_remote_code=False)
-        modules = None if is_gguf else _small_file(source, "modules.json")
-        about = None if is_gguf else _small_file(source, "config_sentence_transformers.json")
+            check_folder(source, trust_remote_code=False)
+        modules = None if is_gguf else small_file(source, "modules.json")
+        about = None if is_gguf else small_file(source, "config_sentence_transformers.json")
         where = {"pretrained_model_name_or_path": str(source), "subfolder": modules[0]["path"] if modules else ""}
         with _parsed_once() if is_gguf else nullcontext():
             where = _of_gguf(Path(source)) if is_gguf else where
@@ -124,7 +124,7 @@ def open_skeleton(name: str | Path) -> Skeleton:
         return Skeleton(transformer, tokenizer, {key: prompt or "" for key, prompt in prompts.items()})
 
 
-def _small_file(source: str | Path, file: str) -> Any:
+def small_file(source: str | Path, file: str) -> Any:
     """The content of a JSON file of a model, here or on the Hub; None where it has none."""
     found = cached_file(str(source), file, _raise_exceptions_for_missing_entries=False)
     return None if found is None else read_json(Path(found))
@@ -139,7 +139,7 @@ def as_source(name: str | Path, trust_remote_code: bool = False) -> Iterator[str
             convert_gguf(source, Path(converted))
             source = Path(converted)
         elif isinstance(source, Path):
-            _check_folder(source, trust_remote_code)
+            check_folder(source, trust_remote_code)
         yield source
 
 
@@ -208,7 +208,7 @@ def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName 
         transformer.max_seq_length = max_length if own_length is None else min(max_length, own_length)
         # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
         # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
-        # (docs/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
+        # (docs/reference/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
         transformer.tokenizer.padding_side = "right"
         pooling = pooling or ("weighted_mean" if is_causal(transformer) else "mean")
         model.append(make_pooling(pooling, state_width(transformer)))
@@ -324,7 +324,7 @@ _parsing = threading.Lock()
 """The reader is the process's: of two threads, the later would keep the other's."""
 
 
-def _check_folder(folder: Path, trust_remote_code: bool) -> None:
+def check_folder(folder: Path, trust_remote_code: bool) -> None:
     """Say what is missing from a model folder before any library stumbles over it."""
     if not folder.is_dir():
         raise ModelError(folder, "is not a model folder or a .gguf file")
@@ -369,7 +369,7 @@ def _check_modules(folder: Path, trust_remote_code: bool) -> None:
             raise UnsupportedArchitecture(folder, problem, "--trust-remote-code runs it")
         if not place.resolve().is_relative_to(folder.resolve()):
             raise ModelError(file, f"names {module['path']!r}, which leads out of the model's folder")
-        if kind in ("StaticEmbedding", "BoW", "WordEmbeddings") and position == 0:
+        if kind in ("BoW", "WordEmbeddings") and position == 0:
             raise UnsupportedArchitecture(folder, f"begins with a {kind}, not with a transformer")
         if kind in ("Pooling", "Dense") and not (place / "config.json").is_file():
             raise ModelError(place, "has no config.json", "the model is incomplete: fetch it again")

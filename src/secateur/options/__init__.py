@@ -12,9 +12,11 @@ from secateur.options.fields import (
 )
 from secateur.options.inference import EncodeOptions, ExportOptions, ServeOptions
 from secateur.options.runs import (
+    CheckTasksOptions,
     CompareOptions,
     CostOptions,
     EvaluateOptions,
+    MakeTaskOptions,
     ReportOptions,
     ResumeOptions,
     StatusOptions,
@@ -38,6 +40,7 @@ __all__ = [
     "STUDY_FILES",
     "Arithmetic",
     "Budget",
+    "CheckTasksOptions",
     "ChooseOptions",
     "CompareOptions",
     "CostOptions",
@@ -47,6 +50,7 @@ __all__ = [
     "ExportOptions",
     "HealOptions",
     "HealSettings",
+    "MakeTaskOptions",
     "Names",
     "Options",
     "PoolingName",

@@ -83,9 +83,13 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 """The range that numpy takes."""
 
 MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
+ENDPOINT = "a server with the OpenAI embeddings API: https://host/v1#model-name."
+OTHERS = (
+    MODEL + " Or what cannot be cut, but compared: a static embedding (model2vec), a folder that export wrote, or "
+) + ENDPOINT
 DATA = (
-    "Files of query (or anchor), positive and optional negative: .jsonl, .jsonl.gz, .csv or .parquet; folders of them; "
-    "or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
+    "Files of query (or anchor), positive and optional negative: .jsonl, .csv, .tsv (also .gz) or .parquet; folders of "
+    "them; or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
 )
 TEXTS = " Or of texts alone: .txt, or .jsonl with text."
 POOLING = "How a bare language model pools its tokens [default: weighted_mean, or mean where attention goes both ways]."
@@ -95,8 +99,8 @@ Columns = Annotated[
     dict[str, str] | None,
     BeforeValidator(_columns),
     Field(
-        description="What the data call these columns, where otherwise: query=question,positive=answer,negative=wrong, "
-        "or text=body."
+        description="Your names of the columns, where they differ: query=question,positive=answer,negative=wrong, or "
+        "text=body."
     ),
 ]
 Instruction = Annotated[

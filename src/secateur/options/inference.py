@@ -82,7 +82,7 @@ class EncodeOptions(Options):
 
     model: ModelName = argument(MODEL + " Or a folder that export wrote.")
     files: Files = argument(
-        "Texts: .jsonl, .jsonl.gz, .csv, .parquet, or .txt and .txt.gz with one on each line.", min_length=1
+        "Texts: .jsonl, .csv, .tsv or .txt with one on each line, also .gz; or .parquet.", min_length=1
     )
     out: Annotated[Path, Names("new file")] = output(
         "The file of vectors to write: .parquet, .arrow (or .feather), or .npy."

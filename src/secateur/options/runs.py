@@ -12,6 +12,7 @@ from secateur.options.base import Names, Options, argument, make, output, positi
 from secateur.options.fields import (
     DATA,
     MODEL,
+    OTHERS,
     STUDY_FILES,
     Cache,
     Data,
@@ -29,6 +30,7 @@ from secateur.options.fields import (
     Seed,
     Tasks,
     comma_separated,
+    listed,
     path_text,
     texts,
 )
@@ -41,8 +43,10 @@ class EvaluateOptions(Options):
     Example: secateur evaluate smollm2-large-healed --tasks tasks/my-search -o scores
     """
 
-    models: Models = argument(MODEL, min_length=1)
-    tasks: Tasks = positional("Task folders, or names of tasks and benchmarks of mteb.", min_length=1)
+    models: Models = argument(OTHERS, min_length=1)
+    tasks: Tasks = positional(
+        "Task folders or files (see `secateur tasks`), or names of tasks and benchmarks of mteb.", min_length=1
+    )
     out: Annotated[Path | None, Names("results")] = output(
         "The folder for scores.json; scores that it already holds are computed again only if something changed.",
         needed=False,
@@ -54,13 +58,36 @@ class EvaluateOptions(Options):
     cache: Cache = None
 
 
+class CheckTasksOptions(Options):
+    """Say what task folders and files are, how they will be scored, and what is wrong where.
+
+    Example: secateur tasks check tasks/my-search pairs.csv
+    """
+
+    tasks: Annotated[list[Path], BeforeValidator(listed)] = argument("Task folders or files.", min_length=1)
+
+
+class MakeTaskOptions(Options):
+    """Make a first retrieval task from texts alone: title -> body, or first sentence -> rest.
+
+    Example: secateur tasks make articles.jsonl -o tasks/articles
+    """
+
+    texts: Annotated[Path, Names("file")] = argument("A file of texts: .jsonl, .csv, .tsv, .parquet or .txt.")
+    out: Annotated[Path, Names("new folder")] = output("The task folder to write.")
+    title: str | None = Field(None, description="Column of the titles [default: title, headline or heading].")
+    text: str | None = Field(None, description="Column of the texts [default: text, body, content or such].")
+    queries: int = Field(500, ge=1, description="Most queries; all texts are documents.")
+    seed: Seed = Field(42, description="Random seed: which texts are asked for.")
+
+
 class CostOptions(Options):
     """Count what models cost, and time them side by side.
 
     Example: secateur cost smollm2 smollm2-large -o costs
     """
 
-    models: Models = argument(MODEL, min_length=1)
+    models: Models = argument(OTHERS, min_length=1)
     out: Annotated[Path | None, Names("results")] = output("Folder for costs.json.", needed=False)
     names: ModelNames = None
     repetitions: int = Field(3, ge=1, description="Number of timed rounds; speeds are their median, with the range.")
@@ -86,7 +113,7 @@ class CompareOptions(Options):
     Example: secateur compare smollm2 smollm2-large --tasks tasks/my-search --texts notes.txt -o comparison
     """
 
-    models: Models = argument(MODEL + " The first is the reference.", min_length=2)
+    models: Models = argument(OTHERS + " The first is the reference.", min_length=2)
     tasks: Tasks = Field(
         [], description="Task folders, or names of mteb's tasks and benchmarks, to score the models on."
     )
@@ -123,8 +150,8 @@ class ReportOptions(Options):
     threshold: float = Field(
         100.0,
         gt=0,
-        description="Million parameters that one more point of score may cost; the report names the size beyond which "
-        "it costs more.",
+        description="The report names the size beyond which one more point of score costs more than this many million "
+        "parameters.",
     )
 
 
@@ -137,6 +164,10 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     models: Models = argument(MODEL, default=[])
     data: Data = Field(default=[], description=DATA)
     tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
+    baselines: Models = Field(
+        default=[],
+        description="Models to compare with, scored and timed as those of the study: names as for evaluate.",
+    )
     vocab: Data = Field(
         default=[],
         description="Cut the vocabulary first, to the tokens that these texts need: files as for --data [default: "
@@ -170,7 +201,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     )
     seeds: list[Seed] = Field(default=[], description="Repeat each training with these seeds [default: --seed].")
     profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the loss that the profile measures.")
-    profile_dtype: Dtype = Field("auto", description="Dtype of the profile's computation; auto: as profile.")
+    profile_dtype: Dtype = Field("auto", description="Data type of the profile's computation, as profile --dtype.")
     max_examples: int = Field(1280, ge=2, description="Number of pairs used by the profile.")
     depth_scores: bool = Field(False, description="Score the tasks at every depth of the untrained models, too.")
     pooling: Pooling = None

@@ -11,6 +11,7 @@ from secateur.errors import ConfigError
 from secateur.options.base import Names, Options, argument, output, positional
 from secateur.options.fields import (
     DATA,
+    ENDPOINT,
     POOLING,
     PROFILE_FILES,
     SCOUT_FILES,
@@ -128,8 +129,8 @@ class Budget(Options):
     tolerance: float | None = Field(
         None,
         ge=0,
-        description="Choose the smallest depth that loses no more than so many points of average score against the "
-        "full depth trained alike, at 95 % confidence [1.0 for a scout].",
+        description="Choose the smallest depth whose average score is at most this many points below that of the full "
+        "depth with the same training, at 95 % confidence [1.0 for a scout].",
     )
     best: bool = Field(False, description="Choose the depth with the highest average score, of those that fit.")
     max_params: float | None = Field(
@@ -193,7 +194,7 @@ class PruneOptions(VocabularyOptions):
         description="Add rows of zeros to the token table until their number is a multiple of this, such as 64.",
     )
     vocab_tasks: Tasks = Field(
-        [], description="Task folders whose texts should be covered as well: it is told how well they are."
+        [], description="Task folders: tell what share of their tokens the kept vocabulary covers."
     )
     dtype: Dtype = Field("auto", description="Data type of the written weights; auto keeps the model's own.")
     adapter: Annotated[Any, BeforeValidator(path_text)] = Field(
@@ -278,10 +279,8 @@ class HealOptions(HealSettings):
     )
     teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
         None,
-        description="Teacher whose vectors the model learns: a model, or the address of a server with the OpenAI "
-        "embeddings API, such as http://host/v1.",
+        description="Teacher whose vectors the model learns: a model, or " + ENDPOINT,
     )
-    teacher_model: str | None = Field(None, description="Name of the model on the teacher's server [its only model].")
     teacher_weight: float | None = Field(
         None,
         ge=0,
@@ -353,8 +352,8 @@ class ScoutOptions(HealOptions):
     held_out: HeldOut = 1000
     teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
         None,
-        description="Teacher whose vectors the model learns: a model, the address of a server, as for heal; or self, "
-        "the whole model as it came.",
+        description="Teacher whose vectors the model learns: a model or an endpoint, as for heal; or self, the whole "
+        "model as it came.",
     )
 
     @model_validator(mode="before")

@@ -1,33 +1,28 @@
-"""What a scout found and what came of it, in sentences to act on: which depth, what it is worth, and where it is."""
+"""What a scout found, in sentences to act on: which depth, and what it is worth."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from secateur.choosing.budgets import cost_limits
 from secateur.choosing.evidence import TOLERANCE, choose_rung
-from secateur.document import percent, plural, score, shorten, signed, span
+from secateur.document import plural, score, shorten, signed, span
 from secateur.errors import SecateurError
 from secateur.options import Budget
-from secateur.reporting.findings import Estimate, GroupComparison, RunGroup, Summary
-from secateur.reporting.run import POLISHED, SCOUTED, UNTRAINED, Scouted
+from secateur.reporting.findings import Estimate, Summary
+from secateur.reporting.run import Scouted
 from secateur.results import RungRow
 
 
 def scout_sentences(summary: Summary) -> list[list[str]]:
-    """For each base model with a scout: what was chosen and why, what it scores alone, and where it is."""
+    """For each base model with a scout: what was chosen and why."""
     found, run = [], summary.run
     for base in dict.fromkeys(scout.base for scout in run.scouts):
         scouts = [scout for scout in run.scouts if scout.base == base]
         decisive = [scout for scout in scouts if scout.chosen is not None] or scouts[:1]
-        chosen = {scout.chosen for scout in decisive}
         sentences = [f"{shorten(scout.name)}: {_choice(scout, run.budget)}" for scout in decisive]
         sentences += _other_seeds(decisive[0], [scout for scout in scouts if scout not in decisive])
-        for group in summary.groups:
-            if group.first.base == base and group.first.recipe == POLISHED and group.first.scout is not None:
-                item, original = (found.get(group.name) for found in (summary.compared, summary.originals))
-                sentences += _polished(group, item, original, chosen)
-        found.append([*sentences, *_places(summary, base, chosen)])
+        found.append(sentences)
     return found
 
 
@@ -125,59 +120,8 @@ def _other_seeds(decisive: Scouted, others: Sequence[Scouted]) -> Iterator[str]:
         yield f"Of this depth, scouts with other seeds find a difference of {' and '.join(told)} points."
 
 
-# The polish -----------------------------------------------------------------------------------------------------------
-
-
-def _polished(
-    group: RunGroup, item: GroupComparison | None, original: GroupComparison | None, chosen: Collection[int | None]
-) -> Iterator[str]:
-    """What a model is worth that was trained on alone; ``original``: beside the model as it came, with all tokens."""
-    own = group.first
-    if group.average is None:
-        return
-    layers = f"{'all ' if own.is_full else 'these ' if own.depth in chosen else ''}{own.depth} layers score"
-    layers = "the first layer scores" if own.depth == 1 else layers
-    said = f"Trained on alone, {layers} {score(group.average.value)}"
-    if item is None or not item.is_known:
-        yield f"{said}."
-        return
-    depth = item.reference.first.depth
-    whole = {
-        SCOUTED: f"all {depth}, which had the scout’s training alone",
-        POLISHED: f"all {depth} trained on alike",
-        UNTRAINED: f"all {depth} as they came",
-    }[item.reference.first.recipe]
-    savings = "" if own.is_full and original is None else _savings(original or item)
-    yield f"{said}, {apart(item.difference)} than {whole}{savings}."
-    if original is not None and original.is_known and original.reference is not item.reference:
-        yield f"That is {apart(original.difference)} than the model as it came, with all its layers and tokens."
-
-
 def apart(difference: Estimate) -> str:
     """A difference in words, with its interval."""
     none = "" if difference.low is None or difference.sign else ", no significant difference"
     more = f"{score(abs(difference.value))} points {'less' if difference.value < 0 else 'more'}"
     return f"{more} ({_interval(difference.low, difference.high)}{none})"
-
-
-def _savings(item: GroupComparison) -> str:
-    whole = "model as it came" if item.group.first.vocabulary != item.reference.first.vocabulary else "full model"
-    cost, full = item.group.cost, item.reference.cost
-    found = [f"{percent(cost.parameters / full.parameters, 0)} of the parameters"] if cost and full else []
-    if item.speed is not None:
-        ratio, is_apart = item.speed
-        found.append(f"{ratio:.1f} × the speed" if is_apart else "no measurable difference in speed")
-    return f"; they have {' and '.join(found)} of the {whole}" if found else ""
-
-
-# The folder -----------------------------------------------------------------------------------------------------------
-
-
-def _places(summary: Summary, base: str, chosen: Collection[int | None]) -> Iterator[str]:
-    """Where the models to use are: those trained on alone, else those of the chosen depth."""
-    own = [v for v in summary.run.variants if v.base == base and v.scout is not None and v.folder is not None]
-    polished = [variant for variant in own if variant.recipe == POLISHED]
-    best = [variant for variant in polished or own if variant.depth in chosen] or polished
-    folders = [v.folder.relative_to(summary.run.folder).as_posix() for v in best if v.folder is not None]
-    if folders:
-        yield f"The model{'s are' if len(folders) > 1 else ' is'} in {', '.join(folders)}, beside this report."

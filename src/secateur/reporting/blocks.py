@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,14 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """Pictures of which a page shows one, as chosen by what it is called; without scripts."""
+
+    title: str
+    pictures: Mapping[str, Picture]
+
+
+@dataclass(frozen=True)
 class Details:
     """What a page shows when its ``summary`` is clicked on."""
 
@@ -64,17 +72,17 @@ class Details:
     blocks: tuple[Block, ...]
 
 
-Block = Text | Heading | Bullets | Code | Table | Picture | Gallery | Details
+Block = Text | Heading | Bullets | Code | Table | Picture | Gallery | Switch | Details
 
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks under a title; ``key`` is the section's address in the page, ``short`` its name in the navigation."""
+    """Blocks under a title; ``key`` is the section's address in the page, which shows those that are open at once."""
 
     key: str
     title: str
     blocks: Sequence[Block]
-    short: str = ""
+    is_open: bool = False
 
 
 def pictures_in(blocks: Sequence[Block]) -> Iterator[Picture]:
@@ -84,6 +92,8 @@ def pictures_in(blocks: Sequence[Block]) -> Iterator[Picture]:
             yield block
         elif isinstance(block, Gallery):
             yield from block.pictures
+        elif isinstance(block, Switch):
+            yield from block.pictures.values()
         elif isinstance(block, Details):
             yield from pictures_in(block.blocks)
 
@@ -107,6 +117,8 @@ def block_to_html(block: Block) -> str:
             return _figure(block, ' class="wide"')
         case Gallery(pictures):
             return '<div class="plots">\n' + "\n".join(map(_figure, pictures)) + "\n</div>"
+        case Switch(title, named):
+            return _switch(title, named)
         case Details(summary, blocks):
             inside = "\n".join(map(block_to_html, blocks))
             return f"<details>\n<summary>{_escaped(summary)}</summary>\n{inside}\n</details>"
@@ -131,6 +143,8 @@ def block_to_markdown(block: Block) -> str:
             return f"![{to_markdown(title)}](figures/{key}.png)\n\n{to_markdown(caption)}"
         case Gallery(pictures):
             return "\n\n".join(map(block_to_markdown, pictures))
+        case Switch(_, named):
+            return "\n\n".join(map(block_to_markdown, named.values()))
         case Details(summary, blocks):
             return "\n\n".join([f"{to_markdown(summary)}:", *map(block_to_markdown, blocks)])
 
@@ -143,6 +157,18 @@ def section_to_markdown(section: Section) -> str:
 def code(text: str) -> str:
     """Lines of code as they are shown: nothing in them hides, or turns what is copied."""
     return "\n".join(printable(line) for line in text.expandtabs(4).splitlines())
+
+
+def _switch(title: str, pictures: Mapping[str, Picture]) -> str:
+    """Radio buttons before the pictures, so that CSS can show the one whose button is pressed; the first at first."""
+    keys = [picture.key for picture in pictures.values()]
+    buttons = "".join(
+        f'<input type="radio" name="{keys[0]}" id="show-{key}"{" checked" * (key == keys[0])}>'
+        f'<label for="show-{key}">{_escaped(name)}</label>'
+        for name, key in zip(pictures, keys, strict=True)
+    )
+    shown = "\n".join(map(_figure, pictures.values()))
+    return f'<fieldset class="switch"><legend>{_escaped(title)}</legend>\n{buttons}\n{shown}\n</fieldset>'
 
 
 def _figure(picture: Picture, kind: str = "") -> str:

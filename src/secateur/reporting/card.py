@@ -19,9 +19,9 @@ from secateur.provenance import Fingerprint
 from secateur.reporting.advice import apart
 from secateur.reporting.blocks import Block, Bullets, Code, Section, Text, section_to_markdown
 from secateur.reporting.findings import GroupComparison, Summary
-from secateur.reporting.run import HUB_NAME, POLISHED, Scouted, Variant, base_licence, is_on_hub
+from secateur.reporting.run import HUB_NAME, POLISHED, Scouted, Variant, base_licence, base_metadata, is_on_hub
 from secateur.reporting.tables import SPEED, cost_table, is_other, kept_blocks, kept_tokens, scout_origin, settings_text
-from secateur.reporting.verdict import seed_note
+from secateur.reporting.verdict import Recommendation, seed_note
 from secateur.reporting.vocabulary import vocabulary_facts, vocabulary_limits
 from secateur.results import Origin, ScoreRow
 
@@ -41,8 +41,10 @@ def may_write(card: Path) -> bool:
     return any(mark in old for mark in GENERATED_MARKS)
 
 
-def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin) -> str:
-    """The card of a run's model. The full model beside it is of the same seed where there is one."""
+def model_card(summary: Summary, found: Recommendation, variant: Variant, folder: Path, origin: Origin) -> str:
+    """The card of a run's model; that of the recommended one says so. The full model beside it is of the same seed
+    where there is one.
+    """
     comparison = next((item for item in summary.compared.values() if variant in item.group.variants), None)
     full = None
     if comparison is not None:
@@ -91,6 +93,8 @@ def model_card(summary: Summary, variant: Variant, folder: Path, origin: Origin)
         f"# {doc.to_markdown(variant.name)}",
         doc.to_markdown(about),
     ]
+    if found.ship and variant in found.ship.group.variants:
+        head += [f"**{doc.to_markdown(found.headline)}**", doc.to_markdown(found.reasons[0])]
     return "\n\n".join([*head, *map(section_to_markdown, sections)]) + "\n"
 
 
@@ -233,12 +237,16 @@ def public_command(command: str) -> str:
 
 
 def _metadata(variant: Variant, origin: Origin) -> str:
-    """The card's front matter, in YAML: base model, library, task, licence, data sets, and scores.
+    """The card's front matter, in YAML: base model, library, task, licence, languages, data sets, and scores.
 
-    The licence is that of the base model, read from its own card where that is on this machine; without it there is
-    none, rather than a guess.
+    Licence and languages are those of the base model, read from its own card where that is on this machine; without it
+    there are none, rather than a guess. A vocabulary that was cut need not hold all its languages.
     """
     base = origin.base_model
+    own = base_metadata(base)
+    link = str(own.get("license_link", ""))
+    if link and "://" not in link:  # a file beside the base model
+        link = f"https://huggingface.co/{base}/blob/main/{link}" if is_on_hub(base) else ""
     names = [file.name for file in _data_of(variant)]
     names = [parse_name(name).name if is_hub_name(name) else name for name in names]
     data = dict.fromkeys(name for name in names if HUB_NAME.fullmatch(name))
@@ -247,6 +255,9 @@ def _metadata(variant: Variant, origin: Origin) -> str:
         base_model=base if is_on_hub(base) else None,
         base_model_relation="finetune" if is_on_hub(base) else None,
         license=base_licence(base) or None,
+        license_name=own.get("license_name"),
+        license_link=link or None,
+        language=None if origin.vocabulary else own.get("language"),
         pipeline_tag="sentence-similarity",
         library_name="sentence-transformers",
         tags=[tag for tag in TAGS if tag != "mteb" or variant.scores],

@@ -16,18 +16,17 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.data.embedders import identify, open_embedder
 from secateur.data.sources import read_texts
-from secateur.data.vectors import VectorCache, fingerprint_model
 from secateur.errors import ConfigError
-from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.evaluate import evaluate, vectors_folder
 from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.measures.intervals import Array
-from secateur.models import model_names
-from secateur.models.open_model import open_model
+from secateur.models import is_endpoint, model_names
 from secateur.options import CompareOptions, step
 from secateur.progress import Progress, silent
-from secateur.provenance import ENCODING, Fingerprint, provenance, versions_of
+from secateur.provenance import Fingerprint, provenance
 from secateur.reporting.cost import cost
 from secateur.results import ChangedRow, Comparison, OverlapRow
 
@@ -71,8 +70,9 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
     result = replace(result, overlaps=overlaps, changed=changed)
     if options.out is not None:
         result.save(options.out)
-    if options.timed:  # last: should it fail, the rest is there
-        result = replace(result, costs=cost(options.models, names=names, progress=progress).rows)
+    local = {name: given for name, given in zip(names, options.models, strict=True) if not is_endpoint(given)}
+    if options.timed and local:  # last: should it fail, the rest is there
+        result = replace(result, costs=cost(local, progress=progress).rows)
         if options.out is not None:
             result.save(options.out)
     return result
@@ -108,7 +108,7 @@ def _neighbourhoods(
     nearest = []
     for i, model in enumerate(options.models):
         progress("neighbours", i, len(names))
-        nearest.append(nearest_texts(_encode(model, texts, options.batch_size, options.cache), k))
+        nearest.append(nearest_texts(_encode(model, texts, options.batch_size, vectors_folder(options, model)), k))
     progress("neighbours", len(names), len(names))
     overlaps, changed = [], []
     for name, own in zip(names[1:], nearest[1:], strict=True):
@@ -122,8 +122,9 @@ def _neighbourhoods(
     return tuple(overlaps), tuple(changed)
 
 
-def _encode(model: str | Path, texts: Sequence[str], batch_size: int, cache: str | Path | None) -> NDArray[np.float32]:
-    opened = open_model(model)
+def _encode(model: str | Path, texts: Sequence[str], batch_size: int, folder: Path | None) -> NDArray[np.float32]:
+    opened = open_embedder(model)
+    _, cache = identify(opened, folder)
 
     def encode(some: list[str]) -> NDArray[np.float32]:
         return np.asarray(opened.encode(some, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
@@ -131,9 +132,7 @@ def _encode(model: str | Path, texts: Sequence[str], batch_size: int, cache: str
     if cache is None:
         return encode(list(texts))
     default = opened.prompts.get(opened.default_prompt_name or "") or ""
-    return VectorCache(cache, fingerprint_model(opened), versions_of(ENCODING)).encode(
-        texts, f"plain {default}", encode
-    )
+    return cache.encode(texts, f"plain {default}", encode)
 
 
 def nearest_texts(vectors: NDArray[np.float32], k: int) -> NDArray[np.int64]:

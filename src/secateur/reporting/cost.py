@@ -27,19 +27,23 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import get_device_name
+from torch import nn
+from transformers import AutoConfig
 
-from secateur.errors import ModelError
+from secateur import runtime
+from secateur.data.embedders import BlackBox, open_embedder
+from secateur.errors import ConfigError, ModelError
 from secateur.files import read_json
 from secateur.measures.costs import flops_per_token
-from secateur.models import demo_model, model_names
-from secateur.models.blocks import depth_of, embeddings_of
+from secateur.models import demo_model, is_endpoint, model_names
+from secateur.models.blocks import depth_of, embeddings_of, skeleton
 from secateur.models.forward import wait
-from secateur.models.open_model import open_model
 from secateur.models.save import MODULES
 from secateur.options import CostOptions, step
 from secateur.progress import Progress, quiet, silent
-from secateur.provenance import fingerprint_files, provenance, versions_of
+from secateur.provenance import fingerprint_files, is_export, provenance, versions_of
 from secateur.results import CostRow, Costs
 
 SHORT = "Return element {n} of the sequence, or raise an error where there is none."
@@ -73,10 +77,12 @@ def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
 
     Raises:
         ModelError: A model cannot be opened.
-        ConfigError: An option has an invalid value, or two models have the same name.
+        ConfigError: An option has an invalid value, two models have the same name, or one is an endpoint.
         OutputError: ``out`` cannot be written.
     """
     names = model_names(options.models, options.names)
+    for model in filter(is_endpoint, options.models):
+        raise ConfigError("models", model, f"{model} runs elsewhere: what it costs cannot be measured", "leave it out")
     amount = THOROUGH if options.thorough else QUICK
     room = ROOM * free_memory(torch.device(options.device or get_device_name()))
     timers = [_Timer(name, model, options.device) for name, model in zip(names, options.models, strict=True)]
@@ -125,7 +131,7 @@ class _Timer:
         """The model, opened where it is not."""
         if self.open is None:
             started = time.perf_counter()
-            self.open = open_model(self.source, device=self.device)
+            self.open = open_embedder(self.source, device=self.device)
             self.load_seconds = self.load_seconds or time.perf_counter() - started
             self._encode(texts_of("short", 1), 1)
         return self.open
@@ -171,24 +177,19 @@ class _Timer:
 
     def row(self, thorough: bool) -> CostRow:
         """What was counted and measured."""
-        model, transformer = self.model, self.model[0].auto_model
-        flops, flops_tokens = flops_per_token(model, FLOPS_TOKENS)
+        model = self.model
         alone = measure_alone(self.source, str(model.device), self.batches["long"]) if thorough else {}
         short, long = self.speeds["short"], self.speeds["long"]
-        tokens = {kind: float(model.preprocess(texts_of(kind, 1))["input_ids"].shape[1]) for kind in self.speeds}
+        tokens = {kind: float(count_tokens(model, *texts_of(kind, 1))) for kind in self.speeds}
+        weights = next(model.parameters(), None)
         return CostRow(
             model=self.name,
-            depth=depth_of(transformer),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            embedding_parameters=sum(parameter.numel() for parameter in embeddings_of(transformer).parameters()),
             bytes=bytes_on_disk(self.source),
             texts_per_second=statistics.median(short),
             speed_low=min(short),
             speed_high=max(short),
             memory_bytes=bytes_in_memory(model),
             peak_bytes=int(alone["peak"]) if alone else None,
-            flops_per_token=flops,
-            flops_tokens=flops_tokens,
             load_seconds=alone.get("load", self.load_seconds),
             latency_p50=float(np.quantile(self.latencies, 0.5)),
             latency_p95=float(np.quantile(self.latencies, 0.95)),
@@ -199,12 +200,46 @@ class _Timer:
             long_texts_per_second=statistics.median(long),
             long_speed_low=min(long),
             long_speed_high=max(long),
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            dtype=model[0].source.dtype if weights is None else str(weights.dtype).removeprefix("torch."),
             device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
             threads=torch.get_num_threads(),
             files=fingerprint_files(self.source),
             versions=versions_of(),
+            **sizes_of(model, self.source),
         )
+
+
+def sizes_of(model: SentenceTransformer, source: str | Path) -> dict[str, Any]:
+    """What is counted of a model, by the names in its row.
+
+    A static embedding has no blocks, and multiplies nothing. An export is counted as the transformer that it was made
+    from; its operations are not.
+    """
+
+    def parameters(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    whole, flops = model, (0.0, 0)
+    if isinstance(model[0], StaticEmbedding):
+        return {"depth": 0, "parameters": parameters(model), "embedding_parameters": parameters(model)}
+    if isinstance(model[0], BlackBox):
+        transformer = whole = skeleton(AutoConfig.from_pretrained(Path(source).expanduser()))
+    else:
+        transformer, flops = model[0].auto_model, flops_per_token(model, FLOPS_TOKENS)
+    return {
+        "depth": depth_of(transformer),
+        "parameters": parameters(whole),
+        "embedding_parameters": parameters(embeddings_of(transformer)),
+        "flops_per_token": flops[0],
+        "flops_tokens": flops[1],
+    }
+
+
+def count_tokens(model: SentenceTransformer, text: str) -> int:
+    """Tokens of a text, special ones included."""
+    if isinstance(model[0], BlackBox) and isinstance(model[0].source, runtime.Encoder):
+        return len(model[0].source.tokenize([text])[0])
+    return int(model.preprocess([text])["input_ids"].numel())
 
 
 def texts_of(kind: str, number: int) -> list[str]:
@@ -253,6 +288,8 @@ def bytes_on_disk(model: str | Path) -> int:
             path = Path(snapshot_download(str(model), local_files_only=True))
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
             raise ModelError(model, "its files are not found") from error
+    if is_export(path):
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     modules = read_json(path / MODULES) if (path / MODULES).is_file() else []
     places = {str(module["path"]) for module in modules} - {"", "."}
     files = {*path.iterdir(), *(file for place in places for file in (path / place).rglob("*"))}
@@ -285,7 +322,7 @@ def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float
 def print_load_and_peak(model: str, device: str, batch: str) -> None:
     """What :func:`measure_alone` runs in the other process, which prints the result."""
     started = time.perf_counter()
-    opened = open_model(model, device=device)
+    opened = open_embedder(model, device=device)
     loaded = time.perf_counter() - started
     with quiet():
         opened.encode(texts_of("long", int(batch)), batch_size=int(batch), show_progress_bar=False)

@@ -28,8 +28,6 @@ from secateur.results import CostRow, ScoreRow
 MARGIN = 0.02
 """Non-inferiority margin: a cut is as good as the full model where the interval excludes a loss of 2 points."""
 
-_NOT_TRAINED = (UNTRAINED, TRIMMED)
-
 Outcome = Literal["better", "same", "undecided", "worse", "unknown"]
 
 
@@ -112,23 +110,9 @@ class GroupComparison:
         return not math.isnan(self.difference.value)
 
     @property
-    def full_name(self) -> str:
-        """What the full model is called in a sentence."""
-        recipe = self.reference.first.recipe
-        return f"the {'scouted' if recipe == SCOUTED else recipe} full model"
-
-    @property
     def is_polished_more(self) -> bool:
         """Whether the cut model was trained on after the scout, and the full model was not."""
         return self.group.first.recipe == POLISHED and self.reference.first.recipe == SCOUTED
-
-    @property
-    def share(self) -> Estimate:
-        """The share kept of the full model's average score. Its interval is that of the difference alone."""
-        assert self.reference.average is not None
-        full = self.reference.average.value
-        parts = (self.difference.value, self.difference.low, self.difference.high)
-        return Estimate(*(None if part is None else 1 + part / full for part in parts))  # type: ignore[arg-type]
 
     @property
     def outcome(self) -> Outcome:
@@ -146,7 +130,7 @@ class GroupComparison:
     def speed(self) -> tuple[float, bool] | None:
         """How many times as fast, in short texts per second, and whether the measured ranges do not overlap."""
         own, full = self.group.cost, self.reference.cost
-        if own is None or full is None or not full.texts_per_second or own.texts_per_second is None:
+        if own is None or full is None or not (own.texts_per_second and full.texts_per_second):
             return None
         is_apart = own.speed_low > full.speed_high or own.speed_high < full.speed_low
         return own.texts_per_second / full.texts_per_second, is_apart
@@ -158,7 +142,7 @@ class GroupComparison:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run's groups; ``compared`` by name, those with a full model to compare with; and those of cuts by series.
+    """A run's groups; ``compared`` by name, those with a full model of their recipe to compare with.
 
     ``originals`` by name are those with a cut vocabulary, beside the model as it came, with all blocks and tokens.
     """
@@ -166,8 +150,12 @@ class Summary:
     run: Run
     groups: tuple[RunGroup, ...]
     compared: Mapping[str, GroupComparison]
-    by_series: Mapping[str, tuple[GroupComparison, ...]]
-    originals: Mapping[str, GroupComparison] = field(default_factory=dict)
+    originals: Mapping[str, GroupComparison]
+    spreads: _Spreads = field(repr=False)
+
+    def compare(self, group: RunGroup, reference: RunGroup) -> GroupComparison:
+        """Any group beside any other."""
+        return _compared(group, reference, self.spreads)
 
 
 def summarize(run: Run) -> Summary:
@@ -197,17 +185,7 @@ def summarize(run: Run) -> Summary:
             own = group.first
             if own.base == came.first.base and own.vocabulary and own.vocabulary != came.first.vocabulary:
                 originals[group.name] = _compared(group, came, spreads)
-    by_series: dict[str, tuple[GroupComparison, ...]] = {}
-    for item in compared.values():
-        if not item.group.first.is_full and item.reference.average and item.reference.average.value:
-            by_series[item.group.first.series] = (*by_series.get(item.group.first.series, ()), item)
-    # A base model's untrained cuts are left out where there are trained ones.
-    firsts = {series: own[0].group.first for series, own in by_series.items()}
-    trained = {first.base for first in firsts.values() if first.recipe not in _NOT_TRAINED}
-    shown = {
-        s: own for s, own in by_series.items() if firsts[s].recipe not in _NOT_TRAINED or firsts[s].base not in trained
-    }
-    return Summary(run, groups, compared, shown, originals)
+    return Summary(run, groups, compared, originals, spreads)
 
 
 def _compared(group: RunGroup, reference: RunGroup, spreads: _Spreads) -> GroupComparison:

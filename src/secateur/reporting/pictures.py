@@ -19,12 +19,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from secateur.document import byte_size, count, duration, loss, percent, plural, score, span, speed
-from secateur.figures.plots import Point, frontier, frontier_figure, profile_figures, size_curve, training_curves
+from secateur.figures.plots import (
+    KINDS,
+    Point,
+    frontier,
+    frontier_figure,
+    profile_figures,
+    size_curve,
+    training_curves,
+)
 from secateur.figures.style import svg
 from secateur.measures.intervals import CONFIDENCE, Array
 from secateur.reporting.blocks import Picture
 from secateur.reporting.findings import RunGroup, Summary, pareto
 from secateur.reporting.run import Run, Scouted
+from secateur.reporting.verdict import Recommendation
 from secateur.results import DepthScoreRow, Profile, Training
 
 MOST_LABELS = 24
@@ -63,42 +72,47 @@ class _Cost:
 
 _SPEED, _LATENCY = ("texts_per_second", "speed_low", "speed_high"), ("latency_p50", "latency_p50", "latency_p95")
 _COSTS = {
-    "parameters": _Cost(("parameters",), "size", "Parameters, embedding table included", count),
-    "bytes": _Cost(("bytes",), "bytes on disk", "Bytes on disk", byte_size),
     "speed": _Cost(
-        _SPEED, "throughput", "Short texts per second", speed, "the slowest to the fastest repetition", True
+        _SPEED, "Speed", "Short texts per second (right is faster)", speed, "the slowest to the fastest round", True
     ),
+    "parameters": _Cost(("parameters",), "Parameters", "Parameters (left is smaller)", count),
+    "bytes": _Cost(("bytes",), "Bytes", "Bytes on disk (left is smaller)", byte_size),
     "latency": _Cost(
-        _LATENCY, "latency", "Seconds for one short text (median)", duration, "the median to the 95th percentile"
+        _LATENCY,
+        "Latency",
+        "Seconds for one short text (left is faster)",
+        duration,
+        "the median to the 95th percentile",
     ),
 }
 
 
-def cost_pictures(summary: Summary) -> list[Picture]:
-    """Average score against each cost that was measured."""
-    pictures = []
+def cost_pictures(summary: Summary, found: Recommendation) -> dict[str, Picture]:
+    """Average score against each cost that was measured, by what it is called."""
+    drawn = {}
     for key, cost in _COSTS.items():
-        points = tuple(point for _, point in _points(summary, cost))
+        points = tuple(point for _, point in _points(summary, found, cost))
         if not points:
             continue
         told = [
-            f"{point.series}, {point.label or 'unlabelled'} blocks: {score(point.score)} at {cost.show(point.cost)}"
-            for point in sorted(points, key=lambda point: not point.best)
+            f"{point.note[0]} ({'recommended ' * point.marked}{KINDS[point.kind][0]}): {score(point.score)} at "
+            f"{cost.show(point.cost)}"
+            for point in sorted(points, key=lambda point: (not point.marked, not point.best))
         ]
-        caption = (
-            f"Average score of each model against its cost: {cost.axis[0].lower()}{cost.axis[1:]}. Numbers are "
-            "blocks kept; solid lines join one series, the dashed one the best models at their cost."
-        )
-        caption += " Upright bars are 95 % intervals." if any(point.low is not None for point in points) else ""
+        caption = "Each point is a model, numbers are blocks kept, and lines join cuts of one kind."
+        if any(point.low is not None for point in points):
+            caption += " Upright bars are 95 % intervals of scores; differences, paired by text, are surer than these."
         caption += f" Level bars reach from {cost.bars}." if cost.bars else ""
+        title = f"Average score against {cost.name.lower()}"
         figure = frontier(points, cost.axis)
-        pictures.append(_picture(f"score-{key}", f"Score against {cost.name}", caption, told, figure, points))
-    return pictures
+        drawn[cost.name] = _picture(f"score-{key}", title, caption, told, figure, points)
+    return drawn
 
 
-def _points(summary: Summary, measure: _Cost) -> list[tuple[RunGroup, Point]]:
+def _points(summary: Summary, found: Recommendation, measure: _Cost) -> list[tuple[RunGroup, Point]]:
     """A point for each group that is scored and has that cost."""
-    found: list[tuple[RunGroup, Point]] = []
+    told = [item.group for item in (found.ship, found.runner_up) if item]
+    shown: list[tuple[RunGroup, Point]] = []
     for group in summary.groups:
         cost, average, first = group.cost, group.average, group.first
         if cost is None or average is None or not getattr(cost, measure.fields[0]):  # 0: not measured
@@ -106,22 +120,24 @@ def _points(summary: Summary, measure: _Cost) -> list[tuple[RunGroup, Point]]:
         within, origin = span(average.low, average.high), first.origin
         note = (
             group.name,
-            f"{first.depth} of {first.blocks} blocks"
+            (f"{first.depth} of {first.blocks} blocks" if first.blocks else "not of this study")
             + (f", {first.vocabulary.row.tokens:,} tokens" if first.vocabulary else "")
             + f"; score {score(average.value)}{f' ({within})' if within else ''}",
             f"{count(cost.parameters)} parameters; {byte_size(cost.bytes)}; {speed(cost.texts_per_second)} texts/s"
             + (f"; {duration(cost.latency_p50)} for one" if cost.latency_p50 else ""),
             (origin.history or (origin.provenance.command,))[-1] if origin else "",
         )
-        label, link = "" if first.depth is None else str(first.depth), folder_link(summary.run.folder, first.folder)
+        kind, link = found.kind(group), folder_link(summary.run.folder, first.folder)
+        label = group.name if group in told or kind in ("full", "baseline") else str(first.depth or "")
         value, low, high = ([getattr(cost, name) for name in measure.fields] + [None, None])[:3]
         lines, scores = tuple(line for line in note if line), (average.value, average.low, average.high)
-        found.append((group, Point(first.series, label, *scores, value, low, high, False, lines, link)))
-    best = set(pareto([(-point.cost if measure.rises else point.cost, point.score) for _, point in found]))
-    few = len(found) <= MOST_LABELS
+        marked = group is (found.ship and found.ship.group)
+        shown.append((group, Point(first.series, label, *scores, value, low, high, False, lines, link, kind, marked)))
+    best = set(pareto([(-point.cost if measure.rises else point.cost, point.score) for _, point in shown]))
+    few = len(shown) <= MOST_LABELS
     return [
-        (group, replace(point, best=index in best, label=point.label if few or index in best else ""))
-        for index, (group, point) in enumerate(found)
+        (group, replace(point, best=index in best, label=point.label if few or index in best or point.marked else ""))
+        for index, (group, point) in enumerate(shown)
     ]
 
 
@@ -141,15 +157,16 @@ _EXPONENTS = np.geomspace(0.05, 5.0, 200)
 _DRAWS = 1000
 
 
-def size_pictures(summary: Summary, threshold: float) -> list[Picture]:
+def size_pictures(summary: Summary, found: Recommendation, threshold: float) -> list[Picture]:
     """For each base model a curve through its series with the most sizes, the first of equally many.
 
     Args:
         summary: What the run found.
+        found: What it recommends.
         threshold: Million parameters that a point of score may cost.
     """
     series: dict[str, dict[str, list[Point]]] = {}
-    for group, point in _points(summary, _COSTS["parameters"]):
+    for group, point in _points(summary, found, _COSTS["parameters"]):
         series.setdefault(group.first.base, {}).setdefault(point.series, []).append(replace(point, label=""))
     pictures: list[Picture] = []
     for base, own in series.items():

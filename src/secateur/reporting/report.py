@@ -8,8 +8,8 @@ nothing, runs nothing, and escapes every text it did not write.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from secateur.files import write_text
 from secateur.options import ReportOptions, step
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting import pictures, tables
-from secateur.reporting.advice import points_of
+from secateur.reporting.advice import points_of, scout_sentences
 from secateur.reporting.blocks import (
     Block,
     Bullets,
@@ -30,20 +30,23 @@ from secateur.reporting.blocks import (
     Gallery,
     Heading,
     Section,
+    Switch,
     Text,
     block_to_html,
+    block_to_markdown,
     pictures_in,
     section_to_markdown,
 )
 from secateur.reporting.card import may_write, model_card
-from secateur.reporting.findings import GroupComparison, Summary, summarize
+from secateur.reporting.findings import RunGroup, Summary, summarize
 from secateur.reporting.run import CARD, SCOUTED, Run, base_licence, read_run
-from secateur.reporting.verdict import most_telling, notes, verdict
-from secateur.reporting.vocabulary import cut_vocabularies
+from secateur.reporting.verdict import Recommendation, notes, recommend
+from secateur.reporting.vocabulary import cut_vocabularies, vocabulary_sentences
 from secateur.results import Origin
 
-MOST_HIGHLIGHTS = 6
-"""Cut models shown in short at the head of the page."""
+HERE = "To use it, in the folder of this report"
+MOST_ROWS = 24
+"""Models in the table of tasks at first sight; it is one click to the others."""
 
 
 @step(ReportOptions)
@@ -62,73 +65,35 @@ def report(options: ReportOptions) -> Path:
     """
     summary = summarize(read_run(options.run))
     run = summary.run
-    parts = sections(summary, options.threshold)
+    found = recommend(summary)
+    parts = sections(summary, found, options.threshold)
     for picture in chain.from_iterable(pictures_in(section.blocks) for section in parts):
         save(picture.figure, run.folder / "figures" / f"{picture.key}.png")
-    title, sentences = run.folder.resolve().name, verdict(summary)
-    remarks = notes(summary)
-    head = [f"# {doc.to_markdown(title)}", *(f"**{doc.to_markdown(sentence)}**" for sentence in sentences)]
-    head += [doc.to_markdown(remark) for remark in remarks]
+    title = run.folder.resolve().name
+    head = [
+        f"# {doc.to_markdown(title)}",
+        f"**{doc.to_markdown(found.headline)}**",
+        *map(doc.to_markdown, found.reasons),
+    ]
+    head += [block_to_markdown(Code(found.command(), "sh", HERE))] if found.folder else []
     _write(run.folder / "report.md", "\n\n".join([*head, *map(section_to_markdown, parts)]) + "\n")
     for variant in run.variants:
         if variant.folder is not None and variant.origin is not None and may_write(variant.folder / CARD):
-            _write(variant.folder / CARD, model_card(summary, variant, variant.folder, variant.origin))
-    content = {
-        "title": title,
-        "made": created(run)[1][:10],
-        "verdict": sentences,
-        "notes": remarks,
-        "highlights": _highlights(summary),
-        "sections": parts,
-    }
+            _write(variant.folder / CARD, model_card(summary, found, variant, variant.folder, variant.origin))
     page = run.folder / "report.html"
+    content = {"title": title, "made": created(run)[1][:10], "found": found, "here": HERE, "sections": parts}
     _write(page, _ENVIRONMENT.get_template("report.html.j2").render(content))
     return page
 
 
 def read_verdict(run: str | Path) -> tuple[str, ...]:
-    """What a run found, in the sentences with which its report begins.
+    """What a run recommends, as its report begins: the verdict, its reasons, and the command that uses the model.
 
     Raises:
         DataError: The folder is missing, holds no table, or a table in it is broken or contradicts another.
     """
-    return verdict(summarize(read_run(run)))
-
-
-@dataclass(frozen=True)
-class Highlight:
-    """A cut model in short: its name, the share of quality that it keeps, and some more facts."""
-
-    title: str
-    share: str
-    about: str
-    facts: tuple[str, ...]
-
-
-def _highlights(summary: Summary) -> list[Highlight]:
-    """Cut models for the head of the page: of each series the most telling, so that no series crowds out another."""
-    series = [[item for item in own if item.is_known] for own in summary.by_series.values()]
-    ranked = chain.from_iterable(zip_longest(*map(most_telling, series)))
-    shown = {item.group.name for item in [item for item in ranked if item][:MOST_HIGHLIGHTS]}
-    return [_highlight(item) for own in series for item in own if item.group.name in shown]
-
-
-def _highlight(item: GroupComparison) -> Highlight:
-    own, full, share = item.group, item.reference, item.share
-    facts = [f"{doc.signed(item.difference.value)} points: {tables.OUTCOMES[item.outcome]}"]
-    if own.cost and full.cost:
-        facts.append(f"{doc.percent(own.cost.parameters / full.cost.parameters)} of its parameters")
-        if item.speed is not None:
-            rates = doc.speed(own.cost.texts_per_second), doc.speed(full.cost.texts_per_second)
-            facts.append(f"{rates[0]} texts per second (full model: {rates[1]})")
-    within = f"({doc.span(share.low, share.high, doc.percent)}) " if share.low is not None else ""
-    return Highlight(
-        f"{own.first.series}: {own.first.depth} of {own.first.blocks} blocks",
-        doc.percent(share.value),
-        f"{within}of {item.full_name}’s average score"
-        + (", which had the scout’s training alone" if item.is_polished_more else ""),
-        tuple(facts),
-    )
+    found = recommend(summarize(read_run(run)))
+    return (found.headline, *found.reasons, *([found.command(Path(run))] if found.folder else []))
 
 
 def _write(path: Path, text: str) -> None:
@@ -139,27 +104,29 @@ def _write(path: Path, text: str) -> None:
 # Sections -------------------------------------------------------------------------------------------------------------
 
 
-def sections(summary: Summary, threshold: float) -> list[Section]:
+def sections(summary: Summary, recommendation: Recommendation, threshold: float) -> list[Section]:
     """The sections that a run's tables allow, in the order of the report.
 
     Args:
         summary: What the run found.
+        recommendation: What it recommends.
         threshold: Million parameters that a point of score may cost.
     """
     run = summary.run
     found: list[Section] = []
-    if run.scouts:
-        found.append(Section("worth", "What every depth is worth", list(_scout_blocks(run)), short="Every depth"))
     if run.failed:
         failed = Bullets(tuple(f"{step}: {reason}" for step, reason in run.failed.items()))
-        found.append(Section("failed", "What failed", [failed]))
-    if drawn := pictures.cost_pictures(summary):
-        fast = any(picture.key == "score-speed" for picture in drawn)
-        ends = "; right is faster in the figure of throughput, and more costly in the others" if fast else ""
-        text = Text(f"Each point is a model; it leads to its folder. Up is better{ends}.")
-        found.append(Section("trade-off", "Quality and cost", [text, Gallery(tuple(drawn))]))
-    if drawn := pictures.size_pictures(summary, threshold):
-        found.append(Section("size", "Quality and size", drawn))
+        found.append(Section("failed", "What failed", [failed], is_open=True))
+    if drawn := pictures.cost_pictures(summary, recommendation):
+        found.append(Section("frontier", "Quality against cost", [Switch("Against", drawn)], is_open=True))
+    if any(group.rows for group in summary.groups):
+        found.append(Section("tasks", "Tasks", list(_task_blocks(summary, recommendation)), is_open=True))
+    if remarks := notes(summary):
+        found.append(Section("sure", "How sure this is", [Text(remark) for remark in remarks]))
+    if run.scouts:
+        found.append(Section("worth", "What every depth is worth", list(_scout_blocks(summary))))
+    if drawn_sizes := pictures.size_pictures(summary, recommendation, threshold):
+        found.append(Section("size", "Quality and size", drawn_sizes))
     if run.profiles:
         found.append(Section("depth", "Quality by depth", list(_depth_blocks(run))))
     if summary.groups:
@@ -172,10 +139,8 @@ def sections(summary: Summary, threshold: float) -> list[Section]:
             "The vocabulary was cut before all else; the models are for texts like those that chose it. Others, above "
             "all in other languages and scripts, become more tokens."
         )
-        found.append(Section("vocabulary", "Vocabulary", [Text(said), tables.vocabulary_table(cuts)]))
-    if any(group.rows for group in summary.groups):
-        notes = [Text(note, is_note=True) for note in _missing_intervals(run)]
-        found.append(Section("tasks", "Score per task", [tables.task_table(summary), *notes], short="Tasks"))
+        told = [Text(sentence) for sentence in vocabulary_sentences(summary)]
+        found.append(Section("vocabulary", "Vocabulary", [*told, Text(said), tables.vocabulary_table(cuts)]))
     if costs := [replace(group.cost, model=group.name) for group in summary.groups if group.cost is not None]:
         found.append(Section("costs", "Costs", [tables.cost_table(costs)]))
     if run.trainings:
@@ -185,7 +150,24 @@ def sections(summary: Summary, threshold: float) -> list[Section]:
     return found
 
 
-def _scout_blocks(run: Run) -> Iterable[Block]:
+def _task_blocks(summary: Summary, found: Recommendation) -> Iterable[Block]:
+    """Scores by task, of very many models those first that the verdict is about."""
+    groups = [group for group in summary.groups if group.scores]
+
+    def order(group: RunGroup) -> int:
+        chosen = [item.group for item in (found.ship, found.runner_up) if item]
+        return 0 if group in chosen else ("full", "baseline", "cut", "rejected").index(found.kind(group)) + 1
+
+    first = sorted(groups, key=order)[:MOST_ROWS]
+    yield tables.task_table([group for group in groups if group in first], found)
+    if rest := [group for group in groups if group not in first]:
+        yield Details(f"{doc.plural(len(rest), 'more model')}", (tables.task_table(rest, found),))
+    yield from (Text(note, is_note=True) for note in _missing_intervals(summary.run))
+
+
+def _scout_blocks(summary: Summary) -> Iterable[Block]:
+    run = summary.run
+    yield from (Text(sentence) for told in scout_sentences(summary) for sentence in told)
     yield Text(
         "Several depths of the model were trained at once; each is compared with the full depth of the same training. "
         "The depth to keep is chosen by these scores."

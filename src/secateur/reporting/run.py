@@ -23,7 +23,9 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
+from secateur.models import model_label
 from secateur.options import Budget, make
+from secateur.options.fields import listed
 from secateur.results import (
     CostRow,
     Costs,
@@ -85,7 +87,8 @@ class Variant:
         base: The base model, the first part of its name.
         depth: How many blocks it holds, of ``blocks``.
         selection: The selection method that chose its blocks; empty where they are the first ones.
-        recipe: What was done besides the cut: ``zero-shot`` or ``trimmed`` (nothing), or the name of the training.
+        recipe: What was done besides the cut: ``zero-shot`` or ``trimmed`` (nothing), or the name of the training; or
+            ``baseline``, for a model that the study did not make.
         seed: Of its training.
         training: Of a model that was cut from a scout's: that of the scout.
         scores: By task; ``results`` is the folder that each was found in.
@@ -162,11 +165,10 @@ class Run:
     @property
     def budget(self) -> Budget:
         """What the study was asked to keep to; nothing where that is not known."""
+        known = _options(self.study)
         try:
-            given = yaml.safe_load(self.study)
-            known = given if isinstance(given, dict) else {}
             return make(Budget, {key: known[key] for key in Budget.model_fields if key in known})
-        except (yaml.YAMLError, ValueError, ConfigError):  # edited, and broken
+        except ConfigError:  # edited, and broken
             return make(Budget, {})
 
     @property
@@ -189,6 +191,15 @@ class Run:
         for table in self.scores:
             named.append((f"scores of {', '.join(dict.fromkeys(row.model for row in table.rows))}", table))
         return named + ([("costs", self.costs)] if self.costs else [])
+
+
+def _options(study: str) -> dict[str, Any]:
+    """The options in the text of ``study.yaml``; none where it was edited and is broken."""
+    try:
+        given = yaml.safe_load(study)
+    except (yaml.YAMLError, ValueError):
+        return {}
+    return given if isinstance(given, dict) else {}
 
 
 def read_run(run: str | Path) -> Run:
@@ -219,20 +230,24 @@ def read_run(run: str | Path) -> Run:
         scored[row.model][row.task] = row, place
     cost = {row.model: row for row in costs.rows} if costs else {}
     names = dict.fromkeys([*models, *scored, *cost])
-    found = [
-        _with_scout(_variant(name, models.get(name), cost.get(name), scored.get(name, {}), profiles), scouts)
-        for name in names
-    ]
+    study = folder / "study.yaml"
+    text = study.read_text(encoding="utf-8", errors="replace") if study.is_file() else ""
+    given = listed(_options(text).get("baselines"))
+    baselines = {model_label(str(name)) for name in given} if isinstance(given, list) else set()
+    found = []
+    for name in names:
+        variant = _variant(name, models.get(name), cost.get(name), scored.get(name, {}), profiles)
+        found.append(_as_baseline(variant) if name in baselines else _with_scout(variant, scouts))
     found.sort(key=lambda v: (v.base, v.selection != "", v.recipe, v.selection, -(v.depth or 0), v.seed or 0, v.name))
+    found.sort(key=lambda v: v.is_baseline)
     choices = {name: _choice(folder / "profiles" / name, table) for name, table in profiles.items()}
     for scout in scouts:
         own = {} if scout.chosen is None else {SCOUTED: scout.chosen}
         choices[scout.name] = choices.get(scout.name, {}) | own
-    study = folder / "study.yaml"
     last = {entry["step"]: entry for entry in read_journal(folder)}
     return Run(
         folder=folder,
-        study=study.read_text(encoding="utf-8", errors="replace") if study.is_file() else "",
+        study=text,
         profiles=profiles,
         choices={name: choice for name, choice in choices.items() if choice},
         variants=tuple(found),
@@ -272,6 +287,12 @@ def _variant(
         scores={task: row for task, (row, _) in scores.items()},
         results={task: place for task, (_, place) in scores.items()},
     )
+
+
+def _as_baseline(variant: Variant) -> Variant:
+    """A model that the study did not make: no part of its name tells how it was made, and it is cut from nothing."""
+    depth = variant.cost.depth if variant.cost else None
+    return replace(variant, base=variant.name, depth=depth, blocks=None, selection="", recipe=BASELINE, seed=None)
 
 
 def _scout(file: Path, bases: Collection[str]) -> Scouted:
@@ -338,15 +359,20 @@ def is_on_hub(model: str) -> bool:
     return bool(HUB_NAME.fullmatch(model)) and not model.endswith(".gguf") and not os.path.exists(model)  # noqa: PTH110
 
 
-def base_licence(base: str) -> str:
-    """The licence in the base model's own card, from its folder or from the Hub's cache; empty where not known."""
+def base_metadata(base: str) -> dict[str, Any]:
+    """What the base model's own card says, in its folder or in the Hub's cache; empty where there is none."""
     found = try_to_load_from_cache(base, CARD) if is_on_hub(base) else os.path.join(base, CARD)  # noqa: PTH118
     if not isinstance(found, str) or not os.path.isfile(found):  # noqa: PTH113  where Path raises, this is false
-        return ""
+        return {}
     try:
-        licence = (metadata_load(found) or {}).get("license")
+        return metadata_load(found) or {}
     except (ValueError, yaml.YAMLError):  # no metadata, or broken ones
-        return ""
+        return {}
+
+
+def base_licence(base: str) -> str:
+    """The licence in the base model's own card; empty where not known."""
+    licence = base_metadata(base).get("license")
     return licence if isinstance(licence, str) else ""
 
 

@@ -15,6 +15,7 @@ from secateur.choosing.choose import ranges
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
 from secateur.reporting.pictures import folder_link
 from secateur.reporting.run import Run, Scouted
+from secateur.reporting.verdict import Recommendation
 from secateur.reporting.vocabulary import cut_vocabularies
 from secateur.results import (
     CostRow,
@@ -208,7 +209,8 @@ def _of_cost(show: Callable[[CostRow], str | doc.Cell], group: RunGroup) -> str 
 
 
 def _name(group: RunGroup) -> doc.Cell:
-    return doc.Cell(group.name, tag="full model" if group.first.is_full else "")
+    tag = "full model" if group.first.is_full else "baseline" if group.first.is_baseline else ""
+    return doc.Cell(group.name, tag=tag)
 
 
 def _average(group: RunGroup) -> doc.Cell:
@@ -292,26 +294,29 @@ def origin_table(run: Run) -> doc.Table:
 # Scores and costs -----------------------------------------------------------------------------------------------------
 
 
-def task_table(summary: Summary) -> doc.Table:
-    """Tasks × models, the more numerous as rows."""
-    groups = [group for group in summary.groups if group.scores]
+def task_table(groups: Sequence[RunGroup], found: Recommendation) -> doc.Table:
+    """Tasks × models, the more numerous as rows, as a heat map: coloured by the difference to the full model."""
     examples = {row.task: row for group in groups for row in group.rows.values()}
     tasks = {task: f"{row.type}, {row.metric}, {row.samples} samples" for task, row in examples.items()}
-    title = (
-        "Each task’s own metric, × 100. With a score: its difference to the full model and the 95 % interval of that, "
-        "▲ or ▼ where it is significant. One interval of twenty misses by chance."
+    whole = ", ".join(dict.fromkeys(doc.shorten(item.reference.name) for item in found.compared.values()))
+    title = "Each task’s own metric, × 100." + (
+        f" Below a score and in colour: the difference to {whole} with its 95 % interval, ▲ or ▼ where it is "
+        "significant. One interval of twenty misses by chance."
+        if whole
+        else ""
     )
 
     def cell(group: RunGroup, task: str) -> doc.Cell | str:
-        own = group.scores.get(task)
+        own, beside = group.scores.get(task), found.compared.get(group.name)
         if own is None:
             return doc.NONE
-        if group.name not in summary.compared:
+        if beside is None:
             return _with_interval(own.value, own.low, own.high)
-        difference = summary.compared[group.name].tasks[task]
+        difference = beside.tasks[task]
         within = doc.span(difference.low, difference.high, doc.signed)
-        note = ", ".join(part for part in (doc.signed(difference.value), within) if part)
-        return doc.Cell(doc.score(own.value), (note,), trend={1: "better", -1: "worse", 0: ""}[difference.sign])
+        notes = tuple(part for part in (doc.signed(difference.value), within) if part)
+        trend = {1: "better", -1: "worse", 0: ""}[difference.sign]
+        return doc.Cell(doc.score(own.value), notes, trend=trend, heat=difference.value)
 
     if len(groups) > len(tasks):
         rows = [(_name(group), *(cell(group, task) for task in tasks)) for group in groups]

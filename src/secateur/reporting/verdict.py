@@ -1,126 +1,331 @@
-"""What a run found, in sentences that claim no more than its intervals support."""
+"""What to ship, or what to do first, in words that claim no more than the intervals support.
+
+A cut is as good as the full model where its interval excludes a loss of more than the margin: the study's tolerance,
+where it has one, else :data:`.MARGIN`. The full model is the best that the run has with all blocks, however trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from secateur.document import percent, plural, score, shorten, signed, span
+from secateur.choosing.budgets import cost_limits
+from secateur.document import SPACE, byte_size, count, duration, number, percent, plural, score, shorten, signed, span
 from secateur.reporting.advice import scout_note, scout_sentences
-from secateur.reporting.findings import MARGIN, GroupComparison, Summary
-from secateur.reporting.vocabulary import coverage_notes, cut_vocabularies, vocabulary_sentences
+from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
+from secateur.reporting.vocabulary import coverage_notes, cut_vocabularies
+from secateur.results import CostRow
 
-MOST_SENTENCES = 6
-MOST_SELECTIONS = 4
+MOST_NAMED = 3
+"""Profiles, averages or baselines that are named; tables hold the others."""
 
 
-def verdict(summary: Summary) -> tuple[str, ...]:
-    """What each scout found and what its models are worth; then how the vocabulary was cut, where it was, and one
-    sentence for each other series of cut models.
+@dataclass(frozen=True)
+class Recommendation:
+    """What a run recommends.
 
-    Of these: what is as good as the full model, and what the others keep. Models with other blocks than the first ones
-    come together, after the series they are compared with.
+    Attributes:
+        headline: The model to ship, what it loses and what it saves; where there is none, what to do.
+        ship: It, beside the full model.
+        runner_up: The best model for half its cost; for half that of the full model where none is to be shipped.
+        reasons: Sentences: what is compared and how surely, what the runner-up loses, what baselines do.
+        folder: Where it is, in the run folder; empty where it is not there.
+        compared: Name → comparison with the full model, of all models that could be shipped.
     """
-    found = scout_sentences(summary)
-    sentences = found[0] if len(found) == 1 else [" ".join(own) for own in found]
-    sentences += vocabulary_sentences(summary)
-    series: dict[tuple[str, str, bool], list[GroupComparison]] = {}
-    for item in _comparisons(summary):
-        first = item.group.first
-        series.setdefault((first.base, first.recipe, first.selection != ""), []).append(item)
-    sentences += [_selections(own) if other else _depths(own) for (*_, other), own in series.items()]
-    if len(sentences) > MOST_SENTENCES:
-        more = len(sentences) - MOST_SENTENCES
-        sentences = [*sentences[:MOST_SENTENCES], f"{more} more series of models are in the tables."]
-    scored = [group for group in summary.groups if group.average is not None]
-    if not sentences and scored:
-        averages = "; ".join(
-            f"{shorten(group.name)} {score(group.average.value)} over {plural(len(group.scores), 'task')}"
-            for group in scored[:MOST_SENTENCES]
-            if group.average
-        )
-        sentences = [f"Average scores, without a full model on the same tasks to compare with: {averages}."]
-    if not sentences:
-        sentences = [_choice(summary, name) for name in list(summary.run.profiles)[:MOST_SENTENCES]]
-    return tuple(sentences) or (f"The run holds {plural(len(summary.run.variants), 'model')}, not yet scored.",)
+
+    headline: str
+    ship: GroupComparison | None = None
+    runner_up: GroupComparison | None = None
+    reasons: tuple[str, ...] = ()
+    folder: str = ""
+    compared: Mapping[str, GroupComparison] = field(default_factory=dict)
+
+    def command(self, run: Path = Path()) -> str:
+        """One that uses the model, with the run folder as seen from where it is given; empty without a model."""
+        return f"secateur serve {shlex.quote(str(run / self.folder))}" if self.folder else ""
+
+    def kind(self, group: RunGroup) -> str:
+        """``baseline``, ``rejected`` (significantly worse than the full model), ``cut`` or ``full``."""
+        item = self.compared.get(group.name)
+        if group.first.is_baseline:
+            return "baseline"
+        if item is not None:
+            return "rejected" if item.outcome == "worse" and not _is_as_good(item, MARGIN) else "cut"
+        return "full" if group.first.is_full else "cut"
 
 
-def _comparisons(summary: Summary) -> list[GroupComparison]:
-    """Those of cut models that no scout's sentences tell of."""
-    known = [item for own in summary.by_series.values() for item in own if item.is_known]
-    return [item for item in known if item.group.first.scout is None]
+def recommend(summary: Summary) -> Recommendation:
+    """The smallest model that is as good as the full one and keeps to the study's budget, or what to do to find one."""
+    compared = _beside_full(summary)
+    cuts = [item for item in compared.values() if not item.group.first.is_baseline]
+    if not cuts:
+        return Recommendation(*_nothing_to_compare(summary), compared=compared)
+    budget = summary.run.budget
+    limits, margin = cost_limits(budget), _margin(summary)
+    fitting = [item for item in cuts if _fits(item.group.cost, limits)]
+    tested = _by_series(cuts)
+    good = [item for own in tested if (item := smallest_as_good(own, margin)) in fitting]
+    ship: GroupComparison | None = None
+    if budget.best or (limits and not good):
+        ship = max(fitting, key=lambda item: item.difference.value, default=None)
+        within = f"within {_limits_in_words(limits)}" if limits else "of those scored"
+        headline = f"Ship {_named(ship)}, the best {within}: {_facts(ship)}." if ship else _too_large(cuts, limits)
+    elif good:
+        ship = min(good, key=lambda item: (_size(item.group), -item.difference.value))
+        headline = f"Ship {_named(ship)}: {_facts(ship)}."
+    else:
+        headline = _not_yet([max(own, key=_depth) for own in tested] or cuts, margin)
+    baselines = [item for item in compared.values() if item.group.first.is_baseline]
+    beside = [summary.compare(item.group, ship.group) for item in baselines] if ship else baselines
+    better = [item for item in beside if _fits(item.group.cost, limits) and _replaces(item, margin)]
+    if better:
+        taken = max(better, key=lambda item: item.difference.value)
+        cut = ", the best cut" if ship else ", the full model"
+        headline = f"Use {_named(taken)}, which needs no cut: {_facts(taken)}, beside {_named(taken, True)}{cut}."
+        ship = compared[taken.group.name]
+    pool = [item for item in (*fitting, *baselines) if item is not ship]
+    runner_up = _half_the_cost(summary, pool, ship or min(cuts, key=lambda item: -_depth(item)), bool(ship))
+    reasons = [*_what_is_compared(ship or cuts[0], summary), *_second_choice(runner_up, bool(ship))]
+    told = [*better, *(item for item in beside if runner_up and item.group is runner_up.group)]
+    reasons += [_baseline(item) for item in beside if item not in told][:MOST_NAMED]
+    place = ship.group.first.folder if ship else None
+    folder = place.relative_to(summary.run.folder).as_posix() if place else ""
+    return Recommendation(headline, ship, runner_up, tuple(reasons), folder, compared)
 
 
-def smallest_as_good(comparisons: Sequence[GroupComparison]) -> GroupComparison | None:
-    """The smallest cut that does not lose :data:`.MARGIN` or more; None where the largest may already.
+def smallest_as_good(comparisons: Sequence[GroupComparison], margin: float = MARGIN) -> GroupComparison | None:
+    """The smallest cut of a series that does not lose more than the margin; None where the largest may already.
 
     Fixed-sequence testing: cuts are tested from the largest down, and the first whose interval reaches such a loss ends
     the search, whatever is said of smaller ones. In this fixed order each test has the level of a single one, and the
     whole search errs no more often than one interval does on that side: once in forty.
     """
     found = None
-    for item in sorted(comparisons, key=lambda item: -(item.group.first.depth or 0)):
-        if item.difference.low is None or item.difference.low < -MARGIN:
+    for item in sorted(comparisons, key=_depth, reverse=True):
+        if not _is_as_good(item, margin):
             break
         found = item
     return found
 
 
-def most_telling(comparisons: Sequence[GroupComparison]) -> list[GroupComparison]:
-    """Of a series: the smallest cut that is as good, and three of the smaller ones, the smallest among them."""
-    smallest = smallest_as_good(comparisons)
-    least = (smallest.group.first.depth or 0) if smallest else float("inf")
-    others = [item for item in comparisons if item is not smallest and (item.group.first.depth or 0) < least]
-    if len(others) > 3:
-        step = len(others) / 3
-        others = [others[round((i + 1) * step) - 1] for i in range(3)]
-    return ([smallest] if smallest else []) + others
+# What is compared -----------------------------------------------------------------------------------------------------
 
 
-def _depths(comparisons: Sequence[GroupComparison]) -> str:
-    told, smallest = most_telling(comparisons), smallest_as_good(comparisons)
-    parts = [_part(item, first=item is told[0], as_good=item is smallest) for item in told]
-    return f"{shorten(told[0].group.first.series)}: {'; '.join(parts)}."
+def _beside_full(summary: Summary) -> dict[str, GroupComparison]:
+    """Every model that could be shipped beside the best full model that was scored on the same tasks.
 
-
-def _selections(comparisons: Sequence[GroupComparison]) -> str:
-    """What each selection method keeps, the best first.
-
-    The best of many is better than it will be again: none is said to be as good as the full model.
+    A full model could be shipped in place of a larger one: of another base, or with all tokens.
     """
-    best = sorted(comparisons, key=lambda item: item.difference.value, reverse=True)[:MOST_SELECTIONS]
-    parts = [_part(item, first=item is best[0], by=f" by {item.group.first.selection}") for item in best]
-    own = best[0].group.first
-    picked = f" (the best {len(best)} of {len(comparisons)} by these scores)" if len(comparisons) > len(best) else ""
-    return f"{shorten(own.base)}, {own.recipe}, other blocks than the first{picked}: {'; '.join(parts)}."
+    scored = [group for group in summary.groups if group.average is not None and group.first.depth is not None]
+    scored += [g for g in summary.groups if g.average is not None and g.first.is_baseline and g not in scored]
+    full = [group for group in scored if group.first.is_full and not group.first.is_baseline]
+    found: dict[str, GroupComparison] = {}
+    for group in scored:
+        others = [other for other in full if other is not group and other.scores.keys() == group.scores.keys()]
+        if group in full:
+            others = [other for other in others if _is_larger(other, group)]
+        if others:
+            item = summary.compare(group, max(others, key=lambda other: other.average.value if other.average else 0.0))
+            found |= {group.name: item} if item.is_known else {}
+    return found
 
 
-def _part(item: GroupComparison, first: bool, by: str = "", as_good: bool = False) -> str:
-    """One model in a sentence; what it is compared with is named with the first."""
-    own, one = item.group.first, item.group.first.depth == 1
-    which = (f"{own.depth} of {own.blocks} blocks" if first else str(own.depth)) + by
-    model = item.full_name
-    tasks = "your task" if len(item.tasks) == 1 else f"your {len(item.tasks)} tasks"
-    points = f"{signed(item.difference.value)} points"
-    if item.difference.low is not None:
-        points += f", {span(item.difference.low, item.difference.high, signed)}"
-    if as_good and item.outcome == "same":
-        whom = f" as {model} on {tasks}" if first else ""
-        said = f"{'is' if one else 'are'} as good{whom} (no significant difference: {points})"
-    elif item.outcome == "undecided":
-        whom = f" from {model} on {tasks}" if first else ""
-        said = f"{'shows' if one else 'show'} no significant difference{whom} ({points}), but up to "
-        said += f"{score(-(item.difference.low or 0.0))} points may be lost,"
-    else:
-        verb = ("reach" if item.share.value > 1 else "keep") + ("es" if one and item.share.value > 1 else "s" * one)
-        said = f"{verb} {percent(item.share.value)}" + (f" of {model}’s average score on {tasks}" if first else "")
-        if item.share.low is not None:
-            said += f" ({span(item.share.low, item.share.high, percent)})"
-    if item.speed is None:
-        return f"{which} {said}".removesuffix(",")
-    ratio, is_apart = item.speed
-    return f"{which} {said} " + (
-        f"at {ratio:.1f} × its speed" if is_apart else "with no measurable difference in speed"
+def _is_larger(other: RunGroup, group: RunGroup) -> bool:
+    if other.first.base == group.first.base and other.first.vocabulary == group.first.vocabulary:
+        return False
+    return _size(other) > _size(group) or (other.cost is None and other.first.vocabulary is None)
+
+
+def _by_series(cuts: Sequence[GroupComparison]) -> list[list[GroupComparison]]:
+    """Cuts to be tested in their order: those to the first blocks, or of the one way in which blocks were selected.
+
+    The best of many selections is better than it will be again: none is said to be as good as the full model.
+    """
+    ways = {item.group.first.selection for item in cuts}
+    way = "" if "" in ways or len(ways) > 1 else ways.pop()
+    series: dict[str, list[GroupComparison]] = {}
+    for item in cuts:
+        if item.group.first.selection == way:
+            series.setdefault(item.group.first.series, []).append(item)
+    return list(series.values())
+
+
+def _margin(summary: Summary) -> float:
+    tolerance = summary.run.budget.tolerance
+    return MARGIN if tolerance is None else tolerance / 100
+
+
+def _is_as_good(item: GroupComparison, margin: float) -> bool:
+    return item.difference.low is not None and item.difference.low >= -margin
+
+
+def _replaces(item: GroupComparison, margin: float) -> bool:
+    """Whether a baseline is as good as the other, and costs no more by all that was measured."""
+    ratio = _share_of_size(item)
+    is_slower = item.speed is not None and item.speed[1] and item.speed[0] < 1
+    return _is_as_good(item, margin) and ratio is not None and ratio <= 1 and not is_slower
+
+
+def _half_the_cost(
+    summary: Summary, pool: Sequence[GroupComparison], ship: GroupComparison, is_shipped: bool
+) -> GroupComparison | None:
+    """The best model of half the size, or twice as fast and no larger."""
+    whole = ship.group if is_shipped else ship.reference
+    cheap = []
+    for item in pool:
+        own = summary.compare(item.group, whole)
+        ratio = _share_of_size(own)
+        is_fast = own.speed is not None and own.speed[1] and own.speed[0] >= 2
+        if ratio is not None and (ratio <= 0.5 or (ratio < 1 and is_fast)):
+            cheap.append(item)
+    return max(cheap, key=lambda item: item.difference.value, default=None)
+
+
+def _depth(item: GroupComparison) -> int:
+    return item.group.first.depth or 0
+
+
+def _size(group: RunGroup) -> int:
+    return group.cost.parameters if group.cost else group.first.depth or 0
+
+
+def _share_of_size(item: GroupComparison) -> float | None:
+    """Of bytes on disk, or of parameters; of blocks where costs were not measured; None where nothing is known."""
+    own, full = item.group.cost, item.reference.cost
+    if own and full:
+        pairs = ((own.bytes, full.bytes), (own.parameters, full.parameters))
+        return next((mine / other for mine, other in pairs if mine and other), None)
+    is_alike = not (own or full) and item.group.first.base == item.reference.first.base
+    return _depth(item) / item.reference.first.depth if is_alike and item.reference.first.depth else None
+
+
+_LIMITS: dict[str, tuple[str, float, Callable[[float], str]]] = {
+    "max_params": ("parameters", 1, lambda value: f"{count(value)} parameters"),
+    "max_bytes": ("bytes", 1, byte_size),
+    "max_latency_ms": ("latency_p50", 1000, lambda value: f"{duration(value / 1000)} for one text"),
+}
+"""Limit → the cost that it limits, how many of its units a unit of that cost is, and how it is said."""
+
+
+def _fits(cost: CostRow | None, limits: Mapping[str, float]) -> bool:
+    """Whether all costs that are limited were measured, and are within their limits."""
+    known = {key: getattr(cost, _LIMITS[key][0], 0) or 0 for key in limits}
+    return all(0 < known[key] * _LIMITS[key][1] <= limit for key, limit in limits.items())
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+def points(item: GroupComparison) -> str:
+    """A difference with its interval, and whether it is significant."""
+    own, said = item.difference, {1: "significantly better", 0: "no significant difference", -1: "significantly worse"}
+    within = f"{span(own.low, own.high, signed)}, {said[own.sign]}" if own.low is not None else "no interval"
+    return f"{signed(own.value)} points ({within})"
+
+
+def _facts(item: GroupComparison) -> str:
+    """What a model loses and saves beside another."""
+    facts, speed, ratio = [points(item)], item.speed, _share_of_size(item)
+    if speed is not None:
+        times = number(speed[0], ".2f" if speed[0] < 2 else ".1f" if speed[0] < 20 else ",.0f")
+        facts.append(f"{times}{SPACE}×{SPACE}as fast" if speed[1] else "no measurable difference in speed")
+    if ratio is not None:
+        facts.append(f"{percent(ratio, 0)} of the {'size' if item.group.cost else 'blocks'}")
+    return ", ".join(facts)
+
+
+def _named(item: GroupComparison, reference: bool = False) -> str:
+    return shorten((item.reference if reference else item.group).name)
+
+
+def _limits_in_words(limits: Mapping[str, float]) -> str:
+    return f"your budget of {' and '.join(_LIMITS[key][2](limit) for key, limit in limits.items())}"
+
+
+def _too_large(cuts: Sequence[GroupComparison], limits: Mapping[str, float]) -> str:
+    smallest = min(cuts, key=lambda item: _size(item.group))
+    cost = smallest.group.cost
+    has = f"{count(cost.parameters)} parameters and {byte_size(cost.bytes)}" if cost else "costs that were not measured"
+    return (
+        f"Ship nothing yet: no model here keeps to {_limits_in_words(limits)}; {_named(smallest)}, the smallest, has "
+        f"{has}. Cut deeper, or trim the vocabulary."
     )
+
+
+def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
+    """What to do where nothing is as good; ``largest`` are the cuts at which each search ended."""
+    if open_ones := [item for item in largest if item.outcome == "undecided"]:
+        item = max(open_ones, key=lambda item: item.difference.low or 0.0)
+        value, low = item.difference.value, item.difference.low or 0.0
+        more = ((value - low) / (value + margin)) ** 2 if value > -margin else math.inf
+        seeds = " and train more seeds" if item.difference.seed_error else ""
+        data = "more" if seeds else f"about {math.ceil(more)} × as many" if more <= 20 else "many more"
+        return (
+            f"Not decided yet: {_named(item)} shows no significant difference ({signed(value)} points, "
+            f"{span(low, item.difference.high, signed)}), but up to {score(-low)} points may be lost. "
+            f"Score it on {data} test queries or pairs{seeds} before you ship it."
+        )
+    if known := [item for item in largest if item.outcome != "unknown"]:
+        item = max(known, key=lambda item: item.difference.value)
+        train = "Train it for more steps, or on more data," if item.group.first.training else "Train it after the cut,"
+        return (
+            f"Keep {_named(item, True)}: {_named(item)} comes nearest, with {points(item)}. {train} and score it again."
+        )
+    item = max(largest, key=lambda item: item.difference.value)
+    return (
+        f"Not decided yet: {_named(item)} scores {signed(item.difference.value)} points beside {_named(item, True)}, "
+        "but without intervals that may be chance. Evaluate both again to get them."
+    )
+
+
+def _what_is_compared(item: GroupComparison, summary: Summary) -> list[str]:
+    """What the points are a difference to, and what their interval covers."""
+    tasks = "your task" if len(item.tasks) == 1 else f"your {len(item.tasks)} tasks"
+    said = f"Points, speed and size are beside {_named(item, True)}, the full model, on {tasks}"
+    if item.difference.low is None:
+        return [f"{said}."]
+    seeds, sides = item.difference.seed_error is not None, (item.group, item.reference)
+    trained = not seeds and any(side.first.training for side in sides)
+    covers = "texts and training seeds" if seeds else "texts, with one training seed" if trained else "texts"
+    more = (
+        " It had the scout’s training alone: trained on alike, it might score higher." if item.is_polished_more else ""
+    )
+    return [f"{said}; ranges are 95 % intervals over {covers}.{more}"]
+
+
+def _second_choice(item: GroupComparison | None, is_shipped: bool) -> list[str]:
+    if item is not None:
+        return [f"For half the cost{'' if is_shipped else ' of the full model'}: {_named(item)}, {_facts(item)}."]
+    return ["No model of half its cost was scored."] if is_shipped else []
+
+
+def _baseline(item: GroupComparison) -> str:
+    """A baseline that is not recommended, beside what is."""
+    whole = "the full model" if item.reference.first.is_full else _named(item, True)
+    cost = "" if item.group.cost else "; what it costs was not measured"
+    return f"The baseline {_named(item)}, beside {whole}: {_facts(item)}{cost}."
+
+
+def _nothing_to_compare(summary: Summary) -> tuple[str, None, None, tuple[str, ...]]:
+    """What to do where no cut stands beside a full model, and what is known."""
+    run, scored = summary.run, [group for group in summary.groups if group.average is not None]
+    if scored:
+        known = "; ".join(
+            f"{shorten(group.name)} {score(group.average.value)} over {plural(len(group.scores), 'task')}"
+            for group in scored[:MOST_NAMED]
+            if group.average
+        )
+        missing = "cut" if all(group.first.is_full for group in scored) else "full model"
+        return f"Nothing to compare yet: score a {missing} on the same tasks, too.", None, None, (f"{known}.",)
+    told = [" ".join(own) for own in scout_sentences(summary)] or [_choice(summary, name) for name in run.profiles]
+    if not told:
+        held = plural(len(run.variants), "model")
+        return f"The run holds {held}, not yet scored: evaluate the full model and a cut.", None, None, ()
+    headline = "Nothing is scored yet but depths: train and score the chosen ones, and the full model."
+    return headline, None, None, tuple(told[:MOST_NAMED])
 
 
 def _choice(summary: Summary, name: str) -> str:
@@ -128,7 +333,7 @@ def _choice(summary: Summary, name: str) -> str:
     chosen = ", ".join(f"“{label}” keeps {depth}" for label, depth in sorted(choice.items(), key=lambda item: item[1]))
     lowest = min(((row.loss, row.depth) for row in profile.rows if row.loss is not None), default=None)
     curve = f"the untrained loss is lowest at depth {lowest[1]} of {profile.depth}" if lowest else "no loss is known"
-    return f"{shorten(name)}: {curve}{'; ' + chosen if chosen else ''}. No model is scored yet."
+    return f"{shorten(name)}: {curve}{'; ' + chosen if chosen else ''}."
 
 
 # Notes ----------------------------------------------------------------------------------------------------------------
@@ -164,23 +369,17 @@ def seed_note(summary: Summary) -> str:
 
 
 def _interval_note(summary: Summary) -> str:
-    comparisons = [item for own in summary.by_series.values() for item in own if item.is_known]
-    known = [item.difference for item in comparisons if item.difference.low is not None]
-    if not comparisons:
-        return ""
+    comparisons = [item.difference for item in summary.compared.values() if item.is_known]
+    known = [difference for difference in comparisons if difference.low is not None]
     if not known:
-        return "No score of this run has an interval: whether its differences are chance is not known."
+        return "No score here has an interval: whether differences are chance is not known." if comparisons else ""
     with_seeds = [difference.seed_error is not None for difference in known]
     what = "other texts of the same kind"
     if any(with_seeds):
         what += " and other training seeds" if all(with_seeds) else ", and other seeds where several were trained,"
-    said = (
-        f"Ranges are 95 % intervals of the difference, paired by text: what {what} would have given. They hold for "
-        "each comparison by itself, and for these tasks."
-    )
-    if not _comparisons(summary):
-        return said
     return (
-        f"{said} The smallest model that is as good is sought from the largest "
-        f"cut down, up to the first that may lose more than {100 * MARGIN:.0f} points: this errs at most once in forty."
+        f"Ranges are 95 % intervals of the difference, paired by text: what {what} would have given. They hold for "
+        "each comparison by itself, and for these tasks. The smallest cut that is as good is sought in each series "
+        f"from the largest down, up to the first that may lose more than {100 * _margin(summary):g} points: each "
+        "search errs at most once in forty."
     )

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from secateur.errors import ConfigError, DataError, MissingPackage, ModelError
+from secateur.provenance import EXPORT
 from secateur.runtime.core import CPU_BATCH, Encoder, Tokens, Vectors
 from secateur.runtime.vectors import FORMATS, VectorFormat, quantize
 
-MANIFEST = "export.json"
 NEEDED = (
     *("backend", "precision", "quantization", "graph", "dimension", "max_length", "truncation_side", "vectors"),
     *("ranges", "prompts", "default_prompt_name", "padding", "special"),
@@ -51,16 +51,16 @@ def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = 
     folder = Path(folder)
     again = "give a folder that secateur export wrote"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(folder, f"has no {MANIFEST}", again) from None
+        raise ModelError(folder, f"has no {EXPORT}", again) from None
     except (OSError, ValueError) as error:
-        raise ModelError(folder, f"{MANIFEST} cannot be read ({error})") from error
+        raise ModelError(folder, f"{EXPORT} cannot be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != "export":
-        raise ModelError(folder, f"{MANIFEST} is no manifest of an export", again)
+        raise ModelError(folder, f"{EXPORT} is no manifest of an export", again)
     missing = [name for name in NEEDED if name not in manifest]
     if missing:
-        raise ModelError(folder, f"{MANIFEST} has no {missing[0]!r}", "export again")
+        raise ModelError(folder, f"{EXPORT} has no {missing[0]!r}", "export again")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception

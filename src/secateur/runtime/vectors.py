@@ -30,3 +30,12 @@ def quantize(vectors: npt.NDArray[np.float32], form: VectorFormat, ranges: npt.N
     step = (greatest - least) / np.float32(STEPS)
     steps: npt.NDArray[np.float32] = np.clip(np.floor((vectors - least) / np.where(step == 0, 1, step)), 0, STEPS)
     return (steps - 128).astype(np.int8) if form == "int8" else steps.astype(np.uint8)
+
+
+def as_numbers(vectors: npt.NDArray[Any], form: VectorFormat, dimension: int) -> npt.NDArray[np.float32]:
+    """Vectors as they are compared: bytes as numbers around 0, bits as -1 and 1."""
+    if form in ("binary", "ubinary"):
+        packed = (vectors.astype(np.int16) + 128).astype(np.uint8) if form == "binary" else vectors
+        return np.unpackbits(packed, axis=-1, count=dimension).astype(np.float32) * 2 - 1
+    numbers = vectors.astype(np.float32)
+    return numbers - 128 if form == "uint8" else numbers

@@ -8,7 +8,6 @@ teacher finds nearest, the nearest most.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 from secateur.data.rows import PLAIN, TABLES
 from secateur.data.sources import Pair, Pairs, Source, Texts
 from secateur.errors import ConfigError, DataError
-from secateur.files import new_folder, write_text
+from secateur.evaluation.task_making import write_retrieval
+from secateur.files import new_folder
 from secateur.healing.teacher import Teacher, keep_vectors
 from secateur.progress import Progress, silent
 
@@ -196,10 +196,6 @@ def _write(folder: Path, source: Source, judgments: Judgments, others: set[str])
         "ignore_identical_ids": True,
         "notes": f"Rows of {source.source.name} that are not trained on: {what}.",
     }
-    rows = [f"{ids[query]}\t{ids[text]}\t{grade}\n" for query, own in judgments.items() for text, grade in own.items()]
-    corpus = [{"_id": ids[text], "title": "", "text": text} for text in documents]
-    queries = [{"_id": ids[text], "text": text} for text in judgments]
-    for name, table in (("corpus", corpus), ("queries", queries)):
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table))
-    write_text(folder / "qrels.tsv", "query-id\tcorpus-id\tscore\n" + "".join(rows))
-    write_text(folder / "task.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    rows = ((ids[query], ids[text], grade) for query, own in judgments.items() for text, grade in own.items())
+    queries, corpus = ({ids[text]: text for text in texts} for texts in (judgments, documents))
+    write_retrieval(folder, about, queries, corpus, rows)

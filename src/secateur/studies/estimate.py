@@ -20,9 +20,10 @@ from secateur.healing.recipes import training_config
 from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of, skeleton
 from secateur.models.open_model import as_model_error, open_model
-from secateur.options import HealOptions, ProfileOptions, PruneOptions, ScoutOptions, StudyOptions
+from secateur.options import CostOptions, HealOptions, ProfileOptions, PruneOptions, ScoutOptions, StudyOptions
 from secateur.progress import quiet
 from secateur.pruning.download import fetch_small, transformer_folder
+from secateur.reporting.run import BASELINE
 from secateur.studies.steps import Base, Plan, Step
 
 CHARACTERS_PER_TOKEN = 4
@@ -101,9 +102,11 @@ def _flops_per_second(size: int = 768, seconds: float = 0.2) -> float:
 def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
     """Seconds that a step will take, about; None where nobody knows."""
     fixed, options, variant = FIXED_SECONDS[step.kind], step.options, step.variant
-    if variant is None:  # cost
+    if isinstance(options, CostOptions):
         timed = [2 * COST_TOKENS * model.depth * model.base.block_parameters for _, model in plan.models]
-        return fixed * len(timed) + sum(timed) / amounts.flops_per_second
+        return fixed * len(options.models) + sum(timed) / amounts.flops_per_second
+    if variant is None or variant.recipe == BASELINE:
+        return None
     if isinstance(options, PruneOptions):
         return fixed + 16 * variant.base.parameters / BYTES_PER_SECOND  # float32, read and written twice
     tokens = amounts.task_tokens

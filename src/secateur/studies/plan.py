@@ -17,6 +17,7 @@ from secateur.choosing.choose import CHOSEN, blocks_to_keep
 from secateur.choosing.evidence import choose_rung
 from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig
+from secateur.models import is_endpoint, model_label
 from secateur.options import Budget, CostOptions, HealOptions, StudyOptions, default_of
 from secateur.reporting.run import POLISHED, SCOUTED
 from secateur.results import Costs, Profile, Scout
@@ -29,6 +30,7 @@ from secateur.studies.steps import (
     Plan,
     Step,
     Variant,
+    add_baselines,
     add_profile,
     add_scores,
     add_trimmed,
@@ -79,22 +81,26 @@ def plan_steps(
         failed: Names of steps that failed: their models are not counted and timed with the others.
 
     Raises:
-        ConfigError: A depth, a recipe or a seed is not valid, or an option has no effect.
+        ConfigError: A depth, a recipe, a seed or a baseline is not valid, or an option has no effect.
         IllegalDepth: A model cannot be cut so.
     """
     _check(study)
-    recipes, plan = recipe_options(study), Plan()
+    recipes, plan, judge = recipe_options(study), Plan(), _Judge(study.tasks)
     for base in bases:
         if study.depths:
             add_grid(plan, study, recipes, base, profiles.get(base.name))
         else:
             (training,) = recipes.values()
-            _add_scouted(plan, study, training, base, scouts.get(scout_names(study, base)[0]))
+            own = _add_scouted(plan, study, training, base, scouts.get(scout_names(study, base)[0]))
+            judge = own if base == bases[0] else judge
+    add_baselines(plan, study, judge.tasks, judge.told_by)
     lost = {*failed, *plan.failed}
     lost |= plan.blocked(lost)
     left = [step for step, _ in plan.models if step.name not in lost]
     if left:  # all models in one step: times are compared under the same conditions
-        options = command_options(CostOptions, {"models": [str(step.output) for step in left], "out": study.out})
+        timed = [str(step.output) for step in left]
+        timed += [m for m in study.baselines if not (is_endpoint(m) or f"evaluate {model_label(m)}" in lost)]
+        options = command_options(CostOptions, {"models": timed, "out": study.out})
         needed, known = tuple(step.name for step in left), all(step.known for step in left)
         plan.steps.append(Step("cost all", "cost", options, study.out / Costs.file, needed, known=known))
     return plan
@@ -150,7 +156,7 @@ class _Judge:
     held_out: bool = False
 
 
-def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: Base, scout: Scout | None) -> None:
+def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: Base, scout: Scout | None) -> _Judge:
     """The model as it came, with its vocabulary cut, its profile, its scouts, and what is cut from these and polished.
 
     Args:
@@ -159,6 +165,9 @@ def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: B
         training: The options of scout and polish, but for those that the study decides.
         base: The model.
         scout: What the first seed's scout found, if it is there.
+
+    Returns:
+        What scores its models.
     """
     for depth in (*study.ladder, *study.polish):
         blocks_to_keep(depth, base.depth)
@@ -179,6 +188,7 @@ def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: B
         for spec, kept, problem in cuts:
             blocks = None if kept is None else tuple(range(kept))
             _add_cut(plan, study, settings, judge, Variant("", base, (spec,), blocks), seed, suffix, problem)
+    return judge
 
 
 def _add_scouts(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from secateur.clusters import ray_cluster, run_command
+from secateur.clusters import ray_cluster, ray_share, run_command
 from secateur.errors import OutputError, SecateurError
 from secateur.evaluation.evaluate import evaluate
 from secateur.files import output_errors
@@ -275,20 +275,20 @@ def on_ray(address: str, jobs: int) -> Executor:
 
     Args:
         address: As for :func:`.ray_cluster`, and so with its errors.
-        jobs: Steps at once; 1: as many as the cluster has cores, with one core each.
+        jobs: Steps at once; 1: as many as the cluster has GPUs or, without any, cores, with one each.
     """
     connection = ExitStack()
     ray = connection.enter_context(ray_cluster(address))
-    resources = ray.cluster_resources()
-    available = int(resources.get("CPU", 1))
-    threads = max(1, available // jobs) if jobs > 1 else 1
-    slots = min(jobs, available) if jobs > 1 else available
-    # A task that asks for no GPU sees none.
-    task = ray.remote(num_cpus=threads, num_gpus=min(1.0, resources.get("GPU", 0.0) / slots))(run_command)
+    has = ray.cluster_resources()
+    cores = int(has.get("CPU", 1))
+    slots = min(jobs, cores) if jobs > 1 else int(has.get("GPU", 0)) or cores
+    threads, gpus = ray_share(ray, slots)
+    task = ray.remote(num_cpus=threads)(run_command)
 
     def run(step: Step, log: Path) -> None:
         try:
-            ray.get(task.remote(step.command, log.absolute(), Path.cwd(), threads))
+            own = task.options(num_gpus=0 if step.kind == "prune" else gpus)
+            ray.get(own.remote(step.command, log.absolute(), Path.cwd(), threads))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
 

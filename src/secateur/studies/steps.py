@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from secateur.errors import ConfigError
+from secateur.models import model_label
 from secateur.options import (
     CostOptions,
     EvaluateOptions,
@@ -27,7 +29,7 @@ from secateur.options import (
     extra,
     make,
 )
-from secateur.reporting.run import TRIMMED, UNTRAINED
+from secateur.reporting.run import BASELINE, TRIMMED, UNTRAINED
 from secateur.results import Scores
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
@@ -249,20 +251,36 @@ def add_profile(plan: Plan, study: StudyOptions, whole: Variant, came: str, task
 
 
 def add_scores(
-    plan: Plan, study: StudyOptions, variant: Variant, step: str, tasks: Sequence[str], told_by: str | None = None
+    plan: Plan,
+    study: StudyOptions,
+    variant: Variant,
+    step: str | None,
+    tasks: Sequence[str],
+    told_by: str | None = None,
 ) -> None:
-    """The scores of a model that ``step`` makes, if there are tasks."""
+    """The scores of a model, if there are tasks: of one that ``step`` makes, or of a baseline."""
     if not tasks:
         return
     out = study.out / "scores" / variant.name
+    model = variant.base.model if step is None else str(study.out / MODELS / variant.name)
     # By its name, wherever the run folder lies: the scores are of this study's model.
-    options: dict[str, Any] = {
-        "models": [str(study.out / MODELS / variant.name)],
-        "names": [variant.name],
-        "tasks": tasks,
-    }
+    options: dict[str, Any] = {"models": [model], "names": [variant.name], "tasks": tasks}
     options |= {"sample": study.sample, "seed": study.seed, "cache": cache_of(study)}
-    plan.add("evaluate", variant, out / Scores.file, step, told_by=told_by, **options, out=out)
+    needed = () if step is None else (step,)
+    plan.add("evaluate", variant, out / Scores.file, *needed, told_by=told_by, **options, out=out)
+
+
+def add_baselines(plan: Plan, study: StudyOptions, tasks: Sequence[str], told_by: str | None = None) -> None:
+    """The scores of the models to compare with, which the study only opens.
+
+    Raises:
+        ConfigError: One has the name of a model of the study.
+    """
+    made = {variant.name for _, variant in plan.models}
+    for model in study.baselines:
+        if (name := model_label(model)) in made:
+            raise ConfigError("baselines", model, f"{name} is a model of the study", "rename the folder")
+        add_scores(plan, study, Variant(name, Base(name, model, 0), (), (), BASELINE), None, tasks, told_by)
 
 
 def cache_of(study: StudyOptions) -> Path:

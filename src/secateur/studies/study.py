@@ -34,6 +34,7 @@ from typing import Any
 
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.data.demo import demo_study
+from secateur.data.embedders import open_embedder
 from secateur.data.sources import Texts, check_data, read_sources
 from secateur.errors import ConfigError, DataError, OutputError, SecateurError, StudyFailed
 from secateur.evaluation.tasks import expand, open_tasks
@@ -215,13 +216,14 @@ def _plain(key: str, value: Any) -> Any:
     """An option to be compared: a file or folder may be spelled in several ways, a benchmark stands for its tasks."""
     if isinstance(value, list):
         return [_plain(key, item) for item in (expand(value) if key == "tasks" else value)]
-    is_place = key in ("models", "data", "tasks", "vocab", "cache") and value is not None and Path(value).exists()
+    places = ("models", "baselines", "data", "tasks", "vocab", "cache")
+    is_place = key in places and value is not None and Path(value).exists()
     return str(Path(value).resolve()) if is_place else value
 
 
 def _check_and_measure(settings: StudyOptions) -> _Outline:
     """Look at all that a study reads, and refuse one that cannot be done."""
-    names = [model_label(model) for model in settings.models]
+    names = [model_label(model) for model in (*settings.models, *settings.baselines)]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError("models", settings.models, f"two models are called {name}", "rename one of the folders")
@@ -237,7 +239,9 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
             training_sets(sources, training_config(recipe, sources))
     if settings.tasks:
         open_tasks(settings.tasks, settings.sample, settings.seed)
-    bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=True))
+    for baseline in settings.baselines:  # whether it is there, and its key is right, is known before hours of work
+        open_embedder(baseline).encode("a text", show_progress_bar=False)
+    bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=False))
     plan_steps(settings, bases, {}, {})
     if not (settings.depths or settings.tasks):
         draw(sources, settings.held_out, settings.seeds[0] if settings.seeds else settings.seed)
@@ -355,8 +359,13 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
     planned = {item["name"]: item for item in _read_plan(Path(run))["variants"]}
     found = {variant.name: variant for variant in read_run(run).variants}
     rows: list[dict[str, Any]] = []
-    for variant in (found[name] for name in planned if name in found):
-        training, origin, item = variant.training, variant.origin, planned[variant.name]
+    baselines: dict[str, Any] = {
+        name: {"specs": [], "seed": None} for name, variant in found.items() if variant.is_baseline
+    }
+    for name, item in (planned | baselines).items():
+        if (variant := found.get(name)) is None:
+            continue
+        training, origin = variant.training, variant.origin
         what: dict[str, Any] = {
             "model": variant.base,
             "variant": variant.name,

@@ -77,6 +77,7 @@ def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progre
             progress("count tokens, texts", sum(seen), 0)
         shares += counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         sample += own.texts
+    progress("count tokens, texts", sum(seen), sum(seen))
     if sum(seen) < FEWEST or not sample:
         problem = f"{sum(seen)} texts are too few to tell which tokens others need"
         raise ConfigError("vocab", sum(seen), problem, f"at least {FEWEST}, better thousands")

@@ -1,0 +1,269 @@
+"""The task files that people have, recognized by their names and columns, and read as the tables of a task.
+
+Each format is one function: given a file or a folder, it says what is there, or None. ``docs/how-to/judge.md`` shows
+them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.data.rows import PLAIN, TABLES, TEXT, TEXT_COLUMNS, Row, as_text, parse_row, read_rows
+from secateur.errors import DataError
+from secateur.evaluation.task_tables import (
+    ANSWERED,
+    FIELDS,
+    QRELS,
+    Content,
+    Place,
+    Table,
+    column_of,
+    error_at,
+    raise_first,
+    read_table,
+)
+from secateur.files import check_is_file, read_json
+
+ABOUT = "task.json"
+_DICTIONARIES = ("queries", "corpus", "relevant_docs")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a place holds: the format in words, the files by name, and how they are read."""
+
+    what: str
+    files: Mapping[str, Path]
+    read: Callable[[], Content]
+
+
+def recognize(place: Path, type_: str = "") -> Found:
+    """Say what a file or folder is, by names, and by the columns of a first row.
+
+    Args:
+        place: A file, or a folder.
+        type_: What ``task.json`` says; may be empty.
+
+    Raises:
+        DataError: It is nothing known; or a file that the type needs is missing.
+    """
+    for look in (_a_file_for_each_table, _two_files, _dictionaries, _rows):
+        if (found := look(place, type_)) is not None:
+            return found
+    if type_ and place.is_dir():
+        check_is_file(next(iter(_files(place, type_).values())))
+    known = "query and positive; sentence1, sentence2 and score; or JSON with queries, corpus and relevant_docs"
+    hint = f"expected are corpus, queries and qrels; rows of {known}"
+    if (place / ABOUT).is_file():
+        raise DataError(place / ABOUT, "is missing, and the files do not tell it", hint, field="type")
+    raise DataError(
+        place, f"has no {ABOUT}, and its files are none of a task" if place.is_dir() else "is no task", hint
+    )
+
+
+# A file for each table, as BEIR has them ------------------------------------------------------------------------------
+
+
+def _files(folder: Path, type_: str) -> dict[str, Path]:
+    """The files of a task of this type by the names of their tables, whether or not they are there."""
+    files = {name: _table_file(folder / name) for name in FIELDS[type_]}
+    if type_ == "retrieval" and not files["qrels"].exists():
+        splits = [_table_file(folder / "qrels" / split) for split in ("test", "dev")]
+        files["qrels"] = next((file for file in splits if file.exists()), folder / "qrels.tsv")
+    return files
+
+
+def _table_file(path: Path) -> Path:
+    """The file of that name in one of the formats of tables; as JSON Lines where there is none."""
+    found = [file for suffix in TABLES if (file := path.with_name(path.name + suffix)).exists()]
+    if len(found) > 1:
+        raise DataError(found[0], f"stands beside {found[1].name}", "remove one of the two")
+    return found[0] if found else path.with_name(f"{path.name}.jsonl")
+
+
+def _a_file_for_each_table(folder: Path, type_: str) -> Found | None:
+    """``task.json`` says the type; a folder without it that holds BEIR's files is a retrieval task."""
+    kind = type_ or "retrieval"
+    files = _files(folder, kind)
+    if not any(file.exists() for name, file in files.items() if name != "queries"):
+        return None
+
+    def read() -> Content:
+        content = Content(kind, {name: read_table(file, FIELDS[kind][name]) for name, file in files.items()})
+        content.check()
+        judges = files["qrels"] if kind == "retrieval" else folder / "none"
+        if judges.name.startswith("dev."):
+            content.notes.append(f"judged by qrels/{judges.name}: there is no test split")
+        if judges.parent == folder or len(list(judges.parent.iterdir())) == 1:  # there are no queries of other splits
+            content.tell_all()
+        return content
+
+    return Found("task folder" if type_ else "BEIR folder", files, read)
+
+
+# queries, corpus and relevant_docs, as LlamaIndex and sentence-transformers have them ---------------------------------
+
+
+def _dictionaries(place: Path, type_: str) -> Found | None:
+    """One JSON file with three dictionaries, or three files with one each."""
+    files = {name: place / f"{name}.json" for name in _DICTIONARIES}
+    if type_ not in ("", "retrieval"):
+        return None
+    if all(file.is_file() for file in files.values()):
+        content = {name: read_json(file, strict=True) for name, file in files.items()}
+    else:
+        file = _only_file(place)
+        content = read_json(file, strict=True) if file is not None and file.suffix.lower() == ".json" else []
+        if file is None or isinstance(content, list):
+            return None
+        files = {"questions": file}
+        if missing := [name for name in _DICTIONARIES if not isinstance(content, dict) or name not in content]:
+            there = ", ".join(content) if isinstance(content, dict) else f"a {type(content).__name__}"
+            raise DataError(file, f"lacks {', '.join(missing)}", f"here is {there:.200}")
+    homes = {name: files.get(name, files.get("questions", place)) for name in _DICTIONARIES}
+    what = "question set (queries, corpus, relevant_docs)"
+    return Found(what, files, lambda: _read_dictionaries(homes, content))
+
+
+def _read_dictionaries(homes: Mapping[str, Path], whole: Mapping[str, Any]) -> Content:
+    for name in _DICTIONARIES:
+        if not isinstance(whole[name], dict):
+            hint = "query id: list of document ids" if name == "relevant_docs" else "id: text"
+            raise DataError(homes[name], f"is a {type(whole[name]).__name__}, not {{{hint}, ...}}", field=name)
+
+    def texts(name: str) -> Iterator[tuple[Place, Row]]:
+        for key, value in whole[name].items():
+            row = value if isinstance(value, dict) and name == "corpus" else {TEXT: value}
+            yield f"{name}.{key}", {**row, "_id": key}
+
+    def judgments() -> Iterator[tuple[Place, Row]]:
+        for query, given in whole["relevant_docs"].items():
+            own = given if isinstance(given, (dict, list)) else [given]
+            for document, score in own.items() if isinstance(own, dict) else [(document, 1) for document in own]:
+                yield f"relevant_docs.{query}", dict(zip(QRELS, (query, document, score), strict=True))
+
+    rows = {"corpus": texts("corpus"), "queries": texts("queries"), "qrels": judgments()}
+    files = {**homes, "qrels": homes["relevant_docs"]}
+    fields = FIELDS["retrieval"]
+    content = Content("retrieval", {name: read_table(files[name], fields[name], rows[name]) for name in rows})
+    content.check()
+    content.tell_all()
+    return content
+
+
+# Rows of queries and positives, or of pairs with scores ---------------------------------------------------------------
+
+
+def _rows(place: Path, type_: str) -> Found | None:
+    """One file of rows: of queries with texts that answer them, or of pairs with a score."""
+    file = _only_file(place)
+    if file is None or type_ not in ("", "retrieval", "sts", "pair_classification"):
+        return None
+    first = next(_records(file), (0, {}))[1]
+    has = {role for role in ("query", "positive", "sentence1", "sentence2", "score") if column_of(first, role) in first}
+    if has >= {"query", "positive"} and type_ in ("", "retrieval"):
+        what = "Ragas question set" if "user_input" in first else "queries with their positives"
+        return Found(what, {"pairs": file}, lambda: _read_positives(file, _records(file)))
+    if has >= {"sentence1", "sentence2", "score"} and type_ != "retrieval":
+        return Found("pairs with scores", {"pairs": file}, lambda: _read_pairs(file, type_))
+    there = ", ".join(map(str, first))
+    hint = f"query and positive, or sentence1, sentence2 and score; here are {there:.200}"
+    of_type = f" of type {type_}" if type_ else ""
+    raise DataError(file, f"its columns are none of a task{of_type}" if first else "has no rows", hint if first else "")
+
+
+def _only_file(place: Path) -> Path | None:
+    """The file itself; of a folder, the one file of data in it, or the one that is called test."""
+    files = [place] if place.is_file() else [file for file in sorted(place.iterdir()) if file.name != ABOUT]
+    files = [file for file in files if file.name.lower().endswith((*TABLES, ".json"))]
+    tests = [file for file in files if file.name.startswith("test.")]
+    return (tests if len(tests) == 1 else files if len(files) == 1 else [None])[0]
+
+
+def _records(file: Path) -> Iterator[tuple[Place, Row]]:
+    """The rows of a file, or the objects of a list in JSON."""
+    if file.suffix.lower() != ".json":
+        yield from read_rows(file)
+        return
+    for number, row in enumerate(read_json(file, strict=True)):
+        if not isinstance(row, dict):
+            raise error_at(file, f"[{number}]", f"holds a {type(row).__name__}, not an object")
+        yield f"[{number}]", row
+
+
+def _read_pairs(file: Path, type_: str) -> Content:
+    """STS; where all scores are 0 or 1, pair classification. Of a file with several splits, the test split."""
+    rows, asides = list(_records(file)), []
+    if any(row.get("split") == "test" for _, row in rows):
+        tested = [(place, row) for place, row in rows if row.get("split") == "test"]
+        asides = [f"rows of other splits than test, left out: {len(rows) - len(tested):,}"]
+        rows = tested
+    table = read_table(file, FIELDS["sts"]["test"], rows)
+    kind = type_ or ("pair_classification" if {row["score"] for row in table.rows} == {0, 1} else "sts")
+    if kind == "pair_classification":
+        grades = [index for index, row in enumerate(table.rows) if row["score"] not in (0, 1)]
+        raise_first([(table.places[index], table.error(index, "is not 0 or 1", "score")) for index in grades])
+        table.rows = [{**row, "label": int(row.pop("score"))} for row in table.rows]
+    content = Content(kind, {"test": table}, asides=asides)
+    content.check()
+    return content
+
+
+def _two_files(folder: Path, type_: str) -> Found | None:
+    """``queries`` and ``positives``, two files of texts: row by row, one belongs to the other."""
+    names, suffixes = ("queries", "positives"), (*TABLES, *PLAIN)
+    files = {name: file for suffix in suffixes for name in names if (file := folder / f"{name}{suffix}").is_file()}
+    if len(files) < 2 or type_ not in ("", "retrieval"):
+        return None
+
+    def rows() -> Iterator[tuple[Place, Row]]:
+        for query, positive in itertools.zip_longest(_texts(files["queries"]), _texts(files["positives"])):
+            if query is None or positive is None:
+                short, long = ("queries", "positives") if query is None else ("positives", "queries")
+                raise DataError(files[long], f"has more rows than {files[short].name}", "one positive for each query")
+            yield query[0], {"query": query[1], "positive": positive[1]}
+
+    return Found("queries with their positives", files, lambda: _read_positives(files["queries"], rows()))
+
+
+def _texts(file: Path) -> Iterator[tuple[int, str]]:
+    for line, row in read_rows(file):
+        column = next((name for name in (*TEXT_COLUMNS, "positive") if name in row), TEXT)
+        yield line, parse_row(file, line, row, {column: as_text})[column]
+
+
+def _read_positives(file: Path, rows: Iterable[tuple[Place, Row]]) -> Content:
+    """Retrieval among all positives and negatives, each text once."""
+    given = read_table(file, ANSWERED, rows, optional=("negative",))
+    queries, documents, judged = Table(file), Table(file), Table(file)
+    known: dict[str, dict[str, str]] = {"q": {}, "d": {}}
+    pairs: set[tuple[str, str]] = set()
+    without = same = 0
+
+    def id_of(table: Table, kind: str, place: Place, text: str) -> str:
+        if text not in known[kind]:
+            known[kind][text] = f"{kind}{len(table.rows)}"
+            table.add(place, {"_id": known[kind][text], "text": text} | ({"title": ""} if kind == "d" else {}))
+        return known[kind][text]
+
+    for place, row in zip(given.places, given.rows, strict=True):
+        others = [text for text in row["positive"] if text != row["query"]]
+        without, same = without + (not row["positive"]), same + (len(others) < len(row["positive"]))
+        for text in others:
+            pair = id_of(queries, "q", place, row["query"]), id_of(documents, "d", place, text)
+            if pair not in pairs:
+                judged.add(place, dict(zip(QRELS, (*pair, 1), strict=True)))
+            pairs.add(pair)
+        for text in row["negative"]:
+            id_of(documents, "d", place, text)
+    if not judged.rows:
+        raise DataError(file, "has no query with a positive")
+    content = Content("retrieval", {"corpus": documents, "queries": queries, "qrels": judged})
+    content.check()
+    told = {"queries without a positive": without, "positives that are their own query": same}
+    content.notes += [f"{what}, left out: {count:,}" for what, count in told.items() if count]
+    return content

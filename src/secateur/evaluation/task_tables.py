@@ -1,0 +1,380 @@
+"""What a task is made of: the columns and metrics of each type, rows that know where they stand, and their checks.
+
+Nothing here needs mteb, so that a mistake is told before it is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.data.rows import (
+    CELLS,
+    Fields,
+    Row,
+    as_binary,
+    as_id,
+    as_label,
+    as_number,
+    as_text,
+    as_text_or_empty,
+    list_of,
+    parse_row,
+    read_rows,
+)
+from secateur.errors import DataError
+
+MISTAKES_TOLD = 5
+_JUDGMENT = re.compile(r"([-+]?[0-9]{1,9})(\.0+)?")
+
+
+def _as_judgment(value: Any) -> int:
+    """A relevance judgment; scores below 0, as TREC has them, are "not relevant", like 0."""
+    if not (found := _JUDGMENT.fullmatch(str(value).strip())):
+        raise ValueError(f"is {value!r:.60}, not an integer of at most 9 digits")
+    return max(0, int(found[1]))
+
+
+_PAIR: Fields = {"sentence1": as_text, "sentence2": as_text}
+_LABELLED: Fields = {"text": as_text, "label": as_label}
+_TEXTS, _NUMBERS = list_of(as_text), list_of(as_number)
+
+
+def _as_texts(value: Any) -> list[str]:
+    """A text, a list of texts, or nothing."""
+    return (
+        [as_text(item) for item in (value if isinstance(value, list) else [value])] if value not in (None, "") else []
+    )
+
+
+ANSWERED: Fields = {"query": as_text, "positive": _as_texts, "negative": _as_texts}
+"""Queries with texts that answer them, and others that do not."""
+QRELS = ("query-id", "corpus-id", "score")
+FIELDS: dict[str, dict[str, Fields]] = {
+    "sts": {"test": {**_PAIR, "score": as_number}},
+    "pair_classification": {"test": {**_PAIR, "label": as_binary}},
+    "classification": {"train": _LABELLED, "test": _LABELLED},
+    "clustering": {"test": _LABELLED},
+    "retrieval": {
+        "corpus": {"_id": as_id, "title": as_text_or_empty, "text": as_text_or_empty},
+        "queries": {"_id": as_id, "text": as_text},
+        "qrels": dict(zip(QRELS, (as_id, as_id, _as_judgment), strict=True)),
+    },
+    "reranking": {"test": {"query": as_text, "positive": _TEXTS, "negative": _TEXTS}},
+    "summarization": {
+        "test": {"text": as_text, "human_summaries": _TEXTS, "machine_summaries": _TEXTS, "relevance": _NUMBERS}
+    },
+}
+"""Type → file → its columns."""
+OTHER_NAMES = {
+    "_id": ("id",),
+    "query-id": ("query_id", "qid"),
+    "corpus-id": ("corpus_id", "doc-id", "doc_id", "docid"),
+    "sentence1": ("sentence_1", "sentence_a", "text1", "text_a"),
+    "sentence2": ("sentence_2", "sentence_b", "text2", "text_b"),
+    "score": ("similarity", "similarity_score", "relatedness_score", "relevance", "label"),
+    "query": ("anchor", "question", "user_input"),
+    "positive": ("positives", "reference_contexts"),
+    "negative": ("negatives",),
+}
+"""Column → what else files call it; the first that is there counts."""
+_VARIED = {
+    "sts": ("test", "score"),
+    "pair_classification": ("test", "label"),
+    "classification": ("train", "label"),
+    "clustering": ("test", "label"),
+}
+"""Type → the file and column that must have two values at least."""
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def _names(prefixes: str, metrics: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}_{metric}" for prefix in prefixes.split() for metric in metrics.split())
+
+
+CUTOFFS = (1, 3, 5, 10, 20, 100, 1000)
+"""mteb's, for retrieval and reranking."""
+_CORRELATIONS = ("pearson", "spearman")
+_RANKS = _names("ndcg map recall precision mrr hit_rate", " ".join(f"at_{k}" for k in CUTOFFS))
+METRICS: dict[str, tuple[str, ...]] = {
+    "sts": ("cosine_spearman", *_CORRELATIONS, *_names("cosine manhattan euclidean", "pearson spearman")),
+    "pair_classification": (
+        "max_ap",
+        *_names("max similarity cosine manhattan euclidean dot", "accuracy f1 precision recall ap"),
+    ),
+    "classification": (
+        *("accuracy", "ap", "ap_weighted", "f1", "precision", "recall"),
+        *_names("f1 precision recall", "weighted"),
+    ),
+    "clustering": ("v_measure", "ami"),
+    "retrieval": ("ndcg_at_10", *_RANKS),
+    "reranking": ("map_at_1000", *_RANKS),
+    "summarization": ("cosine_spearman", *_CORRELATIONS, *_names("cosine dot", "pearson spearman")),
+}
+"""Type → mteb's metrics of it, the default first."""
+_RERANKING = {"map": "map_at_1000", "mrr": "mrr_at_1000"}
+"""What the paper and sentence-transformers call the metrics of reranking."""
+
+
+def metric_of(type_: str, wanted: str, file: Path, tables: Mapping[str, Table]) -> str:
+    """A metric by mteb's name, or the default one of the type where none is wanted.
+
+    Raises:
+        DataError: The type has no such metric, or it is none for these labels; ``file`` is where it is asked for.
+    """
+    metric = _RERANKING.get(wanted, wanted) if type_ == "reranking" else wanted
+    if metric and metric not in METRICS[type_]:
+        hint = f"one of {', '.join(sorted(set(METRICS[type_])))}"
+        raise DataError(file, f"{type_} has no metric {metric!r}", hint, field="metric")
+    if metric in ("ap", "ap_weighted") and len({row["label"] for row in tables["test"].rows}) != 2:
+        raise DataError(file, f"{metric} needs exactly two labels", "accuracy", field="metric")
+    return metric or METRICS[type_][0]
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+Place = int | str
+"""The line of a row, or the key of an entry in a JSON file: ``queries.q1``; of a list, ``[7]``."""
+
+
+@dataclass
+class Table:
+    """The rows of one file, and the place of each."""
+
+    file: Path
+    places: list[Place] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, place: Place, row: dict[str, Any]) -> None:
+        self.places.append(place)
+        self.rows.append(row)
+
+    def error(self, index: int, problem: str, column: str | None = None) -> DataError:
+        """The error of a row."""
+        return error_at(self.file, self.places[index], problem, column)
+
+    def keep(self, wanted: Callable[[Row], bool]) -> int:
+        """Leave out the other rows.
+
+        Returns:
+            How many these were.
+        """
+        kept = [index for index, row in enumerate(self.rows) if wanted(row)]
+        left = len(self.rows) - len(kept)
+        self.places, self.rows = [self.places[i] for i in kept], [self.rows[i] for i in kept]
+        return left
+
+
+def error_at(file: Path, place: Place, problem: str, column: str | None = None) -> DataError:
+    """The error of a row or an entry."""
+    if isinstance(place, int):
+        return DataError(file, problem, line=place, field=column)
+    return DataError(file, problem, field=f"{place}.{column}" if column and place.startswith("[") else place)
+
+
+def raise_first(mistakes: Sequence[tuple[Place, DataError]]) -> None:
+    """Raise the first of several mistakes in a file, if any; it names the places of the others."""
+    if not mistakes:
+        return
+    first, others = mistakes[0][1], [str(place) for place, _ in mistakes[1:]]
+    if others:
+        more = f" and {len(others) - MISTAKES_TOLD} more" if len(others) > MISTAKES_TOLD else ""
+        kind = ("lines " if len(others) > 1 else "line ") if isinstance(mistakes[0][0], int) else ""
+        verb = "are" if len(others) > 1 else "is"
+        first.args = (f"{first}; {kind}{', '.join(others[:MISTAKES_TOLD])}{more} {verb} not valid either",)
+    raise first
+
+
+def read_table(
+    file: Path,
+    fields: Fields,
+    rows: Iterable[tuple[Place, Row]] | None = None,
+    *,
+    optional: Collection[str] = ("title",),
+) -> Table:
+    """Rows whose columns are checked, and called as in :data:`FIELDS`.
+
+    Args:
+        file: What errors call it.
+        fields: The columns.
+        rows: Default: those of the file.
+        optional: Columns that may be missing.
+
+    Raises:
+        DataError: The first that is broken, with the places of others like it; or there are none.
+    """
+    table, mistakes = Table(file), []
+    of_cells = file.name.lower().endswith(CELLS)
+    parsers = {name: _of_cell(parse) if of_cells else parse for name, parse in fields.items()}
+    seen: Collection[str] = ()
+    for place, row in read_rows(file) if rows is None else rows:
+        if row.keys() != seen:  # rows are mostly alike
+            seen = row.keys()
+            there = {column_of(row, role): role for role in fields}
+            columns = {column: parsers[role] for column, role in there.items()}
+        line = place if isinstance(place, int) else None
+        try:
+            found = parse_row(file, line, row, columns, optional=optional)
+            table.add(place, {there[column]: value for column, value in found.items()})
+        except DataError as error:
+            if line is None:
+                problem = str(error).removeprefix(f'{file}, "{error.field}": ')
+                error = error_at(file, place, problem, error.field)
+            mistakes.append((place, error))
+    raise_first(mistakes)
+    if not table.rows:
+        raise DataError(file, "has no rows")
+    return table
+
+
+def column_of(row: Row, role: str) -> str:
+    """The column of a row that has a role; the role's own name where there is none."""
+    return next((name for name in (role, *OTHER_NAMES.get(role, ())) if name in row), role)
+
+
+def _of_cell(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same parser for a cell of CSV or TSV, where numbers and lists are texts, too."""
+    value = float if parse in (as_number, as_binary) else _as_list if parse in (_TEXTS, _NUMBERS, _as_texts) else None
+    if value is None:
+        return parse
+
+    def parse_cell(cell: str | None) -> Any:
+        try:
+            found = value(cell or "")
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found = cell
+        return parse(found)
+
+    return parse_cell
+
+
+def _as_list(cell: str) -> Any:
+    """A list as Python and JSON write it into a cell; any other text as it is."""
+    return ast.literal_eval(cell) if cell.strip().startswith("[") else cell
+
+
+# Checks of whole tables -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Content:
+    """The tables of a task, by name, as they were read.
+
+    Attributes:
+        type: Of the task.
+        notes: What a reader of its scores must know.
+        asides: What only somebody who looks at the task wants to know.
+    """
+
+    type: str
+    tables: dict[str, Table]
+    notes: list[str] = field(default_factory=list)
+    asides: list[str] = field(default_factory=list)
+
+    def tell_all(self) -> None:
+        """Make notes of the asides."""
+        self.notes, self.asides = [*self.notes, *self.asides], []
+
+    def check(self) -> None:
+        """Refuse rows that make no task of this type; of retrieval, leave out what mteb would not encode either.
+
+        Raises:
+            DataError: With the place of the first mistake.
+        """
+        if self.type == "retrieval":
+            _check_retrieval(self)
+            return
+        test = self.tables["test"]
+        if self.type in _VARIED:  # with one value, the metrics are undefined or always perfect
+            name, column = _VARIED[self.type]
+            table = self.tables[name]
+            if len({row[column] for row in table.rows}) < 2:
+                raise DataError(table.file, f"is {table.rows[0][column]!r} in every row", "two or more", field=column)
+        mistakes = {
+            "classification": _unknown_labels,
+            "reranking": _ambiguous_candidates,
+            "summarization": _unjudged_summaries,
+        }
+        if self.type in mistakes:
+            found = mistakes[self.type](self.tables)
+            raise_first([(test.places[index], test.error(index, problem, column)) for index, problem, column in found])
+        if self.type == "summarization" and all(len(set(row["relevance"])) < 2 for row in test.rows):
+            raise DataError(test.file, "is constant within every row", field="relevance")
+
+
+Mistakes = list[tuple[int, str, str]]
+"""Row, problem and column."""
+
+
+def _unknown_labels(tables: Mapping[str, Table]) -> Mistakes:
+    known, where = {row["label"] for row in tables["train"].rows}, f"does not occur in {tables['train'].file.name}"
+    rows = tables["test"].rows
+    return [(i, f"{row['label']!r} {where}", "label") for i, row in enumerate(rows) if row["label"] not in known]
+
+
+def _ambiguous_candidates(tables: Mapping[str, Table]) -> Mistakes:
+    both = [[text for text in row["negative"] if text in row["positive"]] for row in tables["test"].rows]
+    return [
+        (i, f'"{found[0]:.60}" is a positive of this query, too', "negative") for i, found in enumerate(both) if found
+    ]
+
+
+def _unjudged_summaries(tables: Mapping[str, Table]) -> Mistakes:
+    counts = [(len(row["relevance"]), len(row["machine_summaries"])) for row in tables["test"].rows]
+    return [
+        (i, f"has {given} numbers for {needed} machine summaries", "relevance")
+        for i, (given, needed) in enumerate(counts)
+        if given != needed
+    ]
+
+
+def _check_retrieval(content: Content) -> None:
+    """Check the ids, and leave out queries without judgments, and documents that have neither title nor text.
+
+    mteb, too, encodes only queries that are judged. A model of which no token is asked may answer anything, even NaN.
+    Where the judgments call an empty document relevant (Cranfield's do), it stays a relevant document that no model
+    can find.
+    """
+    corpus, queries, qrels = (content.tables[name] for name in ("corpus", "queries", "qrels"))
+    for table, columns in ((corpus, ("_id",)), (queries, ("_id",)), (qrels, QRELS[:2])):
+        first: dict[tuple[str, ...], int] = {}
+        twice = []
+        for index, row in enumerate(table.rows):
+            key = tuple(row[column] for column in columns)
+            if (before := first.setdefault(key, index)) != index:
+                other = "" if table.rows[before] == row else f", with another {'score' if table is qrels else 'text'}"
+                here = table.places[before]
+                where = f"line {here}" if isinstance(here, int) else here
+                problem = f"{', '.join(map(repr, key))} occurs twice{other} (first: {where})"
+                twice.append((table.places[index], table.error(index, problem)))
+        raise_first(twice)
+    known = {"query-id": queries, "corpus-id": corpus}
+    ids = {column: {row["_id"] for row in table.rows} for column, table in known.items()}
+    mistakes = []
+    for index, row in enumerate(qrels.rows):
+        for column in [column for column in known if row[column] not in ids[column]][:1]:
+            table = known[column]
+            where = table.file.name if table.file != qrels.file else "corpus" if table is corpus else "queries"
+            problem = f"{row[column]!r} is not in {where}"
+            mistakes.append((qrels.places[index], qrels.error(index, problem, column)))
+    raise_first(mistakes)
+    if not any(row["score"] for row in qrels.rows):
+        raise DataError(qrels.file, "calls no document relevant", "one score at least is above 0", field="score")
+    judged = {row["query-id"] for row in qrels.rows}
+    vain = len(judged) - len({row["query-id"] for row in qrels.rows if row["score"]})
+    empty = corpus.keep(lambda row: bool((row["title"] + row["text"]).strip()))
+    unjudged = queries.keep(lambda row: row["_id"] in judged)
+    if unjudged:
+        content.asides.append(f"queries without a judgment, left out: {unjudged:,} of {unjudged + len(judged):,}")
+    if vain:
+        content.notes.append(
+            f"queries without a relevant document, which score 0 as in mteb: {vain:,} of {len(judged):,}"
+        )
+    if empty:
+        content.notes.append(f"documents without text, left out: {empty:,}")
