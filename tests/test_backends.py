@@ -111,7 +111,6 @@ def test_a_large_job_waits_for_a_conversion(model: Path, reference, tmp_path: Pa
     """Where a conversion is said to take no time."""
     monkeypatch.setattr(backends, "CONVERSION_SECONDS", 0.0)
     monkeypatch.setattr(backends, "PARAMETER_SECONDS", 0.0)
-    monkeypatch.setattr(backends, "_is_quicker", lambda: True)
     texts = [f"{i} {'word ' * (i % 40)}" for i in range(2100)]
     done = encode(model, [write_lines(tmp_path / "a.jsonl", texts)], out=tmp_path / "v.npy", prompt_name="query")
     assert kept(model) == ["openvino-float32"]
@@ -136,6 +135,14 @@ def test_int8_is_let_in_by_a_lower_cosine_and_calibrated_on_the_texts(model: Pat
     assert json.loads(manifest.read_text())["provenance"]["data"][0]["rows"] == 40
 
 
+def test_a_server_tries_what_may_be_quicker_than_what_is_kept(ready: Path):
+    pytest.importorskip("nncf")
+    chosen = choose(Opening(str(ready), device="cpu"), 0.98)
+    assert kept(ready) == ["openvino-float32", "openvino-int8"]
+    again = choose(Opening(str(ready), device="cpu"), 0.98)
+    assert again.opening == chosen.opening or chosen.opening.backend == "torch"
+
+
 def test_what_is_not_installed(model: Path, ready: Path, tmp_path: Path, monkeypatch):
     found = convert.find_spec
     monkeypatch.setattr(convert, "find_spec", lambda name: None if name == "openvino" else found(name))
@@ -156,10 +163,9 @@ def test_a_conversion_that_fails_is_told_once_and_not_tried_again(model: Path, r
 
     monkeypatch.setattr(convert, "_write_openvino", fail)
     monkeypatch.setattr(convert, "_write_onnx", fail)
-    monkeypatch.setattr(backends, "_is_quicker", lambda: False)
     chosen = choose(Opening(str(model), device="cpu"), 0.9999)
     assert chosen.opening.backend == "torch"
-    assert "openvino float32 failed (no such operation)" in chosen.told
+    assert "openvino bfloat16 failed (no such operation)" in chosen.told
     before = len(tried)
     assert "failed before (no such operation)" in choose(Opening(str(model), device="cpu"), 0.9999).told
     assert len(tried) == before

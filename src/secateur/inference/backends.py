@@ -7,10 +7,8 @@ kept (:mod:`.conversions`).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -46,9 +44,6 @@ WAYS: tuple[Way, ...] = (
 
 INT8_KEEPS = 0.995
 """No int8 keeps a cosine like this."""
-
-WORTH = 1.3
-"""How many times as fast a product in bfloat16 must be for ``auto`` to think of it."""
 
 PATIENCE = 2.0
 """What a job must take in PyTorch, in times of what a conversion takes, to wait for one."""
@@ -176,7 +171,7 @@ def choose(
         dtype = encoder.dtype if opening.dtype == AUTO else opening.dtype
         return Chosen(encoder, replace(opening, backend=backend, dtype=dtype), "")
     ways = _ways(opening, least)
-    if count in (0, math.inf) and (kept := _open_kept(opening, least, ways)):
+    if count in (0, math.inf) and (kept := _open_kept(opening, least, ways, at_once=not count)):
         return kept
     exact_opening = replace(opening, backend=TORCH, dtype="float32", calibration=())
     exact = _open_torch(exact_opening)
@@ -220,8 +215,7 @@ def _ways(opening: Opening, least: float) -> list[Way]:
     for backend, dtype in WAYS:
         if opening.backend not in (AUTO, backend) or opening.dtype not in (AUTO, dtype):
             continue
-        hopeless = (dtype == "int8" and least > INT8_KEEPS) or (dtype == BFLOAT16 and not _is_quicker())
-        if opening.dtype == AUTO and hopeless:
+        if opening.dtype == AUTO and dtype == "int8" and least > INT8_KEEPS:
             continue
         try:
             form_of(backend, precision_of(backend, dtype), None)
@@ -233,26 +227,18 @@ def _ways(opening: Opening, least: float) -> list[Way]:
     return found
 
 
-@functools.cache
-def _is_quicker() -> bool:
-    """Whether this processor multiplies in bfloat16 so much quicker than in float32 that it is worth a thought."""
-    states, weights = torch.randn(256, 1024), torch.randn(1024, 1024)
-
-    def seconds(dtype: torch.dtype) -> float:
-        multiply = partial(torch.nn.functional.linear, states.to(dtype), weights.to(dtype))
-        return min(timeit.repeat(multiply, timer=time.process_time, number=1, repeat=6))  # whatever else runs
-
-    return seconds(torch.float32) > WORTH * seconds(torch.bfloat16)
-
-
-def _open_kept(opening: Opening, least: float, ways: Sequence[Way]) -> Chosen | None:
-    """Open the quickest of what was converted and measured before; None where there is none."""
+def _open_kept(opening: Opening, least: float, ways: Sequence[Way], at_once: bool) -> Chosen | None:
+    """Open the quickest of what was converted and measured before; None where there is none, or, unless it must be had
+    at once, where a way that is quicker on most processors has not been tried.
+    """
     found: list[tuple[Measured, Conversion, str]] = []
     for backend, dtype in ways:
         conversion = conversion_of(opening, backend, dtype)
         measured = conversion.measured(dtype) if conversion and conversion.kept else None
         if conversion and measured and measured.cosine >= least and (measured.gain > 1 or opening.backend == backend):
             found.append((measured, conversion, dtype))
+        elif not (at_once or found or measured or (conversion and "failed" in conversion.record)):
+            return None
     if not found:
         return None
     measured, conversion, dtype = max(found, key=lambda one: one[0].gain)
@@ -300,13 +286,13 @@ class _Trial:
         return np.concatenate([encoder.encode_texts(self._probes, prompt) for prompt in self._prompts])
 
     def _time(self, encoder: Encoder) -> float:
-        start = time.perf_counter()
-        encoder.encode_texts(self._timed, self._prompts[0])
-        return time.perf_counter() - start
+        """Seconds for the timed texts: of two runs the quicker one."""
+        encode = partial(encoder.encode_texts, self._timed, self._prompts[0])
+        return min(timeit.repeat(encode, number=1, repeat=2))
 
     def _measure(self, encoder: Encoder) -> Measured:
         cosine = float(paired_cosines(self._encode(encoder), self._vectors).min())
-        return Measured(cosine, self._seconds / min(self._time(encoder) for _ in range(2)))
+        return Measured(cosine, self._seconds / self._time(encoder))
 
     def convert(self, ways: Sequence[Way]) -> None:
         """Try conversions: all that are kept, and new ones until one is good, where the run is worth it."""
@@ -340,9 +326,9 @@ class _Trial:
                 self._gain, self.best = measured.gain, _chosen(encoder, self._opening, way, measured, self.notes)
 
     def in_torch(self, opening: Opening) -> Chosen:
-        """Take PyTorch; its linear layers in bfloat16 where that is quicker and keeps the vectors."""
+        """Take PyTorch; its linear layers in bfloat16 where that turns out quicker and keeps the vectors."""
         exact = self._exact
-        if self._opening.dtype == AUTO and _is_quicker():
+        if self._opening.dtype == AUTO:
             layers = mix_products(exact.model)
             exact.dtype = MIXED
             measured = self._measure(exact)
