@@ -13,8 +13,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
-from conftest import LETTERS, tiny_transformer
-from secateur import encode, open_model
+from conftest import LETTERS
+from secateur import encode
 from secateur.cli import app
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.exporting import convert
@@ -22,18 +22,14 @@ from secateur.inference import backends
 from secateur.inference.backends import choose, open_encoder
 from secateur.inference.opening import Opening
 from secateur.measures.metrics import paired_cosines
-from test_encode import MIXED, interrupted, same, vectors_of, write_lines
+from test_encode import MIXED, interrupted, same, tiny_encoder, vectors_of, write_lines
 
 pytest.importorskip("openvino")
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny_transformer(tmp_path_factory.mktemp("model") / "plain", "llama", depth=2)
-    opened = open_model(folder, pooling="mean", max_length=64, device="cpu")
-    opened.prompts = {"query": "find the word that is meant: "}
-    opened.save(str(folder.with_name("tiny")))
-    return folder.with_name("tiny")
+    return tiny_encoder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

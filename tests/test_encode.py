@@ -51,14 +51,19 @@ ODD = ("", " ", "🌿✂️🧑‍🌾", "a\x00b\x07\x1b[0m\t\r\n", "a" * 100_00
 MIXED = (*SCRIPTS, *ODD, *(f"text {i} " + "and so on, " * (i % 9) for i in range(40)))
 
 
+def tiny_encoder(folder: Path) -> Path:
+    """A tiny language model with a prompt, cut off at 64 tokens."""
+    opened = open_model(
+        tiny_transformer(folder / "plain", "llama", depth=2), pooling="mean", max_length=64, device="cpu"
+    )
+    opened.prompts = {"query": "find the word that is meant: "}
+    opened.save(str(folder / "tiny"))
+    return folder / "tiny"
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny language model, cut off at 64 tokens."""
-    folder = tiny_transformer(tmp_path_factory.mktemp("model") / "plain", "llama", depth=2)
-    opened = open_model(folder, pooling="mean", max_length=64, device="cpu")
-    opened.prompts = {"query": "find the word that is meant: "}
-    opened.save(str(folder.with_name("tiny")))
-    return folder.with_name("tiny")
+    return tiny_encoder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

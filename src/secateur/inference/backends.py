@@ -38,7 +38,11 @@ BFLOAT16 = "bfloat16"
 Way = tuple[str, str]
 """A backend, and what it multiplies in."""
 WAYS: tuple[Way, ...] = (
-    *(("openvino", "int8"), ("openvino", BFLOAT16), ("onnx", "int8"), ("openvino", "float32"), ("onnx", "float32")),
+    ("openvino", "int8"),
+    ("openvino", BFLOAT16),
+    ("onnx", "int8"),
+    ("openvino", "float32"),
+    ("onnx", "float32"),
 )
 """What ``auto`` tries, the quickest on most processors first."""
 
@@ -164,6 +168,7 @@ def choose(
     """
     if not opening.exported:
         check_device(opening.device)
+        _check_together(opening)
     opening = replace(opening, calibration=tuple(texts))
     if _is_decided(opening):
         encoder = open_encoder(opening)
@@ -188,11 +193,9 @@ def choose(
     return trial.best
 
 
-def _is_decided(opening: Opening) -> bool:
-    """Whether nothing is left to be measured; refuses what does not go together."""
+def _check_together(opening: Opening) -> None:
+    """Refuse a backend, dtype and device that do not go together."""
     backend, dtype = opening.backend, opening.dtype
-    if opening.exported:
-        return True
     if not opening.on_cpu and backend not in (AUTO, TORCH):
         raise ConfigError("backend", backend, f"{backend} runs on the CPU alone here", "add --device cpu")
     if dtype == "int8" and (backend == TORCH or not opening.on_cpu):
@@ -200,8 +203,12 @@ def _is_decided(opening: Opening) -> bool:
     if dtype in (STORED, MIXED) and backend not in (AUTO, TORCH):
         hint = "auto, float32, bfloat16, float16 or int8"
         raise ConfigError("dtype", dtype, f"{dtype} is for torch, not for {backend}", hint)
-    alone = dtype in (STORED, MIXED, BFLOAT16, "float16")  # in torch, where no backend is named
-    return not opening.on_cpu or alone or AUTO not in (backend, dtype)
+
+
+def _is_decided(opening: Opening) -> bool:
+    """Whether nothing is left to be measured."""
+    alone = opening.dtype in (STORED, MIXED, BFLOAT16, "float16")  # in torch, where no backend is named
+    return opening.exported or not opening.on_cpu or alone or AUTO not in (opening.backend, opening.dtype)
 
 
 def _ways(opening: Opening, least: float) -> list[Way]:
