@@ -545,8 +545,8 @@ HEADER = """# Architectures
 
 Which architectures secateur can cut, and to which depths. This was measured on tiny random models of {depth} blocks
 with transformers {version}, by `python tests/architectures.py > docs/reference/architectures.md`: each was cut, saved,
-reloaded with stock transformers, and compared with the full model whose other blocks pass on unchanged what they are
-given. An architecture that is not here is cut by the same rules, which look at structure and not at names.
+reloaded with stock transformers, and compared with the full model in which the other blocks return their input
+unchanged. An architecture that is not here is cut by the same rules, which look at structure and not at names.
 
 - **Legal depths**: depths that the first blocks can be cut to; secateur computes them for each model.
 - **Subsets**: whether blocks 0, 2 and the last can be kept alone.

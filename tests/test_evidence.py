@@ -122,7 +122,7 @@ def test_budgets_limit_what_may_be_chosen(limit: str, column: str, unit: int):
         secateur.choose(table, **{limit: unit * cost(5, column)})
     least = unit * cost(6, column)
     assert f" {least:.3g} ms" in str(caught.value) if column == "latency" else f" {least:,.0f} " in str(caught.value)
-    with pytest.raises(DataError, match=r"does not tell what the blocks cost.*scout again"):
+    with pytest.raises(DataError, match=r"has no costs of the blocks.*scout again"):
         secateur.choose(scout(USUAL, layer_costs=()), **{limit: 1e9})
 
 
@@ -194,8 +194,8 @@ SHARE = (
 
 def test_the_sentence_says_what_is_lost_and_what_the_next_would_lose():
     assert said(scout(USUAL)) == (
-        "12 of 30 layers: at most 0.8 points are lost against all 30 trained alike (difference −0.2, 95 % interval "
-        f"−0.8 to +0.4); with 9 layers up to 2.1 points may be lost. {SHARE}"
+        "12 of 30 layers: at most 0.8 points are lost against all 30 in the same training (difference −0.2, 95 % "
+        f"interval −0.8 to +0.4); with 9 layers up to 2.1 points may be lost. {SHARE}"
     )
     assert said(scout(USUAL, layer_costs=())).endswith("may be lost.")
     assert said(scout(USUAL), tolerance=8).startswith("6 of 30 layers: at most 7.2 points are lost")
@@ -217,8 +217,8 @@ def test_the_sentence_says_that_there_is_no_interval():
     assert said(scout(nothing)) == "All 30 layers: with 24 layers there is no interval, so the search ended there."
     cheap = said(scout(nothing), max_params=cost(9, "parameters"))
     assert cheap.startswith(
-        "9 of 30 layers, the highest score of those that fit: how much is lost is not known against all 30 trained "
-        "alike (difference −1.0, without an interval); to stay within the tolerance takes all layers."
+        "9 of 30 layers, the highest score of those that fit: how much is lost is not known against all 30 in the same "
+        "training (difference −1.0, without an interval); staying within the tolerance takes all layers."
     )
 
 
@@ -233,8 +233,8 @@ def test_a_trained_depth_whose_score_is_no_number_ends_the_search():
 
 def test_the_sentence_says_that_a_budget_costs_more_than_the_tolerance():
     assert said(scout(USUAL), max_params=cost(9, "parameters")).startswith(
-        "9 of 30 layers, the highest score of those that fit: up to 2.1 points may be lost against all 30 trained "
-        "alike (difference −1.0, 95 % interval −2.1 to +0.1), more than the tolerance of 1; to stay within the "
+        "9 of 30 layers, the highest score of those that fit: up to 2.1 points may be lost against all 30 in the same "
+        "training (difference −1.0, 95 % interval −2.1 to +0.1), more than the tolerance of 1; to stay within the "
         "tolerance takes 12 layers. "
     )
     bump = ladder(d6=(0, -0.5, 0.5), d9=(-1, -2.1, 0.1), d12=(0, -0.5, 0.5))
@@ -244,8 +244,8 @@ def test_the_sentence_says_that_a_budget_costs_more_than_the_tolerance():
 
 def test_of_the_highest_score_nothing_is_promised():
     assert said(scout(USUAL), best=True).startswith(
-        "19 of 30 layers, the highest of 6 scores: difference +0.5 to all 30 trained alike, 95 % interval −0.1 to "
-        "+1.1; with 12 layers up to 0.8 points may be lost. "
+        "19 of 30 layers, the highest of 6 scores: difference +0.5 to all 30 in the same training, 95 % interval −0.1 "
+        "to +1.1; with 12 layers up to 0.8 points may be lost. "
     )
 
 
@@ -333,8 +333,8 @@ def test_a_scout_is_taken_as_a_table_a_file_or_a_folder(place: Path):
     [
         ("choose scout --best --tolerance 1", "best: cannot go with tolerance: give one of them"),
         ("choose scout --tolerance -1", "tolerance: -1.0 is not valid"),
-        ("choose scout --max-loss-increase 0.1", "max_loss_increase: is about a profile's loss, and this is a scout"),
-        ("choose profile --tolerance 1", "tolerance: is about scores after a training, and model has a profile only"),
+        ("choose scout --max-loss-increase 0.1", "max_loss_increase: applies to a profile's loss, and this is a scout"),
+        ("choose profile --tolerance 1", "tolerance: needs scores after a training, and model has only a profile"),
         ("choose profile --best", "scout it: secateur scout model ..."),
         ("choose empty", "empty: holds no scout.json and no profile.json"),
         ("prune smollm2 --to knee --profile empty -o out", "empty: holds no scout.json"),
@@ -373,7 +373,7 @@ def test_chosen_is_a_selector_of_its_own(place: Path):
         ("chosen", None, "which needs a scout: give --profile DIR"),
         ("chosen", profile(), "is a profile, but chosen needs a scout: give the folder that secateur scout wrote"),
         ("knee", scout(USUAL), "is a scout, but knee needs a profile: chosen reads a scout"),
-        ("chosen:3", scout(USUAL), "chosen decides by itself how many blocks to keep"),
+        ("chosen:3", scout(USUAL), "chosen chooses the number of blocks itself"),
         ("chosen", scout(USUAL, depth=DEPTH + 1), "has 31 depths, but the model has 30 blocks"),
     ):
         with pytest.raises(SecateurError, match=re.escape(says)):

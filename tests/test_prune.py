@@ -116,6 +116,14 @@ def test_a_subset_of_a_subset(source: Path, cut: Path, tmp_path: Path):
     assert np.allclose(encode(again), expected(AutoModel.from_pretrained(source), source, [2]), atol=1e-5)
 
 
+@pytest.mark.fresh
+def test_a_file_in_the_current_folder_hides_no_library(cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    expected_here = expected_of(SentenceTransformer(str(cut), device="cpu"))
+    (tmp_path / "tokenizers.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    assert difference(cut, expected_here, "cpu") < 1e-5
+
+
 def test_a_folder_that_gives_other_vectors_is_not_passed(cut: Path):
     vectors = np.zeros((8, 32), np.float32)
     with pytest.raises(VerificationFailed, match="not safe to use"):

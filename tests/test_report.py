@@ -215,7 +215,7 @@ def test_scores_measured_on_the_way_are_beside_the_losses(reported: Path) -> Non
     assert ["20", *["65.5"] * sum(name.endswith("healed") for name in SCORES)] in page.cells
     assert "a ring marks the step whose weights were kept" in page.text
     assert (
-        "tiny-6-healed ends at 1.905, and is kept from step 20, with a score of 65.5"
+        "tiny-6-healed ends at 1.905; the weights of step 20 were kept, with a score of 65.5"
         in reported.joinpath("report.html").read_text()
     )
     assert "Evaluation scores, × 100." in reported.joinpath("report.md").read_text(encoding="utf-8")
@@ -249,7 +249,7 @@ def test_verdict_says_what_the_numbers_say(reported: Path) -> None:
     page = read(reported / "report.html")
     assert found.headline in page.text
     assert [plain(reason) for reason in found.reasons] == [
-        "Points, speed and size are beside tiny-8-healed, the full model, on your 2 tasks.",
+        "Points, speed and size are relative to tiny-8-healed, the full model, on your 2 tasks.",
         "For half the cost of the full model: tiny-2-healed, −14.0 points (no interval), 3.4 × as fast, 25 % of the "
         "size.",
     ]
@@ -271,7 +271,7 @@ def test_without_a_trained_full_model_the_untrained_one_is_named(run: Path) -> N
         for file in path.iterdir():
             file.unlink()
     write_costs(run, [name for name in SCORES if name != "tiny-8-healed"])
-    assert "beside tiny-8-zero-shot, the full model" in recommend(find_in(run)).reasons[0]
+    assert "relative to tiny-8-zero-shot, the full model" in recommend(find_in(run)).reasons[0]
     assert model_row(read(report(run)), "tiny-6-healed")[-2] == "+30.4to tiny, zero-shot"
 
 

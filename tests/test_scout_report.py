@@ -144,8 +144,8 @@ def choose(run: Path, depth: int) -> None:
 def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: Path) -> None:
     (choice,) = told(reported)
     assert choice == (
-        "tiny: on your 2 tasks, 4 of 8 layers lose 0.6 points (95 % interval −0.9 to +0.2) against all 8 trained "
-        "alike, within the tolerance of 1 point."
+        "tiny: on your 2 tasks, 4 of 8 layers lose 0.6 points (95 % interval −0.9 to +0.2) against all 8 in the same "
+        "training, within the tolerance of 1 point."
     )
     draws = [
         np.mean([np.load(reported / f"scores/{name}/draws/{task[0]}.npy") for task in TASKS], axis=0)
@@ -160,8 +160,10 @@ def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: P
         f"Ship tiny-4-polished: +1.2 points (+{low:.1f} to +{high:.1f}, significantly better), 2.3 × as fast, 50 % of "
         "the size."
     )
-    assert "beside tiny-8-scout, the full model" in shipped.reasons[0]
-    assert shipped.reasons[0].endswith("It had the scout’s training alone: trained on alike, it might score higher.")
+    assert "relative to tiny-8-scout, the full model" in shipped.reasons[0]
+    assert shipped.reasons[0].endswith(
+        "It had only the scout’s training; trained further in the same way, it might score higher."
+    )
     assert shipped.command(reported) == f"secateur serve {reported / 'models' / 'tiny-4-polished'}"
     said = " ".join(notes(summarize(read_run(reported))))
     assert "at most once in twenty" in said  # one depth was asked for, beside those that were trained
@@ -170,14 +172,14 @@ def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: P
 @pytest.mark.parametrize(
     ("chosen", "study", "words"),
     [
-        (4, {"tolerance": 1.0}, "−0.9 to +0.2) against all 8 trained alike, within your tolerance of 1 point."),
-        (6, {"tolerance": 0.5}, "−0.4 to +1.2) against all 8 trained alike, within your tolerance of 0.5 points."),
-        (6, {"best": True}, "6 of 8 layers gain 0.4 points (95 % interval −0.4 to +1.2) against all 8 trained alike, "
-         "the highest score."),
-        (3, {"max_params": 11e6}, "−10.7 to −7.5) against all 8 trained alike, the highest score within the budget; "
-         "more may be lost than the tolerance."),
-        (4, {"best": True, "max_params": 12e6}, "trained alike, the highest score within the budget."),
-        (3, {"tolerance": 1.0}, "trained alike; by these scores it would be 4."),
+        (4, {"tolerance": 1.0}, "−0.9 to +0.2) against all 8 in the same training, within your tolerance of 1 point."),
+        (6, {"tolerance": 0.5}, "to +1.2) against all 8 in the same training, within your tolerance of 0.5 points."),
+        (6, {"best": True}, "6 of 8 layers gain 0.4 points (95 % interval −0.4 to +1.2) against all 8 in the same "
+         "training, the highest score."),
+        (3, {"max_params": 11e6}, "−10.7 to −7.5) against all 8 in the same training, the highest score within the "
+         "budget; more may be lost than the tolerance."),
+        (4, {"best": True, "max_params": 12e6}, "in the same training, the highest score within the budget."),
+        (3, {"tolerance": 1.0}, "in the same training; by these scores it would be 4."),
         (7, {}, "7 of 8 layers are chosen, a depth that the scout did not score."),
         (4, {"tolerance": "much"}, "within the tolerance of 1 point."),
     ],
@@ -198,13 +200,13 @@ def test_where_nothing_smaller_is_within_the_tolerance_the_nearest_is_told(run: 
     (choice,) = told(run)
     assert choice == (
         "tiny: on your 2 tasks, nothing smaller than all 8 layers is shown to be within the tolerance of 1 point: "
-        "6 layers come nearest, and lose 1.3 points (95 % interval −2.2 to −0.4) against all 8 trained alike."
+        "6 layers come nearest, and lose 1.3 points (95 % interval −2.2 to −0.4) against all 8 in the same training."
     )
     rewrite(run, *RUNGS[:2], loses, RUNGS[-1])
     choose(run, 8)
     assert told(run)[0].endswith(
         "depths are tried from the deepest down, and 6 layers lose 1.3 points (95 % interval −2.2 to −0.4) against all "
-        "8 trained alike."
+        "8 in the same training."
     )
     rewrite(run, *RUNGS[:2], loses, replace(RUNGS[-1], score=0.7), best=True)
     choose(run, 8)
@@ -224,13 +226,13 @@ def test_without_the_scouts_full_depth_a_polished_model_is_compared_with_the_unt
     for part in ("models", "scores"):
         shutil.rmtree(run / part / "tiny-8-scout")
     (run / "costs.json").unlink()
-    assert "+30.3 points" in found(run).headline and "beside tiny-8-zero-shot" in found(run).reasons[0]
+    assert "+30.3 points" in found(run).headline and "relative to tiny-8-zero-shot" in found(run).reasons[0]
 
 
 def test_a_full_depth_that_was_polished_too_is_the_one_to_compare_with(run: Path) -> None:
     write_model(run, "tiny-8-polished", 0.61)
     assert "Ship tiny-4-polished: −0.6 points (" in found(run).headline
-    assert "beside tiny-8-polished" in found(run).reasons[0] and "scout’s training" not in found(run).reasons[0]
+    assert "relative to tiny-8-polished" in found(run).reasons[0] and "scout’s training" not in found(run).reasons[0]
 
 
 def test_other_seeds_are_told_and_none_is_called_undecided(run: Path) -> None:
@@ -247,7 +249,7 @@ def test_other_seeds_are_told_and_none_is_called_undecided(run: Path) -> None:
         write_model(run, f"tiny-8-scout-seed{seed}", 0.592, seed)
     choice, others = told(run)
     assert choice.startswith("tiny-seed1: on your 2 tasks, 4 of 8 layers lose 0.6 points")
-    assert others == "Of this depth, scouts with other seeds find a difference of −1.1 points."
+    assert others == "At this depth, scouts with other seeds find a difference of −1.1 points."
     shipped = found(run)
     assert shipped.headline.startswith(
         "Not decided yet: tiny-4-polished shows no significant difference (+1.3 points, "
@@ -302,7 +304,7 @@ def test_where_a_scouts_numbers_come_from(reported: Path) -> None:
 
 def test_the_difference_of_a_polished_model_says_how_the_full_one_was_trained(reported: Path) -> None:
     page = read(reported / "report.html")
-    assert "to tiny, scout, which had the scout’s training alone" in plain(model_row(page, "tiny-4-polished")[-2])
+    assert "to tiny, scout, which had only the scout’s training" in plain(model_row(page, "tiny-4-polished")[-2])
     cut = model_row(page, "tiny-4-scout")[-2]
     assert "to tiny, scout" in cut and "alone" not in cut
 
@@ -315,9 +317,9 @@ def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
     assert (
         "Scout: secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny; seed 7;" in card
     )
-    assert "Score of 4 blocks in the scout: 58.1 (55.9 to 60.3), −0.6 points to all 8 trained alike." in card
+    assert "Score of 4 blocks in the scout: 58.1 (55.9 to 60.3), −0.6 points to all 8 in the same training." in card
     assert NLI.sha256 in card and SICK.sha256 in card  # of the scout's data, and of its own
-    assert "which had the scout's training alone" in card
+    assert "which had only the scout's training" in card
     cut = (reported / "models" / "tiny-4-scout" / "README.md").read_text(encoding="utf-8")
     assert "trained together with other depths." in cut and "then alone" not in cut
     assert "not been trained after the cut" in cut
@@ -376,9 +378,9 @@ def test_a_cut_vocabulary_has_its_section_its_columns_and_its_place_in_the_card(
         "Vocabulary: 8,000 of 49,152 tokens, chosen by 24,000 texts of texts.txt.",
         "96.2 % of the tokens stay, and 31.0 % of the texts have one that does not; a text has 24.1 tokens on average, "
         "22.0 before.",
-        "Tokens that are unknown and were not before: 0.04 %.",
-        "Its vocabulary is for texts like those of texts.txt. Others, above all in other languages and scripts, become",
-        "Its tokenizer cannot write every character",
+        "Newly unknown tokens: 0.04 %.",
+        "Its vocabulary is for texts like those of texts.txt. Others, above all in other languages and scripts, are",
+        "Its tokenizer does not cover every character",
         "Its biases are those of the base model",
     ):
         assert all(said in cards[name] for name in ("tiny-8-trimmed", "tiny-4-polished")), said

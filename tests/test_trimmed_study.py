@@ -142,7 +142,7 @@ def test_the_report_and_the_cards_say_what_was_cut(run: Path):
     cards = {name: plain((run / "models" / name / "README.md").read_text()) for name in (WHOLE, TRIMMED, CUT[2])}
     for name in (TRIMMED, CUT[2]):
         assert f"{SIZE} of {whole} tokens, chosen by 240 texts of trees.jsonl" in cards[name]
-        assert "in other languages and scripts, become more tokens" in cards[name]
+        assert "in other languages and scripts, are split into more tokens" in cards[name]
     assert "Vocabulary:" not in cards[WHOLE] and "its languages are those" in cards[WHOLE]
 
 

@@ -60,6 +60,11 @@ def ray_share(ray: Any, count: int) -> tuple[int, float]:
     return max(1, cores), 1 / math.ceil(count / gpus) if gpus else 0.0
 
 
+def fresh_python(script: str, *arguments: str) -> list[str]:
+    """The command that runs a script in a fresh Python, where no file of the current folder hides a library."""
+    return [sys.executable, "-c", f"import sys; sys.path[:] = filter(None, sys.path)\n{script}", *arguments]
+
+
 # The thread ends the process when the one that started it is gone, however that went.
 _SCRIPT = """
 import os, sys, threading
@@ -99,7 +104,7 @@ def run_command(
         stream.write(f"$ {shlex.join(command)}\n".encode())
         stream.flush()
         process = subprocess.Popen(  # noqa: S603 - this package's own command
-            [sys.executable, "-c", _SCRIPT, *command[1:]],
+            fresh_python(_SCRIPT, *command[1:]),
             cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.PIPE,

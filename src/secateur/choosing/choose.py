@@ -103,7 +103,7 @@ def _read_checked(options: ChooseOptions) -> Profile | Scout:
     table = read_table(options.profile)
     for name in ("tolerance", "best") if isinstance(table, Profile) else ():
         if (value := getattr(options, name)) not in (None, False):
-            problem = f"is about scores after a training, and {table.model} has a profile only"
+            problem = f"needs scores after a training, and {table.model} has only a profile"
             raise ConfigError(name, value, problem, f"scout it: secateur scout {table.model} ...")
     return table
 
@@ -209,7 +209,7 @@ def _parse(text: str) -> tuple[str, int, int | None]:
         raise ConfigError("to", text, f"is {text!r}", hint)
     if key == CHOSEN or not SELECTORS[key].counts:
         if numbers:
-            raise ConfigError("to", text, f"is {text!r}, but {name} decides by itself how many blocks to keep", name)
+            raise ConfigError("to", text, f"is {text!r}, but {name} chooses the number of blocks itself", name)
         return key, 0, None
     most = 2 if name == "random" else 1
     if not (1 <= len(numbers) <= most and all(re.fullmatch("[0-9]{1,9}", number) for number in numbers)):

@@ -39,7 +39,7 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
         DataError: The scout does not tell costs, or has no score at the full depth.
     """
     if isinstance(options, ChooseOptions) and options.max_loss_increase is not None:
-        problem = "is about a profile's loss, and this is a scout"
+        problem = "applies to a profile's loss, and this is a scout"
         raise ConfigError("max_loss_increase", options.max_loss_increase, problem, "give --tolerance")
     rungs = scored(scout)
     fitting = affordable(options, costs or scout, [row.depth for row in rungs])
@@ -116,16 +116,16 @@ def _sentence(scout: Scout, row: RungRow, title: str, tolerance: float | None, w
     parts = []
     if tolerance is None and not whole:
         # Nothing is promised of the highest score: the interval flatters what was chosen by its score.
-        parts.append(_difference(row, f" to all {depth} trained alike"))
+        parts.append(_difference(row, f" to all {depth} in the same training"))
     elif not whole:
         loss = _loss(row, tolerance, MAY_BE if wanted else "at most {} points are lost")
-        parts.append(f"{loss} against all {depth} trained alike ({_difference(row)})")
+        parts.append(f"{loss} against all {depth} in the same training ({_difference(row)})")
     if wanted is not None:
         if _is_within(row, tolerance or 0):  # by itself, but the sequence had ended before
             parts[-1] += f", but a deeper one may lose more than the tolerance of {tolerance:g}"
         elif row.difference_low is not None:
             parts[-1] += f", more than the tolerance of {tolerance:g}"
-        parts.append(f"to stay within the tolerance takes {'all' if wanted.depth == depth else wanted.depth} layers")
+        parts.append(f"staying within the tolerance takes {'all' if wanted.depth == depth else wanted.depth} layers")
     elif smaller is None:
         parts.append("no smaller depth was scored")
     elif tolerance is not None and smaller.difference_low is None:

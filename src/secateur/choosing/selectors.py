@@ -167,7 +167,9 @@ def by_knee(question: Question) -> Choice:
     loss = f"loss {losses[depth - 1]:.4f}"
     if knee_strength(losses).max() > FLAT:
         return Choice(
-            prefix(depth), f"beyond, loss falls more slowly than blocks are added; {loss}", selection_probability=chance
+            prefix(depth),
+            f"beyond it, the loss falls more slowly than blocks are added; {loss}",
+            selection_probability=chance,
         )
     return Choice(prefix(depth), f"the lowest loss, {loss}", "the curve has no knee", chance)
 

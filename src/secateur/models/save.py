@@ -6,7 +6,6 @@ import inspect
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from secateur.clusters import fresh_python
 from secateur.errors import ModelError, VerificationFailed
 from secateur.files import read_json, write_text
 from secateur.models.blocks import text_config
@@ -134,8 +134,7 @@ def probe(model: SentenceTransformer) -> tuple[np.ndarray, list[list[int]]]:
 
 
 _SCRIPT = f"""
-from __future__ import annotations
-import json, sys
+import json
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
@@ -159,7 +158,8 @@ def reopen(folder: Path, device: str) -> tuple[np.ndarray, list[list[int]]]:
     """
     with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
         out = str(Path(scratch) / "vectors.npy")
-        command = [sys.executable, "-c", _SCRIPT, str(folder), device, str(torch.get_num_threads()), out, *PROBES, LONG]
+        threads = str(torch.get_num_threads())
+        command = fresh_python(_SCRIPT, str(folder), device, threads, out, *PROBES, LONG)
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]

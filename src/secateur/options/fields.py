@@ -85,43 +85,43 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
 ENDPOINT = "a server with the OpenAI embeddings API: https://host/v1#model-name."
 OTHERS = (
-    MODEL + " Or what cannot be cut, but compared: a static embedding (model2vec), a folder that export wrote, or "
+    MODEL
+    + " Or something that can be compared, but not cut: a static embedding (model2vec), a folder that export wrote, or "
 ) + ENDPOINT
 DATA = (
     "Files of query (or anchor), positive and optional negative: .jsonl, .csv, .tsv (also .gz) or .parquet; folders of "
     "them; or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
 )
 TEXTS = " Or of texts alone: .txt, or .jsonl with text."
-POOLING = "How a bare language model pools its tokens [default: weighted_mean, or mean where attention goes both ways]."
+POOLING = "How a bare language model pools its tokens [default: weighted_mean, or mean with bidirectional attention]."
 
 Model = Annotated[ModelName, argument(MODEL)]
 Columns = Annotated[
     dict[str, str] | None,
     BeforeValidator(_columns),
     Field(
-        description="Your names of the columns, where they differ: query=question,positive=answer,negative=wrong, or "
-        "text=body."
+        description="Your column names, where they differ: query=question,positive=answer,negative=wrong, or text=body."
     ),
 ]
 Instruction = Annotated[
-    str | None, Field(description="Goes before each query, in place of the one that comes with the data.")
+    str | None, Field(description="Instruction before each query, instead of the one that comes with the data.")
 ]
 Pooling = Annotated[SavedPooling | None, Field(description=POOLING)]
 MaxLength = Annotated[int, Field(ge=1, description="Tokens after which a text is cut, for a bare language model.")]
 Backend = Annotated[
     Literal["auto", "torch", "onnx", "openvino"],
     Field(
-        description="What runs the model on a CPU: PyTorch, ONNX Runtime or OpenVINO, for which it is converted once, "
-        "into its own folder; auto: the quickest of those installed that keeps --min-cosine, and PyTorch where that is "
-        "done before a conversion would be. A GPU takes PyTorch."
+        description="What runs the model on a CPU: PyTorch, ONNX Runtime or OpenVINO (for these it is converted once, "
+        "into its own folder); auto: the fastest of those installed that keeps --min-cosine, or PyTorch if it finishes "
+        "before a conversion would. A GPU always uses PyTorch."
     ),
 ]
 Arithmetic = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "int8", "mixed", "stored"],
     Field(
-        description="In what the model multiplies: float32; bfloat16; float16; int8 (not in PyTorch); mixed: in "
+        description="Data type of the matrix products: float32; bfloat16; float16; int8 (not in PyTorch); mixed: in "
         "PyTorch, linear layers in bfloat16 and the rest in float32; stored: PyTorch, as the weights are; auto: the "
-        "quickest that keeps --min-cosine."
+        "fastest that keeps --min-cosine."
     ),
 ]
 MinCosine = Annotated[
@@ -129,8 +129,8 @@ MinCosine = Annotated[
     Field(
         ge=-1,
         le=1,
-        description="The cosine to PyTorch in float32 that what auto takes must keep, measured on some of your texts; "
-        "0.98 lets int8 in.",
+        description="Lowest cosine to PyTorch's float32 vectors that auto accepts, measured on some of your texts; "
+        "0.98 allows int8.",
     ),
 ]
 BatchTokens = Annotated[
@@ -164,4 +164,4 @@ Ray = Annotated[
     Field(description="Run the steps on a Ray cluster: its address, auto for this machine's, local for a new one."),
 ]
 Device = Annotated[str | None, Field(description="Torch device [default: the GPU where there is one].")]
-TrustRemoteCode = Annotated[bool, Field(description="Run the model code that a repository brings along.")]
+TrustRemoteCode = Annotated[bool, Field(description="Run the model code that a repository contains.")]

@@ -129,7 +129,7 @@ class ServeOptions(Options):
     """
 
     model: Model
-    host: str = Field("127.0.0.1", description="Address to listen on; others than loopback need an API key.")
+    host: str = Field("127.0.0.1", description="Address to listen on; any other than loopback needs an API key.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one, which the log names.")
     name: str | None = Field(None, min_length=1, description="Model name for clients [default: the folder's name].")
     api_key_file: Annotated[Path | None, Names("file")] = Field(

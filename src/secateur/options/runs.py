@@ -76,9 +76,9 @@ class MakeTaskOptions(Options):
     texts: Annotated[Path, Names("file")] = argument("A file of texts: .jsonl, .csv, .tsv, .parquet or .txt.")
     out: Annotated[Path, Names("new folder")] = output("The task folder to write.")
     title: str | None = Field(None, description="Column of the titles [default: title, headline or heading].")
-    text: str | None = Field(None, description="Column of the texts [default: text, body, content or such].")
-    queries: int = Field(500, ge=1, description="Most queries; all texts are documents.")
-    seed: Seed = Field(42, description="Random seed: which texts are asked for.")
+    text: str | None = Field(None, description="Column of the texts [default: text, body, content or the like].")
+    queries: int = Field(500, ge=1, description="Maximum number of queries; all texts are documents.")
+    seed: Seed = Field(42, description="Random seed: which texts get a query.")
 
 
 class CostOptions(Options):
@@ -125,11 +125,15 @@ class CompareOptions(Options):
     out: Annotated[Path | None, Names("results")] = output("Folder for comparison.json and the scores.", needed=False)
     names: ModelNames = None
     neighbours: int = Field(10, ge=1, description="Number of nearest texts compared for each text.")
-    max_texts: int = Field(2000, ge=2, description="Most texts used for the neighbours; more are sampled by the seed.")
+    max_texts: int = Field(
+        2000,
+        ge=2,
+        description="Maximum number of texts used for the neighbours; of more, a sample is drawn by the seed.",
+    )
     sample: Sample = None
     seed: SampleSeed = 42
     batch_size: int = Field(32, ge=1, description="Texts per batch when encoding.")
-    timed: bool = Field(True, description="Count parameters and measure speed, too, as `secateur cost` does.")
+    timed: bool = Field(True, description="Also count parameters and measure speed, as `secateur cost` does.")
     cache: Cache = None
 
     @field_validator("models", mode="before")
@@ -166,7 +170,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
     baselines: Models = Field(
         default=[],
-        description="Models to compare with, scored and timed as those of the study: names as for evaluate.",
+        description="Models to compare with, scored and timed like those of the study; named as for evaluate.",
     )
     vocab: Data = Field(
         default=[],
@@ -176,7 +180,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     out: Annotated[Path, Names("results", STUDY_FILES)] = output("The run folder: all results, and what is left to do.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(
         None,
-        description="Options decided for you, where you set none. demo: SmolLM2 on API documentation, about ten "
+        description="Defaults for the options that you do not set. demo: SmolLM2 on API documentation, about ten "
         "minutes; paper: L3Prune's experiments; shrink: an embedding model teaches its own first layers, on texts.",
     )
     ladder: list[int] = Field(
@@ -189,7 +193,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     held_out: HeldOut = 1000
     depths: Annotated[list[str], BeforeValidator(texts), Names("layers")] = Field(
         default=[],
-        description="In place of a scout: train each of these depths separately, and the full model. As prune --to.",
+        description="Instead of a scout: train each of these depths (as for prune --to) and the full model separately.",
     )
     recipes: dict[str, dict[str, Any]] = Field(
         default={"healed": {}},

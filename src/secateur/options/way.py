@@ -96,7 +96,7 @@ class VocabularyOptions(Options):
 
     vocab: Data = Field(
         [],
-        description="Cut the vocabulary, too, to the tokens that your texts need: files as for --data.",
+        description="Also cut the vocabulary to the tokens that your texts need: files as for --data.",
     )
     vocab_size: int | None = Field(None, ge=1, description="Number of tokens to keep, special ones included.")
     vocab_coverage: float | None = Field(
@@ -163,7 +163,7 @@ class ChooseOptions(Budget, VocabularyOptions):
     )
     model: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
         None,
-        description="The model whose vocabulary is cut, where the profile or the scout does not tell where it is.",
+        description="The model whose vocabulary is cut, if the profile or the scout does not say where it is.",
     )
 
 
@@ -176,7 +176,7 @@ class PruneOptions(VocabularyOptions):
     model: Model
     to: Annotated[Any, Names("layers")] = positional(
         "Number of first blocks to keep (7), share to remove (0.3), chosen (by a scout), or a selector (large, ...). "
-        "With --vocab it may be left out: all stay.",
+        "Optional with --vocab: all are then kept.",
         default=None,
     )
     keep: Any = Field(None, description="Blocks to keep, counted from 0, such as 0-5,8,11; use it in place of --to.")
@@ -194,7 +194,7 @@ class PruneOptions(VocabularyOptions):
         description="Add rows of zeros to the token table until their number is a multiple of this, such as 64.",
     )
     vocab_tasks: Tasks = Field(
-        [], description="Task folders: tell what share of their tokens the kept vocabulary covers."
+        [], description="Task folders: report what share of their tokens the kept vocabulary covers."
     )
     dtype: Dtype = Field("auto", description="Data type of the written weights; auto keeps the model's own.")
     adapter: Annotated[Any, BeforeValidator(path_text)] = Field(
@@ -263,7 +263,7 @@ class HealSettings(Options):
 
 
 class HealOptions(HealSettings):
-    """Train a cut model on pairs, or let a teacher teach it on texts, until it encodes well again.
+    """Train a cut model until it encodes well again: on pairs, or on texts by distillation from a teacher.
 
     Example: secateur heal smollm2-large --data pairs.jsonl --steps 1000 -o smollm2-large-healed
     """

@@ -32,7 +32,7 @@ def scout_note(summary: Summary) -> str:
     if not run.scouts:
         return ""
     if run.budget.best:
-        return "The highest of several scores, by which the depth is chosen, is likely to be lower when measured again."
+        return "The depth has the highest of several scores; measured again, that score is likely to be lower."
     often = "forty" if all(row.trained for scout in run.scouts for row in scout.table.rows) else "twenty"
     return (
         "The depth is sought by the scores of one training, from the deepest down, up to the first that may lose more "
@@ -52,7 +52,7 @@ def _choice(scouted: Scouted, budget: Budget) -> str:
         return f"the scout scored {plural(len(rungs), 'depth')} of {scout.depth}; none is chosen yet."
     if row is None:
         return f"{chosen} of {scout.depth} layers are chosen, a depth that the scout did not score."
-    against, depth, on = f"against all {scout.depth} trained alike", scout.depth, f"on {scouted.judge},"
+    against, depth, on = f"against all {scout.depth} in the same training", scout.depth, f"on {scouted.judge},"
     how, is_within = _why(scouted, budget)
     if row.depth < depth:
         return f"{on} {row.depth} of {depth} layers {_loses(row, against)}{how}."
@@ -117,7 +117,7 @@ def _other_seeds(decisive: Scouted, others: Sequence[Scouted]) -> Iterator[str]:
     rows = [row for scout in others for row in scout.table.rows if row.depth == decisive.chosen != scout.table.depth]
     told = [signed(row.difference) for row in rows if row.difference is not None]
     if told:
-        yield f"Of this depth, scouts with other seeds find a difference of {' and '.join(told)} points."
+        yield f"At this depth, scouts with other seeds find a difference of {' and '.join(told)} points."
 
 
 def apart(difference: Estimate) -> str:

@@ -58,7 +58,7 @@ def model_card(summary: Summary, found: Recommendation, variant: Variant, folder
     tokens = f" with {kept_tokens(cut)} tokens" if cut else ""
     about = (
         f"A text encoder: {kept_blocks(origin)} of the {origin.depth} blocks of {public(origin.base_model)}{tokens}, "
-        f"{trained}. It is a plain sentence-transformers folder, which is used without secateur."
+        f"{trained}. It is a plain sentence-transformers folder: using it does not need secateur."
     )
     sections = [Section("use", "Use", list(_use(folder)))]
     if variant.cost:
@@ -73,8 +73,8 @@ def model_card(summary: Summary, found: Recommendation, variant: Variant, folder
         sections.append(Section("scores", "Scores", list(_scores(variant, full, comparison, original, note))))
     sections.append(Section("made", "How it was made", list(_how(variant, origin))))
     limits = [
-        f"The licence and the terms of {public(origin.base_model)} hold for this model, and those of its training data "
-        "where they reach so far.",
+        f"The licence and terms of {public(origin.base_model)} apply to this model; those of its training data may "
+        "apply, too.",
         *(vocabulary_limits(cut, public) if cut else ()),
         f"Its biases{'' if cut else ' and its languages'} are those of the base model; the blocks left out are not "
         "replaced.",
@@ -142,7 +142,7 @@ def _scores(
     if full:
         same = variant.training and full.training and variant.training.settings == full.training.settings
         how = ", trained with the same settings" if same else ""
-        how += ", which had the scout's training alone" if comparison and comparison.is_polished_more else ""
+        how += ", which had only the scout's training" if comparison and comparison.is_polished_more else ""
         yield Text(f"{full.name} is the full model to compare with: all {full.depth} blocks{how}.")
     if comparison and comparison.difference.low is not None:
         difference, seeds = comparison.difference, len(comparison.group.variants)
@@ -190,13 +190,15 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
 def _from_scout(variant: Variant, scout: Scouted) -> Iterable[str]:
     """Which scout the weights are from, and what it said of this depth."""
     if variant.recipe == POLISHED and variant.training:
-        yield f"Trained on from {public(variant.training.model)}, which has the weights of a scout."
+        yield f"Training continued from {public(variant.training.model)}, which has a scout's weights."
     yield f"Scout: {scout_origin(scout, public_command)}."
     for row in scout.table.rows:
         if row.depth == variant.depth:
             within = f" ({doc.span(row.low, row.high)})" if row.low is not None else ""
             full = scout.table.depth
-            less = f", {doc.signed(row.difference)} points to all {full} trained alike" if row.depth < full else ""
+            less = (
+                f", {doc.signed(row.difference)} points to all {full} in the same training" if row.depth < full else ""
+            )
             yield f"Score of {doc.plural(row.depth, 'block')} in the scout: {doc.score(row.score)}{within}{less}."
 
 

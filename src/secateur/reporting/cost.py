@@ -33,6 +33,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from secateur import runtime
+from secateur.clusters import fresh_python
 from secateur.data.embedders import BlackBox, open_embedder
 from secateur.errors import ConfigError, ModelError
 from secateur.files import read_json
@@ -298,7 +299,7 @@ def bytes_on_disk(model: str | Path) -> int:
 
 # A process of its own -------------------------------------------------------------------------------------------------
 
-_ALONE = "import sys; from secateur.reporting.cost import print_load_and_peak; print_load_and_peak(*sys.argv[1:])"
+_ALONE = "from secateur.reporting.cost import print_load_and_peak; print_load_and_peak(*sys.argv[1:])"
 
 
 def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float]:
@@ -310,7 +311,7 @@ def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float
     Raises:
         ModelError: The process failed.
     """
-    command = [sys.executable, "-c", _ALONE, str(model), device, str(batch)]
+    command = fresh_python(_ALONE, str(model), device, str(batch))
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this module
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]

@@ -101,8 +101,8 @@ def cost_pictures(summary: Summary, found: Recommendation) -> dict[str, Picture]
         ]
         caption = "Each point is a model, numbers are blocks kept, and lines join cuts of one kind."
         if any(point.low is not None for point in points):
-            caption += " Upright bars are 95 % intervals of scores; differences, paired by text, are surer than these."
-        caption += f" Level bars reach from {cost.bars}." if cost.bars else ""
+            caption += " Vertical bars are 95 % intervals of scores; paired differences are known more precisely."
+        caption += f" Horizontal bars reach from {cost.bars}." if cost.bars else ""
         title = f"Average score against {cost.name.lower()}"
         figure = frontier(points, cost.axis)
         drawn[cost.name] = _picture(f"score-{key}", title, caption, told, figure, points)
@@ -304,7 +304,7 @@ def scout_picture(scouted: Scouted, number: int, tolerance: float) -> Picture:
     caption = (
         f"Score of {scout.model} at each depth after one training of {trained} at once. Thin bars are 95 % intervals "
         "of the score, thick ones those of its difference to the full depth. Where all of a thick bar is above the "
-        f"lower edge of the band, no more than {tolerance:g} of 100 points are lost."
+        f"lower edge of the band, at most {tolerance:g} points are lost."
         + (f" Chosen: {chosen} of {scout.depth} layers." if chosen is not None else "")
     )
     told = [f"depth {row.depth}: {score(row.score)}" for row in scout.rows]
@@ -325,7 +325,7 @@ def profile_pictures(run: Run, name: str, number: int) -> dict[str, Picture]:
     told = {
         "curve": (f"Loss by depth: {name}", caption, losses),
         "solved": (
-            f"Where in depth tasks are solved: {name}",
+            f"Tasks by depth: {name}",
             "Scores of the untrained model at each depth, task by task, and its next-token loss if it generates text; "
             "scores × 100, bands are 95 % intervals.",
             _best_depths(profile),
@@ -386,4 +386,4 @@ def training_picture(run: Run) -> Picture | None:
 
 def _kept_step(training: Training) -> str:
     best = next((row for row in training.evaluations if row.step == training.best_step), None)
-    return f", and is kept from step {best.step}, with a score of {score(best.score)}" if best else ""
+    return f"; the weights of step {best.step} were kept, with a score of {score(best.score)}" if best else ""

@@ -136,8 +136,8 @@ def sections(summary: Summary, recommendation: Recommendation, threshold: float)
         found.append(Section("models", "Models", blocks))
     if cuts := cut_vocabularies(run):
         said = (
-            "The vocabulary was cut before all else; the models are for texts like those that chose it. Others, above "
-            "all in other languages and scripts, become more tokens."
+            "The vocabulary was cut first; the models are for texts like those that it was chosen by. Other texts, "
+            "especially in other languages and scripts, are split into more tokens."
         )
         told = [Text(sentence) for sentence in vocabulary_sentences(summary)]
         found.append(Section("vocabulary", "Vocabulary", [*told, Text(said), tables.vocabulary_table(cuts)]))

@@ -102,8 +102,8 @@ def rung_table(scouted: Scouted) -> doc.Table:
     scout = scouted.table
     title = (
         f"{scout.model}: average score (× 100) of each depth after the scout’s training, on {scouted.judge}. "
-        f"Differences are in points, to all {scout.depth} layers trained alike; ranges are 95 % intervals, those of "
-        "differences paired by row."
+        f"Differences are in points, to all {scout.depth} layers in the same training; ranges are 95 % intervals, "
+        "those of differences paired by row."
     )
     columns: dict[str, Callable[[RungRow], str | doc.Cell]] = {
         "Depth": lambda row: doc.Cell(str(row.depth), tag="chosen" if row.depth == scouted.chosen else ""),
@@ -230,7 +230,7 @@ def is_other(item: GroupComparison | None, original: GroupComparison) -> bool:
 
 def _difference(item: GroupComparison) -> doc.Cell:
     difference, full = item.difference, f"to {doc.shorten(item.reference.first.series)}"
-    full += ", which had the scout’s training alone" if item.is_polished_more else ""
+    full += ", which had only the scout’s training" if item.is_polished_more else ""
     if difference.low is None:
         return doc.Cell(doc.signed(difference.value), (full,))
     within = doc.span(difference.low, difference.high, doc.signed)
@@ -256,15 +256,15 @@ def vocabulary_table(cuts: Mapping[str, VocabularyCut]) -> doc.Table:
         "Base model": lambda item: item[0],
         "Chosen by": lambda item: doc.Cell(f"{item[1].texts:,} texts", (", ".join(item[1].files),)),
         "Tokens": lambda item: kept_tokens(item[1]),
-        "Their share of held-out texts": lambda item: doc.percent(item[1].row.coverage),
+        "Coverage of held-out texts": lambda item: doc.percent(item[1].row.coverage),
         "Texts with a token that was cut": lambda item: doc.percent(item[1].row.changed),
         "Tokens per text": lambda item: f"{item[1].row.tokens_per_text:.1f} (before: {item[1].tokens_per_text:.1f})",
         "Newly unknown tokens": lambda item: doc.percent(item[1].row.unknown, 2) if item[1].row.unknown else doc.NONE,
-        "Their share of tasks": lambda item: doc.Cell(
+        "Coverage of tasks": lambda item: doc.Cell(
             ", ".join(f"{task} {doc.percent(share)}" for task, share in item[1].task_coverage.items()) or doc.NONE
         ),
     }
-    title = "The most frequent tokens stay, and all that rare words fall back to; shares are of the tokens of texts."
+    title = "The most frequent tokens are kept, and those that rare words are split into; coverage counts occurrences."
     return doc.Table.of(title, list(cuts.items()), columns, texts=2).filled()
 
 

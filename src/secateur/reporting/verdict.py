@@ -84,7 +84,9 @@ def recommend(summary: Summary) -> Recommendation:
     if better:
         taken = max(better, key=lambda item: item.difference.value)
         cut = ", the best cut" if ship else ", the full model"
-        headline = f"Use {_named(taken)}, which needs no cut: {_facts(taken)}, beside {_named(taken, True)}{cut}."
+        headline = (
+            f"Use {_named(taken)}, which needs no cut: {_facts(taken)}, compared with {_named(taken, True)}{cut}."
+        )
         ship = compared[taken.group.name]
     pool = [item for item in (*fitting, *baselines) if item is not ship]
     runner_up = _half_the_cost(summary, pool, ship or min(cuts, key=lambda item: -_depth(item)), bool(ship))
@@ -250,7 +252,7 @@ def _too_large(cuts: Sequence[GroupComparison], limits: Mapping[str, float]) -> 
     cost = smallest.group.cost
     has = f"{count(cost.parameters)} parameters and {byte_size(cost.bytes)}" if cost else "costs that were not measured"
     return (
-        f"Ship nothing yet: no model here keeps to {_limits_in_words(limits)}; {_named(smallest)}, the smallest, has "
+        f"Ship nothing yet: no model here fits {_limits_in_words(limits)}; {_named(smallest)}, the smallest, has "
         f"{has}. Cut deeper, or trim the vocabulary."
     )
 
@@ -284,14 +286,16 @@ def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
 def _what_is_compared(item: GroupComparison, summary: Summary) -> list[str]:
     """What the points are a difference to, and what their interval covers."""
     tasks = "your task" if len(item.tasks) == 1 else f"your {len(item.tasks)} tasks"
-    said = f"Points, speed and size are beside {_named(item, True)}, the full model, on {tasks}"
+    said = f"Points, speed and size are relative to {_named(item, True)}, the full model, on {tasks}"
     if item.difference.low is None:
         return [f"{said}."]
     seeds, sides = item.difference.seed_error is not None, (item.group, item.reference)
     trained = not seeds and any(side.first.training for side in sides)
     covers = "texts and training seeds" if seeds else "texts, with one training seed" if trained else "texts"
     more = (
-        " It had the scout’s training alone: trained on alike, it might score higher." if item.is_polished_more else ""
+        " It had only the scout’s training; trained further in the same way, it might score higher."
+        if item.is_polished_more
+        else ""
     )
     return [f"{said}; ranges are 95 % intervals over {covers}.{more}"]
 
@@ -306,7 +310,7 @@ def _baseline(item: GroupComparison) -> str:
     """A baseline that is not recommended, beside what is."""
     whole = "the full model" if item.reference.first.is_full else _named(item, True)
     cost = "" if item.group.cost else "; what it costs was not measured"
-    return f"The baseline {_named(item)}, beside {whole}: {_facts(item)}{cost}."
+    return f"Baseline {_named(item)}, compared with {whole}: {_facts(item)}{cost}."
 
 
 def _nothing_to_compare(summary: Summary) -> tuple[str, None, None, tuple[str, ...]]:
@@ -324,7 +328,7 @@ def _nothing_to_compare(summary: Summary) -> tuple[str, None, None, tuple[str, .
     if not told:
         held = plural(len(run.variants), "model")
         return f"The run holds {held}, not yet scored: evaluate the full model and a cut.", None, None, ()
-    headline = "Nothing is scored yet but depths: train and score the chosen ones, and the full model."
+    headline = "Only depths are scored so far: train and score the chosen ones, and the full model."
     return headline, None, None, tuple(told[:MOST_NAMED])
 
 
@@ -372,7 +376,7 @@ def _interval_note(summary: Summary) -> str:
     comparisons = [item.difference for item in summary.compared.values() if item.is_known]
     known = [difference for difference in comparisons if difference.low is not None]
     if not known:
-        return "No score here has an interval: whether differences are chance is not known." if comparisons else ""
+        return "No score here has an interval, so differences may be chance." if comparisons else ""
     with_seeds = [difference.seed_error is not None for difference in known]
     what = "other texts of the same kind"
     if any(with_seeds):

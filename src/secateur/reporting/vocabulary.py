@@ -56,7 +56,7 @@ def vocabulary_facts(cut: VocabularyCut, publish: Callable[[str], str] = str) ->
         f"average, {cut.tokens_per_text:.1f} before.",
     ]
     if row.unknown:
-        facts.append(f"Tokens that are unknown and were not before: {percent(row.unknown, 2)}.")
+        facts.append(f"Newly unknown tokens: {percent(row.unknown, 2)}.")
     return facts
 
 
@@ -64,12 +64,12 @@ def vocabulary_limits(cut: VocabularyCut, publish: Callable[[str], str] = str) -
     """What a model with a cut vocabulary is not for."""
     limits = [
         f"Its vocabulary is for texts like those of {', '.join(map(publish, cut.files))}. Others, above all in other "
-        "languages and scripts, become more tokens: they take longer, fill its maximum length sooner, and what it "
-        "makes of them was not measured."
+        "languages and scripts, are split into more tokens: they take longer and reach the maximum length sooner, and "
+        "quality on them was not measured."
     ]
     if cut.row.unknown:
         limits.append(
-            "Its tokenizer cannot write every character: more of such texts is unknown to it than to the base model."
+            "Its tokenizer does not cover every character: more of such texts is unknown to it than to the base model."
         )
     return limits
 
