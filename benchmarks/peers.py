@@ -421,7 +421,7 @@ def serving(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     expected = open_model(model, dtype="float32", device="cpu").encode(texts, show_progress_bar=False)
     found: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
-        servers = {"secateur serve": stack.enter_context(serve.server(str(model)))[:3]}
+        servers = {"secateur serve": stack.enter_context(serve.server(str(model), "--truncate"))[:3]}
         try:
             servers["infinity"] = stack.enter_context(infinity(model, args))
         except Unavailable as error:
