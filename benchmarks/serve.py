@@ -98,7 +98,8 @@ def server(model: str, *options: str) -> Iterator[tuple[psutil.Process, str, int
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr
-        told = json.loads(process.stderr.readline())
+        lines = (json.loads(line) for line in process.stderr)
+        told = next(line for line in lines if line["event"] == "serving")
         threading.Thread(target=process.stderr.read, daemon=True).start()
         host, _, port = told["address"].removeprefix("http://").rpartition(":")
         yield (

@@ -28,7 +28,7 @@ def serving(folder: Path, log: Path, key: str) -> Iterator[str]:
         process = subprocess.Popen(command, stderr=stream, env=os.environ | {"SECATEUR_API_KEYS": key})
     try:
         wait_until(lambda: '"serving"' in log.read_text() or process.poll() is not None)
-        yield f"{json.loads(log.read_text().splitlines()[0])['address']}/v1"
+        yield f"{json.loads(log.read_text().splitlines()[1])['address']}/v1"
     finally:
         process.terminate()
         process.wait(20)

@@ -998,7 +998,7 @@ def test_the_command_serves_logs_json_without_texts_and_ends_well(
         process = subprocess.Popen(command, stderr=stream, env=environment)
     try:
         wait_until(lambda: '"serving"' in log.read_text() or process.poll() is not None)
-        first = json.loads(log.read_text().splitlines()[0])
+        first = json.loads(log.read_text().splitlines()[1])
         address = f"{first['address']}/v1"
         with openai.OpenAI(base_url=address, api_key="sesame-open", max_retries=9) as client:
             answer = client.embeddings.with_raw_response.create(model="tiny", input=[secret, "two"])
@@ -1014,11 +1014,11 @@ def test_the_command_serves_logs_json_without_texts_and_ends_well(
     given = np.array([row.embedding for row in answer.parse().data])
     assert paired_cosines(given, expected).min() >= 0.9999
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["serving", "request", "request", "ended"]
-    told = lines[1]
+    assert [line["event"] for line in lines] == ["starting", "serving", "request", "request", "ended"]
+    told = lines[2]
     assert told["request"] == answer.headers["x-request-id"]
     assert (told["path"], told["status"], told["texts"], told["tokens"]) == ("/v1/embeddings", 200, 2, len(secret) + 3)
-    assert lines[2]["error"] == "text_refused"
+    assert lines[3]["error"] == "text_refused"
     assert secret not in log.read_text()
     assert "sesame" not in log.read_text()
 

@@ -28,7 +28,7 @@ from secateur.inference.app import make_app
 from secateur.inference.backends import STORED, choose, open_encoder
 from secateur.inference.encoders import ModelEncoder, batch_budget
 from secateur.inference.middleware import API_KEYS, ApiError, Keys, Metrics, log, log_as_json, read_keys
-from secateur.inference.opening import TORCH, Opening
+from secateur.inference.opening import AUTO, TORCH, Opening
 from secateur.inference.queueing import LocalWorker
 from secateur.inference.workers import SILENT_SECONDS, EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
@@ -237,6 +237,9 @@ def serve(options: ServeOptions) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(bind(options.host, options.port, keys, options.auth))
         thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="model"))
+        log_as_json()
+        told = "finds the fastest backend; where the model is converted for one, the first start takes minutes"
+        log.info("starting", extra={"facts": {"model": options.model, "told": told if options.backend == AUTO else ""}})
         # Workers open the model on its device; here, only its tokenizer is needed.
         elsewhere = replace(opening, device="cpu", backend=TORCH, dtype=STORED)
         here = opening if opening.on_cpu or not options.workers else elsewhere
@@ -251,7 +254,6 @@ def serve(options: ServeOptions) -> None:
         app = make_app(encoder, name, options, keys=keys, processes=processes, metrics=metrics, thread=thread)
         gc.collect()
         gc.freeze()  # a request with a million lists in it would have all that is loaded looked through again and again
-        log_as_json()
         listener.listen(BACKLOG)  # before the log says so
         host, port = listener.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
