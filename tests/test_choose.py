@@ -227,7 +227,7 @@ def test_what_all_batches_share_leaves_the_selection_probabilities_sharp():
         ("uniform:-1", "must be told"),
         ("uniform:2:3", "must be told"),
         ("random:2:3:4", "must be told"),
-        ("knee:3", "knee decides by itself"),
+        ("knee:3", "knee chooses the number of layers itself"),
         ("uniform:0", "cannot cut a model of 6 layers to 0"),
         ("random:7", "cannot cut a model of 6 layers to 7: that would keep 7: nearest legal: 6"),
         ("", "to: is ''"),

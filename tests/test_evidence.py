@@ -234,7 +234,7 @@ def test_a_trained_depth_whose_score_is_no_number_ends_the_search():
 def test_the_sentence_says_that_a_budget_costs_more_than_the_tolerance():
     assert said(scout(USUAL), max_params=cost(9, "parameters")).startswith(
         "9 of 30 layers, the highest score of those that fit: up to 2.1 points may be lost against all 30 in the same "
-        "training (difference −1.0, 95 % interval −2.1 to +0.1), more than the tolerance of 1; to stay within the "
+        "training (difference −1.0, 95 % interval −2.1 to +0.1), more than the tolerance of 1; staying within the "
         "tolerance takes 12 layers. "
     )
     bump = ladder(d6=(0, -0.5, 0.5), d9=(-1, -2.1, 0.1), d12=(0, -0.5, 0.5))

@@ -313,7 +313,7 @@ def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
     card = plain((reported / "models" / "tiny-4-polished" / "README.md").read_text(encoding="utf-8"))
     assert CARD_MARK in card
     assert "trained together with other depths, then alone" in card
-    assert "Trained on from tiny-4-scout, which has the weights of a scout." in card
+    assert "Training continued from tiny-4-scout, which has a scout's weights." in card
     assert (
         "Scout: secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny; seed 7;" in card
     )
