@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py                      # Llama-3-8B's configuration: 16 GB, and 10 GB for the results
     python benchmarks/checkpoint.py --hidden-size 1024   # a quick run: 1.4 GB
 
-A sharded checkpoint of random numbers is written, and cut to its first blocks by ``secateur prune`` in fresh processes:
+A sharded checkpoint of random numbers is written, and cut to its first layers by ``secateur prune`` in fresh processes:
 from the folder, in turns with ``cp`` of as many bytes (page cache emptied of both sources, results brought to the disk
 by both), and from a stand-in of the Hub on this machine that counts what it sends. Of the memory, *allocated* is the
 process's own; the rest of the resident memory are pages of files, which the system takes back where it needs them.
@@ -88,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="checkpoint-") as name:
         folder = Path(name)
         total = write_checkpoint(folder / "model", args.hidden_size, args.layers)
-        print(f"checkpoint   {total / 1e9:.2f} GB, {args.layers} blocks, first {args.keep} kept")
+        print(f"checkpoint   {total / 1e9:.2f} GB, {args.layers} layers, first {args.keep} kept")
         from_folder(folder, args)
         from_hub(folder, args)
         opening(folder)

@@ -3,7 +3,7 @@
     python benchmarks/choosing.py PAIRS --models smollm2 gemma-3-270m.gguf -o FOLDER
         [--tasks TASK ...] [--sample 300] [--examples 640] [--seed 42]
 
-A profile measures depths only, so each chosen set of other blocks is cut in memory and measured on the same batches.
+A profile measures depths only, so each chosen set of other layers is cut in memory and measured on the same batches.
 ``--tasks`` is what best-task chooses by. FOLDER keeps profiles and losses: what is there is not measured again.
 """
 
@@ -36,7 +36,7 @@ def profile_of(model: str, options: argparse.Namespace) -> Profile:
 
 
 def loss_of_set(model: str, row: Candidate, options: argparse.Namespace) -> tuple[float, float, float]:
-    """Loss of a model cut to a set of blocks, and its interval, on the batches of the whole model's profile."""
+    """Loss of a model cut to a set of layers, and its interval, on the batches of the whole model's profile."""
     file = options.out / f"set-{model_label(model)}-{ranges(row.blocks)}.json"
     if not file.is_file():
         opened = open_model(model, dtype=DTYPE)
@@ -50,9 +50,9 @@ def loss_of_set(model: str, row: Candidate, options: argparse.Namespace) -> tupl
 def table(model: str, options: argparse.Namespace) -> str:
     found = candidates(profile_of(model, options))
     lines = [
-        f"**{found.model}**, {found.depth} blocks:",
+        f"**{found.model}**, {found.depth} layers:",
         "",
-        "| selector | blocks kept | sure | zero-shot loss (95 % interval) | M parameters | MB | MFLOPs | speed |",
+        "| selector | layers kept | sure | zero-shot loss (95 % interval) | M parameters | MB | MFLOPs | speed |",
         "|---|---|---:|---|---:|---:|---:|---:|",
     ]
     for row in found.rows:

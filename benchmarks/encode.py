@@ -72,7 +72,7 @@ def main() -> None:
     else:
         keep_freed_memory()
         with tempfile.TemporaryDirectory() as scratch:
-            cuts = [str(prune(args.models[0], depth, out=Path(scratch) / f"{depth} blocks")) for depth in args.depths]
+            cuts = [str(prune(args.models[0], depth, out=Path(scratch) / f"{depth} layers")) for depth in args.depths]
             ratios(args.models, cuts, Path(scratch), args)
     print(f"load {os.getloadavg()[0]:.2f} after")
 

@@ -54,7 +54,7 @@ def main() -> None:
     print(f"{args.threads} threads, {torch.__version__}; load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="export-") as name:
         folder = Path(name)
-        cuts = [str(prune(args.models[0], depth, out=folder / f"{depth} blocks")) for depth in args.depths]
+        cuts = [str(prune(args.models[0], depth, out=folder / f"{depth} layers")) for depth in args.depths]
         exports = {model: [make(model, way, folder, args) for way in WAYS] for model in (*args.models, *cuts)}
         for model, made in exports.items():
             compare(model, made, args)

@@ -8,7 +8,7 @@ of their ratios: processor seconds, which other work on the machine disturbs lea
 counted from when the model is open, so that what opening takes hides nothing. ``encode`` is
 ``SentenceTransformer.encode`` of the profile's distinct texts in batches of about the profile's token budget;
 ``papers`` is L3Prune's procedure as its public code has it, in float32: per batch three padded passes with the states
-of all blocks kept. ``profile`` has all its columns: fixed costs (checks of the quick ways, the language-model head,
+of all layers kept. ``profile`` has all its columns: fixed costs (checks of the quick ways, the language-model head,
 timing the parts) weigh more on few examples than on the usual 1280.
 
 ``sure`` replays the rule that stops ``--early-stopping`` on the losses by batch that profiles hold: a batch's losses
@@ -70,7 +70,7 @@ def run_papers(model, data: Pairs) -> None:
 
     Of each batch three passes (anchors, positives, negatives), padded on the left to the longest text; each text is
     tokenized once more alone, to find its part of the sequence; keys and values are kept; so are the states after
-    every block and, beside them, the normed ones; pooling weights are made text by text, at every depth.
+    every layer and, beside them, the normed ones; pooling weights are made text by text, at every depth.
     """
     transformer, tokenizer = model[0].auto_model, model.tokenizer
     norm = final_norm(transformer)

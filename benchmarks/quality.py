@@ -60,7 +60,7 @@ class Row:
 
     Attributes:
         about: What it says.
-        depth: How many of the first blocks: ``full``, ``large``, ``middle``, ``small``, ``embedder_small``,
+        depth: How many of the first layers: ``full``, ``large``, ``middle``, ``small``, ``embedder_small``,
             ``embedder_middle``, a number; or ``uniform`` or ``random`` for as many as ``small``.
         settings: Of the training; None: there is none.
         start: What is cut: the model, the row ``scout``, or the embedder.
@@ -79,7 +79,7 @@ class Row:
     vocab: bool = False
 
     def parts(self, args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
-        """The blocks that stay, of a model of ``depth``."""
+        """The layers that stay, of a model of ``depth``."""
         if self.depth in ("uniform", "random"):
             return blocks_to_keep(f"{self.depth}:{args.small}", depth, seed=seed)
         count = depth if self.depth == "full" else int(getattr(args, self.depth, self.depth))
@@ -104,11 +104,11 @@ ROWS = {
     "polish-large": Row("scout and polish, large, equal compute", "large", start="scout", compute="polish"),
     "polish-middle": Row("scout and polish, middle, equal compute", "middle", start="scout", compute="polish"),
     "polish-small": Row("scout and polish, small, equal compute", "small", start="scout", compute="polish"),
-    "depth-9": Row("9 blocks, same steps", "9"),
-    "depth-12": Row("12 blocks, same steps", "12"),
-    "depth-19": Row("19 blocks, same steps", "19"),
-    "random": Row("random blocks, same steps", "random"),
-    "uniform": Row("evenly spaced blocks, same steps", "uniform"),
+    "depth-9": Row("9 layers, same steps", "9"),
+    "depth-12": Row("12 layers, same steps", "12"),
+    "depth-19": Row("19 layers, same steps", "19"),
+    "random": Row("random layers, same steps", "random"),
+    "uniform": Row("evenly spaced layers, same steps", "uniform"),
     "small-both-ways": Row("small, attention both ways", "small", BLOCKS | {"bidirectional": True}),
     "small-mean": Row("small, mean pooling", "small", pooling="mean"),
     "small-vocab": Row("small, fewer tokens, same steps", "small", vocab=True),
@@ -116,17 +116,17 @@ ROWS = {
     "static": Row("token embeddings alone", "0", {"train": "all", "learning_rate": STATIC_LEARNING_RATE}),
     "embedder": Row("the embedder, as it came", settings=None, start="embedder"),
     "embedder-middle": Row(
-        "the embedder's first blocks (middle), distilled on texts alone", "embedder_middle", {}, "embedder"
+        "the embedder's first layers (middle), distilled on texts alone", "embedder_middle", {}, "embedder"
     ),
     "embedder-small": Row(
-        "the embedder's first blocks (small), distilled on texts alone", "embedder_small", {}, "embedder"
+        "the embedder's first layers (small), distilled on texts alone", "embedder_small", {}, "embedder"
     ),
     "embedder-vocab": Row("the embedder, fewer tokens, as they came", settings=None, start="embedder", vocab=True),
     "embedder-full-vocab": Row(
         "the embedder, fewer tokens, distilled on texts alone", "full", {}, "embedder", vocab=True
     ),
     "embedder-small-vocab": Row(
-        "the embedder's first blocks (small), fewer tokens, distilled on texts alone",
+        "the embedder's first layers (small), fewer tokens, distilled on texts alone",
         "embedder_small",
         {},
         "embedder",
@@ -173,13 +173,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--embedder", type=Path, help="a trained embedder, for the label-free rows")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--small", type=int, default=7, help="blocks of the small cuts")
-    parser.add_argument("--large", type=int, default=24, help="blocks of the large cut")
-    parser.add_argument("--middle", type=int, default=15, help="blocks of the middle cut")
+    parser.add_argument("--small", type=int, default=7, help="layers of the small cuts")
+    parser.add_argument("--large", type=int, default=24, help="layers of the large cut")
+    parser.add_argument("--middle", type=int, default=15, help="layers of the middle cut")
     parser.add_argument("--ladder", type=int, nargs="+", default=[6, 7, 9, 12, 15, 19, 24, 30], help="of the scout")
     parser.add_argument("--scout-share", type=float, default=0.25, help="of the compute of scout and polish together")
-    parser.add_argument("--embedder-small", type=int, default=3, help="blocks of the embedder's small cut")
-    parser.add_argument("--embedder-middle", type=int, default=4, help="blocks of the embedder's larger cut")
+    parser.add_argument("--embedder-small", type=int, default=3, help="layers of the embedder's small cut")
+    parser.add_argument("--embedder-middle", type=int, default=4, help="layers of the embedder's larger cut")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=48, help="tokens per text in training")
@@ -291,7 +291,7 @@ def reference_flops(args: argparse.Namespace) -> int:
 
 
 def step_flops(args: argparse.Namespace, folder: Path) -> int:
-    """Counted in one forward and backward pass of a batch of triplets at full length, the blocks' weights trained."""
+    """Counted in one forward and backward pass of a batch of triplets at full length, the layers' weights trained."""
     model = open_model(folder, device="cpu")
     config = TrainingConfig(train="blocks", batch_size=4, precision="float32")
     prepare(model, config)
@@ -305,7 +305,7 @@ def step_flops(args: argparse.Namespace, folder: Path) -> int:
 
 
 def static(args: argparse.Namespace, row: Row, folder: Path, seed: int, about: dict[str, Any]) -> Any:
-    """The model without any block, its token table trained; in memory, for no plain folder has 0 blocks."""
+    """The model without any layer, its token table trained; in memory, for no plain folder has 0 layers."""
     model = open_model(args.model, device="cpu")
     transformer = model[0].auto_model
     transformer.layers = torch.nn.ModuleList()
@@ -403,7 +403,7 @@ def table(args: argparse.Namespace) -> str:
     types = sorted({kind for name in ROWS for kinds in average(name).values() for kind in kinds if kind})
     heads = [
         "row",
-        "blocks",
+        "layers",
         "parameters, M",
         "steps",
         "trained, M",

@@ -7,8 +7,8 @@ by a hash of the anchor; each row of the table is trained on the others and scor
 finding each held-out anchor's positive among the held-out passages of its file, averaged over files. No evaluation task
 is looked at. A row and seed is a file of OUT, which is skipped when it is there; --table prints what is there.
 
-Rows ``scout-...`` are elastic trainings of all depths; ``alone-K`` are separate trainings of the first K blocks;
-``polish-K`` go on from the weights of the scout ``--from`` at K blocks, ``polish-K-taught`` with its full depth as
+Rows ``scout-...`` are elastic trainings of all depths; ``alone-K`` are separate trainings of the first K layers;
+``polish-K`` go on from the weights of the scout ``--from`` at K layers, ``polish-K-taught`` with its full depth as
 teacher. Settings follow a name: ``polish-7+learning_rate=1e-4+steps=257``.
 """
 
@@ -95,7 +95,7 @@ class Sandwich(Sampled):
 
 
 class Single(Elastic):
-    """One depth in each step, drawn anew, and no block beyond it is run; the full depth in ``share`` of the steps."""
+    """One depth in each step, drawn anew, and no layer beyond it is run; the full depth in ``share`` of the steps."""
 
     share, steps_run = 0.25, 0
 

@@ -4,7 +4,7 @@
 
 MODEL is a language model's folder, DATA a folder of training files. Three ways take turns on the same batches, each
 drawn from one file: ``plain`` is a loop as one writes it, in float32, every text padded to the maximum length, one
-pass for each column; ``secateur`` is the step of ``secateur heal``; ``small`` the same on the model's first blocks. A
+pass for each column; ``secateur`` is the step of ``secateur heal``; ``small`` the same on the model's first layers. A
 step is all of it: tokens, loss, gradients, clipping, the optimizer. Prints the median over the batches of the ratios,
 in seconds and in processor seconds (other work on the machine disturbs the latter less), after one batch that is not
 counted.
@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--train", choices=("lora", "blocks", "all"), default="lora")
-    parser.add_argument("--small", type=int, default=7, help="blocks of the small cut")
+    parser.add_argument("--small", type=int, default=7, help="layers of the small cut")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=64, help="tokens per text")
     parser.add_argument("--repeats", type=int, default=5, help="batches")
@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
 
 
 def open_part(folder: Path, blocks: int | None) -> SentenceTransformer:
-    """A model, or its first blocks, as ``heal`` trains it."""
+    """A model, or its first layers, as ``heal`` trains it."""
     model = open_model(folder, device="cpu")
     if blocks is not None:
         cut(model[0].auto_model, range(blocks))

@@ -339,14 +339,14 @@ def config_of(name: str) -> PretrainedConfig:
 
 
 def model_of(name: str) -> PreTrainedModel:
-    """A tiny random model whose blocks all differ, so that a wrong cut cannot look right."""
+    """A tiny random model whose layers all differ, so that a wrong cut cannot look right."""
     torch.manual_seed(0)
     config = config_of(name)
     encoder = blocks.encoder_class(config)
     model = (encoder(config) if encoder else AutoModel.from_config(config)).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            # The usual initialization is so small that blocks hardly matter, and makes norms the identity.
+            # The usual initialization is so small that layers hardly matter, and makes norms the identity.
             parameter.add_(0.1 * torch.randn_like(parameter)) if parameter.dim() < 2 else parameter.mul_(4)
     return model
 
@@ -383,7 +383,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
-    """The oracle: in the full, untouched model, all blocks but the kept ones hand on what they were given."""
+    """The oracle: in the full, untouched model, all layers but the kept ones hand on what they were given."""
 
     def hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
@@ -412,17 +412,17 @@ class Outcome:
     legal: tuple[int, ...] = ()
     illegal: str = ""  # what the refusal of the first illegal depth says
     kept: int = 0
-    in_memory: float = float("inf")  # cut model against the full one with its later blocks bypassed
-    through_norm: float | None = None  # cut model against hooked block output through the final norm
-    reloaded: float = float("inf")  # saved and reloaded against the full one with its later blocks bypassed
+    in_memory: float = float("inf")  # cut model against the full one with its later layers bypassed
+    through_norm: float | None = None  # cut model against hooked layer output through the final norm
+    reloaded: float = float("inf")  # saved and reloaded against the full one with its later layers bypassed
     keys: str = ""  # tensors missing, unexpected or mismatched on reloading
-    subset: float | None = None  # as reloaded, for blocks 0, 2 and the last; None where refused
+    subset: float | None = None  # as reloaded, for layers 0, 2 and the last; None where refused
     subset_refused: str = ""
     padding: str = ""  # sides on which a padded batch gives the vectors of its single texts
     lora: tuple[str, ...] = ()
     adapters: int = 0  # adapters that peft attached
     idle: tuple[str, ...] = ()  # adapters without a gradient
-    bare: tuple[str, ...] = ()  # linear modules inside the blocks that got no adapter
+    bare: tuple[str, ...] = ()  # linear modules inside the layers that got no adapter
     experts: bool = False  # whether peft adapts packed experts too
 
 
@@ -490,7 +490,7 @@ def cut_and_reload(
 
 @torch.no_grad()
 def hooked(model: PreTrainedModel, depth: int, features: dict[str, torch.Tensor]) -> torch.Tensor:
-    """States after ``depth`` blocks of the full model, through its final norm."""
+    """States after ``depth`` layers of the full model, through its final norm."""
     caught = []
     hook = blocks.blocks_of(model)[depth - 1].register_forward_hook(lambda *call: caught.append(call[-1]))
     model(**features)
@@ -543,22 +543,22 @@ def adapt(
 
 HEADER = """# Architectures
 
-Which architectures secateur can cut, and to which depths. This was measured on tiny random models of {depth} blocks
+Which architectures secateur can cut, and to which depths. This was measured on tiny random models of {depth} layers
 with transformers {version}, by `python tests/architectures.py > docs/reference/architectures.md`: each was cut, saved,
-reloaded with stock transformers, and compared with the full model in which the other blocks return their input
+reloaded with stock transformers, and compared with the full model in which the other layers return their input
 unchanged. An architecture that is not here is cut by the same rules, which look at structure and not at names.
 
-- **Legal depths**: depths that the first blocks can be cut to; secateur computes them for each model.
-- **Subsets**: whether blocks 0, 2 and the last can be kept alone.
-- **Profile**: `one pass` where the final norm of a block's states is what the model returns; `per depth` where
-  something else stands after the blocks, so that a profile takes a forward pass for each depth.
+- **Legal depths**: depths that the first layers can be cut to; secateur computes them for each model.
+- **Subsets**: whether layers 0, 2 and the last can be kept alone.
+- **Profile**: `one pass` where the final norm of a layer's states is what the model returns; `per depth` where
+  something else stands after the layers, so that a profile takes a forward pass for each depth.
 - **Padding**: the side on which a padded batch gives the vectors of its single texts; `none` where padding reaches the
   vectors on either side (convolutions or landmarks over the padding), so that texts should be encoded one by one or by
   equal length. A language model's folder is written with right padding.
 - **LoRA targets**: what `secateur heal` adapts. *+ experts* where peft adapts the packed experts too; of those models
   it leaves the dense gate, up and down projections alone.
 
-| architecture | blocks | final norm | legal depths | subsets | profile | padding | LoRA targets |
+| architecture | layers | final norm | legal depths | subsets | profile | padding | LoRA targets |
 |---|---|---|---|---|---|---|---|
 """
 
@@ -585,7 +585,7 @@ def legal_cell(legal: Sequence[int]) -> str:
     if len(legal) == DEPTH:
         return "all"
     cuts = [str(depth) for depth in legal if depth < DEPTH]
-    return f"{', '.join(cuts)} of {DEPTH}" if cuts else "none: its blocks depend on the depth"
+    return f"{', '.join(cuts)} of {DEPTH}" if cuts else "none: its layers depend on the depth"
 
 
 def main() -> None:

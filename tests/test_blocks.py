@@ -1,4 +1,4 @@
-"""Finding and cutting blocks, where the matrix (test_architectures.py) does not look: fields, refusals, traps."""
+"""Finding and cutting layers, where the matrix (test_architectures.py) does not look: fields, refusals, traps."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ class TestFinding:
 
     def test_shared_blocks_are_refused_in_a_clear_line(self):
         for refused in (blocks.find_stack, blocks.depth_of, lambda model: cutting.cut(model, [0])):
-            with pytest.raises(UnsupportedArchitecture, match="its 6 layers share the weights of 1 block"):
+            with pytest.raises(UnsupportedArchitecture, match="its 6 layers share the weights of 1, so none"):
                 refused(model_of("albert"))
         with pytest.raises(UnsupportedArchitecture, match="share the weights"):
             cutting.check_keep(config_of("albert"), [0, 1])
 
     def test_a_model_without_a_stack_of_blocks_is_refused(self):
-        with pytest.raises(UnsupportedArchitecture, match="ResNetModel has no list of its blocks"):
+        with pytest.raises(UnsupportedArchitecture, match="ResNetModel has no list of its layers"):
             blocks.find_stack(AutoModel.from_config(ResNetConfig(hidden_sizes=[8], depths=[1], embedding_size=8)))
 
     def test_a_configuration_without_a_text_model_is_refused(self):
@@ -208,12 +208,12 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("keep", "problem"),
         [
-            ([], "at least one block must stay"),
-            (range(7), "its blocks are 0 to 5"),
-            ([-1, 0], "its blocks are 0 to 5"),
-            ([0, 6], "its blocks are 0 to 5"),
-            ([0, 1, 1], "blocks must ascend, each at most once"),
-            ([2, 0], "blocks must ascend, each at most once"),
+            ([], "at least one layer must stay"),
+            (range(7), "its layers are 0 to 5"),
+            ([-1, 0], "its layers are 0 to 5"),
+            ([0, 6], "its layers are 0 to 5"),
+            ([0, 1, 1], "layers must ascend, each at most once"),
+            ([2, 0], "layers must ascend, each at most once"),
         ],
     )
     def test_blocks_that_are_not_there(self, keep, problem):
@@ -276,7 +276,7 @@ class TestCut:
         assert distance(states(reloaded(ours, tmp_path / "ours"), batch()), expected) < TOLERANCE
 
     def test_the_naive_cut_of_nemotron_h_reloads_wrong_and_this_one_does_not(self, tmp_path):
-        """It counts its blocks by their kinds and ignores the number."""
+        """It counts its layers by their kinds and ignores the number."""
         model = model_of("nemotron_h")
         with bypassed(model, range(3)):
             expected = states(model, batch())

@@ -195,7 +195,7 @@ def test_a_single_block():
         assert blocks_to_keep(f"{name}:1", 1, profile) == (0,)
     assert depth_of("knee", profile) == depth_of("best-task", profile) == 1
     for name in ("small", "large", "l3prune-interior-small"):
-        with pytest.raises(IllegalDepth, match="a single block has no halves"):
+        with pytest.raises(IllegalDepth, match="a single layer has no halves"):
             depth_of(name, profile)
 
 
@@ -221,15 +221,15 @@ def test_what_all_batches_share_leaves_the_selection_probabilities_sharp():
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("l3prune", "to: is 'l3prune': give a number of blocks"),
-        ("uniform", "uniform must be told how many blocks to keep: uniform:7"),
+        ("l3prune", "to: is 'l3prune': give a number of layers"),
+        ("uniform", "uniform must be told how many layers to keep: uniform:7"),
         ("uniform:", "must be told"),
         ("uniform:-1", "must be told"),
         ("uniform:2:3", "must be told"),
         ("random:2:3:4", "must be told"),
-        ("knee:3", "knee decides by itself"),
-        ("uniform:0", "cannot cut 6 blocks to 0"),
-        ("random:7", "cannot cut 6 blocks to 7: that would keep 7: nearest legal: 6"),
+        ("knee:3", "knee chooses the number of layers itself"),
+        ("uniform:0", "cannot cut a model of 6 layers to 0"),
+        ("random:7", "cannot cut a model of 6 layers to 7: that would keep 7: nearest legal: 6"),
         ("", "to: is ''"),
         ("nan", "to: is nan"),
         ("1e400", "to: is 1e400"),
@@ -246,13 +246,13 @@ def test_profiles_that_are_missing_or_of_another_model():
         assert needs_profile(name)
         with pytest.raises(ConfigError, match="which needs a profile: give --profile DIR"):
             blocks_to_keep(name, 6)
-        with pytest.raises(ConfigError, match="has 3 depths, but the model has 6 blocks"):
+        with pytest.raises(ConfigError, match="has 3 depths, but the model has 6 layers"):
             blocks_to_keep(name, 6, table([3.0, 2, 1]))
     assert not any(map(needs_profile, ("7", 0.3, "uniform:7", "random:7:1", "first:7")))
 
 
 PARTS = tuple(LayerCost(k, 1000 + 100 * k, 4000 + 400 * k, 10.0 * k, 0.001 * (k + 1), 0.01) for k in range(7))
-"""Costs of six blocks that differ."""
+"""Costs of six layers that differ."""
 
 
 def costs(column: str) -> list[float]:

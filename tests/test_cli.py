@@ -206,10 +206,10 @@ def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("prune", "model", "--to", "0"), "cannot cut 3 blocks to 0"),
-        (("prune", "model", "--to", "4"), "cannot cut 3 blocks to 4: that would keep 4: nearest legal: 3"),
-        (("prune", "model", "--to", "-1"), "cannot cut 3 blocks to -1"),
-        (("prune", "model", "--to", "0.9"), "cannot cut 3 blocks to 0.9: that would keep 0"),
+        (("prune", "model", "--to", "0"), "cannot cut a model of 3 layers to 0"),
+        (("prune", "model", "--to", "4"), "cannot cut a model of 3 layers to 4: that would keep 4: nearest legal: 3"),
+        (("prune", "model", "--to", "-1"), "cannot cut a model of 3 layers to -1"),
+        (("prune", "model", "--to", "0.9"), "cannot cut a model of 3 layers to 0.9: that would keep 0"),
         (("prune", "model", "--to", "1.5"), "to: is 1.5"),
         (("prune", "model", "--to", "nan"), "to: is nan"),
         (("prune", "model", "--to", "inf"), "to: is inf"),
@@ -241,7 +241,7 @@ def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run)
         (("evaluate", "model", "--tasks", "NoSuchTaskAnywhere"), "NoSuchTaskAnywhere"),
         (("study",), "no model given"),
         (("study", "model"), "no data to profile and heal with"),
-        (("study", "model", "--data", "words.jsonl", "--batch-size", "8", "--depths", "1", "9"), "3 blocks to 9"),
+        (("study", "model", "--data", "words.jsonl", "--batch-size", "8", "--depths", "1", "9"), "3 layers to 9"),
         (("study", "model", "--data", "words.jsonl", "--batch-size", "8", "--tasks", "./nowhere"), "nowhere"),
         (("study", "model", "model", "--data", "words.jsonl"), "two models are called model"),
         (("study", "--preset", "other"), "preset: 'other' is not valid"),
@@ -495,7 +495,7 @@ def test_a_sign_that_the_code_page_lacks_is_replaced(page: str, tmp_path: Path, 
         cli.main()
     assert ended.value.code == 0
     shown = out.buffer.getvalue().decode(page)
-    assert "??: 4 blocks" in shown and "l3prune-large" in shown
+    assert "??: 4 layers" in shown and "l3prune-large" in shown
 
 
 def test_the_installed_command_answers(tmp_path: Path):

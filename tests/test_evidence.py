@@ -122,7 +122,7 @@ def test_budgets_limit_what_may_be_chosen(limit: str, column: str, unit: int):
         secateur.choose(table, **{limit: unit * cost(5, column)})
     least = unit * cost(6, column)
     assert f" {least:.3g} ms" in str(caught.value) if column == "latency" else f" {least:,.0f} " in str(caught.value)
-    with pytest.raises(DataError, match=r"has no costs of the blocks.*scout again"):
+    with pytest.raises(DataError, match=r"has no costs of the layers.*scout again"):
         secateur.choose(scout(USUAL, layer_costs=()), **{limit: 1e9})
 
 
@@ -234,7 +234,7 @@ def test_a_trained_depth_whose_score_is_no_number_ends_the_search():
 def test_the_sentence_says_that_a_budget_costs_more_than_the_tolerance():
     assert said(scout(USUAL), max_params=cost(9, "parameters")).startswith(
         "9 of 30 layers, the highest score of those that fit: up to 2.1 points may be lost against all 30 in the same "
-        "training (difference −1.0, 95 % interval −2.1 to +0.1), more than the tolerance of 1; to stay within the "
+        "training (difference −1.0, 95 % interval −2.1 to +0.1), more than the tolerance of 1; staying within the "
         "tolerance takes 12 layers. "
     )
     bump = ladder(d6=(0, -0.5, 0.5), d9=(-1, -2.1, 0.1), d12=(0, -0.5, 0.5))
@@ -373,8 +373,8 @@ def test_chosen_is_a_selector_of_its_own(place: Path):
         ("chosen", None, "which needs a scout: give --profile DIR"),
         ("chosen", profile(), "is a profile, but chosen needs a scout: give the folder that secateur scout wrote"),
         ("knee", scout(USUAL), "is a scout, but knee needs a profile: chosen reads a scout"),
-        ("chosen:3", scout(USUAL), "chosen chooses the number of blocks itself"),
-        ("chosen", scout(USUAL, depth=DEPTH + 1), "has 31 depths, but the model has 30 blocks"),
+        ("chosen:3", scout(USUAL), "chosen chooses the number of layers itself"),
+        ("chosen", scout(USUAL, depth=DEPTH + 1), "has 31 depths, but the model has 30 layers"),
     ):
         with pytest.raises(SecateurError, match=re.escape(says)):
             blocks_to_keep(spec, DEPTH, table)

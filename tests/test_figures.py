@@ -197,7 +197,7 @@ def test_the_size_curve_draws_curve_plateau_and_price() -> None:
 
 
 def test_labels_of_crowded_points_do_not_overlap() -> None:
-    crowd = [Point("s", f"{i} blocks", 0.5 + 0.0001 * i, None, None, 1500 + i) for i in range(5)]
+    crowd = [Point("s", f"{i} layers", 0.5 + 0.0001 * i, None, None, 1500 + i) for i in range(5)]
     ends = [Point("s", label, score, None, None, size) for label, score, size in (("a", 0.4, 1000), ("b", 0.6, 2000))]
     figure = frontier([*crowd, *ends], "Parameters")
     figure.draw_without_rendering()

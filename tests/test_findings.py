@@ -28,7 +28,7 @@ NOISE = {task: np.random.default_rng(i).normal(0, 0.01, 2000) for i, task in enu
 
 
 def write_model(run: Path, name: str, depth: int, score: float, seed: int | None = 42, own: float = 0.001) -> None:
-    """A model of 8 blocks with a score on two tasks, and draws that are the shared noise and a little of its own."""
+    """A model of 8 layers with a score on two tasks, and draws that are the shared noise and a little of its own."""
     Origin(MADE, "org/tiny", 8, tuple(range(depth)), "mean", 0.0, ("secateur prune",)).save(run / "models" / name)
     if seed is not None:
         provenance = Provenance("secateur", MADE.created, seed, {}, (), {})

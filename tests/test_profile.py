@@ -76,7 +76,7 @@ def architecture(folder: Path, name: str) -> Path:
 
 
 def papers_losses(model, pairs, prompt: str, scale: float, size: int) -> np.ndarray:
-    """L3Prune's selection as METHOD says it: one text at a time, loops, the other blocks bypassed; (depths,)."""
+    """L3Prune's selection as METHOD says it: one text at a time, loops, the other layers bypassed; (depths,)."""
     transformer, tokenizer = model[0].auto_model, model.tokenizer
     depth = len(blocks_of(transformer))
 
@@ -209,7 +209,7 @@ def test_gradients_flow_through_every_depth_as_through_the_cut_models(make_encod
         first, same = (m[0].auto_model.layers[0].mlp.up_proj.weight.grad for m in (model, pruned))
         assert torch.allclose(first, same, atol=1e-5), depth
     for wrong in ([0], [5]):
-        with pytest.raises(ConfigError, match=f"depths: is {wrong[0]}: the model has 4 blocks"):
+        with pytest.raises(ConfigError, match=f"depths: is {wrong[0]}: the model has 4 layers"):
             check_depths(model, wrong)
 
 
@@ -278,7 +278,7 @@ def test_angles_influence_and_tables_have_their_shapes(llama, pairs, tmp_path):
 
 @torch.no_grad()
 def raw_states(transformer, ids: torch.Tensor) -> list[np.ndarray]:
-    """The last token's state before the first block and after each, none of them normed."""
+    """The last token's state before the first layer and after each, none of them normed."""
     caught = []
     handles = [transformer.layers[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))]
     handles += [

@@ -48,7 +48,7 @@ DEPTH = 5
 
 @torch.no_grad()
 def expected(model: PreTrainedModel, folder: Path, keep: Sequence[int], pooling: str = "weighted_mean") -> np.ndarray:
-    """Each text alone through the uncut model, whose other blocks hand on what they are given; no padding."""
+    """Each text alone through the uncut model, whose other layers hand on what they are given; no padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vectors = []
     for text in TEXTS:
@@ -87,7 +87,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cut(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Blocks 0, 2 and 3."""
+    """Layers 0, 2 and 3."""
     return secateur.prune(source, keep="0, 2-3", out=tmp_path_factory.mktemp("cut") / "cut")
 
 
@@ -269,15 +269,15 @@ def test_the_command_takes_from_the_hub_only_what_stays(source: Path, cut: Path,
     [
         ({}, "to: is missing, as are keep and drop: give exactly one"),
         ({"to": 2, "keep": "0"}, "to: cannot go with keep"),
-        ({"keep": "0-1,x,3"}, "keep: 'x' is no block and no range of blocks"),
-        ({"keep": "0-1,,3"}, "keep: '' is no block"),
+        ({"keep": "0-1,x,3"}, "keep: 'x' is no layer and no range of layers"),
+        ({"keep": "0-1,,3"}, "keep: '' is no layer"),
         ({"keep": "3-1"}, "keep: '3-1' runs backwards: 1-3"),
-        ({"keep": "0,4-99999999999999999999"}, "'4-99999999999999999999' is not in the model: its blocks are 0 to 4"),
+        ({"keep": "0,4-99999999999999999999"}, "'4-99999999999999999999' is not in the model: its layers are 0 to 4"),
         ({"keep": "0-2,2"}, "keep: '2' does not come after 2"),
         ({"keep": [2, 0]}, "keep: '0' does not come after 2"),
-        ({"keep": [-1]}, "keep: '-1' is no block"),
-        ({"keep": []}, "keep: names no block"),
-        ({"drop": "0-4"}, "drop: would leave none of the 5 blocks"),
+        ({"keep": [-1]}, "keep: '-1' is no layer"),
+        ({"keep": []}, "keep: names no layer"),
+        ({"drop": "0-4"}, "drop: would leave none of the 5 layers"),
         ({"drop": "5"}, "drop: '5' is not in the model"),
     ],
 )
@@ -294,7 +294,7 @@ def test_options_that_do_not_go_together_are_refused(source: Path, tmp_path: Pat
     measured = secateur.profile(source, pairs, batch_size=4, dtype="float32")
     embedder = secateur.prune(source, 2, out=tmp_path / "embedder")
     for model, options, says in (
-        (source, {"to": 2, "profile": measured}, "profile: is not asked: to 2 tells the blocks: leave it out"),
+        (source, {"to": 2, "profile": measured}, "profile: is not asked: to 2 tells the layers: leave it out"),
         (source, {"keep": "0-1", "profile": "nowhere"}, "profile: is not asked: keep 0-1"),
         (source, {"to": "small", "profile": measured, "pooling": "lasttoken"}, "measured with weighted_mean"),
         (source, {"to": 2, "revision": "foo"}, "revision: .* is here and not on the Hub"),
@@ -330,7 +330,7 @@ def test_sources_that_will_not_do(source: Path, cut: Path, tmp_path: Path):
     broken = shutil.copytree(cut, tmp_path / "broken")
     origin = json.loads((broken / Origin.file).read_text())
     (broken / Origin.file).write_text(json.dumps(origin | {"kept": [0, 1]}))
-    refused("lists 2 blocks, but it has 3", broken)
+    refused("lists 2 layers, but it has 3", broken)
     (broken / "1_Pooling/config.json").unlink()
     refused("1_Pooling: has no config.json", broken)
     (broken / "modules.json").write_text('[{"type": "mine.Own", "path": ""}]')

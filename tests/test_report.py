@@ -589,7 +589,7 @@ def test_the_model_card_has_metadata_scores_and_use(run: Path) -> None:
             }
         ],
     }
-    assert "the first 6 of the 8 blocks" in body
+    assert "the first 6 of the 8 layers" in body
     code = re.search(r"```python\n(.*?)```", body, re.S)
     assert code is not None
     compile(code[1], "card", "exec")
@@ -694,9 +694,9 @@ def test_a_card_of_the_users_own_is_left_alone(run: Path) -> None:
     assert CARD_MARK in generated.read_text(encoding="utf-8")
 
 
-def test_other_subsets_are_named_by_block(tmp_path: Path) -> None:
+def test_other_subsets_are_named_by_layer(tmp_path: Path) -> None:
     origin = Origin(made("secateur prune"), "org/tiny", 8, (0, 1, 2, 5, 7), "mean", 0.0, ())
     origin.save(tmp_path / "models" / "tiny-5-zero-shot")
     page = read(report(tmp_path))
-    assert "blocks 0-2,5,7 (counted from 0, as by --keep)" in page.text
+    assert "layers 0-2,5,7 (counted from 0, as by --keep)" in page.text
     assert "secateur prune" in page.text

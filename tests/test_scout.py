@@ -140,7 +140,7 @@ def test_more_depths_are_scored_and_nothing_is_done_twice(
     monkeypatch.setattr(scouting, "open_model", None)
     assert secateur.scout(four_layers, pairs_file, **given) == more == load(out, Scout)
     monkeypatch.setattr(scouting, "open_model", lambda *_, **__: model)
-    with pytest.raises(ConfigError, match="score: is 5: the model has 4 blocks"):
+    with pytest.raises(ConfigError, match="score: is 5: the model has 4 layers"):
         secateur.scout(four_layers, pairs_file, **given, score=[5])
 
 
@@ -297,13 +297,13 @@ def test_depths_that_cannot_be_are_refused_before_the_training(
 ):
     monkeypatch.setattr(scouting, "heal", None)
     given: dict[str, Any] = {**SETTINGS, "tasks": tasks, "out": tmp_path / "out"}
-    with pytest.raises(ConfigError, match="depths: is 9: the model has 4 blocks"):
+    with pytest.raises(ConfigError, match="depths: is 9: the model has 4 layers"):
         secateur.scout(four_layers, pairs_file, **given, depths=[9])
     monkeypatch.setattr("secateur.profiling.depths.legal_depths", lambda config: (2, 4))
-    with pytest.raises(IllegalDepth, match="cannot cut 4 blocks to 3: the model cannot be cut there"):
+    with pytest.raises(IllegalDepth, match="cannot cut a model of 4 layers to 3: the model cannot be cut there"):
         secateur.scout(four_layers, pairs_file, **given, score=[3], depths=[2])
     monkeypatch.setattr("secateur.profiling.depths.ends_with_norm", lambda model: False)
-    with pytest.raises(UnsupportedArchitecture, match="more than a norm follows its blocks"):
+    with pytest.raises(UnsupportedArchitecture, match="more than a norm follows its layers"):
         secateur.scout(four_layers, pairs_file, **given, depths=[2])
     assert list((tmp_path / "out").iterdir()) == []
 

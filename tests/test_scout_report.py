@@ -313,11 +313,11 @@ def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
     card = plain((reported / "models" / "tiny-4-polished" / "README.md").read_text(encoding="utf-8"))
     assert CARD_MARK in card
     assert "trained together with other depths, then alone" in card
-    assert "Trained on from tiny-4-scout, which has the weights of a scout." in card
+    assert "Training continued from tiny-4-scout, which has a scout's weights." in card
     assert (
         "Scout: secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny; seed 7;" in card
     )
-    assert "Score of 4 blocks in the scout: 58.1 (55.9 to 60.3), −0.6 points to all 8 in the same training." in card
+    assert "Score of 4 layers in the scout: 58.1 (55.9 to 60.3), −0.6 points to all 8 in the same training." in card
     assert NLI.sha256 in card and SICK.sha256 in card  # of the scout's data, and of its own
     assert "which had only the scout's training" in card
     cut = (reported / "models" / "tiny-4-scout" / "README.md").read_text(encoding="utf-8")
@@ -386,7 +386,7 @@ def test_a_cut_vocabulary_has_its_section_its_columns_and_its_place_in_the_card(
         assert all(said in cards[name] for name in ("tiny-8-trimmed", "tiny-4-polished")), said
         assert said not in cards["tiny-8-zero-shot"]
     assert (
-        "30.3 points more" in cards["tiny-4-polished"] and "with all its blocks and tokens" in cards["tiny-4-polished"]
+        "30.3 points more" in cards["tiny-4-polished"] and "with all its layers and tokens" in cards["tiny-4-polished"]
     )
 
 

@@ -158,7 +158,7 @@ def test_other_options_are_refused_in_the_same_run_folder(changes: dict[str, obj
         ({"data": ["nowhere.jsonl"]}, DataError, "no such file"),
         ({"data": []}, ConfigError, "no data"),
         ({"tasks": ["./nowhere"]}, DataError, "nowhere"),
-        ({"depths": ["3"]}, IllegalDepth, "cannot cut 2 blocks to 3"),
+        ({"depths": ["3"]}, IllegalDepth, "cannot cut a model of 2 layers to 3"),
         ({"depths": ["half"]}, ConfigError, "half"),
         ({"batch_size": 64}, DataError, "nothing fills a batch of 64"),
         ({"depths": [], "tasks": []}, DataError, "queries can be held out"),

@@ -29,7 +29,7 @@ def write_costs(run: Path, **sizes: tuple[int, tuple[float, float, float]]) -> N
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Six of eight blocks as good as all; three lose ten points."""
+    """Six of eight layers as good as all; three lose ten points."""
     monkeypatch.setattr("secateur.reporting.report.save", lambda figure, path: path)
     folder = tmp_path / "my run"
     for depth, score in ((8, 0.80), (6, 0.80), (3, 0.70)):

@@ -246,7 +246,7 @@ def test_where_the_model_is_found(home: Path, tmp_path: Path, monkeypatch: pytes
     assert secateur.choose(earlier, **ask)["vocab_size"] == 400
     with pytest.raises(ModelError, match="no such file"):
         secateur.choose(profile, **ask, model="./nowhere")
-    with pytest.raises(ConfigError, match="has 4 blocks, but the profile is of a model of 3"):
+    with pytest.raises(ConfigError, match="has 4 layers, but the profile is of a model of 3"):
         secateur.choose(replace(profile, depth=3, depths=profile.depths[:3]), **ask)
 
 

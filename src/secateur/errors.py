@@ -2,8 +2,8 @@
 
     SecateurError
     ├── ModelError                a model that is missing, half written, or not a text model
-    │   └── UnsupportedArchitecture   its blocks cannot be found or cut
-    ├── IllegalDepth              a depth or set of blocks that this model cannot be cut to
+    │   └── UnsupportedArchitecture   its layers cannot be found or cut
+    ├── IllegalDepth              a depth or set of layers that this model cannot be cut to
     ├── DataError                 a data or task file: which file, which line, which field
     ├── ConfigError               an option or a configuration key
     ├── OutputError               the place results should go to
@@ -48,13 +48,13 @@ class ModelError(SecateurError):
 
 
 class UnsupportedArchitecture(ModelError):
-    """A model whose blocks cannot be found, or cannot be cut at all."""
+    """A model whose layers cannot be found, or cannot be cut at all."""
 
 
 class IllegalDepth(SecateurError):
-    """A depth, or a set of blocks, that a model cannot be cut to.
+    """A depth, or a set of layers, that a model cannot be cut to.
 
-    ``asked`` is what was asked for, ``depth`` how many blocks the model has, ``nearest`` the closest legal depths.
+    ``asked`` is what was asked for, ``depth`` how many layers the model has, ``nearest`` the closest legal depths.
     """
 
     def __init__(self, asked: object, depth: int, problem: str, nearest: Sequence[int] = ()) -> None:
@@ -62,7 +62,7 @@ class IllegalDepth(SecateurError):
         self.depth = depth
         self.nearest = tuple(nearest)
         hint = f"nearest legal: {', '.join(map(str, self.nearest))}" if self.nearest else ""
-        super().__init__(f"cannot cut {depth} blocks to {asked}: {problem}", hint)
+        super().__init__(f"cannot cut a model of {depth} layers to {asked}: {problem}", hint)
 
 
 class DataError(SecateurError):

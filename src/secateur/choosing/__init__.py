@@ -1,1 +1,1 @@
-"""From a profile and a budget to the blocks that are kept."""
+"""From a profile and a budget to the layers that are kept."""

@@ -68,7 +68,7 @@ def check_costs(table: Profile | Scout) -> None:
     """
     if not table.layer_costs:
         hint = f"it was made by an earlier version; {table.kind} again"
-        raise DataError(table.file, "has no costs of the blocks", hint, field="layer_costs")
+        raise DataError(table.file, "has no costs of the layers", hint, field="layer_costs")
 
 
 def fits(options: Budget, table: Profile | Scout, blocks: Sequence[int]) -> bool:

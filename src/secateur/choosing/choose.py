@@ -144,7 +144,7 @@ def blocks_to_keep(
     elif number.is_integer():
         kept = int(number)
     else:
-        raise ConfigError("to", to, f"is {to}", "a number of blocks to keep is whole, a share to remove below 1")
+        raise ConfigError("to", to, f"is {to}", "a number of layers to keep is whole, a share to remove below 1")
     _check_count(kept, to, depth)
     return prefix(kept)
 
@@ -185,14 +185,14 @@ def choice_of(name: str, depth: int, profile: Measured | None = None, *, seed: i
 def _table_for(name: str, depth: int, given: Measured | None, kind: type[T]) -> T:
     """The table that a selection method reads, of a model of that depth."""
     if given is None:
-        hint = "give --profile DIR, or a number of blocks"
+        hint = "give --profile DIR, or a number of layers"
         raise ConfigError("to", name, f"is {name}, which needs a {kind.kind}", hint)
     table = read_table(given)
     if not isinstance(table, kind):
         hint = f"{CHOSEN} reads a scout" if isinstance(table, Scout) else "give the folder that secateur scout wrote"
         raise ConfigError("profile", table.model, f"is a {table.kind}, but {name} needs a {kind.kind}", hint)
     if table.depth != depth:
-        problem = f"has {table.depth} depths, but the model has {depth} blocks"
+        problem = f"has {table.depth} depths, but the model has {depth} layers"
         raise ConfigError("profile", table.model, problem)
     return table
 
@@ -205,15 +205,15 @@ def _parse(text: str) -> tuple[str, int, int | None]:
         known = ", ".join(
             [CHOSEN, *SHORT, *(key if not item.counts else f"{key}:K" for key, item in SELECTORS.items())]
         )
-        hint = f"give a number of blocks, a share to remove, or one of {known}"
+        hint = f"give a number of layers, a share to remove, or one of {known}"
         raise ConfigError("to", text, f"is {text!r}", hint)
     if key == CHOSEN or not SELECTORS[key].counts:
         if numbers:
-            raise ConfigError("to", text, f"is {text!r}, but {name} chooses the number of blocks itself", name)
+            raise ConfigError("to", text, f"is {text!r}, but {name} chooses the number of layers itself", name)
         return key, 0, None
     most = 2 if name == "random" else 1
     if not (1 <= len(numbers) <= most and all(re.fullmatch("[0-9]{1,9}", number) for number in numbers)):
-        raise ConfigError("to", text, f"is {text!r}, but {name} must be told how many blocks to keep", f"{name}:7")
+        raise ConfigError("to", text, f"is {text!r}, but {name} must be told how many layers to keep", f"{name}:7")
     return key, int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None
 
 

@@ -147,7 +147,7 @@ def l3prune(question: Question, half: int, rule: Rule = lowest_in_each_half) -> 
     table, depth = _profile(question), question.depth
     losses = losses_of(table)
     if depth == 1:
-        raise IllegalDepth("small and large", depth, "a single block has no halves")
+        raise IllegalDepth("small and large", depth, "a single layer has no halves")
     chosen, chance = by_rule(table, rule, half)
     where = f"depths {depth // 2 + 1} to {depth}" if half else f"depths 1 to {depth // 2}"
     loss = f"loss {losses[chosen - 1]:.4f}"
@@ -168,7 +168,7 @@ def by_knee(question: Question) -> Choice:
     if knee_strength(losses).max() > FLAT:
         return Choice(
             prefix(depth),
-            f"beyond it, the loss falls more slowly than blocks are added; {loss}",
+            f"beyond it, the loss falls more slowly than layers are added; {loss}",
             selection_probability=chance,
         )
     return Choice(prefix(depth), f"the lowest loss, {loss}", "the curve has no knee", chance)
@@ -215,7 +215,7 @@ def angular(question: Question) -> Choice:
         raise DataError(table.file, problem, "this architecture's states have another layout", field="angular")
     gone = table.depth - count
     if not gone:
-        return Choice(prefix(count), "all blocks")
+        return Choice(prefix(count), "all layers")
     distances = []
     for start in range(count + 1):
         distance = table.angular[start][start + gone]
@@ -224,7 +224,7 @@ def angular(question: Question) -> Choice:
         distances.append((distance, start))
     distance, start = min(distances)
     kept = tuple(i for i in range(table.depth) if not start <= i < start + gone)
-    reason = f"blocks {start} to {start + gone - 1} (from 0) turn the state least, by {distance:.3f} of a half turn"
+    reason = f"layers {start} to {start + gone - 1} (from 0) turn the state least, by {distance:.3f} of a half turn"
     return Choice(kept, reason)
 
 
@@ -244,7 +244,7 @@ def at_random(question: Question) -> Choice:
 
 def first(question: Question) -> Choice:
     """The first layers: the last ones go."""
-    return Choice(prefix(question.count), "the first blocks")
+    return Choice(prefix(question.count), "the first layers")
 
 
 @dataclass(frozen=True)

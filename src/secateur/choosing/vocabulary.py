@@ -94,7 +94,7 @@ def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: 
         problem = f"{name}, of which the {table.kind} is, cannot be opened any more"
         raise ConfigError("model", name, problem, "name it: --model MODEL") from error
     if (depth := depth_of(opened.transformer)) != table.depth:
-        problem = f"{name} has {depth} blocks, but the {table.kind} is of a model of {table.depth}"
+        problem = f"{name} has {depth} layers, but the {table.kind} is of a model of {table.depth}"
         raise ConfigError("model", name, problem, f"name the model of the {table.kind}: --model MODEL")
     prompts = opened.prompts.values()
     counted = count_vocabulary(name, opened.tokenizer, opened.transformer, options, prompts=prompts, progress=progress)

@@ -89,7 +89,7 @@ def show_candidates(found: Candidates | Rungs) -> None:
         return
     columns: dict[str, Callable[[Candidate], str | Cell]] = {  # short: they fit into 80 characters
         "name": lambda row: row.name,
-        "blocks": lambda row: str(len(row.blocks)),
+        "layers": lambda row: str(len(row.blocks)),
         "prob.": lambda row: number(row.selection_probability, ".0%"),
         "loss": lambda row: loss(row.loss),
         "from": lambda row: number(row.loss_low, ".2f"),
@@ -100,9 +100,9 @@ def show_candidates(found: Candidates | Rungs) -> None:
         "ms": lambda row: number(row.latency and 1000 * row.latency),
         "speed": lambda row: NONE if row.speed is None else f"{row.speed:.1f}×",
     }
-    _show(Table.of(f"{found.model}: {found.depth} blocks", found.rows, columns).filled())
+    _show(Table.of(f"{found.model}: {found.depth} layers", found.rows, columns).filled())
     for row in found.rows[1:]:
-        kept = "" if is_prefix(row.blocks) else f"blocks {ranges(row.blocks)} (from 0), "
+        kept = "" if is_prefix(row.blocks) else f"layers {ranges(row.blocks)} (from 0), "
         typer.echo(f"{row.name}: {kept}{row.reason}" + (f" (note: {row.warning})" if row.warning else ""))
     for name, why in found.refused.items():
         typer.echo(f"{name}: cannot be told: {why}")

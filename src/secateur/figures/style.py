@@ -111,7 +111,7 @@ def legend(figure: Figure, axes: Any) -> None:
 
 
 def depth_axis(axes: Any, depth: int) -> None:
-    axes.set_xlabel(f"Depth (blocks kept, of {depth})")
+    axes.set_xlabel(f"Depth (layers kept, of {depth})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(0.5, depth + 0.5)
 

@@ -109,7 +109,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
 
 def _open_models(options: HealOptions, config: TrainingConfig) -> tuple[SentenceTransformer, Teacher | None]:
     """The model that is trained, and the teacher, who reads as much of a text."""
-    device = "cpu" if is_sharded() else options.device  # FSDP moves a block at a time to its device
+    device = "cpu" if is_sharded() else options.device  # FSDP moves a layer at a time to its device
     model = open_model(options.model, device=device, trust_remote_code=options.trust_remote_code)
     if config.depths:
         check_depths(model, config.depths)

@@ -88,7 +88,7 @@ def sharded_copy(model: SentenceTransformer) -> SentenceTransformer:
 
 
 def shard_by_blocks(model: SentenceTransformer, accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Have FSDP gather one block's weights at a time, in the training's precision, and add gradients in float32."""
+    """Have FSDP gather one layer's weights at a time, in the training's precision, and add gradients in float32."""
     plugin = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks_of(model[0].auto_model)})

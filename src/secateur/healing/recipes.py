@@ -1,7 +1,7 @@
 """The numbers of a training, named sets of them, and the weights that it changes.
 
-``lora``    adapters on every linear layer of the blocks, merged at the end (Hu et al. 2021, arXiv:2106.09685)
-``blocks``  all weights of the blocks and the final norm, but not the token embeddings
+``lora``    adapters on every linear module of the layers, merged at the end (Hu et al. 2021, arXiv:2106.09685)
+``blocks``  all weights of the layers and the final norm, but not the token embeddings
 ``all``     every weight
 ``auto``    ``blocks`` where the optimizer's state fits into half of the memory, else ``lora``
 """
@@ -192,7 +192,7 @@ def training_arguments(
 def decide(model: SentenceTransformer, config: TrainingConfig) -> TrainingConfig:
     """The configuration with ``auto`` and the learning rate decided for this model on this machine.
 
-    Training all weights of the blocks is the default where it fits: for small cuts it is quicker than adapters and
+    Training all weights of the layers is the default where it fits: for small cuts it is quicker than adapters and
     not worse (docs/explanation/results.md). All of the device's memory counts, used or not, so that a training that
     was stopped finds the same answer when it is resumed.
     """

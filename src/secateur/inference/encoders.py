@@ -63,7 +63,7 @@ def batch_budget(device: str | torch.device) -> int:
 class MixedLinear(nn.Module):
     """A linear layer that multiplies in bfloat16 and hands on float32.
 
-    Only its weights and inputs are rounded. What a model adds up over its blocks is not: rounding that is what makes
+    Only its weights and inputs are rounded. What a model adds up over its layers is not: rounding that is what makes
     the vectors of a model in bfloat16 differ.
     """
 
@@ -84,7 +84,7 @@ class MixedLinear(nn.Module):
 
 
 def mix_products(model: SentenceTransformer) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Make the linear layers in the blocks of a float32 model multiply in bfloat16.
+    """Make the linear modules in the layers of a float32 model multiply in bfloat16.
 
     Returns:
         Which were there: the module that holds each, its name in that module, and the layer.

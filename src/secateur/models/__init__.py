@@ -1,4 +1,4 @@
-"""Whatever a user names, opened as a SentenceTransformer; where its blocks are, and which of them may go.
+"""Whatever a user names, opened as a SentenceTransformer; where its layers are, and which of them may go.
 
 What is defined here tells a model by its name, without opening it; nothing heavy is imported.
 """

@@ -1,6 +1,6 @@
-"""Where an architecture keeps its blocks, final norm and linear layers, found by structure; and models without weights.
+"""Where an architecture keeps its layers, final norm and linear modules, by structure; and models without weights.
 
-Nothing here knows an architecture by name. The blocks are found by what transformers says of every model: the classes
+Nothing here knows an architecture by name. The layers are found by what transformers says of every model: the classes
 whose outputs it records, the classes it does not split.
 """
 
@@ -27,12 +27,12 @@ from secateur.models.compat import recorded_classes, unsplit_classes
 
 @dataclass(frozen=True)
 class Stack:
-    """Where a model keeps its blocks.
+    """Where a model keeps its layers.
 
     Attributes:
         path: Dotted path of the ``ModuleList`` from the model, such as ``layers`` or ``language_model.layers``.
-        norm: Dotted path of the final norm; None where the blocks end normed (post-LN encoders).
-        found_by: The rule that told the blocks from other lists of modules.
+        norm: Dotted path of the final norm; None where the layers end normed (post-LN encoders).
+        found_by: The rule that told the layers from other lists of modules.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Stack:
 
 
 def text_config(model_or_config: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
-    """The part of a configuration that describes the text encoder's blocks. Edits to it are edits to the whole."""
+    """The part of a configuration that describes the text encoder's layers. Edits to it are edits to the whole."""
     config = getattr(model_or_config, "config", model_or_config)
     encoder = getattr(config, "encoder", None)
     if isinstance(encoder, PretrainedConfig):
@@ -51,10 +51,10 @@ def text_config(model_or_config: PreTrainedModel | PretrainedConfig) -> Pretrain
 
 
 def find_stack(model: PreTrainedModel) -> Stack:
-    """Find the list of blocks and the final norm by structure.
+    """Find the list of layers and the final norm by structure.
 
     Raises:
-        UnsupportedArchitecture: The model has no list of as many blocks as its configuration counts.
+        UnsupportedArchitecture: The model has no list of as many layers as its configuration counts.
     """
     if model.config.is_encoder_decoder and hasattr(model, "decoder"):
         raise UnsupportedArchitecture(_name(model), "is an encoder-decoder", "open its encoder alone")
@@ -88,7 +88,7 @@ def _text_tower(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 
 def _rules(tower: nn.Module) -> tuple[tuple[str, Callable[[nn.Module], bool]], ...]:
-    """Ways to tell blocks, the surest first."""
+    """Ways to tell layers, the surest first."""
     recorded = tuple({cls for part in _parts(tower) for cls in recorded_classes(part, "hidden_states")})
     unsplit = {name for part in _parts(tower) for name in unsplit_classes(part)}
     return (
@@ -106,12 +106,12 @@ def _parts(model: nn.Module) -> list[PreTrainedModel]:
 def _why_no_blocks(model: PreTrainedModel, depth: int) -> tuple[str, str]:
     groups = getattr(text_config(model), "num_hidden_groups", depth)
     if groups < depth:
-        return f"its {depth} layers share the weights of {groups} block(s), so no block can be taken out", ""
-    return f"{type(model).__name__} has no list of {depth or 'its'} blocks", "only stacks of separate blocks can be cut"
+        return f"its {depth} layers share the weights of {groups}, so none can be taken out", ""
+    return f"{type(model).__name__} has no list of {depth or 'its'} layers", "only stacks of separate layers can be cut"
 
 
 def _find_norm(tower: nn.Module, path: str) -> str | None:
-    """A norm beside the blocks: registered after them, or before them under a name that says it is the final one."""
+    """A norm beside the layers: registered after them, or before them under a name that says it is the final one."""
     hidden = text_config(tower).hidden_size
     owner_path, _, attribute = path.rpartition(".")
     for place, anchor in ((owner_path, attribute), ("", path.partition(".")[0])):
@@ -131,19 +131,19 @@ def _is_norm(module: nn.Module, hidden: int) -> bool:
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks, in order."""
+    """The layers, in order."""
     blocks = model.get_submodule(find_stack(model).path)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
 def depth_of(model: PreTrainedModel) -> int:
-    """How many blocks the model has."""
+    """How many layers the model has."""
     return len(blocks_of(model))
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm after the last block; an ``nn.Identity`` where there is none."""
+    """The norm after the last layer; an ``nn.Identity`` where there is none."""
     norm = find_stack(model).norm
     return nn.Identity() if norm is None else model.get_submodule(norm)
 
@@ -155,16 +155,16 @@ def embeddings_of(model: PreTrainedModel) -> nn.Module:
 
 
 def states_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a block returns: itself, or the first of a tuple."""
+    """The hidden states in what a layer returns: itself, or the first of a tuple."""
     states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return states
 
 
 @torch.no_grad()
 def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the final norm of the last block's output is what the model itself returns.
+    """Whether the final norm of the last layer's output is what the model itself returns.
 
-    Where it is, one forward pass with hooks gives every depth. It is not where something else stands after the blocks
+    Where it is, one forward pass with hooks gives every depth. It is not where something else stands after the layers
     (OPT-350m's projection, Gemma 3n's merging of streams): there, each depth takes a forward pass of its own.
 
     Args:
@@ -185,23 +185,23 @@ def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -
 
 
 def tensor_of_block(name: str, path: str) -> tuple[int, str] | None:
-    """Tell which block a tensor of a checkpoint belongs to.
+    """Tell which layer a tensor of a checkpoint belongs to.
 
     Args:
         name: Of the tensor, such as ``model.layers.7.mlp.up_proj.weight``.
-        path: Of the blocks (:attr:`Stack.path`), such as ``layers``; the name may have a prefix before it.
+        path: Of the layers (:attr:`Stack.path`), such as ``layers``; the name may have a prefix before it.
 
     Returns:
-        The block's index and the name inside the block, ``(7, "mlp.up_proj.weight")``; None for other tensors.
+        The layer's index and the name inside the layer, ``(7, "mlp.up_proj.weight")``; None for other tensors.
     """
     match = re.search(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$", name)
     return (int(match[1]), match[2]) if match else None
 
 
 def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """The linear modules inside the blocks, as peft's ``target_modules``: fused projections and GPT-2's Conv1D too.
+    """The linear modules inside the layers, as peft's ``target_modules``: fused projections and GPT-2's Conv1D too.
 
-    Names are relative to a block (``self_attn.q_proj``) where that means the blocks alone, else full paths (a vision
+    Names are relative to a layer (``self_attn.q_proj``) where that means the layers alone, else full paths (a vision
     tower may use the same names). Left out are routers of experts that return more than a product, and the
     projections of state-space mixers whose weights are read past any adapter.
     """

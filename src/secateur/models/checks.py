@@ -1,6 +1,6 @@
 """What every model must pass before it is used: its weights, its tokenizer and its lengths fit each other.
 
-Libraries open nearly anything. Weights that a file lacks are random, blocks beyond the configuration's count are left
+Libraries open nearly anything. Weights that a file lacks are random, layers beyond the configuration's count are left
 out, a tokenizer without its vocabulary gives every word the same id: each gives vectors that look like vectors. The
 checks read names, sum each weight once and encode four short texts.
 """
@@ -145,7 +145,7 @@ def is_within(name: str, model: PreTrainedModel) -> bool:
     """Whether a tensor that the model has no use for lies inside one of its modules, and so is a part it should have.
 
     Not so are those of heads, decoders and other towers, those that transformers leaves out on purpose, and buffers
-    that the model computes itself, which older versions saved (``rotary_emb.inv_freq`` of each block).
+    that the model computes itself, which older versions saved (``rotary_emb.inv_freq`` of each layer).
     """
     prefix = f"{model.base_model_prefix}."
     name = name.removeprefix(prefix)

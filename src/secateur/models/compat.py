@@ -34,7 +34,7 @@ def unsplit_classes(model: PreTrainedModel) -> set[str]:
 
 
 def is_ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers leaves a tensor out on purpose when it loads, such as blocks that predict later tokens."""
+    """Whether transformers leaves a tensor out on purpose when it loads, such as layers that predict later tokens."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 

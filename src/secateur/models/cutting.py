@@ -1,9 +1,9 @@
-"""Which blocks a model can be cut to, and what else the cut changes, told without weights.
+"""Which layers a model can be cut to, and what else the cut changes, told without weights.
 
 A cut is judged by one question: *is the model that transformers builds from the cut configuration the cut model?* Both
 are built without weights (on the ``meta`` device, some hundredths of a second), and compared module by module: classes,
 shapes, and the numbers that a module computed from its configuration or its position. What differs is either a copy of
-the position or the depth, which the cut brings in step, or a tensor that packs one slice for each block, which the cut
+the position or the depth, which the cut brings in step, or a tensor that packs one slice for each layer, which the cut
 slices, or a reason to refuse.
 """
 
@@ -46,20 +46,20 @@ COUNTS_FROM_BACK = {"num_kv_shared_layers"}
 REPEATS_OF_DEPTH = {"num_blocks"}
 # Lists that have nothing to do with layers, whatever their length.
 NOT_PER_LAYER = re.compile(r"^_|token_ids?$|^architectures$|^pos_att_type$|^time_step_limit$|^mrope_section$")
-# Attributes of a block's modules that only repeat where the block stands, or how many blocks (of a kind) there are.
+# Attributes of a layer's modules that only repeat where the layer stands, or how many layers (of a kind) there are.
 POSITIONS = {"block_idx", "index", "kv_shared_layer_index", "layer_id", "layer_idx", "layer_index", "layer_number"}
 DEPTHS = {"n_layer", "n_layers", "num_fwd_mem_blocks", "num_hidden_layers", "num_layers"}
-# Whether a later block wants this block's keys and values; changes nothing in the block's own output.
+# Whether a later layer wants this layer's keys and values; changes nothing in the layer's own output.
 FOR_LATER_BLOCKS = {"store_full_length_kv"}
 NOT_COMPARED = {"training", "gradient_checkpointing"}
 
 
 def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
-    """Edit a configuration in place so that it describes the kept blocks.
+    """Edit a configuration in place so that it describes the kept layers.
 
     Args:
         config: Of the whole model; a multimodal one's text part is edited.
-        keep: Indices of the blocks that stay, ascending.
+        keep: Indices of the layers that stay, ascending.
     """
     config = text_config(config)
     depth = config.num_hidden_layers
@@ -93,13 +93,13 @@ def _cut_fields(config: PretrainedConfig, depth: int, keep: Sequence[int]) -> di
 
 @dataclass(frozen=True)
 class Plan:
-    """What a cut changes besides the list of blocks.
+    """What a cut changes besides the list of layers.
 
     Attributes:
         problem: Why the cut is not possible; empty where it is.
         values: (module, attribute, value), by the paths of the cut model.
-        packed: (module, tensor, axis) of tensors that pack one slice for each block along an axis.
-        unused: Modules, by the paths of the cut model, that only blocks now gone have used.
+        packed: (module, tensor, axis) of tensors that pack one slice for each layer along an axis.
+        unused: Modules, by the paths of the cut model, that only layers now gone have used.
     """
 
     problem: str = ""
@@ -109,17 +109,17 @@ class Plan:
 
 
 def check_keep(config: PretrainedConfig, keep: Sequence[int]) -> None:
-    """Make sure that a model can be cut to these blocks. Needs no weights.
+    """Make sure that a model can be cut to these layers. Needs no weights.
 
     Raises:
-        IllegalDepth: The blocks are not there, not ascending, or the architecture cannot be cut to them.
+        IllegalDepth: The layers are not there, not ascending, or the architecture cannot be cut to them.
         UnsupportedArchitecture: The architecture cannot be cut at all.
     """
     legal_plan(skeleton(config), keep)
 
 
 def legal_depths(config: PretrainedConfig) -> tuple[int, ...]:
-    """The depths k for which the first k blocks are a model that saves and reloads unchanged. Needs no weights.
+    """The depths k for which the first k layers are a model that saves and reloads unchanged. Needs no weights.
 
     Raises:
         UnsupportedArchitecture: The architecture cannot be cut at all.
@@ -132,32 +132,32 @@ def legal_plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:
     depth, kept = depth_of(full), list(keep)
     plan = Plan()
     if not kept:
-        plan = Plan("at least one block must stay")
+        plan = Plan("at least one layer must stay")
     elif not all(0 <= i < depth for i in kept):
-        plan = Plan(f"its blocks are 0 to {depth - 1}")
+        plan = Plan(f"its layers are 0 to {depth - 1}")
     elif kept != sorted(set(kept)):
-        plan = Plan("blocks must ascend, each at most once")
+        plan = Plan("layers must ascend, each at most once")
     else:
         plan = _plan(full, kept)
     if not plan.problem:
         return plan
-    asked = str(len(kept)) if kept == list(range(len(kept))) else f"blocks {', '.join(map(str, kept))}"
+    asked = str(len(kept)) if kept == list(range(len(kept))) else f"layers {', '.join(map(str, kept))}"
     legal, wanted = [legal for legal, _ in _cuts(full)], max(1, len(kept))
     nearest = (*[k for k in legal if k <= wanted][-1:], *[k for k in legal if k > wanted][:1])
     raise IllegalDepth(asked, depth, plan.problem, nearest)
 
 
 def packed_tensors(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the tensors outside the blocks that pack one slice for each block, as per-layer embeddings do."""
+    """Names of the tensors outside the layers that pack one slice for each layer, as per-layer embeddings do."""
     cuts = _cuts(build(type(model), copy.deepcopy(model.config)))
     plan = next((plan for _, plan in cuts), Plan())
     return tuple(f"{module}.{tensor}".lstrip(".") for module, tensor, _ in plan.packed)
 
 
 def late_modules(model: PreTrainedModel) -> dict[str, int]:
-    """Modules of a shared block that only a later block uses, as Zamba 2's adapters → the index of that block."""
+    """Modules of a shared layer that only a later layer uses, as Zamba 2's adapters → the index of that layer."""
     weights = [weight for block in blocks_of(model) for weight in block.parameters()]
-    if len(set(map(id, weights))) == len(weights):  # no block is shared
+    if len(set(map(id, weights))) == len(weights):  # no layer is shared
         return {}
     full = build(type(model), copy.deepcopy(model.config))
     return {name: depth for depth, plan in _cuts(full) for name in plan.unused}
@@ -172,17 +172,17 @@ def _cuts(full: PreTrainedModel) -> Iterator[tuple[int, Plan]]:
 
 
 def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
-    """Cut a model in place to the kept blocks, with its configuration and every copy of their positions.
+    """Cut a model in place to the kept layers, with its configuration and every copy of their positions.
 
-    Tensors outside the blocks that pack one slice for each block are sliced; caches are switched off, for an encoder
-    needs none, and hybrids cut below their first attention block fail with one.
+    Tensors outside the layers that pack one slice for each layer are sliced; caches are switched off, for an encoder
+    needs none, and hybrids cut below their first attention layer fail with one.
 
     Args:
-        model: The model; the weights of its blocks are not copied.
-        keep: Indices of the blocks that stay, ascending.
+        model: The model; the weights of its layers are not copied.
+        keep: Indices of the layers that stay, ascending.
 
     Raises:
-        IllegalDepth: The model cannot be cut to these blocks; it is unchanged then.
+        IllegalDepth: The model cannot be cut to these layers; it is unchanged then.
         UnsupportedArchitecture: The model cannot be cut at all.
     """
     path = find_stack(model).path
@@ -214,7 +214,7 @@ def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
-    """Within: the uncut model gives what it would give if it had the kept blocks only.
+    """Within: the uncut model gives what it would give if it had the kept layers only.
 
     Of the others, those before the last kept one are run, and hand on what they were given; those after it are not,
     so that their weights are never read. Nothing of what :func:`cut` or a cut configuration does is used, so that both
@@ -309,7 +309,7 @@ def _compare(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], pa
     for name, module in after.items():
         inside = name.startswith(f"{path}.")
         for attribute, old, new in changed_values(before[name], module):
-            # In a block, what only repeats its position, the depth, or what later blocks want of it; outside, a count.
+            # In a layer, what only repeats its position, the depth, or what later layers want of it; outside, a count.
             repeats = (attribute in POSITIONS and place.get(old) == new) or attribute in DEPTHS | FOR_LATER_BLOCKS
             if not (repeats if inside else isinstance(new, int)):
                 raise _Misfit(f"{name}.{attribute} depends on place or depth: {old} would become {new}")
@@ -340,7 +340,7 @@ def changed_values(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, A
 
 
 def _unused(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], keep: Sequence[int]) -> tuple[str, ...]:
-    """Items at the end of lists that only later blocks use, as Zamba 2's adapters of its shared block."""
+    """Items at the end of lists that only later layers use, as Zamba 2's adapters of its shared layer."""
     gone = [name for name in before if name not in after]
     tops = [name for name in gone if name.rpartition(".")[0] in after]
     for name in tops:

@@ -349,8 +349,8 @@ def check_folder(folder: Path, trust_remote_code: bool, *, static: bool = False)
         if not isinstance(config, dict) or not config:
             raise ModelError(folder, "has an empty config.json")
         depth = config.get("num_hidden_layers", 0)
-        if isinstance(depth, int) and depth > count:  # before it is built: that takes memory for each block
-            raise ModelError(folder, f"config.json says {depth} blocks, but its weights are {count} tensors")
+        if isinstance(depth, int) and depth > count:  # before it is built: that takes memory for each layer
+            raise ModelError(folder, f"config.json says {depth} layers, but its weights are {count} tensors")
 
 
 def _check_modules(folder: Path, trust_remote_code: bool, static: bool) -> None:

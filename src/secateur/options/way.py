@@ -168,19 +168,19 @@ class ChooseOptions(Budget, VocabularyOptions):
 
 
 class PruneOptions(VocabularyOptions):
-    """Cut a model to some of its blocks, its vocabulary to the tokens of your texts, and write a plain model folder.
+    """Cut a model to some of its layers, its vocabulary to the tokens of your texts, and write a plain model folder.
 
     Example: secateur prune smollm2 --to large --profile profile --vocab texts.jsonl -o smollm2-large
     """
 
     model: Model
     to: Annotated[Any, Names("layers")] = positional(
-        "Number of first blocks to keep (7), share to remove (0.3), chosen (by a scout), or a selector (large, ...). "
+        "Number of first layers to keep (7), share to remove (0.3), chosen (by a scout), or a selector (large, ...). "
         "Optional with --vocab: all are then kept.",
         default=None,
     )
-    keep: Any = Field(None, description="Blocks to keep, counted from 0, such as 0-5,8,11; use it in place of --to.")
-    drop: Any = Field(None, description="Blocks to remove, counted from 0, such as 20-27; use it in place of --to.")
+    keep: Any = Field(None, description="Layers to keep, counted from 0, such as 0-5,8,11; use it in place of --to.")
+    drop: Any = Field(None, description="Layers to remove, counted from 0, such as 20-27; use it in place of --to.")
     out: Annotated[Path, Names("new folder")] = output("Folder to write the cut model to.")
     profile: Annotated[Any, Names("profile")] = Field(
         None,
@@ -217,8 +217,8 @@ class HealSettings(Options):
     batch_size: int | None = Field(None, ge=2, description="Rows per step, over all processes [64].")
     train: Literal["lora", "blocks", "all", "auto"] | None = Field(
         None,
-        description="Which weights to train: LoRA adapters, the layers without the token embeddings, or all; auto: the "
-        "layers if the optimizer fits into half of the memory, else LoRA [auto; lora with l3prune].",
+        description="Weights to train: lora: adapters; blocks: the layers, without the token embeddings; all; auto: "
+        "blocks if the optimizer fits into half of the memory, else lora [auto; lora with l3prune].",
     )
     learning_rate: float | None = Field(
         None,

@@ -81,12 +81,12 @@ def check_depths(model: SentenceTransformer, depths: Sequence[int], option: str 
     full, legal = len(blocks_of(transformer)), legal_depths(transformer.config)
     for depth in depths:
         if not 1 <= depth <= full:
-            raise ConfigError(option, depth, f"is {depth}", f"the model has {full} blocks")
+            raise ConfigError(option, depth, f"is {depth}", f"the model has {full} layers")
         if depth not in legal:
             raise IllegalDepth(depth, full, "the model cannot be cut there", legal)
     if not ends_with_norm(model):
         hint = "depths can be trained separately: secateur study --depths"
-        raise UnsupportedArchitecture(transformer.name_or_path, "more than a norm follows its blocks", hint)
+        raise UnsupportedArchitecture(transformer.name_or_path, "more than a norm follows its layers", hint)
     return (*sorted({*depths} - {full}), full)
 
 
@@ -192,7 +192,7 @@ class DepthEncoder:
         first: Any = model[1] if len(model) > 1 else None
         self._one_pass = ends_with_norm(model)
         if not self._one_pass:
-            self.notes.append("more than a norm follows the blocks of this model: each depth took a pass of its own")
+            self.notes.append("more than a norm follows the layers of this model: each depth took a pass of its own")
         elif type(first) in (Pooling, L3PrunePooling) and first.pooling_mode in LINEAR:
             others = [name for name in POOLINGS if name != self.poolings[0]] if every_pooling else []
             self.poolings += (*others,)

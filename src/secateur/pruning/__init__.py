@@ -1,1 +1,1 @@
-"""A model folder with the chosen blocks alone."""
+"""A model folder with the chosen layers alone."""

@@ -68,7 +68,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
     Args:
         model: The base.
         folder: Of the adapter.
-        keep: Prefixes of the blocks that are wanted, such as ``layers.3.``; changes of other blocks are left out.
+        keep: Prefixes of the layers that are wanted, such as ``layers.3.``; changes of other layers are left out.
         outside: Modules of the whole base that are not in the model, such as a head; changes of these are left out.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Fetches from the Hub only what a cut model needs: the small files, and of the weights the bytes of the kept blocks.
+"""Fetches from the Hub only what a cut model needs: the small files, and of the weights the bytes of the kept layers.
 
 A safetensors file is the length of its header (8 bytes), the header (JSON), and the tensors' bytes end to end
 (https://huggingface.co/docs/safetensors). So the header tells where each tensor lies, and what is wanted of a shard is
@@ -73,17 +73,17 @@ def fetch_small(name: str, revision: str | None = None) -> Path:
 def fetch_kept(
     name: str, folder: Path, choose: Callable[[int], Sequence[int]], out: Path, progress: Progress = silent
 ) -> Path:
-    """Fetch what a model cut to some of its blocks needs.
+    """Fetch what a model cut to some of its layers needs.
 
     Args:
         name: Of the model on the Hub.
         folder: As :func:`fetch_small` returns it.
-        choose: Indices of the blocks that stay, for the model's depth.
+        choose: Indices of the layers that stay, for the model's depth.
         out: An empty folder.
         progress: Told the bytes.
 
     Returns:
-        ``out``, which can be opened as the whole model can; the weights of the other blocks are zeros in it.
+        ``out``, which can be opened as the whole model can; the weights of the other layers are zeros in it.
 
     Raises:
         ModelError: The weights are missing or broken, or not those of the configuration.
@@ -140,7 +140,7 @@ def _shards(name: str, root: Path) -> list[str]:
 def wanted_tensors(
     name: str, config: PretrainedConfig, tensors: dict[str, Any], choose: Callable[[int], Sequence[int]]
 ) -> set[str]:
-    """Which tensors of a checkpoint a cut model needs, by their names; all, where these do not follow its blocks."""
+    """Which tensors of a checkpoint a cut model needs, by their names; all, where these do not follow its layers."""
     config.name_or_path = name
     model = skeleton(config)
     depth = text_config(config).num_hidden_layers
@@ -157,7 +157,7 @@ def wanted_tensors(
     towers = {child for child, _ in model.named_children()} - {tower.partition(".")[0]} if tower else set()
     wanted = {tensor for tensor in state if tensor not in unused and not towers & set(tensor.split("."))}
     weights = [weight for block in blocks_of(model) for weight in block.parameters()]
-    if len(set(map(id, weights))) < len(weights):  # blocks that share weights: these are stored with one of them
+    if len(set(map(id, weights))) < len(weights):  # layers that share weights: these are stored with one of them
         return wanted
     parts = find_stack(model).path.split(".")
     for start in range(len(parts)):

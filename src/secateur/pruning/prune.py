@@ -1,7 +1,7 @@
-"""Cuts a model to some of its blocks and writes it as a plain folder that holds nothing of the others.
+"""Cuts a model to some of its layers and writes it as a plain folder that holds nothing of the others.
 
-The whole model is opened, which maps its weights into memory and reads none of them; only those of the blocks up to the
-last kept one ever are. From the Hub, the bytes of the kept blocks alone are fetched (:mod:`.download`).
+The whole model is opened, which maps its weights into memory and reads none of them; only those of the layers up to the
+last kept one ever are. From the Hub, the bytes of the kept layers alone are fetched (:mod:`.download`).
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ WHOLE = "the whole source"
 
 @step(PruneOptions)
 def prune(options: PruneOptions, *, progress: Progress = silent) -> Path:
-    """Cut a model to some of its blocks, and to some of its tokens, and write it as a plain model folder.
+    """Cut a model to some of its layers, and to some of its tokens, and write it as a plain model folder.
 
-    Exactly one of ``to``, ``keep`` and ``drop`` says which blocks; with ``vocab`` none need be given.
+    Exactly one of ``to``, ``keep`` and ``drop`` says which layers; with ``vocab`` none need be given.
 
     Returns:
         ``out``. The folder has been reopened in a fresh process, and gives the vectors that the source gives with
-        these blocks alone.
+        these layers alone.
 
     Raises:
         ModelError, IllegalDepth, ConfigError, OutputError: Bad input, or options that do not go together.
@@ -270,13 +270,13 @@ def origin_of(
         return Origin(now, model_label(model), depth, tuple(keep), "", 0.0, (now.command,), left_out=tuple(left_out))
     before = load(file, Origin)
     if len(before.kept) != depth:
-        problem = f"its {Origin.file} lists {len(before.kept)} blocks, but it has {depth}"
+        problem = f"its {Origin.file} lists {len(before.kept)} layers, but it has {depth}"
         raise ModelError(model, problem, "remove that file if the model was changed by other means")
     kept, history = tuple(before.kept[index] for index in keep), (*before.history, now.command)
     return replace(before, provenance=now, kept=kept, history=history, left_out=(*before.left_out, *left_out))
 
 
-# ---- which blocks stay
+# ---- which layers stay
 
 
 def _check_choice(options: PruneOptions) -> None:
@@ -289,12 +289,12 @@ def _check_choice(options: PruneOptions) -> None:
         raise ConfigError(given[0] if given else "to", None, problem, "give exactly one of to, keep and drop")
     said = getattr(options, given[0])
     if isinstance(said, bool) or (options.to is None and not isinstance(said, (str, Sequence))):
-        hint = "a number, a share or a selector" if options.to is not None else "blocks from 0, such as 0-5,8,11"
+        hint = "a number, a share or a selector" if options.to is not None else "layers from 0, such as 0-5,8,11"
         raise ConfigError(given[0], said, f"{said!r} is not valid", hint)
     if options.profile is None:
         return
     if options.to is None or not is_selector(options.to):
-        problem = f"is not asked: {given[0]} {said} tells the blocks"
+        problem = f"is not asked: {given[0]} {said} tells the layers"
         raise ConfigError("profile", options.profile, problem, "leave it out")
     if options.pooling is not None and isinstance(table := read_table(options.profile), Profile):
         measured = table.pooling
@@ -306,10 +306,10 @@ def _check_choice(options: PruneOptions) -> None:
 
 
 def blocks_of_choice(options: PruneOptions, depth: int) -> tuple[int, ...]:
-    """Indices of the blocks that stay, of ``depth`` blocks.
+    """Indices of the layers that stay, of ``depth`` layers.
 
     Raises:
-        ConfigError: A piece of the choice is no block of this model.
+        ConfigError: A piece of the choice is no layer of this model.
     """
     if options.to is not None:
         return blocks_to_keep(options.to, depth, options.profile)
@@ -319,7 +319,7 @@ def blocks_of_choice(options: PruneOptions, depth: int) -> tuple[int, ...]:
         return tuple(range(depth))
     gone = _parse("drop", options.drop, depth)
     if len(gone) == depth:
-        raise ConfigError("drop", options.drop, f"would leave none of the {depth} blocks")
+        raise ConfigError("drop", options.drop, f"would leave none of the {depth} layers")
     return tuple(i for i in range(depth) if i not in gone)
 
 
@@ -330,16 +330,16 @@ def _parse(option: str, given: str | Sequence[int], depth: int) -> tuple[int, ..
         match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", piece)
         shown = repr(piece.strip())
         if match is None:
-            raise ConfigError(option, given, f"{shown} is no block and no range of blocks", "such as 0-5,8,11")
+            raise ConfigError(option, given, f"{shown} is no layer and no range of layers", "such as 0-5,8,11")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ConfigError(option, given, f"{shown} runs backwards", f"{last}-{first}")
         if last >= depth:
-            raise ConfigError(option, given, f"{shown} is not in the model", f"its blocks are 0 to {depth - 1}")
+            raise ConfigError(option, given, f"{shown} is not in the model", f"its layers are 0 to {depth - 1}")
         if blocks and first <= blocks[-1]:
             problem = f"{shown} does not come after {blocks[-1]}"
-            raise ConfigError(option, given, problem, "name each block once, in order")
+            raise ConfigError(option, given, problem, "name each layer once, in order")
         blocks += range(first, last + 1)
     if not blocks:
-        raise ConfigError(option, given, "names no block", "such as 0-5,8,11")
+        raise ConfigError(option, given, "names no layer", "such as 0-5,8,11")
     return tuple(blocks)

@@ -57,7 +57,7 @@ def model_card(summary: Summary, found: Recommendation, variant: Variant, folder
     cut = origin.vocabulary
     tokens = f" with {kept_tokens(cut)} tokens" if cut else ""
     about = (
-        f"A text encoder: {kept_blocks(origin)} of the {origin.depth} blocks of {public(origin.base_model)}{tokens}, "
+        f"A text encoder: {kept_blocks(origin)} of the {origin.depth} layers of {public(origin.base_model)}{tokens}, "
         f"{trained}. It is a plain sentence-transformers folder: using it does not need secateur."
     )
     sections = [Section("use", "Use", list(_use(folder)))]
@@ -76,7 +76,7 @@ def model_card(summary: Summary, found: Recommendation, variant: Variant, folder
         f"The licence and terms of {public(origin.base_model)} apply to this model; those of its training data may "
         "apply, too.",
         *(vocabulary_limits(cut, public) if cut else ()),
-        f"Its biases{'' if cut else ' and its languages'} are those of the base model; the blocks left out are not "
+        f"Its biases{'' if cut else ' and its languages'} are those of the base model; the layers left out are not "
         "replaced.",
         ("Its quality is known on the tasks above only" if variant.scores else "It has not been evaluated")
         + ": measure it on your own data before you rely on it.",
@@ -143,7 +143,7 @@ def _scores(
         same = variant.training and full.training and variant.training.settings == full.training.settings
         how = ", trained with the same settings" if same else ""
         how += ", which had only the scout's training" if comparison and comparison.is_polished_more else ""
-        yield Text(f"{full.name} is the full model to compare with: all {full.depth} blocks{how}.")
+        yield Text(f"{full.name} is the full model to compare with: all {full.depth} layers{how}.")
     if comparison and comparison.difference.low is not None:
         difference, seeds = comparison.difference, len(comparison.group.variants)
         over = f", over {doc.plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
@@ -151,7 +151,7 @@ def _scores(
         points = f"{doc.signed(difference.value)} points, 95 % interval {within}"
         yield Text(f"The average differs by {points}, paired by text{over}.")
     if original and original.is_known and is_other(comparison, original):
-        whole = "the model as it came, with all its blocks and tokens"
+        whole = "the model as it came, with all its layers and tokens"
         yield Text(f"The average is {apart(original.difference)} than that of {whole}.")
     if note:
         yield Text(note)
@@ -161,7 +161,7 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
     for command in origin.history or (origin.provenance.command,):
         yield Code(public_command(command), "sh")
     facts = [
-        f"Blocks kept: {kept_blocks(origin)}, of {origin.depth}.",
+        f"Layers kept: {kept_blocks(origin)}, of {origin.depth}.",
         f"Pooling: {origin.pooling}.",
         "Largest difference between this folder's vectors and those of the model it was written from: "
         f"{origin.check:.1e}.",
@@ -199,7 +199,7 @@ def _from_scout(variant: Variant, scout: Scouted) -> Iterable[str]:
             less = (
                 f", {doc.signed(row.difference)} points to all {full} in the same training" if row.depth < full else ""
             )
-            yield f"Score of {doc.plural(row.depth, 'block')} in the scout: {doc.score(row.score)}{within}{less}."
+            yield f"Score of {doc.plural(row.depth, 'layer')} in the scout: {doc.score(row.score)}{within}{less}."
 
 
 def _data_of(variant: Variant) -> Iterable[Fingerprint]:

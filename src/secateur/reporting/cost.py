@@ -213,7 +213,7 @@ class _Timer:
 def sizes_of(model: SentenceTransformer, source: str | Path) -> dict[str, Any]:
     """What is counted of a model, by the names in its row.
 
-    A static embedding has no blocks, and multiplies nothing. An export is counted as the transformer that it was made
+    A static embedding has no layers, and multiplies nothing. An export is counted as the transformer that it was made
     from; its operations are not.
     """
 

@@ -1,6 +1,6 @@
 """What a run found: scores of its models over their training seeds, and each cut model against the full one.
 
-A *run group* is what a study decides on: a base model, the blocks kept, how they were selected, and the recipe. Its
+A *run group* is what a study decides on: a base model, the layers kept, how they were selected, and the recipe. Its
 models differ in the training seed alone, and count as repetitions.
 
 An interval has two parts. That of the rows is the paired bootstrap of :mod:`.intervals`, the draws averaged over the
@@ -144,7 +144,7 @@ class GroupComparison:
 class Summary:
     """A run's groups; ``compared`` by name, those with a full model of their recipe to compare with.
 
-    ``originals`` by name are those with a cut vocabulary, beside the model as it came, with all blocks and tokens.
+    ``originals`` by name are those with a cut vocabulary, beside the model as it came, with all layers and tokens.
     """
 
     run: Run

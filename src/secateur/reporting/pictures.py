@@ -99,7 +99,7 @@ def cost_pictures(summary: Summary, found: Recommendation) -> dict[str, Picture]
             f"{cost.show(point.cost)}"
             for point in sorted(points, key=lambda point: (not point.marked, not point.best))
         ]
-        caption = "Each point is a model, numbers are blocks kept, and lines join cuts of one kind."
+        caption = "Each point is a model, numbers are layers kept, and lines join cuts of one kind."
         if any(point.low is not None for point in points):
             caption += " Vertical bars are 95 % intervals of scores; paired differences are known more precisely."
         caption += f" Horizontal bars reach from {cost.bars}." if cost.bars else ""
@@ -120,7 +120,7 @@ def _points(summary: Summary, found: Recommendation, measure: _Cost) -> list[tup
         within, origin = span(average.low, average.high), first.origin
         note = (
             group.name,
-            (f"{first.depth} of {first.blocks} blocks" if first.blocks else "not of this study")
+            (f"{first.depth} of {first.blocks} layers" if first.blocks else "not of this study")
             + (f", {first.vocabulary.row.tokens:,} tokens" if first.vocabulary else "")
             + f"; score {score(average.value)}{f' ({within})' if within else ''}",
             f"{count(cost.parameters)} parameters; {byte_size(cost.bytes)}; {speed(cost.texts_per_second)} texts/s"
@@ -317,7 +317,7 @@ def profile_pictures(run: Run, name: str, number: int) -> dict[str, Picture]:
     profile, choice = run.profiles[name], run.choices.get(name, {})
     marks = ", ".join(f"“{label}” at {depth}" for label, depth in sorted(choice.items(), key=lambda item: item[1]))
     caption = (
-        f"Contrastive loss of the untrained {profile.model} after each block, {plural(profile.batches, 'batch')} of "
+        f"Contrastive loss of the untrained {profile.model} after each layer, {plural(profile.batches, 'batch')} of "
         f"{profile.batch_size}, scale {profile.scale:g}, {profile.pooling} pooling; the band is its 95 % interval. "
         + (f"Chosen: {marks}." if marks else "")
     )
@@ -338,7 +338,7 @@ def profile_pictures(run: Run, name: str, number: int) -> dict[str, Picture]:
         "angles": (
             f"Angles between depths: {name}",
             "Angular distance of the last token’s states at all pairs of depths, from the embeddings (0) on. "
-            "Light squares along the diagonal are runs of blocks that turn the states little.",
+            "Light squares along the diagonal are runs of layers that turn the states little.",
             [f"{_farthest([[-(v or 0.0) for v in row] for row in profile.angular], 0)} the farthest apart."],
         ),
     }

@@ -193,7 +193,7 @@ def _depth_blocks(run: Run) -> Iterable[Block]:
     decides = "The depths to cut to are chosen on the loss, before any training:"
     if run.scouts:
         decides = "The scout decides on the depth, not this; the loss says, before any training,"
-    yield Text(f"Quality of the untrained model’s vectors after each block. {decides} {loss}")
+    yield Text(f"Quality of the untrained model’s vectors after each layer. {decides} {loss}")
     for place, (base, profile) in enumerate(list(run.profiles.items())[: pictures.MOST_PROFILES], 1):
         yield Heading(base)
         drawn = pictures.profile_pictures(run, base, place)

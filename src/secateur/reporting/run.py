@@ -1,10 +1,10 @@
 """A run folder as plain data: its models, the tables that the steps of a study left there, and the study's journal.
 
-Folder names say what they hold: ``<base>-<blocks>-<recipe>``, where the recipe is ``zero-shot``, ``trimmed`` (not
+Folder names say what they hold: ``<base>-<depth>-<recipe>``, where the recipe is ``zero-shot``, ``trimmed`` (not
 trained, but its vocabulary was cut), ``scout`` (cut from a scout's model), ``polished`` (that, trained on alone) or the
-name of a training, with the selection method before it where the blocks are not the first ones, and the seed after it
+name of a training, with the selection method before it where the layers are not the first ones, and the seed after it
 where there are several: ``smollm2-7-healed``, ``smollm2-7-uniform-healed-seed2``. What a model's own tables say (its
-blocks, its seed) goes before its name.
+layers, its seed) goes before its name.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Variant:
 
     Attributes:
         base: The base model, the first part of its name.
-        depth: How many blocks it holds, of ``blocks``.
-        selection: The selection method that chose its blocks; empty where they are the first ones.
+        depth: How many layers it holds, of ``blocks``.
+        selection: The selection method that chose its layers; empty where they are the first ones.
         recipe: What was done besides the cut: ``zero-shot`` or ``trimmed`` (nothing), or the name of the training; or
             ``baseline``, for a model that the study did not make.
         seed: Of its training.
@@ -123,7 +123,7 @@ class Variant:
 
     @property
     def is_full(self) -> bool:
-        """Whether it has all blocks of its base model."""
+        """Whether it has all layers of its base model."""
         return self.depth is not None and self.depth == self.blocks
 
     @property

@@ -45,7 +45,7 @@ SPEED = "Speed is the median over repetitions, with the slowest and the fastest.
 def profile_table(profile: Profile, choice: Mapping[str, int]) -> doc.Table:
     """What was measured at each depth; ``choice`` is the name of a choice → its depth."""
     title = (
-        f"{profile.model}: {profile.depth} blocks, {profile.pooling} pooling, scale {profile.scale:g}, "
+        f"{profile.model}: {profile.depth} layers, {profile.pooling} pooling, scale {profile.scale:g}, "
         f"{profile.dtype}, texts of at most {profile.max_length} tokens."
     )
 
@@ -183,7 +183,7 @@ def model_table(summary: Summary) -> doc.Table:
     compared = summary.compared
     columns: dict[str, Callable[[RunGroup], str | doc.Cell]] = {
         "Model": lambda g: replace(_name(g), link=folder_link(summary.run.folder, g.first.folder)),
-        "Blocks": lambda g: (
+        "Layers": lambda g: (
             f"{g.first.depth} of {g.first.blocks}" if g.first.blocks else str(g.first.depth or doc.NONE)
         ),
         "Tokens": lambda g: kept_tokens(g.first.vocabulary),
@@ -238,11 +238,11 @@ def _difference(item: GroupComparison) -> doc.Cell:
 
 
 def kept_blocks(origin: Origin) -> str:
-    """Which blocks are kept: ``all``, ``the first 7``, or ranges of their numbers as ``--keep`` takes them."""
+    """Which layers are kept: ``all``, ``the first 7``, or ranges of their numbers as ``--keep`` takes them."""
     if origin.kept == tuple(range(len(origin.kept))):
         amount = len(origin.kept)
         return "all" if amount == origin.depth else f"the first {amount}" if amount > 1 else "the first"
-    return f"blocks {ranges(origin.kept)} (counted from 0, as by --keep)"
+    return f"layers {ranges(origin.kept)} (counted from 0, as by --keep)"
 
 
 def kept_tokens(cut: VocabularyCut | None) -> str:
@@ -274,7 +274,7 @@ def origin_table(run: Run) -> doc.Table:
     made: dict[str, Callable[[tuple[str, Origin, Training | None]], str | doc.Cell]] = {
         "Model": lambda m: m[0],
         "Base model": lambda m: m[1].base_model,
-        "Blocks kept": lambda m: kept_blocks(m[1]),
+        "Layers kept": lambda m: kept_blocks(m[1]),
         "Pooling": lambda m: m[1].pooling,
         "Check": lambda m: f"{m[1].check:.1e}",
         "Steps": lambda m: str(m[2].steps) if m[2] else doc.NONE,
@@ -285,7 +285,7 @@ def origin_table(run: Run) -> doc.Table:
     if cut_vocabularies(run):
         made["Tokens kept"] = lambda m: kept_tokens(m[1].vocabulary)
     title = (
-        "Blocks kept, training, and the check made when the folder was written: the largest difference between its "
+        "Layers kept, training, and the check made when the folder was written: the largest difference between its "
         "vectors and those of the model it was written from."
     )
     return doc.Table.of(title, built, made, texts=4)
@@ -353,7 +353,7 @@ def cost_table(rows: Sequence[CostRow]) -> doc.Table:
     columns: dict[str, Callable[[CostRow], str | doc.Cell]] = {
         "Model": lambda row: row.model,
         "dtype": lambda row: row.dtype,
-        "Blocks": lambda row: str(row.depth),
+        "Layers": lambda row: str(row.depth),
         **SIZES,
         "Weights in memory": lambda row: doc.byte_size(row.memory_bytes or None),
         "Peak memory": lambda row: doc.byte_size(row.peak_bytes),

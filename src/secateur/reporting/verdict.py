@@ -1,7 +1,7 @@
 """What to ship, or what to do first, in words that claim no more than the intervals support.
 
 A cut is as good as the full model where its interval excludes a loss of more than the margin: the study's tolerance,
-where it has one, else :data:`.MARGIN`. The full model is the best that the run has with all blocks, however trained.
+where it has one, else :data:`.MARGIN`. The full model is the best that the run has with all layers, however trained.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _is_larger(other: RunGroup, group: RunGroup) -> bool:
 
 
 def _by_series(cuts: Sequence[GroupComparison]) -> list[list[GroupComparison]]:
-    """Cuts to be tested in their order: those to the first blocks, or of the one way in which blocks were selected.
+    """Cuts to be tested in their order: those to the first layers, or of the one way in which layers were selected.
 
     The best of many selections is better than it will be again: none is said to be as good as the full model.
     """
@@ -195,7 +195,7 @@ def _size(group: RunGroup) -> int:
 
 
 def _share_of_size(item: GroupComparison) -> float | None:
-    """Of bytes on disk, or of parameters; of blocks where costs were not measured; None where nothing is known."""
+    """Of bytes on disk, or of parameters; of layers where costs were not measured; None where nothing is known."""
     own, full = item.group.cost, item.reference.cost
     if own and full:
         pairs = ((own.bytes, full.bytes), (own.parameters, full.parameters))
@@ -235,7 +235,7 @@ def _facts(item: GroupComparison) -> str:
         times = number(speed[0], ".2f" if speed[0] < 2 else ".1f" if speed[0] < 20 else ",.0f")
         facts.append(f"{times}{SPACE}×{SPACE}as fast" if speed[1] else "no measurable difference in speed")
     if ratio is not None:
-        facts.append(f"{percent(ratio, 0)} of the {'size' if item.group.cost else 'blocks'}")
+        facts.append(f"{percent(ratio, 0)} of the {'size' if item.group.cost else 'layers'}")
     return ", ".join(facts)
 
 

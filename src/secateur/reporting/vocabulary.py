@@ -21,7 +21,7 @@ def cut_vocabularies(run: Run) -> dict[str, VocabularyCut]:
 
 
 def vocabulary_sentences(summary: Summary) -> list[str]:
-    """For each base model with a cut vocabulary: how many tokens stay, and what all its blocks are worth with them."""
+    """For each base model with a cut vocabulary: how many tokens stay, and what all its layers are worth with them."""
     return [
         f"{shorten(base)}: the vocabulary is cut to {cut.row.tokens:,} of {cut.tokens:,} tokens, which are "
         f"{percent(cut.row.coverage)} of those of held-out texts{_worth(summary, base)}."

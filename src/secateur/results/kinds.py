@@ -12,13 +12,13 @@ from secateur.results.base import Float, Matrix, Table
 
 @dataclass(frozen=True)
 class DepthRow:
-    """One depth of a profile: the state after ``depth`` blocks, through the model's final norm, pooled.
+    """One depth of a profile: the state after ``depth`` layers, through the model's final norm, pooled.
 
     ``loss`` is the mean over batches, in nats, ``loss_se`` its standard error and ``loss_low`` to ``loss_high`` its
     95 % bootstrap interval; ``selection_probability`` is the share of bootstrap replicates in which
     L3Prune's rule chooses this depth (both None with fewer than five batches). ``accuracy``, ``ndcg_at_10`` and
     ``alignment`` are of pairs too, and None with texts alone.
-    ``block_influence`` belongs to the block that ends at this depth; ``effective_rank``, ``uniformity`` and
+    ``block_influence`` belongs to the layer that ends at this depth; ``effective_rank``, ``uniformity`` and
     ``mean_cosine`` are of the pooled vectors; ``next_token_loss`` is that of the language-model head at this depth, in
     nats, None where the model has none.
     """
@@ -62,8 +62,8 @@ class DepthScoreRow:
 class LayerCost:
     """What one part of a model costs; any cut costs the sum of the parts that it keeps.
 
-    ``layer`` 0 is all that is no block (token table, norms, pooling, and the tokenizer's time), ``layer`` k the k-th
-    block. ``parameters`` counts a weight that is used twice once; ``bytes`` are those of the weights as the model was
+    ``layer`` 0 is all that is no layer (token table, norms, pooling, and the tokenizer's time), ``layer`` k the k-th
+    layer. ``parameters`` counts a weight that is used twice once; ``bytes`` are those of the weights as the model was
     opened (as stored, but for a number format that was asked for); ``flops_per_token`` are counted on a text of 128
     tokens. ``latency`` is the median time in seconds for one text of some 20 tokens, ``seconds`` that for a batch of 8,
     in the number format and on the device of the profile.
@@ -474,9 +474,9 @@ class VocabularyCut:
 
 @dataclass(frozen=True)
 class Origin(Table):
-    """``secateur.json`` in a model folder: which blocks of which model it holds, and how it came to be.
+    """``secateur.json`` in a model folder: which layers of which model it holds, and how it came to be.
 
-    ``kept`` are the original indices of the blocks kept, of ``depth`` blocks in all; ``history`` has one line for each
+    ``kept`` are the original indices of the layers kept, of ``depth`` layers in all; ``history`` has one line for each
     command that made the folder, oldest first; ``check`` is the largest difference between the folder's vectors and
     those of ``checked_against``, on a few texts; ``left_out`` names what was not kept: heads, a vision tower;
     ``vocabulary`` says how the vocabulary was cut, where it was.

@@ -51,7 +51,7 @@ class Amounts:
 
 
 def measure_base(name: str, model: str) -> Base:
-    """How many blocks a model has, and how large they are.
+    """How many layers a model has, and how large they are.
 
     Raises:
         ModelError, UnsupportedArchitecture: It cannot be opened or cut.

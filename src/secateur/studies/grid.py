@@ -129,7 +129,7 @@ def _add_trainings(
 
 
 def _kept(blocks: tuple[int, ...] | None) -> dict[str, str]:
-    """Which blocks, as ``prune`` takes it."""
+    """Which layers, as ``prune`` takes it."""
     if blocks is None:
         return {}
     return {"to": str(len(blocks))} if is_prefix(blocks) else {"keep": ",".join(map(str, blocks))}
@@ -138,7 +138,7 @@ def _kept(blocks: tuple[int, ...] | None) -> dict[str, str]:
 def _cuts(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator[tuple[Variant, str]]:
     """The cuts below the full depth, the deepest first, and why one cannot be told.
 
-    Entries that lead to the same blocks are one.
+    Entries that lead to the same layers are one.
     """
     known: dict[tuple[int, ...], list[str]] = {}
     unknown: dict[str, str] = {}
@@ -165,17 +165,17 @@ def _cuts(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator
 
 
 def _blocks(spec: str, depth: int, profile: Profile | None) -> tuple[int, ...] | None:
-    """The blocks that an entry of ``depths`` keeps; None where it takes a profile that is not there."""
+    """The layers that an entry of ``depths`` keeps; None where it takes a profile that is not there."""
     if not needs_profile(spec) or profile is not None:
         return blocks_to_keep(spec, depth, profile)
     _, counted, count = spec.partition(":")
-    if counted:  # too many blocks are too many for every selector
+    if counted:  # too many layers are too many for every selector
         blocks_to_keep(count.partition(":")[0], depth)
     return None
 
 
 def _label(blocks: tuple[int, ...], spec: str, taken: Collection[str]) -> str:
-    """How a folder's name tells blocks: their number, and the selector unless they are the first ones."""
+    """How a folder's name tells layers: their number, and the selector unless they are the first ones."""
     if is_prefix(blocks):
         return str(len(blocks))
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(rf":{len(blocks)}(?=:|$)", "", spec.lower())).strip("_")

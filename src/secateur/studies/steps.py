@@ -1,9 +1,9 @@
 """What a study is made of, as plain data: models, and steps, each of which is one command.
 
-Folders are named ``<model>-<blocks>-<state>``. The state is ``zero-shot`` for a model as it came, ``trimmed`` for one
+Folders are named ``<model>-<depth>-<state>``. The state is ``zero-shot`` for a model as it came, ``trimmed`` for one
 that is not trained either, but had its vocabulary cut, ``scout`` after the training of several depths, ``polished``
 after the one that follows it, or a recipe's name; after the selector where the
-blocks are not the first ones, and before the seed where there are several: ``smollm2-7-uniform-healed-seed2``.
+layers are not the first ones, and before the seed where there are several: ``smollm2-7-uniform-healed-seed2``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NO_TRAINING = "none"
 ITSELF = "self"
 """As a teacher: the whole model, of which the cut ones are parts."""
 FULL = ("full",)
-"""The entry of ``depths`` that stands for all blocks."""
+"""The entry of ``depths`` that stands for all layers."""
 
 COMMANDS: Mapping[str, type[Options]] = {
     "prune": PruneOptions,
@@ -59,8 +59,8 @@ class Base:
     """A model to begin with: its name in the study, what the user named, and its size.
 
     Attributes:
-        depth: Number of blocks.
-        block_parameters: Parameters of one block.
+        depth: Number of layers.
+        block_parameters: Parameters of one layer.
         parameters: Parameters of the whole model.
     """
 
@@ -78,9 +78,9 @@ class Variant:
     Attributes:
         name: Of its folder.
         base: The model that it is cut from.
-        specs: The entries of ``depths`` that lead to its blocks; ``full`` for all of them, ``chosen`` for those that
+        specs: The entries of ``depths`` that lead to its layers; ``full`` for all of them, ``chosen`` for those that
             a scout's scores choose.
-        blocks: Indices of its blocks; None while a profile or a scout has to say.
+        blocks: Indices of its layers; None while a profile or a scout has to say.
         recipe: How it is trained; ``none``: not at all.
         seed: Of the training; None without one.
     """
@@ -94,7 +94,7 @@ class Variant:
 
     @property
     def depth(self) -> int:
-        """Number of its blocks; of all blocks while a profile or a scout has to say."""
+        """Number of its layers; of all layers while a profile or a scout has to say."""
         return self.base.depth if self.blocks is None else len(self.blocks)
 
 

@@ -12,7 +12,7 @@ interruption, does only what is missing:
     RUN/profiles/<model>/               profile.json, curve.png, choice.json
     RUN/scouts/<model>/                 model, scout.json, frontier.png, choice.json, tasks of held-out rows
     RUN/models/<variant>                models as plain folders: as they came (zero-shot), and trained
-    RUN/pruned/<model>-<blocks>         cut, not trained
+    RUN/pruned/<model>-<depth>          cut, not trained
     RUN/scores/<variant>/scores.json    evaluated
     RUN/cache/                          vectors of the evaluations and of teachers
     RUN/costs.json                      counted and timed, all models side by side
@@ -351,8 +351,8 @@ def read_scores(run: str | Path) -> Scores:
 def join_tables(run: str | Path) -> list[dict[str, Any]]:
     """All results of a study, joined: one flat row for each model and task, as ``table.csv`` has it.
 
-    A row has the base model, which ``blocks`` of its ``depth`` are kept, the ``specs`` of the study that lead there,
-    recipe and seed, steps and seconds of its last training, how its vocabulary was cut (``tokens`` to
+    A row has the base model, which of its ``depth`` layers are kept (``blocks``), the ``specs`` of the study that lead
+    there, recipe and seed, steps and seconds of its last training, how its vocabulary was cut (``tokens`` to
     ``unknown_tokens``, empty where it was not), the score with its interval, and the costs. A model without scores has
     one row. Group by all but ``seed`` to average over seeds.
     """

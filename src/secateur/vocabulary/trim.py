@@ -108,7 +108,7 @@ def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int],
 class TokenTable:
     """A tensor with ``rows`` rows, one for each token, of ``width`` numbers.
 
-    ``packed``: a row holds one slice for each block, as Gemma 3n's per-layer embeddings do.
+    ``packed``: a row holds one slice for each layer, as Gemma 3n's per-layer embeddings do.
     """
 
     rows: int
