@@ -109,8 +109,8 @@ def test_a_large_job_waits_for_a_conversion(model: Path, reference, tmp_path: Pa
     monkeypatch.setattr(backends, "PARAMETER_SECONDS", 0.0)
     texts = [f"{i} {'word ' * (i % 40)}" for i in range(2100)]
     done = encode(model, [write_lines(tmp_path / "a.jsonl", texts)], out=tmp_path / "v.npy", prompt_name="query")
-    assert kept(model) == ["openvino-float32"]
-    (record,) = (model / "conversions").glob("*.json")
+    assert "openvino-float32" in kept(model)  # and ONNX, where that was no faster than PyTorch
+    (record,) = (model / "conversions").glob("openvino-*.json")
     measured = json.loads(record.read_text())
     assert set(measured) == {"bfloat16", "float32"}, "both are measured, of one conversion"
     if done.backend == "openvino":
