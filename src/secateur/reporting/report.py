@@ -243,7 +243,8 @@ def _command_blocks(run: Run) -> Iterable[Block]:
         made = "; ".join(titles)
         yield Code(command, "sh", made[:1].upper() + made[1:])
     if run.study:
-        yield Details("Configuration of the study (study.yaml)", (Code(run.study, "yaml"),))
+        again = Text("All of it again, with a new out: secateur study --config study.yaml", is_note=True)
+        yield Details("Configuration of the study (study.yaml)", (again, Code(run.study, "yaml")))
 
 
 def _provenance_blocks(run: Run) -> Iterable[Block]:
