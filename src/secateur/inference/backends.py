@@ -170,7 +170,7 @@ def choose(
         check_device(opening.device)
         _check_together(opening)
     opening = replace(opening, calibration=tuple(texts))
-    if _is_decided(opening):
+    if is_decided(opening):
         encoder = open_encoder(opening)
         backend = encoder.settings.backend if isinstance(encoder, runtime.Encoder) else TORCH
         dtype = encoder.dtype if opening.dtype == AUTO else opening.dtype
@@ -205,7 +205,7 @@ def _check_together(opening: Opening) -> None:
         raise ConfigError("dtype", dtype, f"{dtype} is for torch, not for {backend}", hint)
 
 
-def _is_decided(opening: Opening) -> bool:
+def is_decided(opening: Opening) -> bool:
     """Whether nothing is left to be measured."""
     alone = opening.dtype in (STORED, MIXED, BFLOAT16, "float16")  # in torch, where no backend is named
     return opening.exported or not opening.on_cpu or alone or AUTO not in (opening.backend, opening.dtype)

@@ -25,10 +25,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from secateur.errors import ConfigError, ModelError
 from secateur.inference.app import make_app
-from secateur.inference.backends import STORED, choose, open_encoder
+from secateur.inference.backends import STORED, choose, is_decided, open_encoder
 from secateur.inference.encoders import ModelEncoder, batch_budget
 from secateur.inference.middleware import API_KEYS, ApiError, Keys, Metrics, log, log_as_json, read_keys
-from secateur.inference.opening import AUTO, TORCH, Opening
+from secateur.inference.opening import TORCH, Opening
 from secateur.inference.queueing import LocalWorker
 from secateur.inference.workers import SILENT_SECONDS, EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
@@ -237,12 +237,12 @@ def serve(options: ServeOptions) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(bind(options.host, options.port, keys, options.auth))
         thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="model"))
-        log_as_json()
-        told = "finds the fastest backend; where the model is converted for one, the first start takes minutes"
-        log.info("starting", extra={"facts": {"model": options.model, "told": told if options.backend == AUTO else ""}})
         # Workers open the model on its device; here, only its tokenizer is needed.
         elsewhere = replace(opening, device="cpu", backend=TORCH, dtype=STORED)
         here = opening if opening.on_cpu or not options.workers else elsewhere
+        log_as_json()
+        told = "" if is_decided(here) else "finds the fastest backend; the first time, this may take minutes"
+        log.info("starting", extra={"facts": {"model": options.model, "told": told}})
         chosen = thread.submit(choose, here, options.min_cosine).result()
         encoder, opening = chosen.encoder, chosen.opening if here is opening else opening
         _worker(encoder)
