@@ -3,10 +3,10 @@
     python benchmarks/quality.py MODEL DATA TASKS -o OUT [--embedder MINILM] [--rows ROW ...] [--steps 200]
 
 MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so the row small-mean would fail),
-DATA a folder of training files, TASKS a folder of task folders. Each row and seed is a folder of OUT: it goes on where
-it was stopped, and is skipped once it is scored. Trained models are removed after scoring, but for those that other
-rows start from or learn from (--keep-models keeps all). At the end, and with --table alone, prints a Markdown table:
-the average over task types ± standard error over the seeds, in points.
+DATA a folder of training files, TASKS a folder of task folders. Each row and seed works in a folder of OUT and goes on
+where it was stopped; once scored it is a line of OUT/rows.jsonl, and is skipped. Of the folders only the models stay
+that other rows start from (--keep-models keeps all). At the end, and with --table alone, prints a Markdown table: the
+average over task types ± standard error over the seeds, in points. benchmarks/results holds what was measured.
 
 The first row is the reference: the full depth with the default recipe. Rows have the same steps, or the same compute:
 steps that cost what others cost, by counted FLOPs of a training step. Label-free rows see texts alone.
@@ -52,6 +52,7 @@ PAPER = {"recipe": "l3prune"}
 SEARCHES = ("Cranfield", "PubMedQA-L")
 STATIC_LEARNING_RATE = 1e-2
 REFERENCE = "full"
+RECORDS = "rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ ROWS = {
         vocab=True,
     ),
 }
-KEPT = ("full", "scout")
-"""Rows whose models others need."""
+KEPT = "scout"
+"""The row whose model others start from."""
 
 
 def main() -> None:
@@ -152,15 +153,14 @@ def run_all(args: argparse.Namespace) -> list[str]:
     failed = []
     for seed in args.seeds:
         for name in args.rows:
-            folder = args.out / f"{name}-{seed}"
             if ROWS[name].start == "embedder" and args.embedder is None:
                 print(f"{name}: left out, no --embedder", flush=True)
-            elif not (folder / "done.json").is_file():
+            elif seed not in measured(args, name):
                 try:
                     run(args, name, seed)
                 except Exception:
                     traceback.print_exc()
-                    failed.append(folder.name)
+                    failed.append(f"{name}-{seed}")
     return failed
 
 
@@ -196,21 +196,11 @@ def arguments() -> argparse.Namespace:
 
 def check_same(args: argparse.Namespace) -> None:
     """Rows of one folder must be comparable: refuse to go on with other settings."""
-    keys = (
-        "small",
-        "middle",
-        "large",
-        "ladder",
-        "scout_share",
-        "embedder_small",
-        "embedder_middle",
-        "steps",
-        "batch_size",
-    )
-    keys += ("max_length", "vocab_size", "distill_steps", "texts", "sample", "eval_length", "eval_dtype")
-    settings = {key: getattr(args, key) for key in keys} | {"model": str(args.model), "tasks": str(args.tasks)}
+    keys = ["small", "middle", "large", "ladder", "scout_share", "embedder_small", "embedder_middle", "steps"]
+    keys += ["batch_size", "max_length", "vocab_size", "distill_steps", "texts", "sample", "eval_length", "eval_dtype"]
+    settings = {key: getattr(args, key) for key in keys} | {"model": args.model.name}
     note = args.out / "settings.json"
-    if note.is_file() and {"vocab_size": 8000} | read_json(note) != settings:
+    if note.is_file() and read_json(note) != settings:
         raise SystemExit(f"{note} has other settings: name another --out")
     write_text(note, json.dumps(settings, indent=1))
 
@@ -223,7 +213,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
     starts = {"model": args.model, "embedder": args.embedder, "scout": args.out / f"scout-{seed}" / "model"}
     source = starts[row.start]
     blocks = row.parts(args, depth_of(open_model(source, device="cpu")[0].auto_model), seed)
-    about: dict[str, Any] = {"blocks": len(blocks), "kept": blocks}
+    about: dict[str, Any] = {"layers": len(blocks), "kept": blocks}
     if name == "static":
         score(args, static(args, row, folder, seed, about), folder, seed)
     else:
@@ -239,9 +229,29 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
         score(args, model, folder, seed)
         if row.start == "embedder" and row.settings is not None:
             about["searches"] = searches(args, model, args.embedder)
-    write_text(folder / "done.json", json.dumps(about, indent=1))
-    for leftover in ("cut", "checkpoints", *(() if name in KEPT or args.keep_models else ("model",))):
-        shutil.rmtree(folder / leftover, ignore_errors=True)
+    record(args, {"row": name, "seed": seed, **about}, folder)
+    kept = "model" if name == KEPT or args.keep_models else ""
+    for leftover in folder.iterdir():
+        if leftover.name != kept:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if not kept:
+        folder.rmdir()
+
+
+def record(args: argparse.Namespace, about: dict[str, Any], folder: Path) -> None:
+    """Add a line for a scored row: scores by task, in points, and what they are scores of."""
+    table = load(folder, Scores)
+    about |= {"scores": {row.task: {"type": row.type, "score": 100 * row.score} for row in table.rows}}
+    about |= {"versions": dict(table.provenance.versions), "created": table.provenance.created}
+    with (args.out / RECORDS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(about) + "\n")
+
+
+def measured(args: argparse.Namespace, name: str) -> dict[int, dict[str, Any]]:
+    """Seed → the line of a row."""
+    file = args.out / RECORDS
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.is_file() else [])
+    return {line["seed"]: line for line in lines if line["row"] == name and line["seed"] in args.seeds}
 
 
 def parameters(folder: Path) -> int:
@@ -322,7 +332,8 @@ def static(args: argparse.Namespace, row: Row, folder: Path, seed: int, about: d
 
 def trained(table: Training) -> dict[str, Any]:
     kept = {"steps": table.steps, "seconds": table.seconds, "trained_parameters": table.trained_parameters}
-    return kept | {"settings": dict(table.settings), "losses": [(row.step, row.loss) for row in table.losses]}
+    numbers = {key: value for key, value in table.settings.items() if key in TrainingConfig.__dataclass_fields__}
+    return kept | {"settings": numbers, "losses": [(row.step, row.loss) for row in table.losses]}
 
 
 def score(args: argparse.Namespace, model: Any, folder: Path, seed: int) -> None:
@@ -419,10 +430,10 @@ def table(args: argparse.Namespace) -> str:
         scores = average(name)
         if not scores:
             continue
-        notes = [read_json(args.out / f"{name}-{seed}" / "done.json") for seed in scores]
+        notes = list(measured(args, name).values())
         common = [seed for seed in scores if seed in reference]
         apart = [scores[seed][""] - reference[seed][""] for seed in common]
-        cells = [row.about, str(notes[0]["blocks"])]
+        cells = [row.about, str(notes[0]["layers"])]
         cells += [f"{notes[0]['parameters'] / 1e6:.1f}" if "parameters" in notes[0] else ""]
         cells += [str(notes[0].get("steps", ""))]
         cells += [f"{notes[0]['trained_parameters'] / 1e6:.1f}" if "trained_parameters" in notes[0] else ""]
@@ -441,14 +452,12 @@ def table(args: argparse.Namespace) -> str:
 def averages(args: argparse.Namespace, name: str) -> dict[int, dict[str, float]]:
     """Seed → task type → mean score in points; the mean over types under the empty name. Finished rows only."""
     found = {}
-    for seed in args.seeds:
-        folder = args.out / f"{name}-{seed}"
-        if (folder / "done.json").is_file():
-            kinds: dict[str, list[float]] = {}
-            for row in load(folder, Scores).rows:
-                kinds.setdefault(row.type, []).append(100 * row.score)
-            means = {kind: statistics.mean(values) for kind, values in kinds.items()}
-            found[seed] = means | {"": statistics.mean(means.values())}
+    for seed, line in measured(args, name).items():
+        kinds: dict[str, list[float]] = {}
+        for one in line["scores"].values():
+            kinds.setdefault(one["type"], []).append(one["score"])
+        means = {kind: statistics.mean(values) for kind, values in kinds.items()}
+        found[seed] = means | {"": statistics.mean(means.values())}
     return found
 
 
