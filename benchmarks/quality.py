@@ -188,7 +188,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=30000, help="texts of the label-free row")
     parser.add_argument("--sample", type=int, default=100, help="of each task; 0: the whole task")
     parser.add_argument("--eval-length", type=int, default=64, help="tokens per text in scoring, for all rows")
-    parser.add_argument("--eval-dtype", default="bfloat16")
+    parser.add_argument("--eval-dtype", default="bfloat16", help="float32 where the processor has no bfloat16")
     parser.add_argument("--keep-models", action="store_true")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     return parser.parse_args()
