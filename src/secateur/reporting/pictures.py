@@ -12,9 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -56,36 +54,23 @@ def _picture(
 
 
 class _Cost(NamedTuple):
-    """A cost: how its axis is called, how it is printed, and its fields in :class:`.CostRow`: of itself, and of its
-    range, if it has one; ``bars`` says what that is.
+    """How a cost's axis is called, how it is printed, its fields in :class:`.CostRow` (of itself, and of its range, if
+    it has one), and what that range is.
     """
 
     axis: str
     show: Callable[[float], str]
-    field: str
-    low: str = ""
-    high: str = ""
+    fields: tuple[str, ...]
     bars: str = ""
 
 
+_SPEED, _LATENCY = ("texts_per_second", "speed_low", "speed_high"), ("latency_p50", "latency_p50", "latency_p95")
 _COSTS = {
-    "Speed": _Cost(
-        "Short texts per second (right is faster)",
-        speed,
-        "texts_per_second",
-        "speed_low",
-        "speed_high",
-        "the slowest to the fastest round",
-    ),
-    "Parameters": _Cost("Parameters (left is smaller)", count, "parameters"),
-    "Bytes": _Cost("Bytes on disk (left is smaller)", byte_size, "bytes"),
+    "Speed": _Cost("Short texts per second (right is faster)", speed, _SPEED, "the slowest to the fastest round"),
+    "Parameters": _Cost("Parameters (left is smaller)", count, ("parameters",)),
+    "Bytes": _Cost("Bytes on disk (left is smaller)", byte_size, ("bytes",)),
     "Latency": _Cost(
-        "Seconds for one short text (left is faster)",
-        duration,
-        "latency_p50",
-        "latency_p50",
-        "latency_p95",
-        "the median to the 95th percentile",
+        "Seconds for one short text (left is faster)", duration, _LATENCY, "the median to the 95th percentile"
     ),
 }
 
@@ -117,7 +102,7 @@ def _points(summary: Summary, found: Recommendation, measure: _Cost) -> list[tup
     shown: list[tuple[str, Point]] = []
     for group in summary.groups:
         cost, average, first = group.cost, group.average, group.first
-        if cost is None or average is None or not getattr(cost, measure.field):  # 0: not measured
+        if cost is None or average is None or not getattr(cost, measure.fields[0]):  # 0: not measured
             continue
         within, origin = span(average.low, average.high), first.origin
         layers = f"{first.depth} of {first.blocks} layers" if first.blocks else "not of this study"
@@ -131,17 +116,18 @@ def _points(summary: Summary, found: Recommendation, measure: _Cost) -> list[tup
             (origin.history or (origin.provenance.command,))[-1] if origin else "",
         )
         kind = found.kind(group)
+        value, low, high = ([getattr(cost, name) for name in measure.fields] + [None, None])[:3]
         point = Point(
             series=first.series,
             label=group.name if group in told or kind in ("full", "baseline") else str(first.depth or ""),
             score=average.value,
             low=average.low,
             high=average.high,
-            cost=getattr(cost, measure.field),
-            cost_low=getattr(cost, measure.low, None),
-            cost_high=getattr(cost, measure.high, None),
+            cost=value,
+            cost_low=low,
+            cost_high=high,
             note=tuple(line for line in note if line),
-            link=folder_link(summary.run.folder, first.folder),
+            link=summary.run.link(first),
             kind=kind,
             marked=found.ship is not None and group is found.ship.group,
         )
@@ -153,11 +139,6 @@ def _points(summary: Summary, found: Recommendation, measure: _Cost) -> list[tup
         (base, replace(point, best=index in best, label=point.label if few or index in best or point.marked else ""))
         for index, (base, point) in enumerate(shown)
     ]
-
-
-def folder_link(run: Path, folder: Path | None) -> str:
-    """A model's folder as seen from the report; a relative path, whatever its name."""
-    return quote(folder.relative_to(run).as_posix()) + "/" if folder else ""
 
 
 # Score against size ---------------------------------------------------------------------------------------------------
@@ -196,17 +177,11 @@ def size_pictures(summary: Summary, found: Recommendation, threshold: float) -> 
 
 @dataclass(frozen=True)
 class Saturation:
-    """A fitted curve.
+    """A fitted curve: a is ``plateau``, with its 95 % interval, b is ``gain``, c ``exponent``, N0 ``smallest``.
 
-    Attributes:
-        plateau: a, the score that no size exceeds, and its 95 % interval.
-        gain: b, what the smallest size is below the plateau.
-        exponent: c.
-        smallest: N0, in parameters; ``largest`` is the largest size measured.
-        explained: R², the share of the scores' variance that the curve explains.
-        error: Standard deviation of the residuals, with 3 parameters fitted.
-        points: How many models it was fitted to.
-        threshold: Parameters that one more point of 100 may cost.
+    ``largest`` is the largest size measured; ``explained`` is R², the share of the scores' variance that the curve
+    explains; ``error`` the standard deviation of the residuals, with 3 parameters fitted to ``points`` models;
+    ``threshold`` how many parameters one more point of 100 may cost.
     """
 
     plateau: float

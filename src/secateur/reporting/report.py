@@ -195,7 +195,7 @@ def _depth_blocks(run: Run) -> Iterable[Block]:
         yield Text(base, is_heading=True)
         drawn = pictures.profile_pictures(run, base, place)
         yield from (drawn[kind] for kind in ("curve", "solved") if kind in drawn)
-        if maps := {kind: drawn[kind] for kind in ("cka", "angles") if kind in drawn}:
+        if maps := {kind: picture for kind, picture in drawn.items() if kind in ("cka", "angles")}:
             yield Gallery(maps)
         yield from _remarks(profile.notes)
         numbers = tables.profile_table(profile, run.choices.get(base, {})), tables.depth_scores_table(profile)

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -161,6 +162,10 @@ class Run:
         except ConfigError:  # edited, and broken
             return make(Budget, {})
 
+    def link(self, variant: Variant) -> str:
+        """A model's folder as seen from the run's, for a page; empty without one."""
+        return quote(variant.folder.relative_to(self.folder).as_posix()) + "/" if variant.folder else ""
+
     @property
     def vocabularies(self) -> dict[str, VocabularyCut]:
         """Base model → how the vocabulary of its models was cut, of those where it was."""
@@ -182,10 +187,8 @@ class Run:
         """Every table with a title, in the order of the work."""
         named: list[tuple[str, Table | None]] = [(f"profile of {name}", own) for name, own in self.profiles.items()]
         for scout in self.scouts:
-            named += [
-                (f"scout of {scout.name}", scout.table),
-                (f"training of the scout of {scout.name}", scout.training),
-            ]
+            title = f"scout of {scout.name}"
+            named += [(title, scout.table), (f"training of the {title}", scout.training)]
         for variant in self.variants:
             named += [(f"model {variant.name}", variant.origin), (f"training of {variant.name}", variant.own_training)]
         for table in self.scores:
@@ -229,19 +232,7 @@ def read_run(run: str | Path) -> Run:
     for name in dict.fromkeys([*models, *scored, *cost]):
         tables = models.get(name), cost.get(name), scored.get(name, {})
         variants.append(_variant(name, *tables, profiles, scouts, is_baseline=name in baselines))
-    variants.sort(
-        key=lambda v: (
-            v.is_baseline,
-            v.base,
-            v.selection != "",
-            v.recipe,
-            v.selection,
-            -(v.depth or 0),
-            v.seed or 0,
-            v.name,
-        )
-    )
-    choices = {name: _choice(folder / "profiles" / name, table) for name, table in profiles.items()}
+    choices = {name: _read_choice(folder / "profiles" / name, table) for name, table in profiles.items()}
     for scout in scouts:
         own = {} if scout.chosen is None else {SCOUTED: scout.chosen}
         choices[scout.name] = choices.get(scout.name, {}) | own
@@ -252,7 +243,7 @@ def read_run(run: str | Path) -> Run:
         options=options,
         profiles=profiles,
         choices={name: choice for name, choice in choices.items() if choice},
-        variants=tuple(variants),
+        variants=tuple(sorted(variants, key=_order)),
         scores=tuple(scores.values()),
         costs=costs,
         failed={name: entry["error"] for name, entry in last.items() if entry["outcome"] == "failed"},
@@ -319,6 +310,10 @@ def _variant(
     )
 
 
+def _order(v: Variant) -> tuple[Any, ...]:
+    return v.is_baseline, v.base, v.selection != "", v.recipe, v.selection, -(v.depth or 0), v.seed or 0, v.name
+
+
 def _training(folder: Path) -> Training | None:
     return load(folder, Training) if (folder / Training.file).exists() else None
 
@@ -332,33 +327,25 @@ def _scout(folder: Path, bases: Collection[str]) -> Scouted:
         base = name
     elif seed is None:
         seed = int(ending)
-    content = _read_choice(folder)
-    chosen = _checked({CHOSEN: content[CHOSEN]}, table.depth, folder)[CHOSEN] if CHOSEN in content else None
-    return Scouted(name, base, seed, table, _training(folder / "model"), chosen)
+    return Scouted(name, base, seed, table, _training(folder / "model"), _read_choice(folder, table).get(CHOSEN))
 
 
-def _choice(folder: Path, profile: Profile) -> dict[str, int]:
-    """A profile's choice; chosen again where it was made from another profile."""
-    content = _read_choice(folder)
-    if content.pop(CHOSEN_FROM, None) not in (None, losses_fingerprint(profile)):
-        return choose(profile) if profile.can_choose else {}
-    return _checked(content, profile.depth, folder)
+def _read_choice(folder: Path, table: Profile | Scout) -> dict[str, int]:
+    """``choice.json``, which the user may have edited; empty where there is none.
 
-
-def _read_choice(folder: Path) -> dict[str, Any]:
-    """``choice.json``, which the user may have edited; empty where there is none."""
+    That of a profile is chosen again where it was made from another profile.
+    """
     file = folder / CHOICE
     content = read_json(file) if file.exists() else {}
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}", 'write depths by name, such as {"small": 7}')
-    return content
-
-
-def _checked(content: dict[str, Any], most: int, folder: Path) -> dict[str, int]:
+    if isinstance(table, Scout):
+        content = {name: depth for name, depth in content.items() if name == CHOSEN}
+    elif content.pop(CHOSEN_FROM, None) not in (None, losses_fingerprint(table)):
+        return choose(table) if table.can_choose else {}
     for name, depth in content.items():
-        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= most:
-            hint = f"write a whole number, 1 to {most}"
-            raise DataError(folder / CHOICE, f"{depth!r} is not a depth", hint, field=name)
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= table.depth:
+            raise DataError(file, f"{depth!r} is not a depth", f"write a whole number, 1 to {table.depth}", field=name)
     return content
 
 

@@ -13,7 +13,6 @@ from secateur.choosing.budgets import cut_cost
 from secateur.choosing.choose import ranges
 from secateur.document import Cell, Table, with_interval
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
-from secateur.reporting.pictures import folder_link
 from secateur.reporting.run import Run, Scouted
 from secateur.reporting.verdict import Recommendation
 from secateur.results import (
@@ -188,7 +187,7 @@ def model_table(summary: Summary) -> Table:
 
     compared = summary.compared
     columns: dict[str, Callable[[RunGroup], str | Cell]] = {
-        "Model": lambda group: replace(_name(group), link=folder_link(summary.run.folder, group.first.folder)),
+        "Model": lambda group: replace(_name(group), link=summary.run.link(group.first)),
         "Layers": layers,
         "Tokens": lambda group: kept_tokens(group.first.vocabulary),
         **{name: of_cost(show) for name, show in SIZES.items()},

@@ -61,8 +61,8 @@ def recommend(summary: Summary) -> Recommendation:
     compared = _beside_full(summary)
     cuts = [item for item in compared.values() if not item.group.first.is_baseline]
     if not cuts:
-        headline, reasons = _nothing_to_compare(summary)
-        return Recommendation(headline, reasons=reasons, compared=compared)
+        headline, known = _nothing_to_compare(summary)
+        return Recommendation(headline, reasons=known, compared=compared)
     budget = summary.run.budget
     limits, margin = cost_limits(budget), _margin(summary)
     fitting = [item for item in cuts if _fits(item.group.cost, limits)]
