@@ -298,25 +298,18 @@ def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float
 
 
 def print_load_and_peak(model: str, device: str, batch: str) -> None:
-    """What :func:`measure_alone` runs in the other process, which prints the result."""
+    """What :func:`measure_alone` runs in the other process."""
     started = time.perf_counter()
     opened = open_embedder(model, device=device)
     loaded = time.perf_counter() - started
     with quiet():
         opened.encode(texts_of("long", int(batch)), batch_size=int(batch), show_progress_bar=False)
-    on_gpu = opened.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(opened.device) if on_gpu else peak_memory()
-    sys.stdout.write(json.dumps({"load": loaded, "peak": peak}) + "\n")
-
-
-def peak_memory() -> int:
-    """The most memory that this process held, in bytes.
-
-    Linux tells it in ``/proc``: there, ``ru_maxrss`` starts at that of the process which started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
+    if opened.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(opened.device)
+    elif (status := Path("/proc/self/status")).is_file():
+        # On Linux, ru_maxrss starts at that of the process which started this one.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = int(line.split()[1]) * 1024
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    sys.stdout.write(json.dumps({"load": loaded, "peak": peak}) + "\n")

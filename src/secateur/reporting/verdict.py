@@ -314,20 +314,23 @@ def _nothing_to_compare(summary: Summary) -> tuple[str, tuple[str, ...]]:
         )
         missing = "cut" if all(group.first.is_full for group in scored) else "full model"
         return f"Nothing to compare yet: score a {missing} on the same tasks, too.", (f"{known}.",)
-    told = [" ".join(own) for own in scout_sentences(summary)] or [_choice(summary, name) for name in run.profiles]
+    told = [" ".join(own) for own in scout_sentences(summary)]
+    if not told:
+        for name, profile in run.profiles.items():
+            depths = sorted(run.choices.get(name, {}).items(), key=lambda item: item[1])
+            chosen = "; " + ", ".join(f"“{label}” keeps {depth}" for label, depth in depths) if depths else ""
+            lowest = min(((row.loss, row.depth) for row in profile.rows if row.loss is not None), default=(0.0, None))[
+                1
+            ]
+            curve = (
+                f"the untrained loss is lowest at depth {lowest} of {profile.depth}" if lowest else "no loss is known"
+            )
+            told.append(f"{shorten(name)}: {curve}{chosen}.")
     if not told:
         held = plural(len(run.variants), "model")
         return f"The run holds {held}, not yet scored: evaluate the full model and a cut.", ()
     headline = "Only depths are scored so far: train and score the chosen ones, and the full model."
     return headline, tuple(told[:MOST_NAMED])
-
-
-def _choice(summary: Summary, name: str) -> str:
-    profile, choice = summary.run.profiles[name], summary.run.choices.get(name, {})
-    chosen = ", ".join(f"“{label}” keeps {depth}" for label, depth in sorted(choice.items(), key=lambda item: item[1]))
-    lowest = min(((row.loss, row.depth) for row in profile.rows if row.loss is not None), default=None)
-    curve = f"the untrained loss is lowest at depth {lowest[1]} of {profile.depth}" if lowest else "no loss is known"
-    return f"{shorten(name)}: {curve}{'; ' + chosen if chosen else ''}."
 
 
 # Notes ----------------------------------------------------------------------------------------------------------------
