@@ -131,13 +131,18 @@ def _scores(
 ) -> Iterable[Block]:
     if not variant.scores:
         return
-    columns = ["Task", "Metric", "Samples", "This model", "95 % interval", *([full.name] if full else [])]
+    columns = ["Task", "Metric", "Samples", "This model", "95 % interval"]
     rows = [
         [task, row.metric, str(row.samples), doc.score(row.score), doc.span(row.low, row.high) or doc.NONE]
-        + ([doc.score(full.scores[task].score)] if full else [])
         for task, row in variant.scores.items()
     ]
-    rows.append(["Average", "", "", doc.score(variant.average), "", *([doc.score(full.average)] if full else [])])
+    rows.append(["Average", "", "", doc.score(variant.average), ""])
+    if full:
+        # One seed may have been scored on more tasks than the others, and than the full model.
+        theirs = [full.scores[task].score if task in full.scores else None for task in variant.scores]
+        average = full.average if full.scores.keys() == variant.scores.keys() else None
+        columns.append(full.name)
+        rows = [[*row, doc.score(score)] for row, score in zip(rows, [*theirs, average], strict=True)]
     yield doc.Table("Each task's own metric, × 100.", columns, rows, 2)
     if full and comparison:
         same = variant.training and full.training and variant.training.settings == full.training.settings
