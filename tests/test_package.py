@@ -33,7 +33,7 @@ profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes exclusion training_data processes teacher losses evaluator trainer heal
 scouting: ladder held_out rungs scout
-reporting: cost compare run findings blocks advice vocabulary verdict pictures tables card report
+reporting: cost compare run findings advice verdict tables pictures card report
 studies: steps grid plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening conversions backends workers middleware queueing app serve

@@ -304,6 +304,18 @@ def test_several_seeds_are_one_row_with_their_mean_and_standard_error(run: Path)
     assert "one seed" not in page.text
 
 
+def test_a_seed_that_was_scored_on_more_tasks_than_the_full_model_has_a_card(run: Path) -> None:
+    write_scores(run, "tiny-8-healed", (0.8,), TASKS[:1])
+    for seed in (1, 2):
+        write_model(run, f"tiny-3-healed-seed{seed}", 3, healed=True, seed=seed)
+        write_scores(run, f"tiny-3-healed-seed{seed}", (0.6, 0.5)[:seed], TASKS[:seed])
+    report(run)
+    card = (run / "models" / "tiny-3-healed-seed2" / "README.md").read_text(encoding="utf-8")
+    assert "| STSBenchmark | cosine\\_spearman | 1379 | 60.0 | – | 80.0 |" in card
+    assert "| Banking77 | accuracy | 3080 | 50.0 | – | – |" in card
+    assert "| Average |  |  | 55.0 |  | – |" in card  # of the full model it would be that of another task
+
+
 def test_notes_and_commands_of_scores_are_in_the_report(run: Path) -> None:
     """A file of scores grows: its rows tell by themselves where they come from."""
     folder = run / "scores" / "tiny-2-healed"

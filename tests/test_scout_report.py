@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from secateur.errors import DataError
-from secateur.reporting.advice import scout_sentences
+from secateur.reporting.advice import scout_sentences, vocabulary_sentences
 from secateur.reporting.card import CARD_MARK
 from secateur.reporting.findings import summarize
 from secateur.reporting.report import report
 from secateur.reporting.run import read_run
 from secateur.reporting.verdict import notes, recommend
-from secateur.reporting.vocabulary import vocabulary_sentences
 from secateur.results import (
     CostRow,
     Costs,

@@ -1,6 +1,7 @@
-"""What is shown to people: numbers, tables and texts, alike on the terminal, in a page and in Markdown.
+"""What is shown to people: numbers, tables, and sections of them, alike on the terminal, in a page and in Markdown.
 
-Every text is escaped where it is shown, and nothing in a page is loaded from elsewhere.
+Tables for the terminal and all of Markdown are made here, pages by ``reporting/templates``. No text is ever markup, and
+nothing in a page is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeVar
@@ -52,6 +53,11 @@ def percent(share: float | None, digits: int = 1) -> str:
 def span(low: float | None, high: float | None, show: Callable[[float], str] = score) -> str:
     """An interval, or nothing where there is none."""
     return "" if low is None or high is None else f"{show(low)} to {show(high)}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """That of a difference of scores, in words."""
+    return "no interval" if low is None else f"95 % interval {span(low, high, signed)}"
 
 
 def speed(value: float | None) -> str:
@@ -106,12 +112,6 @@ def shorten(text: str, length: int = NAME_LENGTH) -> str:
     return text if len(text) <= length else f"{text[:head]}…{text[-(length - 1 - head) :]}"
 
 
-def to_html(text: str) -> str:
-    """A text as HTML, isolated from the reading order around it; a long one scrolls."""
-    long = ' class="long" tabindex="0"' if len(text) > 200 else ""
-    return f"<bdi{long}>{html.escape(printable(text))}</bdi>"
-
-
 def to_markdown(text: str) -> str:
     """A text as one line of Markdown that shows it as it is: no markup, no HTML, no formula, no new table cell."""
     text = html.escape(printable(re.sub(r"\s+", " ", text)), quote=False)
@@ -125,11 +125,9 @@ def to_markdown(text: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value with smaller notes under it.
+    """A value with smaller notes under it, or in brackets.
 
     Attributes:
-        text: The value as it is shown.
-        notes: Shown under it, or in brackets.
         tag: A short label beside it.
         link: Where it leads, in a page.
         trend: ``better`` or ``worse`` where the value differs significantly from what it is compared with.
@@ -143,10 +141,29 @@ class Cell:
     trend: str = ""
     heat: float = 0.0
 
+    @property
+    def heat_percent(self) -> int:
+        """How strong the colour is."""
+        return round(100 * min(1.0, abs(self.heat) / _HOTTEST))
+
+    @property
+    def in_line(self) -> str:
+        """The whole cell as one text."""
+        arrow = f" {ARROWS[self.trend]}" if self.trend else ""
+        notes = f" ({'; '.join(self.notes)}{arrow})" if self.notes else arrow
+        return self.text + (f" ({self.tag})" if self.tag else "") + notes
+
 
 _HOTTEST = 0.1
 """A difference from which on colours are the same."""
-_ARROWS = {"better": "▲", "worse": "▼"}
+ARROWS = {"better": "▲", "worse": "▼"}
+
+
+def with_interval(
+    value: float | None, low: float | None, high: float | None, show: Callable[[float | None], str] = score
+) -> Cell:
+    """A number with its interval, where it has one."""
+    return Cell(show(value), (span(low, high, show),) if low is not None else ())
 
 
 @dataclass(frozen=True)
@@ -154,7 +171,6 @@ class Table:
     """Rows of texts under a title.
 
     Attributes:
-        title: What the table shows.
         columns: Their headings; the first ``texts`` of them hold texts, the others numbers, aligned to the right.
         rows: As many cells as there are columns, in each.
         groups: A heading for each row, shown where it changes; in a page only.
@@ -178,16 +194,20 @@ class Table:
         """A row for each item, with what each column shows of it."""
         return cls(title, list(columns), [[show(item) for show in columns.values()] for item in items], texts, groups)
 
+    @property
+    def cells(self) -> list[list[Cell]]:
+        return [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in self.rows]
+
     def transposed(self) -> Table:
         """The table with its columns as rows, for a terminal that is not wide."""
         names, *rows = zip(self.columns, *self.rows, strict=True)
-        return Table(self.title, [_cell(name).text for name in names], rows)
+        return Table(self.title, [name if isinstance(name, str) else name.text for name in names], rows)
 
     def filled(self) -> Table:
         """The table without the columns that have no value in any row."""
-        empty = ("", NONE)
+        columns = zip(*self.cells, strict=True) if self.rows else ()
         return self._only(
-            [i for i in range(len(self.columns)) if any(_cell(r[i]).text not in empty for r in self.rows)]
+            [i for i, column in enumerate(columns) if any(cell.text not in ("", NONE) for cell in column)]
         )
 
     def select(self, **names: str) -> Table:
@@ -206,7 +226,7 @@ class Table:
 
         title = Text(printable(self.title)) if self.title else None
         shown = RichTable(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
-        texts = [[printable(_in_line(_cell(cell))) for cell in row] for row in self.rows]
+        texts = [[printable(cell.in_line) for cell in row] for row in self.cells]
         headings = [printable(heading).split() or [""] for heading in self.columns]
         widths = [max(map(len, [*words, *cells])) for words, *cells in zip(headings, *texts, strict=True)]
         # Where all fits into a usual terminal if headings alone are broken, no cell is.
@@ -219,59 +239,124 @@ class Table:
             shown.add_row(*map(Text, row))
         return shown
 
-    def to_html(self) -> str:
-        """An element that scrolls sideways where the page is narrow."""
-        headings = (f'<th scope="col"{self._kind(i)}>{to_html(name)}</th>' for i, name in enumerate(self.columns))
-        bodies = []
-        numbered = zip(self.groups or [""] * len(self.rows), self.rows, strict=True)
-        for group, rows in groupby(numbered, key=lambda item: item[0]):
-            lines = [f"<tr>{''.join(map(self._html_cell, range(len(row)), row))}</tr>" for _, row in rows]
-            if group:
-                span_all = f'<th scope="rowgroup" colspan="{len(self.columns)}">{to_html(group)}</th>'
-                lines.insert(0, f'<tr class="group">{span_all}</tr>')
-            bodies.append("<tbody>\n" + "\n".join(lines) + "\n</tbody>")
-        label = html.escape(shorten(self.title, 80))
-        return (
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">\n<table>\n'
-            f"<caption><span>{html.escape(printable(self.title))}</span></caption>\n"
-            f"<thead><tr>{''.join(headings)}</tr></thead>\n{''.join(bodies)}\n</table>\n</div>"
-        )
-
-    def _html_cell(self, index: int, given: str | Cell) -> str:
-        cell = _cell(given)
-        text = to_html(cell.text) if index < self.texts else html.escape(printable(cell.text))
-        text = f'<a href="{html.escape(cell.link)}">{text}</a>' if cell.link else text
-        text += f' <span class="tag">{html.escape(printable(cell.tag))}</span>' if cell.tag else ""
-        for place, note in enumerate(cell.notes):
-            sign = ""
-            if cell.trend and place == 0:  # said in words too, not in colour alone
-                arrow = f'<span aria-hidden="true">{_ARROWS[cell.trend]}</span>'
-                sign = f' <strong class="{cell.trend}">{arrow} {cell.trend}</strong>'
-            text += f"<small>{html.escape(printable(note))}{sign}</small>"
-        tag, scope = ("th", ' scope="row"') if index == 0 else ("td", "")
-        heat = ""
-        if abs(cell.heat) > 0:  # of NaN, no
-            share = round(100 * min(1.0, abs(cell.heat) / _HOTTEST))
-            heat = f' data-heat="{"gain" if cell.heat > 0 else "loss"}" style="--heat: {share}%"'
-        return f"<{tag}{scope}{self._kind(index) if index else ''}{heat}>{text}</{tag}>"
-
-    def _kind(self, index: int) -> str:
-        return "" if index < self.texts else ' class="number"'
+    @property
+    def grouped(self) -> list[tuple[str, list[list[Cell]]]]:
+        """Headings of groups with their rows, in order."""
+        numbered = zip(self.groups or [""] * len(self.rows), self.cells, strict=True)
+        return [(group, [row for _, row in rows]) for group, rows in groupby(numbered, key=lambda item: item[0])]
 
     def to_markdown(self) -> str:
         """A table of GitHub's Markdown, under its title."""
         head = "".join(f" {to_markdown(name)} |" for name in self.columns)
         rule = "".join("---|" if index < self.texts else "---:|" for index in range(len(self.columns)))
-        lines = ["|" + "".join(f" {to_markdown(_in_line(_cell(cell)))} |" for cell in row) for row in self.rows]
+        lines = ["|" + "".join(f" {to_markdown(cell.in_line)} |" for cell in row) for row in self.cells]
         title = to_markdown(self.title) + "\n\n" if self.title else ""
         return title + "\n".join([f"|{head}", f"|{rule}", *lines])
 
 
-def _cell(cell: str | Cell) -> Cell:
-    return cell if isinstance(cell, Cell) else Cell(cell)
+# Sections -------------------------------------------------------------------------------------------------------------
 
 
-def _in_line(cell: Cell) -> str:
-    arrow = f" {_ARROWS[cell.trend]}" if cell.trend else ""
-    notes = f" ({'; '.join(cell.notes)}{arrow})" if cell.notes else arrow
-    return cell.text + (f" ({cell.tag})" if cell.tag else "") + notes
+@dataclass(frozen=True)
+class Text:
+    """A paragraph, or a heading; a note is less prominent."""
+
+    text: str
+    is_note: bool = False
+    is_heading: bool = False
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Something to copy, under what it is."""
+
+    text: str
+    language: str = ""
+    title: str = ""
+
+    @property
+    def shown(self) -> str:
+        """Nothing in it hides, or turns what is copied."""
+        return "\n".join(printable(line) for line in self.text.expandtabs(4).splitlines())
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A ``figure`` of matplotlib, as an ``svg`` element too; ``key`` names its file, without suffix."""
+
+    key: str
+    title: str
+    caption: str
+    svg: str
+    figure: Any
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures by what they are called: side by side where there is room; or, with the title of a ``switch``, one at a
+    time, without scripts.
+    """
+
+    pictures: Mapping[str, Picture]
+    switch: str = ""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a page shows when its ``summary`` is clicked on."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+Block = Text | Bullets | Code | Table | Picture | Gallery | Details
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under a title; ``key`` is the section's address in the page, which shows those that are open at once."""
+
+    key: str
+    title: str
+    blocks: Sequence[Block]
+    is_open: bool = False
+
+    def to_markdown(self) -> str:
+        return "\n\n".join([f"## {self.title}", *map(block_to_markdown, self.blocks)])
+
+
+def pictures_in(blocks: Sequence[Block]) -> Iterator[Picture]:
+    """The pictures among blocks."""
+    for block in blocks:
+        match block:
+            case Picture():
+                yield block
+            case Gallery(pictures):
+                yield from pictures.values()
+            case Details(_, inside):
+                yield from pictures_in(inside)
+
+
+def block_to_markdown(block: Block) -> str:
+    """A block as GitHub's Markdown; pictures are files in the folder ``figures``."""
+    match block:
+        case Text(text, _, is_heading):
+            return ("### " if is_heading else "") + to_markdown(text)
+        case Bullets(items):
+            return "\n".join(f"- {to_markdown(item)}" for item in items)
+        case Code(_, language, title):
+            fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", block.shown)), default=0))
+            return (f"{to_markdown(title)}:\n\n" if title else "") + f"{fence}{language}\n{block.shown}\n{fence}"
+        case Table():
+            return block.to_markdown()
+        case Picture(key, title, caption):
+            return f"![{to_markdown(title)}](figures/{key}.png)\n\n{to_markdown(caption)}"
+        case Gallery(pictures):
+            return "\n\n".join(map(block_to_markdown, pictures.values()))
+        case Details(summary, blocks):
+            return "\n\n".join([f"{to_markdown(summary)}:", *map(block_to_markdown, blocks)])

@@ -153,7 +153,7 @@ def prune_command(options: PruneOptions) -> None:
     if origin.left_out:
         typer.echo(f"left out: {', '.join(origin.left_out)}", err=True)
     if origin.vocabulary:
-        from secateur.reporting.vocabulary import coverage_notes, vocabulary_facts
+        from secateur.reporting.advice import coverage_notes, vocabulary_facts
 
         notes = (f"note: {note}" for note in coverage_notes(folder.name, origin.vocabulary))
         for line in (*vocabulary_facts(origin.vocabulary), *notes):

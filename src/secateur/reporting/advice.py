@@ -1,17 +1,19 @@
-"""What a scout found, in sentences to act on: which depth, and what it is worth."""
+"""What a scout found and what the cut of a vocabulary did, in sentences to act on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 
 from secateur.choosing.budgets import cost_limits
 from secateur.choosing.evidence import TOLERANCE, choose_rung
-from secateur.document import plural, score, shorten, signed, span
+from secateur.document import interval, percent, plural, score, shorten, signed
 from secateur.errors import SecateurError
 from secateur.options import Budget
-from secateur.reporting.findings import Estimate, Summary
-from secateur.reporting.run import Scouted
-from secateur.results import RungRow
+from secateur.reporting.findings import Estimate, GroupComparison, Summary
+from secateur.reporting.run import TRIMMED, Scouted
+from secateur.results import RungRow, VocabularyCut
+
+# Scouts ---------------------------------------------------------------------------------------------------------------
 
 
 def scout_sentences(summary: Summary) -> list[list[str]]:
@@ -21,7 +23,12 @@ def scout_sentences(summary: Summary) -> list[list[str]]:
         scouts = [scout for scout in run.scouts if scout.base == base]
         decisive = [scout for scout in scouts if scout.chosen is not None] or scouts[:1]
         sentences = [f"{shorten(scout.name)}: {_choice(scout, run.budget)}" for scout in decisive]
-        sentences += _other_seeds(decisive[0], [scout for scout in scouts if scout not in decisive])
+        first = decisive[0]
+        others = [row for scout in scouts if scout not in decisive for row in scout.table.rows]
+        same = [row for row in others if row.depth == first.chosen != first.table.depth and row.difference is not None]
+        if same:
+            told = " and ".join(signed(row.difference) for row in same)
+            sentences.append(f"At this depth, scouts with other seeds find a difference of {told} points.")
         found.append(sentences)
     return found
 
@@ -40,55 +47,51 @@ def scout_note(summary: Summary) -> str:
     )
 
 
-# The choice -----------------------------------------------------------------------------------------------------------
-
-
 def _choice(scouted: Scouted, budget: Budget) -> str:
     """The chosen depth beside the full one of the same training."""
-    scout, chosen = scouted.table, scouted.chosen
+    scout, chosen, depth = scouted.table, scouted.chosen, scouted.table.depth
     rungs = [row for row in scout.rows if row.score is not None and row.difference is not None]
     row = next((row for row in rungs if row.depth == chosen), None)
     if chosen is None:
-        return f"the scout scored {plural(len(rungs), 'depth')} of {scout.depth}; none is chosen yet."
+        return f"the scout scored {plural(len(rungs), 'depth')} of {depth}; none is chosen yet."
     if row is None:
-        return f"{chosen} of {scout.depth} layers are chosen, a depth that the scout did not score."
-    against, depth, on = f"against all {scout.depth} in the same training", scout.depth, f"on {scouted.judge},"
-    how, is_within = _why(scouted, budget)
+        return f"{chosen} of {depth} layers are chosen, a depth that the scout did not score."
+
+    def loses(row: RungRow) -> str:
+        lost = f"{'gain' if row.difference > 0 else 'lose'} {score(abs(row.difference))} points"
+        ends = interval(row.difference_low, row.difference_high)
+        return f"{lost} ({ends}) against all {depth} in the same training"
+
+    on, within, how = f"on {scouted.judge},", f"within {_tolerance(budget)}", _why(scouted, budget)
     if row.depth < depth:
-        return f"{on} {row.depth} of {depth} layers {_loses(row, against)}{how}."
+        return f"{on} {row.depth} of {depth} layers {loses(row)}{f', {within}' if how is None else how}."
     smaller = [row for row in rungs if row.depth < depth]
     if not smaller:
         return f"all {depth} layers are chosen; no smaller depth was scored."
-    if is_within:
-        return f"{on} nothing smaller than all {depth} layers is {_not_within(smaller, against, budget)}."
-    best = max(smaller, key=lambda row: row.difference)
-    rest = f"of the smaller depths, {best.depth} layers come nearest, and {_loses(best, against)}"
-    return f"{on} all {depth} layers are chosen{how}; {rest}."
+    if how is not None:
+        best = max(smaller, key=lambda row: row.difference)
+        rest = f"of the smaller depths, {best.depth} layers come nearest, and {loses(best)}"
+        return f"{on} all {depth} layers are chosen{how}; {rest}."
+    nearest = max(smaller, key=lambda row: row.difference if row.difference_low is None else row.difference_low)
+    said = f"{nearest.depth} layers come nearest, and"
+    if nearest.difference_low is not None and -100 * nearest.difference_low <= points_of(budget):  # by itself
+        nearest = max(smaller, key=lambda row: (row.trained, row.depth))
+        said = f"depths are tried from the deepest down, and {nearest.depth} layers"
+    return f"{on} nothing smaller than all {depth} layers is shown to be {within}: {said} {loses(nearest)}."
 
 
-def _why(scouted: Scouted, budget: Budget) -> tuple[str, bool]:
-    """Why the depth is chosen, and whether it is the smallest one within the tolerance."""
+def _why(scouted: Scouted, budget: Budget) -> str | None:
+    """Why the depth is chosen; None where it is the smallest one within the tolerance."""
     try:
         recommended = choose_rung(budget, scouted.table)
     except SecateurError:  # of a budget, or a table, that was edited since
-        return "", False
+        return ""
     if len(recommended.blocks) != scouted.chosen:
-        return f"; by these scores it would be {len(recommended.blocks)}", False
+        return f"; by these scores it would be {len(recommended.blocks)}"
     if budget.best or recommended.warning:
-        limits = " within the budget" if cost_limits(budget) else ""
         warning = f"; {recommended.warning}" if recommended.warning else ""
-        return f", the highest score{limits}{warning}", False
-    return f", within {_tolerance(budget)}", True
-
-
-def _not_within(smaller: Sequence[RungRow], against: str, budget: Budget) -> str:
-    """Which depth comes nearest to the tolerance, and what it loses."""
-    nearest = max(smaller, key=lambda row: row.difference if row.difference_low is None else row.difference_low)
-    how = f"{nearest.depth} layers come nearest, and"
-    if nearest.difference_low is not None and -100 * nearest.difference_low <= points_of(budget):  # by itself
-        nearest = max(smaller, key=lambda row: (row.trained, row.depth))
-        how = f"depths are tried from the deepest down, and {nearest.depth} layers"
-    return f"shown to be within {_tolerance(budget)}: {how} {_loses(nearest, against)}"
+        return f", the highest score{' within the budget' if cost_limits(budget) else ''}{warning}"
+    return None
 
 
 def points_of(budget: Budget) -> float:
@@ -101,27 +104,59 @@ def _tolerance(budget: Budget) -> str:
     return f"{'the' if budget.tolerance is None else 'your'} tolerance of {points}"
 
 
-def _loses(row: RungRow, against: str) -> str:
-    verb = "gain" if row.difference > 0 else "lose"
-    return (
-        f"{verb} {score(abs(row.difference))} points ({_interval(row.difference_low, row.difference_high)}) {against}"
-    )
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return f"95 % interval {span(low, high, signed)}" if low is not None else "no interval"
-
-
-def _other_seeds(decisive: Scouted, others: Sequence[Scouted]) -> Iterator[str]:
-    """What scouts that did not decide say of the chosen depth."""
-    rows = [row for scout in others for row in scout.table.rows if row.depth == decisive.chosen != scout.table.depth]
-    told = [signed(row.difference) for row in rows if row.difference is not None]
-    if told:
-        yield f"At this depth, scouts with other seeds find a difference of {' and '.join(told)} points."
-
-
 def apart(difference: Estimate) -> str:
     """A difference in words, with its interval."""
     none = "" if difference.low is None or difference.sign else ", no significant difference"
     more = f"{score(abs(difference.value))} points {'less' if difference.value < 0 else 'more'}"
-    return f"{more} ({_interval(difference.low, difference.high)}{none})"
+    return f"{more} ({interval(difference.low, difference.high)}{none})"
+
+
+# Vocabularies ---------------------------------------------------------------------------------------------------------
+
+
+def vocabulary_sentences(summary: Summary) -> list[str]:
+    """For each base model with a cut vocabulary: how many tokens stay, and what all its layers are worth with them."""
+    told = []
+    for base, cut in summary.run.vocabularies.items():
+        full = [item for item in summary.originals.values() if item.group.first.base == base]
+        # Those of a scout have sentences of their own.
+        full = [item for item in full if item.group.first.is_full and item.group.first.scout is None]
+        worth = map(_loss, sorted(full, key=lambda item: item.group.first.recipe != TRIMMED))
+        told.append(
+            f"{shorten(base)}: the vocabulary is cut to {cut.row.tokens:,} of {cut.tokens:,} tokens, which are "
+            f"{percent(cut.row.coverage)} of those of held-out texts{''.join(worth)}."
+        )
+    return told
+
+
+def _loss(item: GroupComparison) -> str:
+    """What a model of full depth loses against all tokens."""
+    recipe, cost, whole = item.group.first.recipe, item.group.cost, item.reference.cost
+    said = f"scores {apart(item.difference)} than as it came" if item.is_known else ""
+    if recipe != TRIMMED:
+        return f"; {recipe}, it {said}" if said else ""
+    has = f"has {percent(cost.parameters / whole.parameters, 0)} of the parameters" if cost and whole else ""
+    parts = " and ".join(part for part in (has, said) if part)
+    return f"; untrained, the model of full depth {parts}" if parts else ""
+
+
+def vocabulary_facts(cut: VocabularyCut, publish: Callable[[str], str] = str) -> list[str]:
+    """What was cut, by which texts, and what that does to texts like these; ``publish`` shows the name of a file."""
+    row = cut.row
+    facts = [
+        f"Vocabulary: {row.tokens:,} of {cut.tokens:,} tokens, chosen by {cut.texts:,} texts of "
+        f"{', '.join(map(publish, cut.files))}.",
+        f"Of texts like these that were held out, {percent(row.coverage)} of the tokens stay, and "
+        f"{percent(row.changed)} of the texts have one that does not; a text has {row.tokens_per_text:.1f} tokens on "
+        f"average, {cut.tokens_per_text:.1f} before.",
+    ]
+    return facts + ([f"Newly unknown tokens: {percent(row.unknown, 2)}."] if row.unknown else [])
+
+
+def coverage_notes(name: str, cut: VocabularyCut) -> list[str]:
+    """Warnings that tasks have texts of another kind than those that the vocabulary was cut by."""
+    return [
+        f"{name}: the vocabulary has {percent(share)} of the tokens of the task {task}, of texts that were held out "
+        f"{percent(cut.row.coverage)}: it was cut by texts of another language or kind"
+        for task, share in cut.uncovered.items()
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -10,25 +11,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, metadata_load, try_to_load_from_cache
 
 from secateur import document as doc
 from secateur.data.hub import is_hub_name, parse_name
+from secateur.document import Block, Bullets, Code, Section, Text
 from secateur.files import read_json
 from secateur.provenance import Fingerprint
-from secateur.reporting.advice import apart
-from secateur.reporting.blocks import Block, Bullets, Code, Section, Text, section_to_markdown
+from secateur.reporting.advice import apart, vocabulary_facts
 from secateur.reporting.findings import GroupComparison, Summary
-from secateur.reporting.run import HUB_NAME, POLISHED, Scouted, Variant, base_licence, base_metadata, is_on_hub
-from secateur.reporting.tables import SPEED, cost_table, is_other, kept_blocks, kept_tokens, scout_origin, settings_text
+from secateur.reporting.run import POLISHED, Scouted, Variant
+from secateur.reporting.tables import (
+    SPEED,
+    cost_table,
+    kept_blocks,
+    kept_tokens,
+    scout_origin,
+    settings_text,
+)
 from secateur.reporting.verdict import Recommendation, seed_note
-from secateur.reporting.vocabulary import vocabulary_facts, vocabulary_limits
 from secateur.results import Origin, ScoreRow
 
+CARD = "README.md"
 CARD_MARK = "<!-- Written by `secateur report`, which replaces it. Remove this line to keep a card of your own. -->"
 # Cards that sentence-transformers writes when a model is saved; a person's card is left alone.
 GENERATED_MARKS = (CARD_MARK, "This is a [sentence-transformers](https://www.SBERT.net) model")
 TAGS = ("sentence-transformers", "feature-extraction", "sentence-similarity", "mteb", "secateur", "pruned")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]")
 
@@ -42,60 +52,36 @@ def may_write(card: Path) -> bool:
 
 
 def model_card(summary: Summary, found: Recommendation, variant: Variant, folder: Path, origin: Origin) -> str:
-    """The card of a run's model; that of the recommended one says so. The full model beside it is of the same seed
-    where there is one.
-    """
-    comparison = next((item for item in summary.compared.values() if variant in item.group.variants), None)
-    full = None
-    if comparison is not None:
-        same = [other for other in comparison.reference.variants if other.seed == variant.seed]
-        full = (same or comparison.reference.variants)[0]
+    """The card of a run's model; that of the recommended one says so."""
     trained = "trained after the cut" if variant.own_training else "as they came, without training"
     if variant.scout:
         trained = "trained together with other depths" + (", then alone" if variant.recipe == POLISHED else "")
-    original = next((item for item in summary.originals.values() if variant in item.group.variants), None)
-    cut = origin.vocabulary
-    tokens = f" with {kept_tokens(cut)} tokens" if cut else ""
+    tokens = f" with {kept_tokens(origin.vocabulary)} tokens" if origin.vocabulary else ""
     about = (
         f"A text encoder: {kept_blocks(origin)} of the {origin.depth} layers of {public(origin.base_model)}{tokens}, "
         f"{trained}. It is a plain sentence-transformers folder: using it does not need secateur."
     )
-    sections = [Section("use", "Use", list(_use(folder)))]
-    if variant.cost:
-        others = [full, *(original.reference.variants if original else ())]
-        shown = {"This model": variant.cost} | {other.name: other.cost for other in others if other and other.cost}
-        costs = [replace(cost, model=name) for name, cost in shown.items()]
-        machine = summary.run.costs.provenance.hardware if summary.run.costs else {}
-        where = Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
-        sections.append(Section("costs", "Size and speed", [cost_table(costs).transposed(), where]))
-    if variant.scores:
-        note = seed_note(summary) if variant.training else ""
-        sections.append(Section("scores", "Scores", list(_scores(variant, full, comparison, original, note))))
-    sections.append(Section("made", "How it was made", list(_how(variant, origin))))
-    limits = [
-        f"The licence and terms of {public(origin.base_model)} apply to this model; those of its training data may "
-        "apply, too.",
-        *(vocabulary_limits(cut, public) if cut else ()),
-        f"Its biases{'' if cut else ' and its languages'} are those of the base model; the layers left out are not "
-        "replaced.",
-        ("Its quality is known on the tasks above only" if variant.scores else "It has not been evaluated")
-        + ": measure it on your own data before you rely on it.",
-        *(
-            ()
-            if variant.own_training or (variant.training and variant.is_full)
-            else ("It has not been trained after the cut.",)
-        ),
-    ]
-    sections.append(Section("limits", "Limits", [Bullets(tuple(limits))]))
-    head = [
-        f"---\n{_metadata(variant, origin)}\n---",
-        CARD_MARK,
-        f"# {doc.to_markdown(variant.name)}",
-        doc.to_markdown(about),
-    ]
+    head = [f"---\n{_metadata(variant, origin)}\n---", CARD_MARK, f"# {doc.to_markdown(variant.name)}"]
+    head.append(doc.to_markdown(about))
     if found.ship and variant in found.ship.group.variants:
         head += [f"**{doc.to_markdown(found.headline)}**", doc.to_markdown(found.reasons[0])]
-    return "\n\n".join([*head, *map(section_to_markdown, sections)]) + "\n"
+    comparison, original = _of(summary.compared, variant), _of(summary.originals, variant)
+    full = None
+    if comparison:
+        others = comparison.reference.variants
+        full = next((other for other in others if other.seed == variant.seed), others[0])
+    sections = [
+        Section("use", "Use", list(_use(folder))),
+        Section("costs", "Size and speed", list(_costs(summary, variant, full, original))),
+        Section("scores", "Scores", list(_scores(summary, variant, full, comparison, original))),
+        Section("made", "How it was made", list(_how(variant, origin))),
+        Section("limits", "Limits", [Bullets(list(_limits(variant, origin)))]),
+    ]
+    return "\n\n".join([*head, *(section.to_markdown() for section in sections if section.blocks)]) + "\n"
+
+
+def _of(items: Mapping[str, GroupComparison], variant: Variant) -> GroupComparison | None:
+    return next((item for item in items.values() if variant in item.group.variants), None)
 
 
 # Sections -------------------------------------------------------------------------------------------------------------
@@ -124,36 +110,54 @@ def _use(folder: Path) -> Iterable[Block]:
         yield doc.Table("Prompts are part of the model:", ("Name", "Prompt"), rows, 2)
 
 
+def _costs(
+    summary: Summary, variant: Variant, full: Variant | None, original: GroupComparison | None
+) -> Iterable[Block]:
+    if not variant.cost:
+        return
+    others = [full, *(original.reference.variants if original else ())]
+    shown = {"This model": variant.cost} | {other.name: other.cost for other in others if other and other.cost}
+    yield cost_table([replace(cost, model=name) for name, cost in shown.items()]).transposed()
+    machine = summary.run.costs.provenance.hardware if summary.run.costs else {}
+    yield Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
+
+
 def _scores(
+    summary: Summary,
     variant: Variant,
     full: Variant | None,
     comparison: GroupComparison | None,
     original: GroupComparison | None,
-    note: str,
 ) -> Iterable[Block]:
-    columns = ["Task", "Metric", "Samples", "This model", "95 % interval", *([full.name] if full else [])]
+    if not variant.scores:
+        return
+    columns = ["Task", "Metric", "Samples", "This model", "95 % interval"]
     rows = [
         [task, row.metric, str(row.samples), doc.score(row.score), doc.span(row.low, row.high) or doc.NONE]
-        + ([doc.score(full.scores[task].score)] if full else [])
         for task, row in variant.scores.items()
     ]
-    rows.append(["Average", "", "", doc.score(variant.average), "", *([doc.score(full.average)] if full else [])])
-    yield doc.Table("Each task's own metric, × 100.", columns, rows, 2)
+    rows.append(["Average", "", "", doc.score(variant.average), ""])
     if full:
+        # One seed may have been scored on more tasks than the others, and than the full model.
+        theirs = [full.scores[task].score if task in full.scores else None for task in variant.scores]
+        average = full.average if full.scores.keys() == variant.scores.keys() else None
+        columns.append(full.name)
+        rows = [[*row, doc.score(score)] for row, score in zip(rows, [*theirs, average], strict=True)]
+    yield doc.Table("Each task's own metric, × 100.", columns, rows, 2)
+    if full and comparison:
         same = variant.training and full.training and variant.training.settings == full.training.settings
         how = ", trained with the same settings" if same else ""
-        how += ", which had only the scout's training" if comparison and comparison.is_polished_more else ""
+        how += ", which had only the scout's training" if comparison.is_polished_more else ""
         yield Text(f"{full.name} is the full model to compare with: all {full.depth} layers{how}.")
-    if comparison and comparison.difference.low is not None:
         difference, seeds = comparison.difference, len(comparison.group.variants)
-        over = f", over {doc.plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
-        within = doc.span(difference.low, difference.high, doc.signed)
-        points = f"{doc.signed(difference.value)} points, 95 % interval {within}"
-        yield Text(f"The average differs by {points}, paired by text{over}.")
-    if original and original.is_known and is_other(comparison, original):
+        if difference.low is not None:
+            over = f", over {doc.plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
+            points = f"{doc.signed(difference.value)} points, {doc.interval(difference.low, difference.high)}"
+            yield Text(f"The average differs by {points}, paired by text{over}.")
+    if original and original.is_known and not (comparison and comparison.reference is original.reference):
         whole = "the model as it came, with all its layers and tokens"
         yield Text(f"The average is {apart(original.difference)} than that of {whole}.")
-    if note:
+    if variant.training and (note := seed_note(summary)):
         yield Text(note)
 
 
@@ -181,7 +185,7 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
             f"SHA-256 {file.sha256}."
             for file in _data_of(variant)
         ]
-    yield Bullets(tuple(facts))
+    yield Bullets(facts)
     if training:
         yield Code(settings_text(training, public), "yaml")
     yield Text(f"Made with {', '.join(f'{key} {value}' for key, value in origin.provenance.versions.items())}.")
@@ -192,14 +196,40 @@ def _from_scout(variant: Variant, scout: Scouted) -> Iterable[str]:
     if variant.recipe == POLISHED and variant.training:
         yield f"Training continued from {public(variant.training.model)}, which has a scout's weights."
     yield f"Scout: {scout_origin(scout, public_command)}."
+    full = scout.table.depth
     for row in scout.table.rows:
         if row.depth == variant.depth:
             within = f" ({doc.span(row.low, row.high)})" if row.low is not None else ""
-            full = scout.table.depth
-            less = (
-                f", {doc.signed(row.difference)} points to all {full} in the same training" if row.depth < full else ""
-            )
+            less = f", {doc.signed(row.difference)} points to all {full} in the same training" * (row.depth < full)
             yield f"Score of {doc.plural(row.depth, 'layer')} in the scout: {doc.score(row.score)}{within}{less}."
+
+
+def _limits(variant: Variant, origin: Origin) -> Iterable[str]:
+    """What the model is not for, and what is not known of it."""
+    cut = origin.vocabulary
+    yield (
+        f"The licence and terms of {public(origin.base_model)} apply to this model; those of its training data may "
+        "apply, too."
+    )
+    if cut:
+        yield (
+            f"Its vocabulary is for texts like those of {', '.join(map(public, cut.files))}. Others, above all in "
+            "other languages and scripts, are split into more tokens: they take longer and reach the maximum length "
+            "sooner, and quality on them was not measured."
+        )
+        if cut.row.unknown:
+            yield (
+                "Its tokenizer does not cover every character: more of such texts is unknown to it than to the base "
+                "model."
+            )
+    yield (
+        f"Its biases{'' if cut else ' and its languages'} are those of the base model; the layers left out are not "
+        "replaced."
+    )
+    known = "Its quality is known on the tasks above only" if variant.scores else "It has not been evaluated"
+    yield f"{known}: measure it on your own data before you rely on it."
+    if not (variant.own_training or (variant.training and variant.is_full)):
+        yield "It has not been trained after the cut."
 
 
 def _data_of(variant: Variant) -> Iterable[Fingerprint]:
@@ -236,6 +266,28 @@ def public_command(command: str) -> str:
 
 
 # Metadata of a card ---------------------------------------------------------------------------------------------------
+
+
+def is_on_hub(model: str) -> bool:
+    """Whether a model's name is one of the Hub's, and nothing on this machine."""
+    return bool(HUB_NAME.fullmatch(model)) and not model.endswith(".gguf") and not os.path.exists(model)  # noqa: PTH110
+
+
+def base_metadata(base: str) -> dict[str, Any]:
+    """What the base model's own card says, in its folder or in the Hub's cache; empty where there is none."""
+    found = try_to_load_from_cache(base, CARD) if is_on_hub(base) else os.path.join(base, CARD)  # noqa: PTH118
+    if not isinstance(found, str) or not os.path.isfile(found):  # noqa: PTH113  where Path raises, this is false
+        return {}
+    try:
+        return metadata_load(found) or {}
+    except (ValueError, yaml.YAMLError):  # no metadata, or broken ones
+        return {}
+
+
+def base_licence(base: str) -> str:
+    """The licence in the base model's own card; empty where not known."""
+    licence = base_metadata(base).get("license")
+    return licence if isinstance(licence, str) else ""
 
 
 def _metadata(variant: Variant, origin: Origin) -> str:

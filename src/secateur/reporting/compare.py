@@ -28,7 +28,7 @@ from secateur.options import CompareOptions, step
 from secateur.progress import Progress, silent
 from secateur.provenance import Fingerprint, provenance
 from secateur.reporting.cost import cost
-from secateur.results import ChangedRow, Comparison, OverlapRow
+from secateur.results import ChangedRow, Comparison, DifferenceRow, OverlapRow, ScoreRow
 
 MOST_CHANGED = 10
 """Texts listed for each model."""
@@ -47,30 +47,29 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
         raise ConfigError("tasks", options.tasks, "there is nothing to compare on", "give --tasks or --texts")
     names = model_names(options.models, options.names)
     texts, sources = _texts(options)
-    result = Comparison(
-        provenance=provenance(sources, options.seed),
-        reference=names[0],
-        models=tuple(names),
-        differences=(),
-        overlaps=(),
-        changed=(),
-        scores=(),
-        costs=(),
-    )
+    rows: tuple[ScoreRow, ...] = ()
+    differences: tuple[DifferenceRow, ...] = ()
     if options.tasks:
         with TemporaryDirectory(prefix="secateur-") as scratch:
             out = options.out or Path(scratch)
             shared = {name: getattr(options, name) for name in ("sample", "seed", "batch_size", "cache")}
             scores = evaluate(options.models, options.tasks, names=names, out=out, progress=progress, **shared)
-            draws = [read_replicates(out, row) for row in scores.rows]
-        made = provenance([*scores.provenance.data, *sources], options.seed)
-        differences = score_differences(scores.rows, names[0], draws)
-        result = replace(result, provenance=made, scores=scores.rows, differences=differences)
+            rows, sources = scores.rows, [*scores.provenance.data, *sources]
+            differences = score_differences(rows, names[0], [read_replicates(out, row) for row in rows])
     overlaps, changed = _neighbourhoods(options, names, texts, progress)
-    result = replace(result, overlaps=overlaps, changed=changed)
+    result = Comparison(
+        provenance=provenance(sources, options.seed),
+        reference=names[0],
+        models=tuple(names),
+        differences=differences,
+        overlaps=overlaps,
+        changed=changed,
+        scores=rows,
+        costs=(),
+    )
+    local = {name: given for name, given in zip(names, options.models, strict=True) if not is_endpoint(given)}
     if options.out is not None:
         result.save(options.out)
-    local = {name: given for name, given in zip(names, options.models, strict=True) if not is_endpoint(given)}
     if options.timed and local:  # last: should it fail, the rest is there
         result = replace(result, costs=cost(local, progress=progress).rows)
         if options.out is not None:
@@ -93,9 +92,6 @@ def _texts(options: CompareOptions) -> tuple[list[str], list[Fingerprint]]:
         drawn = random.Random(options.seed).sample(range(len(texts)), options.max_texts)  # noqa: S311
         texts = [texts[i] for i in sorted(drawn)]
     return texts, [part.source for part in read]
-
-
-# Neighbours -----------------------------------------------------------------------------------------------------------
 
 
 def _neighbourhoods(

@@ -16,10 +16,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -57,8 +57,7 @@ LEAST_SECONDS = 0.3
 """A shorter piece of work is repeated until it takes so long: chance weighs less."""
 
 
-@dataclass(frozen=True)
-class Amount:
+class Amount(NamedTuple):
     """How much is encoded in one repetition: texts alone, and texts of each kind in the best of some batch sizes."""
 
     latencies: int
@@ -85,7 +84,8 @@ def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
     for model in filter(is_endpoint, options.models):
         raise ConfigError("models", model, f"{model} runs elsewhere: what it costs cannot be measured", "leave it out")
     amount = THOROUGH if options.thorough else QUICK
-    room = ROOM * free_memory(torch.device(options.device or get_device_name()))
+    device = torch.device(options.device or get_device_name())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     timers = [_Timer(name, model, options.device) for name, model in zip(names, options.models, strict=True)]
     for turn in range(options.repetitions + 1):
         progress("cost", turn, options.repetitions + 1)
@@ -94,7 +94,7 @@ def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
                 timer.measure(amount)
             else:
                 timer.warm_up(amount)
-            if sum(other.held for other in timers) > room:
+            if sum(bytes_in_memory(other.open) for other in timers if other.open is not None) > ROOM * free:
                 timer.close()
     progress("cost", options.repetitions + 1, options.repetitions + 1)
     rows: list[CostRow] = []
@@ -137,11 +137,6 @@ class _Timer:
             self._encode(texts_of("short", 1), 1)
         return self.open
 
-    @property
-    def held(self) -> int:
-        """Bytes of its weights in memory; 0 while it is closed."""
-        return bytes_in_memory(self.open) if self.open is not None else 0
-
     def close(self) -> None:
         """Leave the memory to others."""
         self.open = None
@@ -173,39 +168,45 @@ class _Timer:
             self.speeds[kind].append(passes * number / seconds)
 
     def _encode(self, texts: Sequence[str], batch: int) -> float:
+        """Wall time in seconds, that of what it left running on the device included."""
         model = self.model
-        return seconds_of(lambda: model.encode(list(texts), batch_size=batch, show_progress_bar=False), model.device)
+        wait(model.device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model.encode(list(texts), batch_size=batch, show_progress_bar=False)
+        wait(model.device)
+        return time.perf_counter() - started
 
     def row(self, thorough: bool) -> CostRow:
         """What was counted and measured."""
-        model = self.model
+        model, module = self.model, self.model[0]
         alone = measure_alone(self.source, str(model.device), self.batches["long"]) if thorough else {}
-        short, long = self.speeds["short"], self.speeds["long"]
-        tokens = {kind: float(count_tokens(model, *texts_of(kind, 1))) for kind in self.speeds}
         weights = next(model.parameters(), None)
+        timed: dict[str, Any] = {}
+        for kind, prefix in (("short", ""), ("long", "long_")):
+            (text,) = texts_of(kind, 1)
+            if isinstance(module, BlackBox) and isinstance(module.source, runtime.Encoder):
+                tokens = len(module.source.tokenize([text])[0])
+            else:
+                tokens = model.preprocess([text])["input_ids"].numel()
+            speeds = self.speeds[kind]
+            timed |= {f"{kind}_tokens": float(tokens), f"{kind}_batch": self.batches[kind]}
+            timed[f"{prefix}texts_per_second"] = statistics.median(speeds)
+            timed |= {f"{prefix}speed_low": min(speeds), f"{prefix}speed_high": max(speeds)}
         return CostRow(
             model=self.name,
             bytes=bytes_on_disk(self.source),
-            texts_per_second=statistics.median(short),
-            speed_low=min(short),
-            speed_high=max(short),
             memory_bytes=bytes_in_memory(model),
             peak_bytes=int(alone["peak"]) if alone else None,
             load_seconds=alone.get("load", self.load_seconds),
             latency_p50=float(np.quantile(self.latencies, 0.5)),
             latency_p95=float(np.quantile(self.latencies, 0.95)),
-            short_tokens=tokens["short"],
-            short_batch=self.batches["short"],
-            long_tokens=tokens["long"],
-            long_batch=self.batches["long"],
-            long_texts_per_second=statistics.median(long),
-            long_speed_low=min(long),
-            long_speed_high=max(long),
-            dtype=model[0].source.dtype if weights is None else str(weights.dtype).removeprefix("torch."),
+            dtype=module.source.dtype if weights is None else str(weights.dtype).removeprefix("torch."),
             device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
             threads=torch.get_num_threads(),
             files=fingerprint_files(self.source),
             versions=versions_of(),
+            **timed,
             **sizes_of(model, self.source),
         )
 
@@ -236,26 +237,9 @@ def sizes_of(model: SentenceTransformer, source: str | Path) -> dict[str, Any]:
     }
 
 
-def count_tokens(model: SentenceTransformer, text: str) -> int:
-    """Tokens of a text, special ones included."""
-    if isinstance(model[0], BlackBox) and isinstance(model[0].source, runtime.Encoder):
-        return len(model[0].source.tokenize([text])[0])
-    return int(model.preprocess([text])["input_ids"].numel())
-
-
 def texts_of(kind: str, number: int) -> list[str]:
     """Distinct texts, ``short`` of some 20 tokens or ``long`` of some 300."""
     return [(SHORT if kind == "short" else LONG).format(n=n) for n in range(number)]
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of some work, that which it left running on the device included."""
-    wait(device)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        work()
-    wait(device)
-    return time.perf_counter() - started
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
@@ -264,13 +248,6 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 def bytes_in_memory(model: SentenceTransformer) -> int:
     """Bytes of a model's parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in this machine's memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def bytes_on_disk(model: str | Path) -> int:
@@ -321,25 +298,18 @@ def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float
 
 
 def print_load_and_peak(model: str, device: str, batch: str) -> None:
-    """What :func:`measure_alone` runs in the other process, which prints the result."""
+    """What :func:`measure_alone` runs in the other process."""
     started = time.perf_counter()
     opened = open_embedder(model, device=device)
     loaded = time.perf_counter() - started
     with quiet():
         opened.encode(texts_of("long", int(batch)), batch_size=int(batch), show_progress_bar=False)
-    on_gpu = opened.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(opened.device) if on_gpu else peak_memory()
-    sys.stdout.write(json.dumps({"load": loaded, "peak": peak}) + "\n")
-
-
-def peak_memory() -> int:
-    """The most memory that this process held, in bytes.
-
-    Linux tells it in ``/proc``: there, ``ru_maxrss`` starts at that of the process which started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
+    if opened.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(opened.device)
+    elif (status := Path("/proc/self/status")).is_file():
+        # On Linux, ru_maxrss starts at that of the process which started this one.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = int(line.split()[1]) * 1024
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    sys.stdout.write(json.dumps({"load": loaded, "peak": peak}) + "\n")

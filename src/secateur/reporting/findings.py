@@ -23,7 +23,7 @@ from scipy.stats import t
 from secateur.evaluation.replicates import is_paired, read_replicates
 from secateur.measures.intervals import CONFIDENCE, Array, interval, limits_of, mean_of
 from secateur.reporting.run import POLISHED, SCOUTED, TRIMMED, UNTRAINED, Run, Variant
-from secateur.results import CostRow, ScoreRow
+from secateur.results import CostRow
 
 MARGIN = 0.02
 """Non-inferiority margin: a cut is as good as the full model where the interval excludes a loss of 2 points."""
@@ -82,14 +82,16 @@ class RunGroup:
         return tuple(sorted({v.seed for v in self.variants if v.seed is not None and v.training is not None}))
 
     @property
-    def rows(self) -> dict[str, ScoreRow]:
-        """Task → the row of one model, for what all have in common."""
-        return {task: self.first.scores[task] for task in self.tasks}
-
-    @property
     def tasks(self) -> list[str]:
         """Tasks that all of its models have."""
         return [task for task in self.first.scores if all(task in variant.scores for variant in self.variants)]
+
+    def means(self, tasks: Sequence[str]) -> list[float] | None:
+        """Each model's mean over the tasks; None where a score is missing."""
+        rows = [[variant.scores[task].score for task in tasks] for variant in self.variants]
+        if not tasks or any(score is None for row in rows for score in row):
+            return None
+        return [sum(row) / len(row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ class GroupComparison:
         """Whether the cut model was trained on after the scout, and the full model was not."""
         return self.group.first.recipe == POLISHED and self.reference.first.recipe == SCOUTED
 
+    def is_as_good(self, margin: float) -> bool:
+        """Whether the interval excludes a loss of more than the margin."""
+        return self.difference.low is not None and self.difference.low >= -margin
+
     @property
     def outcome(self) -> Outcome:
         """``same``: no significant difference, and the interval excludes a loss of more than :data:`MARGIN`.
@@ -124,7 +130,7 @@ class GroupComparison:
             return "unknown"
         if self.difference.sign:
             return "better" if self.difference.sign > 0 else "worse"
-        return "same" if self.difference.low >= -MARGIN else "undecided"
+        return "same" if self.is_as_good(MARGIN) else "undecided"
 
     @property
     def speed(self) -> tuple[float, bool] | None:
@@ -140,6 +146,11 @@ class GroupComparison:
         return sum(difference.sign == sign for difference in self.tasks.values())
 
 
+_Key = tuple[str, str, str]
+_Spreads = Mapping[_Key, tuple[float, int]]
+"""(base, recipe, task) → the pooled variance between seeds and its degrees of freedom; the average's task is empty."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """A run's groups; ``compared`` by name, those with a full model of their recipe to compare with.
@@ -149,13 +160,16 @@ class Summary:
 
     run: Run
     groups: tuple[RunGroup, ...]
-    compared: Mapping[str, GroupComparison]
-    originals: Mapping[str, GroupComparison]
     spreads: _Spreads = field(repr=False)
+    compared: Mapping[str, GroupComparison] = field(default_factory=dict)
+    originals: Mapping[str, GroupComparison] = field(default_factory=dict)
 
     def compare(self, group: RunGroup, reference: RunGroup) -> GroupComparison:
-        """Any group beside any other."""
-        return _compared(group, reference, self.spreads)
+        """Any group beside any other; the difference is no number where they have other tasks."""
+        alike = group.scores.keys() == reference.scores.keys()
+        sides = [group, reference]
+        tasks = {task: _estimate(sides, [task], self.spreads, task) for task in group.scores} if alike else {}
+        return GroupComparison(group, reference, _estimate(sides, list(tasks), self.spreads), tasks)
 
 
 def summarize(run: Run) -> Summary:
@@ -174,26 +188,18 @@ def summarize(run: Run) -> Summary:
     unscored = [RunGroup(tuple(variants)) for variants in together.values()]
     spreads = _seed_spreads(unscored)
     groups = tuple(_scored(group, spreads) for group in unscored)
-    compared = {}
+    summary = Summary(run, groups, spreads)
+    compared, originals = {}, {}
     for group in groups:
+        own = group.first
         reference = _reference(group, groups)
         if reference is not None and reference is not group:
-            compared[group.name] = _compared(group, reference, spreads)
-    originals = {}
-    for came in (group for group in groups if group.first.is_full and group.first.recipe == UNTRAINED):
-        for group in groups:
-            own = group.first
-            if own.base == came.first.base and own.vocabulary and own.vocabulary != came.first.vocabulary:
-                originals[group.name] = _compared(group, came, spreads)
-    return Summary(run, groups, compared, originals, spreads)
-
-
-def _compared(group: RunGroup, reference: RunGroup, spreads: _Spreads) -> GroupComparison:
-    """A group beside another; the difference is no number where they have other tasks."""
-    alike = group.scores.keys() == reference.scores.keys()
-    tasks = {task: _estimate([group, reference], [task], spreads, task) for task in group.scores} if alike else {}
-    difference = _estimate([group, reference], list(tasks), spreads)
-    return GroupComparison(group, reference, difference, tasks)
+            compared[group.name] = summary.compare(group, reference)
+        for came in groups:
+            is_whole = came.first.is_full and came.first.recipe == UNTRAINED and came.first.base == own.base
+            if is_whole and own.vocabulary and own.vocabulary != came.first.vocabulary:
+                originals[group.name] = summary.compare(group, came)
+    return replace(summary, compared=compared, originals=originals)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -229,10 +235,10 @@ def _reference(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
     recipe = group.first.recipe
     full = [other for other in groups if other.first.base == group.first.base and other.first.is_full]
     same = [other for other in full if other.first.recipe == recipe]
-    if recipe == POLISHED:  # the full depth, too, is compared with what it was polished from
-        same = [other for other in same if other is not group] or [o for o in full if o.first.recipe == SCOUTED]
-    if recipe == TRIMMED:  # the full depth, with its cut vocabulary, is compared with all tokens
+    if recipe in (POLISHED, TRIMMED):  # the full depth, too, is compared: with the scout's, or with all tokens
         same = [other for other in same if other is not group]
+    if recipe == POLISHED:
+        same = same or [other for other in full if other.first.recipe == SCOUTED]
     for other in same or [other for other in full if other.first.recipe == UNTRAINED]:
         if other.average is not None and group.average is not None and other.scores.keys() == group.scores.keys():
             return other
@@ -240,40 +246,27 @@ def _reference(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
 
 
 def _cost(variants: Sequence[Variant]) -> CostRow | None:
+    """Costs in one row."""
     rows = [variant.cost for variant in variants if variant.cost is not None]
     if len(rows) < 2:
         return rows[0] if rows else None
     together: dict[str, Any] = {}
     for name in (item.name for item in fields(CostRow)):
         values = [getattr(row, name) for row in rows]
-        if all(isinstance(value, (int, float)) for value in values) and len(set(values)) > 1:
+        if all(isinstance(value, (int, float)) for value in values):
             combine: Any = min if name.endswith("speed_low") else max if name.endswith("speed_high") else np.mean
-            together[name] = float(combine(values))
-            if all(isinstance(value, int) for value in values):
-                together[name] = round(together[name])
+            together[name] = round(combine(values)) if isinstance(values[0], int) else float(combine(values))
     return replace(rows[0], **together)
 
 
 # Estimates ------------------------------------------------------------------------------------------------------------
-
-_Key = tuple[str, str, str]
-_Spreads = Mapping[_Key, tuple[float, int]]
-"""(base, recipe, task) → the pooled variance between seeds and its degrees of freedom; the average's task is empty."""
-
-
-def _means(group: RunGroup, tasks: Sequence[str]) -> list[float] | None:
-    """Each model's mean over the tasks; None where a score is missing."""
-    rows = [[variant.scores[task].score for task in tasks] for variant in group.variants]
-    if not tasks or any(score is None for row in rows for score in row):
-        return None
-    return [sum(row) / len(row) for row in rows]
 
 
 def _seed_spreads(groups: Sequence[RunGroup]) -> _Spreads:
     squares: dict[_Key, list[tuple[float, int]]] = {}
     for group in groups:
         for task, tasks in (*((task, [task]) for task in group.tasks), ("", group.tasks)):
-            values = _means(group, tasks)
+            values = group.means(tasks)
             if values and len(values) > 1:
                 part = float(np.var(values)) * len(values), len(values) - 1
                 squares.setdefault((group.first.base, group.first.recipe, task), []).append(part)
@@ -284,35 +277,25 @@ def _seed_spreads(groups: Sequence[RunGroup]) -> _Spreads:
 def _estimate(sides: Sequence[RunGroup], tasks: Sequence[str], spreads: _Spreads, task: str = "") -> Estimate:
     """The mean over tasks of a group's score; of two groups, the first minus the second.
 
-    It is no number where a score is missing, or where the two were scored on different things.
-
-    Args:
-        sides: One group, or two.
-        tasks: What to average over.
-        spreads: Variances between seeds.
-        task: Which of them to use: that of a task, or of the average.
+    It is no number where a score is missing, or where the two were scored on different things. ``task`` says whose
+    variances between seeds to use: those of a task, or of the average.
     """
-    means = [_means(side, tasks) for side in sides]
-    rows = {name: [v.scores[name] for side in sides for v in side.variants] for name in tasks}
-    if not tasks or any(values is None for values in means):
+    means = [side.means(tasks) for side in sides]
+    rows = [[variant.scores[name] for side in sides for variant in side.variants] for name in tasks]
+    if any(values is None for values in means):
         return Estimate(math.nan)
-    if len(sides) > 1 and any(not is_paired(row, own[0]) for own in rows.values() for row in own):
+    if len(sides) > 1 and any(not is_paired(row, own[0]) for own in rows for row in own):
         return Estimate(math.nan)
     first, *second = [float(np.mean(values)) for values in means if values is not None]
     value = first - sum(second)
     error, half = _seed_error(sides, spreads, task)
     if any(name not in side.draws for side in sides for name in tasks):
         return Estimate(value, seed_error=error)
-    if len(sides) > 1:
-        draws = mean_of([sides[0].draws[name] - sides[1].draws[name] for name in tasks])
-    else:
-        draws = mean_of([sides[0].draws[name] for name in tasks])
-    low, high = interval(draws)
+    own, *other = [mean_of([side.draws[name] for name in tasks]) for side in sides]
+    low, high = interval(own - sum(other))
     if low is None or high is None:
         return Estimate(value, seed_error=error)
-    least, most = (
-        float(np.mean(ends)) for ends in zip(*(limits_of(own[0].metric) for own in rows.values()), strict=True)
-    )
+    least, most = np.mean([limits_of(own[0].metric) for own in rows], axis=0)
     limits = (least - most, most - least) if len(sides) > 1 else (least, most)
     ends = np.clip([value - math.hypot(value - low, half), value + math.hypot(high - value, half)], *limits)
     return Estimate(value, float(ends[0]), float(ends[1]), error)

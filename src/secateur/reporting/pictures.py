@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from urllib.parse import quote
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from secateur.document import byte_size, count, duration, loss, percent, plural, score, span, speed
+from secateur.document import Picture, byte_size, count, duration, loss, percent, plural, score, span, speed
 from secateur.figures.plots import (
     KINDS,
     Point,
@@ -30,11 +29,10 @@ from secateur.figures.plots import (
 )
 from secateur.figures.style import svg
 from secateur.measures.intervals import CONFIDENCE, Array
-from secateur.reporting.blocks import Picture
-from secateur.reporting.findings import RunGroup, Summary, pareto
+from secateur.reporting.findings import Summary, pareto
 from secateur.reporting.run import Run, Scouted
 from secateur.reporting.verdict import Recommendation
-from secateur.results import DepthScoreRow, Profile, Training
+from secateur.results import DepthScoreRow, Profile
 
 MOST_LABELS = 24
 """Points beyond which only the best are labelled."""
@@ -55,34 +53,24 @@ def _picture(
 # Score against cost ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """A cost: its fields in :class:`.CostRow` with those of its range, if any, and how it is called and printed.
-
-    ``bars`` says what the range is; ``rises``: more of it is better.
+class _Cost(NamedTuple):
+    """How a cost's axis is called, how it is printed, its fields in :class:`.CostRow` (of itself, and of its range, if
+    it has one), and what that range is.
     """
 
-    fields: tuple[str, ...]
-    name: str
     axis: str
     show: Callable[[float], str]
+    fields: tuple[str, ...]
     bars: str = ""
-    rises: bool = False
 
 
 _SPEED, _LATENCY = ("texts_per_second", "speed_low", "speed_high"), ("latency_p50", "latency_p50", "latency_p95")
 _COSTS = {
-    "speed": _Cost(
-        _SPEED, "Speed", "Short texts per second (right is faster)", speed, "the slowest to the fastest round", True
-    ),
-    "parameters": _Cost(("parameters",), "Parameters", "Parameters (left is smaller)", count),
-    "bytes": _Cost(("bytes",), "Bytes", "Bytes on disk (left is smaller)", byte_size),
-    "latency": _Cost(
-        _LATENCY,
-        "Latency",
-        "Seconds for one short text (left is faster)",
-        duration,
-        "the median to the 95th percentile",
+    "Speed": _Cost("Short texts per second (right is faster)", speed, _SPEED, "the slowest to the fastest round"),
+    "Parameters": _Cost("Parameters (left is smaller)", count, ("parameters",)),
+    "Bytes": _Cost("Bytes on disk (left is smaller)", byte_size, ("bytes",)),
+    "Latency": _Cost(
+        "Seconds for one short text (left is faster)", duration, _LATENCY, "the median to the 95th percentile"
     ),
 }
 
@@ -90,8 +78,8 @@ _COSTS = {
 def cost_pictures(summary: Summary, found: Recommendation) -> dict[str, Picture]:
     """Average score against each cost that was measured, by what it is called."""
     drawn = {}
-    for key, cost in _COSTS.items():
-        points = tuple(point for _, point in _points(summary, found, cost))
+    for name, cost in _COSTS.items():
+        points = [point for _, point in _points(summary, found, cost)]
         if not points:
             continue
         told = [
@@ -103,47 +91,54 @@ def cost_pictures(summary: Summary, found: Recommendation) -> dict[str, Picture]
         if any(point.low is not None for point in points):
             caption += " Vertical bars are 95 % intervals of scores; paired differences are known more precisely."
         caption += f" Horizontal bars reach from {cost.bars}." if cost.bars else ""
-        title = f"Average score against {cost.name.lower()}"
-        figure = frontier(points, cost.axis)
-        drawn[cost.name] = _picture(f"score-{key}", title, caption, told, figure, points)
+        key, title = f"score-{name.lower()}", f"Average score against {name.lower()}"
+        drawn[name] = _picture(key, title, caption, told, frontier(points, cost.axis), points)
     return drawn
 
 
-def _points(summary: Summary, found: Recommendation, measure: _Cost) -> list[tuple[RunGroup, Point]]:
-    """A point for each group that is scored and has that cost."""
+def _points(summary: Summary, found: Recommendation, measure: _Cost) -> list[tuple[str, Point]]:
+    """For each group that is scored and has that cost, the base model and a point."""
     told = [item.group for item in (found.ship, found.runner_up) if item]
-    shown: list[tuple[RunGroup, Point]] = []
+    shown: list[tuple[str, Point]] = []
     for group in summary.groups:
         cost, average, first = group.cost, group.average, group.first
         if cost is None or average is None or not getattr(cost, measure.fields[0]):  # 0: not measured
             continue
         within, origin = span(average.low, average.high), first.origin
+        layers = f"{first.depth} of {first.blocks} layers" if first.blocks else "not of this study"
+        tokens = f", {first.vocabulary.row.tokens:,} tokens" if first.vocabulary else ""
+        sizes = f"{count(cost.parameters)} parameters; {byte_size(cost.bytes)}"
+        latency = f"; {duration(cost.latency_p50)} for one" if cost.latency_p50 else ""
         note = (
             group.name,
-            (f"{first.depth} of {first.blocks} layers" if first.blocks else "not of this study")
-            + (f", {first.vocabulary.row.tokens:,} tokens" if first.vocabulary else "")
-            + f"; score {score(average.value)}{f' ({within})' if within else ''}",
-            f"{count(cost.parameters)} parameters; {byte_size(cost.bytes)}; {speed(cost.texts_per_second)} texts/s"
-            + (f"; {duration(cost.latency_p50)} for one" if cost.latency_p50 else ""),
+            f"{layers}{tokens}; score {score(average.value)}{f' ({within})' if within else ''}",
+            f"{sizes}; {speed(cost.texts_per_second)} texts/s{latency}",
             (origin.history or (origin.provenance.command,))[-1] if origin else "",
         )
-        kind, link = found.kind(group), folder_link(summary.run.folder, first.folder)
-        label = group.name if group in told or kind in ("full", "baseline") else str(first.depth or "")
+        kind = found.kind(group)
         value, low, high = ([getattr(cost, name) for name in measure.fields] + [None, None])[:3]
-        lines, scores = tuple(line for line in note if line), (average.value, average.low, average.high)
-        marked = group is (found.ship and found.ship.group)
-        shown.append((group, Point(first.series, label, *scores, value, low, high, False, lines, link, kind, marked)))
-    best = set(pareto([(-point.cost if measure.rises else point.cost, point.score) for _, point in shown]))
+        point = Point(
+            series=first.series,
+            label=group.name if group in told or kind in ("full", "baseline") else str(first.depth or ""),
+            score=average.value,
+            low=average.low,
+            high=average.high,
+            cost=value,
+            cost_low=low,
+            cost_high=high,
+            note=tuple(line for line in note if line),
+            link=summary.run.link(first),
+            kind=kind,
+            marked=found.ship is not None and group is found.ship.group,
+        )
+        shown.append((first.base, point))
+    sign = -1 if measure is _COSTS["Speed"] else 1  # more of it is better
+    best = set(pareto([(sign * point.cost, point.score) for _, point in shown]))
     few = len(shown) <= MOST_LABELS
     return [
-        (group, replace(point, best=index in best, label=point.label if few or index in best or point.marked else ""))
-        for index, (group, point) in enumerate(shown)
+        (base, replace(point, best=index in best, label=point.label if few or index in best or point.marked else ""))
+        for index, (base, point) in enumerate(shown)
     ]
-
-
-def folder_link(run: Path, folder: Path | None) -> str:
-    """A model's folder as seen from the report; a relative path, whatever its name."""
-    return quote(folder.relative_to(run).as_posix()) + "/" if folder else ""
 
 
 # Score against size ---------------------------------------------------------------------------------------------------
@@ -160,14 +155,11 @@ _DRAWS = 1000
 def size_pictures(summary: Summary, found: Recommendation, threshold: float) -> list[Picture]:
     """For each base model a curve through its series with the most sizes, the first of equally many.
 
-    Args:
-        summary: What the run found.
-        found: What it recommends.
-        threshold: Million parameters that a point of score may cost.
+    ``threshold``: million parameters that a point of score may cost.
     """
     series: dict[str, dict[str, list[Point]]] = {}
-    for group, point in _points(summary, found, _COSTS["parameters"]):
-        series.setdefault(group.first.base, {}).setdefault(point.series, []).append(replace(point, label=""))
+    for base, point in _points(summary, found, _COSTS["Parameters"]):
+        series.setdefault(base, {}).setdefault(point.series, []).append(replace(point, label=""))
     pictures: list[Picture] = []
     for base, own in series.items():
         points = max(own.values(), key=len)
@@ -185,17 +177,11 @@ def size_pictures(summary: Summary, found: Recommendation, threshold: float) -> 
 
 @dataclass(frozen=True)
 class Saturation:
-    """A fitted curve.
+    """A fitted curve: a is ``plateau``, with its 95 % interval, b is ``gain``, c ``exponent``, N0 ``smallest``.
 
-    Attributes:
-        plateau: a, the score that no size exceeds, and its 95 % interval.
-        gain: b, what the smallest size is below the plateau.
-        exponent: c.
-        smallest: N0, in parameters; ``largest`` is the largest size measured.
-        explained: R², the share of the scores' variance that the curve explains.
-        error: Standard deviation of the residuals, with 3 parameters fitted.
-        points: How many models it was fitted to.
-        threshold: Parameters that one more point of 100 may cost.
+    ``largest`` is the largest size measured; ``explained`` is R², the share of the scores' variance that the curve
+    explains; ``error`` the standard deviation of the residuals, with 3 parameters fitted to ``points`` models;
+    ``threshold`` how many parameters one more point of 100 may cost.
     """
 
     plateau: float
@@ -244,13 +230,7 @@ class Saturation:
 
 
 def fit_saturation(sizes: Sequence[float], scores: Sequence[float], threshold: float) -> Saturation | str:
-    """Fit the curve, or say why not.
-
-    Args:
-        sizes: Parameters of each model.
-        scores: Its average score, 0 to 1.
-        threshold: Parameters that a point of 100 may cost.
-    """
+    """Fit the curve, or say why not: ``sizes`` in parameters, ``scores`` from 0 to 1, ``threshold`` as for a curve."""
     size, score = np.asarray(sizes, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     smallest, largest = float(size.min()), float(size.max())
     if len(set(sizes)) < FEWEST_SIZES:
@@ -316,31 +296,27 @@ def profile_pictures(run: Run, name: str, number: int) -> dict[str, Picture]:
     """The figures of one profile: ``curve`` and, where it has them, ``solved``, ``cka`` and ``angles``."""
     profile, choice = run.profiles[name], run.choices.get(name, {})
     marks = ", ".join(f"“{label}” at {depth}" for label, depth in sorted(choice.items(), key=lambda item: item[1]))
-    caption = (
+    curve = (
         f"Contrastive loss of the untrained {profile.model} after each layer, {plural(profile.batches, 'batch')} of "
         f"{profile.batch_size}, scale {profile.scale:g}, {profile.pooling} pooling; the band is its 95 % interval. "
         + (f"Chosen: {marks}." if marks else "")
     )
+    solved = (
+        "Scores of the untrained model at each depth, task by task, and its next-token loss if it generates text; "
+        "scores × 100, bands are 95 % intervals."
+    )
+    cka = "Linear CKA of the vectors at all pairs of depths: 1 is the same up to rotation and scale."
+    angles = (
+        "Angular distance of the last token’s states at all pairs of depths, from the embeddings (0) on. "
+        "Light squares along the diagonal are runs of layers that turn the states little."
+    )
     losses = [f"depth {row.depth}: {loss(row.loss)}" for row in profile.rows]
+    likeness = [[-(value or 0.0) for value in row] for row in profile.angular]
     told = {
-        "curve": (f"Loss by depth: {name}", caption, losses),
-        "solved": (
-            f"Tasks by depth: {name}",
-            "Scores of the untrained model at each depth, task by task, and its next-token loss if it generates text; "
-            "scores × 100, bands are 95 % intervals.",
-            _best_depths(profile),
-        ),
-        "cka": (
-            f"Similarity of depths: {name}",
-            "Linear CKA of the vectors at all pairs of depths: 1 is the same up to rotation and scale.",
-            [f"{_farthest(profile.cka, 1)} the least alike."],
-        ),
-        "angles": (
-            f"Angles between depths: {name}",
-            "Angular distance of the last token’s states at all pairs of depths, from the embeddings (0) on. "
-            "Light squares along the diagonal are runs of layers that turn the states little.",
-            [f"{_farthest([[-(v or 0.0) for v in row] for row in profile.angular], 0)} the farthest apart."],
-        ),
+        "curve": (f"Loss by depth: {name}", curve, losses),
+        "solved": (f"Tasks by depth: {name}", solved, _best_depths(profile)),
+        "cka": (f"Similarity of depths: {name}", cka, [f"{_farthest(profile.cka, 1)} the least alike."]),
+        "angles": (f"Angles between depths: {name}", angles, [f"{_farthest(likeness, 0)} the farthest apart."]),
     }
     figures = profile_figures(profile, choice)
     return {kind: _picture(f"{kind}-{number}", *told[kind], figure) for kind, figure in figures.items()}
@@ -354,8 +330,7 @@ def _best_depths(profile: Profile) -> list[str]:
             best[row.task] = row
     sentences = [f"{task} is best at depth {row.depth} ({score(row.score)})" for task, row in best.items()]
     lens = [(row.next_token_loss, row.depth) for row in profile.rows if row.next_token_loss is not None]
-    sentences += [f"the next-token loss is lowest at depth {min(lens)[1]}"] if lens else []
-    return sentences
+    return sentences + ([f"the next-token loss is lowest at depth {min(lens)[1]}"] if lens else [])
 
 
 def _farthest(likeness: Sequence[Sequence[float | None]], first: int) -> str:
@@ -372,18 +347,17 @@ def training_picture(run: Run) -> Picture | None:
     trainings = {name: training for name, training in run.trainings.items() if training.rows}
     if not trainings:
         return None
+    title = "Training loss"
     caption = f"Loss of each {'training' if run.scouts else 'healed model'}, the mean since the step logged before."
-    scored = any(item.evaluations for item in trainings.values())
-    if scored:
+    if any(item.evaluations for item in trainings.values()):
+        title += " and evaluation scores"
         caption += (
             " Below, its evaluation scores, each the mean over the held-out data; a ring marks the step whose weights "
             "were kept."
         )
-    title = "Training loss and evaluation scores" if scored else "Training loss"
-    ends = [f"{name} ends at {loss(item.rows[-1].loss)}{_kept_step(item)}" for name, item in trainings.items()]
-    return _picture("training", title, caption, ends, training_curves(trainings))
-
-
-def _kept_step(training: Training) -> str:
-    best = next((row for row in training.evaluations if row.step == training.best_step), None)
-    return f"; the weights of step {best.step} were kept, with a score of {score(best.score)}" if best else ""
+    told = []
+    for name, item in trainings.items():
+        best = [row for row in item.evaluations if row.step == item.best_step]
+        kept = [f"; the weights of step {row.step} were kept, with a score of {score(row.score)}" for row in best]
+        told.append(f"{name} ends at {loss(item.rows[-1].loss)}{''.join(kept[:1])}")
+    return _picture("training", title, caption, told, training_curves(trainings))

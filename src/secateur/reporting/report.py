@@ -7,6 +7,7 @@ nothing, runs nothing, and escapes every text it did not write.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -16,32 +17,17 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from secateur import document as doc
+from secateur.document import Block, Bullets, Code, Details, Gallery, Section, Text
 from secateur.figures.style import save
 from secateur.files import write_text
 from secateur.options import ReportOptions, step
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting import pictures, tables
-from secateur.reporting.advice import points_of, scout_sentences
-from secateur.reporting.blocks import (
-    Block,
-    Bullets,
-    Code,
-    Details,
-    Gallery,
-    Heading,
-    Section,
-    Switch,
-    Text,
-    block_to_html,
-    block_to_markdown,
-    pictures_in,
-    section_to_markdown,
-)
-from secateur.reporting.card import may_write, model_card
+from secateur.reporting.advice import points_of, scout_sentences, vocabulary_sentences
+from secateur.reporting.card import CARD, base_licence, may_write, model_card
 from secateur.reporting.findings import RunGroup, Summary, summarize
-from secateur.reporting.run import CARD, SCOUTED, Run, base_licence, read_run
+from secateur.reporting.run import SCOUTED, Run, read_run
 from secateur.reporting.verdict import Recommendation, notes, recommend
-from secateur.reporting.vocabulary import cut_vocabularies, vocabulary_sentences
 from secateur.results import Origin
 
 HERE = "To use it, in the folder of this report"
@@ -67,16 +53,13 @@ def report(options: ReportOptions) -> Path:
     run = summary.run
     found = recommend(summary)
     parts = sections(summary, found, options.threshold)
-    for picture in chain.from_iterable(pictures_in(section.blocks) for section in parts):
+    for picture in chain.from_iterable(doc.pictures_in(section.blocks) for section in parts):
         save(picture.figure, run.folder / "figures" / f"{picture.key}.png")
     title = run.folder.resolve().name
-    head = [
-        f"# {doc.to_markdown(title)}",
-        f"**{doc.to_markdown(found.headline)}**",
-        *map(doc.to_markdown, found.reasons),
-    ]
-    head += [block_to_markdown(Code(found.command(), "sh", HERE))] if found.folder else []
-    _write(run.folder / "report.md", "\n\n".join([*head, *map(section_to_markdown, parts)]) + "\n")
+    head = [f"# {doc.to_markdown(title)}", f"**{doc.to_markdown(found.headline)}**"]
+    head += map(doc.to_markdown, found.reasons)
+    head += [doc.block_to_markdown(Code(found.command(), "sh", HERE))] if found.folder else []
+    _write(run.folder / "report.md", "\n\n".join([*head, *(part.to_markdown() for part in parts)]) + "\n")
     for variant in run.variants:
         if variant.folder is not None and variant.origin is not None and may_write(variant.folder / CARD):
             _write(variant.folder / CARD, model_card(summary, found, variant, variant.folder, variant.origin))
@@ -101,58 +84,58 @@ def _write(path: Path, text: str) -> None:
     write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("secateur.reporting"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_ENVIRONMENT.filters |= {"printable": doc.printable, "shorten": doc.shorten, "kind": lambda block: type(block).__name__}
+_ENVIRONMENT.globals["arrows"] = doc.ARROWS
+
+
+def to_html(block: Block) -> str:
+    """A block as it is in the page."""
+    return str(_ENVIRONMENT.get_template("blocks.html.j2").module.show(block))  # type: ignore[attr-defined]
+
+
 # Sections -------------------------------------------------------------------------------------------------------------
 
 
-def sections(summary: Summary, recommendation: Recommendation, threshold: float) -> list[Section]:
+def sections(summary: Summary, found: Recommendation, threshold: float) -> list[Section]:
     """The sections that a run's tables allow, in the order of the report.
 
-    Args:
-        summary: What the run found.
-        recommendation: What it recommends.
-        threshold: Million parameters that a point of score may cost.
+    ``threshold``: million parameters that a point of score may cost.
     """
     run = summary.run
-    found: list[Section] = []
-    if run.failed:
-        failed = Bullets(tuple(f"{step}: {reason}" for step, reason in run.failed.items()))
-        found.append(Section("failed", "What failed", [failed], is_open=True))
-    if drawn := pictures.cost_pictures(summary, recommendation):
-        found.append(Section("frontier", "Quality against cost", [Switch("Against", drawn)], is_open=True))
-    if any(group.rows for group in summary.groups):
-        found.append(Section("tasks", "Tasks", list(_task_blocks(summary, recommendation)), is_open=True))
-    if remarks := notes(summary):
-        found.append(Section("sure", "How sure this is", [Text(remark) for remark in remarks]))
-    if run.scouts:
-        found.append(Section("worth", "What every depth is worth", list(_scout_blocks(summary))))
-    if drawn_sizes := pictures.size_pictures(summary, recommendation, threshold):
-        found.append(Section("size", "Quality and size", drawn_sizes))
-    if run.profiles:
-        found.append(Section("depth", "Quality by depth", list(_depth_blocks(run))))
-    if summary.groups:
-        blocks: list[Block] = [tables.model_table(summary)]
-        if any(variant.origin for variant in run.variants):
-            blocks.append(Details("How each model was made", (tables.origin_table(run),)))
-        found.append(Section("models", "Models", blocks))
-    if cuts := cut_vocabularies(run):
-        said = (
-            "The vocabulary was cut first; the models are for texts like those that it was chosen by. Other texts, "
-            "especially in other languages and scripts, are split into more tokens."
-        )
-        told = [Text(sentence) for sentence in vocabulary_sentences(summary)]
-        found.append(Section("vocabulary", "Vocabulary", [*told, Text(said), tables.vocabulary_table(cuts)]))
-    if costs := [replace(group.cost, model=group.name) for group in summary.groups if group.cost is not None]:
-        found.append(Section("costs", "Costs", [tables.cost_table(costs)]))
-    if run.trainings:
-        found.append(Section("training", "Training", list(_training_blocks(run))))
-    found.append(Section("commands", "Commands", list(_command_blocks(run))))
-    found.append(Section("provenance", "Provenance", list(_provenance_blocks(run))))
-    return found
+    costs = [replace(group.cost, model=group.name) for group in summary.groups if group.cost is not None]
+    drawn = pictures.cost_pictures(summary, found)
+    failed = [f"{name}: {why}" for name, why in run.failed.items()]
+    parts = [
+        Section("failed", "What failed", [Bullets(failed)] if failed else [], is_open=True),
+        Section("frontier", "Quality against cost", [Gallery(drawn, "Against")] if drawn else [], is_open=True),
+        Section("tasks", "Tasks", list(_task_blocks(summary, found)), is_open=True),
+        Section("sure", "How sure this is", [Text(note) for note in notes(summary)]),
+        Section("worth", "What every depth is worth", list(_scout_blocks(summary))),
+        Section("size", "Quality and size", pictures.size_pictures(summary, found, threshold)),
+        Section("depth", "Quality by depth", list(_depth_blocks(run))),
+        Section("models", "Models", list(_model_blocks(summary))),
+        Section("vocabulary", "Vocabulary", list(_vocabulary_blocks(summary))),
+        Section("costs", "Costs", [tables.cost_table(costs)] if costs else []),
+        Section("training", "Training", list(_training_blocks(run))),
+        Section("commands", "Commands", list(_command_blocks(run))),
+        Section("provenance", "Provenance", list(_provenance_blocks(run))),
+    ]
+    return [part for part in parts if part.blocks]
 
 
 def _task_blocks(summary: Summary, found: Recommendation) -> Iterable[Block]:
     """Scores by task, of very many models those first that the verdict is about."""
     groups = [group for group in summary.groups if group.scores]
+    if not groups:
+        return
 
     def order(group: RunGroup) -> int:
         chosen = [item.group for item in (found.ship, found.runner_up) if item]
@@ -161,12 +144,20 @@ def _task_blocks(summary: Summary, found: Recommendation) -> Iterable[Block]:
     first = sorted(groups, key=order)[:MOST_ROWS]
     yield tables.task_table([group for group in groups if group in first], found)
     if rest := [group for group in groups if group not in first]:
-        yield Details(f"{doc.plural(len(rest), 'more model')}", (tables.task_table(rest, found),))
-    yield from (Text(note, is_note=True) for note in _missing_intervals(summary.run))
+        yield Details(doc.plural(len(rest), "more model"), [tables.task_table(rest, found)])
+    missing: dict[tuple[str, str], list[str]] = {}
+    for variant in summary.run.variants:
+        for row in variant.scores.values():
+            if row.note:  # why the score has no interval
+                missing.setdefault((row.task, row.note), []).append(variant.name)
+    for (task, note), names in missing.items():
+        yield Text(f"{task}, {', '.join(names)}: {note}.", is_note=True)
 
 
 def _scout_blocks(summary: Summary) -> Iterable[Block]:
     run = summary.run
+    if not run.scouts:
+        return
     yield from (Text(sentence) for told in scout_sentences(summary) for sentence in told)
     yield Text(
         "Several depths of the model were trained at once; each is compared with the full depth of the same training. "
@@ -174,13 +165,13 @@ def _scout_blocks(summary: Summary) -> Iterable[Block]:
     )
     for place, scout in enumerate(run.scouts[: pictures.MOST_PROFILES], 1):
         if len(run.scouts) > 1:
-            yield Heading(scout.name)
+            yield Text(scout.name, is_heading=True)
         if scout.table.rows[-1].score is not None:
             yield pictures.scout_picture(scout, place, points_of(run.budget))
         yield tables.rung_table(scout)
-        yield from (Text(f"{note[:1].upper()}{note[1:]}.", is_note=True) for note in scout.table.notes)
+        yield from _remarks(scout.table.notes)
         if scout.table.task_scores:
-            yield Details("Score of each task by depth", (tables.depth_scores_table(scout.table),))
+            yield Details("Score of each task by depth", [tables.depth_scores_table(scout.table)])
         choice = {name: depth for name, depth in run.choices.get(scout.base, {}).items() if name != SCOUTED}
         if choice and scout.base in run.profiles:
             yield tables.untrained_choices_table(scout, run.profiles[scout.base], choice)
@@ -188,63 +179,76 @@ def _scout_blocks(summary: Summary) -> Iterable[Block]:
         yield Text(f"{doc.plural(len(more), 'more scout')}, each with its figure in its own folder: {', '.join(more)}.")
 
 
+def _remarks(notes: Iterable[str]) -> Iterable[Text]:
+    return (Text(f"{note[:1].upper()}{note[1:]}.", is_note=True) for note in notes)
+
+
 def _depth_blocks(run: Run) -> Iterable[Block]:
+    if not run.profiles:
+        return
     loss = "how well the vectors tell matching texts from others, lower is better."
     decides = "The depths to cut to are chosen on the loss, before any training:"
     if run.scouts:
         decides = "The scout decides on the depth, not this; the loss says, before any training,"
     yield Text(f"Quality of the untrained model’s vectors after each layer. {decides} {loss}")
     for place, (base, profile) in enumerate(list(run.profiles.items())[: pictures.MOST_PROFILES], 1):
-        yield Heading(base)
+        yield Text(base, is_heading=True)
         drawn = pictures.profile_pictures(run, base, place)
         yield from (drawn[kind] for kind in ("curve", "solved") if kind in drawn)
-        if maps := tuple(drawn[kind] for kind in ("cka", "angles") if kind in drawn):
+        if maps := {kind: picture for kind, picture in drawn.items() if kind in ("cka", "angles")}:
             yield Gallery(maps)
-        yield from (Text(f"{note[:1].upper()}{note[1:]}.", is_note=True) for note in profile.notes)
+        yield from _remarks(profile.notes)
         numbers = tables.profile_table(profile, run.choices.get(base, {})), tables.depth_scores_table(profile)
-        yield Details("The numbers of these figures", tuple(table for table in numbers if table.rows))
+        yield Details("The numbers of these figures", [table for table in numbers if table.rows])
     if more := list(run.profiles)[pictures.MOST_PROFILES :]:
         yield Text(
             f"{doc.plural(len(more), 'more profile')}, each with its curve in its own folder: {', '.join(more)}."
         )
 
 
+def _model_blocks(summary: Summary) -> Iterable[Block]:
+    if summary.groups:
+        yield tables.model_table(summary)
+    if any(variant.origin for variant in summary.run.variants):
+        yield Details("How each model was made", [tables.origin_table(summary.run)])
+
+
+def _vocabulary_blocks(summary: Summary) -> Iterable[Block]:
+    if cuts := summary.run.vocabularies:
+        yield from map(Text, vocabulary_sentences(summary))
+        yield Text(
+            "The vocabulary was cut first; the models are for texts like those that it was chosen by. Other texts, "
+            "especially in other languages and scripts, are split into more tokens."
+        )
+        yield tables.vocabulary_table(cuts)
+
+
 def _training_blocks(run: Run) -> Iterable[Block]:
-    trained = run.trainings
     if picture := pictures.training_picture(run):
         yield picture
-        curves = {name: {row.step: doc.loss(row.loss) for row in item.rows} for name, item in trained.items()}
-        numbers = [tables.by_step("Training loss in nats.", curves)]
-        scores = {
-            name: {r.step: doc.score(r.score) for r in item.evaluations}
-            for name, item in trained.items()
-            if item.evaluations
-        }
-        numbers += [tables.by_step("Evaluation scores, × 100.", scores)] if scores else []
-        yield Details("The numbers of these curves", tuple(numbers))
+        yield Details("The numbers of these curves", tables.training_tables(run.trainings))
     same: dict[str, list[str]] = {}
-    for name, training in trained.items():
+    for name, training in run.trainings.items():
         same.setdefault(tables.settings_text(training), []).append(name)
     for settings, names in same.items():
         summary = f"Settings of {doc.plural(len(names), 'training')}"
-        yield Details(summary, (Text(", ".join(names), is_note=True), Code(settings, "yaml")))
+        yield Details(summary, [Text(", ".join(names), is_note=True), Code(settings, "yaml")])
 
 
 def _command_blocks(run: Run) -> Iterable[Block]:
     """Each command once, in the order of the work, with what it made."""
     yield Text("What was run, in order.", is_note=True)
-    steps: dict[str, list[str]] = {}
+    steps: dict[str, dict[str, None]] = {}
     for title, table in run.tables:
         history = table.history if isinstance(table, Origin) else ()
         for command in history or table.commands:
-            titles = steps.setdefault(command, [])
-            titles += [title] if title not in titles else []
+            steps.setdefault(command, {})[title] = None
     for command, titles in steps.items():
         made = "; ".join(titles)
         yield Code(command, "sh", made[:1].upper() + made[1:])
     if run.study:
         again = Text("All of it again, with a new out: secateur study --config study.yaml", is_note=True)
-        yield Details("Configuration of the study (study.yaml)", (again, Code(run.study, "yaml")))
+        yield Details("Configuration of the study (study.yaml)", [again, Code(run.study, "yaml")])
 
 
 def _provenance_blocks(run: Run) -> Iterable[Block]:
@@ -260,20 +264,18 @@ def _provenance_blocks(run: Run) -> Iterable[Block]:
         "Versions": _values(made, lambda item: item.versions),
     }
     told = [f"{key}: {value}" for key, value in facts.items() if value]
-    yield Bullets((*told, *(f"Scout of {scout.name}: {tables.scout_origin(scout)}" for scout in run.scouts)))
-    files: dict[Fingerprint, dict[str, int]] = {}
+    yield Bullets([*told, *(f"Scout of {scout.name}: {tables.scout_origin(scout)}" for scout in run.scouts)])
+    files: dict[Fingerprint, Counter[str]] = {}
     for title, table in run.tables:
         for file in table.provenance.data:
-            kinds, kind = files.setdefault(file, {}), title.split(maxsplit=1)[0]
-            kinds[kind] = kinds.get(kind, 0) + 1
-    if files:
-        rows = []
-        for file, kinds in files.items():
-            uses = ", ".join(f"{kind} ({times})" if times > 1 else kind for kind, times in kinds.items())
-            rows.append((file.name, file.licence or "not stated", uses, file.sha256, f"{file.rows:,}"))
-        yield doc.Table(
-            "Data files as they were read.", ("File", "Licence", "Used for", "SHA-256", "Rows used"), rows, 4
-        )
+            files.setdefault(file, Counter())[title.split(maxsplit=1)[0]] += 1
+    rows = []
+    for file, kinds in files.items():
+        uses = ", ".join(f"{kind} ({times})" if times > 1 else kind for kind, times in kinds.items())
+        rows.append((file.name, file.licence or "not stated", uses, file.sha256, f"{file.rows:,}"))
+    if rows:
+        columns = ("File", "Licence", "Used for", "SHA-256", "Rows used")
+        yield doc.Table("Data files as they were read.", columns, rows, texts=4)
 
 
 def created(run: Run) -> tuple[str, str]:
@@ -294,27 +296,3 @@ def _values(made: Iterable[Provenance], part: Callable[[Provenance], Mapping[str
         for key, value in part(item).items():
             values.setdefault(key, {})[str(value)] = None
     return ", ".join(f"{key} {', '.join(seen)}" for key, seen in values.items())
-
-
-def _missing_intervals(run: Run) -> list[str]:
-    """Why scores have no interval, those of a task with the same reason together."""
-    models: dict[tuple[str, str], list[str]] = {}
-    for variant in run.variants:
-        for row in variant.scores.values():
-            if row.note:
-                models.setdefault((row.task, row.note), []).append(variant.name)
-    return [f"{task}, {', '.join(names)}: {note}." for (task, note), names in models.items()]
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("secateur.reporting"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-_ENVIRONMENT.filters |= {"printable": doc.printable, "name": doc.to_html, "html": block_to_html}

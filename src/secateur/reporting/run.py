@@ -10,15 +10,14 @@ layers, its seed) goes before its name.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
-from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.errors import ConfigError, DataError
@@ -44,6 +43,8 @@ UNTRAINED, TRIMMED, SCOUTED, POLISHED = "zero-shot", "trimmed", "scout", "polish
 BASELINE = "baseline"
 """The recipe of a model that the study did not make: it is compared with."""
 CHOICE, JOURNAL = "choice.json", "steps.jsonl"
+JUDGES = {"pairs": "held-out pairs", "texts": "held-out texts, with the teacher as judge"}
+"""What a scout without tasks scores on."""
 
 _NAME = re.compile(
     rf"(?P<base>.+)-(?P<depth>\d+)-(?=[a-z])(?:(?P<selection>.+?)-)??(?P<recipe>{UNTRAINED}|[^-]+?)(?:-seed(?P<seed>\d+))?",
@@ -51,18 +52,11 @@ _NAME = re.compile(
 )
 
 
-JUDGES = {"pairs": "held-out pairs", "texts": "held-out texts, with the teacher as judge"}
-"""What a scout without tasks scores on."""
-
-
 @dataclass(frozen=True)
 class Scouted:
-    """A scout of a run: its table, how it trained, and what was chosen by it.
+    """A scout of a run: its table, the training that all of its depths come from, and the depth chosen by it, if any.
 
-    Attributes:
-        name: Of its folder: the base model, with the seed where there are several.
-        training: Of its model, which all of its depths are parts of.
-        chosen: The depth; None where no choice is there.
+    ``name`` is that of its folder: the base model, with the seed where there are several.
     """
 
     name: str
@@ -89,7 +83,6 @@ class Variant:
         selection: The selection method that chose its layers; empty where they are the first ones.
         recipe: What was done besides the cut: ``zero-shot`` or ``trimmed`` (nothing), or the name of the training; or
             ``baseline``, for a model that the study did not make.
-        seed: Of its training.
         training: Of a model that was cut from a scout's: that of the scout.
         scores: By task; ``results`` is the folder that each was found in.
         scout: The scout whose weights it is, or was trained on from.
@@ -108,7 +101,7 @@ class Variant:
     cost: CostRow | None
     scores: Mapping[str, ScoreRow]
     results: Mapping[str, Path]
-    scout: Scouted | None = None
+    scout: Scouted | None
 
     @property
     def series(self) -> str:
@@ -118,7 +111,6 @@ class Variant:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is a model to compare with, which the study did not make."""
         return self.recipe == BASELINE
 
     @property
@@ -140,7 +132,6 @@ class Variant:
     def average(self) -> float | None:
         """Mean score over its tasks; None where it has no tasks, or one without a number."""
         values = [row.score for row in self.scores.values()]
-        # A score that was not finite is null in its file.
         return None if not values or None in values else sum(values) / len(values)
 
 
@@ -148,28 +139,41 @@ class Variant:
 class Run:
     """What a run folder holds. ``profiles`` and ``choices`` (name of a choice → depth) are by base model.
 
-    A choice by a scout has the name of the scout, and is called ``scout``. ``failed`` are the steps of its study
-    that failed, with the reason, and were not done since.
+    A choice by a scout has the name of the scout, and is called ``scout``. ``options`` are those in ``study``, the text
+    of its study's file. ``failed`` are the steps that failed, with the reason, and were not done since.
     """
 
     folder: Path
     study: str
+    options: Mapping[str, Any]
     profiles: Mapping[str, Profile]
     choices: Mapping[str, Mapping[str, int]]
     variants: tuple[Variant, ...]
     scores: tuple[Scores, ...]
     costs: Costs | None
     failed: Mapping[str, str]
-    scouts: tuple[Scouted, ...] = ()
+    scouts: tuple[Scouted, ...]
 
     @property
     def budget(self) -> Budget:
         """What the study was asked to keep to; nothing where that is not known."""
-        known = _options(self.study)
         try:
-            return make(Budget, {key: known[key] for key in Budget.model_fields if key in known})
+            return make(Budget, {key: self.options[key] for key in Budget.model_fields if key in self.options})
         except ConfigError:  # edited, and broken
             return make(Budget, {})
+
+    def link(self, variant: Variant) -> str:
+        """A model's folder as seen from the run's, for a page; empty without one."""
+        return quote(variant.folder.relative_to(self.folder).as_posix()) + "/" if variant.folder else ""
+
+    @property
+    def vocabularies(self) -> dict[str, VocabularyCut]:
+        """Base model → how the vocabulary of its models was cut, of those where it was."""
+        found: dict[str, VocabularyCut] = {}
+        for variant in self.variants:
+            if variant.vocabulary:
+                found.setdefault(variant.base, variant.vocabulary)
+        return found
 
     @property
     def trainings(self) -> dict[str, Training]:
@@ -181,25 +185,15 @@ class Run:
     @property
     def tables(self) -> list[tuple[str, Table]]:
         """Every table with a title, in the order of the work."""
-        named: list[tuple[str, Table]] = [(f"profile of {name}", table) for name, table in self.profiles.items()]
+        named: list[tuple[str, Table | None]] = [(f"profile of {name}", own) for name, own in self.profiles.items()]
         for scout in self.scouts:
-            named.append((f"scout of {scout.name}", scout.table))
-            named += [(f"training of the scout of {scout.name}", scout.training)] if scout.training else []
+            title = f"scout of {scout.name}"
+            named += [(title, scout.table), (f"training of the {title}", scout.training)]
         for variant in self.variants:
-            named += [(f"model {variant.name}", variant.origin)] if variant.origin else []
-            named += [(f"training of {variant.name}", variant.own_training)] if variant.own_training else []
+            named += [(f"model {variant.name}", variant.origin), (f"training of {variant.name}", variant.own_training)]
         for table in self.scores:
             named.append((f"scores of {', '.join(dict.fromkeys(row.model for row in table.rows))}", table))
-        return named + ([("costs", self.costs)] if self.costs else [])
-
-
-def _options(study: str) -> dict[str, Any]:
-    """The options in the text of ``study.yaml``; none where it was edited and is broken."""
-    try:
-        given = yaml.safe_load(study)
-    except (yaml.YAMLError, ValueError):
-        return {}
-    return given if isinstance(given, dict) else {}
+        return [(title, table) for title, table in (*named, ("costs", self.costs)) if table]
 
 
 def read_run(run: str | Path) -> Run:
@@ -216,7 +210,7 @@ def read_run(run: str | Path) -> Run:
     costs = load(folder, Costs) if (folder / Costs.file).exists() else None
     models = {path.parent.name: path.parent for path in sorted(folder.glob(f"models/*/{Origin.file}"))}
     bases = {*profiles, *(match["base"] for name in models if (match := _NAME.fullmatch(name)))}
-    scouts = [_scout(path, bases) for path in sorted(folder.glob(f"scouts/*/{Scout.file}"))]
+    scouts = [_scout(path.parent, bases) for path in sorted(folder.glob(f"scouts/*/{Scout.file}"))]
     if not (profiles or scores or costs or models or scouts):
         raise DataError(
             folder,
@@ -229,18 +223,16 @@ def read_run(run: str | Path) -> Run:
             raise DataError("scores", f"two scores of {row.model} on {row.task}", "keep one of the two files")
         scored[row.model][row.task] = row, place
     cost = {row.model: row for row in costs.rows} if costs else {}
-    names = dict.fromkeys([*models, *scored, *cost])
     study = folder / "study.yaml"
     text = study.read_text(encoding="utf-8", errors="replace") if study.is_file() else ""
-    given = listed(_options(text).get("baselines"))
+    options = _options(text)
+    given = listed(options.get("baselines"))
     baselines = {model_label(str(name)) for name in given} if isinstance(given, list) else set()
-    found = []
-    for name in names:
-        variant = _variant(name, models.get(name), cost.get(name), scored.get(name, {}), profiles)
-        found.append(_as_baseline(variant) if name in baselines else _with_scout(variant, scouts))
-    found.sort(key=lambda v: (v.base, v.selection != "", v.recipe, v.selection, -(v.depth or 0), v.seed or 0, v.name))
-    found.sort(key=lambda v: v.is_baseline)
-    choices = {name: _choice(folder / "profiles" / name, table) for name, table in profiles.items()}
+    variants = []
+    for name in dict.fromkeys([*models, *scored, *cost]):
+        tables = models.get(name), cost.get(name), scored.get(name, {})
+        variants.append(_variant(name, *tables, profiles, scouts, is_baseline=name in baselines))
+    choices = {name: _read_choice(folder / "profiles" / name, table) for name, table in profiles.items()}
     for scout in scouts:
         own = {} if scout.chosen is None else {SCOUTED: scout.chosen}
         choices[scout.name] = choices.get(scout.name, {}) | own
@@ -248,14 +240,24 @@ def read_run(run: str | Path) -> Run:
     return Run(
         folder=folder,
         study=text,
+        options=options,
         profiles=profiles,
         choices={name: choice for name, choice in choices.items() if choice},
-        variants=tuple(found),
+        variants=tuple(sorted(variants, key=_order)),
         scores=tuple(scores.values()),
         costs=costs,
         failed={name: entry["error"] for name, entry in last.items() if entry["outcome"] == "failed"},
         scouts=tuple(scouts),
     )
+
+
+def _options(study: str) -> dict[str, Any]:
+    """The options in the text of ``study.yaml``; none where it was edited and is broken."""
+    try:
+        given = yaml.safe_load(study)
+    except (yaml.YAMLError, ValueError):
+        return {}
+    return given if isinstance(given, dict) else {}
 
 
 def _variant(
@@ -264,116 +266,87 @@ def _variant(
     cost: CostRow | None,
     scores: Mapping[str, tuple[ScoreRow, Path]],
     profiles: Mapping[str, Profile],
+    scouts: Sequence[Scouted],
+    *,
+    is_baseline: bool,
 ) -> Variant:
     origin = load(folder, Origin) if folder else None
-    training = load(folder, Training) if folder and (folder / Training.file).exists() else None
-    match = _NAME.fullmatch(name)
-    parts: Mapping[str, str | None] = match.groupdict() if match else {"base": name}
-    base = parts["base"] or name
-    profile = profiles.get(base)
-    named_depth, named_seed = (int(text) if (text := parts.get(part)) else None for part in ("depth", "seed"))
+    training = _training(folder) if folder else None
+    match = None if is_baseline else _NAME.fullmatch(name)
+    parts = match.groupdict("") if match else {"base": name, "selection": "", "recipe": ""}
+    base, recipe = parts["base"], BASELINE if is_baseline else parts["recipe"]
+    depth = cost.depth if cost else int(parts["depth"]) if match else None
+    seed = int(parts["seed"]) if parts.get("seed") else None
+    seed = training.provenance.seed if training and training.provenance.seed is not None else seed
+    blocks = profiles[base].depth if base in profiles else None
+    if origin:
+        depth, blocks = len(origin.kept), origin.depth
+    if is_baseline:  # cut from nothing
+        depth, blocks, seed = cost.depth if cost else None, None, None
+    scout = None
+    if recipe in (SCOUTED, POLISHED):
+        own = [scout for scout in scouts if scout.base == base]
+        own = [scout for scout in own if scout.seed == seed] if len(own) > 1 else own
+        if own:
+            scout = own[0]
+            if training is None and recipe == SCOUTED and scout.training:
+                training = scout.training
+                seed = seed if training.provenance.seed is None else training.provenance.seed
     return Variant(
         name=name,
         base=base,
-        depth=len(origin.kept) if origin else cost.depth if cost else named_depth,
-        blocks=origin.depth if origin else profile.depth if profile else None,
-        selection=(parts.get("selection") or "").replace("_", "-"),
-        recipe=parts.get("recipe") or "",
-        seed=training.provenance.seed if training and training.provenance.seed is not None else named_seed,
+        depth=depth,
+        blocks=blocks,
+        selection=parts["selection"].replace("_", "-"),
+        recipe=recipe,
+        seed=seed,
         folder=folder,
         origin=origin,
         training=training,
         cost=cost,
         scores={task: row for task, (row, _) in scores.items()},
         results={task: place for task, (_, place) in scores.items()},
+        scout=scout,
     )
 
 
-def _as_baseline(variant: Variant) -> Variant:
-    """A model that the study did not make: no part of its name tells how it was made, and it is cut from nothing."""
-    depth = variant.cost.depth if variant.cost else None
-    return replace(variant, base=variant.name, depth=depth, blocks=None, selection="", recipe=BASELINE, seed=None)
+def _order(v: Variant) -> tuple[Any, ...]:
+    return v.is_baseline, v.base, v.selection != "", v.recipe, v.selection, -(v.depth or 0), v.seed or 0, v.name
 
 
-def _scout(file: Path, bases: Collection[str]) -> Scouted:
+def _training(folder: Path) -> Training | None:
+    return load(folder, Training) if (folder / Training.file).exists() else None
+
+
+def _scout(folder: Path, bases: Collection[str]) -> Scouted:
     """A scout's folder; a seed after its name belongs to a base model that is known without it."""
-    folder, table = file.parent, load(file, Scout)
+    table = load(folder, Scout)
     name, seed = folder.name, table.provenance.seed
     base, seeded, ending = name.rpartition("-seed")
     if name in bases or not (seeded and ending.isdigit() and base in bases):
         base = name
     elif seed is None:
         seed = int(ending)
-    model = folder / "model"
-    training = load(model, Training) if (model / Training.file).exists() else None
-    content = _read_choice(folder)
-    chosen = _checked({CHOSEN: content[CHOSEN]}, table.depth, folder)[CHOSEN] if CHOSEN in content else None
-    return Scouted(name, base, seed, table, training, chosen)
+    return Scouted(name, base, seed, table, _training(folder / "model"), _read_choice(folder, table).get(CHOSEN))
 
 
-def _with_scout(variant: Variant, scouts: Sequence[Scouted]) -> Variant:
-    """The variant with the scout that it comes from, where its recipe says that it comes from one."""
-    own = [scout for scout in scouts if scout.base == variant.base]
-    if len(own) > 1:
-        own = [scout for scout in own if scout.seed == variant.seed]
-    if variant.recipe not in (SCOUTED, POLISHED) or not own:
-        return variant
-    training = variant.training or (own[0].training if variant.recipe == SCOUTED else None)
-    seed = training.provenance.seed if training and training.provenance.seed is not None else variant.seed
-    return replace(variant, scout=own[0], training=training, seed=seed)
+def _read_choice(folder: Path, table: Profile | Scout) -> dict[str, int]:
+    """``choice.json``, which the user may have edited; empty where there is none.
 
-
-def _choice(folder: Path, profile: Profile) -> dict[str, int]:
-    """A profile's choice; chosen again where it was made from another profile."""
-    content = _read_choice(folder)
-    if content.pop(CHOSEN_FROM, None) not in (None, losses_fingerprint(profile)):
-        return choose(profile) if profile.can_choose else {}
-    return _checked(content, profile.depth, folder)
-
-
-def _read_choice(folder: Path) -> dict[str, Any]:
-    """``choice.json``, which the user may have edited; empty where there is none."""
+    That of a profile is chosen again where it was made from another profile.
+    """
     file = folder / CHOICE
     content = read_json(file) if file.exists() else {}
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}", 'write depths by name, such as {"small": 7}')
-    return content
-
-
-def _checked(content: dict[str, Any], most: int, folder: Path) -> dict[str, int]:
+    if isinstance(table, Scout):
+        content = {name: depth for name, depth in content.items() if name == CHOSEN}
+    elif content.pop(CHOSEN_FROM, None) not in (None, losses_fingerprint(table)):
+        return choose(table) if table.can_choose else {}
     for name, depth in content.items():
-        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= most:
-            hint = f"write a whole number, 1 to {most}"
-            raise DataError(folder / CHOICE, f"{depth!r} is not a depth", hint, field=name)
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= table.depth:
+            raise DataError(file, f"{depth!r} is not a depth", f"write a whole number, 1 to {table.depth}", field=name)
     return content
-
-
-# Base models ----------------------------------------------------------------------------------------------------------
-
-CARD = "README.md"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_on_hub(model: str) -> bool:
-    """Whether a model's name is one of the Hub's, and nothing on this machine."""
-    return bool(HUB_NAME.fullmatch(model)) and not model.endswith(".gguf") and not os.path.exists(model)  # noqa: PTH110
-
-
-def base_metadata(base: str) -> dict[str, Any]:
-    """What the base model's own card says, in its folder or in the Hub's cache; empty where there is none."""
-    found = try_to_load_from_cache(base, CARD) if is_on_hub(base) else os.path.join(base, CARD)  # noqa: PTH118
-    if not isinstance(found, str) or not os.path.isfile(found):  # noqa: PTH113  where Path raises, this is false
-        return {}
-    try:
-        return metadata_load(found) or {}
-    except (ValueError, yaml.YAMLError):  # no metadata, or broken ones
-        return {}
-
-
-def base_licence(base: str) -> str:
-    """The licence in the base model's own card; empty where not known."""
-    licence = base_metadata(base).get("license")
-    return licence if isinstance(licence, str) else ""
 
 
 # The journal ----------------------------------------------------------------------------------------------------------

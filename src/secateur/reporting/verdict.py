@@ -14,9 +14,8 @@ from pathlib import Path
 
 from secateur.choosing.budgets import cost_limits
 from secateur.document import SPACE, byte_size, count, duration, number, percent, plural, score, shorten, signed, span
-from secateur.reporting.advice import scout_note, scout_sentences
+from secateur.reporting.advice import coverage_notes, scout_note, scout_sentences
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
-from secateur.reporting.vocabulary import coverage_notes, cut_vocabularies
 from secateur.results import CostRow
 
 MOST_NAMED = 3
@@ -53,7 +52,7 @@ class Recommendation:
         if group.first.is_baseline:
             return "baseline"
         if item is not None:
-            return "rejected" if item.outcome == "worse" and not _is_as_good(item, MARGIN) else "cut"
+            return "rejected" if item.outcome == "worse" and not item.is_as_good(MARGIN) else "cut"
         return "full" if group.first.is_full else "cut"
 
 
@@ -62,7 +61,8 @@ def recommend(summary: Summary) -> Recommendation:
     compared = _beside_full(summary)
     cuts = [item for item in compared.values() if not item.group.first.is_baseline]
     if not cuts:
-        return Recommendation(*_nothing_to_compare(summary), compared=compared)
+        headline, known = _nothing_to_compare(summary)
+        return Recommendation(headline, reasons=known, compared=compared)
     budget = summary.run.budget
     limits, margin = cost_limits(budget), _margin(summary)
     fitting = [item for item in cuts if _fits(item.group.cost, limits)]
@@ -88,9 +88,17 @@ def recommend(summary: Summary) -> Recommendation:
             f"Use {_named(taken)}, which needs no cut: {_facts(taken)}, compared with {_named(taken, True)}{cut}."
         )
         ship = compared[taken.group.name]
-    pool = [item for item in (*fitting, *baselines) if item is not ship]
-    runner_up = _half_the_cost(summary, pool, ship or min(cuts, key=lambda item: -_depth(item)), bool(ship))
-    reasons = [*_what_is_compared(ship or cuts[0], summary), *_second_choice(runner_up, bool(ship))]
+    whole = ship.group if ship else min(cuts, key=lambda item: -_depth(item)).reference
+    cheap = [
+        item for item in (*fitting, *baselines) if item is not ship and _is_cheap(summary.compare(item.group, whole))
+    ]
+    runner_up = max(cheap, key=lambda item: item.difference.value, default=None)
+    reasons = [_what_is_compared(ship or cuts[0])]
+    if runner_up:
+        of = "" if ship else " of the full model"
+        reasons.append(f"For half the cost{of}: {_named(runner_up)}, {_facts(runner_up)}.")
+    elif ship:
+        reasons.append("No model of half its cost was scored.")
     told = [*better, *(item for item in beside if runner_up and item.group is runner_up.group)]
     reasons += [_baseline(item) for item in beside if item not in told][:MOST_NAMED]
     place = ship.group.first.folder if ship else None
@@ -107,7 +115,7 @@ def smallest_as_good(comparisons: Sequence[GroupComparison], margin: float = MAR
     """
     found = None
     for item in sorted(comparisons, key=_depth, reverse=True):
-        if not _is_as_good(item, margin):
+        if not item.is_as_good(margin):
             break
         found = item
     return found
@@ -121,8 +129,11 @@ def _beside_full(summary: Summary) -> dict[str, GroupComparison]:
 
     A full model could be shipped in place of a larger one: of another base, or with all tokens.
     """
-    scored = [group for group in summary.groups if group.average is not None and group.first.depth is not None]
-    scored += [g for g in summary.groups if g.average is not None and g.first.is_baseline and g not in scored]
+    scored = [
+        group
+        for group in summary.groups
+        if group.average and (group.first.depth is not None or group.first.is_baseline)
+    ]
     full = [group for group in scored if group.first.is_full and not group.first.is_baseline]
     found: dict[str, GroupComparison] = {}
     for group in scored:
@@ -160,30 +171,18 @@ def _margin(summary: Summary) -> float:
     return MARGIN if tolerance is None else tolerance / 100
 
 
-def _is_as_good(item: GroupComparison, margin: float) -> bool:
-    return item.difference.low is not None and item.difference.low >= -margin
-
-
 def _replaces(item: GroupComparison, margin: float) -> bool:
     """Whether a baseline is as good as the other, and costs no more by all that was measured."""
     ratio = _share_of_size(item)
     is_slower = item.speed is not None and item.speed[1] and item.speed[0] < 1
-    return _is_as_good(item, margin) and ratio is not None and ratio <= 1 and not is_slower
+    return item.is_as_good(margin) and ratio is not None and ratio <= 1 and not is_slower
 
 
-def _half_the_cost(
-    summary: Summary, pool: Sequence[GroupComparison], ship: GroupComparison, is_shipped: bool
-) -> GroupComparison | None:
-    """The best model of half the size, or twice as fast and no larger."""
-    whole = ship.group if is_shipped else ship.reference
-    cheap = []
-    for item in pool:
-        own = summary.compare(item.group, whole)
-        ratio = _share_of_size(own)
-        is_fast = own.speed is not None and own.speed[1] and own.speed[0] >= 2
-        if ratio is not None and (ratio <= 0.5 or (ratio < 1 and is_fast)):
-            cheap.append(item)
-    return max(cheap, key=lambda item: item.difference.value, default=None)
+def _is_cheap(item: GroupComparison) -> bool:
+    """Whether a model is half the size of the other, or twice as fast and no larger."""
+    ratio = _share_of_size(item)
+    is_fast = item.speed is not None and item.speed[1] and item.speed[0] >= 2
+    return ratio is not None and (ratio <= 0.5 or (ratio < 1 and is_fast))
 
 
 def _depth(item: GroupComparison) -> int:
@@ -221,7 +220,7 @@ def _fits(cost: CostRow | None, limits: Mapping[str, float]) -> bool:
 # What is said ---------------------------------------------------------------------------------------------------------
 
 
-def points(item: GroupComparison) -> str:
+def _points(item: GroupComparison) -> str:
     """A difference with its interval, and whether it is significant."""
     own, said = item.difference, {1: "significantly better", 0: "no significant difference", -1: "significantly worse"}
     within = f"{span(own.low, own.high, signed)}, {said[own.sign]}" if own.low is not None else "no interval"
@@ -230,7 +229,7 @@ def points(item: GroupComparison) -> str:
 
 def _facts(item: GroupComparison) -> str:
     """What a model loses and saves beside another."""
-    facts, speed, ratio = [points(item)], item.speed, _share_of_size(item)
+    facts, speed, ratio = [_points(item)], item.speed, _share_of_size(item)
     if speed is not None:
         times = number(speed[0], ".2f" if speed[0] < 2 else ".1f" if speed[0] < 20 else ",.0f")
         facts.append(f"{times}{SPACE}×{SPACE}as fast" if speed[1] else "no measurable difference in speed")
@@ -273,9 +272,8 @@ def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
     if known := [item for item in largest if item.outcome != "unknown"]:
         item = max(known, key=lambda item: item.difference.value)
         train = "Train it for more steps, or on more data," if item.group.first.training else "Train it after the cut,"
-        return (
-            f"Keep {_named(item, True)}: {_named(item)} comes nearest, with {points(item)}. {train} and score it again."
-        )
+        nearest = f"{_named(item)} comes nearest, with {_points(item)}"
+        return f"Keep {_named(item, True)}: {nearest}. {train} and score it again."
     item = max(largest, key=lambda item: item.difference.value)
     return (
         f"Not decided yet: {_named(item)} scores {signed(item.difference.value)} points beside {_named(item, True)}, "
@@ -283,27 +281,19 @@ def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
     )
 
 
-def _what_is_compared(item: GroupComparison, summary: Summary) -> list[str]:
+def _what_is_compared(item: GroupComparison) -> str:
     """What the points are a difference to, and what their interval covers."""
     tasks = "your task" if len(item.tasks) == 1 else f"your {len(item.tasks)} tasks"
     said = f"Points, speed and size are relative to {_named(item, True)}, the full model, on {tasks}"
     if item.difference.low is None:
-        return [f"{said}."]
-    seeds, sides = item.difference.seed_error is not None, (item.group, item.reference)
-    trained = not seeds and any(side.first.training for side in sides)
-    covers = "texts and training seeds" if seeds else "texts, with one training seed" if trained else "texts"
-    more = (
-        " It had only the scout’s training; trained further in the same way, it might score higher."
-        if item.is_polished_more
-        else ""
-    )
-    return [f"{said}; ranges are 95 % intervals over {covers}.{more}"]
-
-
-def _second_choice(item: GroupComparison | None, is_shipped: bool) -> list[str]:
-    if item is not None:
-        return [f"For half the cost{'' if is_shipped else ' of the full model'}: {_named(item)}, {_facts(item)}."]
-    return ["No model of half its cost was scored."] if is_shipped else []
+        return f"{said}."
+    covers = "texts"
+    if item.difference.seed_error is not None:
+        covers = "texts and training seeds"
+    elif item.group.first.training or item.reference.first.training:
+        covers = "texts, with one training seed"
+    more = " It had only the scout’s training; trained further in the same way, it might score higher."
+    return f"{said}; ranges are 95 % intervals over {covers}.{more if item.is_polished_more else ''}"
 
 
 def _baseline(item: GroupComparison) -> str:
@@ -313,7 +303,7 @@ def _baseline(item: GroupComparison) -> str:
     return f"Baseline {_named(item)}, compared with {whole}: {_facts(item)}{cost}."
 
 
-def _nothing_to_compare(summary: Summary) -> tuple[str, None, None, tuple[str, ...]]:
+def _nothing_to_compare(summary: Summary) -> tuple[str, tuple[str, ...]]:
     """What to do where no cut stands beside a full model, and what is known."""
     run, scored = summary.run, [group for group in summary.groups if group.average is not None]
     if scored:
@@ -323,21 +313,24 @@ def _nothing_to_compare(summary: Summary) -> tuple[str, None, None, tuple[str, .
             if group.average
         )
         missing = "cut" if all(group.first.is_full for group in scored) else "full model"
-        return f"Nothing to compare yet: score a {missing} on the same tasks, too.", None, None, (f"{known}.",)
-    told = [" ".join(own) for own in scout_sentences(summary)] or [_choice(summary, name) for name in run.profiles]
+        return f"Nothing to compare yet: score a {missing} on the same tasks, too.", (f"{known}.",)
+    told = [" ".join(own) for own in scout_sentences(summary)]
+    if not told:
+        for name, profile in run.profiles.items():
+            depths = sorted(run.choices.get(name, {}).items(), key=lambda item: item[1])
+            chosen = "; " + ", ".join(f"“{label}” keeps {depth}" for label, depth in depths) if depths else ""
+            lowest = min(((row.loss, row.depth) for row in profile.rows if row.loss is not None), default=(0.0, None))[
+                1
+            ]
+            curve = (
+                f"the untrained loss is lowest at depth {lowest} of {profile.depth}" if lowest else "no loss is known"
+            )
+            told.append(f"{shorten(name)}: {curve}{chosen}.")
     if not told:
         held = plural(len(run.variants), "model")
-        return f"The run holds {held}, not yet scored: evaluate the full model and a cut.", None, None, ()
+        return f"The run holds {held}, not yet scored: evaluate the full model and a cut.", ()
     headline = "Only depths are scored so far: train and score the chosen ones, and the full model."
-    return headline, None, None, tuple(told[:MOST_NAMED])
-
-
-def _choice(summary: Summary, name: str) -> str:
-    profile, choice = summary.run.profiles[name], summary.run.choices.get(name, {})
-    chosen = ", ".join(f"“{label}” keeps {depth}" for label, depth in sorted(choice.items(), key=lambda item: item[1]))
-    lowest = min(((row.loss, row.depth) for row in profile.rows if row.loss is not None), default=None)
-    curve = f"the untrained loss is lowest at depth {lowest[1]} of {profile.depth}" if lowest else "no loss is known"
-    return f"{shorten(name)}: {curve}{'; ' + chosen if chosen else ''}."
+    return headline, tuple(told[:MOST_NAMED])
 
 
 # Notes ----------------------------------------------------------------------------------------------------------------
@@ -345,7 +338,7 @@ def _choice(summary: Summary, name: str) -> str:
 
 def notes(summary: Summary) -> tuple[str, ...]:
     """What the verdict's intervals cover, and what they do not; and tasks that the vocabulary is not for."""
-    cuts = cut_vocabularies(summary.run)
+    cuts = summary.run.vocabularies
     found = [f"{note}." for base, cut in cuts.items() for note in coverage_notes(base, cut)]
     return tuple(note for note in (*found, scout_note(summary), _interval_note(summary), seed_note(summary)) if note)
 

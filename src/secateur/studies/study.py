@@ -46,9 +46,9 @@ from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, 
 from secateur.options.runs import of_earlier_version
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as, fingerprint
+from secateur.reporting.advice import coverage_notes
 from secateur.reporting.report import report
 from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, read_run
-from secateur.reporting.vocabulary import coverage_notes
 from secateur.results import Costs, Origin, Profile, Scores, Scout, VocabularyCut, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
