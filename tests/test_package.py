@@ -19,7 +19,7 @@ SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
 errors files done provenance progress clusters document
-results: base kinds
+results: base models kinds
 runtime
 options: base fields way runs inference
 figures: style solved plots
@@ -34,11 +34,11 @@ pruning: download adapters prune
 healing: recipes exclusion training_data processes teacher losses evaluator trainer heal
 scouting: ladder held_out rungs scout
 reporting: cost compare run findings blocks advice vocabulary verdict pictures tables card report
-studies: steps grid plan estimate records runner study
+studies: steps plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening conversions backends workers middleware queueing app serve
 inference: distinct vector_files encode
-cli: places arguments tables bars commands
+cli: arguments tables bars commands
 __main__
 """
 

@@ -1,4 +1,8 @@
-"""Arguments of a command, made from the fields of its options (:mod:`.config`)."""
+"""Arguments of a command, made from the fields of its options, and the check of what they name.
+
+Files and folders are looked at before anything heavy is imported, with the functions that the steps use themselves and
+in their words: a mistake is told at once. Names on the Hub, tasks of mteb and large data are left to the step.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from secateur.cli.places import check_places
-from secateur.errors import ConfigError
-from secateur.options import Options, default_of, extra, make, read_yaml
+from secateur.errors import ConfigError, DataError, OutputError
+from secateur.evaluation.task_folder import check_task_folder, read_task_folder
+from secateur.files import check_is_file, check_results_folder, partial_folder
+from secateur.models import is_endpoint, resolve
+from secateur.options import Names, Options, default_of, extra, make, read_study, read_yaml
 
 
 def expand_list_options(arguments: list[str]) -> list[str]:
@@ -119,11 +125,8 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
             autocompletion=_second_words,
         )
     else:
-        flag = "--" + name.replace("_", "-")
-        short = extra(options, name, "short")
-        names = [flag, *([short] if short else [])]
-        if kind is bool:
-            names = [f"{flag}/--no-{flag[2:]}", *([old] if (old := extra(options, name, "old")) else [])]
+        flag, short = "--" + name.replace("_", "-"), extra(options, name, "short")
+        names = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, *([short] if short else [])]
         shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
         suffix = f" [default: {shown}]" if shown not in (None, False, "") else ""
         required = " [required]" if field.is_required() or extra(options, name, "required") else ""
@@ -157,3 +160,87 @@ def _plain(annotation: Any) -> Any:
     if get_origin(annotation) in (list, dict):
         return list[str]
     return annotation
+
+
+SMALL = 8 << 20
+"""Bytes of a task that are read here too: it takes less time than importing what a step needs."""
+
+
+def check_places(options: Options) -> None:
+    """Look at all that the options of a command name.
+
+    Raises:
+        SecateurError: As the step itself would.
+    """
+    for name, field in type(options).model_fields.items():
+        marks = [mark for mark in field.metadata if isinstance(mark, Names)]
+        value = getattr(options, name)
+        for mark in marks if value is not None else ():
+            if mark.what == "results":
+                _check_results(value, mark.own)
+            elif mark.what == "data":
+                from secateur.data.sources import check_data
+
+                check_data(value, getattr(options, "columns", None))
+            else:
+                for item in value if isinstance(value, list) else [value]:
+                    _CHECKS[mark.what](item)
+
+
+def _check_results(folder: Path, own: tuple[str, ...] | None) -> None:
+    if own is not None:
+        check_results_folder(folder, *own)
+    elif folder.exists() and not folder.is_dir():
+        raise OutputError(folder, "is a file", "name a folder")
+
+
+def _check_model(name: str) -> None:
+    if not is_endpoint(name):
+        resolve(name)
+
+
+def _check_task(name: str) -> None:
+    folder = Path(name)
+    if folder.exists():
+        (read_task_folder if _bytes(folder) <= SMALL else check_task_folder)(folder)
+    elif name.startswith((".", "/", "~")) or (folder.parent != Path() and folder.parent.is_dir()):
+        raise DataError(name, "no such file or folder", "give a task folder, or the name of an mteb task or benchmark")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
+
+
+def _check_run(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(folder, "no such folder", "name the folder that a study wrote")
+
+
+def _check_new_file(file: Path) -> None:
+    if file.exists():
+        raise OutputError(file, "exists already", "name another file, or remove this one")
+
+
+def _check_layers(to: str) -> None:
+    from secateur.choosing.choose import needs_profile
+
+    needs_profile(to)
+
+
+def _check_table(path: str) -> None:
+    from secateur.choosing.choose import read_table
+
+    read_table(path)
+
+
+_CHECKS: dict[str, Callable[[Any], object]] = {
+    "layers": _check_layers,
+    "model": _check_model,
+    "task": _check_task,
+    "file": check_is_file,
+    "profile": _check_table,
+    "run": _check_run,
+    "study": read_study,
+    "new folder": partial_folder,
+    "new file": _check_new_file,
+}

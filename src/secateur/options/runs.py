@@ -254,12 +254,6 @@ class ResumeOptions(StatusOptions):
     ray: Ray = None
 
 
-def of_earlier_version(values: dict[str, Any]) -> dict[str, Any]:
-    """The options of a study, also of a version that had no scout and another default recipe."""
-    recipe = values.get("recipe") or (None if values.get("teacher") else "l3prune")
-    return values if "ladder" in values else values | {"recipe": recipe}
-
-
 def read_study(run: Path) -> StudyOptions:
     """The options of the study that a run folder holds.
 
@@ -269,4 +263,4 @@ def read_study(run: Path) -> StudyOptions:
     """
     if not (run / "study.yaml").is_file():
         raise DataError(run, "holds no study", "name the folder that `secateur study` was given")
-    return make(StudyOptions, of_earlier_version(read_yaml(run / "study.yaml")) | {"out": run})
+    return make(StudyOptions, read_yaml(run / "study.yaml") | {"out": run})

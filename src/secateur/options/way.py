@@ -71,7 +71,6 @@ class ProfileOptions(Options):
     early_stopping: bool = Field(
         False,
         description="Stop early, once L3Prune's choice is significant at 95 % (tested after 5, 10, 20, ... batches).",
-        json_schema_extra={"old": "--until-sure"},
     )
     max_length: MaxLength = 512
     dtype: Dtype = Field(
@@ -84,11 +83,6 @@ class ProfileOptions(Options):
     )
     sample: Sample = None
     trust_remote_code: TrustRemoteCode = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_name(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {"early_stopping" if key == "until_sure" else key: value for key, value in values.items()}
 
 
 class VocabularyOptions(Options):
@@ -255,11 +249,6 @@ class HealSettings(Options):
         "auto", description="Precision of the computation; auto: bfloat16 if the processor supports it."
     )
     seed: Seed = Field(42, description="Random seed of adapters, dropout and the order of the data.")
-
-    @field_validator("recipe", mode="before")
-    @classmethod
-    def _old_recipe(cls, value: Any) -> Any:
-        return "finetune" if value == "everyday" else value
 
 
 class HealOptions(HealSettings):

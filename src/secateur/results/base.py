@@ -35,7 +35,7 @@ class Table:
 
     Attributes:
         kind: Name of the table in its file; tells a profile from scores.
-        file: Name that the table's file has by convention.
+        file: Name that the table's file has by convention: ``KIND.json`` where the class does not say another.
         rows_in: Name of the attribute that holds the rows.
     """
 
@@ -44,6 +44,10 @@ class Table:
     rows_in: ClassVar[str] = ""
 
     provenance: Provenance
+
+    def __init_subclass__(cls, *, kind: str = "", file: str = "", rows_in: str = "") -> None:
+        if kind:
+            cls.kind, cls.file, cls.rows_in = kind, file or f"{kind}.json", rows_in
 
     @property
     def rows(self) -> tuple[Any, ...]:
@@ -94,7 +98,7 @@ def load(path: str | Path, kind: type[T]) -> T:
     if version != SCHEMA_VERSION:
         raise DataError(file, f"schema version {version}, but this secateur reads {SCHEMA_VERSION}")
     try:
-        text = json.dumps(_with_new_names(content), ensure_ascii=False).encode("utf-8", "replace")  # lone surrogates
+        text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")  # lone surrogates
         table: T = _adapter(cast(Any, kind)).validate_json(text, strict=True)
         return table
     except ValidationError as error:
@@ -103,24 +107,6 @@ def load(path: str | Path, kind: type[T]) -> T:
         if first["type"] in ("missing", "unexpected_keyword_argument"):
             raise DataError(file, f"is not a whole {kind.kind}", f"missing or unexpected: {key}") from None
         raise DataError(file, f"{first['input']!r:.60} is not valid", "make the file again", field=key) from None
-
-
-RENAMED = {
-    "chance": "selection_probability",
-    "settled": "converged",
-    "parts": "layer_costs",
-    "part": "layer",
-    "trials": "evaluations",
-}
-"""Names that files of earlier versions have for fields of tables and of their rows."""
-
-
-def _with_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
-    named = {RENAMED.get(key, key): value for key, value in content.items()}
-    for key, rows in named.items():
-        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-            named[key] = [{RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
-    return named
 
 
 @cache

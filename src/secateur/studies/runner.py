@@ -21,29 +21,16 @@ from typing import Any
 
 import torch
 
+import secateur
 from secateur.clusters import ray_cluster, ray_share, run_command
 from secateur.errors import OutputError, SecateurError
-from secateur.evaluation.evaluate import evaluate
 from secateur.files import output_errors
-from secateur.healing.heal import heal
-from secateur.profiling.profile import profile
 from secateur.progress import Progress
 from secateur.provenance import acting_as
-from secateur.pruning.prune import prune
-from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, complete_lines, read_journal
-from secateur.scouting.scout import scout
 from secateur.studies.steps import Plan, Step
 
 LOGS = "logs"
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "prune": prune,
-    "profile": profile,
-    "heal": heal,
-    "scout": scout,
-    "evaluate": evaluate,
-    "cost": cost,
-}
 
 
 @dataclass(frozen=True)
@@ -239,7 +226,7 @@ def in_this_process(progress: Progress) -> Executor:
 
         try:
             with acting_as(step.command_line):
-                _FUNCTIONS[step.kind](step.options, progress=named)
+                getattr(secateur, step.kind)(step.options, progress=named)
         except Exception:
             with suppress(OSError):  # the disk is full, perhaps: the step's own error says more
                 log.parent.mkdir(parents=True, exist_ok=True)

@@ -26,9 +26,9 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,8 @@ from secateur.healing.recipes import training_config
 from secateur.healing.training_data import training_sets
 from secateur.models import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
-from secateur.options.runs import of_earlier_version
 from secateur.progress import Progress, silent
-from secateur.provenance import acting_as, fingerprint
+from secateur.provenance import acting_as
 from secateur.reporting.report import report
 from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, read_run
 from secateur.reporting.vocabulary import coverage_notes
@@ -53,10 +52,9 @@ from secateur.results import Costs, Origin, Profile, Scores, Scout, VocabularyCu
 from secateur.scouting.held_out import draw
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
-from secateur.studies.grid import recipe_options
-from secateur.studies.plan import PRESETS, SCOUTS, chosen_depth, plan_steps, scout_names
+from secateur.studies.plan import ITSELF, PRESETS, SCOUTS, chosen_depth, plan_steps, recipe_options, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
-from secateur.studies.steps import CURVE, FRONTIER, ITSELF, MODELS, NO_TRAINING, Base, Plan
+from secateur.studies.steps import LAST, MODELS, NO_TRAINING, Base, Plan
 
 SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
 HOW = frozenset({"out", "jobs", "ray"})
@@ -182,13 +180,11 @@ def _prepare(given: StudyOptions, progress: Progress, *, closely: bool = True) -
     run = given.out
     settings = _settings(given, progress)
     kept = _read_plan(run) if (run / SETTINGS).is_file() and (run / PLAN).is_file() else {}
-    if kept and (not closely or kept["study"] in (None, _what(settings))):
+    if kept and (not closely or kept["study"] == _what(settings)):
         outline = _Outline(settings, kept["models"], kept["amounts"])
     else:
         outline = _check_and_measure(settings)
     if kept:
-        if not (run / records.FOLDER).is_dir():
-            _check_earlier_version(run, kept, settings)
         records.check(_make_plan(outline), run, closely=closely)
     return outline
 
@@ -254,35 +250,18 @@ def _what(settings: StudyOptions) -> dict[str, Any]:
 
 
 def _read_plan(run: Path) -> dict[str, Any]:
-    """``plan.json`` of an earlier start, also of the version before.
+    """``plan.json`` of an earlier start.
 
     Raises:
         DataError: It is missing or broken.
     """
     content: dict[str, Any] = read_json(run / PLAN)
     try:
-        known = {field.name for field in fields(Base)}
-        models = tuple(Base(**{key: base[key] for key in base.keys() & known}) for base in content["models"])
-        given = content.get("study")
-        study = None if given is None else _what(make(StudyOptions, of_earlier_version(given) | {"out": run}))
-        return content | {"models": models, "amounts": Amounts(**content["amounts"]), "study": study}
-    except (AttributeError, KeyError, TypeError, ConfigError) as error:
+        models = tuple(Base(**base) for base in content["models"])
+        return content | {"models": models, "amounts": Amounts(**content["amounts"]), "study": content["study"]}
+    except (AttributeError, KeyError, TypeError) as error:
         hint = f"missing or unexpected: {error}; remove it, and the study makes it again"
         raise DataError(run / PLAN, "is not a whole plan", hint) from error
-
-
-def _check_earlier_version(run: Path, kept: Mapping[str, Any], settings: StudyOptions) -> None:
-    """Refuse to go on with a run of the version before, which has no records, after options or files have changed."""
-    before, now = kept["study"], _what(settings)
-    differing = [key for key in now if before is not None and before[key] != now[key]]
-    if differing:
-        what = f"changed in {run / SETTINGS} since an earlier version of secateur began the study"
-        raise ConfigError(", ".join(differing), None, what, "change it back, or name a new run folder")
-    for files in kept.get("inputs", {}).values():
-        for file, sha256 in files.items():
-            if Path(file).is_file() and fingerprint(Path(file), 0).sha256 != sha256:
-                hint = "bring the old state back, or name a new run folder"
-                raise DataError(file, "has changed since the study began", hint)
 
 
 def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = False) -> Plan:
@@ -295,10 +274,10 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
     """
     study, run = outline.study, outline.study.out
     folders = {base.name: run / "profiles" / base.name for base in outline.bases}
-    profiles = {name: load(folder, Profile) for name, folder in folders.items() if (folder / CURVE).is_file()}
+    profiles = {name: load(folder, Profile) for name, folder in folders.items() if (folder / LAST["profile"]).is_file()}
     names = [scout_names(study, base)[0] for base in outline.bases]
     scouted = {name: run / SCOUTS / name for name in ([] if study.depths else names)}
-    scouts = {name: load(folder, Scout) for name, folder in scouted.items() if (folder / FRONTIER).is_file()}
+    scouts = {name: load(folder, Scout) for name, folder in scouted.items() if (folder / LAST["scout"]).is_file()}
     plan = plan_steps(study, outline.bases, profiles, scouts, failed)
     plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
     for base in outline.bases:
