@@ -21,7 +21,7 @@ ORDER = """
 errors files done provenance progress clusters document
 results: base models kinds
 runtime
-options: base fields way runs inference
+options: base way runs inference
 figures: style solved plots
 models: compat blocks cutting pooling checks forward save open_model static
 data: rows hub sources vectors endpoints embedders demo

@@ -68,10 +68,13 @@ def _second_words(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name.removeprefix(f"{ctx.info_name} ") for name in names if name.startswith(f"{ctx.info_name} ")]
 
 
-def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a command whose arguments are the fields of ``options``; ``--config FILE.yaml`` sets them too."""
+def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command whose arguments are the fields of its ``options``; ``--config FILE.yaml`` sets them too."""
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        own_options, *extras = inspect.signature(run, eval_str=True).parameters.values()
+        options: type[Options] = own_options.annotation
+
         def command(**given: Any) -> None:
             file = given.pop("config")
             own = {key: given.pop(key) for key in list(given) if key not in options.model_fields}
@@ -84,9 +87,7 @@ def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[.
             check_places(made)
             run(made, **own)
 
-        extras = list(inspect.signature(run).parameters.values())[1:]
-        parameters = [_parameter(options, name) for name in options.model_fields]
-        parameters += [*(p.replace(annotation=_resolve(run, p), kind=p.KEYWORD_ONLY) for p in extras), _CONFIG]
+        parameters = [*(_parameter(options, name) for name in options.model_fields), *extras, _CONFIG]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         name = run.__name__.removesuffix("_command").replace("_", " ")
@@ -96,10 +97,6 @@ def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[.
         return run
 
     return decorate
-
-
-def _resolve(run: Callable[..., None], parameter: inspect.Parameter) -> Any:
-    return inspect.get_annotations(run, eval_str=True)[parameter.name]
 
 
 _CONFIG = inspect.Parameter(

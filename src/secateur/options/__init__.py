@@ -1,20 +1,19 @@
 """Every option once: the arguments of the functions, the flags of the commands, the keys of YAML files."""
 
+from secateur.options.base import PROFILE_FILES as PROFILE_FILES
+from secateur.options.base import SCOUT_FILES as SCOUT_FILES
+from secateur.options.base import STUDY_FILES as STUDY_FILES
+from secateur.options.base import Dtype as Dtype
 from secateur.options.base import Names as Names
 from secateur.options.base import Options as Options
+from secateur.options.base import PoolingName as PoolingName
+from secateur.options.base import SavedPooling as SavedPooling
 from secateur.options.base import default_of as default_of
 from secateur.options.base import extra as extra
 from secateur.options.base import make as make
 from secateur.options.base import read_yaml as read_yaml
 from secateur.options.base import step as step
 from secateur.options.base import to_yaml as to_yaml
-from secateur.options.fields import PROFILE_FILES as PROFILE_FILES
-from secateur.options.fields import SCOUT_FILES as SCOUT_FILES
-from secateur.options.fields import STUDY_FILES as STUDY_FILES
-from secateur.options.fields import Arithmetic as Arithmetic
-from secateur.options.fields import Dtype as Dtype
-from secateur.options.fields import PoolingName as PoolingName
-from secateur.options.fields import SavedPooling as SavedPooling
 from secateur.options.inference import EncodeOptions as EncodeOptions
 from secateur.options.inference import ExportOptions as ExportOptions
 from secateur.options.inference import ServeOptions as ServeOptions

@@ -28,6 +28,7 @@ from secateur.files import output_errors
 from secateur.progress import Progress
 from secateur.provenance import acting_as
 from secateur.reporting.run import JOURNAL, complete_lines, read_journal
+from secateur.studies import records
 from secateur.studies.steps import Plan, Step
 
 LOGS = "logs"
@@ -94,16 +95,12 @@ class Scheduler:
         run: The run folder, for journal and logs.
         make_plan: Gives the plan, told the steps that failed; asked again after each step, for profiles and scouts add
             to it.
-        is_done: Whether a step's output is there, of its inputs; asked when all that it depends on is done.
-        record: Told of a step that has ended well.
         executor: Runs one.
         callback: Told of every change.
     """
 
     run: Path
     make_plan: Callable[[Collection[str]], Plan]
-    is_done: Callable[[Step, Plan], bool]
-    record: Callable[[Step, Plan], None]
     executor: Executor
     callback: Callable[[State], None]
     plan: Plan = field(default_factory=Plan)
@@ -153,7 +150,7 @@ class Scheduler:
         for step in self.plan.steps:
             over = step.name in self.done or step.name in self.failed or step.name in self.running
             if step.known and not over and self.done.issuperset(step.depends_on):
-                if self.is_done(step, self.plan):
+                if records.is_done(step, self.plan, self.run, keep=True):
                     self.done.add(step.name)
                 else:
                     able.append(step)
@@ -180,7 +177,7 @@ class Scheduler:
         seconds = time.monotonic() - self.running.pop(step.name)
         times = {"ended": _now(), "seconds": round(seconds, 3)}
         if error is None:
-            self.record(step, self.plan)
+            records.record(step, self.plan, self.run)
             self.done.add(step.name)
             self.seconds[step.name] = seconds
             self.write(step, "done", **times)

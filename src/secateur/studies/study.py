@@ -48,7 +48,7 @@ from secateur.provenance import acting_as
 from secateur.reporting.report import report
 from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, read_run
 from secateur.reporting.vocabulary import coverage_notes
-from secateur.results import Costs, Origin, Profile, Scores, Scout, VocabularyCut, load
+from secateur.results import Costs, Origin, Profile, Scores, Scout, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
@@ -93,8 +93,6 @@ def study(options: StudyOptions, *, progress: Progress = silent, callback: Calla
         failed = Scheduler(
             run,
             make_plan=lambda failed: _make_plan(outline, failed, keep=True),
-            is_done=lambda step, plan: records.is_done(step, plan, run, keep=True),
-            record=lambda step, plan: records.record(step, plan, run),
             executor=on_ray(address, jobs) if address is not None else local,
             callback=callback,
         ).go()
@@ -311,12 +309,6 @@ _COSTS = (
 )
 
 
-_VOCABULARY = (
-    *("tokens", "of_tokens", "vocabulary_from", "coverage", "changed_texts"),
-    *("tokens_per_text", "tokens_per_text_before", "unknown_tokens"),
-)
-
-
 def read_scores(run: str | Path) -> Scores:
     """All scores of a run in one table, in the order in which its models were made."""
     tables = [load(file, Scores) for file in sorted(Path(run).glob(f"scores/*/{Scores.file}"))]
@@ -337,39 +329,36 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
     """
     planned = {item["name"]: item for item in _read_plan(Path(run))["variants"]}
     found = {variant.name: variant for variant in read_run(run).variants}
+    planned |= {name: {"specs": [], "seed": None} for name, variant in found.items() if variant.is_baseline}
     rows: list[dict[str, Any]] = []
-    baselines: dict[str, Any] = {
-        name: {"specs": [], "seed": None} for name, variant in found.items() if variant.is_baseline
-    }
-    for name, item in (planned | baselines).items():
+    for name, item in planned.items():
         if (variant := found.get(name)) is None:
             continue
-        training, origin = variant.training, variant.origin
+        training, origin, cut = variant.training, variant.origin, variant.vocabulary
         what: dict[str, Any] = {
             "model": variant.base,
-            "variant": variant.name,
+            "variant": name,
             "depth": variant.blocks,
             "kept": variant.depth,
+            "specs": " ".join(item["specs"]),
+            "blocks": " ".join(map(str, origin.kept)) if origin else None,
+            "recipe": NO_TRAINING if variant.recipe in (UNTRAINED, TRIMMED) else variant.recipe,
+            "seed": item["seed"],
+            "steps": training and training.steps,
+            "train_seconds": training and round(training.seconds, 1),
+            "tokens": cut and cut.row.tokens,
+            "of_tokens": cut and cut.tokens,
+            "vocabulary_from": cut and " ".join(cut.files),
+            "coverage": cut and cut.row.coverage,
+            "changed_texts": cut and cut.row.changed,
+            "tokens_per_text": cut and cut.row.tokens_per_text,
+            "tokens_per_text_before": cut and cut.tokens_per_text,
+            "unknown_tokens": cut and cut.row.unknown,
         }
-        what |= {"specs": " ".join(item["specs"]), "blocks": " ".join(map(str, origin.kept)) if origin else None}
-        is_trained = variant.recipe not in (UNTRAINED, TRIMMED)
-        what |= {"recipe": variant.recipe if is_trained else NO_TRAINING, "seed": item["seed"]}
-        what |= {"steps": training.steps if training else None}
-        what |= {"train_seconds": round(training.seconds, 1) if training else None}
-        what |= _vocabulary_cells(variant.vocabulary)
-        cost = {name: getattr(variant.cost, name, None) for name in _COSTS}
+        cost = {key: getattr(variant.cost, key, None) for key in _COSTS}
         for score in variant.scores.values() or (None,):
-            rows.append(what | {name: getattr(score, name, None) for name in _SCORES} | cost)
+            rows.append(what | {key: getattr(score, key, None) for key in _SCORES} | cost)
     return rows
-
-
-def _vocabulary_cells(cut: VocabularyCut | None) -> dict[str, Any]:
-    """How a vocabulary was cut, as a row of the joined table has it."""
-    if cut is None:
-        return dict.fromkeys(_VOCABULARY)
-    row = cut.row
-    values = (row.tokens, cut.tokens, " ".join(cut.files), row.coverage, row.changed)
-    return dict(zip(_VOCABULARY, (*values, row.tokens_per_text, cut.tokens_per_text, row.unknown), strict=True))
 
 
 def _write_view(run: Path) -> Path:
