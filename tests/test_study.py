@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import is_dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,19 @@ def test_scores_and_costs_of_a_model_that_changed_are_measured_again(run: Path, 
     assert new.files != old.files
     state = secateur.plan_study(out=copy)
     assert {state.of(step) for step in state.plan.steps} == {"done"}
+
+
+def test_the_status_counts_what_a_running_step_has_left(run: Path, tmp_path: Path):
+    copy = copied(run, tmp_path)
+    (copy / "costs.json").unlink()
+    begun = {"outcome": "started", "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
+    with (copy / "steps.jsonl").open("a") as journal:
+        for entry in ({"outcome": "done", "seconds": 1000.0}, begun):  # the time before tells how long it takes
+            journal.write(json.dumps({"step": "cost all", "command": "", **entry}) + "\n")
+    with lock(copy / "done"):
+        state = secateur.read_status(copy)
+    assert list(state.running) == ["cost all"]
+    assert 800 < state.seconds_left <= 1000
 
 
 def test_scores_of_other_versions_are_not_those_of_a_study(run: Path, tmp_path: Path):

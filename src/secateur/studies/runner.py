@@ -129,7 +129,9 @@ class Scheduler:
             while True:
                 ready = self.ready()
                 for step in ready:
-                    self.begin(step)
+                    self.write(step, "started", started=_now())
+                    self.running[step.name] = time.monotonic()
+                    self.tell()
                     if self.executor.slots > 1:
                         futures[pool.submit(self.attempt, step)] = step
                     else:  # in the main thread, where Ctrl-C arrives
@@ -159,11 +161,6 @@ class Scheduler:
         if shared and not any(step.exclusive for step in self.plan.steps if step.name in self.running):
             return shared[: self.executor.slots - len(self.running)]
         return able[:1] if not self.running else []
-
-    def begin(self, step: Step) -> None:
-        self.write(step, "started", started=_now())
-        self.running[step.name] = time.monotonic()
-        self.tell()
 
     def attempt(self, step: Step) -> Exception | None:
         """Run a step; gives what it raised, of whatever kind: it is the step that fails, not the study."""

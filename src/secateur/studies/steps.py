@@ -2,8 +2,8 @@
 
 Folders are named ``<model>-<depth>-<state>``. The state is ``zero-shot`` for a model as it came, ``trimmed`` for one
 that is not trained either, but had its vocabulary cut, ``scout`` after the training of several depths, ``polished``
-after the one that follows it, or a recipe's name; after the selector where the
-layers are not the first ones, and before the seed where there are several: ``smollm2-7-uniform-healed-seed2``.
+after the one that follows it, or a recipe's name; after the selector where the layers are not the first ones, and
+before the seed where there are several: ``smollm2-7-uniform-healed-seed2``.
 """
 
 from __future__ import annotations
@@ -15,20 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from secateur import options as config
 from secateur.choosing.choose import blocks_to_keep, is_prefix, needs_profile
 from secateur.errors import SecateurError
-from secateur.options import (
-    CostOptions,
-    EvaluateOptions,
-    HealOptions,
-    Options,
-    ProfileOptions,
-    PruneOptions,
-    ScoutOptions,
-    default_of,
-    extra,
-    make,
-)
+from secateur.options import Options, default_of, extra, make
 from secateur.results import Profile, Scores
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
@@ -42,12 +32,12 @@ FULL = ("full",)
 """The entry of ``depths`` that stands for all layers."""
 
 COMMANDS: Mapping[str, type[Options]] = {
-    "prune": PruneOptions,
-    "profile": ProfileOptions,
-    "heal": HealOptions,
-    "scout": ScoutOptions,
-    "evaluate": EvaluateOptions,
-    "cost": CostOptions,
+    "prune": config.PruneOptions,
+    "profile": config.ProfileOptions,
+    "heal": config.HealOptions,
+    "scout": config.ScoutOptions,
+    "evaluate": config.EvaluateOptions,
+    "cost": config.CostOptions,
 }
 
 

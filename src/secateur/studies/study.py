@@ -26,9 +26,11 @@ import csv
 import io
 import json
 import shlex
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +138,11 @@ def read_status(run: str | Path) -> State:
     plan = _make_plan(outline, failed)
     done = {step.name for step in plan.steps if step.known and records.is_done(step, plan, run, closely=False)}
     left = {step.name for step in plan.steps} - done
-    at_work = _is_locked(run / records.FOLDER)
-    running = {name: 0.0 for name, entry in last.items() if at_work and entry["outcome"] == "started" and name in left}
+    running: dict[str, float] = {}
+    if _is_locked(run / records.FOLDER):
+        begun = {name: entry for name, entry in last.items() if entry["outcome"] == "started" and name in left}
+        ages = {name: datetime.now(timezone.utc) - datetime.fromisoformat(begun[name]["started"]) for name in begun}
+        running = {name: time.monotonic() - age.total_seconds() for name, age in ages.items()}
     failed = {name: reason for name, reason in failed.items() if name in left - running.keys()} | plan.failed
     return State(plan, done, running, failed, taken_seconds(entries))
 
