@@ -226,6 +226,14 @@ class _Planner:
         needed, out = () if step is None else (step,), self.study.out / "scores" / variant.name
         self.plan.add("evaluate", variant, *needed, told_by=told_by or self.told_by, **options, out=out)
 
+    def add_model(
+        self, kind: str, variant: Variant, *depends_on: str, told_by: str | None = None, **options: Any
+    ) -> str:
+        """A model in ``RUN/models``, and its scores; gives its step."""
+        step = self.plan.add(kind, variant, *depends_on, told_by=told_by, **options, out=self.folder(variant))
+        self.add_scores(variant, step, told_by)
+        return step
+
     @property
     def cache(self) -> Path:
         """The folder that keeps vectors."""
@@ -274,9 +282,7 @@ class _Planner:
             given = {"model": str(folder), **self.settings(training)}
             for seed, suffix in _suffixes(self.study).items():
                 trained = replace(variant, name=f"{variant.name}-{recipe}{suffix}", recipe=recipe, seed=seed)
-                out = self.folder(trained)
-                step = self.plan.add("heal", trained, pruned, told_by=told_by, **given, seed=seed, out=out)
-                self.add_scores(trained, step, told_by)
+                self.add_model("heal", trained, pruned, told_by=told_by, **given, seed=seed)
 
     # A scout, and what is cut out of it -------------------------------------------------------------------------------
 
@@ -307,7 +313,11 @@ class _Planner:
     def _add_scouts(self, settings: Mapping[str, Any], start: Variant, begun: str, scout: Scout | None) -> None:
         """A scout for each seed; without tasks, the rows that the first one holds out score all models."""
         study = self.study
-        own = {"model": str(self.folder(start)), "depths": study.ladder or None, "steps": self._steps[0]}
+        own: dict[str, Any] = {
+            "model": str(self.folder(start)),
+            "depths": study.ladder or None,
+            "steps": self._steps[0],
+        }
         own |= {"sample": study.sample, "held_out": study.held_out}
         for seed, suffix in _suffixes(study).items():
             variant = replace(start, name=self.base.name + suffix, recipe=SCOUTED, seed=seed)
@@ -349,16 +359,13 @@ class _Planner:
         waits = None if cut.blocks is not None else f"scout {scout_names(self.study, base)[0]}"
         label = f"({cut.specs[0]})" if cut.blocks is None else cut.depth
         cut = replace(cut, name=f"{base.name}-{label}-{SCOUTED}{suffix}", recipe=SCOUTED, seed=seed)
-        source, out = self.study.out / SCOUTS / f"{base.name}{suffix}", self.folder(cut)
-        made_by = f"scout {source.name}"
-        pruned = self.plan.add("prune", cut, made_by, told_by=waits, model=str(source / "model"), **cut.layers, out=out)
+        source = self.study.out / SCOUTS / f"{base.name}{suffix}"
+        taken = {"model": str(source / "model"), **cut.layers}
+        pruned = self.add_model("prune", cut, f"scout {source.name}", told_by=waits, **taken)
         if problem:
             self.plan.failed[pruned] = problem
-        waits = waits or self.told_by
-        self.add_scores(cut, pruned, waits)
         if polishes:
             polished = replace(cut, name=f"{base.name}-{label}-{POLISHED}{suffix}", recipe=POLISHED)
             steps = max(1, round(self._steps[1] * base.depth / cut.depth))
-            given, out = {"model": str(out), **settings, "steps": steps, "seed": seed}, self.folder(polished)
-            step = self.plan.add("heal", polished, pruned, told_by=waits, **given, out=out)
-            self.add_scores(polished, step, waits)
+            given = {"model": str(self.folder(cut)), **settings, "steps": steps, "seed": seed}
+            self.add_model("heal", polished, pruned, told_by=waits or self.told_by, **given)
