@@ -8,17 +8,16 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError, WrapValidator
+from pydantic_core import to_json
 
 from secateur.errors import DataError
-from secateur.files import read_json, write_text
+from secateur.files import read_json, write_bytes
 from secateur.provenance import Provenance
 
 SCHEMA_VERSION = 1
@@ -73,7 +72,8 @@ class Table:
         """Write the table into ``folder`` under its conventional name, whole or not at all."""
         path = Path(folder) / self.file
         content = {"kind": self.kind, "schema_version": SCHEMA_VERSION, **asdict(self)}
-        write_text(path, json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
+        # JSON has no NaN: a number that is not finite is null, never a word that other readers refuse.
+        write_bytes(path, to_json(content, indent=1, inf_nan_mode="null") + b"\n")
         return path
 
 
@@ -112,14 +112,3 @@ def load(path: str | Path, kind: type[T]) -> T:
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite is written as null, never as a word that other readers refuse."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
