@@ -19,9 +19,9 @@ SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
 errors files done provenance progress clusters document
-results: base kinds
+results: base models kinds
 runtime
-options: base fields way runs inference
+options: base way runs inference
 figures: style solved plots
 models: compat blocks cutting pooling checks forward save open_model static
 data: rows hub sources vectors endpoints embedders demo
@@ -34,11 +34,11 @@ pruning: download adapters prune
 healing: recipes exclusion training_data processes teacher losses evaluator trainer heal
 scouting: ladder held_out rungs scout
 reporting: cost compare run findings advice verdict tables pictures card report
-studies: steps grid plan estimate records runner study
+studies: steps plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening conversions backends workers middleware queueing app serve
 inference: distinct vector_files encode
-cli: places arguments tables bars commands
+cli: arguments tables bars commands
 __main__
 """
 

@@ -345,8 +345,6 @@ def work(run: Path, steps: list[Step], do, slots: int = 1) -> tuple[dict[str, st
     scheduler = Scheduler(
         run,
         make_plan=lambda _: Plan(steps),
-        is_done=lambda one, _: one.output.exists(),
-        record=lambda one, _: None,
         executor=Executor(slots, run_one),
         callback=states.append,
     )

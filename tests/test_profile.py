@@ -389,12 +389,11 @@ def test_fewer_than_five_batches_have_no_intervals(llama, pairs):
 
 def test_early_stopping_with_texts_alone_is_refused(llama, folder):
     texts = write(folder / "unlabelled.jsonl", [{"text": row["query"]} for row in example_pairs(20)])
-    for option in ("early_stopping", "until_sure"):  # the second is what it was called
-        with pytest.raises(ConfigError, match="early_stopping: needs losses, and the data are texts alone"):
-            profile(llama, texts, **{option: True})
-        with pytest.raises(ConfigError, match="early_stopping: needs losses"):
-            flags = ["--" + option.replace("_", "-"), "-o", str(folder / "none")]
-            app(["profile", str(llama), "--data", str(texts), *flags], standalone_mode=False)
+    with pytest.raises(ConfigError, match="early_stopping: needs losses, and the data are texts alone"):
+        profile(llama, texts, early_stopping=True)
+    with pytest.raises(ConfigError, match="early_stopping: needs losses"):
+        flags = ["--early-stopping", "-o", str(folder / "none")]
+        app(["profile", str(llama), "--data", str(texts), *flags], standalone_mode=False)
 
 
 def test_half_precision_gives_nearly_the_same(llama, pairs):

@@ -1,4 +1,8 @@
-"""Arguments of a command, made from the fields of its options (:mod:`.config`)."""
+"""Arguments of a command, made from the fields of its options, and the check of what they name.
+
+Files and folders are looked at before anything heavy is imported, with the functions that the steps use themselves and
+in their words: a mistake is told at once. Names on the Hub, tasks of mteb and large data are left to the step.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from secateur.cli.places import check_places
-from secateur.errors import ConfigError
-from secateur.options import Options, default_of, extra, make, read_yaml
+from secateur.errors import ConfigError, DataError, OutputError
+from secateur.evaluation.task_folder import check_task_folder, read_task_folder
+from secateur.files import check_is_file, check_results_folder, partial_folder
+from secateur.models import is_endpoint, resolve
+from secateur.options import Names, Options, default_of, extra, make, read_study, read_yaml
 
 
 def expand_list_options(arguments: list[str]) -> list[str]:
@@ -62,10 +68,13 @@ def _second_words(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name.removeprefix(f"{ctx.info_name} ") for name in names if name.startswith(f"{ctx.info_name} ")]
 
 
-def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a command whose arguments are the fields of ``options``; ``--config FILE.yaml`` sets them too."""
+def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command whose arguments are the fields of its ``options``; ``--config FILE.yaml`` sets them too."""
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        own_options, *extras = inspect.signature(run, eval_str=True).parameters.values()
+        options: type[Options] = own_options.annotation
+
         def command(**given: Any) -> None:
             file = given.pop("config")
             own = {key: given.pop(key) for key in list(given) if key not in options.model_fields}
@@ -78,9 +87,7 @@ def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[.
             check_places(made)
             run(made, **own)
 
-        extras = list(inspect.signature(run).parameters.values())[1:]
-        parameters = [_parameter(options, name) for name in options.model_fields]
-        parameters += [*(p.replace(annotation=_resolve(run, p), kind=p.KEYWORD_ONLY) for p in extras), _CONFIG]
+        parameters = [*(_parameter(options, name) for name in options.model_fields), *extras, _CONFIG]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         name = run.__name__.removesuffix("_command").replace("_", " ")
@@ -90,10 +97,6 @@ def command_of(app: typer.Typer, options: type[Options]) -> Callable[[Callable[.
         return run
 
     return decorate
-
-
-def _resolve(run: Callable[..., None], parameter: inspect.Parameter) -> Any:
-    return inspect.get_annotations(run, eval_str=True)[parameter.name]
 
 
 _CONFIG = inspect.Parameter(
@@ -119,11 +122,8 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
             autocompletion=_second_words,
         )
     else:
-        flag = "--" + name.replace("_", "-")
-        short = extra(options, name, "short")
-        names = [flag, *([short] if short else [])]
-        if kind is bool:
-            names = [f"{flag}/--no-{flag[2:]}", *([old] if (old := extra(options, name, "old")) else [])]
+        flag, short = "--" + name.replace("_", "-"), extra(options, name, "short")
+        names = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, *([short] if short else [])]
         shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
         suffix = f" [default: {shown}]" if shown not in (None, False, "") else ""
         required = " [required]" if field.is_required() or extra(options, name, "required") else ""
@@ -157,3 +157,61 @@ def _plain(annotation: Any) -> Any:
     if get_origin(annotation) in (list, dict):
         return list[str]
     return annotation
+
+
+SMALL = 8 << 20
+"""Bytes of a task that are read here too: it takes less time than importing what a step needs."""
+
+
+def check_places(options: Options) -> None:
+    """Look at all that the options of a command name.
+
+    Raises:
+        SecateurError: As the step itself would.
+    """
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        for mark in field.metadata if value is not None else ():
+            if isinstance(mark, Names) and mark.what == "data":
+                from secateur.data.sources import check_data
+
+                check_data(value, getattr(options, "columns", None))
+            elif isinstance(mark, Names):
+                for item in value if isinstance(value, list) else [value]:
+                    _check_place(mark, item)
+
+
+def _check_place(mark: Names, item: Any) -> None:
+    match mark.what:
+        case "layers":
+            from secateur.choosing.choose import needs_profile
+
+            needs_profile(item)
+        case "profile":
+            from secateur.choosing.choose import read_table
+
+            read_table(item)
+        case "model" if not is_endpoint(item):
+            resolve(item)
+        case "task":
+            folder = Path(item)
+            if folder.exists():
+                size = sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
+                (read_task_folder if size <= SMALL else check_task_folder)(folder)
+            elif item.startswith((".", "/", "~")) or (folder.parent != Path() and folder.parent.is_dir()):
+                hint = "give a task folder, or the name of an mteb task or benchmark"
+                raise DataError(item, "no such file or folder", hint)
+        case "file":
+            check_is_file(item)
+        case "study":
+            read_study(item)
+        case "run" if not item.is_dir():
+            raise DataError(item, "no such folder", "name the folder that a study wrote")
+        case "new folder":
+            partial_folder(item)
+        case "new file" if item.exists():
+            raise OutputError(item, "exists already", "name another file, or remove this one")
+        case "results" if mark.own is not None:
+            check_results_folder(item, *mark.own)
+        case "results" if item.exists() and not item.is_dir():
+            raise OutputError(item, "is a file", "name a folder")

@@ -15,41 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur import options as config
+from secateur.cli import tables
 from secateur.cli.arguments import Commands, command_of, expand_list_options
 from secateur.cli.bars import per_second, study_bars, work_bars
-from secateur.cli.tables import (
-    show_candidates,
-    show_checks,
-    show_comparison,
-    show_costs,
-    show_export,
-    show_made_task,
-    show_profile,
-    show_scores,
-    show_scout,
-    show_steps,
-)
 from secateur.errors import SYSTEM, DataError, MissingPackage, SecateurError, system_error
-from secateur.options import (
-    CheckTasksOptions,
-    ChooseOptions,
-    CompareOptions,
-    CostOptions,
-    EncodeOptions,
-    EvaluateOptions,
-    ExportOptions,
-    HealOptions,
-    MakeTaskOptions,
-    Options,
-    ProfileOptions,
-    PruneOptions,
-    ReportOptions,
-    ResumeOptions,
-    ScoutOptions,
-    ServeOptions,
-    StatusOptions,
-    StudyOptions,
-)
 
 app = typer.Typer(
     help="Cut a language model down to the text encoder you can afford.",
@@ -116,7 +86,7 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _do(name: str, options: Options) -> Any:
+def _do(name: str, options: config.Options) -> Any:
     """The result of the function of that name, under progress bars."""
     import secateur
 
@@ -129,23 +99,23 @@ def _say(*lines: object) -> None:
         typer.echo(line)
 
 
-@command_of(app, ProfileOptions)
-def profile_command(options: ProfileOptions) -> None:
-    show_profile(_do("profile", options))
+@command_of(app)
+def profile_command(options: config.ProfileOptions) -> None:
+    tables.show_profile(_do("profile", options))
     out = Path(str(options.out))
     _say(f"\n{out / 'profile.json'}", *sorted(out.glob("*.png")))
 
 
-@command_of(app, ChooseOptions)
+@command_of(app)
 def choose_command(
-    options: ChooseOptions, *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+    options: config.ChooseOptions, *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
     found = _do("candidates", options)
-    _say(json.dumps(found.to_dict())) if as_json else show_candidates(found)
+    _say(json.dumps(found.to_dict())) if as_json else tables.show_candidates(found)
 
 
-@command_of(app, PruneOptions)
-def prune_command(options: PruneOptions) -> None:
+@command_of(app)
+def prune_command(options: config.PruneOptions) -> None:
     from secateur.results import Origin, load
 
     folder = _do("prune", options)
@@ -161,8 +131,8 @@ def prune_command(options: PruneOptions) -> None:
     _say(folder)
 
 
-@command_of(app, HealOptions)
-def heal_command(options: HealOptions) -> None:
+@command_of(app)
+def heal_command(options: config.HealOptions) -> None:
     from secateur.results import Training, load
 
     folder = _do("heal", options)
@@ -173,56 +143,56 @@ def heal_command(options: HealOptions) -> None:
     _say(folder)
 
 
-@command_of(app, ScoutOptions)
-def scout_command(options: ScoutOptions) -> None:
-    show_scout(_do("scout", options))
+@command_of(app)
+def scout_command(options: config.ScoutOptions) -> None:
+    tables.show_scout(_do("scout", options))
     _say(f"\n{options.out / 'scout.json'}", options.out / "frontier.png", options.out / "model")
 
 
-@command_of(app, EvaluateOptions)
-def evaluate_command(options: EvaluateOptions) -> None:
-    show_scores(_do("evaluate", options))
+@command_of(app)
+def evaluate_command(options: config.EvaluateOptions) -> None:
+    tables.show_scores(_do("evaluate", options))
     _say(f"\n{Path(str(options.out)) / 'scores.json'}")
 
 
-@command_of(app, CheckTasksOptions)
-def tasks_check_command(options: CheckTasksOptions) -> None:
+@command_of(app)
+def tasks_check_command(options: config.CheckTasksOptions) -> None:
     import secateur
 
     checks = secateur.check_tasks(**options.given())
-    show_checks(checks)
+    tables.show_checks(checks)
     if any(check.problem for check in checks):
         raise typer.Exit(2)
 
 
-@command_of(app, MakeTaskOptions)
-def tasks_make_command(options: MakeTaskOptions) -> None:
+@command_of(app)
+def tasks_make_command(options: config.MakeTaskOptions) -> None:
     import secateur
 
-    show_made_task(secateur.make_task(**options.given()))
+    tables.show_made_task(secateur.make_task(**options.given()))
     _say(options.out)
 
 
-@command_of(app, CostOptions)
-def cost_command(options: CostOptions) -> None:
-    show_costs(_do("cost", options).rows)
+@command_of(app)
+def cost_command(options: config.CostOptions) -> None:
+    tables.show_costs(_do("cost", options).rows)
     _say(f"\n{Path(str(options.out)) / 'costs.json'}")
 
 
-@command_of(app, CompareOptions)
-def compare_command(options: CompareOptions) -> None:
-    show_comparison(_do("compare", options))
+@command_of(app)
+def compare_command(options: config.CompareOptions) -> None:
+    tables.show_comparison(_do("compare", options))
     _say(f"\n{Path(str(options.out)) / 'comparison.json'}")
 
 
-@command_of(app, ExportOptions)
-def export_command(options: ExportOptions) -> None:
-    show_export(_do("export", options))
+@command_of(app)
+def export_command(options: config.ExportOptions) -> None:
+    tables.show_export(_do("export", options))
     _say(f"\n{options.out}")
 
 
-@command_of(app, ReportOptions)
-def report_command(options: ReportOptions, *, open_page: OpenPage = False) -> None:
+@command_of(app)
+def report_command(options: config.ReportOptions, *, open_page: OpenPage = False) -> None:
     import secateur
 
     page = secateur.report(**options.given())
@@ -230,9 +200,9 @@ def report_command(options: ReportOptions, *, open_page: OpenPage = False) -> No
     _show_page(page, open_page)
 
 
-@command_of(app, StudyOptions)
+@command_of(app)
 def study_command(
-    options: StudyOptions,
+    options: config.StudyOptions,
     *,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show the steps and their estimated times, and do nothing.")
@@ -240,20 +210,20 @@ def study_command(
     open_page: OpenPage = False,
 ) -> None:
     if plan:
-        show_steps(_do("plan_study", options), options.jobs)
+        tables.show_steps(_do("plan_study", options), options.jobs)
     else:
         _study(options.given(), open_page)
 
 
-@command_of(app, StatusOptions)
-def study_status_command(options: StatusOptions) -> None:
+@command_of(app)
+def study_status_command(options: config.StatusOptions) -> None:
     import secateur
 
-    show_steps(secateur.read_status(options.run), 1)
+    tables.show_steps(secateur.read_status(options.run), 1)
 
 
-@command_of(app, ResumeOptions)
-def study_resume_command(options: ResumeOptions, *, open_page: OpenPage = False) -> None:
+@command_of(app)
+def study_resume_command(options: config.ResumeOptions, *, open_page: OpenPage = False) -> None:
     import secateur
 
     secateur.read_status(options.run)  # a folder without a study is no place to begin one
@@ -267,7 +237,7 @@ def _study(given: dict[str, Any], open_page: bool) -> None:
     with study_bars(int(given.get("jobs", 1))) as (progress, callback):
         page = secateur.study(**given, progress=progress, callback=callback)
     with suppress(DataError):  # a study of depths without tasks has no scores
-        show_scores(secateur.read_scores(given["out"]))
+        tables.show_scores(secateur.read_scores(given["out"]))
     _say("", *secateur.read_verdict(given["out"]), "")
     _show_page(page, open_page)
 
@@ -281,8 +251,8 @@ def _show_page(page: Path, in_browser: bool) -> None:
         typer.echo("there is no browser here to open it in", err=True)
 
 
-@command_of(app, EncodeOptions)
-def encode_command(options: EncodeOptions) -> None:
+@command_of(app)
+def encode_command(options: config.EncodeOptions) -> None:
     from secateur.data.rows import check_column
 
     check_column(options.files, options.column)
@@ -298,8 +268,8 @@ def encode_command(options: EncodeOptions) -> None:
     _say(done.file)
 
 
-@command_of(app, ServeOptions)
-def serve_command(options: ServeOptions) -> None:
+@command_of(app)
+def serve_command(options: config.ServeOptions) -> None:
     import secateur
 
     secateur.serve(**options.given())

@@ -1,5 +1,7 @@
 """How an option is written down once, and what is made of it: the function's argument, the flag, the YAML key.
 
+At the end stand the options that several commands share, each with its description.
+
 A command's options are one class; its function is decorated with :func:`step`:
 
     class CutOptions(Options):
@@ -21,14 +23,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticUndefined
 
 from secateur.errors import ConfigError, DataError
@@ -199,3 +202,86 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def to_yaml(options: Options) -> str:
     """The resolved options as YAML, which :func:`read_yaml` reads back."""
     return yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# What several commands share ------------------------------------------------------------------------------------------
+
+SavedPooling = Literal["weighted_mean", "mean", "lasttoken", "cls"]
+"""Poolings that a saved folder can have: sentence-transformers' own."""
+PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls", "l3prune"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+PROFILE_FILES = (
+    *("profile.json", "choice.json"),
+    *(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg")),
+)
+SCOUT_FILES = (
+    *("scout.json", "model", "model.partial", "tasks", "tasks.partial", "draws", "cache", "done.json"),
+    *("choice.json", "frontier.png", "frontier.svg"),
+)
+STUDY_FILES = (
+    *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
+    *("data", "tasks", "models", "profiles", "scouts", "pruned", "scores", "figures", "cache", "logs", "done"),
+)
+
+
+def name_or_object(value: Any) -> Any:
+    """A path becomes text; an object (an opened model, a task, a table) stays as it is; numbers are refused."""
+    if value is None or isinstance(value, (int, float, list, dict, tuple)):
+        raise ValueError("a name or a path is expected")
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def path_text(value: Any) -> Any:
+    """A path becomes text."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def listed(value: Any) -> Any:
+    """One name stands for a list of one."""
+    if isinstance(value, (str, os.PathLike)):
+        return [value]
+    return list(value) if isinstance(value, (tuple, set)) else value
+
+
+def comma_separated(value: Any) -> Any:
+    """``6,12`` becomes a list."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return None if value is None else [part for item in items for part in str(item).split(",")]
+
+
+AnyName = Annotated[Any, BeforeValidator(name_or_object)]
+ModelName = Annotated[AnyName, Names("model")]
+Data = Annotated[list[Path], BeforeValidator(listed), Names("data")]
+Tasks = Annotated[list[AnyName], BeforeValidator(listed), Names("task")]
+Files = Annotated[list[Path], BeforeValidator(listed), Names("file")]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+"""The range that numpy takes."""
+
+MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
+ENDPOINT = "a server with the OpenAI embeddings API: https://host/v1#model-name."
+DATA = (
+    "Files of query (or anchor), positive and optional negative: .jsonl, .csv, .tsv (also .gz) or .parquet; folders of "
+    "them; or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
+)
+POOLING = "How a bare language model pools its tokens [default: weighted_mean, or mean with bidirectional attention]."
+
+Model = Annotated[ModelName, argument(MODEL)]
+Pooling = Annotated[SavedPooling | None, Field(description=POOLING)]
+MaxLength = Annotated[int, Field(ge=1, description="Tokens after which a text is cut, for a bare language model.")]
+Sample = Annotated[
+    int | None,
+    Field(ge=1, description="Use at most this many rows of each task, sampled by the seed, the same for all models."),
+]
+SampleSeed = Annotated[Seed, Field(description="Random seed of the sample.")]
+HeldOut = Annotated[
+    int,
+    Field(
+        ge=10,
+        description="Without tasks: number of rows of the data that score the depths and are not trained on; at most "
+        "a tenth of each file.",
+    ),
+]
+Device = Annotated[str | None, Field(description="Torch device [default: the GPU where there is one].")]
+TrustRemoteCode = Annotated[bool, Field(description="Run the model code that a repository contains.")]

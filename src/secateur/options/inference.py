@@ -7,25 +7,54 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from secateur.options.base import Names, Options, argument, output
-from secateur.options.fields import (
+from secateur.options.base import (
     MODEL,
-    Arithmetic,
-    Backend,
-    BatchTokens,
     Data,
     Device,
     Files,
     MaxLength,
-    MinCosine,
     Model,
     ModelName,
+    Names,
+    Options,
     Pooling,
     Sample,
     SampleSeed,
     Tasks,
     TrustRemoteCode,
+    argument,
+    output,
 )
+
+Backend = Annotated[
+    Literal["auto", "torch", "onnx", "openvino"],
+    Field(
+        description="What runs the model on a CPU: PyTorch, ONNX Runtime or OpenVINO (for these it is converted once, "
+        "into its own folder); auto: the fastest of those installed that keeps --min-cosine, or PyTorch if it finishes "
+        "before a conversion would. A GPU always uses PyTorch."
+    ),
+]
+Arithmetic = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "int8", "mixed", "stored"],
+    Field(
+        description="Data type of the matrix products: float32; bfloat16; float16; int8 (not in PyTorch); mixed: in "
+        "PyTorch, linear layers in bfloat16 and the rest in float32; stored: PyTorch, as the weights are; auto: the "
+        "fastest that keeps --min-cosine."
+    ),
+]
+MinCosine = Annotated[
+    float,
+    Field(
+        ge=-1,
+        le=1,
+        description="Lowest cosine to PyTorch's float32 vectors that auto accepts, measured on some of your texts; "
+        "0.98 allows int8.",
+    ),
+]
+BatchTokens = Annotated[
+    int | None,
+    Field(ge=1, description="Tokens in a batch, padding included [default: 1,024 on a CPU, 8,192 on a GPU]."),
+]
 
 
 class ExportOptions(Options):

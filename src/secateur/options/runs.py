@@ -8,33 +8,60 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from secateur.errors import DataError
-from secateur.options.base import Names, Options, argument, make, output, positional, read_yaml
-from secateur.options.fields import (
+from secateur.options.base import (
     DATA,
+    ENDPOINT,
     MODEL,
-    OTHERS,
     STUDY_FILES,
-    Cache,
+    AnyName,
     Data,
     Device,
     Dtype,
     Files,
     HeldOut,
-    Jobs,
-    ModelNames,
-    Models,
+    Names,
+    Options,
     Pooling,
-    Ray,
     Sample,
     SampleSeed,
     Seed,
     Tasks,
+    argument,
     comma_separated,
     listed,
+    make,
+    output,
     path_text,
-    texts,
+    positional,
+    read_yaml,
 )
 from secateur.options.way import Budget, HealSettings, VocabularyOptions
+
+OTHERS = (
+    MODEL
+    + " Or something that can be compared, but not cut: a static embedding (model2vec), a folder that export wrote, or "
+) + ENDPOINT
+Models = Annotated[list[AnyName], BeforeValidator(listed), Names("model")]
+ModelNames = Annotated[
+    list[str] | None, Field(description="What to call the models [default: the last part of their paths].")
+]
+Cache = Annotated[
+    Path | None, Field(description="Folder that keeps vectors, so that no text is encoded twice by the same model.")
+]
+Depths = Annotated[list[int], BeforeValidator(lambda given: comma_separated(given) or [])]
+Jobs = Annotated[
+    int, Field(ge=1, description="Number of steps that run at the same time, each in a process of its own.")
+]
+Ray = Annotated[
+    str | None,
+    Field(description="Run the steps on a Ray cluster: its address, auto for this machine's, local for a new one."),
+]
+
+
+def texts(value: Any) -> Any:
+    """Numbers and paths in a list become texts."""
+    items = listed(value)
+    return [str(item) for item in items] if isinstance(items, list) else items
 
 
 class EvaluateOptions(Options):
@@ -183,10 +210,10 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
         description="Defaults for the options that you do not set. demo: SmolLM2 on API documentation, about ten "
         "minutes; paper: L3Prune's experiments; shrink: an embedding model teaches its own first layers, on texts.",
     )
-    ladder: list[int] = Field(
+    ladder: Depths = Field(
         default=[], description="Depths that the scout trains: 6,12,24 [default: about eight, as scout --depths]."
     )
-    polish: list[int] = Field(
+    polish: Depths = Field(
         default=[],
         description="Depths to go on training from the scout [default: the one that is chosen by its scores].",
     )
@@ -222,11 +249,6 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
             return {name: {} for name in given}
         return {name: own or {} for name, own in given.items()} if isinstance(given, dict) else given
 
-    @field_validator("ladder", "polish", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return comma_separated(value) or []
-
     @field_validator("seeds")
     @classmethod
     def _once(cls, given: list[int]) -> list[int]:
@@ -254,12 +276,6 @@ class ResumeOptions(StatusOptions):
     ray: Ray = None
 
 
-def of_earlier_version(values: dict[str, Any]) -> dict[str, Any]:
-    """The options of a study, also of a version that had no scout and another default recipe."""
-    recipe = values.get("recipe") or (None if values.get("teacher") else "l3prune")
-    return values if "ladder" in values else values | {"recipe": recipe}
-
-
 def read_study(run: Path) -> StudyOptions:
     """The options of the study that a run folder holds.
 
@@ -269,4 +285,4 @@ def read_study(run: Path) -> StudyOptions:
     """
     if not (run / "study.yaml").is_file():
         raise DataError(run, "holds no study", "name the folder that `secateur study` was given")
-    return make(StudyOptions, of_earlier_version(read_yaml(run / "study.yaml")) | {"out": run})
+    return make(StudyOptions, read_yaml(run / "study.yaml") | {"out": run})

@@ -8,23 +8,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from secateur.errors import ConfigError
-from secateur.options.base import Names, Options, argument, output, positional
-from secateur.options.fields import (
+from secateur.options.base import (
     DATA,
     ENDPOINT,
     POOLING,
     PROFILE_FILES,
     SCOUT_FILES,
-    TEXTS,
     AnyName,
-    Columns,
     Data,
     Device,
     Dtype,
     HeldOut,
-    Instruction,
     MaxLength,
     Model,
+    Names,
+    Options,
     Pooling,
     PoolingName,
     Sample,
@@ -32,10 +30,39 @@ from secateur.options.fields import (
     Seed,
     Tasks,
     TrustRemoteCode,
+    argument,
     comma_separated,
     listed,
+    output,
     path_text,
+    positional,
 )
+
+TEXTS = " Or of texts alone: .txt, or .jsonl with text."
+
+
+def _columns(given: Any) -> Any:
+    """``query=question,positive=answer`` becomes a mapping."""
+    if not given or not isinstance(given, (str, list)):
+        return given or None
+    words = [word for item in ([given] if isinstance(given, str) else given) for word in str(item).split(",")]
+    pairs = [word.partition("=") for word in words]
+    for word, (role, _, column) in zip(words, pairs, strict=True):
+        if not role.strip() or not column.strip():
+            raise ValueError(f"{word!r} is not of the form query=question")
+    return {role.strip(): column.strip() for role, _, column in pairs}
+
+
+Columns = Annotated[
+    dict[str, str] | None,
+    BeforeValidator(_columns),
+    Field(
+        description="Your column names, where they differ: query=question,positive=answer,negative=wrong, or text=body."
+    ),
+]
+
+
+Numbers = Annotated[list[int] | None, BeforeValidator(comma_separated)]
 
 
 def _sources(value: Any) -> Any:
@@ -60,7 +87,9 @@ class ProfileOptions(Options):
         "Folder for profile.json and its pictures.", needed=False
     )
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
-    instruction: Instruction = None
+    instruction: str | None = Field(
+        None, description="Instruction before each query, instead of the one that comes with the data."
+    )
     pooling: PoolingName | None = Field(
         None, description=POOLING + " l3prune: as the paper's own code, to reproduce its curve."
     )
@@ -71,7 +100,6 @@ class ProfileOptions(Options):
     early_stopping: bool = Field(
         False,
         description="Stop early, once L3Prune's choice is significant at 95 % (tested after 5, 10, 20, ... batches).",
-        json_schema_extra={"old": "--until-sure"},
     )
     max_length: MaxLength = 512
     dtype: Dtype = Field(
@@ -84,11 +112,6 @@ class ProfileOptions(Options):
     )
     sample: Sample = None
     trust_remote_code: TrustRemoteCode = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_name(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {"early_stopping" if key == "until_sure" else key: value for key, value in values.items()}
 
 
 class VocabularyOptions(Options):
@@ -256,11 +279,6 @@ class HealSettings(Options):
     )
     seed: Seed = Field(42, description="Random seed of adapters, dropout and the order of the data.")
 
-    @field_validator("recipe", mode="before")
-    @classmethod
-    def _old_recipe(cls, value: Any) -> Any:
-        return "finetune" if value == "everyday" else value
-
 
 class HealOptions(HealSettings):
     """Train a cut model until it encodes well again: on pairs, or on texts by distillation from a teacher.
@@ -292,12 +310,10 @@ class HealOptions(HealSettings):
         description="What to learn from the teacher: its vectors, so that the model can search the teacher's index; "
         "the similarities between texts; or both [vectors].",
     )
-    depths: list[int] | None = Field(
+    depths: Numbers = Field(
         None, description="Train these depths too, so that the model can be cut there later without training: 6,12,24."
     )
-    dims: list[int] | None = Field(
-        None, description="Train vectors truncated to these dimensions too (Matryoshka): 64,128."
-    )
+    dims: Numbers = Field(None, description="Train vectors truncated to these dimensions too (Matryoshka): 64,128.")
     cache: Path | None = Field(None, description="Folder that keeps the teacher's vectors for other trainings.")
     exclude: Tasks = Field(
         [],
@@ -324,11 +340,6 @@ class HealOptions(HealSettings):
     device: Device = None
     trust_remote_code: TrustRemoteCode = False
 
-    @field_validator("depths", "dims", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return comma_separated(value)
-
 
 class ScoutOptions(HealOptions):
     """Train several depths of a model at once, briefly, and score each on your tasks: what is every depth worth?
@@ -339,10 +350,10 @@ class ScoutOptions(HealOptions):
     out: Annotated[Path, Names("results", SCOUT_FILES)] = output(
         "Folder for the trained model (model), scout.json and its picture; run again to resume or to score more."
     )
-    depths: list[int] | None = Field(
+    depths: Numbers = Field(
         None, description="Depths to train: 6,12,24 [default: about eight, from a fifth of the layers to all of them]."
     )
-    score: list[int] | None = Field(None, description="More depths to score, between those that are trained.")
+    score: Numbers = Field(None, description="More depths to score, between those that are trained.")
     tasks: Tasks = Field(
         [],
         description="Task folders, or names of mteb's tasks and benchmarks, to score the depths on [default: finding "
@@ -360,8 +371,3 @@ class ScoutOptions(HealOptions):
     @classmethod
     def _self_as_teacher(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "teacher": values.get("model")} if values.get("teacher") == "self" else values
-
-    @field_validator("score", mode="before")
-    @classmethod
-    def _split_score(cls, value: Any) -> Any:
-        return comma_separated(value)

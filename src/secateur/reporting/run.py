@@ -24,7 +24,7 @@ from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
 from secateur.models import model_label
 from secateur.options import Budget, make
-from secateur.options.fields import listed
+from secateur.options.base import listed
 from secateur.results import (
     CostRow,
     Costs,

@@ -1,52 +1,26 @@
 """Results as tables, with their provenance."""
 
-from secateur.results.base import Float, Matrix, Table, load
-from secateur.results.kinds import (
-    ChangedRow,
-    Comparison,
-    CostRow,
-    Costs,
-    DepthRow,
-    DepthScoreRow,
-    DifferenceRow,
-    EvaluationRow,
-    LayerCost,
-    LossRow,
-    Origin,
-    OverlapRow,
-    Profile,
-    RungRow,
-    ScoreRow,
-    Scores,
-    Scout,
-    Training,
-    VocabularyCut,
-    VocabularyRow,
-)
-
-__all__ = [
-    "ChangedRow",
-    "Comparison",
-    "CostRow",
-    "Costs",
-    "DepthRow",
-    "DepthScoreRow",
-    "DifferenceRow",
-    "EvaluationRow",
-    "Float",
-    "LayerCost",
-    "LossRow",
-    "Matrix",
-    "Origin",
-    "OverlapRow",
-    "Profile",
-    "RungRow",
-    "ScoreRow",
-    "Scores",
-    "Scout",
-    "Table",
-    "Training",
-    "VocabularyCut",
-    "VocabularyRow",
-    "load",
-]
+from secateur.results.base import Float as Float
+from secateur.results.base import Matrix as Matrix
+from secateur.results.base import Table as Table
+from secateur.results.base import load as load
+from secateur.results.kinds import ChangedRow as ChangedRow
+from secateur.results.kinds import Comparison as Comparison
+from secateur.results.kinds import CostRow as CostRow
+from secateur.results.kinds import Costs as Costs
+from secateur.results.kinds import DepthRow as DepthRow
+from secateur.results.kinds import DepthScoreRow as DepthScoreRow
+from secateur.results.kinds import DifferenceRow as DifferenceRow
+from secateur.results.kinds import LayerCost as LayerCost
+from secateur.results.kinds import OverlapRow as OverlapRow
+from secateur.results.kinds import Profile as Profile
+from secateur.results.kinds import RungRow as RungRow
+from secateur.results.kinds import ScoreRow as ScoreRow
+from secateur.results.kinds import Scores as Scores
+from secateur.results.kinds import Scout as Scout
+from secateur.results.models import EvaluationRow as EvaluationRow
+from secateur.results.models import LossRow as LossRow
+from secateur.results.models import Origin as Origin
+from secateur.results.models import Training as Training
+from secateur.results.models import VocabularyCut as VocabularyCut
+from secateur.results.models import VocabularyRow as VocabularyRow

@@ -8,17 +8,16 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError, WrapValidator
+from pydantic_core import to_json
 
 from secateur.errors import DataError
-from secateur.files import read_json, write_text
+from secateur.files import read_json, write_bytes
 from secateur.provenance import Provenance
 
 SCHEMA_VERSION = 1
@@ -35,7 +34,7 @@ class Table:
 
     Attributes:
         kind: Name of the table in its file; tells a profile from scores.
-        file: Name that the table's file has by convention.
+        file: Name that the table's file has by convention: ``KIND.json`` where the class does not say another.
         rows_in: Name of the attribute that holds the rows.
     """
 
@@ -44,6 +43,10 @@ class Table:
     rows_in: ClassVar[str] = ""
 
     provenance: Provenance
+
+    def __init_subclass__(cls, *, kind: str = "", file: str = "", rows_in: str = "") -> None:
+        if kind:
+            cls.kind, cls.file, cls.rows_in = kind, file or f"{kind}.json", rows_in
 
     @property
     def rows(self) -> tuple[Any, ...]:
@@ -69,7 +72,8 @@ class Table:
         """Write the table into ``folder`` under its conventional name, whole or not at all."""
         path = Path(folder) / self.file
         content = {"kind": self.kind, "schema_version": SCHEMA_VERSION, **asdict(self)}
-        write_text(path, json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
+        # JSON has no NaN: a number that is not finite is null, never a word that other readers refuse.
+        write_bytes(path, to_json(content, indent=1, inf_nan_mode="null") + b"\n")
         return path
 
 
@@ -94,7 +98,7 @@ def load(path: str | Path, kind: type[T]) -> T:
     if version != SCHEMA_VERSION:
         raise DataError(file, f"schema version {version}, but this secateur reads {SCHEMA_VERSION}")
     try:
-        text = json.dumps(_with_new_names(content), ensure_ascii=False).encode("utf-8", "replace")  # lone surrogates
+        text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")  # lone surrogates
         table: T = _adapter(cast(Any, kind)).validate_json(text, strict=True)
         return table
     except ValidationError as error:
@@ -105,35 +109,6 @@ def load(path: str | Path, kind: type[T]) -> T:
         raise DataError(file, f"{first['input']!r:.60} is not valid", "make the file again", field=key) from None
 
 
-RENAMED = {
-    "chance": "selection_probability",
-    "settled": "converged",
-    "parts": "layer_costs",
-    "part": "layer",
-    "trials": "evaluations",
-}
-"""Names that files of earlier versions have for fields of tables and of their rows."""
-
-
-def _with_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
-    named = {RENAMED.get(key, key): value for key, value in content.items()}
-    for key, rows in named.items():
-        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-            named[key] = [{RENAMED.get(name, name): value for name, value in row.items()} for row in rows]
-    return named
-
-
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite is written as null, never as a word that other readers refuse."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

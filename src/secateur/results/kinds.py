@@ -1,10 +1,9 @@
-"""The tables that the steps write: profiles, scores, costs, comparisons, trainings, and where a model comes from."""
+"""The tables that the steps write: profiles, scouts, scores, costs and comparisons."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 from secateur.errors import DataError
 from secateur.results.base import Float, Matrix, Table
@@ -78,7 +77,7 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Profile(Table):
+class Profile(Table, kind="profile", rows_in="depths"):
     """What each depth of one model is worth. ``rows`` has one :class:`DepthRow` for each depth from 1 to ``depth``.
 
     Attributes:
@@ -92,14 +91,10 @@ class Profile(Table):
         losses_by_pooling: Pooling → its loss at each depth, the model's own among them.
         batch_losses: (batches, depth), what ``loss`` is the mean of.
         task_scores: Tasks × depths, one :class:`DepthScoreRow` each; empty where no task was asked for.
-        layer_costs: What each layer of the model costs; empty in profiles of earlier versions.
+        layer_costs: What each layer of the model costs.
         notes: What was measured to decide, what could not be computed, and why.
-        source: The model's folder, file or Hub id; empty for one that was open, and in profiles of earlier versions.
+        source: The model's folder, file or Hub id; empty for one that was open.
     """
-
-    kind: ClassVar[str] = "profile"
-    file: ClassVar[str] = "profile.json"
-    rows_in: ClassVar[str] = "depths"
 
     model: str
     depth: int
@@ -149,7 +144,7 @@ class RungRow:
 
 
 @dataclass(frozen=True)
-class Scout(Table):
+class Scout(Table, kind="scout", rows_in="depths"):
     """What each depth of a model is worth after one short training of several depths at once.
 
     Attributes:
@@ -162,10 +157,6 @@ class Scout(Table):
         layer_costs: What each layer costs.
         notes: What a reader must know.
     """
-
-    kind: ClassVar[str] = "scout"
-    file: ClassVar[str] = "scout.json"
-    rows_in: ClassVar[str] = "depths"
 
     model: str
     depth: int
@@ -190,8 +181,8 @@ class ScoreRow:
 
     ``prompts`` are those of the model on this task for texts of no kind, for queries and for documents; ``source`` is
     the model's folder or Hub id, ``files`` a fingerprint of its files. ``versions`` of the libraries, ``command`` and
-    ``created`` say what computed this row, and when; all are empty in scores of earlier versions. ``note`` says why
-    there is no interval, or that a task may mislead.
+    ``created`` say what computed this row, and when. ``note`` says why there is no interval, or that a task may
+    mislead.
     """
 
     model: str
@@ -221,15 +212,11 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
-class Scores(Table):
+class Scores(Table, kind="scores", rows_in="scores"):
     """Scores of one or more models on one or more tasks.
 
     A file of scores grows from run to run: ``provenance`` is that of the last run; each row has its own.
     """
-
-    kind: ClassVar[str] = "scores"
-    file: ClassVar[str] = "scores.json"
-    rows_in: ClassVar[str] = "scores"
 
     scores: tuple[ScoreRow, ...]
 
@@ -278,7 +265,7 @@ class CostRow:
     the median over repetitions, ``speed_low`` and ``speed_high`` their extremes; ``long_*`` likewise for long texts.
     ``latency_p50`` and ``latency_p95`` are seconds for one short text alone. Times take in the tokenizer. ``device``
     and ``threads`` say where, ``dtype`` is that of the weights. ``files`` is a fingerprint of the model's files, and
-    ``versions`` are those of the libraries; both are empty in costs of earlier versions.
+    ``versions`` are those of the libraries.
     """
 
     model: str
@@ -311,12 +298,8 @@ class CostRow:
 
 
 @dataclass(frozen=True)
-class Costs(Table):
+class Costs(Table, kind="costs", rows_in="costs"):
     """Costs of the models of a run, measured side by side."""
-
-    kind: ClassVar[str] = "costs"
-    file: ClassVar[str] = "costs.json"
-    rows_in: ClassVar[str] = "costs"
 
     costs: tuple[CostRow, ...]
 
@@ -371,12 +354,8 @@ class ChangedRow:
 
 
 @dataclass(frozen=True)
-class Comparison(Table):
+class Comparison(Table, kind="comparison", rows_in="differences"):
     """Models side by side; the first is the ``reference`` of the others."""
-
-    kind: ClassVar[str] = "comparison"
-    file: ClassVar[str] = "comparison.json"
-    rows_in: ClassVar[str] = "differences"
 
     reference: str
     models: tuple[str, ...]
@@ -385,112 +364,3 @@ class Comparison(Table):
     changed: tuple[ChangedRow, ...]
     scores: tuple[ScoreRow, ...]
     costs: tuple[CostRow, ...]
-
-
-@dataclass(frozen=True)
-class LossRow:
-    """One logged step of a training: mean loss since the last logged step, and the learning rate then."""
-
-    step: int
-    loss: Float
-    learning_rate: Float
-
-
-@dataclass(frozen=True)
-class EvaluationRow:
-    """A score of a model that is being trained, after ``step`` steps; higher is better."""
-
-    step: int
-    score: Float
-
-
-@dataclass(frozen=True)
-class Training(Table):
-    """How a model was healed. ``settings`` is the resolved configuration; ``prompts`` are by data set.
-
-    ``evaluations`` are the scores on the way, where there were any; ``best_step`` is the step whose weights were kept,
-    None for the last.
-    """
-
-    kind: ClassVar[str] = "training"
-    file: ClassVar[str] = "training.json"
-    rows_in: ClassVar[str] = "losses"
-
-    model: str
-    steps: int
-    seconds: Float
-    trained_parameters: int
-    settings: Mapping[str, Any]
-    prompts: Mapping[str, str]
-    losses: tuple[LossRow, ...]
-    evaluations: tuple[EvaluationRow, ...] = ()
-    best_step: int | None = None
-
-
-COVERED, BELOW_HELD_OUT = 0.95, 0.03
-"""Of a task's tokens fewer than this share stay, and so much fewer than of held-out texts: these are texts of another
-kind."""
-
-
-@dataclass(frozen=True)
-class VocabularyRow:
-    """A vocabulary of ``tokens`` tokens, chosen by the user's texts, and what it does to texts that were held out.
-
-    ``coverage`` is the share of their tokens that stay, ``changed`` the share of the texts with a token that does not;
-    ``tokens_per_text`` is the mean number of tokens afterwards. ``unknown`` is the share of the tokens that are unknown
-    and were not before. ``parameters`` and ``bytes`` are those of the token tables; None where nobody knows.
-    """
-
-    tokens: int
-    coverage: Float
-    changed: Float
-    tokens_per_text: Float
-    unknown: Float = 0.0
-    parameters: int | None = None
-    bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class VocabularyCut:
-    """How a vocabulary was cut: to ``row``, of ``tokens`` tokens, by ``texts`` texts of ``files``.
-
-    ``tokens_per_text`` is that of the held-out texts before; ``task_coverage`` is the share of the tokens of a task's
-    texts that stay, of tasks that were named.
-    """
-
-    row: VocabularyRow
-    tokens: int
-    tokens_per_text: Float
-    texts: int
-    files: tuple[str, ...]
-    task_coverage: Mapping[str, Float] = field(default_factory=dict)
-
-    @property
-    def uncovered(self) -> dict[str, float]:
-        """Tasks that are covered much worse than the held-out texts, with their coverage."""
-        least = min(COVERED, self.row.coverage - BELOW_HELD_OUT)
-        return {task: share for task, share in self.task_coverage.items() if share < least}
-
-
-@dataclass(frozen=True)
-class Origin(Table):
-    """``secateur.json`` in a model folder: which layers of which model it holds, and how it came to be.
-
-    ``kept`` are the original indices of the layers kept, of ``depth`` layers in all; ``history`` has one line for each
-    command that made the folder, oldest first; ``check`` is the largest difference between the folder's vectors and
-    those of ``checked_against``, on a few texts; ``left_out`` names what was not kept: heads, a vision tower;
-    ``vocabulary`` says how the vocabulary was cut, where it was.
-    """
-
-    kind: ClassVar[str] = "model"
-    file: ClassVar[str] = "secateur.json"
-
-    base_model: str
-    depth: int
-    kept: tuple[int, ...]
-    pooling: str
-    check: Float
-    history: tuple[str, ...] = field(default=())
-    checked_against: str = "the model in memory"
-    left_out: tuple[str, ...] = ()
-    vocabulary: VocabularyCut | None = None

@@ -1,7 +1,8 @@
 """What a study will do, as plain data: :func:`plan_steps` is a pure function of what is known so far.
 
 By default one training of several depths, the scout, is scored at each of them, and the depth that its scores choose is
-cut out of it and trained on (polished). Where the user names depths, each is trained by itself (:mod:`.grid`).
+cut out of it and trained on (polished). Where the user names depths, each is trained by itself: models × depths ×
+recipes × seeds.
 
 What a profile or a scout tells is not known before it is there: until then the steps that wait for it stand in the plan
 without a command, and the plan made anew afterwards has them.
@@ -9,8 +10,10 @@ without a command, and the plan made anew afterwards has them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from secateur.choosing.choose import CHOSEN, blocks_to_keep
@@ -18,27 +21,16 @@ from secateur.choosing.evidence import choose_rung
 from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig
 from secateur.models import is_endpoint, model_label
-from secateur.options import Budget, CostOptions, HealOptions, StudyOptions, default_of
-from secateur.reporting.run import POLISHED, SCOUTED
+from secateur.options import Budget, CostOptions, HealOptions, HealSettings, StudyOptions, default_of
+from secateur.reporting.run import BASELINE, POLISHED, SCOUTED, TRIMMED, UNTRAINED
 from secateur.results import Costs, Profile, Scout
-from secateur.studies.grid import add_grid, recipe_options, settings_of
-from secateur.studies.steps import (
-    FRONTIER,
-    ITSELF,
-    MODELS,
-    Base,
-    Plan,
-    Step,
-    Variant,
-    add_baselines,
-    add_profile,
-    add_scores,
-    add_trimmed,
-    add_whole,
-    command_options,
-)
+from secateur.studies.steps import FULL, MODELS, NO_TRAINING, Base, Plan, Step, Variant, command_options, cuts_of
 
 SCOUTS = "scouts"
+ITSELF = "self"
+"""As a teacher: the whole model, of which the cut ones are parts."""
+BY_TASKS = "best-task"
+"""As a depth: what the scores of the tasks at every depth choose."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {  # the experiments of L3Prune, arXiv 2410.14578, sections 4 and 5; the data are left to the user
@@ -62,6 +54,8 @@ SCOUT_SHARE = 0.25
 """Of a study's steps, each of which costs what a step of the full depth costs, the scout's; the polish has the rest."""
 _SCOUTED = ("ladder", "polish", "held_out", *Budget.model_fields)
 """Options of a study with a scout."""
+_DECIDED: dict[str, Any] = {"model": "-", "data": ["-"], "columns": None, "out": "-", "seed": 42}
+"""Options of a training that the study decides, until it has."""
 
 
 def plan_steps(
@@ -85,15 +79,18 @@ def plan_steps(
         IllegalDepth: A model cannot be cut so.
     """
     _check(study)
-    recipes, plan, judge = recipe_options(study), Plan(), _Judge(study.tasks)
-    for base in bases:
+    plan, recipes = Plan(), recipe_options(study)
+    planners = [_Planner(plan, study, recipes, base, study.tasks) for base in bases]
+    for planner, base in zip(planners, bases, strict=True):
         if study.depths:
-            add_grid(plan, study, recipes, base, profiles.get(base.name))
+            planner.add_grid(profiles.get(base.name))
         else:
-            (training,) = recipes.values()
-            own = _add_scouted(plan, study, training, base, scouts.get(scout_names(study, base)[0]))
-            judge = own if base == bases[0] else judge
-    add_baselines(plan, study, judge.tasks, judge.told_by)
+            planner.add_scouted(scouts.get(scout_names(study, base)[0]))
+    made = {variant.name for _, variant in plan.models}
+    for model in study.baselines:  # to compare with: the study only opens them
+        if (name := model_label(model)) in made:
+            raise ConfigError("baselines", model, f"{name} is a model of the study", "rename the folder")
+        planners[0].add_scores(Variant(name, Base(name, model, 0), (), (), BASELINE), None)
     lost = {*failed, *plan.failed}
     lost |= plan.blocked(lost)
     left = [step for step, _ in plan.models if step.name not in lost]
@@ -114,15 +111,41 @@ def _check(study: StudyOptions) -> None:
     """
     if CHOSEN in study.depths:
         raise ConfigError("depths", CHOSEN, f"{CHOSEN} is what a scout chooses", "leave out depths")
-    names = _SCOUTED if study.depths else ("recipes",)
-    for name in names:
+    for name in _SCOUTED if study.depths else ("recipes",):
         given = getattr(study, name)
-        if given != default_of(StudyOptions, name):
-            if study.depths:
-                problem = f"is for a scout, but depths names those to train: {', '.join(study.depths)}"
-                raise ConfigError(name, given, problem, f"leave out depths, or {name}")
-            problem = "are trained at the depths that are named, and none is"
-            raise ConfigError(name, given, problem, "name depths, or set the options of heal themselves")
+        if given == default_of(StudyOptions, name):
+            continue
+        if study.depths:
+            problem = f"is for a scout, but depths names those to train: {', '.join(study.depths)}"
+            raise ConfigError(name, given, problem, f"leave out depths, or {name}")
+        problem = "are trained at the depths that are named, and none is"
+        raise ConfigError(name, given, problem, "name depths, or set the options of heal themselves")
+
+
+def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
+    """Recipe → the options of its training, but for those that the study decides. ``none`` has none.
+
+    Raises:
+        ConfigError: A name cannot be part of a folder's, or a setting is not valid.
+    """
+    common = {name: getattr(study, name) for name in (*HealSettings.model_fields, "teacher")}
+    recipes: dict[str, HealOptions] = {}
+    for name, own in study.recipes.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ConfigError("recipes", name, f"{name!r} is no name", "small letters, digits and _")
+        if name == NO_TRAINING and own:
+            raise ConfigError("recipes", own, "none has no settings", "name the recipe otherwise")
+        if name == TRIMMED and study.cuts_vocabulary:
+            problem = "is what models are called that had their vocabulary cut alone"
+            raise ConfigError("recipes", name, problem, "name the recipe otherwise")
+        for decided in sorted(_DECIDED.keys() & own.keys()):
+            raise ConfigError(f"recipes.{name}.{decided}", own, "is the study's to say", "leave it out")
+        try:
+            recipes[name] = command_options(HealOptions, common | own | _DECIDED)
+        except ConfigError as error:
+            problem = error.problem.partition(": ")[2]
+            raise ConfigError(f"recipes.{name}.{error.key}", error.value, problem, error.hint) from None
+    return recipes
 
 
 def scout_names(study: StudyOptions, base: Base) -> list[str]:
@@ -145,121 +168,204 @@ def chosen_depth(study: StudyOptions, scout: Scout) -> int:
     return len(choose_rung(study, scout).blocks)
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """The tasks that score a study's models; ``told_by`` is the step that writes them yet, ``held_out`` whether one
-    does, or did: they hold rows of the data.
+@dataclass
+class _Planner:
+    """Adds to a plan what a study does with one of its models.
+
+    ``tasks`` score what is made of it; ``told_by`` is the step that writes them yet, ``held_out`` whether one does, or
+    did: they hold rows of the data.
     """
 
+    plan: Plan
+    study: StudyOptions
+    recipes: Mapping[str, HealOptions]
+    base: Base
     tasks: Sequence[str]
     told_by: str | None = None
     held_out: bool = False
 
+    def folder(self, variant: Variant) -> Path:
+        return self.study.out / MODELS / variant.name
 
-def _add_scouted(plan: Plan, study: StudyOptions, training: HealOptions, base: Base, scout: Scout | None) -> _Judge:
-    """The model as it came, with its vocabulary cut, its profile, its scouts, and what is cut from these and polished.
+    # What both kinds of studies have ----------------------------------------------------------------------------------
 
-    Args:
-        plan: To add to.
-        study: Its options.
-        training: The options of scout and polish, but for those that the study decides.
-        base: The model.
-        scout: What the first seed's scout found, if it is there.
+    def add_untrained(self) -> list[tuple[Variant, str]]:
+        """The model as it came and, where the vocabulary is cut, with fewer tokens; each with its step.
 
-    Returns:
-        What scores its models.
-    """
-    for depth in (*study.ladder, *study.polish):
-        blocks_to_keep(depth, base.depth)
-    whole, came = add_whole(plan, study, base)
-    start, begun = add_trimmed(plan, study, whole, came)
-    add_profile(plan, study, start, begun, study.tasks if study.depth_scores else [])
-    settings = settings_of(study, training, study.out / MODELS / whole.name)
-    settings = {"data": study.data, "columns": study.columns, **settings}
-    judge = _add_scouts(plan, study, settings, start, begun, scout)
-    for untrained, step in {whole: came, start: begun}.items():
-        add_scores(plan, study, untrained, step, judge.tasks, judge.told_by)
-    if judge.held_out:
-        settings["exclude"] = judge.tasks
-    cuts = _cuts(study, base, scout)
-    polishes_whole = base.depth in study.polish or not cuts
-    for seed, suffix in _suffixes(study).items():
-        _add_cut(plan, study, settings, judge, whole, seed, suffix, polishes=polishes_whole)
-        for spec, kept, problem in cuts:
-            blocks = None if kept is None else tuple(range(kept))
-            _add_cut(plan, study, settings, judge, Variant("", base, (spec,), blocks), seed, suffix, problem)
-    return judge
+        All others are cut from the last one.
+        """
+        study, base = self.study, self.base
+        whole = Variant(f"{base.name}-{base.depth}-{UNTRAINED}", base, FULL, tuple(range(base.depth)))
+        cut: dict[str, Any] = {"model": base.model, "pooling": study.pooling, **whole.layers}
+        came = self.plan.add("prune", whole, **cut, out=self.folder(whole))
+        if not study.cuts_vocabulary:
+            return [(whole, came)]
+        trimmed = replace(whole, name=f"{base.name}-{base.depth}-{TRIMMED}")
+        cut = {"model": str(self.folder(whole)), "vocab": study.vocab or study.data, "columns": study.columns}
+        cut |= {"vocab_size": study.vocab_size, "vocab_coverage": study.vocab_coverage}
+        cut |= {"vocab_tasks": [task for task in study.tasks if Path(task).is_dir()]}
+        return [(whole, came), (trimmed, self.plan.add("prune", trimmed, came, **cut, out=self.folder(trimmed)))]
 
+    def add_profile(self, start: Variant, begun: str, *, scored: bool) -> None:
+        """The profile of the model that all others are cut from; it scores the tasks, too."""
+        study = self.study
+        options: dict[str, Any] = {"model": str(self.folder(start)), "data": study.data, "columns": study.columns}
+        options |= {"max_examples": study.max_examples, "seed": study.seed}
+        options |= {"scale": study.profile_scale, "dtype": study.profile_dtype}
+        options |= {"tasks": study.tasks, "sample": study.sample} if scored and study.tasks else {}
+        self.plan.add("profile", start, begun, **options, out=study.out / "profiles" / self.base.name)
 
-def _add_scouts(
-    plan: Plan, study: StudyOptions, settings: Mapping[str, Any], start: Variant, begun: str, scout: Scout | None
-) -> _Judge:
-    """A scout for each seed, and what scores all models: without tasks, the rows that the first scout holds out."""
-    judge = _Judge(study.tasks)
-    for seed, suffix in _suffixes(study).items():
-        variant = replace(start, name=start.base.name + suffix, recipe=SCOUTED, seed=seed)
-        folder = study.out / SCOUTS / variant.name
-        own: dict[str, Any] = {"model": str(study.out / MODELS / start.name), "depths": study.ladder or None}
-        own |= {"steps": _steps(study)[0], "tasks": judge.tasks, "sample": study.sample, "held_out": study.held_out}
-        own |= {"exclude": judge.tasks if judge.held_out else []}
-        options = {**settings, **own, "seed": seed, "out": folder}
-        step = plan.add("scout", variant, folder / FRONTIER, begun, told_by=judge.told_by, **options)
-        if not judge.tasks:
-            names = dict.fromkeys(row.task for row in scout.task_scores) if scout else [""]
-            judge = _Judge([str(folder / "tasks" / name) for name in names], None if scout else step, held_out=True)
-    return judge
+    def add_scores(self, variant: Variant, step: str | None, told_by: str | None = None) -> None:
+        """The scores of a model, if there are tasks: of one that ``step`` makes, or of a baseline."""
+        if not self.tasks:
+            return
+        model = variant.base.model if step is None else str(self.folder(variant))
+        # By its name, wherever the run folder lies: the scores are of this study's model.
+        options: dict[str, Any] = {"models": [model], "names": [variant.name], "tasks": self.tasks}
+        options |= {"sample": self.study.sample, "seed": self.study.seed, "cache": self.cache}
+        needed, out = () if step is None else (step,), self.study.out / "scores" / variant.name
+        self.plan.add("evaluate", variant, *needed, told_by=told_by or self.told_by, **options, out=out)
 
+    def add_model(
+        self, kind: str, variant: Variant, *depends_on: str, told_by: str | None = None, **options: Any
+    ) -> str:
+        """A model in ``RUN/models``, and its scores; gives its step."""
+        step = self.plan.add(kind, variant, *depends_on, told_by=told_by, **options, out=self.folder(variant))
+        self.add_scores(variant, step, told_by)
+        return step
 
-def _steps(study: StudyOptions) -> tuple[int, int]:
-    """Of the scout, and of the polish at full depth."""
-    budget = study.steps or TrainingConfig.steps
-    scout = max(1, round(SCOUT_SHARE * budget))
-    return scout, budget - scout
+    @property
+    def cache(self) -> Path:
+        """The folder that keeps vectors."""
+        return self.study.cache or self.study.out / "cache"
 
+    def settings(self, training: HealOptions) -> dict[str, Any]:
+        """What a training is told beside its model and seed."""
+        settings = {key: value for key, value in training.given().items() if key not in _DECIDED}
+        if "teacher" in settings:  # its vectors are the same at all depths, and with all seeds
+            settings = {"cache": self.cache, **settings}
+        if settings.get("teacher") == ITSELF:
+            settings["teacher"] = str(self.study.out / MODELS / f"{self.base.name}-{self.base.depth}-{UNTRAINED}")
+        return {"data": self.study.data, "columns": self.study.columns, **settings}
 
-def _cuts(study: StudyOptions, base: Base, scout: Scout | None) -> list[tuple[str, int | None, str]]:
-    """The cuts below the full depth: entry, depth (None while it is not known), and why it cannot be told.
+    # Named depths, each trained by itself -----------------------------------------------------------------------------
 
-    None where the full depth is chosen.
-    """
-    if study.polish:
-        return [(str(depth), depth, "") for depth in sorted({*study.polish} - {base.depth}, reverse=True)]
-    if scout is None:
-        return [(CHOSEN, None, "")]
-    try:
-        depth = chosen_depth(study, scout)
-    except SecateurError as error:
-        return [(CHOSEN, None, str(error))]
-    return [(CHOSEN, depth, "")] if depth < base.depth else []
+    def add_grid(self, profile: Profile | None) -> None:
+        """The model as it came, with its vocabulary cut, its profile, and every depth with every recipe and seed."""
+        study, base = self.study, self.base
+        untrained = self.add_untrained()
+        for variant, step in untrained:
+            self.add_scores(variant, step)
+        start, begun = untrained[-1]
+        self.add_profile(start, begun, scored=study.depth_scores or BY_TASKS in study.depths)
+        self._add_trainings(replace(start, name=f"{base.name}-{base.depth}"), self.folder(start), begun)
+        state = TRIMMED if study.cuts_vocabulary else UNTRAINED
+        is_kept = NO_TRAINING in self.recipes
+        for variant, problem in cuts_of(study.depths, base, profile):
+            told_by = None if variant.blocks is not None else f"profile {base.name}"
+            source: dict[str, Any] = {"model": str(self.folder(start)), **variant.layers}
+            cut = replace(variant, name=f"{variant.name}-{state}") if is_kept else variant
+            out = self.folder(cut) if is_kept else study.out / "pruned" / cut.name
+            pruned = self.plan.add("prune", cut, begun, told_by=told_by, **source, out=out)
+            if problem:
+                self.plan.failed[pruned] = problem
+            if is_kept:
+                self.add_scores(cut, pruned, told_by)
+            self._add_trainings(variant, out, pruned, told_by)
 
+    def _add_trainings(self, variant: Variant, folder: Path, pruned: str, told_by: str | None = None) -> None:
+        """Train the model in a folder, which the step ``pruned`` makes, with every recipe and seed."""
+        for recipe, training in self.recipes.items():
+            learns_nothing = training.teacher == ITSELF and variant.specs == FULL and not self.study.cuts_vocabulary
+            if recipe == NO_TRAINING or learns_nothing:  # the whole from itself
+                continue
+            given = {"model": str(folder), **self.settings(training)}
+            for seed, suffix in _suffixes(self.study).items():
+                trained = replace(variant, name=f"{variant.name}-{recipe}{suffix}", recipe=recipe, seed=seed)
+                self.add_model("heal", trained, pruned, told_by=told_by, **given, seed=seed)
 
-def _add_cut(
-    plan: Plan,
-    study: StudyOptions,
-    settings: Mapping[str, Any],
-    judge: _Judge,
-    cut: Variant,
-    seed: int,
-    suffix: str,
-    problem: str = "",
-    *,
-    polishes: bool = True,
-) -> None:
-    """A depth of a seed's scout as a model, and polished: as many steps as cost what the scout left of the budget."""
-    base, waits = cut.base, None if cut.blocks is not None else f"scout {scout_names(study, cut.base)[0]}"
-    label, to = (f"({cut.specs[0]})", {}) if cut.blocks is None else (cut.depth, {"to": str(cut.depth)})
-    cut = replace(cut, name=f"{base.name}-{label}-{SCOUTED}{suffix}", recipe=SCOUTED, seed=seed)
-    source, out = study.out / SCOUTS / f"{base.name}{suffix}" / "model", study.out / MODELS / cut.name
-    made_by = f"scout {source.parent.name}"
-    pruned = plan.add("prune", cut, out, made_by, told_by=waits, model=str(source), **to, out=out)
-    if problem:
-        plan.failed[pruned] = problem
-    waits = waits or judge.told_by
-    add_scores(plan, study, cut, pruned, judge.tasks, waits)
-    if not polishes:
-        return
-    polished = replace(cut, name=f"{base.name}-{label}-{POLISHED}{suffix}", recipe=POLISHED)
-    steps = max(1, round(_steps(study)[1] * base.depth / cut.depth))
-    given, out = {"model": str(out), **settings, "steps": steps, "seed": seed}, study.out / MODELS / polished.name
-    step = plan.add("heal", polished, out, pruned, told_by=waits, **given, out=out)
-    add_scores(plan, study, polished, step, judge.tasks, waits)
+    # A scout, and what is cut out of it -------------------------------------------------------------------------------
+
+    def add_scouted(self, scout: Scout | None) -> None:
+        """The model as it came, with its vocabulary cut, its profile, its scouts, and what is cut from these, polished.
+
+        ``scout`` is what the first seed's scout found, if it is there.
+        """
+        study, base = self.study, self.base
+        for depth in (*study.ladder, *study.polish):
+            blocks_to_keep(depth, base.depth)
+        untrained = self.add_untrained()
+        self.add_profile(*untrained[-1], scored=study.depth_scores)
+        (training,) = self.recipes.values()
+        settings = self.settings(training)
+        self._add_scouts(settings, *untrained[-1], scout)
+        for variant, step in untrained:
+            self.add_scores(variant, step)
+        if self.held_out:
+            settings["exclude"] = self.tasks
+        cuts = self._scouted_cuts(scout)
+        whole, polishes = untrained[0][0], base.depth in study.polish or not cuts
+        for seed in _suffixes(study):
+            self._add_cut(settings, whole, seed, polishes=polishes)
+            for cut, problem in cuts:
+                self._add_cut(settings, cut, seed, problem)
+
+    def _add_scouts(self, settings: Mapping[str, Any], start: Variant, begun: str, scout: Scout | None) -> None:
+        """A scout for each seed; without tasks, the rows that the first one holds out score all models."""
+        study = self.study
+        own: dict[str, Any] = {
+            "model": str(self.folder(start)),
+            "depths": study.ladder or None,
+            "steps": self._steps[0],
+        }
+        own |= {"sample": study.sample, "held_out": study.held_out}
+        for seed, suffix in _suffixes(study).items():
+            variant = replace(start, name=self.base.name + suffix, recipe=SCOUTED, seed=seed)
+            judge = {"tasks": self.tasks, "exclude": self.tasks if self.held_out else []}
+            out = study.out / SCOUTS / variant.name
+            given = {**settings, **own, **judge, "seed": seed}
+            step = self.plan.add("scout", variant, begun, told_by=self.told_by, **given, out=out)
+            if not self.tasks:
+                names = dict.fromkeys(row.task for row in scout.task_scores) if scout else [""]
+                self.tasks = [str(out / "tasks" / name) for name in names]
+                self.told_by, self.held_out = None if scout else step, True
+
+    @property
+    def _steps(self) -> tuple[int, int]:
+        """Of the scout, and of the polish at full depth."""
+        budget = self.study.steps or TrainingConfig.steps
+        scout = max(1, round(SCOUT_SHARE * budget))
+        return scout, budget - scout
+
+    def _scouted_cuts(self, scout: Scout | None) -> list[tuple[Variant, str]]:
+        """The cuts below the full depth, and why one cannot be told; none where the full depth is chosen."""
+        base, polish = self.base, sorted({*self.study.polish} - {self.base.depth}, reverse=True)
+        if self.study.polish:
+            return [(Variant("", base, (str(depth),), tuple(range(depth))), "") for depth in polish]
+        unknown = Variant("", base, (CHOSEN,), None)
+        if scout is None:
+            return [(unknown, "")]
+        try:
+            depth = chosen_depth(self.study, scout)
+        except SecateurError as error:
+            return [(unknown, str(error))]
+        return [(replace(unknown, blocks=tuple(range(depth))), "")] if depth < base.depth else []
+
+    def _add_cut(
+        self, settings: Mapping[str, Any], cut: Variant, seed: int, problem: str = "", *, polishes: bool = True
+    ) -> None:
+        """A depth of a seed's scout as a model, and polished: the steps cost what the scout left of the budget."""
+        base, suffix = self.base, _suffixes(self.study)[seed]
+        waits = None if cut.blocks is not None else f"scout {scout_names(self.study, base)[0]}"
+        label = f"({cut.specs[0]})" if cut.blocks is None else cut.depth
+        cut = replace(cut, name=f"{base.name}-{label}-{SCOUTED}{suffix}", recipe=SCOUTED, seed=seed)
+        source = self.study.out / SCOUTS / f"{base.name}{suffix}"
+        taken = {"model": str(source / "model"), **cut.layers}
+        pruned = self.add_model("prune", cut, f"scout {source.name}", told_by=waits, **taken)
+        if problem:
+            self.plan.failed[pruned] = problem
+        if polishes:
+            polished = replace(cut, name=f"{base.name}-{label}-{POLISHED}{suffix}", recipe=POLISHED)
+            steps = max(1, round(self._steps[1] * base.depth / cut.depth))
+            given = {"model": str(self.folder(cut)), **settings, "steps": steps, "seed": seed}
+            self.add_model("heal", polished, pruned, told_by=waits or self.told_by, **given)

@@ -7,7 +7,6 @@ on the Hub and mteb's tasks have no files to compare.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 from secateur.data.sources import data_files, stem
 from secateur.done import Made
 from secateur.errors import ConfigError, DataError
-from secateur.files import read_json
-from secateur.options import HealOptions, Names
+from secateur.options import Names
 from secateur.provenance import fingerprint, fingerprint_files, model_files, versions_of
 from secateur.studies.steps import COMMANDS, Plan, Step
 
@@ -26,10 +24,6 @@ MEASURED = ("evaluate", "cost")
 profile, which is never made again by itself."""
 _ASIDE = frozenset({"out", "cache", "names", "vocab_tasks"})
 """Options that do not change a result."""
-
-DEFAULT = "default"
-RECIPES_BEFORE: Mapping[str | None, tuple[str | None, ...]] = {None: ("l3prune", None), "everyday": ("finetune",)}
-"""What records of earlier versions say of a training's recipe → what it is called now."""
 
 
 def made_from(step: Step, plan: Plan, run: Path, *, closely: bool = True) -> Made:
@@ -60,7 +54,7 @@ def made_from(step: Step, plan: Plan, run: Path, *, closely: bool = True) -> Mad
         if value is not None:
             options[name] = value
     if step.kind == "heal":
-        options.setdefault("recipe", DEFAULT)
+        options.setdefault("recipe", "default")
     return Made(step.kind, options, inputs, versions_of() if step.kind in MEASURED else "")
 
 
@@ -92,27 +86,17 @@ def _files(item: str, what: str) -> dict[str, str] | None:
 def is_done(step: Step, plan: Plan, run: Path, *, closely: bool = True, keep: bool = False) -> bool:
     """Whether a step's output is there, and is of the present options and inputs.
 
-    A model or profile without a record is whole as well: an earlier version made it, or a study that was killed before
-    the record was written. With ``keep`` it gets one.
+    A model or profile without a record is whole as well: its study was killed before the record was written. With
+    ``keep`` it gets one.
     """
     if not step.output.exists():
         return False
-    changes = _changes(step, plan, run, closely)
+    changes = made_from(step, plan, run, closely=closely).changes_since(run / FOLDER, _name(step))
     if changes is None and step.kind not in MEASURED:
         if keep:
             record(step, plan, run)
         return True
     return changes == []
-
-
-def _changes(step: Step, plan: Plan, run: Path, closely: bool) -> list[str] | None:
-    """What differs from the record (:meth:`.Made.changes_since`), but for a recipe that was called otherwise then."""
-    changes = made_from(step, plan, run, closely=closely).changes_since(run / FOLDER, _name(step))
-    if changes and "recipe" in changes and isinstance(step.options, HealOptions):
-        before = read_json(run / FOLDER / _name(step))["options"].get("recipe")
-        if step.options.recipe in RECIPES_BEFORE.get(before, ()):
-            changes.remove("recipe")
-    return changes
 
 
 def record(step: Step, plan: Plan, run: Path) -> None:
@@ -137,9 +121,9 @@ def check(plan: Plan, run: Path, *, closely: bool = True) -> None:
     changed: dict[str, list[str]] = {}
     for step in plan.steps:
         if step.known and step.output.exists() and step.kind != "cost":
-            inputs = made_from(step, plan, run, closely=closely).inputs
-            free = {"versions", *inputs} if step.kind in MEASURED else set()
-            for name in _changes(step, plan, run, closely) or []:
+            made = made_from(step, plan, run, closely=closely)
+            free = {"versions", *made.inputs} if step.kind in MEASURED else set()
+            for name in made.changes_since(run / FOLDER, _name(step)) or []:
                 if name not in free:
                     changed.setdefault(name, []).append(str(step.output.relative_to(run)))
     known = {name for options in COMMANDS.values() for name in options.model_fields}

@@ -21,29 +21,17 @@ from typing import Any
 
 import torch
 
+import secateur
 from secateur.clusters import ray_cluster, ray_share, run_command
 from secateur.errors import OutputError, SecateurError
-from secateur.evaluation.evaluate import evaluate
 from secateur.files import output_errors
-from secateur.healing.heal import heal
-from secateur.profiling.profile import profile
 from secateur.progress import Progress
 from secateur.provenance import acting_as
-from secateur.pruning.prune import prune
-from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, complete_lines, read_journal
-from secateur.scouting.scout import scout
+from secateur.studies import records
 from secateur.studies.steps import Plan, Step
 
 LOGS = "logs"
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "prune": prune,
-    "profile": profile,
-    "heal": heal,
-    "scout": scout,
-    "evaluate": evaluate,
-    "cost": cost,
-}
 
 
 @dataclass(frozen=True)
@@ -107,16 +95,12 @@ class Scheduler:
         run: The run folder, for journal and logs.
         make_plan: Gives the plan, told the steps that failed; asked again after each step, for profiles and scouts add
             to it.
-        is_done: Whether a step's output is there, of its inputs; asked when all that it depends on is done.
-        record: Told of a step that has ended well.
         executor: Runs one.
         callback: Told of every change.
     """
 
     run: Path
     make_plan: Callable[[Collection[str]], Plan]
-    is_done: Callable[[Step, Plan], bool]
-    record: Callable[[Step, Plan], None]
     executor: Executor
     callback: Callable[[State], None]
     plan: Plan = field(default_factory=Plan)
@@ -145,7 +129,9 @@ class Scheduler:
             while True:
                 ready = self.ready()
                 for step in ready:
-                    self.begin(step)
+                    self.write(step, "started", started=_now())
+                    self.running[step.name] = time.monotonic()
+                    self.tell()
                     if self.executor.slots > 1:
                         futures[pool.submit(self.attempt, step)] = step
                     else:  # in the main thread, where Ctrl-C arrives
@@ -166,7 +152,7 @@ class Scheduler:
         for step in self.plan.steps:
             over = step.name in self.done or step.name in self.failed or step.name in self.running
             if step.known and not over and self.done.issuperset(step.depends_on):
-                if self.is_done(step, self.plan):
+                if records.is_done(step, self.plan, self.run, keep=True):
                     self.done.add(step.name)
                 else:
                     able.append(step)
@@ -175,11 +161,6 @@ class Scheduler:
         if shared and not any(step.exclusive for step in self.plan.steps if step.name in self.running):
             return shared[: self.executor.slots - len(self.running)]
         return able[:1] if not self.running else []
-
-    def begin(self, step: Step) -> None:
-        self.write(step, "started", started=_now())
-        self.running[step.name] = time.monotonic()
-        self.tell()
 
     def attempt(self, step: Step) -> Exception | None:
         """Run a step; gives what it raised, of whatever kind: it is the step that fails, not the study."""
@@ -193,7 +174,7 @@ class Scheduler:
         seconds = time.monotonic() - self.running.pop(step.name)
         times = {"ended": _now(), "seconds": round(seconds, 3)}
         if error is None:
-            self.record(step, self.plan)
+            records.record(step, self.plan, self.run)
             self.done.add(step.name)
             self.seconds[step.name] = seconds
             self.write(step, "done", **times)
@@ -239,7 +220,7 @@ def in_this_process(progress: Progress) -> Executor:
 
         try:
             with acting_as(step.command_line):
-                _FUNCTIONS[step.kind](step.options, progress=named)
+                getattr(secateur, step.kind)(step.options, progress=named)
         except Exception:
             with suppress(OSError):  # the disk is full, perhaps: the step's own error says more
                 log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,56 +1,43 @@
-"""What a study is made of, as plain data: models, and steps, each of which is one command.
+"""What a study is made of, as plain data: models, the layers that they keep, and steps, each of which is one command.
 
 Folders are named ``<model>-<depth>-<state>``. The state is ``zero-shot`` for a model as it came, ``trimmed`` for one
 that is not trained either, but had its vocabulary cut, ``scout`` after the training of several depths, ``polished``
-after the one that follows it, or a recipe's name; after the selector where the
-layers are not the first ones, and before the seed where there are several: ``smollm2-7-uniform-healed-seed2``.
+after the one that follows it, or a recipe's name; after the selector where the layers are not the first ones, and
+before the seed where there are several: ``smollm2-7-uniform-healed-seed2``.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from secateur.errors import ConfigError
-from secateur.models import model_label
-from secateur.options import (
-    CostOptions,
-    EvaluateOptions,
-    HealOptions,
-    Options,
-    ProfileOptions,
-    PruneOptions,
-    ScoutOptions,
-    StudyOptions,
-    default_of,
-    extra,
-    make,
-)
-from secateur.reporting.run import BASELINE, TRIMMED, UNTRAINED
-from secateur.results import Scores
+from secateur import options as config
+from secateur.choosing.choose import blocks_to_keep, is_prefix, needs_profile
+from secateur.errors import SecateurError
+from secateur.options import Options, default_of, extra, make
+from secateur.results import Profile, Scores
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
 
-CURVE, FRONTIER = "curve.png", "frontier.png"
-"""The files of a profile and of a scout that are written last."""
+LAST = {"profile": "curve.png", "scout": "frontier.png", "evaluate": Scores.file}
+"""Command → the file of its folder that is written last; of the others the folder appears whole."""
 MODELS = "models"
 """The folder of the models that are evaluated and timed."""
 NO_TRAINING = "none"
-ITSELF = "self"
-"""As a teacher: the whole model, of which the cut ones are parts."""
 FULL = ("full",)
 """The entry of ``depths`` that stands for all layers."""
 
 COMMANDS: Mapping[str, type[Options]] = {
-    "prune": PruneOptions,
-    "profile": ProfileOptions,
-    "heal": HealOptions,
-    "scout": ScoutOptions,
-    "evaluate": EvaluateOptions,
-    "cost": CostOptions,
+    "prune": config.PruneOptions,
+    "profile": config.ProfileOptions,
+    "heal": config.HealOptions,
+    "scout": config.ScoutOptions,
+    "evaluate": config.EvaluateOptions,
+    "cost": config.CostOptions,
 }
 
 
@@ -96,6 +83,13 @@ class Variant:
     def depth(self) -> int:
         """Number of its layers; of all layers while a profile or a scout has to say."""
         return self.base.depth if self.blocks is None else len(self.blocks)
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Which layers, as ``prune`` takes it; nothing while a profile or a scout has to say."""
+        if self.blocks is None:
+            return {}
+        return {"to": str(self.depth)} if is_prefix(self.blocks) else {"keep": ",".join(map(str, self.blocks))}
 
 
 @dataclass(frozen=True)
@@ -168,15 +162,12 @@ class Plan:
         made = [step for step in self.steps if step.kind in kinds and step.output.parent.name == MODELS]
         return [(step, step.variant) for step in made if step.variant is not None]
 
-    def add(
-        self, kind: str, variant: Variant, output: Path, *depends_on: str, told_by: str | None = None, **options: Any
-    ) -> str:
+    def add(self, kind: str, variant: Variant, *depends_on: str, told_by: str | None = None, **options: Any) -> str:
         """Add a step about one model, and give its name.
 
         Args:
             kind: The command.
             variant: The model that it makes or measures.
-            output: What is there when it is done.
             depends_on: Names of steps.
             told_by: The step that has to tell some of the options yet.
             options: Of the command.
@@ -184,6 +175,7 @@ class Plan:
         name = variant.base.name if kind == "profile" else variant.name
         needed = depends_on if told_by is None else tuple(dict.fromkeys((*depends_on, told_by)))
         made = command_options(COMMANDS[kind], options)
+        output = options["out"] / LAST.get(kind, "")
         self.steps.append(Step(f"{kind} {name}", kind, made, output, needed, variant, told_by is None))
         return f"{kind} {name}"
 
@@ -216,73 +208,53 @@ def command_options(command: type[O], values: Mapping[str, Any]) -> O:
     return make(command, {k: v for k, v in values.items() if k not in known or v != default_of(command, k)})
 
 
-# What both kinds of studies have --------------------------------------------------------------------------------------
+def cuts_of(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator[tuple[Variant, str]]:
+    """The cuts below the full depth, the deepest first, and why one cannot be told.
 
-
-def add_whole(plan: Plan, study: StudyOptions, base: Base) -> tuple[Variant, str]:
-    """The model as it came; gives it and its step."""
-    whole = Variant(f"{base.name}-{base.depth}-{UNTRAINED}", base, FULL, tuple(range(base.depth)))
-    out = study.out / MODELS / whole.name
-    blocks = {"model": base.model, "to": str(base.depth), "pooling": study.pooling}
-    return whole, plan.add("prune", whole, out, **blocks, out=out)
-
-
-def add_trimmed(plan: Plan, study: StudyOptions, whole: Variant, came: str) -> tuple[Variant, str]:
-    """The model that all others are cut from, and its step: as it came, or with a smaller vocabulary."""
-    if not study.cuts_vocabulary:
-        return whole, came
-    trimmed = replace(whole, name=f"{whole.base.name}-{whole.depth}-{TRIMMED}")
-    out = study.out / MODELS / trimmed.name
-    options: dict[str, Any] = {"vocab": study.vocab or study.data, "columns": study.columns}
-    options |= {"vocab_size": study.vocab_size, "vocab_coverage": study.vocab_coverage}
-    options |= {"vocab_tasks": [task for task in study.tasks if Path(task).is_dir()]}
-    options["model"] = str(study.out / MODELS / whole.name)
-    return trimmed, plan.add("prune", trimmed, out, came, **options, out=out)
-
-
-def add_profile(plan: Plan, study: StudyOptions, whole: Variant, came: str, tasks: Sequence[str]) -> None:
-    """The profile of a model that is not trained; it scores ``tasks``, too."""
-    out = study.out / "profiles" / whole.base.name
-    options: dict[str, Any] = {"data": study.data, "columns": study.columns}
-    options |= {"max_examples": study.max_examples, "seed": study.seed}
-    options |= {"scale": study.profile_scale, "dtype": study.profile_dtype}
-    options |= {"tasks": tasks, "sample": study.sample if tasks else None}
-    plan.add("profile", whole, out / CURVE, came, model=str(study.out / MODELS / whole.name), **options, out=out)
-
-
-def add_scores(
-    plan: Plan,
-    study: StudyOptions,
-    variant: Variant,
-    step: str | None,
-    tasks: Sequence[str],
-    told_by: str | None = None,
-) -> None:
-    """The scores of a model, if there are tasks: of one that ``step`` makes, or of a baseline."""
-    if not tasks:
-        return
-    out = study.out / "scores" / variant.name
-    model = variant.base.model if step is None else str(study.out / MODELS / variant.name)
-    # By its name, wherever the run folder lies: the scores are of this study's model.
-    options: dict[str, Any] = {"models": [model], "names": [variant.name], "tasks": tasks}
-    options |= {"sample": study.sample, "seed": study.seed, "cache": cache_of(study)}
-    needed = () if step is None else (step,)
-    plan.add("evaluate", variant, out / Scores.file, *needed, told_by=told_by, **options, out=out)
-
-
-def add_baselines(plan: Plan, study: StudyOptions, tasks: Sequence[str], told_by: str | None = None) -> None:
-    """The scores of the models to compare with, which the study only opens.
-
-    Raises:
-        ConfigError: One has the name of a model of the study.
+    Entries that lead to the same layers are one.
     """
-    made = {variant.name for _, variant in plan.models}
-    for model in study.baselines:
-        if (name := model_label(model)) in made:
-            raise ConfigError("baselines", model, f"{name} is a model of the study", "rename the folder")
-        add_scores(plan, study, Variant(name, Base(name, model, 0), (), (), BASELINE), None, tasks, told_by)
+    known: dict[tuple[int, ...], list[str]] = {}
+    unknown: dict[str, str] = {}
+    for spec in specs:
+        try:
+            blocks = _blocks(spec, base.depth, profile)
+        except SecateurError as error:
+            if profile is None:  # nothing has begun
+                raise
+            unknown[spec] = str(error)
+            continue
+        if blocks is None:
+            unknown[spec] = ""
+        else:
+            known.setdefault(blocks, []).append(spec)
+    taken: set[str] = set()
+    for blocks in sorted(known, key=lambda kept: (-len(kept), kept)):
+        if len(blocks) < base.depth:
+            label = _label(blocks, known[blocks][0], taken)
+            taken.add(label)
+            yield Variant(f"{base.name}-{label}", base, tuple(known[blocks]), blocks), ""
+    for spec, problem in unknown.items():
+        yield Variant(f"{base.name}-({spec})", base, (spec,), None), problem
 
 
-def cache_of(study: StudyOptions) -> Path:
-    """The folder that keeps vectors."""
-    return study.cache or study.out / "cache"
+def _blocks(spec: str, depth: int, profile: Profile | None) -> tuple[int, ...] | None:
+    """The layers that an entry of ``depths`` keeps; None where it takes a profile that is not there."""
+    if not needs_profile(spec) or profile is not None:
+        return blocks_to_keep(spec, depth, profile)
+    _, counted, count = spec.partition(":")
+    if counted:  # too many layers are too many for every selector
+        blocks_to_keep(count.partition(":")[0], depth)
+    return None
+
+
+def _label(blocks: tuple[int, ...], spec: str, taken: Collection[str]) -> str:
+    """How a folder's name tells layers: their number, and the selector unless they are the first ones."""
+    if is_prefix(blocks):
+        return str(len(blocks))
+    words = re.sub(r"[^a-z0-9]+", "_", re.sub(rf":{len(blocks)}(?=:|$)", "", spec.lower())).strip("_")
+    way = words if words[:1].isalpha() else f"chosen_{words}"
+    label, number = f"{len(blocks)}-{way}", 1
+    while label in taken:
+        number += 1
+        label = f"{len(blocks)}-{way}_{number}"
+    return label

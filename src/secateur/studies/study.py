@@ -26,9 +26,11 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +45,18 @@ from secateur.healing.recipes import training_config
 from secateur.healing.training_data import training_sets
 from secateur.models import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
-from secateur.options.runs import of_earlier_version
 from secateur.progress import Progress, silent
-from secateur.provenance import acting_as, fingerprint
+from secateur.provenance import acting_as
 from secateur.reporting.advice import coverage_notes
 from secateur.reporting.report import report
 from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, read_run
-from secateur.results import Costs, Origin, Profile, Scores, Scout, VocabularyCut, load
+from secateur.results import Costs, Origin, Profile, Scores, Scout, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
-from secateur.studies.grid import recipe_options
-from secateur.studies.plan import PRESETS, SCOUTS, chosen_depth, plan_steps, scout_names
+from secateur.studies.plan import ITSELF, PRESETS, SCOUTS, chosen_depth, plan_steps, recipe_options, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
-from secateur.studies.steps import CURVE, FRONTIER, ITSELF, MODELS, NO_TRAINING, Base, Plan
+from secateur.studies.steps import LAST, MODELS, NO_TRAINING, Base, Plan
 
 SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
 HOW = frozenset({"out", "jobs", "ray"})
@@ -95,8 +95,6 @@ def study(options: StudyOptions, *, progress: Progress = silent, callback: Calla
         failed = Scheduler(
             run,
             make_plan=lambda failed: _make_plan(outline, failed, keep=True),
-            is_done=lambda step, plan: records.is_done(step, plan, run, keep=True),
-            record=lambda step, plan: records.record(step, plan, run),
             executor=on_ray(address, jobs) if address is not None else local,
             callback=callback,
         ).go()
@@ -140,8 +138,11 @@ def read_status(run: str | Path) -> State:
     plan = _make_plan(outline, failed)
     done = {step.name for step in plan.steps if step.known and records.is_done(step, plan, run, closely=False)}
     left = {step.name for step in plan.steps} - done
-    at_work = _is_locked(run / records.FOLDER)
-    running = {name: 0.0 for name, entry in last.items() if at_work and entry["outcome"] == "started" and name in left}
+    running: dict[str, float] = {}
+    if _is_locked(run / records.FOLDER):
+        begun = {name: entry for name, entry in last.items() if entry["outcome"] == "started" and name in left}
+        ages = {name: datetime.now(timezone.utc) - datetime.fromisoformat(begun[name]["started"]) for name in begun}
+        running = {name: time.monotonic() - age.total_seconds() for name, age in ages.items()}
     failed = {name: reason for name, reason in failed.items() if name in left - running.keys()} | plan.failed
     return State(plan, done, running, failed, taken_seconds(entries))
 
@@ -182,13 +183,11 @@ def _prepare(given: StudyOptions, progress: Progress, *, closely: bool = True) -
     run = given.out
     settings = _settings(given, progress)
     kept = _read_plan(run) if (run / SETTINGS).is_file() and (run / PLAN).is_file() else {}
-    if kept and (not closely or kept["study"] in (None, _what(settings))):
+    if kept and (not closely or kept["study"] == _what(settings)):
         outline = _Outline(settings, kept["models"], kept["amounts"])
     else:
         outline = _check_and_measure(settings)
     if kept:
-        if not (run / records.FOLDER).is_dir():
-            _check_earlier_version(run, kept, settings)
         records.check(_make_plan(outline), run, closely=closely)
     return outline
 
@@ -254,35 +253,18 @@ def _what(settings: StudyOptions) -> dict[str, Any]:
 
 
 def _read_plan(run: Path) -> dict[str, Any]:
-    """``plan.json`` of an earlier start, also of the version before.
+    """``plan.json`` of an earlier start.
 
     Raises:
         DataError: It is missing or broken.
     """
     content: dict[str, Any] = read_json(run / PLAN)
     try:
-        known = {field.name for field in fields(Base)}
-        models = tuple(Base(**{key: base[key] for key in base.keys() & known}) for base in content["models"])
-        given = content.get("study")
-        study = None if given is None else _what(make(StudyOptions, of_earlier_version(given) | {"out": run}))
-        return content | {"models": models, "amounts": Amounts(**content["amounts"]), "study": study}
-    except (AttributeError, KeyError, TypeError, ConfigError) as error:
+        models = tuple(Base(**base) for base in content["models"])
+        return content | {"models": models, "amounts": Amounts(**content["amounts"]), "study": content["study"]}
+    except (AttributeError, KeyError, TypeError) as error:
         hint = f"missing or unexpected: {error}; remove it, and the study makes it again"
         raise DataError(run / PLAN, "is not a whole plan", hint) from error
-
-
-def _check_earlier_version(run: Path, kept: Mapping[str, Any], settings: StudyOptions) -> None:
-    """Refuse to go on with a run of the version before, which has no records, after options or files have changed."""
-    before, now = kept["study"], _what(settings)
-    differing = [key for key in now if before is not None and before[key] != now[key]]
-    if differing:
-        what = f"changed in {run / SETTINGS} since an earlier version of secateur began the study"
-        raise ConfigError(", ".join(differing), None, what, "change it back, or name a new run folder")
-    for files in kept.get("inputs", {}).values():
-        for file, sha256 in files.items():
-            if Path(file).is_file() and fingerprint(Path(file), 0).sha256 != sha256:
-                hint = "bring the old state back, or name a new run folder"
-                raise DataError(file, "has changed since the study began", hint)
 
 
 def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = False) -> Plan:
@@ -295,10 +277,10 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
     """
     study, run = outline.study, outline.study.out
     folders = {base.name: run / "profiles" / base.name for base in outline.bases}
-    profiles = {name: load(folder, Profile) for name, folder in folders.items() if (folder / CURVE).is_file()}
+    profiles = {name: load(folder, Profile) for name, folder in folders.items() if (folder / LAST["profile"]).is_file()}
     names = [scout_names(study, base)[0] for base in outline.bases]
     scouted = {name: run / SCOUTS / name for name in ([] if study.depths else names)}
-    scouts = {name: load(folder, Scout) for name, folder in scouted.items() if (folder / FRONTIER).is_file()}
+    scouts = {name: load(folder, Scout) for name, folder in scouted.items() if (folder / LAST["scout"]).is_file()}
     plan = plan_steps(study, outline.bases, profiles, scouts, failed)
     plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
     for base in outline.bases:
@@ -332,12 +314,6 @@ _COSTS = (
 )
 
 
-_VOCABULARY = (
-    *("tokens", "of_tokens", "vocabulary_from", "coverage", "changed_texts"),
-    *("tokens_per_text", "tokens_per_text_before", "unknown_tokens"),
-)
-
-
 def read_scores(run: str | Path) -> Scores:
     """All scores of a run in one table, in the order in which its models were made."""
     tables = [load(file, Scores) for file in sorted(Path(run).glob(f"scores/*/{Scores.file}"))]
@@ -358,39 +334,36 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
     """
     planned = {item["name"]: item for item in _read_plan(Path(run))["variants"]}
     found = {variant.name: variant for variant in read_run(run).variants}
+    planned |= {name: {"specs": [], "seed": None} for name, variant in found.items() if variant.is_baseline}
     rows: list[dict[str, Any]] = []
-    baselines: dict[str, Any] = {
-        name: {"specs": [], "seed": None} for name, variant in found.items() if variant.is_baseline
-    }
-    for name, item in (planned | baselines).items():
+    for name, item in planned.items():
         if (variant := found.get(name)) is None:
             continue
-        training, origin = variant.training, variant.origin
+        training, origin, cut = variant.training, variant.origin, variant.vocabulary
         what: dict[str, Any] = {
             "model": variant.base,
-            "variant": variant.name,
+            "variant": name,
             "depth": variant.blocks,
             "kept": variant.depth,
+            "specs": " ".join(item["specs"]),
+            "blocks": " ".join(map(str, origin.kept)) if origin else None,
+            "recipe": NO_TRAINING if variant.recipe in (UNTRAINED, TRIMMED) else variant.recipe,
+            "seed": item["seed"],
+            "steps": training and training.steps,
+            "train_seconds": training and round(training.seconds, 1),
+            "tokens": cut and cut.row.tokens,
+            "of_tokens": cut and cut.tokens,
+            "vocabulary_from": cut and " ".join(cut.files),
+            "coverage": cut and cut.row.coverage,
+            "changed_texts": cut and cut.row.changed,
+            "tokens_per_text": cut and cut.row.tokens_per_text,
+            "tokens_per_text_before": cut and cut.tokens_per_text,
+            "unknown_tokens": cut and cut.row.unknown,
         }
-        what |= {"specs": " ".join(item["specs"]), "blocks": " ".join(map(str, origin.kept)) if origin else None}
-        is_trained = variant.recipe not in (UNTRAINED, TRIMMED)
-        what |= {"recipe": variant.recipe if is_trained else NO_TRAINING, "seed": item["seed"]}
-        what |= {"steps": training.steps if training else None}
-        what |= {"train_seconds": round(training.seconds, 1) if training else None}
-        what |= _vocabulary_cells(variant.vocabulary)
-        cost = {name: getattr(variant.cost, name, None) for name in _COSTS}
+        cost = {key: getattr(variant.cost, key, None) for key in _COSTS}
         for score in variant.scores.values() or (None,):
-            rows.append(what | {name: getattr(score, name, None) for name in _SCORES} | cost)
+            rows.append(what | {key: getattr(score, key, None) for key in _SCORES} | cost)
     return rows
-
-
-def _vocabulary_cells(cut: VocabularyCut | None) -> dict[str, Any]:
-    """How a vocabulary was cut, as a row of the joined table has it."""
-    if cut is None:
-        return dict.fromkeys(_VOCABULARY)
-    row = cut.row
-    values = (row.tokens, cut.tokens, " ".join(cut.files), row.coverage, row.changed)
-    return dict(zip(_VOCABULARY, (*values, row.tokens_per_text, cut.tokens_per_text, row.unknown), strict=True))
 
 
 def _write_view(run: Path) -> Path:
