@@ -40,7 +40,8 @@ from scipy.sparse import csr_array
 from scipy.stats import entropy, pearsonr, spearmanr
 
 from secateur.errors import DataError
-from secateur.measures.intervals import Array, Interval, Statistic, interval, limits_of, mean_of, mean_statistic
+from secateur.evaluation.tasks import splits_of
+from secateur.measures.intervals import Array, Statistic, interval, limits_of, mean_of, mean_statistic
 from secateur.results import DifferenceRow, ScoreRow
 
 _SIMILARITIES = {
@@ -91,10 +92,7 @@ def score_differences(
 ) -> tuple[DifferenceRow, ...]:
     """Each model's scores minus the reference's, by task, and the mean over the tasks that both have.
 
-    Args:
-        rows: Scores of some models, the reference among them.
-        reference: Name of the model to subtract.
-        replicates: Of each row, as :func:`read_replicates` gives them.
+    ``replicates`` are those of each row, as :func:`read_replicates` gives them.
     """
     found = {(row.model, row.task): (row, own) for row, own in zip(rows, replicates, strict=True)}
     differences: list[DifferenceRow] = []
@@ -103,20 +101,21 @@ def score_differences(
         paired: list[Array] = []
         for task in [row.task for row in rows if row.model == model and (reference, row.task) in found]:
             (row, own), (other, theirs) = found[model, task], found[reference, task]
-            ends: Interval = (None, None)
+            low = high = None
             unit, units = "", 0
             if own is not None and theirs is not None and is_paired(row, other):
                 paired.append(own - theirs)
                 least, most = limits_of(row.metric)
-                ends, unit, units = interval(paired[-1], (least - most, most - least)), row.unit, row.units
+                low, high = interval(paired[-1], (least - most, most - least))
+                unit, units = row.unit, row.units
             scores = row.score, other.score, row.score - other.score
-            by_task.append(DifferenceRow(model, reference, task, row.metric, *scores, *ends, unit, units))
+            by_task.append(DifferenceRow(model, reference, task, row.metric, *scores, low, high, unit, units))
         differences += by_task
         if len(by_task) > 1:
             mean, base = np.mean([(row.score, row.reference_score) for row in by_task], axis=0).tolist()
-            ends = interval(mean_of(paired)) if len(paired) == len(by_task) else (None, None)
-            scores = mean, base, mean - base
-            differences.append(DifferenceRow(model, reference, "", "mean", *scores, *ends, "tasks", len(by_task)))
+            low, high = interval(mean_of(paired)) if len(paired) == len(by_task) else (None, None)
+            scores, count = (mean, base, mean - base), len(by_task)
+            differences.append(DifferenceRow(model, reference, "", "mean", *scores, low, high, "tasks", count))
     return tuple(differences)
 
 
@@ -134,17 +133,11 @@ class Resampled(NamedTuple):
 def resampled_scores(
     task: AbsTask, predictions: Mapping[str, Any], metric: str, random_state: tuple[Any, ...]
 ) -> list[Resampled] | None:
-    """The splits of a task that a model was scored on.
+    """The splits of a task that a model was scored on, from the file of predictions that mteb wrote for it.
 
-    Args:
-        task: As it was evaluated, with its data.
-        predictions: The content of the file that mteb wrote for it: subset → split → predictions of the type's form.
-        metric: The task's main metric.
-        random_state: Of ``task.rng_state`` before the evaluation; a clustering task draws texts by it.
-
-    Returns:
-        None for a type of task or a metric whose rows cannot be resampled: adjusted mutual information, types that
-        task folders do not have.
+    ``random_state`` is that of ``task.rng_state`` before the evaluation: a clustering task draws texts by it. None for
+    a type of task or a metric whose rows cannot be resampled: adjusted mutual information, types that task folders do
+    not have.
     """
     build = next((build for kind, build in _BUILDERS.items() if isinstance(task, kind)), None)
     if build is None or (isinstance(task, AbsTaskClustering) and metric != "v_measure"):
@@ -152,12 +145,11 @@ def resampled_scores(
     rng = random.Random()  # noqa: S311 - to follow mteb's draws
     rng.setstate(random_state)
     found = []
-    for split in task.eval_splits:
-        for subset in task.hf_subsets:
-            content = predictions.get(subset, {}).get(split)
-            if content is None:
-                return None
-            found.append(build(task, task.dataset.get(subset, task.dataset)[split], content, metric, rng))
+    for split, subset, data in splits_of(task):
+        content = predictions.get(subset, {}).get(split)
+        if content is None:
+            return None
+        found.append(build(task, data, content, metric, rng))
     return found
 
 
@@ -211,14 +203,7 @@ def _pairs(task: AbsTask, data: Any, content: Mapping[str, Any], metric: str, rn
 def binary_metric(measure: str, labels: Array, scores: Array, counts: Array) -> Array:
     """``ap``, or ``accuracy``, ``f1``, ``precision`` or ``recall`` at the best threshold as mteb finds it.
 
-    Args:
-        measure: One of these.
-        labels: (units,), 0 or 1.
-        scores: (units,), higher for 1.
-        counts: (replicates, units).
-
-    Returns:
-        (replicates,). NaN where a replicate has no positive.
+    Of labels (units,), 0 or 1, and scores (units,), higher for 1: (replicates,), NaN where one has no positive.
     """
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.r_[np.diff(scores[order]) != 0, True])  # a threshold cannot split tied scores
@@ -295,11 +280,7 @@ def _clustered(task: AbsTask, data: Any, content: Mapping[str, Any], metric: str
 def v_measure_of(units: NDArray[Any], gold: NDArray[Any], found: NDArray[Any], total: int) -> Statistic:
     """V-measure (Rosenberg and Hirschberg 2007) of one clustering, as sklearn has it.
 
-    Args:
-        units: Which of the ``total`` units each clustered text is.
-        gold: Its class.
-        found: Its cluster.
-        total: How many units there are.
+    Of each clustered text, ``units`` says which of ``total`` units it is, ``gold`` its class, ``found`` its cluster.
     """
     both = gold * (int(found.max()) + 1) + found
 

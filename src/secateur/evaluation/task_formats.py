@@ -41,11 +41,7 @@ class Found:
 
 
 def recognize(place: Path, type_: str = "") -> Found:
-    """Say what a file or folder is, by names, and by the columns of a first row.
-
-    Args:
-        place: A file, or a folder.
-        type_: What ``task.json`` says; may be empty.
+    """Say what a file or folder is, by names, and by the columns of a first row; ``type_`` is from ``task.json``.
 
     Raises:
         DataError: It is nothing known; or a file that the type needs is missing.
@@ -107,30 +103,21 @@ def _a_file_for_each_table(folder: Path, type_: str) -> Found | None:
 
 def _dictionaries(place: Path, type_: str) -> Found | None:
     """One JSON file with three dictionaries, or three files with one each."""
-    files = {name: place / f"{name}.json" for name in _DICTIONARIES}
     if type_ not in ("", "retrieval"):
         return None
-    if all(file.is_file() for file in files.values()):
-        content = {name: read_json(file, strict=True) for name, file in files.items()}
+    homes = {name: place / f"{name}.json" for name in _DICTIONARIES}
+    files = homes
+    if all(file.is_file() for file in homes.values()):
+        whole = {name: read_json(file, strict=True) for name, file in homes.items()}
     else:
         file = _only_file(place)
-        content = read_json(file, strict=True) if file is not None and file.suffix.lower() == ".json" else []
-        if file is None or isinstance(content, list):
+        whole = read_json(file, strict=True) if file is not None and file.suffix.lower() == ".json" else []
+        if file is None or isinstance(whole, list):
             return None
-        files = {"questions": file}
-        if missing := [name for name in _DICTIONARIES if not isinstance(content, dict) or name not in content]:
-            there = ", ".join(content) if isinstance(content, dict) else f"a {type(content).__name__}"
+        files, homes = {"questions": file}, dict.fromkeys(_DICTIONARIES, file)
+        if missing := [name for name in _DICTIONARIES if not isinstance(whole, dict) or name not in whole]:
+            there = ", ".join(whole) if isinstance(whole, dict) else f"a {type(whole).__name__}"
             raise DataError(file, f"lacks {', '.join(missing)}", f"here is {there:.200}")
-    homes = {name: files.get(name, files.get("questions", place)) for name in _DICTIONARIES}
-    what = "question set (queries, corpus, relevant_docs)"
-    return Found(what, files, lambda: _read_dictionaries(homes, content))
-
-
-def _read_dictionaries(homes: Mapping[str, Path], whole: Mapping[str, Any]) -> Content:
-    for name in _DICTIONARIES:
-        if not isinstance(whole[name], dict):
-            hint = "query id: list of document ids" if name == "relevant_docs" else "id: text"
-            raise DataError(homes[name], f"is a {type(whole[name]).__name__}, not {{{hint}, ...}}", field=name)
 
     def texts(name: str) -> Iterator[tuple[Place, Row]]:
         for key, value in whole[name].items():
@@ -143,10 +130,17 @@ def _read_dictionaries(homes: Mapping[str, Path], whole: Mapping[str, Any]) -> C
             for document, score in own.items() if isinstance(own, dict) else [(document, 1) for document in own]:
                 yield f"relevant_docs.{query}", dict(zip(QRELS, (query, document, score), strict=True))
 
-    rows = {"corpus": texts("corpus"), "queries": texts("queries"), "qrels": judgments()}
-    files = {**homes, "qrels": homes["relevant_docs"]}
-    fields = FIELDS["retrieval"]
-    return Content("retrieval", {name: read_table(files[name], fields[name], rows[name]) for name in rows})
+    def read() -> Content:
+        for name, file in homes.items():
+            if not isinstance(whole[name], dict):
+                hint = "query id: list of document ids" if name == "relevant_docs" else "id: text"
+                raise DataError(file, f"is a {type(whole[name]).__name__}, not {{{hint}, ...}}", field=name)
+        fields = FIELDS["retrieval"]
+        tables = {name: read_table(homes[name], fields[name], texts(name)) for name in ("corpus", "queries")}
+        tables["qrels"] = read_table(homes["relevant_docs"], fields["qrels"], judgments())
+        return Content("retrieval", tables)
+
+    return Found("question set (queries, corpus, relevant_docs)", files, read)
 
 
 # Rows of queries and positives, or of pairs with scores ---------------------------------------------------------------

@@ -184,13 +184,7 @@ def read_table(
     *,
     optional: Collection[str] = ("title",),
 ) -> Table:
-    """Rows whose columns are checked, and called as in :data:`FIELDS`.
-
-    Args:
-        file: What errors call it.
-        fields: The columns.
-        rows: Default: those of the file.
-        optional: Columns that may be missing.
+    """Rows, by default those of the file, whose columns are checked, and called as in :data:`FIELDS`.
 
     Raises:
         DataError: The first that is broken, with the places of others like it; or there are none.

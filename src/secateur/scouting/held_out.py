@@ -69,14 +69,8 @@ def hold_out(
 ) -> None:
     """Write the task folders of held-out rows into a new folder, which is there when it is whole.
 
-    Args:
-        sources: The data. Where there are pairs, texts alone hold nothing out.
-        count: Rows in all, shared evenly by the files; at most a tenth of each.
-        seed: What they are drawn by.
-        folder: To be made.
-        teacher: Who says what texts are near each other, where there are no pairs.
-        cache: Folder of the teacher's vectors.
-        progress: Called while the teacher encodes.
+    ``count`` rows in all are shared evenly by the files, at most a tenth of each. Where there are pairs, texts alone
+    hold nothing out; where there are none, the teacher, whose vectors are kept in ``cache``, says what texts are near.
 
     Raises:
         ConfigError: Texts alone, and no teacher.
@@ -111,33 +105,30 @@ def draw(sources: Sequence[Source], count: int, seed: int) -> list[tuple[Source,
     names = [_task_name(source) for source in own]
     if twice := [source.name for source, name in zip(own, names, strict=True) if names.count(name) > 1]:
         raise DataError(twice[0], "two data files have this name, and so would their tasks", "rename one")
-    share, found, drawn = count // len(own), 0, []
+    share, found = count // len(own), 0
+    drawn: list[tuple[Source, Rows]] = []
     for source in own:
-        rows = _draw(source, min(share, len(source.rows) // SHARE), seed)
-        queries = len(_relevant([row for row in rows if isinstance(row, Pair)]) if isinstance(source, Pairs) else rows)
-        if queries >= FEWEST:
-            found += queries
-        drawn.append((source, rows if queries >= FEWEST else frozenset()))
+        rng = random.Random(f"{seed} {source.name}")  # noqa: S311 - not for secrets
+        most = min(share, len(source.rows) // SHARE)
+        held: Rows
+        if isinstance(source, Texts):
+            texts = list(dict.fromkeys(source.rows))
+            held = frozenset(rng.sample(texts, min(most, len(texts))))
+            queries = len(held)
+        else:
+            groups, taken = _groups(source.rows), []
+            rng.shuffle(groups)
+            for group in groups:
+                if len(taken) + len(group) <= most:
+                    taken += group
+            held, queries = frozenset(taken), len(_relevant(taken))
+        drawn.append((source, held if queries >= FEWEST else frozenset()))
+        found += queries if queries >= FEWEST else 0
     if found < FEWEST_IN_ALL:
         each = f"at most a tenth of each file, and none of a file with fewer than {FEWEST} in it"
         problem = f"{found} queries can be held out to score the depths ({each})"
         raise DataError("data", problem, "name tasks with --tasks, give more rows, or raise --held-out")
     return drawn
-
-
-def _draw(source: Source, most: int, seed: int) -> Rows:
-    """Rows to hold out, in whole groups that share a text."""
-    rng = random.Random(f"{seed} {source.name}")  # noqa: S311 - not for secrets
-    if isinstance(source, Texts):
-        texts = list(dict.fromkeys(source.rows))
-        return frozenset(rng.sample(texts, min(most, len(texts))))
-    groups = _groups(source.rows)
-    rng.shuffle(groups)
-    taken: list[Pair] = []
-    for group in groups:
-        if len(taken) + len(group) <= most:
-            taken += group
-    return frozenset(taken)
 
 
 def _groups(rows: Sequence[Pair]) -> list[list[Pair]]:

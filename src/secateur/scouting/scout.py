@@ -129,12 +129,7 @@ def _plan(options: ScoutOptions) -> tuple[int, ...]:
 def ladder(depth: int, legal: Sequence[int]) -> tuple[int, ...]:
     """About eight depths from a fifth of the layers to all of them, each larger than the last by the same factor.
 
-    Args:
-        depth: How many layers the model has.
-        legal: Depths that it can be cut to; each rung is moved to the nearest, the smaller of two.
-
-    Returns:
-        Distinct legal depths, ascending, the full depth as the last.
+    Each is moved to the nearest legal depth, the smaller of two. They ascend, the full depth as the last.
     """
     lowest = max(1.0, depth * LOWEST)
     wanted = [round(lowest * (depth / lowest) ** (step / (RUNGS - 1))) for step in range(RUNGS)]
@@ -247,14 +242,7 @@ def rungs(
 ) -> tuple[tuple[RungRow, ...], list[str]]:
     """The mean over tasks at each depth, and its paired difference to the full depth.
 
-    Args:
-        scores: Of the same tasks at each depth.
-        trained: Depths that were trained.
-        full: The full depth.
-        name: What the user calls the model.
-
-    Returns:
-        Rows by depth; and a note on depths that have none, because a score there is no number.
+    A depth where a score is no number has no row, but a note.
 
     Raises:
         ModelError: That is so at the full depth.
