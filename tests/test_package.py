@@ -27,12 +27,12 @@ models: compat blocks cutting pooling checks forward save open_model static
 data: rows hub sources vectors endpoints embedders demo
 vocabulary: counts tokens trim choice
 measures: metrics intervals costs
-evaluation: task_tables task_formats task_folder task_check task_making tasks replicates evaluate
+evaluation: task_tables task_formats task_folder task_making tasks replicates evaluate
 choosing: selectors budgets vocabulary evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes exclusion training_data processes teacher losses evaluator trainer heal
-scouting: ladder held_out rungs scout
+scouting: held_out scout
 reporting: cost compare run findings advice verdict tables pictures card report
 studies: steps plan estimate records runner study
 exporting: graph convert export

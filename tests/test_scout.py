@@ -23,7 +23,7 @@ from secateur.healing import heal as healing
 from secateur.models.open_model import open_model
 from secateur.results import Scout, Training, load
 from secateur.scouting import scout as scouting
-from secateur.scouting.ladder import ladder
+from secateur.scouting.scout import ladder
 from task_folders import example_rows, write_task
 
 SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 8, "precision": "float32", "train": "blocks"}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from secateur.choosing.choose import candidates, choose
     from secateur.errors import SecateurError
     from secateur.evaluation.evaluate import evaluate
-    from secateur.evaluation.task_check import check_tasks
+    from secateur.evaluation.task_folder import check_tasks
     from secateur.evaluation.task_making import make_task
     from secateur.exporting.export import export
     from secateur.healing.heal import heal
@@ -59,7 +59,7 @@ _HOMES = {
     "SecateurError": "errors",
     "accelerate": "inference.encoders",
     "candidates": "choosing.choose",
-    "check_tasks": "evaluation.task_check",
+    "check_tasks": "evaluation.task_folder",
     "choose": "choosing.choose",
     "compare": "reporting.compare",
     "cost": "reporting.cost",

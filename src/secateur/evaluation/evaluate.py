@@ -100,10 +100,12 @@ def evaluate(  # noqa: D417 - the rest follows from the options
 
     def score_model(number: int, label: str, given: Model) -> None:
         """All tasks of one model, which leaves the memory when this returns, before the next one is opened."""
-        model = given if isinstance(given, SentenceTransformer) else open_embedder(given)
+        if isinstance(given, SentenceTransformer):
+            model, source, files = given, "", ""
+        else:
+            model, source, files = open_embedder(given), model_source(given), fingerprint_files(given)
         told = is_instructed(model) if instructed is None else instructed[number]
         weights, cache = identify(model, vectors_folder(options, given))
-        source, files = _origin(given)
         if options.names is None:
             table.check_same_model(label, source, weights)
         for done, task in enumerate(tasks, start=number * len(tasks)):
@@ -133,26 +135,17 @@ def vectors_folder(options: EvaluateOptions | CompareOptions, model: Model) -> P
     return options.cache or (options.out / "cache" if options.out is not None and is_endpoint(model) else None)
 
 
-def _origin(model: Model) -> tuple[str, str]:
-    """A folder's whole path or a Hub id, and the fingerprint of its files; both empty for a model that is open."""
-    if isinstance(model, SentenceTransformer):
-        return "", ""
-    return model_source(model), fingerprint_files(model)
-
-
 class _ScoreTable:
     """The scores so far, in memory and in ``out/scores.json``: those asked for now, and others that it held already."""
 
     def __init__(self, out: Path | None, tasks: Sequence[Task], seed: int) -> None:
         self.out, self.seed = out, seed
-        self.rows: dict[tuple[str, str], ScoreRow] = {}
-        self.data: dict[str, Fingerprint] = {}
         if out is not None:  # that it can be written is made sure of before hours of work
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise output_error(out, error) from error
-            self.rows, self.data = _read(out)
+        self.rows, self.data = _read(out)
         self.data |= {task.name: task.source for task in tasks}
 
     def holds(self, model: str, task: str, key: Mapping[str, Any], files: str) -> bool:
@@ -160,11 +153,12 @@ class _ScoreTable:
         row = self.rows.get((model, task))
         if row is None or not is_result_of(row, key):
             return False
-        if self.out is not None and row.draws and not replicates_file(self.out, row.draws).is_file():
-            return False
-        if self.out is not None and files != row.files:
-            with lock(self.out, wait=True):
-                self._save(replace(row, files=files))
+        if self.out is not None:
+            if row.draws and not replicates_file(self.out, row.draws).is_file():
+                return False
+            if files != row.files:
+                with lock(self.out, wait=True):
+                    self._save(self.out, replace(row, files=files))
         return True
 
     def check_same_model(self, model: str, source: str, weights: str) -> None:
@@ -191,15 +185,14 @@ class _ScoreTable:
                 write_bytes(replicates_file(self.out, row.draws), npy_bytes(scored.replicates))
             with output_errors(self.out / "mteb"):
                 ResultCache(self.out / "mteb").save_to_cache(scored.result, scored.meta)
-            self._save(row)
+            self._save(self.out, row)
 
-    def _save(self, row: ScoreRow) -> None:
+    def _save(self, out: Path, row: ScoreRow) -> None:
         """Write the file with this row, and those that another run may have added to it."""
-        assert self.out is not None
         self.rows[row.model, row.task] = row
-        rows, data = _read(self.out)
+        rows, data = _read(out)
         rows = self.rows | rows | {(row.model, row.task): row}
-        self._table([*rows.values()], data | self.data).save(self.out)
+        self._table([*rows.values()], data | self.data).save(out)
 
     def scores(self, wanted: Sequence[tuple[str, str]]) -> Scores:
         """The scores of some models and tasks."""
@@ -210,9 +203,9 @@ class _ScoreTable:
         return Scores(provenance([item for name, item in data.items() if name in used], self.seed), tuple(rows))
 
 
-def _read(out: Path) -> tuple[dict[tuple[str, str], ScoreRow], dict[str, Fingerprint]]:
+def _read(out: Path | None) -> tuple[dict[tuple[str, str], ScoreRow], dict[str, Fingerprint]]:
     """The rows of a folder's table, by model and task, and what they were computed on, by task."""
-    if not (out / Scores.file).exists():
+    if out is None or not (out / Scores.file).exists():
         return {}, {}
     table = load(out, Scores)
     return {(row.model, row.task): row for row in table.rows}, {item.name: item for item in table.provenance.data}
@@ -316,17 +309,9 @@ class Scored:
 
 
 def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: Mapping[str, Any]) -> Scored:
-    """Let mteb run one task.
+    """Let mteb run one task; the score is NaN where mteb's is, as a correlation with vectors that are all alike is.
 
-    Args:
-        encoder: From :func:`as_encoder`.
-        label: What the model is called in the row.
-        task: Is made anew.
-        batch_size: Texts encoded at once.
-        key: The row's ``sample``, ``seed``, ``prompt``, ``prompts``, ``data``, ``weights`` and ``versions``.
-
-    Returns:
-        The score, which is NaN where mteb's is, such as a correlation with vectors that are all alike.
+    ``key`` holds the row's ``sample``, ``seed``, ``prompt``, ``prompts``, ``data``, ``weights`` and ``versions``.
     """
     made = task.make()
     started, state = time.monotonic(), made.rng_state.getstate()

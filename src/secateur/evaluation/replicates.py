@@ -37,9 +37,10 @@ from mteb.abstasks import (
 )
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import entropy, pearsonr, spearmanr
 
 from secateur.errors import DataError
+from secateur.evaluation.tasks import splits_of
 from secateur.measures.intervals import Array, Statistic, interval, limits_of, mean_of, mean_statistic
 from secateur.results import DifferenceRow, ScoreRow
 
@@ -91,36 +92,30 @@ def score_differences(
 ) -> tuple[DifferenceRow, ...]:
     """Each model's scores minus the reference's, by task, and the mean over the tasks that both have.
 
-    Args:
-        rows: Scores of some models, the reference among them.
-        reference: Name of the model to subtract.
-        replicates: Of each row, as :func:`read_replicates` gives them.
+    ``replicates`` are those of each row, as :func:`read_replicates` gives them.
     """
     found = {(row.model, row.task): (row, own) for row, own in zip(rows, replicates, strict=True)}
     differences: list[DifferenceRow] = []
     for model in dict.fromkeys(row.model for row in rows if row.model != reference):
-        tasks = [row.task for row in rows if row.model == model and (reference, row.task) in found]
         by_task: list[DifferenceRow] = []
         paired: list[Array] = []
-        for task in tasks:
+        for task in [row.task for row in rows if row.model == model and (reference, row.task) in found]:
             (row, own), (other, theirs) = found[model, task], found[reference, task]
+            low = high = None
+            unit, units = "", 0
+            if own is not None and theirs is not None and is_paired(row, other):
+                paired.append(own - theirs)
+                least, most = limits_of(row.metric)
+                low, high = interval(paired[-1], (least - most, most - least))
+                unit, units = row.unit, row.units
             scores = row.score, other.score, row.score - other.score
-            if own is None or theirs is None or not is_paired(row, other):
-                by_task.append(DifferenceRow(model, reference, task, row.metric, *scores, None, None, "", 0))
-                continue
-            paired.append(own - theirs)
-            least, most = limits_of(row.metric)
-            low, high = interval(paired[-1], (least - most, most - least))
-            by_task.append(DifferenceRow(model, reference, task, row.metric, *scores, low, high, row.unit, row.units))
+            by_task.append(DifferenceRow(model, reference, task, row.metric, *scores, low, high, unit, units))
         differences += by_task
         if len(by_task) > 1:
-            mean = float(np.mean([row.score for row in by_task]))
-            base = float(np.mean([row.reference_score for row in by_task]))
+            mean, base = np.mean([(row.score, row.reference_score) for row in by_task], axis=0).tolist()
             low, high = interval(mean_of(paired)) if len(paired) == len(by_task) else (None, None)
-            count = len(by_task)
-            differences.append(
-                DifferenceRow(model, reference, "", "mean", mean, base, mean - base, low, high, "tasks", count)
-            )
+            scores, count = (mean, base, mean - base), len(by_task)
+            differences.append(DifferenceRow(model, reference, "", "mean", *scores, low, high, "tasks", count))
     return tuple(differences)
 
 
@@ -138,17 +133,11 @@ class Resampled(NamedTuple):
 def resampled_scores(
     task: AbsTask, predictions: Mapping[str, Any], metric: str, random_state: tuple[Any, ...]
 ) -> list[Resampled] | None:
-    """The splits of a task that a model was scored on.
+    """The splits of a task that a model was scored on, from the file of predictions that mteb wrote for it.
 
-    Args:
-        task: As it was evaluated, with its data.
-        predictions: The content of the file that mteb wrote for it: subset → split → predictions of the type's form.
-        metric: The task's main metric.
-        random_state: Of ``task.rng_state`` before the evaluation; a clustering task draws texts by it.
-
-    Returns:
-        None for a type of task or a metric whose rows cannot be resampled: adjusted mutual information, types that
-        task folders do not have.
+    ``random_state`` is that of ``task.rng_state`` before the evaluation: a clustering task draws texts by it. None for
+    a type of task or a metric whose rows cannot be resampled: adjusted mutual information, types that task folders do
+    not have.
     """
     build = next((build for kind, build in _BUILDERS.items() if isinstance(task, kind)), None)
     if build is None or (isinstance(task, AbsTaskClustering) and metric != "v_measure"):
@@ -156,23 +145,17 @@ def resampled_scores(
     rng = random.Random()  # noqa: S311 - to follow mteb's draws
     rng.setstate(random_state)
     found = []
-    for split in task.eval_splits:
-        for subset in task.hf_subsets:
-            content = predictions.get(subset, {}).get(split)
-            if content is None:
-                return None
-            found.append(build(task, task.dataset.get(subset, task.dataset)[split], content, metric, rng))
+    for split, subset, data in splits_of(task):
+        content = predictions.get(subset, {}).get(split)
+        if content is None:
+            return None
+        found.append(build(task, data, content, metric, rng))
     return found
 
 
-def _mean(statistics: Sequence[Statistic]) -> Statistic:
-    """The mean of several scores."""
-
-    def mean(counts: Array) -> Array:
-        values: Array = np.mean([statistic(counts) for statistic in statistics], axis=0)
-        return values
-
-    return mean
+def _combined(combine: Callable[..., Array], statistics: Sequence[Statistic]) -> Statistic:
+    """The mean, or another ``combine``, of several scores."""
+    return lambda counts: combine([statistic(counts) for statistic in statistics], axis=0)
 
 
 def _sts(task: AbsTask, data: Any, content: Mapping[str, Any], metric: str, rng: random.Random) -> Resampled:
@@ -213,25 +196,14 @@ def _pairs(task: AbsTask, data: Any, content: Mapping[str, Any], metric: str, rn
     similarity, _, measure = metric.rpartition("_")
     chosen = list(_SIMILARITIES.values()) if similarity == "max" else [_SIMILARITIES[similarity]]
     scores = [sign * np.asarray(content[key], dtype=np.float64) for key, sign in chosen]
-
-    def best(counts: Array) -> Array:
-        values: Array = np.max([binary_metric(measure, labels, found, counts) for found in scores], axis=0)
-        return values
-
-    return Resampled("pairs", len(labels), best)
+    statistics = [partial(binary_metric, measure, labels, found) for found in scores]
+    return Resampled("pairs", len(labels), _combined(np.max, statistics))
 
 
 def binary_metric(measure: str, labels: Array, scores: Array, counts: Array) -> Array:
     """``ap``, or ``accuracy``, ``f1``, ``precision`` or ``recall`` at the best threshold as mteb finds it.
 
-    Args:
-        measure: One of these.
-        labels: (units,), 0 or 1.
-        scores: (units,), higher for 1.
-        counts: (replicates, units).
-
-    Returns:
-        (replicates,). NaN where a replicate has no positive.
+    Of labels (units,), 0 or 1, and scores (units,), higher for 1: (replicates,), NaN where one has no positive.
     """
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.r_[np.diff(scores[order]) != 0, True])  # a threshold cannot split tied scores
@@ -259,14 +231,13 @@ def binary_metric(measure: str, labels: Array, scores: Array, counts: Array) -> 
 def _classified(task: AbsTask, data: Any, content: Sequence[Any], metric: str, rng: random.Random) -> Resampled:
     gold = np.asarray(data[task.label_column_name])
     experiments = [np.asarray(labels) for labels in content]
+    if metric == "accuracy":
+        return Resampled("test texts", len(gold), mean_statistic(np.mean([own == gold for own in experiments], axis=0)))
     if metric.startswith("ap"):
-        scored = [(gold.astype(float), labels.astype(float)) for labels in experiments]
-        statistic = _mean([partial(binary_metric, "ap", *columns) for columns in scored])
-    elif metric == "accuracy":
-        statistic = mean_statistic(np.mean([labels == gold for labels in experiments], axis=0))
+        parts = [partial(binary_metric, "ap", gold.astype(float), own.astype(float)) for own in experiments]
     else:
-        statistic = _mean([partial(averaged_metric, metric, gold, labels) for labels in experiments])
-    return Resampled("test texts", len(gold), statistic)
+        parts = [partial(averaged_metric, metric, gold, own) for own in experiments]
+    return Resampled("test texts", len(gold), _combined(np.mean, parts))
 
 
 def averaged_metric(metric: str, gold: NDArray[Any], found: NDArray[Any], counts: Array) -> Array:
@@ -303,31 +274,25 @@ def _clustered(task: AbsTask, data: Any, content: Mapping[str, Any], metric: str
         for assigned in experiments:
             drawn = np.array(rng.choices(range(len(valid)), k=task.max_documents_per_cluster))
             statistics.append(v_measure_of(valid[drawn], gold[drawn], np.asarray(assigned), len(rows)))
-    return Resampled("texts", len(rows), _mean(statistics))
+    return Resampled("texts", len(rows), _combined(np.mean, statistics))
 
 
 def v_measure_of(units: NDArray[Any], gold: NDArray[Any], found: NDArray[Any], total: int) -> Statistic:
     """V-measure (Rosenberg and Hirschberg 2007) of one clustering, as sklearn has it.
 
-    Args:
-        units: Which of the ``total`` units each clustered text is.
-        gold: Its class.
-        found: Its cluster.
-        total: How many units there are.
+    Of each clustered text, ``units`` says which of ``total`` units it is, ``gold`` its class, ``found`` its cluster.
     """
     both = gold * (int(found.max()) + 1) + found
 
-    def entropy(cells: NDArray[np.int64], counts: Array) -> Array:
-        """In nats, of the distribution over classes, clusters or both: (replicates,)."""
+    def spread(cells: NDArray[np.int64], counts: Array) -> Array:
+        """The entropy in nats of the distribution over classes, clusters or both: (replicates,)."""
         # Of a table of classes × clusters, at most so many cells occur as there are units.
         _, cells = np.unique(cells, return_inverse=True)
         table = counts @ csr_array((np.ones(len(units)), (units, cells)), shape=(total, int(cells.max()) + 1))
-        shares = table / table.sum(axis=1, keepdims=True)
-        found: Array = -np.where(shares > 0, shares * np.log(np.where(shares > 0, shares, 1.0)), 0.0).sum(axis=1)
-        return found
+        return np.asarray(entropy(table, axis=1))
 
     def statistic(counts: Array) -> Array:
-        by_class, by_cluster, by_both = (entropy(cells, counts) for cells in (gold, found, both))
+        by_class, by_cluster, by_both = (spread(cells, counts) for cells in (gold, found, both))
         shared = by_class + by_cluster - by_both
         homogeneity = np.divide(shared, by_class, out=np.ones_like(shared), where=by_class > 0)
         completeness = np.divide(shared, by_cluster, out=np.ones_like(shared), where=by_cluster > 0)

@@ -23,6 +23,7 @@ from secateur.errors import DataError
 from secateur.evaluation.task_formats import ABOUT, Found, recognize
 from secateur.evaluation.task_tables import FIELDS, metric_of
 from secateur.files import check_is_file, read_json
+from secateur.options import CheckTasksOptions, step
 from secateur.provenance import Fingerprint, fingerprint
 
 Tables = Mapping[str, tuple[Row, ...]]
@@ -69,6 +70,7 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     place = Path(path)
     about, found = _look_at(place)
     content = found.read()
+    content.check()
     metric = metric_of(content.type, about["metric"], place / ABOUT, content.tables)
     ignore = about["ignore_identical_ids"]
     if ignore is not None and (not isinstance(ignore, bool) or (ignore and content.type != "retrieval")):
@@ -118,15 +120,9 @@ def texts_of(task: TaskFolder) -> list[str]:
 
 
 def _look_at(place: Path) -> tuple[dict[str, Any], Found]:
-    """``task.json``, and what else is there."""
+    """``task.json``, or the JSON file beside a data file, with defaults; and what else is there."""
     if not place.exists():
         raise DataError(place, "no such file or folder")
-    about = _read_about(place)
-    return about, recognize(place, about["type"])
-
-
-def _read_about(place: Path) -> dict[str, Any]:
-    """``task.json``, or the JSON file beside a data file, with defaults; the type may be left to the files."""
     file = place / ABOUT
     content: Any = read_json(file, strict=True) if file.is_file() else {}
     if place.is_file() and place.name.endswith(TABLES):  # as beside training data
@@ -149,7 +145,8 @@ def _read_about(place: Path) -> dict[str, Any]:
         raise DataError(where, problem, f"at most {LONGEST_NAME} characters, no slash, no dot in front", field="name")
     if about["type"] not in ("", *FIELDS):
         raise DataError(file, f"unknown type {about['type']!r}", f"one of {', '.join(FIELDS)}", field="type")
-    return about | {"ignore_identical_ids": content.get("ignore_identical_ids")}
+    about["ignore_identical_ids"] = content.get("ignore_identical_ids")
+    return about, recognize(place, about["type"])
 
 
 def _note_on_identical_ids(tables: Tables) -> str:
@@ -218,3 +215,75 @@ def _sample_retrieval(tables: Tables, count: int, rng: random.Random) -> dict[st
     others = _draw([row for row in tables["corpus"] if row["_id"] not in needed], DISTRACTORS_PER_QUERY * count, rng)
     kept = needed | {row["_id"] for row in others}
     return {"corpus": tuple(r for r in tables["corpus"] if r["_id"] in kept), "queries": queries, "qrels": qrels}
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskCheck:
+    """One folder or file, looked at.
+
+    Attributes:
+        path: As it was named.
+        problem: What is wrong, with file, line and column; empty where it is a task, and all else is empty otherwise.
+        what: Its format in words.
+        name: What scores will call the task.
+        type: Of the task.
+        metric: By which it is scored, as mteb calls it.
+        counts: Of its rows, by what they are.
+        instruction: Goes before each query, or text, of models that take instructions.
+        notes: What stands beside each score of the task.
+        asides: What else was left out.
+    """
+
+    path: str
+    problem: str = ""
+    what: str = ""
+    name: str = ""
+    type: str = ""
+    metric: str = ""
+    counts: Mapping[str, int] | None = None
+    instruction: str = ""
+    notes: str = ""
+    asides: tuple[str, ...] = ()
+
+
+@step(CheckTasksOptions)
+def check_tasks(options: CheckTasksOptions) -> list[TaskCheck]:
+    """Read task folders and files as ``evaluate`` does, and say what each is, or what is wrong with it.
+
+    Returns:
+        One check for each, in their order; a broken task is no error, but has a ``problem``.
+    """
+    checks = []
+    for path in options.tasks:
+        try:
+            task = read_task_folder(path)
+        except DataError as error:
+            checks.append(TaskCheck(str(path), problem=str(error)))
+            continue
+        shared = {key: getattr(task, key) for key in ("what", "name", "type", "metric", "instruction", "asides")}
+        checks.append(TaskCheck(str(path), counts=_counts(task), notes=task.note, **shared))
+    return checks
+
+
+def _counts(task: TaskFolder) -> dict[str, int]:
+    tables = task.tables
+    if task.type == "retrieval":
+        relevant = [row for row in tables["qrels"] if row["score"]]
+        grades = {row["score"] for row in relevant}
+        counts = {"queries": len(tables["queries"]), "documents": len(tables["corpus"]), "relevant": len(relevant)}
+        return counts | ({"grades": len(grades)} if len(grades) > 1 else {})
+    test = tables["test"]
+    if task.type == "reranking":
+        documents = {role: sum(len(row[role]) for row in test) for role in ("positive", "negative")}
+        return {"queries": len(test), **documents}
+    if task.type == "summarization":
+        return {"texts": len(test), "summaries": sum(len(row["machine_summaries"]) for row in test)}
+    if task.type == "sts":
+        return {"pairs": len(test), "different scores": len({row["score"] for row in test})}
+    if task.type == "pair_classification":
+        return {"pairs": len(test), "of label 1": sum(row["label"] for row in test)}
+    trained = {"training texts": len(tables["train"])} if "train" in tables else {}
+    return {**trained, "texts": len(test), "labels": len({row["label"] for row in test})}

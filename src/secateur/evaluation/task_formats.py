@@ -23,7 +23,6 @@ from secateur.evaluation.task_tables import (
     Table,
     column_of,
     error_at,
-    raise_first,
     read_table,
 )
 from secateur.files import check_is_file, read_json
@@ -42,11 +41,7 @@ class Found:
 
 
 def recognize(place: Path, type_: str = "") -> Found:
-    """Say what a file or folder is, by names, and by the columns of a first row.
-
-    Args:
-        place: A file, or a folder.
-        type_: What ``task.json`` says; may be empty.
+    """Say what a file or folder is, by names, and by the columns of a first row; ``type_`` is from ``task.json``.
 
     Raises:
         DataError: It is nothing known; or a file that the type needs is missing.
@@ -94,12 +89,10 @@ def _a_file_for_each_table(folder: Path, type_: str) -> Found | None:
 
     def read() -> Content:
         content = Content(kind, {name: read_table(file, FIELDS[kind][name]) for name, file in files.items()})
-        content.check()
         judges = files["qrels"] if kind == "retrieval" else folder / "none"
+        content.has_other_splits = judges.parent != folder and len(list(judges.parent.iterdir())) > 1
         if judges.name.startswith("dev."):
             content.notes.append(f"judged by qrels/{judges.name}: there is no test split")
-        if judges.parent == folder or len(list(judges.parent.iterdir())) == 1:  # there are no queries of other splits
-            content.tell_all()
         return content
 
     return Found("task folder" if type_ else "BEIR folder", files, read)
@@ -110,30 +103,21 @@ def _a_file_for_each_table(folder: Path, type_: str) -> Found | None:
 
 def _dictionaries(place: Path, type_: str) -> Found | None:
     """One JSON file with three dictionaries, or three files with one each."""
-    files = {name: place / f"{name}.json" for name in _DICTIONARIES}
     if type_ not in ("", "retrieval"):
         return None
-    if all(file.is_file() for file in files.values()):
-        content = {name: read_json(file, strict=True) for name, file in files.items()}
+    homes = {name: place / f"{name}.json" for name in _DICTIONARIES}
+    files = homes
+    if all(file.is_file() for file in homes.values()):
+        whole = {name: read_json(file, strict=True) for name, file in homes.items()}
     else:
         file = _only_file(place)
-        content = read_json(file, strict=True) if file is not None and file.suffix.lower() == ".json" else []
-        if file is None or isinstance(content, list):
+        whole = read_json(file, strict=True) if file is not None and file.suffix.lower() == ".json" else []
+        if file is None or isinstance(whole, list):
             return None
-        files = {"questions": file}
-        if missing := [name for name in _DICTIONARIES if not isinstance(content, dict) or name not in content]:
-            there = ", ".join(content) if isinstance(content, dict) else f"a {type(content).__name__}"
+        files, homes = {"questions": file}, dict.fromkeys(_DICTIONARIES, file)
+        if missing := [name for name in _DICTIONARIES if not isinstance(whole, dict) or name not in whole]:
+            there = ", ".join(whole) if isinstance(whole, dict) else f"a {type(whole).__name__}"
             raise DataError(file, f"lacks {', '.join(missing)}", f"here is {there:.200}")
-    homes = {name: files.get(name, files.get("questions", place)) for name in _DICTIONARIES}
-    what = "question set (queries, corpus, relevant_docs)"
-    return Found(what, files, lambda: _read_dictionaries(homes, content))
-
-
-def _read_dictionaries(homes: Mapping[str, Path], whole: Mapping[str, Any]) -> Content:
-    for name in _DICTIONARIES:
-        if not isinstance(whole[name], dict):
-            hint = "query id: list of document ids" if name == "relevant_docs" else "id: text"
-            raise DataError(homes[name], f"is a {type(whole[name]).__name__}, not {{{hint}, ...}}", field=name)
 
     def texts(name: str) -> Iterator[tuple[Place, Row]]:
         for key, value in whole[name].items():
@@ -146,13 +130,17 @@ def _read_dictionaries(homes: Mapping[str, Path], whole: Mapping[str, Any]) -> C
             for document, score in own.items() if isinstance(own, dict) else [(document, 1) for document in own]:
                 yield f"relevant_docs.{query}", dict(zip(QRELS, (query, document, score), strict=True))
 
-    rows = {"corpus": texts("corpus"), "queries": texts("queries"), "qrels": judgments()}
-    files = {**homes, "qrels": homes["relevant_docs"]}
-    fields = FIELDS["retrieval"]
-    content = Content("retrieval", {name: read_table(files[name], fields[name], rows[name]) for name in rows})
-    content.check()
-    content.tell_all()
-    return content
+    def read() -> Content:
+        for name, file in homes.items():
+            if not isinstance(whole[name], dict):
+                hint = "query id: list of document ids" if name == "relevant_docs" else "id: text"
+                raise DataError(file, f"is a {type(whole[name]).__name__}, not {{{hint}, ...}}", field=name)
+        fields = FIELDS["retrieval"]
+        tables = {name: read_table(homes[name], fields[name], texts(name)) for name in ("corpus", "queries")}
+        tables["qrels"] = read_table(homes["relevant_docs"], fields["qrels"], judgments())
+        return Content("retrieval", tables)
+
+    return Found("question set (queries, corpus, relevant_docs)", files, read)
 
 
 # Rows of queries and positives, or of pairs with scores ---------------------------------------------------------------
@@ -206,11 +194,9 @@ def _read_pairs(file: Path, type_: str) -> Content:
     kind = type_ or ("pair_classification" if {row["score"] for row in table.rows} == {0, 1} else "sts")
     if kind == "pair_classification":
         grades = [index for index, row in enumerate(table.rows) if row["score"] not in (0, 1)]
-        raise_first([(table.places[index], table.error(index, "is not 0 or 1", "score")) for index in grades])
+        table.refuse((index, "is not 0 or 1", "score") for index in grades)
         table.rows = [{**row, "label": int(row.pop("score"))} for row in table.rows]
-    content = Content(kind, {"test": table}, asides=asides)
-    content.check()
-    return content
+    return Content(kind, {"test": table}, asides=asides)
 
 
 def _two_files(folder: Path, type_: str) -> Found | None:
@@ -238,32 +224,25 @@ def _texts(file: Path) -> Iterator[tuple[int, str]]:
 
 def _read_positives(file: Path, rows: Iterable[tuple[Place, Row]]) -> Content:
     """Retrieval among all positives and negatives, each text once."""
-    given = read_table(file, ANSWERED, rows, optional=("negative",))
-    queries, documents, judged = Table(file), Table(file), Table(file)
-    known: dict[str, dict[str, str]] = {"q": {}, "d": {}}
-    pairs: set[tuple[str, str]] = set()
+    queries: dict[str, str] = {}
+    documents: dict[str, str] = {}
+    judged: dict[tuple[str, str], int] = {}
     without = same = 0
-
-    def id_of(table: Table, kind: str, place: Place, text: str) -> str:
-        if text not in known[kind]:
-            known[kind][text] = f"{kind}{len(table.rows)}"
-            table.add(place, {"_id": known[kind][text], "text": text} | ({"title": ""} if kind == "d" else {}))
-        return known[kind][text]
-
-    for place, row in zip(given.places, given.rows, strict=True):
+    for row in read_table(file, ANSWERED, rows, optional=("negative",)).rows:
         others = [text for text in row["positive"] if text != row["query"]]
         without, same = without + (not row["positive"]), same + (len(others) < len(row["positive"]))
         for text in others:
-            pair = id_of(queries, "q", place, row["query"]), id_of(documents, "d", place, text)
-            if pair not in pairs:
-                judged.add(place, dict(zip(QRELS, (*pair, 1), strict=True)))
-            pairs.add(pair)
+            query = queries.setdefault(row["query"], f"q{len(queries)}")
+            judged[query, documents.setdefault(text, f"d{len(documents)}")] = 1
         for text in row["negative"]:
-            id_of(documents, "d", place, text)
-    if not judged.rows:
+            documents.setdefault(text, f"d{len(documents)}")
+    if not judged:
         raise DataError(file, "has no query with a positive")
-    content = Content("retrieval", {"corpus": documents, "queries": queries, "qrels": judged})
-    content.check()
+    made: dict[str, list[dict[str, Any]]] = {
+        "corpus": [{"_id": id_, "text": text, "title": ""} for text, id_ in documents.items()],
+        "queries": [{"_id": id_, "text": text} for text, id_ in queries.items()],
+        "qrels": [dict(zip(QRELS, (*pair, score), strict=True)) for pair, score in judged.items()],
+    }
     told = {"queries without a positive": without, "positives that are their own query": same}
-    content.notes += [f"{what}, left out: {count:,}" for what, count in told.items() if count]
-    return content
+    notes = [f"{what}, left out: {count:,}" for what, count in told.items() if count]
+    return Content("retrieval", {name: Table(file, table) for name, table in made.items()}, notes)

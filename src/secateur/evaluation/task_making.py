@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.data.rows import TEXT, Row, as_text_or_empty, parse_row, read_rows
+from secateur.data.rows import TEXT, as_text_or_empty, parse_row, read_rows
 from secateur.errors import DataError
 from secateur.evaluation.task_formats import ABOUT
 from secateur.files import new_folder, write_text
@@ -119,7 +119,10 @@ def _read(file: Path, title: str | None, text: str | None) -> tuple[str, list[tu
     pairs = []
     for line, row in read_rows(file):
         if not chosen:
-            chosen = {"title": _column(row, title, TITLES), "text": _column(row, text, BODIES)}
+            chosen = {
+                "title": title or next((name for name in TITLES if name in row), ""),
+                "text": text or next((name for name in BODIES if name in row), ""),
+            }
             if not chosen["text"]:
                 hint = f"--text takes one of those that are there: {', '.join(map(str, row))}"
                 raise DataError(file, "none of its columns is known to hold texts", hint, line=line)
@@ -129,10 +132,6 @@ def _read(file: Path, title: str | None, text: str | None) -> tuple[str, list[tu
     if not pairs:
         raise DataError(file, "has no rows")
     return chosen["title"], pairs
-
-
-def _column(row: Row, wanted: str | None, known: Sequence[str]) -> str:
-    return wanted or next((name for name in known if name in row), "")
 
 
 def _documents(pairs: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], dict[str, int]]:

@@ -6,6 +6,7 @@ Nothing here needs mteb, so that a mistake is told before it is imported.
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,9 +47,8 @@ _TEXTS, _NUMBERS = list_of(as_text), list_of(as_number)
 
 def _as_texts(value: Any) -> list[str]:
     """A text, a list of texts, or nothing."""
-    return (
-        [as_text(item) for item in (value if isinstance(value, list) else [value])] if value not in (None, "") else []
-    )
+    given = [] if value in (None, "") else value if isinstance(value, list) else [value]
+    return list(map(as_text, given))
 
 
 ANSWERED: Fields = {"query": as_text, "positive": _as_texts, "negative": _as_texts}
@@ -145,30 +145,16 @@ Place = int | str
 
 @dataclass
 class Table:
-    """The rows of one file, and the place of each."""
+    """The rows of one file, and the place of each; rows that were made of others have none."""
 
     file: Path
-    places: list[Place] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
 
-    def add(self, place: Place, row: dict[str, Any]) -> None:
-        self.places.append(place)
-        self.rows.append(row)
-
-    def error(self, index: int, problem: str, column: str | None = None) -> DataError:
-        """The error of a row."""
-        return error_at(self.file, self.places[index], problem, column)
-
-    def keep(self, wanted: Callable[[Row], bool]) -> int:
-        """Leave out the other rows.
-
-        Returns:
-            How many these were.
-        """
-        kept = [index for index, row in enumerate(self.rows) if wanted(row)]
-        left = len(self.rows) - len(kept)
-        self.places, self.rows = [self.places[i] for i in kept], [self.rows[i] for i in kept]
-        return left
+    def refuse(self, mistakes: Iterable[tuple[int, str, str | None]]) -> None:
+        """Raise the first of some mistakes, each the number of a row, what is wrong with it, and the column."""
+        found = [(self.places[row], problem, column) for row, problem, column in mistakes]
+        raise_first([(place, error_at(self.file, place, problem, column)) for place, problem, column in found])
 
 
 def error_at(file: Path, place: Place, problem: str, column: str | None = None) -> DataError:
@@ -198,13 +184,7 @@ def read_table(
     *,
     optional: Collection[str] = ("title",),
 ) -> Table:
-    """Rows whose columns are checked, and called as in :data:`FIELDS`.
-
-    Args:
-        file: What errors call it.
-        fields: The columns.
-        rows: Default: those of the file.
-        optional: Columns that may be missing.
+    """Rows, by default those of the file, whose columns are checked, and called as in :data:`FIELDS`.
 
     Raises:
         DataError: The first that is broken, with the places of others like it; or there are none.
@@ -221,12 +201,13 @@ def read_table(
         line = place if isinstance(place, int) else None
         try:
             found = parse_row(file, line, row, columns, optional=optional)
-            table.add(place, {there[column]: value for column, value in found.items()})
         except DataError as error:
             if line is None:
-                problem = str(error).removeprefix(f'{file}, "{error.field}": ')
-                error = error_at(file, place, problem, error.field)
+                error = error_at(file, place, str(error).removeprefix(f'{file}, "{error.field}": '), error.field)
             mistakes.append((place, error))
+            continue
+        table.places.append(place)
+        table.rows.append({there[column]: value for column, value in found.items()})
     raise_first(mistakes)
     if not table.rows:
         raise DataError(file, "has no rows")
@@ -239,24 +220,18 @@ def column_of(row: Row, role: str) -> str:
 
 
 def _of_cell(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same parser for a cell of CSV or TSV, where numbers and lists are texts, too."""
-    value = float if parse in (as_number, as_binary) else _as_list if parse in (_TEXTS, _NUMBERS, _as_texts) else None
-    if value is None:
-        return parse
+    """The same parser for a cell of CSV or TSV, where numbers and lists, as Python and JSON write them, are texts."""
 
     def parse_cell(cell: str | None) -> Any:
-        try:
-            found = value(cell or "")
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            found = cell
-        return parse(found)
+        value: Any = cell
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            if parse in (as_number, as_binary):
+                value = float(cell or "")
+            elif parse in (_TEXTS, _NUMBERS, _as_texts) and (cell or "").strip().startswith("["):
+                value = ast.literal_eval(cell or "")
+        return parse(value)
 
     return parse_cell
-
-
-def _as_list(cell: str) -> Any:
-    """A list as Python and JSON write it into a cell; any other text as it is."""
-    return ast.literal_eval(cell) if cell.strip().startswith("[") else cell
 
 
 # Checks of whole tables -----------------------------------------------------------------------------------------------
@@ -268,18 +243,17 @@ class Content:
 
     Attributes:
         type: Of the task.
+        tables: The rows.
         notes: What a reader of its scores must know.
         asides: What only somebody who looks at the task wants to know.
+        has_other_splits: Whether queries without judgments are those of other splits, and so no more than an aside.
     """
 
     type: str
     tables: dict[str, Table]
     notes: list[str] = field(default_factory=list)
     asides: list[str] = field(default_factory=list)
-
-    def tell_all(self) -> None:
-        """Make notes of the asides."""
-        self.notes, self.asides = [*self.notes, *self.asides], []
+    has_other_splits: bool = False
 
     def check(self) -> None:
         """Refuse rows that make no task of this type; of retrieval, leave out what mteb would not encode either.
@@ -288,93 +262,80 @@ class Content:
             DataError: With the place of the first mistake.
         """
         if self.type == "retrieval":
-            _check_retrieval(self)
+            self._check_ids()
+            self._leave_out()
             return
-        test = self.tables["test"]
         if self.type in _VARIED:  # with one value, the metrics are undefined or always perfect
             name, column = _VARIED[self.type]
             table = self.tables[name]
             if len({row[column] for row in table.rows}) < 2:
                 raise DataError(table.file, f"is {table.rows[0][column]!r} in every row", "two or more", field=column)
-        mistakes = {
-            "classification": _unknown_labels,
-            "reranking": _ambiguous_candidates,
-            "summarization": _unjudged_summaries,
-        }
-        if self.type in mistakes:
-            found = mistakes[self.type](self.tables)
-            raise_first([(test.places[index], test.error(index, problem, column)) for index, problem, column in found])
+        test = self.tables["test"]
+        mistakes: list[tuple[int, str, str | None]] = []
+        if self.type == "classification":
+            train = self.tables["train"]
+            known, where = {row["label"] for row in train.rows}, f"does not occur in {train.file.name}"
+            for index, row in enumerate(test.rows):
+                if row["label"] not in known:
+                    mistakes.append((index, f"{row['label']!r} {where}", "label"))
+        elif self.type == "reranking":
+            for index, row in enumerate(test.rows):
+                if both := [text for text in row["negative"] if text in row["positive"]]:
+                    mistakes.append((index, f'"{both[0]:.60}" is a positive of this query, too', "negative"))
+        elif self.type == "summarization":
+            for index, row in enumerate(test.rows):
+                given, needed = len(row["relevance"]), len(row["machine_summaries"])
+                if given != needed:
+                    mistakes.append((index, f"has {given} numbers for {needed} machine summaries", "relevance"))
+        test.refuse(mistakes)
         if self.type == "summarization" and all(len(set(row["relevance"])) < 2 for row in test.rows):
             raise DataError(test.file, "is constant within every row", field="relevance")
 
+    def _check_ids(self) -> None:
+        """Ids that occur twice, judgments of what is not there, and no document that is relevant."""
+        corpus, queries, qrels = (self.tables[name] for name in ("corpus", "queries", "qrels"))
+        for table, columns in ((corpus, ("_id",)), (queries, ("_id",)), (qrels, QRELS[:2])):
+            first: dict[tuple[str, ...], int] = {}
+            twice: list[tuple[int, str, str | None]] = []
+            for index, row in enumerate(table.rows):
+                key = tuple(row[column] for column in columns)
+                if (before := first.setdefault(key, index)) != index:
+                    what = "score" if table is qrels else "text"
+                    other = "" if table.rows[before] == row else f", with another {what}"
+                    where = f"line {place}" if isinstance(place := table.places[before], int) else place
+                    twice.append((index, f"{', '.join(map(repr, key))} occurs twice{other} (first: {where})", None))
+            table.refuse(twice)
+        known = {}
+        for name, column, table in (("queries", "query-id", queries), ("corpus", "corpus-id", corpus)):
+            where = name if table.file == qrels.file else table.file.name
+            known[column] = {row["_id"] for row in table.rows}, where
+        unknown: list[tuple[int, str, str | None]] = []
+        for index, row in enumerate(qrels.rows):
+            for column, (ids, where) in known.items():
+                if row[column] not in ids:
+                    unknown.append((index, f"{row[column]!r} is not in {where}", column))
+                    break
+        qrels.refuse(unknown)
+        if not any(row["score"] for row in qrels.rows):
+            raise DataError(qrels.file, "calls no document relevant", "one score at least is above 0", field="score")
 
-Mistakes = list[tuple[int, str, str]]
-"""Row, problem and column."""
+    def _leave_out(self) -> None:
+        """Leave out queries without judgments, and documents that have neither title nor text, and say so.
 
-
-def _unknown_labels(tables: Mapping[str, Table]) -> Mistakes:
-    known, where = {row["label"] for row in tables["train"].rows}, f"does not occur in {tables['train'].file.name}"
-    rows = tables["test"].rows
-    return [(i, f"{row['label']!r} {where}", "label") for i, row in enumerate(rows) if row["label"] not in known]
-
-
-def _ambiguous_candidates(tables: Mapping[str, Table]) -> Mistakes:
-    both = [[text for text in row["negative"] if text in row["positive"]] for row in tables["test"].rows]
-    return [
-        (i, f'"{found[0]:.60}" is a positive of this query, too', "negative") for i, found in enumerate(both) if found
-    ]
-
-
-def _unjudged_summaries(tables: Mapping[str, Table]) -> Mistakes:
-    counts = [(len(row["relevance"]), len(row["machine_summaries"])) for row in tables["test"].rows]
-    return [
-        (i, f"has {given} numbers for {needed} machine summaries", "relevance")
-        for i, (given, needed) in enumerate(counts)
-        if given != needed
-    ]
-
-
-def _check_retrieval(content: Content) -> None:
-    """Check the ids, and leave out queries without judgments, and documents that have neither title nor text.
-
-    mteb, too, encodes only queries that are judged. A model of which no token is asked may answer anything, even NaN.
-    Where the judgments call an empty document relevant (Cranfield's do), it stays a relevant document that no model
-    can find.
-    """
-    corpus, queries, qrels = (content.tables[name] for name in ("corpus", "queries", "qrels"))
-    for table, columns in ((corpus, ("_id",)), (queries, ("_id",)), (qrels, QRELS[:2])):
-        first: dict[tuple[str, ...], int] = {}
-        twice = []
-        for index, row in enumerate(table.rows):
-            key = tuple(row[column] for column in columns)
-            if (before := first.setdefault(key, index)) != index:
-                other = "" if table.rows[before] == row else f", with another {'score' if table is qrels else 'text'}"
-                here = table.places[before]
-                where = f"line {here}" if isinstance(here, int) else here
-                problem = f"{', '.join(map(repr, key))} occurs twice{other} (first: {where})"
-                twice.append((table.places[index], table.error(index, problem)))
-        raise_first(twice)
-    known = {"query-id": queries, "corpus-id": corpus}
-    ids = {column: {row["_id"] for row in table.rows} for column, table in known.items()}
-    mistakes = []
-    for index, row in enumerate(qrels.rows):
-        for column in [column for column in known if row[column] not in ids[column]][:1]:
-            table = known[column]
-            where = table.file.name if table.file != qrels.file else "corpus" if table is corpus else "queries"
-            problem = f"{row[column]!r} is not in {where}"
-            mistakes.append((qrels.places[index], qrels.error(index, problem, column)))
-    raise_first(mistakes)
-    if not any(row["score"] for row in qrels.rows):
-        raise DataError(qrels.file, "calls no document relevant", "one score at least is above 0", field="score")
-    judged = {row["query-id"] for row in qrels.rows}
-    vain = len(judged) - len({row["query-id"] for row in qrels.rows if row["score"]})
-    empty = corpus.keep(lambda row: bool((row["title"] + row["text"]).strip()))
-    unjudged = queries.keep(lambda row: row["_id"] in judged)
-    if unjudged:
-        content.asides.append(f"queries without a judgment, left out: {unjudged:,} of {unjudged + len(judged):,}")
-    if vain:
-        content.notes.append(
-            f"queries without a relevant document, which score 0 as in mteb: {vain:,} of {len(judged):,}"
-        )
-    if empty:
-        content.notes.append(f"documents without text, left out: {empty:,}")
+        mteb, too, encodes only queries that are judged. A model of which no token is asked may answer anything, even
+        NaN. Where the judgments call an empty document relevant (Cranfield's do), it stays a relevant document that no
+        model can find.
+        """
+        corpus, queries, qrels = (self.tables[name] for name in ("corpus", "queries", "qrels"))
+        judged = {row["query-id"] for row in qrels.rows}
+        if vain := len(judged) - len({row["query-id"] for row in qrels.rows if row["score"]}):
+            what = "queries without a relevant document, which score 0 as in mteb"
+            self.notes.append(f"{what}: {vain:,} of {len(judged):,}")
+        documents = [row for row in corpus.rows if (row["title"] + row["text"]).strip()]
+        if empty := len(corpus.rows) - len(documents):
+            self.notes.append(f"documents without text, left out: {empty:,}")
+        asked = [row for row in queries.rows if row["_id"] in judged]
+        if unjudged := len(queries.rows) - len(asked):
+            note = f"queries without a judgment, left out: {unjudged:,} of {len(queries.rows):,}"
+            (self.asides if self.has_other_splits else self.notes).append(note)
+        self.tables |= {"corpus": Table(corpus.file, documents), "queries": Table(queries.file, asked)}

@@ -13,6 +13,7 @@ label, or that was sampled already, embeds all its texts (mteb's ``max_fraction_
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -34,6 +35,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from secateur.data.rows import Row
 from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import TaskFolder, read_task_folder, sample_task
 from secateur.provenance import Fingerprint
@@ -182,58 +184,57 @@ def parts_of(task: AbsTask) -> list[AbsTask]:
     return list(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
 
 
+def splits_of(task: AbsTask) -> list[tuple[str, str, Any]]:
+    """Split, subset and rows of all that a loaded task is scored on, in mteb's order."""
+    pairs = itertools.product(task.eval_splits, task.hf_subsets)
+    return [(split, subset, task.dataset.get(subset, task.dataset)[split]) for split, subset in pairs]
+
+
 def count_samples(task: AbsTask) -> int:
     """How many rows a loaded task is scored on: pairs, texts or, for retrieval and reranking, queries."""
-    return sum(
-        _count(part, part.dataset.get(subset, part.dataset)[split])
-        for part in parts_of(task)
-        for subset in part.hf_subsets
-        for split in part.eval_splits
-    )
-
-
-def _count(task: AbsTask, data: Any) -> int:
-    if isinstance(task, AbsTaskRetrieval):
-        return sum(1 for query in data["queries"]["id"] if data["relevant_docs"].get(query))
-    rows = len(data)
-    if isinstance(task, AbsTaskPairClassification) and rows == 1:
-        return len(data[0][task.label_column_name])  # mteb's older data sets: all pairs in one row
-    if isinstance(task, AbsTaskClustering):
-        if task.max_fraction_of_documents_to_embed is not None:
-            return int(task.max_fraction_of_documents_to_embed * rows)
-        return min(rows, task.max_document_to_embed or rows)
-    return rows
+    total = 0
+    for part in parts_of(task):
+        for _, _, data in splits_of(part):
+            rows = len(data)
+            if isinstance(part, AbsTaskRetrieval):
+                rows = sum(1 for query in data["queries"]["id"] if data["relevant_docs"].get(query))
+            elif isinstance(part, AbsTaskPairClassification) and rows == 1:
+                rows = len(data[0][part.label_column_name])  # mteb's older data sets: all pairs in one row
+            elif isinstance(part, AbsTaskClustering):
+                share, most = part.max_fraction_of_documents_to_embed, part.max_document_to_embed
+                rows = min(rows, most or rows) if share is None else int(share * rows)
+            total += rows
+    return total
 
 
 # Task folders ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Type:
-    """A type of task folder in mteb's terms: its name, its class, and the columns that mteb calls otherwise."""
-
-    name: str
-    base: type[AbsTask]
-    columns: tuple[tuple[str, str], ...] = ()
-
-
-_TYPES = {
-    "sts": _Type("STS", AbsTaskSTS),
-    "pair_classification": _Type("PairClassification", AbsTaskPairClassification, (("label", "labels"),)),
-    "classification": _Type("Classification", AbsTaskClassification),
-    "clustering": _Type("Clustering", AbsTaskClustering, (("text", "sentences"), ("label", "labels"))),
-    "retrieval": _Type("Retrieval", AbsTaskRetrieval, (("_id", "id"),)),
-    "reranking": _Type("Reranking", AbsTaskRetrieval),
-    "summarization": _Type("Summarization", AbsTaskSummarization),
+_TYPES: dict[str, tuple[str, type[AbsTask]]] = {
+    "sts": ("STS", AbsTaskSTS),
+    "pair_classification": ("PairClassification", AbsTaskPairClassification),
+    "classification": ("Classification", AbsTaskClassification),
+    "clustering": ("Clustering", AbsTaskClustering),
+    "retrieval": ("Retrieval", AbsTaskRetrieval),
+    "reranking": ("Reranking", AbsTaskRetrieval),
+    "summarization": ("Summarization", AbsTaskSummarization),
 }
+"""Type of a task folder → mteb's name and class of it."""
+_COLUMNS = {
+    "pair_classification": {"label": "labels"},
+    "clustering": {"text": "sentences", "label": "labels"},
+    "retrieval": {"_id": "id"},
+    "reranking": {"_id": "id"},
+}
+"""Type → columns that mteb calls otherwise."""
 
 
 def _metadata(folder: TaskFolder) -> TaskMetadata:
-    kind = _TYPES[folder.type]
-    prompt = {"query": folder.instruction} if kind.base is AbsTaskRetrieval else folder.instruction
+    kind, base = _TYPES[folder.type]
+    prompt = {"query": folder.instruction} if base is AbsTaskRetrieval else folder.instruction
     return TaskMetadata(
         name=folder.name,
-        type=kind.name,
+        type=kind,
         category="t2c" if folder.type in ("classification", "clustering") else "t2t",
         description=" ".join(filter(None, [folder.notes or folder.name, f"Licence: {folder.source.licence or '?'}."])),
         dataset={"path": folder.path.name, "revision": folder.source.sha256},
@@ -247,64 +248,49 @@ def _metadata(folder: TaskFolder) -> TaskMetadata:
 
 def _local_task(folder: TaskFolder, metadata: TaskMetadata) -> AbsTask:
     """An mteb task whose data is in memory already."""
-    kind, tables = _TYPES[folder.type], folder.tables
     settings: dict[str, Any] = {"metadata": metadata}
+    tables: dict[str, list[Row]] = {name: list(rows) for name, rows in folder.tables.items()}
     if folder.type == "clustering":
-        rows = tables["test"]
-        usual = int(AbsTaskClustering.max_fraction_of_documents_to_embed * len(rows))
-        if folder.sampled or usual < TEXTS_PER_CLUSTER * len({row["label"] for row in rows}):
+        usual = int(AbsTaskClustering.max_fraction_of_documents_to_embed * len(tables["test"]))
+        if folder.sampled or usual < TEXTS_PER_CLUSTER * len({row["label"] for row in tables["test"]}):
             settings["max_fraction_of_documents_to_embed"] = None
+    elif folder.type == "classification":  # mteb wants integers, here in the order of the labels' names
+        numbers = {label: i for i, label in enumerate(sorted({row["label"] for row in tables["train"]}))}
+        tables = {name: [{**row, "label": numbers[row["label"]]} for row in rows] for name, rows in tables.items()}
     elif folder.type == "retrieval":
         settings["ignore_identical_ids"] = folder.ignore_identical_ids
     elif folder.type == "summarization":
         scores = [score for row in tables["test"] for score in row["relevance"]]
         settings |= {"min_score": min(scores), "max_score": max(scores)}
-    task = type(f"Local{kind.name}", (kind.base,), settings)()
-    if kind.base is AbsTaskRetrieval:
-        split = _retrieval_data(folder) if folder.type == "retrieval" else _reranking_data(folder)
-        task.dataset = {"default": {"test": split}}
+    elif folder.type == "reranking":
+        tables = _candidates(tables["test"])
+    (kind, base), names = _TYPES[folder.type], _COLUMNS.get(folder.type, {})
+    task = type(f"Local{kind}", (base,), settings)()
+    data = {name: Dataset.from_list(rows).rename_columns(names) for name, rows in tables.items() if name != "qrels"}
+    if base is AbsTaskRetrieval:
+        relevant: dict[str, dict[str, int]] = {}
+        for row in tables["qrels"]:
+            relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
+        ranked = {query: list(own) for query, own in relevant.items()} if folder.type == "reranking" else None
+        task.dataset = {"default": {"test": RetrievalSplitData(**data, relevant_docs=relevant, top_ranked=ranked)}}
     else:
-        if folder.type == "classification":  # mteb wants integers, here in the order of the labels' names
-            numbers = {label: i for i, label in enumerate(sorted({row["label"] for row in tables["train"]}))}
-            tables = {
-                split: tuple({**row, "label": numbers[row["label"]]} for row in rows) for split, rows in tables.items()
-            }
-        names = dict(kind.columns)
-        data = {split: Dataset.from_list(list(rows)).rename_columns(names) for split, rows in tables.items()}
         task.dataset = DatasetDict(data)
     task.data_loaded = True
     return task
 
 
-def _retrieval_data(folder: TaskFolder) -> RetrievalSplitData:
-    relevant: dict[str, dict[str, int]] = {}
-    for row in folder.tables["qrels"]:
-        relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
-    corpus, queries = (Dataset.from_list(list(folder.tables[name])) for name in ("corpus", "queries"))
-    names = {"_id": "id"}
-    return RetrievalSplitData(
-        corpus=corpus.rename_columns(names),
-        queries=queries.rename_columns(names),
-        relevant_docs=relevant,
-        top_ranked=None,
-    )
+def _candidates(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Retrieval's tables, each query with its own documents, all judged.
 
-
-def _reranking_data(folder: TaskFolder) -> RetrievalSplitData:
-    """Each query with its own candidates. The ids put positives first where scores tie, as mteb's reranking does."""
-    corpus: dict[str, str] = {}
-    queries: dict[str, str] = {}
-    relevant: dict[str, dict[str, int]] = {}
-    for number, row in enumerate(folder.tables["test"]):
+    Their ids put positives first where scores tie, as mteb's reranking does.
+    """
+    tables: dict[str, list[Row]] = {"corpus": [], "queries": [], "qrels": []}
+    for number, row in enumerate(rows):
         query = f"test_query{number}"
-        queries[query], relevant[query] = row["query"], {}
+        tables["queries"].append({"_id": query, "text": row["query"]})
         for prefix, texts, score in (("apositive", row["positive"], 1), ("negative", row["negative"], 0)):
             for i, text in enumerate(texts):
-                corpus[f"{prefix}_{query}_{i:05}"] = text
-                relevant[query][f"{prefix}_{query}_{i:05}"] = score
-    return RetrievalSplitData(
-        corpus=Dataset.from_dict({"id": list(corpus), "title": [""] * len(corpus), "text": list(corpus.values())}),
-        queries=Dataset.from_dict({"id": list(queries), "text": list(queries.values())}),
-        relevant_docs=relevant,
-        top_ranked={query: list(documents) for query, documents in relevant.items()},
-    )
+                document = f"{prefix}_{query}_{i:05}"
+                tables["corpus"].append({"_id": document, "title": "", "text": text})
+                tables["qrels"].append({"query-id": query, "corpus-id": document, "score": score})
+    return tables

@@ -42,8 +42,7 @@ def layer_sizes(model: SentenceTransformer) -> tuple[Size, ...]:
     A weight that several layers share is counted with the first of them; a tensor outside the layers that packs one
     slice for each of them is counted with the layers.
 
-    Args:
-        model: Its weights as they are stored, so that ``bytes`` are those of a written cut.
+    The model's weights are as they are stored, so that ``bytes`` are those of a written cut.
     """
     transformer = model[0].auto_model
     layers = blocks_of(transformer)
@@ -86,13 +85,9 @@ def flops_by_layer(model: SentenceTransformer, length: int, layers: Iterable[nn.
     also where a causal mask discards half of them), convolutions, the experts that a token is sent to. Element-wise
     work (norms, activations, softmax, scans) and look-ups are not.
 
-    Args:
-        model: Any encoder, on any device.
-        length: Tokens of the text; fewer where the model takes no more. Attention costs more for longer texts.
-        layers: Modules of the model.
-
     Returns:
-        Operations for each token, of all that is outside of ``layers``, then of each; and the text's number of tokens.
+        Operations for each token, of all that is outside of ``layers``, then of each; and the text's number of tokens,
+        ``length`` or what the model takes. Attention costs more for longer texts.
     """
     features = model.preprocess([_WORDS * length])
     width = min(length, features["input_ids"].shape[1])
@@ -124,12 +119,8 @@ def _grouped_flops(first: Sequence[int], *_: Any, out_shape: Sequence[int], **__
 def measure_layers(model: SentenceTransformer, sizes: Sequence[Size]) -> tuple[LayerCost, ...]:
     """Count operations and measure times, some seconds for a model of 10⁸ parameters on a core.
 
-    Args:
-        model: In the dtype and on the device in which it is used.
-        sizes: From :func:`layer_sizes`.
-
-    Returns:
-        All that is outside the layers (the tokenizer's time included), then each layer.
+    Of all that is outside the layers (the tokenizer's time included), then of each layer; of the model in the dtype and
+    on the device in which it is used.
     """
     flops, _ = flops_by_layer(model, FLOPS_TOKENS, blocks_of(model[0].auto_model))
     latency, seconds = _median_seconds(model, 1, SINGLES), _median_seconds(model, BATCH, BATCHES)

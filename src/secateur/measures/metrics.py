@@ -195,12 +195,8 @@ def linear_cka(vectors: Tensor, *, rows: int = 128) -> Tensor:
 def block_influence(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
     """How much a layer turns its input: sum over tokens of 1 − cosine(input, output), ShortGPT (arXiv 2403.03853).
 
-    Divided by the number of tokens it is the Block Influence, from 0 (idle) to 2.
-
-    Args:
-        before: Input states (batch, length, width), and ``after``, the output states.
-        after: See ``before``.
-        mask: (batch, length), 0 for padding, which is not counted, whatever its states are.
+    Divided by the number of tokens it is the Block Influence, from 0 (idle) to 2. Of states (batch, length, width);
+    where ``mask`` (batch, length) is 0, there is padding, which is not counted, whatever its states are.
     """
     found = functional.cosine_similarity(before.float(), after.float(), dim=-1)
     return torch.where(mask != 0, (1 - found) * mask, 0).sum()

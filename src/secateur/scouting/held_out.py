@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from secateur.data.rows import PLAIN, TABLES
 from secateur.data.sources import Pair, Pairs, Source, Texts
@@ -28,6 +30,7 @@ FEWEST, FEWEST_IN_ALL = 10, 20
 """Queries of a file, and of all files together, below which a score would say nothing."""
 NEIGHBOURS = 10
 
+Rows = frozenset[Pair] | frozenset[str]
 Judgments = Mapping[str, Mapping[str, int]]
 """Query → document → how relevant it is, all by their texts."""
 
@@ -37,7 +40,13 @@ def judge_of(sources: Sequence[Source]) -> str:
     return "pairs" if any(isinstance(source, Pairs) for source in sources) else "texts"
 
 
-def folder_name(source: Source) -> str:
+def _judging(sources: Sequence[Source]) -> list[Source]:
+    """The files whose rows judge: where there are pairs, texts alone hold nothing out."""
+    pairs: list[Source] = [source for source in sources if isinstance(source, Pairs)]
+    return pairs or list(sources)
+
+
+def _task_name(source: Source) -> str:
     """What the task of a data file is called."""
     stem = next((source.name[: -len(end)] for end in (*TABLES, *PLAIN) if source.name.endswith(end)), source.name)
     return f"{stem.lstrip('.')}-held-out"
@@ -45,8 +54,7 @@ def folder_name(source: Source) -> str:
 
 def left_whole(sources: Sequence[Source], names: Collection[str]) -> list[str]:
     """Notes on files of which nothing was held out: all but those whose tasks have these names."""
-    own = [source for source in sources if isinstance(source, Pairs) or judge_of(sources) == "texts"]
-    files = [source.source.name for source in own if folder_name(source) not in names]
+    files = [source.source.name for source in _judging(sources) if _task_name(source) not in names]
     return [f"{file}: none of its rows is held out, too few share no text with others" for file in files]
 
 
@@ -61,14 +69,8 @@ def hold_out(
 ) -> None:
     """Write the task folders of held-out rows into a new folder, which is there when it is whole.
 
-    Args:
-        sources: The data. Where there are pairs, texts alone hold nothing out.
-        count: Rows in all, shared evenly by the files; at most a tenth of each.
-        seed: What they are drawn by.
-        folder: To be made.
-        teacher: Who says what texts are near each other, where there are no pairs.
-        cache: Folder of the teacher's vectors.
-        progress: Called while the teacher encodes.
+    ``count`` rows in all are shared evenly by the files, at most a tenth of each. Where there are pairs, texts alone
+    hold nothing out; where there are none, the teacher, whose vectors are kept in ``cache``, says what texts are near.
 
     Raises:
         ConfigError: Texts alone, and no teacher.
@@ -79,85 +81,67 @@ def hold_out(
         hint = "name one with --teacher (self: the model as it came), or tasks with --tasks"
         raise ConfigError("teacher", None, "texts alone have no answers to find, and there is no teacher", hint)
     drawn = draw(sources, count, seed)
-    known = {text for source, rows in drawn for text in _texts(source, rows)}
+    trained = [row for source, held in drawn if isinstance(source, Pairs) for row in source.rows if row not in held]
+    known = {text for row in trained for text in (row.anchor, row.positive, *row.negatives)}
     with new_folder(folder) as partial:
-        for source, rows in drawn:
-            if rows and isinstance(source, Pairs):
-                held = [row for row in source.rows if row in rows]
-                others = {text for row in held for text in row.negatives} - known
-                _write(partial / folder_name(source), source, _relevant(held), others)
-            elif rows and teacher is not None and cache is not None:
-                texts = [str(text) for text in dict.fromkeys(source.rows) if text in rows]
+        for source, held in drawn:
+            if not held:
+                continue
+            others: set[str] = set()
+            if isinstance(source, Pairs):
+                rows = [row for row in source.rows if row in held]
+                judgments = _relevant(rows)
+                others = {text for row in rows for text in row.negatives} - known
+            else:
+                assert teacher is not None and cache is not None
+                texts = [text for text in dict.fromkeys(source.rows) if text in held]
                 judgments = _nearest(texts, source.prompt, teacher, cache, progress)
-                _write(partial / folder_name(source), source, judgments, set())
-
-
-Rows = frozenset[Pair] | frozenset[str]
+            _write(partial / _task_name(source), source, judgments, others)
 
 
 def draw(sources: Sequence[Source], count: int, seed: int) -> list[tuple[Source, Rows]]:
     """The rows of each file to hold out; arguments and errors as for :func:`hold_out`."""
-    kind = Pairs if judge_of(sources) == "pairs" else Texts
-    own = [source for source in sources if isinstance(source, kind)]
-    names = [folder_name(source) for source in own]
+    own = _judging(sources)
+    names = [_task_name(source) for source in own]
     if twice := [source.name for source, name in zip(own, names, strict=True) if names.count(name) > 1]:
         raise DataError(twice[0], "two data files have this name, and so would their tasks", "rename one")
-    share = count // len(own)
-    drawn = [_draw(source, min(share, len(source.rows) // SHARE), seed) for source in own]
-    drawn = [rows if _queries(rows) >= FEWEST else frozenset() for rows in drawn]
-    found = sum(map(_queries, drawn))
+    share, found = count // len(own), 0
+    drawn: list[tuple[Source, Rows]] = []
+    for source in own:
+        rng = random.Random(f"{seed} {source.name}")  # noqa: S311 - not for secrets
+        most = min(share, len(source.rows) // SHARE)
+        held: Rows
+        if isinstance(source, Texts):
+            texts = list(dict.fromkeys(source.rows))
+            held = frozenset(rng.sample(texts, min(most, len(texts))))
+            queries = len(held)
+        else:
+            groups, taken = _groups(source.rows), []
+            rng.shuffle(groups)
+            for group in groups:
+                if len(taken) + len(group) <= most:
+                    taken += group
+            held, queries = frozenset(taken), len(_relevant(taken))
+        drawn.append((source, held if queries >= FEWEST else frozenset()))
+        found += queries if queries >= FEWEST else 0
     if found < FEWEST_IN_ALL:
         each = f"at most a tenth of each file, and none of a file with fewer than {FEWEST} in it"
         problem = f"{found} queries can be held out to score the depths ({each})"
         raise DataError("data", problem, "name tasks with --tasks, give more rows, or raise --held-out")
-    return list(zip(own, drawn, strict=True))
-
-
-def _draw(source: Source, most: int, seed: int) -> Rows:
-    """Rows to hold out, in whole groups that share a text."""
-    rng = random.Random(f"{seed} {source.name}")  # noqa: S311 - not for secrets
-    if isinstance(source, Texts):
-        texts = list(dict.fromkeys(source.rows))
-        return frozenset(rng.sample(texts, min(most, len(texts))))
-    groups = _groups(source.rows)
-    rng.shuffle(groups)
-    taken: list[Pair] = []
-    for group in groups:
-        if len(taken) + len(group) <= most:
-            taken += group
-    return frozenset(taken)
+    return drawn
 
 
 def _groups(rows: Sequence[Pair]) -> list[list[Pair]]:
     """Rows that are joined by a common anchor or positive, over any number of others, in the order of their first."""
-    leader: dict[str, str] = {}
-
-    def find(text: str) -> str:
-        path = [text]
-        while (above := leader.setdefault(path[-1], path[-1])) != path[-1]:
-            path.append(above)
-        leader.update(dict.fromkeys(path, path[-1]))
-        return path[-1]
-
-    for row in rows:
-        leader[find(row.positive)] = find(row.anchor)
-    groups: dict[str, list[Pair]] = {}
-    for row in rows:
-        groups.setdefault(find(row.anchor), []).append(row)
+    numbers: dict[str, int] = {}
+    edges = [[numbers.setdefault(text, len(numbers)) for text in (row.anchor, row.positive)] for row in rows]
+    anchors, positives = np.array(edges).T
+    graph = coo_array((np.ones(len(rows)), (anchors, positives)), shape=(len(numbers), len(numbers)))
+    component = connected_components(graph, directed=False)[1]
+    groups: dict[int, list[Pair]] = {}
+    for row, anchor in zip(rows, anchors, strict=True):
+        groups.setdefault(component[anchor], []).append(row)
     return list(groups.values())
-
-
-def _queries(rows: Rows) -> int:
-    pairs = [row for row in rows if isinstance(row, Pair)]
-    return len(_relevant(pairs)) if pairs else len(rows)
-
-
-def _texts(source: Source, held: Rows) -> set[str]:
-    """All texts of the rows that are not held out."""
-    if isinstance(source, Texts):
-        return set(source.rows) - {row for row in held if isinstance(row, str)}
-    left = (row for row in source.rows if row not in held)
-    return {text for row in left for text in (row.anchor, row.positive, *row.negatives)}
 
 
 def _relevant(rows: Sequence[Pair]) -> Judgments:

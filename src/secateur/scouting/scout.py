@@ -11,24 +11,31 @@ Each is there whole or not at all, and kept when the same command runs again; th
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from secateur.choosing.evidence import TOLERANCE, choose_rung
 from secateur.data.sources import Source, read_sources
 from secateur.done import FILE, Made
+from secateur.errors import ModelError
 from secateur.evaluation.tasks import Task, open_tasks
 from secateur.figures.plots import frontier_figure
 from secateur.figures.style import save
-from secateur.files import lock, results_folder
+from secateur.files import lock, read_json, results_folder, write_text
 from secateur.healing.exclusion import read_excluded
 from secateur.healing.heal import check_resume, heal
 from secateur.healing.recipes import training_config
 from secateur.healing.teacher import open_teacher
 from secateur.healing.trainer import check_tracker
 from secateur.measures.costs import layer_sizes
+from secateur.measures.intervals import Array, interval, limits_of
 from secateur.models import model_label, resolve
 from secateur.models.blocks import depth_of
 from secateur.models.cutting import legal_depths
@@ -39,12 +46,13 @@ from secateur.profiling.depth_scores import DepthScore, notes_on, score_depths
 from secateur.profiling.depths import DepthEncoder, check_depths
 from secateur.profiling.profile import layer_costs
 from secateur.progress import Progress, silent
-from secateur.provenance import fingerprint_files, provenance
-from secateur.results import Scout, Training, load
+from secateur.provenance import fingerprint_files, provenance, versions_of
+from secateur.results import DepthScoreRow, RungRow, Scout, Training, load
 from secateur.scouting.held_out import hold_out, judge_of, left_whole
-from secateur.scouting.ladder import ladder
-from secateur.scouting.rungs import keep_score, kept_score, rungs
 
+RUNGS = 8
+LOWEST = 1 / 5
+"""Share of the layers that the lowest rung keeps."""
 PICTURES = ("frontier.svg", "frontier.png")
 _ASIDE = {"model", "data", "out", "score", "tasks", "exclude", "eval_data", "eval_tasks", "teacher", "cache"} | {
     *("device", "report_to", "trust_remote_code")
@@ -118,6 +126,17 @@ def _plan(options: ScoutOptions) -> tuple[int, ...]:
     return depths
 
 
+def ladder(depth: int, legal: Sequence[int]) -> tuple[int, ...]:
+    """About eight depths from a fifth of the layers to all of them, each larger than the last by the same factor.
+
+    Each is moved to the nearest legal depth, the smaller of two. They ascend, the full depth as the last.
+    """
+    lowest = max(1.0, depth * LOWEST)
+    wanted = [round(lowest * (depth / lowest) ** (step / (RUNGS - 1))) for step in range(RUNGS)]
+    nearest = {min(legal, key=lambda able: (abs(able - rung), able)) for rung in wanted}
+    return (*sorted(nearest - {depth}), depth)
+
+
 def _begin(out: Path, made: Made) -> None:
     """Record what a scout is made from, or make sure that the one in ``out`` is made from the same.
 
@@ -186,11 +205,73 @@ def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Tas
         notes=tuple(dict.fromkeys(notes)),
     )
     table.save(out)
-    _draw(table, out)
-    return table
-
-
-def _draw(table: Scout, out: Path) -> None:
     figure = frontier_figure(table, len(choose_rung(make(Budget, {}), table).blocks), TOLERANCE)
     for name in PICTURES:
         save(figure, out / name)
+    return table
+
+
+# Scores: one file for each task and depth, kept as they come, and the rungs that they make together -------------------
+
+
+def _file(folder: Path, task: Task, depth: int) -> Path:
+    identity = f"{task.name}\0{task.source.sha256}\0{task.instruction}"
+    return folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{depth}.json"
+
+
+def keep_score(folder: Path, task: Task, score: DepthScore) -> None:
+    """Write a score, whole or not at all."""
+    replicates = None if score.replicates is None else score.replicates.tolist()
+    content = {"versions": versions_of(), **asdict(score), "replicates": replicates}
+    write_text(_file(folder, task, score.depth), json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def kept_score(folder: Path, task: Task, depth: int) -> DepthScore | None:
+    """A score that was kept; None where there is none, or one by other versions of the libraries."""
+    file = _file(folder, task, depth)
+    content = read_json(file) if file.is_file() else {}
+    if content.pop("versions", None) != versions_of():
+        return None
+    row = None if content["row"] is None else DepthScoreRow(**content["row"])
+    replicates = None if content["replicates"] is None else np.asarray(content["replicates"], dtype=np.float64)
+    return DepthScore(**(content | {"row": row, "replicates": replicates}))
+
+
+def rungs(
+    scores: Sequence[DepthScore], trained: Sequence[int], full: int, name: str
+) -> tuple[tuple[RungRow, ...], list[str]]:
+    """The mean over tasks at each depth, and its paired difference to the full depth.
+
+    A depth where a score is no number has no row, but a note.
+
+    Raises:
+        ModelError: That is so at the full depth.
+    """
+    if undefined := [score for score in scores if score.row is None and score.depth == full]:
+        problem = f"{undefined[0].metric} on {undefined[0].task} is not a number"
+        raise ModelError(name, problem, "are its vectors all alike?")
+    missing = sorted({score.depth for score in scores if score.row is None})
+    by_depth: dict[int, list[DepthScore]] = {}
+    for score in sorted(scores, key=lambda score: (score.depth, score.task)):
+        if score.depth not in missing:
+            by_depth.setdefault(score.depth, []).append(score)
+    least, most = np.mean([limits_of(score.metric) for score in by_depth[full]], axis=0)
+    reference, reference_draws = _over_tasks(by_depth[full])
+    rows = []
+    for depth, own in by_depth.items():
+        values, draws = _over_tasks(own)
+        low, high = (None, None) if draws is None else interval(draws.mean(axis=0), (least, most))
+        paired: tuple[float, float] | tuple[None, None] = (None, None)
+        if draws is not None and reference_draws is not None and depth != full:
+            paired = interval((draws - reference_draws).mean(axis=0), (least - most, most - least))
+        difference = float((values - reference).mean())
+        rows.append(RungRow(depth, depth in trained, float(values.mean()), low, high, difference, *paired))
+    told = ", ".join(map(str, missing))
+    return tuple(rows), [f"depth {told} has no mean: a score there is no number"] if missing else []
+
+
+def _over_tasks(scores: Sequence[DepthScore]) -> tuple[Array, Array | None]:
+    """Scores (tasks,) and their replicates (tasks, replicates), None where a task has none."""
+    values = np.array([score.row.score for score in scores if score.row])
+    draws = [score.replicates for score in scores if score.replicates is not None]
+    return values, np.array(draws) if len(draws) == len(scores) else None
