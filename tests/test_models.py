@@ -21,8 +21,8 @@ import secateur
 from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
 from secateur.models import demo_model
+from secateur.models.forward import pooling_name
 from secateur.models.open_model import is_causal
-from secateur.models.pooling import pooling_name
 from secateur.models.save import save_model
 from secateur.pruning.prune import origin_of
 

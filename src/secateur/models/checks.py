@@ -1,4 +1,4 @@
-"""What every model must pass before it is used: its weights, its tokenizer and its lengths fit each other.
+"""What every model must pass before it is used: its files are whole, its weights, tokenizer and lengths fit each other.
 
 Libraries open nearly anything. Weights that a file lacks are random, layers beyond the configuration's count are left
 out, a tokenizer without its vocabulary gives every word the same id: each gives vectors that look like vectors. The
@@ -7,12 +7,14 @@ checks read names, sum each weight once and encode four short texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -20,9 +22,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from secateur.errors import ModelError, UnsupportedArchitecture
+from secateur.errors import ModelError, SecateurError, UnsupportedArchitecture
+from secateur.files import read_json
 from secateur.models.compat import is_ignored
-from secateur.models.pooling import state_width
+from secateur.models.forward import state_width
 
 # Two texts of as many words in each of several scripts: a tokenizer that knows any of them gives that pair two
 # sequences of ids, one without its vocabulary gives none.
@@ -37,6 +40,102 @@ PAIRS = (
     ("बिल्ली घर में", "कुत्ता बाहर है"),
 )
 ANOTHER_MODEL = "one of the two is of another model"
+
+
+# ---- the folder
+
+
+def check_folder(folder: Path, trust_remote_code: bool, *, static: bool = False) -> None:
+    """Say what is missing from a model folder before any library stumbles over it."""
+    if not folder.is_dir():
+        raise ModelError(folder, "is not a model folder or a .gguf file")
+    modules = read_modules(folder)
+    if not modules and not (folder / "config.json").is_file():
+        raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
+    for position, module in enumerate(modules):
+        place, kind = folder / module["path"], module["type"].rpartition(".")[2]
+        if not module["type"].startswith("sentence_transformers.") and not trust_remote_code:
+            problem = f"its module {module['type']} is code of its own"
+            raise UnsupportedArchitecture(folder, problem, "--trust-remote-code runs it")
+        if position == 0 and (kind in ("BoW", "WordEmbeddings") or (kind == "StaticEmbedding" and not static)):
+            raise UnsupportedArchitecture(folder, f"begins with a {kind}, not with a transformer")
+        if kind in ("Pooling", "Dense") and not (place / "config.json").is_file():
+            raise ModelError(place, "has no config.json", "the model is incomplete: fetch it again")
+        pickle = place / "pytorch_model.bin"
+        if pickle.is_file() and not any(place.glob("*.safetensors")):
+            hint = "open it with sentence-transformers and save it again"
+            raise ModelError(pickle, "holds weights that only PyTorch can read", hint)
+    weights = sorted(folder.rglob("*.safetensors"))
+    if not weights:
+        pickles = sorted(folder.glob("*.bin"))
+        hint = "convert it: load it with transformers elsewhere and save_pretrained() it again" if pickles else ""
+        raise ModelError(folder, f"has no safetensors{f', only {pickles[0].name}' if pickles else ''}", hint)
+    count = 0
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                count += len(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(folder, f"{file.name} is damaged or half written ({_in_one_line(error)})") from error
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or not config:
+            raise ModelError(folder, "has an empty config.json")
+        depth = config.get("num_hidden_layers", 0)
+        if isinstance(depth, int) and depth > count:  # before it is built: that takes memory for each layer
+            raise ModelError(folder, f"config.json says {depth} layers, but its weights are {count} tensors")
+
+
+def read_modules(folder: Path) -> list[dict[str, str]]:
+    """What a folder's modules.json lists, each with ``type`` and ``path``; nothing, where there is no such file.
+
+    Raises:
+        ModelError: It is broken, or leads out of the folder.
+    """
+    file = folder / "modules.json"
+    if not file.is_file():
+        return []
+    modules = read_json(file)
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
+        for module in modules
+    ):
+        raise ModelError(file, "is not a list of modules, each with a type and a path")
+    for module in modules:
+        if not (folder / module["path"]).resolve().is_relative_to(folder.resolve()):
+            raise ModelError(file, f"names {module['path']!r}, which leads out of the model's folder")
+    return modules
+
+
+@contextmanager
+def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]:
+    """Turn whatever libraries raise on a model that they cannot open into one line about that model.
+
+    Args:
+        name: What the user called it.
+        path: Where it was opened, if not there.
+    """
+
+    def named(message: str) -> str:
+        return message if path is None else message.replace(str(path), str(name))
+
+    try:
+        yield
+    except SecateurError as error:
+        error.args = tuple(named(str(part)) for part in error.args)
+        raise
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(name, f"cannot be opened ({named(_in_one_line(error))})") from error
+    except Exception as error:  # a library that stumbles over a file raises what it likes, ZeroDivisionError included
+        raise ModelError(name, f"is not a text model that can be opened ({named(_in_one_line(error))})") from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+
+
+# ---- weights, tokenizer, vectors
 
 
 def check_opened(name: str | Path, model: SentenceTransformer) -> None:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from secateur.errors import DataError
+from secateur.models.compat import text_mask
+from secateur.options import PoolingName, SavedPooling
 from secateur.runtime.core import halves as halves
 from secateur.runtime.core import is_out_of_memory as is_out_of_memory
 from secateur.runtime.core import plan_batches
@@ -27,6 +31,7 @@ LENGTH_STEP = 16
 """What :func:`padded_length` gives multiples of: each new shape costs a CPU a new kernel."""
 SHORTEST_PREFIX = 4
 """Tokens in common below which sharing them saves nothing."""
+POOLINGS: tuple[str, ...] = get_args(SavedPooling)
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What models raise that cannot go on from a cache of keys and values."""
 
@@ -154,3 +159,70 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given. A CPU has."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()
+
+
+# ---- states to vectors
+
+
+class L3PrunePooling(Pooling):  # type: ignore[misc]
+    """The paper's weighted mean: weights 1, 2, …, n from the first token of the *text*, the prompt not pooled.
+
+    L3Prune (arXiv 2410.14578), after SGPT (arXiv 2202.08904). The stock ``Pooling("weightedmean",
+    include_prompt=False)`` pools the same tokens but starts to count at the first token of the *prompt*, so that a long
+    prompt flattens the weights. Without a prompt the two are the same. No saved folder can hold this module.
+    """
+
+    def __init__(self, embedding_dimension: int) -> None:
+        super().__init__(embedding_dimension, "weightedmean", include_prompt=False)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Pool ``token_embeddings`` (batch, length, width) into ``sentence_embedding`` (batch, width)."""
+        if "prompt_length" not in features:
+            return dict(super().forward(features, **kwargs))
+        # With the prompt masked out, the stock module takes it for left padding and counts from the text.
+        prompt_length = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
+        text_only = {key: value for key, value in features.items() if key != "prompt_length"}
+        text_only["attention_mask"] = text_mask(self, features["attention_mask"], prompt_length)
+        return features | {"sentence_embedding": super().forward(text_only, **kwargs)["sentence_embedding"]}
+
+
+@torch.no_grad()
+def state_width(transformer: Transformer) -> int:
+    """How many numbers a token's state has: measured, since OPT may project states to another width than it tells."""
+    ids = torch.tensor([[5, 6]], device=transformer.auto_model.device)
+    states: Tensor = transformer.auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    return states.shape[-1]
+
+
+def make_pooling(name: PoolingName, width: int) -> Pooling:
+    """The pooling module called ``name`` for token states of ``width`` numbers; prompts are not pooled."""
+    if name == "l3prune":
+        return L3PrunePooling(width)
+    mode = "weightedmean" if name == "weighted_mean" else name
+    return Pooling(width, mode, include_prompt=name in ("cls", "lasttoken"))
+
+
+def pooling_name(model: SentenceTransformer) -> str:
+    """What a model pools by, in this package's terms; ``"own"`` where it is a combination or something else."""
+    if any(isinstance(module, L3PrunePooling) for module in model):
+        return "l3prune"
+    modes = [str(module.pooling_mode) for module in model if isinstance(module, Pooling)]
+    return {"weightedmean": "weighted_mean"}.get(modes[0], modes[0]) if len(modes) == 1 else "own"
+
+
+def pool(model: SentenceTransformer, states: Tensor, features: dict[str, Any]) -> Tensor:
+    """Run everything that follows the transformer on token states of any depth.
+
+    Args:
+        model: The model whose modules after the first are run.
+        states: Token states, normed, (batch, length, width).
+        features: What ``model.preprocess`` gave for these texts (mask, prompt length).
+
+    Returns:
+        Vectors (batch, dimension), as ``model`` would give them if its transformer ended with ``states``.
+    """
+    current: dict[str, Any] = dict(features, token_embeddings=states)
+    for module in list(model)[1:]:
+        current = module(current)
+    vectors: Tensor = current["sentence_embedding"]
+    return vectors

@@ -21,7 +21,7 @@ from secateur.errors import ModelError, VerificationFailed
 from secateur.files import read_json, write_text
 from secateur.models.blocks import text_config
 from secateur.models.compat import drop_layer_pattern
-from secateur.models.pooling import pooling_name
+from secateur.models.forward import pooling_name
 from secateur.progress import quiet
 from secateur.results import Origin
 

@@ -26,7 +26,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import UnsupportedArchitecture
-from secateur.vocabulary.counts import plain_tokenizer
 
 KINDS = ("BPE", "WordPiece", "Unigram")
 WRITERS = ("post_processor", "padding")
@@ -47,7 +46,6 @@ class Vocabulary:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """What makes these tokens of a text, however long it is."""
         return plain_tokenizer(self.rules)
 
     @property
@@ -160,6 +158,19 @@ class Vocabulary:
         return smallest
 
 
+def plain_tokenizer(rules: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer from the content of its ``tokenizer.json``, that neither cuts nor pads."""
+    tokenizer = Tokenizer.from_str(json.dumps(rules))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of the tokens of each text, special ones left out."""
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def read_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase | None) -> Vocabulary:
     """The tokens of a model's tokenizer.
 
@@ -200,18 +211,13 @@ def keep_tokens(rules: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]
 
 def _special_ids(rules: Mapping[str, Any]) -> set[int]:
     """Ids that the post-processor and the padding write into texts."""
-    found: set[int] = set()
-
-    def note(i: int) -> int:
-        found.add(i)
-        return i
-
+    found: list[int] = []
     for key in WRITERS:
-        _each_id(rules.get(key), note)
-    return found
+        _each_id(rules.get(key), found.append)
+    return set(found)
 
 
-def _each_id(part: Any, change: Callable[[int], int]) -> Any:
+def _each_id(part: Any, change: Callable[[int], Any]) -> Any:
     """A post-processor or a padding with other ids."""
     if not isinstance(part, dict):
         return part
