@@ -95,8 +95,9 @@ def read_modules(folder: Path) -> list[dict[str, str]]:
     file = folder / "modules.json"
     if not file.is_file():
         return []
-    modules = read_json(file)
-    if not isinstance(modules, list) or not all(
+    content = read_json(file)
+    modules = content if isinstance(content, list) else []
+    if not modules or not all(
         isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
         for module in modules
     ):
@@ -109,11 +110,9 @@ def read_modules(folder: Path) -> list[dict[str, str]]:
 
 @contextmanager
 def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]:
-    """Turn whatever libraries raise on a model that they cannot open into one line about that model.
+    """Turn whatever libraries raise on a model that they cannot open into one line about it.
 
-    Args:
-        name: What the user called it.
-        path: Where it was opened, if not there.
+    ``name`` is what the user called it; ``path``: where it was opened, if not there.
     """
 
     def named(message: str) -> str:
@@ -139,11 +138,9 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def check_opened(name: str | Path, model: SentenceTransformer) -> None:
-    """Refuse a model whose parts do not fit each other; cut its length to the positions that it has.
+    """Refuse a model, with weights that were checked, whose parts do not fit each other.
 
-    Args:
-        name: What the user called it.
-        model: As opened, with weights that were checked.
+    Its length is cut to the positions that it has.
 
     Raises:
         ModelError: The tokenizer knows no text, a prompt is no text, a length no length, vectors are not finite.
@@ -153,8 +150,7 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
         if not isinstance(prompt, (str, type(None))):
             raise ModelError(name, f"its prompt {key!r} is {prompt!r}, not a text", "see its prompts in the JSON file")
     model.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
-    _check_length(name, transformer)
-    _check_ids(name, transformer)
+    _check_tokenizer(name, transformer)
     # Cut texts where the table of positions ends; the configuration's number may count rows that no token has.
     limit, length = positions(transformer), transformer.max_seq_length
     if limit is not None and (length is None or length > limit):
@@ -163,12 +159,7 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
 
 
 def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
-    """Refuse a model that does not begin with a transformer that reads text.
-
-    Raises:
-        UnsupportedArchitecture: It begins with something else.
-        ModelError: It has no tokenizer.
-    """
+    """Refuse a model that does not begin with a transformer that reads text."""
     if not isinstance(model[0], Transformer):
         kind = type(model[0]).__name__
         router = "save one of its routes as a model: SentenceTransformer(modules=list(model[0].sub_modules[route]))"
@@ -266,25 +257,20 @@ def check_finite(name: str | Path, model: SentenceTransformer) -> None:
                 raise ModelError(name, f"{wrong} of its weights are not finite, first in {own}", hint)
 
 
-def _check_length(name: str | Path, transformer: Transformer) -> None:
-    length = transformer.max_seq_length
+def _check_tokenizer(name: str | Path, transformer: Transformer) -> None:
+    """Refuse a length that leaves nothing of a text, a tokenizer for which all texts are one, ids without a row."""
+    tokenizer, length = transformer.tokenizer, transformer.max_seq_length
     if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float)) or length < 1):
         raise ModelError(name, f"cuts texts after {length!r} tokens (max_seq_length)", "a whole number, at least 1")
-    special = len(transformer.tokenizer("")["input_ids"])
+    special = len(tokenizer("")["input_ids"])
     if length is not None and length <= special:  # asked for less, a tokenizer cuts nothing at all
         problem = f"cuts texts after {length} tokens, of which {special} are special ones: nothing is left of a text"
         raise ModelError(name, problem, f"a length of {special + 1} or more")
-
-
-def _check_ids(name: str | Path, transformer: Transformer) -> None:
-    """Refuse a tokenizer for which all texts are one, or whose ids the model has no rows for."""
-    tokenizer = transformer.tokenizer
     whole = [[tokenizer(text)["input_ids"] for text in pair] for pair in PAIRS]
     if all(one == other for one, other in whole):
         problem = "its tokenizer gives different texts the same ids"
         raise ModelError(name, problem, "its vocabulary is missing: copy tokenizer.json (or vocab.txt, …) as well")
-    rows = transformer.auto_model.get_input_embeddings()
-    count = getattr(rows, "num_embeddings", None)
+    count = getattr(transformer.auto_model.get_input_embeddings(), "num_embeddings", None)
     largest = max(id_ for pair in whole for ids in pair for id_ in ids)
     if count is not None and largest >= count:
         problem = f"its tokenizer gives the id {largest}, but it has vectors for {count} tokens"
@@ -331,15 +317,14 @@ def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
     vectors = model.encode(texts, prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
     if not bool(torch.isfinite(vectors).all()):
         raise ModelError(name, "gives vectors that are not finite", "its configuration is not that of its weights")
-    width = model.get_embedding_dimension()
+    problem, width, own = "", model.get_embedding_dimension(), state_width(model[0])
     if width is not None and vectors.shape[1] != width:
         problem = f"gives vectors of {vectors.shape[1]} numbers, but its modules say {width}"
-        raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
-    own = state_width(model[0])
     for module in model:
-        if isinstance(module, Pooling) and module.embedding_dimension != own:
+        if not problem and isinstance(module, Pooling) and module.embedding_dimension != own:
             problem = f"its pooling is for states of {module.embedding_dimension} numbers, but they have {own}"
-            raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
+    if problem:
+        raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
     tokens = [model[0].tokenizer(text)["input_ids"] for text in texts]
     if tokens[0] != tokens[1] and bool((vectors == vectors[0]).all()):
         hint = f"it cuts them after {model[0].max_seq_length} tokens, and pools as its folder says"

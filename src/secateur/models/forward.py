@@ -1,8 +1,9 @@
-"""Texts → token states, as cheaply as a machine can: what a profile and bulk encoding have in common.
+"""Texts → token states → vectors, as cheaply as a machine can: what a profile and bulk encoding have in common.
 
 Texts are tokenized together, sorted by length and run in batches of about as many tokens each. What all of them start
 with (an instruction) is computed once where a model attends only backwards, since its keys and values cannot depend
-on what follows.
+on what follows. Everything after the transformer (pooling, normalisation, a dense head) is what the model's own
+sentence-transformers modules do, at any depth.
 """
 
 from __future__ import annotations
@@ -51,12 +52,7 @@ class Tokens:
     left: bool
 
     def batch(self, rows: Sequence[int], *, left: bool | None = None) -> dict[str, Any]:
-        """The features of some rows, padded to the longest of them.
-
-        Args:
-            rows: Indices of texts.
-            left: On which side; default: where the model's tokenizer pads.
-        """
+        """The features of some rows, padded to the longest of them, by default where the model's tokenizer pads."""
         left = self.left if left is None else left
         index = torch.as_tensor(rows)
         lengths = self.lengths[index]
@@ -88,15 +84,12 @@ def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "")
     return Tokens(dict(features), lengths, left=bool((mask[:, 0] == 0).any()))
 
 
-def padded_length(length: int, longest: int | None = None, step: int = LENGTH_STEP) -> int:
+def padded_length(length: int, longest: int | None = None) -> int:
     """A length that batches are padded to where shapes come at random and should be few: a multiple of 16.
 
-    Args:
-        length: Tokens of the longest text of the batch.
-        longest: Not more than this, unless the text itself has more.
-        step: Another multiple.
+    ``length`` is that of the longest text; ``longest``: not more tokens than this, unless the text itself has more.
     """
-    full = -(-max(1, length) // step) * step
+    full = -(-max(1, length) // LENGTH_STEP) * LENGTH_STEP
     return full if longest is None else min(full, max(longest, length))
 
 
@@ -211,15 +204,10 @@ def pooling_name(model: SentenceTransformer) -> str:
 
 
 def pool(model: SentenceTransformer, states: Tensor, features: dict[str, Any]) -> Tensor:
-    """Run everything that follows the transformer on token states of any depth.
+    """Vectors (batch, dimension), as ``model`` would give them if its transformer ended with ``states``.
 
-    Args:
-        model: The model whose modules after the first are run.
-        states: Token states, normed, (batch, length, width).
-        features: What ``model.preprocess`` gave for these texts (mask, prompt length).
-
-    Returns:
-        Vectors (batch, dimension), as ``model`` would give them if its transformer ended with ``states``.
+    ``states`` are normed token states (batch, length, width) of any depth; ``features``: what ``model.preprocess``
+    gave for these texts (mask, prompt length).
     """
     current: dict[str, Any] = dict(features, token_embeddings=states)
     for module in list(model)[1:]:

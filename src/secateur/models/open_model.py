@@ -51,7 +51,6 @@ from secateur.progress import quiet
 MAX_LENGTH = 512
 """Tokens of a text, for a bare language model, where nobody says."""
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEVICES = "such as cpu, cuda, cuda:0 or mps"
 
 
 def open_model(
@@ -108,9 +107,6 @@ class Skeleton:
 
 def open_skeleton(name: str | Path) -> Skeleton:
     """Open all of a model but its weights, which are neither read nor fetched.
-
-    Args:
-        name: As for :func:`open_model`.
 
     Raises:
         ModelError: The model is missing, half written, or not a text model.
@@ -208,11 +204,7 @@ def load_model(
 
 
 def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName | None, max_length: int) -> None:
-    """Give a bare language model its length, pooling and Normalize module; check what any model encodes.
-
-    Raises:
-        ModelError: Its parts do not fit each other.
-    """
+    """Give a bare language model its length, pooling and Normalize module; check what any model encodes."""
     if len(model) == 1:
         transformer = model[0]
         own_length = transformer.max_seq_length
@@ -228,12 +220,7 @@ def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName 
 
 
 def check_embedder(name: str | Path, pooling: PoolingName | None, max_length: int) -> None:
-    """Refuse what only a bare language model is told.
-
-    Raises:
-        ModelError: A pooling.
-        ConfigError: A length other than the default.
-    """
+    """Refuse a pooling, or a length other than the default: only a bare language model is told these."""
     if pooling is not None:
         raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
     if max_length != MAX_LENGTH:
@@ -242,17 +229,14 @@ def check_embedder(name: str | Path, pooling: PoolingName | None, max_length: in
 
 
 def check_device(device: str | None) -> None:
-    """Refuse a device that torch cannot use on this machine; None is torch's own choice.
-
-    Raises:
-        ConfigError: It does not exist, or not here.
-    """
+    """Refuse a device that does not exist, or not on this machine; None is torch's own choice."""
     if device is None:
         return
     try:
         torch.device(device)
     except RuntimeError:
-        raise ConfigError("device", device, f"{device!r} is no device of torch", DEVICES) from None
+        hint = "such as cpu, cuda, cuda:0 or mps"
+        raise ConfigError("device", device, f"{device!r} is no device of torch", hint) from None
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # whichever the device raises
@@ -335,7 +319,7 @@ _parsing = threading.Lock()
 """The reader is the process's: of two threads, the later would keep the other's."""
 
 
-# ---- static embeddings
+# ---- static embeddings: one vector for each token, and their mean for a text; nothing to cut
 
 
 def is_static(name: str | Path) -> bool:
@@ -368,11 +352,8 @@ def open_static(name: str | Path, *, device: str | None = None) -> SentenceTrans
             source = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
         check_folder(source, trust_remote_code=False, static=True)
         config = small_file(source, "config.json")
-        given: dict[str, Any] = {"device": device, "similarity_fn_name": "cosine"}
-        if _is_model2vec(config):
-            model = SentenceTransformer(modules=_modules(source, config), **given)
-        else:
-            model = SentenceTransformer(str(source), **given)
+        given = {"modules": _modules(source, config)} if _is_model2vec(config) else {"model_name_or_path": str(source)}
+        model = SentenceTransformer(**given, device=device, similarity_fn_name="cosine")
         tokens, rows = model.tokenizer.get_vocab_size(), model[0].num_embeddings
         if tokens > rows:
             raise ModelError(name, f"its tokenizer knows {tokens} tokens, but its table has {rows} rows")
@@ -381,6 +362,10 @@ def open_static(name: str | Path, *, device: str | None = None) -> SentenceTrans
 
 
 def _modules(folder: Path, config: Mapping[str, Any]) -> list[nn.Module]:
+    """What model2vec does with its own folders, without it: unknown tokens do not count, texts end after 512 tokens.
+
+    ``mapping`` and ``weights`` are folded into the table.
+    """
     tensors = load_file(folder / "model.safetensors")
     table = tensors["embeddings"].float()
     if "mapping" in tensors:

@@ -172,14 +172,7 @@ def _spans(header: dict[str, Any], wanted: set[str]) -> list[tuple[int, int]]:
 
 @dataclass
 class _Shard:
-    """A safetensors file on the Hub, and the sparse file that stands for it here.
-
-    Attributes:
-        repository: Name of the model.
-        commit: Of the model.
-        file: Path in the repository.
-        path: Of the sparse file; a link to the whole one, where that is here.
-    """
+    """A safetensors file on the Hub, and ``path``: the sparse file that stands for it here, or a link to the whole."""
 
     repository: str
     commit: str

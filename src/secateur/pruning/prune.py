@@ -100,7 +100,11 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
     with as_model_error(name, scratch / "read"), quiet(), as_source(source, options.trust_remote_code) as opened:
         if is_embedder(opened, revision):
             check_embedder(name, options.pooling, options.max_length)
-        _refuse_quantized(name, opened)
+        file = transformer_folder(Path(opened)) / CONFIG_NAME
+        content = read_json(file) if file.is_file() else {}
+        if any(part.get("quantization_config") for part in (content, *content.values()) if isinstance(part, dict)):
+            hint = "prune the weights it was quantized from, and quantize the result"
+            raise UnsupportedArchitecture(name, "its weights are quantized", hint)
         origin_file = Path(opened) / Origin.file
         shown, key_mapping = _text_tower(opened, scratch / "text") if not options.trust_remote_code else (opened, None)
         model, unused = load_model(name, shown, device="cpu", key_mapping=key_mapping, **where)
@@ -175,20 +179,10 @@ def _fetch(
     return fetch_kept(str(source), small, choose, scratch / "read", told), None, adapter
 
 
-def _refuse_quantized(name: str | Path, source: str | Path) -> None:
-    file = transformer_folder(Path(source)) / CONFIG_NAME
-    content = read_json(file) if file.is_file() else {}
-    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
-    if any(part.get("quantization_config") for part in parts):
-        hint = "prune the weights it was quantized from, and quantize the result"
-        raise UnsupportedArchitecture(name, "its weights are quantized", hint)
-
-
 def _text_tower(source: str | Path, folder: Path) -> tuple[str | Path, dict[str, str] | None]:
-    """A folder that shows a multimodal model as its text tower alone; the source itself, where it is a text model.
+    """A folder that shows a multimodal model as its text tower alone, and what to make of the names in its weights.
 
-    Returns:
-        The folder, and what to make of the names in its weights.
+    The source itself, where it is a text model.
     """
     if not isinstance(source, Path) or not (source / CONFIG_NAME).is_file():
         return source, None
@@ -223,12 +217,9 @@ def _left_out(transformer: PreTrainedModel, unused: Sequence[str]) -> tuple[str,
 
 
 def _convert(model: SentenceTransformer, expected: Expected, dtype: str, folder: Path) -> Expected:
-    """Check a cut model in memory, and give its weights another number format.
+    """Check a cut model in memory, give its weights another number format, and tell what its folder should give.
 
-    transformers does it, which knows the weights that stay as they are.
-
-    Returns:
-        What the written folder should give.
+    transformers converts, which knows the weights that stay as they are.
     """
     found = float(np.abs(expected_of(model).vectors - expected.vectors).max())
     if not found <= TOLERANCE:

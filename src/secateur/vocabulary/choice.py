@@ -57,13 +57,8 @@ class TokenCounts:
 def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progress: Progress = silent) -> TokenCounts:
     """Count the tokens of texts in full length, special tokens left out; only a piece of the texts is in memory.
 
-    Each file has the same weight, as in a profile. Which texts are held out is told by a hash of each, so that all
-    copies of a text are on one side.
-
-    Args:
-        tokenizer: From :func:`plain_tokenizer`.
-        files: The texts of each.
-        progress: Told the number of texts.
+    Each of the files has the same weight, as in a profile. Which texts are held out is told by a hash of each, so that
+    all copies of a text are on one side.
 
     Raises:
         ConfigError: There are too few texts.
