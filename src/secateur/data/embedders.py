@@ -72,8 +72,8 @@ def open_embedder(
     """Open whatever gives vectors.
 
     Args:
-        name: What :func:`.open_model` takes; a static embedding, by its folder or Hub id (:mod:`.static`); a folder
-            that ``secateur export`` wrote; or an endpoint (:mod:`.endpoints`).
+        name: What :func:`.open_model` takes; a static embedding, by its folder or Hub id (:func:`.open_static`); a
+            folder that ``secateur export`` wrote; or an endpoint (:mod:`.endpoints`).
         device: Torch device, for what runs on one.
         trust_remote_code: Run the model code that a repository brings along.
 

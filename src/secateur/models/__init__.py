@@ -63,12 +63,8 @@ def model_source(name: str | Path) -> str:
 
 
 def model_names(models: Sequence[Any], names: Sequence[str] | None = None) -> list[str]:
-    """What models are called in tables: the names given, else the last parts of their paths, or whole paths where two
-    of those are alike.
-
-    Args:
-        models: Names, folders, or open models.
-        names: One for each, or None.
+    """What models (names, folders, or open models) are called in tables: by ``names``, else by the last parts of their
+    paths, or whole paths where two of those are alike.
 
     Raises:
         ConfigError: Two models have the same name, or there are not as many names as models.

@@ -127,6 +127,12 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
+def shares_weights(model: PreTrainedModel) -> bool:
+    """Whether weights of one layer are those of another, as Zamba 2's."""
+    weights = [weight for block in blocks_of(model) for weight in block.parameters()]
+    return len(set(map(id, weights))) < len(weights)
+
+
 def depth_of(model: PreTrainedModel) -> int:
     """How many layers the model has."""
     return len(blocks_of(model))

@@ -170,14 +170,11 @@ def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
 
 
 def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
-    """Refuse weights that are not those which the configuration describes.
+    """Refuse weights that are not those which the configuration describes; return the names of unused tensors.
 
     Unused tensors outside of all modules of the model (heads, decoders, image towers) are those of another part of the
     checkpoint; one inside them is a part of the model that its configuration leaves out. A single number is a constant
     that older versions saved.
-
-    Returns:
-        The names of the unused tensors.
     """
     config = model.config
     if getattr(config, "quantization_config", None):
@@ -202,15 +199,8 @@ def check_names(
 ) -> list[str]:
     """Let transformers load weights without reading them (on the ``meta`` device), by names and shapes alone.
 
-    Args:
-        name: What the user called the model.
-        kind: Its class.
-        config: Its configuration.
-        source: Its folder or Hub id; None where ``options`` hold its ``state_dict``.
-        options: Of ``from_pretrained``.
-
-    Returns:
-        Names of tensors that transformers has no use for.
+    ``source`` is a folder or Hub id; None where ``options``, of ``from_pretrained``, hold a ``state_dict``. Returns the
+    names of tensors that transformers has no use for.
 
     Raises:
         ModelError: A tensor is missing, or has another shape. A missing pooler is no loss: no vector of ours goes

@@ -24,7 +24,16 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.errors import IllegalDepth
-from secateur.models.blocks import blocks_of, build, depth_of, find_stack, last_line, skeleton, text_config
+from secateur.models.blocks import (
+    blocks_of,
+    build,
+    depth_of,
+    find_stack,
+    last_line,
+    shares_weights,
+    skeleton,
+    text_config,
+)
 from secateur.models.compat import cut_layer_overrides, drop_layer_pattern, tensors_of
 from secateur.progress import quiet
 
@@ -98,8 +107,7 @@ def check_keep(config: PretrainedConfig, keep: Sequence[int]) -> None:
     """Make sure that a model can be cut to these layers. Needs no weights.
 
     Raises:
-        IllegalDepth: The layers are not there, not ascending, or the architecture cannot be cut to them.
-        UnsupportedArchitecture: The architecture cannot be cut at all.
+        IllegalDepth, UnsupportedArchitecture: As :func:`cut`.
     """
     legal_plan(skeleton(config), keep)
 
@@ -142,8 +150,7 @@ def packed_tensors(model: PreTrainedModel) -> tuple[str, ...]:
 
 def late_modules(model: PreTrainedModel) -> dict[str, int]:
     """Modules of a shared layer that only a later layer uses, as Zamba 2's adapters → the index of that layer."""
-    weights = [weight for block in blocks_of(model) for weight in block.parameters()]
-    if len(set(map(id, weights))) == len(weights):  # no layer is shared
+    if not shares_weights(model):
         return {}
     full = build(type(model), copy.deepcopy(model.config))
     return {name: depth for depth, plan in _cuts(full) for name in plan.unused}

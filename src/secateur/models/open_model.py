@@ -166,16 +166,9 @@ def load_model(
 ) -> tuple[SentenceTransformer, list[str]]:
     """Load a model, and check its weights by their names and shapes; no weight is read yet.
 
-    Args:
-        name: What the user called it.
-        source: A folder or Hub id.
-        dtype: As for :func:`open_model`.
-        device: As for :func:`open_model`.
-        key_mapping: Patterns of names in the checkpoint, and what stands for them in the model.
-        where: ``revision`` and ``trust_remote_code``.
-
-    Returns:
-        The model, of a bare language model its transformer alone; and the names of the tensors that it does not use.
+    ``name`` is what the user called it, ``source`` a folder or Hub id, ``key_mapping`` what stands in the model for
+    patterns of names in the checkpoint; ``where`` are ``revision`` and ``trust_remote_code``. Returns the model, of a
+    bare language model its transformer alone, and the names of the tensors that it does not use.
     """
     # Weights of another shape are refused by check_weights, which names them; transformers does not.
     weights: dict[str, Any] = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
@@ -373,7 +366,7 @@ def _modules(folder: Path, config: Mapping[str, Any]) -> list[nn.Module]:
     if "weights" in tensors:
         table = table * tensors["weights"].float()[:, None]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    length = config.get("max_length", MAX_LENGTH)
+    length = config.get("max_length", 512)  # model2vec's own default
     tokenizer.no_truncation() if length is None else tokenizer.enable_truncation(length)
     module = StaticEmbedding(tokenizer, table)
     model = json.loads(tokenizer.to_str())["model"]

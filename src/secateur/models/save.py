@@ -62,11 +62,8 @@ def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expe
     Args:
         model: The model in memory.
         folder: An existing empty folder.
-        origin: Where the model comes from; its ``check`` is filled in and it is written as ``secateur.json``.
+        origin: Where the model comes from; written as ``secateur.json``, and returned, with its ``check`` filled in.
         expected: What the folder should give; by default, what the model in memory gives.
-
-    Returns:
-        The origin as written.
 
     Raises:
         VerificationFailed: The reopened folder gives other vectors.

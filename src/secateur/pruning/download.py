@@ -32,7 +32,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from secateur.errors import ModelError
 from secateur.files import read_json
-from secateur.models.blocks import blocks_of, find_stack, skeleton, tensor_of_block, text_config, text_tower
+from secateur.models.blocks import find_stack, shares_weights, skeleton, tensor_of_block, text_config, text_tower
 from secateur.models.checks import as_model_error, check_names, is_within, read_modules
 from secateur.models.compat import is_ignored
 from secateur.progress import Progress, quiet, silent
@@ -48,10 +48,7 @@ RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 
 def fetch_small(name: str, revision: str | None = None) -> Path:
-    """Fetch all but the weights of a model into the Hub's cache.
-
-    Returns:
-        The folder of the commit, whose name is the commit's.
+    """Fetch all but the weights of a model into the Hub's cache: the folder of the commit, whose name is the commit's.
 
     Raises:
         ModelError: There is no such model, or it cannot be fetched.
@@ -76,11 +73,8 @@ def fetch_kept(
         name: Of the model on the Hub.
         folder: As :func:`fetch_small` returns it.
         choose: Indices of the layers that stay, for the model's depth.
-        out: An empty folder.
+        out: An empty folder; returned. It opens as the whole model does, with zeros for the weights of the others.
         progress: Told the bytes.
-
-    Returns:
-        ``out``, which can be opened as the whole model can; the weights of the other layers are zeros in it.
 
     Raises:
         ModelError: The weights are missing or broken, or not those of the configuration.
@@ -148,8 +142,7 @@ def wanted_tensors(
     tower = text_tower(model)
     towers = {child for child, _ in model.named_children()} - {tower.partition(".")[0]} if tower else set()
     wanted = {tensor for tensor in state if tensor not in unused and not towers & set(tensor.split("."))}
-    weights = [weight for block in blocks_of(model) for weight in block.parameters()]
-    if len(set(map(id, weights))) < len(weights):  # layers that share weights: these are stored with one of them
+    if shares_weights(model):  # these are stored with one of the layers
         return wanted
     parts = find_stack(model).path.split(".")
     for start in range(len(parts)):

@@ -41,11 +41,8 @@ BATCH = 1 << 20
 class TokenCounts:
     """How frequent each token is, by its id: its share of the tokens of a file, averaged over the files.
 
-    Attributes:
-        counted: (ids,), in the texts by which tokens are chosen.
-        held_out: (ids,), in the others.
-        texts: Number of all texts, each copy counted.
-        sample: Some of the texts that are held out, drawn evenly, about as many of each file.
+    ``counted`` (ids,) is that in the texts by which tokens are chosen, ``held_out`` (ids,) in the others, ``texts`` the
+    number of all texts, each copy counted, ``sample`` some of those held out, about as many of each file.
     """
 
     counted: NDArray[np.float64]
@@ -224,13 +221,13 @@ def count_vocabulary(
     prompts: Iterable[str] = (),
     progress: Progress = silent,
 ) -> CountedVocabulary:
-    """Count the tokens of the texts that the options name.
+    """Count the tokens of the texts that ``options.vocab`` names.
 
     Args:
         name: Of the model, for errors.
         tokenizer: Of the model.
         transformer: Of the model; it needs no weights.
-        options: Whose ``vocab`` names the texts.
+        options: Name the texts.
         prompts: Of the model; their tokens stay, as do those of the prompts that come with the texts.
         progress: Told the number of texts.
 
