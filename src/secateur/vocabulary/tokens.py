@@ -218,6 +218,6 @@ def _each_id(part: Any, change: Callable[[int], Any]) -> Any:
             changed[key] = [change(i) for i in value]
         elif key in ("sep", "cls") and isinstance(value, list):
             changed[key] = [value[0], change(value[1])]
-        elif key == "pad_id":
+        elif key == "pad_id" and isinstance(value, int):
             changed[key] = change(value)
     return changed
