@@ -21,8 +21,8 @@ import secateur
 from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
 from secateur.models import demo_model
+from secateur.models.forward import pooling_name
 from secateur.models.open_model import is_causal
-from secateur.models.pooling import pooling_name
 from secateur.models.save import save_model
 from secateur.pruning.prune import origin_of
 
@@ -211,6 +211,7 @@ BROKEN_EMBEDDERS = {
     "a pooling without its file": (lambda folder: shutil.rmtree(folder / "1_Pooling"), "1_Pooling: has no config.json"),
     "a length that is none": (with_json("sentence_bert_config.json", max_seq_length=-1), "cuts texts after -1"),
     "a prompt that is no text": (with_json("config_sentence_transformers.json", prompts={"q": 5}), "its prompt 'q'"),
+    "no modules": (lambda folder: (folder / "modules.json").write_text("[]"), "is not a list of modules"),
     "modules that are none": (lambda folder: (folder / "modules.json").write_text("[{}]"), "is not a list of modules"),
 }
 

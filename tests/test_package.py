@@ -23,9 +23,9 @@ results: base models kinds
 runtime
 options: base way runs inference
 figures: style solved plots
-models: compat blocks cutting pooling checks forward save open_model static
+models: compat blocks cutting forward checks save open_model
 data: rows hub sources vectors endpoints embedders demo
-vocabulary: counts tokens trim choice
+vocabulary: tokens trim choice
 measures: metrics intervals costs
 evaluation: task_tables task_formats task_folder task_making tasks replicates evaluate
 choosing: selectors budgets vocabulary evidence choose

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 import secateur
 from conftest import llama_model
 from secateur.data.sources import instruction_prompt
-from secateur.models.pooling import make_pooling, pool, pooling_name
+from secateur.models.forward import make_pooling, pool, pooling_name
 from secateur.profiling.depths import DepthEncoder
 
 WIDTH = 5

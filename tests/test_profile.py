@@ -613,7 +613,7 @@ def test_smollm2_gives_the_losses_of_the_public_code(monkeypatch):
 
     # The public code tokenizes a text alone and pools that many tokens from the end, which is off where a text's first
     # word has another number of tokens after a blank. Counted its way, nothing else is left.
-    from secateur.models.pooling import L3PrunePooling
+    from secateur.models.forward import L3PrunePooling
 
     tokenizer = model.tokenizer
     prompt = f"{reference['instruction']}; "

@@ -21,8 +21,7 @@ from secateur import runtime
 from secateur.data.endpoints import REQUEST_TEXTS, Endpoint
 from secateur.data.vectors import PROBES, VectorCache, fingerprint_model, same_as_kept
 from secateur.models import is_endpoint
-from secateur.models.open_model import open_model
-from secateur.models.static import is_static, open_static
+from secateur.models.open_model import is_static, open_model, open_static
 from secateur.progress import quiet
 from secateur.provenance import ENCODING, fingerprint_files, is_export, versions_of
 from secateur.runtime.vectors import as_numbers
@@ -73,8 +72,8 @@ def open_embedder(
     """Open whatever gives vectors.
 
     Args:
-        name: What :func:`.open_model` takes; a static embedding, by its folder or Hub id (:mod:`.static`); a folder
-            that ``secateur export`` wrote; or an endpoint (:mod:`.endpoints`).
+        name: What :func:`.open_model` takes; a static embedding, by its folder or Hub id (:func:`.open_static`); a
+            folder that ``secateur export`` wrote; or an endpoint (:mod:`.endpoints`).
         device: Torch device, for what runs on one.
         trust_remote_code: Run the model code that a repository brings along.
 

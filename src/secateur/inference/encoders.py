@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from secateur.errors import ModelError
 from secateur.measures.metrics import paired_cosines
 from secateur.models.blocks import blocks_of
-from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, SharedPrefix, run_after, run_prefix
+from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, SharedPrefix, pool, run_after, run_prefix
 from secateur.models.open_model import is_causal
-from secateur.models.pooling import pool
 from secateur.models.save import PROBES
 from secateur.progress import quiet
 from secateur.runtime.core import (

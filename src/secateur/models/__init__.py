@@ -63,26 +63,21 @@ def model_source(name: str | Path) -> str:
 
 
 def model_names(models: Sequence[Any], names: Sequence[str] | None = None) -> list[str]:
-    """What models are called in tables: the names given, else the last parts of their paths, or whole paths where two
-    of those are alike.
-
-    Args:
-        models: Names, folders, or open models.
-        names: One for each, or None.
+    """What models (names, folders, or open models) are called in tables: by ``names``, else by the last parts of their
+    paths, or whole paths where two of those are alike.
 
     Raises:
         ConfigError: Two models have the same name, or there are not as many names as models.
     """
-    if names is not None and len(names) != len(models):
+    found = list(names or ())
+    if names is None:
+        opened = [None if isinstance(model, (str, Path)) else model.model_card_data for model in models]
+        given = [model if card is None else card.base_model for model, card in zip(models, opened, strict=True)]
+        found = [model_label(name or f"model-{number}") for number, name in enumerate(given, start=1)]
+        if len(set(found)) < len(found):  # folders of one name, such as a/final and b/final
+            found = [str(models[i]) if card is None else found[i] for i, card in enumerate(opened)]
+    elif len(names) != len(models):
         raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
-    opened = [not isinstance(model, (str, Path)) for model in models]
-    found = list(names) if names is not None else []
-    for number, model in enumerate(models if names is None else (), start=1):
-        base = model.model_card_data.base_model if opened[number - 1] else model
-        found.append(model_label(base or f"model-{number}"))
-    if names is None and len(set(found)) < len(found):  # folders of one name, such as a/final and b/final
-        given = zip(found, models, opened, strict=True)
-        found = [name if is_open else str(model) for name, model, is_open in given]
     twice = [name for name in found if found.count(name) > 1]
     if twice:
         raise ConfigError("names", found, f"two models are called {twice[0]}", "give each its own name: --names A B")

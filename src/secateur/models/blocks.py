@@ -56,8 +56,9 @@ def find_stack(model: PreTrainedModel) -> Stack:
     Raises:
         UnsupportedArchitecture: The model has no list of as many layers as its configuration counts.
     """
+    name = model.name_or_path or type(model).__name__
     if model.config.is_encoder_decoder and hasattr(model, "decoder"):
-        raise UnsupportedArchitecture(_name(model), "is an encoder-decoder", "open its encoder alone")
+        raise UnsupportedArchitecture(name, "is an encoder-decoder", "open its encoder alone")
     depth = getattr(text_config(model), "num_hidden_layers", 0)
     prefix, tower = _text_tower(model)
     lists = [
@@ -65,17 +66,26 @@ def find_stack(model: PreTrainedModel) -> Stack:
         for path, module in tower.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth > 0
     ]
-    for found_by, is_block in _rules(tower):
+    recorded = _recorded(tower, "hidden_states")
+    unsplit = {cls for part in tower.modules() if isinstance(part, PreTrainedModel) for cls in unsplit_classes(part)}
+    rules: tuple[tuple[str, Callable[[nn.Module], bool]], ...] = (  # the surest first
+        ("recorded outputs", lambda block: isinstance(block, recorded)),
+        ("unsplit modules", lambda block: type(block).__name__ in unsplit),
+        ("checkpointed layers", lambda block: isinstance(block, GradientCheckpointingLayer)),
+        ("length", lambda block: True),
+    )
+    for found_by, is_block in rules:
         hits = [path for path, blocks in lists if all(map(is_block, blocks))]
         if hits:
             path = min(hits, key=lambda hit: hit.count("."))
             norm = _find_norm(tower, path)
             return Stack(prefix + path, None if norm is None else prefix + norm, found_by)
-    raise UnsupportedArchitecture(_name(model), *_why_no_blocks(model, depth))
-
-
-def _name(model: PreTrainedModel) -> str:
-    return model.name_or_path or type(model).__name__
+    groups = getattr(text_config(model), "num_hidden_groups", depth)
+    if groups < depth:
+        problem = f"its {depth} layers share the weights of {groups}, so none can be taken out"
+        raise UnsupportedArchitecture(name, problem)
+    problem = f"{type(model).__name__} has no list of {depth or 'its'} layers"
+    raise UnsupportedArchitecture(name, problem, "only stacks of separate layers can be cut")
 
 
 def _text_tower(model: PreTrainedModel) -> tuple[str, nn.Module]:
@@ -87,27 +97,10 @@ def _text_tower(model: PreTrainedModel) -> tuple[str, nn.Module]:
     return "", model
 
 
-def _rules(tower: nn.Module) -> tuple[tuple[str, Callable[[nn.Module], bool]], ...]:
-    """Ways to tell layers, the surest first."""
-    recorded = tuple({cls for part in _parts(tower) for cls in recorded_classes(part, "hidden_states")})
-    unsplit = {name for part in _parts(tower) for name in unsplit_classes(part)}
-    return (
-        ("recorded outputs", lambda block: isinstance(block, recorded)),
-        ("unsplit modules", lambda block: type(block).__name__ in unsplit),
-        ("checkpointed layers", lambda block: isinstance(block, GradientCheckpointingLayer)),
-        ("length", lambda block: True),
-    )
-
-
-def _parts(model: nn.Module) -> list[PreTrainedModel]:
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-
-
-def _why_no_blocks(model: PreTrainedModel, depth: int) -> tuple[str, str]:
-    groups = getattr(text_config(model), "num_hidden_groups", depth)
-    if groups < depth:
-        return f"its {depth} layers share the weights of {groups}, so none can be taken out", ""
-    return f"{type(model).__name__} has no list of {depth or 'its'} layers", "only stacks of separate layers can be cut"
+def _recorded(model: nn.Module, what: str) -> tuple[type, ...]:
+    """The classes whose outputs a model or a part of it records under a name."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return tuple({cls for part in parts for cls in recorded_classes(part, what)})
 
 
 def _find_norm(tower: nn.Module, path: str) -> str | None:
@@ -120,14 +113,11 @@ def _find_norm(tower: nn.Module, path: str) -> str | None:
         position = names.index(anchor)
         before = [name for name in names[:position] if re.search(r"final|ln_f|norm_f|^norm$", name)]
         for name in (*names[position + 1 :], *before):
-            if _is_norm(children[name], hidden) and not name.startswith("per_layer"):
+            weight = getattr(children[name], "weight", None)
+            is_norm = "norm" in type(children[name]).__name__.lower() and not name.startswith("per_layer")
+            if is_norm and (weight is None or weight.shape == (hidden,)):
                 return f"{place}.{name}" if place else name
     return None
-
-
-def _is_norm(module: nn.Module, hidden: int) -> bool:
-    weight = getattr(module, "weight", None)
-    return "norm" in type(module).__name__.lower() and (weight is None or weight.shape == (hidden,))
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -135,6 +125,12 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     blocks = model.get_submodule(find_stack(model).path)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
+
+
+def shares_weights(model: PreTrainedModel) -> bool:
+    """Whether weights of one layer are those of another, as Zamba 2's."""
+    weights = [weight for block in blocks_of(model) for weight in block.parameters()]
+    return len(set(map(id, weights))) < len(weights)
 
 
 def depth_of(model: PreTrainedModel) -> int:
@@ -162,14 +158,11 @@ def states_of(output: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the final norm of the last layer's output is what the model itself returns.
+    """Whether the final norm of the last layer's output is what the model, in evaluation mode, itself returns.
 
     Where it is, one forward pass with hooks gives every depth. It is not where something else stands after the layers
     (OPT-350m's projection, Gemma 3n's merging of streams): there, each depth takes a forward pass of its own.
-
-    Args:
-        model: The model, in evaluation mode.
-        features: A batch: ``input_ids`` and ``attention_mask``, (texts, tokens).
+    ``features`` are a batch: ``input_ids`` and ``attention_mask``, (texts, tokens).
     """
     caught: list[torch.Tensor] = []
     hook = blocks_of(model)[-1].register_forward_hook(lambda *call: caught.append(states_of(call[-1])))
@@ -185,15 +178,7 @@ def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -
 
 
 def tensor_of_block(name: str, path: str) -> tuple[int, str] | None:
-    """Tell which layer a tensor of a checkpoint belongs to.
-
-    Args:
-        name: Of the tensor, such as ``model.layers.7.mlp.up_proj.weight``.
-        path: Of the layers (:attr:`Stack.path`), such as ``layers``; the name may have a prefix before it.
-
-    Returns:
-        The layer's index and the name inside the layer, ``(7, "mlp.up_proj.weight")``; None for other tensors.
-    """
+    """``model.layers.7.mlp.up.weight``, of layers at ``layers`` → ``(7, "mlp.up.weight")``; None for other tensors."""
     match = re.search(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$", name)
     return (int(match[1]), match[2]) if match else None
 
@@ -206,7 +191,7 @@ def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
     projections of state-space mixers whose weights are read past any adapter.
     """
     prefix = find_stack(model).path + "."
-    routers = tuple({cls for part in _parts(model) for cls in recorded_classes(part, "router_logits")})
+    routers = _recorded(model, "router_logits")
     linear = [
         name
         for name, module in model.named_modules()
@@ -233,9 +218,7 @@ def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that a configuration describes, without weights (on the ``meta`` device).
-
-    Of an encoder-decoder, the encoder alone.
+    """The model of a configuration, without weights (on ``meta``); of an encoder-decoder, the encoder alone.
 
     Raises:
         UnsupportedArchitecture: transformers has no such model.

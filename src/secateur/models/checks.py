@@ -1,4 +1,4 @@
-"""What every model must pass before it is used: its weights, its tokenizer and its lengths fit each other.
+"""What every model must pass before it is used: its files are whole, its weights, tokenizer and lengths fit each other.
 
 Libraries open nearly anything. Weights that a file lacks are random, layers beyond the configuration's count are left
 out, a tokenizer without its vocabulary gives every word the same id: each gives vectors that look like vectors. The
@@ -7,12 +7,14 @@ checks read names, sum each weight once and encode four short texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -20,9 +22,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from secateur.errors import ModelError, UnsupportedArchitecture
+from secateur.errors import ModelError, SecateurError, UnsupportedArchitecture
+from secateur.files import read_json
 from secateur.models.compat import is_ignored
-from secateur.models.pooling import state_width
+from secateur.models.forward import state_width
 
 # Two texts of as many words in each of several scripts: a tokenizer that knows any of them gives that pair two
 # sequences of ids, one without its vocabulary gives none.
@@ -39,12 +42,105 @@ PAIRS = (
 ANOTHER_MODEL = "one of the two is of another model"
 
 
-def check_opened(name: str | Path, model: SentenceTransformer) -> None:
-    """Refuse a model whose parts do not fit each other; cut its length to the positions that it has.
+# ---- the folder
 
-    Args:
-        name: What the user called it.
-        model: As opened, with weights that were checked.
+
+def check_folder(folder: Path, trust_remote_code: bool, *, static: bool = False) -> None:
+    """Say what is missing from a model folder before any library stumbles over it."""
+    if not folder.is_dir():
+        raise ModelError(folder, "is not a model folder or a .gguf file")
+    modules = read_modules(folder)
+    if not modules and not (folder / "config.json").is_file():
+        raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
+    for position, module in enumerate(modules):
+        place, kind = folder / module["path"], module["type"].rpartition(".")[2]
+        if not module["type"].startswith("sentence_transformers.") and not trust_remote_code:
+            problem = f"its module {module['type']} is code of its own"
+            raise UnsupportedArchitecture(folder, problem, "--trust-remote-code runs it")
+        if position == 0 and (kind in ("BoW", "WordEmbeddings") or (kind == "StaticEmbedding" and not static)):
+            raise UnsupportedArchitecture(folder, f"begins with a {kind}, not with a transformer")
+        if kind in ("Pooling", "Dense") and not (place / "config.json").is_file():
+            raise ModelError(place, "has no config.json", "the model is incomplete: fetch it again")
+        pickle = place / "pytorch_model.bin"
+        if pickle.is_file() and not any(place.glob("*.safetensors")):
+            hint = "open it with sentence-transformers and save it again"
+            raise ModelError(pickle, "holds weights that only PyTorch can read", hint)
+    weights = sorted(folder.rglob("*.safetensors"))
+    if not weights:
+        pickles = sorted(folder.glob("*.bin"))
+        hint = "convert it: load it with transformers elsewhere and save_pretrained() it again" if pickles else ""
+        raise ModelError(folder, f"has no safetensors{f', only {pickles[0].name}' if pickles else ''}", hint)
+    count = 0
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                count += len(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(folder, f"{file.name} is damaged or half written ({_in_one_line(error)})") from error
+    if (folder / "config.json").is_file():
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict) or not config:
+            raise ModelError(folder, "has an empty config.json")
+        depth = config.get("num_hidden_layers", 0)
+        if isinstance(depth, int) and depth > count:  # before it is built: that takes memory for each layer
+            raise ModelError(folder, f"config.json says {depth} layers, but its weights are {count} tensors")
+
+
+def read_modules(folder: Path) -> list[dict[str, str]]:
+    """What a folder's modules.json lists, each with ``type`` and ``path``; nothing, where there is no such file.
+
+    Raises:
+        ModelError: It is broken, or leads out of the folder.
+    """
+    file = folder / "modules.json"
+    if not file.is_file():
+        return []
+    content = read_json(file)
+    modules = content if isinstance(content, list) else []
+    if not modules or not all(
+        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
+        for module in modules
+    ):
+        raise ModelError(file, "is not a list of modules, each with a type and a path")
+    for module in modules:
+        if not (folder / module["path"]).resolve().is_relative_to(folder.resolve()):
+            raise ModelError(file, f"names {module['path']!r}, which leads out of the model's folder")
+    return modules
+
+
+@contextmanager
+def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]:
+    """Turn whatever libraries raise on a model that they cannot open into one line about it.
+
+    ``name`` is what the user called it; ``path``: where it was opened, if not there.
+    """
+
+    def named(message: str) -> str:
+        return message if path is None else message.replace(str(path), str(name))
+
+    try:
+        yield
+    except SecateurError as error:
+        error.args = tuple(named(str(part)) for part in error.args)
+        raise
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(name, f"cannot be opened ({named(_in_one_line(error))})") from error
+    except Exception as error:  # a library that stumbles over a file raises what it likes, ZeroDivisionError included
+        raise ModelError(name, f"is not a text model that can be opened ({named(_in_one_line(error))})") from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+
+
+# ---- weights, tokenizer, vectors
+
+
+def check_opened(name: str | Path, model: SentenceTransformer) -> None:
+    """Refuse a model, with weights that were checked, whose parts do not fit each other.
+
+    Its length is cut to the positions that it has.
 
     Raises:
         ModelError: The tokenizer knows no text, a prompt is no text, a length no length, vectors are not finite.
@@ -54,8 +150,7 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
         if not isinstance(prompt, (str, type(None))):
             raise ModelError(name, f"its prompt {key!r} is {prompt!r}, not a text", "see its prompts in the JSON file")
     model.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
-    _check_length(name, transformer)
-    _check_ids(name, transformer)
+    _check_tokenizer(name, transformer)
     # Cut texts where the table of positions ends; the configuration's number may count rows that no token has.
     limit, length = positions(transformer), transformer.max_seq_length
     if limit is not None and (length is None or length > limit):
@@ -64,12 +159,7 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
 
 
 def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
-    """Refuse a model that does not begin with a transformer that reads text.
-
-    Raises:
-        UnsupportedArchitecture: It begins with something else.
-        ModelError: It has no tokenizer.
-    """
+    """Refuse a model that does not begin with a transformer that reads text."""
     if not isinstance(model[0], Transformer):
         kind = type(model[0]).__name__
         router = "save one of its routes as a model: SentenceTransformer(modules=list(model[0].sub_modules[route]))"
@@ -80,14 +170,11 @@ def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
 
 
 def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
-    """Refuse weights that are not those which the configuration describes.
+    """Refuse weights that are not those which the configuration describes; return the names of unused tensors.
 
     Unused tensors outside of all modules of the model (heads, decoders, image towers) are those of another part of the
     checkpoint; one inside them is a part of the model that its configuration leaves out. A single number is a constant
     that older versions saved.
-
-    Returns:
-        The names of the unused tensors.
     """
     config = model.config
     if getattr(config, "quantization_config", None):
@@ -112,15 +199,8 @@ def check_names(
 ) -> list[str]:
     """Let transformers load weights without reading them (on the ``meta`` device), by names and shapes alone.
 
-    Args:
-        name: What the user called the model.
-        kind: Its class.
-        config: Its configuration.
-        source: Its folder or Hub id; None where ``options`` hold its ``state_dict``.
-        options: Of ``from_pretrained``.
-
-    Returns:
-        Names of tensors that transformers has no use for.
+    ``source`` is a folder or Hub id; None where ``options``, of ``from_pretrained``, hold a ``state_dict``. Returns the
+    names of tensors that transformers has no use for.
 
     Raises:
         ModelError: A tensor is missing, or has another shape. A missing pooler is no loss: no vector of ours goes
@@ -167,25 +247,20 @@ def check_finite(name: str | Path, model: SentenceTransformer) -> None:
                 raise ModelError(name, f"{wrong} of its weights are not finite, first in {own}", hint)
 
 
-def _check_length(name: str | Path, transformer: Transformer) -> None:
-    length = transformer.max_seq_length
+def _check_tokenizer(name: str | Path, transformer: Transformer) -> None:
+    """Refuse a length that leaves nothing of a text, a tokenizer for which all texts are one, ids without a row."""
+    tokenizer, length = transformer.tokenizer, transformer.max_seq_length
     if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float)) or length < 1):
         raise ModelError(name, f"cuts texts after {length!r} tokens (max_seq_length)", "a whole number, at least 1")
-    special = len(transformer.tokenizer("")["input_ids"])
+    special = len(tokenizer("")["input_ids"])
     if length is not None and length <= special:  # asked for less, a tokenizer cuts nothing at all
         problem = f"cuts texts after {length} tokens, of which {special} are special ones: nothing is left of a text"
         raise ModelError(name, problem, f"a length of {special + 1} or more")
-
-
-def _check_ids(name: str | Path, transformer: Transformer) -> None:
-    """Refuse a tokenizer for which all texts are one, or whose ids the model has no rows for."""
-    tokenizer = transformer.tokenizer
     whole = [[tokenizer(text)["input_ids"] for text in pair] for pair in PAIRS]
     if all(one == other for one, other in whole):
         problem = "its tokenizer gives different texts the same ids"
         raise ModelError(name, problem, "its vocabulary is missing: copy tokenizer.json (or vocab.txt, …) as well")
-    rows = transformer.auto_model.get_input_embeddings()
-    count = getattr(rows, "num_embeddings", None)
+    count = getattr(transformer.auto_model.get_input_embeddings(), "num_embeddings", None)
     largest = max(id_ for pair in whole for ids in pair for id_ in ids)
     if count is not None and largest >= count:
         problem = f"its tokenizer gives the id {largest}, but it has vectors for {count} tokens"
@@ -232,15 +307,14 @@ def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
     vectors = model.encode(texts, prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
     if not bool(torch.isfinite(vectors).all()):
         raise ModelError(name, "gives vectors that are not finite", "its configuration is not that of its weights")
-    width = model.get_embedding_dimension()
+    problem, width, own = "", model.get_embedding_dimension(), state_width(model[0])
     if width is not None and vectors.shape[1] != width:
         problem = f"gives vectors of {vectors.shape[1]} numbers, but its modules say {width}"
-        raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
-    own = state_width(model[0])
     for module in model:
-        if isinstance(module, Pooling) and module.embedding_dimension != own:
+        if not problem and isinstance(module, Pooling) and module.embedding_dimension != own:
             problem = f"its pooling is for states of {module.embedding_dimension} numbers, but they have {own}"
-            raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
+    if problem:
+        raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
     tokens = [model[0].tokenizer(text)["input_ids"] for text in texts]
     if tokens[0] != tokens[1] and bool((vectors == vectors[0]).all()):
         hint = f"it cuts them after {model[0].max_seq_length} tokens, and pools as its folder says"

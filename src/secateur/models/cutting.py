@@ -24,7 +24,16 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.errors import IllegalDepth
-from secateur.models.blocks import blocks_of, build, depth_of, find_stack, last_line, skeleton, text_config
+from secateur.models.blocks import (
+    blocks_of,
+    build,
+    depth_of,
+    find_stack,
+    last_line,
+    shares_weights,
+    skeleton,
+    text_config,
+)
 from secateur.models.compat import cut_layer_overrides, drop_layer_pattern, tensors_of
 from secateur.progress import quiet
 
@@ -55,40 +64,26 @@ NOT_COMPARED = {"training", "gradient_checkpointing"}
 
 
 def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
-    """Edit a configuration in place so that it describes the kept layers.
-
-    Args:
-        config: Of the whole model; a multimodal one's text part is edited.
-        keep: Indices of the layers that stay, ascending.
-    """
+    """Edit a configuration in place (of a multimodal one, its text part) so that it describes the kept layers."""
     config = text_config(config)
-    depth = config.num_hidden_layers
-    for name, value in _cut_fields(config, depth, keep).items():
-        setattr(config, name, value)
+    depth, place = config.num_hidden_layers, {old: new for new, old in enumerate(keep)}
+    for name, value in list(vars(config).items()):
+        if name in INDEX_LISTS and isinstance(value, (list, tuple)):
+            setattr(config, name, [place[i] for i in value if i in place])
+        elif isinstance(value, (list, tuple)) and len(value) == depth and not NOT_PER_LAYER.search(name):
+            setattr(config, name, [value[i] for i in keep])
+        elif name in COUNTS_FROM_FRONT and isinstance(value, int):
+            setattr(config, name, sum(i < value for i in keep))
+        elif name in COUNTS_FROM_BACK and isinstance(value, int):
+            setattr(config, name, sum(i >= depth - value for i in keep))
+        elif name in REPEATS_OF_DEPTH and value == depth:
+            setattr(config, name, len(keep))
+        elif name == "scale_depth" and value is not None:
+            # MiniCPM scales each residual by scale_depth / sqrt(depth): the quotient must stay.
+            setattr(config, name, value * math.sqrt(len(keep) / depth))
     config.num_hidden_layers = len(keep)
     drop_layer_pattern(config)
     cut_layer_overrides(config, keep)
-
-
-def _cut_fields(config: PretrainedConfig, depth: int, keep: Sequence[int]) -> dict[str, Any]:
-    """The fields that a cut changes, but for the depth itself."""
-    place = {old: new for new, old in enumerate(keep)}
-    edits: dict[str, Any] = {}
-    for name, value in vars(config).items():
-        if name in INDEX_LISTS and isinstance(value, (list, tuple)):
-            edits[name] = [place[i] for i in value if i in place]
-        elif isinstance(value, (list, tuple)) and len(value) == depth and not NOT_PER_LAYER.search(name):
-            edits[name] = [value[i] for i in keep]
-        elif name in COUNTS_FROM_FRONT and isinstance(value, int):
-            edits[name] = sum(i < value for i in keep)
-        elif name in COUNTS_FROM_BACK and isinstance(value, int):
-            edits[name] = sum(i >= depth - value for i in keep)
-        elif name in REPEATS_OF_DEPTH and value == depth:
-            edits[name] = len(keep)
-        elif name == "scale_depth" and value is not None:
-            # MiniCPM scales each residual by scale_depth / sqrt(depth): the quotient must stay.
-            edits[name] = value * math.sqrt(len(keep) / depth)
-    return edits
 
 
 @dataclass(frozen=True)
@@ -112,8 +107,7 @@ def check_keep(config: PretrainedConfig, keep: Sequence[int]) -> None:
     """Make sure that a model can be cut to these layers. Needs no weights.
 
     Raises:
-        IllegalDepth: The layers are not there, not ascending, or the architecture cannot be cut to them.
-        UnsupportedArchitecture: The architecture cannot be cut at all.
+        IllegalDepth, UnsupportedArchitecture: As :func:`cut`.
     """
     legal_plan(skeleton(config), keep)
 
@@ -156,8 +150,7 @@ def packed_tensors(model: PreTrainedModel) -> tuple[str, ...]:
 
 def late_modules(model: PreTrainedModel) -> dict[str, int]:
     """Modules of a shared layer that only a later layer uses, as Zamba 2's adapters → the index of that layer."""
-    weights = [weight for block in blocks_of(model) for weight in block.parameters()]
-    if len(set(map(id, weights))) == len(weights):  # no layer is shared
+    if not shares_weights(model):
         return {}
     full = build(type(model), copy.deepcopy(model.config))
     return {name: depth for depth, plan in _cuts(full) for name in plan.unused}
@@ -172,14 +165,10 @@ def _cuts(full: PreTrainedModel) -> Iterator[tuple[int, Plan]]:
 
 
 def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
-    """Cut a model in place to the kept layers, with its configuration and every copy of their positions.
+    """Cut a model in place to the layers of these indices, with its configuration and every copy of their positions.
 
-    Tensors outside the layers that pack one slice for each layer are sliced; caches are switched off, for an encoder
-    needs none, and hybrids cut below their first attention layer fail with one.
-
-    Args:
-        model: The model; the weights of its layers are not copied.
-        keep: Indices of the layers that stay, ascending.
+    Tensors outside the layers that pack one slice for each layer are sliced; the weights of the layers are not copied.
+    Caches are switched off, for an encoder needs none, and hybrids cut below their first attention layer fail with one.
 
     Raises:
         IllegalDepth: The model cannot be cut to these layers; it is unchanged then.

@@ -1,22 +1,27 @@
-"""Texts → token states, as cheaply as a machine can: what a profile and bulk encoding have in common.
+"""Texts → token states → vectors, as cheaply as a machine can: what a profile and bulk encoding have in common.
 
 Texts are tokenized together, sorted by length and run in batches of about as many tokens each. What all of them start
 with (an instruction) is computed once where a model attends only backwards, since its keys and values cannot depend
-on what follows.
+on what follows. Everything after the transformer (pooling, normalisation, a dense head) is what the model's own
+sentence-transformers modules do, at any depth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from secateur.errors import DataError
+from secateur.models.compat import text_mask
+from secateur.options import PoolingName, SavedPooling
 from secateur.runtime.core import halves as halves
 from secateur.runtime.core import is_out_of_memory as is_out_of_memory
 from secateur.runtime.core import plan_batches
@@ -27,6 +32,7 @@ LENGTH_STEP = 16
 """What :func:`padded_length` gives multiples of: each new shape costs a CPU a new kernel."""
 SHORTEST_PREFIX = 4
 """Tokens in common below which sharing them saves nothing."""
+POOLINGS: tuple[str, ...] = get_args(SavedPooling)
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What models raise that cannot go on from a cache of keys and values."""
 
@@ -46,12 +52,7 @@ class Tokens:
     left: bool
 
     def batch(self, rows: Sequence[int], *, left: bool | None = None) -> dict[str, Any]:
-        """The features of some rows, padded to the longest of them.
-
-        Args:
-            rows: Indices of texts.
-            left: On which side; default: where the model's tokenizer pads.
-        """
+        """The features of some rows, padded to the longest of them, by default where the model's tokenizer pads."""
         left = self.left if left is None else left
         index = torch.as_tensor(rows)
         lengths = self.lengths[index]
@@ -83,15 +84,12 @@ def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "")
     return Tokens(dict(features), lengths, left=bool((mask[:, 0] == 0).any()))
 
 
-def padded_length(length: int, longest: int | None = None, step: int = LENGTH_STEP) -> int:
+def padded_length(length: int, longest: int | None = None) -> int:
     """A length that batches are padded to where shapes come at random and should be few: a multiple of 16.
 
-    Args:
-        length: Tokens of the longest text of the batch.
-        longest: Not more than this, unless the text itself has more.
-        step: Another multiple.
+    ``length`` is that of the longest text; ``longest``: not more tokens than this, unless the text itself has more.
     """
-    full = -(-max(1, length) // step) * step
+    full = -(-max(1, length) // LENGTH_STEP) * LENGTH_STEP
     return full if longest is None else min(full, max(longest, length))
 
 
@@ -154,3 +152,65 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given. A CPU has."""
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()
+
+
+# ---- states to vectors
+
+
+class L3PrunePooling(Pooling):  # type: ignore[misc]
+    """The paper's weighted mean: weights 1, 2, …, n from the first token of the *text*, the prompt not pooled.
+
+    L3Prune (arXiv 2410.14578), after SGPT (arXiv 2202.08904). The stock ``Pooling("weightedmean",
+    include_prompt=False)`` pools the same tokens but starts to count at the first token of the *prompt*, so that a long
+    prompt flattens the weights. Without a prompt the two are the same. No saved folder can hold this module.
+    """
+
+    def __init__(self, embedding_dimension: int) -> None:
+        super().__init__(embedding_dimension, "weightedmean", include_prompt=False)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Pool ``token_embeddings`` (batch, length, width) into ``sentence_embedding`` (batch, width)."""
+        if "prompt_length" not in features:
+            return dict(super().forward(features, **kwargs))
+        # With the prompt masked out, the stock module takes it for left padding and counts from the text.
+        prompt_length = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
+        text_only = {key: value for key, value in features.items() if key != "prompt_length"}
+        text_only["attention_mask"] = text_mask(self, features["attention_mask"], prompt_length)
+        return features | {"sentence_embedding": super().forward(text_only, **kwargs)["sentence_embedding"]}
+
+
+@torch.no_grad()
+def state_width(transformer: Transformer) -> int:
+    """How many numbers a token's state has: measured, since OPT may project states to another width than it tells."""
+    ids = torch.tensor([[5, 6]], device=transformer.auto_model.device)
+    states: Tensor = transformer.auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    return states.shape[-1]
+
+
+def make_pooling(name: PoolingName, width: int) -> Pooling:
+    """The pooling module called ``name`` for token states of ``width`` numbers; prompts are not pooled."""
+    if name == "l3prune":
+        return L3PrunePooling(width)
+    mode = "weightedmean" if name == "weighted_mean" else name
+    return Pooling(width, mode, include_prompt=name in ("cls", "lasttoken"))
+
+
+def pooling_name(model: SentenceTransformer) -> str:
+    """What a model pools by, in this package's terms; ``"own"`` where it is a combination or something else."""
+    if any(isinstance(module, L3PrunePooling) for module in model):
+        return "l3prune"
+    modes = [str(module.pooling_mode) for module in model if isinstance(module, Pooling)]
+    return {"weightedmean": "weighted_mean"}.get(modes[0], modes[0]) if len(modes) == 1 else "own"
+
+
+def pool(model: SentenceTransformer, states: Tensor, features: dict[str, Any]) -> Tensor:
+    """Vectors (batch, dimension), as ``model`` would give them if its transformer ended with ``states``.
+
+    ``states`` are normed token states (batch, length, width) of any depth; ``features``: what ``model.preprocess``
+    gave for these texts (mask, prompt length).
+    """
+    current: dict[str, Any] = dict(features, token_embeddings=states)
+    for module in list(model)[1:]:
+        current = module(current)
+    vectors: Tensor = current["sentence_embedding"]
+    return vectors

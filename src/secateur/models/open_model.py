@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import json
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,28 +20,37 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import is_sentence_transformer_model
+from tokenizers import Tokenizer
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
+from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.models import resolve
 from secateur.models.blocks import skeleton, text_config, text_tower
-from secateur.models.checks import check_finite, check_opened, check_transformer, check_weights
+from secateur.models.checks import (
+    as_model_error,
+    check_finite,
+    check_folder,
+    check_opened,
+    check_transformer,
+    check_weights,
+)
 from secateur.models.compat import forget_names
-from secateur.models.pooling import make_pooling, state_width
+from secateur.models.forward import make_pooling, state_width
 from secateur.options import PoolingName
 from secateur.progress import quiet
 
 MAX_LENGTH = 512
 """Tokens of a text, for a bare language model, where nobody says."""
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEVICES = "such as cpu, cuda, cuda:0 or mps"
 
 
 def open_model(
@@ -97,9 +107,6 @@ class Skeleton:
 
 def open_skeleton(name: str | Path) -> Skeleton:
     """Open all of a model but its weights, which are neither read nor fetched.
-
-    Args:
-        name: As for :func:`open_model`.
 
     Raises:
         ModelError: The model is missing, half written, or not a text model.
@@ -159,16 +166,9 @@ def load_model(
 ) -> tuple[SentenceTransformer, list[str]]:
     """Load a model, and check its weights by their names and shapes; no weight is read yet.
 
-    Args:
-        name: What the user called it.
-        source: A folder or Hub id.
-        dtype: As for :func:`open_model`.
-        device: As for :func:`open_model`.
-        key_mapping: Patterns of names in the checkpoint, and what stands for them in the model.
-        where: ``revision`` and ``trust_remote_code``.
-
-    Returns:
-        The model, of a bare language model its transformer alone; and the names of the tensors that it does not use.
+    ``name`` is what the user called it, ``source`` a folder or Hub id, ``key_mapping`` what stands in the model for
+    patterns of names in the checkpoint; ``where`` are ``revision`` and ``trust_remote_code``. Returns the model, of a
+    bare language model its transformer alone, and the names of the tensors that it does not use.
     """
     # Weights of another shape are refused by check_weights, which names them; transformers does not.
     weights: dict[str, Any] = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
@@ -197,11 +197,7 @@ def load_model(
 
 
 def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName | None, max_length: int) -> None:
-    """Give a bare language model its length, pooling and Normalize module; check what any model encodes.
-
-    Raises:
-        ModelError: Its parts do not fit each other.
-    """
+    """Give a bare language model its length, pooling and Normalize module; check what any model encodes."""
     if len(model) == 1:
         transformer = model[0]
         own_length = transformer.max_seq_length
@@ -217,12 +213,7 @@ def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName 
 
 
 def check_embedder(name: str | Path, pooling: PoolingName | None, max_length: int) -> None:
-    """Refuse what only a bare language model is told.
-
-    Raises:
-        ModelError: A pooling.
-        ConfigError: A length other than the default.
-    """
+    """Refuse a pooling, or a length other than the default: only a bare language model is told these."""
     if pooling is not None:
         raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
     if max_length != MAX_LENGTH:
@@ -231,17 +222,14 @@ def check_embedder(name: str | Path, pooling: PoolingName | None, max_length: in
 
 
 def check_device(device: str | None) -> None:
-    """Refuse a device that torch cannot use on this machine; None is torch's own choice.
-
-    Raises:
-        ConfigError: It does not exist, or not here.
-    """
+    """Refuse a device that does not exist, or not on this machine; None is torch's own choice."""
     if device is None:
         return
     try:
         torch.device(device)
     except RuntimeError:
-        raise ConfigError("device", device, f"{device!r} is no device of torch", DEVICES) from None
+        hint = "such as cpu, cuda, cuda:0 or mps"
+        raise ConfigError("device", device, f"{device!r} is no device of torch", hint) from None
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # whichever the device raises
@@ -324,85 +312,65 @@ _parsing = threading.Lock()
 """The reader is the process's: of two threads, the later would keep the other's."""
 
 
-def check_folder(folder: Path, trust_remote_code: bool, *, static: bool = False) -> None:
-    """Say what is missing from a model folder before any library stumbles over it."""
-    if not folder.is_dir():
-        raise ModelError(folder, "is not a model folder or a .gguf file")
-    if (folder / "modules.json").is_file():
-        _check_modules(folder, trust_remote_code, static)
-    elif not (folder / "config.json").is_file():
-        raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
-    weights = sorted(folder.rglob("*.safetensors"))
-    if not weights:
-        pickles = sorted(folder.glob("*.bin"))
-        hint = "convert it: load it with transformers elsewhere and save_pretrained() it again" if pickles else ""
-        raise ModelError(folder, f"has no safetensors{f', only {pickles[0].name}' if pickles else ''}", hint)
-    count = 0
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                count += len(tensors.keys())
-        except (SafetensorError, OSError) as error:
-            raise ModelError(folder, f"{file.name} is damaged or half written ({_in_one_line(error)})") from error
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict) or not config:
-            raise ModelError(folder, "has an empty config.json")
-        depth = config.get("num_hidden_layers", 0)
-        if isinstance(depth, int) and depth > count:  # before it is built: that takes memory for each layer
-            raise ModelError(folder, f"config.json says {depth} layers, but its weights are {count} tensors")
+# ---- static embeddings: one vector for each token, and their mean for a text; nothing to cut
 
 
-def _check_modules(folder: Path, trust_remote_code: bool, static: bool) -> None:
-    """Refuse a list of modules that is broken, or leads out of the folder, or to code that is not trusted."""
-    file = folder / "modules.json"
-    modules = read_json(file)
-    if not isinstance(modules, list) or not all(
-        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
-        for module in modules
-    ):
-        raise ModelError(file, "is not a list of modules, each with a type and a path")
-    for position, module in enumerate(modules):
-        place, kind = folder / module["path"], module["type"].rpartition(".")[2]
-        if not module["type"].startswith("sentence_transformers.") and not trust_remote_code:
-            problem = f"its module {module['type']} is code of its own"
-            raise UnsupportedArchitecture(folder, problem, "--trust-remote-code runs it")
-        if not place.resolve().is_relative_to(folder.resolve()):
-            raise ModelError(file, f"names {module['path']!r}, which leads out of the model's folder")
-        other = kind in ("BoW", "WordEmbeddings") or (kind == "StaticEmbedding" and not static)
-        if other and position == 0:
-            raise UnsupportedArchitecture(folder, f"begins with a {kind}, not with a transformer")
-        if kind in ("Pooling", "Dense") and not (place / "config.json").is_file():
-            raise ModelError(place, "has no config.json", "the model is incomplete: fetch it again")
-        pickle = place / "pytorch_model.bin"
-        if pickle.is_file() and not any(place.glob("*.safetensors")):
-            hint = "open it with sentence-transformers and save it again"
-            raise ModelError(pickle, "holds weights that only PyTorch can read", hint)
+def is_static(name: str | Path) -> bool:
+    """Whether a folder or Hub id holds a static embedding."""
+    source = resolve(name)
+    if isinstance(source, Path) and not source.is_dir():
+        return False
+    with as_model_error(name), quiet():
+        modules = small_file(source, "modules.json")
+        first = modules[0] if isinstance(modules, list) and modules else {}
+        kind = str(first.get("type", "")).rpartition(".")[2] if isinstance(first, dict) else ""
+        return kind == "StaticEmbedding" or _is_model2vec(small_file(source, "config.json"))
 
 
-@contextmanager
-def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]:
-    """Turn whatever libraries raise on a model that they cannot open into one line about that model.
+def _is_model2vec(config: Any) -> bool:
+    return isinstance(config, dict) and config.get("model_type") == "model2vec"
 
-    Args:
-        name: What the user called it.
-        path: Where it was opened, if not there.
+
+def open_static(name: str | Path, *, device: str | None = None) -> SentenceTransformer:
+    """Open a static embedding.
+
+    Raises:
+        ConfigError: There is no such device.
+        ModelError: Files are missing or damaged, or do not fit each other.
     """
+    check_device(device)
+    with as_model_error(name), quiet():
+        source = resolve(name)
+        if not isinstance(source, Path):
+            source = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        check_folder(source, trust_remote_code=False, static=True)
+        config = small_file(source, "config.json")
+        given = {"modules": _modules(source, config)} if _is_model2vec(config) else {"model_name_or_path": str(source)}
+        model = SentenceTransformer(**given, device=device, similarity_fn_name="cosine")
+        tokens, rows = model.tokenizer.get_vocab_size(), model[0].num_embeddings
+        if tokens > rows:
+            raise ModelError(name, f"its tokenizer knows {tokens} tokens, but its table has {rows} rows")
+        check_finite(name, model)
+        return model.eval()
 
-    def named(message: str) -> str:
-        return message if path is None else message.replace(str(path), str(name))
 
-    try:
-        yield
-    except SecateurError as error:
-        error.args = tuple(named(str(part)) for part in error.args)
-        raise
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(name, f"cannot be opened ({named(_in_one_line(error))})") from error
-    except Exception as error:  # a library that stumbles over a file raises what it likes, ZeroDivisionError included
-        raise ModelError(name, f"is not a text model that can be opened ({named(_in_one_line(error))})") from error
+def _modules(folder: Path, config: Mapping[str, Any]) -> list[nn.Module]:
+    """What model2vec does with its own folders, without it: unknown tokens do not count, texts end after 512 tokens.
 
-
-def _in_one_line(error: BaseException) -> str:
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+    ``mapping`` and ``weights`` are folded into the table.
+    """
+    tensors = load_file(folder / "model.safetensors")
+    table = tensors["embeddings"].float()
+    if "mapping" in tensors:
+        table = table[tensors["mapping"].long()]
+    if "weights" in tensors:
+        table = table * tensors["weights"].float()[:, None]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    length = config.get("max_length", 512)  # model2vec's own default
+    tokenizer.no_truncation() if length is None else tokenizer.enable_truncation(length)
+    module = StaticEmbedding(tokenizer, table)
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = model.get("unk_id") if model.get("unk_token") is None else tokenizer.token_to_id(model["unk_token"])
+    if unknown is not None:
+        module.embedding.padding_idx = unknown  # left out of the mean
+    return [module, *([Normalize()] if config.get("normalize") else [])]

@@ -21,7 +21,7 @@ from secateur.errors import ModelError, VerificationFailed
 from secateur.files import read_json, write_text
 from secateur.models.blocks import text_config
 from secateur.models.compat import drop_layer_pattern
-from secateur.models.pooling import pooling_name
+from secateur.models.forward import pooling_name
 from secateur.progress import quiet
 from secateur.results import Origin
 
@@ -49,6 +49,7 @@ TEN_SCRIPTS = (
 LONG = " ".join(PROBES) + " " + "cut the hedge back to half, " * 72
 """A text of more than 512 tokens: positions and lengths that a short text does not reach are compared on it."""
 TOLERANCE = 1e-5
+"""The largest difference between numbers of vectors that is let pass."""
 IN_MEMORY = "the model in memory"
 MODULES = "modules.json"
 NO_LIMIT = 1 << 24
@@ -61,18 +62,18 @@ def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expe
     Args:
         model: The model in memory.
         folder: An existing empty folder.
-        origin: Where the model comes from; its ``check`` is filled in and it is written as ``secateur.json``.
+        origin: Where the model comes from; written as ``secateur.json``, and returned, with its ``check`` filled in.
         expected: What the folder should give; by default, what the model in memory gives.
-
-    Returns:
-        The origin as written.
 
     Raises:
         VerificationFailed: The reopened folder gives other vectors.
     """
     write_files(model, folder)
     expected = expected_of(model) if expected is None else expected
-    return check_written(folder, replace(origin, pooling=pooling_name(model)), expected, str(model.device))
+    largest = difference(folder, expected, str(model.device))
+    written = replace(origin, pooling=pooling_name(model), check=largest, checked_against=expected.source)
+    written.save(folder)
+    return written
 
 
 def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = True) -> None:
@@ -103,19 +104,17 @@ class Expected:
         vectors: (rows, dimension), of the probes.
         tokens: Ids of each probe, which tell what differs if the vectors do.
         source: What gave them.
-        tolerance: The largest difference of a number that is let pass.
     """
 
     vectors: np.ndarray
     tokens: Sequence[Sequence[int]] = ()
     source: str = IN_MEMORY
-    tolerance: float = TOLERANCE
 
 
-def expected_of(model: SentenceTransformer, source: str = IN_MEMORY, tolerance: float = TOLERANCE) -> Expected:
+def expected_of(model: SentenceTransformer, source: str = IN_MEMORY) -> Expected:
     """What a folder that holds this model should give."""
     with quiet():
-        return Expected(*probe(model), source, tolerance)
+        return Expected(*probe(model), source)
 
 
 def probe(model: SentenceTransformer) -> tuple[np.ndarray, list[list[int]]]:
@@ -151,11 +150,7 @@ print(json.dumps(tokens))
 
 
 def reopen(folder: Path, device: str) -> tuple[np.ndarray, list[list[int]]]:
-    """What :func:`probe` gives for a folder in a fresh process, in which stock libraries open it.
-
-    Raises:
-        ModelError: The folder does not open.
-    """
+    """What :func:`probe` gives for a folder in a fresh process, in which stock libraries open it."""
     with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
         out = str(Path(scratch) / "vectors.npy")
         threads = str(torch.get_num_threads())
@@ -172,33 +167,23 @@ def difference(folder: Path, expected: Expected, device: str = "cpu") -> float:
 
     Raises:
         ModelError: The folder does not open.
-        VerificationFailed: The difference is more than ``expected.tolerance``.
+        VerificationFailed: The difference is more than :data:`TOLERANCE`.
     """
     vectors, tokens = reopen(folder, device)
     same_shape = vectors.shape == expected.vectors.shape
     largest = float(np.abs(expected.vectors - vectors).max()) if same_shape else float("inf")
-    if largest <= expected.tolerance:
+    if largest <= TOLERANCE:
         return largest
     cause = "its tokens are the same, its weights or its configuration differ" if expected.tokens else ""
     if not same_shape:
         cause = f"its prompts or dimension differ: {vectors.shape} vectors, not {expected.vectors.shape}"
     for text, one, other in zip((*PROBES, LONG), expected.tokens, tokens, strict=False):
         if list(one) != list(other):
-            told = f"{len(other)} tokens, not the same as the right {len(one)}, of {text[:40]!r}"
-            cause = f"its tokenizer differs: {told}"
+            cause = (
+                f"its tokenizer differs: {len(other)} tokens, not the same as the right {len(one)}, of {text[:40]!r}"
+            )
             break
-    raise VerificationFailed(folder, largest, expected.tolerance, cause)
-
-
-def check_written(folder: Path, origin: Origin, expected: Expected, device: str = "cpu") -> Origin:
-    """Compare a written folder with what it should give, and write ``secateur.json``: the last step of saving.
-
-    Raises:
-        VerificationFailed: It gives other vectors.
-    """
-    written = replace(origin, check=difference(folder, expected, device), checked_against=expected.source)
-    written.save(folder)
-    return written
+    raise VerificationFailed(folder, largest, TOLERANCE, cause)
 
 
 # ---- files for readers that do not go through sentence-transformers
@@ -228,14 +213,10 @@ def longest_text(model: SentenceTransformer) -> int | None:
 
 
 def write_for_all_readers(folder: Path, model: SentenceTransformer) -> None:
-    """Make all files of a model's folder say what the model does.
+    """Make all files of a model's folder, as sentence-transformers writes it, say what the model does.
 
     ``tokenizers`` alone, fastembed, transformers.js, text-embeddings-inference and llama.cpp each look at another file
     for the same thing: where a text is cut, on which side, how it is padded, how states are pooled.
-
-    Args:
-        folder: As sentence-transformers writes it.
-        model: What it holds, opened.
     """
     modules = read_json(folder / MODULES)
     for module in modules:

@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from secateur.data.sources import Pair, Pairs, Source, Texts, batches, l3prune_prompt
 from secateur.errors import ConfigError, DataError
-from secateur.models.pooling import pooling_name
+from secateur.models.forward import pooling_name
 
 
 def check_sources(sources: Sequence[Source], max_examples: int) -> None:

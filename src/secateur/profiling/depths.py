@@ -26,8 +26,8 @@ from secateur.measures.metrics import angular_distances, block_influence
 from secateur.models import forward
 from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm
 from secateur.models.cutting import bypassed, legal_depths
+from secateur.models.forward import POOLINGS, L3PrunePooling, make_pooling, pool, pooling_name
 from secateur.models.open_model import is_causal
-from secateur.models.pooling import POOLINGS, L3PrunePooling, make_pooling, pool, pooling_name
 from secateur.profiling.lens import next_token_positions
 
 Visit = Callable[[int, Tensor, Tensor], None]

@@ -25,9 +25,8 @@ from secateur.measures import metrics
 from secateur.measures.costs import Size, layer_sizes, measure_layers
 from secateur.measures.intervals import MINIMUM_UNITS, has_converged, interval, looks
 from secateur.models import model_label, model_source
-from secateur.models.forward import is_out_of_memory
+from secateur.models.forward import is_out_of_memory, pooling_name
 from secateur.models.open_model import open_model
-from secateur.models.pooling import pooling_name
 from secateur.options import PROFILE_FILES, ProfileOptions, step
 from secateur.profiling.corpus import Batch, Corpus, check_sources, make_corpus, with_prompts
 from secateur.profiling.depths import DepthEncoder

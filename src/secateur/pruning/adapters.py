@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
     modules = dict(model.named_modules())
     known = {"model", "transformer", "language_model", model.base_model_prefix}
     changes: dict[str, Tensor] = {}
-    places: dict[str, None] = {}
+    places: set[str] = set()
     for name, tensor in weights.items():
         path, found, rest = name.removeprefix("base_model.model.").partition(".lora_")
         if not found:
@@ -96,14 +97,14 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
         if place not in modules and not is_outside:
             raise ModelError(folder, f"changes {path}, which {model.name_or_path} has not", "is this its base?")
         if any(place.startswith(prefix) for prefix in keep):
-            places[place] = None
+            places.add(place)
             changes[f"{place}.lora_{rest}"] = tensor
     if not weights:
         raise ModelError(folder / WEIGHTS, "holds no LoRA weights")
-    config.target_modules = "|".join(place.replace(".", r"\.") for place in places)
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     if not places:
         return
+    config.target_modules = "|".join(map(re.escape, sorted(places)))
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     try:
         inject_adapter_in_model(config, model)
         loaded = set_peft_model_state_dict(model, changes)

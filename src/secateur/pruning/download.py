@@ -32,10 +32,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from secateur.errors import ModelError
 from secateur.files import read_json
-from secateur.models.blocks import blocks_of, find_stack, skeleton, tensor_of_block, text_config, text_tower
-from secateur.models.checks import check_names, is_within
+from secateur.models.blocks import find_stack, shares_weights, skeleton, tensor_of_block, text_config, text_tower
+from secateur.models.checks import as_model_error, check_names, is_within, read_modules
 from secateur.models.compat import is_ignored
-from secateur.models.open_model import as_model_error
 from secateur.progress import Progress, quiet, silent
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,24 +48,19 @@ RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 
 def fetch_small(name: str, revision: str | None = None) -> Path:
-    """Fetch all but the weights of a model into the Hub's cache.
-
-    Returns:
-        The folder of the commit, whose name is the commit's.
+    """Fetch all but the weights of a model into the Hub's cache: the folder of the commit, whose name is the commit's.
 
     Raises:
         ModelError: There is no such model, or it cannot be fetched.
     """
     with hub_errors_of(name, revision), quiet():
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(SMALL), ignore_patterns=["*/*"]))
-        if (folder / "modules.json").is_file():
-            modules = read_json(folder / "modules.json")
-            places = [str(module.get("path", "")) for module in modules if isinstance(module, dict)]
-            wanted = [f"{place}/*.json" for place in places if place]
-            # The transformer comes first; of its weights only a part is wanted.
-            wanted += [f"{place}/*.safetensors" for place in places[1:] if place]
-            if wanted:
-                snapshot_download(name, revision=folder.name, allow_patterns=wanted)
+        places = [module["path"] for module in read_modules(folder)]
+        # The transformer comes first; of its weights only a part is wanted.
+        wanted = [f"{place}/*.json" for place in places if place]
+        wanted += [f"{place}/*.safetensors" for place in places[1:] if place]
+        if wanted:
+            snapshot_download(name, revision=folder.name, allow_patterns=wanted)
     return folder
 
 
@@ -79,11 +73,8 @@ def fetch_kept(
         name: Of the model on the Hub.
         folder: As :func:`fetch_small` returns it.
         choose: Indices of the layers that stay, for the model's depth.
-        out: An empty folder.
+        out: An empty folder; returned. It opens as the whole model does, with zeros for the weights of the others.
         progress: Told the bytes.
-
-    Returns:
-        ``out``, which can be opened as the whole model can; the weights of the other layers are zeros in it.
 
     Raises:
         ModelError: The weights are missing or broken, or not those of the configuration.
@@ -102,25 +93,20 @@ def fetch_kept(
     if not any(path.is_symlink() for path in paths):  # no shard is here whole
         with as_model_error(name, out), quiet():
             wanted = wanted_tensors(name, AutoConfig.from_pretrained(root), tensors, choose)
-    spans = [(shard, _spans(header, wanted)) for shard, header in zip(shards, headers, strict=True)]
-    total, done = sum(end - start for _, parts in spans for start, end in parts), 0
+    spans = [(shard, *span) for shard, header in zip(shards, headers, strict=True) for span in _spans(header, wanted)]
+    total, done = sum(end - start for _, start, end in spans), 0
     with hub_errors_of(name, folder.name):
-        for shard, parts in spans:
-            for start, end in parts:
-                for count in shard.fetch(start, end):
-                    done += count
-                    progress("download", done, total)
+        for shard, start, end in spans:
+            for count in shard.fetch(start, end):
+                done += count
+                progress("download", done, total)
     return out
 
 
 def transformer_folder(folder: Path) -> Path:
     """Where a model's folder has its transformer: what its modules.json names first, else the folder itself."""
-    modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else [{"path": ""}]
-    first = modules[0] if isinstance(modules, list) and modules else None
-    place = first.get("path") if isinstance(first, dict) else None
-    if not isinstance(place, str) or ".." in PurePosixPath(place).parts or place.startswith("/"):
-        raise ModelError(folder, "its modules.json is not a list of modules, each with a type and a path inside of it")
-    return folder / place
+    modules = read_modules(folder)
+    return folder / modules[0]["path"] if modules else folder
 
 
 def _shards(name: str, root: Path) -> list[str]:
@@ -156,8 +142,7 @@ def wanted_tensors(
     tower = text_tower(model)
     towers = {child for child, _ in model.named_children()} - {tower.partition(".")[0]} if tower else set()
     wanted = {tensor for tensor in state if tensor not in unused and not towers & set(tensor.split("."))}
-    weights = [weight for block in blocks_of(model) for weight in block.parameters()]
-    if len(set(map(id, weights))) < len(weights):  # layers that share weights: these are stored with one of them
+    if shares_weights(model):  # these are stored with one of the layers
         return wanted
     parts = find_stack(model).path.split(".")
     for start in range(len(parts)):
@@ -180,14 +165,7 @@ def _spans(header: dict[str, Any], wanted: set[str]) -> list[tuple[int, int]]:
 
 @dataclass
 class _Shard:
-    """A safetensors file on the Hub, and the sparse file that stands for it here.
-
-    Attributes:
-        repository: Name of the model.
-        commit: Of the model.
-        file: Path in the repository.
-        path: Of the sparse file; a link to the whole one, where that is here.
-    """
+    """A safetensors file on the Hub, and ``path``: the sparse file that stands for it here, or a link to the whole."""
 
     repository: str
     commit: str
@@ -196,13 +174,13 @@ class _Shard:
 
     def header(self) -> dict[str, Any]:
         """The tensors by name, each with its ``shape`` and its ``span`` of bytes; none where the file is here whole."""
-        self.fetch_all(0, 8)
+        list(self.fetch(0, 8))
         if self.path.is_symlink():
             return {}
         with self.path.open("rb", buffering=0) as file:
             end = 8 + int.from_bytes(file.read(8), "little")
             if end <= min(8 + MAX_HEADER_BYTES, self.path.stat().st_size):
-                self.fetch_all(8, end)
+                list(self.fetch(8, end))
             try:
                 with safe_open(self.path, framework="pt"):  # checks all that a header says
                     pass
@@ -214,11 +192,6 @@ class _Shard:
         for entry in header.values():
             entry["span"] = tuple(end + offset for offset in entry["data_offsets"])
         return header
-
-    def fetch_all(self, start: int, end: int) -> None:
-        """Fetch a range."""
-        for _ in self.fetch(start, end):
-            pass
 
     def fetch(self, start: int, end: int) -> Iterator[int]:
         """Fetch a range to its place in the sparse file; yields the bytes of each piece.
@@ -237,11 +210,16 @@ class _Shard:
                     served, _, size = response.headers.get("Content-Range", "").partition("/")
                     if response.status_code != 206 or not served.startswith(f"bytes {start}-"):
                         break
-                    for piece in response.iter_bytes(BUFFER):
-                        self._write(piece, start, int(size))
-                        start += len(piece)
-                        failures = 0
-                        yield len(piece)
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self.path.touch()
+                    with self.path.open("r+b") as file:
+                        file.truncate(int(size))
+                        file.seek(start)
+                        for piece in response.iter_bytes(BUFFER):
+                            file.write(piece)
+                            start += len(piece)
+                            failures = 0
+                            yield len(piece)
             except HTTPError as error:
                 failures += 1
                 answer = getattr(error, "response", None)
@@ -252,13 +230,6 @@ class _Shard:
             whole = hf_hub_download(self.repository, self.file, revision=self.commit)
             self.path.unlink(missing_ok=True)
             self.path.symlink_to(Path(whole).resolve())
-
-    def _write(self, piece: bytes, start: int, size: int) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
-            file.truncate(size)
-            file.seek(start)
-            file.write(piece)
 
 
 HUB_PROBLEMS: tuple[tuple[type[Exception], str, str], ...] = (
@@ -274,6 +245,12 @@ HUB_PROBLEMS: tuple[tuple[type[Exception], str, str], ...] = (
     ),
     (hub_errors.RevisionNotFoundError, "has no revision {revision}", ""),
     (hub_errors.HFValidationError, "no such folder, and no name of a model on the Hub", ""),
+    (hub_errors.LocalEntryNotFoundError, "", ""),
+    (
+        hub_errors.EntryNotFoundError,
+        f"has no safetensors ({SINGLE} or {INDEX})",
+        "convert it: load it with transformers elsewhere and save_pretrained() it again",
+    ),
 )
 
 
@@ -283,18 +260,13 @@ def hub_errors_of(name: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
-        for kind, problem, hint in HUB_PROBLEMS:
-            if isinstance(error, kind):
-                raise ModelError(name, problem.format(revision=revision), hint) from error
-        if isinstance(error, hub_errors.EntryNotFoundError) and not isinstance(
-            error, hub_errors.LocalEntryNotFoundError
-        ):
-            hint = "convert it: load it with transformers elsewhere and save_pretrained() it again"
-            raise ModelError(name, f"has no safetensors ({SINGLE} or {INDEX})", hint) from error
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        if constants.HF_HUB_OFFLINE:
-            hint = "unset it, or fetch the model first"
-            raise ModelError(name, "is not in the local cache, and HF_HUB_OFFLINE is set", hint) from error
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(name, f"cannot be fetched ({first})", "check the connection") from error
+        found = ((problem, hint) for kind, problem, hint in HUB_PROBLEMS if isinstance(error, kind))
+        problem, hint = next(found, ("", ""))
+        if not problem and constants.HF_HUB_OFFLINE:
+            problem, hint = "is not in the local cache, and HF_HUB_OFFLINE is set", "unset it, or fetch the model first"
+        elif not problem:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            problem, hint = f"cannot be fetched ({first})", "check the connection"
+        raise ModelError(name, problem.replace("{revision}", str(revision)), hint) from error

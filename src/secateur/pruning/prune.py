@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import new_folder, read_json, write_text
 from secateur.models import model_label, resolve
 from secateur.models.blocks import blocks_of, find_stack, skeleton, text_config, text_tower
-from secateur.models.checks import check_finite
+from secateur.models.checks import as_model_error, check_finite
 from secateur.models.cutting import bypassed, check_keep, cut
-from secateur.models.open_model import as_model_error, as_source, check_embedder, complete, is_embedder, load_model
+from secateur.models.open_model import as_source, check_embedder, complete, is_embedder, load_model
 from secateur.models.save import TOLERANCE, Expected, expected_of, save_model
 from secateur.options import PruneOptions, step
 from secateur.progress import Progress, quiet, silent
@@ -100,7 +100,11 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
     with as_model_error(name, scratch / "read"), quiet(), as_source(source, options.trust_remote_code) as opened:
         if is_embedder(opened, revision):
             check_embedder(name, options.pooling, options.max_length)
-        _refuse_quantized(name, opened)
+        file = transformer_folder(Path(opened)) / CONFIG_NAME
+        content = read_json(file) if file.is_file() else {}
+        if any(part.get("quantization_config") for part in (content, *content.values()) if isinstance(part, dict)):
+            hint = "prune the weights it was quantized from, and quantize the result"
+            raise UnsupportedArchitecture(name, "its weights are quantized", hint)
         origin_file = Path(opened) / Origin.file
         shown, key_mapping = _text_tower(opened, scratch / "text") if not options.trust_remote_code else (opened, None)
         model, unused = load_model(name, shown, device="cpu", key_mapping=key_mapping, **where)
@@ -116,35 +120,30 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
         elif hasattr(transformer, "peft_config"):
             merge_adapters(transformer)
         tokens = _cut_tokens(options, model, progress) if options.vocab else None
-        with bypassed(transformer, keep), renumbered(model, tokens.kept, tokens.tokenizer) if tokens else nullcontext():
+        with bypassed(transformer, keep), renumbered(model, *tokens[:2]) if tokens else nullcontext():
             complete(name, model, options.pooling, options.max_length)
             expected = expected_of(model, WHOLE)
         cut(transformer, keep)
         if tokens:
-            cut_vocabulary(str(name), transformer, tokens.kept, options.vocab_multiple)
-            model[0].processor = tokens.tokenizer
-            before = tokens.record.tokens if origin.vocabulary is None else origin.vocabulary.tokens
-            origin = replace(origin, vocabulary=replace(tokens.record, tokens=before))
+            kept, tokenizer, record = tokens
+            cut_vocabulary(str(name), transformer, kept, options.vocab_multiple)
+            model[0].processor = tokenizer
+            before = record.tokens if origin.vocabulary is None else origin.vocabulary.tokens
+            origin = replace(origin, vocabulary=replace(record, tokens=before))
         check_finite(name, model)
-        if (scratch / "read").is_dir():
-            _check_fetched(name, transformer)
+        for path, parameter in transformer.named_parameters() if (scratch / "read").is_dir() else ():
+            if parameter.ndim > 1 and not bool(parameter.any()):  # maybe not fetched, though it should have been
+                raise ModelError(name, f"{path} has only zeros", "fetch the model (hf download) and give its folder")
     progress(STEP, 60, 100)
     if options.dtype != "auto":
         expected = _convert(model, expected, options.dtype, scratch / "as-stored")
     save_model(model, folder, origin, expected=expected)
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """The ids that stay, ascending, the tokenizer of these, and the record of the cut."""
-
-    kept: tuple[int, ...]
-    tokenizer: PreTrainedTokenizerBase
-    record: VocabularyCut
-
-
-def _cut_tokens(options: PruneOptions, model: SentenceTransformer, progress: Progress) -> _Tokens:
-    """Choose the tokens that stay; the model stays as it is."""
+def _cut_tokens(
+    options: PruneOptions, model: SentenceTransformer, progress: Progress
+) -> tuple[tuple[int, ...], PreTrainedTokenizerBase, VocabularyCut]:
+    """The ids that stay, ascending, the tokenizer of these, and the record of the cut; the model stays as it is."""
     name, prompts = str(options.model), model.prompts.values()
     counted = count_vocabulary(name, model.tokenizer, model[0].auto_model, options, prompts=prompts, progress=progress)
     size = counted.size_of(options)
@@ -152,7 +151,7 @@ def _cut_tokens(options: PruneOptions, model: SentenceTransformer, progress: Pro
     tasks = [read_task_folder(task) for task in options.vocab_tasks]
     covered = {task.name: counted.coverage_of(texts_of(task), size) for task in tasks}
     record = replace(counted.cut(size), task_coverage=covered)
-    return _Tokens(kept, cut_tokenizer(model.tokenizer, counted.vocabulary, kept), record)
+    return kept, cut_tokenizer(model.tokenizer, counted.vocabulary, kept), record
 
 
 def _fetch(
@@ -180,27 +179,10 @@ def _fetch(
     return fetch_kept(str(source), small, choose, scratch / "read", told), None, adapter
 
 
-def _check_fetched(name: str | Path, transformer: PreTrainedModel) -> None:
-    """Refuse a matrix of zeros, which may be one that should have been fetched from the Hub and was not."""
-    for path, parameter in transformer.named_parameters():
-        if parameter.ndim > 1 and not bool(parameter.any()):
-            raise ModelError(name, f"{path} has only zeros", "fetch the model (hf download) and give its folder")
-
-
-def _refuse_quantized(name: str | Path, source: str | Path) -> None:
-    file = transformer_folder(Path(source)) / CONFIG_NAME
-    content = read_json(file) if file.is_file() else {}
-    parts = [content, *(part for part in content.values() if isinstance(part, dict))]
-    if any(part.get("quantization_config") for part in parts):
-        hint = "prune the weights it was quantized from, and quantize the result"
-        raise UnsupportedArchitecture(name, "its weights are quantized", hint)
-
-
 def _text_tower(source: str | Path, folder: Path) -> tuple[str | Path, dict[str, str] | None]:
-    """A folder that shows a multimodal model as its text tower alone; the source itself, where it is a text model.
+    """A folder that shows a multimodal model as its text tower alone, and what to make of the names in its weights.
 
-    Returns:
-        The folder, and what to make of the names in its weights.
+    The source itself, where it is a text model.
     """
     if not isinstance(source, Path) or not (source / CONFIG_NAME).is_file():
         return source, None
@@ -235,12 +217,9 @@ def _left_out(transformer: PreTrainedModel, unused: Sequence[str]) -> tuple[str,
 
 
 def _convert(model: SentenceTransformer, expected: Expected, dtype: str, folder: Path) -> Expected:
-    """Check a cut model in memory, and give its weights another number format.
+    """Check a cut model in memory, give its weights another number format, and tell what its folder should give.
 
-    transformers does it, which knows the weights that stay as they are.
-
-    Returns:
-        What the written folder should give.
+    transformers converts, which knows the weights that stay as they are.
     """
     found = float(np.abs(expected_of(model).vectors - expected.vectors).max())
     if not found <= TOLERANCE:
@@ -253,11 +232,7 @@ def _convert(model: SentenceTransformer, expected: Expected, dtype: str, folder:
 
 
 def origin_of(
-    model: str | Path,
-    depth: int,
-    keep: Sequence[int],
-    earlier: Path | None = None,
-    left_out: Sequence[str] = (),
+    model: str | Path, depth: int, keep: Sequence[int], earlier: Path | None = None, left_out: Sequence[str] = ()
 ) -> Origin:
     """Where a cut model comes from: what its own ``secateur.json`` (``earlier``) says, continued by this cut.
 

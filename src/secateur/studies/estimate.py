@@ -19,7 +19,8 @@ from secateur.evaluation.task_folder import read_task_folder, sample_task, texts
 from secateur.healing.recipes import training_config
 from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of, skeleton
-from secateur.models.open_model import as_model_error, open_model
+from secateur.models.checks import as_model_error
+from secateur.models.open_model import open_model
 from secateur.options import CostOptions, HealOptions, ProfileOptions, PruneOptions, ScoutOptions, StudyOptions
 from secateur.progress import quiet
 from secateur.pruning.download import fetch_small, transformer_folder

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import random
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.data.sources import prompts_of, stream_texts
@@ -18,13 +21,90 @@ from secateur.models.blocks import text_config
 from secateur.options import VocabularyOptions
 from secateur.progress import Progress, silent
 from secateur.results import VocabularyCut, VocabularyRow
-from secateur.vocabulary.counts import TokenCounts, count_tokens, plain_tokenizer, token_ids
-from secateur.vocabulary.tokens import Vocabulary, keep_tokens, read_vocabulary
+from secateur.vocabulary.tokens import Vocabulary, keep_tokens, plain_tokenizer, read_vocabulary, token_ids
 from secateur.vocabulary.trim import TokenTable, named_ids, token_tables
 
 COVERAGE = 0.995
 """Share of the tokens of held-out texts that stay, where nobody says."""
 ROUND_SIZES = (64000, 32000, 16000, 8000, 4000, 2000)
+HELD_OUT = 10
+"""One text of so many is held out."""
+SAMPLE = 2000
+"""Held-out texts that are kept, to be tokenized again with a smaller vocabulary."""
+FEWEST = 20
+"""Texts without which nothing can be said of others."""
+BATCH = 1 << 20
+"""Characters that are tokenized at once."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How frequent each token is, by its id: its share of the tokens of a file, averaged over the files.
+
+    ``counted`` (ids,) is that in the texts by which tokens are chosen, ``held_out`` (ids,) in the others, ``texts`` the
+    number of all texts, each copy counted, ``sample`` some of those held out, about as many of each file.
+    """
+
+    counted: NDArray[np.float64]
+    held_out: NDArray[np.float64]
+    texts: int
+    sample: tuple[str, ...]
+
+
+def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progress: Progress = silent) -> TokenCounts:
+    """Count the tokens of texts in full length, special tokens left out; only a piece of the texts is in memory.
+
+    Each of the files has the same weight, as in a profile. Which texts are held out is told by a hash of each, so that
+    all copies of a text are on one side.
+
+    Raises:
+        ConfigError: There are too few texts.
+    """
+    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    shares = np.zeros((2, size))
+    sample: list[str] = []
+    seen = [0, 0]
+    most = max(1, SAMPLE // len(files))
+    for texts in files:
+        counts = np.zeros((2, size), np.int64)
+        own: list[str] = []
+        passed, drawn = 0, random.Random(0)  # noqa: S311 - not for secrets
+        for batch in _batches(texts):
+            sides: tuple[list[str], list[str]] = ([], [])
+            for text in batch:
+                sides[zlib.crc32(text.encode("utf-8", "replace")) % HELD_OUT == 0].append(text)
+            for side, part in enumerate(sides):
+                ids = itertools.chain.from_iterable(token_ids(tokenizer, part))
+                counts[side] += np.bincount(np.fromiter(ids, np.int64), minlength=size)
+                seen[side] += len(part)
+            for text in sides[1]:  # each with the same chance to be in the sample (algorithm R)
+                passed += 1
+                if len(own) < most:
+                    own.append(text)
+                elif (place := drawn.randrange(passed)) < most:
+                    own[place] = text
+            progress("count tokens, texts", sum(seen), 0)
+        shares += counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+        sample += own
+    progress("count tokens, texts", sum(seen), sum(seen))
+    if sum(seen) < FEWEST or not sample:
+        problem = f"{sum(seen)} texts are too few to tell which tokens others need"
+        raise ConfigError("vocab", sum(seen), problem, f"at least {FEWEST}, better thousands")
+    counted, held_out = shares / shares.sum(axis=1, keepdims=True)
+    return TokenCounts(counted, held_out, sum(seen), tuple(sample))
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -106,16 +186,16 @@ class CountedVocabulary:
         kept = self.kept(size)
         there = set(kept)
         cut = plain_tokenizer(keep_tokens(self.vocabulary.rules, kept))
-        after = token_ids(cut, list(self.counts.sample))
+        before, after = self._before, token_ids(cut, list(self.counts.sample))
         parameters = sum(self.parameters(size))
-        unknown = self.vocabulary.unknown
-        fresh = 0
+        unknown, fresh = self.vocabulary.unknown, 0
         if unknown is not None:
-            fresh = _occurrences(kept.index(unknown), after) - _occurrences(unknown, self._before)
+            place = kept.index(unknown)
+            fresh = sum(ids.count(place) for ids in after) - sum(ids.count(unknown) for ids in before)
         return VocabularyRow(
             tokens=len(kept),
             coverage=float(self.coverage[size - 1]),
-            changed=float(np.mean([not there.issuperset(ids) for ids in self._before])),
+            changed=float(np.mean([not there.issuperset(ids) for ids in before])),
             tokens_per_text=float(np.mean([len(ids) for ids in after])),
             unknown=max(0, fresh) / max(1, sum(map(len, after))),
             parameters=parameters,
@@ -132,10 +212,6 @@ class CountedVocabulary:
         return [whole, *(size for size in ROUND_SIZES if len(self.needed) <= size < whole)]
 
 
-def _occurrences(token: int, texts: Iterable[Sequence[int]]) -> int:
-    return sum(ids.count(token) for ids in texts)
-
-
 def count_vocabulary(
     name: str,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -145,13 +221,13 @@ def count_vocabulary(
     prompts: Iterable[str] = (),
     progress: Progress = silent,
 ) -> CountedVocabulary:
-    """Count the tokens of the texts that the options name.
+    """Count the tokens of the texts that ``options.vocab`` names.
 
     Args:
         name: Of the model, for errors.
         tokenizer: Of the model.
         transformer: Of the model; it needs no weights.
-        options: Whose ``vocab`` names the texts.
+        options: Name the texts.
         prompts: Of the model; their tokens stay, as do those of the prompts that come with the texts.
         progress: Told the number of texts.
 

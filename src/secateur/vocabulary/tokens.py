@@ -26,7 +26,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import UnsupportedArchitecture
-from secateur.vocabulary.counts import plain_tokenizer
 
 KINDS = ("BPE", "WordPiece", "Unigram")
 WRITERS = ("post_processor", "padding")
@@ -37,17 +36,12 @@ BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a ``tokenizer.json``.
-
-    Attributes:
-        rules: Its content.
-    """
+    """The tokens of a ``tokenizer.json``, of which ``rules`` is the content."""
 
     rules: Mapping[str, Any]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """What makes these tokens of a text, however long it is."""
         return plain_tokenizer(self.rules)
 
     @property
@@ -81,17 +75,18 @@ class Vocabulary:
         return self.ids.get(self.model.get("unk_token") or "") if unknown is None else unknown
 
     def needed(self, frequency: NDArray[np.float64], named: Iterable[int] = ()) -> list[int]:
-        """Ids that stay in any case: special and added tokens, and all that a rare word falls back to.
+        """Ids that stay in any case: special and added tokens, those named, and all that a rare word falls back to.
 
-        Args:
-            frequency: (ids,), of the tokens in the texts, which tell the characters that they are made of.
-            named: More ids, such as those that a configuration names.
+        ``frequency`` (ids,) is that of the tokens in the texts, which tell the characters that they are made of.
         """
-        special = {token["id"] for token in self.rules["added_tokens"]} | _special_ids(self.rules)
+        special = {token["id"] for token in self.rules["added_tokens"]}
         special |= set() if self.unknown is None else {self.unknown}
+        written: list[int] = []  # into texts, by the post-processor and the padding
+        for key in WRITERS:
+            _each_id(self.rules.get(key), written.append)
         fallback = {self.in_model[token] for token in self._fallback(frequency)}
         there = set(self.ids.values())
-        wanted = special | fallback | {i for i in named if i in there}
+        wanted = special.union(written, fallback, (i for i in named if i in there))
         return sorted(wanted.union(*(self.on_the_way(i) for i in wanted)))
 
     def order(self, frequency: NDArray[np.float64], needed: Sequence[int]) -> Iterator[int]:
@@ -160,6 +155,19 @@ class Vocabulary:
         return smallest
 
 
+def plain_tokenizer(rules: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer from the content of its ``tokenizer.json``, that neither cuts nor pads."""
+    tokenizer = Tokenizer.from_str(json.dumps(rules))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of the tokens of each text, special ones left out."""
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def read_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase | None) -> Vocabulary:
     """The tokens of a model's tokenizer.
 
@@ -198,34 +206,18 @@ def keep_tokens(rules: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]
     return {**rules, "model": model, "added_tokens": added, **renumbered}
 
 
-def _special_ids(rules: Mapping[str, Any]) -> set[int]:
-    """Ids that the post-processor and the padding write into texts."""
-    found: set[int] = set()
-
-    def note(i: int) -> int:
-        found.add(i)
-        return i
-
-    for key in WRITERS:
-        _each_id(rules.get(key), note)
-    return found
-
-
-def _each_id(part: Any, change: Callable[[int], int]) -> Any:
+def _each_id(part: Any, change: Callable[[int], Any]) -> Any:
     """A post-processor or a padding with other ids."""
+    if isinstance(part, list):
+        return [_each_id(item, change) for item in part]
     if not isinstance(part, dict):
         return part
-    changed = dict(part)
-    if part.get("type") == "Sequence":
-        changed["processors"] = [_each_id(item, change) for item in part["processors"]]
-    if part.get("type") == "TemplateProcessing":
-        special = part["special_tokens"]
-        changed["special_tokens"] = {
-            name: item | {"ids": [change(i) for i in item["ids"]]} for name, item in special.items()
-        }
-    for key in ("sep", "cls"):
-        if isinstance(part.get(key), (list, tuple)):
-            changed[key] = [part[key][0], change(part[key][1])]
-    if "pad_id" in part:
-        changed["pad_id"] = change(part["pad_id"])
+    changed = {key: _each_id(value, change) for key, value in part.items()}
+    for key, value in part.items():
+        if key == "ids" and isinstance(value, list):
+            changed[key] = [change(i) for i in value]
+        elif key in ("sep", "cls") and isinstance(value, list):
+            changed[key] = [value[0], change(value[1])]
+        elif key == "pad_id" and isinstance(value, int):
+            changed[key] = change(value)
     return changed

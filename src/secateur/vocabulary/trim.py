@@ -35,8 +35,7 @@ WITHOUT_IDS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 
 def named_ids(transformer: PreTrainedModel) -> set[int]:
     """Ids of the tokens that a model's configuration names."""
-    values = [value for config in _configs(transformer) for value in _ids_in(config).values()]
-    return {i for value in values for i in _listed(value)}
+    return {i for config in _configs(transformer) for ids in _ids_in(config).values() for i in ids}
 
 
 @contextmanager
@@ -80,6 +79,7 @@ def cut_tokenizer(
         return AutoTokenizer.from_pretrained(folder)
 
 
+@torch.no_grad()
 def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int], multiple: int = 1) -> None:
     """Cut a model's tables in place to some of its tokens, and renumber those that its configuration names.
 
@@ -92,13 +92,19 @@ def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int],
     Raises:
         UnsupportedArchitecture: No table follows the vocabulary, or something else than a table does.
     """
-    changes = _changes(name, transformer, kept, multiple)
-    tables = [_tensor(transformer, path, attribute) for path, attribute, _ in changes.tables]
-    rows = {id(table): size for table, (_, _, size) in zip(tables, changes.tables, strict=True)}
-    cut = {id(table): _rows_of(table, kept, rows[id(table)]) for table in tables}  # tied tables stay tied
-    for table, (path, attribute, _) in zip(tables, changes.tables, strict=True):
-        setattr(transformer.get_submodule(path), attribute, cut[id(table)])
-    for path, attribute, value in changes.values:
+    tables, values = _changes(name, transformer, kept, multiple)
+    cut: dict[torch.Tensor, torch.Tensor] = {}  # tied tables stay tied
+    for path, attribute, rows in tables:
+        module = transformer.get_submodule(path)
+        table = getattr(module, attribute)
+        if table not in cut:
+            there = torch.tensor([i for i in kept if i < len(table)])
+            smaller = table.new_zeros((rows, *table.shape[1:]))
+            smaller[: len(there)] = table[there]
+            is_parameter = isinstance(table, nn.Parameter)
+            cut[table] = nn.Parameter(smaller, table.requires_grad) if is_parameter else smaller
+        setattr(module, attribute, cut[table])
+    for path, attribute, value in values:
         setattr(transformer.get_submodule(path), attribute, value)
     for config in _configs(transformer):
         _cut_config(config, kept, multiple)
@@ -122,32 +128,23 @@ def token_tables(name: str, transformer: PreTrainedModel) -> tuple[TokenTable, .
     Raises:
         UnsupportedArchitecture: As :func:`cut_vocabulary`.
     """
+    half = {*range(text_config(transformer).vocab_size // 2), *named_ids(transformer)}
+    tables: dict[torch.Tensor, str] = {}
+    for path, attribute, _ in _changes(name, transformer, sorted(half), 1)[0]:
+        tables[getattr(transformer.get_submodule(path), attribute)] = f"{path}.{attribute}".lstrip(".")
     packed = packed_tensors(transformer)
     return tuple(
-        TokenTable(table.shape[0], table.numel() // table.shape[0], path in packed)
-        for path, table in _tables(name, transformer).items()
+        TokenTable(table.shape[0], table.numel() // table.shape[0], path in packed) for table, path in tables.items()
     )
 
 
-def _tables(name: str, transformer: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The tables by their paths, tied ones once."""
-    fewer = sorted({*range(text_config(transformer).vocab_size // 2), *named_ids(transformer)})
-    named = _changes(name, transformer, fewer, 1).tables
-    found = {f"{path}.{attribute}".lstrip("."): _tensor(transformer, path, attribute) for path, attribute, _ in named}
-    paths = {id(table): path for path, table in found.items()}
-    return {path: found[path] for path in paths.values()}
+def _changes(
+    name: str, transformer: PreTrainedModel, kept: Sequence[int], multiple: int
+) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, Any]]]:
+    """What a smaller vocabulary changes: (module, tensor, rows), and (module, attribute, value).
 
-
-@dataclass(frozen=True)
-class _Changes:
-    """What a smaller vocabulary changes in a model: (module, tensor, rows), and (module, attribute, value)."""
-
-    tables: tuple[tuple[str, str, int], ...]
-    values: tuple[tuple[str, str, Any], ...]
-
-
-def _changes(name: str, transformer: PreTrainedModel, kept: Sequence[int], multiple: int) -> _Changes:
-    """Told by the models that transformers builds from the configuration as it is, and cut."""
+    Told by the models that transformers builds from the configuration as it is, and cut.
+    """
     config = copy.deepcopy(transformer.config)
     before = build(type(transformer), copy.deepcopy(config))
     for part in {id(part): part for part in (config, text_config(config))}.values():
@@ -157,43 +154,28 @@ def _changes(name: str, transformer: PreTrainedModel, kept: Sequence[int], multi
     except Exception as error:  # of whatever kind: transformers does not take the cut configuration
         problem = f"transformers refuses a configuration of {len(kept)} tokens ({last_line(error)})"
         raise UnsupportedArchitecture(name, problem) from error
-    tables, values = [], []
+    tables: list[tuple[str, str, int]] = []
+    values: list[tuple[str, str, Any]] = []
     for path, module in after.named_modules():
         old = before.get_submodule(path)
-        pairs = [(attribute, tensors_of(old).get(attribute), now) for attribute, now in tensors_of(module).items()]
-        shapes = [
-            (attribute, tuple(was.shape), tuple(now.shape))
-            for attribute, was, now in pairs
-            if was is not None and now is not None
-        ]
-        changed = [(attribute, was, now) for attribute, was, now in shapes if was != now]
-        for attribute, was, now in changed:
-            if len(was) != len(now) or was[1:] != now[1:]:
+        tensors, found = tensors_of(old), len(tables)
+        for attribute, tensor in tensors_of(module).items():
+            former = tensors.get(attribute)
+            if former is None or tensor is None or former.shape == tensor.shape:
+                continue
+            was, now = tuple(former.shape), tuple(tensor.shape)
+            if was[1:] != now[1:] or len(was) != len(now):
                 problem = f"{path}.{attribute} follows the vocabulary and is no table of tokens: {was} would be {now}"
                 raise UnsupportedArchitecture(name, problem)
             tables.append((path, attribute, now[0]))
-        for attribute, was, now in changed_values(old, module):
-            if attribute == "padding_idx" and isinstance(module, nn.Embedding) and not changed:
-                problem = f"{path} counts from the id of the padding token, which would change from {was} to {now}"
+        for attribute, is_, will_be in changed_values(old, module):
+            if attribute == "padding_idx" and isinstance(module, nn.Embedding) and len(tables) == found:
+                problem = f"{path} counts from the id of the padding token, which would change from {is_} to {will_be}"
                 raise UnsupportedArchitecture(name, problem)
-            values.append((path, attribute, now))
+            values.append((path, attribute, will_be))
     if not tables:
         raise UnsupportedArchitecture(name, "none of its tables has a row for each token")
-    return _Changes(tuple(tables), tuple(values))
-
-
-def _tensor(model: nn.Module, path: str, attribute: str) -> torch.Tensor:
-    tensor: torch.Tensor = getattr(model.get_submodule(path), attribute)
-    return tensor
-
-
-@torch.no_grad()
-def _rows_of(table: torch.Tensor, kept: Sequence[int], rows: int) -> torch.Tensor:
-    """Some rows of a table, and zeros up to the number of rows that it is to have."""
-    there = torch.tensor([i for i in kept if i < len(table)])
-    cut = table.new_zeros((rows, *table.shape[1:]))
-    cut[: len(there)] = table[there]
-    return nn.Parameter(cut, table.requires_grad) if isinstance(table, nn.Parameter) else cut
+    return tables, values
 
 
 # ---- configurations
@@ -209,27 +191,20 @@ def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
 def _cut_config(config: PretrainedConfig, kept: Sequence[int], multiple: int) -> None:
     """Edit a configuration in place: how many tokens there are, and the ids of those that it names."""
     place = {old: new for new, old in enumerate(kept)}
-    for field, value in _ids_in(config).items():
-        ids = [place.get(i, i) for i in _listed(value)]
-        setattr(config, field, ids if isinstance(value, list) else ids[0])
+    for field, ids in _ids_in(config).items():
+        moved = [place.get(i, i) for i in ids]
+        setattr(config, field, moved if isinstance(getattr(config, field), list) else moved[0])
     for field in SIZES:
         if isinstance(size := getattr(config, field, None), int):
             setattr(config, field, math.ceil(sum(i < size for i in kept) / multiple) * multiple)
 
 
-def _ids_in(config: PretrainedConfig) -> dict[str, int | list[int]]:
-    """The fields that name tokens by their ids; ids that are no token's stay as they are."""
+def _ids_in(config: PretrainedConfig) -> dict[str, list[int]]:
+    """The fields that name tokens by their ids; those with numbers that are no token's are left out."""
     size = getattr(config, "vocab_size", 0)
-
-    def is_id(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
-
-    return {
-        field: value
-        for field, value in vars(config).items()
-        if TOKEN_IDS.search(field) and (is_id(value) or (isinstance(value, list) and value and all(map(is_id, value))))
-    }
-
-
-def _listed(value: int | list[int]) -> list[int]:
-    return value if isinstance(value, list) else [value]
+    found = {}
+    for field, value in vars(config).items():
+        ids = value if isinstance(value, list) else [value]
+        if TOKEN_IDS.search(field) and ids and all(type(i) is int and 0 <= i < size for i in ids):
+            found[field] = ids
+    return found
