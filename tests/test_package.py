@@ -28,7 +28,7 @@ data: rows hub sources vectors endpoints embedders demo
 vocabulary: counts tokens trim choice
 measures: metrics intervals costs
 evaluation: task_tables task_formats task_folder task_check task_making tasks replicates evaluate
-choosing: selectors budgets vocabulary evidence choose
+choosing: selectors budgets evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes exclusion training_data processes teacher losses evaluator trainer heal

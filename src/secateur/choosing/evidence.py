@@ -7,9 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.choosing.budgets import CutCost, affordable, cost_limits, cut_cost
+from secateur.choosing.budgets import (
+    CutCost,
+    Decision,
+    Vocabularies,
+    VocabularyCosts,
+    affordable,
+    cost_limits,
+    cut_cost,
+    decide,
+    vocabulary_costs,
+)
 from secateur.choosing.selectors import Choice, prefix
-from secateur.choosing.vocabulary import Decision, Vocabularies, VocabularyCosts, decide, vocabulary_costs
 from secateur.document import plural, signed, span
 from secateur.errors import ConfigError, DataError
 from secateur.options import Budget, ChooseOptions
@@ -17,6 +26,7 @@ from secateur.results import RungRow, Scout
 
 TOLERANCE = 1.0
 """Points of average score, of 100, that may be lost where nothing else is said."""
+MAY_BE = "up to {} points may be lost"
 
 
 def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Choice:
@@ -135,10 +145,11 @@ def _sentence(scout: Scout, row: RungRow, title: str, tolerance: float | None, w
         limit = f", and {tolerance:g} may be" if whole and tolerance is not None else ""
         may = _loss(smaller, tolerance, MAY_BE)
         parts.append(f"with {plural(smaller.depth, 'layer')} {may}{own}{limit}")
-    return f"{head}: {'; '.join(parts)}.{'' if whole else _costs(scout, row)}"
-
-
-MAY_BE = "up to {} points may be lost"
+    cost, full = (cut_cost(scout, prefix(layers)) for layers in (row.depth, depth))
+    costs = ""
+    if not whole and cost.parameters and full.parameters:
+        costs = f" {100 * cost.parameters / full.parameters:.0f} % of the parameters, {cost.speed:.1f} × the speed."
+    return f"{head}: {'; '.join(parts)}.{costs}"
 
 
 def _loss(row: RungRow, tolerance: float | None, words: str) -> str:
@@ -157,13 +168,6 @@ def _loss(row: RungRow, tolerance: float | None, words: str) -> str:
 def _difference(row: RungRow, to: str = "") -> str:
     ends = span(row.difference_low, row.difference_high, signed)
     return f"difference {signed(row.difference)}{to}, {f'95 % interval {ends}' if ends else 'without an interval'}"
-
-
-def _costs(scout: Scout, row: RungRow) -> str:
-    own, full = (cut_cost(scout, prefix(depth)) for depth in (row.depth, scout.depth))
-    if own.parameters is None or full.parameters is None:
-        return ""
-    return f" {100 * own.parameters / full.parameters:.0f} % of the parameters, {own.speed:.1f} × the speed."
 
 
 # Side by side ---------------------------------------------------------------------------------------------------------
@@ -209,21 +213,25 @@ def side_by_side(options: ChooseOptions, scout: Scout, vocabularies: Vocabularie
         return decide(options.model_copy(update={"best": best}), scout, vocabularies, choose_rung)
 
     decision, by_tolerance, by_score = by(options.best), by(False).choice, by(True).choice
-    choice = decision.choice
-    rules = {} if by_tolerance.warning else {"tolerance": by_tolerance}
-    rules["best"] = by_score
+    rules = {"best": by_score} if by_tolerance.warning else {"tolerance": by_tolerance, "best": by_score}
     smallest = scout if vocabularies is None else vocabularies.with_size(scout, vocabularies.allowed(options)[-1])
     fitting = affordable(options, smallest, [row.depth for row in scout.depths])
     rows = [
         Rung(
-            **asdict(row),
+            **vars(row),
             fits=row.depth in fitting,
             chosen_by=tuple(name for name, own in rules.items() if len(own.blocks) == row.depth),
-            **asdict(cut_cost(scout, prefix(row.depth))),
+            **vars(cut_cost(scout, prefix(row.depth))),
         )
         for row in scout.depths
     ]
-    tasks = len({row.task for row in scout.task_scores})
-    vocabulary = None if vocabularies is None else vocabulary_costs(options, scout, vocabularies, decision)
-    about = (scout.model, scout.depth, scout.judge, tasks)
-    return Rungs(*about, len(choice.blocks), choice.reason, tuple(rows), vocabulary)
+    return Rungs(
+        model=scout.model,
+        depth=scout.depth,
+        judge=scout.judge,
+        tasks=len({row.task for row in scout.task_scores}),
+        chosen=len(decision.choice.blocks),
+        reason=decision.choice.reason,
+        rows=tuple(rows),
+        vocabulary=vocabulary_costs(options, scout, vocabularies, decision),
+    )

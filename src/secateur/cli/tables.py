@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from secateur.choosing.choose import Candidate, Candidates
     from secateur.choosing.evidence import Rung, Rungs
-    from secateur.choosing.vocabulary import VocabularyCost, VocabularyCosts
+    from secateur.choosing.budgets import VocabularyCost, VocabularyCosts
     from secateur.evaluation.task_check import TaskCheck
     from secateur.evaluation.task_making import MadeTask
     from secateur.exporting.export import Export
