@@ -22,7 +22,7 @@ errors files done provenance progress clusters document
 results: base kinds
 runtime
 options: base fields way runs inference
-figures: style solved plots
+figures: style plots
 models: compat blocks cutting pooling checks forward save open_model static
 data: rows hub sources vectors endpoints embedders demo
 vocabulary: counts tokens trim choice

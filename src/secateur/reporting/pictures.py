@@ -19,16 +19,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from secateur.document import byte_size, count, duration, loss, percent, plural, score, span, speed
-from secateur.figures.plots import (
-    KINDS,
-    Point,
-    frontier,
-    frontier_figure,
-    profile_figures,
-    size_curve,
-    training_curves,
-)
-from secateur.figures.style import svg
+from secateur.figures.plots import KINDS, frontier, frontier_figure, profile_figures, size_curve, training_curves
+from secateur.figures.style import Point, svg
 from secateur.measures.intervals import CONFIDENCE, Array
 from secateur.reporting.blocks import Picture
 from secateur.reporting.findings import RunGroup, Summary, pareto
