@@ -18,7 +18,7 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance progress clusters document
+errors files provenance progress clusters document
 results: base kinds
 runtime
 options: base fields way runs inference

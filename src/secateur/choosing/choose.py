@@ -274,8 +274,8 @@ def within(options: ChooseOptions, table: Profile, costs: Profile | None = None)
     return Choice(prefix(depth), f"the shallowest; {told}", selection_probability=chance)
 
 
-@dataclass(frozen=True)
-class Candidate(CutCost):
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Choice, CutCost):
     """One choice (:class:`.Choice`) with its row of the profile and what it costs.
 
     Attributes:
@@ -285,10 +285,6 @@ class Candidate(CutCost):
     """
 
     name: str
-    blocks: tuple[int, ...]
-    reason: str
-    warning: str = ""
-    selection_probability: float | None = None
     loss: float | None = None
     loss_low: float | None = None
     loss_high: float | None = None

@@ -24,6 +24,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.path import Path as Curve
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
@@ -128,18 +129,14 @@ def label_points(
     figure.set_layout_engine("none")  # the axes must not move once the free places are known
     frame, pixel, renderer = axes.get_window_extent(), figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
     frame = Bbox.from_extents(frame.x0, frame.y0, figure.bbox.x1, frame.y1 + 12 * pixel)
-    covered: list[Any] = []  # pixels on the lines, about every eighth
-    for line in lines:
-        corners = [axes.transData.transform(xy) for xy in zip(*line, strict=True) if all(map(math.isfinite, xy))]
-        for start, end in itertools.pairwise(corners):
-            covered += np.linspace(start, end, 1 + max(1, int(math.dist(start, end) / 8))).tolist()
+    paths = [Curve(axes.transData.transform(np.column_stack(line))) for line in lines]
     points = [axes.transData.transform((x, y)) for x, y, _ in labels]
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
     for (x, y, text), point in zip(labels, points, strict=True):
         trial = axes.text(x, y, text, **BOLD)
         size = Text.get_window_extent(trial, renderer)
         trial.remove()
-        found = []
+        places = []
         for radius, angle in itertools.product((8, 18, 32, 48), (90, 45, 135, 0, 180, 270, 315, 225)):
             # From the point to the middle of the text, in typographic points; its nearest edge is at the radius.
             away = np.round([math.cos(math.radians(angle)), math.sin(math.radians(angle))], 6)
@@ -148,11 +145,11 @@ def label_points(
                 *(point + offset * pixel - (size.width / 2, size.height / 2)), size.width, size.height
             )
             outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
-            hidden = 1e6 * outside + 1e3 * sum(box.padded(2 * pixel).overlaps(other) for other in taken)
-            hidden += 10 * sum(box.contains(*pixels) for pixels in covered) + radius
-            found.append((hidden, radius, offset, box))
-        _, radius, offset, box = min(found, key=lambda place: place[0])
-        if any(box.overlaps(other) for other in taken[len(labels) :]):
+            crossed = sum(path.intersects_bbox(box, filled=False) for path in paths)
+            hidden = (outside, box.padded(2 * pixel).count_overlaps(taken), crossed, radius)
+            places.append((hidden, offset, box))
+        (*_, radius), offset, box = min(places, key=lambda place: place[0])
+        if box.count_overlaps(taken[len(labels) :]):
             continue
         arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4} if radius > 10 else None
         placed = {"textcoords": "offset points", "ha": "center", "va": "center", "arrowprops": arrow, "zorder": 4}

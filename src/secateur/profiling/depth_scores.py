@@ -67,8 +67,8 @@ def depth_scores(
         model: An opened model; it is left as it was.
         tasks: Opened with ``sample`` and ``seed``.
         depths: Which to score. Default: every one.
-        sample: What the tasks were opened with, as ``seed``.
-        seed: See ``sample``.
+        sample: What the tasks were opened with.
+        seed: What the tasks were opened with.
         name: What the user calls the model.
         progress: Called before each depth of each task, and at the end.
 
@@ -134,8 +134,7 @@ class _Kept:
     """The vectors of texts at some depths, in a file: each text is run once, at its first use."""
 
     def __init__(self, encoder: DepthEncoder, file: IO[bytes], depths: Sequence[int]) -> None:
-        self._encoder, self._file = encoder, file
-        self._depths = list(depths)
+        self._encoder, self._file, self._depths = encoder, file, list(depths)
         self._places: dict[bytes, int] = {}
         self._dimension = 0
 

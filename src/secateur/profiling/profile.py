@@ -17,6 +17,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from secateur.choosing.choose import choose
 from secateur.choosing.selectors import lowest_in_each_half, replicates_of
 from secateur.data.sources import Texts, read_sources
 from secateur.errors import ConfigError, SecateurError
@@ -339,11 +340,7 @@ def _draw(result: Profile, out: Path) -> None:
     from secateur.figures.plots import profile_figures
     from secateur.figures.style import save
 
-    choice: dict[str, int] = {}
-    if result.can_choose:
-        lowest = lowest_in_each_half([row.loss or 0.0 for row in result.depths])
-        choice = dict(zip(("small", "large"), lowest.tolist(), strict=True))
-    drawn = profile_figures(result, choice)
+    drawn = profile_figures(result, choose(result) if result.can_choose else None)
     for name in PICTURES:
         if name.partition(".")[0] not in drawn:
             (out / name).unlink(missing_ok=True)

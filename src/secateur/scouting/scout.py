@@ -18,7 +18,6 @@ from typing import Any
 
 from secateur.choosing.evidence import TOLERANCE, choose_rung
 from secateur.data.sources import Source, read_sources
-from secateur.done import FILE, Made
 from secateur.evaluation.tasks import Task, open_tasks
 from secateur.figures.plots import frontier_figure
 from secateur.figures.style import save
@@ -39,7 +38,7 @@ from secateur.profiling.depth_scores import DepthScore, notes_on, score_depths
 from secateur.profiling.depths import DepthEncoder, check_depths
 from secateur.profiling.profile import layer_costs
 from secateur.progress import Progress, silent
-from secateur.provenance import fingerprint_files, provenance
+from secateur.provenance import DONE, Made, fingerprint_files, provenance
 from secateur.results import Scout, Training, load
 from secateur.scouting.held_out import hold_out, judge_of, left_whole
 from secateur.scouting.ladder import ladder
@@ -128,7 +127,7 @@ def _begin(out: Path, made: Made) -> None:
         return
     for name in ("tasks", "model.partial", "draws"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in (FILE, Scout.file, *PICTURES):
+    for name in (DONE, Scout.file, *PICTURES):
         (out / name).unlink(missing_ok=True)
     made.record(out)
 

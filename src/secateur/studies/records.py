@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from secateur.data.sources import data_files, stem
-from secateur.done import Made
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
 from secateur.options import HealOptions, Names
-from secateur.provenance import fingerprint, fingerprint_files, model_files, versions_of
+from secateur.provenance import Made, fingerprint, fingerprint_files, model_files, versions_of
 from secateur.studies.steps import COMMANDS, Plan, Step
 
 FOLDER = "done"
