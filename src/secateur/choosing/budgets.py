@@ -99,8 +99,8 @@ def _fits(options: Budget, table: Profile | Scout, blocks: Sequence[int]) -> boo
 
 def _check_costs(table: Profile | Scout) -> None:
     if not table.layer_costs:
-        hint = f"it was made by an earlier version; {table.kind} again"
-        raise DataError(table.file, "has no costs of the layers", hint, field="layer_costs")
+        why = next((note for note in table.notes if note.startswith("no costs")), "it was made by an earlier version")
+        raise DataError(table.file, "has no costs of the layers", f"{why}; {table.kind} again", field="layer_costs")
 
 
 # Vocabularies ---------------------------------------------------------------------------------------------------------
@@ -179,12 +179,9 @@ def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: 
 
 @dataclass(frozen=True)
 class Decision:
-    """A depth and a size of the vocabulary.
+    """Layers, and a number of tokens; None where the vocabulary is not asked about.
 
-    Attributes:
-        choice: The layers.
-        size: Number of tokens; None where the vocabulary is not asked about.
-        wanted: The layers that would be kept without a limit of size, where no allowed vocabulary makes them fit.
+    ``wanted`` are the layers that would be kept without a limit of size, where no allowed vocabulary makes them fit.
     """
 
     choice: Choice
@@ -200,11 +197,8 @@ def decide(
 ) -> Decision:
     """Choose a depth and a vocabulary: the vocabulary is cut before the depth.
 
-    Args:
-        options: The limits, and the smallest vocabulary that is allowed.
-        table: A profile or a scout.
-        vocabularies: Of its model; None where only the depth is asked about.
-        rule: Chooses a depth by options, a table, and another table that tells costs.
+    ``vocabularies`` are None where only the depth is asked about; ``rule`` chooses a depth by options, a table, and the
+    same table with the costs of a smaller vocabulary.
 
     Raises:
         ConfigError: Nothing is within the limits.
@@ -255,14 +249,9 @@ class VocabularyCost(VocabularyRow):
 
 @dataclass(frozen=True)
 class VocabularyCosts:
-    """Sizes of the vocabulary, the largest first.
+    """Sizes of the vocabulary with so many ``layers``, the whole vocabulary first.
 
-    Attributes:
-        size: The chosen one.
-        layers: Number of layers at which the costs are.
-        reason: Why, and what it costs, in a sentence.
-        command: Makes the cut.
-        rows: The whole vocabulary is the first.
+    ``size`` is the chosen one, ``reason`` says why, and what it costs; ``command`` makes the cut.
     """
 
     size: int

@@ -236,10 +236,7 @@ def within(options: ChooseOptions, table: Profile, costs: Profile | None = None)
     model had no more layers than fit the budget: the lowest loss of the deeper half of them; with a profile of texts
     alone, which has no losses, the deepest of them.
 
-    Args:
-        options: The limits; without any, it is ``large``.
-        table: The profile.
-        costs: The same profile with the costs of a smaller vocabulary, where the limits are about these.
+    ``costs`` is the same profile with the costs of a smaller vocabulary, where the limits are about these.
 
     Raises:
         ConfigError: No depth is within a limit; the message tells the smallest that there is.

@@ -9,7 +9,6 @@ from typing import Any
 
 from secateur.choosing.budgets import (
     CutCost,
-    Decision,
     Vocabularies,
     VocabularyCosts,
     affordable,
@@ -36,10 +35,7 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
     the tolerance (:func:`smallest_within`). Where that one is too expensive, so are the deeper ones that lose no more;
     then it is the highest score, with a warning.
 
-    Args:
-        options: The rule and the limits.
-        scout: The depths.
-        costs: The same scout with the costs that the limits are about, where they are those of a smaller vocabulary.
+    ``costs`` is the same scout with the costs of a smaller vocabulary, where the limits are about these.
 
     Returns:
         The first layers; ``reason`` is a whole sentence.
@@ -111,12 +107,8 @@ def _is_within(row: RungRow, tolerance: float) -> bool:
 def _sentence(scout: Scout, row: RungRow, title: str, tolerance: float | None, wanted: RungRow | None = None) -> str:
     """What is recommended and why, what the next smaller depth would lose, and what the cut costs.
 
-    Args:
-        scout: The depths.
-        row: The chosen one.
-        title: What it is chosen for, where not for the tolerance.
-        tolerance: In points; None where there is none.
-        wanted: The smallest depth within the tolerance, where it is too expensive.
+    ``title`` is what the depth is chosen for, where not for the tolerance; ``wanted`` the smallest depth within the
+    tolerance, where it is too expensive.
     """
     depth = scout.depth
     smaller = next((other for other in reversed(scout.depths) if other.depth < row.depth), None)
@@ -208,19 +200,18 @@ class Rungs:
 
 def side_by_side(options: ChooseOptions, scout: Scout, vocabularies: Vocabularies | None = None) -> Rungs:
     """Every depth, and which rule chooses which; arguments and errors as for :func:`choose_rung`."""
-
-    def by(best: bool) -> Decision:
-        return decide(options.model_copy(update={"best": best}), scout, vocabularies, choose_rung)
-
-    decision, by_tolerance, by_score = by(options.best), by(False).choice, by(True).choice
-    rules = {"best": by_score} if by_tolerance.warning else {"tolerance": by_tolerance, "best": by_score}
+    rules = {}
+    for name in ("tolerance", "best"):
+        rules[name] = decide(options.model_copy(update={"best": name == "best"}), scout, vocabularies, choose_rung)
+    decision = rules["best" if options.best else "tolerance"]
+    chosen = {name: len(own.choice.blocks) for name, own in rules.items() if not own.choice.warning}
     smallest = scout if vocabularies is None else vocabularies.with_size(scout, vocabularies.allowed(options)[-1])
     fitting = affordable(options, smallest, [row.depth for row in scout.depths])
     rows = [
         Rung(
             **vars(row),
             fits=row.depth in fitting,
-            chosen_by=tuple(name for name, own in rules.items() if len(own.blocks) == row.depth),
+            chosen_by=tuple(name for name, depth in chosen.items() if depth == row.depth),
             **vars(cut_cost(scout, prefix(row.depth))),
         )
         for row in scout.depths

@@ -21,10 +21,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import matplotlib.path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.path import Path as Curve
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
@@ -129,7 +129,7 @@ def label_points(
     figure.set_layout_engine("none")  # the axes must not move once the free places are known
     frame, pixel, renderer = axes.get_window_extent(), figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
     frame = Bbox.from_extents(frame.x0, frame.y0, figure.bbox.x1, frame.y1 + 12 * pixel)
-    paths = [Curve(axes.transData.transform(np.column_stack(line))) for line in lines]
+    paths = [matplotlib.path.Path(axes.transData.transform(np.column_stack(line))) for line in lines]
     points = [axes.transData.transform((x, y)) for x, y, _ in labels]
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
     for (x, y, text), point in zip(labels, points, strict=True):

@@ -67,8 +67,8 @@ def depth_scores(
         model: An opened model; it is left as it was.
         tasks: Opened with ``sample`` and ``seed``.
         depths: Which to score. Default: every one.
-        sample: What the tasks were opened with.
-        seed: What the tasks were opened with.
+        sample: What the tasks were opened with, as ``seed``.
+        seed: See ``sample``.
         name: What the user calls the model.
         progress: Called before each depth of each task, and at the end.
 

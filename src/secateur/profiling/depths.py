@@ -65,12 +65,7 @@ def ends_with_norm(model: SentenceTransformer) -> bool:
 
 
 def check_depths(model: SentenceTransformer, depths: Sequence[int], option: str = "depths") -> tuple[int, ...]:
-    """Depths for :func:`depth_vectors`: ascending, the full depth as the last.
-
-    Args:
-        model: An opened model.
-        depths: What was asked for.
-        option: Where, for errors.
+    """Depths for :func:`depth_vectors`: ascending, the full depth as the last. ``option`` is where they were asked for.
 
     Raises:
         ConfigError: A depth is out of range.
