@@ -141,9 +141,8 @@ def label_points(
             # From the point to the middle of the text, in typographic points; its nearest edge is at the radius.
             away = np.round([math.cos(math.radians(angle)), math.sin(math.radians(angle))], 6)
             offset = radius * away + np.sign(away) * (size.width, size.height) / (2 * pixel)
-            box = Bbox.from_bounds(
-                *(point + offset * pixel - (size.width / 2, size.height / 2)), size.width, size.height
-            )
+            left, bottom = point + offset * pixel - (size.width / 2, size.height / 2)
+            box = Bbox.from_bounds(left, bottom, size.width, size.height)
             outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
             crossed = sum(path.intersects_bbox(box, filled=False) for path in paths)
             hidden = (outside, box.padded(2 * pixel).count_overlaps(taken), crossed, radius)
