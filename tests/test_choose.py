@@ -56,6 +56,12 @@ def test_l3prune_is_the_lowest_loss_of_each_half():
             assert depth_of(spec, profile) == expected
 
 
+def test_a_limit_without_costs_tells_why_there_are_none():
+    for notes, why in (((), "earlier version"), (("no costs of cut models: out of memory",), "out of memory")):
+        with pytest.raises(DataError, match=f"has no costs of the layers: .*{why}; profile again"):
+            choose(table([2.0, 1.0], notes=notes), max_params=1e9)
+
+
 VALLEYS = [2.0, 4, 5, 3.5, 2.5, 3.5, 5, 5, 4, 3.0, 4, 5]
 
 

@@ -14,8 +14,8 @@ from matplotlib import image
 from matplotlib.text import Text
 
 from secateur.document import shorten
-from secateur.figures.plots import Point, frontier, frontier_figure, profile_figures, size_curve, training_curves
-from secateur.figures.style import COLOURS, INK, save, svg
+from secateur.figures.plots import frontier, frontier_figure, profile_figures, size_curve, training_curves
+from secateur.figures.style import COLOURS, INK, Point, save, svg
 from secateur.provenance import Provenance
 from secateur.results import (
     DepthRow,

@@ -18,17 +18,17 @@ from secateur import options as config
 SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
-errors files done provenance progress clusters document
+errors files provenance progress clusters document
 results: base models kinds
 runtime
 options: base way runs inference
-figures: style solved plots
+figures: style plots
 models: compat blocks cutting forward checks save open_model
 data: rows hub sources vectors endpoints embedders demo
 vocabulary: tokens trim choice
 measures: metrics intervals costs
 evaluation: task_tables task_formats task_folder task_making tasks replicates evaluate
-choosing: selectors budgets vocabulary evidence choose
+choosing: selectors budgets evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes exclusion training_data processes teacher losses evaluator trainer heal

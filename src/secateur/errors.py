@@ -9,6 +9,7 @@
     ├── OutputError               the place results should go to
     ├── MissingPackage            an optional dependency that is not installed
     ├── VerificationFailed        a written model does not give the vectors that it should
+    ├── ExportTooFar              an export whose vectors or scores are too far from the model's
     ├── TrainingDiverged          a loss that is not a number, or exploded
     ├── StepFailed                a study's step that ended with an error in another process
     └── StudyFailed               steps of a study that failed, while the rest was done
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -173,7 +174,9 @@ def system_error(error: BaseException) -> OSError | None:
 
     sqlite, safetensors and Arrow have errors of their own for these, with the number or the words in their text.
     """
-    for cause in _causes(error):
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
         if isinstance(cause, OSError) and cause.errno in _NUMBERS:
             return cause
         said = str(cause)
@@ -182,14 +185,6 @@ def system_error(error: BaseException) -> OSError | None:
                 return OSError(number, os.strerror(number))
         if "disk is full" in said:  # sqlite3.OperationalError
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and those that it was raised from."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        yield cause
+        seen.append(cause)
         cause = cause.__cause__ or cause.__context__
+    return None

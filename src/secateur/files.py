@@ -20,14 +20,10 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 
 
 def read_json(file: Path, *, strict: bool = False) -> Any:
-    """Parse a JSON file, with the line in the error where it is broken.
-
-    Args:
-        file: In UTF-8.
-        strict: As for :func:`parse_json`.
+    """Parse a JSON file in UTF-8; ``strict`` as for :func:`parse_json`.
 
     Raises:
-        DataError: It is missing, cannot be read, or is no JSON.
+        DataError: It is missing, cannot be read, or is no JSON; with the line where it is broken.
     """
     try:
         return parse_json(file.read_bytes().decode("utf-8-sig"), strict=strict)
@@ -54,19 +50,16 @@ def not_utf8(file: Path, error: UnicodeDecodeError, line: int) -> DataError:
 
 
 def parse_json(text: str, *, strict: bool = False) -> Any:
-    """Parse JSON from anywhere.
+    """Parse JSON; ``strict``, as data must be, refuses more than Python's parser, which takes what configurations have.
 
-    Args:
-        text: The JSON.
-        strict: As data must be. Refuse also what Python's parser takes beyond the standard, as configurations of models
-            have it (NaN and infinite numbers, a key that is there twice), and half a surrogate pair, which is JSON, but
-            no text: tokenizers refuse it.
+    That is NaN and infinite numbers, a key that is there twice, and half a surrogate pair, which is JSON, but no text:
+    tokenizers refuse it.
 
     Raises:
         ValueError: It is broken, nested too deeply, or has an integer of thousands of digits.
     """
     try:
-        content = (_STRICT if strict else _DECODER).decode(text)
+        content = (_STRICT if strict else _LENIENT).decode(text)
         if strict and "\\u" in text:
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -89,7 +82,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-_DECODER = json.JSONDecoder()
+_LENIENT = json.JSONDecoder()
 _STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
@@ -156,25 +149,20 @@ def new_folder(path: str | Path) -> Iterator[Path]:
                 empty_folder(partial)
                 yield partial
                 rename_into_place(partial, path)
-        except SecateurError as error:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            # The user named the folder, and only that name means anything once the other is gone.
-            error.args = tuple(str(part).replace(str(partial), str(path)) for part in error.args)
-            raise
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, SecateurError):
+                # The user named the folder, and only that name means anything once the other is gone.
+                error.args = tuple(str(part).replace(str(partial), str(path)) for part in error.args)
             raise
 
 
 @contextlib.contextmanager
 def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Within: no other run works in this folder. The lock lies on the folder itself, and ends with the process.
+    """Within: no other run works in this folder, which exists. The lock lies on the folder itself, and ends with the
+    process; where the system or the disk knows no such locks, there is none.
 
-    Where the system or the disk knows no such locks, there is none.
-
-    Args:
-        folder: Must exist.
-        wait: For the other's end, where each holds the folder only while it writes.
+    ``wait`` for the other's end, where each holds the folder only while it writes.
 
     Raises:
         OutputError: Another run does.
@@ -258,12 +246,10 @@ def results_folder(path: str | Path, *own: str) -> Path:
         OutputError: It is a file, or holds something else.
     """
     path, unfinished = Path(path), check_results_folder(path, *own)
-    try:
+    with output_errors(path):
         for item in unfinished:
             item.unlink()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(path, error) from error
     return path
 
 
@@ -282,8 +268,10 @@ def output_errors(path: str | Path) -> Iterator[None]:
         found = system_error(error)
         if found is None and isinstance(error, OSError) and (error.errno in _OF_A_DISK or _names(error, Path(path))):
             found = error
-        elif found is None and isinstance(error, RuntimeError) and _is_full(Path(path)):
-            found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        elif found is None and isinstance(error, RuntimeError):
+            there = next(folder for folder in Path(path).absolute().parents if folder.exists())
+            if shutil.disk_usage(there).free < 4096:
+                found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if found is None:
             raise
         raise output_error(path, found) from error
@@ -303,11 +291,6 @@ def _names(error: OSError, path: Path) -> bool:
             if beside or there in path.parents:
                 return True
     return False
-
-
-def _is_full(path: Path) -> bool:
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    return shutil.disk_usage(there).free < 4096
 
 
 def output_error(path: str | Path, error: OSError) -> OutputError:

@@ -1,27 +1,32 @@
-"""Where numbers come from: the command, the seed, the versions, and the fingerprints of the data."""
+"""Where results come from: command, seed, versions and fingerprints, in each table and, of a step, in its done.json."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from secateur.files import read_json, write_text
 
 LIBRARIES = ("secateur", "torch", "transformers", "sentence-transformers", "peft", "mteb", "numpy")
 DECIDING = ("secateur", "mteb", "scikit-learn", "sentence-transformers", "transformers", "torch")
 """Libraries by whose version a score may change."""
 ENCODING = ("sentence-transformers", "transformers", "torch")
 """Those by whose version a vector may change."""
+DONE = "done.json"
+"""What the output beside it was made from, so that a step runs again only where something changed."""
 EXPORT = "export.json"
 """The manifest in a folder that ``secateur export`` wrote."""
 _DESCRIPTIONS = frozenset({"secateur.json", "training.json"})
@@ -52,15 +57,11 @@ class Provenance:
 
 def provenance(data: Sequence[Fingerprint] = (), seed: int | None = None, command: str | None = None) -> Provenance:
     """Describe this process. ``command`` defaults to the command line that started it."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return Provenance(
         command=command or command_line(),
         created=now(),
         seed=seed,
-        versions=versions,
+        versions={"python": platform.python_version()} | _installed(LIBRARIES),
         data=tuple(data),
         hardware={"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
     )
@@ -74,11 +75,15 @@ def now() -> str:
 @functools.cache
 def versions_of(libraries: tuple[str, ...] = DECIDING) -> str:
     """Installed versions as one text: ``mteb 2.26.1, torch 2.13.0``, without the local part that tells a build."""
-    found = []
+    return ", ".join(f"{name} {version.partition('+')[0]}" for name, version in _installed(libraries).items())
+
+
+def _installed(libraries: Sequence[str]) -> dict[str, str]:
+    found = {}
     for name in libraries:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name).partition('+')[0]}")
-    return ", ".join(found)
+            found[name] = metadata.version(name)
+    return found
 
 
 def is_result_of(result: object, inputs: Mapping[str, Any]) -> bool:
@@ -87,6 +92,57 @@ def is_result_of(result: object, inputs: Mapping[str, Any]) -> bool:
     A result of an earlier version, which recorded less, is not.
     """
     return all(getattr(result, name, None) == value for name, value in inputs.items())
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a result follows from: recorded by every step that can be resumed, or whose result is kept.
+
+    Attributes:
+        step: Name of the step, such as ``heal``.
+        options: Options that decide about the result, as JSON has them.
+        inputs: Name of each input and its fingerprint.
+        versions: Of the libraries that the result depends on (:func:`versions_of`).
+    """
+
+    step: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    versions: str = ""
+
+    def changes_since(self, folder: Path, name: str = DONE) -> list[str] | None:
+        """Which options, inputs or versions differ from those that are recorded in a folder.
+
+        Returns:
+            Their names, of nested mappings the innermost ones; empty where nothing changed, and None where nothing is
+            recorded. An input that is None now was not looked at.
+        """
+        if not (folder / name).is_file():
+            return None
+        recorded, now = read_json(folder / name), json.loads(json.dumps(asdict(self)))
+        if not isinstance(recorded, dict):
+            return [DONE]
+        changed = [key for key in ("step", "versions") if recorded.get(key) != now[key]]
+        for key in ("options", "inputs"):
+            before: dict[str, Any] = recorded.get(key) or {}
+            given = {name: value for name, value in now[key].items() if key == "inputs" or value is not None}
+            changed += _differing({name: value for name, value in before.items() if value is not None}, given)
+        return list(dict.fromkeys(changed))
+
+    def record(self, folder: Path, name: str = DONE) -> None:
+        """Write it into a folder, whole or not at all."""
+        write_text(folder / name, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    for name in {**before, **now}:
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += _differing(one, other)
+        elif one != other and not (name in now and other is None):
+            names.append(name)
+    return names
 
 
 _command: ContextVar[str] = ContextVar("command", default="")

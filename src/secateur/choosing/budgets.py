@@ -1,14 +1,27 @@
-"""What a choice costs, and which depths the limits allow."""
+"""What a cut costs, which depths and vocabularies the limits allow, and budgets that are met over both.
+
+The vocabulary is cut before the depth: the depth is chosen as without a limit of size, and then the largest vocabulary
+with which it fits. Only where it does not fit with the smallest that is allowed, the depth is chosen among those that
+do.
+"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.choosing.selectors import prefix
-from secateur.errors import ConfigError, DataError
-from secateur.options import Budget
-from secateur.results import LayerCost, Profile, Scout
+from secateur.choosing.selectors import Choice, prefix
+from secateur.document import percent, plural
+from secateur.errors import ConfigError, DataError, ModelError, UnsupportedArchitecture
+from secateur.options import Budget, ChooseOptions
+from secateur.progress import Progress
+from secateur.results import LayerCost, Profile, Scout, VocabularyRow
+
+if TYPE_CHECKING:
+    from secateur.vocabulary.choice import CountedVocabulary
 
 _COSTS: dict[str, tuple[Callable[[LayerCost], float], str]] = {
     "max_params": (lambda row: row.parameters, "{:,.0f} parameters"),
@@ -16,18 +29,17 @@ _COSTS: dict[str, tuple[Callable[[LayerCost], float], str]] = {
     "max_latency_ms": (lambda row: 1000 * row.latency, "{:.3g} ms"),
 }
 """Limit of a cost → what it limits, and how that is said."""
+SIZE_LIMITS = ("max_params", "max_bytes")
+"""Limits that a smaller vocabulary helps to meet; a text takes no less time with it."""
+T = TypeVar("T", bound=Profile | Scout)
 
 
-def cost_of(parts: Sequence[LayerCost], blocks: Sequence[int]) -> LayerCost:
-    """What a model costs that keeps these layers, by index from 0: a row whose ``layer`` is their number."""
-    kept = [parts[0], *(parts[index + 1] for index in blocks)]
-    sums = {item.name: sum(getattr(row, item.name) for row in kept) for item in fields(LayerCost)}
-    return LayerCost(**sums | {"layer": len(blocks)})
+# Depths ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class CutCost:
-    """What a cut costs (:class:`.LayerCost`); None where a table of an earlier version does not tell.
+    """What a cut costs (:class:`.LayerCost`); None where the table does not tell.
 
     ``latency`` is seconds for one text of some 20 tokens, ``speed`` texts per second in a batch, relative to the full
     depth.
@@ -40,41 +52,25 @@ class CutCost:
     speed: float | None = None
 
 
+def cost_of(parts: Sequence[LayerCost], blocks: Sequence[int]) -> LayerCost:
+    """What a model costs that keeps these layers, by index from 0: a row whose ``layer`` is their number."""
+    kept = [parts[0], *(parts[index + 1] for index in blocks)]
+    sums = {item.name: sum(getattr(row, item.name) for row in kept) for item in fields(LayerCost)}
+    return LayerCost(**sums | {"layer": len(blocks)})
+
+
 def cut_cost(table: Profile | Scout, blocks: Sequence[int]) -> CutCost:
     """The costs of the model cut to some of its layers, by index from 0."""
     if not table.layer_costs:
         return CutCost()
     own, full = (cost_of(table.layer_costs, kept) for kept in (blocks, prefix(table.depth)))
-    speed = full.seconds / own.seconds
-    return CutCost(
-        parameters=own.parameters,
-        bytes=own.bytes,
-        flops_per_token=own.flops_per_token,
-        latency=own.latency,
-        speed=speed,
-    )
+    told = {name: getattr(own, name) for name in ("parameters", "bytes", "flops_per_token", "latency")}
+    return CutCost(**told, speed=full.seconds / own.seconds)
 
 
 def cost_limits(options: Budget) -> dict[str, float]:
     """The limits of costs that are given."""
     return {name: limit for name in _COSTS if (limit := getattr(options, name)) is not None}
-
-
-def check_costs(table: Profile | Scout) -> None:
-    """Refuse a table that does not tell costs.
-
-    Raises:
-        DataError: It does not.
-    """
-    if not table.layer_costs:
-        hint = f"it was made by an earlier version; {table.kind} again"
-        raise DataError(table.file, "has no costs of the layers", hint, field="layer_costs")
-
-
-def fits(options: Budget, table: Profile | Scout, blocks: Sequence[int]) -> bool:
-    """Whether a cut is within all limits of costs."""
-    cost = cost_of(table.layer_costs, blocks)
-    return all(_COSTS[key][0](cost) <= limit for key, limit in cost_limits(options).items())
 
 
 def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -> list[int]:
@@ -87,10 +83,227 @@ def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -
     left = list(depths)
     for key, limit in cost_limits(options).items():
         measure, words = _COSTS[key]
-        check_costs(table)
+        _check_costs(table)
         found = {depth: measure(cost_of(table.layer_costs, prefix(depth))) for depth in depths}
         if found[depths[0]] > limit:
             hint = f"the smallest, depth {depths[0]}, has {words.format(found[depths[0]])}"
             raise ConfigError(key, limit, f"no depth has at most {words.format(limit)}", hint)
         left = [depth for depth in left if found[depth] <= limit]
     return left
+
+
+def _fits(options: Budget, table: Profile | Scout, blocks: Sequence[int]) -> bool:
+    cost = cost_of(table.layer_costs, blocks)
+    return all(_COSTS[key][0](cost) <= limit for key, limit in cost_limits(options).items())
+
+
+def _check_costs(table: Profile | Scout) -> None:
+    if not table.layer_costs:
+        why = next((note for note in table.notes if note.startswith("no costs")), "it was made by an earlier version")
+        raise DataError(table.file, "has no costs of the layers", f"{why}; {table.kind} again", field="layer_costs")
+
+
+# Vocabularies ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """The vocabularies that a model could have: ``model`` as ``prune`` takes it, its tokens ``counted`` on texts."""
+
+    model: str
+    counted: CountedVocabulary
+
+    @property
+    def whole(self) -> int:
+        """Number of all tokens."""
+        return len(self.counted.order)
+
+    def allowed(self, options: ChooseOptions) -> list[int]:
+        """The sizes that a budget may take, the largest first: a size that is named, or all from a coverage on."""
+        least = self.counted.size_of(options)
+        larger = [] if options.vocab_size is not None else [size for size in self.counted.sizes() if size > least]
+        return [*larger, least]
+
+    def with_size(self, table: T, size: int) -> T:
+        """The table of the same model with fewer tokens, as far as costs go."""
+        if size == self.whole or not table.layer_costs:
+            return table
+        tables, first = self.counted.tables, table.layer_costs[0]
+        gone = [own.width * own.rows - left for own, left in zip(tables, self.counted.parameters(size), strict=True)]
+        outside = sum(numbers for own, numbers in zip(tables, gone, strict=True) if not own.packed)
+        in_each_layer = (sum(gone) - outside) // table.depth
+        # Of the number format in which the table counts bytes: what is outside the layers is tables, for the most part.
+        itemsize = round(first.bytes / first.parameters)
+        less = [outside, *[in_each_layer] * table.depth]
+        costs = [
+            replace(cost, parameters=cost.parameters - own, bytes=cost.bytes - own * itemsize)
+            for cost, own in zip(table.layer_costs, less, strict=True)
+        ]
+        return replace(table, layer_costs=tuple(costs))
+
+
+def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: Progress) -> Vocabularies | None:
+    """Open the tokenizer of a table's model, and count its tokens on the texts of ``--vocab``; None without it.
+
+    Raises:
+        ConfigError: The model is not found and not named, or another one; as :func:`.count_vocabulary`.
+        ModelError, DataError: As :func:`.open_skeleton` and :func:`.count_vocabulary`.
+    """
+    if not options.vocab:
+        return None
+    from secateur.models.blocks import depth_of  # with torch, which the rest of a choice does not need
+    from secateur.models.open_model import open_skeleton
+    from secateur.vocabulary.choice import count_vocabulary
+
+    name = options.model or (table.source if isinstance(table, Profile) else "") or table.model
+    if isinstance(table, Scout) and options.model is None and isinstance(options.profile, (str, Path)):
+        place = Path(options.profile)
+        trained = (place if place.is_dir() else place.parent) / "model"
+        name = str(trained) if trained.is_dir() else name
+    try:
+        opened = open_skeleton(name)
+    except UnsupportedArchitecture:
+        raise
+    except ModelError as error:
+        if options.model is not None:
+            raise
+        problem = f"{name}, of which the {table.kind} is, cannot be opened any more"
+        raise ConfigError("model", name, problem, "name it: --model MODEL") from error
+    if (depth := depth_of(opened.transformer)) != table.depth:
+        problem = f"{name} has {depth} layers, but the {table.kind} is of a model of {table.depth}"
+        raise ConfigError("model", name, problem, f"name the model of the {table.kind}: --model MODEL")
+    prompts = opened.prompts.values()
+    counted = count_vocabulary(name, opened.tokenizer, opened.transformer, options, prompts=prompts, progress=progress)
+    return Vocabularies(name, counted)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Layers, and a number of tokens; None where the vocabulary is not asked about.
+
+    ``wanted`` are the layers that would be kept without a limit of size, where no allowed vocabulary makes them fit.
+    """
+
+    choice: Choice
+    size: int | None = None
+    wanted: Choice | None = None
+
+
+def decide(
+    options: ChooseOptions,
+    table: T,
+    vocabularies: Vocabularies | None,
+    rule: Callable[[ChooseOptions, T, T | None], Choice],
+) -> Decision:
+    """Choose a depth and a vocabulary: the vocabulary is cut before the depth.
+
+    ``vocabularies`` are None where only the depth is asked about; ``rule`` chooses a depth by options, a table, and the
+    same table with the costs of a smaller vocabulary.
+
+    Raises:
+        ConfigError: Nothing is within the limits.
+        DataError: The table does not tell costs.
+    """
+    if vocabularies is None:
+        return Decision(rule(options, table, None))
+    sizes = vocabularies.allowed(options)
+    if not _limits_size(options):
+        return Decision(rule(options, table, None), sizes[-1])
+
+    def largest(choice: Choice) -> int | None:
+        """The largest allowed vocabulary with which these layers fit; None where none does."""
+        return next(
+            (size for size in sizes if _fits(options, vocabularies.with_size(table, size), choice.blocks)), None
+        )
+
+    _check_costs(table)
+    wanted = rule(options.model_copy(update=dict.fromkeys(SIZE_LIMITS)), table, None)
+    if (size := largest(wanted)) is not None:
+        return Decision(wanted, size)
+    try:
+        choice = rule(options, table, vocabularies.with_size(table, sizes[-1]))
+    except ConfigError as error:
+        if error.key not in SIZE_LIMITS:
+            raise
+        fewer = "; fewer are allowed with a smaller --vocab-coverage or --vocab-size"
+        hint = f"{error.hint} with {sizes[-1]:,} tokens{'' if options.vocab_size else fewer}"
+        raise ConfigError(error.key, error.value, error.problem.removeprefix(f"{error.key}: "), hint) from None
+    return Decision(choice, largest(choice), wanted)
+
+
+def _limits_size(options: ChooseOptions) -> bool:
+    return any(getattr(options, name) is not None for name in SIZE_LIMITS)
+
+
+@dataclass(frozen=True)
+class VocabularyCost(VocabularyRow):
+    """One size of the vocabulary at the chosen depth; ``parameters`` and ``bytes`` are those of the whole model.
+
+    ``longer`` is the number of tokens per text relative to the whole vocabulary; ``fits``: the limits of costs allow
+    it.
+    """
+
+    longer: float = 1.0
+    fits: bool = True
+
+
+@dataclass(frozen=True)
+class VocabularyCosts:
+    """Sizes of the vocabulary with so many ``layers``, the whole vocabulary first.
+
+    ``size`` is the chosen one, ``reason`` says why, and what it costs; ``command`` makes the cut.
+    """
+
+    size: int
+    layers: int
+    reason: str
+    command: str
+    rows: tuple[VocabularyCost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The chosen size, why, the command that makes the cut, and all sizes."""
+        told = {"vocab_size": self.size, "vocab_reason": self.reason, "command": self.command}
+        return told | {"vocabularies": [asdict(row) for row in self.rows]}
+
+
+def vocabulary_costs(
+    options: ChooseOptions, table: Profile | Scout, vocabularies: Vocabularies | None, decision: Decision
+) -> VocabularyCosts | None:
+    """What every size costs at the chosen depth; None where the vocabulary is not asked about."""
+    if vocabularies is None or decision.size is None:
+        return None
+    counted, whole, size = vocabularies.counted, vocabularies.whole, decision.size
+    blocks, least = decision.choice.blocks, counted.size_of(options)
+    rows = {}
+    for tokens in sorted({*counted.sizes(), least, size}, reverse=True):
+        row, costs = counted.row(tokens), vocabularies.with_size(table, tokens)
+        cost = cut_cost(costs, blocks)
+        rows[tokens] = VocabularyCost(
+            **asdict(row) | {"parameters": cost.parameters, "bytes": cost.bytes},
+            longer=row.tokens_per_text / max(1e-9, counted.tokens_per_text),
+            fits=not table.layer_costs or _fits(options, costs, blocks),
+        )
+    own, layers = rows[size], plural(len(blocks), "layer")
+    reason = ""
+    if decision.wanted is not None:
+        reason = f"{plural(len(decision.wanted.blocks), 'layer')} do not fit even with {least:,} tokens, the fewest "
+        reason += "that are allowed, so layers went, too. "
+    if size == whole:
+        reason += f"All {whole:,} tokens stay{f': {layers} fit with them' if _limits_size(options) else ''}."
+    else:
+        limited = _limits_size(options) and options.vocab_size is None
+        why = f", the largest vocabulary with which {layers} fit" if limited else ""
+        unknown = f"; {percent(own.unknown)} of their tokens become unknown" if own.unknown else ""
+        reason += (
+            f"{size:,} of {whole:,} tokens{why}: {percent(own.coverage)} of the tokens of held-out texts stay, "
+            f"{percent(own.changed, 0)} of the texts change, and all have {own.longer:.2f} × the tokens{unknown}."
+        )
+    full = cut_cost(table, prefix(table.depth)).parameters
+    if full and own.parameters:
+        reason += f" {100 * own.parameters / full:.0f} % of the whole model's parameters."
+    words, out = ["secateur", "prune", vocabularies.model, "--to", str(len(blocks))], f"{table.model}-{len(blocks)}"
+    if size < whole:
+        words += ["--vocab", *map(str, options.vocab), "--vocab-size", str(size)]
+        columns = ",".join(f"{role}={column}" for role, column in (options.columns or {}).items())
+        words, out = [*words, *(["--columns", columns] if columns else [])], f"{out}-{size}"
+    return VocabularyCosts(size, len(blocks), reason, shlex.join([*words, "-o", out]), tuple(rows.values()))

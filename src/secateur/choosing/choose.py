@@ -6,15 +6,24 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.choosing.budgets import CutCost, affordable, cost_limits, cut_cost
+from secateur.choosing.budgets import (
+    CutCost,
+    VocabularyCosts,
+    affordable,
+    cost_limits,
+    cut_cost,
+    decide,
+    open_vocabularies,
+    vocabulary_costs,
+)
 from secateur.choosing.evidence import Rungs, choose_rung, side_by_side
 from secateur.choosing.selectors import (
     SEED,
@@ -28,7 +37,6 @@ from secateur.choosing.selectors import (
     lowest_in_each_half,
     prefix,
 )
-from secateur.choosing.vocabulary import VocabularyCosts, decide, open_vocabularies, vocabulary_costs
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.files import read_json
 from secateur.measures.intervals import Array
@@ -41,7 +49,6 @@ CHOSEN_FROM = "chosen_from"
 FULL, BUDGET, CHOSEN = "full", "budget", "chosen"
 Measured = Profile | Scout | str | Path
 """A table to choose from, its file or its folder."""
-T = TypeVar("T", Profile, Scout)
 
 
 @step(ChooseOptions)
@@ -53,7 +60,7 @@ def choose(options: ChooseOptions, *, progress: Progress = silent) -> dict[str, 
         For a profile ``{"small": k, "large": k}`` (arXiv 2410.14578, section 3): where the untrained model's loss is
         lowest, ``small`` in the first ``depth // 2`` depths and ``large`` in the others. Of equal losses the shallowest
         wins. With limits, ``{"budget": k}``. With ``vocab`` also ``"vocab_size"``, the number of tokens to keep
-        (:mod:`.choosing.vocabulary`).
+        (:mod:`.budgets`).
 
     Raises:
         DataError: The file is neither, or does not tell what is asked for, as a profile of texts alone has no losses.
@@ -67,7 +74,7 @@ def choose(options: ChooseOptions, *, progress: Progress = silent) -> dict[str, 
     if isinstance(table, Scout):
         decision = decide(options, table, vocabularies, choose_rung)
         told = {CHOSEN: len(decision.choice.blocks)}
-    elif _limits(options):
+    elif _has_limits(options):
         decision = decide(options, table, vocabularies, within)
         told = {BUDGET: len(decision.choice.blocks)}
     else:
@@ -173,28 +180,26 @@ def needs_profile(to: str | int | float) -> bool:
 def choice_of(name: str, depth: int, profile: Measured | None = None, *, seed: int = SEED) -> Choice:
     """What a selection method chooses, with its reason; arguments and errors as for :func:`blocks_to_keep`."""
     key, count, own_seed = _parse(name)
-    if key == CHOSEN:
-        return choose_rung(make(Budget, {}), _table_for(name, depth, profile, Scout))
-    selector = SELECTORS[key]
-    table = _table_for(name, depth, profile, Profile) if selector.reads_profile else None
+    selector = SELECTORS.get(key)
+    table = None
+    if selector is None or selector.reads_profile:
+        needed = Scout if selector is None else Profile
+        if profile is None:
+            hint = "give --profile DIR, or a number of layers"
+            raise ConfigError("to", name, f"is {name}, which needs a {needed.kind}", hint)
+        table = read_table(profile)
+        if not isinstance(table, needed):
+            hint = "give the folder that secateur scout wrote" if selector is None else f"{CHOSEN} reads a scout"
+            raise ConfigError("profile", table.model, f"is a {table.kind}, but {name} needs a {needed.kind}", hint)
+        if table.depth != depth:
+            problem = f"has {table.depth} depths, but the model has {depth} layers"
+            raise ConfigError("profile", table.model, problem)
+    if isinstance(table, Scout):
+        return choose_rung(make(Budget, {}), table)
+    assert selector is not None
     if selector.counts:
         _check_count(count, count, depth)
     return selector.rule(Question(depth, table, count, seed if own_seed is None else own_seed))
-
-
-def _table_for(name: str, depth: int, given: Measured | None, kind: type[T]) -> T:
-    """The table that a selection method reads, of a model of that depth."""
-    if given is None:
-        hint = "give --profile DIR, or a number of layers"
-        raise ConfigError("to", name, f"is {name}, which needs a {kind.kind}", hint)
-    table = read_table(given)
-    if not isinstance(table, kind):
-        hint = f"{CHOSEN} reads a scout" if isinstance(table, Scout) else "give the folder that secateur scout wrote"
-        raise ConfigError("profile", table.model, f"is a {table.kind}, but {name} needs a {kind.kind}", hint)
-    if table.depth != depth:
-        problem = f"has {table.depth} depths, but the model has {depth} layers"
-        raise ConfigError("profile", table.model, problem)
-    return table
 
 
 def _parse(text: str) -> tuple[str, int, int | None]:
@@ -202,10 +207,8 @@ def _parse(text: str) -> tuple[str, int, int | None]:
     name, *numbers = text.split(":")
     key = SHORT.get(name, name)
     if key not in (*SELECTORS, CHOSEN):
-        known = ", ".join(
-            [CHOSEN, *SHORT, *(key if not item.counts else f"{key}:K" for key, item in SELECTORS.items())]
-        )
-        hint = f"give a number of layers, a share to remove, or one of {known}"
+        methods = (f"{own}:K" if selector.counts else own for own, selector in SELECTORS.items())
+        hint = f"give a number of layers, a share to remove, or one of {', '.join([CHOSEN, *SHORT, *methods])}"
         raise ConfigError("to", text, f"is {text!r}", hint)
     if key == CHOSEN or not SELECTORS[key].counts:
         if numbers:
@@ -222,10 +225,8 @@ def _check_count(count: int, said: str | int | float, depth: int) -> None:
         raise IllegalDepth(said, depth, f"that would keep {count}", [1 if count < 1 else depth])
 
 
-def _limits(options: ChooseOptions) -> dict[str, float]:
-    """The limits that are given."""
-    increase = options.max_loss_increase
-    return cost_limits(options) | ({} if increase is None else {"max_loss_increase": increase})
+def _has_limits(options: ChooseOptions) -> bool:
+    return bool(cost_limits(options)) or options.max_loss_increase is not None
 
 
 def within(options: ChooseOptions, table: Profile, costs: Profile | None = None) -> Choice:
@@ -235,50 +236,43 @@ def within(options: ChooseOptions, table: Profile, costs: Profile | None = None)
     model had no more layers than fit the budget: the lowest loss of the deeper half of them; with a profile of texts
     alone, which has no losses, the deepest of them.
 
-    Args:
-        options: The limits; without any, it is ``large``.
-        table: The profile.
-        costs: The same profile with the costs of a smaller vocabulary, where the limits are about these.
+    ``costs`` is the same profile with the costs of a smaller vocabulary, where the limits are about these.
 
     Raises:
         ConfigError: No depth is within a limit; the message tells the smallest that there is.
         DataError: The profile does not tell what a limit is about.
     """
     deepest = affordable(options, costs or table, range(1, table.depth + 1))[-1]
-    if options.max_loss_increase is not None:
-        return _shallowest(options.max_loss_increase, deepest, table)
-    tokens = " with the fewest tokens that are allowed" if costs else ""
-    told = f"depth {deepest} is the deepest that fits{tokens}" if _limits(options) else "no depth is too expensive"
-    if not all(row.loss is not None for row in table.depths):
-        return Choice(prefix(deepest), told)
-    depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1:], 0)
-    told += f"; loss {losses_of(table)[depth - 1]:.4f}, the lowest of depths {deepest // 2 + 1} to {deepest}"
-    return Choice(prefix(depth), told, selection_probability=chance)
+    increase = options.max_loss_increase
+    if increase is None:
+        tokens = " with the fewest tokens that are allowed" if costs else ""
+        told = (
+            f"depth {deepest} is the deepest that fits{tokens}" if _has_limits(options) else "no depth is too expensive"
+        )
+        if not all(row.loss is not None for row in table.depths):
+            return Choice(prefix(deepest), told)
+        depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1:], 0)
+        told += f"; loss {losses_of(table)[depth - 1]:.4f}, the lowest of depths {deepest // 2 + 1} to {deepest}"
+        return Choice(prefix(depth), told, selection_probability=chance)
 
-
-def _shallowest(increase: float, deepest: int, table: Profile) -> Choice:
-    """The shallowest depth whose loss is near enough to the lowest."""
-
-    def rule(losses: Array) -> NDArray[Any]:
-        """0 where there is none."""
+    def shallowest(losses: Array) -> NDArray[Any]:
+        """The first depth whose loss is near enough to the lowest of all; 0 where there is none."""
         near = losses[..., :deepest] <= (1 + increase) * losses.min(axis=-1, keepdims=True)
         return np.where(near.any(axis=-1), near.argmax(axis=-1) + 1, 0)[..., None]
 
-    depth, chance = by_rule(table, rule, 0)
+    depth, chance = by_rule(table, shallowest, 0)
     losses = losses_of(table)
     above = losses / losses.min() - 1
     if not depth:
         best = int(above[:deepest].argmin())
         problem = f"no depth that fits (up to {deepest}) has a loss within {increase:g} of the lowest"
         raise ConfigError("max_loss_increase", increase, problem, f"{above[best]:.4g} allows depth {best + 1}")
-    told = (
-        f"the shallowest; loss {losses[depth - 1]:.4f}, {100 * above[depth - 1]:.1f} % above the lowest of all depths"
-    )
-    return Choice(prefix(depth), told, selection_probability=chance)
+    told = f"loss {losses[depth - 1]:.4f}, {100 * above[depth - 1]:.1f} % above the lowest of all depths"
+    return Choice(prefix(depth), f"the shallowest; {told}", selection_probability=chance)
 
 
-@dataclass(frozen=True)
-class Candidate(CutCost):
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Choice, CutCost):
     """One choice (:class:`.Choice`) with its row of the profile and what it costs.
 
     Attributes:
@@ -288,10 +282,6 @@ class Candidate(CutCost):
     """
 
     name: str
-    blocks: tuple[int, ...]
-    reason: str
-    warning: str = ""
-    selection_probability: float | None = None
     loss: float | None = None
     loss_low: float | None = None
     loss_high: float | None = None
@@ -343,35 +333,32 @@ def candidates(options: ChooseOptions, *, progress: Progress = silent) -> Candid
     vocabularies = open_vocabularies(options, table, progress)
     if isinstance(table, Scout):
         return side_by_side(options, table, vocabularies)
-    rows = [_candidate(table, FULL, Choice(prefix(table.depth), "nothing is cut"))]
     decision = decide(options, table, vocabularies, within)
-    if _limits(options):
-        rows.append(_candidate(table, BUDGET, decision.choice))
-    refused = {}
-    for name in _names(table, [len(row.blocks) for row in rows[1:]]):
-        try:
-            rows.append(_candidate(table, name, choice_of(name, table.depth, table)))
-        except SecateurError as error:
-            refused[name] = str(error)
-    vocabulary = None if vocabularies is None else vocabulary_costs(options, table, vocabularies, decision)
-    return Candidates(table.model, table.depth, tuple(rows), refused, vocabulary)
-
-
-def _names(table: Profile, sizes: Sequence[int]) -> Iterator[str]:
-    """What there is to ask. Without losses nothing tells a size: half of the layers."""
-    told = [*sizes, *(choose(table).values() if table.can_choose else [max(1, table.depth // 2)])]
+    found = {FULL: Choice(prefix(table.depth), "nothing is cut")}
+    # Without losses nothing tells a size: half of the layers.
+    sizes = set(choose(table).values() if table.can_choose else [max(1, table.depth // 2)])
+    if _has_limits(options):
+        found[BUDGET] = decision.choice
+        sizes.add(len(decision.choice.blocks))
+    names: list[str] = []
     for name, selector in SELECTORS.items():
         if not selector.counts:
-            yield name
+            names.append(name)
         elif name != "first":  # the depths that stand there already
-            yield from (f"{name}:{size}" for size in sorted(set(told)) if size < table.depth)
-
-
-def _candidate(table: Profile, name: str, choice: Choice) -> Candidate:
-    row = table.depths[len(choice.blocks) - 1] if is_prefix(choice.blocks) else None
-    loss = {key: getattr(row, key) for key in ("loss", "loss_low", "loss_high")} if row else {}
-    cost = asdict(cut_cost(table, choice.blocks))
-    return Candidate(name, choice.blocks, choice.reason, choice.warning, choice.selection_probability, **loss, **cost)
+            names += [f"{name}:{size}" for size in sorted(sizes) if size < table.depth]
+    refused = {}
+    for name in names:
+        try:
+            found[name] = choice_of(name, table.depth, table)
+        except SecateurError as error:
+            refused[name] = str(error)
+    rows = []
+    for name, choice in found.items():
+        row = table.depths[len(choice.blocks) - 1] if is_prefix(choice.blocks) else None
+        loss = {key: getattr(row, key) for key in ("loss", "loss_low", "loss_high")} if row else {}
+        rows.append(Candidate(name=name, **vars(choice), **loss, **vars(cut_cost(table, choice.blocks))))
+    vocabulary = vocabulary_costs(options, table, vocabularies, decision)
+    return Candidates(table.model, table.depth, tuple(rows), refused, vocabulary)
 
 
 def is_prefix(blocks: Sequence[int]) -> bool:

@@ -7,9 +7,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.choosing.budgets import CutCost, affordable, cost_limits, cut_cost
+from secateur.choosing.budgets import (
+    CutCost,
+    Vocabularies,
+    VocabularyCosts,
+    affordable,
+    cost_limits,
+    cut_cost,
+    decide,
+    vocabulary_costs,
+)
 from secateur.choosing.selectors import Choice, prefix
-from secateur.choosing.vocabulary import Decision, Vocabularies, VocabularyCosts, decide, vocabulary_costs
 from secateur.document import plural, signed, span
 from secateur.errors import ConfigError, DataError
 from secateur.options import Budget, ChooseOptions
@@ -17,6 +25,7 @@ from secateur.results import RungRow, Scout
 
 TOLERANCE = 1.0
 """Points of average score, of 100, that may be lost where nothing else is said."""
+MAY_BE = "up to {} points may be lost"
 
 
 def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Choice:
@@ -26,10 +35,7 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
     the tolerance (:func:`smallest_within`). Where that one is too expensive, so are the deeper ones that lose no more;
     then it is the highest score, with a warning.
 
-    Args:
-        options: The rule and the limits.
-        scout: The depths.
-        costs: The same scout with the costs that the limits are about, where they are those of a smaller vocabulary.
+    ``costs`` is the same scout with the costs of a smaller vocabulary, where the limits are about these.
 
     Returns:
         The first layers; ``reason`` is a whole sentence.
@@ -101,12 +107,8 @@ def _is_within(row: RungRow, tolerance: float) -> bool:
 def _sentence(scout: Scout, row: RungRow, title: str, tolerance: float | None, wanted: RungRow | None = None) -> str:
     """What is recommended and why, what the next smaller depth would lose, and what the cut costs.
 
-    Args:
-        scout: The depths.
-        row: The chosen one.
-        title: What it is chosen for, where not for the tolerance.
-        tolerance: In points; None where there is none.
-        wanted: The smallest depth within the tolerance, where it is too expensive.
+    ``title`` is what the depth is chosen for, where not for the tolerance; ``wanted`` the smallest depth within the
+    tolerance, where it is too expensive.
     """
     depth = scout.depth
     smaller = next((other for other in reversed(scout.depths) if other.depth < row.depth), None)
@@ -135,10 +137,11 @@ def _sentence(scout: Scout, row: RungRow, title: str, tolerance: float | None, w
         limit = f", and {tolerance:g} may be" if whole and tolerance is not None else ""
         may = _loss(smaller, tolerance, MAY_BE)
         parts.append(f"with {plural(smaller.depth, 'layer')} {may}{own}{limit}")
-    return f"{head}: {'; '.join(parts)}.{'' if whole else _costs(scout, row)}"
-
-
-MAY_BE = "up to {} points may be lost"
+    cost, full = (cut_cost(scout, prefix(layers)) for layers in (row.depth, depth))
+    costs = ""
+    if not whole and cost.parameters and full.parameters:
+        costs = f" {100 * cost.parameters / full.parameters:.0f} % of the parameters, {cost.speed:.1f} × the speed."
+    return f"{head}: {'; '.join(parts)}.{costs}"
 
 
 def _loss(row: RungRow, tolerance: float | None, words: str) -> str:
@@ -157,13 +160,6 @@ def _loss(row: RungRow, tolerance: float | None, words: str) -> str:
 def _difference(row: RungRow, to: str = "") -> str:
     ends = span(row.difference_low, row.difference_high, signed)
     return f"difference {signed(row.difference)}{to}, {f'95 % interval {ends}' if ends else 'without an interval'}"
-
-
-def _costs(scout: Scout, row: RungRow) -> str:
-    own, full = (cut_cost(scout, prefix(depth)) for depth in (row.depth, scout.depth))
-    if own.parameters is None or full.parameters is None:
-        return ""
-    return f" {100 * own.parameters / full.parameters:.0f} % of the parameters, {own.speed:.1f} × the speed."
 
 
 # Side by side ---------------------------------------------------------------------------------------------------------
@@ -204,26 +200,29 @@ class Rungs:
 
 def side_by_side(options: ChooseOptions, scout: Scout, vocabularies: Vocabularies | None = None) -> Rungs:
     """Every depth, and which rule chooses which; arguments and errors as for :func:`choose_rung`."""
-
-    def by(best: bool) -> Decision:
-        return decide(options.model_copy(update={"best": best}), scout, vocabularies, choose_rung)
-
-    decision, by_tolerance, by_score = by(options.best), by(False).choice, by(True).choice
-    choice = decision.choice
-    rules = {} if by_tolerance.warning else {"tolerance": by_tolerance}
-    rules["best"] = by_score
+    rules = {}
+    for name in ("tolerance", "best"):
+        rules[name] = decide(options.model_copy(update={"best": name == "best"}), scout, vocabularies, choose_rung)
+    decision = rules["best" if options.best else "tolerance"]
+    chosen = {name: len(own.choice.blocks) for name, own in rules.items() if not own.choice.warning}
     smallest = scout if vocabularies is None else vocabularies.with_size(scout, vocabularies.allowed(options)[-1])
     fitting = affordable(options, smallest, [row.depth for row in scout.depths])
     rows = [
         Rung(
-            **asdict(row),
+            **vars(row),
             fits=row.depth in fitting,
-            chosen_by=tuple(name for name, own in rules.items() if len(own.blocks) == row.depth),
-            **asdict(cut_cost(scout, prefix(row.depth))),
+            chosen_by=tuple(name for name, depth in chosen.items() if depth == row.depth),
+            **vars(cut_cost(scout, prefix(row.depth))),
         )
         for row in scout.depths
     ]
-    tasks = len({row.task for row in scout.task_scores})
-    vocabulary = None if vocabularies is None else vocabulary_costs(options, scout, vocabularies, decision)
-    about = (scout.model, scout.depth, scout.judge, tasks)
-    return Rungs(*about, len(choice.blocks), choice.reason, tuple(rows), vocabulary)
+    return Rungs(
+        model=scout.model,
+        depth=scout.depth,
+        judge=scout.judge,
+        tasks=len({row.task for row in scout.task_scores}),
+        chosen=len(decision.choice.blocks),
+        reason=decision.choice.reason,
+        rows=tuple(rows),
+        vocabulary=vocabulary_costs(options, scout, vocabularies, decision),
+    )

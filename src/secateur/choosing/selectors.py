@@ -42,6 +42,11 @@ class Question:
     count: int = 1
     seed: int = SEED
 
+    @property
+    def table(self) -> Profile:
+        assert self.profile is not None, "asked for by Selector.reads_profile"
+        return self.profile
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -67,7 +72,8 @@ def replicates_of(losses: ArrayLike, seed: int, replicates: int = REPLICATES) ->
     All depths of a replicate come from the same batches, so that what batches have in common (some are harder at every
     depth) does not blur which depth is the lowest.
     """
-    return resample(mean_statistic(np.asarray(losses, dtype=np.float64)), len(np.asarray(losses)), seed, replicates)
+    values = np.asarray(losses, dtype=np.float64)
+    return resample(mean_statistic(values), len(values), seed, replicates)
 
 
 def lowest_in_each_half(losses: ArrayLike) -> NDArray[Any]:
@@ -144,33 +150,29 @@ def l3prune(question: Question, half: int, rule: Rule = lowest_in_each_half) -> 
 
     With :func:`valleys_in_each_half` as its rule, the lowest true minimum, and a warning where there is none.
     """
-    table, depth = _profile(question), question.depth
-    losses = losses_of(table)
+    losses, depth = losses_of(question.table), question.depth
     if depth == 1:
         raise IllegalDepth("small and large", depth, "a single layer has no halves")
-    chosen, chance = by_rule(table, rule, half)
+    chosen, chance = by_rule(question.table, rule, half)
     where = f"depths {depth // 2 + 1} to {depth}" if half else f"depths 1 to {depth // 2}"
     loss = f"loss {losses[chosen - 1]:.4f}"
-    if rule is lowest_in_each_half:
-        return Choice(prefix(chosen), f"{loss}, the lowest of {where}", selection_probability=chance)
-    if chosen in valleys(losses):
-        return Choice(prefix(chosen), f"the lowest valley of {where}, {loss}", selection_probability=chance)
-    warning = f"no valley in {where}: the lowest loss there, as l3prune"
-    return Choice(prefix(chosen), f"{loss}, the lowest of {where}", warning, chance)
+    reason, warning = f"{loss}, the lowest of {where}", ""
+    if rule is valleys_in_each_half:
+        if chosen in valleys(losses):
+            reason = f"the lowest valley of {where}, {loss}"
+        else:
+            warning = f"no valley in {where}: the lowest loss there, as l3prune"
+    return Choice(prefix(chosen), reason, warning, chance)
 
 
 def by_knee(question: Question) -> Choice:
     """The depth after which more layers bring little (Kneedle, Satopää et al. 2011)."""
-    table = _profile(question)
-    depth, chance = by_rule(table, knee, 0)
-    losses = losses_of(table)
+    losses = losses_of(question.table)
+    depth, chance = by_rule(question.table, knee, 0)
     loss = f"loss {losses[depth - 1]:.4f}"
     if knee_strength(losses).max() > FLAT:
-        return Choice(
-            prefix(depth),
-            f"beyond it, the loss falls more slowly than layers are added; {loss}",
-            selection_probability=chance,
-        )
+        reason = f"beyond it, the loss falls more slowly than layers are added; {loss}"
+        return Choice(prefix(depth), reason, selection_probability=chance)
     return Choice(prefix(depth), f"the lowest loss, {loss}", "the curve has no knee", chance)
 
 
@@ -179,7 +181,7 @@ def best_task(question: Question) -> Choice:
 
     Depths at which a task has no score are left out.
     """
-    table = _profile(question)
+    table = question.table
     if not table.task_scores:
         raise DataError(table.file, "has no task scores", "profile with --tasks", field="task_scores")
     tasks = {row.task for row in table.task_scores}
@@ -196,7 +198,7 @@ def best_task(question: Question) -> Choice:
 
 def block_influence(question: Question) -> Choice:
     """The layers that change their input most (ShortGPT, arXiv 2403.03853). Of equal ones the earlier stays."""
-    table, count = _profile(question), question.count
+    table, count = question.table, question.count
     influence = [row.block_influence for row in table.depths]
     order = sorted(range(table.depth), key=lambda i: (-influence[i], i))
     kept, gone = order[:count], order[count:]
@@ -209,7 +211,7 @@ def angular(question: Question) -> Choice:
 
     Of equal runs the first goes.
     """
-    table, count = _profile(question), question.count
+    table, count = question.table, question.count
     if not table.angular:
         problem = "has no angular distances"
         raise DataError(table.file, problem, "this architecture's states have another layout", field="angular")
@@ -302,8 +304,3 @@ def by_rule(table: Profile, rule: Rule, place: int) -> tuple[int, float | None]:
     seed = SEED if table.provenance.seed is None else table.provenance.seed
     losses = np.array(table.batch_losses, dtype=np.float64)
     return depth, float((rule(replicates_of(losses, seed))[:, place] == depth).mean())
-
-
-def _profile(question: Question) -> Profile:
-    assert question.profile is not None, "asked for by Selector.reads_profile"
-    return question.profile

@@ -13,9 +13,9 @@ from secateur.document import NONE, Cell, Table, count, duration, loss, number, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from secateur.choosing.budgets import VocabularyCost, VocabularyCosts
     from secateur.choosing.choose import Candidate, Candidates
     from secateur.choosing.evidence import Rung, Rungs
-    from secateur.choosing.vocabulary import VocabularyCost, VocabularyCosts
     from secateur.evaluation.task_folder import TaskCheck
     from secateur.evaluation.task_making import MadeTask
     from secateur.exporting.export import Export

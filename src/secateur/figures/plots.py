@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from secateur.document import count, shorten
-from secateur.figures.solved import panels_of, solved_by_depth
 from secateur.figures.style import (
     BOLD,
     COLOURS,
@@ -21,6 +21,7 @@ from secateur.figures.style import (
     INK,
     MOST_SERIES,
     NARROW,
+    Point,
     depth_axis,
     drawing,
     floats,
@@ -30,34 +31,9 @@ from secateur.figures.style import (
     look,
     new_figure,
 )
-from secateur.results import Matrix, Profile, Scout, Training
+from secateur.results import DepthScoreRow, Matrix, Profile, Scout, Training
 
 # Score against cost ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Point:
-    """One model in :func:`frontier`. ``score`` is an average from 0 to 1, with its interval where it has one.
-
-    ``series`` names the variants that a line joins, ``label`` stands beside the point. ``cost`` is what the horizontal
-    axis shows, with the range that was measured; ``best``: no model is as good for less. ``note`` are lines that the
-    page shows of the point, the first its name, and ``link`` where it leads. ``kind`` is one of :data:`KINDS`;
-    ``marked``: the recommended one.
-    """
-
-    series: str
-    label: str
-    score: float
-    low: float | None
-    high: float | None
-    cost: float
-    cost_low: float | None = None
-    cost_high: float | None = None
-    best: bool = False
-    note: tuple[str, ...] = ()
-    link: str = ""
-    kind: str = "cut"
-    marked: bool = False
 
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,14 +61,12 @@ def frontier(points: Sequence[Point], cost: str) -> Figure:
         _draw_points(axes, points)
         front = sorted((point.cost, 100 * point.score) for point in points if point.best)
         if len(front) > 1:
-            dashed: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 1, "zorder": 1.5}
-            axes.plot(*zip(*front, strict=True), label="best at its cost", **dashed)
+            label, dashes = "best at its cost", (0, (4, 3))
+            axes.plot(*zip(*front, strict=True), label=label, color=INK, linestyle=dashes, linewidth=1, zorder=1.5)
         axes.margins(x=0.1, y=0.14)
         _finish(figure, axes, points, cost)
-        told = sorted(
-            (point for point in points if point.label), key=lambda point: (not point.marked, -len(point.label))
-        )
-        labels = [(point.cost, 100 * point.score, shorten(point.label, 26)) for point in told]
+        told = sorted(points, key=lambda point: (not point.marked, -len(point.label)))
+        labels = [(point.cost, 100 * point.score, shorten(point.label, 26)) for point in told if point.label]
         label_points(figure, axes, labels, lines)
     return figure
 
@@ -137,10 +111,10 @@ def _draw_points(axes: Any, points: Sequence[Point]) -> None:
             axes.vlines(point.cost, 100 * point.low, 100 * point.high, **bar)
         if point.cost_low is not None and point.cost_high is not None:
             axes.hlines(100 * point.score, point.cost_low, point.cost_high, **bar)
-    ring: dict[str, Any] = {"markersize": 15, "fillstyle": "none", "markeredgewidth": 2, "linestyle": "none"}
     chosen = [(point.cost, 100 * point.score) for point in points if point.marked]
     if chosen:
-        axes.plot(*zip(*chosen, strict=True), "o", color=INK, label="recommended", clip_on=False, **ring)
+        ring: dict[str, Any] = {"markersize": 15, "fillstyle": "none", "markeredgewidth": 2, "clip_on": False}
+        axes.plot(*zip(*chosen, strict=True), "o", color=INK, label="recommended", **ring)
 
 
 def _finish(figure: Figure, axes: Any, points: Sequence[Point], cost: str) -> None:
@@ -178,6 +152,7 @@ def frontier_figure(scout: Scout, chosen: int | None, tolerance: float) -> Figur
     own = [(row.depth, 100 * row.low, 100 * row.high) for row in rungs if row.low is not None]
     paired = [row for row in rungs if row.difference_low is not None]
     difference = [(row.depth, full + 100 * row.difference_low, full + 100 * row.difference_high) for row in paired]
+    marked = [point for point in points if point[0] == chosen]
     with drawing():
         figure = new_figure(3.9)
         axes = figure.subplots()
@@ -194,12 +169,10 @@ def frontier_figure(scout: Scout, chosen: int | None, tolerance: float) -> Figur
                 places, low, high = zip(*bars, strict=True)
                 axes.vlines(places, low, high, COLOURS[0], **style)
         axes.axhline(full, color=COLOURS[2], linewidth=1, label="score of the full depth")
-        band: dict[str, Any] = {"color": COLOURS[2], "alpha": 0.22, "linewidth": 0}
-        axes.axhspan(full - tolerance, full, label=f"up to {tolerance:g} below it", **band)
-        marked = [point for point in points if point[0] == chosen]
+        band = f"up to {tolerance:g} below it"
+        axes.axhspan(full - tolerance, full, label=band, color=COLOURS[2], alpha=0.22, linewidth=0)
         for point in marked:
-            ring: dict[str, Any] = {"markersize": 13, "fillstyle": "none", "markeredgewidth": 2}
-            axes.plot(*point, "o", color=COLOURS[1], zorder=4, **ring)
+            axes.plot(*point, "o", color=COLOURS[1], zorder=4, markersize=13, fillstyle="none", markeredgewidth=2)
         axes.set_ylabel("Mean score (× 100)")
         axes.set_xlabel(f"Depth (layers kept, of {scout.depth})")
         space = max(1, scout.depth - depths[0])
@@ -218,7 +191,7 @@ def frontier_figure(scout: Scout, chosen: int | None, tolerance: float) -> Figur
 
 
 def _apart(places: Sequence[int], least: float) -> list[int]:
-    """Those of the ascending places that keep the least distance to each other; the last is one of them."""
+    """Those of the ascending places, the last among them, that keep the least distance to each other."""
     kept: list[int] = []
     for place in reversed(places):
         if not kept or kept[-1] - place >= least:
@@ -280,9 +253,9 @@ def profile_figures(profile: Profile, choice: Mapping[str, int] | None = None) -
     if len(profile.angular) > 2:  # colours run the other way, so that alike is light in both maps
         title = "Angular distance (share of π)"
         drawn["angles"] = _depth_map(profile.angular, 0, title, marks, cmap="cividis_r", vmin=0.0)
-    panels = panels_of(profile)
+    panels = _panels_of(profile)
     if len(panels) > 1:
-        drawn["solved"] = solved_by_depth(profile.depth, panels)
+        drawn["solved"] = _solved_by_depth(profile.depth, panels)
     return drawn
 
 
@@ -305,12 +278,8 @@ def _loss_curve(profile: Profile, marks: Mapping[int, str]) -> Figure:
                 axes.axvline(depth, color=COLOURS[1], linewidth=0.9, linestyle=DASHES[2], zorder=0.5)
         depth_axis(bottom, profile.depth)
         figure.align_ylabels()
-        by_depth = dict(zip(depths, losses, strict=True))
-        labels = [
-            (float(depth), by_depth[depth], mark)
-            for depth, mark in marks.items()
-            if math.isfinite(by_depth.get(depth, math.nan))
-        ]
+        found = {depth: loss for depth, loss in zip(depths, losses, strict=True) if math.isfinite(loss)}
+        labels = [(float(depth), found[depth], mark) for depth, mark in marks.items() if depth in found]
         if labels:
             top.plot(*zip(*[(x, y) for x, y, _ in labels], strict=True), "D", color=COLOURS[1], markersize=7, zorder=3)
         label_points(figure, top, labels, [(depths, losses)])
@@ -341,4 +310,91 @@ def _depth_map(matrix: Matrix, first: int, title: str, marks: Mapping[int, str],
         bar: Any = figure.colorbar(mesh, ax=axes, label=title, shrink=0.9)
         bar.outline.set_visible(False)
         bar.solids.set(edgecolor="face", rasterized=True)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One measure against depth; ``low`` and ``high`` are NaN where it has no interval."""
+
+    name: str
+    depths: list[int]
+    values: list[float]
+    low: list[float]
+    high: list[float]
+    falls: bool = False
+
+    @property
+    def best(self) -> int:
+        """Place of the best value."""
+        return int(np.nanargmin(np.array(self.values) * (1 if self.falls else -1)))
+
+    @property
+    def first(self) -> int:
+        """Place of the first value inside the interval of the best."""
+        bound = self.high[self.best] if self.falls else self.low[self.best]
+        inside = (i for i, v in enumerate(self.values) if (v <= bound if self.falls else v >= bound))
+        return next(inside, self.best)
+
+
+def _panels_of(profile: Profile) -> dict[str, list[_Curve]]:
+    """Title of a panel → its curves: the contrastive loss, task scores by kind, and next-token loss."""
+    rows, depths = profile.rows, [row.depth for row in profile.rows]
+    panels: dict[str, list[_Curve]] = {}
+    if any(row.loss is not None for row in rows):
+        losses, low, high = (floats([getattr(row, name) for row in rows]) for name in ("loss", "loss_low", "loss_high"))
+        panels["Contrastive loss (nats)"] = [_Curve("loss", depths, losses, low, high, falls=True)]
+    by_kind: dict[str, dict[str, list[DepthScoreRow]]] = {}
+    for score in profile.task_scores:
+        by_kind.setdefault(score.kind, {}).setdefault(score.task, []).append(score)
+    for kind, tasks in by_kind.items():
+        title = f"{kind}: {shorten(next(iter(tasks)), 26)}" if len(tasks) == 1 else f"{kind} ({len(tasks)} tasks)"
+        for task, own in tasks.items():
+            scores, low, high = (
+                [100 * v for v in floats([getattr(row, name) for row in own])] for name in ("score", "low", "high")
+            )
+            panels.setdefault(title, []).append(_Curve(task, [row.depth for row in own], scores, low, high))
+    if any(row.next_token_loss is not None for row in rows):
+        values, none = floats([row.next_token_loss for row in rows]), [math.nan] * len(depths)
+        panels["Next-token loss (nats)"] = [_Curve("next token", depths, values, none, none, falls=True)]
+    return panels
+
+
+def _solved_by_depth(depth: int, panels: Mapping[str, Sequence[_Curve]]) -> Figure:
+    """Where in depth each kind of task is solved: a panel each, on the same axis, with 95 % intervals as bands.
+
+    A full mark is on the best depth, a hollow one on the first that lies within the interval of the best.
+    """
+    rows = -(-len(panels) // 2)
+    with drawing():
+        figure = new_figure(0.55 + 1.55 * rows, 6.4)
+        grid = figure.subplots(rows, 2, sharex=True, squeeze=False).flatten()
+        for place, (axes, (title, curves)) in enumerate(zip(grid, panels.items(), strict=False)):
+            axes.set_title(title, loc="left", fontsize=8.5, fontweight="bold")
+            for index, curve in enumerate(curves):
+                style = look(index, "linestyle")
+                axes.fill_between(curve.depths, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
+                axes.plot(curve.depths, curve.values, linewidth=1.4, **style)
+                for mark, face in ((curve.first, "white"), (curve.best, style["color"])):
+                    dot = look(index, "marker") | {"markerfacecolor": face, "markersize": 5, "linestyle": "none"}
+                    axes.plot(curve.depths[mark], curve.values[mark], zorder=3, **dot)
+            depth_axis(axes, depth)
+            axes.set_xlabel(axes.get_xlabel() if place >= len(panels) - 2 else "")
+            axes.tick_params(labelbottom=place >= len(panels) - 2)
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.margins(y=0.2)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        dot = {"color": INK, "marker": "o", "linestyle": "none", "markersize": 5}
+        handles = [Line2D([], [], markerfacecolor=face, **dot) for face in (INK, "none")]
+        names = ["best depth", "first depth within its 95 % interval"]
+        figure.legend(handles, names, loc="outside upper left", ncols=2, fontsize=8.5, handletextpad=0.2)
+        for axes, curves in zip(grid, panels.values(), strict=False):
+            labels = []
+            for curve in curves:
+                name = f"{shorten(curve.name, 22)}: " if len(curves) > 1 else ""
+                for mark in dict.fromkeys((curve.best, curve.first)):
+                    text = f"{name if mark == curve.best else ''}{curve.depths[mark]}"
+                    labels.append((float(curve.depths[mark]), curve.values[mark], text))
+            label_points(figure, axes, labels, [(curve.depths, curve.values) for curve in curves])
     return figure

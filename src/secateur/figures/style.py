@@ -15,11 +15,13 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import matplotlib.path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -29,9 +31,6 @@ from matplotlib.transforms import Bbox
 
 from secateur.document import printable, shorten
 from secateur.files import write_bytes
-
-if TYPE_CHECKING:
-    from secateur.figures.plots import Point
 
 # Text and axes: 4.6:1 on white and on black. Inlined in a page, CSS gives the exact neutral by --figure-ink.
 INK = "#757575"
@@ -130,38 +129,30 @@ def label_points(
     figure.set_layout_engine("none")  # the axes must not move once the free places are known
     frame, pixel, renderer = axes.get_window_extent(), figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
     frame = Bbox.from_extents(frame.x0, frame.y0, figure.bbox.x1, frame.y1 + 12 * pixel)
-    covered = []  # pixels on the lines, about every eighth
-    for line in lines:
-        corners = [
-            axes.transData.transform(point) for point in zip(*line, strict=True) if all(map(math.isfinite, point))
-        ]
-        for start, end in itertools.pairwise(corners):
-            covered += np.linspace(start, end, 1 + max(1, int(math.dist(start, end) / 8))).tolist()
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in (axes.transData.transform(p[:2]) for p in labels)]
-    for x, y, text in labels:
+    paths = [matplotlib.path.Path(axes.transData.transform(np.column_stack(line))) for line in lines]
+    points = [axes.transData.transform((x, y)) for x, y, _ in labels]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
+    for (x, y, text), point in zip(labels, points, strict=True):
         trial = axes.text(x, y, text, **BOLD)
         size = Text.get_window_extent(trial, renderer)
         trial.remove()
-        place = axes.transData.transform((x, y))
-        best: tuple[float, int, Any, Bbox] | None = None
+        places = []
         for radius, angle in itertools.product((8, 18, 32, 48), (90, 45, 135, 0, 180, 270, 315, 225)):
             # From the point to the middle of the text, in typographic points; its nearest edge is at the radius.
             away = np.round([math.cos(math.radians(angle)), math.sin(math.radians(angle))], 6)
             offset = radius * away + np.sign(away) * (size.width, size.height) / (2 * pixel)
-            left, bottom = place + offset * pixel - (size.width / 2, size.height / 2)
+            left, bottom = point + offset * pixel - (size.width / 2, size.height / 2)
             box = Bbox.from_bounds(left, bottom, size.width, size.height)
             outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
-            hidden = 1e6 * outside + 1e3 * sum(box.padded(2 * pixel).overlaps(other) for other in taken)
-            hidden += 10 * sum(box.contains(*pixels) for pixels in covered) + radius
-            if best is None or hidden < best[0]:
-                best = hidden, radius, offset, box
-        assert best is not None
-        _, radius, offset, box = best
-        if any(box.overlaps(other) for other in taken[len(labels) :]):
+            crossed = sum(path.intersects_bbox(box, filled=False) for path in paths)
+            hidden = (outside, box.padded(2 * pixel).count_overlaps(taken), crossed, radius)
+            places.append((hidden, offset, box))
+        (*_, radius), offset, box = min(places, key=lambda place: place[0])
+        if box.count_overlaps(taken[len(labels) :]):
             continue
         arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4} if radius > 10 else None
-        style = {"textcoords": "offset points", "ha": "center", "va": "center", "arrowprops": arrow, "zorder": 4}
-        axes.annotate(text, (x, y), tuple(offset), annotation_clip=False, **style, **BOLD)
+        placed = {"textcoords": "offset points", "ha": "center", "va": "center", "arrowprops": arrow, "zorder": 4}
+        axes.annotate(text, (x, y), tuple(offset), annotation_clip=False, **placed, **BOLD)
         taken.append(box)
 
 
@@ -185,6 +176,31 @@ def _rendered(figure: Figure, kind: str) -> bytes:
     with drawing():
         figure.savefig(stream, format=kind, metadata=dict.fromkeys(unwanted), dpi=200)
     return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in :func:`.frontier` or :func:`.size_curve`.
+
+    ``score`` is an average from 0 to 1, with its interval where it has one. ``series`` names the variants that a line
+    joins, ``label`` stands beside the point. ``cost`` is what the horizontal axis shows, with the range that was
+    measured; ``best``: no model is as good for less. ``note`` are lines that the page shows of the point, the first its
+    name, and ``link`` where it leads. ``kind`` is one of :data:`.KINDS`; ``marked``: the recommended one.
+    """
+
+    series: str
+    label: str
+    score: float
+    low: float | None
+    high: float | None
+    cost: float
+    cost_low: float | None = None
+    cost_high: float | None = None
+    best: bool = False
+    note: tuple[str, ...] = ()
+    link: str = ""
+    kind: str = "cut"
+    marked: bool = False
 
 
 _SVG = "{http://www.w3.org/2000/svg}"

@@ -19,7 +19,6 @@ from sentence_transformers.util import get_rank
 
 from secateur.data.sources import Source, read_sources
 from secateur.data.vectors import fingerprint_model
-from secateur.done import FILE, Made
 from secateur.errors import ConfigError
 from secateur.files import empty_folder, lock, output_errors, partial_folder, read_json, rename_into_place
 from secateur.healing.evaluator import HeldOut, read_held_out
@@ -45,7 +44,7 @@ from secateur.options import HealOptions
 from secateur.options.base import step
 from secateur.profiling.depths import check_depths
 from secateur.progress import Progress, silent
-from secateur.provenance import provenance
+from secateur.provenance import DONE, Made, provenance
 from secateur.pruning.prune import origin_of
 from secateur.results import Training
 
@@ -202,7 +201,7 @@ def check_resume(
         return
     told = "begun by an earlier version"
     if changes:
-        recorded = read_json(folder / FILE)
+        recorded = read_json(folder / DONE)
         before = recorded.get("options", {}) if isinstance(recorded, dict) else {}
         told = "; ".join(
             f"{key} was {before.get(key)}, is {made.options[key]}" if key in made.options else f"other {key}"

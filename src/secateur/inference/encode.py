@@ -21,7 +21,6 @@ import numpy as np
 
 from secateur.data.rows import read_column
 from secateur.data.sources import instruction_prompt
-from secateur.done import FILE, Made
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import lock, output_errors, read_json, write_bytes
 from secateur.inference.backends import choose, fingerprint_encoder
@@ -37,6 +36,7 @@ from secateur.inference.vector_files import (
 from secateur.inference.workers import Piece, Run, in_processes, on_ray
 from secateur.options import EncodeOptions, step
 from secateur.progress import Progress, silent
+from secateur.provenance import DONE, Made
 from secateur.runtime.core import Encoder, OnBatch, Vectors
 from secateur.runtime.vectors import quantize
 
@@ -147,7 +147,7 @@ def _partial_folder(out: Path) -> Iterator[Path]:
         try:
             yield folder
         except BaseException:
-            if not (folder / FILE).exists():
+            if not (folder / DONE).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -167,7 +167,7 @@ def _opening(options: EncodeOptions, folder: Path) -> Opening:
         length_step=1,
         backend=options.backend,
     )
-    recorded = read_json(folder / FILE) if (folder / FILE).exists() else None
+    recorded = read_json(folder / DONE) if (folder / DONE).exists() else None
     found = recorded.get("options") if isinstance(recorded, dict) else None
     if not isinstance(found, dict) or opening.exported or options.dtype != AUTO:
         return opening

@@ -24,26 +24,23 @@ def check_sources(sources: Sequence[Source], max_examples: int) -> None:
     contents = [source.source.sha256 for source in sources]
     share = max(2, max_examples // len(sources))
     for source in sources:
-        name, rows = source.source.name, source.rows
+        name, rows, pairs = source.source.name, source.rows, isinstance(source, Pairs)
         if contents.count(source.source.sha256) > 1:
             raise DataError(name, "is there twice: its batches would count twice", "name it once")
-        what = f"fewer than two different {'pairs' if isinstance(source, Pairs) else 'texts'}"
+        what = f"fewer than two different {'pairs' if pairs else 'texts'}"
         problem, hint = f"holds {what}", "a loss needs something to tell apart"
         if len(rows) >= share:
             problem, hint = f"{what} were drawn from it, of {share}", "raise --max-examples"
         if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in rows}) < 2:
             raise DataError(name, problem, hint)
-        if isinstance(source, Pairs) and not _has_negatives(source):
+        relevant: dict[str, set[str]] = {}
+        passages: set[str] = set()
+        for row in rows:
+            if isinstance(row, Pair):
+                relevant.setdefault(row.anchor, {row.anchor}).add(row.positive)
+                passages.update((row.positive, *row.negatives))
+        if pairs and all(passages <= own for own in relevant.values()):
             raise DataError(name, "every passage is a positive of every anchor", hint)
-
-
-def _has_negatives(pairs: Pairs) -> bool:
-    """Whether some anchor has a negative at all, wherever in the data."""
-    relevant: dict[str, set[str]] = {}
-    for row in pairs.rows:
-        relevant.setdefault(row.anchor, {row.anchor}).add(row.positive)
-    passages = {text for row in pairs.rows for text in (row.positive, *row.negatives)}
-    return any(not passages <= own for own in relevant.values())
 
 
 def with_prompts(source: Source, model: SentenceTransformer, default: bool) -> Source:
@@ -76,11 +73,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The distinct texts, each with its prompt, and the batches in the order in which they are visited."""
+    """The distinct texts, each as (prompt, text), and the batches in the order in which they are visited."""
 
     texts: tuple[tuple[str, str], ...]
     batches: tuple[Batch, ...]
-    notes: tuple[str, ...]
 
 
 def make_corpus(sources: Sequence[Source], size: int, seed: int) -> Corpus:
@@ -100,6 +96,4 @@ def make_corpus(sources: Sequence[Source], size: int, seed: int) -> Corpus:
             found.append(Batch(indices(batch.prompt, batch.anchors), *others))
     # In a drawn order the first batches stand for all of them, whatever the order of the files.
     random.Random(seed).shuffle(found)  # noqa: S311 - not for secrets
-    sizes = sorted({len(batch.anchors) for batch in found if batch.positives})
-    note = f"losses of batches of {' and '.join(map(str, sizes))} pairs were averaged: more pairs give a higher loss"
-    return Corpus(tuple(places), tuple(found), (note,) if len(sizes) > 1 else ())
+    return Corpus(tuple(places), tuple(found))

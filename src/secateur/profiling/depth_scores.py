@@ -134,8 +134,7 @@ class _Kept:
     """The vectors of texts at some depths, in a file: each text is run once, at its first use."""
 
     def __init__(self, encoder: DepthEncoder, file: IO[bytes], depths: Sequence[int]) -> None:
-        self._encoder, self._file = encoder, file
-        self._depths = list(depths)
+        self._encoder, self._file, self._depths = encoder, file, list(depths)
         self._places: dict[bytes, int] = {}
         self._dimension = 0
 

@@ -65,12 +65,7 @@ def ends_with_norm(model: SentenceTransformer) -> bool:
 
 
 def check_depths(model: SentenceTransformer, depths: Sequence[int], option: str = "depths") -> tuple[int, ...]:
-    """Depths for :func:`depth_vectors`: ascending, the full depth as the last.
-
-    Args:
-        model: An opened model.
-        depths: What was asked for.
-        option: Where, for errors.
+    """Depths for :func:`depth_vectors`: ascending, the full depth as the last. ``option`` is where they were asked for.
 
     Raises:
         ConfigError: A depth is out of range.
@@ -262,25 +257,6 @@ class DepthEncoder:
             return None
         order = tokens.lengths.argsort().tolist()
         rows = [order[i * (len(order) - 1) // (PROBES - 1)] for i in range(PROBES)]  # from the shortest to the longest
-        try:
-            plain = self._read(tokens, rows, None, {}).vectors
-            prefix = self._run_prefix(start)
-            error = (self._read(tokens, rows, prefix, {}).vectors - plain).norm(dim=-1)
-            allowed = 1e-4 if self._transformer.dtype == torch.float32 else 3e-2
-            # Vectors that are not finite agree with anything: they are reported by the caller.
-            same = bool((error <= allowed * plain.norm(dim=-1)).all()) or not bool(plain.isfinite().all())
-        except (MemoryError, *forward.REFUSALS) as error:
-            if forward.is_out_of_memory(error):
-                return None  # the batches themselves are halved until they fit
-            same = False
-        if same:
-            self._prefix = prefix
-            return prefix
-        self._shares = False
-        self.notes.append("the instruction was computed for each text anew: this model gives other vectors otherwise")
-        return None
-
-    def _run_prefix(self, start: Tensor) -> _Prefix:
         normed: list[Tensor] = []
         influence: list[Tensor] = []
         mask = torch.ones(1, len(start), device=self._model.device)
@@ -289,9 +265,23 @@ class DepthEncoder:
             normed.append(self._norm(after)[0].float())
             influence.append(block_influence(before, after, mask))
 
-        with layer_outputs(self._transformer, visit):
-            cache = forward.run_prefix(self._transformer, start)
-        return _Prefix(start, cache, normed, torch.stack(influence).double().cpu())
+        try:
+            plain = self._read(tokens, rows, None, {}).vectors
+            with layer_outputs(self._transformer, visit):
+                cache = forward.run_prefix(self._transformer, start)
+            prefix = _Prefix(start, cache, normed, torch.stack(influence).double().cpu())
+            error = (self._read(tokens, rows, prefix, {}).vectors - plain).norm(dim=-1)
+            allowed = 1e-4 if self._transformer.dtype == torch.float32 else 3e-2
+            # Vectors that are not finite agree with anything: they are reported by the caller.
+            if bool((error <= allowed * plain.norm(dim=-1)).all()) or not bool(plain.isfinite().all()):
+                self._prefix = prefix
+                return prefix
+        except (MemoryError, *forward.REFUSALS) as error:
+            if forward.is_out_of_memory(error):
+                return None  # the batches themselves are halved until they fit
+        self._shares = False
+        self.notes.append("the instruction was computed for each text anew: this model gives other vectors otherwise")
+        return None
 
     def _read(self, tokens: forward.Tokens, rows: list[int], prefix: _Prefix | None, picks: dict[int, float]) -> Depths:
         """One pass over a batch; with a prefix, over what follows it."""

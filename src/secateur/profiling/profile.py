@@ -17,6 +17,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from secateur.choosing.choose import choose
 from secateur.choosing.selectors import lowest_in_each_half, replicates_of
 from secateur.data.sources import Texts, read_sources
 from secateur.errors import ConfigError, SecateurError
@@ -33,10 +34,11 @@ from secateur.profiling.depths import DepthEncoder
 from secateur.profiling.lens import next_token_losses, positions
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
-from secateur.results import DepthRow, DepthScoreRow, LayerCost, Profile
+from secateur.results import DepthRow, LayerCost, Profile
 
 if TYPE_CHECKING:
     from secateur.evaluation.tasks import Task
+    from secateur.profiling.depth_scores import DepthScore
 
 SAMPLE = 1024
 """Vectors per depth that the label-free metrics are computed from, so that memory does not grow with the data."""
@@ -68,7 +70,14 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     check_sources(sources, options.max_examples)
     if options.early_stopping and all(isinstance(source, Texts) for source in sources):
         raise ConfigError("early_stopping", True, "needs losses, and the data are texts alone", "leave it out")
-    tasks = _open_tasks(options)
+    tasks: list[Task] = []
+    if options.tasks:
+        from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
+
+        tasks = open_tasks(options.tasks, options.sample, seed)
+    elif options.sample is not None:
+        problem = "is a number of rows of each task, and there are none"
+        raise ConfigError("sample", options.sample, problem, "give tasks")
     model, name, sizes, notes = _open(options)
     sources = [with_prompts(source, model, options.instruction is None) for source in sources]
     corpus = make_corpus(sources, options.batch_size, seed)
@@ -78,7 +87,20 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     if measured.batches < len(corpus.batches):
         notes.append(f"early stopping after {measured.batches} of {len(corpus.batches)} batches")
     rows = _rows(model, measured, seed, notes)
-    task_scores, failed = _score_tasks(model, name, tasks, options, notes, progress)
+    scores: tuple[DepthScore, ...] = ()
+    failed: SecateurError | None = None
+    if tasks:
+        from secateur.profiling.depth_scores import depth_scores
+
+        try:
+            given: dict[str, Any] = {"sample": options.sample, "seed": seed, "name": name}
+            scores, more = depth_scores(model, tasks, **given, progress=progress)
+            notes += more
+        except SecateurError as error:  # the profile that is measured already is kept
+            failed = error
+            notes.append(f"no task scores: {error}")
+    pairs = sorted({len(batch.anchors) for batch in corpus.batches if batch.positives})
+    unequal = f"losses of batches of {' and '.join(map(str, pairs))} pairs were averaged: more pairs give a higher loss"
     result = Profile(
         provenance=provenance([*(source.source for source in sources), *(task.source for task in tasks)], seed),
         model=name,
@@ -98,9 +120,9 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         angular=() if measured.angles is None else _table(measured.angles / measured.texts),
         losses_by_pooling=measured.losses_by_pooling,
         batch_losses=_table(measured.losses) if measured.batch_losses else (),
-        task_scores=task_scores,
+        task_scores=tuple(score.row for score in scores if score.row),
         layer_costs=layer_costs(model, sizes, notes),
-        notes=tuple(dict.fromkeys([*notes, *encoder.notes, *corpus.notes])),
+        notes=tuple(dict.fromkeys([*notes, *encoder.notes, *([unequal] if len(pairs) > 1 else [])])),
         source="" if isinstance(options.model, SentenceTransformer) else model_source(options.model),
     )
     if out is not None:
@@ -110,40 +132,6 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     if out is not None:
         _draw(result, out)
     return result
-
-
-def _open_tasks(options: ProfileOptions) -> list[Task]:
-    if not options.tasks:
-        if options.sample is not None:
-            problem = "is a number of rows of each task, and there are none"
-            raise ConfigError("sample", options.sample, problem, "give tasks")
-        return []
-    from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
-
-    return open_tasks(options.tasks, options.sample, options.seed)
-
-
-def _score_tasks(
-    model: SentenceTransformer,
-    name: str,
-    tasks: Sequence[Task],
-    options: ProfileOptions,
-    notes: list[str],
-    progress: Progress,
-) -> tuple[tuple[DepthScoreRow, ...], SecateurError | None]:
-    """Scores by depth, and what went wrong: the profile that is measured already is kept."""
-    if not tasks:
-        return (), None
-    from secateur.profiling.depth_scores import depth_scores
-
-    try:
-        given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name}
-        scores, more = depth_scores(model, tasks, **given, progress=progress)
-    except SecateurError as error:
-        notes.append(f"no task scores: {error}")
-        return (), error
-    notes += more
-    return tuple(score.row for score in scores if score.row), None
 
 
 def _open(options: ProfileOptions) -> tuple[SentenceTransformer, str, tuple[Size, ...], list[str]]:
@@ -162,11 +150,9 @@ def _open(options: ProfileOptions) -> tuple[SentenceTransformer, str, tuple[Size
     sizes = layer_sizes(model)
     if options.dtype == "auto" and model.device.type == "cpu":
         dtype = auto_dtype()
-        stored = model.state_dict(keep_vars=True).values()
-        for tensor in (tensor for tensor in stored if isinstance(tensor, Tensor) and tensor.is_floating_point()):
-            tensor.data = tensor.data.to(
-                dtype
-            )  # as when it is loaded so: what is computed, such as angles, stays exact
+        for tensor in model.state_dict(keep_vars=True).values():  # what is computed, such as angles, stays exact
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
         name = str(dtype).removeprefix("torch.")
         has = "multiplies bfloat16" if dtype is torch.bfloat16 else "does not say that it multiplies bfloat16"
         notes.append(f"dtype {name}: this processor {has}; --dtype {name} takes it on any machine")
@@ -205,10 +191,8 @@ class _Pass:
 
     @property
     def losses_by_pooling(self) -> dict[str, tuple[float, ...]]:
-        if not self.batch_losses:
-            return {}
-        means = torch.stack(self.batch_losses).double().mean(dim=0)
-        return {name: tuple(losses.tolist()) for name, losses in zip(self._encoder.poolings, means, strict=True)}
+        means = torch.stack(self.batch_losses).double().mean(dim=0).tolist() if self.batch_losses else []
+        return {name: tuple(losses) for name, losses in zip(self._encoder.poolings, means, strict=False)}
 
     @property
     def sample_vectors(self) -> Tensor:
@@ -282,14 +266,19 @@ class _Pass:
 
 
 def _rows(model: SentenceTransformer, measured: _Pass, seed: int, notes: list[str]) -> tuple[DepthRow, ...]:
+    """The columns of the profile; those that need pairs, or a language-model head, where there are any."""
     vectors = measured.sample_vectors
     columns: dict[str, Column] = {
         "block_influence": (measured.influence / measured.tokens).tolist(),
         "effective_rank": [_number(metrics.effective_rank(here)) for here in vectors],
         "uniformity": [metrics.uniformity(here) for here in vectors],
         "mean_cosine": [metrics.mean_cosine(here) for here in vectors],
-        **_supervised(measured, seed, notes),
     }
+    if measured.batch_losses:
+        columns |= _supervised(measured, seed, notes)
+    else:
+        notes.append("texts alone: no loss, accuracy, nDCG@10 and alignment")
+        columns |= dict.fromkeys(("loss", "loss_se"), [None] * len(vectors))
     flat = ", ".join(str(depth) for depth, rank in enumerate(columns["effective_rank"], start=1) if rank is None)
     notes += [f"all vectors are the same at depth {flat}: no effective rank and no CKA there"] if flat else []
     losses = None
@@ -300,23 +289,22 @@ def _rows(model: SentenceTransformer, measured: _Pass, seed: int, notes: list[st
         lost = ", ".join(str(depth) for depth, loss in enumerate(losses, start=1) if not math.isfinite(loss))
         why = "the language-model head holds NaN, or overflows in this dtype"
         notes += [f"the next-token loss is no number at depth {lost}: {why}"] if lost else []
-    values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return tuple(DepthRow(depth=depth, **row) for depth, row in enumerate(values, start=1))
+    rows = zip(*columns.values(), strict=True)
+    return tuple(
+        DepthRow(depth=depth, **dict(zip(columns, row, strict=True))) for depth, row in enumerate(rows, start=1)
+    )
 
 
 def _supervised(measured: _Pass, seed: int, notes: list[str]) -> dict[str, Column]:
     """The columns that need pairs."""
-    if not measured.batch_losses:
-        notes.append("texts alone: no loss, accuracy, nDCG@10 and alignment")
-        return dict.fromkeys(("loss", "loss_se"), [None] * len(measured.influence))
     losses = measured.losses.double()
     batches, depths = losses.shape
+    scores = torch.stack(measured.batch_scores).mean(dim=0).tolist()
     columns: dict[str, Column] = {
         "loss": losses.mean(dim=0).tolist(),
         "loss_se": (losses.std(dim=0) / math.sqrt(batches)).tolist() if batches > 1 else [None] * depths,
+        **dict(zip(("accuracy", "ndcg_at_10", "alignment"), scores, strict=True)),
     }
-    scores = torch.stack(measured.batch_scores).mean(dim=0).tolist()
-    columns |= dict(zip(("accuracy", "ndcg_at_10", "alignment"), scores, strict=True))
     if batches < MINIMUM_UNITS:
         few = "one batch is" if batches == 1 else f"{batches} batches are"
         notes.append(f"{few} too few for intervals and selection probabilities: it takes {MINIMUM_UNITS}")
@@ -343,7 +331,7 @@ def layer_costs(model: SentenceTransformer, sizes: Sequence[Size], notes: list[s
     except Exception as error:
         what = "the batch that times them does not fit into memory" if is_out_of_memory(error) else str(error)
         notes.append(f"no costs of cut models: {what or type(error).__name__}")
-    return ()
+        return ()
 
 
 def _draw(result: Profile, out: Path) -> None:
@@ -351,14 +339,10 @@ def _draw(result: Profile, out: Path) -> None:
     from secateur.figures.plots import profile_figures
     from secateur.figures.style import save
 
-    choice: dict[str, int] = {}
-    if result.can_choose:
-        lowest = lowest_in_each_half([row.loss or 0.0 for row in result.depths])
-        choice = dict(zip(("small", "large"), lowest.tolist(), strict=True))
-    drawn = profile_figures(result, choice)
+    drawn = profile_figures(result, choose(result) if result.can_choose else None)
     for name in PICTURES:
         if name.partition(".")[0] not in drawn:
             (out / name).unlink(missing_ok=True)
     for name, figure in reversed(drawn.items()):  # the curve is the last file of a profile: with it, all is there
-        save(figure, out / f"{name}.svg")
-        save(figure, out / f"{name}.png")
+        for kind in ("svg", "png"):
+            save(figure, out / f"{name}.{kind}")

@@ -18,16 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from secateur.document import Picture, byte_size, count, duration, loss, percent, plural, score, span, speed
-from secateur.figures.plots import (
-    KINDS,
-    Point,
-    frontier,
-    frontier_figure,
-    profile_figures,
-    size_curve,
-    training_curves,
-)
-from secateur.figures.style import svg
+from secateur.figures.plots import KINDS, frontier, frontier_figure, profile_figures, size_curve, training_curves
+from secateur.figures.style import Point, svg
 from secateur.measures.intervals import CONFIDENCE, Array
 from secateur.reporting.findings import Summary, pareto
 from secateur.reporting.run import Run, Scouted

@@ -23,7 +23,6 @@ import numpy as np
 
 from secateur.choosing.evidence import TOLERANCE, choose_rung
 from secateur.data.sources import Source, read_sources
-from secateur.done import FILE, Made
 from secateur.errors import ModelError
 from secateur.evaluation.tasks import Task, open_tasks
 from secateur.figures.plots import frontier_figure
@@ -46,7 +45,7 @@ from secateur.profiling.depth_scores import DepthScore, notes_on, score_depths
 from secateur.profiling.depths import DepthEncoder, check_depths
 from secateur.profiling.profile import layer_costs
 from secateur.progress import Progress, silent
-from secateur.provenance import fingerprint_files, provenance, versions_of
+from secateur.provenance import DONE, Made, fingerprint_files, provenance, versions_of
 from secateur.results import DepthScoreRow, RungRow, Scout, Training, load
 from secateur.scouting.held_out import hold_out, judge_of, left_whole
 
@@ -147,7 +146,7 @@ def _begin(out: Path, made: Made) -> None:
         return
     for name in ("tasks", "model.partial", "draws"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in (FILE, Scout.file, *PICTURES):
+    for name in (DONE, Scout.file, *PICTURES):
         (out / name).unlink(missing_ok=True)
     made.record(out)
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.data.sources import data_files, stem
-from secateur.done import Made
 from secateur.errors import ConfigError, DataError
 from secateur.options import Names
-from secateur.provenance import fingerprint, fingerprint_files, model_files, versions_of
+from secateur.provenance import Made, fingerprint, fingerprint_files, model_files, versions_of
 from secateur.studies.steps import COMMANDS, Plan, Step
 
 FOLDER = "done"
