@@ -24,14 +24,14 @@ runtime
 options: base fields way runs inference
 figures: style solved plots
 models: compat blocks cutting pooling checks forward save open_model static
-data: rows hub sources vectors endpoints embedders demo
+data: rows hub sources vectors embedders demo
 vocabulary: counts tokens trim choice
 measures: metrics intervals costs
 evaluation: task_tables task_formats task_folder task_check task_making tasks replicates evaluate
 choosing: selectors budgets vocabulary evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
-healing: recipes exclusion training_data processes teacher losses evaluator trainer heal
+healing: recipes training_data processes teacher losses trainer heal
 scouting: ladder held_out rungs scout
 reporting: cost compare run findings blocks advice vocabulary verdict pictures tables card report
 studies: steps grid plan estimate records runner study
