@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from secateur.data.endpoints import Endpoint
+from secateur.data.embedders import Endpoint
 
 
 @contextmanager

@@ -20,8 +20,7 @@ import secateur
 from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
 from quick_checks import quick_checks as quick_checks
 from secateur.data import vectors
-from secateur.data.embedders import open_embedder
-from secateur.data.endpoints import COMMON_KEY, KEY
+from secateur.data.embedders import COMMON_KEY, KEY, open_embedder
 from secateur.data.vectors import PROBES, fingerprint_model
 from secateur.errors import ConfigError, ModelError, SecateurError, StudyFailed, UnsupportedArchitecture
 from secateur.models import model_label

@@ -27,12 +27,11 @@ from killing import run_until
 from secateur.data.sources import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
 from secateur.evaluation.evaluate import is_instructed
-from secateur.healing import evaluator, recipes
-from secateur.healing.evaluator import held_out_ndcg, read_held_out
+from secateur.healing import recipes, training_data
 from secateur.healing.losses import Loss
 from secateur.healing.recipes import LEARNING_RATES, TrainingConfig, decide, training_config
 from secateur.healing.trainer import TRAINED_WEIGHTS, TrainingResult, last_checkpoint, train
-from secateur.healing.training_data import TrainingSet
+from secateur.healing.training_data import TrainingSet, held_out_ndcg, read_held_out
 from secateur.healing.training_data import training_sets as sets_and_notes
 from secateur.models.open_model import is_causal
 from secateur.options import HealOptions, make
@@ -350,7 +349,7 @@ def test_equal_passages_are_one_document_of_the_held_out_ranking(
         gains.append(1 / math.log2(1 + rank) if rank <= 10 else 0)
     assert 0.1 < np.mean(gains) < 0.9
     assert held_out_ndcg(model, pairs) == pytest.approx(np.mean(gains), abs=1e-6)
-    monkeypatch.setattr(evaluator, "COMPARED", 1)
+    monkeypatch.setattr(training_data, "COMPARED", 1)
     assert held_out_ndcg(model, pairs) == pytest.approx(np.mean(gains), abs=1e-6)
 
 

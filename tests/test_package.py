@@ -24,14 +24,14 @@ runtime
 options: base way runs inference
 figures: style plots
 models: compat blocks cutting forward checks save open_model
-data: rows hub sources vectors endpoints embedders demo
+data: rows hub sources vectors embedders demo
 vocabulary: tokens trim choice
 measures: metrics intervals costs
 evaluation: task_tables task_formats task_folder task_making tasks replicates evaluate
 choosing: selectors budgets evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
-healing: recipes exclusion training_data processes teacher losses evaluator trainer heal
+healing: recipes training_data processes teacher losses trainer heal
 scouting: held_out scout
 reporting: cost compare run findings advice verdict tables pictures card report
 studies: steps plan estimate records runner study

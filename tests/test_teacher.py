@@ -10,8 +10,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from conftest import MakeEncoder
-from secateur.data import endpoints
-from secateur.data.endpoints import COMMON_KEY, KEY, connect
+from secateur.data import embedders
+from secateur.data.embedders import COMMON_KEY, KEY, connect
 from secateur.data.vectors import CHUNK, PROBES
 from secateur.errors import ModelError
 from secateur.healing.teacher import Teacher, keep_vectors, open_teacher
@@ -182,7 +182,7 @@ def test_a_server_is_left_alone_for_as_long_as_it_wants(mood: Mood):
 
 
 def test_requests_are_small_enough_for_the_server(mood: Mood, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(endpoints, "REQUEST_TEXTS", 3)
+    monkeypatch.setattr(embedders, "REQUEST_TEXTS", 3)
     mood.does = ["413 over 2"]
     assert mood.embed(TEXTS).tolist() == LENGTHS
     assert [count for _, count in mood.requests] == [3, 2, 1, 1]

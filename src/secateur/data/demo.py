@@ -7,14 +7,11 @@ search is over libraries that the model was not healed on. Source files are pars
 from __future__ import annotations
 
 import ast
-import gc
 import importlib.util
-import inspect
 import json
 import random
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from secateur.errors import DataError
@@ -54,15 +51,18 @@ def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> No
     """Write a training file and a retrieval task folder; ``task.json`` comes last and tells that all is there."""
     packages = ("", *TRAIN_PACKAGES, *TEST_PACKAGES)
     found: dict[str, list[tuple[str, str]]] = {}
-    with _without_garbage_collection():
-        for done, package in enumerate(packages):
-            progress("read docstrings", done, len(packages))
-            found[package] = list(pairs_of(package))
+    for done, package in enumerate(packages):
+        progress("read docstrings", done, len(packages))
+        found[package] = list(pairs_of(package))
     progress("read docstrings", len(packages), len(packages))
-    train = _draw([pair for name in ("", *TRAIN_PACKAGES) for pair in found[name]], TRAIN_PAIRS, seed)
+
+    def draw(pairs: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+        return random.Random(seed).sample(pairs, min(count, len(pairs)))  # noqa: S311 - not for secrets
+
+    train = draw([pair for name in ("", *TRAIN_PACKAGES) for pair in found[name]], TRAIN_PAIRS)
     known = {text for pair in train for text in pair}
     test = [pair for name in TEST_PACKAGES for pair in found[name] if not known.intersection(pair)]
-    test = _draw(test, TEST_PAIRS, seed)
+    test = draw(test, TEST_PAIRS)
     if len(train) < 1000 or len(test) < 100:
         raise DataError("docstrings", f"only {len(train)} for training and {len(test)} for the test are installed")
     about = {
@@ -81,18 +81,6 @@ def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> No
     _write_lines(task / "queries.jsonl", [{"_id": f"q{i}", "text": summary} for i, (summary, _) in enumerate(test)])
     write_text(task / "qrels.tsv", "query-id\tcorpus-id\tscore\n" + judgments)
     write_text(task / "task.json", json.dumps(about, indent=1) + "\n")
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Within: syntax trees, which hold no cycles, are not searched for any; that took most of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def pairs_of(package: str) -> Iterator[tuple[str, str]]:
@@ -126,15 +114,10 @@ def _docstrings(file: Path) -> Iterator[str]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, OSError):  # a file of another Python version or encoding is no documentation
         return
+    documented = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield inspect.cleandoc(docstring)
-
-
-def _draw(pairs: list[tuple[str, str]], count: int, seed: int) -> list[tuple[str, str]]:
-    return random.Random(seed).sample(pairs, min(count, len(pairs)))  # noqa: S311 - not for secrets
+        if isinstance(node, documented) and not node.name.startswith("_") and (docstring := ast.get_docstring(node)):
+            yield docstring
 
 
 def _write_lines(file: Path, rows: list[dict[str, str]]) -> None:

@@ -7,9 +7,11 @@ are one module (:class:`BlackBox`), so that prompts, batches and tasks are the s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import torch
@@ -18,15 +20,31 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 
 from secateur import runtime
-from secateur.data.endpoints import REQUEST_TEXTS, Endpoint
 from secateur.data.vectors import PROBES, VectorCache, fingerprint_model, same_as_kept
+from secateur.errors import MissingPackage, ModelError
 from secateur.models import is_endpoint
 from secateur.models.open_model import is_static, open_model, open_static
 from secateur.progress import quiet
 from secateur.provenance import ENCODING, fingerprint_files, is_export, versions_of
 from secateur.runtime.vectors import as_numbers
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 Encode = Callable[[list[str], str], NDArray[np.float32]]
+
+KEY, COMMON_KEY = "SECATEUR_ENDPOINT_KEY", "OPENAI_API_KEY"
+FORM = "https://host/v1#model-name"
+REQUEST_TEXTS = 128
+TIMEOUT = 60.0
+"""Seconds without a sign of life."""
+RETRIES = 8
+HINTS = {
+    0: "with --cache, what it gave is kept, and the same command continues",
+    401: f"set {KEY}",
+    403: f"set {KEY}",
+    404: f"an endpoint is named {FORM}",
+}
 
 
 class BlackBox(InputModule):  # type: ignore[misc]
@@ -73,7 +91,7 @@ def open_embedder(
 
     Args:
         name: What :func:`.open_model` takes; a static embedding, by its folder or Hub id (:func:`.open_static`); a
-            folder that ``secateur export`` wrote; or an endpoint (:mod:`.endpoints`).
+            folder that ``secateur export`` wrote; or an endpoint (:class:`Endpoint`).
         device: Torch device, for what runs on one.
         trust_remote_code: Run the model code that a repository brings along.
 
@@ -126,3 +144,115 @@ def identify(model: SentenceTransformer, folder: Path | None) -> tuple[str, Vect
     if cache is not None:
         vectors = same_as_kept(model[0].source.url, cache, "probes", vectors)
     return hashlib.sha256(weights.encode() + vectors.tobytes()).hexdigest(), cache
+
+
+class Endpoint:
+    """One model of a server that speaks the OpenAI embeddings API.
+
+    Args:
+        name: ``https://host/v1#model-name``; without a name it is the server's only model. What goes before queries
+            and documents may follow: ``https://host/v1#e5-base?query=query: &document=passage: ``.
+
+    Attributes:
+        url: The address without the model's name.
+        fingerprint: Of the address and the model's name: its weights cannot be known.
+        dimension: Of its vectors; 0 before the first.
+
+    Raises:
+        ModelError: The address is none, or holds a password; a model must be named, or the server cannot be asked.
+        MissingPackage: The package openai is not installed.
+    """
+
+    def __init__(self, name: str) -> None:
+        url, _, named = name.partition("#")
+        model, _, prompts = named.partition("?")
+        self.url, self.dimension = url.rstrip("/"), 0
+        self.prompts = dict(parse_qsl(prompts, keep_blank_values=True))
+        if unknown := self.prompts.keys() - {"query", "document"}:
+            raise ModelError(self.url, f"is given a prompt for {min(unknown)}", f"{FORM}?query=...&document=...")
+        self.client = connect(self.url)
+        self.model = model or self._only_model()
+        self.fingerprint = hashlib.sha256(f"{self.url}\0{self.model}".encode()).hexdigest()
+
+    def _only_model(self) -> str:
+        try:
+            names = [str(model.id) for model in self.client.models.list().data]
+        except Exception as error:
+            raise self._error(error) from None
+        if len(names) != 1:
+            some = ", ".join(names[:10]) or "none that it tells"
+            raise ModelError(self.url, f"has {len(names)} models ({some})", f"name one: {self.url}#NAME")
+        return names[0]
+
+    def embed(self, texts: Sequence[str], prompt: str = "") -> NDArray[np.float32]:
+        """Vectors of texts with a prompt before each, (texts, dimension), in requests as small as the server wants.
+
+        Raises:
+            ModelError: The server refuses, does not answer in all attempts, or its answer is not what was asked for.
+        """
+        texts, most = [prompt + text for text in texts], REQUEST_TEXTS
+        try:
+            if len(texts) <= most:
+                create = self.client.embeddings.create
+                answer: Any = create(model=self.model, input=texts, encoding_format="float")
+        except Exception as error:
+            if getattr(error, "status_code", 0) != 413 or len(texts) == 1:
+                raise self._error(error) from None
+            most = -(-len(texts) // 2)
+        if len(texts) > most:
+            return np.concatenate([self.embed(texts[start : start + most]) for start in range(0, len(texts), most)])
+        if isinstance(answer, str):
+            said = f'answers with no JSON ("{" ".join(answer.split()):.60}")'
+            raise ModelError(self.url, said, "the address ends with /v1")
+        try:
+            rows = {int(row.index): row.embedding for row in answer.data}
+            vectors = np.array([rows[i] for i in range(len(texts))], dtype=np.float32)
+            if len(answer.data) != len(texts) or vectors.ndim != 2:
+                raise ValueError(f"{len(answer.data)} vectors")
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            problem = f"does not answer with one vector for each of {len(texts)} texts ({error!r})"
+            raise ModelError(self.url, problem) from None
+        if vectors.shape[1] != (self.dimension or vectors.shape[1]):
+            raise ModelError(self.url, f"gives vectors of {vectors.shape[1]} numbers, and earlier of {self.dimension}")
+        if not (finite := np.isfinite(vectors).all(axis=1)).all():
+            text = " ".join(texts[int(finite.argmin())].split())
+            raise ModelError(self.url, f'gives a vector with NaN or infinity for "{text:.60}"')
+        self.dimension = vectors.shape[1]
+        return vectors
+
+    def _error(self, error: Exception) -> ModelError:
+        """What the openai client raised, as one line about the server."""
+        status = getattr(error, "status_code", 0)
+        body = getattr(error, "body", None)
+        message = body.get("message") if isinstance(body, dict) else getattr(error, "message", None)
+        said = " ".join(str(message or error or type(error).__name__).split())[:300]
+        told = f"answers {status} ({said})" if status else f"gives no valid answer ({said})"
+        wait = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
+        told += f", and wants to be asked again in or at {wait}" if wait else ""
+        return ModelError(self.url, told, HINTS.get(status, ""))
+
+
+def connect(url: str) -> OpenAI:
+    """A client for a server, with the key from the environment.
+
+    The key is ``SECATEUR_ENDPOINT_KEY``, else ``OPENAI_API_KEY``; the latter leaves this machine encrypted only.
+    Redirects are refused, since they would carry the key elsewhere. Where there is no answer in time, and after 408,
+    409, 429 and 5xx, a request is sent again, as late as ``Retry-After`` says (two minutes at most). Errors as those of
+    :class:`Endpoint`.
+    """
+    try:
+        import openai
+    except ImportError:
+        raise MissingPackage("openai", "an endpoint", "pip install 'secateur[torch]'") from None
+    parts = urlsplit(url)
+    if not parts.hostname or "@" in parts.netloc:
+        problem = "is an address with a password" if "@" in parts.netloc else "is no address"
+        raise ModelError(parts.hostname or url, problem, f"{FORM}; the key stands in {KEY}")
+    private = parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
+    key = os.environ.get(KEY) or (os.environ.get(COMMON_KEY) if private else None)
+    return openai.OpenAI(
+        base_url=url,
+        api_key=key or "none",  # without one, the client would take OPENAI_API_KEY by itself
+        max_retries=RETRIES,
+        http_client=openai.DefaultHttpxClient(follow_redirects=False, timeout=TIMEOUT),
+    )

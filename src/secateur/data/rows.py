@@ -61,12 +61,11 @@ def read_rows(path: Path, select: Select | None = None) -> Iterator[tuple[int, R
     """
     check_is_file(path)
     name = path.name.lower()
-    kinds = (_json_lines, _json_lines, _csv, _csv, _tsv, _tsv, _parquet, _plain, _plain)
-    readers = dict(zip((*TABLES, *PLAIN), kinds, strict=True))
-    reader = next((reader for suffix, reader in readers.items() if name.endswith(suffix)), None)
-    if reader is None:
-        raise DataError(path, "is of no known format", f"expected one of {', '.join(readers)}")
-    return reader(path, select or list)
+    suffix = next((suffix for suffix in (*TABLES, *PLAIN) if name.endswith(suffix)), None)
+    if suffix is None:
+        raise DataError(path, "is of no known format", f"expected one of {', '.join((*TABLES, *PLAIN))}")
+    readers = {"jsonl": _json_lines, "csv": _csv, "tsv": _tsv, "parquet": _parquet, "txt": _plain}
+    return readers[suffix.split(".")[1]](path, select or list)
 
 
 def read_column(file: str | Path, column: str | None = None) -> Iterator[str]:
@@ -105,8 +104,7 @@ def read_column(file: str | Path, column: str | None = None) -> Iterator[str]:
 def check_column(files: Sequence[str | Path], column: str | None = None) -> None:
     """Check the first rows of files for :func:`read_column`, without PyTorch."""
     for file in files:
-        for _ in itertools.islice(read_column(file, column), CHECKED_ROWS):
-            pass
+        list(itertools.islice(read_column(file, column), CHECKED_ROWS))
 
 
 def parse_row(

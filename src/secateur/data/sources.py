@@ -11,10 +11,10 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from secateur.data.hub import PREFIX, is_hub_name, load_set, parse_name
 from secateur.data.rows import CELLS, CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, parse_row, read_rows
@@ -25,8 +25,6 @@ from secateur.provenance import Fingerprint, fingerprint
 ROLES = ("query", "anchor", "positive", "negative", TEXT)
 """The columns that mean something; ``query`` and ``anchor`` are two names of one."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -36,9 +34,27 @@ class Pair:
     positive: str
     negatives: tuple[str, ...] = ()
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.anchor, self.positive, *self.negatives)
+
+
+class _Rows:
+    """What texts and pairs have in common."""
+
+    rows: tuple[Any, ...]
+    source: Fingerprint
+
+    def sample(self: S, count: int, seed: int) -> S:
+        """At most ``count`` rows, drawn by ``seed``, in the order of the file."""
+        if count >= len(self.rows):
+            return self
+        rows = tuple(self.rows[i] for i in _places(len(self.rows), count, seed))
+        return replace(self, rows=rows, source=replace(self.source, rows=count))  # type: ignore[type-var]
+
 
 @dataclass(frozen=True)
-class Texts:
+class Texts(_Rows):
     """Texts of one file, in its order. ``prompt`` goes before each."""
 
     name: str
@@ -46,13 +62,13 @@ class Texts:
     prompt: str
     source: Fingerprint
 
-    def sample(self, count: int, seed: int) -> Texts:
-        """At most ``count`` texts, drawn by ``seed``, in the order of the file."""
-        return _sample(self, count, seed)
+    @property
+    def passage_prompt(self) -> str:
+        return self.prompt
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(_Rows):
     """Pairs of one data set. ``prompt`` goes before each anchor, ``passage_prompt`` before positives and negatives."""
 
     name: str
@@ -74,21 +90,10 @@ class Pairs:
         """Those of all rows, one after the other."""
         return tuple(text for row in self.rows for text in row.negatives)
 
-    def sample(self, count: int, seed: int) -> Pairs:
-        """At most ``count`` rows, drawn by ``seed``, in the order of the file."""
-        return _sample(self, count, seed)
-
 
 Source = Pairs | Texts
 Data = str | Path | Source | Sequence[str | Path | Source]
-S = TypeVar("S", Pairs, Texts)
-
-
-def _sample(source: S, count: int, seed: int) -> S:
-    if count >= len(source.rows):
-        return source
-    rows: Any = tuple(source.rows[i] for i in _places(len(source.rows), count, seed))
-    return replace(source, rows=rows, source=replace(source.source, rows=count))
+S = TypeVar("S", bound=_Rows)
 
 
 def _places(rows: int, count: int, seed: int) -> list[int]:
@@ -99,15 +104,14 @@ def _places(rows: int, count: int, seed: int) -> list[int]:
 def instruction_prompt(instruction: str) -> str:
     """The prompt of an instruction, in training, evaluation and use alike.
 
-    It ends with a newline, where L3Prune has a blank (:func:`l3prune_prompt`). sentence-transformers finds where the
-    text begins by tokenizing the prompt alone, and most tokenizers join a blank to the word after it: alone, the
-    prompt would have one token more than before a text, and the first word of every text would not be pooled.
+    It ends with a newline, where L3Prune has a blank: sentence-transformers tokenizes the prompt alone to find where a
+    text begins, and most tokenizers join a blank to the first word, which then would not be pooled.
     """
     return f"{instruction.strip()};\n" if instruction.strip() else ""
 
 
 def l3prune_prompt(prompt: str) -> str:
-    """The same instruction in the paper's format, ``"<instruction>; "``; other prompts stay as they are."""
+    """The same instruction as the paper has it, ``"<instruction>; "``; other prompts stay as they are."""
     return f"{prompt[:-1]} " if prompt.endswith(";\n") else prompt
 
 
@@ -151,22 +155,18 @@ def read_sources(
         if isinstance(item, Source):
             read.append(item if share is None else item.sample(share, seed))
         else:
-            table = _Table(item, columns)
-            if table.of_texts:
-                read.append(table.texts(instruction_prompt(instruction or ""), share, seed))
-            else:
-                read.append(table.pairs(instruction, share, seed))
+            read.append(_Table(item, columns).read(instruction, share, seed))
     return read
 
 
 def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Mapping[str, str] | None = None) -> Pairs:
     """Read and check one file or data set of pairs, as :func:`read_sources` does."""
-    return _Table(data, columns).pairs(instruction)
+    return cast("Pairs", _Table(data, columns, of_texts=False).read(instruction))
 
 
 def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str] | None = None) -> Texts:
     """Read and check texts alone: plain text, one on each line, or a file or data set with the column ``text``."""
-    return _Table(data, columns).texts(prompt)
+    return replace(cast("Texts", _Table(data, columns, of_texts=True).read(None)), prompt=prompt)
 
 
 def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> list[Iterator[str]]:
@@ -175,22 +175,12 @@ def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> list[I
     Raises:
         ConfigError, DataError: As :func:`read_sources`, when the row is reached.
     """
-    return [_stream(item, columns) for item in _items(data)]
 
+    def stream(item: Path | Source) -> Iterator[str]:
+        for row in item.rows if isinstance(item, Source) else _Table(item, columns).parsed():
+            yield from row.texts if isinstance(row, Pair) else (row,)
 
-def _stream(item: Path | Source, columns: Mapping[str, str] | None) -> Iterator[str]:
-    if isinstance(item, Texts):
-        yield from item.rows
-    elif isinstance(item, Pairs):
-        yield from _texts_of(item.rows)
-    elif (table := _Table(item, columns)).of_texts:
-        yield from (table.text_of(*row) for row in table.rows())
-    else:
-        yield from _texts_of(table.pair_of(*row) for row in table.rows())
-
-
-def _texts_of(pairs: Iterable[Pair]) -> Iterator[str]:
-    return (text for pair in pairs for text in (pair.anchor, pair.positive, *pair.negatives))
+    return [stream(item) for item in _items(data)]
 
 
 def prompts_of(data: Data) -> set[str]:
@@ -198,7 +188,7 @@ def prompts_of(data: Data) -> set[str]:
     found = set()
     for item in _items(data):
         if isinstance(item, Source):
-            found |= {item.prompt, item.passage_prompt} if isinstance(item, Pairs) else {item.prompt}
+            found |= {item.prompt, item.passage_prompt}
         elif not is_hub_name(item):
             beside = read_beside(item)
             found |= {instruction_prompt(beside.get(f"{role}_instruction", "")) for role in ("query", "passage")}
@@ -211,8 +201,7 @@ def check_data(data: Data, columns: Mapping[str, str] | None = None) -> None:
     Of a data set of the Hub, only the name is checked.
 
     Raises:
-        ConfigError, DataError: As :func:`read_sources` would, as far as this can be told from
-            :data:`.CHECKED_ROWS` rows.
+        ConfigError, DataError: As :func:`read_sources` would, as far as :data:`.CHECKED_ROWS` rows tell.
     """
     for item in _items(data):
         if isinstance(item, Path) and is_hub_name(item):
@@ -221,8 +210,7 @@ def check_data(data: Data, columns: Mapping[str, str] | None = None) -> None:
             table = _Table(item, columns)
             if not table.of_texts:
                 read_beside(item)
-            parse = table.text_of if table.of_texts else table.pair_of
-            table.check_any([parse(*row) for row in itertools.islice(table.rows(), CHECKED_ROWS)])
+            list(itertools.islice(table.parsed(), CHECKED_ROWS))
 
 
 def _items(data: Data) -> list[Path | Source]:
@@ -248,24 +236,21 @@ def data_files(path: str | Path) -> list[Path]:
 
 def stem(path: Path) -> str:
     """A data file's name without its suffix."""
-    known = (suffix for suffix in (*TABLES, *PLAIN) if path.name.lower().endswith(suffix))
-    return path.name[: -len(suffix)] if (suffix := next(known, "")) else path.stem
+    suffix = next((end for end in (*TABLES, *PLAIN) if path.name.lower().endswith(end)), path.suffix)
+    return path.name[: len(path.name) - len(suffix)]
 
 
 class _Table:
     """A data file, or a data set of the Hub, opened to be read row by row.
 
     Attributes:
-        place: What errors call it.
-        name: A file's name without its suffix, or what the data set is called among others.
         path: The file; None for a data set of the Hub.
-        of_texts: Whether its rows are texts alone, and no pairs.
+        of_texts: Whether its rows are texts alone, and no pairs; the first row tells, where nothing is said.
     """
 
-    def __init__(self, data: str | Path, columns: Mapping[str, str] | None) -> None:
-        for role in columns or {}:
-            if role not in ROLES:
-                raise ConfigError("columns", role, f"{role} is no role of a column", f"one of {', '.join(ROLES)}")
+    def __init__(self, data: str | Path, columns: Mapping[str, str] | None, of_texts: bool | None = None) -> None:
+        for role in [role for role in columns or {} if role not in ROLES]:
+            raise ConfigError("columns", role, f"{role} is no role of a column", f"one of {', '.join(ROLES)}")
         if columns and {"query", "anchor"} <= columns.keys():
             problem = "query and anchor are two words for one column"
             raise ConfigError("columns", dict(columns), problem, "map one of them")
@@ -275,14 +260,13 @@ class _Table:
         mapped = {} if self._plain or columns is None else columns
         self._columns = {"query" if role == "anchor" else role: column for role, column in mapped.items()}
         if self.path is None:
-            self._hub_name, self._set = load_set(data)
-            self._selected = self._set.select_columns(self._select(self._set.column_names))
+            self._hub_name, data_set = load_set(data)
+            self._set = data_set.select_columns(self._select(data_set.column_names))
             self.name = self._hub_name.label
         else:
-            read_rows(self.path)  # opens nothing, but refuses a file that is missing or of no known format
             self.name = stem(self.path)
         first = next(self.rows(), (0, {}))[1]
-        self.of_texts = self._plain or (TEXT in first and "positive" not in first)
+        self.of_texts = self._plain or (TEXT in first and "positive" not in first) if of_texts is None else of_texts
 
     def rows(self) -> Iterator[tuple[int, Row]]:
         """The line of each row and its columns, the mapped ones under the names that they stand for.
@@ -291,52 +275,66 @@ class _Table:
             DataError: A mapped column is missing; the negative may be missing from some rows, but not from all.
         """
         there: Row = {}
-        line, negative_seen = 0, "negative" not in self._columns
-        for line, there in enumerate(self._selected, 1) if self.path is None else read_rows(self.path, self._select):
+        line, unseen = 0, self._columns.get("negative")
+
+        def missing(column: str) -> DataError:
+            return DataError(self.place, "the column is missing", f"it has {', '.join(there)}", line=line, field=column)
+
+        for line, there in enumerate(self._set, 1) if self.path is None else read_rows(self.path, self._select):
             if self._plain and not there[TEXT].strip():
                 continue
-            if self._columns:
-                named = {role: there[column] for role, column in self._columns.items() if column in there}
-                for role, column in self._columns.items():
-                    if role not in named and role != "negative":
-                        raise self._missing(column, there, line)
-                negative_seen = negative_seen or "negative" in named
-                there = {**there, **named}
-            yield line, there
-        if line and not negative_seen:
-            raise self._missing(self._columns["negative"], there, line)
-
-    def _missing(self, column: str, there: Row, line: int) -> DataError:
-        return DataError(self.place, "the column is missing", f"it has {', '.join(there)}", line=line, field=column)
+            for role, column in self._columns.items():
+                if column not in there and role != "negative":
+                    raise missing(column)
+            unseen = None if unseen in there else unseen
+            yield line, {**there, **{role: there[column] for role, column in self._columns.items() if column in there}}
+        if line and unseen:
+            raise missing(unseen)
 
     def _select(self, there: Sequence[str]) -> Sequence[str]:
         """The columns that mean something; all, where one is missing, for the error to name them."""
-        mapped = self._columns.values()
+        mapped = {*self._columns.values()}
         has = {*there, *(role for role, column in self._columns.items() if column in there)}
         enough = TEXT in has or ("positive" in has and not has.isdisjoint({"query", "anchor"}))
-        return [name for name in there if name in {*ROLES, *mapped}] if enough and {*mapped} <= {*there} else there
+        return [name for name in there if name in {*ROLES, *mapped}] if enough and mapped <= {*there} else there
 
-    def texts(self, prompt: str, most: int | None = None, seed: int = 0) -> Texts:
-        """All texts, or so many of them, drawn by the seed."""
-        rows = self._keep(self.text_of, most, seed)
-        return Texts(self.path.name if self.path else self.name, rows, prompt, self._fingerprint(len(rows)))
+    def parsed(self) -> Iterator[Any]:
+        """The rows, checked: texts or pairs. There must be one.
 
-    def pairs(self, instruction: str | None, most: int | None = None, seed: int = 0) -> Pairs:
-        """All pairs, or so many of them, drawn by the seed."""
-        beside = read_beside(self.path) if self.path is not None else {}
-        rows = self._keep(self.pair_of, most, seed)
-        source = self._fingerprint(len(rows))
-        source = replace(source, licence=beside.get("licence", source.licence))
+        Raises:
+            DataError: With its line, a row is not right; or there is none.
+        """
+        parse, row = self._text_of if self.of_texts else self._pair_of, None
+        for line, row in self.rows():
+            yield parse(line, row)
+        if row is None:
+            raise DataError(self.place, "holds no text" if self.of_texts else "has no rows")
+
+    def read(self, instruction: str | None, most: int | None = None, seed: int = 0) -> Source:
+        """All rows, or so many of them, drawn by the seed: a file that has more is read twice, and held once."""
+        beside = {} if self.path is None or self.of_texts else read_beside(self.path)
+        kept: list[Any] = []
+        count = 0
+        for count, row in enumerate(self.parsed(), start=1):
+            if most is None or count <= most:
+                kept.append(row)
+        if most is not None and count > most:
+            chosen = set(_places(count, most, seed))
+            kept = [row for place, row in enumerate(self.parsed()) if place in chosen]
+            if len(kept) < most:
+                raise DataError(self.place, "lost rows while it was read", "run the same command again")
+        rows, source = tuple(kept), self._fingerprint(len(kept))
+        if self.of_texts:
+            name = self.path.name if self.path else self.name
+            return Texts(name, rows, instruction_prompt(instruction or ""), source)
         query = beside.get("query_instruction", "") if instruction is None else instruction
-        passage = beside.get("passage_instruction", "")
-        return Pairs(self.name, rows, instruction_prompt(query), instruction_prompt(passage), source)
+        prompt, passage = map(instruction_prompt, (query, beside.get("passage_instruction", "")))
+        return Pairs(self.name, rows, prompt, passage, replace(source, licence=beside.get("licence", source.licence)))
 
-    def text_of(self, line: int, row: Row) -> str:
-        """The text of a row, checked."""
+    def _text_of(self, line: int, row: Row) -> str:
         return str(parse_row(self.place, line, row, {TEXT: as_text})[TEXT])
 
-    def pair_of(self, line: int, row: Row) -> Pair:
-        """The pair of a row, checked."""
+    def _pair_of(self, line: int, row: Row) -> Pair:
         if row.get("negative") == "" and self.place.lower().endswith(CELLS):  # CSV has no other way to leave one out
             row = {**row, "negative": None}
         anchor = "anchor" if "anchor" in row and "query" not in row else "query"
@@ -345,33 +343,12 @@ class _Table:
         found = parse_row(self.place, line, row, fields, optional=("negative",), needed=needed)
         return Pair(*found.values())
 
-    def _keep(self, parse: Callable[[int, Row], T], most: int | None, seed: int) -> tuple[T, ...]:
-        """Check all rows, and keep at most so many, drawn by the seed; a file that has more is read twice."""
-        kept: list[T] = []
-        count = 0
-        for count, (line, row) in enumerate(self.rows(), start=1):
-            parsed = parse(line, row)
-            if most is None or count <= most:
-                kept.append(parsed)
-        self.check_any(kept)
-        if most is not None and count > most:
-            chosen = set(_places(count, most, seed))
-            kept = [parse(line, row) for place, (line, row) in enumerate(self.rows()) if place in chosen]
-            if len(kept) < most:
-                raise DataError(self.place, "lost rows while it was read", "run the same command again")
-        return tuple(kept)
-
-    def check_any(self, rows: Sequence[object]) -> None:
-        """Refuse data without rows."""
-        if not rows:
-            raise DataError(self.place, "holds no text" if self.of_texts else "has no rows")
-
     def _fingerprint(self, rows: int) -> Fingerprint:
         """Of a file's bytes; of a data set, its name with the revision, and the hash of the rows as JSON."""
         if self.path is not None:
             return fingerprint(self.path, rows)
         digest = hashlib.sha256()
-        for row in self._selected:
+        for row in self._set:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return Fingerprint(str(self._hub_name), digest.hexdigest(), rows, str(self._set.info.license or ""))
 
@@ -388,7 +365,8 @@ def read_beside(path: Path) -> Mapping[str, str]:
     """
     file = path.with_name(stem(path) + ".json")
     if not file.is_file():
-        return {"query_instruction": _e5_instruction(path)}
+        of_mix = all((path.parent / f"{name}.jsonl").is_file() for name in E5_INSTRUCTIONS)
+        return {"query_instruction": E5_INSTRUCTIONS.get(path.name.removesuffix(".jsonl"), "") if of_mix else ""}
     content = read_json(file, strict=True)
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}, not an object")
@@ -397,14 +375,6 @@ def read_beside(path: Path) -> Mapping[str, str]:
         if not isinstance(value, str):
             raise DataError(file, f"is a {type(value).__name__}, not a text", field=key)
     return known
-
-
-def _e5_instruction(file: Path) -> str:
-    """The instruction of a file of the E5 mix; empty for one that does not stand among all 14."""
-    if file.name.removesuffix(".jsonl") not in E5_INSTRUCTIONS or not file.name.endswith(".jsonl"):
-        return ""
-    complete = all((file.parent / f"{name}.jsonl").is_file() for name in E5_INSTRUCTIONS)
-    return E5_INSTRUCTIONS[file.name.removesuffix(".jsonl")] if complete else ""
 
 
 _WIKIPEDIA = "Given a question, retrieve Wikipedia passages that answer the question"
@@ -425,6 +395,6 @@ E5_INSTRUCTIONS = {
     "t2ranking": _CHINESE,
     "trivia_qa": "Retrieve Wikipedia passages that answer the question",
 }
-"""The public E5 mix as curated for Echo embeddings (arXiv 2402.15449), on which L3Prune trains: 14 files in a folder,
-by their names without ``.jsonl``. The instructions are in the papers only (Wang et al. 2024, arXiv 2401.00368, table
-13; LLM2Vec, arXiv 2404.05961, table 8); where those give two for one set, the first is used for all its rows."""
+"""The public E5 mix as curated for Echo embeddings (arXiv 2402.15449), on which L3Prune trains, by the names of its 14
+files. The instructions are in the papers only (Wang et al. 2024, arXiv 2401.00368, table 13; LLM2Vec, arXiv 2404.05961,
+table 8); where those give two for one set, the first is used for all its rows."""

@@ -21,20 +21,20 @@ from secateur.data.sources import Source, read_sources
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError
 from secateur.files import empty_folder, lock, output_errors, partial_folder, read_json, rename_into_place
-from secateur.healing.evaluator import HeldOut, read_held_out
-from secateur.healing.exclusion import Excluded, read_excluded
 from secateur.healing.losses import Loss, check_dims, dropout
 from secateur.healing.processes import barrier, init_processes, is_sharded
 from secateur.healing.recipes import TrainingConfig, decide, training_config
 from secateur.healing.teacher import Teacher, open_teacher, teach
 from secateur.healing.trainer import TrainingResult, check_tracker, train
 from secateur.healing.training_data import (
+    Excluded,
+    HeldOut,
     TrainingSet,
     check_room,
-    default_prompt,
+    read_excluded,
+    read_held_out,
     set_prompts,
     training_sets,
-    with_default_prompt,
 )
 from secateur.models import model_label
 from secateur.models.blocks import depth_of
@@ -75,13 +75,21 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     held_out = read_held_out(options)
     model, teacher = _open_models(options, config)
     config = decide(model, replace(config, train="blocks") if is_sharded() and config.train == "auto" else config)
-    default = default_prompt(model) if options.instruction is None else ""
-    own_sets = with_default_prompt(sets, default)  # a teacher has a default prompt of its own
+    # What the model puts before texts that come without a prompt; a teacher has a default prompt of its own.
+    default = str(model.prompts.get(model.default_prompt_name or "") or "") if options.instruction is None else ""
+    own_sets = list(sets)
+    if default:
+        own_sets = [replace(s, prompts=s.prompts or dict.fromkeys(s.rows.column_names, default)) for s in sets]
     check_room(model, own_sets, config.max_length)
     sources = [source for source in sources if source.name in {item.source for item in sets}]
     prompts = set_prompts(model, sources, default)
     made = _made_from(options, config, model, sources, own_sets, held_out, teacher, excluded)
-    settings = _settings(options, made, sets, held_out) | excluded.settings()
+    unused = () if teacher else ("teacher_weight", "distill")
+    settings = {key: value for key, value in made.options.items() if key not in unused}
+    settings |= {"data": {item.name: len(item.rows) for item in own_sets}, "instruction": options.instruction}
+    if teacher:
+        settings |= {"teacher": str(options.teacher), "teacher_fingerprint": teacher.fingerprint}
+    settings |= held_out.settings() | excluded.settings()
     settings |= {"objective": config.objective, "notes": [*left_out, *notes]}
     with output_errors(options.out), locked_folder(options.out) as folder:
         if get_rank() == 0:
@@ -93,11 +101,17 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
             taught, vectors = teach(sets, config, teacher, cache, progress)
             own_sets = [replace(own, rows=item.rows) for own, item in zip(own_sets, taught, strict=True)]
             teacher = None  # its weights are not needed any more
-        make_loss = partial(Loss, teacher=vectors)
-        score = held_out.score if held_out else None
-        arguments: dict[str, Any] = {"report_to": options.report_to, "progress": progress}
         with dropout(model, config):
-            result = train(model, own_sets, config, folder / "checkpoints", make_loss, score, **arguments)
+            result = train(
+                model,
+                own_sets,
+                config,
+                folder / "checkpoints",
+                partial(Loss, teacher=vectors),
+                held_out.score if held_out.is_given else None,
+                report_to=options.report_to,
+                progress=progress,
+            )
         if get_rank() == 0:
             _write(options.model, model, sources, prompts, settings, result, folder / "model")
             rename_into_place(folder / "model", options.out)
@@ -126,7 +140,7 @@ def _made_from(
     model: SentenceTransformer,
     sources: Sequence[Source],
     sets: Sequence[TrainingSet],
-    held_out: HeldOut | None,
+    held_out: HeldOut,
     teacher: Teacher | None,
     excluded: Excluded,
 ) -> Made:
@@ -139,23 +153,11 @@ def _made_from(
         "prompts": [[item.name, dict(item.prompts)] for item in sets],
         "teacher": teacher.fingerprint if teacher else "",
     }
-    for key, items in (held_out or HeldOut()).settings().items():
+    for key, items in held_out.settings().items():
         inputs[key] = [{k: v for k, v in item.items() if k not in ("name", "licence")} for item in items]
     if excluded.tasks:
         inputs["exclude"] = [task.sha256 for task in excluded.tasks]
     return Made("heal", asdict(config) | own, inputs)
-
-
-def _settings(
-    options: HealOptions, made: Made, sets: Sequence[TrainingSet], held_out: HeldOut | None
-) -> dict[str, Any]:
-    """The settings in ``training.json``."""
-    settings = {"data": {item.name: len(item.rows) for item in sets}, "instruction": options.instruction}
-    if options.teacher is not None:
-        settings |= {"teacher": str(options.teacher), "teacher_fingerprint": made.inputs["teacher"]}
-    unused = () if options.teacher is not None else ("teacher_weight", "distill")
-    known = {key: value for key, value in made.options.items() if key not in unused}
-    return {**known, **settings, **(held_out or HeldOut()).settings()}
 
 
 @contextmanager
@@ -181,13 +183,9 @@ def check_resume(
     what: str = "an unfinished training",
     held: Sequence[str] = (Training.file, "checkpoints"),
 ) -> None:
-    """Record what a result is made from, or make sure that the one in a folder is made from the same.
+    """Record what the result in a folder is made from, or make sure that what is there is made from the same.
 
-    Args:
-        folder: Where it is made.
-        made: What it would be made from now.
-        what: What the folder holds, in words.
-        held: Names by which it is known to hold some of it; what else a folder without a record holds is removed.
+    A folder that has no record, and none of the files ``held``, is emptied.
 
     Raises:
         ConfigError: It is made from something else.
@@ -199,14 +197,13 @@ def check_resume(
         return
     if changes == []:
         return
-    told = "begun by an earlier version"
-    if changes:
-        recorded = read_json(folder / DONE)
-        before = recorded.get("options", {}) if isinstance(recorded, dict) else {}
-        told = "; ".join(
-            f"{key} was {before.get(key)}, is {made.options[key]}" if key in made.options else f"other {key}"
-            for key in changes
-        )
+    recorded = read_json(folder / DONE) if changes else {}
+    before = recorded.get("options", {}) if isinstance(recorded, dict) else {}
+    told = "; ".join(
+        f"{key} was {before.get(key)}, is {made.options[key]}" if key in made.options else f"other {key}"
+        for key in changes or ()
+    )
+    told = told or "begun by an earlier version"
     problem = f"{folder} holds {what} with other settings ({told})"
     raise ConfigError("out", str(folder), problem, "remove it, or name another --out")
 

@@ -40,10 +40,20 @@ def init_processes(config: TrainingConfig, *, scored: bool = False) -> None:
     Raises:
         ConfigError: The batch does not divide evenly among them; or the training cannot be sharded as it is.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and is_sharded():
-        _check_sharded(config, scored)
-    if several:
+    if is_sharded():
+        for key, wanted in (("FSDP_VERSION", "2"), ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")):
+            if (found := os.environ.get(key, wanted)) != wanted:
+                name = key.lower()
+                raise ConfigError(name, found, f"is {found} in accelerate's configuration", f"{name}: {wanted}")
+        hint = "start the processes without FSDP"
+        if config.train == "lora":
+            raise ConfigError("train", "lora", "with FSDP, whole weights are trained", f"--train blocks, or {hint}")
+        if config.mini_batch_tokens is not None:
+            problem = "each process would have another number of mini-batches, and FSDP wants the same"
+            raise ConfigError("mini_batch_tokens", config.mini_batch_tokens, problem, "--gradient-checkpointing")
+        if scored:
+            raise ConfigError("eval_tasks", True, "with FSDP, nothing is measured while training", f"none, or {hint}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     count = get_world_size()
     if config.batch_size % count:
@@ -60,21 +70,6 @@ def barrier() -> None:
 def is_sharded() -> bool:
     """Whether ``accelerate launch`` was told to use FSDP, for several processes."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP") and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _check_sharded(config: TrainingConfig, scored: bool) -> None:
-    for key, wanted in (("FSDP_VERSION", "2"), ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")):
-        if (found := os.environ.get(key, wanted)) != wanted:
-            name = key.lower()
-            raise ConfigError(name, found, f"is {found} in accelerate's configuration", f"{name}: {wanted}")
-    hint = "start the processes without FSDP"
-    if config.train == "lora":
-        raise ConfigError("train", "lora", "with FSDP, whole weights are trained", f"--train blocks, or {hint}")
-    if config.mini_batch_tokens is not None:
-        problem = "each process would have another number of mini-batches, and FSDP wants the same"
-        raise ConfigError("mini_batch_tokens", config.mini_batch_tokens, problem, "--gradient-checkpointing")
-    if scored:
-        raise ConfigError("eval_tasks", True, "with FSDP, nothing is measured while training", f"none, or {hint}")
 
 
 def sharded_copy(model: SentenceTransformer) -> SentenceTransformer:

@@ -45,7 +45,7 @@ class Teacher:
     """Who gives the vectors.
 
     Attributes:
-        name: What the user calls it: a path, a Hub id, or an address.
+        name: What the user calls it.
         fingerprint: Of its weights; of an endpoint, of its address and model name.
         encode: Texts and the prompt before each → vectors (texts, dimension).
         length: Tokens to which it cuts a text; None where that is the server's business.
@@ -123,7 +123,7 @@ def keep_vectors(
     Args:
         teacher: From :func:`open_teacher`.
         texts: By the prompt before them; a text may repeat.
-        folder: Of the vectors of all models, as for :func:`.evaluate`.
+        folder: Of the vectors of all models.
         progress: Called after each chunk.
 
     Returns:
@@ -145,15 +145,14 @@ def keep_vectors(
         shares = {prompt: list(dict.fromkeys(own))[get_rank() :: get_world_size()] for prompt, own in texts.items()}
         todo = [(prompt, cache.missing(own, teacher.context(prompt))) for prompt, own in shares.items()]
         done, total = 0, sum(len(own) for _, own in todo)
-        tell = progress if first else silent
+        tell = progress if first and total else silent
         for prompt, own in todo:
             for start in range(0, len(own), CHUNK):
                 tell("teacher", done, total)
                 chunk = own[start : start + CHUNK]
                 cache.encode(chunk, teacher.context(prompt), partial(_checked, teacher, prompt, cache.dimension))
                 done += len(chunk)
-        if total:
-            tell("teacher", total, total)
+        tell("teacher", total, total)
         barrier()
     if get_world_size() == 1:
         return cache

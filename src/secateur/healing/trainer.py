@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from datasets import DatasetDict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -28,12 +29,12 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
-from secateur.healing.evaluator import Evaluator, Score
 from secateur.healing.losses import Loss
 from secateur.healing.processes import gather, is_sharded, shard_by_blocks, sharded_copy
 from secateur.healing.recipes import (
     SCORE,
     TrainingConfig,
+    as_written,
     attention_in_float32,
     decide,
     finish,
@@ -56,8 +57,9 @@ QUICK_SAVE, SAVE_SHARE = 1.0, 0.1
 
 TRAINED_WEIGHTS, SECONDS = "trained.safetensors", "seconds"
 
-MakeLoss = Callable[[SentenceTransformer, TrainingConfig], nn.Module]
-"""Makes the loss, a module as sentence-transformers has them, that embeds through its attribute ``model``."""
+
+Score = Callable[[SentenceTransformer], float]
+"""Higher for a better model."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def train(
     sets: Sequence[TrainingSet],
     config: TrainingConfig,
     folder: Path,
-    make_loss: MakeLoss = Loss,
+    make_loss: Callable[[SentenceTransformer, TrainingConfig], nn.Module] = Loss,
     score: Score | None = None,
     *,
     report_to: str = "none",
@@ -90,7 +92,7 @@ def train(
         sets: Each batch comes from one of them, drawn in proportion to their rows.
         config: The numbers; what is left open in them (:func:`.decide`) is decided here.
         folder: Where checkpoints go.
-        make_loss: Makes the loss.
+        make_loss: Makes the loss, a module as sentence-transformers has them, that embeds by its attribute ``model``.
         score: Called every ``eval_every`` steps (by default, as often as a checkpoint is written) and after the last;
             the model is left at the best.
         report_to: An experiment tracker that transformers supports.
@@ -99,6 +101,7 @@ def train(
     Raises:
         TrainingDiverged, DataError: The loss exploded, or was 0 in every step; or the data had too few batches.
         OutputError: A file of the checkpoint is damaged.
+        ConfigError: With FSDP, the loss has weights of its own.
     """
     config = decide(model, config)
     dtypes = prepare(model, config)
@@ -118,7 +121,9 @@ def train(
         callbacks=[ProgressCallback(folder, config, progress)],
     )
     if trainer.is_fsdp_enabled:
-        trainer.check_sharded()
+        if trainer.of_loss():
+            problem = "with FSDP, a teacher's vectors must be as wide as the model's"
+            raise ConfigError("distill", "vectors", problem, "--distill similarities, or another teacher")
         shard_by_blocks(own, trainer.accelerator, config)
     trainer.remove_callback(PrinterCallback)
     with quiet():
@@ -134,7 +139,11 @@ def train(
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = length
     finish(model, dtypes)
-    return trainer.result(trained)
+    log = state.log_history
+    losses = tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row)
+    evaluations = tuple(EvaluationRow(row["step"], row[SCORE]) for row in log if SCORE in row)
+    best = state.best_global_step if evaluations else None
+    return TrainingResult(state.global_step, trainer.seconds, trained, losses, evaluations, best)
 
 
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
@@ -162,14 +171,6 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self.state = state
             self._load_from_checkpoint(str(checkpoint))
             self._load_best_model()
-
-    def result(self, trained_parameters: int) -> TrainingResult:
-        """What was done."""
-        state, log = self.state, self.state.log_history
-        losses = tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row)
-        evaluations = tuple(EvaluationRow(row["step"], row[SCORE]) for row in log if SCORE in row)
-        best = state.best_global_step if evaluations else None
-        return TrainingResult(state.global_step, self.seconds, trained_parameters, losses, evaluations, best)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, SECONDS: self.seconds}, *args, **kwargs)
@@ -211,21 +212,35 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """What is trained: of the model by its own names, and of the loss what it has besides."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad} | self._of_loss()
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad} | self.of_loss()
 
-    def _of_loss(self) -> dict[str, nn.Parameter]:
+    def of_loss(self) -> dict[str, nn.Parameter]:
+        """The weights that the loss has itself; FSDP has no place for them."""
         known = {id(parameter) for parameter in self.model.parameters()}
         return {f"loss.{name}": p for name, p in self.loss.named_parameters() if id(p) not in known and p.requires_grad}
 
-    def check_sharded(self) -> None:
-        """Refuse a loss with weights of its own, which FSDP has no place for.
 
-        Raises:
-            ConfigError: It has some.
-        """
-        if self._of_loss():
-            problem = "with FSDP, a teacher's vectors must be as wide as the model's"
-            raise ConfigError("distill", "vectors", problem, "--distill similarities, or another teacher")
+class Evaluator(BaseEvaluator):  # type: ignore[misc]
+    """A score as the trainer asks for it: of the model as it would be written.
+
+    That is at its own ``length``, which may be longer than that of the training, and with the ``dtypes`` that its
+    weights had before it (:func:`.prepare`).
+    """
+
+    def __init__(self, score: Score, length: int | None, dtypes: Mapping[str, torch.dtype]) -> None:
+        super().__init__()
+        self.score = score
+        self.length = length
+        self.dtypes = dtypes
+
+    def __call__(self, model: SentenceTransformer, *_: Any, **__: Any) -> dict[str, float]:
+        """The score, under the name that the trainer looks for."""
+        trained_length, model.max_seq_length = model.max_seq_length, self.length
+        # What the score draws must not change what the training draws.
+        with torch.random.fork_rng(), as_written(model, self.dtypes):
+            score = float(self.score(model))
+        model.max_seq_length = trained_length
+        return {"score": score}
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
@@ -341,29 +356,28 @@ def read_state(checkpoint: Path, *, sharded: bool = False) -> TrainerState:
     weights = parts if sharded else (TRAINED_WEIGHTS, OPTIMIZER_NAME)
     for name in (*weights, SCHEDULER_NAME, "rng_state*.pth", TRAINER_STATE_NAME):
         found = sorted(checkpoint.glob(name))
-        problem = "" if found else "missing"
-        for file in found:
-            try:
-                if name in parts:
-                    continue
-                if file.suffix == ".safetensors":
-                    with safe_open(file, framework="pt"):
-                        continue
-                if file.suffix == ".json":
-                    state = TrainerState.load_from_json(str(file))
-                    whole = checkpoint.name == f"checkpoint-{state.global_step}"
-                else:
-                    with ZipFile(file) as archive:  # as torch saves
-                        whole = archive.testzip() is None
-            except OSError:
-                raise
-            except Exception:  # whatever a reader makes of bytes that are not its own
-                whole = False
-            problem = problem or ("" if whole else "damaged")
-        if problem:
+        damaged = [] if name in parts else [file for file in found if not _is_whole(file)]
+        if damaged or not found:
+            problem = f"its {damaged[0].name} is damaged" if damaged else f"its {name} is missing"
             hint = "remove this folder; the same command then resumes from the checkpoint before it, or begins anew"
-            raise OutputError(checkpoint, f"its {found[0].name if found else name} is {problem}", hint)
-    return state
+            raise OutputError(checkpoint, problem, hint)
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of a checkpoint holds what it should."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                return True
+        if file.suffix == ".json":
+            return file.parent.name == f"checkpoint-{TrainerState.load_from_json(str(file)).global_step}"
+        with ZipFile(file) as archive:  # as torch saves
+            return archive.testzip() is None
+    except OSError:
+        raise
+    except Exception:  # whatever a reader makes of bytes that are not its own
+        return False
 
 
 def check_tracker(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Training sets from files of pairs and of unlabelled texts, their prompts, and the rows that a training will read.
+"""The data of a training: sets of pairs and of texts, what is left out of them, and what the model is scored by.
 
 | data | without a teacher | with one |
 |---|---|---|
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,81 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler, ProportionalBatchSampler
 from torch.utils.data import ConcatDataset
 
-from secateur.data.sources import Pair, Pairs, Source, Texts
+from secateur.data.sources import Pair, Pairs, Source, Texts, read_sources
 from secateur.errors import ConfigError, DataError
+from secateur.evaluation.evaluate import evaluate
+from secateur.evaluation.task_folder import read_task_folder, texts_of
+from secateur.evaluation.tasks import Task, open_tasks
 from secateur.healing.recipes import TrainingConfig, training_arguments
+from secateur.measures.metrics import cosines, false_negative_mask, retrieval, text_numbers
+from secateur.options import HealOptions
 from secateur.progress import quiet
+from secateur.provenance import Fingerprint
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Texts of task folders that will judge the model, and so are not trained on; and the folders' fingerprints."""
+
+    texts: frozenset[str] = frozenset()
+    tasks: tuple[Fingerprint, ...] = ()
+
+    def settings(self) -> dict[str, list[dict[str, Any]]]:
+        """For ``training.json`` and ``done.json``; nothing where nothing is excluded."""
+        return {"exclude": [{"name": task.name, "sha256": task.sha256} for task in self.tasks]} if self.tasks else {}
+
+    def leave_out(self, sources: Sequence[Source]) -> tuple[list[Source], list[str]]:
+        """Data without rows that hold one of the texts as anchor, positive or text; of negatives, these alone go.
+
+        Returns:
+            The data that have rows left, and a note for each that had more.
+
+        Raises:
+            DataError: No row is left at all.
+        """
+        if not self.texts:
+            return list(sources), []
+        kept: list[Source] = []
+        notes: list[str] = []
+        for source in sources:
+            rows: Any
+            negatives = 0
+            if isinstance(source, Pairs):
+                clean = [row for row in source.rows if self.texts.isdisjoint((row.anchor, row.positive))]
+                rows = [replace(r, negatives=tuple(t for t in r.negatives if t not in self.texts)) for r in clean]
+                negatives = sum(len(r.negatives) for r in clean) - sum(len(r.negatives) for r in rows)
+            else:
+                rows = [text for text in source.rows if text not in self.texts]
+            parts = [(len(source.rows) - len(rows), f"of {len(source.rows)} rows"), (negatives, "other negatives")]
+            if told := ", ".join(f"{count} {what}" for count, what in parts if count):
+                notes.append(f"{source.source.name}: not trained on, as texts of excluded tasks: {told}")
+            if rows:
+                left: Any = tuple(rows)
+                kept.append(replace(source, rows=left, source=replace(source.source, rows=len(rows))))
+        if not kept:
+            raise DataError("data", "every row holds a text of an excluded task", "other data, or exclude less")
+        return kept, notes
+
+
+def read_excluded(tasks: Sequence[object]) -> Excluded:
+    """The texts of task folders. A document counts with its title before it, too, as it is encoded.
+
+    Raises:
+        ConfigError: One is no folder: the texts of mteb's own tasks are not on this disk.
+        DataError: A folder is not right.
+    """
+    texts: set[str] = set()
+    fingerprints = []
+    for task in tasks:
+        if not isinstance(task, (str, Path)) or not Path(task).exists():
+            hint = "name a task folder; the texts of mteb's own tasks are not here to compare with"
+            raise ConfigError("exclude", str(task), f"{task} is no folder or file", hint)
+        folder = read_task_folder(task)
+        texts.update(texts_of(folder))
+        corpus = folder.tables.get("corpus", ())
+        texts |= {f"{row['title']} {row['text']}".strip() for row in corpus if row["title"]}
+        fingerprints.append(folder.source)
+    return Excluded(frozenset(texts), tuple(fingerprints))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,76 +129,62 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
     names: Counter[str] = Counter()
     size = config.batch_size
     for source in sorted(sources, key=lambda source: isinstance(source, Texts)):
-        if config.has_teacher and isinstance(source, Texts):
-            names[source.name] += 1
-            sets.append(_text_set(source, size))
-            continue
-        pairs = _as_pairs(source)
-        notes += _contradictions(pairs)
-        for name, kind, rows in _split(pairs):
+        if isinstance(source, Texts):
+            distinct = list(dict.fromkeys(source.rows))
+            if config.has_teacher:
+                names[source.name] += 1
+                if len(distinct) < size:
+                    problem = f"{len(distinct)} texts do not fill a batch of {size}"
+                    raise DataError(source.name, problem, "more texts, or a smaller batch")
+                prompts = {"text": source.prompt} if source.prompt else {}
+                sets.append(TrainingSet(source.name, Dataset.from_dict({"text": distinct}), prompts, source.name))
+                continue
+            pairs = [Pair(text, text) for text in distinct]
+        else:
+            pairs = list(source.rows)
+        notes += _contradictions(source.source.name, pairs)
+        bare = [row for row in pairs if not row.negatives]
+        hard = [row for row in pairs if row.negatives]
+        parts = [(source.name, " without negatives", bare), (f"{source.name}-hard", " with negatives", hard)]
+        for name, kind, rows in parts if bare and hard else [(source.name, "", pairs)]:
             names[name] += 1
-            fewest = min(len(row.negatives) for row in rows)
-            texts = [(row.anchor, row.positive, *row.negatives[:fewest]) for row in rows]
+            counts = [len(row.negatives) for row in rows]
+            fewest, most = min(counts), max(counts)
+            texts = [row.texts[: 2 + fewest] for row in rows]
             fits = distinct_rows(texts, size)
-            about = f"{pairs.source.name}: {len(rows)} rows{kind}"
-            more = [len(row.negatives) for row in rows if len(row.negatives) > fewest]
+            about = f"{source.source.name}: {len(rows)} rows{kind}"
             if fits < size:
                 about += f", no more than {fits} of them without a text in common" if len(rows) >= size else ""
                 too_few.append(about)
                 notes.append(f"{about}: too few for a batch of {size}, not trained on")
                 continue
-            if more:
-                used = f"{len(more)} rows have up to {max(more)} negatives, of which {fewest} are used"
-                notes.append(f"{pairs.source.name}: {used}, as many as every row has")
+            if most > fewest:
+                used = (
+                    f"{len(rows) - counts.count(fewest)} rows have up to {most} negatives, of which {fewest} are used"
+                )
+                notes.append(f"{source.source.name}: {used}, as many as every row has")
             columns = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(fewest))]
             data = Dataset.from_dict(dict(zip(columns, map(list, zip(*texts, strict=True)), strict=True)))
-            prompts = {column: pairs.prompt if column == "anchor" else pairs.passage_prompt for column in columns}
-            sets.append(TrainingSet(name, data, {column: p for column, p in prompts.items() if p}, pairs.name))
-    for name, count in names.items():
-        if count > 1:
-            raise DataError(name, "two data files have this name, and a prompt belongs to a name", "rename one")
+            prompts = {column: source.prompt if column == "anchor" else source.passage_prompt for column in columns}
+            sets.append(TrainingSet(name, data, {column: p for column, p in prompts.items() if p}, source.name))
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise DataError(twice, "two data files have this name, and a prompt belongs to a name", "rename one")
     if not sets or (too_few and all(item.rows.column_names == ["text"] for item in sets)):
         problem = f"nothing fills a batch of {size} ({', '.join(too_few)})"
         raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
     return sets, notes
 
 
-def _text_set(texts: Texts, batch_size: int) -> TrainingSet:
-    rows = list(dict.fromkeys(texts.rows))
-    if len(rows) < batch_size:
-        problem = f"{len(rows)} texts do not fill a batch of {batch_size}"
-        raise DataError(texts.name, problem, "more texts, or a smaller batch")
-    return TrainingSet(
-        texts.name, Dataset.from_dict({"text": rows}), {"text": texts.prompt} if texts.prompt else {}, texts.name
-    )
-
-
-def _as_pairs(source: Source) -> Pairs:
-    """Texts as pairs of themselves."""
-    if isinstance(source, Pairs):
-        return source
-    rows = tuple(Pair(text, text) for text in dict.fromkeys(source.rows))
-    return Pairs(source.name, rows, source.prompt, source.prompt, source.source)
-
-
-def _split(pairs: Pairs) -> list[tuple[str, str, Sequence[Pair]]]:
-    """Rows without and with negatives, each with a name and what kind they are."""
-    bare = [row for row in pairs.rows if not row.negatives]
-    hard = [row for row in pairs.rows if row.negatives]
-    if not bare or not hard:
-        return [(pairs.name, "", pairs.rows)]
-    return [(pairs.name, " without negatives", bare), (f"{pairs.name}-hard", " with negatives", hard)]
-
-
-def _contradictions(pairs: Pairs) -> list[str]:
+def _contradictions(name: str, rows: Sequence[Pair]) -> list[str]:
     """Says which rows have a negative that is a positive of the same query; the loss masks it within a batch only."""
     positives: dict[str, set[str]] = {}
-    for row in pairs.rows:
+    for row in rows:
         positives.setdefault(row.anchor, set()).add(row.positive)
-    both = [i for i, row in enumerate(pairs.rows, 1) if not positives[row.anchor].isdisjoint(row.negatives)]
-    rows = f"row {both[0]}" + (" and others" if len(both) > 1 else "") if both else ""
-    problem = f"{len(both)} rows have a negative that is a positive of the same query: {rows}"
-    return [f"{pairs.source.name}: {problem}"] if both else []
+    both = [i for i, row in enumerate(rows, 1) if not positives[row.anchor].isdisjoint(row.negatives)]
+    if not both:
+        return []
+    problem = f"{len(both)} rows have a negative that is a positive of the same query: row {both[0]}"
+    return [f"{name}: {problem}" + (" and others" if len(both) > 1 else "")]
 
 
 def distinct_rows(rows: Sequence[Sequence[str]], most: int) -> int:
@@ -183,18 +240,6 @@ def used_rows(sets: Sequence[TrainingSet], config: TrainingConfig) -> list[list[
     return [sorted(row - start for row in used if start <= row < end) for start, end in pairwise(starts)]
 
 
-def default_prompt(model: SentenceTransformer) -> str:
-    """What a model puts before texts that come without a prompt."""
-    return str(model.prompts.get(model.default_prompt_name or "") or "")
-
-
-def with_default_prompt(sets: Sequence[TrainingSet], prompt: str) -> list[TrainingSet]:
-    """Sets with ``prompt`` before all columns where the data bring no prompt."""
-    if not prompt:
-        return list(sets)
-    return [replace(s, prompts=s.prompts or dict.fromkeys(s.rows.column_names, prompt)) for s in sets]
-
-
 def check_room(model: SentenceTransformer, sets: Sequence[TrainingSet], max_length: int) -> None:
     """Refuse a length that leaves no token for a text after its prompt and the special tokens.
 
@@ -227,8 +272,7 @@ def set_prompts(model: SentenceTransformer, sources: Sequence[Source], default: 
     prompts: dict[str, str] = {}
     queries, documents, without = set(), set(), []
     for source in sources:
-        query = source.prompt
-        document = source.passage_prompt if isinstance(source, Pairs) else source.prompt
+        query, document = source.prompt, source.passage_prompt
         if not query and not document:
             without.append(source)
             query = document = default
@@ -244,3 +288,85 @@ def set_prompts(model: SentenceTransformer, sources: Sequence[Source], default: 
         model.prompts = {"query": "", "document": ""} | ({name: default} if name else {}) | prompts
         model.default_prompt_name = name
     return prompts
+
+
+# What a training is scored by -----------------------------------------------------------------------------------------
+
+COMPARED = 2**24
+"""Similarities of anchors and passages that are in memory at once."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Pairs and tasks that were read; ``sample`` rows of each task count, drawn by ``seed``."""
+
+    pairs: Sequence[Pairs] = ()
+    tasks: Sequence[Task] = ()
+    sample: int | None = None
+    seed: int = 42
+
+    @property
+    def is_given(self) -> bool:
+        return bool(self.pairs or self.tasks)
+
+    def score(self, model: SentenceTransformer) -> float:
+        """The mean over files and tasks."""
+        found = [held_out_ndcg(model, pairs) for pairs in self.pairs]
+        if self.tasks:
+            table = evaluate([model], self.tasks, sample=self.sample, seed=self.seed, names=["model"])
+            found += [row.score for row in table.rows]
+        return sum(found) / len(found)
+
+    def settings(self) -> dict[str, list[dict[str, Any]]]:
+        """For ``training.json``."""
+        pairs = [asdict(p.source) | {"prompt": p.prompt, "passage_prompt": p.passage_prompt} for p in self.pairs]
+        tasks = [{"name": t.name, "sha256": t.source.sha256, "instruction": t.instruction} for t in self.tasks]
+        return {"eval_data": pairs, "eval_tasks": tasks}
+
+
+def read_held_out(options: HealOptions) -> HeldOut:
+    """Open what a training is scored by, which may be nothing.
+
+    Raises:
+        ConfigError: An option is of no effect without held-out data; or a task cannot be opened.
+        DataError: The data cannot be read, or hold texts without labels.
+    """
+    sources = read_sources(options.eval_data or (), options.instruction, options.columns)
+    for key in ("eval_sample", "eval_every", "patience"):
+        value = getattr(options, key)
+        if value is not None and not sources and not options.eval_tasks:
+            raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
+    pairs: list[Pairs] = []
+    for source in sources:
+        if isinstance(source, Texts):
+            raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
+        pairs.append(source.sample(options.eval_sample, options.seed) if options.eval_sample else source)
+    tasks = open_tasks(options.eval_tasks, options.eval_sample, options.seed) if options.eval_tasks else []
+    return HeldOut(pairs, tasks, options.eval_sample, options.seed)
+
+
+def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
+    """nDCG@10 of finding each anchor's positive among all positives and negatives of a file, 0 to 1.
+
+    Equal passages are one document, and an anchor's other positives are left out of its ranking.
+    """
+    texts = [*pairs.positives, *pairs.negatives]
+    anchors, anchor_places = _encode(model, pairs.anchors, pairs.prompt)
+    passages, passage_places = _encode(model, texts, pairs.passage_prompt)
+    numbers = text_numbers(pairs.anchors, texts)
+    count, total = len(pairs.rows), 0.0
+    step = max(1, COMPARED // len(texts))
+    for rows in (slice(start, min(start + step, count)) for start in range(0, count, step)):
+        masked = false_negative_mask(numbers[0], numbers[1][:count], numbers[1][count:], rows=rows, once=True)
+        found = cosines(anchors[anchor_places[rows]], passages)[:, passage_places]
+        own = torch.arange(count)[rows].to(found.device)
+        scores = retrieval(found.masked_fill(masked.to(found.device), -torch.inf), own).ndcg_at_10
+        total += float(scores) * len(own)
+    return total / count
+
+
+def _encode(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The vectors of the distinct texts, and which of them each text has."""
+    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    vectors = model.encode(list(distinct), prompt=prompt or None, convert_to_tensor=True, show_progress_bar=False)
+    return vectors, torch.tensor([distinct[text] for text in texts], device=vectors.device)

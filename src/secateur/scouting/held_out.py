@@ -116,7 +116,8 @@ def draw(sources: Sequence[Source], count: int, seed: int) -> list[tuple[Source,
             held = frozenset(rng.sample(texts, min(most, len(texts))))
             queries = len(held)
         else:
-            groups, taken = _groups(source.rows), []
+            groups = _groups(source.rows)
+            taken: list[Pair] = []
             rng.shuffle(groups)
             for group in groups:
                 if len(taken) + len(group) <= most:

@@ -28,11 +28,11 @@ from secateur.evaluation.tasks import Task, open_tasks
 from secateur.figures.plots import frontier_figure
 from secateur.figures.style import save
 from secateur.files import lock, read_json, results_folder, write_text
-from secateur.healing.exclusion import read_excluded
 from secateur.healing.heal import check_resume, heal
 from secateur.healing.recipes import training_config
 from secateur.healing.teacher import open_teacher
 from secateur.healing.trainer import check_tracker
+from secateur.healing.training_data import read_excluded
 from secateur.measures.costs import layer_sizes
 from secateur.measures.intervals import Array, interval, limits_of
 from secateur.models import model_label, resolve
