@@ -36,8 +36,8 @@ scouting: ladder held_out rungs scout
 reporting: cost compare run findings blocks advice vocabulary verdict pictures tables card report
 studies: steps grid plan estimate records runner study
 exporting: graph convert export
-inference: encoders opening conversions backends workers middleware queueing app serve
-inference: distinct vector_files encode
+inference: encoders opening backends workers middleware queueing app serve
+inference: vector_files encode
 cli: places arguments tables bars commands
 __main__
 """

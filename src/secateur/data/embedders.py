@@ -25,7 +25,7 @@ from secateur.models.open_model import open_model
 from secateur.models.static import is_static, open_static
 from secateur.progress import quiet
 from secateur.provenance import ENCODING, fingerprint_files, is_export, versions_of
-from secateur.runtime.vectors import as_numbers
+from secateur.runtime.encoder import as_numbers
 
 Encode = Callable[[list[str], str], NDArray[np.float32]]
 

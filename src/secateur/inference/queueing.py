@@ -61,7 +61,7 @@ class LocalWorker:
         return self.encoder.encode_tokens(batch)
 
 
-Worker = LocalWorker | EncoderProcess[Vectors]
+Worker = LocalWorker | EncoderProcess
 
 
 @dataclass(eq=False)

@@ -42,16 +42,7 @@ def write_vectors(
     about: Mapping[str, Any],
     suffix: str,
 ) -> None:
-    """Write pieces (rows, width), one after the other, into a new file.
-
-    Args:
-        file: The file.
-        pieces: Together of ``shape``.
-        shape: Rows and width.
-        dtype: Of each number.
-        about: What the file says of itself, as JSON.
-        suffix: One of :data:`SUFFIXES`, which says the format.
-    """
+    """Write pieces (rows, width), together of ``shape``, into a new file, whose format ``suffix`` says."""
     kind = np.dtype(dtype)
     if suffix.lower() == ".npy":
         with file.open("wb") as stream:
