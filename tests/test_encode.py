@@ -156,6 +156,15 @@ def test_a_prompt_that_comes_out_a_little_otherwise_is_run_with_every_text(make_
     assert paired_cosines(mixed(), expected).min() < 0.99995, "it would show"
 
 
+def test_without_memory_for_a_shared_prompt_it_is_run_with_every_text(make_encoder: MakeEncoder, monkeypatch):
+    def run_prefix(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(encoders, "run_prefix", run_prefix)
+    own, texts, prompt = make_encoder("llama"), [f"{i} and so on" for i in range(20)], "find the word that is meant: "
+    same(ModelEncoder(own).encode_texts(texts, prompt), own.encode(texts, prompt=prompt))
+
+
 def test_of_a_long_text_so_much_is_tokenized_as_the_model_reads(make_encoder: MakeEncoder):
     own = make_encoder("bert")
     own.max_seq_length = 16

@@ -153,13 +153,10 @@ class Requests:
     Args:
         encoder: Its tokenizer and limits; used by one thread at a time.
         name: What clients call the model.
-        options: What is served.
     """
 
     def __init__(self, encoder: Encoder, name: str, options: ServeOptions) -> None:
-        self._encoder = encoder
-        self.name = name
-        self.options = options
+        self._encoder, self.name, self.options = encoder, name, options
         self._model = request_model(encoder, name, options)
 
     def json_schema(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import math
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from secateur.inference.opening import (
     BFLOAT16,
     STORED,
     TORCH,
+    Conversion,
     Measured,
     Opening,
     conversion_of,
@@ -92,9 +93,6 @@ def choose(
 ) -> Chosen:
     """Open a model by what is asked for, or by the quickest that keeps its vectors.
 
-    What was measured before is believed, but where there are texts of a run to measure it anew. A way that would have
-    to be converted is tried only where no quicker one is good.
-
     Args:
         opening: ``auto`` in it is decided here.
         least: The cosine to PyTorch in float32 that each measured text must keep, where something is to be decided.
@@ -118,25 +116,46 @@ def choose(
         dtype = encoder.dtype if opening.dtype == AUTO else opening.dtype
         return Chosen(encoder, replace(opening, backend=backend, dtype=dtype), "")
 
-    asked = opening.backend not in (AUTO, TORCH)
-    falls_back = not asked and opening.dtype != "int8"
+    falls_back = opening.backend in (AUTO, TORCH) and opening.dtype != "int8"
     exact_opening = replace(opening, backend=TORCH, dtype="float32", calibration=())
-    exact: _Exact | None = None
-    best: tuple[Way, Measured, Encoder | None] | None = None
+    exact = cache(lambda: _Exact(open_torch(exact_opening), texts, prompts_of))
     notes: list[str] = []
-    for way in _ways(opening, least):
-        backend, dtype = way
+    best = _best_conversion(opening, least, count, falls_back, exact, notes)
+    if best:
+        return best
+    if not falls_back:
+        problem = f"nothing that was tried keeps a cosine of {least:g} ({'; '.join(notes)})"
+        raise ModelError(opening.model, problem, "--backend torch, or a lower --min-cosine")
+    if not count:
+        return Chosen(open_torch(exact_opening), exact_opening, "")
+    if opening.dtype == AUTO and (measured := exact().mix(least)):
+        mixed = replace(exact_opening, dtype=MIXED)
+        return Chosen(exact().encoder, mixed, _told(mixed, measured, notes))
+    return Chosen(exact().encoder, exact_opening, "; ".join(["torch float32", *notes]))
+
+
+def _best_conversion(
+    opening: Opening, least: float, count: float, falls_back: bool, exact: Callable[[], _Exact], notes: list[str]
+) -> Chosen | None:
+    """The quickest conversion that keeps the cosine; ``notes`` get what is wrong with others.
+
+    What was measured before is believed, but where there are texts of a run to measure it anew. A way that would have
+    to be converted is tried only where no quicker one is good.
+    """
+    asked = opening.backend not in (AUTO, TORCH)
+    best: tuple[Conversion, str, Measured, Encoder | None] | None = None
+    for backend, dtype in _ways(opening, least):
         conversion = conversion_of(opening, backend, dtype)
-        kept, encoder = conversion.kept is not None, None
+        kept = conversion.kept is not None
+        encoder: Encoder | None = None
         measured = conversion.measured(dtype) if kept and count in (0, math.inf) else None
         if measured is None:
             if falls_back and not count:
                 continue
-            exact = exact or _Exact(open_torch(exact_opening), texts, prompts_of)
-            if not kept and (best or (falls_back and not exact.is_worth_a_conversion(count))):
+            reference = exact()  # says what is wrong with the model
+            if not kept and (best or (falls_back and not reference.is_worth_a_conversion(count))):
                 continue
-            failed = conversion.record.get("failed")
-            if failed and not kept and not asked:
+            if not kept and not asked and (failed := conversion.record.get("failed")):
                 notes.append(f"{backend} failed before ({failed})")
                 continue
             try:
@@ -150,29 +169,18 @@ def choose(
                 conversion.note("failed", problem)
                 notes.append(f"{backend} {dtype} failed ({problem})")
                 continue
-            measured = exact.measure(encoder)
+            measured = reference.measure(encoder)
             conversion.note(dtype, measured)
         if measured.cosine < least:
             notes.append(f"{backend} {dtype} would keep {measured.cosine:.5f}")
-        elif measured.gain > (best[1].gain if best else 1.0 if falls_back else 0.0):
-            best = way, measured, encoder
-
-    if best:
-        (backend, dtype), measured, encoder = best
-        encoder = encoder or open_conversion(conversion_of(opening, backend, dtype), dtype)
-        calibration = opening.calibration if dtype == "int8" else ()
-        opening = replace(opening, backend=backend, dtype=dtype, calibration=calibration)
-        return Chosen(encoder, opening, _told(opening, measured, notes))
-    if not falls_back:
-        problem = f"nothing that was tried keeps a cosine of {least:g} ({'; '.join(notes)})"
-        raise ModelError(opening.model, problem, "--backend torch, or a lower --min-cosine")
-    if not count:
-        return Chosen(open_torch(exact_opening), exact_opening, "")
-    exact = exact or _Exact(open_torch(exact_opening), texts, prompts_of)
-    if opening.dtype == AUTO and (measured := exact.mix(least)):
-        mixed = replace(exact_opening, dtype=MIXED)
-        return Chosen(exact.encoder, mixed, _told(mixed, measured, notes))
-    return Chosen(exact.encoder, exact_opening, "; ".join(["torch float32", *notes]))
+        elif measured.gain > (best[2].gain if best else 1.0 if falls_back else 0.0):
+            best = conversion, dtype, measured, encoder
+    if best is None:
+        return None
+    conversion, dtype, measured, found = best
+    calibration = opening.calibration if dtype == "int8" else ()
+    opening = replace(opening, backend=conversion.backend, dtype=dtype, calibration=calibration)
+    return Chosen(found or open_conversion(conversion, dtype), opening, _told(opening, measured, notes))
 
 
 def _told(opening: Opening, measured: Measured, notes: Sequence[str]) -> str:
@@ -244,7 +252,7 @@ class _Exact:
     def is_worth_a_conversion(self, count: float) -> bool:
         """Whether so many texts take longer than a conversion."""
         parameters = sum(p.numel() for p in self.encoder.model.parameters())
-        conversion = CONVERSION_SECONDS + PARAMETER_SECONDS * parameters
+        conversion: float = CONVERSION_SECONDS + PARAMETER_SECONDS * parameters
         return self._seconds / len(self._timed) * count >= PATIENCE * conversion
 
     def measure(self, encoder: Encoder) -> Measured:

@@ -30,13 +30,7 @@ from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import lock, output_errors, read_json, write_bytes
 from secateur.inference.backends import choose, fingerprint_encoder
 from secateur.inference.opening import AUTO, TORCH, Opening
-from secateur.inference.vector_files import (
-    check_suffix,
-    description_file,
-    read_description,
-    write_description,
-    write_vectors,
-)
+from secateur.inference.vector_files import check_suffix, description_file, read_description, write_vectors
 from secateur.inference.workers import Piece, Run, in_processes, on_ray
 from secateur.options import EncodeOptions, step
 from secateur.progress import Progress, silent
@@ -356,8 +350,7 @@ def _write_result(folder: Path, about: dict[str, Any], ranges: Vectors | None, o
     width = -(-dimension // 8) if precision == "binary" else dimension
     dtype = np.float32 if precision == "float32" else np.int8
     quantized = (quantize(vectors, precision, ranges) for vectors in _rows(folder, dimension))
-    write_vectors(folder / RESULT, quantized, (about["inputs"]["rows"], width), dtype, about, out.suffix)
-    write_description(out, about)
+    write_vectors(folder / RESULT, quantized, (about["inputs"]["rows"], width), dtype, about, out)
     (folder / RESULT).replace(out)
     shutil.rmtree(folder, ignore_errors=True)
 
