@@ -39,7 +39,7 @@ import torch
 
 from secateur import open_model, prune
 from secateur.inference.backends import choose
-from secateur.inference.distinct import SAMPLE, SHARD
+from secateur.inference.encode import SAMPLE, SHARD
 from secateur.inference.opening import AUTO, Opening
 from secateur.inference.workers import keep_freed_memory
 from secateur.measures.costs import flops_per_token

@@ -36,8 +36,7 @@ import numpy as np
 import psutil
 
 from secateur import open_model
-from secateur.inference.backends import open_encoder
-from secateur.inference.opening import Opening
+from secateur.inference.opening import Opening, open_encoder
 
 WORDS = (
     "hedge",

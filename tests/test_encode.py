@@ -27,10 +27,10 @@ from secateur.cli import app
 from secateur.data.rows import read_column
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.inference import encoders
-from secateur.inference.backends import choose, open_encoder
-from secateur.inference.distinct import SHARD
+from secateur.inference.backends import choose
+from secateur.inference.encode import SHARD
 from secateur.inference.encoders import MixedLinear, ModelEncoder, mix_products
-from secateur.inference.opening import Opening
+from secateur.inference.opening import Opening, open_encoder
 from secateur.measures.metrics import paired_cosines
 from secateur.models import forward
 from task_folders import example_rows, write_task
@@ -154,6 +154,15 @@ def test_a_prompt_that_comes_out_a_little_otherwise_is_run_with_every_text(make_
     assert paired_cosines(expected, exact).min() >= 0.999
     monkeypatch.setattr(encoders, "PROBED_COSINE", 0.999)
     assert paired_cosines(mixed(), expected).min() < 0.99995, "it would show"
+
+
+def test_without_memory_for_a_shared_prompt_it_is_run_with_every_text(make_encoder: MakeEncoder, monkeypatch):
+    def run_prefix(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(encoders, "run_prefix", run_prefix)
+    own, texts, prompt = make_encoder("llama"), [f"{i} and so on" for i in range(20)], "find the word that is meant: "
+    same(ModelEncoder(own).encode_texts(texts, prompt), own.encode(texts, prompt=prompt))
 
 
 def test_of_a_long_text_so_much_is_tokenized_as_the_model_reads(make_encoder: MakeEncoder):

@@ -24,7 +24,7 @@ from secateur.exporting.export import MIN_COSINE, Export, consumers_of, export
 from secateur.exporting.graph import EncoderGraph, SplitLinear, split_outliers
 from secateur.measures.metrics import paired_cosines
 from secateur.results import load
-from secateur.runtime.vectors import as_numbers
+from secateur.runtime.encoder import as_numbers
 from task_folders import example_rows, write_task
 
 TEN_SCRIPTS = (

@@ -36,8 +36,8 @@ scouting: held_out scout
 reporting: cost compare run findings advice verdict tables pictures card report
 studies: steps plan estimate records runner study
 exporting: graph convert export
-inference: encoders opening conversions backends workers middleware queueing app serve
-inference: distinct vector_files encode
+inference: encoders opening backends workers middleware queueing app serve
+inference: vector_files encode
 cli: arguments tables bars commands
 __main__
 """

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from secateur import runtime
 from secateur.errors import ConfigError, DataError, ModelError
-from secateur.runtime.vectors import FORMATS, quantize
+from secateur.runtime.encoder import FORMATS, quantize
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz :é"
 WIDTH = 12

@@ -7,7 +7,7 @@ from pathlib import Path
 from protocol import answer
 
 from secateur.inference.backends import choose
-from secateur.inference.distinct import SAMPLE
+from secateur.inference.encode import SAMPLE
 from secateur.inference.opening import Opening
 from secateur.inference.workers import keep_freed_memory
 

@@ -26,7 +26,7 @@ from secateur.models import is_endpoint
 from secateur.models.open_model import is_static, open_model, open_static
 from secateur.progress import quiet
 from secateur.provenance import ENCODING, fingerprint_files, is_export, versions_of
-from secateur.runtime.vectors import as_numbers
+from secateur.runtime.encoder import as_numbers
 
 if TYPE_CHECKING:
     from openai import OpenAI

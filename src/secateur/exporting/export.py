@@ -33,7 +33,8 @@ from secateur.options import ExportOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import EXPORT, Fingerprint, provenance
 from secateur.results import Table
-from secateur.runtime.vectors import VectorFormat
+from secateur.runtime.core import Vectors
+from secateur.runtime.encoder import VectorFormat
 
 STEP = "export"
 COMPARED, CALIBRATED = 64, 96
@@ -137,7 +138,11 @@ def export(options: ExportOptions, *, progress: Progress = silent) -> Export:
             device="cpu",
             trust_remote_code=options.trust_remote_code,
         )
-        _check(model, options.dimensions)
+        whole = int(model.get_embedding_dimension() or 0)
+        if options.dimensions is not None and options.dimensions > whole:
+            raise ConfigError("dimensions", options.dimensions, f"cannot be {options.dimensions}", f"1 to {whole}")
+        if getattr(model.tokenizer, "backend_tokenizer", None) is None:
+            raise ModelError(type(model.tokenizer).__name__, "is a tokenizer in Python alone", "it cannot run without")
         compared.append(_long_text(model, compared))
         graph = EncoderGraph(model, options.dimensions)
         progress(STEP, 10, 100)
@@ -167,14 +172,6 @@ def export(options: ExportOptions, *, progress: Progress = silent) -> Export:
     return result
 
 
-def _check(model: SentenceTransformer, dimensions: int | None) -> None:
-    whole = int(model.get_embedding_dimension() or 0)
-    if dimensions is not None and dimensions > whole:
-        raise ConfigError("dimensions", dimensions, f"cannot be {dimensions}", f"1 to {whole}")
-    if getattr(model.tokenizer, "backend_tokenizer", None) is None:
-        raise ModelError(type(model.tokenizer).__name__, "is a tokenizer in Python alone", "it cannot run without")
-
-
 def _texts(options: ExportOptions) -> tuple[list[str], list[str], tuple[Fingerprint, ...]]:
     """Texts to compare on, other texts to calibrate on, and the files that they come from."""
     count = COMPARED + CALIBRATED
@@ -193,29 +190,26 @@ def _long_text(model: SentenceTransformer, texts: Sequence[str]) -> str:
     """One text that the model has to cut, or that has :data:`LONG` tokens: a wrong limit shows in it alone."""
     limit = min(longest_text(model) or LONG, LONG)
     found: list[str] = []
-    tokens = 0
-    for text in itertools.cycle(texts):
-        found.append(text)
-        tokens += len(model.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
-        if tokens > limit:
-            break
+    tokens, coming = 0, itertools.cycle(texts)
+    while tokens <= limit:
+        found.append(next(coming))
+        read = model.tokenizer(found[-1], add_special_tokens=False, truncation=False, verbose=False)
+        tokens += len(read["input_ids"])
     return " ".join(found)
 
 
 def _features(model: SentenceTransformer, graph: EncoderGraph, texts: Sequence[str]) -> list[Features]:
     """Inputs of the graph for each text alone; none for a text without tokens."""
-    read = [model.preprocess([text]) for text in texts]
     prompt = {PROMPT_LENGTH: np.zeros(1, np.int64)} if graph.takes_prompt else {}
     return [
-        {name: one[name].numpy()[:, :CALIBRATION_LENGTH] for name in ("input_ids", "attention_mask")} | prompt
-        for one in read
-        if one["input_ids"].numel()
+        {name: read[name].numpy()[:, :CALIBRATION_LENGTH] for name in ("input_ids", "attention_mask")} | prompt
+        for read in (model.preprocess([text]) for text in texts)
+        if read["input_ids"].numel()
     ]
 
 
-def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: npt.NDArray[np.float32]) -> dict[str, Any]:
+def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: Vectors) -> dict[str, Any]:
     """The manifest's fields that follow from the model and from the written files."""
-    tokenizer = model.tokenizer
     files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
     return {
         "backend": form.backend,
@@ -225,9 +219,9 @@ def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: npt
         "dimension": vectors.shape[1],
         "ranges": tuple(tuple(map(float, edge)) for edge in (vectors.min(axis=0), vectors.max(axis=0))),
         "max_length": longest_text(model) or NO_LIMIT,
-        "truncation_side": tokenizer.truncation_side,
-        "padding": tokenizer.pad_token_id or 0,
-        "special": tuple(sorted(tokenizer.all_special_ids)),
+        "truncation_side": model.tokenizer.truncation_side,
+        "padding": model.tokenizer.pad_token_id or 0,
+        "special": tuple(sorted(model.tokenizer.all_special_ids)),
         "prompts": dict(model.prompts),
         "default_prompt_name": model.default_prompt_name,
         "files": files,
@@ -274,11 +268,11 @@ def consumers_of(form: Form, model: SentenceTransformer) -> dict[str, dict[str, 
 
 def _reference_vectors(
     model: SentenceTransformer, texts: Sequence[str], dimensions: int | None, prompt: str = ""
-) -> npt.NDArray[np.float32]:
+) -> Vectors:
     """The original's vectors (texts, dimension)."""
     short = {} if dimensions is None else {"truncate_dim": dimensions, "normalize_embeddings": True}
     with quiet():
-        vectors: npt.NDArray[np.float32] = model.encode(list(texts), prompt=prompt, show_progress_bar=False, **short)
+        vectors: Vectors = model.encode(list(texts), prompt=prompt, show_progress_bar=False, **short)
     if not np.isfinite(vectors).all():
         raise ModelError(type(model[0].auto_model).__name__, "gives vectors with NaN or infinity")
     return vectors.astype(np.float32, copy=False)
@@ -299,16 +293,12 @@ def _scores(
     model: SentenceTransformer, encoder: runtime.Encoder, options: ExportOptions
 ) -> dict[str, dict[str, float]]:
     """Task → the scores of the original, with vectors of the same dimension, and of the export."""
-
-    def score(given: SentenceTransformer, name: str) -> dict[str, float]:
-        found = evaluate([given], options.tasks, sample=options.sample, seed=options.seed, names=[name])
-        return {row.task: row.score for row in found.rows}
-
     if not options.tasks:
         return {}
-    whole = model.truncate_dim
-    model.truncate_dim = options.dimensions or whole
-    original = score(model, "original")
-    model.truncate_dim = whole
-    exported = score(as_model(encoder), "exported")
-    return {task: {"original": original[task], "exported": exported[task]} for task in original}
+    model.truncate_dim = options.dimensions or model.truncate_dim  # nothing else is done with the model
+    scores: dict[str, dict[str, float]] = {}
+    for name, given in (("original", model), ("exported", as_model(encoder))):
+        found = evaluate([given], options.tasks, sample=options.sample, seed=options.seed, names=[name])
+        for row in found.rows:
+            scores.setdefault(row.task, {})[name] = row.score
+    return scores

@@ -13,7 +13,7 @@ others in int8 (LLM.int8(), arXiv 2208.07339).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -163,8 +163,22 @@ def split_outliers(graph: EncoderGraph, samples: Sequence[Features]) -> Iterator
         Shapes of the matrices that are to stay in floats.
     """
     layers = {name: layer for name, layer in graph.transformer.named_modules() if type(layer) is nn.Linear}
+    maxima: dict[str, Tensor] = {}  # the greatest magnitude in each input channel (in,) of each layer that is used
+
+    def observe(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found = args[0].abs().flatten(0, -2).amax(0)
+        maxima[name] = torch.maximum(maxima.get(name, found), found)
+
+    hooks = [layer.register_forward_pre_hook(partial(observe, name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            for sample in samples:
+                graph(**{name: torch.from_numpy(values) for name, values in sample.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
     split: dict[str, SplitLinear] = {}
-    for name, values in _channel_maxima(graph, layers, samples).items():
+    for name, values in maxima.items():
         channels = (values > OUTLIER * values.quantile(QUANTILE, interpolation="lower")).nonzero().flatten()
         if len(channels):
             split[name] = SplitLinear(layers[name], channels)
@@ -175,24 +189,3 @@ def split_outliers(graph: EncoderGraph, samples: Sequence[Features]) -> Iterator
     finally:
         for name in split:
             graph.transformer.set_submodule(name, layers[name])
-
-
-@torch.no_grad()
-def _channel_maxima(
-    graph: EncoderGraph, layers: Mapping[str, nn.Linear], samples: Sequence[Features]
-) -> dict[str, Tensor]:
-    """The greatest magnitude in each input channel (in,) of each layer that is used."""
-    maxima: dict[str, Tensor] = {}
-
-    def observe(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found = args[0].abs().flatten(0, -2).amax(0)
-        maxima[name] = torch.maximum(maxima.get(name, found), found)
-
-    hooks = [layer.register_forward_pre_hook(partial(observe, name)) for name, layer in layers.items()]
-    try:
-        for sample in samples:
-            graph(**{name: torch.from_numpy(values) for name, values in sample.items()})
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return maxima

@@ -13,7 +13,6 @@ import json
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
@@ -85,17 +84,22 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "A request that cannot be answered."},
-    401: {"model": ErrorBody, "description": "No valid API key."},
-    404: {"model": ErrorBody, "description": "No such model."},
-    408: {"model": ErrorBody, "description": "The request came too slowly."},
-    413: {"model": ErrorBody, "description": "The body is too large."},
-    415: {"model": ErrorBody, "description": "The body is not application/json, or compressed."},
-    429: {"model": ErrorBody, "description": "Too much waits already; Retry-After says for how long."},
-    500: {"model": ErrorBody, "description": "The model failed on these texts."},
-    503: {"model": ErrorBody, "description": "Not in time."},
+ERRORS = {
+    400: "A request that cannot be answered.",
+    401: "No valid API key.",
+    404: "No such model.",
+    408: "The request came too slowly.",
+    413: "The body is too large.",
+    415: "The body is not application/json, or compressed.",
+    429: "Too much waits already; Retry-After says for how long.",
+    500: "The model failed on these texts.",
+    503: "Not in time.",
 }
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Error responses, for the schema."""
+    return {status: {"model": ErrorBody, "description": ERRORS[status]} for status in statuses}
 
 
 def _kind(value: Any) -> str:
@@ -143,28 +147,16 @@ def request_model(encoder: Encoder, name: str, options: ServeOptions) -> type[Ba
     return EmbeddingRequest
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A request, ready for the model."""
-
-    texts: list[Tokens]
-    dimensions: int | None
-    as_base64: bool
-
-
 class Requests:
     """Requests to one model, as tokens.
 
     Args:
         encoder: Its tokenizer and limits; used by one thread at a time.
         name: What clients call the model.
-        options: What is served.
     """
 
     def __init__(self, encoder: Encoder, name: str, options: ServeOptions) -> None:
-        self._encoder = encoder
-        self.name = name
-        self.options = options
+        self._encoder, self.name, self.options = encoder, name, options
         self._model = request_model(encoder, name, options)
 
     def json_schema(self) -> dict[str, Any]:
@@ -174,13 +166,13 @@ class Requests:
         with_prompt = {"properties": {"input": {"oneOf": texts}}}
         return schema | {"anyOf": [with_prompt, {"properties": {"prompt": {"type": "null"}}}]}
 
-    def prepare(self, body: bytes) -> Prepared:
-        """A request's body as tokens; for one thread, so that no two are parsed at once.
+    def prepare(self, body: bytes) -> tuple[Any, list[Tokens]]:
+        """A body as a request (:func:`request_model`), and its tokens; for one thread: no two are parsed at once.
 
         Raises:
             ApiError: It is not a request that this model can answer; of the body, only the field is in the message.
         """
-        request: Any = self._parse(body)
+        request = self._parse(body)
         if request.model != self.name:
             raise ApiError(404, f"no such model; this server has {self.name}", "model_not_found", "model")
         several = isinstance(request.input, list) and not isinstance(request.input[0], int)
@@ -191,14 +183,16 @@ class Requests:
                 before = self._encoder.prompts[prompt] if prompt is not None else ""
                 cut, limit = self.options.truncate, self.options.max_tokens
                 texts = self._encoder.tokenize(inputs, before, truncate=cut, limit=limit)
+            elif request.prompt is not None:
+                raise ApiError(400, "prompt: goes before texts, not before token ids", "invalid_value", "prompt")
             else:
-                texts = self._given_tokens(inputs, request.prompt)
+                texts = self._given_tokens(inputs)
         except TextRefused as error:
             param = "input" if error.place is None or not several else f"input[{error.place}]"
             raise ApiError(400, f"{param}: {error}", "text_refused", param) from None
-        return Prepared(texts, request.dimensions, request.encoding_format == "base64")
+        return request, texts
 
-    def _parse(self, body: bytes) -> BaseModel:
+    def _parse(self, body: bytes) -> Any:
         try:
             content = from_json(body, allow_inf_nan=False)
         except ValueError as error:
@@ -218,10 +212,8 @@ class Requests:
             param = str(name) + "".join(f"[{place}]" for place in places)
             raise ApiError(400, f"{param}: {first['msg']}", "invalid_value", param) from None
 
-    def _given_tokens(self, inputs: list[list[int]], prompt: str | None) -> list[Tokens]:
+    def _given_tokens(self, inputs: list[list[int]]) -> list[Tokens]:
         """Token ids that a client made itself, cut where texts would be."""
-        if prompt is not None:
-            raise ApiError(400, "prompt: goes before texts, not before token ids", "invalid_value", "prompt")
         longest = self._encoder.max_length
         place = slice(longest) if self._encoder.truncation_side == "right" else slice(-longest, None)
         texts = [Tokens(np.asarray(ids[place], dtype=np.int32)) for ids in inputs]
@@ -231,12 +223,12 @@ class Requests:
         return texts
 
 
-def respond(vectors: Vectors, name: str, tokens: int, prepared: Prepared) -> Response:
+def respond(vectors: Vectors, tokens: int, request: Any) -> Response:
     """The response to a request; a long one is sent in pieces."""
-    if prepared.dimensions is not None and prepared.dimensions < vectors.shape[1]:
-        short = vectors[:, : prepared.dimensions]
+    if request.dimensions is not None and request.dimensions < vectors.shape[1]:
+        short = vectors[:, : request.dimensions]
         vectors = short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12)
-    pieces = _json_pieces(vectors, name, tokens, prepared.as_base64)
+    pieces = _json_pieces(vectors, request.model, tokens, request.encoding_format == "base64")
     if vectors.size <= PIECE_NUMBERS:
         return Response(b"".join(pieces), media_type="application/json")
     return StreamingResponse(pieces, media_type="application/json")
@@ -262,7 +254,7 @@ def make_app(
     options: ServeOptions,
     *,
     keys: Keys | None = None,
-    processes: Sequence[EncoderProcess[Vectors]] = (),
+    processes: Sequence[EncoderProcess] = (),
     metrics: Metrics | None = None,
     thread: Executor | None = None,
 ) -> FastAPI:
@@ -309,7 +301,7 @@ def _add_embeddings(
 
     @app.post(
         "/v1/embeddings",
-        responses={200: {"model": EmbeddingList}, **ERRORS},
+        responses={200: {"model": EmbeddingList}, **errors(*ERRORS)},
         openapi_extra={"requestBody": {"required": True, "content": content}},
         dependencies=guarded,
     )
@@ -322,10 +314,10 @@ def _add_embeddings(
         return await _while_connected(request, answer(body, request.state.facts), requests.options.timeout)
 
     async def answer(body: bytes, facts: dict[str, Any]) -> Response:
-        prepared = await asyncio.get_running_loop().run_in_executor(preparing, requests.prepare, body)
-        tokens = sum(map(len, prepared.texts))
-        facts.update(texts=len(prepared.texts), tokens=tokens)
-        return respond(await batcher.embed(prepared.texts), requests.name, tokens, prepared)
+        parsed, texts = await asyncio.get_running_loop().run_in_executor(preparing, requests.prepare, body)
+        tokens = sum(map(len, texts))
+        facts.update(texts=len(texts), tokens=tokens)
+        return respond(await batcher.embed(texts), tokens, parsed)
 
 
 async def _while_connected(request: Request, answer: Coroutine[Any, Any, Response], timeout: float) -> Response:
@@ -351,15 +343,11 @@ async def _while_connected(request: Request, answer: Coroutine[Any, Any, Respons
 def _add_information(app: FastAPI, name: str, batcher: Batcher, metrics: Metrics, guarded: list[Any]) -> None:
     """The model, health, readiness and metrics."""
 
-    @app.get("/v1/models", responses={401: ERRORS[401]}, dependencies=guarded)
+    @app.get("/v1/models", responses=errors(401), dependencies=guarded)
     async def models() -> ModelList:
         return ModelList(data=[ModelCard(id=name)])
 
-    @app.get(
-        "/v1/models/{model:path}",
-        responses={status: ERRORS[status] for status in (401, 404)},
-        dependencies=guarded,
-    )
+    @app.get("/v1/models/{model:path}", responses=errors(401, 404), dependencies=guarded)
     async def one_model(model: str) -> ModelCard:
         if model != name:
             raise ApiError(404, f"no such model; this server has {name}", "model_not_found", "model")
@@ -371,18 +359,15 @@ def _add_information(app: FastAPI, name: str, batcher: Batcher, metrics: Metrics
         return {"status": "ok"}
 
     @app.head("/ready", include_in_schema=False)
-    @app.get("/ready", responses={503: ERRORS[503]})
+    @app.get("/ready", responses=errors(503))
     async def ready() -> dict[str, str]:
         if not batcher.ready:
             raise ApiError(503, "no worker can take requests", "not_ready")
         return {"status": "ready"}
 
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, 401: ERRORS[401]},
-        dependencies=guarded,
-    )
+    told: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}, **errors(401)}
+
+    @app.get("/metrics", response_class=Response, responses=told, dependencies=guarded)
     async def measured() -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 

@@ -1,8 +1,8 @@
-"""What runs a model on this processor, and in what it multiplies: PyTorch, or a conversion for another runtime.
+"""The choice of what runs a model on this processor, and in what it multiplies.
 
 ``auto`` is the quickest of what is installed whose vectors keep a cosine to those of PyTorch in float32, measured on
 texts of the run. Converting takes a while: a job that is done sooner does not wait for it, and what is converted is
-kept (:mod:`.conversions`).
+kept (:mod:`.opening`).
 """
 
 from __future__ import annotations
@@ -12,29 +12,35 @@ import math
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
-import torch
 
 from secateur import runtime
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, MissingPackage, ModelError, OutputError
 from secateur.exporting.convert import form_of
-from secateur.inference.conversions import Conversion, Measured, conversion_of, precision_of
 from secateur.inference.encoders import MIXED, ModelEncoder, mix_products
-from secateur.inference.opening import AUTO, TORCH, Opening
+from secateur.inference.opening import (
+    AUTO,
+    BFLOAT16,
+    STORED,
+    TORCH,
+    Conversion,
+    Measured,
+    Opening,
+    conversion_of,
+    open_conversion,
+    open_encoder,
+    open_torch,
+    precision_of,
+)
 from secateur.measures.metrics import paired_cosines
-from secateur.models.open_model import check_device, open_model
+from secateur.models.open_model import check_device
 from secateur.models.save import PROBES, TEN_SCRIPTS
-from secateur.progress import quiet
 from secateur.provenance import fingerprint_files
-from secateur.runtime.core import CPU_BATCH, Encoder, Vectors
+from secateur.runtime.core import Encoder, Vectors
 
-STORED = "stored"
-"""The dtype of the weights as they are."""
-
-BFLOAT16 = "bfloat16"
 Way = tuple[str, str]
 """A backend, and what it multiplies in."""
 WAYS: tuple[Way, ...] = (
@@ -73,72 +79,6 @@ def fingerprint_encoder(encoder: Encoder) -> str:
     return fingerprint_model(encoder.model) if isinstance(encoder, ModelEncoder) else fingerprint_files(encoder.name)
 
 
-def open_encoder(opening: Opening) -> Encoder:
-    """Open a model, an export, or a conversion, which is made where it is not kept.
-
-    Raises:
-        ConfigError: There is no such device or dtype; or an export has decided what was chosen.
-        ModelError: It cannot be opened.
-        MissingPackage: A runtime is not installed, or what converts for it.
-    """
-    if opening.exported:
-        return _open_export(opening)
-    if opening.backend not in (AUTO, TORCH):
-        conversion = conversion_of(opening, opening.backend, opening.dtype)
-        if conversion is None:  # it is fetched
-            open_model(opening.model, device="cpu", trust_remote_code=opening.trust_remote_code)
-            conversion = conversion_of(opening, opening.backend, opening.dtype)
-            assert conversion is not None
-        return _open_conversion(opening, conversion, opening.dtype)
-    return _open_torch(opening)
-
-
-def _open_torch(opening: Opening) -> ModelEncoder:
-    if opening.threads:
-        torch.set_num_threads(opening.threads)
-    dtype = {AUTO: "float32" if opening.on_cpu else AUTO, STORED: AUTO, MIXED: "float32"}
-    model = open_model(
-        opening.model,
-        dtype=dtype.get(opening.dtype, opening.dtype),
-        pooling=opening.pooling,
-        max_length=opening.max_length,
-        device=opening.device,
-        trust_remote_code=opening.trust_remote_code,
-    )
-    encoder = ModelEncoder(model, opening.model, batch_tokens=opening.batch_tokens, length_step=opening.length_step)
-    if opening.dtype == MIXED:
-        mix_products(model)
-        encoder.dtype = MIXED
-    return encoder
-
-
-def _open_export(opening: Opening) -> Encoder:
-    encoder = runtime.load(opening.model, threads=opening.threads)
-    encoder.batch_tokens = opening.batch_tokens or CPU_BATCH
-    decided = {"dtype": (AUTO, STORED, encoder.dtype), "backend": (AUTO, encoder.settings.backend)} | {
-        name: (getattr(Opening, name),) for name in ("pooling", "max_length", "device", "trust_remote_code")
-    }
-    for name, allowed in decided.items():
-        if getattr(opening, name) not in allowed:
-            problem, hint = "cannot be chosen for an export, which has decided it", name.replace("_", "-")
-            raise ConfigError(name, getattr(opening, name), problem, f"leave --{hint} out")
-    return encoder
-
-
-def _open_conversion(opening: Opening, conversion: Conversion, dtype: str) -> Encoder:
-    folder = conversion.kept
-    if folder is None:
-        form_of(conversion.backend, conversion.precision, None)  # says what is not installed before anything is opened
-        with quiet():
-            folder = conversion.make()
-    encoder = runtime.load(folder, threads=opening.threads, dtype=dtype)
-    encoder.batch_tokens = opening.batch_tokens or CPU_BATCH
-    return encoder
-
-
-# --- the choice -------------------------------------------------------------------------------------------------------
-
-
 def all_prompts(encoder: Encoder) -> list[str]:
     """What may go before a text: nothing, and each of the model's prompts."""
     return sorted({"", *encoder.prompts.values()})
@@ -175,22 +115,77 @@ def choose(
         backend = encoder.settings.backend if isinstance(encoder, runtime.Encoder) else TORCH
         dtype = encoder.dtype if opening.dtype == AUTO else opening.dtype
         return Chosen(encoder, replace(opening, backend=backend, dtype=dtype), "")
-    ways = _ways(opening, least)
-    if count in (0, math.inf) and (kept := _open_kept(opening, least, ways, at_once=not count)):
-        return kept
-    exact_opening = replace(opening, backend=TORCH, dtype="float32", calibration=())
-    exact = _open_torch(exact_opening)
+
     falls_back = opening.backend in (AUTO, TORCH) and opening.dtype != "int8"
-    if count == 0 and falls_back:
-        return Chosen(exact, exact_opening, "")
-    trial = _Trial(opening, least, exact, prompts_of(exact), texts, count)
-    trial.convert(ways)
-    if trial.best is None and falls_back:
-        return trial.in_torch(exact_opening)
-    if trial.best is None:
-        problem = f"nothing that was tried keeps a cosine of {least:g} ({'; '.join(trial.notes)})"
+    exact_opening = replace(opening, backend=TORCH, dtype="float32", calibration=())
+    exact = cache(lambda: _Exact(open_torch(exact_opening), texts, prompts_of))
+    notes: list[str] = []
+    best = _best_conversion(opening, least, count, falls_back, exact, notes)
+    if best:
+        return best
+    if not falls_back:
+        problem = f"nothing that was tried keeps a cosine of {least:g} ({'; '.join(notes)})"
         raise ModelError(opening.model, problem, "--backend torch, or a lower --min-cosine")
-    return trial.best
+    if not count:
+        return Chosen(open_torch(exact_opening), exact_opening, "")
+    if opening.dtype == AUTO and (measured := exact().mix(least)):
+        mixed = replace(exact_opening, dtype=MIXED)
+        return Chosen(exact().encoder, mixed, _told(mixed, measured, notes))
+    return Chosen(exact().encoder, exact_opening, "; ".join(["torch float32", *notes]))
+
+
+def _best_conversion(
+    opening: Opening, least: float, count: float, falls_back: bool, exact: Callable[[], _Exact], notes: list[str]
+) -> Chosen | None:
+    """The quickest conversion that keeps the cosine; ``notes`` get what is wrong with others.
+
+    What was measured before is believed, but where there are texts of a run to measure it anew. A way that would have
+    to be converted is tried only where no quicker one is good.
+    """
+    asked = opening.backend not in (AUTO, TORCH)
+    best: tuple[Conversion, str, Measured, Encoder | None] | None = None
+    for backend, dtype in _ways(opening, least):
+        conversion = conversion_of(opening, backend, dtype)
+        kept = conversion.kept is not None
+        encoder: Encoder | None = None
+        measured = conversion.measured(dtype) if kept and count in (0, math.inf) else None
+        if measured is None:
+            if falls_back and not count:
+                continue
+            reference = exact()  # says what is wrong with the model
+            if not kept and (best or (falls_back and not reference.is_worth_a_conversion(count))):
+                continue
+            if not kept and not asked and (failed := conversion.record.get("failed")):
+                notes.append(f"{backend} failed before ({failed})")
+                continue
+            try:
+                encoder = open_conversion(conversion, dtype)
+            except (MissingPackage, OutputError):
+                raise
+            except Exception as error:  # each converter raises what it likes
+                problem = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+                if asked:
+                    raise ModelError(opening.model, f"cannot be converted for {backend} ({problem})") from error
+                conversion.note("failed", problem)
+                notes.append(f"{backend} {dtype} failed ({problem})")
+                continue
+            measured = reference.measure(encoder)
+            conversion.note(dtype, measured)
+        if measured.cosine < least:
+            notes.append(f"{backend} {dtype} would keep {measured.cosine:.5f}")
+        elif measured.gain > (best[2].gain if best else 1.0 if falls_back else 0.0):
+            best = conversion, dtype, measured, encoder
+    if best is None:
+        return None
+    conversion, dtype, measured, found = best
+    calibration = opening.calibration if dtype == "int8" else ()
+    opening = replace(opening, backend=conversion.backend, dtype=dtype, calibration=calibration)
+    return Chosen(found or open_conversion(conversion, dtype), opening, _told(opening, measured, notes))
+
+
+def _told(opening: Opening, measured: Measured, notes: Sequence[str]) -> str:
+    gain = f"{measured.gain:.1f} times as fast as torch float32, cosine at least {measured.cosine:.5f}"
+    return "; ".join([f"{opening.backend} {opening.dtype}: {gain}", *notes])
 
 
 def _check_together(opening: Opening) -> None:
@@ -234,60 +229,48 @@ def _ways(opening: Opening, least: float) -> list[Way]:
     return found
 
 
-def _open_kept(opening: Opening, least: float, ways: Sequence[Way], at_once: bool) -> Chosen | None:
-    """Open the quickest of what was converted and measured before; None where there is none, or, unless it must be had
-    at once, where a way that is quicker on most processors has not been tried.
-    """
-    found: list[tuple[Measured, Conversion, str]] = []
-    for backend, dtype in ways:
-        conversion = conversion_of(opening, backend, dtype)
-        measured = conversion.measured(dtype) if conversion and conversion.kept else None
-        if conversion and measured and measured.cosine >= least and (measured.gain > 1 or opening.backend == backend):
-            found.append((measured, conversion, dtype))
-        elif not (at_once or found or measured or (conversion and "failed" in conversion.record)):
-            return None
-    if not found:
-        return None
-    measured, conversion, dtype = max(found, key=lambda one: one[0].gain)
-    return _chosen(_open_conversion(opening, conversion, dtype), opening, (conversion.backend, dtype), measured)
-
-
-def _chosen(encoder: Encoder, opening: Opening, way: Way, measured: Measured, notes: Sequence[str] = ()) -> Chosen:
-    calibration = opening.calibration if way[1] == "int8" else ()
-    opening = replace(opening, backend=way[0], dtype=way[1], calibration=calibration)
-    gain = f"{measured.gain:.1f} times as fast as torch float32, cosine at least {measured.cosine:.5f}"
-    return Chosen(encoder, opening, "; ".join([f"{' '.join(way)}: {gain}", *notes]))
-
-
-class _Trial:
-    """Ways to run a model, measured against PyTorch in float32, and the best of them so far.
+class _Exact:
+    """The model in PyTorch in float32, by which the others are measured.
 
     Args:
-        exact: The model in PyTorch, in float32.
-        texts: Texts of the run, which come after each of ``prompts``.
-        count: How many texts the run has.
+        encoder: The model.
+        texts: Texts of the run, which come after each of the prompts.
+        prompts_of: Those prompts.
     """
 
     def __init__(
-        self,
-        opening: Opening,
-        least: float,
-        exact: ModelEncoder,
-        prompts: Sequence[str],
-        texts: Sequence[str],
-        count: float,
+        self, encoder: ModelEncoder, texts: Sequence[str], prompts_of: Callable[[Encoder], Sequence[str]]
     ) -> None:
-        self._opening, self._least, self._exact, self._prompts = opening, least, exact, prompts
+        self.encoder, self._prompts = encoder, prompts_of(encoder)
         self._probes = [*PROBES, *TEN_SCRIPTS, *(text[:CHECKED_CHARACTERS] for text in texts)]
-        self._vectors = self._encode(exact)
-        lengths = itertools.accumulate(map(len, texts or self._probes))
-        self._timed = [t for t, end in zip(texts or self._probes, lengths, strict=True) if end <= TIMED_CHARACTERS]
-        self._timed = self._timed or [(*texts, *self._probes)[0][:TIMED_CHARACTERS]]
-        self._seconds = self._time(exact)
-        self.expected = self._seconds / len(self._timed) * count
-        self.best: Chosen | None = None
-        self._gain = 1.0 if opening.backend in (AUTO, TORCH) and opening.dtype != "int8" else 0.0
-        self.notes: list[str] = []
+        timed = texts or self._probes
+        ends = itertools.accumulate(map(len, timed))
+        self._timed = [text for text, end in zip(timed, ends, strict=True) if end <= TIMED_CHARACTERS]
+        self._timed = self._timed or [timed[0][:TIMED_CHARACTERS]]
+        self._vectors, self._seconds = self._encode(encoder), self._time(encoder)
+
+    def is_worth_a_conversion(self, count: float) -> bool:
+        """Whether so many texts take longer than a conversion."""
+        parameters = sum(p.numel() for p in self.encoder.model.parameters())
+        conversion: float = CONVERSION_SECONDS + PARAMETER_SECONDS * parameters
+        return self._seconds / len(self._timed) * count >= PATIENCE * conversion
+
+    def measure(self, encoder: Encoder) -> Measured:
+        """Measure another encoder, or this one once it is changed."""
+        cosine = float(paired_cosines(self._encode(encoder), self._vectors).min())
+        return Measured(cosine, self._seconds / self._time(encoder))
+
+    def mix(self, least: float) -> Measured | None:
+        """Have the linear layers multiply in bfloat16, where that turns out quicker and keeps the vectors."""
+        layers = mix_products(self.encoder.model)
+        self.encoder.dtype = MIXED
+        measured = self.measure(self.encoder)
+        if measured.cosine >= least and measured.gain > 1:
+            return measured
+        for parent, name, layer in layers:
+            setattr(parent, name, layer)
+        self.encoder.dtype = "float32"
+        return None
 
     def _encode(self, encoder: Encoder) -> Vectors:
         return np.concatenate([encoder.encode_texts(self._probes, prompt) for prompt in self._prompts])
@@ -296,52 +279,3 @@ class _Trial:
         """Seconds for the timed texts: of two runs the quicker one."""
         encode = partial(encoder.encode_texts, self._timed, self._prompts[0])
         return min(timeit.repeat(encode, number=1, repeat=2))
-
-    def _measure(self, encoder: Encoder) -> Measured:
-        cosine = float(paired_cosines(self._encode(encoder), self._vectors).min())
-        return Measured(cosine, self._seconds / self._time(encoder))
-
-    def convert(self, ways: Sequence[Way]) -> None:
-        """Try conversions: all that are kept, and new ones until one is good, where the run is worth it."""
-        seconds = CONVERSION_SECONDS + PARAMETER_SECONDS * sum(p.numel() for p in self._exact.model.parameters())
-        falls_back, asked = self._gain > 0, self._opening.backend not in (AUTO, TORCH)
-        for way in ways:
-            conversion = conversion_of(self._opening, *way)
-            assert conversion is not None  # the model has been opened
-            if conversion.kept is None:
-                if self.best or (falls_back and self.expected < PATIENCE * seconds):
-                    continue
-                if (failed := conversion.record.get("failed")) and not asked:
-                    self.notes.append(f"{way[0]} failed before ({failed})")
-                    continue
-            try:
-                encoder = _open_conversion(self._opening, conversion, way[1])
-            except (MissingPackage, OutputError):
-                raise
-            except Exception as error:  # each converter raises what it likes
-                problem = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-                if asked:
-                    raise ModelError(self._opening.model, f"cannot be converted for {way[0]} ({problem})") from error
-                conversion.note(failed=problem)
-                self.notes.append(f"{way[0]} {way[1]} failed ({problem})")
-                continue
-            measured = self._measure(encoder)
-            conversion.note(**{way[1]: measured})
-            if measured.cosine < self._least:
-                self.notes.append(f"{' '.join(way)} would keep {measured.cosine:.5f}")
-            elif measured.gain > self._gain:
-                self._gain, self.best = measured.gain, _chosen(encoder, self._opening, way, measured, self.notes)
-
-    def in_torch(self, opening: Opening) -> Chosen:
-        """Take PyTorch; its linear layers in bfloat16 where that turns out quicker and keeps the vectors."""
-        exact = self._exact
-        if self._opening.dtype == AUTO:
-            layers = mix_products(exact.model)
-            exact.dtype = MIXED
-            measured = self._measure(exact)
-            if measured.cosine >= self._least and measured.gain > 1:
-                return _chosen(exact, opening, (TORCH, MIXED), measured, self.notes)
-            for parent, name, layer in layers:
-                setattr(parent, name, layer)
-            exact.dtype = "float32"
-        return Chosen(exact, opening, "; ".join(["torch float32", *self.notes]))

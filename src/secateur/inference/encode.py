@@ -1,48 +1,55 @@
 """Files of texts → one file of vectors: constant memory, each distinct text once, and a killed run goes on.
 
-First all texts are read, checked and numbered (:mod:`.distinct`). Then the distinct ones go through the model, by
-:data:`.SHARD`, each shard a file in ``OUT.partial`` that appears when it is complete. At the end every row looks up its
-vector, and the result is renamed to its name.
+First all texts are read and checked: each distinct one is kept in ``OUT.partial`` (``texts.sqlite``), and for each row
+the number of its text (``places.npy``). So a mistake in the last line is found at once, and an input that changes later
+does not matter. Then the distinct ones go through the model, by :data:`SHARD`, each shard a file that appears when it
+is complete. At the end every row looks up its vector, and the result is renamed to its name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import random
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from secateur.data.rows import read_column
 from secateur.data.sources import instruction_prompt
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import lock, output_errors, read_json, write_bytes
 from secateur.inference.backends import choose, fingerprint_encoder
-from secateur.inference.distinct import SHARD, Inputs, number_texts, read_places, read_shards
 from secateur.inference.opening import AUTO, TORCH, Opening
-from secateur.inference.vector_files import (
-    check_suffix,
-    description_file,
-    read_description,
-    write_description,
-    write_vectors,
-)
+from secateur.inference.vector_files import check_suffix, description_file, read_description, write_vectors
 from secateur.inference.workers import Piece, Run, in_processes, on_ray
 from secateur.options import EncodeOptions, step
 from secateur.progress import Progress, silent
 from secateur.provenance import DONE, Made
 from secateur.runtime.core import Encoder, OnBatch, Vectors
-from secateur.runtime.vectors import quantize
+from secateur.runtime.encoder import quantize
 
+SHARD = 2048
+"""Distinct texts that are encoded together, and what a killed run loses at most of each worker's work."""
+SAMPLE, SAMPLE_CHARACTERS = 64, 2000
+"""Texts that measurements are made on, and how much of each."""
 MEASURED_FROM = 200_000
 """From so many characters on, ``auto`` measures: fewer are sooner encoded than measured."""
-RESULT = "result"
+DATABASE, PLACES, RESULT = "texts.sqlite", "places.npy", "result"
+TABLES = """
+PRAGMA journal_mode=OFF;
+PRAGMA synchronous=OFF;
+CREATE TABLE seen (key BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID;
+CREATE TABLE texts (number INTEGER PRIMARY KEY, text BLOB);
+"""
 OPENED, TEXTS, TOKENS = "model opened", "texts", "tokens"
 """What is counted, as ``progress`` is told."""
 
@@ -85,7 +92,7 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
             is at work.
         ModelError: The model cannot be opened, or a worker died too often.
     """
-    ranges = read_ranges(options)
+    ranges = _read_ranges(options)
     with _partial_folder(options.out) as folder:
         with output_errors(folder):
             texts = (text for file in options.files for text in read_column(file, options.column))
@@ -97,34 +104,103 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
             raise _no_ranges()
         progress(OPENED, 0, 1)
         count = inputs.distinct if inputs.characters >= MEASURED_FROM else 0
-        prompts = partial(_prompts, options=options)
-        chosen = choose(_opening(options, folder), options.min_cosine, sample, count, prompts)
+        opening = _opening(options, folder)
+        chosen = choose(opening, options.min_cosine, sample, count, lambda encoder: [_prompt(encoder, options)])
         progress(OPENED, 1, 1)
         encoder, opening, told = chosen.encoder, chosen.opening, chosen.told
         del chosen
-        (prompt,) = _prompts(encoder, options)
-        about = _description(encoder, options, inputs, prompt) | {"backend": opening.backend, "dtype": opening.dtype}
+        if options.dimensions is not None and options.dimensions > encoder.dimension:
+            problem = f"{options.dimensions} are more than the model's vectors have"
+            raise ConfigError("dimensions", options.dimensions, problem, f"at most {encoder.dimension}")
+        prompt = _prompt(encoder, options)
+        about: dict[str, Any] = {  # what the file says of itself
+            "model": str(options.model),
+            "inputs": asdict(inputs),
+            "fingerprint": fingerprint_encoder(encoder),
+            "prompt": prompt,
+            "dimension": options.dimensions or encoder.dimension,
+            "normalize": options.normalize,
+            "precision": options.precision,
+            "backend": opening.backend,
+            "dtype": opening.dtype,
+        }
         if ranges is not None:
             _check_ranges(ranges, about, options)
         _check_resume(folder, about, opening.backend != TORCH and not opening.exported)
         if options.ray is None and options.processes == 1:
-            pool: AbstractContextManager[Run] = nullcontext(partial(_run_here, encoder, prompt))
+            pool: AbstractContextManager[Run] = nullcontext(_run_here(encoder, prompt))
         else:
             del encoder  # its memory is the workers' now
             address, count = options.ray, options.processes
             pool = in_processes(opening, prompt, count) if address is None else on_ray(opening, prompt, address, count)
         with output_errors(folder):
-            work = _encode_shards(pool, about, folder, progress)
+            encoded, tokens, seconds = _encode_shards(pool, about, folder, progress)
             _write_result(folder, about, None if ranges is None else ranges["ranges"], options.out)
-    found = inputs.rows, inputs.distinct, about["dimension"], about["dtype"]
-    return Encoded(options.out, *found, work.texts, work.tokens, work.seconds, about["backend"], told)
+    found = inputs.rows, inputs.distinct, about["dimension"], opening.dtype
+    return Encoded(options.out, *found, encoded, tokens, seconds, opening.backend, told)
 
 
-def _run_here(
-    encoder: Encoder, prompt: str, pieces: Iterable[Piece], on_batch: OnBatch
-) -> Iterator[tuple[int, Vectors]]:
-    for number, texts in pieces:
-        yield number, encoder.encode_texts(texts, prompt, on_batch)
+def _run_here(encoder: Encoder, prompt: str) -> Run:
+    def run(pieces: Iterable[Piece], on_batch: OnBatch) -> Iterator[tuple[int, Vectors]]:
+        for number, texts in pieces:
+            yield number, encoder.encode_texts(texts, prompt, on_batch)
+
+    return run
+
+
+# --- the distinct texts ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was read: ``rows`` texts, ``distinct`` different ones of so many characters, and a hash over all."""
+
+    rows: int
+    distinct: int
+    characters: int
+    sha256: str
+
+
+def number_texts(texts: Iterable[str], folder: Path) -> tuple[Inputs, list[str]]:
+    """Read all texts into the files of a folder; the distinct ones are numbered by first occurrence.
+
+    Returns:
+        What was read, and the first :data:`SAMPLE_CHARACTERS` of :data:`SAMPLE` distinct texts, each as likely to be
+        among them as any other (reservoir sampling: Vitter 1985).
+    """
+    (folder / DATABASE).unlink(missing_ok=True)
+    everything, rng = hashlib.sha256(), random.Random(0)  # noqa: S311
+    rows = distinct = characters = 0
+    sample: list[str] = []
+    with (
+        closing(sqlite3.connect(folder / DATABASE, isolation_level=None)) as database,
+        (folder / PLACES).open("wb") as places,
+    ):
+        database.executescript(TABLES + "BEGIN;")
+        for rows, text in enumerate(texts, start=1):  # noqa: B007
+            content = text.encode()
+            key = hashlib.blake2b(content, digest_size=16).digest()
+            everything.update(key)
+            number = distinct
+            if database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, number)).rowcount:
+                database.execute("INSERT INTO texts VALUES (?, ?)", (number, content))
+                distinct, characters = distinct + 1, characters + len(text)
+                place = len(sample) if len(sample) < SAMPLE else rng.randrange(distinct)
+                if place < SAMPLE:
+                    sample[place : place + 1] = [text[:SAMPLE_CHARACTERS]]
+            else:
+                (number,) = database.execute("SELECT number FROM seen WHERE key = ?", (key,)).fetchone()
+            places.write(number.to_bytes(8, "little"))
+        database.execute("COMMIT")
+    return Inputs(rows, distinct, characters, everything.hexdigest()), sample
+
+
+def _read_shards(folder: Path, numbers: Iterable[int]) -> Iterator[Piece]:
+    with closing(sqlite3.connect(folder / DATABASE)) as database:
+        for number in numbers:
+            query = "SELECT text FROM texts WHERE number >= ? AND number < ? ORDER BY number"
+            found = database.execute(query, (number * SHARD, (number + 1) * SHARD))
+            yield number, [content.decode() for (content,) in found]
 
 
 # --- what the run is -------------------------------------------------------------------------------------------------
@@ -156,17 +232,7 @@ def _opening(options: EncodeOptions, folder: Path) -> Opening:
     """How the model is opened; ``auto`` is what the run that is resumed has found, for another measurement may find
     otherwise.
     """
-    opening = Opening(
-        str(options.model),
-        options.dtype,
-        options.pooling,
-        options.max_length,
-        options.device,
-        options.trust_remote_code,
-        options.batch_tokens,
-        length_step=1,
-        backend=options.backend,
-    )
+    opening = Opening.of(options, length_step=1)
     recorded = read_json(folder / DONE) if (folder / DONE).exists() else None
     found = recorded.get("options") if isinstance(recorded, dict) else None
     if not isinstance(found, dict) or opening.exported or options.dtype != AUTO:
@@ -177,30 +243,14 @@ def _opening(options: EncodeOptions, folder: Path) -> Opening:
     return replace(opening, backend=backend, dtype=str(found.get("dtype", AUTO)))
 
 
-def _prompts(encoder: Encoder, options: EncodeOptions) -> list[str]:
-    """What goes before the texts: one prompt."""
+def _prompt(encoder: Encoder, options: EncodeOptions) -> str:
+    """What goes before each text."""
     if options.instruction is None:
-        return [encoder.prompt_of(options.prompt_name)]
+        return encoder.prompt_of(options.prompt_name)
     if options.prompt_name is not None:
         problem, hint = "does not go with --prompt-name", "give one of the two"
         raise ConfigError("instruction", options.instruction, problem, hint)
-    return [instruction_prompt(options.instruction)]
-
-
-def _description(encoder: Encoder, options: EncodeOptions, inputs: Inputs, prompt: str) -> dict[str, Any]:
-    """What the file of vectors says of itself; all but the model's name and the precision decides about the shards."""
-    if options.dimensions is not None and options.dimensions > encoder.dimension:
-        problem = f"{options.dimensions} are more than the model's vectors have"
-        raise ConfigError("dimensions", options.dimensions, problem, f"at most {encoder.dimension}")
-    return {
-        "model": str(options.model),
-        "inputs": asdict(inputs),
-        "fingerprint": fingerprint_encoder(encoder),
-        "prompt": prompt,
-        "dimension": options.dimensions or encoder.dimension,
-        "normalize": options.normalize,
-        "precision": options.precision,
-    }
+    return instruction_prompt(options.instruction)
 
 
 def _check_resume(folder: Path, about: dict[str, Any], converted: bool) -> None:
@@ -216,13 +266,8 @@ def _check_resume(folder: Path, about: dict[str, Any], converted: bool) -> None:
         made.record(folder)
 
 
-def read_ranges(options: EncodeOptions) -> dict[str, Any] | None:
-    """What an earlier file of int8 vectors says of itself; its ``ranges`` (2, dimension) as an array.
-
-    Raises:
-        DataError: It tells no ranges.
-        ConfigError: The vectors are not to be int8.
-    """
+def _read_ranges(options: EncodeOptions) -> dict[str, Any] | None:
+    """What an earlier file of int8 vectors says of itself; its ``ranges`` (2, dimension) as an array."""
     if options.ranges is None:
         return None
     about = read_description(options.ranges)
@@ -252,54 +297,46 @@ def _no_ranges() -> ConfigError:
     return ConfigError("precision", "int8", "all vectors are the same, and have no ranges to be rounded by", hint)
 
 
-# --- the shards -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Work:
-    """What this run has encoded so far; reports it, ``before`` being what an earlier run has done."""
-
-    before: int
-    distinct: int
-    progress: Progress
-    texts: int = 0
-    tokens: int = 0
-    started: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-
-    def add(self, texts: int, tokens: int) -> None:
-        self.texts, self.tokens = self.texts + texts, self.tokens + tokens
-        self.progress(TOKENS, self.tokens, 0)
-        self.progress(TEXTS, self.before + self.texts, self.distinct)
+# --- the shards, and the result --------------------------------------------------------------------------------------
 
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.npy"
 
 
-def _encode_shards(pool: AbstractContextManager[Run], about: dict[str, Any], folder: Path, progress: Progress) -> _Work:
-    """Encode what is not there yet: float32, shortened, and of length 1 where that is asked for."""
+def _encode_shards(
+    pool: AbstractContextManager[Run], about: dict[str, Any], folder: Path, progress: Progress
+) -> tuple[int, int, float]:
+    """Encode what is not there yet: float32, shortened, and of length 1 where that is asked for.
+
+    Returns:
+        Texts and tokens that this run has encoded, and the seconds that it took.
+    """
     distinct = about["inputs"]["distinct"]
     todo = [number for number in range(-(-distinct // SHARD)) if not _shard(folder, number).exists()]
-    left = sum(min(SHARD, distinct - number * SHARD) for number in todo)
-    progress(TEXTS, distinct - left, distinct)
+    before = distinct - sum(min(SHARD, distinct - number * SHARD) for number in todo)
+    texts = tokens = 0
+    progress(TEXTS, before, distinct)
     if not todo:
-        return _Work(distinct, distinct, progress)
+        return 0, 0, 0.0
+
+    def on_batch(more_texts: int, more_tokens: int) -> None:
+        nonlocal texts, tokens
+        texts, tokens = texts + more_texts, tokens + more_tokens
+        progress(TOKENS, tokens, 0)
+        progress(TEXTS, before + texts, distinct)
+
     with pool as run:
-        work = _Work(distinct - left, distinct, progress)
+        started = time.monotonic()
         progress(TOKENS, 0, 0)
-        for number, vectors in run(read_shards(folder, todo), work.add):
+        for number, vectors in run(_read_shards(folder, todo), on_batch):
             vectors = vectors[:, : about["dimension"]]
             if about["normalize"]:  # a vector of zeros stays one
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
             stream = io.BytesIO()
             np.save(stream, np.ascontiguousarray(vectors, dtype=np.float32))
             write_bytes(_shard(folder, number), stream.getvalue())
-        work.seconds = time.monotonic() - work.started
-    return work
-
-
-# --- the result ------------------------------------------------------------------------------------------------------
+        return texts, tokens, time.monotonic() - started
 
 
 def _write_result(folder: Path, about: dict[str, Any], ranges: Vectors | None, out: Path) -> None:
@@ -313,20 +350,20 @@ def _write_result(folder: Path, about: dict[str, Any], ranges: Vectors | None, o
     width = -(-dimension // 8) if precision == "binary" else dimension
     dtype = np.float32 if precision == "float32" else np.int8
     quantized = (quantize(vectors, precision, ranges) for vectors in _rows(folder, dimension))
-    write_vectors(folder / RESULT, quantized, (about["inputs"]["rows"], width), dtype, about, out.suffix)
-    write_description(out, about)
+    write_vectors(folder / RESULT, quantized, (about["inputs"]["rows"], width), dtype, about, out)
     (folder / RESULT).replace(out)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rows(folder: Path, dimension: int) -> Iterator[Vectors]:
-    """The vectors of all rows, in their order, a piece at a time."""
-    for numbers in read_places(folder):
-        vectors = np.empty((len(numbers), dimension), dtype=np.float32)
-        for number in np.unique(numbers // SHARD):
-            here = numbers // SHARD == number
-            vectors[here] = np.load(_shard(folder, int(number)), mmap_mode="r")[numbers[here] % SHARD]
-        yield vectors
+    """The vectors of all rows, in their order, a piece at a time: a mapped file would stay in memory."""
+    with (folder / PLACES).open("rb") as stream:
+        while len(numbers := np.fromfile(stream, dtype="<i8", count=SHARD)):
+            vectors: Vectors = np.empty((len(numbers), dimension), dtype=np.float32)
+            for number in np.unique(numbers // SHARD):
+                here: NDArray[np.bool_] = numbers // SHARD == number
+                vectors[here] = np.load(_shard(folder, int(number)), mmap_mode="r")[numbers[here] % SHARD]
+            yield vectors
 
 
 def _measured_ranges(folder: Path, about: dict[str, Any]) -> Vectors:

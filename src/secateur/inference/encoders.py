@@ -39,7 +39,6 @@ from secateur.runtime.core import (
     Tokens,
     Vectors,
     ignore,
-    is_out_of_memory,
 )
 
 LEAST_COSINE = 0.999
@@ -108,10 +107,6 @@ class Prefix:
     cache: SharedPrefix
     states: Tensor
 
-    def starts(self, text: Tokens) -> bool:
-        """Whether a text starts with it, and goes on."""
-        return len(text) > len(self.ids) and np.array_equal(text.ids[: len(self.ids)], self.ids)
-
 
 class ModelEncoder(Encoder):
     """A ``SentenceTransformer`` as an :class:`Encoder`, compared with the model's own ``encode`` when it is made.
@@ -179,15 +174,44 @@ class ModelEncoder(Encoder):
         with torch.inference_mode():
             return self._as_array(self.model(self._features(batch))["sentence_embedding"])
 
-    def ways(self, tokens: Sequence[Tokens], rows: Sequence[int]) -> list[tuple[Sequence[int], RunBatch, int]]:
-        """Texts that start with the shared prompt, which is computed once, go another way than the others."""
-        with torch.inference_mode():
-            prefix = self._share([tokens[row] for row in rows])
-        if prefix is None:
-            return [(rows, self.run, 0)]
-        shared = [row for row in rows if prefix.starts(tokens[row])]
-        others = sorted(set(rows) - set(shared))
-        return [(shared, partial(self._run_after, prefix), len(prefix.ids)), (others, self.run, 0)]
+    def prepare(self, tokens: Sequence[Tokens]) -> tuple[RunBatch, int]:
+        """See :meth:`Encoder.prepare`: what the prompt makes all texts start with is run once, if that gives the same.
+
+        What a model cannot do (or has no memory for) is done in the plain way.
+        """
+        length = min(tokens[0].prompt_length, min(map(len, tokens)) - 1) if len(tokens) >= SHARED_FROM else 0
+        if self._shares_prompts and length >= SHORTEST_PREFIX:
+            starts = np.stack([text.ids[:length] for text in tokens])
+            start = starts[0, : int((starts == starts[0]).all(axis=0).cumprod().sum())]
+            if len(start) >= SHORTEST_PREFIX:
+                try:
+                    prefix = self._run_prefix(start)
+                    run = partial(self._run_after, prefix)
+                    if start.tobytes() not in self._compared:
+                        probes = tokens[:: max(1, len(tokens) // 8)]
+                        cosine = paired_cosines(run(probes), self.run(probes)).min()
+                        self._shares_prompts = bool(cosine >= self._same_cosine)
+                        self._compared.add(start.tobytes())
+                    if self._shares_prompts:
+                        return run, len(start)
+                except REFUSALS:
+                    self._shares_prompts = False
+        return self.run, 0
+
+    @property
+    def _same_cosine(self) -> float:
+        """That of vectors that are equal up to rounding."""
+        if self.model.dtype != torch.float32:
+            return LEAST_COSINE
+        return PROBED_COSINE if self.dtype == MIXED else 1 - 1e-6
+
+    def _run_prefix(self, start: NDArray[np.int32]) -> Prefix:
+        if self._prefix is None or not np.array_equal(self._prefix.ids, start):
+            transformer, ids = self.model[0].auto_model, torch.from_numpy(start.astype(np.int64))
+            with torch.inference_mode():
+                states = transformer(input_ids=ids[None].to(transformer.device)).last_hidden_state
+                self._prefix = Prefix(start, run_prefix(transformer, ids), states)
+        return self._prefix
 
     def _run_after(self, prefix: Prefix, batch: Sequence[Tokens]) -> Vectors:
         """As :meth:`run`, for texts that start with what has been run already."""
@@ -213,41 +237,6 @@ class ModelEncoder(Encoder):
     def _as_array(self, vectors: Tensor) -> Vectors:
         found: Vectors = vectors[:, : self.dimension].float().cpu().numpy()
         return found
-
-    def _share(self, tokens: Sequence[Tokens]) -> Prefix | None:
-        """The part of the prompt that most texts start with, if running it once gives the vectors of the plain way."""
-        length = tokens[0].prompt_length if tokens else 0
-        if not self._shares_prompts or length < SHORTEST_PREFIX or len(tokens) < SHARED_FROM:
-            return None
-        starts = [text.ids[:length] for text in tokens]
-        longest = max(starts, key=len)
-        same = [int((ids == longest[: len(ids)]).cumprod().sum()) for ids in starts]
-        start = longest[: int(np.quantile(same, 0.1, method="lower"))]  # what nine of ten share
-        if len(start) < SHORTEST_PREFIX:
-            return None
-        try:
-            if self._prefix is None or not np.array_equal(self._prefix.ids, start):
-                transformer, ids = self.model[0].auto_model, torch.from_numpy(start.astype(np.int64))
-                states = transformer(input_ids=ids[None].to(transformer.device)).last_hidden_state
-                self._prefix = Prefix(start, run_prefix(transformer, ids), states)
-            if start.tobytes() not in self._compared:
-                probes = [text for text in tokens if self._prefix.starts(text)][:: max(1, len(tokens) // 8)]
-                if not probes:
-                    return None
-                self._shares_prompts = self._is_same(self._run_after(self._prefix, probes), self.run(probes))
-                self._compared.add(start.tobytes())
-        except REFUSALS as error:
-            if is_out_of_memory(error):
-                raise
-            self._shares_prompts = False
-        return self._prefix if self._shares_prompts else None
-
-    def _is_same(self, found: Vectors, expected: Vectors) -> bool:
-        """Whether vectors are equal up to rounding."""
-        least = LEAST_COSINE
-        if self.model.dtype == torch.float32:
-            least = PROBED_COSINE if self.dtype == MIXED else 1 - 1e-6
-        return bool(paired_cosines(found, expected).min() >= least)
 
 
 class FastEncoder(SentenceTransformer):  # type: ignore[misc]

@@ -84,8 +84,7 @@ class RequestMiddleware:
     """Gives every request an id, turns exceptions into error responses, and counts and logs the response."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -147,9 +146,7 @@ class BodyLimitMiddleware:
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-        self._held = 0
+        self._app, self._max_bytes, self._held = app, max_bytes, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope.get("headers", ()))
@@ -217,8 +214,7 @@ class KeyMiddleware:
     """Refuses requests without a valid API key, but for :data:`OPEN_PATHS`."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app = app
-        self._keys = keys
+        self._app, self._keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
@@ -238,8 +234,10 @@ def read_keys(file: str | Path | None) -> Keys:
     keys = [key.strip() for key in os.environ.get(API_KEYS, "").split(",") if key.strip()]
     if any(len(key.split()) > 1 for key in keys):
         raise ConfigError(API_KEYS, None, "has blanks or line ends within a key", "keys are separated by commas")
-    if any("\udc80" <= character <= "\udcff" for key in keys for character in key):  # Python's for a byte that is none
-        raise ConfigError(API_KEYS, None, "is not UTF-8")
+    try:
+        "".join(keys).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(API_KEYS, None, "is not UTF-8") from None
     if file is None:
         return Keys(keys)
     try:

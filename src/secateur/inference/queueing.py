@@ -61,7 +61,7 @@ class LocalWorker:
         return self.encoder.encode_tokens(batch)
 
 
-Worker = LocalWorker | EncoderProcess[Vectors]
+Worker = LocalWorker | EncoderProcess
 
 
 @dataclass(eq=False)
@@ -80,17 +80,13 @@ class Batcher:
         workers: Each takes batches as long as it is ready.
         threads: Where workers are called: one thread for each.
         options: Tokens in the queue, and the timeout.
-        metrics: Where to count.
     """
 
     def __init__(
         self, encoder: Encoder, workers: Sequence[Worker], threads: Executor, options: ServeOptions, metrics: Metrics
     ) -> None:
-        self._encoder = encoder
-        self._workers = workers
-        self._threads = threads
-        self._options = options
-        self._metrics = metrics
+        self._encoder, self._workers, self._threads = encoder, workers, threads
+        self._options, self._metrics = options, metrics
         self._waiting: dict[_Text, None] = {}  # a set that keeps its order
         self._filled = asyncio.Event()
         self._tokens = 0

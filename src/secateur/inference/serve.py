@@ -25,16 +25,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from secateur.errors import ConfigError, ModelError
 from secateur.inference.app import make_app
-from secateur.inference.backends import STORED, choose, is_decided, open_encoder
+from secateur.inference.backends import choose, is_decided
 from secateur.inference.encoders import ModelEncoder, batch_budget
 from secateur.inference.middleware import API_KEYS, ApiError, Keys, Metrics, log, log_as_json, read_keys
-from secateur.inference.opening import TORCH, Opening
+from secateur.inference.opening import STORED, TORCH, Opening, open_encoder
 from secateur.inference.queueing import LocalWorker
 from secateur.inference.workers import SILENT_SECONDS, EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
 from secateur.models.open_model import check_device
 from secateur.options import ServeOptions, step
-from secateur.runtime.core import Encoder, Vectors
+from secateur.runtime.core import Encoder
 
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
@@ -187,14 +187,12 @@ def _worker(encoder: Encoder) -> LocalWorker:
     return LocalWorker(encoder)
 
 
-def _start_workers(
-    stack: ExitStack, options: ServeOptions, opening: Opening, metrics: Metrics
-) -> list[EncoderProcess[Vectors]]:
+def _start_workers(stack: ExitStack, options: ServeOptions, opening: Opening, metrics: Metrics) -> list[EncoderProcess]:
     """Start the worker processes, together, and wait until each has opened the model; the stack ends them."""
     share = max(1, torch.get_num_threads() // max(1, options.workers))
     make = partial(open_worker, replace(opening, threads=share))
     silence = min(SILENT_SECONDS, max(LEAST_SILENCE, options.timeout / 4))
-    new = partial(EncoderProcess[Vectors], make, metrics.restarts.inc, silence)
+    new = partial(EncoderProcess, make, metrics.restarts.inc, silence)
     processes = [stack.enter_context(closing(new())) for _ in range(options.workers)]
     for process in processes:
         try:
@@ -220,16 +218,8 @@ def serve(options: ServeOptions) -> None:
         raise ConfigError("api_key_file", str(options.api_key_file), problem, "leave one of them out")
     keys = read_keys(options.api_key_file) if options.auth else Keys()
     path = Path(options.model).expanduser()
-    opening = Opening(
-        str(path.absolute() if path.exists() else options.model),  # workers find it, whatever becomes of it here
-        dtype=options.dtype,
-        pooling=options.pooling,
-        max_length=options.max_length,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-        batch_tokens=options.batch_tokens,
-        backend=options.backend,
-    )
+    # Workers find the model, whatever becomes of the current folder.
+    opening = Opening.of(options, model=str(path.absolute() if path.exists() else options.model))
     if not opening.exported:
         check_device(options.device)
     metrics = Metrics()

@@ -40,30 +40,25 @@ def write_vectors(
     shape: tuple[int, int],
     dtype: DTypeLike,
     about: Mapping[str, Any],
-    suffix: str,
+    out: Path,
 ) -> None:
-    """Write pieces (rows, width), one after the other, into a new file.
+    """Write pieces (rows, width), together of ``shape``, into a file that gets the name ``out``, in its format.
 
-    Args:
-        file: The file.
-        pieces: Together of ``shape``.
-        shape: Rows and width.
-        dtype: Of each number.
-        about: What the file says of itself, as JSON.
-        suffix: One of :data:`SUFFIXES`, which says the format.
+    ``about`` is what it says of itself; what NumPy's file cannot hold is written beside ``out``.
     """
     kind = np.dtype(dtype)
-    if suffix.lower() == ".npy":
+    if (beside := description_file(out)) is not None:
         with file.open("wb") as stream:
             header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stream, header)
             for piece in pieces:
                 stream.write(np.ascontiguousarray(piece, dtype=kind).data)
+        write_text(beside, json.dumps(about, indent=1))
         return
     embedding = pyarrow.list_(pyarrow.from_numpy_dtype(kind), shape[1])
     fields = [pyarrow.field("row", pyarrow.int64(), False), pyarrow.field("embedding", embedding, False)]
     schema = pyarrow.schema(fields, metadata={"secateur": json.dumps(about)})
-    if suffix.lower() == ".parquet":
+    if out.suffix.lower() == ".parquet":
         # Numbers of a vector hardly repeat: a dictionary or compression would cost time and save nothing.
         writer: Any = parquet.ParquetWriter(file, schema, compression="none", use_dictionary=False)
     else:
@@ -81,13 +76,6 @@ def write_vectors(
 def description_file(file: Path) -> Path | None:
     """Where a file's description stands, if not in the file itself."""
     return file.with_name(f"{file.name}.json") if file.suffix.lower() == ".npy" else None
-
-
-def write_description(file: Path, about: Mapping[str, Any]) -> None:
-    """Write the description that a file cannot hold itself."""
-    beside = description_file(file)
-    if beside is not None:
-        write_text(beside, json.dumps(about, indent=1))
 
 
 def read_description(file: Path) -> dict[str, Any]:

@@ -14,18 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from secateur.clusters import ray_cluster, ray_share
 from secateur.errors import ModelError, SecateurError
-from secateur.inference.backends import open_encoder
-from secateur.inference.opening import Opening
+from secateur.inference.opening import Opening, open_encoder
 from secateur.runtime.core import OnBatch, Vectors, is_out_of_memory
 
 TRIES = 3
@@ -40,7 +39,6 @@ LONG_SILENCE = 120.0
 """The same where no client waits, and before the encoder has been made: while Python imports a large library, no other
 thread of the process runs."""
 
-Answer = TypeVar("Answer")
 Piece = tuple[int, Sequence[str]]
 Encoded = tuple[int, Vectors, int]
 Run = Callable[[Iterable[Piece], OnBatch], Iterator[tuple[int, Vectors]]]
@@ -67,7 +65,7 @@ class EncoderDied(RuntimeError):
     """The process of an encoder ended in the middle of a batch, or before it could take one."""
 
 
-class EncoderProcess(Generic[Answer]):
+class EncoderProcess:
     """An encoder in a process of its own, replaced when it dies or hangs.
 
     ``concurrent.futures`` would end all of a pool's processes with one, and never sees that one hangs.
@@ -90,7 +88,6 @@ class EncoderProcess(Generic[Answer]):
 
     @property
     def pid(self) -> int | None:
-        """The number of the process."""
         return self._process.pid
 
     def ready(self) -> bool:
@@ -111,7 +108,7 @@ class EncoderProcess(Generic[Answer]):
         with self._replaced_if_dead():
             self._wait_until_made()
 
-    def encode_batch(self, batch: Any, timeout: float = math.inf) -> Answer:
+    def encode_batch(self, batch: Any, timeout: float = math.inf) -> Any:
         """What the encoder makes of a batch; used by one thread.
 
         Args:
@@ -126,7 +123,7 @@ class EncoderProcess(Generic[Answer]):
         with self._replaced_if_dead():
             self._wait_until_made()
             self._pipe.send(batch)
-            answer: Answer | str = self._receive(timeout)
+            answer = self._receive(timeout)
         if isinstance(answer, str):
             raise RuntimeError(answer)
         return answer
@@ -270,46 +267,10 @@ def in_processes(opening: Opening, prompt: str, processes: int) -> Iterator[Run]
     """
     share = opening.threads or max(1, (os.cpu_count() or 1) // processes)
     make = partial(TextEncoder, replace(opening, threads=share), prompt)
-    workers = [EncoderProcess[Encoded](make) for _ in range(processes)]
-    idle: queue.SimpleQueue[EncoderProcess[Encoded]] = queue.SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
-
-    def encode(piece: Piece, tries: int = TRIES) -> Encoded:
-        worker = idle.get()
-        try:
-            return worker.encode_batch(piece)
-        except EncoderDied as error:
-            if tries == 1:
-                problem = f"{error}, {TRIES} times on the same {len(piece[1])} texts"
-                raise ModelError(opening.model, problem, "too little memory? Fewer --processes need less") from None
-        except RuntimeError as error:
-            raise ModelError(opening.model, str(error)) from None
-        finally:
-            idle.put(worker)
-        return encode(piece, tries - 1)
-
-    def run(pieces: Iterable[Piece], on_batch: OnBatch) -> Iterator[tuple[int, Vectors]]:
-        running: set[Future[Encoded]] = set()
-        for piece in itertools.chain(pieces, itertools.repeat(None)):
-            if piece is not None:
-                running.add(threads.submit(encode, piece))
-                if len(running) < 2 * processes:
-                    continue
-            if not running:
-                return
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for number, vectors, tokens in (future.result() for future in finished):
-                on_batch(len(vectors), tokens)
-                yield number, vectors
-
-    with ThreadPoolExecutor(processes, thread_name_prefix="process") as threads:
-        try:
+    with ExitStack() as stack:
+        workers = [stack.enter_context(closing(EncoderProcess(make))) for _ in range(processes)]
+        with _together(opening.model, [worker.encode_batch for worker in workers]) as run:
             yield run
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
-                worker.close()
 
 
 @contextmanager
@@ -325,9 +286,7 @@ def on_ray(opening: Opening, prompt: str, address: str, actors: int) -> Iterator
     Raises:
         ModelError: An actor cannot open the model, fails on some texts, or dies with them for the third time.
     """
-    with ray_cluster(address) as ray:
-        from ray.util import ActorPool  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
+    with ray_cluster(address) as ray, ExitStack() as stack:
         actors = actors if actors > 1 else sum(node["Alive"] for node in ray.nodes())
         cores, gpus = ray_share(ray, actors)
         actor = ray.remote(TextEncoder).options(
@@ -336,23 +295,60 @@ def on_ray(opening: Opening, prompt: str, address: str, actors: int) -> Iterator
             max_restarts=-1,
             max_task_retries=TRIES - 1,
         )
-        own = replace(opening, threads=opening.threads or cores)
-        pool = ActorPool([actor.remote(own, prompt) for _ in range(actors)])
+        workers = [actor.remote(replace(opening, threads=opening.threads or cores), prompt) for _ in range(actors)]
+        for worker in workers:
+            stack.callback(ray.kill, worker)
 
-        def run(pieces: Iterable[Piece], on_batch: OnBatch) -> Iterator[tuple[int, Vectors]]:
-            for piece in itertools.chain(pieces, itertools.repeat(None)):
-                if piece is not None:
-                    pool.submit(lambda actor, piece: actor.encode_batch.remote(piece), piece)
-                    if pool.has_free():
-                        continue
-                if not pool.has_next():
-                    return
-                number, vectors, tokens = pool.get_next_unordered()
+        def encode(worker: Any, piece: Piece) -> Encoded:
+            try:
+                found: Encoded = ray.get(worker.encode_batch.remote(piece))
+            except ray.exceptions.RayError as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise ModelError(opening.model, f"the workers failed ({lines[-1][:300]})") from error
+            return found
+
+        with _together(opening.model, [partial(encode, worker) for worker in workers]) as run:
+            yield run
+
+
+@contextmanager
+def _together(model: str, workers: Sequence[Callable[[Piece], Encoded]]) -> Iterator[Run]:
+    """Give each piece to a worker that is idle, and again where the worker dies with it."""
+    idle: queue.SimpleQueue[Callable[[Piece], Encoded]] = queue.SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def encode(piece: Piece) -> Encoded:
+        died = ""
+        for _ in range(TRIES):
+            worker = idle.get()
+            try:
+                return worker(piece)
+            except EncoderDied as error:
+                died = str(error)
+            except RuntimeError as error:
+                raise ModelError(model, str(error)) from None
+            finally:
+                idle.put(worker)
+        problem = f"{died}, {TRIES} times on the same {len(piece[1])} texts"
+        raise ModelError(model, problem, "too little memory? Fewer --processes need less")
+
+    def run(pieces: Iterable[Piece], on_batch: OnBatch) -> Iterator[tuple[int, Vectors]]:
+        running: set[Future[Encoded]] = set()
+        for piece in itertools.chain(pieces, itertools.repeat(None)):
+            if piece is not None:
+                running.add(threads.submit(encode, piece))
+                if len(running) < 2 * len(workers):
+                    continue
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for number, vectors, tokens in (future.result() for future in finished):
                 on_batch(len(vectors), tokens)
                 yield number, vectors
 
-        try:
-            yield run
-        except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(opening.model, f"the workers failed ({lines[-1][:300]})") from error
+    threads = ThreadPoolExecutor(len(workers), thread_name_prefix="worker")
+    try:
+        yield run
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # what is at work ends with its worker

@@ -193,18 +193,20 @@ class Encoder(ABC):
         filled = [row for row, text in enumerate(tokens) if len(text)]
         if len(filled) < len(tokens):
             on_batch(len(tokens) - len(filled), 0)
-        for rows, run, computed in self.ways(tokens, filled):
-            lengths = [self.padded_length(len(tokens[row]) - computed) for row in rows]
-            for places in plan_batches(lengths, self.batch_tokens, self.padding, batch_size):
-                chosen = [rows[place] for place in places]
-                batch = [tokens[row] for row in chosen]
-                vectors[chosen] = self.encode_batch(batch, run)
-                on_batch(len(batch), sum(map(len, batch)))
+        if not filled:
+            return vectors
+        run, computed = self.prepare([tokens[row] for row in filled])
+        lengths = [self.padded_length(len(tokens[row]) - computed) for row in filled]
+        for places in plan_batches(lengths, self.batch_tokens, self.padding, batch_size):
+            rows = [filled[place] for place in places]
+            batch = [tokens[row] for row in rows]
+            vectors[rows] = self.encode_batch(batch, run)
+            on_batch(len(batch), sum(map(len, batch)))
         return vectors
 
-    def ways(self, tokens: Sequence[Tokens], rows: Sequence[int]) -> list[tuple[Sequence[int], RunBatch, int]]:
-        """Which of these rows go through the model how, and of how many tokens of each it has been computed already."""
-        return [(rows, self.run, 0)]
+    def prepare(self, tokens: Sequence[Tokens]) -> tuple[RunBatch, int]:
+        """How these texts are run, in batches, and how many tokens of each have been computed already."""
+        return self.run, 0
 
     def encode_batch(self, batch: Sequence[Tokens], run: RunBatch | None = None) -> Vectors:
         """Vectors of texts that share a prompt length; in halves where they do not fit into memory together.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from tokenizers import Tokenizer
 from secateur.errors import ConfigError, DataError, MissingPackage, ModelError
 from secateur.provenance import EXPORT
 from secateur.runtime.core import CPU_BATCH, Encoder, Tokens, Vectors
-from secateur.runtime.vectors import FORMATS, VectorFormat, quantize
 
 NEEDED = (
     *("backend", "precision", "quantization", "graph", "dimension", "max_length", "truncation_side", "vectors"),
@@ -31,6 +30,8 @@ OUTPUT = "sentence_embedding"
 DYNAMIC_GROUP = 32
 """Inputs of a matrix that share one scale, where OpenVINO rounds activations while it runs."""
 
+VectorFormat = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+FORMATS: tuple[str, ...] = get_args(VectorFormat)
 Ids = NDArray[np.int64]
 Session = Callable[[dict[str, Ids]], Vectors]
 """From ``input_ids`` and ``attention_mask`` (batch, length), and ``prompt_length``, to vectors (batch, dimension)."""
@@ -235,3 +236,32 @@ def _no_text(value: object) -> tuple[str, str]:
         problem = f"holds half of a surrogate pair, at character {error.start}"
         return problem, "decode it as UTF-8 with errors='replace'"
     return "", ""
+
+
+def quantize(vectors: NDArray[np.float32], form: VectorFormat, ranges: NDArray[np.float32]) -> NDArray[Any]:
+    """Round vectors (texts, dimension) to bytes, or to bits packed by eight, as sentence-transformers does.
+
+    Args:
+        vectors: Vectors of length 1.
+        form: ``int8`` and ``uint8``: 256 steps between each dimension's least and greatest value; ``binary`` and
+            ``ubinary``: one bit a dimension, whether it is above 0, as signed and unsigned bytes.
+        ranges: (2, dimension), least and greatest value of each dimension, on texts of their own.
+    """
+    if form == "float32":
+        return vectors
+    if form in ("binary", "ubinary"):
+        bits: NDArray[np.uint8] = np.packbits(vectors > 0, axis=-1)
+        return (bits.astype(np.int16) - 128).astype(np.int8) if form == "binary" else bits
+    least, greatest = ranges
+    step = (greatest - least) / np.float32(255)
+    steps: NDArray[np.float32] = np.clip(np.floor((vectors - least) / np.where(step == 0, 1, step)), 0, 255)
+    return (steps - 128).astype(np.int8) if form == "int8" else steps.astype(np.uint8)
+
+
+def as_numbers(vectors: NDArray[Any], form: VectorFormat, dimension: int) -> NDArray[np.float32]:
+    """Vectors as they are compared: bytes as numbers around 0, bits as -1 and 1."""
+    if form in ("binary", "ubinary"):
+        packed = (vectors.astype(np.int16) + 128).astype(np.uint8) if form == "binary" else vectors
+        return np.unpackbits(packed, axis=-1, count=dimension).astype(np.float32) * 2 - 1
+    numbers = vectors.astype(np.float32)
+    return numbers - 128 if form == "uint8" else numbers
