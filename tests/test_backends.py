@@ -134,7 +134,7 @@ def test_int8_is_let_in_by_a_lower_cosine_and_calibrated_on_the_texts(model: Pat
 def test_a_server_tries_what_may_be_quicker_than_what_is_kept(ready: Path):
     pytest.importorskip("nncf")
     chosen = choose(Opening(str(ready), device="cpu"), 0.98)
-    assert kept(ready) == ["openvino-float32", "openvino-int8"]
+    assert {"openvino-float32", "openvino-int8"} <= set(kept(ready))  # and others, where int8 is not the quickest
     again = choose(Opening(str(ready), device="cpu"), 0.98)
     assert again.opening == chosen.opening or chosen.opening.backend == "torch"
 
