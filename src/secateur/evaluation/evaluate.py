@@ -100,10 +100,8 @@ def evaluate(  # noqa: D417 - the rest follows from the options
 
     def score_model(number: int, label: str, given: Model) -> None:
         """All tasks of one model, which leaves the memory when this returns, before the next one is opened."""
-        if isinstance(given, SentenceTransformer):
-            model, source, files = given, "", ""
-        else:
-            model, source, files = open_embedder(given), model_source(given), fingerprint_files(given)
+        model = given if isinstance(given, SentenceTransformer) else open_embedder(given)
+        source, files = ("", "") if model is given else (model_source(given), fingerprint_files(given))
         told = is_instructed(model) if instructed is None else instructed[number]
         weights, cache = identify(model, vectors_folder(options, given))
         if options.names is None:

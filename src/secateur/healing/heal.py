@@ -75,21 +75,12 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     held_out = read_held_out(options)
     model, teacher = _open_models(options, config)
     config = decide(model, replace(config, train="blocks") if is_sharded() and config.train == "auto" else config)
-    # What the model puts before texts that come without a prompt; a teacher has a default prompt of its own.
-    default = str(model.prompts.get(model.default_prompt_name or "") or "") if options.instruction is None else ""
-    own_sets = list(sets)
-    if default:
-        own_sets = [replace(s, prompts=s.prompts or dict.fromkeys(s.rows.column_names, default)) for s in sets]
+    default, own_sets = _with_default_prompt(model, sets, options)
     check_room(model, own_sets, config.max_length)
     sources = [source for source in sources if source.name in {item.source for item in sets}]
     prompts = set_prompts(model, sources, default)
     made = _made_from(options, config, model, sources, own_sets, held_out, teacher, excluded)
-    unused = () if teacher else ("teacher_weight", "distill")
-    settings = {key: value for key, value in made.options.items() if key not in unused}
-    settings |= {"data": {item.name: len(item.rows) for item in own_sets}, "instruction": options.instruction}
-    if teacher:
-        settings |= {"teacher": str(options.teacher), "teacher_fingerprint": teacher.fingerprint}
-    settings |= held_out.settings() | excluded.settings()
+    settings = _settings(options, made, own_sets, teacher) | held_out.settings() | excluded.settings()
     settings |= {"objective": config.objective, "notes": [*left_out, *notes]}
     with output_errors(options.out), locked_folder(options.out) as folder:
         if get_rank() == 0:
@@ -118,6 +109,28 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
             shutil.rmtree(folder)
         barrier()
     return options.out
+
+
+def _with_default_prompt(
+    model: SentenceTransformer, sets: Sequence[TrainingSet], options: HealOptions
+) -> tuple[str, list[TrainingSet]]:
+    """What the model puts before texts that come without a prompt, and the sets with it.
+
+    A teacher does not learn of it: it has a default prompt of its own.
+    """
+    default = str(model.prompts.get(model.default_prompt_name or "") or "") if options.instruction is None else ""
+    if not default:
+        return "", list(sets)
+    return default, [replace(s, prompts=s.prompts or dict.fromkeys(s.rows.column_names, default)) for s in sets]
+
+
+def _settings(options: HealOptions, made: Made, sets: Sequence[TrainingSet], teacher: Teacher | None) -> dict[str, Any]:
+    """What the training's table says of its options."""
+    settings = {k: v for k, v in made.options.items() if teacher or k not in ("teacher_weight", "distill")}
+    settings |= {"data": {item.name: len(item.rows) for item in sets}, "instruction": options.instruction}
+    if teacher:
+        settings |= {"teacher": str(options.teacher), "teacher_fingerprint": teacher.fingerprint}
+    return settings
 
 
 def _open_models(options: HealOptions, config: TrainingConfig) -> tuple[SentenceTransformer, Teacher | None]:

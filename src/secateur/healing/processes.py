@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Collection
 from datetime import timedelta
 
 import torch
@@ -82,8 +83,17 @@ def sharded_copy(model: SentenceTransformer) -> SentenceTransformer:
     return own
 
 
-def shard_by_blocks(model: SentenceTransformer, accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Have FSDP gather one layer's weights at a time, in the training's precision, and add gradients in float32."""
+def shard_by_blocks(
+    model: SentenceTransformer, accelerator: Accelerator, config: TrainingConfig, of_loss: Collection[str]
+) -> None:
+    """Have FSDP gather one layer's weights at a time, in the training's precision, and add gradients in float32.
+
+    Raises:
+        ConfigError: There are weights of the loss, which FSDP has no place for.
+    """
+    if of_loss:
+        problem = "with FSDP, a teacher's vectors must be as wide as the model's"
+        raise ConfigError("distill", "vectors", problem, "--distill similarities, or another teacher")
     plugin = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks_of(model[0].auto_model)})

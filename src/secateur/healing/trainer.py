@@ -121,29 +121,27 @@ def train(
         callbacks=[ProgressCallback(folder, config, progress)],
     )
     if trainer.is_fsdp_enabled:
-        if trainer.of_loss():
-            problem = "with FSDP, a teacher's vectors must be as wide as the model's"
-            raise ConfigError("distill", "vectors", problem, "--distill similarities, or another teacher")
-        shard_by_blocks(own, trainer.accelerator, config)
+        shard_by_blocks(own, trainer.accelerator, config, trainer.of_loss())
     trainer.remove_callback(PrinterCallback)
     with quiet():
         trainer.train_or_resume(last_checkpoint(folder), config.patience)
-    state = trainer.state
-    if state.global_step < config.steps and not out_of_patience(state, config.patience):
-        problem = f"gave no batch of {config.batch_size} after {state.global_step} of {config.steps} steps"
-        raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
-    check_learning(state)
+    check_finished(trainer.state, config)
     if trainer.is_fsdp_enabled:
         gather(own, model)
     else:  # the trainer left its autocast around the model: what is saved and compared is the model without it
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = length
     finish(model, dtypes)
+    return result_of(trainer.state, trainer.seconds, trained)
+
+
+def result_of(state: TrainerState, seconds: float, trained: int) -> TrainingResult:
+    """What the trainer's log says of a training."""
     log = state.log_history
     losses = tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row)
     evaluations = tuple(EvaluationRow(row["step"], row[SCORE]) for row in log if SCORE in row)
     best = state.best_global_step if evaluations else None
-    return TrainingResult(state.global_step, trainer.seconds, trained, losses, evaluations, best)
+    return TrainingResult(state.global_step, seconds, trained, losses, evaluations, best)
 
 
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
@@ -291,6 +289,14 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if out_of_patience(state, self.config.patience):
             control.should_training_stop = True
+
+
+def check_finished(state: TrainerState, config: TrainingConfig) -> None:
+    """Refuse (:class:`.DataError`) a training that ended before its last step, or learned nothing."""
+    if state.global_step < config.steps and not out_of_patience(state, config.patience):
+        problem = f"gave no batch of {config.batch_size} after {state.global_step} of {config.steps} steps"
+        raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
+    check_learning(state)
 
 
 def check_learning(state: TrainerState) -> None:

@@ -129,19 +129,11 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
     names: Counter[str] = Counter()
     size = config.batch_size
     for source in sorted(sources, key=lambda source: isinstance(source, Texts)):
-        if isinstance(source, Texts):
-            distinct = list(dict.fromkeys(source.rows))
-            if config.has_teacher:
-                names[source.name] += 1
-                if len(distinct) < size:
-                    problem = f"{len(distinct)} texts do not fill a batch of {size}"
-                    raise DataError(source.name, problem, "more texts, or a smaller batch")
-                prompts = {"text": source.prompt} if source.prompt else {}
-                sets.append(TrainingSet(source.name, Dataset.from_dict({"text": distinct}), prompts, source.name))
-                continue
-            pairs = [Pair(text, text) for text in distinct]
-        else:
-            pairs = list(source.rows)
+        if isinstance(source, Texts) and config.has_teacher:
+            names[source.name] += 1
+            sets.append(_texts_set(source, size))
+            continue
+        pairs = _pairs(source)
         notes += _contradictions(source.source.name, pairs)
         bare = [row for row in pairs if not row.negatives]
         hard = [row for row in pairs if row.negatives]
@@ -173,6 +165,23 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
         problem = f"nothing fills a batch of {size} ({', '.join(too_few)})"
         raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
     return sets, notes
+
+
+def _texts_set(source: Texts, size: int) -> TrainingSet:
+    """Texts for a teacher."""
+    distinct = list(dict.fromkeys(source.rows))
+    if len(distinct) < size:
+        problem = f"{len(distinct)} texts do not fill a batch of {size}"
+        raise DataError(source.name, problem, "more texts, or a smaller batch")
+    prompts = {"text": source.prompt} if source.prompt else {}
+    return TrainingSet(source.name, Dataset.from_dict({"text": distinct}), prompts, source.name)
+
+
+def _pairs(source: Source) -> list[Pair]:
+    """The pairs of a source; without a teacher, a text is its own positive."""
+    if isinstance(source, Texts):
+        return [Pair(text, text) for text in dict.fromkeys(source.rows)]
+    return list(source.rows)
 
 
 def _contradictions(name: str, rows: Sequence[Pair]) -> list[str]:

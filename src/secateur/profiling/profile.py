@@ -70,37 +70,16 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     check_sources(sources, options.max_examples)
     if options.early_stopping and all(isinstance(source, Texts) for source in sources):
         raise ConfigError("early_stopping", True, "needs losses, and the data are texts alone", "leave it out")
-    tasks: list[Task] = []
-    if options.tasks:
-        from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
-
-        tasks = open_tasks(options.tasks, options.sample, seed)
-    elif options.sample is not None:
-        problem = "is a number of rows of each task, and there are none"
-        raise ConfigError("sample", options.sample, problem, "give tasks")
+    tasks = _open_tasks(options)
     model, name, sizes, notes = _open(options)
     sources = [with_prompts(source, model, options.instruction is None) for source in sources]
     corpus = make_corpus(sources, options.batch_size, seed)
     encoder = DepthEncoder(model, every_pooling=True, name=name)
     measured = _Pass(encoder, corpus, options)
     measured.run(progress)
-    if measured.batches < len(corpus.batches):
-        notes.append(f"early stopping after {measured.batches} of {len(corpus.batches)} batches")
     rows = _rows(model, measured, seed, notes)
-    scores: tuple[DepthScore, ...] = ()
-    failed: SecateurError | None = None
-    if tasks:
-        from secateur.profiling.depth_scores import depth_scores
-
-        try:
-            given: dict[str, Any] = {"sample": options.sample, "seed": seed, "name": name}
-            scores, more = depth_scores(model, tasks, **given, progress=progress)
-            notes += more
-        except SecateurError as error:  # the profile that is measured already is kept
-            failed = error
-            notes.append(f"no task scores: {error}")
-    pairs = sorted({len(batch.anchors) for batch in corpus.batches if batch.positives})
-    unequal = f"losses of batches of {' and '.join(map(str, pairs))} pairs were averaged: more pairs give a higher loss"
+    scores, failed = _score_tasks(model, tasks, options, name, notes, progress)
+    notes += [*encoder.notes, *_batch_notes(measured, corpus)]
     result = Profile(
         provenance=provenance([*(source.source for source in sources), *(task.source for task in tasks)], seed),
         model=name,
@@ -122,7 +101,7 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         batch_losses=_table(measured.losses) if measured.batch_losses else (),
         task_scores=tuple(score.row for score in scores if score.row),
         layer_costs=layer_costs(model, sizes, notes),
-        notes=tuple(dict.fromkeys([*notes, *encoder.notes, *([unequal] if len(pairs) > 1 else [])])),
+        notes=tuple(dict.fromkeys(notes)),
         source="" if isinstance(options.model, SentenceTransformer) else model_source(options.model),
     )
     if out is not None:
@@ -132,6 +111,52 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     if out is not None:
         _draw(result, out)
     return result
+
+
+def _open_tasks(options: ProfileOptions) -> list[Task]:
+    if not options.tasks:
+        if options.sample is not None:
+            problem = "is a number of rows of each task, and there are none"
+            raise ConfigError("sample", options.sample, problem, "give tasks")
+        return []
+    from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
+
+    return open_tasks(options.tasks, options.sample, options.seed)
+
+
+def _score_tasks(
+    model: SentenceTransformer,
+    tasks: list[Task],
+    options: ProfileOptions,
+    name: str,
+    notes: list[str],
+    progress: Progress,
+) -> tuple[tuple[DepthScore, ...], SecateurError | None]:
+    """Scores of all depths, and what kept them from being computed: the profile that is measured already is kept."""
+    if not tasks:
+        return (), None
+    from secateur.profiling.depth_scores import depth_scores
+
+    given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name, "progress": progress}
+    try:
+        scores, more = depth_scores(model, tasks, **given)
+    except SecateurError as error:
+        notes.append(f"no task scores: {error}")
+        return (), error
+    notes += more
+    return scores, None
+
+
+def _batch_notes(measured: _Pass, corpus: Corpus) -> list[str]:
+    """That batches were left out, or have unequal numbers of pairs."""
+    notes = []
+    if measured.batches < len(corpus.batches):
+        notes.append(f"early stopping after {measured.batches} of {len(corpus.batches)} batches")
+    pairs = sorted({len(batch.anchors) for batch in corpus.batches if batch.positives})
+    if len(pairs) > 1:
+        sizes = " and ".join(map(str, pairs))
+        notes.append(f"losses of batches of {sizes} pairs were averaged: more pairs give a higher loss")
+    return notes
 
 
 def _open(options: ProfileOptions) -> tuple[SentenceTransformer, str, tuple[Size, ...], list[str]]:
