@@ -38,6 +38,7 @@ studies: steps plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening backends workers middleware queueing app serve
 inference: vector_files encode
+secateur
 cli: arguments tables bars commands
 __main__
 """
@@ -182,7 +183,10 @@ def test_the_citation_is_of_this_version():
 
 
 def imports(module: Path) -> set[str]:
-    """The modules of secateur that a module imports, wherever in it, and not only for its types."""
+    """The modules of secateur that a module imports, wherever in it, and not only for its types.
+
+    ``secateur`` is the package itself, which has the functions of all steps.
+    """
     tree = ast.parse(module.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
@@ -193,7 +197,8 @@ def imports(module: Path) -> set[str]:
             whole = str(node.module).removeprefix("secateur").removeprefix(".")
             found |= {whole} if whole in FLOW else {f"{whole}.{alias.name}".lstrip(".") for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("secateur.") for alias in node.names if "secateur." in alias.name}
+            names = {alias.name for alias in node.names}
+            found |= {name.removeprefix("secateur.") for name in names if name == "secateur" or "secateur." in name}
     return {name if name in FLOW else PARTS.get(name.split(".")[0], name) for name in found}
 
 

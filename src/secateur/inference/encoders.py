@@ -179,24 +179,19 @@ class ModelEncoder(Encoder):
 
         What a model cannot do (or has no memory for) is done in the plain way.
         """
-        length = min(tokens[0].prompt_length, min(map(len, tokens)) - 1) if len(tokens) >= SHARED_FROM else 0
-        if self._shares_prompts and length >= SHORTEST_PREFIX:
-            starts = np.stack([text.ids[:length] for text in tokens])
-            start = starts[0, : int((starts == starts[0]).all(axis=0).cumprod().sum())]
-            if len(start) >= SHORTEST_PREFIX:
-                try:
-                    prefix = self._run_prefix(start)
-                    run = partial(self._run_after, prefix)
-                    if start.tobytes() not in self._compared:
-                        probes = tokens[:: max(1, len(tokens) // 8)]
-                        cosine = paired_cosines(run(probes), self.run(probes)).min()
-                        self._shares_prompts = bool(cosine >= self._same_cosine)
-                        self._compared.add(start.tobytes())
-                    if self._shares_prompts:
-                        return run, len(start)
-                except REFUSALS:
-                    self._shares_prompts = False
-        return self.run, 0
+        start = _shared_start(tokens)
+        if not self._shares_prompts or len(start) < SHORTEST_PREFIX:
+            return self.run, 0
+        try:
+            run = partial(self._run_after, self._run_prefix(start))
+            if start.tobytes() not in self._compared:
+                probes = tokens[:: max(1, len(tokens) // 8)]
+                cosine = paired_cosines(run(probes), self.run(probes)).min()
+                self._shares_prompts = bool(cosine >= self._same_cosine)
+                self._compared.add(start.tobytes())
+        except REFUSALS:
+            self._shares_prompts = False
+        return (run, len(start)) if self._shares_prompts else (self.run, 0)
 
     @property
     def _same_cosine(self) -> float:
@@ -237,6 +232,14 @@ class ModelEncoder(Encoder):
     def _as_array(self, vectors: Tensor) -> Vectors:
         found: Vectors = vectors[:, : self.dimension].float().cpu().numpy()
         return found
+
+
+def _shared_start(tokens: Sequence[Tokens]) -> NDArray[np.int32]:
+    """The ids of a prompt that all texts start with; none where the texts are too few to gain by it."""
+    length = min(tokens[0].prompt_length, min(map(len, tokens)) - 1) if len(tokens) >= SHARED_FROM else 0
+    starts = np.stack([text.ids[:length] for text in tokens])
+    start: NDArray[np.int32] = starts[0, : int((starts == starts[0]).all(axis=0).cumprod().sum())]
+    return start
 
 
 class FastEncoder(SentenceTransformer):  # type: ignore[misc]

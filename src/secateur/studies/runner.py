@@ -21,17 +21,25 @@ from typing import Any
 
 import torch
 
-import secateur
 from secateur.clusters import ray_cluster, ray_share, run_command
 from secateur.errors import OutputError, SecateurError
+from secateur.evaluation.evaluate import evaluate
 from secateur.files import output_errors
+from secateur.healing.heal import heal
+from secateur.profiling.profile import profile
 from secateur.progress import Progress
 from secateur.provenance import acting_as
+from secateur.pruning.prune import prune
+from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, complete_lines, read_journal
+from secateur.scouting.scout import scout
 from secateur.studies import records
 from secateur.studies.steps import Plan, Step
 
 LOGS = "logs"
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (prune, profile, heal, scout, evaluate, cost)
+}
 
 
 @dataclass(frozen=True)
@@ -220,7 +228,7 @@ def in_this_process(progress: Progress) -> Executor:
 
         try:
             with acting_as(step.command_line):
-                getattr(secateur, step.kind)(step.options, progress=named)
+                _FUNCTIONS[step.kind](step.options, progress=named)
         except Exception:
             with suppress(OSError):  # the disk is full, perhaps: the step's own error says more
                 log.parent.mkdir(parents=True, exist_ok=True)
