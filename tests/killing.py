@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
-from subprocess import CompletedProcess, run  # also where a test has another one (quick_checks)
+from subprocess import CompletedProcess
 
-_SCRIPT = """
-import os, signal, sys, threading, time
-from pathlib import Path
-
-def watch(root, pattern, number):
-    while not any(Path(root).glob(pattern)):
-        time.sleep(0.0005)
-    os.kill(os.getpid(), int(number))
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it is ignored, as in the background of a shell
-threading.Thread(target=watch, args=sys.argv[1:4], daemon=True).start()
-sys.argv = ["secateur", *sys.argv[4:]]
-from secateur.cli import main
-main()
-"""
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["secateur.healing.heal", "secateur.inference.encode", "secateur.studies.runner"])
+"""Each command has a process of its own, forked from one that has imported the libraries, which takes it seconds."""
 
 
 def run_until(root: Path, pattern: str, *arguments: object) -> None:
@@ -32,5 +25,29 @@ def run_until(root: Path, pattern: str, *arguments: object) -> None:
 
 def signalled(number: int, root: Path, pattern: str, *arguments: object) -> CompletedProcess[str]:
     """As :func:`run_until`, with any signal, whatever comes of it."""
-    command = [sys.executable, "-c", _SCRIPT, root, pattern, int(number), *arguments]
-    return run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    words = [str(word) for word in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder, name) for name in ("out", "err")]
+        process = _processes.Process(target=_command, args=(words, int(number), root, pattern, *streams))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None, f"secateur {words} has not ended"
+        return CompletedProcess(words, process.exitcode, *(stream.read_text() for stream in streams))
+
+
+def _command(words: list[str], number: int, root: Path, pattern: str, out: Path, err: Path) -> None:
+    """What the process does."""
+    for stream, file in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it is ignored, as in the background of a shell
+    threading.Thread(target=_watch, args=(root, pattern, number), daemon=True).start()
+    sys.argv = ["secateur", *words]
+    from secateur.cli import main
+
+    main()
+
+
+def _watch(root: Path, pattern: str, number: int) -> None:
+    while not any(root.glob(pattern)):
+        time.sleep(0.0005)
+    os.kill(os.getpid(), number)

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 import secateur as package
+from quick_checks import quick_checks as quick_checks
 from secateur.cli import commands
 
 ROOT = Path(__file__).parents[1]
@@ -90,8 +91,8 @@ def write_lines(file: Path, rows: list[dict[str, object]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, quick_checks: None) -> Path:
     """The models, data and tasks that the pages name, and what their commands would have made of them."""
     folder = tmp_path_factory.mktemp("workshop")
     rng = random.Random(0)

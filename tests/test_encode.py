@@ -371,7 +371,7 @@ def test_each_distinct_text_is_encoded_once(model: Path, reference, tmp_path: Pa
 
 @pytest.mark.slow
 def test_killed_five_times_it_goes_on(model: Path, reference, tmp_path: Path):
-    texts = [f"{i} {'word ' * (i % 5)}" for i in range(6 * SHARD // 2)]
+    texts = [f"{i} {'word ' * (i % 5)}" for i in range(2 * SHARD + 100)]
     texts += texts[:100]
     file = write_lines(tmp_path / "a.jsonl", texts)
     command = ("encode", model, file, "-o", tmp_path / "v.parquet", "--dtype", "float32")

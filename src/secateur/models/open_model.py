@@ -297,15 +297,20 @@ def _of_gguf(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes seconds each."""
+    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes seconds each.
+
+    The names of its tensors are listed once, too, not anew for each part of the model.
+    """
     gguf: Any = importlib.import_module("gguf")
     with _parsing:
-        reader = gguf.GGUFReader
-        gguf.GGUFReader = functools.cache(reader)
+        plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+        for name, function in plain.items():
+            setattr(gguf, name, functools.cache(function))
         try:
             yield
         finally:
-            gguf.GGUFReader = reader
+            for name, function in plain.items():
+                setattr(gguf, name, function)
 
 
 _parsing = threading.Lock()
