@@ -71,7 +71,7 @@ def write_pairs(file: Path, rows: Sequence[Mapping[str, object]], instruction: s
     return file
 
 
-def _reopen_here(folder: Path, device: str) -> tuple[Any, Any]:
+def reopen_here(folder: Path, device: str) -> tuple[Any, Any]:
     return save.probe(SentenceTransformer(str(folder), device=device))
 
 
@@ -81,7 +81,7 @@ _reopen_afresh = save.reopen
 @pytest.fixture(scope="session", autouse=True)
 def _one_process() -> Iterator[None]:
     """Written folders are reopened in the process of the tests: another takes seconds to import torch."""
-    save.reopen = _reopen_here
+    save.reopen = reopen_here
     yield
     save.reopen = _reopen_afresh
 

@@ -39,7 +39,9 @@ def _command(words: list[str], number: int, root: Path, pattern: str, out: Path,
     """What the process does."""
     for stream, file in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it is ignored, as in the background of a shell
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # also where it is ignored, as in the background of a shell
     threading.Thread(target=_watch, args=(root, pattern, number), daemon=True).start()
     sys.argv = ["secateur", *words]
     from secateur.cli import main

@@ -13,16 +13,22 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 import secateur
-from conftest import MakeEncoder, example_pairs
+from conftest import example_pairs, tiny_transformer
 from secateur.data.vectors import PROBES
 from secateur.results import Training, load
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = {"recipe": "finetune", "steps": 6, "batch_size": 8, "learning_rate": 3e-3, "scale": 20.0}
-SETTINGS |= {"train": "blocks", "precision": "float32"}
+BASE = {"recipe": "finetune", "batch_size": 8, "learning_rate": 3e-3, "scale": 20.0, "precision": "float32"}
+LORA = BASE | {"recipe": "l3prune", "steps": 6, "lora_rank": 4, "lora_dropout": 0.0}
+ALL = BASE | {"steps": 20, "train": "all"}
+TAUGHT = BASE | {"steps": 8, "train": "blocks"}
+SEVERAL = Path(__file__).with_name("several.py")
 FSDP = """
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -39,23 +45,24 @@ def words(**options: object) -> list[str]:
 
 
 def started(tmp_path: Path, *command: object, kind: str = "fsdp") -> subprocess.Popen[str]:
-    """A command of secateur, run by two processes of accelerate (FSDP) or torchrun (DDP)."""
+    """A script with its arguments, or ``-m`` and a module with its own, in two processes of accelerate (FSDP) or
+    torchrun (DDP)."""
     if kind == "fsdp":
         (tmp_path / "fsdp.yaml").write_text(FSDP)
         launcher = ["accelerate.commands.launch", "--config_file", tmp_path / "fsdp.yaml", "--main_process_port", "0"]
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    line = [sys.executable, "-m", *launcher, "-m", "secateur", *command]
+    line = [sys.executable, "-m", *launcher, *command]
     pipe = subprocess.PIPE
     return subprocess.Popen([str(word) for word in line], env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def launched(tmp_path: Path, *command: object, kind: str = "fsdp") -> subprocess.CompletedProcess[str]:
-    """As :func:`started`, with what came of it."""
+def launch(tmp_path: Path, *command: object, kind: str = "fsdp") -> None:
+    """As :func:`started`, until it has ended well."""
     process = started(tmp_path, *command, kind=kind)
-    output, errors = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-5000:]
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -68,13 +75,72 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.allclose(weights[key], same[key], atol=1e-4) for key in same)
 
 
-def test_sharded_weights_are_trained_as_whole_ones(llama_folder: Path, pairs_file: Path, tmp_path: Path):
-    one = secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "one")
-    command = ["heal", llama_folder, "--data", pairs_file, *words(**SETTINGS), "-o", tmp_path / "two"]
-    done = launched(tmp_path, *command)
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), rel=1e-4)
-    assert_same_weights(tmp_path / "two", one)
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 texts without labels."""
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("".join(f"{row['query']}\n{row['positive']}\n" for row in example_pairs(32)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained embedder."""
+    folder = tmp_path_factory.mktemp("teacher")
+    transformer = Transformer(str(tiny_transformer(folder / "plain", "bert", depth=2)))
+    pooling = Pooling(transformer.get_embedding_dimension(), "mean")
+    SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu").save(str(folder / "teacher"))
+    return folder / "teacher"
+
+
+@pytest.fixture(scope="module")
+def alone(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, tmp_path_factory) -> Path:
+    """Folder of models that one process trained."""
+    folder = tmp_path_factory.mktemp("alone")
+    secateur.heal(llama_folder, pairs_file, **LORA, out=folder / "lora")
+    secateur.heal(llama_folder, pairs_file, **ALL, out=folder / "all")
+    secateur.heal(llama_folder, texts, **TAUGHT, teacher=teacher, out=folder / "taught")
+    return folder
+
+
+def heal(llama_folder: Path, data: Path, out: Path, **options: object) -> list[object]:
+    return ["heal", llama_folder, "--data", data, *words(**options), "-o", out]
+
+
+@pytest.fixture(scope="module")
+def ddp(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, tmp_path_factory) -> Path:
+    """Folder of models that two processes of DDP trained, one model after the other."""
+    folder = tmp_path_factory.mktemp("ddp")
+    command = heal(llama_folder, pairs_file, folder / "models" / "lora", **LORA)
+    command += ["then", *heal(llama_folder, pairs_file, folder / "models" / "cached", **LORA, mini_batch_tokens=200)]
+    taught = TAUGHT | {"teacher": teacher, "cache": folder / "cache"}
+    command += ["then", *heal(llama_folder, texts, folder / "models" / "taught", **taught)]
+    launch(folder, SEVERAL, *command, kind="ddp")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fsdp(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, tmp_path_factory) -> Path:
+    """As ``ddp``, by FSDP."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    command = heal(llama_folder, pairs_file, folder / "models" / "all", **ALL)
+    taught = TAUGHT | {"teacher": teacher, "cache": folder / "cache"}
+    command += ["then", *heal(llama_folder, texts, folder / "models" / "taught", **taught)]
+    launch(folder, SEVERAL, *command)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lora", "cached"])
+def test_two_processes_train_as_one_does(ddp: Path, alone: Path, name: str):
+    """The same batches, each anchor with the candidates of both; one of them writes."""
+    assert losses_of(ddp / "models" / name) == pytest.approx(losses_of(alone / "lora"), rel=1e-4)
+    assert_same_weights(ddp / "models" / name, alone / "lora")
+    assert sorted(item.name for item in (ddp / "models").iterdir()) == ["cached", "lora", "taught"]
+
+
+def test_sharded_weights_are_trained_as_whole_ones(fsdp: Path, alone: Path):
+    assert losses_of(fsdp / "models" / "all") == pytest.approx(losses_of(alone / "all"), rel=1e-4)
+    assert_same_weights(fsdp / "models" / "all", alone / "all")
 
 
 def kill_one(launcher: subprocess.Popen[str], root: Path, pattern: str) -> None:
@@ -86,38 +152,28 @@ def kill_one(launcher: subprocess.Popen[str], root: Path, pattern: str) -> None:
     launcher.communicate(timeout=60)  # the launcher ends the others, who do not wait for the dead one
 
 
-def test_a_killed_sharded_training_goes_on_bit_for_bit(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+def test_a_killed_sharded_training_goes_on_bit_for_bit(
+    fsdp: Path, llama_folder: Path, pairs_file: Path, tmp_path: Path
+):
     """From checkpoints in which each process has written its part."""
-    settings = SETTINGS | {"train": "all", "steps": 20}
-    command = ["heal", llama_folder, "--data", pairs_file, *words(**settings), "-o"]
-    done = launched(tmp_path, *command, tmp_path / "whole")
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["-m", "secateur", *heal(llama_folder, pairs_file, tmp_path / "killed", **ALL)]
     checkpoints = tmp_path / "killed.partial" / "checkpoints"
-    kill_one(started(tmp_path, *command, tmp_path / "killed"), checkpoints, "checkpoint-6/trainer_state.json")
+    kill_one(started(tmp_path, *command), checkpoints, "checkpoint-6/trainer_state.json")
     parts = {part.name for part in checkpoints.glob("checkpoint-6/*_0/*.distcp")}
     assert parts == {"__0_0.distcp", "__1_0.distcp"}
-    done = launched(tmp_path, *command, tmp_path / "killed")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
-    weights, same = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
+    launch(tmp_path, *command)
+    whole = fsdp / "models" / "all"
+    assert losses_of(tmp_path / "killed") == losses_of(whole)
+    weights, same = (load_file(folder / "model.safetensors") for folder in (tmp_path / "killed", whole))
     assert all(torch.equal(weights[key], same[key]) for key in same)
     before = load_file(llama_folder / "model.safetensors")
     assert not torch.equal(same["embed_tokens.weight"], before["embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_the_teachers_texts_are_shared_among_the_processes(
-    kind: str, llama_folder: Path, make_encoder: MakeEncoder, tmp_path: Path
-):
-    texts = tmp_path / "texts.txt"
-    texts.write_text("".join(f"{row['query']}\n{row['positive']}\n" for row in example_pairs(32)), encoding="utf-8")
-    make_encoder("bert", depth=2).save(str(tmp_path / "teacher"))
-    settings = SETTINGS | {"steps": 8, "teacher": tmp_path / "teacher"}
-    one = secateur.heal(llama_folder, texts, **settings, out=tmp_path / "one")
-    command = ["heal", llama_folder, "--data", texts, *words(**settings), "--cache", tmp_path / "cache"]
-    done = launched(tmp_path, *command, "-o", tmp_path / "two", kind=kind)
-    assert done.returncode == 0, done.stderr[-3000:]
-    sizes = sorted(len(np.load(keys)) for keys in (tmp_path / "cache").glob("*/*.keys.npy"))
+def test_the_teachers_texts_are_shared_among_the_processes(kind: str, alone: Path, request: pytest.FixtureRequest):
+    folder = request.getfixturevalue(kind)
+    sizes = sorted(len(np.load(keys)) for keys in (folder / "cache").glob("*/*.keys.npy"))
     assert sizes == [len(PROBES), len(PROBES), 32, 32]  # of each process, and no text twice
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), rel=1e-4)
-    assert_same_weights(tmp_path / "two", one)
+    assert losses_of(folder / "models" / "taught") == pytest.approx(losses_of(alone / "taught"), rel=1e-4)
+    assert_same_weights(folder / "models" / "taught", alone / "taught")

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -203,27 +200,6 @@ def test_auto_trains_the_blocks_where_they_fit_and_says_so(llama_folder: Path, m
         monkeypatch.setattr(recipes.psutil, "virtual_memory", lambda memory=memory: SimpleNamespace(total=memory))
         decided = decide(model, TrainingConfig(train="auto"))
         assert (decided.train, decided.learning_rate) == (expected, LEARNING_RATES[expected])
-
-
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateur"]
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(llama_folder: Path, pairs_file: Path, tmp_path: Path):
-    """The same batches, each anchor with the candidates of both; one of them writes."""
-    settings = SETTINGS | {"steps": 6, "lora_dropout": 0.0}
-    one = secateur.heal(llama_folder, pairs_file, **settings, out=tmp_path / "one")
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name, more in (("two", []), ("cached", ["--mini-batch-tokens=200"])):
-        command = [*LAUNCH, "heal", llama_folder, "--data", pairs_file, *options, *more, "-o", tmp_path / name]
-        done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        losses, expected = ([row.loss for row in load(folder, Training).losses] for folder in (tmp_path / name, one))
-        assert losses == pytest.approx(expected, rel=1e-4), name
-        weights, same = (load_file(folder / "model.safetensors") for folder in (tmp_path / name, one))
-        assert all(torch.allclose(weights[key], same[key], atol=1e-4) for key in same)
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["cached", "one", "two"]
 
 
 def scores_of(*values: float) -> Callable[[object], float]:
