@@ -17,6 +17,28 @@ import architectures
 
 CORPUS = [line for module in (textwrap, pydoc) for line in pydoc.plain(pydoc.render_doc(module)).splitlines()]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+SCRIPTS = (
+    "The gardener cut the hedge back",
+    "Die Gärtnerin schnitt die Hecke",
+    "Садовник подстриг живую изгородь",
+    "Ο κηπουρός έκοψε τον φράχτη",
+    "الحديقة الخضراء",
+    "הגנן גזם את השיח",
+    "माली ने बाड़ काटी",
+    "คนสวนตัดรั้วต้นไม้",
+    "园丁修剪了树篱",
+    "庭師は生け垣を刈った",
+    "정원사가 울타리를 다듬었다",
+    "def add(a: int, b: int) -> int:\n\treturn a + b  # sum",
+    "🌿✂️ 👩🏽‍🌾 emoji",
+    "control \x00\x07\x1b characters\u200b\u202e",
+    "",
+    "   ",
+    "x" * 300,
+)
+EVERY = {chr(code) for code in range(0x110000)}
+SHORT = [word for line in CORPUS for word in line.split()][:400]
+"""Texts of which many have only frequent tokens."""
 PUBLISHED = {
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
@@ -107,3 +129,21 @@ def write_model(folder: Path, name: str) -> Path:
     torch.manual_seed(0)
     AutoModel.from_config(config).save_pretrained(folder)
     return folder
+
+
+def assert_same_where_all_tokens_stay(
+    old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, alone: Tokenizer, texts: list[str], known: set[str]
+) -> list[str]:
+    """Compare tokens by what they are; gives the texts of which all stayed. ``known`` are characters that all stay."""
+    ids = new.get_vocab()
+    unchanged = []
+    for text in texts:
+        before, after = old(text, truncation=False)["input_ids"], new(text, truncation=False)["input_ids"]
+        tokens = old.convert_ids_to_tokens(before)
+        assert after == alone.encode(text).ids
+        if all(token in ids for token in tokens):
+            assert new.convert_ids_to_tokens(after) == tokens
+            unchanged.append(text)
+        if old.unk_token is not None and known.issuperset(text):
+            assert after.count(new.unk_token_id) <= before.count(old.unk_token_id), f"new unknown tokens: {text!r}"
+    return unchanged

