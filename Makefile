@@ -7,7 +7,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Two files of tests at once, each on one thread: two threads each on two cores would slow one another down.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# The order of the files is that of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: install demo test check docs lint package
