@@ -49,10 +49,6 @@ class Snapshots:
             shutil.copytree(self.run, self.folder / str(len(self.moments)))
             self.moments.append(moment)
 
-    def copy_of(self, moment: str, folder: Path) -> Path:
-        """The run folder at a moment, elsewhere."""
-        return shutil.copytree(self.folder / str(self.moments.index(moment)), folder)
-
     def restored(self) -> Iterator[str]:
         """The run folder at each moment in turn; afterwards it is whole again."""
         whole = self.run.rename(self.run.with_name("whole"))
