@@ -208,6 +208,19 @@ def test_what_an_unknown_character_costs_stays():
     assert cut.get_vocab_size() == 10 and "over" not in cut.get_vocab()
 
 
+def test_of_two_rare_tokens_the_one_that_the_vocabulary_lists_first_stays():
+    words = ["common", "rare", "domain", "other", "never"]
+    listed = ["[UNK]", "字", "語", *words, *sorted(set("".join(words)))]
+    listed += [f"##{letter}" for letter in sorted(set("".join(words)))]
+    whole = Tokenizer(models.WordPiece({token: i for i, token in enumerate(listed)}, unk_token="[UNK]"))
+    vocabulary = Vocabulary(json.loads(whole.to_str()))
+    frequency = np.zeros(len(listed))
+    frequency[[listed.index(word) for word in ("rare", "domain", "other")]] = 0.2, 0.6, 0.2
+    needed = vocabulary.needed(frequency)
+    order = [listed[i] for i in vocabulary.order(frequency, needed)][len(needed) :]
+    assert order == ["domain", "rare", "other", "common", "never", "字", "語"], "characters not in the texts come last"
+
+
 def test_each_file_has_the_same_weight(folder_of, texts: Path, tmp_path: Path):
     """A word that is frequent in a small file goes before one that is as frequent in a large one."""
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"

@@ -90,18 +90,34 @@ class Vocabulary:
         return sorted(wanted.union(*(self.on_the_way(i) for i in wanted)))
 
     def order(self, frequency: NDArray[np.float64], needed: Sequence[int]) -> Iterator[int]:
-        """All ids, the needed ones first and then the most frequent; what is on the way to a token precedes it.
+        """All ids, the needed ones first and then the most useful; what is on the way to a token precedes it.
 
         So the first of them, however many, are a vocabulary.
         """
         given = set(needed)
         yield from needed
-        there = np.array(sorted(set(self.ids.values())))
-        for token in there[np.argsort(-frequency[there], kind="stable")].tolist():
+        for token in self._by_use(frequency):
             if token not in given:
                 fresh = [i for i in self.on_the_way(token) if i not in given]
                 given.update(fresh, (token,))
                 yield from (*fresh, token)
+
+    def _by_use(self, frequency: NDArray[np.float64]) -> list[int]:
+        """All ids by frequency ÷ rank: that in the texts or that in the vocabulary, whichever is better.
+
+        Tokenizers list their tokens by how frequent these were in the texts that they were made from (BPE by its
+        merges, Unigram by its scores). Of two tokens that are as rare in the user's texts, the one that is common
+        elsewhere is likelier to be in the next text. Single characters are listed in another order.
+        """
+        there = np.array(sorted(set(self.ids.values())))
+        longer = [i for token, i in self.in_model.items() if len(self._pieces(token)) > 1]
+        listed = np.full(len(frequency), np.inf)
+        listed[sorted(longer)] = np.arange(1, len(longer) + 1)
+        counted = np.empty(len(frequency))
+        counted[np.argsort(-frequency, kind="stable")] = np.arange(1, len(frequency) + 1)
+        use = frequency / np.minimum(listed, counted)
+        ids: list[int] = there[np.lexsort((listed[there], -use[there]))].tolist()
+        return ids
 
     def on_the_way(self, token: int) -> list[int]:
         """Ids of what BPE merges into a token, in the order in which they come to be; of other models none."""
