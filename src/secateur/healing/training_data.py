@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -23,14 +23,15 @@ from torch.utils.data import ConcatDataset
 
 from secateur.data.sources import Pair, Pairs, Source, Texts, read_sources
 from secateur.errors import ConfigError, DataError
-from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.task_folder import read_task_folder, texts_of
-from secateur.evaluation.tasks import Task, open_tasks
 from secateur.healing.recipes import TrainingConfig, training_arguments
 from secateur.measures.metrics import cosines, false_negative_mask, retrieval, text_numbers
 from secateur.options import HealOptions
 from secateur.progress import quiet
 from secateur.provenance import Fingerprint
+
+if TYPE_CHECKING:  # with mteb, which takes a while to import; so they are imported where there are tasks
+    from secateur.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,8 @@ class HeldOut:
         """The mean over files and tasks."""
         found = [held_out_ndcg(model, pairs) for pairs in self.pairs]
         if self.tasks:
+            from secateur.evaluation.evaluate import evaluate
+
             table = evaluate([model], self.tasks, sample=self.sample, seed=self.seed, names=["model"])
             found += [row.score for row in table.rows]
         return sum(found) / len(found)
@@ -350,8 +353,15 @@ def read_held_out(options: HealOptions) -> HeldOut:
         if isinstance(source, Texts):
             raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
         pairs.append(source.sample(options.eval_sample, options.seed) if options.eval_sample else source)
-    tasks = open_tasks(options.eval_tasks, options.eval_sample, options.seed) if options.eval_tasks else []
-    return HeldOut(pairs, tasks, options.eval_sample, options.seed)
+    return HeldOut(pairs, _open_tasks(options), options.eval_sample, options.seed)
+
+
+def _open_tasks(options: HealOptions) -> list[Task]:
+    if not options.eval_tasks:
+        return []
+    from secateur.evaluation.tasks import open_tasks
+
+    return open_tasks(options.eval_tasks, options.eval_sample, options.seed)
 
 
 def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
