@@ -5,8 +5,9 @@
 MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so the row small-mean would fail),
 DATA a folder of training files, TASKS a folder of task folders. Each row and seed works in a folder of OUT and goes on
 where it was stopped; once scored it is a line of OUT/rows.jsonl, and is skipped. Of the folders only the models stay
-that other rows start from (--keep-models keeps all). At the end, and with --table alone, prints a Markdown table: the
-average over task types ± standard error over the seeds, in points.
+that other rows start from (--keep-models keeps all). benchmarks/quality holds rows that were measured: an OUT that is a
+copy of it goes on from there. At the end, and with --table alone, prints a Markdown table: the average over task types
+± standard error over the seeds, in points.
 
 The first row is the reference: the full depth with the default recipe. Rows have the same steps, or the same compute:
 steps that cost what others cost, by counted FLOPs of a training step. Label-free rows see texts alone.
@@ -261,7 +262,7 @@ def parameters(folder: Path) -> int:
 def vocabulary(folder: Path) -> dict[str, Any]:
     """How the vocabulary was cut, where it was."""
     cut = load(folder, Origin).vocabulary
-    return {"vocabulary": asdict(cut)} if cut else {}
+    return {"vocabulary": asdict(cut) | {"files": [Path(file).name for file in cut.files]}} if cut else {}
 
 
 def heal(args: argparse.Namespace, row: Row, cut: Path, out: Path, seed: int) -> None:
