@@ -86,7 +86,8 @@ def orders(
     rank[longer] = np.arange(1, len(longer) + 1)
     zipf = 1 / (rank + 10)
     zipf /= zipf.sum()
-    lost = 1 - similarity_to_pieces(vocabulary, longer, model, len(frequency))
+    spare = sorted(set(longer) - set(needed))
+    lost = 1 - similarity_to_pieces(vocabulary, spare, model, len(frequency))
     rules = {
         FREQUENCY: frequency,
         "frequency ÷ √ rank in the vocabulary": frequency / np.sqrt(np.where(np.isinf(rank), 1, rank)),

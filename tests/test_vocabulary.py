@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 import architectures
@@ -210,15 +210,16 @@ def test_what_an_unknown_character_costs_stays():
 
 def test_of_two_rare_tokens_the_one_that_the_vocabulary_lists_first_stays():
     words = ["common", "rare", "domain", "other", "never"]
-    listed = ["[UNK]", "字", "語", *words, *sorted(set("".join(words)))]
+    listed = ["[UNK]", "[unused]", "字", "語", *words, *sorted(set("".join(words)))]
     listed += [f"##{letter}" for letter in sorted(set("".join(words)))]
     whole = Tokenizer(models.WordPiece({token: i for i, token in enumerate(listed)}, unk_token="[UNK]"))
+    whole.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # splits at brackets
     vocabulary = Vocabulary(json.loads(whole.to_str()))
     frequency = np.zeros(len(listed))
     frequency[[listed.index(word) for word in ("rare", "domain", "other")]] = 0.2, 0.6, 0.2
     needed = vocabulary.needed(frequency)
     order = [listed[i] for i in vocabulary.order(frequency, needed)][len(needed) :]
-    assert order == ["domain", "rare", "other", "common", "never", "字", "語"], "characters not in the texts come last"
+    assert order == ["domain", "rare", "other", "common", "never", "[unused]", "字", "語"]
 
 
 def test_each_file_has_the_same_weight(folder_of, texts: Path, tmp_path: Path):

@@ -110,14 +110,24 @@ class Vocabulary:
         elsewhere is likelier to be in the next text. Single characters are listed in another order.
         """
         there = np.array(sorted(set(self.ids.values())))
-        longer = [i for token, i in self.in_model.items() if len(self._pieces(token)) > 1]
+        longer = self._of_several_characters()
         listed = np.full(len(frequency), np.inf)
-        listed[sorted(longer)] = np.arange(1, len(longer) + 1)
+        listed[longer] = np.arange(1, len(longer) + 1)
         counted = np.empty(len(frequency))
         counted[np.argsort(-frequency, kind="stable")] = np.arange(1, len(frequency) + 1)
         use = frequency / np.minimum(listed, counted)
         ids: list[int] = there[np.lexsort((listed[there], -use[there]))].tolist()
         return ids
+
+    def _of_several_characters(self) -> list[int]:
+        """Ids, ascending, of the tokens of several characters that a text can have: BERT's [unused1] is none."""
+        longer = {token: i for token, i in self.in_model.items() if len(self._pieces(token)) > 1}
+        if self.model["type"] == "WordPiece":
+            words = [token for token in longer if not token.startswith(self.model["continuing_subword_prefix"])]
+            for word, ids in zip(words, token_ids(self.tokenizer, words), strict=True):
+                if longer[word] not in ids:
+                    del longer[word]
+        return sorted(longer.values())
 
     def on_the_way(self, token: int) -> list[int]:
         """Ids of what BPE merges into a token, in the order in which they come to be; of other models none."""
