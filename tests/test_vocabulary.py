@@ -210,8 +210,8 @@ def test_what_an_unknown_character_costs_stays():
 
 def test_of_two_rare_tokens_the_one_that_the_vocabulary_lists_first_stays():
     words = ["common", "rare", "domain", "other", "never"]
-    listed = ["[UNK]", "[unused]", "字", "語", *words, *sorted(set("".join(words)))]
-    listed += [f"##{letter}" for letter in sorted(set("".join(words)))]
+    characters = sorted(set("".join([*words, "[unused]"])))
+    listed = ["[UNK]", "[unused]", "字", "語", *words, *characters, *(f"##{character}" for character in characters)]
     whole = Tokenizer(models.WordPiece({token: i for i, token in enumerate(listed)}, unk_token="[UNK]"))
     whole.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # splits at brackets
     vocabulary = Vocabulary(json.loads(whole.to_str()))
