@@ -81,7 +81,7 @@ def orders(
     vocabulary: Vocabulary, frequency: Numbers, needed: Sequence[int], model: SentenceTransformer
 ) -> dict[str, list[int]]:
     """Rule → all ids, the first to stay first."""
-    longer = sorted(i for token, i in vocabulary.in_model.items() if len(vocabulary._pieces(token)) > 1)
+    longer = vocabulary._of_several_characters()
     rank = np.full(len(frequency), np.inf)
     rank[longer] = np.arange(1, len(longer) + 1)
     zipf = 1 / (rank + 10)
