@@ -4,9 +4,9 @@
 
 MODEL is the folder of an embedder with a WordPiece tokenizer, DATA a folder of training files, whose tokens are
 counted, TASKS one of task folders. Of these only the parts for training and development are read, never the test parts.
-Prints a Markdown table: for each rule the share of tokens that stay, the mean cosine with the whole vocabulary, and
-the share of each text's ten nearest texts that stay, each averaged over the tasks; for today's rule, frequency alone
-and the whole model also the accuracy of a logistic regression on the vectors, in points. No model is trained.
+Prints a Markdown table: for each rule the share of tokens that stay, the mean cosine with the vectors of all tokens,
+and the share of each text's ten nearest texts that stay, each averaged over the tasks; for today's rule, frequency
+alone and the whole model also the accuracy of a logistic regression on the vectors, in points. No model is trained.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def orders(
     vocabulary: Vocabulary, frequency: Numbers, needed: Sequence[int], model: SentenceTransformer
 ) -> dict[str, list[int]]:
     """Rule → all ids, the first to stay first."""
-    longer = vocabulary._of_several_characters()
+    longer = vocabulary.of_several_characters()
     rank = np.full(len(frequency), np.inf)
     rank[longer] = np.arange(1, len(longer) + 1)
     zipf = 1 / (rank + 10)

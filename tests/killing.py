@@ -31,7 +31,9 @@ def signalled(number: int, root: Path, pattern: str, *arguments: object) -> Comp
         process = _processes.Process(target=_command, args=(words, int(number), root, pattern, *streams))
         process.start()
         process.join(300)
-        assert process.exitcode is not None, f"secateur {words} has not ended"
+        has_ended = process.exitcode is not None
+        process.kill()
+        assert has_ended, f"secateur {words} has not ended"
         return CompletedProcess(words, process.exitcode, *(stream.read_text() for stream in streams))
 
 
@@ -39,9 +41,8 @@ def _command(words: list[str], number: int, root: Path, pattern: str, out: Path,
     """What the process does."""
     for stream, file in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # also where it is ignored, as in the background of a shell
+    # Also where it is ignored, as in the background of a shell.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_watch, args=(root, pattern, number), daemon=True).start()
     sys.argv = ["secateur", *words]
     from secateur.cli import main

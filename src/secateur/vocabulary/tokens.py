@@ -110,7 +110,7 @@ class Vocabulary:
         elsewhere is likelier to be in the next text. Single characters are listed in another order.
         """
         there = np.array(sorted(set(self.ids.values())))
-        longer = self._of_several_characters()
+        longer = self.of_several_characters()
         listed = np.full(len(frequency), np.inf)
         listed[longer] = np.arange(1, len(longer) + 1)
         counted = np.empty(len(frequency))
@@ -119,7 +119,7 @@ class Vocabulary:
         ids: list[int] = there[np.lexsort((listed[there], -use[there]))].tolist()
         return ids
 
-    def _of_several_characters(self) -> list[int]:
+    def of_several_characters(self) -> list[int]:
         """Ids, ascending, of the tokens of several characters that a text can have: BERT's [unused1] is none."""
         longer = {token: i for token, i in self.in_model.items() if len(self._pieces(token)) > 1}
         if self.model["type"] == "WordPiece":
