@@ -62,14 +62,15 @@ class Row:
 
     Attributes:
         about: What it says.
-        depth: How many of the first layers: ``full``, ``large``, ``middle``, ``small``, ``embedder_small``,
-            ``embedder_middle``, a number; or ``uniform`` or ``random`` for as many as ``small``.
+        depth: How many layers: ``full``, ``large``, ``middle``, ``small``, ``embedder_small``, ``embedder_middle``, or
+            a number.
         settings: Of the training; None: there is none.
         start: What is cut: the model, the row ``scout``, or the embedder.
         compute: What the training may cost, in trainings of the reference: ``equal`` is one, ``scout`` the share of
             one that a scout gets, ``polish`` the rest; None: the same steps.
         pooling: Of the model.
         vocab: Whether the vocabulary is cut, to --vocab-size tokens, by the texts of the training files.
+        which: The selector that says which layers.
     """
 
     about: str
@@ -79,13 +80,12 @@ class Row:
     compute: Literal["equal", "scout", "polish"] | None = None
     pooling: str | None = None
     vocab: bool = False
+    which: Literal["first", "uniform", "random"] = "first"
 
     def parts(self, args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
         """The layers that stay, of a model of ``depth``."""
-        if self.depth in ("uniform", "random"):
-            return blocks_to_keep(f"{self.depth}:{args.small}", depth, seed=seed)
         count = depth if self.depth == "full" else int(getattr(args, self.depth, self.depth))
-        return tuple(range(count))
+        return blocks_to_keep(f"{self.which}:{count}", depth, seed=seed) if count else ()
 
 
 ROWS = {
@@ -109,8 +109,8 @@ ROWS = {
     "depth-9": Row("9 layers, same steps", "9"),
     "depth-12": Row("12 layers, same steps", "12"),
     "depth-19": Row("19 layers, same steps", "19"),
-    "random": Row("random layers, same steps", "random"),
-    "uniform": Row("evenly spaced layers, same steps", "uniform"),
+    "random": Row("random layers, same steps", "small", which="random"),
+    "uniform": Row("evenly spaced layers, same steps", "small", which="uniform"),
     "small-both-ways": Row("small, attention both ways", "small", BLOCKS | {"bidirectional": True}),
     "small-mean": Row("small, mean pooling", "small", pooling="mean"),
     "small-vocab": Row("small, fewer tokens, same steps", "small", vocab=True),
@@ -123,6 +123,20 @@ ROWS = {
     "embedder-small": Row(
         "the embedder's first layers (small), distilled on texts alone", "embedder_small", {}, "embedder"
     ),
+    "embedder-middle-uniform": Row(
+        "evenly spaced layers of the embedder (middle), distilled on texts alone",
+        "embedder_middle",
+        {},
+        "embedder",
+        which="uniform",
+    ),
+    "embedder-small-uniform": Row(
+        "evenly spaced layers of the embedder (small), distilled on texts alone",
+        "embedder_small",
+        {},
+        "embedder",
+        which="uniform",
+    ),
     "embedder-vocab": Row("the embedder, fewer tokens, as they came", settings=None, start="embedder", vocab=True),
     "embedder-full-vocab": Row(
         "the embedder, fewer tokens, distilled on texts alone", "full", {}, "embedder", vocab=True
@@ -133,6 +147,14 @@ ROWS = {
         {},
         "embedder",
         vocab=True,
+    ),
+    "embedder-small-uniform-vocab": Row(
+        "evenly spaced layers of the embedder (small), fewer tokens, distilled on texts alone",
+        "embedder_small",
+        {},
+        "embedder",
+        vocab=True,
+        which="uniform",
     ),
 }
 KEPT = "scout"
