@@ -167,12 +167,13 @@ def gradients(model: SentenceTransformer, loss: torch.Tensor) -> dict[str, torch
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("layers", ["first", "uniform"])
 @pytest.mark.parametrize("way", ["mini-batches", "checkpointing"])
-def test_saving_memory_changes_no_gradient(way: str, make_encoder: MakeEncoder, tmp_path: Path):
+def test_saving_memory_changes_no_gradient(way: str, layers: str, make_encoder: MakeEncoder, tmp_path: Path):
     model = make_encoder("llama", depth=3)
     teacher, _ = taught(tmp_path, ANCHORS + POSITIVES, 5)
     labels = torch.from_numpy(np.stack([teacher.rows(ANCHORS, ""), teacher.rows(POSITIVES, "")], axis=1))
-    options = {"has_teacher": True, "depths": (1,), "dims": (8,)}
+    options = {"has_teacher": True, "depths": (1, 2), "layers": layers, "dims": (8,)}
     torch.manual_seed(1)
     plain = Loss(model, config(**options), teacher)
     torch.manual_seed(1)

@@ -192,25 +192,40 @@ def test_the_vector_at_each_depth_is_that_of_the_cut_model(folder, name):
         assert (found[:, depth - 1] - expected).abs().max() < tolerance, depth
 
 
-def test_gradients_flow_through_every_depth_as_through_the_cut_models(make_encoder):
-    model = make_encoder("llama", depth=4).train()
-    depths = check_depths(model, [3, 1, 3])
+@pytest.mark.parametrize(
+    ("name", "layers", "kept"),
+    [
+        ("llama", "first", ((0,), (0, 1, 2))),
+        ("llama", "uniform", ((0,), (0, 2, 3))),
+        ("bert", "uniform", ((0,), (0, 2, 3))),
+    ],
+)
+def test_gradients_flow_through_every_depth_as_through_the_cut_models(name, layers, kept, make_encoder):
+    model = make_encoder(name, depth=4).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    depths = check_depths(model, [3, 1, 3], layers=layers)
     assert depths == (1, 3, 4)
     features = model.preprocess(["a word", "a longer text"], prompt="find: ")
-    vectors = depth_vectors(model, features, depths)
-    for place, depth in enumerate(depths):
+    vectors = depth_vectors(model, features, depths, layers=layers)
+    for place, (depth, own) in enumerate(zip(depths, (*kept, range(4)), strict=True)):
         pruned = copy.deepcopy(model)
-        cut(pruned[0].auto_model, range(depth))
+        cut(pruned[0].auto_model, own)
         expected = pruned(dict(features))["sentence_embedding"]
         assert torch.allclose(vectors[:, place], expected, atol=1e-5), depth
         model.zero_grad()
         vectors[:, place].square().sum().backward(retain_graph=True)
         expected.square().sum().backward()
-        first, same = (m[0].auto_model.layers[0].mlp.up_proj.weight.grad for m in (model, pruned))
-        assert torch.allclose(first, same, atol=1e-5), depth
+        for place_in_cut, layer in enumerate(own):
+            whole, alone = blocks_of(model[0].auto_model)[layer], blocks_of(pruned[0].auto_model)[place_in_cut]
+            for first, same in zip(whole.parameters(), alone.parameters(), strict=True):
+                assert torch.allclose(first.grad, same.grad, atol=1e-5), (depth, layer)
+        others = [blocks_of(model[0].auto_model)[layer] for layer in set(range(4)) - set(own)]
+        assert not any(p.grad is not None and p.grad.any() for layer in others for p in layer.parameters()), depth
     for wrong in ([0], [5]):
         with pytest.raises(ConfigError, match=f"depths: is {wrong[0]}: the model has 4 layers"):
-            check_depths(model, wrong)
+            check_depths(model, wrong, layers=layers)
 
 
 def test_a_shared_instruction_is_computed_once_with_the_same_vectors(llama):

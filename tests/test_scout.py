@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
+from secateur.choosing.evidence import side_by_side
 from secateur.cli.arguments import expand_list_options
 from secateur.data.sources import read_texts
 from secateur.errors import ConfigError, DataError, IllegalDepth, OutputError, UnsupportedArchitecture
@@ -21,7 +23,9 @@ from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import lock
 from secateur.healing import heal as healing
 from secateur.models.open_model import open_model
-from secateur.results import Scout, Training, load
+from secateur.options import ChooseOptions
+from secateur.options.base import make
+from secateur.results import Origin, Scout, Training, load
 from secateur.scouting import scout as scouting
 from secateur.scouting.scout import ladder
 from task_folders import example_rows, write_task
@@ -144,6 +148,36 @@ def test_more_depths_are_scored_and_nothing_is_done_twice(
         secateur.scout(four_layers, pairs_file, **given, score=[5])
 
 
+def test_a_model_that_teaches_itself_keeps_evenly_spaced_layers(four_layers: Path, tasks: list[Path], tmp_path: Path):
+    data = tmp_path / "texts.txt"
+    data.write_text("".join(f"{row['query']}\n" for row in example_pairs(300)))
+    given: dict[str, Any] = {**SETTINGS, "depths": [2, 3], "teacher": "self", "tasks": tasks}
+    found = secateur.scout(four_layers, data, **given, out=tmp_path / "out")
+    assert found.layers == "uniform" and scouting.SPACED in found.notes
+    kept = {2: (0, 3), 3: (0, 2, 3), 4: (0, 1, 2, 3)}
+    model = tmp_path / "out" / "model"
+    cuts = [secateur.prune(model, keep=own, out=tmp_path / f"cut-{depth}") for depth, own in kept.items()]
+    scores = {(row.model, row.task): row.score for row in secateur.evaluate(cuts, tasks).rows}
+    assert len(found.task_scores) == len(scores) == 6
+    for row in found.task_scores:
+        assert row.score == pytest.approx(scores[f"cut-{row.depth}", row.task], abs=1e-4)
+    smallest = secateur.prune(model, "chosen", profile=loose(found, tmp_path / "loose"), out=tmp_path / "chosen")
+    assert load(smallest, Origin).kept == kept[2]
+    rows = side_by_side(make(ChooseOptions, {"profile": found}), found).rows
+    for row, own in zip(rows, kept.values(), strict=True):
+        parts = [part.bytes for part in found.layer_costs if part.layer == 0 or part.layer - 1 in own]
+        assert row.bytes == sum(parts)
+    first = secateur.scout(four_layers, data, **given, layers="first", out=tmp_path / "first")
+    assert first.layers == "first" and scouting.SPACED not in first.notes
+
+
+def loose(table: Scout, folder: Path) -> Path:
+    """The table with differences of nothing, so that the smallest depth is chosen."""
+    rows = [replace(row, difference_low=row.difference_low and 0.0) for row in table.depths]
+    replace(table, depths=tuple(rows)).save(folder)
+    return folder
+
+
 # Held-out rows --------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +233,8 @@ def test_texts_are_judged_by_the_teachers_neighbours(four_layers: Path, tmp_path
     given = {**SETTINGS, "depths": [2], "teacher": "self", "out": tmp_path / "out"}
     found = secateur.scout(four_layers, data, **given)
     assert found.judge == "texts"
-    assert load(tmp_path / "out" / "model", Training).settings["teacher"] == str(four_layers)
+    training = load(tmp_path / "out" / "model", Training).settings
+    assert (training["teacher"], training["layers"]) == (str(four_layers), "uniform")
     folder = read_task_folder(tmp_path / "out" / "tasks" / "texts-held-out")
     texts = {row["_id"]: row["text"] for row in folder.tables["corpus"]}
     queries = {row["_id"]: row["text"] for row in folder.tables["queries"]}

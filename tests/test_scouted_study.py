@@ -185,9 +185,9 @@ def test_texts_alone_are_scouted_by_the_whole_model_on_texts_that_nothing_is_tra
 ):
     texts = [str(pair["positive"]) for pair in example_pairs(240)]
     (place / "notes.txt").write_text("".join(f"{text}\n" for text in texts))
-    run_study(place, "texts", data=[place / "notes.txt"], tasks=[], seeds=[1, 2])
+    run_study(place, "texts", data=[place / "notes.txt"], tasks=[], seeds=[1, 2], ladder=[2, 3])
     run = place / "texts"
-    models = [f"tiny-{what}-seed{seed}" for seed in (1, 2) for what in ("4-scout", "1-scout", "1-polished")]
+    models = [f"tiny-{what}-seed{seed}" for seed in (1, 2) for what in ("4-scout", "2-scout", "2-polished")]
     scores = secateur.read_scores(run).rows
     assert [(row.model, row.task) for row in scores] == [
         (name, "notes-held-out") for name in ["tiny-4-zero-shot", *models]
@@ -200,13 +200,16 @@ def test_texts_alone_are_scouted_by_the_whole_model_on_texts_that_nothing_is_tra
     for folder in (
         run / "scouts/tiny-seed1/model",
         run / "scouts/tiny-seed2/model",
-        run / "models/tiny-1-polished-seed2",
+        run / "models/tiny-2-polished-seed2",
     ):
         settings = load(folder, Training).settings
         assert settings["data"] == {"notes.txt": len(set(texts)) - len(held)}
         assert settings["recipe"] == "distill"
         assert Path(settings["teacher"]).name == "tiny-4-zero-shot"
-    assert yaml.safe_load((run / "study.yaml").read_text())["teacher"] == "self"
+    for name in ("tiny-2-scout-seed1", "tiny-2-polished-seed2"):  # evenly spaced ones, not the first
+        assert load(run / "models" / name, Origin).kept == (0, 3)
+    study = yaml.safe_load((run / "study.yaml").read_text())
+    assert (study["teacher"], study["layers"]) == ("self", "uniform")
     state = secateur.plan_study(out=run)
     assert {state.of(step) for step in state.plan.steps} == {"done"}
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.choosing.selectors import Choice, prefix
+from secateur.choosing.selectors import Choice, layers_of, prefix
 from secateur.document import percent, plural
 from secateur.errors import ConfigError, DataError, ModelError, UnsupportedArchitecture
 from secateur.options import Budget, ChooseOptions
@@ -68,6 +68,11 @@ def cut_cost(table: Profile | Scout, blocks: Sequence[int]) -> CutCost:
     return CutCost(**told, speed=full.seconds / own.seconds)
 
 
+def layers_at(table: Profile | Scout, depth: int) -> tuple[int, ...]:
+    """The layers, by index from 0, that a depth of a profile or a scout has."""
+    return layers_of(table.layers if isinstance(table, Scout) else "first", depth, table.depth)
+
+
 def cost_limits(options: Budget) -> dict[str, float]:
     """The limits of costs that are given."""
     return {name: limit for name in _COSTS if (limit := getattr(options, name)) is not None}
@@ -84,7 +89,7 @@ def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -
     for key, limit in cost_limits(options).items():
         measure, words = _COSTS[key]
         _check_costs(table)
-        found = {depth: measure(cost_of(table.layer_costs, prefix(depth))) for depth in depths}
+        found = {depth: measure(cost_of(table.layer_costs, layers_at(table, depth))) for depth in depths}
         if found[depths[0]] > limit:
             hint = f"the smallest, depth {depths[0]}, has {words.format(found[depths[0]])}"
             raise ConfigError(key, limit, f"no depth has at most {words.format(limit)}", hint)
@@ -301,7 +306,8 @@ def vocabulary_costs(
     full = cut_cost(table, prefix(table.depth)).parameters
     if full and own.parameters:
         reason += f" {100 * own.parameters / full:.0f} % of the whole model's parameters."
-    words, out = ["secateur", "prune", vocabularies.model, "--to", str(len(blocks))], f"{table.model}-{len(blocks)}"
+    to = str(len(blocks)) if blocks == prefix(len(blocks)) else f"uniform:{len(blocks)}"
+    words, out = ["secateur", "prune", vocabularies.model, "--to", to], f"{table.model}-{len(blocks)}"
     if size < whole:
         words += ["--vocab", *map(str, options.vocab), "--vocab-size", str(size)]
         columns = ",".join(f"{role}={column}" for role, column in (options.columns or {}).items())

@@ -15,9 +15,10 @@ from secateur.choosing.budgets import (
     cost_limits,
     cut_cost,
     decide,
+    layers_at,
     vocabulary_costs,
 )
-from secateur.choosing.selectors import Choice, prefix
+from secateur.choosing.selectors import Choice
 from secateur.document import plural, signed, span
 from secateur.errors import ConfigError, DataError
 from secateur.options import Budget, ChooseOptions
@@ -38,7 +39,7 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
     ``costs`` is the same scout with the costs of a smaller vocabulary, where the limits are about these.
 
     Returns:
-        The first layers; ``reason`` is a whole sentence.
+        The layers of that depth; ``reason`` is a whole sentence.
 
     Raises:
         ConfigError: No depth is within the limits of costs, or a limit is of the losses of a profile.
@@ -52,13 +53,13 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
     highest = max((row for row in rungs if row.depth in fitting), key=lambda row: (row.score, -row.depth))
     title = "the highest score of those that fit" if cost_limits(options) else f"the highest of {len(rungs)} scores"
     if options.best:
-        return Choice(prefix(highest.depth), _sentence(scout, highest, title, None))
+        return Choice(layers_at(scout, highest.depth), _sentence(scout, highest, title, None))
     tolerance = TOLERANCE if options.tolerance is None else options.tolerance
     found = smallest_within(scout.depths, tolerance)
     if found.depth in fitting:
-        return Choice(prefix(found.depth), _sentence(scout, found, "", tolerance))
+        return Choice(layers_at(scout, found.depth), _sentence(scout, found, "", tolerance))
     reason = _sentence(scout, highest, title, tolerance, found)
-    return Choice(prefix(highest.depth), reason, "more may be lost than the tolerance")
+    return Choice(layers_at(scout, highest.depth), reason, "more may be lost than the tolerance")
 
 
 def scored(scout: Scout) -> list[RungRow]:
@@ -137,7 +138,7 @@ def _sentence(scout: Scout, row: RungRow, title: str, tolerance: float | None, w
         limit = f", and {tolerance:g} may be" if whole and tolerance is not None else ""
         may = _loss(smaller, tolerance, MAY_BE)
         parts.append(f"with {plural(smaller.depth, 'layer')} {may}{own}{limit}")
-    cost, full = (cut_cost(scout, prefix(layers)) for layers in (row.depth, depth))
+    cost, full = (cut_cost(scout, layers_at(scout, count)) for count in (row.depth, depth))
     costs = ""
     if not whole and cost.parameters and full.parameters:
         costs = f" {100 * cost.parameters / full.parameters:.0f} % of the parameters, {cost.speed:.1f} × the speed."
@@ -212,7 +213,7 @@ def side_by_side(options: ChooseOptions, scout: Scout, vocabularies: Vocabularie
             **vars(row),
             fits=row.depth in fitting,
             chosen_by=tuple(name for name, depth in chosen.items() if depth == row.depth),
-            **vars(cut_cost(scout, prefix(row.depth))),
+            **vars(cut_cost(scout, layers_at(scout, row.depth))),
         )
         for row in scout.depths
     ]

@@ -281,6 +281,11 @@ def prefix(depth: int) -> tuple[int, ...]:
     return tuple(range(depth))
 
 
+def layers_of(which: str, count: int, depth: int) -> tuple[int, ...]:
+    """So many layers of a model, as a selector that reads no profile takes them: ``first`` or ``uniform``."""
+    return SELECTORS[which].rule(Question(depth, count=count)).blocks
+
+
 def losses_of(table: Profile) -> Array:
     """The loss at each depth: (depths,).
 

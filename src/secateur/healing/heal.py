@@ -138,7 +138,7 @@ def _open_models(options: HealOptions, config: TrainingConfig) -> tuple[Sentence
     device = "cpu" if is_sharded() else options.device  # FSDP moves a layer at a time to its device
     model = open_model(options.model, device=device, trust_remote_code=options.trust_remote_code)
     if config.depths:
-        check_depths(model, config.depths)
+        check_depths(model, config.depths, layers=config.layers)
     check_dims(model, config.dims)
     length = min(config.max_length, model.max_seq_length or config.max_length)
     teacher = open_teacher(options, length) if options.teacher is not None else None

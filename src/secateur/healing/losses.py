@@ -138,7 +138,7 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         self.config = config
         self.teacher = teacher
         self._student = [model]  # in a list, so that it is no module of the loss
-        self._depths = check_depths(model, config.depths) if config.depths else ()
+        self._depths = check_depths(model, config.depths, layers=config.layers) if config.depths else ()
         self._width = int(model.get_embedding_dimension())
         self._sizes = check_dims(model, config.dims)
         self._near: EmbedDistillLoss | None = None
@@ -163,7 +163,8 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
     def _embed(self, features: dict[str, Any]) -> dict[str, Tensor]:
         """Vectors (texts, depths, dimension)."""
         if self._depths:
-            vectors = depth_vectors(self._student[0], features, self._depths, run=self.model)
+            how: dict[str, Any] = {"layers": self.config.layers, "run": self.model}
+            vectors = depth_vectors(self._student[0], features, self._depths, **how)
         else:
             vectors = self.model(features)["sentence_embedding"][:, None]
         return {"sentence_embedding": vectors}

@@ -77,6 +77,7 @@ class TrainingConfig:
     teacher_weight: float = 0.5
     distill: str = "vectors"
     depths: tuple[int, ...] = ()
+    layers: str = "first"
     dims: tuple[int, ...] = ()
     unsupervised: bool = False
     eval_every: int | None = None
@@ -132,6 +133,8 @@ def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> Tra
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     given |= {"recipe": recipe, "depths": tuple(options.depths or ()), "dims": tuple(options.dims or ())}
     given |= {"has_teacher": has_teacher, "teacher_weight": weight, "unsupervised": not has_teacher and any(texts)}
+    if options.teacher is not None and options.teacher == options.model and weight == 1:
+        given.setdefault("layers", "uniform")  # the last layers make a trained embedder's vectors
     default = TrainingConfig(**RECIPES[recipe])
     config = TrainingConfig(**{**RECIPES[recipe], **given})
     for key in ("lora_rank", "lora_alpha", "lora_dropout") if config.train in ("blocks", "all") else ():

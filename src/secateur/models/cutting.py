@@ -203,13 +203,13 @@ def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
-    """Within: the uncut model gives what it would give if it had the kept layers only.
+    """Within: the uncut model gives what it would give if it had the kept layers only, in training too.
 
-    Of the others, those before the last kept one are run, and hand on what they were given; those after it are not,
-    so that their weights are never read. Nothing of what :func:`cut` or a cut configuration does is used, so that both
+    Of the others, those before the first kept one are run, and hand on what they were given; those after it are not,
+    and their weights are never read. Nothing of what :func:`cut` or a cut configuration does is used, so that both
     can be checked by it.
     """
-    last: list[Any] = []
+    last: list[Any] = []  # what the latest of the kept layers gave
 
     def hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
@@ -219,16 +219,17 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
         last[:] = [output]
 
     blocks = blocks_of(model)
-    hooks = [blocks[i].register_forward_hook(hand_on, with_kwargs=True) for i in range(max(keep)) if i not in set(keep)]
-    hooks.append(blocks[max(keep)].register_forward_hook(note))
-    for block in blocks[max(keep) + 1 :]:
+    skipped = [block for i, block in enumerate(blocks) if i > min(keep) and i not in set(keep)]
+    hooks = [block.register_forward_hook(hand_on, with_kwargs=True) for block in blocks[: min(keep)]]
+    hooks += [blocks[i].register_forward_hook(note) for i in keep]
+    for block in skipped:
         block.forward = lambda *args, **kwargs: last[0]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for block in blocks[max(keep) + 1 :]:
+        for block in skipped:
             del block.forward
 
 

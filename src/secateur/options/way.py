@@ -278,6 +278,11 @@ class HealSettings(Options):
         "auto", description="Precision of the computation; auto: bfloat16 if the processor supports it."
     )
     seed: Seed = Field(42, description="Random seed of adapters, dropout and the order of the data.")
+    layers: Literal["first", "uniform"] | None = Field(
+        None,
+        description="Layers that a smaller depth keeps, where several are trained: the first ones, or uniform: evenly "
+        "spaced, the first and the last among them [first; uniform where a model teaches itself, on texts alone].",
+    )
 
 
 class HealOptions(HealSettings):

@@ -4,7 +4,8 @@ mteb's own evaluator scores a task once for each depth. The model it is given lo
 asked for before is run through all layers once (:mod:`.depths`), and its vectors of these depths are kept in a
 temporary file until the task is done: texts × depths × dimension × 4 bytes (a thousand texts at 30 depths of 576:
 69 MB). The scores at depth k are those that :func:`.evaluate` gives for the model cut to its first k layers, and all
-depths are resampled alike, so that differences between them have paired intervals.
+depths are resampled alike, so that differences between them have paired intervals. Where a depth is not the first k
+layers (``layers``), it takes an encoding of its own.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from secateur.choosing.selectors import layers_of
 from secateur.evaluation.evaluate import as_encoder, is_instructed, score_task, task_prompts
 from secateur.evaluation.tasks import Task
 from secateur.files import output_errors
 from secateur.measures.intervals import Array
+from secateur.models.cutting import bypassed
 from secateur.profiling.depths import DepthEncoder
 from secateur.progress import Progress, quiet, silent
 from secateur.results import DepthScoreRow
@@ -94,9 +97,13 @@ def score_depths(
     sample: int | None = None,
     seed: int = 42,
     name: str = "model",
+    layers: str = "first",
     progress: Progress = silent,
 ) -> Iterator[DepthScore]:
-    """As :func:`depth_scores`, one by one, each task at depths of its own; ``encoder`` is the model's."""
+    """As :func:`depth_scores`, one by one, each task at depths of its own; ``encoder`` is the model's.
+
+    ``layers`` is the selector that says which layers a depth has.
+    """
     done, total = 0, sum(len(depths) for _, depths in todo)
     for task, depths in todo:
         key: dict[str, Any] = {"sample": sample, "seed": seed, "data": task.source.sha256}
@@ -105,7 +112,9 @@ def score_depths(
             vectors = _Kept(encoder, file, depths)
             for depth in depths:
                 progress("tasks by depth", done, total)
-                with quiet(), as_encoder(model, name, prompts, None) as served, _lookup(model, vectors, depth):
+                kept = layers_of(layers, depth, encoder.depth)
+                at_depth = _lookup(model, vectors, depth) if layers == "first" else bypassed(model[0].auto_model, kept)
+                with quiet(), as_encoder(model, name, prompts, None) as served, at_depth:
                     scored = score_task(served, name, task, 32, key)
                 row, own = scored.row, None
                 if math.isfinite(row.score):

@@ -2,7 +2,8 @@
 
 The vector at depth k is that of the model cut to its first k layers. :func:`layer_outputs` reads the states by hooks;
 :func:`depth_vectors` makes vectors of them for training, with gradients; :class:`DepthEncoder` encodes many texts
-for a profile and pools each state as it passes by, so that no hidden states are kept.
+for a profile and pools each state as it passes by, so that no hidden states are kept. A training may take other layers
+at each depth (``layers``); that takes a pass for each.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
 from secateur.measures.metrics import angular_distances, block_influence
 from secateur.models import forward
 from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm
-from secateur.models.cutting import bypassed, legal_depths
+from secateur.models.cutting import bypassed, check_keep, legal_depths
 from secateur.models.forward import POOLINGS, L3PrunePooling, make_pooling, pool, pooling_name
 from secateur.models.open_model import is_causal
 from secateur.profiling.lens import next_token_positions
@@ -64,31 +66,40 @@ def ends_with_norm(model: SentenceTransformer) -> bool:
         model.train(training)
 
 
-def check_depths(model: SentenceTransformer, depths: Sequence[int], option: str = "depths") -> tuple[int, ...]:
+def check_depths(
+    model: SentenceTransformer, depths: Sequence[int], option: str = "depths", *, layers: str = "first"
+) -> tuple[int, ...]:
     """Depths for :func:`depth_vectors`: ascending, the full depth as the last. ``option`` is where they were asked for.
 
     Raises:
         ConfigError: A depth is out of range.
         IllegalDepth: The model cannot be cut there.
-        UnsupportedArchitecture: More than a norm follows the layers.
+        UnsupportedArchitecture: More than a norm follows the first layers.
     """
     transformer: PreTrainedModel = model[0].auto_model
-    full, legal = len(blocks_of(transformer)), legal_depths(transformer.config)
+    full, legal = len(blocks_of(transformer)), legal_depths(transformer.config) if layers == "first" else ()
     for depth in depths:
         if not 1 <= depth <= full:
             raise ConfigError(option, depth, f"is {depth}", f"the model has {full} layers")
-        if depth not in legal:
+        if layers != "first":
+            check_keep(transformer.config, layers_of(layers, depth, full))
+        elif depth not in legal:
             raise IllegalDepth(depth, full, "the model cannot be cut there", legal)
-    if not ends_with_norm(model):
+    if layers == "first" and not ends_with_norm(model):
         hint = "depths can be trained separately: secateur study --depths"
         raise UnsupportedArchitecture(transformer.name_or_path, "more than a norm follows its layers", hint)
     return (*sorted({*depths} - {full}), full)
 
 
 def depth_vectors(
-    model: SentenceTransformer, features: dict[str, Any], depths: Sequence[int], *, run: nn.Module | None = None
+    model: SentenceTransformer,
+    features: dict[str, Any],
+    depths: Sequence[int],
+    *,
+    layers: str = "first",
+    run: nn.Module | None = None,
 ) -> Tensor:
-    """A batch at several depths, from one pass; gradients flow through all of them.
+    """A batch at several depths, of the first layers from one pass; gradients flow through all of them.
 
     sentence-transformers' ``AdaptiveLayerLoss`` trains states without the final norm, which no cut model has.
 
@@ -96,21 +107,29 @@ def depth_vectors(
         model: In training or in evaluation mode.
         features: What ``model.preprocess`` gave.
         depths: From :func:`check_depths`.
+        layers: The selector that says which layers a depth has; each but ``first`` takes a pass for each depth.
         run: What is called in place of ``model``, such as the wrapper of several processes around it.
 
     Returns:
         (texts, depths, dimension).
     """
     transformer: PreTrainedModel = model[0].auto_model
+    whole, full = run or model, len(blocks_of(transformer))
+    if layers != "first":
+        found = []
+        for depth in depths:
+            with bypassed(transformer, layers_of(layers, depth, full)):
+                found.append((whole if depth == full else model)(dict(features))["sentence_embedding"])
+        return torch.stack(found, dim=1)
     states: dict[int, Tensor] = {}
 
     def keep(depth: int, before: Tensor, after: Tensor) -> None:
         # Pooled after the pass: with gradient checkpointing, a layer must do the same when it is run again.
         states[depth] = after
 
-    inner = [depth for depth in depths if depth != len(blocks_of(transformer))]
+    inner = [depth for depth in depths if depth != full]
     with layer_outputs(transformer, keep, inner):
-        last: Tensor = (run or model)(dict(features))["sentence_embedding"]
+        last: Tensor = whole(dict(features))["sentence_embedding"]
     norm, dtype = final_norm(transformer), transformer.dtype
     vectors = {depth: pool(model, norm(states[depth].to(dtype)), features).to(last.dtype) for depth in inner}
     return torch.stack([vectors.get(depth, last) for depth in depths], dim=1)

@@ -156,6 +156,7 @@ class Scout(Table, kind="scout", rows_in="depths"):
         task_scores: Tasks × depths.
         layer_costs: What each layer costs.
         notes: What a reader must know.
+        layers: Which layers a depth has: the ``first`` ones, or ``uniform``, evenly spaced.
     """
 
     model: str
@@ -165,6 +166,7 @@ class Scout(Table, kind="scout", rows_in="depths"):
     task_scores: tuple[DepthScoreRow, ...] = ()
     layer_costs: tuple[LayerCost, ...] = ()
     notes: tuple[str, ...] = ()
+    layers: str = "first"
 
 
 @dataclass(frozen=True)

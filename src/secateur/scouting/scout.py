@@ -1,6 +1,6 @@
 """One short training of several depths at once, and what each of them is then worth: the evidence to choose on.
 
-    OUT/model          the trained model, at full depth; the first k of its layers are the model at depth k
+    OUT/model          the trained model, at full depth; k of its layers (by default the first) are the model at depth k
     OUT/tasks          held-out rows of the data as task folders, where no tasks were given
     OUT/draws          the score of each task at each depth, with its bootstrap replicates
     OUT/scout.json     the table of all
@@ -52,6 +52,7 @@ from secateur.scouting.held_out import hold_out, judge_of, left_whole
 RUNGS = 8
 LOWEST = 1 / 5
 """Share of the layers that the lowest rung keeps."""
+SPACED = "a smaller depth keeps evenly spaced layers, the first and the last among them"
 PICTURES = ("frontier.svg", "frontier.png")
 _ASIDE = {"model", "data", "out", "score", "tasks", "exclude", "eval_data", "eval_tasks", "teacher", "cache"} | {
     *("device", "report_to", "trust_remote_code")
@@ -78,12 +79,12 @@ def scout(options: ScoutOptions, *, progress: Progress = silent) -> Scout:
     out = results_folder(options.out, *SCOUT_FILES)
     with lock(out):
         sources = read_sources(options.data, options.instruction, options.columns)
-        training_config(options, sources)
+        layers = training_config(options, sources).layers
         check_tracker(options.report_to)
         tasks = open_tasks(options.tasks, options.sample, options.seed) if options.tasks else []
         made = _made_from(options, sources, tasks)
         if not (out / "model").is_dir():
-            depths = _plan(options)
+            depths = _plan(options, layers)
             _begin(out, made)
             _train(options, sources, depths, progress)
         check_resume(out, made, "a scout", ("model",))
@@ -116,13 +117,13 @@ def _made_from(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence
     return Made("scout", options.model_dump(mode="json", exclude=_ASIDE), inputs)
 
 
-def _plan(options: ScoutOptions) -> tuple[int, ...]:
+def _plan(options: ScoutOptions, layers: str) -> tuple[int, ...]:
     """The depths to train, the full depth as the last."""
     model = open_model(options.model, device=options.device, trust_remote_code=options.trust_remote_code)
     transformer = model[0].auto_model
-    depths = check_depths(model, options.depths or ladder(depth_of(transformer), legal_depths(transformer.config)))
-    check_depths(model, options.score or (), "score")
-    return depths
+    depths = options.depths or ladder(depth_of(transformer), legal_depths(transformer.config))
+    check_depths(model, options.score or (), "score", layers=layers)
+    return check_depths(model, depths, layers=layers)
 
 
 def ladder(depth: int, legal: Sequence[int]) -> tuple[int, ...]:
@@ -172,6 +173,7 @@ def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Tas
     training = load(out / "model", Training)
     earlier = load(out, Scout) if (out / Scout.file).is_file() else None
     trained: list[int] = training.settings["depths"]
+    layers = training.settings.get("layers", "first")
     before = [row.depth for row in earlier.depths] if earlier else []
     wanted = sorted({*trained, *(options.score or ()), *before})
     scores = {(task.name, depth): kept_score(draws, task, depth) for task in tasks for depth in wanted}
@@ -180,10 +182,10 @@ def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Tas
     if earlier and not todo and all((out / name).is_file() for name in PICTURES):
         return earlier
     model = open_model(out / "model", device=options.device, trust_remote_code=options.trust_remote_code)
-    check_depths(model, options.score or (), "score")
+    check_depths(model, options.score or (), "score", layers=layers)
     name, notes = model_label(options.model), list(training.settings["notes"])
     encoder, by_name = DepthEncoder(model, name=name), {task.name: task for task in tasks}
-    given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name}
+    given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name, "layers": layers}
     for score in score_depths(model, encoder, todo, **given, progress=progress):
         keep_score(draws, by_name[score.task], score)
         scores[score.task, score.depth] = score
@@ -192,6 +194,7 @@ def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Tas
     if not options.tasks:
         notes += left_whole(sources, by_name)
     notes += [*encoder.notes, *notes_on(found), *missed]
+    notes += [SPACED] if layers == "uniform" else []
     costs = (earlier.layer_costs if earlier else ()) or layer_costs(model, layer_sizes(model), notes)
     table = Scout(
         provenance=provenance([*(source.source for source in sources), *(task.source for task in tasks)], options.seed),
@@ -202,6 +205,7 @@ def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Tas
         task_scores=tuple(score.row for score in found if score.row),
         layer_costs=costs,
         notes=tuple(dict.fromkeys(notes)),
+        layers=layers,
     )
     table.save(out)
     figure = frontier_figure(table, len(choose_rung(make(Budget, {}), table).blocks), TOLERANCE)

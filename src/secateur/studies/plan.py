@@ -18,6 +18,7 @@ from typing import Any
 
 from secateur.choosing.choose import CHOSEN, blocks_to_keep
 from secateur.choosing.evidence import choose_rung
+from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig
 from secateur.models import is_endpoint, model_label
@@ -158,14 +159,14 @@ def _suffixes(study: StudyOptions) -> dict[int, str]:
     return {seed: f"-seed{seed}" if len(study.seeds) > 1 else "" for seed in study.seeds or [study.seed]}
 
 
-def chosen_depth(study: StudyOptions, scout: Scout) -> int:
-    """The depth that a scout's scores choose, within the study's budget.
+def chosen_layers(study: StudyOptions, scout: Scout) -> tuple[int, ...]:
+    """The layers that a scout's scores choose, within the study's budget.
 
     Raises:
         ConfigError: No depth is within it.
         DataError: The scout does not tell what it asks.
     """
-    return len(choose_rung(study, scout).blocks)
+    return choose_rung(study, scout).blocks
 
 
 @dataclass
@@ -341,15 +342,16 @@ class _Planner:
         """The cuts below the full depth, and why one cannot be told; none where the full depth is chosen."""
         base, polish = self.base, sorted({*self.study.polish} - {self.base.depth}, reverse=True)
         if self.study.polish:
-            return [(Variant("", base, (str(depth),), tuple(range(depth))), "") for depth in polish]
+            which = self.study.layers or "first"
+            return [(Variant("", base, (str(depth),), layers_of(which, depth, base.depth)), "") for depth in polish]
         unknown = Variant("", base, (CHOSEN,), None)
         if scout is None:
             return [(unknown, "")]
         try:
-            depth = chosen_depth(self.study, scout)
+            blocks = chosen_layers(self.study, scout)
         except SecateurError as error:
             return [(unknown, str(error))]
-        return [(replace(unknown, blocks=tuple(range(depth))), "")] if depth < base.depth else []
+        return [(replace(unknown, blocks=blocks), "")] if len(blocks) < base.depth else []
 
     def _add_cut(
         self, settings: Mapping[str, Any], cut: Variant, seed: int, problem: str = "", *, polishes: bool = True

@@ -54,7 +54,7 @@ from secateur.results import Costs, Origin, Profile, Scores, Scout, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
-from secateur.studies.plan import ITSELF, PRESETS, SCOUTS, chosen_depth, plan_steps, recipe_options, scout_names
+from secateur.studies.plan import ITSELF, PRESETS, SCOUTS, chosen_layers, plan_steps, recipe_options, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
 from secateur.studies.steps import LAST, MODELS, NO_TRAINING, Base, Plan
 
@@ -231,8 +231,11 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
     sources = read_sources(settings.data, columns=settings.columns)
     if settings.vocab:
         check_data(settings.vocab, settings.columns)
-    if not (settings.depths or settings.teacher) and all(isinstance(source, Texts) for source in sources):
+    texts_alone = all(isinstance(source, Texts) for source in sources)
+    if texts_alone and not (settings.depths or settings.teacher):
         settings = settings.model_copy(update={"teacher": ITSELF})
+    if texts_alone and settings.teacher == ITSELF and settings.layers is None:
+        settings = settings.model_copy(update={"layers": "uniform"})
     for name, recipe in recipe_options(settings).items():
         if name != NO_TRAINING:
             training_sets(sources, training_config(recipe, sources))
@@ -295,7 +298,7 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
                 texts[folders[name] / CHOICE] = json.dumps(choice) + "\n"
         for name, scout in scouts.items():
             with suppress(SecateurError):  # its plan says why there is no choice
-                texts[scouted[name] / CHOICE] = json.dumps({CHOSEN: chosen_depth(study, scout)}) + "\n"
+                texts[scouted[name] / CHOICE] = json.dumps({CHOSEN: len(chosen_layers(study, scout))}) + "\n"
         content = {"models": [asdict(base) for base in outline.bases], "amounts": asdict(outline.amounts)}
         content |= {"study": _what(study), **plan.to_dict()}
         texts[run / PLAN] = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
