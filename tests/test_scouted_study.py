@@ -206,6 +206,8 @@ def test_texts_alone_are_scouted_by_the_whole_model_on_texts_that_nothing_is_tra
         assert settings["data"] == {"notes.txt": len(set(texts)) - len(held)}
         assert settings["recipe"] == "distill"
         assert Path(settings["teacher"]).name == "tiny-4-zero-shot"
+    # A step of evenly spaced layers takes a pass at each depth, 2, 3 and 4: a quarter of 8 steps pays for one.
+    assert load(run / "scouts/tiny-seed1/model", Training).steps == 1
     for name in ("tiny-2-scout-seed1", "tiny-2-polished-seed2"):  # evenly spaced ones, not the first
         assert load(run / "models" / name, Origin).kept == (0, 3)
     study = yaml.safe_load((run / "study.yaml").read_text())

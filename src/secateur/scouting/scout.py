@@ -137,6 +137,13 @@ def ladder(depth: int, legal: Sequence[int]) -> tuple[int, ...]:
     return (*sorted(nearest - {depth}), depth)
 
 
+def step_cost(layers: str, depths: Sequence[int], depth: int) -> float:
+    """What a step of a scout costs, in steps of the full depth: the first layers of all depths take one pass together,
+    others one at each depth.
+    """
+    return 1.0 if layers == "first" else sum({*depths, depth}) / depth
+
+
 def _begin(out: Path, made: Made) -> None:
     """Record what a scout is made from, or make sure that the one in ``out`` is made from the same.
 

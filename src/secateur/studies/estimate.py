@@ -25,6 +25,7 @@ from secateur.options import CostOptions, HealOptions, ProfileOptions, PruneOpti
 from secateur.progress import quiet
 from secateur.pruning.download import fetch_small, transformer_folder
 from secateur.reporting.run import BASELINE
+from secateur.scouting.scout import ladder, step_cost
 from secateur.studies.steps import Base, Plan, Step
 
 CHARACTERS_PER_TOKEN = 4
@@ -115,7 +116,10 @@ def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
         recipe = training_config(options)
         texts = recipe.steps * recipe.batch_size * amounts.texts_per_row
         trained = 3 * texts * min(amounts.tokens_per_text, recipe.max_length)
-        scored = tokens if isinstance(options, ScoutOptions) else 0
+        scored: float | None = 0
+        if isinstance(options, ScoutOptions):
+            depth, scored = variant.base.depth, tokens
+            trained *= step_cost(recipe.layers, options.depths or ladder(depth, range(1, depth + 1)), depth)
         tokens = None if scored is None else trained + scored
     elif isinstance(options, ProfileOptions):
         pairs = min(options.max_examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text

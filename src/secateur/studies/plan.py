@@ -25,6 +25,7 @@ from secateur.models import is_endpoint, model_label
 from secateur.options import Budget, CostOptions, HealOptions, HealSettings, StudyOptions, default_of
 from secateur.reporting.run import BASELINE, POLISHED, SCOUTED, TRIMMED, UNTRAINED
 from secateur.results import Costs, Profile, Scout
+from secateur.scouting.scout import ladder, step_cost
 from secateur.studies.steps import FULL, MODELS, NO_TRAINING, Base, Plan, Step, Variant, command_options, cuts_of
 
 SCOUTS = "scouts"
@@ -334,9 +335,11 @@ class _Planner:
     @property
     def _steps(self) -> tuple[int, int]:
         """Of the scout, and of the polish at full depth."""
-        budget = self.study.steps or TrainingConfig.steps
-        scout = max(1, round(SCOUT_SHARE * budget))
-        return scout, budget - scout
+        study, depth = self.study, self.base.depth
+        budget = study.steps or TrainingConfig.steps
+        share = max(1, round(SCOUT_SHARE * budget))
+        rungs = study.ladder or ladder(depth, range(1, depth + 1))
+        return max(1, round(share / step_cost(study.layers or "first", rungs, depth))), budget - share
 
     def _scouted_cuts(self, scout: Scout | None) -> list[tuple[Variant, str]]:
         """The cuts below the full depth, and why one cannot be told; none where the full depth is chosen."""
