@@ -208,7 +208,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     preset: Literal["demo", "paper", "shrink"] | None = Field(
         None,
         description="Defaults for the options that you do not set. demo: SmolLM2 on API documentation, about ten "
-        "minutes; paper: L3Prune's experiments; shrink: an embedding model teaches its own first layers, on texts.",
+        "minutes; paper: L3Prune's experiments; shrink: an embedding model teaches some of its own layers, on texts.",
     )
     ladder: Depths = Field(
         default=[], description="Depths that the scout trains: 6,12,24 [default: about eight, as scout --depths]."
