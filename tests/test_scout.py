@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import secateur
+from architectures import config_of
 from conftest import example_pairs, tiny_transformer, write_pairs
 from secateur.choosing.evidence import side_by_side
 from secateur.cli.arguments import expand_list_options
@@ -25,6 +26,7 @@ from secateur.healing import heal as healing
 from secateur.models.open_model import open_model
 from secateur.options import ChooseOptions
 from secateur.options.base import make
+from secateur.profiling.depths import legal_cuts
 from secateur.results import Origin, Scout, Training, load
 from secateur.scouting import scout as scouting
 from secateur.scouting.scout import ladder
@@ -82,6 +84,8 @@ def test_the_ladder_is_about_eight_depths_from_a_fifth_to_all():
     assert ladder(6, range(1, 7)) == (1, 2, 3, 4, 5, 6)
     assert ladder(1, [1]) == (1,)
     assert ladder(80, range(1, 81))[0] == 16
+    assert ladder(6, range(1, 7), "uniform") == (2, 3, 4, 5, 6)
+    assert ladder(1, [1], "uniform") == (1,)
 
 
 @pytest.mark.parametrize("depth", range(1, 60))
@@ -92,6 +96,13 @@ def test_every_rung_is_legal_and_the_next_is_higher(depth: int, period: int):
     assert list(rungs) == sorted(set(rungs)) and set(rungs) <= set(legal)
     assert rungs[-1] == depth and len(rungs) <= 8
     assert abs(rungs[0] - max(1, depth / 5)) <= max(0.5, period)
+
+
+def test_evenly_spaced_layers_are_tried_only_where_they_can_be_cut():
+    every_other = config_of("qwen3_moe")  # experts in every second layer: 0, 2, 3, 5 would have them elsewhere
+    assert legal_cuts(every_other, "first") == (1, 2, 3, 4, 5, 6)
+    assert legal_cuts(every_other, "uniform") == (1, 2, 3, 6)
+    assert legal_cuts(config_of("bert"), "uniform") == (1, 2, 3, 4, 5, 6)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------

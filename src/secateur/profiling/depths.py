@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,13 +20,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
 from secateur.measures.metrics import angular_distances, block_influence
 from secateur.models import forward
-from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm
+from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm, text_config
 from secateur.models.cutting import bypassed, check_keep, legal_depths
 from secateur.models.forward import POOLINGS, L3PrunePooling, make_pooling, pool, pooling_name
 from secateur.models.open_model import is_causal
@@ -64,6 +64,22 @@ def ends_with_norm(model: SentenceTransformer) -> bool:
         return tail_is_norm(model[0].auto_model, inputs)
     finally:
         model.train(training)
+
+
+def legal_cuts(config: PretrainedConfig, layers: str) -> tuple[int, ...]:
+    """The depths that a model can be cut to, ascending, with the layers that a selector takes at each. No weights.
+
+    Raises:
+        UnsupportedArchitecture: It cannot be cut at all.
+    """
+    if layers == "first":
+        return legal_depths(config)
+    full, legal = int(text_config(config).num_hidden_layers), []
+    for depth in range(1, full + 1):
+        with suppress(IllegalDepth):
+            check_keep(config, layers_of(layers, depth, full))
+            legal.append(depth)
+    return tuple(legal)
 
 
 def check_depths(

@@ -37,12 +37,11 @@ from secateur.measures.costs import layer_sizes
 from secateur.measures.intervals import Array, interval, limits_of
 from secateur.models import model_label, resolve
 from secateur.models.blocks import depth_of
-from secateur.models.cutting import legal_depths
 from secateur.models.open_model import open_model
 from secateur.options import SCOUT_FILES, Budget, HealOptions, ScoutOptions
 from secateur.options.base import make, step
 from secateur.profiling.depth_scores import DepthScore, notes_on, score_depths
-from secateur.profiling.depths import DepthEncoder, check_depths
+from secateur.profiling.depths import DepthEncoder, check_depths, legal_cuts
 from secateur.profiling.profile import layer_costs
 from secateur.progress import Progress, silent
 from secateur.provenance import DONE, Made, fingerprint_files, provenance, versions_of
@@ -121,16 +120,18 @@ def _plan(options: ScoutOptions, layers: str) -> tuple[int, ...]:
     """The depths to train, the full depth as the last."""
     model = open_model(options.model, device=options.device, trust_remote_code=options.trust_remote_code)
     transformer = model[0].auto_model
-    depths = options.depths or ladder(depth_of(transformer), legal_depths(transformer.config))
+    depths = options.depths or ladder(depth_of(transformer), legal_cuts(transformer.config, layers), layers)
     check_depths(model, options.score or (), "score", layers=layers)
     return check_depths(model, depths, layers=layers)
 
 
-def ladder(depth: int, legal: Sequence[int]) -> tuple[int, ...]:
+def ladder(depth: int, legal: Sequence[int], layers: str = "first") -> tuple[int, ...]:
     """About eight depths from a fifth of the layers to all of them, each larger than the last by the same factor.
 
-    Each is moved to the nearest legal depth, the smaller of two. They ascend, the full depth as the last.
+    Each is moved to the nearest legal depth, the smaller of two. They ascend, the full depth as the last. Of evenly
+    spaced layers there are two at least, the first and the last.
     """
+    legal = legal if layers == "first" else [able for able in legal if able >= min(2, depth)]
     lowest = max(1.0, depth * LOWEST)
     wanted = [round(lowest * (depth / lowest) ** (step / (RUNGS - 1))) for step in range(RUNGS)]
     nearest = {min(legal, key=lambda able: (abs(able - rung), able)) for rung in wanted}

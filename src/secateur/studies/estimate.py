@@ -119,7 +119,8 @@ def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
         scored: float | None = 0
         if isinstance(options, ScoutOptions):
             depth, scored = variant.base.depth, tokens
-            trained *= step_cost(recipe.layers, options.depths or ladder(depth, range(1, depth + 1)), depth)
+            rungs = options.depths or ladder(depth, range(1, depth + 1), recipe.layers)
+            trained *= step_cost(recipe.layers, rungs, depth)
         tokens = None if scored is None else trained + scored
     elif isinstance(options, ProfileOptions):
         pairs = min(options.max_examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text

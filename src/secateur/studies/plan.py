@@ -338,8 +338,9 @@ class _Planner:
         study, depth = self.study, self.base.depth
         budget = study.steps or TrainingConfig.steps
         share = max(1, round(SCOUT_SHARE * budget))
-        rungs = study.ladder or ladder(depth, range(1, depth + 1))
-        return max(1, round(share / step_cost(study.layers or "first", rungs, depth))), budget - share
+        layers = study.layers or "first"
+        rungs = study.ladder or ladder(depth, range(1, depth + 1), layers)
+        return max(1, round(share / step_cost(layers, rungs, depth))), budget - share
 
     def _scouted_cuts(self, scout: Scout | None) -> list[tuple[Variant, str]]:
         """The cuts below the full depth, and why one cannot be told; none where the full depth is chosen."""
