@@ -163,8 +163,8 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
     def _embed(self, features: dict[str, Any]) -> dict[str, Tensor]:
         """Vectors (texts, depths, dimension)."""
         if self._depths:
-            how: dict[str, Any] = {"layers": self.config.layers, "run": self.model}
-            vectors = depth_vectors(self._student[0], features, self._depths, **how)
+            student, layers = self._student[0], self.config.layers
+            vectors = depth_vectors(student, features, self._depths, layers=layers, run=self.model)
         else:
             vectors = self.model(features)["sentence_embedding"][:, None]
         return {"sentence_embedding": vectors}
