@@ -65,7 +65,7 @@ class Row:
         depth: How many layers: ``full``, ``large``, ``middle``, ``small``, ``embedder_small``, ``embedder_middle``, or
             a number.
         settings: Of the training; None: there is none.
-        start: What is cut: the model, the row ``scout``, or the embedder.
+        start: What is cut: the model, the embedder, or what one of the rows ``KEPT`` has trained.
         compute: What the training may cost, in trainings of the reference: ``equal`` is one, ``scout`` the share of
             one that a scout gets, ``polish`` the rest; None: the same steps.
         pooling: Of the model.
@@ -76,7 +76,7 @@ class Row:
     about: str
     depth: str = "full"
     settings: dict[str, Any] | None = field(default_factory=lambda: BLOCKS)
-    start: Literal["model", "scout", "embedder"] = "model"
+    start: Literal["model", "scout", "embedder", "embedder-small-uniform"] = "model"
     compute: Literal["equal", "scout", "polish"] | None = None
     pooling: str | None = None
     vocab: bool = False
@@ -156,9 +156,15 @@ ROWS = {
         vocab=True,
         which="uniform",
     ),
+    "embedder-small-uniform-trimmed": Row(
+        "evenly spaced layers of the embedder (small), distilled on texts alone, then fewer tokens",
+        settings=None,
+        start="embedder-small-uniform",
+        vocab=True,
+    ),
 }
-KEPT = "scout"
-"""The row whose model others start from."""
+KEPT = ("scout", "embedder-small-uniform")
+"""The rows whose models others start from."""
 
 
 def main() -> None:
@@ -233,8 +239,8 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
     row, folder = ROWS[name], args.out / f"{name}-{seed}"
     folder.mkdir(exist_ok=True)
     print(f"{time.strftime('%H:%M:%S')} {folder.name}", flush=True)
-    starts = {"model": args.model, "embedder": args.embedder, "scout": args.out / f"scout-{seed}" / "model"}
-    source = starts[row.start]
+    starts = {"model": args.model, "embedder": args.embedder}
+    source = starts.get(row.start) or args.out / f"{row.start}-{seed}" / "model"
     blocks = row.parts(args, depth_of(open_model(source, device="cpu")[0].auto_model), seed)
     about: dict[str, Any] = {"layers": len(blocks), "kept": blocks}
     if name == "static":
@@ -253,7 +259,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
         if row.start == "embedder" and row.settings is not None:
             about["searches"] = searches(args, model, args.embedder)
     record(args, {"row": name, "seed": seed, **about}, folder)
-    kept = "model" if name == KEPT or args.keep_models else ""
+    kept = "model" if name in KEPT or args.keep_models else ""
     for leftover in folder.iterdir():
         if leftover.name != kept:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
