@@ -182,7 +182,7 @@ def run_all(args: argparse.Namespace) -> list[str]:
     failed = []
     for seed in args.seeds:
         for name in args.rows:
-            if ROWS[name].start == "embedder" and args.embedder is None:
+            if ROWS[name].start.startswith("embedder") and args.embedder is None:
                 print(f"{name}: left out, no --embedder", flush=True)
             elif seed not in measured(args, name):
                 try:

@@ -581,6 +581,7 @@ def test_what_a_model_puts_before_texts_is_trained_and_what_is_trained_stays(
         ({"train": "blocks", "lora_rank": 3}, "lora_rank: there are no adapters where train is blocks"),
         ({"train": "all", "lora_dropout": 0.5}, "lora_dropout: there are no adapters"),
         ({"cache": "cc"}, "cache: there is no teacher"),
+        ({"layers": "uniform"}, "layers: no smaller depth is trained: give --depths"),
         ({"eval_every": 0}, "eval_every: 0 is not valid"),
         ({"patience": 0}, "patience: 0 is not valid"),
         ({"eval_sample": 0}, "eval_sample: 0 is not valid"),

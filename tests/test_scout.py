@@ -29,7 +29,7 @@ from secateur.options.base import make
 from secateur.profiling.depths import legal_cuts
 from secateur.results import Origin, Scout, Training, load
 from secateur.scouting import scout as scouting
-from secateur.scouting.scout import ladder
+from secateur.scouting.scout import ladder, step_cost
 from task_folders import example_rows, write_task
 
 SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 8, "precision": "float32", "train": "blocks"}
@@ -86,6 +86,7 @@ def test_the_ladder_is_about_eight_depths_from_a_fifth_to_all():
     assert ladder(80, range(1, 81))[0] == 16
     assert ladder(6, range(1, 7), "uniform") == (2, 3, 4, 5, 6)
     assert ladder(1, [1], "uniform") == (1,)
+    assert (step_cost("first", (2, 3), 4), step_cost("uniform", (2, 3), 4)) == (1, (2 + 3 + 4) / 4)
 
 
 @pytest.mark.parametrize("depth", range(1, 60))

@@ -139,6 +139,8 @@ def _open_models(options: HealOptions, config: TrainingConfig) -> tuple[Sentence
     model = open_model(options.model, device=device, trust_remote_code=options.trust_remote_code)
     if config.depths:
         check_depths(model, config.depths, layers=config.layers)
+    elif options.layers is not None:
+        raise ConfigError("layers", options.layers, "no smaller depth is trained", "give --depths, or leave it out")
     check_dims(model, config.dims)
     length = min(config.max_length, model.max_seq_length or config.max_length)
     teacher = open_teacher(options, length) if options.teacher is not None else None

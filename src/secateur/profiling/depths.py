@@ -93,13 +93,11 @@ def check_depths(
         UnsupportedArchitecture: More than a norm follows the first layers.
     """
     transformer: PreTrainedModel = model[0].auto_model
-    full, legal = len(blocks_of(transformer)), legal_depths(transformer.config) if layers == "first" else ()
+    full, legal = len(blocks_of(transformer)), legal_cuts(transformer.config, layers)
     for depth in depths:
         if not 1 <= depth <= full:
             raise ConfigError(option, depth, f"is {depth}", f"the model has {full} layers")
-        if layers != "first":
-            check_keep(transformer.config, layers_of(layers, depth, full))
-        elif depth not in legal:
+        if depth not in legal:
             raise IllegalDepth(depth, full, "the model cannot be cut there", legal)
     if layers == "first" and not ends_with_norm(model):
         hint = "depths can be trained separately: secateur study --depths"

@@ -54,7 +54,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 SCOUT_SHARE = 0.25
 """Of a study's steps, each of which costs what a step of the full depth costs, the scout's; the polish has the rest."""
-_SCOUTED = ("ladder", "polish", "held_out", *Budget.model_fields)
+_SCOUTED = ("ladder", "polish", "layers", "held_out", *Budget.model_fields)
 """Options of a study with a scout."""
 _DECIDED: dict[str, Any] = {"model": "-", "data": ["-"], "columns": None, "out": "-", "seed": 42}
 """Options of a training that the study decides, until it has."""
@@ -301,6 +301,7 @@ class _Planner:
         (training,) = self.recipes.values()
         settings = self.settings(training)
         self._add_scouts(settings, *untrained[-1], scout)
+        settings.pop("layers", None)  # what is polished has one depth
         for variant, step in untrained:
             self.add_scores(variant, step)
         if self.held_out:
@@ -333,21 +334,25 @@ class _Planner:
                 self.told_by, self.held_out = None if scout else step, True
 
     @property
+    def which(self) -> str:
+        """The selector that says which layers a depth of a scout has."""
+        return self.study.layers or "first"
+
+    @property
     def _steps(self) -> tuple[int, int]:
         """Of the scout, and of the polish at full depth."""
         study, depth = self.study, self.base.depth
         budget = study.steps or TrainingConfig.steps
         share = max(1, round(SCOUT_SHARE * budget))
-        layers = study.layers or "first"
-        rungs = study.ladder or ladder(depth, range(1, depth + 1), layers)
-        return max(1, round(share / step_cost(layers, rungs, depth))), budget - share
+        rungs = study.ladder or ladder(depth, range(1, depth + 1), self.which)
+        return max(1, round(share / step_cost(self.which, rungs, depth))), budget - share
 
     def _scouted_cuts(self, scout: Scout | None) -> list[tuple[Variant, str]]:
         """The cuts below the full depth, and why one cannot be told; none where the full depth is chosen."""
         base, polish = self.base, sorted({*self.study.polish} - {self.base.depth}, reverse=True)
         if self.study.polish:
-            which = self.study.layers or "first"
-            return [(Variant("", base, (str(depth),), layers_of(which, depth, base.depth)), "") for depth in polish]
+            kept = {depth: layers_of(self.which, depth, base.depth) for depth in polish}
+            return [(Variant("", base, (str(depth),), blocks), "") for depth, blocks in kept.items()]
         unknown = Variant("", base, (CHOSEN,), None)
         if scout is None:
             return [(unknown, "")]

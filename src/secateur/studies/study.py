@@ -232,10 +232,10 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
     if settings.vocab:
         check_data(settings.vocab, settings.columns)
     texts_alone = all(isinstance(source, Texts) for source in sources)
-    if texts_alone and not (settings.depths or settings.teacher):
-        settings = settings.model_copy(update={"teacher": ITSELF})
-    if texts_alone and settings.teacher == ITSELF and settings.layers is None:
-        settings = settings.model_copy(update={"layers": "uniform"})
+    if texts_alone and not settings.depths:
+        settings = settings.model_copy(update={"teacher": settings.teacher or ITSELF})
+        if settings.teacher == ITSELF and settings.layers is None:
+            settings = settings.model_copy(update={"layers": "uniform"})
     for name, recipe in recipe_options(settings).items():
         if name != NO_TRAINING:
             training_sets(sources, training_config(recipe, sources))
