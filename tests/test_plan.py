@@ -144,6 +144,7 @@ def test_a_profile_that_does_not_tell_fails_its_depths_alone():
         ({"depths": ["chosen"]}, ConfigError, "depths"),
         ({"depths": ["2"], "ladder": [2]}, ConfigError, "ladder"),
         ({"depths": ["2"], "polish": [2]}, ConfigError, "polish"),
+        ({"depths": ["2"], "layers": "uniform"}, ConfigError, "layers"),
         ({"depths": ["2"], "tolerance": 2.0}, ConfigError, "tolerance"),
         ({"depths": ["2"], "best": True}, ConfigError, "best"),
         ({"depths": ["2"], "max_params": 1e6}, ConfigError, "max_params"),
