@@ -76,7 +76,7 @@ class Row:
     about: str
     depth: str = "full"
     settings: dict[str, Any] | None = field(default_factory=lambda: BLOCKS)
-    start: Literal["model", "scout", "embedder", "embedder-small-uniform"] = "model"
+    start: Literal["model", "scout", "small", "embedder", "embedder-small-uniform"] = "model"
     compute: Literal["equal", "scout", "polish"] | None = None
     pooling: str | None = None
     vocab: bool = False
@@ -115,6 +115,7 @@ ROWS = {
     "small-mean": Row("small, mean pooling", "small", pooling="mean"),
     "small-vocab": Row("small, fewer tokens, same steps", "small", vocab=True),
     "large-vocab": Row("large, fewer tokens, same steps", "large", vocab=True),
+    "small-trimmed": Row("small, same steps, then fewer tokens", settings=None, start="small", vocab=True),
     "static": Row("token embeddings alone", "0", {"train": "all", "learning_rate": STATIC_LEARNING_RATE}),
     "embedder": Row("the embedder, as it came", settings=None, start="embedder"),
     "embedder-middle": Row(
@@ -163,7 +164,7 @@ ROWS = {
         vocab=True,
     ),
 }
-KEPT = ("scout", "embedder-small-uniform")
+KEPT = ("scout", "small", "embedder-small-uniform")
 """The rows whose models others start from."""
 
 
