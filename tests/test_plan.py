@@ -60,22 +60,28 @@ def test_models_depths_recipes_and_seeds_are_multiplied():
     )
 
 
-def test_a_cut_vocabulary_is_one_more_step_that_all_others_go_on_from():
+def test_a_vocabulary_is_cut_last():
     study = options(vocab_size=8000, depths=["2"], recipes={"none": {}, "taught": {}}, teacher="self")
     steps = {step.name: step for step in plan_steps(study, BASES[1:], {}, {}).steps}
-    assert steps["prune tiny-4-trimmed"].command_line == (
-        "secateur prune run/models/tiny-4-zero-shot --vocab a.jsonl --vocab-size 8000 -o run/models/tiny-4-trimmed"
-    )
-    for name in ("profile tiny", "prune tiny-2-trimmed", "heal tiny-4-taught"):
-        assert steps[name].options.model == "run/models/tiny-4-trimmed"
-        assert steps[name].depends_on == ("prune tiny-4-trimmed",)
+    for made, source in (
+        ("tiny-4-trimmed", "models/tiny-4-zero-shot"),
+        ("tiny-2-trimmed", "pruned/tiny-2"),
+        ("tiny-2-taught", "trained/tiny-2-taught"),
+    ):
+        said = f"secateur prune run/{source} --vocab a.jsonl --vocab-size 8000 -o run/models/{made}"
+        assert steps[f"trim {made}"].command_line == said
+        assert steps[f"evaluate {made}"].depends_on == (f"trim {made}",)
+    assert steps["profile tiny"].options.model == steps["prune tiny-2"].options.model == "run/models/tiny-4-zero-shot"
+    assert steps["heal tiny-2-taught"].options.model == "run/pruned/tiny-2"
     assert steps["heal tiny-2-taught"].options.teacher == "run/models/tiny-4-zero-shot"
+    assert "heal tiny-4-taught" not in steps
     assert {"evaluate tiny-4-zero-shot", "evaluate tiny-4-trimmed"} <= steps.keys()
     scouted = plan_steps(options(vocab=["b.txt"], teacher="self"), BASES[1:], {}, {})
     steps = {step.name: step for step in scouted.steps}
-    assert steps["scout tiny"].options.model == steps["profile tiny"].options.model == "run/models/tiny-4-trimmed"
+    assert steps["scout tiny"].options.model == steps["profile tiny"].options.model == "run/models/tiny-4-zero-shot"
     assert steps["scout tiny"].options.teacher == "run/models/tiny-4-zero-shot"
-    assert steps["prune tiny-4-trimmed"].options.vocab == [Path("b.txt")]
+    assert steps["scout tiny"].depends_on == ("prune tiny-4-zero-shot", "trim tiny-4-trimmed")
+    assert steps["trim tiny-4-trimmed"].options.vocab == [Path("b.txt")]
     assert [name for name in names(scouted) if "(" not in name][:2] == ["tiny-4-zero-shot", "tiny-4-trimmed"]
     with pytest.raises(ConfigError, match=r"^recipes: is what models are called"):
         plan_steps(options(vocab_size=8000, depths=["2"], recipes={"trimmed": {}}), BASES, {}, {})

@@ -1,4 +1,4 @@
-"""Studies that cut the vocabulary first: what follows goes on from the trimmed model, beside the whole one."""
+"""Studies that cut the vocabulary: the last thing that is done to a model, beside the one as it came."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 import secateur
@@ -18,8 +19,9 @@ from conftest import write_pairs
 from published import CORPUS, write_model
 from quick_checks import quick_checks as quick_checks
 from secateur import cli
+from secateur.choosing.budgets import cost_of
 from secateur.errors import ConfigError
-from secateur.reporting.run import read_run
+from secateur.reporting.run import read_run, read_scout
 from secateur.results import Costs, Origin, Scout, Training, load
 from secateur.studies.study import join_tables
 from task_folders import example_rows, sentences, write_task
@@ -59,7 +61,7 @@ def tokens_of(run: Path, name: str) -> dict[str, int]:
     return AutoTokenizer.from_pretrained(run / "models" / name).get_vocab()
 
 
-def test_everything_goes_on_from_the_trimmed_model_and_the_whole_one_is_measured_too(run: Path):
+def test_the_vocabulary_is_cut_last_and_the_model_as_it_came_is_measured_too(run: Path):
     assert [row.model for row in load(run, Costs).rows] == [WHOLE, TRIMMED, *CUT]
     before = tokens_of(run, WHOLE)
     assert load(run / "models" / WHOLE, Origin).vocabulary is None
@@ -72,8 +74,16 @@ def test_everything_goes_on_from_the_trimmed_model_and_the_whole_one_is_measured
     assert gone == costs[WHOLE].embedding_parameters - costs[TRIMMED].embedding_parameters
     assert gone * len(before) == costs[WHOLE].embedding_parameters * (len(before) - SIZE)
     assert load(run / "models" / TRIMMED, Origin).kept == load(run / "models" / WHOLE, Origin).kept
-    assert load(run / "scouts" / "tiny", Scout).provenance.command.split()[2] == str(run / "models" / TRIMMED)
-    (variant,) = (variant for variant in read_run(run).variants if variant.name == TRIMMED)
+    assert load(run / "scouts" / "tiny", Scout).provenance.command.split()[2] == str(run / "models" / WHOLE)
+    for folder in ("scouts/tiny/model", "pruned/tiny-2", f"trained/{CUT[2]}"):
+        assert load(run / folder, Origin).vocabulary is None
+    trained, cut = (SentenceTransformer(str(run / folder / CUT[2]), device="cpu") for folder in ("trained", "models"))
+    kept = [text for text in sentences(120) if set(trained.tokenizer.tokenize(text)) <= tokens_of(run, CUT[2]).keys()]
+    assert kept
+    assert cut.encode(kept) == pytest.approx(trained.encode(kept), abs=1e-6)
+    variants = {variant.name: variant for variant in read_run(run).variants}
+    assert variants[CUT[2]].own_training == load(run / "trained" / CUT[2], Training)
+    variant = variants[TRIMMED]
     assert (variant.recipe, variant.selection, variant.is_full) == ("trimmed", "", True)
 
 
@@ -146,19 +156,25 @@ def test_the_report_and_the_cards_say_what_was_cut(run: Path):
     assert "Vocabulary:" not in cards[WHOLE] and "its languages are those" in cards[WHOLE]
 
 
-def test_the_whole_model_teaches_all_depths_of_the_trimmed_one(place: Path, quick_checks: None):
-    """Its vectors are learned, whatever its ids are; full depth, too, has to learn what was cut."""
+def test_a_budget_is_met_with_the_tokens_that_stay(run: Path):
+    """The depth is chosen by what the finished models cost, not by what the scout's weigh."""
+    costs = {row.model: row for row in load(run, Costs).rows}
+    scout = read_scout(run / "scouts" / "tiny")
+    for depth, name in ((6, CUT[0]), (2, CUT[1])):
+        told = cost_of(scout.layer_costs, range(depth))
+        assert (told.parameters, told.bytes) == (costs[name].parameters, 4 * costs[name].parameters)
+
+
+def test_depths_that_are_named_are_taught_with_all_tokens(place: Path, quick_checks: None):
+    """The whole model learns nothing from itself."""
     options = {"data": [place / "trees.txt"], "depths": ["6", "2"], "recipes": {"none": {}, "taught": {}}}
     options |= {"teacher": "self", "tasks": [str(place / "task")]}
     secateur.study([place / "tiny"], **OPTIONS | options, out=place / "grid")
-    names = [WHOLE, TRIMMED, "tiny-6-taught", "tiny-2-trimmed", "tiny-2-taught"]
+    names = [WHOLE, TRIMMED, "tiny-2-trimmed", "tiny-2-taught"]
     assert [row.model for row in load(place / "grid", Costs).rows] == names
-    for name in names[2::2]:
-        training = load(place / "grid" / "models" / name, Training)
-        assert Path(training.settings["teacher"]).name == WHOLE
+    assert Path(load(place / "grid" / "trained" / names[3], Training).settings["teacher"]).name == WHOLE
+    assert load(place / "grid" / "pruned" / "tiny-2", Origin).vocabulary is None
+    for name in names[2:]:
         assert load(place / "grid" / "models" / name, Origin).vocabulary.row.tokens == SIZE
-    # All tokens of the texts stay: before it has learned anything, the student gives the teacher's vectors.
-    first, *_ = load(place / "grid" / "models" / "tiny-6-taught", Training).losses
-    assert first.loss == pytest.approx(0, abs=1e-6)
     report = plain((place / "grid" / "report.md").read_text())
-    assert "untrained, the model of full depth" in report and "; taught, it scores" in report
+    assert "untrained, the model of full depth" in report

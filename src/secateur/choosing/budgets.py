@@ -131,20 +131,23 @@ class Vocabularies:
 
     def with_size(self, table: T, size: int) -> T:
         """The table of the same model with fewer tokens, as far as costs go."""
-        if size == self.whole or not table.layer_costs:
-            return table
-        tables, first = self.counted.tables, table.layer_costs[0]
-        gone = [own.width * own.rows - left for own, left in zip(tables, self.counted.parameters(size), strict=True)]
-        outside = sum(numbers for own, numbers in zip(tables, gone, strict=True) if not own.packed)
-        in_each_layer = (sum(gone) - outside) // table.depth
-        # Of the number format in which the table counts bytes: what is outside the layers is tables, for the most part.
-        itemsize = round(first.bytes / first.parameters)
-        less = [outside, *[in_each_layer] * table.depth]
-        costs = [
-            replace(cost, parameters=cost.parameters - own, bytes=cost.bytes - own * itemsize)
-            for cost, own in zip(table.layer_costs, less, strict=True)
-        ]
-        return replace(table, layer_costs=tuple(costs))
+        return table if size == self.whole else without(table, self.counted.removed(size))
+
+
+def without(table: T, removed: tuple[int, int]) -> T:
+    """The table of a model without some parameters (:attr:`.VocabularyCut.removed`), as far as costs go."""
+    if not any(removed) or not table.layer_costs:
+        return table
+    outside, inside = removed
+    first = table.layer_costs[0]
+    # Of the number format in which the table counts bytes: what is outside the layers is tables, for the most part.
+    itemsize = round(first.bytes / first.parameters)
+    less = [outside, *[inside // table.depth] * table.depth]
+    costs = [
+        replace(cost, parameters=cost.parameters - own, bytes=cost.bytes - own * itemsize)
+        for cost, own in zip(table.layer_costs, less, strict=True)
+    ]
+    return replace(table, layer_costs=tuple(costs))
 
 
 def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: Progress) -> Vocabularies | None:

@@ -201,8 +201,8 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     )
     vocab: Data = Field(
         default=[],
-        description="Cut the vocabulary first, to the tokens that these texts need: files as for --data [default: "
-        "--data, with --vocab-size or --vocab-coverage].",
+        description="Cut the vocabulary of the finished models to the tokens that these texts need: files as for "
+        "--data [default: --data, with --vocab-size or --vocab-coverage].",
     )
     out: Annotated[Path, Names("results", STUDY_FILES)] = output("The run folder: all results, and what is left to do.")
     preset: Literal["demo", "paper", "shrink"] | None = Field(

@@ -217,8 +217,9 @@ def _vocabulary_blocks(summary: Summary) -> Iterable[Block]:
     if cuts := summary.run.vocabularies:
         yield from map(Text, vocabulary_sentences(summary))
         yield Text(
-            "The vocabulary was cut first; the models are for texts like those that it was chosen by. Other texts, "
-            "especially in other languages and scripts, are split into more tokens."
+            "The vocabulary was cut last, after all training; profiles and scouts are of models with all their tokens. "
+            "The models are for texts like those that it was chosen by. Other texts, especially in other languages and "
+            "scripts, are split into more tokens."
         )
         yield tables.vocabulary_table(cuts)
 

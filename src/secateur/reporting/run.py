@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import yaml
 
+from secateur.choosing.budgets import without
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
@@ -271,7 +272,8 @@ def _variant(
     is_baseline: bool,
 ) -> Variant:
     origin = load(folder, Origin) if folder else None
-    training = _training(folder) if folder else None
+    trained = [folder, folder.parents[1] / "trained" / name] if folder else []
+    training = next((load(place, Training) for place in trained if (place / Training.file).is_file()), None)
     match = None if is_baseline else _NAME.fullmatch(name)
     parts = match.groupdict("") if match else {"base": name, "selection": "", "recipe": ""}
     base, recipe = parts["base"], BASELINE if is_baseline else parts["recipe"]
@@ -314,20 +316,28 @@ def _order(v: Variant) -> tuple[Any, ...]:
     return v.is_baseline, v.base, v.selection != "", v.recipe, v.selection, -(v.depth or 0), v.seed or 0, v.name
 
 
-def _training(folder: Path) -> Training | None:
-    return load(folder, Training) if (folder / Training.file).exists() else None
+def read_scout(folder: Path) -> Scout:
+    """A scout of a run; where its model's vocabulary is cut afterwards, with the costs that it then has."""
+    table = load(folder, Scout)
+    base = table.model.removesuffix(UNTRAINED)
+    trimmed = folder.parents[1] / "models" / f"{base}{TRIMMED}"
+    is_cut = base != table.model and (trimmed / Origin.file).is_file()
+    cut = load(trimmed, Origin).vocabulary if is_cut else None
+    return without(table, cut.removed) if cut else table
 
 
 def _scout(folder: Path, bases: Collection[str]) -> Scouted:
     """A scout's folder; a seed after its name belongs to a base model that is known without it."""
-    table = load(folder, Scout)
+    table = read_scout(folder)
     name, seed = folder.name, table.provenance.seed
     base, seeded, ending = name.rpartition("-seed")
     if name in bases or not (seeded and ending.isdigit() and base in bases):
         base = name
     elif seed is None:
         seed = int(ending)
-    return Scouted(name, base, seed, table, _training(folder / "model"), _read_choice(folder, table).get(CHOSEN))
+    file = folder / "model" / Training.file
+    training = load(file, Training) if file.is_file() else None
+    return Scouted(name, base, seed, table, training, _read_choice(folder, table).get(CHOSEN))
 
 
 def _read_choice(folder: Path, table: Profile | Scout) -> dict[str, int]:

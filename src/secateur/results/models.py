@@ -73,7 +73,8 @@ class VocabularyCut:
     """How a vocabulary was cut: to ``row``, of ``tokens`` tokens, by ``texts`` texts of ``files``.
 
     ``tokens_per_text`` is that of the held-out texts before; ``task_coverage`` is the share of the tokens of a task's
-    texts that stay, of tasks that were named.
+    texts that stay, of tasks that were named; ``removed`` are the parameters of tables that went, those of tables that
+    hold a slice for each layer last.
     """
 
     row: VocabularyRow
@@ -82,6 +83,7 @@ class VocabularyCut:
     texts: int
     files: tuple[str, ...]
     task_coverage: Mapping[str, Float] = field(default_factory=dict)
+    removed: tuple[int, int] = (0, 0)
 
     @property
     def uncovered(self) -> dict[str, float]:

@@ -26,7 +26,19 @@ from secateur.options import Budget, CostOptions, HealOptions, HealSettings, Stu
 from secateur.reporting.run import BASELINE, POLISHED, SCOUTED, TRIMMED, UNTRAINED
 from secateur.results import Costs, Profile, Scout
 from secateur.scouting.scout import ladder, step_cost
-from secateur.studies.steps import FULL, MODELS, NO_TRAINING, Base, Plan, Step, Variant, command_options, cuts_of
+from secateur.studies.steps import (
+    FULL,
+    MODELS,
+    NO_TRAINING,
+    PRUNED,
+    TRAINED,
+    Base,
+    Plan,
+    Step,
+    Variant,
+    command_options,
+    cuts_of,
+)
 
 SCOUTS = "scouts"
 ITSELF = "self"
@@ -192,21 +204,27 @@ class _Planner:
     # What both kinds of studies have ----------------------------------------------------------------------------------
 
     def add_untrained(self) -> list[tuple[Variant, str]]:
-        """The model as it came and, where the vocabulary is cut, with fewer tokens; each with its step.
-
-        All others are cut from the last one.
-        """
-        study, base = self.study, self.base
+        """The model as it came, from which all others are cut, and with fewer tokens, if so; each with its step."""
+        base = self.base
         whole = Variant(f"{base.name}-{base.depth}-{UNTRAINED}", base, FULL, tuple(range(base.depth)))
-        cut: dict[str, Any] = {"model": base.model, "pooling": study.pooling, **whole.layers}
+        cut: dict[str, Any] = {"model": base.model, "pooling": self.study.pooling, **whole.layers}
         came = self.plan.add("prune", whole, **cut, out=self.folder(whole))
-        if not study.cuts_vocabulary:
+        if not self.study.cuts_vocabulary:
             return [(whole, came)]
         trimmed = replace(whole, name=f"{base.name}-{base.depth}-{TRIMMED}")
-        cut = {"model": str(self.folder(whole)), "vocab": study.vocab or study.data, "columns": study.columns}
+        return [(whole, came), (trimmed, self._add_trimmed(trimmed, self.folder(whole), came))]
+
+    def _add_trimmed(self, variant: Variant, folder: Path, *depends_on: str, told_by: str | None = None) -> str:
+        """The model of a folder with fewer tokens, in ``RUN/models``; gives its step.
+
+        Vocabularies are cut last: a model that was trained with fewer tokens loses more (docs, "A smaller vocabulary").
+        """
+        study = self.study
+        cut: dict[str, Any] = {"model": str(folder), "vocab": study.vocab or study.data, "columns": study.columns}
         cut |= {"vocab_size": study.vocab_size, "vocab_coverage": study.vocab_coverage}
         cut |= {"vocab_tasks": [task for task in study.tasks if Path(task).is_dir()]}
-        return [(whole, came), (trimmed, self.plan.add("prune", trimmed, came, **cut, out=self.folder(trimmed)))]
+        out = self.folder(variant)
+        return self.plan.add("prune", variant, *depends_on, told_by=told_by, title="trim", **cut, out=out)
 
     def add_profile(self, start: Variant, begun: str, *, scored: bool) -> None:
         """The profile of the model that all others are cut from; it scores the tasks, too."""
@@ -228,13 +246,33 @@ class _Planner:
         needed, out = () if step is None else (step,), self.study.out / "scores" / variant.name
         self.plan.add("evaluate", variant, *needed, told_by=told_by or self.told_by, **options, out=out)
 
-    def add_model(
-        self, kind: str, variant: Variant, *depends_on: str, told_by: str | None = None, **options: Any
-    ) -> str:
-        """A model in ``RUN/models``, and its scores; gives its step."""
-        step = self.plan.add(kind, variant, *depends_on, told_by=told_by, **options, out=self.folder(variant))
-        self.add_scores(variant, step, told_by)
-        return step
+    def add_cut(
+        self, bare: Variant, kept: Variant | None, *depends_on: str, told_by: str | None, problem: str, **source: Any
+    ) -> tuple[Path, str]:
+        """A cut model with all its tokens, to be trained: its folder, and its step.
+
+        ``kept`` is what it is called in ``RUN/models``, if it is to be there, and to be scored: with fewer tokens, if
+        so. ``problem`` says why it cannot be made.
+        """
+        cuts = self.study.cuts_vocabulary
+        made, folder = bare, self.study.out / PRUNED / bare.name
+        if kept is not None and not cuts:
+            made, folder = kept, self.folder(kept)
+        step = self.plan.add("prune", made, *depends_on, told_by=told_by, **source, out=folder)
+        if problem:
+            self.plan.failed[step] = problem
+        if kept is not None:
+            last = self._add_trimmed(kept, folder, step, told_by=told_by) if cuts else step
+            self.add_scores(kept, last, told_by)
+        return folder, step
+
+    def add_training(self, trained: Variant, *depends_on: str, told_by: str | None, **options: Any) -> None:
+        """A trained model in ``RUN/models``, with fewer tokens, if so, and its scores."""
+        cuts = self.study.cuts_vocabulary
+        folder = self.study.out / TRAINED / trained.name if cuts else self.folder(trained)
+        step = self.plan.add("heal", trained, *depends_on, told_by=told_by, **options, out=folder)
+        last = self._add_trimmed(trained, folder, step, told_by=told_by) if cuts else step
+        self.add_scores(trained, last, told_by)
 
     @property
     def cache(self) -> Path:
@@ -253,43 +291,36 @@ class _Planner:
     # Named depths, each trained by itself -----------------------------------------------------------------------------
 
     def add_grid(self, profile: Profile | None) -> None:
-        """The model as it came, with its vocabulary cut, its profile, and every depth with every recipe and seed."""
+        """The model as it came, with fewer tokens, if so, its profile, and every depth with every recipe and seed."""
         study, base = self.study, self.base
         untrained = self.add_untrained()
         for variant, step in untrained:
             self.add_scores(variant, step)
-        start, begun = untrained[-1]
+        start, begun = untrained[0]
         self.add_profile(start, begun, scored=study.depth_scores or BY_TASKS in study.depths)
         self._add_trainings(replace(start, name=f"{base.name}-{base.depth}"), self.folder(start), begun)
         state = TRIMMED if study.cuts_vocabulary else UNTRAINED
-        is_kept = NO_TRAINING in self.recipes
         for variant, problem in cuts_of(study.depths, base, profile):
             told_by = None if variant.blocks is not None else f"profile {base.name}"
             source: dict[str, Any] = {"model": str(self.folder(start)), **variant.layers}
-            cut = replace(variant, name=f"{variant.name}-{state}") if is_kept else variant
-            out = self.folder(cut) if is_kept else study.out / "pruned" / cut.name
-            pruned = self.plan.add("prune", cut, begun, told_by=told_by, **source, out=out)
-            if problem:
-                self.plan.failed[pruned] = problem
-            if is_kept:
-                self.add_scores(cut, pruned, told_by)
-            self._add_trainings(variant, out, pruned, told_by)
+            kept = replace(variant, name=f"{variant.name}-{state}") if NO_TRAINING in self.recipes else None
+            folder, pruned = self.add_cut(variant, kept, begun, told_by=told_by, problem=problem, **source)
+            self._add_trainings(variant, folder, pruned, told_by)
 
     def _add_trainings(self, variant: Variant, folder: Path, pruned: str, told_by: str | None = None) -> None:
         """Train the model in a folder, which the step ``pruned`` makes, with every recipe and seed."""
         for recipe, training in self.recipes.items():
-            learns_nothing = training.teacher == ITSELF and variant.specs == FULL and not self.study.cuts_vocabulary
-            if recipe == NO_TRAINING or learns_nothing:  # the whole from itself
-                continue
+            if recipe == NO_TRAINING or (training.teacher == ITSELF and variant.specs == FULL):
+                continue  # the whole learns nothing from itself
             given = {"model": str(folder), **self.settings(training)}
             for seed, suffix in _suffixes(self.study).items():
                 trained = replace(variant, name=f"{variant.name}-{recipe}{suffix}", recipe=recipe, seed=seed)
-                self.add_model("heal", trained, pruned, told_by=told_by, **given, seed=seed)
+                self.add_training(trained, pruned, told_by=told_by, **given, seed=seed)
 
     # A scout, and what is cut out of it -------------------------------------------------------------------------------
 
     def add_scouted(self, scout: Scout | None) -> None:
-        """The model as it came, with its vocabulary cut, its profile, its scouts, and what is cut from these, polished.
+        """The model as it came, with fewer tokens, if so, its profile, its scouts, and what is cut from them, polished.
 
         ``scout`` is what the first seed's scout found, if it is there.
         """
@@ -297,10 +328,10 @@ class _Planner:
         for depth in (*study.ladder, *study.polish):
             blocks_to_keep(depth, base.depth)
         untrained = self.add_untrained()
-        self.add_profile(*untrained[-1], scored=study.depth_scores)
+        self.add_profile(*untrained[0], scored=study.depth_scores)
         (training,) = self.recipes.values()
         settings = self.settings(training)
-        self._add_scouts(settings, *untrained[-1], scout)
+        self._add_scouts(settings, untrained[0][0], [step for _, step in untrained], scout)
         settings.pop("layers", None)  # what is polished has one depth
         for variant, step in untrained:
             self.add_scores(variant, step)
@@ -313,8 +344,13 @@ class _Planner:
             for cut, problem in cuts:
                 self._add_cut(settings, cut, seed, problem)
 
-    def _add_scouts(self, settings: Mapping[str, Any], start: Variant, begun: str, scout: Scout | None) -> None:
-        """A scout for each seed; without tasks, the rows that the first one holds out score all models."""
+    def _add_scouts(
+        self, settings: Mapping[str, Any], start: Variant, begun: Sequence[str], scout: Scout | None
+    ) -> None:
+        """A scout for each seed; without tasks, the rows that the first one holds out score all models.
+
+        It begins when the model with fewer tokens is there, too, which tells what the depths will cost.
+        """
         study = self.study
         own: dict[str, Any] = {
             "model": str(self.folder(start)),
@@ -327,7 +363,7 @@ class _Planner:
             judge = {"tasks": self.tasks, "exclude": self.tasks if self.held_out else []}
             out = study.out / SCOUTS / variant.name
             given = {**settings, **own, **judge, "seed": seed}
-            step = self.plan.add("scout", variant, begun, told_by=self.told_by, **given, out=out)
+            step = self.plan.add("scout", variant, *begun, told_by=self.told_by, **given, out=out)
             if not self.tasks:
                 names = dict.fromkeys(row.task for row in scout.task_scores) if scout else [""]
                 self.tasks = [str(out / "tasks" / name) for name in names]
@@ -369,14 +405,13 @@ class _Planner:
         base, suffix = self.base, _suffixes(self.study)[seed]
         waits = None if cut.blocks is not None else f"scout {scout_names(self.study, base)[0]}"
         label = f"({cut.specs[0]})" if cut.blocks is None else cut.depth
-        cut = replace(cut, name=f"{base.name}-{label}-{SCOUTED}{suffix}", recipe=SCOUTED, seed=seed)
+        bare = replace(cut, name=f"{base.name}-{label}{suffix}", recipe=SCOUTED, seed=seed)
+        scouted = replace(bare, name=f"{base.name}-{label}-{SCOUTED}{suffix}")
         source = self.study.out / SCOUTS / f"{base.name}{suffix}"
         taken = {"model": str(source / "model"), **cut.layers}
-        pruned = self.add_model("prune", cut, f"scout {source.name}", told_by=waits, **taken)
-        if problem:
-            self.plan.failed[pruned] = problem
+        made = self.add_cut(bare, scouted, f"scout {source.name}", told_by=waits, problem=problem, **taken)
         if polishes:
-            polished = replace(cut, name=f"{base.name}-{label}-{POLISHED}{suffix}", recipe=POLISHED)
+            polished = replace(bare, name=f"{base.name}-{label}-{POLISHED}{suffix}", recipe=POLISHED)
             steps = max(1, round(self._steps[1] * base.depth / cut.depth))
-            given = {"model": str(self.folder(cut)), **settings, "steps": steps, "seed": seed}
-            self.add_model("heal", polished, pruned, told_by=waits or self.told_by, **given)
+            given = {"model": str(made[0]), **settings, "steps": steps, "seed": seed}
+            self.add_training(polished, made[1], told_by=waits or self.told_by, **given)

@@ -27,6 +27,8 @@ LAST = {"profile": "curve.png", "scout": "frontier.png", "evaluate": Scores.file
 """Command → the file of its folder that is written last; of the others the folder appears whole."""
 MODELS = "models"
 """The folder of the models that are evaluated and timed."""
+PRUNED, TRAINED = "pruned", "trained"
+"""The folders of models on the way to these: cut and not trained; trained, with all tokens."""
 NO_TRAINING = "none"
 FULL = ("full",)
 """The entry of ``depths`` that stands for all layers."""
@@ -97,7 +99,7 @@ class Step:
     """One command of a study.
 
     Attributes:
-        name: The command and what it makes; unique in a study.
+        name: The command, or ``trim`` where one cuts the vocabulary, and what it makes; unique in a study.
         kind: The command.
         options: Of the command; those at their defaults are not set.
         output: The file or folder that is there when the step is done.
@@ -162,7 +164,15 @@ class Plan:
         made = [step for step in self.steps if step.kind in kinds and step.output.parent.name == MODELS]
         return [(step, step.variant) for step in made if step.variant is not None]
 
-    def add(self, kind: str, variant: Variant, *depends_on: str, told_by: str | None = None, **options: Any) -> str:
+    def add(
+        self,
+        kind: str,
+        variant: Variant,
+        *depends_on: str,
+        told_by: str | None = None,
+        title: str | None = None,
+        **options: Any,
+    ) -> str:
         """Add a step about one model, and give its name.
 
         Args:
@@ -170,14 +180,15 @@ class Plan:
             variant: The model that it makes or measures.
             depends_on: Names of steps.
             told_by: The step that has to tell some of the options yet.
+            title: What the step's name says in place of the command.
             options: Of the command.
         """
-        name = variant.base.name if kind == "profile" else variant.name
+        name = f"{title or kind} {variant.base.name if kind == 'profile' else variant.name}"
         needed = depends_on if told_by is None else tuple(dict.fromkeys((*depends_on, told_by)))
         made = command_options(COMMANDS[kind], options)
         output = options["out"] / LAST.get(kind, "")
-        self.steps.append(Step(f"{kind} {name}", kind, made, output, needed, variant, told_by is None))
-        return f"{kind} {name}"
+        self.steps.append(Step(name, kind, made, output, needed, variant, told_by is None))
+        return name
 
     def blocked(self, failed: Collection[str]) -> set[str]:
         """Steps that cannot be done because of others that failed."""

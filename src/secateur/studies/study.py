@@ -13,6 +13,7 @@ interruption, does only what is missing:
     RUN/scouts/<model>/                 model, scout.json, frontier.png, choice.json, tasks of held-out rows
     RUN/models/<variant>                models as plain folders: as they came (zero-shot), and trained
     RUN/pruned/<model>-<depth>          cut, not trained
+    RUN/trained/<variant>               trained, before the vocabulary is cut
     RUN/scores/<variant>/scores.json    evaluated
     RUN/cache/                          vectors of the evaluations and of teachers
     RUN/costs.json                      counted and timed, all models side by side
@@ -49,8 +50,8 @@ from secateur.progress import Progress, silent
 from secateur.provenance import acting_as
 from secateur.reporting.advice import coverage_notes
 from secateur.reporting.report import report
-from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, read_run
-from secateur.results import Costs, Origin, Profile, Scores, Scout, load
+from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, read_run, read_scout
+from secateur.results import Costs, Origin, Profile, Scores, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
@@ -283,7 +284,7 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
     profiles = {name: load(folder, Profile) for name, folder in folders.items() if (folder / LAST["profile"]).is_file()}
     names = [scout_names(study, base)[0] for base in outline.bases]
     scouted = {name: run / SCOUTS / name for name in ([] if study.depths else names)}
-    scouts = {name: load(folder, Scout) for name, folder in scouted.items() if (folder / LAST["scout"]).is_file()}
+    scouts = {name: read_scout(folder) for name, folder in scouted.items() if (folder / LAST["scout"]).is_file()}
     plan = plan_steps(study, outline.bases, profiles, scouts, failed)
     plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
     for base in outline.bases:

@@ -166,6 +166,13 @@ class CountedVocabulary:
         ids = self.order[:size]
         return [table.width * int((ids < table.rows).sum()) for table in self.tables]
 
+    def removed(self, size: int) -> tuple[int, int]:
+        """Parameters that go with a vocabulary of that size: of tables, and of those with a slice for each layer."""
+        gone = [table.width * table.rows for table in self.tables]
+        gone = [whole - left for whole, left in zip(gone, self.parameters(size), strict=True)]
+        packed = sum(number for table, number in zip(self.tables, gone, strict=True) if table.packed)
+        return sum(gone) - packed, packed
+
     @cached_property
     def _before(self) -> list[list[int]]:
         return token_ids(self.vocabulary.tokenizer, list(self.counts.sample))
@@ -204,7 +211,8 @@ class CountedVocabulary:
 
     def cut(self, size: int) -> VocabularyCut:
         """The record of a cut to that size."""
-        return VocabularyCut(self.row(size), len(self.order), self.tokens_per_text, self.counts.texts, self.files)
+        row, texts = self.row(size), self.counts.texts
+        return VocabularyCut(row, len(self.order), self.tokens_per_text, texts, self.files, removed=self.removed(size))
 
     def sizes(self) -> list[int]:
         """Round sizes that are possible, and the whole, the largest first."""
