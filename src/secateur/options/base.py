@@ -222,20 +222,8 @@ SCOUT_FILES = (
 )
 STUDY_FILES = (
     *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
-    *(
-        "data",
-        "tasks",
-        "models",
-        "profiles",
-        "scouts",
-        "pruned",
-        "trained",
-        "scores",
-        "figures",
-        "cache",
-        "logs",
-        "done",
-    ),
+    *("data", "tasks", "models", "profiles", "scouts", "pruned", "trained"),
+    *("scores", "figures", "cache", "logs", "done"),
 )
 
 
