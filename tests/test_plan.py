@@ -19,8 +19,9 @@ from secateur.options import CostOptions, HealOptions, PruneOptions, StudyOption
 from secateur.provenance import provenance
 from secateur.reporting.run import read_journal
 from secateur.results import DepthRow, DepthScoreRow, LayerCost, Profile, RungRow, Scout
-from secateur.studies.plan import PRESETS, plan_steps
+from secateur.studies.plan import plan_steps
 from secateur.studies.runner import Executor, Scheduler, State, on_ray
+from secateur.studies.settings import PRESETS
 from secateur.studies.steps import Base, Plan, Step
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]

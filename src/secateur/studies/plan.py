@@ -10,7 +10,6 @@ without a command, and the plan made anew afterwards has them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,11 @@ from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig
 from secateur.models import is_endpoint, model_label
-from secateur.options import Budget, CostOptions, HealOptions, HealSettings, StudyOptions, default_of
+from secateur.options import CostOptions, HealOptions, StudyOptions
 from secateur.reporting.run import BASELINE, POLISHED, SCOUTED, TRIMMED, UNTRAINED
 from secateur.results import Costs, Profile, Scout
 from secateur.scouting.scout import ladder, step_cost
+from secateur.studies.settings import DECIDED, ITSELF, check_options, recipe_options
 from secateur.studies.steps import (
     FULL,
     MODELS,
@@ -41,35 +41,11 @@ from secateur.studies.steps import (
 )
 
 SCOUTS = "scouts"
-ITSELF = "self"
-"""As a teacher: the whole model, of which the cut ones are parts."""
 BY_TASKS = "best-task"
 """As a depth: what the scores of the tasks at every depth choose."""
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {  # the experiments of L3Prune, arXiv 2410.14578, sections 4 and 5; the data are left to the user
-        "models": [
-            "meta-llama/Meta-Llama-3-8B-Instruct",
-            "mistralai/Mistral-7B-Instruct-v0.2",
-            "Qwen/Qwen2-7B-Instruct",
-            "microsoft/Phi-3-mini-4k-instruct",
-        ],
-        "depths": ["large", "small", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8"],
-        "tasks": ["MTEB(eng, v1)"],
-        "recipe": "l3prune",
-        "gradient_checkpointing": True,
-    },
-    "shrink": {"teacher": ITSELF},
-}
-"""Options that a preset decides, where the user has not; the demo's come with its data."""
-
-
 SCOUT_SHARE = 0.25
 """Of a study's steps, each of which costs what a step of the full depth costs, the scout's; the polish has the rest."""
-_SCOUTED = ("ladder", "polish", "layers", "held_out", *Budget.model_fields)
-"""Options of a study with a scout."""
-_DECIDED: dict[str, Any] = {"model": "-", "data": ["-"], "columns": None, "out": "-", "seed": 42}
-"""Options of a training that the study decides, until it has."""
 
 
 def plan_steps(
@@ -92,7 +68,7 @@ def plan_steps(
         ConfigError: A depth, a recipe, a seed or a baseline is not valid, or an option has no effect.
         IllegalDepth: A model cannot be cut so.
     """
-    _check(study)
+    check_options(study)
     plan, recipes = Plan(), recipe_options(study)
     planners = [_Planner(plan, study, recipes, base, study.tasks) for base in bases]
     for planner, base in zip(planners, bases, strict=True):
@@ -115,51 +91,6 @@ def plan_steps(
         needed, known = tuple(step.name for step in left), all(step.known for step in left)
         plan.steps.append(Step("cost all", "cost", options, study.out / Costs.file, needed, known=known))
     return plan
-
-
-def _check(study: StudyOptions) -> None:
-    """Refuse options that would have no effect.
-
-    Raises:
-        ConfigError: One of a scout where the depths are named, or one of named depths where they are not.
-    """
-    if CHOSEN in study.depths:
-        raise ConfigError("depths", CHOSEN, f"{CHOSEN} is what a scout chooses", "leave out depths")
-    for name in _SCOUTED if study.depths else ("recipes",):
-        given = getattr(study, name)
-        if given == default_of(StudyOptions, name):
-            continue
-        if study.depths:
-            problem = f"is for a scout, but depths names those to train: {', '.join(study.depths)}"
-            raise ConfigError(name, given, problem, f"leave out depths, or {name}")
-        problem = "are trained at the depths that are named, and none is"
-        raise ConfigError(name, given, problem, "name depths, or set the options of heal themselves")
-
-
-def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
-    """Recipe → the options of its training, but for those that the study decides. ``none`` has none.
-
-    Raises:
-        ConfigError: A name cannot be part of a folder's, or a setting is not valid.
-    """
-    common = {name: getattr(study, name) for name in (*HealSettings.model_fields, "teacher")}
-    recipes: dict[str, HealOptions] = {}
-    for name, own in study.recipes.items():
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise ConfigError("recipes", name, f"{name!r} is no name", "small letters, digits and _")
-        if name == NO_TRAINING and own:
-            raise ConfigError("recipes", own, "none has no settings", "name the recipe otherwise")
-        if name == TRIMMED and study.cuts_vocabulary:
-            problem = "is what models are called that had their vocabulary cut alone"
-            raise ConfigError("recipes", name, problem, "name the recipe otherwise")
-        for decided in sorted(_DECIDED.keys() & own.keys()):
-            raise ConfigError(f"recipes.{name}.{decided}", own, "is the study's to say", "leave it out")
-        try:
-            recipes[name] = command_options(HealOptions, common | own | _DECIDED)
-        except ConfigError as error:
-            problem = error.problem.partition(": ")[2]
-            raise ConfigError(f"recipes.{name}.{error.key}", error.value, problem, error.hint) from None
-    return recipes
 
 
 def scout_names(study: StudyOptions, base: Base) -> list[str]:
@@ -204,7 +135,7 @@ class _Planner:
     # What both kinds of studies have ----------------------------------------------------------------------------------
 
     def add_untrained(self) -> list[tuple[Variant, str]]:
-        """The model as it came, from which all others are cut, and with fewer tokens, if so; each with its step."""
+        """The model as it came, which all others are cut from, and its step; the same with a cut vocabulary follows."""
         base = self.base
         whole = Variant(f"{base.name}-{base.depth}-{UNTRAINED}", base, FULL, tuple(range(base.depth)))
         cut: dict[str, Any] = {"model": base.model, "pooling": self.study.pooling, **whole.layers}
@@ -212,12 +143,12 @@ class _Planner:
         if not self.study.cuts_vocabulary:
             return [(whole, came)]
         trimmed = replace(whole, name=f"{base.name}-{base.depth}-{TRIMMED}")
-        return [(whole, came), (trimmed, self._add_trimmed(trimmed, self.folder(whole), came))]
+        return [(whole, came), (trimmed, self._trim(trimmed, self.folder(whole), came))]
 
-    def _add_trimmed(self, variant: Variant, folder: Path, *depends_on: str, told_by: str | None = None) -> str:
-        """The model of a folder with fewer tokens, in ``RUN/models``; gives its step.
+    def _trim(self, variant: Variant, folder: Path, *depends_on: str, told_by: str | None = None) -> str:
+        """Cut the vocabulary of a finished model, from its folder into ``RUN/models``; gives the step.
 
-        Vocabularies are cut last: a model that was trained with fewer tokens loses more (docs, "A smaller vocabulary").
+        It comes last: a model that is trained with fewer tokens loses more (docs/explanation/results.md).
         """
         study = self.study
         cut: dict[str, Any] = {"model": str(folder), "vocab": study.vocab or study.data, "columns": study.columns}
@@ -249,29 +180,29 @@ class _Planner:
     def add_cut(
         self, bare: Variant, kept: Variant | None, *depends_on: str, told_by: str | None, problem: str, **source: Any
     ) -> tuple[Path, str]:
-        """A cut model with all its tokens, to be trained: its folder, and its step.
+        """A model with fewer layers and all its tokens, to train on: its folder, and the step that makes it.
 
-        ``kept`` is what it is called in ``RUN/models``, if it is to be there, and to be scored: with fewer tokens, if
-        so. ``problem`` says why it cannot be made.
+        ``kept`` is the same as a model of ``RUN/models`` that is scored, if it is one; ``problem`` says why it cannot
+        be made.
         """
-        cuts = self.study.cuts_vocabulary
+        trims = self.study.cuts_vocabulary
         made, folder = bare, self.study.out / PRUNED / bare.name
-        if kept is not None and not cuts:
+        if kept is not None and not trims:
             made, folder = kept, self.folder(kept)
         step = self.plan.add("prune", made, *depends_on, told_by=told_by, **source, out=folder)
         if problem:
             self.plan.failed[step] = problem
         if kept is not None:
-            last = self._add_trimmed(kept, folder, step, told_by=told_by) if cuts else step
+            last = self._trim(kept, folder, step, told_by=told_by) if trims else step
             self.add_scores(kept, last, told_by)
         return folder, step
 
     def add_training(self, trained: Variant, *depends_on: str, told_by: str | None, **options: Any) -> None:
-        """A trained model in ``RUN/models``, with fewer tokens, if so, and its scores."""
-        cuts = self.study.cuts_vocabulary
-        folder = self.study.out / TRAINED / trained.name if cuts else self.folder(trained)
+        """A trained model of ``RUN/models``, and its scores."""
+        trims = self.study.cuts_vocabulary
+        folder = self.study.out / TRAINED / trained.name if trims else self.folder(trained)
         step = self.plan.add("heal", trained, *depends_on, told_by=told_by, **options, out=folder)
-        last = self._add_trimmed(trained, folder, step, told_by=told_by) if cuts else step
+        last = self._trim(trained, folder, step, told_by=told_by) if trims else step
         self.add_scores(trained, last, told_by)
 
     @property
@@ -281,7 +212,7 @@ class _Planner:
 
     def settings(self, training: HealOptions) -> dict[str, Any]:
         """What a training is told beside its model and seed."""
-        settings = {key: value for key, value in training.given().items() if key not in _DECIDED}
+        settings = {key: value for key, value in training.given().items() if key not in DECIDED}
         if "teacher" in settings:  # its vectors are the same at all depths, and with all seeds
             settings = {"cache": self.cache, **settings}
         if settings.get("teacher") == ITSELF:
@@ -291,7 +222,7 @@ class _Planner:
     # Named depths, each trained by itself -----------------------------------------------------------------------------
 
     def add_grid(self, profile: Profile | None) -> None:
-        """The model as it came, with fewer tokens, if so, its profile, and every depth with every recipe and seed."""
+        """The model as it came, its profile, and every depth with every recipe and seed."""
         study, base = self.study, self.base
         untrained = self.add_untrained()
         for variant, step in untrained:
@@ -320,7 +251,7 @@ class _Planner:
     # A scout, and what is cut out of it -------------------------------------------------------------------------------
 
     def add_scouted(self, scout: Scout | None) -> None:
-        """The model as it came, with fewer tokens, if so, its profile, its scouts, and what is cut from them, polished.
+        """The model as it came, its profile, its scouts, and what is cut from these, polished.
 
         ``scout`` is what the first seed's scout found, if it is there.
         """
@@ -349,7 +280,7 @@ class _Planner:
     ) -> None:
         """A scout for each seed; without tasks, the rows that the first one holds out score all models.
 
-        It begins when the model with fewer tokens is there, too, which tells what the depths will cost.
+        They begin when the whole model with a cut vocabulary is there, too: it tells what the depths will cost.
         """
         study = self.study
         own: dict[str, Any] = {

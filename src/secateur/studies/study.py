@@ -55,8 +55,9 @@ from secateur.results import Costs, Origin, Profile, Scores, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
-from secateur.studies.plan import ITSELF, PRESETS, SCOUTS, chosen_layers, plan_steps, recipe_options, scout_names
+from secateur.studies.plan import SCOUTS, chosen_layers, plan_steps, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
+from secateur.studies.settings import ITSELF, PRESETS, recipe_options
 from secateur.studies.steps import LAST, MODELS, NO_TRAINING, Base, Plan
 
 SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
