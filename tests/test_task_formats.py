@@ -281,7 +281,7 @@ def test_the_same_id_twice_says_where_it_was_before(tmp_path: Path):
     folder = write_beir(tmp_path / "beir")
     with (folder / "corpus.jsonl").open("a") as stream:
         stream.write('{"_id": "d2", "text": "other"}\n')
-    with pytest.raises(DataError, match=r"line 67: 'd2' occurs twice, with another text \(first: line 3\)"):
+    with pytest.raises(DataError, match=r"line 67: 'd2' occurs twice \(first: line 3\)"):
         read_task_folder(folder)
 
 

@@ -7,7 +7,6 @@ search is over libraries that the model was not healed on. Source files are pars
 from __future__ import annotations
 
 import ast
-import gc
 import importlib.util
 import json
 import random
@@ -52,13 +51,9 @@ def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> No
     """Write a training file and a retrieval task folder; ``task.json`` comes last and tells that all is there."""
     packages = ("", *TRAIN_PACKAGES, *TEST_PACKAGES)
     found: dict[str, list[tuple[str, str]]] = {}
-    gc.disable()  # syntax trees hold no cycles; looking for some takes a quarter of the time
-    try:
-        for done, package in enumerate(packages):
-            progress("read docstrings", done, len(packages))
-            found[package] = list(pairs_of(package))
-    finally:
-        gc.enable()
+    for done, package in enumerate(packages):
+        progress("read docstrings", done, len(packages))
+        found[package] = list(pairs_of(package))
     progress("read docstrings", len(packages), len(packages))
 
     def draw(pairs: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:

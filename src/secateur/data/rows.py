@@ -39,8 +39,6 @@ TEXT_COLUMNS = (TEXT, "sentence", "query", "passage", "document", "content")
 """Where ``encode`` looks for texts, in this order, if nobody names a column."""
 CHECKED_ROWS = 1000
 """Rows of each file that are checked before anything heavy is imported."""
-MAX_LINE = 1 << 28
-"""Bytes, and the characters of a field of CSV: a packed file of a few kilobytes may unpack to a line of gigabytes."""
 BATCH_ROWS = 1024
 """Rows of Parquet in memory at once."""
 
@@ -143,23 +141,16 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     A line feed ends a line, and nothing else does: JSON allows the other separators of Unicode in its strings.
 
     Raises:
-        DataError: The file is missing, a folder, a pipe or damaged; or a line is not UTF-8, holds a NUL byte or is too
-            long; or carriage returns alone end the lines.
+        DataError: The file is missing, a folder, a pipe or damaged; or a line is not UTF-8 or holds a NUL byte.
     """
     check_is_file(file)
     number, packed = 0, file.suffix.lower() == ".gz"
     try:
         with gzip.open(file, "rb") if packed else file.open("rb") as stream:
-            while raw := stream.readline(MAX_LINE + 1):
-                number += 1
+            for number, raw in enumerate(stream, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if len(raw) > MAX_LINE:
-                    raise DataError(file, f"is longer than {MAX_LINE} bytes", "one row on each line", line=number)
                 if "\0" in line:
                     raise DataError(file, "holds a NUL byte", "save the file as UTF-8", line=number)
-                if number == 1 and "\r" in line[:-1] and not line.endswith("\n"):
-                    hint = "save the file with line feeds"
-                    raise DataError(file, "carriage returns alone end its lines", hint, line=1)
                 yield number, line
     except UnicodeDecodeError as error:
         raise not_utf8(file, error, number) from None
@@ -191,7 +182,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Row]]:
-    csv.field_size_limit(MAX_LINE)  # Python's own limit is 131,072 characters
+    csv.field_size_limit((1 << 31) - 1)  # Python's own limit is 131,072 characters
     lines = (text for _, text in read_lines(path))
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)

@@ -260,10 +260,8 @@ class Content:
             for index, row in enumerate(table.rows):
                 key = tuple(row[column] for column in columns)
                 if (before := first.setdefault(key, index)) != index:
-                    what = "score" if name == "qrels" else "text"
-                    other = "" if table.rows[before] == row else f", with another {what}"
                     where = f"line {place}" if isinstance(place := table.places[before], int) else place
-                    raise table.error(index, f"{', '.join(map(repr, key))} occurs twice{other} (first: {where})")
+                    raise table.error(index, f"{', '.join(map(repr, key))} occurs twice (first: {where})")
         qrels = self.tables["qrels"]
         ids = {name: {row["_id"] for row in self.tables[name].rows} for name in ("queries", "corpus")}
         for index, row in enumerate(qrels.rows):

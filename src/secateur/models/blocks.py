@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -122,9 +122,7 @@ def _find_norm(tower: nn.Module, path: str) -> str | None:
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The layers, in order."""
-    blocks = model.get_submodule(find_stack(model).path)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+    return cast("nn.ModuleList", model.get_submodule(find_stack(model).path))
 
 
 def shares_weights(model: PreTrainedModel) -> bool:
@@ -146,23 +144,20 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 def embeddings_of(model: PreTrainedModel) -> nn.Module:
     """The table of token embeddings."""
-    table: nn.Module = model.get_input_embeddings()
-    return table
+    return cast("nn.Module", model.get_input_embeddings())
 
 
 def states_of(output: Any) -> torch.Tensor:
     """The hidden states in what a layer returns: itself, or the first of a tuple."""
-    states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return states
+    return cast("torch.Tensor", output[0] if isinstance(output, (tuple, list)) else output)
 
 
 @torch.no_grad()
 def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -> bool:
     """Whether the final norm of the last layer's output is what the model, in evaluation mode, itself returns.
 
-    Where it is, one forward pass with hooks gives every depth. It is not where something else stands after the layers
-    (OPT-350m's projection, Gemma 3n's merging of streams): there, each depth takes a forward pass of its own.
-    ``features`` are a batch: ``input_ids`` and ``attention_mask``, (texts, tokens).
+    Where it is, one forward pass with hooks gives every depth; OPT-350m's projection and Gemma 3n's merging of streams
+    take a pass for each. ``features`` are a batch: ``input_ids`` and ``attention_mask``, (texts, tokens).
     """
     caught: list[torch.Tensor] = []
     hook = blocks_of(model)[-1].register_forward_hook(lambda *call: caught.append(states_of(call[-1])))
@@ -190,6 +185,12 @@ def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
     tower may use the same names). Left out are routers of experts that return more than a product, and the
     projections of state-space mixers whose weights are read past any adapter.
     """
+
+    def is_read_past(name: str) -> bool:
+        parent, _, attribute = name.rpartition(".")
+        mixer = model.get_submodule(parent)
+        return attribute in ("dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+
     prefix = find_stack(model).path + "."
     routers = _recorded(model, "router_logits")
     linear = [
@@ -197,17 +198,11 @@ def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, routers)
     ]
-    inside = [name for name in linear if name.startswith(prefix) and not _is_read_past(model, name)]
+    inside = [name for name in linear if name.startswith(prefix) and not is_read_past(name)]
     outside = [name for name in linear if not name.startswith(prefix)]
     short = list(dict.fromkeys(name[len(prefix) :].partition(".")[2] for name in inside))
     clash = any(f".{name}".endswith(f".{end}") for name in outside for end in short)
     return tuple(inside if clash else short)
-
-
-def _is_read_past(model: nn.Module, name: str) -> bool:
-    parent, _, attribute = name.rpartition(".")
-    mixer = model.get_submodule(parent)
-    return attribute in ("dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
 
 
 def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

@@ -238,9 +238,9 @@ def _write(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _update(file: Path, changes: dict[str, Any], dropped: tuple[str, ...] = ()) -> None:
+def _update(file: Path, changes: dict[str, Any]) -> None:
     before = read_json(file) if file.is_file() else {}
-    _write(file, {key: value for key, value in before.items() if key not in dropped} | changes)
+    _write(file, {key: value for key, value in before.items() if key not in SUPERSEDED} | changes)
 
 
 def _write_tokenizer(folder: Path, model: SentenceTransformer) -> None:
@@ -263,7 +263,7 @@ def _write_tokenizer(folder: Path, model: SentenceTransformer) -> None:
     _write(folder / "tokenizer.json", rules)
     sides = {"truncation_side": tokenizer.truncation_side, "padding_side": tokenizer.padding_side}
     length = {"model_max_length": limit} if limit else {}
-    _update(folder / "tokenizer_config.json", tokenizer.special_tokens_map | sides | length, SUPERSEDED)
+    _update(folder / "tokenizer_config.json", tokenizer.special_tokens_map | sides | length)
     # Older folders name it after their architecture, such as sentence_roberta_config.json.
     settings = next(folder.glob("sentence_*_config.json"), folder / "sentence_bert_config.json")
     _update(settings, {"max_seq_length": limit} if limit else {})

@@ -135,15 +135,17 @@ def _score_tasks(
     """Scores of all depths, and what kept them from being computed: the profile that is measured already is kept."""
     if not tasks:
         return (), None
-    from secateur.profiling.depth_scores import depth_scores
+    from secateur.profiling.depth_scores import notes_on, score_depths
 
+    encoder = DepthEncoder(model, name=name)
+    todo = [(task, range(1, encoder.depth + 1)) for task in tasks]
     given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name, "progress": progress}
     try:
-        scores, more = depth_scores(model, tasks, **given)
+        scores = tuple(score_depths(model, encoder, todo, **given))
     except SecateurError as error:
         notes.append(f"no task scores: {error}")
         return (), error
-    notes += more
+    notes += [*encoder.notes, *notes_on(scores)]
     return scores, None
 
 

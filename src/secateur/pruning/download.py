@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import constants, hf_hub_url, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -88,14 +88,13 @@ def fetch_kept(
     shards = [_Shard(name, folder.name, p.relative_to(out).as_posix(), p) for p in paths if not p.exists()]
     with hub_errors_of(name, folder.name):
         headers = [shard.header() for shard in shards]
-    tensors = {tensor: entry for header in headers for tensor, entry in header.items()}
-    wanted = set(tensors)
-    if not any(path.is_symlink() for path in paths):  # no shard is here whole
-        with as_model_error(name, out), quiet():
-            wanted = wanted_tensors(name, AutoConfig.from_pretrained(root), tensors, choose)
-    spans = [(shard, *span) for shard, header in zip(shards, headers, strict=True) for span in _spans(header, wanted)]
-    total, done = sum(end - start for _, start, end in spans), 0
-    with hub_errors_of(name, folder.name):
+        tensors = {tensor: entry for header in headers for tensor, entry in header.items()}
+        wanted = set(tensors)
+        if len(shards) == len(paths):  # no shard is in the cache
+            with as_model_error(name, out), quiet():
+                wanted = wanted_tensors(name, AutoConfig.from_pretrained(root), tensors, choose)
+        spans = [(s, *span) for s, header in zip(shards, headers, strict=True) for span in _spans(header, wanted)]
+        total, done = sum(end - start for _, start, end in spans), 0
         for shard, start, end in spans:
             for count in shard.fetch(start, end):
                 done += count
@@ -165,7 +164,7 @@ def _spans(header: dict[str, Any], wanted: set[str]) -> list[tuple[int, int]]:
 
 @dataclass
 class _Shard:
-    """A safetensors file on the Hub, and ``path``: the sparse file that stands for it here, or a link to the whole."""
+    """A safetensors file on the Hub, and ``path``: the sparse file that stands for it here."""
 
     repository: str
     commit: str
@@ -173,10 +172,8 @@ class _Shard:
     path: Path
 
     def header(self) -> dict[str, Any]:
-        """The tensors by name, each with its ``shape`` and its ``span`` of bytes; none where the file is here whole."""
+        """The tensors by name, each with its ``shape`` and its ``span`` of bytes."""
         list(self.fetch(0, 8))
-        if self.path.is_symlink():
-            return {}
         with self.path.open("rb", buffering=0) as file:
             end = 8 + int.from_bytes(file.read(8), "little")
             if end <= min(8 + MAX_HEADER_BYTES, self.path.stat().st_size):
@@ -196,20 +193,20 @@ class _Shard:
     def fetch(self, start: int, end: int) -> Iterator[int]:
         """Fetch a range to its place in the sparse file; yields the bytes of each piece.
 
-        A connection that breaks is taken up again where it broke. From a server without ranges, the whole file is
-        fetched into the Hub's cache.
+        A connection that breaks is taken up again where it broke.
         """
         url = hf_hub_url(self.repository, self.file, revision=self.commit)
         options: dict[str, Any] = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
         failures = 0
-        while start < end and not self.path.is_symlink():
+        while start < end:
             headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
             try:
                 with get_session().stream("GET", url, headers=headers, **options) as response:
                     hf_raise_for_status(response)
                     served, _, size = response.headers.get("Content-Range", "").partition("/")
                     if response.status_code != 206 or not served.startswith(f"bytes {start}-"):
-                        break
+                        hint = "fetch the model (hf download) and give its folder"
+                        raise ModelError(self.repository, "its server sends whole files only", hint)
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     self.path.touch()
                     with self.path.open("r+b") as file:
@@ -226,10 +223,6 @@ class _Shard:
                 if failures == ATTEMPTS or (answer is not None and answer.status_code not in RETRIED_STATUS):
                     raise
                 time.sleep(min(8.0, 2.0 ** (failures - 2)))
-        if start < end and not self.path.is_symlink():
-            whole = hf_hub_download(self.repository, self.file, revision=self.commit)
-            self.path.unlink(missing_ok=True)
-            self.path.symlink_to(Path(whole).resolve())
 
 
 HUB_PROBLEMS: tuple[tuple[type[Exception], str, str], ...] = (
