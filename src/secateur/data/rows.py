@@ -1,9 +1,8 @@
 """Rows of files, one after the other, each with its line: JSON Lines, CSV, TSV, Parquet and plain text.
 
-Everything that reads data stands on :func:`read_rows`: pairs, texts, tasks, and what ``encode`` is given. Only a piece
-of a file is in memory. A mistake is a :class:`.DataError` with file, line and column. (The ``datasets`` library reads
-these formats, too, but does not tell the line of a mistake, and copies all data into its cache first.) Text is UTF-8; a
-byte order mark, as Excel and Notepad write it, is left out.
+Only a piece of a file is in memory. A mistake is a :class:`.DataError` with file, line and column. (The ``datasets``
+library reads these formats, too, but does not tell the line of a mistake, and copies all data into its cache first.)
+Text is UTF-8; a byte order mark, as Excel and Notepad write it, is left out.
 """
 
 from __future__ import annotations

@@ -297,9 +297,9 @@ class _Table:
 
     def parsed(self) -> Iterator[Any]:
         """The rows, checked: texts or pairs. There must be one."""
-        parse, row = self._text_of if self.of_texts else self._pair_of, None
+        row = None
         for line, row in self.rows():
-            yield parse(line, row)
+            yield parse_row(self.place, line, row, {TEXT: as_text})[TEXT] if self.of_texts else self._pair_of(line, row)
         if row is None:
             raise DataError(self.place, "holds no text" if self.of_texts else "has no rows")
 
@@ -319,9 +319,6 @@ class _Table:
         query = beside.get("query_instruction", "") if instruction is None else instruction
         prompt, passage = map(instruction_prompt, (query, beside.get("passage_instruction", "")))
         return Pairs(self.name, rows, prompt, passage, replace(source, licence=beside.get("licence", source.licence)))
-
-    def _text_of(self, line: int, row: Row) -> str:
-        return str(parse_row(self.place, line, row, {TEXT: as_text})[TEXT])
 
     def _pair_of(self, line: int, row: Row) -> Pair:
         if row.get("negative") == "" and self.place.lower().endswith(CELLS):  # CSV has no other way to leave one out

@@ -2,11 +2,10 @@
 
 The prompts follow from the model. One that was trained with instructions (its saved prompts end with ``;``, as
 :func:`.instruction_prompt` writes them) gets the instruction of each task in the same form: on queries only in
-retrieval and reranking, on every text elsewhere, as mteb's own instruction wrappers do. One that came with other
-prompts (E5's ``"query: "``) keeps them. One without prompts gets the bare text.
+retrieval and reranking, on every text elsewhere. One that came with other prompts (E5's ``"query: "``) keeps them.
 
-Each score has a 95 % bootstrap interval (:mod:`.intervals`). Its replicates are the same for all models on the same
-data, so that differences between models have paired intervals too (:mod:`.compare`). The folder of results:
+Each score has a 95 % bootstrap interval (:mod:`.intervals`), resampled alike for all models on the same data, so that
+differences have paired intervals too. The folder of results:
 
     OUT/scores.json                  the table
     OUT/draws/<name>.npy             the bootstrap replicates of a score, named in the table's rows
@@ -228,10 +227,7 @@ def _inputs(encoder: Encoder, task: Task) -> dict[str, Any]:
 
 
 class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
-    """mteb's own encoder, with kept vectors, that refuses vectors which are not numbers.
-
-    mteb ranks NaN somewhere, and gives a score.
-    """
+    """mteb's own encoder, with kept vectors, that refuses vectors which are not numbers: mteb would score them."""
 
     vectors: VectorCache | None = None
 

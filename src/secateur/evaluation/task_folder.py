@@ -61,9 +61,7 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     """Read and check a task folder or file.
 
     Raises:
-        DataError: With file, line and field: a file is missing or broken, a column is missing, a value has the wrong
-            type, a text is empty, an id is unknown or occurs twice, the rows do not make a task of this type, or it is
-            nothing that is known.
+        DataError: With file, line and field: something is missing or broken, or the rows make no task of this type.
     """
     place = Path(path)
     about = _read_about(place)
@@ -152,10 +150,9 @@ def sample_task(task: TaskFolder, count: int, seed: int) -> TaskFolder:
     """Draw at most ``count`` test rows by ``seed``; what is drawn depends on nothing else.
 
     Classification, clustering and pair classification are drawn in proportion to their labels, at least one row of
-    each, so a task with more labels than ``count`` gets as many rows as labels. Training rows are drawn likewise, at
-    least :data:`TRAIN_PER_LABEL` of each label. Retrieval draws ``count`` judged queries, keeps *all* documents judged
-    for them, and :data:`DISTRACTORS_PER_QUERY` others for each query: fewer documents to be confused by, so a sampled
-    retrieval score is higher than the full one, and comparable only with scores on the same sample.
+    each; training rows likewise, at least :data:`TRAIN_PER_LABEL`. Retrieval draws ``count`` judged queries, keeps
+    *all* documents judged for them, and :data:`DISTRACTORS_PER_QUERY` others for each query, so that its score is
+    higher than the full one, and comparable only with scores on the same sample.
     """
     rng = random.Random(seed)  # noqa: S311 - not for secrets
     if task.type == "retrieval":

@@ -114,23 +114,19 @@ def write_retrieval(
 
 def _read(file: Path, title: str | None, text: str | None) -> tuple[str, list[tuple[str, str]]]:
     """The column of titles, which may be none, and title and text of each row."""
-    chosen: dict[str, str] = {}
-    pairs = []
-    for line, row in read_rows(file):
-        if not chosen:
-            chosen = {
-                "title": title or next((name for name in TITLES if name in row), ""),
-                "text": text or next((name for name in BODIES if name in row), ""),
-            }
-            if not chosen["text"]:
-                hint = f"--text takes one of those that are there: {', '.join(map(str, row))}"
-                raise DataError(file, "none of its columns is known to hold texts", hint, line=line)
-            fields = {column: as_text_or_empty for column in chosen.values() if column}
-        found = parse_row(file, line, row, fields, optional=[chosen["title"]] if title is None else ())
-        pairs.append((found.get(chosen["title"], ""), found[chosen["text"]]))
-    if not pairs:
+    rows = list(read_rows(file))
+    if not rows:
         raise DataError(file, "has no rows")
-    return chosen["title"], pairs
+    line, first = rows[0]
+    optional = [] if title else [*TITLES]
+    title = title or next((name for name in TITLES if name in first), "")
+    text = text or next((name for name in BODIES if name in first), "")
+    if not text:
+        hint = f"--text takes one of those that are there: {', '.join(map(str, first))}"
+        raise DataError(file, "none of its columns is known to hold texts", hint, line=line)
+    fields = {column: as_text_or_empty for column in (title, text) if column}
+    parsed = [parse_row(file, line, row, fields, optional=optional) for line, row in rows]
+    return title, [(row.get(title, ""), row[text]) for row in parsed]
 
 
 def _documents(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -59,9 +59,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
     depth = getattr(text_config(model), "num_hidden_layers", 0)
     prefix, tower = _text_tower(model)
     lists = [
-        path
-        for path, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+        path for path, module in tower.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth > 0
     ]
     if lists:
         path = min(lists, key=lambda path: path.count("."))

@@ -68,8 +68,7 @@ def open_model(
     Args:
         name: A Hub id, a transformers or sentence-transformers folder, a ``.gguf`` file, or ``smollm2``.
         pooling: How a bare language model pools its tokens. Default: ``weighted_mean`` for one that attends only
-            backwards, ``mean`` for one that attends both ways. ``l3prune`` is the paper's own, for profiles: no saved
-            folder can have it. A trained embedder keeps its own.
+            backwards, ``mean`` for one that attends both ways. ``l3prune`` is for profiles: no folder can have it.
         max_length: Tokens after which a text is cut, for a bare language model; never more than the model allows.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: Torch device; default: the GPU where there is one.
@@ -167,9 +166,9 @@ def load_model(
 ) -> tuple[SentenceTransformer, list[str]]:
     """Load a model, and check its weights by their names and shapes; no weight is read yet.
 
-    ``name`` is what the user called it, ``source`` a folder or Hub id, ``key_mapping`` what stands in the model for
-    patterns of names in the checkpoint; ``where`` are ``revision`` and ``trust_remote_code``. Returns the model, of a
-    bare language model its transformer alone, and the names of the tensors that it does not use.
+    ``key_mapping`` is what stands in the model for patterns of names in the checkpoint; ``where`` are ``revision`` and
+    ``trust_remote_code``. Returns the model, of a bare language model its transformer alone, and the names of the
+    tensors that it does not use.
     """
     # Weights of another shape are refused by check_weights, which names them; transformers does not.
     weights: dict[str, Any] = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
@@ -261,9 +260,6 @@ def convert_gguf(file: Path, folder: Path) -> Path:
 
     transformers refuses to save a model that it read from GGUF, even dequantized; so its weights are moved into a
     fresh model of the same configuration.
-
-    Raises:
-        ModelError: The package ``gguf`` is not installed.
     """
     where = _of_gguf(file)
     with _parsed_once():
@@ -292,10 +288,7 @@ def _of_gguf(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes seconds each.
-
-    The names of its tensors are listed once, too, not anew for each part of the model.
-    """
+    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes seconds each."""
     gguf: Any = importlib.import_module("gguf")
     with _parsing:
         plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}

@@ -1,9 +1,8 @@
 """Fetches from the Hub only what a cut model needs: the small files, and of the weights the bytes of the kept layers.
 
 A safetensors file is the length of its header (8 bytes), the header (JSON), and the tensors' bytes end to end
-(https://huggingface.co/docs/safetensors). So the header tells where each tensor lies, and what is wanted of a shard is
-fetched in ranges into a sparse file of the shard's full size. Tensors that are not wanted are holes in it: they take no
-room on the disk, and are never read.
+(https://huggingface.co/docs/safetensors). What is wanted of a shard is fetched in ranges into a sparse file of the
+shard's full size. Tensors that are not wanted are holes in it: they take no room on the disk, and are never read.
 """
 
 from __future__ import annotations
@@ -104,22 +103,19 @@ def fetch_kept(
 
 def transformer_folder(folder: Path) -> Path:
     """Where a model's folder has its transformer: what its modules.json names first, else the folder itself."""
-    modules = read_modules(folder)
-    return folder / modules[0]["path"] if modules else folder
+    return next((folder / module["path"] for module in read_modules(folder)), folder)
 
 
 def _shards(name: str, root: Path) -> list[str]:
     """Names of the files that hold the weights: of the index, or the only one."""
     if not (root / INDEX).is_file():
         return [SINGLE]
-    content = read_json(root / INDEX)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
-        raise ModelError(f"{name}/{INDEX}", "has no weight_map from tensors to files")
-    for shard in set(names.values()):
+    with as_model_error(name):
+        names = sorted(set(read_json(root / INDEX)["weight_map"].values()))
+    for shard in names:
         if ".." in PurePosixPath(shard).parts or shard.startswith("/") or not shard.endswith(".safetensors"):
             raise ModelError(f"{name}/{INDEX}", f"names {shard!r}, which is no safetensors file of the model")
-    return sorted(set(names.values()))
+    return names
 
 
 def wanted_tensors(

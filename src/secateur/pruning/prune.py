@@ -307,13 +307,9 @@ def _parse(option: str, given: str | Sequence[int], depth: int) -> tuple[int, ..
         if match is None:
             raise ConfigError(option, given, f"{shown} is no layer and no range of layers", "such as 0-5,8,11")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ConfigError(option, given, f"{shown} runs backwards", f"{last}-{first}")
-        if last >= depth:
-            raise ConfigError(option, given, f"{shown} is not in the model", f"its layers are 0 to {depth - 1}")
-        if blocks and first <= blocks[-1]:
-            problem = f"{shown} does not come after {blocks[-1]}"
-            raise ConfigError(option, given, problem, "name each layer once, in order")
+        if not max(blocks, default=-1) < first <= last < depth:
+            hint = f"its layers are 0 to {depth - 1}; name each once, in order"
+            raise ConfigError(option, given, f"{shown} is out of range or order", hint)
         blocks += range(first, last + 1)
     if not blocks:
         raise ConfigError(option, given, "names no layer", "such as 0-5,8,11")
