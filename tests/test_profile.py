@@ -438,10 +438,10 @@ def test_one_row_and_identical_texts_are_refused(llama, folder):
 def test_a_drawing_of_one_pair_or_text_is_refused(llama, folder):
     row, other = example_pairs(2)
     mostly = write(folder / "mostly.jsonl", [row] * 50 + [other])
-    with pytest.raises(DataError, match="two different pairs were drawn from it, of 4: raise --max-examples"):
+    with pytest.raises(DataError, match="two different pairs were drawn from it: raise --max-examples"):
         profile(llama, mostly, max_examples=4, dtype="float32")
     texts = write(folder / "mostly_texts.jsonl", [{"text": "same"}] * 50 + [{"text": "other"}])
-    with pytest.raises(DataError, match="two different texts were drawn from it, of 2"):
+    with pytest.raises(DataError, match="two different texts were drawn from it"):
         profile(llama, texts, max_examples=2, dtype="float32")
 
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,10 @@ def _fetch(
         return source, revision, adapter
     (scratch / "read").mkdir()
 
-    def choose(depth: int) -> Sequence[int]:
-        return blocks_of_choice(options, depth)
-
     def told(what: str, done: int, total: int) -> None:
         progress(STEP, 25 * done // max(1, total), 100)
 
+    choose = partial(blocks_of_choice, options)
     return fetch_kept(str(source), small, choose, scratch / "read", told), None, adapter
 
 
