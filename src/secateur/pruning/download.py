@@ -221,41 +221,28 @@ class _Shard:
                 time.sleep(min(8.0, 2.0 ** (failures - 2)))
 
 
-HUB_PROBLEMS: tuple[tuple[type[Exception], str, str], ...] = (
-    (
-        hub_errors.GatedRepoError,
-        "its owner gives access on request only",
-        "ask for it on the model's page, then log in (hf auth login, or HF_TOKEN)",
-    ),
-    (
-        hub_errors.RepositoryNotFoundError,
-        "no such folder, and no such model on the Hub",
-        "check the name; a private model needs a login (hf auth login, or HF_TOKEN)",
-    ),
-    (hub_errors.RevisionNotFoundError, "has no revision {revision}", ""),
-    (hub_errors.HFValidationError, "no such folder, and no name of a model on the Hub", ""),
-    (hub_errors.LocalEntryNotFoundError, "", ""),
-    (
-        hub_errors.EntryNotFoundError,
-        f"has no safetensors ({SINGLE} or {INDEX})",
-        "convert it: load it with transformers elsewhere and save_pretrained() it again",
-    ),
-)
-
-
 @contextmanager
 def hub_errors_of(name: str, revision: str | None) -> Iterator[None]:
     """Say in the user's words why a model could not be fetched."""
+    login = "log in (hf auth login, or HF_TOKEN)"
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        found = ((problem, hint) for kind, problem, hint in HUB_PROBLEMS if isinstance(error, kind))
-        problem, hint = next(found, ("", ""))
-        if not problem and constants.HF_HUB_OFFLINE:
-            problem, hint = "is not in the local cache, and HF_HUB_OFFLINE is set", "unset it, or fetch the model first"
-        elif not problem:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            problem, hint = f"cannot be fetched ({first})", "check the connection"
-        raise ModelError(name, problem.replace("{revision}", str(revision)), hint) from error
+        match error:
+            case hub_errors.GatedRepoError():
+                problem, hint = "its owner gives access on request only", f"ask on the model's page, then {login}"
+            case hub_errors.RepositoryNotFoundError() | hub_errors.HFValidationError():
+                problem, hint = "no such folder, and no such model on the Hub", f"check the name; if private, {login}"
+            case hub_errors.RevisionNotFoundError():
+                problem, hint = f"has no revision {revision}", ""
+            case _ if constants.HF_HUB_OFFLINE:
+                problem, hint = "is not in the local cache, and HF_HUB_OFFLINE is set", "unset it, or fetch the model"
+            case hub_errors.EntryNotFoundError() if not isinstance(error, hub_errors.LocalEntryNotFoundError):
+                problem = f"has no safetensors ({SINGLE} or {INDEX})"
+                hint = "convert it: load it with transformers elsewhere and save_pretrained() it again"
+            case _:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                problem, hint = f"cannot be fetched ({first})", "check the connection"
+        raise ModelError(name, problem, hint) from error
