@@ -129,20 +129,13 @@ def test_a_folder_that_gives_other_vectors_is_not_passed(cut: Path):
 
 
 @pytest.mark.fresh
-def test_a_failed_verification_names_what_differs(source: Path, cut: Path, tmp_path: Path):
-    model = SentenceTransformer(str(cut), device="cpu")
-    right = expected_of(model)
+def test_a_folder_with_other_weights_is_not_passed(cut: Path, tmp_path: Path):
+    right = expected_of(SentenceTransformer(str(cut), device="cpu"))
     assert difference(cut, right, "cpu") < 1e-5
-    shorter, heavier = (shutil.copytree(cut, tmp_path / name) for name in ("shorter", "heavier"))
-    settings = json.loads((shorter / "tokenizer_config.json").read_text())
-    (shorter / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 100}))
-    settings = json.loads((shorter / "sentence_bert_config.json").read_text())
-    (shorter / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 100}))
-    with pytest.raises(VerificationFailed, match="its tokenizer differs: 100 tokens, not the same as the right 128"):
-        difference(shorter, right, "cpu")
+    heavier = shutil.copytree(cut, tmp_path / "heavier")
     weights = load_file(heavier / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, heavier / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VerificationFailed, match="its tokens are the same, its weights or its configuration differ"):
+    with pytest.raises(VerificationFailed, match="heavier: after reloading, vectors differ by"):
         difference(heavier, right, "cpu")
 
 

@@ -194,9 +194,7 @@ def prompts_of(data: Data) -> set[str]:
 
 
 def check_data(data: Data, columns: Mapping[str, str] | None = None) -> None:
-    """Check the names, formats, columns and first rows of data, quickly and without PyTorch.
-
-    Of a data set of the Hub, only the name is checked.
+    """Check the names, formats, columns and first rows of data, without PyTorch; of a data set of the Hub, the name.
 
     Raises:
         ConfigError, DataError: As :func:`read_sources` would, as far as :data:`.CHECKED_ROWS` rows tell.

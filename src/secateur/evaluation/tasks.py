@@ -49,8 +49,7 @@ class Task:
         metadata: mteb's description of it.
         instruction: What the texts or queries are encoded for; may be empty.
         source: Fingerprint of the data, before sampling.
-        make: Gives a fresh mteb task. Each model needs its own: a clustering task draws on from its random state, so
-            that a second model would be scored on other texts.
+        make: Gives a fresh mteb task, for each model its own: a clustering task draws on from its random state.
         note: What a reader of its scores must know.
     """
 

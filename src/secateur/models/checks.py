@@ -187,8 +187,7 @@ def check_names(
     names of tensors that transformers has no use for.
 
     Raises:
-        ModelError: A tensor is missing, or has another shape. A missing pooler is no loss: no vector of ours goes
-            through it.
+        ModelError: A tensor is missing (other than a pooler's, which we do not use), or has another shape.
     """
     options |= {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
     _, found = kind.from_pretrained(source, config=config, **options)

@@ -65,18 +65,8 @@ def score_depths(
 ) -> Iterator[DepthScore]:
     """Score depths of a model on tasks, as :func:`.evaluate` scores the model cut to them, its prompts chosen likewise.
 
-    Args:
-        model: An opened model; it is left as it was.
-        encoder: The model's.
-        todo: Tasks, opened with ``sample`` and ``seed``, each with the depths to score.
-        sample: What the tasks were opened with, as ``seed``.
-        seed: See ``sample``.
-        name: What the user calls the model.
-        layers: The selector that says which layers a depth has; each but ``first`` takes an encoding for each depth.
-        progress: Called before each depth of each task, and at the end.
-
-    Yields:
-        Scores by task, then depth.
+    ``encoder`` is the model's; ``todo`` are tasks, opened with ``sample`` and ``seed``, each with the depths to score;
+    ``layers`` is the selector that says which layers a depth has (each but ``first`` takes an encoding for each depth).
 
     Raises:
         ModelError: Vectors are not finite, or a text is too large for the memory.

@@ -224,16 +224,9 @@ class DepthEncoder:
     def run(
         self, texts: Sequence[str], prompt: str = "", sampled: Collection[int] = (), seed: int = 0
     ) -> Iterator[Depths]:
-        """Encode texts, the longest first.
+        """Encode texts, at least one, the longest first; yields those of one batch at every depth.
 
-        Args:
-            texts: At least one.
-            prompt: Prepended to each.
-            sampled: Indices of texts from which one token's states are kept.
-            seed: Decides which token.
-
-        Yields:
-            The texts of one batch at every depth.
+        Of the texts at the indices ``sampled``, one token's states are kept, drawn by ``seed``.
 
         Raises:
             ModelError: Vectors are not finite, or a single text is too large for the memory.

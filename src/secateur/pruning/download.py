@@ -66,14 +66,10 @@ def fetch_small(name: str, revision: str | None = None) -> Path:
 def fetch_kept(
     name: str, folder: Path, choose: Callable[[int], Sequence[int]], out: Path, progress: Progress = silent
 ) -> Path:
-    """Fetch what a model cut to some of its layers needs.
+    """Fetch what a model cut to some of its layers needs into ``out``, an empty folder, which is returned.
 
-    Args:
-        name: Of the model on the Hub.
-        folder: As :func:`fetch_small` returns it.
-        choose: Indices of the layers that stay, for the model's depth.
-        out: An empty folder; returned. It opens as the whole model does, with zeros for the weights of the others.
-        progress: Told the bytes.
+    It opens as the whole model does, with zeros for the weights of the other layers. ``folder`` is what
+    :func:`fetch_small` returned; ``choose`` gives the layers that stay, for the model's depth.
 
     Raises:
         ModelError: The weights are missing or broken, or not those of the configuration.
