@@ -264,13 +264,8 @@ def _check_survives(config: PretrainedConfig) -> None:
     written, read = text_config(config).to_dict(), text_config(back).to_dict()
     for name, value in written.items():
         # Names with an underscore tell where a configuration was read from; None stands for a default to fill in.
-        if name.startswith("_") or value is None or read.get(name, value) == value:
-            continue
-        found = read[name]
-        if isinstance(value, list) and isinstance(found, list) and len(value) == len(found):
-            i = next(i for i, item in enumerate(value) if item != found[i])
-            name, value, found = f"{name}[{i}]", value[i], found[i]
-        raise _Misfit(f"{config.model_type} would rewrite {name} on loading, from {value} to {found}")
+        if not (name.startswith("_") or value is None or read.get(name, value) == value):
+            raise _Misfit(f"{config.model_type} would rewrite {name} on loading, from {value} to {read[name]}")
 
 
 def _cut_modules(full: PreTrainedModel, path: str, keep: Sequence[int]) -> dict[str, nn.Module]:
