@@ -27,9 +27,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from secateur import prune, runtime
-from secateur.data.demo import pairs_of
 from secateur.exporting.export import Export, export
 from secateur.models.open_model import open_model
+from secateur.studies.demo import pairs_of
 
 WAYS = (("onnx", "int8", "dynamic"), ("openvino", "int8", "static"), ("openvino", "bfloat16", None))
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).resolve().parents[2] / "shared"))

@@ -42,9 +42,9 @@ import numpy as np
 import psutil
 
 from secateur import export, open_model
-from secateur.data.demo import TRAIN_PACKAGES, pairs_of
 from secateur.errors import SecateurError
 from secateur.measures.metrics import paired_cosines
+from secateur.studies.demo import TRAIN_PACKAGES, pairs_of
 
 HERE = Path(__file__).resolve().parent / "peers"
 ST, FE, CT2, JS, LLAMA = "sentence-transformers", "fastembed", "ctranslate2", "transformers.js", "llama.cpp"

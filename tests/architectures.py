@@ -407,7 +407,6 @@ class Outcome:
     refused: str = ""
     path: str = ""
     norm: str | None = None
-    found_by: str = ""
     tail_is_norm: bool = False
     legal: tuple[int, ...] = ()
     illegal: str = ""  # what the refusal of the first illegal depth says
@@ -450,7 +449,6 @@ def outcome(name: str) -> Outcome:
         name,
         path=stack.path,
         norm=stack.norm,
-        found_by=stack.found_by,
         tail_is_norm=tail_is_norm,
         legal=legal,
         illegal=refusal(model.config, legal),

@@ -72,7 +72,7 @@ def write_pairs(file: Path, rows: Sequence[Mapping[str, object]], instruction: s
     return file
 
 
-def reopen_here(folder: Path, device: str) -> tuple[Any, Any]:
+def reopen_here(folder: Path, device: str) -> Any:
     return save.probe(SentenceTransformer(str(folder), device=device))
 
 

@@ -54,7 +54,7 @@ def reloaded(model: PreTrainedModel, folder) -> PreTrainedModel:
 class TestFinding:
     def test_blocks_norm_and_embeddings_of_a_language_model(self):
         model = LlamaForCausalLM(llama())
-        assert blocks.find_stack(model) == blocks.Stack("model.layers", "model.norm", "recorded outputs")
+        assert blocks.find_stack(model) == blocks.Stack("model.layers", "model.norm")
         assert blocks.blocks_of(model) is model.model.layers
         assert blocks.final_norm(model) is model.model.norm
         assert blocks.embeddings_of(model) is model.model.embed_tokens

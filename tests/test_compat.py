@@ -13,10 +13,9 @@ from conftest import llama_model
 from secateur.models import compat
 
 
-def test_recorded_classes_and_unsplit_classes_are_the_blocks():
+def test_recorded_classes_are_the_blocks():
     model = llama_model(45)
     assert compat.recorded_classes(model, "hidden_states") == [type(model.layers[0])]
-    assert compat.unsplit_classes(model) == {"LlamaDecoderLayer"}
     assert compat.recorded_classes(model, "nonesuch") == []
 
 

@@ -14,7 +14,8 @@ from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.tasks import open_task
 from secateur.models.cutting import cut
 from secateur.models.open_model import open_model
-from secateur.profiling.depth_scores import depth_scores
+from secateur.profiling.depth_scores import notes_on, score_depths
+from secateur.profiling.depths import DepthEncoder
 from secateur.profiling.profile import profile
 from secateur.pruning.prune import prune
 from secateur.results import Profile, Scores, load
@@ -27,6 +28,11 @@ SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "sha
 def tasks(tmp_path_factory) -> list[Path]:
     home = tmp_path_factory.mktemp("tasks")
     return [write_task(home / kind, kind, example_rows(kind), name=kind, instruction="find it") for kind in TYPES]
+
+
+def depth_scores(model, tasks, depths=(1, 2, 3)):
+    found = list(score_depths(model, DepthEncoder(model), [(task, depths) for task in tasks]))
+    return found, notes_on(found)
 
 
 def assert_the_same(found: Profile, depth: int, scores: Scores) -> None:
@@ -55,7 +61,7 @@ def test_prompts_are_those_that_evaluate_chooses(tasks, make_encoder: MakeEncode
     model = make_encoder("llama", depth=2, prompts=prompts)
     own = [tasks[TYPES.index(kind)] for kind in ("retrieval", "sts")]
     expected = {row.task: row.score for row in evaluate([model], own, names=["m"]).rows}
-    found, _ = depth_scores(model, [open_task(task) for task in own])
+    found, _ = depth_scores(model, [open_task(task) for task in own], (1, 2))
     assert {score.task: score.row.score for score in found if score.depth == 2} == pytest.approx(expected, abs=1e-4)
     assert model.prompts == {"query": "", "document": "", **prompts} and "encode" not in vars(model)
 
@@ -84,9 +90,9 @@ def test_a_score_that_is_no_number_is_left_out_and_said(tasks, tmp_path):
         row["sentence1"], row["sentence2"] = "w" + row["sentence1"], "w" + row["sentence2"]
     task = write_task(tmp_path / "same", "sts", rows, name="same")
     model = open_model(tiny_transformer(tmp_path / "llama", "llama", depth=2), pooling="cls", dtype="float32")
-    found, notes = depth_scores(model, [open_task(task)])
+    found, notes = depth_scores(model, [open_task(task)], (1, 2))
     assert [(score.depth, score.row) for score in found] == [(1, None), (2, None)]
-    assert notes == ("cosine_spearman on same is no number at depth 1, 2: the vectors there are all alike",)
+    assert notes == ["cosine_spearman on same is no number at depth 1, 2: the vectors there are all alike"]
 
 
 def test_mistakes_are_found_before_the_pass(llama_folder, tmp_path, tasks):

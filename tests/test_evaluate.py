@@ -161,7 +161,7 @@ def test_a_task_of_several_is_their_mean(make_encoder: MakeEncoder, tmp_path: Pa
     parts = mteb.get_task("CQADupstackRetrieval").metadata.tasks
     for number, part in enumerate(parts):
         path = write_task(tmp_path / str(number), "retrieval", example_rows("retrieval", 12 + number))
-        own[part.metadata.name] = score(model, path, instructions=False)
+        own[part.metadata.name] = score(model, path)
         monkeypatch.setattr(part, "dataset", open_task(path).make().dataset, raising=False)
         monkeypatch.setattr(part, "data_loaded", True)
     assert len(set(own.values())) > 1
@@ -221,14 +221,10 @@ def test_who_gets_which_prompt(make_encoder: MakeEncoder, tmp_path: Path):
     trained = make_encoder("llama", prompts={"query": "Other;\n", "document": ""})
     e5 = make_encoder("llama", prompts={"query": "query: ", "document": "passage: "})
 
-    def run(model: SentenceTransformer, **options: object) -> ScoreRow:
-        return evaluate([model], [path], names=["m"], **options).rows[0]
+    def run(model: SentenceTransformer) -> ScoreRow:
+        return evaluate([model], [path], names=["m"]).rows[0]
 
-    assert run(bare).prompt == run(trained, instructions=False).prompt == run(e5, instructions=False).prompt == ""
-    assert run(bare).score == run(trained, instructions=False).score == run(e5, instructions=False).score
-    assert run(trained).prompt == run(bare, instructed=[True]).prompt == f"{INSTRUCTION};\n"
-    assert run(trained).score == run(bare, instructed=[True]).score
-    assert run(e5).prompt == "query: "
+    assert [run(model).prompt for model in (bare, trained, e5)] == ["", f"{INSTRUCTION};\n", "query: "]
     rows = example_rows("retrieval")
     relevant = {row["_id"]: {d for q, d, _ in rows["qrels"] if q == row["_id"]} for row in rows["queries"]}
     texts = ({row["_id"]: row["text"] for row in rows[name]} for name in ("queries", "corpus"))
@@ -283,17 +279,15 @@ def test_a_score_is_computed_again_when_any_of_its_prompts_changed(make_encoder:
     path = write_task(tmp_path / "t", "retrieval", example_rows("retrieval"))
     model, out = make_encoder("llama", prompts={"query": "query: ", "document": "passage: "}), tmp_path / "out"
 
-    def run(folder: Path, **options: object) -> float:
-        return evaluate([model], [path], names=["m"], out=folder, **options).rows[0].score
+    def run(folder: Path) -> float:
+        return evaluate([model], [path], names=["m"], out=folder).rows[0].score
 
     first = run(out)
     model.prompts["document"] = "what is in here? "
     changed = run(out)
     assert changed == run(tmp_path / "fresh") != first
     model.prompts = {"passage": "passage: "}  # which mteb does not know, and encode_document takes
-    own = run(out)
-    assert own == run(tmp_path / "fresh2")
-    assert run(out, instructions=False) == run(tmp_path / "fresh3", instructions=False) != own
+    assert run(out) == run(tmp_path / "fresh2")
 
 
 def test_scores_of_an_earlier_version_are_computed_again(make_encoder: MakeEncoder, tmp_path: Path):
@@ -382,7 +376,6 @@ def test_wrong_arguments_are_refused(make_encoder: MakeEncoder, tmp_path: Path):
         (([model], [path]), {"sample": 2.5}, "sample: 2.5 is not valid"),
         (([model], [path]), {"seed": None}, "seed: None is not valid"),
         (([model], [path]), {"seed": -1}, "seed: -1 is not valid"),
-        (([model], [path]), {"instructed": []}, "0 values for 1 models"),
     ]:
         with pytest.raises(ConfigError, match=says):
             evaluate(*arguments, **options)
@@ -508,15 +501,11 @@ def test_a_second_evaluation_encodes_nothing(prompts, make_encoder: MakeEncoder,
 
 
 def test_kept_vectors_are_those_of_the_model_and_the_prompt(make_encoder: MakeEncoder, tmp_path: Path):
-    path = write_task(tmp_path / "t", "sts", example_rows("sts"), instruction="Find")
-    runs = [
-        (make_encoder("llama"), {}),
-        (make_encoder("llama"), {"instructed": [True]}),
-        (make_encoder("llama", seed=1), {}),
-    ]
-    for model, options in runs * 2:
-        cached = evaluate([model], [path], names=["m"], cache=tmp_path / "cache", **options).rows[0].score
-        assert cached == pytest.approx(evaluate([model], [path], names=["m"], **options).rows[0].score, abs=1e-6)
+    find, seek = (write_task(tmp_path / w, "sts", example_rows("sts"), instruction=w) for w in ("find", "seek"))
+    models = [make_encoder("llama", prompts={"query": "Do;\n"}, seed=seed) for seed in (0, 1)]
+    for model, path in [(models[0], find), (models[0], seek), (models[1], find)] * 2:
+        cached = evaluate([model], [path], names=["m"], cache=tmp_path / "cache").rows[0].score
+        assert cached == pytest.approx(evaluate([model], [path], names=["m"]).rows[0].score, abs=1e-6)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 

@@ -24,7 +24,7 @@ runtime
 options: base way runs inference
 figures: style plots
 models: compat blocks cutting forward checks save open_model
-data: rows hub sources vectors embedders demo
+data: rows hub sources vectors embedders
 vocabulary: tokens trim choice
 measures: metrics intervals costs
 evaluation: task_tables task_formats task_folder task_making tasks replicates evaluate
@@ -34,7 +34,7 @@ pruning: download adapters prune
 healing: recipes training_data processes teacher losses trainer heal
 scouting: held_out scout
 reporting: cost compare run findings advice verdict tables pictures card report
-studies: steps plan estimate records runner study
+studies: demo steps plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening backends workers middleware queueing app serve
 inference: vector_files encode

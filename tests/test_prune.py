@@ -129,20 +129,13 @@ def test_a_folder_that_gives_other_vectors_is_not_passed(cut: Path):
 
 
 @pytest.mark.fresh
-def test_a_failed_verification_names_what_differs(source: Path, cut: Path, tmp_path: Path):
-    model = SentenceTransformer(str(cut), device="cpu")
-    right = expected_of(model)
+def test_a_folder_with_other_weights_is_not_passed(cut: Path, tmp_path: Path):
+    right = expected_of(SentenceTransformer(str(cut), device="cpu"))
     assert difference(cut, right, "cpu") < 1e-5
-    shorter, heavier = (shutil.copytree(cut, tmp_path / name) for name in ("shorter", "heavier"))
-    settings = json.loads((shorter / "tokenizer_config.json").read_text())
-    (shorter / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 100}))
-    settings = json.loads((shorter / "sentence_bert_config.json").read_text())
-    (shorter / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 100}))
-    with pytest.raises(VerificationFailed, match="its tokenizer differs: 100 tokens, not the same as the right 128"):
-        difference(shorter, right, "cpu")
+    heavier = shutil.copytree(cut, tmp_path / "heavier")
     weights = load_file(heavier / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, heavier / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VerificationFailed, match="its tokens are the same, its weights or its configuration differ"):
+    with pytest.raises(VerificationFailed, match="heavier: after reloading, vectors differ by"):
         difference(heavier, right, "cpu")
 
 
@@ -269,14 +262,17 @@ def test_the_command_takes_from_the_hub_only_what_stays(source: Path, cut: Path,
         ({"to": 2, "keep": "0"}, "to: cannot go with keep"),
         ({"keep": "0-1,x,3"}, "keep: 'x' is no layer and no range of layers"),
         ({"keep": "0-1,,3"}, "keep: '' is no layer"),
-        ({"keep": "3-1"}, "keep: '3-1' runs backwards: 1-3"),
-        ({"keep": "0,4-99999999999999999999"}, "'4-99999999999999999999' is not in the model: its layers are 0 to 4"),
-        ({"keep": "0-2,2"}, "keep: '2' does not come after 2"),
-        ({"keep": [2, 0]}, "keep: '0' does not come after 2"),
+        ({"keep": "3-1"}, "keep: '3-1' is out of range or order: its layers are 0 to 4"),
+        (
+            {"keep": "0,4-99999999999999999999"},
+            "'4-99999999999999999999' is out of range or order: its layers are 0 to 4",
+        ),
+        ({"keep": "0-2,2"}, "keep: '2' is out of range or order"),
+        ({"keep": [2, 0]}, "keep: '0' is out of range or order"),
         ({"keep": [-1]}, "keep: '-1' is no layer"),
         ({"keep": []}, "keep: names no layer"),
         ({"drop": "0-4"}, "drop: would leave none of the 5 layers"),
-        ({"drop": "5"}, "drop: '5' is not in the model"),
+        ({"drop": "5"}, "drop: '5' is out of range or order"),
     ],
 )
 def test_a_choice_that_will_not_do(source: Path, tmp_path: Path, choice, says):

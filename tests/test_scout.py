@@ -346,7 +346,7 @@ def test_depths_that_cannot_be_are_refused_before_the_training(
     given: dict[str, Any] = {**SETTINGS, "tasks": tasks, "out": tmp_path / "out"}
     with pytest.raises(ConfigError, match="depths: is 9: the model has 4 layers"):
         secateur.scout(four_layers, pairs_file, **given, depths=[9])
-    monkeypatch.setattr("secateur.profiling.depths.legal_depths", lambda config: (2, 4))
+    monkeypatch.setattr("secateur.profiling.depths.legal_depths", lambda config, layers: (2, 4))
     with pytest.raises(IllegalDepth, match="cannot cut a model of 4 layers to 3: the model cannot be cut there"):
         secateur.scout(four_layers, pairs_file, **given, score=[3], depths=[2])
     monkeypatch.setattr("secateur.profiling.depths.ends_with_norm", lambda model: False)

@@ -14,7 +14,6 @@ from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import (
     DISTRACTORS_PER_QUERY,
     TRAIN_PER_LABEL,
-    check_task_folder,
     read_task_folder,
     sample_task,
 )
@@ -188,21 +187,6 @@ def test_a_mistake_is_found_in_its_file_line_and_field(type_, change, file, line
     with pytest.raises(DataError, match=says) as caught:
         open_task(write_task(tmp_path / "t", type_, rows))
     assert (Path(caught.value.file).name, caught.value.line, caught.value.field) == (file, line, field)
-
-
-def test_all_bad_rows_of_a_file_are_told_at_once(tmp_path: Path):
-    rows = example_rows("retrieval")
-    rows["qrels"] += [("q1", "d999", 1), ("q99", "d1", 1), *((f"q{i}", "nowhere", 1) for i in range(9))]
-    with pytest.raises(DataError) as caught:
-        open_task(write_task(tmp_path / "t", "retrieval", rows))
-    assert str(caught.value).endswith(
-        "qrels.tsv, line 50, \"corpus-id\": 'd999' is not in corpus.jsonl; "
-        "lines 51, 52, 53, 54, 55 and 5 more are not valid either"
-    )
-    sts = example_rows("sts")
-    del sts["test"][2]["score"], sts["test"][7]["score"]
-    with pytest.raises(DataError, match=r"line 3, .*; line 8 is not valid either$"):
-        open_task(write_task(tmp_path / "u", "sts", sts))
 
 
 def test_ids_and_labels_are_what_a_table_makes_of_them(tmp_path: Path):
@@ -402,13 +386,3 @@ def test_a_sample_of_none_is_refused(tmp_path: Path):
 def test_a_name_that_cannot_be_a_file_name_is_refused(name: str, tmp_path: Path):
     with pytest.raises(DataError, match=r'"name": .*file names'):
         open_task(write_task(tmp_path / "t", "sts", example_rows("sts"), name=name))
-
-
-def test_a_large_folder_is_looked_at_by_its_names_alone(tmp_path: Path):
-    for type_ in TYPES:
-        path = write_task(tmp_path / type_, type_, example_rows(type_))
-        check_task_folder(path)
-        missing = path / ("qrels.tsv" if type_ == "retrieval" else "test.jsonl")
-        missing.unlink()
-        with pytest.raises(DataError, match=f"{missing.name}: no such file"):
-            check_task_folder(path)

@@ -107,18 +107,13 @@ class MissingPackage(SecateurError):
 
 
 class VerificationFailed(SecateurError):
-    """A written model that does not give the expected vectors. ``measured`` should have been at most ``allowed``.
+    """A written model that does not give the expected vectors. ``measured`` should have been at most ``allowed``."""
 
-    ``cause`` says what of the folder differs, where that is known.
-    """
-
-    def __init__(self, what: str | Path, measured: float, allowed: float, cause: str = "") -> None:
+    def __init__(self, what: str | Path, measured: float, allowed: float) -> None:
         self.measured = measured
         self.allowed = allowed
-        self.cause = cause
         super().__init__(
-            f"{what}: after reloading, vectors differ by {measured:.3g}, more than {allowed:.3g}"
-            + (f" ({cause})" if cause else ""),
+            f"{what}: after reloading, vectors differ by {measured:.3g}, more than {allowed:.3g}",
             "the folder is not safe to use; please report the architecture",
         )
 

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from secateur.errors import ConfigError, DataError, OutputError
-from secateur.evaluation.task_folder import check_task_folder, read_task_folder
+from secateur.evaluation.task_folder import read_task_folder
 from secateur.files import check_is_file, check_results_folder, partial_folder
 from secateur.models import is_endpoint, resolve
 from secateur.options import Names, Options, default_of, extra, make, read_study, read_yaml
@@ -197,7 +197,8 @@ def _check_place(mark: Names, item: Any) -> None:
             folder = Path(item)
             if folder.exists():
                 size = sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
-                (read_task_folder if size <= SMALL else check_task_folder)(folder)
+                if size <= SMALL:
+                    read_task_folder(folder)
             elif item.startswith((".", "/", "~")) or (folder.parent != Path() and folder.parent.is_dir()):
                 hint = "give a task folder, or the name of an mteb task or benchmark"
                 raise DataError(item, "no such file or folder", hint)

@@ -184,12 +184,7 @@ def show_checks(checks: Sequence[TaskCheck]) -> None:
         called = "" if Path(check.path).resolve().name.startswith(check.name) else f', called "{check.name}"'
         typer.echo(f"{check.path}: {check.what}, scored as {check.type} by {check.metric}{called}")
         typer.echo("  " + ", ".join(f"{what} {many:,}" for what, many in (check.counts or {}).items()))
-        told = [
-            ("instruction", check.instruction),
-            ("note", check.notes),
-            *(("aside", text) for text in check.asides),
-        ]
-        for word, text in told:
+        for word, text in (("instruction", check.instruction), ("note", check.notes)):
             if text:
                 typer.echo(f"  {word}: {text}")
 

@@ -70,13 +70,6 @@ def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:
     asked = parse_name(data)
     import datasets  # takes a second, which files need not wait for
 
-    def split(there: list[str], *, sliced: bool) -> str:
-        """The split asked for, or a slice of it; else ``train``, or the only one."""
-        wanted = asked.split or (there[0] if len(there) == 1 else "train")
-        if (re.split(r"[\[+]", wanted)[0] if sliced else wanted) not in there:
-            raise DataError(str(asked), f"has no split {wanted}", f"it has {', '.join(there)}")
-        return wanted
-
     is_saved = any((Path(asked.name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
     if is_saved and (asked.config or asked.revision):
         problem = "was saved to disk, without configurations and revisions"
@@ -85,15 +78,19 @@ def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:
         with quiet():
             if is_saved:
                 loaded = datasets.load_from_disk(asked.name)
-                if isinstance(loaded, datasets.DatasetDict):
-                    return asked, loaded[split(list(loaded), sliced=False)]
-                if asked.split:
-                    raise DataError(str(asked), "was saved to disk without splits", f"hf:{asked.name}")
-                return asked, loaded
-            builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
-            builder.download_and_prepare()
-            wanted = split(list(builder.info.splits), sliced=True)
-            commit = builder.hash if not Path(asked.name).exists() and _COMMIT.fullmatch(builder.hash or "") else None
-            return replace(asked, revision=commit or asked.revision), builder.as_dataset(split=wanted)
+                loaded = loaded if isinstance(loaded, dict) else {"": loaded}
+                commit = None
+            else:
+                builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
+                builder.download_and_prepare()
+                commit = (
+                    builder.hash if not Path(asked.name).exists() and _COMMIT.fullmatch(builder.hash or "") else None
+                )
+                loaded = builder.as_dataset(split=asked.split)
+                loaded = loaded if isinstance(loaded, dict) else {asked.split: loaded}
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(data, f"cannot be loaded ({' '.join(str(error).split())})") from error
+    split = asked.split or (next(iter(loaded)) if len(loaded) == 1 else "train")
+    if split not in loaded:
+        raise DataError(str(asked), f"has no split {split}", f"it has {', '.join(loaded) or 'none'}")
+    return replace(asked, revision=commit or asked.revision), loaded[split]

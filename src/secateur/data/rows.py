@@ -1,9 +1,8 @@
 """Rows of files, one after the other, each with its line: JSON Lines, CSV, TSV, Parquet and plain text.
 
-Everything that reads data stands on :func:`read_rows`: pairs, texts, tasks, and what ``encode`` is given. Only a piece
-of a file is in memory. A mistake is a :class:`.DataError` with file, line and column. (The ``datasets`` library reads
-these formats, too, but does not tell the line of a mistake, and copies all data into its cache first.) Text is UTF-8; a
-byte order mark, as Excel and Notepad write it, is left out.
+Only a piece of a file is in memory. A mistake is a :class:`.DataError` with file, line and column. (The ``datasets``
+library reads these formats, too, but does not tell the line of a mistake, and copies all data into its cache first.)
+Text is UTF-8; a byte order mark, as Excel and Notepad write it, is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from secateur.errors import DataError, MissingPackage
 from secateur.files import check_is_file, not_utf8, parse_json
 
 Row = Mapping[str, Any]
+Place = int | str | None
+"""The line of a row; or, of an entry in a JSON file, its key: ``queries.q1``, and in a list ``[7]``."""
 Select = Callable[[Sequence[str]], Sequence[str]]
 """Given the names of all columns, those to read."""
 Fields = Mapping[str, Callable[[Any], Any]]
@@ -37,19 +38,17 @@ TEXT_COLUMNS = (TEXT, "sentence", "query", "passage", "document", "content")
 """Where ``encode`` looks for texts, in this order, if nobody names a column."""
 CHECKED_ROWS = 1000
 """Rows of each file that are checked before anything heavy is imported."""
-MAX_LINE = 1 << 28
-"""Bytes, and the characters of a field of CSV: a packed file of a few kilobytes may unpack to a line of gigabytes."""
 BATCH_ROWS = 1024
 """Rows of Parquet in memory at once."""
 
 
-def read_rows(path: Path, select: Select | None = None) -> Iterator[tuple[int, Row]]:
+def read_rows(path: Path, select: Select = list) -> Iterator[tuple[int, Row]]:
     """Read a file row by row.
 
     Args:
         path: JSON Lines, CSV, TSV, Parquet, or plain text, whose lines are in the column ``text``. CSV may be
             separated by semicolons or tabs, as Excel does in some languages: the first line tells.
-        select: Which columns of CSV, TSV and Parquet to read. Default: all.
+        select: Which columns of Parquet to read: it may have vectors beside the texts. Default: all.
 
     Returns:
         The line of each row (of Parquet, its number), from 1, and its columns. Blank lines are no rows, except in plain
@@ -64,8 +63,9 @@ def read_rows(path: Path, select: Select | None = None) -> Iterator[tuple[int, R
     suffix = next((suffix for suffix in (*TABLES, *PLAIN) if name.endswith(suffix)), None)
     if suffix is None:
         raise DataError(path, "is of no known format", f"expected one of {', '.join((*TABLES, *PLAIN))}")
-    readers = {"jsonl": _json_lines, "csv": _csv, "tsv": _tsv, "parquet": _parquet, "txt": _plain}
-    return readers[suffix.split(".")[1]](path, select or list)
+    if suffix == ".parquet":
+        return _parquet(path, select)
+    return {"jsonl": _json_lines, "csv": _csv, "tsv": _tsv, "txt": _plain}[suffix.split(".")[1]](path)
 
 
 def read_column(file: str | Path, column: str | None = None) -> Iterator[str]:
@@ -73,27 +73,25 @@ def read_column(file: str | Path, column: str | None = None) -> Iterator[str]:
 
     Args:
         file: As for :func:`read_rows`.
-        column: The column that holds the texts. Default: the first of :data:`TEXT_COLUMNS` that is there.
+        column: The column that holds the texts. Default: the first of :data:`TEXT_COLUMNS` that the first row has.
 
     Raises:
         DataError: As :func:`read_rows`; or the column is missing or there twice, or a value is not a text.
     """
-    path, wanted = Path(file), TEXT_COLUMNS if column is None else (column,)
+    path, wanted = Path(file), list(TEXT_COLUMNS if column is None else (column,))
     if column is not None and path.name.lower().endswith(PLAIN):
         raise DataError(path, "is plain text and has no columns", "leave out --column")
 
-    def find(there: Sequence[str], line: int | None) -> str:
-        found = next((name for name in wanted if name in there), None)
-        if found is None:
-            problem = f"no column {wanted[0]}" if len(wanted) == 1 else "none of its columns is known to hold texts"
-            hint = f"--column takes one of those that are there: {', '.join(map(str, there))}"
-            raise DataError(path, problem, hint if there else "it has none", line=line)
-        return found
+    def first_of(there: Collection[str]) -> list[str]:
+        return [name for name in wanted if name in there][:1]
 
-    header = None if path.name.lower().endswith(".parquet") else 1
-    for line, row in read_rows(path, lambda names: [find(names, header)]):
-        if len(wanted) > 1 or wanted[0] not in row:
-            wanted = (find(list(row), line),)
+    for line, row in read_rows(path, lambda names: first_of(names) or names):
+        if len(wanted) > 1:
+            wanted = first_of(row) or wanted
+        if wanted[0] not in row:
+            problem = f"no column {wanted[0]}" if len(wanted) == 1 else "none of its columns is known to hold texts"
+            hint = f"--column takes one of those that are there: {', '.join(map(str, row))}"
+            raise DataError(path, problem, hint if row else "it has none", line=line)
         text = row[wanted[0]]
         if not isinstance(text, str):
             problem = "has no text" if text is None else f"holds a {type(text).__name__}, not a text"
@@ -107,18 +105,20 @@ def check_column(files: Sequence[str | Path], column: str | None = None) -> None
         list(itertools.islice(read_column(file, column), CHECKED_ROWS))
 
 
-def parse_row(
-    place: str | Path, line: int | None, row: Row, fields: Fields, *, optional: Collection[str] = (), needed: str = ""
-) -> dict[str, Any]:
-    """Check the columns of a row that mean something.
+def error_at(file: str | Path, place: Place, problem: str, hint: str = "", *, field: str | None = None) -> DataError:
+    """The error of a row or an entry."""
+    if isinstance(place, str):
+        return DataError(file, problem, hint, field=f"{place}.{field}" if field and place.startswith("[") else place)
+    return DataError(file, problem, hint, line=place, field=field)
 
-    Args:
-        place: What errors call the file.
-        line: Of the row.
-        row: Its columns.
-        fields: Those to check, and how.
-        optional: Columns that a row need not have; they are parsed as None.
-        needed: What every row must have, where that is not told by the name of the missing column.
+
+def parse_row(
+    file: str | Path, place: Place, row: Row, fields: Fields, *, optional: Collection[str] = (), needed: str = ""
+) -> dict[str, Any]:
+    """Check and parse the columns of a row that mean something.
+
+    A column that is ``optional`` may be missing, and is parsed as None; ``needed`` is what every row must have, where
+    the name of a missing column does not tell it.
 
     Raises:
         DataError: A column is missing, or its value is not valid.
@@ -126,12 +126,11 @@ def parse_row(
     values = {}
     for field, parse in fields.items():
         if field not in row and field not in optional:
-            hint = f"{needed}here are {', '.join(row)}"
-            raise DataError(place, "the column is missing", hint, line=line, field=field)
+            raise error_at(file, place, "the column is missing", f"{needed}here are {', '.join(row)}", field=field)
         try:
             values[field] = parse(row.get(field))
         except ValueError as error:
-            raise DataError(place, str(error), line=line, field=field) from None
+            raise error_at(file, place, str(error), field=field) from None
     return values
 
 
@@ -141,23 +140,16 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     A line feed ends a line, and nothing else does: JSON allows the other separators of Unicode in its strings.
 
     Raises:
-        DataError: The file is missing, a folder, a pipe or damaged; or a line is not UTF-8, holds a NUL byte or is too
-            long; or carriage returns alone end the lines.
+        DataError: The file is missing, a folder, a pipe or damaged; or a line is not UTF-8 or holds a NUL byte.
     """
     check_is_file(file)
     number, packed = 0, file.suffix.lower() == ".gz"
     try:
         with gzip.open(file, "rb") if packed else file.open("rb") as stream:
-            while raw := stream.readline(MAX_LINE + 1):
-                number += 1
+            for number, raw in enumerate(stream, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if len(raw) > MAX_LINE:
-                    raise DataError(file, f"is longer than {MAX_LINE} bytes", "one row on each line", line=number)
                 if "\0" in line:
                     raise DataError(file, "holds a NUL byte", "save the file as UTF-8", line=number)
-                if number == 1 and "\r" in line[:-1] and not line.endswith("\n"):
-                    hint = "save the file with line feeds"
-                    raise DataError(file, "carriage returns alone end its lines", hint, line=1)
                 yield number, line
     except UnicodeDecodeError as error:
         raise not_utf8(file, error, number) from None
@@ -167,12 +159,12 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
         raise DataError(file, f"cannot be read ({error.strerror or error})") from None
 
 
-def _plain(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
+def _plain(path: Path) -> Iterator[tuple[int, Row]]:
     for line, text in read_lines(path):
         yield line, {TEXT: text.removesuffix("\n").removesuffix("\r")}
 
 
-def _json_lines(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
+def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
     for line, text in read_lines(path):
         if not text.strip():
             continue
@@ -188,8 +180,8 @@ def _json_lines(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
         yield line, row
 
 
-def _csv(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
-    csv.field_size_limit(MAX_LINE)  # Python's own limit is 131,072 characters
+def _csv(path: Path) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit((1 << 31) - 1)  # Python's own limit is 131,072 characters
     lines = (text for _, text in read_lines(path))
     first = next(lines, "")
     delimiter = max(",;\t", key=first.count)
@@ -204,10 +196,10 @@ def _csv(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
         except csv.Error as error:
             raise DataError(path, f"broken CSV ({error})", line=line) from None
 
-    yield from _table(path, select, rows())
+    yield from _table(path, rows())
 
 
-def _tsv(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
+def _tsv(path: Path) -> Iterator[tuple[int, Row]]:
     """A tab ends a cell, a line feed a row; quotes are letters, but not those that pandas put around a cell."""
 
     def cell(text: str) -> str:
@@ -216,22 +208,20 @@ def _tsv(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
         return text[1:-1].replace('""', '"') if quoted else text
 
     lines = ((line, text.rstrip("\r\n")) for line, text in read_lines(path))
-    return _table(path, select, ((line, list(map(cell, text.split("\t")))) for line, text in lines if text.strip()))
+    return _table(path, ((line, list(map(cell, text.split("\t")))) for line, text in lines if text.strip()))
 
 
-def _table(path: Path, select: Select, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, Row]]:
+def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, Row]]:
     """Rows of cells as columns by the names in the first of them."""
     names: list[str] = []
     for line, cells in rows:
         if cells and not names:
             names = cells
-            chosen = [name for name in select(names) if name]
-            _check_names(path, chosen, names, line)
-            places = {name: names.index(name) for name in chosen}
+            _check_names(path, names, names, line)
         elif cells and len(cells) != len(names):
             raise DataError(path, f"has {len(cells)} columns, the first line {len(names)}", line=line)
         elif cells:
-            yield line, {name: cells[place] for name, place in places.items()}
+            yield line, dict(zip(names, cells, strict=True))
 
 
 def _parquet(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
@@ -249,31 +239,19 @@ def _parquet(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
             chosen = list(select(names))
             _check_names(path, chosen, names)
             for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=chosen):
-                columns = [_values(path, name, batch.column(name), first) for name in chosen]
-                for line, values in enumerate(zip(*columns, strict=True), start=first):
-                    yield line, dict(zip(chosen, values, strict=True))
+                yield from enumerate(batch.to_pylist(), start=first)
                 first += batch.num_rows
+    except UnicodeDecodeError:  # Parquet's writers need not check that texts are UTF-8
+        problem = f"a text in the rows {first} to {first + batch.num_rows - 1} is not UTF-8"
+        raise DataError(path, problem, "write it as UTF-8") from None
     except (pyarrow.ArrowException, OSError) as error:
         problem = f"is not a readable Parquet file ({' '.join(str(error).split()):.200})"
         raise DataError(path, problem, line=first if first > 1 else None) from None
 
 
-def _values(path: Path, name: str, column: Any, first: int) -> Any:
-    """The values of a column; Parquet's writers need not check that texts are UTF-8."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        for line, value in enumerate(column, start=first):
-            try:
-                value.as_py()
-            except UnicodeDecodeError as error:
-                problem = f"byte {error.start + 1} of the text is not UTF-8"
-                raise DataError(path, problem, "write it as UTF-8", line=line, field=name) from None
-        raise
-
-
 def _check_names(path: Path, chosen: Sequence[str], names: Sequence[str], line: int | None = None) -> None:
-    for name in chosen:
+    """Refuse a column that is there twice; those without a name, as pandas writes its index, are of no use."""
+    for name in filter(None, chosen):
         if names.count(name) > 1:
             problem = f"is the name of {names.count(name)} columns"
             raise DataError(path, problem, "give each its own", line=line, field=name)

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,9 +140,9 @@ def read_sources(
         data: Files, folders of them, names of data sets (:mod:`.hub`), or what was read already.
         instruction: Goes before each anchor in place of those that come with the data, or before each text alone.
         columns: Role (:data:`ROLES`) → the column that has it here, where it is not called so.
-        most: Keep about so many rows, shared evenly by the files, two of each at least. All are checked, and only
-            these are held in memory.
-        seed: What they are drawn by.
+        most: Draw about so many rows by ``seed``, evenly from the files, two of each at least. All are checked, and
+            only these are held in memory.
+        seed: See ``most``.
 
     Raises:
         ConfigError: There is no such role.
@@ -149,14 +150,11 @@ def read_sources(
             not a text.
     """
     items = _items(data)
-    share = None if most is None else max(2, most // max(1, len(items)))
-    read: list[Source] = []
-    for item in items:
-        if isinstance(item, Source):
-            read.append(item if share is None else item.sample(share, seed))
-        else:
-            read.append(_Table(item, columns).read(instruction, share, seed))
-    return read
+    share = sys.maxsize if most is None else max(2, most // max(1, len(items)))
+    return [
+        item.sample(share, seed) if isinstance(item, Source) else _Table(item, columns).read(instruction, share, seed)
+        for item in items
+    ]
 
 
 def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Mapping[str, str] | None = None) -> Pairs:
@@ -196,9 +194,7 @@ def prompts_of(data: Data) -> set[str]:
 
 
 def check_data(data: Data, columns: Mapping[str, str] | None = None) -> None:
-    """Check the names, formats, columns and first rows of data, quickly and without PyTorch.
-
-    Of a data set of the Hub, only the name is checked.
+    """Check the names, formats, columns and first rows of data, without PyTorch; of a data set of the Hub, the name.
 
     Raises:
         ConfigError, DataError: As :func:`read_sources` would, as far as :data:`.CHECKED_ROWS` rows tell.
@@ -227,11 +223,10 @@ def data_files(path: str | Path) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir():
         return [folder]
-    files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(TABLES))
-    if not files:
-        hint = f"expected {', '.join(TABLES)}; a folder of the datasets library is named {PREFIX}{folder}"
-        raise DataError(folder, "holds no data files", hint)
-    return files
+    if files := sorted(file for file in folder.iterdir() if file.name.lower().endswith(TABLES)):
+        return files
+    hint = f"expected {', '.join(TABLES)}; a folder of the datasets library is named {PREFIX}{folder}"
+    raise DataError(folder, "holds no data files", hint)
 
 
 def stem(path: Path) -> str:
@@ -299,27 +294,18 @@ class _Table:
         return [name for name in there if name in {*ROLES, *mapped}] if enough and mapped <= {*there} else there
 
     def parsed(self) -> Iterator[Any]:
-        """The rows, checked: texts or pairs. There must be one.
-
-        Raises:
-            DataError: With its line, a row is not right; or there is none.
-        """
-        parse, row = self._text_of if self.of_texts else self._pair_of, None
+        """The rows, checked: texts or pairs. There must be one."""
+        row = None
         for line, row in self.rows():
-            yield parse(line, row)
+            yield parse_row(self.place, line, row, {TEXT: as_text})[TEXT] if self.of_texts else self._pair_of(line, row)
         if row is None:
             raise DataError(self.place, "holds no text" if self.of_texts else "has no rows")
 
-    def read(self, instruction: str | None, most: int | None = None, seed: int = 0) -> Source:
+    def read(self, instruction: str | None, most: int = sys.maxsize, seed: int = 0) -> Source:
         """All rows, or so many of them, drawn by the seed: a file that has more is read twice, and held once."""
-        beside = {} if self.path is None or self.of_texts else read_beside(self.path)
-        kept: list[Any] = []
-        count = 0
-        for count, row in enumerate(self.parsed(), start=1):
-            if most is None or count <= most:
-                kept.append(row)
-        if most is not None and count > most:
-            chosen = set(_places(count, most, seed))
+        kept = list(itertools.islice(parsed := self.parsed(), most))
+        if more := sum(1 for _ in parsed):
+            chosen = set(_places(most + more, most, seed))
             kept = [row for place, row in enumerate(self.parsed()) if place in chosen]
             if len(kept) < most:
                 raise DataError(self.place, "lost rows while it was read", "run the same command again")
@@ -327,12 +313,10 @@ class _Table:
         if self.of_texts:
             name = self.path.name if self.path else self.name
             return Texts(name, rows, instruction_prompt(instruction or ""), source)
+        beside = {} if self.path is None else read_beside(self.path)
         query = beside.get("query_instruction", "") if instruction is None else instruction
         prompt, passage = map(instruction_prompt, (query, beside.get("passage_instruction", "")))
         return Pairs(self.name, rows, prompt, passage, replace(source, licence=beside.get("licence", source.licence)))
-
-    def _text_of(self, line: int, row: Row) -> str:
-        return str(parse_row(self.place, line, row, {TEXT: as_text})[TEXT])
 
     def _pair_of(self, line: int, row: Row) -> Pair:
         if row.get("negative") == "" and self.place.lower().endswith(CELLS):  # CSV has no other way to leave one out

@@ -2,11 +2,10 @@
 
 The prompts follow from the model. One that was trained with instructions (its saved prompts end with ``;``, as
 :func:`.instruction_prompt` writes them) gets the instruction of each task in the same form: on queries only in
-retrieval and reranking, on every text elsewhere, as mteb's own instruction wrappers do. One that came with other
-prompts (E5's ``"query: "``) keeps them. One without prompts gets the bare text.
+retrieval and reranking, on every text elsewhere. One that came with other prompts (E5's ``"query: "``) keeps them.
 
-Each score has a 95 % bootstrap interval (:mod:`.intervals`). Its replicates are the same for all models on the same
-data, so that differences between models have paired intervals too (:mod:`.compare`). The folder of results:
+Each score has a 95 % bootstrap interval (:mod:`.intervals`), resampled alike for all models on the same data, so that
+differences have paired intervals too. The folder of results:
 
     OUT/scores.json                  the table
     OUT/draws/<name>.npy             the bootstrap replicates of a score, named in the table's rows
@@ -43,7 +42,7 @@ from secateur.data.vectors import VectorCache, npy_bytes
 from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.replicates import replicates_file, resampled_scores
 from secateur.evaluation.tasks import Task, count_samples, open_tasks
-from secateur.files import lock, output_error, output_errors, read_json, write_bytes
+from secateur.files import lock, output_errors, read_json, write_bytes
 from secateur.measures import intervals
 from secateur.measures.intervals import Array
 from secateur.models import is_endpoint, model_names, model_source
@@ -66,23 +65,12 @@ Model: TypeAlias = str | Path | SentenceTransformer
 
 
 @step(EvaluateOptions)
-def evaluate(  # noqa: D417 - the rest follows from the options
-    options: EvaluateOptions,
-    *,
-    instructions: bool = True,
-    instructed: Sequence[bool] | None = None,
-    progress: Progress = silent,
-) -> Scores:
+def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores:
     """Score models on tasks, with mteb's own evaluators: each task's main metric, on mteb's protocol (:mod:`.tasks`).
 
     All task folders are checked before any text is encoded; one model at a time is in memory. A score that ``out`` has
     is computed again only if the model, the data, ``sample``, ``seed``, a prompt or a library's version changed; other
     rows stay in the file. A task that fails does not keep others from being scored; its error comes at the end.
-
-    Args:
-        instructions: False: no instruction and no prompt before any text, for no model.
-        instructed: Whether each model was trained with instructions. Default: read from its prompts.
-        progress: Called before each task and at the end, with the number of scores that are there.
 
     Raises:
         DataError: A task is not right, or cannot be downloaded.
@@ -91,8 +79,6 @@ def evaluate(  # noqa: D417 - the rest follows from the options
         OutputError: ``out`` cannot be written.
     """
     labels = model_names(options.models, options.names)
-    if instructed is not None and len(instructed) != len(labels):
-        raise ConfigError("instructed", instructed, f"{len(instructed)} values for {len(labels)} models")
     tasks = open_tasks(options.tasks, options.sample, options.seed)
     table = _ScoreTable(options.out, tasks, options.seed)
     total = len(labels) * len(tasks)
@@ -102,14 +88,12 @@ def evaluate(  # noqa: D417 - the rest follows from the options
         """All tasks of one model, which leaves the memory when this returns, before the next one is opened."""
         model = given if isinstance(given, SentenceTransformer) else open_embedder(given)
         source, files = ("", "") if model is given else (model_source(given), fingerprint_files(given))
-        told = is_instructed(model) if instructed is None else instructed[number]
         weights, cache = identify(model, vectors_folder(options, given))
         if options.names is None:
             table.check_same_model(label, source, weights)
         for done, task in enumerate(tasks, start=number * len(tasks)):
             progress("evaluate", done, total)
-            prompts = task_prompts(task, told) if instructions else {}
-            with quiet(), as_encoder(model, label, prompts, cache) as encoder:
+            with quiet(), as_encoder(model, label, task_prompts(task, model), cache) as encoder:
                 key = {"weights": weights, "sample": options.sample, "seed": options.seed, **_inputs(encoder, task)}
                 if table.holds(label, task.name, key, files):
                     continue
@@ -139,10 +123,8 @@ class _ScoreTable:
     def __init__(self, out: Path | None, tasks: Sequence[Task], seed: int) -> None:
         self.out, self.seed = out, seed
         if out is not None:  # that it can be written is made sure of before hours of work
-            try:
+            with output_errors(out):
                 out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise output_error(out, error) from error
         self.rows, self.data = _read(out)
         self.data |= {task.name: task.source for task in tasks}
 
@@ -217,9 +199,9 @@ def is_instructed(model: SentenceTransformer) -> bool:
     return any(prompt and prompt.rstrip().endswith(";") for prompt in model.prompts.values())
 
 
-def task_prompts(task: Task, instructed: bool) -> dict[str, str] | None:
+def task_prompts(task: Task, model: SentenceTransformer) -> dict[str, str] | None:
     """Prompts by mteb's keys (task type, with ``-query`` where only queries get one); None: those of the model."""
-    if not instructed:
+    if not is_instructed(model):
         return None
     key = f"{task.metadata.type}-{PromptType.query.value}" if task.asymmetric else str(task.metadata.type)
     return {key: instruction_prompt(task.instruction)} if task.instruction else {}
@@ -245,10 +227,7 @@ def _inputs(encoder: Encoder, task: Task) -> dict[str, Any]:
 
 
 class Encoder(SentenceTransformerEncoderWrapper):  # type: ignore[misc]
-    """mteb's own encoder, with kept vectors, that refuses vectors which are not numbers.
-
-    mteb ranks NaN somewhere, and gives a score.
-    """
+    """mteb's own encoder, with kept vectors, that refuses vectors which are not numbers: mteb would score them."""
 
     vectors: VectorCache | None = None
 
@@ -307,7 +286,7 @@ class Scored:
 
 
 def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: Mapping[str, Any]) -> Scored:
-    """Let mteb run one task; the score is NaN where mteb's is, as a correlation with vectors that are all alike is.
+    """Let mteb run one task; the score is NaN where mteb's is, as that of vectors which are all alike.
 
     ``key`` holds the row's ``sample``, ``seed``, ``prompt``, ``prompts``, ``data``, ``weights`` and ``versions``.
     """

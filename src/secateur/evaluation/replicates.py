@@ -12,8 +12,7 @@ summarization                           texts, with their summaries
 ======================================= ============================ =============================================
 
 The formulas are those of the libraries that mteb calls (scipy, sklearn, pytrec_eval), written for counts of rows; on
-the rows as they are they give mteb's score, which :func:`.evaluate` checks each time. Two models that were scored on
-the same data were resampled alike, so that their difference is taken replicate by replicate (:mod:`.intervals`).
+the rows as they are they give mteb's score, which :func:`.evaluate` checks each time.
 """
 
 from __future__ import annotations
@@ -135,9 +134,8 @@ def resampled_scores(
 ) -> list[Resampled] | None:
     """The splits of a task that a model was scored on, from the file of predictions that mteb wrote for it.
 
-    ``random_state`` is that of ``task.rng_state`` before the evaluation: a clustering task draws texts by it. None for
-    a type of task or a metric whose rows cannot be resampled: adjusted mutual information, types that task folders do
-    not have.
+    ``random_state`` is that of ``task.rng_state`` before the evaluation: a clustering task draws texts by it. None
+    where rows cannot be resampled: for adjusted mutual information, and types that task folders do not have.
     """
     build = next((build for kind, build in _BUILDERS.items() if isinstance(task, kind)), None)
     if build is None or (isinstance(task, AbsTaskClustering) and metric != "v_measure"):

@@ -20,9 +20,9 @@ from typing import Any
 from secateur.data.rows import TABLES, Row
 from secateur.data.sources import read_beside, stem
 from secateur.errors import DataError
-from secateur.evaluation.task_formats import ABOUT, Found, recognize
+from secateur.evaluation.task_formats import ABOUT, read_content
 from secateur.evaluation.task_tables import FIELDS, metric_of
-from secateur.files import check_is_file, read_json
+from secateur.files import read_json
 from secateur.options import CheckTasksOptions, step
 from secateur.provenance import Fingerprint, fingerprint
 
@@ -40,8 +40,7 @@ _FILE_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
 class TaskFolder:
     """A checked task folder or file.
 
-    ``what`` is its format in words; ``tables`` has the rows by file; ``note`` is what a reader of its scores must know,
-    ``asides`` what only somebody who looks at the task wants to know.
+    ``what`` is its format in words; ``tables`` has the rows by file; ``note`` is what a reader of its scores must know.
     """
 
     path: Path
@@ -55,7 +54,6 @@ class TaskFolder:
     sampled: bool = False
     ignore_identical_ids: bool = False
     note: str = ""
-    asides: tuple[str, ...] = ()
     what: str = ""
 
 
@@ -63,13 +61,11 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     """Read and check a task folder or file.
 
     Raises:
-        DataError: With file, line and field: a file is missing or broken, a column is missing, a value has the wrong
-            type, a text is empty, an id is unknown or occurs twice, the rows do not make a task of this type, or it is
-            nothing that is known.
+        DataError: With file, line and field: something is missing or broken, or the rows make no task of this type.
     """
     place = Path(path)
-    about, found = _look_at(place)
-    content = found.read()
+    about = _read_about(place)
+    content = read_content(place, about["type"])
     content.check()
     metric = metric_of(content.type, about["metric"], place / ABOUT, content.tables)
     ignore = about["ignore_identical_ids"]
@@ -79,7 +75,7 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     digest = hashlib.sha256(f"{content.type} {about['metric']}\n".encode())
     if ignore:
         digest.update(b"ignore_identical_ids\n")
-    for name, file in sorted(found.files.items()):
+    for name, file in sorted(content.files.items()):
         digest.update(f"{name} {fingerprint(file, 0).sha256}\n".encode())
     tables = {name: tuple(table.rows) for name, table in content.tables.items()}
     rows = len(tables.get("test") or tables["queries"])
@@ -93,19 +89,8 @@ def read_task_folder(path: str | Path) -> TaskFolder:
         source=Fingerprint(about["name"], digest.hexdigest(), rows, about["licence"]),
         ignore_identical_ids=bool(ignore),
         note="; ".join(filter(None, [about["caution"], *content.notes, identical])),
-        asides=tuple(content.asides),
-        what=found.what,
+        what=content.what,
     )
-
-
-def check_task_folder(path: str | Path) -> None:
-    """Refuse what is no task, by ``task.json``, the names of its files and a first row alone.
-
-    Raises:
-        DataError: As :func:`read_task_folder`.
-    """
-    for file in _look_at(Path(path))[1].files.values():
-        check_is_file(file)
 
 
 def texts_of(task: TaskFolder) -> list[str]:
@@ -119,8 +104,8 @@ def texts_of(task: TaskFolder) -> list[str]:
     return list(found)
 
 
-def _look_at(place: Path) -> tuple[dict[str, Any], Found]:
-    """``task.json``, or the JSON file beside a data file, with defaults; and what else is there."""
+def _read_about(place: Path) -> dict[str, Any]:
+    """``task.json``, or the JSON file beside a data file, with defaults."""
     if not place.exists():
         raise DataError(place, "no such file or folder")
     file = place / ABOUT
@@ -146,7 +131,7 @@ def _look_at(place: Path) -> tuple[dict[str, Any], Found]:
     if about["type"] not in ("", *FIELDS):
         raise DataError(file, f"unknown type {about['type']!r}", f"one of {', '.join(FIELDS)}", field="type")
     about["ignore_identical_ids"] = content.get("ignore_identical_ids")
-    return about, recognize(place, about["type"])
+    return about
 
 
 def _note_on_identical_ids(tables: Tables) -> str:
@@ -165,10 +150,9 @@ def sample_task(task: TaskFolder, count: int, seed: int) -> TaskFolder:
     """Draw at most ``count`` test rows by ``seed``; what is drawn depends on nothing else.
 
     Classification, clustering and pair classification are drawn in proportion to their labels, at least one row of
-    each, so a task with more labels than ``count`` gets as many rows as labels. Training rows are drawn likewise, at
-    least :data:`TRAIN_PER_LABEL` of each label. Retrieval draws ``count`` judged queries, keeps *all* documents judged
-    for them, and :data:`DISTRACTORS_PER_QUERY` others for each query: fewer documents to be confused by, so a sampled
-    retrieval score is higher than the full one, and comparable only with scores on the same sample.
+    each; training rows likewise, at least :data:`TRAIN_PER_LABEL`. Retrieval draws ``count`` judged queries, keeps
+    *all* documents judged for them, and :data:`DISTRACTORS_PER_QUERY` others for each query, so that its score is
+    higher than the full one, and comparable only with scores on the same sample.
     """
     rng = random.Random(seed)  # noqa: S311 - not for secrets
     if task.type == "retrieval":
@@ -234,7 +218,6 @@ class TaskCheck:
         counts: Of its rows, by what they are.
         instruction: Goes before each query, or text, of models that take instructions.
         notes: What stands beside each score of the task.
-        asides: What else was left out.
     """
 
     path: str
@@ -246,7 +229,6 @@ class TaskCheck:
     counts: Mapping[str, int] | None = None
     instruction: str = ""
     notes: str = ""
-    asides: tuple[str, ...] = ()
 
 
 @step(CheckTasksOptions)
@@ -263,7 +245,7 @@ def check_tasks(options: CheckTasksOptions) -> list[TaskCheck]:
         except DataError as error:
             checks.append(TaskCheck(str(path), problem=str(error)))
             continue
-        shared = {key: getattr(task, key) for key in ("what", "name", "type", "metric", "instruction", "asides")}
+        shared = {key: getattr(task, key) for key in ("what", "name", "type", "metric", "instruction")}
         checks.append(TaskCheck(str(path), counts=_counts(task), notes=task.note, **shared))
     return checks
 
@@ -271,19 +253,11 @@ def check_tasks(options: CheckTasksOptions) -> list[TaskCheck]:
 def _counts(task: TaskFolder) -> dict[str, int]:
     tables = task.tables
     if task.type == "retrieval":
-        relevant = [row for row in tables["qrels"] if row["score"]]
-        grades = {row["score"] for row in relevant}
-        counts = {"queries": len(tables["queries"]), "documents": len(tables["corpus"]), "relevant": len(relevant)}
-        return counts | ({"grades": len(grades)} if len(grades) > 1 else {})
-    test = tables["test"]
-    if task.type == "reranking":
-        documents = {role: sum(len(row[role]) for row in test) for role in ("positive", "negative")}
-        return {"queries": len(test), **documents}
-    if task.type == "summarization":
-        return {"texts": len(test), "summaries": sum(len(row["machine_summaries"]) for row in test)}
-    if task.type == "sts":
-        return {"pairs": len(test), "different scores": len({row["score"] for row in test})}
-    if task.type == "pair_classification":
-        return {"pairs": len(test), "of label 1": sum(row["label"] for row in test)}
-    trained = {"training texts": len(tables["train"])} if "train" in tables else {}
-    return {**trained, "texts": len(test), "labels": len({row["label"] for row in test})}
+        relevant = sum(row["score"] > 0 for row in tables["qrels"])
+        return {"queries": len(tables["queries"]), "documents": len(tables["corpus"]), "relevant": relevant}
+    rows = {"sts": "pairs", "pair_classification": "pairs", "reranking": "queries"}.get(task.type, "texts")
+    counts = {"training texts": len(tables["train"])} if "train" in tables else {}
+    counts[rows] = len(tables["test"])
+    if "label" in tables["test"][0]:
+        counts["labels"] = len({row["label"] for row in tables["test"]})
+    return counts

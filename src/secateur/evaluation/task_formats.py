@@ -1,53 +1,32 @@
 """The task files that people have, recognized by their names and columns, and read as the tables of a task.
 
-Each format is one function: given a file or a folder, it says what is there, or None. ``docs/how-to/judge.md`` shows
-them.
+Each format is one function: given a file or a folder, it reads what is there, or returns None. ``docs/how-to/judge.md``
+shows them.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from secateur.data.rows import PLAIN, TABLES, TEXT, TEXT_COLUMNS, Row, as_text, parse_row, read_rows
+from secateur.data.rows import TABLES, TEXT, Place, Row, error_at, read_rows
 from secateur.errors import DataError
-from secateur.evaluation.task_tables import (
-    ANSWERED,
-    FIELDS,
-    QRELS,
-    Content,
-    Place,
-    Table,
-    column_of,
-    error_at,
-    read_table,
-)
+from secateur.evaluation.task_tables import ANSWERED, FIELDS, QRELS, Content, Table, column_of, read_table
 from secateur.files import check_is_file, read_json
 
 ABOUT = "task.json"
 _DICTIONARIES = ("queries", "corpus", "relevant_docs")
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a place holds: the format in words, the files by name, and how they are read."""
-
-    what: str
-    files: Mapping[str, Path]
-    read: Callable[[], Content]
-
-
-def recognize(place: Path, type_: str = "") -> Found:
-    """Say what a file or folder is, by names, and by the columns of a first row; ``type_`` is from ``task.json``.
+def read_content(place: Path, type_: str = "") -> Content:
+    """Read a file or folder in whatever format it is; ``type_`` is from ``task.json``.
 
     Raises:
-        DataError: It is nothing known; or a file that the type needs is missing.
+        DataError: It is nothing known; or a file that the type needs is missing; or the first mistake in one.
     """
-    for look in (_a_file_for_each_table, _two_files, _dictionaries, _rows):
-        if (found := look(place, type_)) is not None:
+    for read in (_a_file_for_each_table, _dictionaries, _rows):
+        if (found := read(place, type_)) is not None:
             return found
     if type_ and place.is_dir():
         check_is_file(next(iter(_files(place, type_).values())))
@@ -80,33 +59,33 @@ def _table_file(path: Path) -> Path:
     return found[0] if found else path.with_name(f"{path.name}.jsonl")
 
 
-def _a_file_for_each_table(folder: Path, type_: str) -> Found | None:
+def _a_file_for_each_table(folder: Path, type_: str) -> Content | None:
     """``task.json`` says the type; a folder without it that holds BEIR's files is a retrieval task."""
     kind = type_ or "retrieval"
     files = _files(folder, kind)
     if not any(file.exists() for name, file in files.items() if name != "queries"):
         return None
-
-    def read() -> Content:
-        content = Content(kind, {name: read_table(file, FIELDS[kind][name]) for name, file in files.items()})
-        judges = files["qrels"] if kind == "retrieval" else folder / "none"
-        content.has_other_splits = judges.parent != folder and len(list(judges.parent.iterdir())) > 1
-        if judges.name.startswith("dev."):
-            content.notes.append(f"judged by qrels/{judges.name}: there is no test split")
-        return content
-
-    return Found("task folder" if type_ else "BEIR folder", files, read)
+    tables = {name: read_table(file, FIELDS[kind][name]) for name, file in files.items()}
+    content = Content("task folder" if type_ else "BEIR folder", kind, files, tables)
+    if kind == "retrieval" and files["qrels"].parent != folder:
+        if files["qrels"].name.startswith("dev."):
+            content.notes.append(f"judged by qrels/{files['qrels'].name}: there is no test split")
+        if len(list(files["qrels"].parent.iterdir())) > 1:  # queries without judgments are those of other splits
+            judged, queries = {row["query-id"] for row in tables["qrels"].rows}, tables["queries"]
+            own = [index for index, row in enumerate(queries.rows) if row["_id"] in judged]
+            rows, places = [queries.rows[i] for i in own], [queries.places[i] for i in own]
+            tables["queries"] = Table(queries.file, rows, places)
+    return content
 
 
 # queries, corpus and relevant_docs, as LlamaIndex and sentence-transformers have them ---------------------------------
 
 
-def _dictionaries(place: Path, type_: str) -> Found | None:
+def _dictionaries(place: Path, type_: str) -> Content | None:
     """One JSON file with three dictionaries, or three files with one each."""
     if type_ not in ("", "retrieval"):
         return None
-    homes = {name: place / f"{name}.json" for name in _DICTIONARIES}
-    files = homes
+    files = homes = {name: place / f"{name}.json" for name in _DICTIONARIES}
     if all(file.is_file() for file in homes.values()):
         whole = {name: read_json(file, strict=True) for name, file in homes.items()}
     else:
@@ -118,6 +97,10 @@ def _dictionaries(place: Path, type_: str) -> Found | None:
         if missing := [name for name in _DICTIONARIES if not isinstance(whole, dict) or name not in whole]:
             there = ", ".join(whole) if isinstance(whole, dict) else f"a {type(whole).__name__}"
             raise DataError(file, f"lacks {', '.join(missing)}", f"here is {there:.200}")
+    for name, file in homes.items():
+        if not isinstance(whole[name], dict):
+            hint = "query id: list of document ids" if name == "relevant_docs" else "id: text"
+            raise DataError(file, f"is a {type(whole[name]).__name__}, not {{{hint}, ...}}", field=name)
 
     def texts(name: str) -> Iterator[tuple[Place, Row]]:
         for key, value in whole[name].items():
@@ -130,23 +113,16 @@ def _dictionaries(place: Path, type_: str) -> Found | None:
             for document, score in own.items() if isinstance(own, dict) else [(document, 1) for document in own]:
                 yield f"relevant_docs.{query}", dict(zip(QRELS, (query, document, score), strict=True))
 
-    def read() -> Content:
-        for name, file in homes.items():
-            if not isinstance(whole[name], dict):
-                hint = "query id: list of document ids" if name == "relevant_docs" else "id: text"
-                raise DataError(file, f"is a {type(whole[name]).__name__}, not {{{hint}, ...}}", field=name)
-        fields = FIELDS["retrieval"]
-        tables = {name: read_table(homes[name], fields[name], texts(name)) for name in ("corpus", "queries")}
-        tables["qrels"] = read_table(homes["relevant_docs"], fields["qrels"], judgments())
-        return Content("retrieval", tables)
-
-    return Found("question set (queries, corpus, relevant_docs)", files, read)
+    fields = FIELDS["retrieval"]
+    tables = {name: read_table(homes[name], fields[name], texts(name)) for name in ("corpus", "queries")}
+    tables["qrels"] = read_table(homes["relevant_docs"], fields["qrels"], judgments())
+    return Content("question set (queries, corpus, relevant_docs)", "retrieval", files, tables)
 
 
 # Rows of queries and positives, or of pairs with scores ---------------------------------------------------------------
 
 
-def _rows(place: Path, type_: str) -> Found | None:
+def _rows(place: Path, type_: str) -> Content | None:
     """One file of rows: of queries with texts that answer them, or of pairs with a score."""
     file = _only_file(place)
     if file is None or type_ not in ("", "retrieval", "sts", "pair_classification"):
@@ -154,10 +130,9 @@ def _rows(place: Path, type_: str) -> Found | None:
     first = next(_records(file), (0, {}))[1]
     has = {role for role in ("query", "positive", "sentence1", "sentence2", "score") if column_of(first, role) in first}
     if has >= {"query", "positive"} and type_ in ("", "retrieval"):
-        what = "Ragas question set" if "user_input" in first else "queries with their positives"
-        return Found(what, {"pairs": file}, lambda: _read_positives(file, _records(file)))
+        return _read_positives(file, "Ragas question set" if "user_input" in first else "queries with their positives")
     if has >= {"sentence1", "sentence2", "score"} and type_ != "retrieval":
-        return Found("pairs with scores", {"pairs": file}, lambda: _read_pairs(file, type_))
+        return _read_pairs(file, type_)
     there = ", ".join(map(str, first))
     hint = f"query and positive, or sentence1, sentence2 and score; here are {there:.200}"
     of_type = f" of type {type_}" if type_ else ""
@@ -185,50 +160,25 @@ def _records(file: Path) -> Iterator[tuple[Place, Row]]:
 
 def _read_pairs(file: Path, type_: str) -> Content:
     """STS; where all scores are 0 or 1, pair classification. Of a file with several splits, the test split."""
-    rows, asides = list(_records(file)), []
-    if any(row.get("split") == "test" for _, row in rows):
-        tested = [(place, row) for place, row in rows if row.get("split") == "test"]
-        asides = [f"rows of other splits than test, left out: {len(rows) - len(tested):,}"]
-        rows = tested
-    table = read_table(file, FIELDS["sts"]["test"], rows)
+    rows = list(_records(file))
+    tested = [(place, row) for place, row in rows if row.get("split") == "test"]
+    table = read_table(file, FIELDS["sts"]["test"], tested or rows)
     kind = type_ or ("pair_classification" if {row["score"] for row in table.rows} == {0, 1} else "sts")
     if kind == "pair_classification":
-        grades = [index for index, row in enumerate(table.rows) if row["score"] not in (0, 1)]
-        table.refuse((index, "is not 0 or 1", "score") for index in grades)
+        for index, row in enumerate(table.rows):
+            if row["score"] not in (0, 1):
+                raise table.error(index, "is not 0 or 1", "score")
         table.rows = [{**row, "label": int(row.pop("score"))} for row in table.rows]
-    return Content(kind, {"test": table}, asides=asides)
+    return Content("pairs with scores", kind, {"pairs": file}, {"test": table})
 
 
-def _two_files(folder: Path, type_: str) -> Found | None:
-    """``queries`` and ``positives``, two files of texts: row by row, one belongs to the other."""
-    names, suffixes = ("queries", "positives"), (*TABLES, *PLAIN)
-    files = {name: file for suffix in suffixes for name in names if (file := folder / f"{name}{suffix}").is_file()}
-    if len(files) < 2 or type_ not in ("", "retrieval"):
-        return None
-
-    def rows() -> Iterator[tuple[Place, Row]]:
-        for query, positive in itertools.zip_longest(_texts(files["queries"]), _texts(files["positives"])):
-            if query is None or positive is None:
-                short, long = ("queries", "positives") if query is None else ("positives", "queries")
-                raise DataError(files[long], f"has more rows than {files[short].name}", "one positive for each query")
-            yield query[0], {"query": query[1], "positive": positive[1]}
-
-    return Found("queries with their positives", files, lambda: _read_positives(files["queries"], rows()))
-
-
-def _texts(file: Path) -> Iterator[tuple[int, str]]:
-    for line, row in read_rows(file):
-        column = next((name for name in (*TEXT_COLUMNS, "positive") if name in row), TEXT)
-        yield line, parse_row(file, line, row, {column: as_text})[column]
-
-
-def _read_positives(file: Path, rows: Iterable[tuple[Place, Row]]) -> Content:
+def _read_positives(file: Path, what: str) -> Content:
     """Retrieval among all positives and negatives, each text once."""
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     judged: dict[tuple[str, str], int] = {}
     without = same = 0
-    for row in read_table(file, ANSWERED, rows, optional=("negative",)).rows:
+    for row in read_table(file, ANSWERED, _records(file), optional=("negative",)).rows:
         others = [text for text in row["positive"] if text != row["query"]]
         without, same = without + (not row["positive"]), same + (len(others) < len(row["positive"]))
         for text in others:
@@ -245,4 +195,6 @@ def _read_positives(file: Path, rows: Iterable[tuple[Place, Row]]) -> Content:
     }
     told = {"queries without a positive": without, "positives that are their own query": same}
     notes = [f"{what}, left out: {count:,}" for what, count in told.items() if count]
-    return Content("retrieval", {name: Table(file, table) for name, table in made.items()}, notes)
+    return Content(
+        what, "retrieval", {"pairs": file}, {name: Table(file, table) for name, table in made.items()}, notes
+    )

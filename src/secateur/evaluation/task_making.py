@@ -25,9 +25,8 @@ TITLES = ("title", "headline", "heading")
 BODIES = (TEXT, "body", "content", "abstract", "passage", "document", "sentence")
 LEAST_TEXT, LEAST_QUERY = 40, 12
 """Bytes in UTF-8 of a document and of a query: a Chinese character has three, and says as much as three letters."""
-EMPTY, COPY = "texts dropped as nearly empty", "texts dropped as copies of others"
-WITHOUT = "documents not asked for: title or first sentence missing or very short"
-SHARED = "documents not asked for: another has the same title or first sentence"
+DROPPED = "texts dropped, nearly empty or copies of others"
+UNASKED = "documents not asked for: title or first sentence missing, very short or shared with another"
 _SENTENCE = re.compile(r"(?s)\s*(.{6,}?(?:[.!?…](?=\s)|[。！？]|(?=\n)))(.*)")
 """Up to the first end of a sentence or line, beyond what may be an abbreviation; and the rest."""
 
@@ -68,10 +67,9 @@ def make_task(options: MakeTaskOptions) -> MadeTask:
         OutputError: ``out`` cannot be written, or holds something.
     """
     title, pairs = _read(options.texts, options.title, options.text)
-    made, left_out = _documents(pairs)
+    made = _documents(pairs)
     asked = Counter(_plain(query) for query, _ in made if query)
     able = [index for index, (query, _) in enumerate(made) if query and asked[_plain(query)] == 1]
-    left_out[SHARED] = sum(asked.values()) - len(able)
     if not able:
         hint = "name the columns with --title and --text" if title else "texts need two sentences or a title"
         raise DataError(options.texts, "none of its texts can have a query", hint)
@@ -90,6 +88,7 @@ def make_task(options: MakeTaskOptions) -> MadeTask:
         corpus = {f"d{index}": document for index, (_, document) in enumerate(made)}
         queries = {f"q{index}": made[index][0] for index in chosen}
         write_retrieval(partial, about, queries, corpus, ((f"q{index}", f"d{index}", 1) for index in chosen))
+    left_out = {DROPPED: len(pairs) - len(made), UNASKED: len(made) - len(able)}
     told = {why: count for why, count in left_out.items() if count}
     return MadeTask(options.out, name, how, len(pairs), len(made), len(chosen), told)
 
@@ -115,57 +114,38 @@ def write_retrieval(
 
 def _read(file: Path, title: str | None, text: str | None) -> tuple[str, list[tuple[str, str]]]:
     """The column of titles, which may be none, and title and text of each row."""
-    chosen: dict[str, str] = {}
-    pairs = []
-    for line, row in read_rows(file):
-        if not chosen:
-            chosen = {
-                "title": title or next((name for name in TITLES if name in row), ""),
-                "text": text or next((name for name in BODIES if name in row), ""),
-            }
-            if not chosen["text"]:
-                hint = f"--text takes one of those that are there: {', '.join(map(str, row))}"
-                raise DataError(file, "none of its columns is known to hold texts", hint, line=line)
-            fields = {column: as_text_or_empty for column in chosen.values() if column}
-        found = parse_row(file, line, row, fields, optional=[chosen["title"]] if title is None else ())
-        pairs.append((found.get(chosen["title"], ""), found[chosen["text"]]))
-    if not pairs:
+    rows = list(read_rows(file))
+    if not rows:
         raise DataError(file, "has no rows")
-    return chosen["title"], pairs
+    line, first = rows[0]
+    optional = [] if title else [*TITLES]
+    title = title or next((name for name in TITLES if name in first), "")
+    text = text or next((name for name in BODIES if name in first), "")
+    if not text:
+        hint = f"--text takes one of those that are there: {', '.join(map(str, first))}"
+        raise DataError(file, "none of its columns is known to hold texts", hint, line=line)
+    fields = {column: as_text_or_empty for column in (title, text) if column}
+    parsed = [parse_row(file, line, row, fields, optional=optional) for line, row in rows]
+    return title, [(row.get(title, ""), row[text]) for row in parsed]
 
 
-def _documents(pairs: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """Query, which may be empty, and document of each text that is no copy of another; and how many are left out.
+def _documents(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Query, which may be empty, and document of each text that is neither nearly empty nor a copy of another.
 
     Where no text has a title, every text that has two sentences gives up its first one, whether or not it is drawn as a
     query: otherwise those that are drawn would be known by it.
     """
     titled = any(title.strip() for title, _ in pairs)
-    left_out = dict.fromkeys((EMPTY, COPY, WITHOUT), 0)
     found: dict[str, tuple[str, str]] = {}
     for title, text in pairs:
-        query, document = _without_title(title, text) if titled else _without_first_sentence(text)
-        if len(document.encode()) < LEAST_TEXT:
-            left_out[EMPTY] += 1
-        elif _plain(document) in found:
-            left_out[COPY] += 1
-        else:
-            asks = len(query.encode()) >= LEAST_QUERY
-            left_out[WITHOUT] += not asks
-            found[_plain(document)] = (query if asks else "", document)
-    return list(found.values()), left_out
-
-
-def _without_title(title: str, text: str) -> tuple[str, str]:
-    """The title, and the text without it where it begins with it: to find that would be no task."""
-    title = " ".join(title.split())
-    return title, text.strip().removeprefix(title).lstrip(" \t\n:-—") if title else text.strip()
-
-
-def _without_first_sentence(text: str) -> tuple[str, str]:
-    if (found := _SENTENCE.match(text)) and len(found[2].strip().encode()) >= LEAST_TEXT:
-        return " ".join(found[1].split()), found[2].strip()
-    return "", text.strip()
+        query, document = " ".join(title.split()), text.strip()
+        if query:  # a text that begins with its title would be found by that
+            document = document.removeprefix(query).lstrip(" \t\n:-—")
+        elif not titled and (parts := _SENTENCE.match(text)) and len(parts[2].strip().encode()) >= LEAST_TEXT:
+            query, document = " ".join(parts[1].split()), parts[2].strip()
+        if len(document.encode()) >= LEAST_TEXT:
+            found.setdefault(_plain(document), (query if len(query.encode()) >= LEAST_QUERY else "", document))
+    return list(found.values())
 
 
 def _plain(text: str) -> str:

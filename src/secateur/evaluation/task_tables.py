@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from secateur.data.rows import (
     CELLS,
     Fields,
+    Place,
     Row,
     as_binary,
     as_id,
@@ -23,13 +24,13 @@ from secateur.data.rows import (
     as_number,
     as_text,
     as_text_or_empty,
+    error_at,
     list_of,
     parse_row,
     read_rows,
 )
 from secateur.errors import DataError
 
-MISTAKES_TOLD = 5
 _JUDGMENT = re.compile(r"([-+]?[0-9]{1,9})(\.0+)?")
 
 
@@ -139,9 +140,6 @@ def metric_of(type_: str, wanted: str, file: Path, tables: Mapping[str, Table]) 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
-Place = int | str
-"""The line of a row, or the key of an entry in a JSON file: ``queries.q1``; of a list, ``[7]``."""
-
 
 @dataclass
 class Table:
@@ -151,30 +149,9 @@ class Table:
     rows: list[dict[str, Any]] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
 
-    def refuse(self, mistakes: Iterable[tuple[int, str, str | None]]) -> None:
-        """Raise the first of some mistakes, each the number of a row, what is wrong with it, and the column."""
-        found = [(self.places[row], problem, column) for row, problem, column in mistakes]
-        raise_first([(place, error_at(self.file, place, problem, column)) for place, problem, column in found])
-
-
-def error_at(file: Path, place: Place, problem: str, column: str | None = None) -> DataError:
-    """The error of a row or an entry."""
-    if isinstance(place, int):
-        return DataError(file, problem, line=place, field=column)
-    return DataError(file, problem, field=f"{place}.{column}" if column and place.startswith("[") else place)
-
-
-def raise_first(mistakes: Sequence[tuple[Place, DataError]]) -> None:
-    """Raise the first of several mistakes in a file, if any; it names the places of the others."""
-    if not mistakes:
-        return
-    first, others = mistakes[0][1], [str(place) for place, _ in mistakes[1:]]
-    if others:
-        more = f" and {len(others) - MISTAKES_TOLD} more" if len(others) > MISTAKES_TOLD else ""
-        kind = ("lines " if len(others) > 1 else "line ") if isinstance(mistakes[0][0], int) else ""
-        verb = "are" if len(others) > 1 else "is"
-        first.args = (f"{first}; {kind}{', '.join(others[:MISTAKES_TOLD])}{more} {verb} not valid either",)
-    raise first
+    def error(self, row: int, problem: str, column: str | None = None) -> DataError:
+        """The error of a row, by its number."""
+        return error_at(self.file, self.places[row], problem, field=column)
 
 
 def read_table(
@@ -187,9 +164,9 @@ def read_table(
     """Rows, by default those of the file, whose columns are checked, and called as in :data:`FIELDS`.
 
     Raises:
-        DataError: The first that is broken, with the places of others like it; or there are none.
+        DataError: One is broken, or there are none.
     """
-    table, mistakes = Table(file), []
+    table = Table(file)
     of_cells = file.name.lower().endswith(CELLS)
     parsers = {name: _of_cell(parse) if of_cells else parse for name, parse in fields.items()}
     seen: Collection[str] = ()
@@ -198,17 +175,9 @@ def read_table(
             seen = row.keys()
             there = {column_of(row, role): role for role in fields}
             columns = {column: parsers[role] for column, role in there.items()}
-        line = place if isinstance(place, int) else None
-        try:
-            found = parse_row(file, line, row, columns, optional=optional)
-        except DataError as error:
-            if line is None:
-                error = error_at(file, place, str(error).removeprefix(f'{file}, "{error.field}": '), error.field)
-            mistakes.append((place, error))
-            continue
+        found = parse_row(file, place, row, columns, optional=optional)
         table.places.append(place)
         table.rows.append({there[column]: value for column, value in found.items()})
-    raise_first(mistakes)
     if not table.rows:
         raise DataError(file, "has no rows")
     return table
@@ -239,21 +208,21 @@ def _of_cell(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 @dataclass
 class Content:
-    """The tables of a task, by name, as they were read.
+    """A task as it was read.
 
     Attributes:
+        what: The format of its files, in words.
         type: Of the task.
-        tables: The rows.
+        files: By name.
+        tables: The rows, by name.
         notes: What a reader of its scores must know.
-        asides: What only somebody who looks at the task wants to know.
-        has_other_splits: Whether queries without judgments are those of other splits, and so no more than an aside.
     """
 
+    what: str
     type: str
+    files: dict[str, Path]
     tables: dict[str, Table]
     notes: list[str] = field(default_factory=list)
-    asides: list[str] = field(default_factory=list)
-    has_other_splits: bool = False
 
     def check(self) -> None:
         """Refuse rows that make no task of this type; of retrieval, leave out what mteb would not encode either.
@@ -271,51 +240,36 @@ class Content:
             if len({row[column] for row in table.rows}) < 2:
                 raise DataError(table.file, f"is {table.rows[0][column]!r} in every row", "two or more", field=column)
         test = self.tables["test"]
-        mistakes: list[tuple[int, str, str | None]] = []
-        if self.type == "classification":
-            train = self.tables["train"]
-            known, where = {row["label"] for row in train.rows}, f"does not occur in {train.file.name}"
-            for index, row in enumerate(test.rows):
-                if row["label"] not in known:
-                    mistakes.append((index, f"{row['label']!r} {where}", "label"))
-        elif self.type == "reranking":
-            for index, row in enumerate(test.rows):
-                if both := [text for text in row["negative"] if text in row["positive"]]:
-                    mistakes.append((index, f'"{both[0]:.60}" is a positive of this query, too', "negative"))
-        elif self.type == "summarization":
-            for index, row in enumerate(test.rows):
-                given, needed = len(row["relevance"]), len(row["machine_summaries"])
-                if given != needed:
-                    mistakes.append((index, f"has {given} numbers for {needed} machine summaries", "relevance"))
-        test.refuse(mistakes)
+        known = {row["label"] for row in self.tables["train"].rows} if self.type == "classification" else set()
+        for index, row in enumerate(test.rows):
+            if self.type == "classification" and row["label"] not in known:
+                problem = f"{row['label']!r} does not occur in {self.tables['train'].file.name}"
+                raise test.error(index, problem, "label")
+            if self.type == "reranking" and (both := [text for text in row["negative"] if text in row["positive"]]):
+                raise test.error(index, f'"{both[0]:.60}" is a positive of this query, too', "negative")
+            if self.type == "summarization" and len(row["relevance"]) != len(row["machine_summaries"]):
+                problem = f"has {len(row['relevance'])} numbers for {len(row['machine_summaries'])} machine summaries"
+                raise test.error(index, problem, "relevance")
         if self.type == "summarization" and all(len(set(row["relevance"])) < 2 for row in test.rows):
             raise DataError(test.file, "is constant within every row", field="relevance")
 
     def _check_ids(self) -> None:
-        """Ids that occur twice, judgments of what is not there, and no document that is relevant."""
-        corpus, queries, qrels = (self.tables[name] for name in ("corpus", "queries", "qrels"))
-        for table, columns in ((corpus, ("_id",)), (queries, ("_id",)), (qrels, QRELS[:2])):
-            first: dict[tuple[str, ...], int] = {}
-            twice: list[tuple[int, str, str | None]] = []
+        """Refuse ids that occur twice, judgments of what is not there, and no document that is relevant."""
+        for name, columns in (("corpus", ("_id",)), ("queries", ("_id",)), ("qrels", QRELS[:2])):
+            table, first = self.tables[name], dict[tuple[str, ...], int]()
             for index, row in enumerate(table.rows):
                 key = tuple(row[column] for column in columns)
                 if (before := first.setdefault(key, index)) != index:
-                    what = "score" if table is qrels else "text"
-                    other = "" if table.rows[before] == row else f", with another {what}"
                     where = f"line {place}" if isinstance(place := table.places[before], int) else place
-                    twice.append((index, f"{', '.join(map(repr, key))} occurs twice{other} (first: {where})", None))
-            table.refuse(twice)
-        known = {}
-        for name, column, table in (("queries", "query-id", queries), ("corpus", "corpus-id", corpus)):
-            where = name if table.file == qrels.file else table.file.name
-            known[column] = {row["_id"] for row in table.rows}, where
-        unknown: list[tuple[int, str, str | None]] = []
+                    raise table.error(index, f"{', '.join(map(repr, key))} occurs twice (first: {where})")
+        qrels = self.tables["qrels"]
+        ids = {name: {row["_id"] for row in self.tables[name].rows} for name in ("queries", "corpus")}
         for index, row in enumerate(qrels.rows):
-            for column, (ids, where) in known.items():
-                if row[column] not in ids:
-                    unknown.append((index, f"{row[column]!r} is not in {where}", column))
-                    break
-        qrels.refuse(unknown)
+            for column, name in (("query-id", "queries"), ("corpus-id", "corpus")):
+                if row[column] not in ids[name]:
+                    file = self.tables[name].file
+                    where = name if file == qrels.file else file.name
+                    raise qrels.error(index, f"{row[column]!r} is not in {where}", column)
         if not any(row["score"] for row in qrels.rows):
             raise DataError(qrels.file, "calls no document relevant", "one score at least is above 0", field="score")
 
@@ -336,6 +290,5 @@ class Content:
             self.notes.append(f"documents without text, left out: {empty:,}")
         asked = [row for row in queries.rows if row["_id"] in judged]
         if unjudged := len(queries.rows) - len(asked):
-            note = f"queries without a judgment, left out: {unjudged:,} of {len(queries.rows):,}"
-            (self.asides if self.has_other_splits else self.notes).append(note)
+            self.notes.append(f"queries without a judgment, left out: {unjudged:,} of {len(queries.rows):,}")
         self.tables |= {"corpus": Table(corpus.file, documents), "queries": Table(queries.file, asked)}

@@ -3,11 +3,8 @@
 A benchmark is the list of its tasks, each named ``BENCHMARK/TASK``: a benchmark may take a part of a task's languages
 and splits, as ``MTEB(eng, v1)/STS17`` is English alone.
 
-Every metric is mteb's own code on mteb's own protocol. What its protocol leaves out or repeats stays as it is:
-classification fits 10 logistic regressions on 8 training texts of each label and averages; clustering embeds 4 % of
-the texts and averages 10 runs of mini-batch k-means, each on 16,384 of them drawn with replacement. One thing differs,
-because 4 % of few texts is nothing: a clustering task whose 4 % would be fewer than :data:`TEXTS_PER_CLUSTER` for each
-label, or that was sampled already, embeds all its texts (mteb's ``max_fraction_of_documents_to_embed = None``).
+Every metric is mteb's own code on mteb's own protocol, with one exception: clustering embeds 4 % of the texts, and all
+of them where that would be fewer than :data:`TEXTS_PER_CLUSTER` for each label, or where the task was sampled already.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -51,8 +49,7 @@ class Task:
         metadata: mteb's description of it.
         instruction: What the texts or queries are encoded for; may be empty.
         source: Fingerprint of the data, before sampling.
-        make: Gives a fresh mteb task. Each model needs its own: a clustering task draws on from its random state, so
-            that a second model would be scored on other texts.
+        make: Gives a fresh mteb task, for each model its own: a clustering task draws on from its random state.
         note: What a reader of its scores must know.
     """
 
@@ -77,11 +74,11 @@ def expand(tasks: Sequence[str | Path]) -> list[str | Path]:
     """Tasks with each benchmark's name replaced by the names of its tasks, in its order."""
     expanded: list[str | Path] = []
     for task in tasks:
-        try:
-            members = None if Path(task).exists() else mteb.get_benchmark(str(task)).tasks
-        except KeyError:
-            members = None
-        expanded += [task] if members is None else [f"{task}/{own.metadata.name}" for own in members]
+        names: list[str | Path] = [task]
+        if not Path(task).exists():
+            with suppress(KeyError):
+                names = [f"{task}/{own.metadata.name}" for own in mteb.get_benchmark(str(task)).tasks]
+        expanded += names
     return expanded
 
 
@@ -120,11 +117,9 @@ def open_tasks(tasks: Sequence[str | Path | Task], sample: int | None, seed: int
     for task in tasks:
         opened += [task] if isinstance(task, Task) else [open_task(t, sample=sample, seed=seed) for t in expand([task])]
     names = [task.name for task in opened]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ConfigError(
-            "tasks", tasks, f"two tasks are called {twice[0]}", 'change "name" in one task.json, or rename it'
-        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        hint = 'change "name" in one task.json, or rename it'
+        raise ConfigError("tasks", tasks, f"two tasks are called {twice[0]}", hint)
     return opened
 
 

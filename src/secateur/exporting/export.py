@@ -18,7 +18,6 @@ import numpy.typing as npt
 from sentence_transformers import SentenceTransformer
 
 from secateur import runtime
-from secateur.data.demo import pairs_of
 from secateur.data.embedders import as_model
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, ExportTooFar, ModelError
@@ -35,6 +34,7 @@ from secateur.provenance import EXPORT, Fingerprint, provenance
 from secateur.results import Table
 from secateur.runtime.core import Vectors
 from secateur.runtime.encoder import VectorFormat
+from secateur.studies.demo import pairs_of
 
 STEP = "export"
 COMPARED, CALIBRATED = 64, 96

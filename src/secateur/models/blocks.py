@@ -1,7 +1,7 @@
 """Where an architecture keeps its layers, final norm and linear modules, by structure; and models without weights.
 
-Nothing here knows an architecture by name. The layers are found by what transformers says of every model: the classes
-whose outputs it records, the classes it does not split.
+Nothing here knows an architecture by name: the layers are the outermost list of as many modules as the configuration
+counts layers.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.initialization import no_init_weights
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedArchitecture
-from secateur.models.compat import recorded_classes, unsplit_classes
+from secateur.models.compat import recorded_classes
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,10 @@ class Stack:
     Attributes:
         path: Dotted path of the ``ModuleList`` from the model, such as ``layers`` or ``language_model.layers``.
         norm: Dotted path of the final norm; None where the layers end normed (post-LN encoders).
-        found_by: The rule that told the layers from other lists of modules.
     """
 
     path: str
     norm: str | None
-    found_by: str
 
 
 def text_config(model_or_config: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
@@ -62,24 +59,12 @@ def find_stack(model: PreTrainedModel) -> Stack:
     depth = getattr(text_config(model), "num_hidden_layers", 0)
     prefix, tower = _text_tower(model)
     lists = [
-        (path, module)
-        for path, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth > 0
+        path for path, module in tower.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth > 0
     ]
-    recorded = _recorded(tower, "hidden_states")
-    unsplit = {cls for part in tower.modules() if isinstance(part, PreTrainedModel) for cls in unsplit_classes(part)}
-    rules: tuple[tuple[str, Callable[[nn.Module], bool]], ...] = (  # the surest first
-        ("recorded outputs", lambda block: isinstance(block, recorded)),
-        ("unsplit modules", lambda block: type(block).__name__ in unsplit),
-        ("checkpointed layers", lambda block: isinstance(block, GradientCheckpointingLayer)),
-        ("length", lambda block: True),
-    )
-    for found_by, is_block in rules:
-        hits = [path for path, blocks in lists if all(map(is_block, blocks))]
-        if hits:
-            path = min(hits, key=lambda hit: hit.count("."))
-            norm = _find_norm(tower, path)
-            return Stack(prefix + path, None if norm is None else prefix + norm, found_by)
+    if lists:
+        path = min(lists, key=lambda path: path.count("."))
+        norm = _find_norm(tower, path)
+        return Stack(prefix + path, None if norm is None else prefix + norm)
     groups = getattr(text_config(model), "num_hidden_groups", depth)
     if groups < depth:
         problem = f"its {depth} layers share the weights of {groups}, so none can be taken out"
@@ -95,12 +80,6 @@ def _text_tower(model: PreTrainedModel) -> tuple[str, nn.Module]:
         if isinstance(module, PreTrainedModel) and module.config is config:
             return f"{path}." if path else "", module
     return "", model
-
-
-def _recorded(model: nn.Module, what: str) -> tuple[type, ...]:
-    """The classes whose outputs a model or a part of it records under a name."""
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return tuple({cls for part in parts for cls in recorded_classes(part, what)})
 
 
 def _find_norm(tower: nn.Module, path: str) -> str | None:
@@ -122,9 +101,7 @@ def _find_norm(tower: nn.Module, path: str) -> str | None:
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The layers, in order."""
-    blocks = model.get_submodule(find_stack(model).path)
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+    return cast("nn.ModuleList", model.get_submodule(find_stack(model).path))
 
 
 def shares_weights(model: PreTrainedModel) -> bool:
@@ -146,23 +123,20 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 def embeddings_of(model: PreTrainedModel) -> nn.Module:
     """The table of token embeddings."""
-    table: nn.Module = model.get_input_embeddings()
-    return table
+    return cast("nn.Module", model.get_input_embeddings())
 
 
 def states_of(output: Any) -> torch.Tensor:
     """The hidden states in what a layer returns: itself, or the first of a tuple."""
-    states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return states
+    return cast("torch.Tensor", output[0] if isinstance(output, (tuple, list)) else output)
 
 
 @torch.no_grad()
 def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -> bool:
     """Whether the final norm of the last layer's output is what the model, in evaluation mode, itself returns.
 
-    Where it is, one forward pass with hooks gives every depth. It is not where something else stands after the layers
-    (OPT-350m's projection, Gemma 3n's merging of streams): there, each depth takes a forward pass of its own.
-    ``features`` are a batch: ``input_ids`` and ``attention_mask``, (texts, tokens).
+    Where it is, one forward pass with hooks gives every depth; OPT-350m's projection and Gemma 3n's merging of streams
+    take a pass for each. ``features`` are a batch: ``input_ids`` and ``attention_mask``, (texts, tokens).
     """
     caught: list[torch.Tensor] = []
     hook = blocks_of(model)[-1].register_forward_hook(lambda *call: caught.append(states_of(call[-1])))
@@ -190,24 +164,25 @@ def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
     tower may use the same names). Left out are routers of experts that return more than a product, and the
     projections of state-space mixers whose weights are read past any adapter.
     """
+
+    def is_read_past(name: str) -> bool:
+        parent, _, attribute = name.rpartition(".")
+        mixer = model.get_submodule(parent)
+        return attribute in ("dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+
     prefix = find_stack(model).path + "."
-    routers = _recorded(model, "router_logits")
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    routers = tuple({cls for part in parts for cls in recorded_classes(part, "router_logits")})
     linear = [
         name
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, routers)
     ]
-    inside = [name for name in linear if name.startswith(prefix) and not _is_read_past(model, name)]
+    inside = [name for name in linear if name.startswith(prefix) and not is_read_past(name)]
     outside = [name for name in linear if not name.startswith(prefix)]
     short = list(dict.fromkeys(name[len(prefix) :].partition(".")[2] for name in inside))
     clash = any(f".{name}".endswith(f".{end}") for name in outside for end in short)
     return tuple(inside if clash else short)
-
-
-def _is_read_past(model: nn.Module, name: str) -> bool:
-    parent, _, attribute = name.rpartition(".")
-    mixer = model.get_submodule(parent)
-    return attribute in ("dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
 
 
 def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

@@ -28,11 +28,6 @@ def recorded_classes(model: PreTrainedModel, what: str) -> list[type]:
     return [cls for cls in classes if isinstance(cls, type)]
 
 
-def unsplit_classes(model: PreTrainedModel) -> set[str]:
-    """Names of the classes of modules that transformers keeps on one device."""
-    return set(model._no_split_modules or ())
-
-
 def is_ignored(model: PreTrainedModel, name: str) -> bool:
     """Whether transformers leaves a tensor out on purpose when it loads, such as layers that predict later tokens."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())

@@ -1,10 +1,9 @@
 """Which layers a model can be cut to, and what else the cut changes, told without weights.
 
 A cut is judged by one question: *is the model that transformers builds from the cut configuration the cut model?* Both
-are built without weights (on the ``meta`` device, some hundredths of a second), and compared module by module: classes,
-shapes, and the numbers that a module computed from its configuration or its position. What differs is either a copy of
-the position or the depth, which the cut brings in step, or a tensor that packs one slice for each layer, which the cut
-slices, or a reason to refuse.
+are built without weights, and compared module by module: classes, shapes, and the numbers that a module computed from
+its configuration or its position. What differs is either a copy of the position or the depth, which the cut brings in
+step, or a tensor that packs one slice for each layer, which the cut slices, or a reason to refuse.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import copy
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -91,13 +90,11 @@ class Plan:
     """What a cut changes besides the list of layers.
 
     Attributes:
-        problem: Why the cut is not possible; empty where it is.
         values: (module, attribute, value), by the paths of the cut model.
         packed: (module, tensor, axis) of tensors that pack one slice for each layer along an axis.
         unused: Modules, by the paths of the cut model, that only layers now gone have used.
     """
 
-    problem: str = ""
     values: tuple[tuple[str, str, Any], ...] = ()
     packed: tuple[tuple[str, str, int], ...] = ()
     unused: tuple[str, ...] = ()
@@ -112,33 +109,34 @@ def check_keep(config: PretrainedConfig, keep: Sequence[int]) -> None:
     legal_plan(skeleton(config), keep)
 
 
-def legal_depths(config: PretrainedConfig) -> tuple[int, ...]:
-    """The depths k for which the first k layers are a model that saves and reloads unchanged. Needs no weights.
+def legal_depths(config: PretrainedConfig, layers: Callable[[int], Sequence[int]] = range) -> tuple[int, ...]:
+    """The depths that a model can be cut to, saved and reloaded unchanged, ascending. Needs no weights.
+
+    ``layers`` gives the indices of the layers that stay at a depth. Default: the first ones.
 
     Raises:
         UnsupportedArchitecture: The architecture cannot be cut at all.
     """
-    return tuple(depth for depth, _ in _cuts(skeleton(config)))
+    return tuple(depth for depth, _ in _cuts(skeleton(config), layers))
 
 
 def legal_plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:
     """The plan of a cut, or an error that names the nearest legal depths."""
     depth, kept = depth_of(full), list(keep)
-    plan = Plan()
-    if not kept:
-        plan = Plan("at least one layer must stay")
-    elif not all(0 <= i < depth for i in kept):
-        plan = Plan(f"its layers are 0 to {depth - 1}")
-    elif kept != sorted(set(kept)):
-        plan = Plan("layers must ascend, each at most once")
-    else:
-        plan = _plan(full, kept)
-    if not plan.problem:
-        return plan
+    try:
+        if not kept:
+            raise _Misfit("at least one layer must stay")
+        if not all(0 <= i < depth for i in kept):
+            raise _Misfit(f"its layers are 0 to {depth - 1}")
+        if kept != sorted(set(kept)):
+            raise _Misfit("layers must ascend, each at most once")
+        return _plan(full, kept)
+    except _Misfit as misfit:
+        problem = str(misfit)
     asked = str(len(kept)) if kept == list(range(len(kept))) else f"layers {', '.join(map(str, kept))}"
     legal, wanted = [legal for legal, _ in _cuts(full)], max(1, len(kept))
     nearest = (*[k for k in legal if k <= wanted][-1:], *[k for k in legal if k > wanted][:1])
-    raise IllegalDepth(asked, depth, plan.problem, nearest)
+    raise IllegalDepth(asked, depth, problem, nearest)
 
 
 def packed_tensors(model: PreTrainedModel) -> tuple[str, ...]:
@@ -156,12 +154,14 @@ def late_modules(model: PreTrainedModel) -> dict[str, int]:
     return {name: depth for depth, plan in _cuts(full) for name in plan.unused}
 
 
-def _cuts(full: PreTrainedModel) -> Iterator[tuple[int, Plan]]:
+def _cuts(full: PreTrainedModel, layers: Callable[[int], Sequence[int]] = range) -> Iterator[tuple[int, Plan]]:
     """The depths that a model without weights can be cut to, from the shallowest, and what each cut changes."""
     for depth in range(1, depth_of(full) + 1):
-        plan = _plan(full, range(depth))
-        if not plan.problem:
-            yield depth, plan
+        try:
+            plan = _plan(full, layers(depth))
+        except _Misfit:
+            continue
+        yield depth, plan
 
 
 def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
@@ -206,8 +206,7 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
     """Within: the uncut model gives what it would give if it had the kept layers only, in training too.
 
     Of the others, those before the first kept one are run, and hand on what they were given; those after it are not,
-    and their weights are never read. Nothing of what :func:`cut` or a cut configuration does is used, so that both
-    can be checked by it.
+    and their weights are never read. It uses nothing of :func:`cut`, which is checked by it.
     """
     last: list[Any] = []  # what the latest of the kept layers gave
 
@@ -234,11 +233,15 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
 
 
 class _Misfit(Exception):
-    """The cut model is not the model that its configuration describes."""
+    """Why the cut model is not the model that its configuration describes."""
 
 
 def _plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:
-    """Compare the model, cut, with the one that transformers builds from the cut configuration."""
+    """Compare the model, cut, with the one that transformers builds from the cut configuration.
+
+    Raises:
+        _Misfit: They differ in more than a cut can change.
+    """
     config = copy.deepcopy(full.config)
     path = find_stack(full).path
     try:
@@ -246,14 +249,11 @@ def _plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:
             cut_config(config, keep)
             _check_survives(config)
             target = build(type(full), config)
-    except _Misfit as misfit:
-        return Plan(str(misfit))
+    except _Misfit:
+        raise
     except Exception as error:  # of whatever kind: transformers does not take the cut configuration
-        return Plan(f"transformers refuses the cut configuration ({last_line(error)})")
-    try:
-        return _compare(_cut_modules(full, path, keep), dict(target.named_modules()), path, keep)
-    except _Misfit as misfit:
-        return Plan(str(misfit))
+        raise _Misfit(f"transformers refuses the cut configuration ({last_line(error)})") from error
+    return _compare(_cut_modules(full, path, keep), dict(target.named_modules()), path, keep)
 
 
 def _check_survives(config: PretrainedConfig) -> None:
@@ -264,13 +264,8 @@ def _check_survives(config: PretrainedConfig) -> None:
     written, read = text_config(config).to_dict(), text_config(back).to_dict()
     for name, value in written.items():
         # Names with an underscore tell where a configuration was read from; None stands for a default to fill in.
-        if name.startswith("_") or value is None or read.get(name, value) == value:
-            continue
-        found = read[name]
-        if isinstance(value, list) and isinstance(found, list) and len(value) == len(found):
-            i = next(i for i, item in enumerate(value) if item != found[i])
-            name, value, found = f"{name}[{i}]", value[i], found[i]
-        raise _Misfit(f"{config.model_type} would rewrite {name} on loading, from {value} to {found}")
+        if not (name.startswith("_") or value is None or read.get(name, value) == value):
+            raise _Misfit(f"{config.model_type} would rewrite {name} on loading, from {value} to {read[name]}")
 
 
 def _cut_modules(full: PreTrainedModel, path: str, keep: Sequence[int]) -> dict[str, nn.Module]:
@@ -315,7 +310,7 @@ def _compare(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], pa
             if inside or len(old) != len(new) or len(axes) != 1 or old[axes[0]] * ratio != new[axes[0]]:
                 raise _Misfit(f"{name}.{attribute} depends on place or depth: {old} would become {new}")
             packed.append((name, attribute, axes[0]))
-    return Plan("", tuple(values), tuple(packed), _unused(before, after, keep))
+    return Plan(tuple(values), tuple(packed), _unused(before, after, keep))
 
 
 def changed_values(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any, Any]]:

@@ -2,8 +2,7 @@
 
 Texts are tokenized together, sorted by length and run in batches of about as many tokens each. What all of them start
 with (an instruction) is computed once where a model attends only backwards, since its keys and values cannot depend
-on what follows. Everything after the transformer (pooling, normalisation, a dense head) is what the model's own
-sentence-transformers modules do, at any depth.
+on what follows.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from secateur.models.compat import text_mask
 from secateur.options import PoolingName, SavedPooling
 from secateur.runtime.core import halves as halves
 from secateur.runtime.core import is_out_of_memory as is_out_of_memory
-from secateur.runtime.core import plan_batches
 
 BUDGET = 2048
 """Tokens in a batch, padding included."""
@@ -93,11 +91,6 @@ def padded_length(length: int, longest: int | None = None) -> int:
     return full if longest is None else min(full, max(longest, length))
 
 
-def plan_evenly(lengths: Tensor, budget: int = BUDGET) -> list[list[int]]:
-    """As :func:`.plan_batches`, for lengths (texts,) as a tensor."""
-    return plan_batches(lengths.tolist(), budget)
-
-
 class SharedPrefix(DynamicCache):  # type: ignore[misc]
     """Keys and values of the tokens that all texts start with, computed once and never added to."""
 
@@ -121,12 +114,9 @@ class SharedPrefix(DynamicCache):  # type: ignore[misc]
 def common_start(tokens: Tokens) -> Tensor:
     """The token ids that all texts start with, at least one of each text left out: (tokens,), maybe none."""
     features = tokens.batch(range(len(tokens.lengths)), left=False)
-    ids = features["input_ids"]
-    same = (ids == ids[:1]).all(dim=0)
-    most = int(tokens.lengths.min()) - 1
-    length = int(same.long().cumprod(dim=0)[:most].sum())
-    start: Tensor = ids[0, :length]
-    return start
+    ids: Tensor = features["input_ids"]
+    same = (ids == ids[:1]).all(dim=0)[: int(tokens.lengths.min()) - 1]
+    return ids[0, : int(same.long().cumprod(dim=0).sum())]
 
 
 def run_prefix(transformer: PreTrainedModel, start: Tensor) -> SharedPrefix:
@@ -150,7 +140,7 @@ def run_after(transformer: PreTrainedModel, prefix: SharedPrefix, length: int, f
 
 def wait(device: torch.device) -> None:
     """Until the device has done what it was given. A CPU has."""
-    if device.type in ("cuda", "mps", "xpu"):
+    if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 

@@ -68,8 +68,7 @@ def open_model(
     Args:
         name: A Hub id, a transformers or sentence-transformers folder, a ``.gguf`` file, or ``smollm2``.
         pooling: How a bare language model pools its tokens. Default: ``weighted_mean`` for one that attends only
-            backwards, ``mean`` for one that attends both ways. ``l3prune`` is the paper's own, for profiles: no saved
-            folder can have it. A trained embedder keeps its own.
+            backwards, ``mean`` for one that attends both ways. ``l3prune`` is for profiles: no folder can have it.
         max_length: Tokens after which a text is cut, for a bare language model; never more than the model allows.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: Torch device; default: the GPU where there is one.
@@ -113,21 +112,23 @@ def open_skeleton(name: str | Path) -> Skeleton:
     """
     source = resolve(name)
     with as_model_error(name), quiet():
-        is_gguf = isinstance(source, Path) and source.suffix == ".gguf"
-        if isinstance(source, Path) and not is_gguf:
-            check_folder(source, trust_remote_code=False)
-        modules = None if is_gguf else small_file(source, "modules.json")
-        about = None if is_gguf else small_file(source, "config_sentence_transformers.json")
-        where = {"pretrained_model_name_or_path": str(source), "subfolder": modules[0]["path"] if modules else ""}
-        with _parsed_once() if is_gguf else nullcontext():
-            where = _of_gguf(Path(source)) if is_gguf else where
+        about: Any = {}
+        if str(source).endswith(".gguf"):
+            where = _of_gguf(Path(source))
+        else:
+            if isinstance(source, Path):
+                check_folder(source, trust_remote_code=False)
+            about = small_file(source, "config_sentence_transformers.json") or {}
+            modules = small_file(source, "modules.json")
+            where = {"pretrained_model_name_or_path": str(source), "subfolder": modules[0]["path"] if modules else ""}
+        with _parsed_once() if "gguf_file" in where else nullcontext():
             config = transformers.AutoConfig.from_pretrained(**where)
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         transformer, text = skeleton(config), text_config(config)
         if text_tower(transformer):  # as prune cuts it out of a multimodal model
             text.dtype = text.dtype or config.dtype
             transformer = skeleton(text)
-        prompts = (about or {}).get("prompts") or {}
+        prompts = about.get("prompts") or {}
         return Skeleton(transformer, tokenizer, {key: prompt or "" for key, prompt in prompts.items()})
 
 
@@ -142,9 +143,8 @@ def as_source(name: str | Path, trust_remote_code: bool = False) -> Iterator[str
     """What libraries can open: a Hub id, or a folder that was looked at; a GGUF file is converted for a time."""
     source = resolve(name)
     with tempfile.TemporaryDirectory(prefix="secateur-") as converted:
-        if isinstance(source, Path) and source.suffix == ".gguf":
-            convert_gguf(source, Path(converted))
-            source = Path(converted)
+        if str(source).endswith(".gguf"):
+            source = convert_gguf(Path(source), Path(converted))
         elif isinstance(source, Path):
             check_folder(source, trust_remote_code)
         yield source
@@ -166,9 +166,9 @@ def load_model(
 ) -> tuple[SentenceTransformer, list[str]]:
     """Load a model, and check its weights by their names and shapes; no weight is read yet.
 
-    ``name`` is what the user called it, ``source`` a folder or Hub id, ``key_mapping`` what stands in the model for
-    patterns of names in the checkpoint; ``where`` are ``revision`` and ``trust_remote_code``. Returns the model, of a
-    bare language model its transformer alone, and the names of the tensors that it does not use.
+    ``key_mapping`` is what stands in the model for patterns of names in the checkpoint; ``where`` are ``revision`` and
+    ``trust_remote_code``. Returns the model, of a bare language model its transformer alone, and the names of the
+    tensors that it does not use.
     """
     # Weights of another shape are refused by check_weights, which names them; transformers does not.
     weights: dict[str, Any] = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
@@ -223,18 +223,11 @@ def check_embedder(name: str | Path, pooling: PoolingName | None, max_length: in
 
 def check_device(device: str | None) -> None:
     """Refuse a device that does not exist, or not on this machine; None is torch's own choice."""
-    if device is None:
-        return
-    try:
-        torch.device(device)
-    except RuntimeError:
-        hint = "such as cpu, cuda, cuda:0 or mps"
-        raise ConfigError("device", device, f"{device!r} is no device of torch", hint) from None
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # whichever the device raises
-        problem = f"this machine has no {device} that torch can use"
-        raise ConfigError("device", device, problem, "cpu, or leave --device out") from None
+        problem = f"{device!r} is no device of torch on this machine"
+        raise ConfigError("device", device, problem, "such as cpu, cuda, cuda:0 or mps; or leave it out") from None
 
 
 @torch.no_grad()
@@ -262,14 +255,11 @@ def make_bidirectional(model: SentenceTransformer, name: str | Path) -> None:
         raise UnsupportedArchitecture(name, "cannot attend both ways: is_causal changes none of its vectors")
 
 
-def convert_gguf(file: Path, folder: Path) -> None:
+def convert_gguf(file: Path, folder: Path) -> Path:
     """Write a GGUF file as a transformers folder: float32 safetensors and the tokenizer.
 
     transformers refuses to save a model that it read from GGUF, even dequantized; so its weights are moved into a
     fresh model of the same configuration.
-
-    Raises:
-        ModelError: The package ``gguf`` is not installed.
     """
     where = _of_gguf(file)
     with _parsed_once():
@@ -286,6 +276,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     fresh.load_state_dict(read.state_dict(), assign=True)
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _of_gguf(file: Path) -> dict[str, Any]:
@@ -297,10 +288,7 @@ def _of_gguf(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes seconds each.
-
-    The names of its tensors are listed once, too, not anew for each part of the model.
-    """
+    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes seconds each."""
     gguf: Any = importlib.import_module("gguf")
     with _parsing:
         plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}

@@ -27,12 +27,10 @@ def check_sources(sources: Sequence[Source], max_examples: int) -> None:
         name, rows, pairs = source.source.name, source.rows, isinstance(source, Pairs)
         if contents.count(source.source.sha256) > 1:
             raise DataError(name, "is there twice: its batches would count twice", "name it once")
-        what = f"fewer than two different {'pairs' if pairs else 'texts'}"
-        problem, hint = f"holds {what}", "a loss needs something to tell apart"
-        if len(rows) >= share:
-            problem, hint = f"{what} were drawn from it, of {share}", "raise --max-examples"
+        hint = "a loss needs something to tell apart"
         if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in rows}) < 2:
-            raise DataError(name, problem, hint)
+            hint = "raise --max-examples" if len(rows) >= share else hint
+            raise DataError(name, f"fewer than two different {'pairs' if pairs else 'texts'} were drawn from it", hint)
         relevant: dict[str, set[str]] = {}
         passages: set[str] = set()
         for row in rows:

@@ -1,11 +1,9 @@
-"""Scores of evaluation tasks at every depth, or some, from one encoding of their texts.
+"""Scores of evaluation tasks at several depths, from one encoding of their texts.
 
 mteb's own evaluator scores a task once for each depth. The model it is given looks up its vectors: a text that was not
 asked for before is run through all layers once (:mod:`.depths`), and its vectors of these depths are kept in a
 temporary file until the task is done: texts × depths × dimension × 4 bytes (a thousand texts at 30 depths of 576:
-69 MB). The scores at depth k are those that :func:`.evaluate` gives for the model cut to its first k layers, and all
-depths are resampled alike, so that differences between them have paired intervals. Where a depth is not the first k
-layers (``layers``), it takes an encoding of its own.
+69 MB). All depths are resampled alike, so that differences between them have paired intervals.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from secateur.choosing.selectors import layers_of
-from secateur.evaluation.evaluate import as_encoder, is_instructed, score_task, task_prompts
+from secateur.evaluation.evaluate import as_encoder, score_task, task_prompts
 from secateur.evaluation.tasks import Task
 from secateur.files import output_errors
 from secateur.measures.intervals import Array
@@ -54,41 +52,6 @@ class DepthScore:
     note: str = ""
 
 
-def depth_scores(
-    model: SentenceTransformer,
-    tasks: Sequence[Task],
-    depths: Sequence[int] | None = None,
-    *,
-    sample: int | None = None,
-    seed: int = 42,
-    name: str = "model",
-    progress: Progress = silent,
-) -> tuple[tuple[DepthScore, ...], tuple[str, ...]]:
-    """Score depths of a model on tasks, its prompts chosen as :func:`.evaluate` does.
-
-    Args:
-        model: An opened model; it is left as it was.
-        tasks: Opened with ``sample`` and ``seed``.
-        depths: Which to score. Default: every one.
-        sample: What the tasks were opened with, as ``seed``.
-        seed: See ``sample``.
-        name: What the user calls the model.
-        progress: Called before each depth of each task, and at the end.
-
-    Returns:
-        Scores by task, then depth; and notes, which say what is missing and what else a reader must know.
-
-    Raises:
-        ModelError: Vectors are not finite, or a text is too large for the memory.
-        DataError: The data of a task cannot be had.
-        OutputError: The disk of temporary files is full.
-    """
-    encoder = DepthEncoder(model, name=name)
-    todo = [(task, depths or range(1, encoder.depth + 1)) for task in tasks]
-    found = tuple(score_depths(model, encoder, todo, sample=sample, seed=seed, name=name, progress=progress))
-    return found, (*encoder.notes, *notes_on(found))
-
-
 def score_depths(
     model: SentenceTransformer,
     encoder: DepthEncoder,
@@ -100,14 +63,20 @@ def score_depths(
     layers: str = "first",
     progress: Progress = silent,
 ) -> Iterator[DepthScore]:
-    """As :func:`depth_scores`, one by one, each task at depths of its own; ``encoder`` is the model's.
+    """Score depths of a model on tasks, as :func:`.evaluate` scores the model cut to them, its prompts chosen likewise.
 
-    ``layers`` is the selector that says which layers a depth has.
+    ``encoder`` is the model's; ``todo`` are tasks, opened with ``sample`` and ``seed``, each with the depths to score;
+    ``layers`` is the selector that says which layers a depth has (each but ``first`` takes an encoding for each depth).
+
+    Raises:
+        ModelError: Vectors are not finite, or a text is too large for the memory.
+        DataError: The data of a task cannot be had.
+        OutputError: The disk of temporary files is full.
     """
     done, total = 0, sum(len(depths) for _, depths in todo)
     for task, depths in todo:
         key: dict[str, Any] = {"sample": sample, "seed": seed, "data": task.source.sha256}
-        prompts = task_prompts(task, is_instructed(model))
+        prompts = task_prompts(task, model)
         with output_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             vectors = _Kept(encoder, file, depths)
             for depth in depths:

@@ -2,8 +2,7 @@
 
 The vector at depth k is that of the model cut to its first k layers. :func:`layer_outputs` reads the states by hooks;
 :func:`depth_vectors` makes vectors of them for training, with gradients; :class:`DepthEncoder` encodes many texts
-for a profile and pools each state as it passes by, so that no hidden states are kept. A training may take other layers
-at each depth (``layers``); that takes a pass for each.
+for a profile and pools each state as it passes by, so that no hidden states are kept.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,10 +26,11 @@ from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, Un
 from secateur.measures.metrics import angular_distances, block_influence
 from secateur.models import forward
 from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm, text_config
-from secateur.models.cutting import bypassed, check_keep, legal_depths
+from secateur.models.cutting import bypassed, legal_depths
 from secateur.models.forward import POOLINGS, L3PrunePooling, make_pooling, pool, pooling_name
 from secateur.models.open_model import is_causal
 from secateur.profiling.lens import next_token_positions
+from secateur.runtime.core import plan_batches
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """Called with a depth and the states before and after its layer, both (texts, tokens, width)."""
@@ -72,14 +72,8 @@ def legal_cuts(config: PretrainedConfig, layers: str) -> tuple[int, ...]:
     Raises:
         UnsupportedArchitecture: It cannot be cut at all.
     """
-    if layers == "first":
-        return legal_depths(config)
-    full, legal = int(text_config(config).num_hidden_layers), []
-    for depth in range(1, full + 1):
-        with suppress(IllegalDepth):
-            check_keep(config, layers_of(layers, depth, full))
-            legal.append(depth)
-    return tuple(legal)
+    full = int(text_config(config).num_hidden_layers)
+    return legal_depths(config, lambda depth: layers_of(layers, depth, full))
 
 
 def check_depths(
@@ -114,8 +108,6 @@ def depth_vectors(
     run: nn.Module | None = None,
 ) -> Tensor:
     """A batch at several depths, of the first layers from one pass; gradients flow through all of them.
-
-    sentence-transformers' ``AdaptiveLayerLoss`` trains states without the final norm, which no cut model has.
 
     Args:
         model: In training or in evaluation mode.
@@ -187,19 +179,14 @@ class DepthEncoder:
     """Encodes texts at every depth, each with one forward pass.
 
     Where more than a norm follows the layers, each depth takes a pass of its own. An instruction that all texts start
-    with is computed once, if the model's vectors stay the same.
+    with is computed once, if the model's vectors stay the same. ``poolings`` names the poolings used, the model's own
+    first; ``notes`` tells what a reader of the results must know.
 
     Args:
         model: An opened model in evaluation mode.
-        every_pooling: Use the other poolings of :data:`.POOLINGS` too, where the model's own is a
-            weighted sum of its tokens.
+        every_pooling: Use all of :data:`.POOLINGS`, where the model's own is a weighted sum of its tokens.
         budget: Tokens in a batch, padding included; a batch that does not fit into memory halves it.
         name: What the user calls the model, for errors.
-
-    Attributes:
-        depth: How many layers the model has.
-        poolings: Names of the poolings used, the model's own first.
-        notes: What a reader of the results must know, in sentences.
     """
 
     def __init__(
@@ -237,16 +224,9 @@ class DepthEncoder:
     def run(
         self, texts: Sequence[str], prompt: str = "", sampled: Collection[int] = (), seed: int = 0
     ) -> Iterator[Depths]:
-        """Encode texts, the longest first.
+        """Encode texts, at least one, the longest first; yields those of one batch at every depth.
 
-        Args:
-            texts: At least one.
-            prompt: Prepended to each.
-            sampled: Indices of texts from which one token's states are kept.
-            seed: Decides which token.
-
-        Yields:
-            The texts of one batch at every depth.
+        Of the texts at the indices ``sampled``, one token's states are kept, drawn by ``seed``.
 
         Raises:
             ModelError: Vectors are not finite, or a single text is too large for the memory.
@@ -258,7 +238,7 @@ class DepthEncoder:
             tokens.features["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
         prefix = self._share(tokens)
         picks = {row: random.Random(f"{seed} {texts[row]}").random() for row in sampled}  # noqa: S311
-        todo = deque(forward.plan_evenly(tokens.lengths - (len(prefix.ids) if prefix else 0), self._budget))
+        todo = deque(plan_batches((tokens.lengths - (len(prefix.ids) if prefix else 0)).tolist(), self._budget))
         while todo:
             rows = todo.popleft()
             try:

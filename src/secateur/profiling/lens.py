@@ -58,10 +58,7 @@ def next_token_positions(
 def next_token_losses(model: SentenceTransformer, states: Tensor, targets: Tensor) -> list[float] | None:
     """Next-token loss at every depth, as the language model's own class computes it (scales, caps and all).
 
-    Args:
-        model: An opened model.
-        states: (sampled, depths, width), through the final norm.
-        targets: (sampled,), the token that follows each.
+    ``states`` (sampled, depths, width) went through the final norm; ``targets`` (sampled,) are the tokens that follow.
 
     Returns:
         Mean cross-entropy in nats, by depth; None where the model has no language-model head, its checkpoint does not

@@ -114,14 +114,13 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
 
 
 def _open_tasks(options: ProfileOptions) -> list[Task]:
-    if not options.tasks:
-        if options.sample is not None:
-            problem = "is a number of rows of each task, and there are none"
-            raise ConfigError("sample", options.sample, problem, "give tasks")
-        return []
-    from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
+    if options.tasks:
+        from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
 
-    return open_tasks(options.tasks, options.sample, options.seed)
+        return open_tasks(options.tasks, options.sample, options.seed)
+    if options.sample is not None:
+        raise ConfigError("sample", options.sample, "is a number of rows of tasks, and there are none", "give tasks")
+    return []
 
 
 def _score_tasks(
@@ -135,15 +134,17 @@ def _score_tasks(
     """Scores of all depths, and what kept them from being computed: the profile that is measured already is kept."""
     if not tasks:
         return (), None
-    from secateur.profiling.depth_scores import depth_scores
+    from secateur.profiling.depth_scores import notes_on, score_depths
 
+    encoder = DepthEncoder(model, name=name)
+    todo = [(task, range(1, encoder.depth + 1)) for task in tasks]
     given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name, "progress": progress}
     try:
-        scores, more = depth_scores(model, tasks, **given)
+        scores = tuple(score_depths(model, encoder, todo, **given))
     except SecateurError as error:
         notes.append(f"no task scores: {error}")
         return (), error
-    notes += more
+    notes += [*encoder.notes, *notes_on(scores)]
     return scores, None
 
 
@@ -217,7 +218,7 @@ class _Pass:
     @property
     def losses_by_pooling(self) -> dict[str, tuple[float, ...]]:
         means = torch.stack(self.batch_losses).double().mean(dim=0).tolist() if self.batch_losses else []
-        return {name: tuple(losses) for name, losses in zip(self._encoder.poolings, means, strict=False)}
+        return dict(zip(self._encoder.poolings, map(tuple, means), strict=False))
 
     @property
     def sample_vectors(self) -> Tensor:
@@ -314,10 +315,8 @@ def _rows(model: SentenceTransformer, measured: _Pass, seed: int, notes: list[st
         lost = ", ".join(str(depth) for depth, loss in enumerate(losses, start=1) if not math.isfinite(loss))
         why = "the language-model head holds NaN, or overflows in this dtype"
         notes += [f"the next-token loss is no number at depth {lost}: {why}"] if lost else []
-    rows = zip(*columns.values(), strict=True)
-    return tuple(
-        DepthRow(depth=depth, **dict(zip(columns, row, strict=True))) for depth, row in enumerate(rows, start=1)
-    )
+    by_depth = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return tuple(DepthRow(depth=depth, **row) for depth, row in enumerate(by_depth, start=1))
 
 
 def _supervised(measured: _Pass, seed: int, notes: list[str]) -> dict[str, Column]:
@@ -350,7 +349,7 @@ def _table(matrix: Tensor) -> tuple[tuple[float | None, ...], ...]:
 
 
 def layer_costs(model: SentenceTransformer, sizes: Sequence[Size], notes: list[str]) -> tuple[LayerCost, ...]:
-    """What the layers cost; whatever goes wrong here costs no more than these numbers, not what was measured before."""
+    """What the layers cost; whatever goes wrong here costs no more than these numbers."""
     try:
         return measure_layers(model, sizes)
     except Exception as error:

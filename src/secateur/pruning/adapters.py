@@ -64,13 +64,10 @@ def adapter_folder(adapter: str | Path) -> Path:
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], outside: Collection[str]) -> None:
-    """Merge an adapter into a model's weights, with peft; computed in float32 and rounded once.
+    """Merge the adapter in a folder into its base's weights, with peft.
 
-    Args:
-        model: The base.
-        folder: Of the adapter.
-        keep: Prefixes of the layers that are wanted, such as ``layers.3.``; changes of other layers are left out.
-        outside: Modules of the whole base that are not in the model, such as a head; changes of these are left out.
+    Changes of layers other than those with a prefix in ``keep`` (``layers.3.``), and of modules of the whole base that
+    are not in the model (``outside``: a head), are left out.
 
     Raises:
         ModelError: It is broken, or of another base.

@@ -1,9 +1,8 @@
 """Fetches from the Hub only what a cut model needs: the small files, and of the weights the bytes of the kept layers.
 
 A safetensors file is the length of its header (8 bytes), the header (JSON), and the tensors' bytes end to end
-(https://huggingface.co/docs/safetensors). So the header tells where each tensor lies, and what is wanted of a shard is
-fetched in ranges into a sparse file of the shard's full size. Tensors that are not wanted are holes in it: they take no
-room on the disk, and are never read.
+(https://huggingface.co/docs/safetensors). What is wanted of a shard is fetched in ranges into a sparse file of the
+shard's full size. Tensors that are not wanted are holes in it: they take no room on the disk, and are never read.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import constants, hf_hub_url, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -67,14 +66,10 @@ def fetch_small(name: str, revision: str | None = None) -> Path:
 def fetch_kept(
     name: str, folder: Path, choose: Callable[[int], Sequence[int]], out: Path, progress: Progress = silent
 ) -> Path:
-    """Fetch what a model cut to some of its layers needs.
+    """Fetch what a model cut to some of its layers needs into ``out``, an empty folder, which is returned.
 
-    Args:
-        name: Of the model on the Hub.
-        folder: As :func:`fetch_small` returns it.
-        choose: Indices of the layers that stay, for the model's depth.
-        out: An empty folder; returned. It opens as the whole model does, with zeros for the weights of the others.
-        progress: Told the bytes.
+    It opens as the whole model does, with zeros for the weights of the other layers. ``folder`` is what
+    :func:`fetch_small` returned; ``choose`` gives the layers that stay, for the model's depth.
 
     Raises:
         ModelError: The weights are missing or broken, or not those of the configuration.
@@ -88,14 +83,13 @@ def fetch_kept(
     shards = [_Shard(name, folder.name, p.relative_to(out).as_posix(), p) for p in paths if not p.exists()]
     with hub_errors_of(name, folder.name):
         headers = [shard.header() for shard in shards]
-    tensors = {tensor: entry for header in headers for tensor, entry in header.items()}
-    wanted = set(tensors)
-    if not any(path.is_symlink() for path in paths):  # no shard is here whole
-        with as_model_error(name, out), quiet():
-            wanted = wanted_tensors(name, AutoConfig.from_pretrained(root), tensors, choose)
-    spans = [(shard, *span) for shard, header in zip(shards, headers, strict=True) for span in _spans(header, wanted)]
-    total, done = sum(end - start for _, start, end in spans), 0
-    with hub_errors_of(name, folder.name):
+        tensors = {tensor: entry for header in headers for tensor, entry in header.items()}
+        wanted = set(tensors)
+        if len(shards) == len(paths):  # no shard is in the cache
+            with as_model_error(name, out), quiet():
+                wanted = wanted_tensors(name, AutoConfig.from_pretrained(root), tensors, choose)
+        spans = [(s, *span) for s, header in zip(shards, headers, strict=True) for span in _spans(header, wanted)]
+        total, done = sum(end - start for _, start, end in spans), 0
         for shard, start, end in spans:
             for count in shard.fetch(start, end):
                 done += count
@@ -105,22 +99,19 @@ def fetch_kept(
 
 def transformer_folder(folder: Path) -> Path:
     """Where a model's folder has its transformer: what its modules.json names first, else the folder itself."""
-    modules = read_modules(folder)
-    return folder / modules[0]["path"] if modules else folder
+    return next((folder / module["path"] for module in read_modules(folder)), folder)
 
 
 def _shards(name: str, root: Path) -> list[str]:
     """Names of the files that hold the weights: of the index, or the only one."""
     if not (root / INDEX).is_file():
         return [SINGLE]
-    content = read_json(root / INDEX)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
-        raise ModelError(f"{name}/{INDEX}", "has no weight_map from tensors to files")
-    for shard in set(names.values()):
+    with as_model_error(name):
+        names = sorted(set(read_json(root / INDEX)["weight_map"].values()))
+    for shard in names:
         if ".." in PurePosixPath(shard).parts or shard.startswith("/") or not shard.endswith(".safetensors"):
             raise ModelError(f"{name}/{INDEX}", f"names {shard!r}, which is no safetensors file of the model")
-    return sorted(set(names.values()))
+    return names
 
 
 def wanted_tensors(
@@ -165,7 +156,7 @@ def _spans(header: dict[str, Any], wanted: set[str]) -> list[tuple[int, int]]:
 
 @dataclass
 class _Shard:
-    """A safetensors file on the Hub, and ``path``: the sparse file that stands for it here, or a link to the whole."""
+    """A safetensors file on the Hub, and ``path``: the sparse file that stands for it here."""
 
     repository: str
     commit: str
@@ -173,10 +164,8 @@ class _Shard:
     path: Path
 
     def header(self) -> dict[str, Any]:
-        """The tensors by name, each with its ``shape`` and its ``span`` of bytes; none where the file is here whole."""
+        """The tensors by name, each with its ``shape`` and its ``span`` of bytes."""
         list(self.fetch(0, 8))
-        if self.path.is_symlink():
-            return {}
         with self.path.open("rb", buffering=0) as file:
             end = 8 + int.from_bytes(file.read(8), "little")
             if end <= min(8 + MAX_HEADER_BYTES, self.path.stat().st_size):
@@ -196,20 +185,20 @@ class _Shard:
     def fetch(self, start: int, end: int) -> Iterator[int]:
         """Fetch a range to its place in the sparse file; yields the bytes of each piece.
 
-        A connection that breaks is taken up again where it broke. From a server without ranges, the whole file is
-        fetched into the Hub's cache.
+        A connection that breaks is taken up again where it broke.
         """
         url = hf_hub_url(self.repository, self.file, revision=self.commit)
         options: dict[str, Any] = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
         failures = 0
-        while start < end and not self.path.is_symlink():
+        while start < end:
             headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
             try:
                 with get_session().stream("GET", url, headers=headers, **options) as response:
                     hf_raise_for_status(response)
                     served, _, size = response.headers.get("Content-Range", "").partition("/")
                     if response.status_code != 206 or not served.startswith(f"bytes {start}-"):
-                        break
+                        hint = "fetch the model (hf download) and give its folder"
+                        raise ModelError(self.repository, "its server sends whole files only", hint)
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     self.path.touch()
                     with self.path.open("r+b") as file:
@@ -226,47 +215,30 @@ class _Shard:
                 if failures == ATTEMPTS or (answer is not None and answer.status_code not in RETRIED_STATUS):
                     raise
                 time.sleep(min(8.0, 2.0 ** (failures - 2)))
-        if start < end and not self.path.is_symlink():
-            whole = hf_hub_download(self.repository, self.file, revision=self.commit)
-            self.path.unlink(missing_ok=True)
-            self.path.symlink_to(Path(whole).resolve())
-
-
-HUB_PROBLEMS: tuple[tuple[type[Exception], str, str], ...] = (
-    (
-        hub_errors.GatedRepoError,
-        "its owner gives access on request only",
-        "ask for it on the model's page, then log in (hf auth login, or HF_TOKEN)",
-    ),
-    (
-        hub_errors.RepositoryNotFoundError,
-        "no such folder, and no such model on the Hub",
-        "check the name; a private model needs a login (hf auth login, or HF_TOKEN)",
-    ),
-    (hub_errors.RevisionNotFoundError, "has no revision {revision}", ""),
-    (hub_errors.HFValidationError, "no such folder, and no name of a model on the Hub", ""),
-    (hub_errors.LocalEntryNotFoundError, "", ""),
-    (
-        hub_errors.EntryNotFoundError,
-        f"has no safetensors ({SINGLE} or {INDEX})",
-        "convert it: load it with transformers elsewhere and save_pretrained() it again",
-    ),
-)
 
 
 @contextmanager
 def hub_errors_of(name: str, revision: str | None) -> Iterator[None]:
     """Say in the user's words why a model could not be fetched."""
+    login = "log in (hf auth login, or HF_TOKEN)"
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        found = ((problem, hint) for kind, problem, hint in HUB_PROBLEMS if isinstance(error, kind))
-        problem, hint = next(found, ("", ""))
-        if not problem and constants.HF_HUB_OFFLINE:
-            problem, hint = "is not in the local cache, and HF_HUB_OFFLINE is set", "unset it, or fetch the model first"
-        elif not problem:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            problem, hint = f"cannot be fetched ({first})", "check the connection"
-        raise ModelError(name, problem.replace("{revision}", str(revision)), hint) from error
+        match error:
+            case hub_errors.GatedRepoError():
+                problem, hint = "its owner gives access on request only", f"ask on the model's page, then {login}"
+            case hub_errors.RepositoryNotFoundError() | hub_errors.HFValidationError():
+                problem, hint = "no such folder, and no such model on the Hub", f"check the name; if private, {login}"
+            case hub_errors.RevisionNotFoundError():
+                problem, hint = f"has no revision {revision}", ""
+            case _ if constants.HF_HUB_OFFLINE:
+                problem, hint = "is not in the local cache, and HF_HUB_OFFLINE is set", "unset it, or fetch the model"
+            case hub_errors.EntryNotFoundError() if not isinstance(error, hub_errors.LocalEntryNotFoundError):
+                problem = f"has no safetensors ({SINGLE} or {INDEX})"
+                hint = "convert it: load it with transformers elsewhere and save_pretrained() it again"
+            case _:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                problem, hint = f"cannot be fetched ({first})", "check the connection"
+        raise ModelError(name, problem, hint) from error

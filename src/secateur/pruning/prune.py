@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,10 @@ def _fetch(
         return source, revision, adapter
     (scratch / "read").mkdir()
 
-    def choose(depth: int) -> Sequence[int]:
-        return blocks_of_choice(options, depth)
-
     def told(what: str, done: int, total: int) -> None:
         progress(STEP, 25 * done // max(1, total), 100)
 
+    choose = partial(blocks_of_choice, options)
     return fetch_kept(str(source), small, choose, scratch / "read", told), None, adapter
 
 
@@ -307,13 +306,9 @@ def _parse(option: str, given: str | Sequence[int], depth: int) -> tuple[int, ..
         if match is None:
             raise ConfigError(option, given, f"{shown} is no layer and no range of layers", "such as 0-5,8,11")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ConfigError(option, given, f"{shown} runs backwards", f"{last}-{first}")
-        if last >= depth:
-            raise ConfigError(option, given, f"{shown} is not in the model", f"its layers are 0 to {depth - 1}")
-        if blocks and first <= blocks[-1]:
-            problem = f"{shown} does not come after {blocks[-1]}"
-            raise ConfigError(option, given, problem, "name each layer once, in order")
+        if not max(blocks, default=-1) < first <= last < depth:
+            hint = f"its layers are 0 to {depth - 1}; name each once, in order"
+            raise ConfigError(option, given, f"{shown} is out of range or order", hint)
         blocks += range(first, last + 1)
     if not blocks:
         raise ConfigError(option, given, "names no layer", "such as 0-5,8,11")

@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
-from secateur.data.demo import demo_study
 from secateur.data.embedders import open_embedder
 from secateur.data.sources import Texts, check_data, read_sources
 from secateur.errors import ConfigError, DataError, OutputError, SecateurError, StudyFailed
@@ -54,6 +53,7 @@ from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, rea
 from secateur.results import Costs, Origin, Profile, Scores, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
+from secateur.studies.demo import demo_study
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.plan import SCOUTS, chosen_layers, plan_steps, scout_names
 from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds

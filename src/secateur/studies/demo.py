@@ -7,7 +7,6 @@ search is over libraries that the model was not healed on. Source files are pars
 from __future__ import annotations
 
 import ast
-import gc
 import importlib.util
 import json
 import random
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.errors import DataError
+from secateur.evaluation.task_making import write_retrieval
 from secateur.files import write_text
 from secateur.models import DEMO_MODEL
 from secateur.options import StudyOptions
@@ -52,13 +52,9 @@ def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> No
     """Write a training file and a retrieval task folder; ``task.json`` comes last and tells that all is there."""
     packages = ("", *TRAIN_PACKAGES, *TEST_PACKAGES)
     found: dict[str, list[tuple[str, str]]] = {}
-    gc.disable()  # syntax trees hold no cycles; looking for some takes a quarter of the time
-    try:
-        for done, package in enumerate(packages):
-            progress("read docstrings", done, len(packages))
-            found[package] = list(pairs_of(package))
-    finally:
-        gc.enable()
+    for done, package in enumerate(packages):
+        progress("read docstrings", done, len(packages))
+        found[package] = list(pairs_of(package))
     progress("read docstrings", len(packages), len(packages))
 
     def draw(pairs: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
@@ -78,14 +74,13 @@ def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> No
         "licence": "as the packages: BSD-3-Clause",
         "notes": f"First line of a docstring → the rest of it; packages {', '.join(TEST_PACKAGES)}.",
     }
-    judgments = "".join(f"q{i}\td{i}\t1\n" for i in range(len(test)))
-    _write_lines(data, [{"query": summary, "positive": body} for summary, body in train])
+    rows = [{"query": summary, "positive": body} for summary, body in train]
+    write_text(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_text(data.with_suffix(".json"), json.dumps({"query_instruction": INSTRUCTION}) + "\n")
-    corpus = [{"_id": f"d{i}", "title": "", "text": body} for i, (_, body) in enumerate(test)]
-    _write_lines(task / "corpus.jsonl", corpus)
-    _write_lines(task / "queries.jsonl", [{"_id": f"q{i}", "text": summary} for i, (summary, _) in enumerate(test)])
-    write_text(task / "qrels.tsv", "query-id\tcorpus-id\tscore\n" + judgments)
-    write_text(task / "task.json", json.dumps(about, indent=1) + "\n")
+    queries, corpus = (
+        {f"{letter}{i}": pair[place] for i, pair in enumerate(test)} for place, letter in enumerate("qd")
+    )
+    write_retrieval(task, about, queries, corpus, ((f"q{i}", f"d{i}", 1) for i in range(len(test))))
 
 
 def pairs_of(package: str) -> Iterator[tuple[str, str]]:
@@ -123,7 +118,3 @@ def _docstrings(file: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, documented) and not node.name.startswith("_") and (docstring := ast.get_docstring(node)):
             yield docstring
-
-
-def _write_lines(file: Path, rows: list[dict[str, str]]) -> None:
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
