@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from secateur.choosing.budgets import (
     CutCost,
+    Decision,
+    Vocabularies,
     VocabularyCosts,
     affordable,
     cost_limits,
@@ -69,19 +71,28 @@ def choose(options: ChooseOptions, *, progress: Progress = silent) -> dict[str, 
             tells; with ``vocab``, the model is not found, or has no vocabulary as is asked for.
         ModelError: With ``vocab``, the model cannot be opened, or its vocabulary cannot be cut.
     """
-    table = _read_checked(options)
-    vocabularies = open_vocabularies(options, table, progress)
+    table, _, decision = _decide(options, progress)
     if isinstance(table, Scout):
-        decision = decide(options, table, vocabularies, choose_rung)
         told = {CHOSEN: len(decision.choice.blocks)}
     elif _has_limits(options):
-        decision = decide(options, table, vocabularies, within)
         told = {BUDGET: len(decision.choice.blocks)}
     else:
         question = Question(table.depth, table)
         told = {name: len(l3prune(question, half).blocks) for half, name in enumerate(SHORT)}
-        decision = decide(options, table, vocabularies, within)
     return told if decision.size is None else told | {"vocab_size": decision.size}
+
+
+def _decide(options: ChooseOptions, progress: Progress) -> tuple[Profile | Scout, Vocabularies | None, Decision]:
+    """The table, the vocabularies that its model could have, and what is decided by them."""
+    table = read_table(options.profile)
+    for name in ("tolerance", "best") if isinstance(table, Profile) else ():
+        if (value := getattr(options, name)) not in (None, False):
+            problem = f"needs scores after a training, and {table.model} has only a profile"
+            raise ConfigError(name, value, problem, f"scout it: secateur scout {table.model} ...")
+    vocabularies = open_vocabularies(options, table, progress)
+    if isinstance(table, Scout):
+        return table, vocabularies, decide(options, table, vocabularies, choose_rung)
+    return table, vocabularies, decide(options, table, vocabularies, within)
 
 
 def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
@@ -103,16 +114,6 @@ def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
     content = read_json(path)
     is_scout = isinstance(content, dict) and content.get("kind") == Scout.kind
     return load(path, Scout) if is_scout else load(path, Profile)
-
-
-def _read_checked(options: ChooseOptions) -> Profile | Scout:
-    """The table; a profile is not asked what only scores after a training tell."""
-    table = read_table(options.profile)
-    for name in ("tolerance", "best") if isinstance(table, Profile) else ():
-        if (value := getattr(options, name)) not in (None, False):
-            problem = f"needs scores after a training, and {table.model} has only a profile"
-            raise ConfigError(name, value, problem, f"scout it: secateur scout {table.model} ...")
-    return table
 
 
 def losses_fingerprint(profile: Profile) -> str:
@@ -329,11 +330,9 @@ def candidates(options: ChooseOptions, *, progress: Progress = silent) -> Candid
         DataError: The file is neither.
         ConfigError, ModelError: As for :func:`choose`.
     """
-    table = _read_checked(options)
-    vocabularies = open_vocabularies(options, table, progress)
+    table, vocabularies, decision = _decide(options, progress)
     if isinstance(table, Scout):
         return side_by_side(options, table, vocabularies)
-    decision = decide(options, table, vocabularies, within)
     found = {FULL: Choice(prefix(table.depth), "nothing is cut")}
     # Without losses nothing tells a size: half of the layers.
     sizes = set(choose(table).values() if table.can_choose else [max(1, table.depth // 2)])
