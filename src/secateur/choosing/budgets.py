@@ -149,12 +149,7 @@ class Vocabularies:
 
 
 def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: Progress) -> Vocabularies | None:
-    """Open the tokenizer of a table's model, and count its tokens on the texts of ``--vocab``; None without it.
-
-    Raises:
-        ConfigError: The model is not found and not named, or another one; as :func:`.count_vocabulary`.
-        ModelError, DataError: As :func:`.open_skeleton` and :func:`.count_vocabulary`.
-    """
+    """Open the tokenizer of a table's model, and count its tokens on the texts of ``--vocab``; None without it."""
     if not options.vocab:
         return None
     from secateur.models.blocks import depth_of  # with torch, which the rest of a choice does not need
@@ -203,10 +198,6 @@ def decide(
 
     ``vocabularies`` are None where only the depth is asked about; ``rule`` chooses a depth by options, a table, and the
     same table with the costs of a smaller vocabulary.
-
-    Raises:
-        ConfigError: Nothing is within the limits.
-        DataError: The table does not tell costs.
     """
     if vocabularies is None:
         return Decision(rule(options, table, None))

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from secateur.document import NONE, Cell, Table, count, duration, loss, number, percent, plural, score, signed, span
+from secateur.document import (
+    NONE,
+    Cell,
+    Table,
+    count,
+    duration,
+    loss,
+    number,
+    percent,
+    plural,
+    score,
+    shorten,
+    signed,
+    with_interval,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,11 +126,11 @@ def show_candidates(found: Candidates | Rungs) -> None:
 def _show_rungs(found: Rungs) -> None:
     columns: dict[str, Callable[[Rung], str | Cell]] = {  # short: they fit into 80 characters
         "layers": lambda row: f"{row.depth}{'' if row.trained else '*'}",
-        "score": lambda row: _interval(row.score, row.low, row.high, digits=1),
+        "score": lambda row: with_interval(row.score, row.low, row.high),
         "difference": lambda row: (
             NONE
             if row.depth == found.depth
-            else _interval(row.difference, row.difference_low, row.difference_high, signed, 1)
+            else with_interval(row.difference, row.difference_low, row.difference_high, signed)
         ),
         "params": lambda row: count(row.parameters),
         "speed": lambda row: NONE if row.speed is None else f"{row.speed:.1f}×",
@@ -167,9 +181,9 @@ def show_scores(scores: Scores) -> None:
     models = list(dict.fromkeys(row.model for row in scores.rows))
     rows: list[list[str | Cell]] = []
     for task, metric in dict.fromkeys((row.task, row.metric) for row in scores.rows):
-        found = {row.model: _interval(row.score, row.low, row.high) for row in scores.rows if row.task == task}
+        found = {row.model: with_interval(row.score, row.low, row.high) for row in scores.rows if row.task == task}
         rows.append([f"{task} ({metric})", *(found.get(model, "") for model in models)])
-    rows.append(["average", *(score(scores.average(model), 2) for model in models)])
+    rows.append(["average", *(score(scores.average(model)) for model in models)])
     _show(Table("scores × 100, with 95 % intervals", ("task", *models), rows))
     for task, note in dict.fromkeys((row.task, row.note) for row in scores.rows if row.note):
         typer.echo(f"note: {task}: {note}")
@@ -202,12 +216,6 @@ def show_made_task(made: MadeTask) -> None:
         typer.echo(f"  {why}: {many:,}")
 
 
-def _interval(
-    value: float, low: float | None, high: float | None, show: Callable[..., str] = score, digits: int = 2
-) -> Cell:
-    return Cell(show(value, digits), (span(low, high, show),) if low is not None else ())
-
-
 def show_costs(rows: Sequence[CostRow]) -> None:
     """Costs × models."""
     from secateur.reporting.tables import cost_table
@@ -221,8 +229,8 @@ def show_comparison(comparison: Comparison) -> None:
     for row in comparison.differences:
         outcome = "" if row.low is None else "significant" if row.apart else "not significant"
         task = f"{row.task} ({row.metric})" if row.task else "mean"
-        difference = _interval(row.difference, row.low, row.high, signed)
-        rows.append((task, row.model, outcome, score(row.score, 2), difference))
+        difference = with_interval(row.difference, row.low, row.high, signed)
+        rows.append((task, row.model, outcome, score(row.score), difference))
     if rows:
         title = f"scores × 100, and their difference to {comparison.reference} with its 95 % interval"
         _show(Table(title, ("task", "model", "", "score", "difference"), rows, texts=3))
@@ -239,7 +247,5 @@ def show_comparison(comparison: Comparison) -> None:
                         typer.echo(f"         {sign} {_line(text)}")
 
 
-def _line(text: str, width: int = 90) -> str:
-    """A text on one line, without control characters."""
-    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return plain if len(plain) <= width else plain[: width - 1] + "…"
+def _line(text: str) -> str:
+    return shorten(" ".join(text.split()), 90)

@@ -42,10 +42,8 @@ SIMCSE_DROPOUT = 0.1
 def contrastive_loss(columns: Sequence[Tensor], mask: Tensor | None, scale: float) -> Tensor:
     """InfoNCE with in-batch and hard negatives of all processes, as ``MultipleNegativesRankingLoss`` computes it.
 
-    Args:
-        columns: Anchors, positives and any number of negatives, each (batch, dimension).
-        mask: (batch, candidates), true where a candidate is no negative of an anchor (:func:`batch_mask`).
-        scale: Inverse temperature.
+    ``columns`` are anchors, positives and any number of negatives, each (batch, dimension); ``mask`` (batch,
+    candidates) is true where a candidate is no negative of an anchor (:func:`batch_mask`).
     """
     anchors, *documents = columns
     if get_world_size() > 1:
@@ -76,10 +74,8 @@ def row_keys(features: dict[str, Any]) -> Tensor:
 
 
 def batch_mask(keys: Sequence[Tensor]) -> Tensor:
-    """:func:`.false_negative_mask` of this process's anchors: (batch, candidates of all processes).
-
-    Args:
-        keys: :func:`row_keys` of each column (anchors, positives, any number of negatives), each (batch,).
+    """:func:`.false_negative_mask` of this process's anchors, (batch, candidates of all processes), by the
+    :func:`row_keys` of each column.
     """
     anchors, positives, *negatives = (all_gather(column) if get_world_size() > 1 else column for column in keys)
     start = get_rank() * len(keys[0])
@@ -95,11 +91,8 @@ def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float
     arXiv 2101.04731, with the batch in place of its queue), divided by ``scale``: its gradient is then as large as
     that of a cosine. Undivided, it kept a student from the teacher's vectors (docs/explanation/results.md).
 
-    Args:
-        vectors: The student's, (texts, dimension).
-        targets: The teacher's of the same texts, (texts, any dimension).
-        same: (texts, texts), true where two are the same text, as each is to itself.
-        scale: Inverse temperature.
+    ``vectors`` are the student's, ``targets`` the teacher's of the same texts, of any dimension; ``same`` is true where
+    two are the same text, as each is to itself: (texts, texts).
     """
     # A large number in place of infinity: a text that has no others than duplicates would give NaN.
     student, teacher = (
@@ -120,14 +113,7 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
     With ``mini_batch_tokens``, gradients are cached (GradCache, arXiv 2101.06983): vectors first, without a graph; the
     loss and its gradient at the vectors; then each mini-batch once more, with its graph.
 
-    Args:
-        model: The model that is trained.
-        config: Of the training.
-        teacher: Its vectors; then ``labels`` are row numbers in them, (batch, columns).
-
-    Raises:
-        ConfigError: A depth or dimension is out of range.
-        IllegalDepth, UnsupportedArchitecture: The model cannot be cut there.
+    With a teacher's vectors, ``labels`` are row numbers in them, (batch, columns).
     """
 
     mini_batch_size = LOSS_ROWS
@@ -229,11 +215,7 @@ def _mean_over_processes(gradient: Tensor) -> Tensor:
 
 
 def check_dims(model: SentenceTransformer, dims: Sequence[int]) -> tuple[int, ...]:
-    """The full size of a model's vectors, and the others, largest first.
-
-    Raises:
-        ConfigError: A size is out of range.
-    """
+    """The full size of a model's vectors, and the others, largest first; ConfigError if one is out of range."""
     width = int(model.get_embedding_dimension())
     for size in dims:
         if not 1 <= size <= width:

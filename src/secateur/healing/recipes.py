@@ -110,15 +110,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> TrainingConfig:
-    """The numbers that were given, the rest from a recipe.
+    """The numbers that were given, the rest from a recipe; ConfigError if an option has no effect.
 
-    Args:
-        options: Of :func:`.heal`.
-        sources: The data; they decide on the default recipe and on the teacher's weight. Without any, pairs are taken
-            for granted.
-
-    Raises:
-        ConfigError: An option has no effect here: of a teacher or of adapters, where there are none.
+    The data decide on the default recipe and on the teacher's weight. Without any, pairs are taken for granted.
     """
     if options.teacher is None:
         for key in ("teacher_weight", "distill", "cache"):
@@ -213,10 +207,7 @@ def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, 
     """Make a model's weights trainable as a decided configuration says, in place.
 
     Weights that are trained are kept in float32, whatever the precision: an update is often smaller than the last
-    bit of a bfloat16.
-
-    Returns:
-        The dtype of each weight before; :func:`finish` wants it back.
+    bit of a bfloat16. Returns the dtype of each weight before, which :func:`finish` wants back.
     """
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     torch.manual_seed(config.seed)

@@ -25,7 +25,6 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
@@ -92,7 +91,7 @@ def train(
         sets: Each batch comes from one of them, drawn in proportion to their rows.
         config: The numbers; what is left open in them (:func:`.decide`) is decided here.
         folder: Where checkpoints go.
-        make_loss: Makes the loss, a module as sentence-transformers has them, that embeds by its attribute ``model``.
+        make_loss: Makes the loss, which embeds by its attribute ``model``.
         score: Called every ``eval_every`` steps (by default, as often as a checkpoint is written) and after the last;
             the model is left at the best.
         report_to: An experiment tracker that transformers supports.
@@ -125,7 +124,6 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with quiet():
         trainer.train_or_resume(last_checkpoint(folder), config.patience)
-    check_finished(trainer.state, config)
     if trainer.is_fsdp_enabled:
         gather(own, model)
     else:  # the trainer left its autocast around the model: what is saved and compared is the model without it
@@ -159,7 +157,10 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return self._seconds_before + time.monotonic() - self._started
 
     def train_or_resume(self, checkpoint: Path | None, patience: int | None) -> None:
-        """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
+        """Train what is left, and refuse a training that ended too early, or learned nothing.
+
+        The stock trainer takes a step more from the checkpoint of the last one.
+        """
         self._started = time.monotonic()
         state = read_state(checkpoint, sharded=self.is_fsdp_enabled) if checkpoint else None
         self._seconds_before = max((row.get(SECONDS, 0.0) for row in state.log_history), default=0.0) if state else 0.0
@@ -169,6 +170,11 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self.state = state
             self._load_from_checkpoint(str(checkpoint))
             self._load_best_model()
+        if self.state.global_step < self.args.max_steps and not out_of_patience(self.state, patience):
+            problem = f"gave no batch of {self.args.train_batch_size} after {self.state.global_step} of "
+            problem += f"{self.args.max_steps} steps"
+            raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
+        check_learning(self.state)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, SECONDS: self.seconds}, *args, **kwargs)
@@ -291,20 +297,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
-def check_finished(state: TrainerState, config: TrainingConfig) -> None:
-    """Refuse (:class:`.DataError`) a training that ended before its last step, or learned nothing."""
-    if state.global_step < config.steps and not out_of_patience(state, config.patience):
-        problem = f"gave no batch of {config.batch_size} after {state.global_step} of {config.steps} steps"
-        raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
-    check_learning(state)
-
-
 def check_learning(state: TrainerState) -> None:
-    """Refuse a training in which nothing is learned.
-
-    Raises:
-        DataError: Every loss was 0.
-    """
+    """Refuse (:class:`.DataError`) a training in which every loss was 0: nothing is learned."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     if losses and not any(losses):
         problem = f"the loss is 0 from the first step to step {state.global_step}: nothing is learned"
@@ -387,13 +381,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that transformers does not know, or that is not installed.
-
-    Raises:
-        ConfigError: It is not there.
-    """
-    if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
-        raise ConfigError("report_to", name, f"is {name!r}", f"none, all, {', '.join(INTEGRATION_TO_CALLBACK)}")
-    # Flyte and Azure are not among those that transformers looks for by themselves.
-    if name not in ("none", "all", "flyte", "azure_ml", *get_available_reporting_integrations()):
-        raise ConfigError("report_to", name, f"{name} is not installed here", f"pip install {name}")
+    """Refuse (:class:`.ConfigError`) a tracker that transformers does not know, or that is not installed."""
+    if name not in ("none", "all", *(found := get_available_reporting_integrations())):
+        problem = f"{name} is none of transformers' trackers that are installed here"
+        raise ConfigError("report_to", name, problem, ", ".join(["none", "all", *found]))

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -41,18 +41,9 @@ class Excluded:
     texts: frozenset[str] = frozenset()
     tasks: tuple[Fingerprint, ...] = ()
 
-    def settings(self) -> dict[str, list[dict[str, Any]]]:
-        """For ``training.json`` and ``done.json``; nothing where nothing is excluded."""
-        return {"exclude": [{"name": task.name, "sha256": task.sha256} for task in self.tasks]} if self.tasks else {}
-
     def leave_out(self, sources: Sequence[Source]) -> tuple[list[Source], list[str]]:
-        """Data without rows that hold one of the texts as anchor, positive or text; of negatives, these alone go.
-
-        Returns:
-            The data that have rows left, and a note for each that had more.
-
-        Raises:
-            DataError: No row is left at all.
+        """Data without rows that hold one of the texts as anchor, positive or text (of negatives, these alone go), and
+        a note for each that had more; DataError if no row is left at all.
         """
         if not self.texts:
             return list(sources), []
@@ -79,12 +70,7 @@ class Excluded:
 
 
 def read_excluded(tasks: Sequence[object]) -> Excluded:
-    """The texts of task folders. A document counts with its title before it, too, as it is encoded.
-
-    Raises:
-        ConfigError: One is no folder: the texts of mteb's own tasks are not on this disk.
-        DataError: A folder is not right.
-    """
+    """The texts of task folders. A document counts with its title before it, too, as it is encoded."""
     texts: set[str] = set()
     fingerprints = []
     for task in tasks:
@@ -118,8 +104,7 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
     A file whose rows have a negative here and there becomes two sets; rows with more negatives than the others are
     cut to the fewest. A set that does not fill a batch is left out.
 
-    Returns:
-        The sets, and notes on what is left out and on texts that are positive and negative of one query.
+    Returns the sets, and notes on what is left out and on texts that are positive and negative of one query.
 
     Raises:
         DataError: Nothing fills a batch, or two files have one name.
@@ -198,26 +183,18 @@ def _contradictions(name: str, rows: Sequence[Pair]) -> list[str]:
 
 
 def distinct_rows(rows: Sequence[Sequence[str]], most: int) -> int:
-    """How many rows, up to ``most``, share no text: the sampler puts no others into one batch.
+    """How many rows, up to ``most``, share no text, those with the rarest texts first.
 
-    The sampler takes them as they come, in a random order. Here they are counted in the order of the file and, where
-    that does not give enough, with the rarest texts first.
+    The sampler puts no others into one batch; it takes them as they come, in a random order.
     """
-
-    def count(rows: Iterable[Sequence[str]]) -> int:
-        texts: set[str] = set()
-        found = 0
-        for row in rows:
-            if found < most and texts.isdisjoint(row):
-                texts.update(row)
-                found += 1
-        return found
-
-    found = count(rows)
-    if found == min(most, len(rows)):
-        return found
     frequency = Counter(text for row in rows for text in set(row))
-    return max(found, count(sorted(rows, key=lambda row: max(frequency[text] for text in row))))
+    texts: set[str] = set()
+    found = 0
+    for row in sorted(rows, key=lambda row: max(frequency[text] for text in row)):
+        if found < most and texts.isdisjoint(row):
+            texts.update(row)
+            found += 1
+    return found
 
 
 def used_rows(sets: Sequence[TrainingSet], config: TrainingConfig) -> list[list[int]]:
@@ -251,12 +228,9 @@ def used_rows(sets: Sequence[TrainingSet], config: TrainingConfig) -> list[list[
 
 
 def check_room(model: SentenceTransformer, sets: Sequence[TrainingSet], max_length: int) -> None:
-    """Refuse a length that leaves no token for a text after its prompt and the special tokens.
+    """Refuse (:class:`.ConfigError`) a length that leaves no token for a text after its prompt and the special tokens.
 
     A tokenizer that is asked for fewer tokens than its special ones cuts nothing at all.
-
-    Raises:
-        ConfigError: It leaves none.
     """
     prompts = {"", *(prompt for item in sets for prompt in item.prompts.values())}
     least, prompt = max((len(model.tokenizer(f"{prompt}a")["input_ids"]), prompt) for prompt in prompts)
@@ -269,15 +243,8 @@ def check_room(model: SentenceTransformer, sets: Sequence[TrainingSet], max_leng
 def set_prompts(model: SentenceTransformer, sources: Sequence[Source], default: str) -> dict[str, str]:
     """Give a model the prompts that it is trained with, in place of those it has, so that training and use agree.
 
-    The default prompt stays where it is trained with. Texts without an instruction leave all prompts as they are.
-
-    Args:
-        model: The model.
-        sources: The data that it is trained on.
-        default: What goes before data without an instruction.
-
-    Returns:
-        The prompts from the data: by data set and, where all data agree, as ``query`` and ``document``.
+    The default prompt, ``default``, stays where it is trained with. Texts without an instruction leave all prompts as
+    they are. Returned are those from the data: by data set and, where all data agree, as ``query`` and ``document``.
     """
     prompts: dict[str, str] = {}
     queries, documents, without = set(), set(), []
@@ -337,12 +304,7 @@ class HeldOut:
 
 
 def read_held_out(options: HealOptions) -> HeldOut:
-    """Open what a training is scored by, which may be nothing.
-
-    Raises:
-        ConfigError: An option is of no effect without held-out data; or a task cannot be opened.
-        DataError: The data cannot be read, or hold texts without labels.
-    """
+    """Open what a training is scored by, which may be nothing."""
     sources = read_sources(options.eval_data or (), options.instruction, options.columns)
     for key in ("eval_sample", "eval_every", "patience"):
         value = getattr(options, key)
@@ -353,15 +315,12 @@ def read_held_out(options: HealOptions) -> HeldOut:
         if isinstance(source, Texts):
             raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
         pairs.append(source.sample(options.eval_sample, options.seed) if options.eval_sample else source)
-    return HeldOut(pairs, _open_tasks(options), options.eval_sample, options.seed)
+    tasks: list[Task] = []
+    if options.eval_tasks:
+        from secateur.evaluation.tasks import open_tasks
 
-
-def _open_tasks(options: HealOptions) -> list[Task]:
-    if not options.eval_tasks:
-        return []
-    from secateur.evaluation.tasks import open_tasks
-
-    return open_tasks(options.eval_tasks, options.eval_sample, options.seed)
+        tasks = open_tasks(options.eval_tasks, options.eval_sample, options.seed)
+    return HeldOut(pairs, tasks, options.eval_sample, options.seed)
 
 
 def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:

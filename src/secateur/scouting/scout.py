@@ -44,7 +44,7 @@ from secateur.profiling.depth_scores import DepthScore, notes_on, score_depths
 from secateur.profiling.depths import DepthEncoder, check_depths, legal_cuts
 from secateur.profiling.profile import layer_costs
 from secateur.progress import Progress, silent
-from secateur.provenance import DONE, Made, fingerprint_files, provenance, versions_of
+from secateur.provenance import Made, fingerprint_files, provenance, versions_of
 from secateur.results import DepthScoreRow, RungRow, Scout, Training, load
 from secateur.scouting.held_out import hold_out, judge_of, left_whole
 
@@ -82,11 +82,16 @@ def scout(options: ScoutOptions, *, progress: Progress = silent) -> Scout:
         check_tracker(options.report_to)
         tasks = open_tasks(options.tasks, options.sample, options.seed) if options.tasks else []
         made = _made_from(options, sources, tasks)
+        goes_on = check_resume(out, made, "a scout", ("model", "model.partial/checkpoints/checkpoint-*"))
         if not (out / "model").is_dir():
             depths = _plan(options, layers)
-            _begin(out, made)
+            if not goes_on:
+                for name in ("tasks", "model.partial", "draws"):
+                    shutil.rmtree(out / name, ignore_errors=True)
+                for name in (Scout.file, *PICTURES):
+                    (out / name).unlink(missing_ok=True)
+                made.record(out)
             _train(options, sources, depths, progress)
-        check_resume(out, made, "a scout", ("model",))
         shutil.rmtree(out / "model.partial", ignore_errors=True)  # of a training that was killed at its very end
         tasks = tasks or open_tasks(sorted((out / "tasks").iterdir()), options.sample, options.seed)
         return _score(options, sources, tasks, progress)
@@ -139,25 +144,8 @@ def ladder(depth: int, legal: Sequence[int], layers: str = "first") -> tuple[int
 
 
 def step_cost(layers: str, depths: Sequence[int], depth: int) -> float:
-    """What a step of a scout costs, in steps of the full depth: the first layers of all depths take one pass together,
-    others one at each depth.
-    """
+    """What a step costs, in steps of the full depth: first layers take one pass together, others one at each depth."""
     return 1.0 if layers == "first" else sum({*depths, depth}) / depth
-
-
-def _begin(out: Path, made: Made) -> None:
-    """Record what a scout is made from, or make sure that the one in ``out`` is made from the same.
-
-    One that had not come to a first checkpoint has nothing to lose, and is begun anew.
-    """
-    if any((out / "model.partial" / "checkpoints").glob("checkpoint-*")):
-        check_resume(out, made, "a scout", ("model.partial",))
-        return
-    for name in ("tasks", "model.partial", "draws"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (DONE, Scout.file, *PICTURES):
-        (out / name).unlink(missing_ok=True)
-    made.record(out)
 
 
 def _train(options: ScoutOptions, sources: Sequence[Source], depths: Sequence[int], progress: Progress) -> None:
