@@ -61,7 +61,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
 
     Raises:
         ModelError, DataError, ConfigError: Bad input; ``out`` was begun with other settings; or nothing is learned.
-        OutputError: ``out`` is not empty or cannot be written; another run is writing it; or a checkpoint is damaged.
+        OutputError: ``out`` is not empty or cannot be written; or another run is writing it.
         TrainingDiverged: The loss is not finite, or exploded.
         VerificationFailed: The written folder gives other vectors.
     """

@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -263,7 +262,11 @@ def dropout(model: SentenceTransformer, config: TrainingConfig) -> Iterator[None
     share = SIMCSE_DROPOUT if config.unsupervised else 0.0
     modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     before = [module.p for module in modules]
-    hook = None if modules else embeddings_of(model[0].auto_model).register_forward_hook(partial(_drop, share))
+    hook = None
+    if not modules:
+        hook = embeddings_of(model[0].auto_model).register_forward_hook(
+            lambda table, _, output: functional.dropout(output, share, training=table.training)
+        )
     try:
         for module in modules:
             module.p = share
@@ -273,7 +276,3 @@ def dropout(model: SentenceTransformer, config: TrainingConfig) -> Iterator[None
             module.p = own
         if hook:
             hook.remove()
-
-
-def _drop(share: float, table: nn.Module, given: Any, output: Tensor) -> Tensor:
-    return functional.dropout(output, share, training=table.training)

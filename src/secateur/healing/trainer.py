@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -27,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
+from secateur.errors import ConfigError, DataError, TrainingDiverged
 from secateur.healing.losses import Loss
 from secateur.healing.processes import gather, is_sharded, shard_by_blocks, sharded_copy
 from secateur.healing.recipes import (
@@ -99,7 +98,6 @@ def train(
 
     Raises:
         TrainingDiverged, DataError: The loss exploded, or was 0 in every step; or the data had too few batches.
-        OutputError: A file of the checkpoint is damaged.
         ConfigError: With FSDP, the loss has weights of its own.
     """
     config = decide(model, config)
@@ -162,7 +160,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         The stock trainer takes a step more from the checkpoint of the last one.
         """
         self._started = time.monotonic()
-        state = read_state(checkpoint, sharded=self.is_fsdp_enabled) if checkpoint else None
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
         self._seconds_before = max((row.get(SECONDS, 0.0) for row in state.log_history), default=0.0) if state else 0.0
         if state is None or (state.global_step < self.args.max_steps and not out_of_patience(state, patience)):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -335,49 +333,40 @@ def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; those that were cut off while being written are removed."""
+    """The newest whole checkpoint; those that were cut off while being written, or are damaged, are removed."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())  # the last file that the trainer writes
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(checkpoint)
-        else:
+        if _is_whole(checkpoint):
             return checkpoint
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 
 
-def read_state(checkpoint: Path, *, sharded: bool = False) -> TrainerState:
-    """The trainer's state in a checkpoint, all of whose files can be read.
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether what a training goes on with can be read; without the optimizer's, the stock trainer would use a new one.
 
-    Raises:
-        OutputError: One is missing or damaged. Without the optimizer's, the stock trainer would use a new one.
+    Of a sharded one, each part's last file is looked for: the parts are read by torch alone.
     """
-    parts = f"{FSDP_MODEL_NAME}_0/.metadata", "optimizer_0/.metadata"  # written last, and read by torch alone
-    weights = parts if sharded else (TRAINED_WEIGHTS, OPTIMIZER_NAME)
-    for name in (*weights, SCHEDULER_NAME, "rng_state*.pth", TRAINER_STATE_NAME):
-        found = sorted(checkpoint.glob(name))
-        damaged = [] if name in parts else [file for file in found if not _is_whole(file)]
-        if damaged or not found:
-            problem = f"its {damaged[0].name} is damaged" if damaged else f"its {name} is missing"
-            hint = "remove this folder; the same command then resumes from the checkpoint before it, or begins anew"
-            raise OutputError(checkpoint, problem, hint)
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a file of a checkpoint holds what it should."""
+    archives = [checkpoint / SCHEDULER_NAME, *checkpoint.glob("rng_state*.pth")]  # as torch saves
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt"):
-                return True
-        if file.suffix == ".json":
-            return file.parent.name == f"checkpoint-{TrainerState.load_from_json(str(file)).global_step}"
-        with ZipFile(file) as archive:  # as torch saves
-            return archive.testzip() is None
-    except OSError:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if is_sharded():
+            for part in (FSDP_MODEL_NAME, "optimizer"):
+                (checkpoint / f"{part}_0" / ".metadata").stat()
+        else:
+            archives.append(checkpoint / OPTIMIZER_NAME)
+            with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt"):
+                pass
+        for file in archives:
+            with ZipFile(file) as archive:
+                if archive.testzip() is not None:
+                    return False
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            return False
         raise
     except Exception:  # whatever a reader makes of bytes that are not its own
         return False
+    return checkpoint.name == f"checkpoint-{state.global_step}" and len(archives) > (1 if is_sharded() else 2)
 
 
 def check_tracker(name: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -329,22 +330,15 @@ def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
     Equal passages are one document, and an anchor's other positives are left out of its ranking.
     """
     texts = [*pairs.positives, *pairs.negatives]
-    anchors, anchor_places = _encode(model, pairs.anchors, pairs.prompt)
-    passages, passage_places = _encode(model, texts, pairs.passage_prompt)
+    encode = partial(model.encode, convert_to_tensor=True, show_progress_bar=False)
+    anchors = encode(list(pairs.anchors), prompt=pairs.prompt or None)
+    passages = encode(texts, prompt=pairs.passage_prompt or None)
     numbers = text_numbers(pairs.anchors, texts)
     count, total = len(pairs.rows), 0.0
     step = max(1, COMPARED // len(texts))
     for rows in (slice(start, min(start + step, count)) for start in range(0, count, step)):
         masked = false_negative_mask(numbers[0], numbers[1][:count], numbers[1][count:], rows=rows, once=True)
-        found = cosines(anchors[anchor_places[rows]], passages)[:, passage_places]
-        own = torch.arange(count)[rows].to(found.device)
-        scores = retrieval(found.masked_fill(masked.to(found.device), -torch.inf), own).ndcg_at_10
-        total += float(scores) * len(own)
+        found = cosines(anchors[rows], passages).masked_fill(masked.to(passages.device), -torch.inf)
+        own = torch.arange(count, device=found.device)[rows]
+        total += float(retrieval(found, own).ndcg_at_10) * len(own)
     return total / count
-
-
-def _encode(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vectors of the distinct texts, and which of them each text has."""
-    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    vectors = model.encode(list(distinct), prompt=prompt or None, convert_to_tensor=True, show_progress_bar=False)
-    return vectors, torch.tensor([distinct[text] for text in texts], device=vectors.device)
