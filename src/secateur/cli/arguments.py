@@ -143,20 +143,21 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
 
 def _choices(annotation: Any) -> list[str]:
     """``finetune``, ``l3prune``, ``distill``, where an option takes one of a few words."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next((found for part in get_args(annotation) if (found := _choices(part))), [])
-    return list(map(str, get_args(annotation))) if get_origin(annotation) is Literal else []
+    bare = _without_none(annotation)
+    return list(map(str, get_args(bare))) if get_origin(bare) is Literal else []
 
 
 def _plain(annotation: Any) -> Any:
     """The type that the parser checks; the rest is pydantic's: a choice is a text, a path stays a text."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return _plain(next(part for part in get_args(annotation) if part is not type(None)))
-    if get_origin(annotation) is Literal or annotation in (Path, Any):
+    bare = _without_none(annotation)
+    if get_origin(bare) is Literal or bare in (Path, Any):
         return str
-    if get_origin(annotation) in (list, dict):
-        return list[str]
-    return annotation
+    return list[str] if get_origin(bare) in (list, dict) else bare
+
+
+def _without_none(annotation: Any) -> Any:
+    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return next(part for part in parts if part is not type(None))
 
 
 SMALL = 8 << 20

@@ -5,7 +5,6 @@ A teacher is whatever gives vectors (:mod:`.embedders`): a model, or an endpoint
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -35,9 +34,6 @@ ALIKE = 1e-6
 """Vectors that all differ by less, as a share of their length, are one vector."""
 MANY = 16
 """Texts of which a teacher must tell one from the others; a few may be alike to it, such as emoji."""
-
-LOOKS = 120
-"""How often, once a second, a process looks for what the others have written: a shared disk may show it late."""
 
 
 @dataclass(frozen=True)
@@ -135,15 +131,13 @@ def keep_vectors(
                 done += len(chunk)
         tell("teacher", total, total)
         barrier()
-    if get_world_size() == 1:
-        return cache
-    for _ in range(LOOKS):
+    if get_world_size() > 1:
         cache = VectorCache(folder, teacher.fingerprint)
-        if not any(cache.missing(own, teacher.context(prompt)) for prompt, own in texts.items()):
-            return cache
-        time.sleep(1)
-    problem = "does not hold the vectors that the other processes have written"
-    raise OutputError(own_folder, problem, "name a folder that all machines share with --cache")
+        if any(cache.missing(own, teacher.context(prompt)) for prompt, own in texts.items()):
+            problem = "does not hold the vectors that the other processes have written"
+            hint = "name a folder that all machines share with --cache; if they do, start again: the disk was late"
+            raise OutputError(own_folder, problem, hint)
+    return cache
 
 
 def _checked(teacher: Teacher, prompt: str, dimension: int, texts: list[str]) -> NDArray[np.float32]:

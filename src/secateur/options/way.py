@@ -179,7 +179,7 @@ class PruneOptions(VocabularyOptions):
     )
     pooling: Pooling = None
     max_length: MaxLength = 512
-    vocab_multiple: int = Field(1, ge=1, description="Fill the token table with zeros to a multiple of this, as 64.")
+    vocab_multiple: int = Field(1, ge=1, description="Rows of zeros fill the token table to a multiple of this: 64.")
     vocab_tasks: Tasks = Field([], description="Task folders: report the share of their tokens that is covered.")
     dtype: Dtype = Field("auto", description="Data type of the written weights; auto keeps the model's own.")
     adapter: Annotated[Any, BeforeValidator(path_text)] = Field(

@@ -32,7 +32,7 @@ from secateur.healing.heal import check_resume, heal
 from secateur.healing.recipes import training_config
 from secateur.healing.teacher import open_teacher
 from secateur.healing.trainer import check_tracker
-from secateur.healing.training_data import read_excluded
+from secateur.healing.training_data import read_excluded, read_held_out
 from secateur.measures.costs import layer_sizes
 from secateur.measures.intervals import Array, interval, limits_of
 from secateur.models import model_label, resolve
@@ -106,16 +106,15 @@ def _made_from(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence
     def told(tasks: Sequence[Task]) -> list[list[str]]:
         return [[task.source.sha256, task.instruction] for task in tasks]
 
-    measured = read_sources(options.eval_data or (), options.instruction, options.columns)
-    on_the_way = open_tasks(options.eval_tasks, options.eval_sample, options.seed) if options.eval_tasks else []
+    held_out = read_held_out(options)
     inputs: dict[str, Any] = {
         "model": model(options.model),
         "data": [source.source.sha256 for source in sources],
         "prompts": [[source.name, source.prompt] for source in sources],
         "tasks": told(tasks),
         "exclude": [task.sha256 for task in read_excluded(options.exclude).tasks],
-        "eval_data": [source.source.sha256 for source in measured],
-        "eval_tasks": told(on_the_way),
+        "eval_data": [pairs.source.sha256 for pairs in held_out.pairs],
+        "eval_tasks": told(held_out.tasks),
         "teacher": "" if options.teacher is None else model(options.teacher),
     }
     return Made("scout", options.model_dump(mode="json", exclude=_ASIDE), inputs)
