@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -496,15 +497,19 @@ def test_mistakes_are_told_before_anything_is_written(llama_folder: Path, pairs_
         secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path)
 
 
-def test_a_diverging_training_says_at_which_step_and_may_begin_anew(llama_folder: Path, pairs_file: Path, tmp_path):
+def test_a_diverging_training_says_at_which_step_and_keeps_its_settings(llama_folder: Path, pairs_file: Path, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(TrainingDiverged, match="try a smaller learning rate") as caught:
         secateur.heal(llama_folder, pairs_file, **(SETTINGS | {"learning_rate": 1e30}), out=out)
     assert 1 <= caught.value.step <= STEPS
     assert not math.isfinite(caught.value.loss)
     assert not out.exists()
-    assert caught.value.checkpoint is None  # so nothing is lost
-    assert load(secateur.heal(llama_folder, pairs_file, **SETTINGS, out=out), Training).steps == STEPS
+    if caught.value.checkpoint:
+        state = json.loads((Path(caught.value.checkpoint) / "trainer_state.json").read_text())
+        assert all(math.isfinite(row["loss"]) for row in state["log_history"])
+    told = r"unfinished training with other settings \(learning_rate was 1e\+30, is 0.003\)"
+    with pytest.raises(ConfigError, match=told):
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, out=out)
 
 
 def test_data_without_a_batch_of_different_texts_are_refused(llama_folder: Path, tmp_path: Path):
