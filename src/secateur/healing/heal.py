@@ -100,7 +100,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
                 config,
                 folder / "checkpoints",
                 partial(Loss, teacher=vectors),
-                held_out.score if held_out.is_given else None,
+                held_out.score if held_out.pairs or held_out.tasks else None,
                 report_to=options.report_to,
                 progress=progress,
             )

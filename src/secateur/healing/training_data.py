@@ -283,10 +283,6 @@ class HeldOut:
     sample: int | None = None
     seed: int = 42
 
-    @property
-    def is_given(self) -> bool:
-        return bool(self.pairs or self.tasks)
-
     def score(self, model: SentenceTransformer) -> float:
         """The mean over files and tasks."""
         found = [held_out_ndcg(model, pairs) for pairs in self.pairs]
