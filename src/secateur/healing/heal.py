@@ -93,17 +93,10 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
             taught, vectors = teach(sets, config, teacher, cache, progress)
             own_sets = [replace(own, rows=item.rows) for own, item in zip(own_sets, taught, strict=True)]
             teacher = None  # its weights are not needed any more
+        score = held_out.score if held_out.pairs or held_out.tasks else None
+        loss, place = partial(Loss, teacher=vectors), folder / "checkpoints"
         with dropout(model, config):
-            result = train(
-                model,
-                own_sets,
-                config,
-                folder / "checkpoints",
-                partial(Loss, teacher=vectors),
-                held_out.score if held_out.pairs or held_out.tasks else None,
-                report_to=options.report_to,
-                progress=progress,
-            )
+            result = train(model, own_sets, config, place, loss, score, report_to=options.report_to, progress=progress)
         if get_rank() == 0:
             _write(options.model, model, sources, prompts, settings, result, folder / "model")
             rename_into_place(folder / "model", options.out)
