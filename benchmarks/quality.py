@@ -85,7 +85,8 @@ class Row:
     def parts(self, args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
         """The layers that stay, of a model of ``depth``."""
         count = depth if self.depth == "full" else int(getattr(args, self.depth, self.depth))
-        return blocks_to_keep(f"{self.which}:{count}", depth, seed=seed) if count else ()
+        drawn = f":{seed}" if self.which == "random" else ""
+        return blocks_to_keep(f"{self.which}:{count}{drawn}", depth) if count else ()
 
 
 ROWS = {

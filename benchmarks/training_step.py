@@ -100,8 +100,6 @@ def plain(model: SentenceTransformer, config: TrainingConfig) -> Step:
     """Stock calls alone; what is trained, and the optimizer's numbers, are the configuration's."""
     config = decide(model, config)
     prepare(model, config)
-    for layer in [module for module in model.modules() if hasattr(module, "lora_dropout")]:
-        layer.lora_dropout["default"] = torch.nn.Dropout(config.lora_dropout)
     model.float().train()
     model.max_seq_length = config.max_length
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -538,7 +538,6 @@ def completed(words: str, tmp_path: Path) -> list[str]:
     ("words", "offered"),
     [
         ("secateur s", ["scout", "study", "serve"]),
-        ("secateur study sta", ["status"]),
         ("secateur study status run --h", ["--help"]),
         ("secateur prune model --vocab-s", ["--vocab-size"]),
         ("secateur heal model --recipe ", ["finetune", "l3prune", "distill"]),

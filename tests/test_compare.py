@@ -113,7 +113,7 @@ def test_scores_on_other_rows_have_no_interval():
 def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path):
     (tmp_path / "two.txt").write_text("a\nb\n")
     for models, options, says in (
-        (folders[:1], {"tasks": ["t"]}, "name two or more"),
+        (folders[:1], {"tasks": ["t"]}, "at least 2 items"),
         (folders, {}, "--tasks or --texts"),
         (folders, {"texts": [tmp_path / "two.txt"]}, "2 distinct texts"),
         (folders, {"tasks": ["t"], "names": ["a", "a", "b"]}, "two models are called"),

@@ -77,7 +77,13 @@ def test_costs_of_models_side_by_side(make_encoder: MakeEncoder, tmp_path: Path,
         folders[f"tiny-{depth}"] = tmp_path / f"tiny-{depth}"
         make_encoder("llama", depth=depth).save(str(folders[f"tiny-{depth}"]), create_model_card=False)
     told: list[tuple[str, int, int]] = []
-    costs = cost(folders, repetitions=1, out=tmp_path / "out", progress=lambda *args: told.append(args))
+    costs = cost(
+        list(folders.values()),
+        names=list(folders),
+        repetitions=1,
+        out=tmp_path / "out",
+        progress=lambda *args: told.append(args),
+    )
     assert told == [("cost", i, 2) for i in range(3)]
     assert load(tmp_path / "out", Costs) == costs
     large, small = costs.rows

@@ -18,7 +18,7 @@ from conftest import MakeEncoder, example_pairs
 from secateur.data.vectors import PROBES, VectorCache
 from secateur.errors import ConfigError
 from secateur.healing import losses
-from secateur.healing.losses import Loss, SortedColumn, batch_mask, contrastive_loss, dropout, row_keys
+from secateur.healing.losses import Loss, batch_mask, contrastive_loss, dropout, mini_batches, row_keys
 from secateur.healing.recipes import TrainingConfig, training_arguments
 from secateur.healing.teacher import Teacher, keep_vectors
 from secateur.healing.trainer import Trainer, rounded_lengths
@@ -271,13 +271,13 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(make_encoder: MakeEncod
 def test_a_mini_batch_holds_at_most_so_many_tokens_in_few_shapes(make_encoder: MakeEncoder):
     model = make_encoder("llama")
     for features in long_and_short(model, 40):
-        column = SortedColumn(features, 200)
-        pieces = [column.piece(begin, end)["input_ids"].shape for begin, end in column.ranges]
-        assert sum(rows for rows, _ in pieces) == 40
-        assert all(rows * width <= 200 or rows == 1 for rows, width in pieces)
-        assert all(rows.bit_count() == 1 for rows, _ in pieces[:-1])
-        assert len(set(pieces)) <= 12
-        back = torch.cat([column.piece(b, e)["attention_mask"].sum(dim=1) for b, e in column.ranges])[column.places]
+        pieces, places = mini_batches(features, 200)
+        shapes = [piece["input_ids"].shape for piece in pieces]
+        assert sum(rows for rows, _ in shapes) == 40
+        assert all(rows * width <= 200 or rows == 1 for rows, width in shapes)
+        assert all(rows.bit_count() == 1 for rows, _ in shapes[:-1])
+        assert len(set(shapes)) <= 12
+        back = torch.cat([piece["attention_mask"].sum(dim=1) for piece in pieces])[places]
         assert torch.equal(back, features["attention_mask"].sum(dim=1))
 
 

@@ -85,27 +85,28 @@ def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -
         ConfigError: None is; the message tells what the smallest costs.
         DataError: The table does not tell costs.
     """
-    left = list(depths)
-    for key, limit in cost_limits(options).items():
-        measure, words = _COSTS[key]
-        _check_costs(table)
-        found = {depth: measure(cost_of(table.layer_costs, layers_at(table, depth))) for depth in depths}
-        if found[depths[0]] > limit:
-            hint = f"the smallest, depth {depths[0]}, has {words.format(found[depths[0]])}"
-            raise ConfigError(key, limit, f"no depth has at most {words.format(limit)}", hint)
-        left = [depth for depth in left if found[depth] <= limit]
+    left = [depth for depth in depths if fits(options, table, layers_at(table, depth))]
+    if not left:
+        smallest = cost_of(table.layer_costs, layers_at(table, depths[0]))
+        costs = {key: _COSTS[key][0](smallest) for key in cost_limits(options)}
+        key, limit = next((key, limit) for key, limit in cost_limits(options).items() if costs[key] > limit)
+        words = _COSTS[key][1]
+        hint = f"the smallest, depth {depths[0]}, has {words.format(costs[key])}"
+        raise ConfigError(key, limit, f"no depth has at most {words.format(limit)}", hint)
     return left
 
 
-def _fits(options: Budget, table: Profile | Scout, blocks: Sequence[int]) -> bool:
-    cost = cost_of(table.layer_costs, blocks)
-    return all(_COSTS[key][0](cost) <= limit for key, limit in cost_limits(options).items())
+def fits(options: Budget, table: Profile | Scout, blocks: Sequence[int]) -> bool:
+    """Whether a model that keeps these layers is within all limits.
 
-
-def _check_costs(table: Profile | Scout) -> None:
-    if not table.layer_costs:
+    Raises:
+        DataError: The table does not tell costs.
+    """
+    limits = cost_limits(options)
+    if limits and not table.layer_costs:
         why = next((note for note in table.notes if note.startswith("no costs")), "it was made by an earlier version")
         raise DataError(table.file, "has no costs of the layers", f"{why}; {table.kind} again", field="layer_costs")
+    return not limits or all(_COSTS[key][0](cost_of(table.layer_costs, blocks)) <= limits[key] for key in limits)
 
 
 # Vocabularies ---------------------------------------------------------------------------------------------------------
@@ -151,12 +152,7 @@ def without(table: T, removed: tuple[int, int]) -> T:
 
 
 def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: Progress) -> Vocabularies | None:
-    """Open the tokenizer of a table's model, and count its tokens on the texts of ``--vocab``; None without it.
-
-    Raises:
-        ConfigError: The model is not found and not named, or another one; as :func:`.count_vocabulary`.
-        ModelError, DataError: As :func:`.open_skeleton` and :func:`.count_vocabulary`.
-    """
+    """Open the tokenizer of a table's model, and count its tokens on the texts of ``--vocab``; None without it."""
     if not options.vocab:
         return None
     from secateur.models.blocks import depth_of  # with torch, which the rest of a choice does not need
@@ -168,18 +164,16 @@ def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: 
         place = Path(options.profile)
         trained = (place if place.is_dir() else place.parent) / "model"
         name = str(trained) if trained.is_dir() else name
+    hint = f"name the model of the {table.kind}: --model MODEL"
     try:
         opened = open_skeleton(name)
-    except UnsupportedArchitecture:
-        raise
     except ModelError as error:
-        if options.model is not None:
+        if options.model is not None or isinstance(error, UnsupportedArchitecture):
             raise
-        problem = f"{name}, of which the {table.kind} is, cannot be opened any more"
-        raise ConfigError("model", name, problem, "name it: --model MODEL") from error
+        raise ConfigError("model", name, f"{name} cannot be opened any more", hint) from error
     if (depth := depth_of(opened.transformer)) != table.depth:
         problem = f"{name} has {depth} layers, but the {table.kind} is of a model of {table.depth}"
-        raise ConfigError("model", name, problem, f"name the model of the {table.kind}: --model MODEL")
+        raise ConfigError("model", name, problem, hint)
     prompts = opened.prompts.values()
     counted = count_vocabulary(name, opened.tokenizer, opened.transformer, options, prompts=prompts, progress=progress)
     return Vocabularies(name, counted)
@@ -207,10 +201,6 @@ def decide(
 
     ``vocabularies`` are None where only the depth is asked about; ``rule`` chooses a depth by options, a table, and the
     same table with the costs of a smaller vocabulary.
-
-    Raises:
-        ConfigError: Nothing is within the limits.
-        DataError: The table does not tell costs.
     """
     if vocabularies is None:
         return Decision(rule(options, table, None))
@@ -220,11 +210,8 @@ def decide(
 
     def largest(choice: Choice) -> int | None:
         """The largest allowed vocabulary with which these layers fit; None where none does."""
-        return next(
-            (size for size in sizes if _fits(options, vocabularies.with_size(table, size), choice.blocks)), None
-        )
+        return next((n for n in sizes if fits(options, vocabularies.with_size(table, n), choice.blocks)), None)
 
-    _check_costs(table)
     wanted = rule(options.model_copy(update=dict.fromkeys(SIZE_LIMITS)), table, None)
     if (size := largest(wanted)) is not None:
         return Decision(wanted, size)
@@ -289,7 +276,7 @@ def vocabulary_costs(
         rows[tokens] = VocabularyCost(
             **asdict(row) | {"parameters": cost.parameters, "bytes": cost.bytes},
             longer=row.tokens_per_text / max(1e-9, counted.tokens_per_text),
-            fits=not table.layer_costs or _fits(options, costs, blocks),
+            fits=not table.layer_costs or fits(options, costs, blocks),
         )
     own, layers = rows[size], plural(len(blocks), "layer")
     reason = ""

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from secateur.choosing.budgets import (
     CutCost,
+    Decision,
+    Vocabularies,
     VocabularyCosts,
     affordable,
     cost_limits,
@@ -69,50 +71,43 @@ def choose(options: ChooseOptions, *, progress: Progress = silent) -> dict[str, 
             tells; with ``vocab``, the model is not found, or has no vocabulary as is asked for.
         ModelError: With ``vocab``, the model cannot be opened, or its vocabulary cannot be cut.
     """
-    table = _read_checked(options)
-    vocabularies = open_vocabularies(options, table, progress)
+    table, _, decision = _decide(options, progress)
     if isinstance(table, Scout):
-        decision = decide(options, table, vocabularies, choose_rung)
         told = {CHOSEN: len(decision.choice.blocks)}
     elif _has_limits(options):
-        decision = decide(options, table, vocabularies, within)
         told = {BUDGET: len(decision.choice.blocks)}
     else:
         question = Question(table.depth, table)
         told = {name: len(l3prune(question, half).blocks) for half, name in enumerate(SHORT)}
-        decision = decide(options, table, vocabularies, within)
     return told if decision.size is None else told | {"vocab_size": decision.size}
 
 
-def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
-    """A profile or a scout, its file, or the folder that holds it.
-
-    Raises:
-        DataError: It is neither.
-    """
-    if isinstance(given, (Profile, Scout)):
-        return given
-    path = Path(given)
-    if path.is_dir():
-        file = next((path / kind.file for kind in (Scout, Profile) if (path / kind.file).is_file()), None)
-        if file is None:
-            raise DataError(
-                path, f"holds no {Scout.file} and no {Profile.file}", "name the folder of a scout or a profile"
-            )
-        path = file
-    content = read_json(path)
-    is_scout = isinstance(content, dict) and content.get("kind") == Scout.kind
-    return load(path, Scout) if is_scout else load(path, Profile)
-
-
-def _read_checked(options: ChooseOptions) -> Profile | Scout:
-    """The table; a profile is not asked what only scores after a training tell."""
+def _decide(options: ChooseOptions, progress: Progress) -> tuple[Profile | Scout, Vocabularies | None, Decision]:
+    """The table, the vocabularies that its model could have, and what is decided by them."""
     table = read_table(options.profile)
     for name in ("tolerance", "best") if isinstance(table, Profile) else ():
         if (value := getattr(options, name)) not in (None, False):
             problem = f"needs scores after a training, and {table.model} has only a profile"
             raise ConfigError(name, value, problem, f"scout it: secateur scout {table.model} ...")
-    return table
+    vocabularies = open_vocabularies(options, table, progress)
+    if isinstance(table, Scout):
+        return table, vocabularies, decide(options, table, vocabularies, choose_rung)
+    return table, vocabularies, decide(options, table, vocabularies, within)
+
+
+def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
+    """A profile or a scout, its file, or the folder that holds it; DataError if it is neither."""
+    if isinstance(given, (Profile, Scout)):
+        return given
+    path = Path(given)
+    if path.is_dir():
+        folder, path = path, path / Scout.file if (path / Scout.file).is_file() else path / Profile.file
+        if not path.is_file():
+            hint = "name the folder of a scout or a profile"
+            raise DataError(folder, f"holds no {Scout.file} and no {Profile.file}", hint)
+    content = read_json(path)
+    is_scout = isinstance(content, dict) and content.get("kind") == Scout.kind
+    return load(path, Scout) if is_scout else load(path, Profile)
 
 
 def losses_fingerprint(profile: Profile) -> str:
@@ -121,9 +116,7 @@ def losses_fingerprint(profile: Profile) -> str:
     return hashlib.sha256(losses.encode()).hexdigest()[:16]
 
 
-def blocks_to_keep(
-    to: str | int | float, depth: int, profile: Measured | None = None, *, seed: int = SEED
-) -> tuple[int, ...]:
+def blocks_to_keep(to: str | int | float, depth: int, profile: Measured | None = None) -> tuple[int, ...]:
     """The layers that stay, as ``--to`` says it.
 
     Args:
@@ -133,7 +126,6 @@ def blocks_to_keep(
             as ``knee``; or the name of another with a number: ``uniform:7``, and with a seed ``random:7:1``.
         depth: How many layers the model has.
         profile: Of this model, for the methods that read one; for ``chosen`` a scout.
-        seed: Of what is drawn, where ``to`` names none.
 
     Returns:
         Indices of layers, from 0, ascending.
@@ -144,7 +136,7 @@ def blocks_to_keep(
         DataError: The profile does not tell what the method reads.
     """
     if is_selector(to):
-        return choice_of(str(to), depth, profile, seed=seed).blocks
+        return choice_of(str(to), depth, profile).blocks
     number = float(to)
     if 0 < number < 1:
         kept = math.floor(depth * (1 - number) + 1e-9)  # 30 × (1 − 0.8) is 5.999… in floating point
@@ -166,44 +158,38 @@ def is_selector(to: str | int | float) -> bool:
 
 
 def needs_profile(to: str | int | float) -> bool:
-    """Whether only a profile, or a scout, tells which layers ``to`` means.
-
-    Raises:
-        ConfigError: It is no selection method.
-    """
+    """Whether only a profile, or a scout, tells which layers ``to`` means; ConfigError if it is no selection method."""
     if not is_selector(to):
         return False
     key = _parse(str(to))[0]
     return key == CHOSEN or SELECTORS[key].reads_profile
 
 
-def choice_of(name: str, depth: int, profile: Measured | None = None, *, seed: int = SEED) -> Choice:
+def choice_of(name: str, depth: int, profile: Measured | None = None) -> Choice:
     """What a selection method chooses, with its reason; arguments and errors as for :func:`blocks_to_keep`."""
-    key, count, own_seed = _parse(name)
-    selector = SELECTORS.get(key)
+    key, count, seed = _parse(name)
+    needed = Scout if key == CHOSEN else Profile if SELECTORS[key].reads_profile else None
     table = None
-    if selector is None or selector.reads_profile:
-        needed = Scout if selector is None else Profile
+    if needed:
         if profile is None:
             hint = "give --profile DIR, or a number of layers"
             raise ConfigError("to", name, f"is {name}, which needs a {needed.kind}", hint)
         table = read_table(profile)
         if not isinstance(table, needed):
-            hint = "give the folder that secateur scout wrote" if selector is None else f"{CHOSEN} reads a scout"
+            hint = f"{CHOSEN} reads a scout" if needed is Profile else "give the folder that secateur scout wrote"
             raise ConfigError("profile", table.model, f"is a {table.kind}, but {name} needs a {needed.kind}", hint)
         if table.depth != depth:
             problem = f"has {table.depth} depths, but the model has {depth} layers"
             raise ConfigError("profile", table.model, problem)
     if isinstance(table, Scout):
         return choose_rung(make(Budget, {}), table)
-    assert selector is not None
-    if selector.counts:
+    if SELECTORS[key].counts:
         _check_count(count, count, depth)
-    return selector.rule(Question(depth, table, count, seed if own_seed is None else own_seed))
+    return SELECTORS[key].rule(Question(depth, table, count, seed))
 
 
-def _parse(text: str) -> tuple[str, int, int | None]:
-    """``random:7:1`` → the selection method, how many layers, and the seed if it is there."""
+def _parse(text: str) -> tuple[str, int, int]:
+    """``random:7:1`` → the selection method, how many layers, and the seed."""
     name, *numbers = text.split(":")
     key = SHORT.get(name, name)
     if key not in (*SELECTORS, CHOSEN):
@@ -213,11 +199,11 @@ def _parse(text: str) -> tuple[str, int, int | None]:
     if key == CHOSEN or not SELECTORS[key].counts:
         if numbers:
             raise ConfigError("to", text, f"is {text!r}, but {name} chooses the number of layers itself", name)
-        return key, 0, None
+        return key, 0, SEED
     most = 2 if name == "random" else 1
     if not (1 <= len(numbers) <= most and all(re.fullmatch("[0-9]{1,9}", number) for number in numbers)):
         raise ConfigError("to", text, f"is {text!r}, but {name} must be told how many layers to keep", f"{name}:7")
-    return key, int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else None
+    return key, int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else SEED
 
 
 def _check_count(count: int, said: str | int | float, depth: int) -> None:
@@ -230,26 +216,19 @@ def _has_limits(options: ChooseOptions) -> bool:
 
 
 def within(options: ChooseOptions, table: Profile, costs: Profile | None = None) -> Choice:
-    """Choose a depth that the limits allow.
+    """Choose a depth that the limits allow; ``costs`` is the same profile with those of a smaller vocabulary.
 
     With a limit of the loss the shallowest such depth. Without one, what L3Prune's rule would call ``large`` if the
     model had no more layers than fit the budget: the lowest loss of the deeper half of them; with a profile of texts
     alone, which has no losses, the deepest of them.
-
-    ``costs`` is the same profile with the costs of a smaller vocabulary, where the limits are about these.
-
-    Raises:
-        ConfigError: No depth is within a limit; the message tells the smallest that there is.
-        DataError: The profile does not tell what a limit is about.
     """
     deepest = affordable(options, costs or table, range(1, table.depth + 1))[-1]
     increase = options.max_loss_increase
     if increase is None:
         tokens = " with the fewest tokens that are allowed" if costs else ""
-        told = (
-            f"depth {deepest} is the deepest that fits{tokens}" if _has_limits(options) else "no depth is too expensive"
-        )
-        if not all(row.loss is not None for row in table.depths):
+        told = f"depth {deepest} is the deepest that fits{tokens}"
+        told = told if _has_limits(options) else "no depth is too expensive"
+        if any(row.loss is None for row in table.depths):
             return Choice(prefix(deepest), told)
         depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1:], 0)
         told += f"; loss {losses_of(table)[depth - 1]:.4f}, the lowest of depths {deepest // 2 + 1} to {deepest}"
@@ -329,11 +308,9 @@ def candidates(options: ChooseOptions, *, progress: Progress = silent) -> Candid
         DataError: The file is neither.
         ConfigError, ModelError: As for :func:`choose`.
     """
-    table = _read_checked(options)
-    vocabularies = open_vocabularies(options, table, progress)
+    table, vocabularies, decision = _decide(options, progress)
     if isinstance(table, Scout):
         return side_by_side(options, table, vocabularies)
-    decision = decide(options, table, vocabularies, within)
     found = {FULL: Choice(prefix(table.depth), "nothing is cut")}
     # Without losses nothing tells a size: half of the layers.
     sizes = set(choose(table).values() if table.can_choose else [max(1, table.depth // 2)])

@@ -40,10 +40,6 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
 
     Returns:
         The layers of that depth; ``reason`` is a whole sentence.
-
-    Raises:
-        ConfigError: No depth is within the limits of costs, or a limit is of the losses of a profile.
-        DataError: The scout does not tell costs, or has no score at the full depth.
     """
     if isinstance(options, ChooseOptions) and options.max_loss_increase is not None:
         problem = "applies to a profile's loss, and this is a scout"
@@ -63,11 +59,7 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
 
 
 def scored(scout: Scout) -> list[RungRow]:
-    """The depths whose score is a number, ascending; the full depth is the last.
-
-    Raises:
-        DataError: The full depth has none.
-    """
+    """The depths whose score is a number, ascending; the full depth is the last (DataError if it has none)."""
     rungs = [row for row in scout.depths if row.score is not None and math.isfinite(row.score)]
     if not rungs or rungs[-1].depth != scout.depth:
         raise DataError(scout.file, f"has no score at depth {scout.depth}, the full one", "scout again", field="depths")

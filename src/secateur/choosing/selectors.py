@@ -50,14 +50,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which layers to keep.
+    """Which layers to keep: ``blocks`` are their indices from 0, ascending; ``reason`` is half a sentence.
 
-    Attributes:
-        blocks: Indices of the layers that stay, from 0, ascending.
-        reason: Why, in half a sentence with the numbers that decided.
-        warning: What a reader must know before relying on it; empty where there is nothing.
-        selection_probability: Share of the bootstrap replicates over the profile's batches in which the same rule
-            chooses the same; None where a rule does not read losses by batch.
+    ``warning`` is what a reader must know before relying on it. ``selection_probability`` is the share of the bootstrap
+    replicates over the profile's batches in which the same rule chooses the same; None where it reads no such losses.
     """
 
     blocks: tuple[int, ...]
@@ -79,7 +75,7 @@ def replicates_of(losses: ArrayLike, seed: int, replicates: int = REPLICATES) ->
 def lowest_in_each_half(losses: ArrayLike) -> NDArray[Any]:
     """L3Prune's rule (arXiv 2410.14578, section 3): the depth of the lowest loss in each half, (..., 2).
 
-    The first ``depths // 2`` are the first half. Of equal losses the shallowest wins. Of a single depth, (..., 1).
+    The first ``depths // 2`` are the first half. Of equal losses the shallowest wins.
     """
     values = np.asarray(losses)
     half = values.shape[-1] // 2
@@ -109,11 +105,9 @@ def smoothed(losses: ArrayLike) -> Array:
 def valleys(losses: ArrayLike) -> list[int]:
     """The depths at which a curve (depths,) has a true minimum: a peak of the smoothed curve turned upside down.
 
-    Its prominence must be :data:`PROMINENCE` of the smoothed curve's range. The depth is that of the lowest loss among
-    the three that were averaged there. The first and the last depth are no minima: nobody knows what lies beyond.
-
-    Returns:
-        Depths counted from 1, ascending.
+    Its prominence must be :data:`PROMINENCE` of the smoothed curve's range. The depth, counted from 1, is that of the
+    lowest loss among the three that were averaged there. The first and the last are no minima: nobody knows what lies
+    beyond.
     """
     from scipy.signal import find_peaks
 
@@ -146,10 +140,7 @@ def knee_strength(losses: Array) -> Array:
 
 
 def l3prune(question: Question, half: int, rule: Rule = lowest_in_each_half) -> Choice:
-    """The lowest loss in the first (0) or second (1) half of the depths (L3Prune, arXiv 2410.14578, section 3).
-
-    With :func:`valleys_in_each_half` as its rule, the lowest true minimum, and a warning where there is none.
-    """
+    """What L3Prune's rule, or :func:`valleys_in_each_half`, chooses in the first (0) or second (1) half of depths."""
     losses, depth = losses_of(question.table), question.depth
     if depth == 1:
         raise IllegalDepth("small and large", depth, "a single layer has no halves")
@@ -287,11 +278,7 @@ def layers_of(which: str, count: int, depth: int) -> tuple[int, ...]:
 
 
 def losses_of(table: Profile) -> Array:
-    """The loss at each depth: (depths,).
-
-    Raises:
-        DataError: The profile is one of texts alone.
-    """
+    """The loss at each depth, (depths,); DataError if the profile is one of texts alone."""
     found = [row.loss for row in table.depths if row.loss is not None]
     if len(found) < table.depth:
         raise DataError(table.file, "has no losses", "it was made from texts alone; profile on pairs", field="loss")
@@ -299,10 +286,7 @@ def losses_of(table: Profile) -> Array:
 
 
 def by_rule(table: Profile, rule: Rule, place: int) -> tuple[int, float | None]:
-    """The rule's choice number ``place`` on the measured curve, and its selection probability.
-
-    That is the share of bootstrap replicates with the same choice; None with fewer than five batches.
-    """
+    """The rule's choice number ``place`` on the measured curve, and its selection probability, if there are batches."""
     depth = int(rule(losses_of(table))[place])
     if len(table.batch_losses) < MINIMUM_UNITS:
         return depth, None

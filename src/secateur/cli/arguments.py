@@ -54,18 +54,12 @@ class Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: typer.Context, incomplete: str) -> Any:  # type: ignore[override]
-        """The first words; the second are completed as what else could stand there."""
+        """The first words alone: the shell completes files where the second could stand."""
         found: dict[str, Any] = {}
         for item in super().shell_complete(ctx, incomplete):
             item.value = item.value.partition(" ")[0]
             found.setdefault(item.value, item)
         return list(found.values())
-
-
-def _second_words(ctx: typer.Context, incomplete: str) -> list[str]:
-    """For a begun word after ``study``: its commands. The shell completes files where there are none."""
-    names = ctx.parent.command.list_commands(ctx.parent) if ctx.parent and incomplete else []  # type: ignore[attr-defined]
-    return [name.removeprefix(f"{ctx.info_name} ") for name in names if name.startswith(f"{ctx.info_name} ")]
 
 
 def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -113,50 +107,43 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
     default = default_of(options, name)
     text = field.description or ""
     kind = _plain(field.annotation)
+    several = get_origin(kind) is list
+    metavar = name.upper().rstrip("S") + ("..." if several else "")
     info: Any
     if extra(options, name, "argument"):
-        info = typer.Argument(
-            help=text,
-            show_default=False,
-            metavar=name.upper().rstrip("S") + ("..." if get_origin(kind) is list else ""),
-            autocompletion=_second_words,
-        )
+        info = typer.Argument(help=text, show_default=False, metavar=metavar)
     else:
         flag, short = "--" + name.replace("_", "-"), extra(options, name, "short")
         names = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, *([short] if short else [])]
         shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
-        suffix = f" [default: {shown}]" if shown not in (None, False, "") else ""
-        required = " [required]" if field.is_required() or extra(options, name, "required") else ""
+        text += f" [default: {shown}]" if shown not in (None, False, "") else ""
+        text += " [required]" if field.is_required() or extra(options, name, "required") else ""
         choices = _choices(field.annotation)
-        metavar = f"{name.upper().rstrip('S')}..." if get_origin(kind) is list else "|".join(choices) or None
+        metavar = metavar if several else "|".join(choices)
         info = typer.Option(
-            *names,
-            help=text + suffix + required,
-            show_default=False,
-            metavar=metavar,
-            autocompletion=lambda: choices,
+            *names, help=text, show_default=False, metavar=metavar or None, autocompletion=lambda: choices
         )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
-    )
+    annotation = Annotated[kind | None, info]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _choices(annotation: Any) -> list[str]:
     """``finetune``, ``l3prune``, ``distill``, where an option takes one of a few words."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next((found for part in get_args(annotation) if (found := _choices(part))), [])
-    return list(map(str, get_args(annotation))) if get_origin(annotation) is Literal else []
+    bare = _without_none(annotation)
+    return list(map(str, get_args(bare))) if get_origin(bare) is Literal else []
 
 
 def _plain(annotation: Any) -> Any:
     """The type that the parser checks; the rest is pydantic's: a choice is a text, a path stays a text."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return _plain(next(part for part in get_args(annotation) if part is not type(None)))
-    if get_origin(annotation) is Literal or annotation in (Path, Any):
+    bare = _without_none(annotation)
+    if get_origin(bare) is Literal or bare in (Path, Any):
         return str
-    if get_origin(annotation) in (list, dict):
-        return list[str]
-    return annotation
+    return list[str] if get_origin(bare) in (list, dict) else bare
+
+
+def _without_none(annotation: Any) -> Any:
+    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return next(part for part in parts if part is not type(None))
 
 
 SMALL = 8 << 20

@@ -40,9 +40,8 @@ def _bars(name: str) -> Iterator[Bars]:
     console = Console(stderr=True)
     columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()]
     columns += [rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()]
-    columns += [rich.TextColumn("{task.fields[rate]}")]
     hidden = not (console.is_interactive and sys.stderr.isatty())  # FORCE_COLOR makes no terminal of a log
-    # The speed is that of the last ten minutes: a piece of work may take minutes.
+    # The time left is told by the last ten minutes: a piece of work may take minutes.
     with rich.Progress(*columns, console=console, disable=hidden, speed_estimate_period=600) as bars:
         ended = threading.Event()
         log = threading.Thread(target=_write_log, args=(bars, name, ended), daemon=True)
@@ -64,7 +63,7 @@ def _write_log(bars: Bars, name: str, ended: threading.Event) -> None:
 
 
 def _line(task: Task) -> str:
-    """``heal (blocks): 3,200 of 64,000, 95 s so far, about 30 min left, 33.7/s``."""
+    """``heal (blocks): 3,200 of 64,000, 95 s so far, about 30 min left``."""
     if words := task.fields.get("words"):
         return f"study: {words()}"
     done, elapsed = task.completed, task.elapsed or 0.0
@@ -73,34 +72,23 @@ def _line(task: Task) -> str:
     if task.total and done > task.fields.get("before", 0):
         left = elapsed * (task.total - done) / (done - task.fields.get("before", 0))
         parts.append(f"about {duration(left)} left")
-    parts += [task.fields["rate"]] if task.fields["rate"] else []
     return f"{task.description}: {', '.join(parts)}"
 
 
 @contextmanager
 def work_bars(name: str) -> Iterator[Progress]:
     """A bar for each piece of the work of a command; in a log, a line for each when done, too."""
-    tasks: dict[str, tuple[Any, float, int]] = {}  # the bar, its start, and what an earlier run had done before
+    tasks: dict[str, Any] = {}
     with _bars(name) as bars:
 
         def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks or done == 0:
-                bar = bars.add_task(what, total=total or None, completed=done, rate="", before=done)
-                tasks[what] = bar, time.monotonic(), done
-            bar, started, before = tasks[what]
-            seconds = time.monotonic() - started
-            rate = f"{per_second(done - before, seconds)}/s" if seconds >= 1 and done > before else ""
-            bars.update(bar, completed=done, total=total or None, rate=rate)
+            if what not in tasks or done == 0:  # ``before`` is what an earlier run had done
+                tasks[what] = bars.add_task(what, total=total or None, completed=done, before=done)
+            bars.update(tasks[what], completed=done, total=total or None)
             if 0 < done == total and bars.disable:
-                typer.echo(f"{what}: {total} in {seconds:.0f} s" + (f", {rate}" if rate else ""), err=True)
+                typer.echo(f"{what}: {total} in {bars.tasks[tasks[what]].elapsed or 0:.0f} s", err=True)
 
         yield progress
-
-
-def per_second(done: int, seconds: float) -> str:
-    """A rate in three digits or more: ``4.27``, ``31.2``, ``5,311``."""
-    rate = done / seconds
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 @contextmanager
@@ -109,11 +97,11 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
     tasks: dict[str, Any] = {}
     told: set[str] = set()
     with _bars("study") as bars:
-        whole = bars.add_task("study", total=None, rate="")
+        whole = bars.add_task("study", total=None)
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:  # before the first step, such as reading the preset's data
-                tasks[what] = bars.add_task(what, total=None, rate="")
+                tasks[what] = bars.add_task(what, total=None)
             if done == 0:  # the next piece of work of the same step
                 bars.reset(tasks[what])
             bars.update(tasks[what], completed=done, total=total or None)
@@ -123,7 +111,7 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
                 show_steps(state, slots, bars.console)
                 told.update(("", *state.done, *state.plan.notes))
             for name in state.running.keys() - tasks.keys():
-                tasks[name] = bars.add_task(name, total=None, rate="")
+                tasks[name] = bars.add_task(name, total=None)
             ended = {name: f"{state.seconds.get(name, 0):.0f} s" for name in state.done}
             ended |= {name: f"failed: {reason}" for name, reason in state.failed.items()}
             for note in state.plan.notes:

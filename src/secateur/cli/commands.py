@@ -18,7 +18,8 @@ import typer
 from secateur import options as config
 from secateur.cli import tables
 from secateur.cli.arguments import Commands, command_of, expand_list_options
-from secateur.cli.bars import per_second, study_bars, work_bars
+from secateur.cli.bars import study_bars, work_bars
+from secateur.document import speed
 from secateur.errors import SYSTEM, DataError, MissingPackage, SecateurError, system_error
 
 app = typer.Typer(
@@ -263,7 +264,7 @@ def encode_command(options: config.EncodeOptions) -> None:
     told = f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} dimensions"
     typer.echo(f"{told}, {done.told or f'{done.backend} {done.dtype}'}", err=True)
     if done.encoded:
-        texts, tokens = (per_second(count, done.seconds) for count in (done.encoded, done.tokens))
+        texts, tokens = (speed(count / done.seconds) for count in (done.encoded, done.tokens))
         typer.echo(f"encoded {done.encoded} texts, {texts} texts and {tokens} tokens per second", err=True)
     _say(done.file)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from secateur.document import NONE, Cell, Table, count, duration, loss, number, percent, plural, score, signed, span
+from secateur import document as doc
+from secateur.document import Cell, Table, with_interval
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,7 @@ def summary(state: State, slots: int) -> str:
     words = ("done", "running", "waiting", "failed", "blocked")
     counts = ", ".join(f"{found.count(word)} {word}" for word in words if word in found)
     left = state.seconds_left / max(1, slots)
-    return counts + (f"; about {duration(left)} left" if left else "")
+    return counts + (f"; about {doc.duration(left)} left" if left else "")
 
 
 def show_steps(state: State, slots: int, console: Console | None = None) -> None:
@@ -48,7 +49,7 @@ def show_steps(state: State, slots: int, console: Console | None = None) -> None
         seconds, about = state.expected[step.name], "" if step.name in state.seconds else "about "
         needs = ", ".join(step.depends_on) if len(step.depends_on) < 4 else f"{len(step.depends_on)} models"
         word = state.of(step)
-        took = "" if word == "done" and about else "?" if seconds is None else about + duration(seconds)
+        took = "" if word == "done" and about else "?" if seconds is None else about + doc.duration(seconds)
         rows.append((step.name, word, needs, took))
     _show(Table("", ("step", "state", "needs", "time"), rows, texts=3), console)
     console.print(summary(state, slots), highlight=False)
@@ -90,15 +91,15 @@ def show_candidates(found: Candidates | Rungs) -> None:
     columns: dict[str, Callable[[Candidate], str | Cell]] = {  # short: they fit into 80 characters
         "name": lambda row: row.name,
         "layers": lambda row: str(len(row.blocks)),
-        "prob.": lambda row: number(row.selection_probability, ".0%"),
-        "loss": lambda row: loss(row.loss),
-        "from": lambda row: number(row.loss_low, ".2f"),
-        "to": lambda row: number(row.loss_high, ".2f"),
-        "params": lambda row: count(row.parameters),
-        "MB": lambda row: number(row.bytes and row.bytes / 1e6, ".0f"),
-        "MFLOPs": lambda row: number(row.flops_per_token and row.flops_per_token / 1e6, ".0f"),
-        "ms": lambda row: number(row.latency and 1000 * row.latency),
-        "speed": lambda row: NONE if row.speed is None else f"{row.speed:.1f}×",
+        "prob.": lambda row: doc.number(row.selection_probability, ".0%"),
+        "loss": lambda row: doc.loss(row.loss),
+        "from": lambda row: doc.number(row.loss_low, ".2f"),
+        "to": lambda row: doc.number(row.loss_high, ".2f"),
+        "params": lambda row: doc.count(row.parameters),
+        "MB": lambda row: doc.number(row.bytes and row.bytes / 1e6, ".0f"),
+        "MFLOPs": lambda row: doc.number(row.flops_per_token and row.flops_per_token / 1e6, ".0f"),
+        "ms": lambda row: doc.number(row.latency and 1000 * row.latency),
+        "speed": lambda row: doc.NONE if row.speed is None else f"{row.speed:.1f}×",
     }
     _show(Table.of(f"{found.model}: {found.depth} layers", found.rows, columns).filled())
     for row in found.rows[1:]:
@@ -112,19 +113,19 @@ def show_candidates(found: Candidates | Rungs) -> None:
 def _show_rungs(found: Rungs) -> None:
     columns: dict[str, Callable[[Rung], str | Cell]] = {  # short: they fit into 80 characters
         "layers": lambda row: f"{row.depth}{'' if row.trained else '*'}",
-        "score": lambda row: _interval(row.score, row.low, row.high, digits=1),
+        "score": lambda row: with_interval(row.score, row.low, row.high),
         "difference": lambda row: (
-            NONE
+            doc.NONE
             if row.depth == found.depth
-            else _interval(row.difference, row.difference_low, row.difference_high, signed, 1)
+            else with_interval(row.difference, row.difference_low, row.difference_high, doc.signed)
         ),
-        "params": lambda row: count(row.parameters),
-        "speed": lambda row: NONE if row.speed is None else f"{row.speed:.1f}×",
+        "params": lambda row: doc.count(row.parameters),
+        "speed": lambda row: doc.NONE if row.speed is None else f"{row.speed:.1f}×",
         "chosen by": lambda row: ", ".join(row.chosen_by) if row.fits else "over budget",
     }
     from secateur.reporting.run import JUDGES
 
-    judge = JUDGES.get(found.judge, plural(found.tasks, "task"))
+    judge = JUDGES.get(found.judge, doc.plural(found.tasks, "task"))
     title = f"{found.model}: scores × 100 on {judge}, with 95 % intervals"
     _show(Table.of(title, found.rows, columns).filled())
     if not all(row.trained for row in found.rows):
@@ -138,17 +139,17 @@ def _show_vocabularies(found: VocabularyCosts | None) -> None:
         return
     columns: dict[str, Callable[[VocabularyCost], str | Cell]] = {
         "tokens": lambda row: f"{row.tokens:,}",
-        "coverage": lambda row: percent(row.coverage),
-        "texts changed": lambda row: percent(row.changed),
-        "unknown": lambda row: percent(row.unknown) if row.unknown else "",
-        "tokens per text": lambda row: number(row.tokens_per_text),
+        "coverage": lambda row: doc.percent(row.coverage),
+        "texts changed": lambda row: doc.percent(row.changed),
+        "unknown": lambda row: doc.percent(row.unknown) if row.unknown else "",
+        "tokens per text": lambda row: doc.number(row.tokens_per_text),
         "of whole": lambda row: f"{row.longer:.2f}×",
-        "params": lambda row: count(row.parameters),
-        "MB": lambda row: number(row.bytes and row.bytes / 1e6),
+        "params": lambda row: doc.count(row.parameters),
+        "MB": lambda row: doc.number(row.bytes and row.bytes / 1e6),
         "": lambda row: "chosen" if row.tokens == found.size else "" if row.fits else "over budget",
     }
     typer.echo()
-    _show(Table.of(f"vocabularies, with {plural(found.layers, 'layer')}", found.rows, columns).filled())
+    _show(Table.of(f"vocabularies, with {doc.plural(found.layers, 'layer')}", found.rows, columns).filled())
     typer.echo(found.reason)
     typer.echo(f"\n{found.command}")
 
@@ -167,9 +168,9 @@ def show_scores(scores: Scores) -> None:
     models = list(dict.fromkeys(row.model for row in scores.rows))
     rows: list[list[str | Cell]] = []
     for task, metric in dict.fromkeys((row.task, row.metric) for row in scores.rows):
-        found = {row.model: _interval(row.score, row.low, row.high) for row in scores.rows if row.task == task}
+        found = {row.model: with_interval(row.score, row.low, row.high) for row in scores.rows if row.task == task}
         rows.append([f"{task} ({metric})", *(found.get(model, "") for model in models)])
-    rows.append(["average", *(score(scores.average(model), 2) for model in models)])
+    rows.append(["average", *(doc.score(scores.average(model)) for model in models)])
     _show(Table("scores × 100, with 95 % intervals", ("task", *models), rows))
     for task, note in dict.fromkeys((row.task, row.note) for row in scores.rows if row.note):
         typer.echo(f"note: {task}: {note}")
@@ -197,12 +198,6 @@ def show_made_task(made: MadeTask) -> None:
         typer.echo(f"  {why}: {many:,}")
 
 
-def _interval(
-    value: float, low: float | None, high: float | None, show: Callable[..., str] = score, digits: int = 2
-) -> Cell:
-    return Cell(show(value, digits), (span(low, high, show),) if low is not None else ())
-
-
 def show_costs(rows: Sequence[CostRow]) -> None:
     """Costs × models."""
     from secateur.reporting.tables import cost_table
@@ -216,25 +211,23 @@ def show_comparison(comparison: Comparison) -> None:
     for row in comparison.differences:
         outcome = "" if row.low is None else "significant" if row.apart else "not significant"
         task = f"{row.task} ({row.metric})" if row.task else "mean"
-        difference = _interval(row.difference, row.low, row.high, signed)
-        rows.append((task, row.model, outcome, score(row.score, 2), difference))
+        difference = with_interval(row.difference, row.low, row.high, doc.signed)
+        rows.append((task, row.model, outcome, doc.score(row.score), difference))
     if rows:
         title = f"scores × 100, and their difference to {comparison.reference} with its 95 % interval"
         _show(Table(title, ("task", "model", "", "score", "difference"), rows, texts=3))
     if comparison.costs:
         show_costs(comparison.costs)
     for own in comparison.overlaps:
-        share = f"{percent(own.overlap)} of each text's {own.neighbours} nearest texts"
+        share = f"{doc.percent(own.overlap)} of each text's {own.neighbours} nearest texts"
         typer.echo(f"\n{own.model} keeps {share} ({own.texts} texts). Those that changed most:")
         for changed in comparison.changed:
             if changed.model == own.model:
-                typer.echo(f"  {percent(changed.overlap, 0):>5}  {_line(changed.text)}")
+                typer.echo(f"  {doc.percent(changed.overlap, 0):>5}  {_line(changed.text)}")
                 for sign, texts in (("-", changed.lost), ("+", changed.gained)):
                     for text in texts[:2]:
                         typer.echo(f"         {sign} {_line(text)}")
 
 
-def _line(text: str, width: int = 90) -> str:
-    """A text on one line, without control characters."""
-    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return plain if len(plain) <= width else plain[: width - 1] + "…"
+def _line(text: str) -> str:
+    return doc.shorten(" ".join(text.split()), 90)

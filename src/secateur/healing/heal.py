@@ -61,7 +61,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
 
     Raises:
         ModelError, DataError, ConfigError: Bad input; ``out`` was begun with other settings; or nothing is learned.
-        OutputError: ``out`` is not empty or cannot be written; another run is writing it; or a checkpoint is damaged.
+        OutputError: ``out`` is not empty or cannot be written; or another run is writing it.
         TrainingDiverged: The loss is not finite, or exploded.
         VerificationFailed: The written folder gives other vectors.
     """
@@ -80,11 +80,12 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     sources = [source for source in sources if source.name in {item.source for item in sets}]
     prompts = set_prompts(model, sources, default)
     made = _made_from(options, config, model, sources, own_sets, held_out, teacher, excluded)
-    settings = _settings(options, made, own_sets, teacher) | held_out.settings() | excluded.settings()
+    settings = _settings(options, made, own_sets, teacher) | held_out.settings()
+    settings |= {"exclude": [{"name": task.name, "sha256": task.sha256} for task in excluded.tasks]}
     settings |= {"objective": config.objective, "notes": [*left_out, *notes]}
     with output_errors(options.out), locked_folder(options.out) as folder:
-        if get_rank() == 0:
-            check_resume(folder, made)
+        if get_rank() == 0 and not check_resume(folder, made):
+            made.record(folder)
         barrier()
         vectors = None
         if teacher:
@@ -92,17 +93,10 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
             taught, vectors = teach(sets, config, teacher, cache, progress)
             own_sets = [replace(own, rows=item.rows) for own, item in zip(own_sets, taught, strict=True)]
             teacher = None  # its weights are not needed any more
+        score = held_out.score if held_out.pairs or held_out.tasks else None
+        loss, place = partial(Loss, teacher=vectors), folder / "checkpoints"
         with dropout(model, config):
-            result = train(
-                model,
-                own_sets,
-                config,
-                folder / "checkpoints",
-                partial(Loss, teacher=vectors),
-                held_out.score if held_out.is_given else None,
-                report_to=options.report_to,
-                progress=progress,
-            )
+            result = train(model, own_sets, config, place, loss, score, report_to=options.report_to, progress=progress)
         if get_rank() == 0:
             _write(options.model, model, sources, prompts, settings, result, folder / "model")
             rename_into_place(folder / "model", options.out)
@@ -177,11 +171,7 @@ def _made_from(
 
 @contextmanager
 def locked_folder(out: Path) -> Iterator[Path]:
-    """Within: no other run trains for ``out``. Yields the folder to work in, which the first process locks for all.
-
-    Raises:
-        OutputError: Another run does, or has just finished.
-    """
+    """Within: no other run trains for ``out``. Yields the folder to work in, which the first process locks for all."""
     folder = partial_folder(out)
     barrier()  # or a late process would find what the first one wrote
     with ExitStack() as stack:
@@ -196,30 +186,23 @@ def check_resume(
     folder: Path,
     made: Made,
     what: str = "an unfinished training",
-    held: Sequence[str] = (Training.file, "checkpoints"),
-) -> None:
-    """Record what the result in a folder is made from, or make sure that what is there is made from the same.
-
-    A folder that has no record, and none of the files ``held``, is emptied.
+    held: Sequence[str] = ("checkpoints/checkpoint-*",),
+) -> bool:
+    """Whether a folder holds a result of the same, to go on with; false where it has none of the files ``held``.
 
     Raises:
         ConfigError: It is made from something else.
     """
     changes = made.changes_since(folder)
-    if changes is None and not any((folder / name).exists() for name in held):
-        empty_folder(folder)
-        made.record(folder)
-        return
     if changes == []:
-        return
+        return True
+    if not any(next(folder.glob(pattern), None) for pattern in held):
+        return False
     recorded = read_json(folder / DONE) if changes else {}
     before = recorded.get("options", {}) if isinstance(recorded, dict) else {}
-    told = "; ".join(
-        f"{key} was {before.get(key)}, is {made.options[key]}" if key in made.options else f"other {key}"
-        for key in changes or ()
-    )
-    told = told or "begun by an earlier version"
-    problem = f"{folder} holds {what} with other settings ({told})"
+    told = [f"{key} was {before.get(key)}, is {made.options[key]}" for key in changes or () if key in made.options]
+    told += [f"other {key}" for key in changes or () if key not in made.options]
+    problem = f"{folder} holds {what} with other settings ({'; '.join(told) or 'begun by an earlier version'})"
     raise ConfigError("out", str(folder), problem, "remove it, or name another --out")
 
 

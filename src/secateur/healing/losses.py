@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +41,8 @@ SIMCSE_DROPOUT = 0.1
 def contrastive_loss(columns: Sequence[Tensor], mask: Tensor | None, scale: float) -> Tensor:
     """InfoNCE with in-batch and hard negatives of all processes, as ``MultipleNegativesRankingLoss`` computes it.
 
-    Args:
-        columns: Anchors, positives and any number of negatives, each (batch, dimension).
-        mask: (batch, candidates), true where a candidate is no negative of an anchor (:func:`batch_mask`).
-        scale: Inverse temperature.
+    ``columns`` are anchors, positives and any number of negatives, each (batch, dimension); ``mask`` (batch,
+    candidates) is true where a candidate is no negative of an anchor (:func:`batch_mask`).
     """
     anchors, *documents = columns
     if get_world_size() > 1:
@@ -76,10 +73,8 @@ def row_keys(features: dict[str, Any]) -> Tensor:
 
 
 def batch_mask(keys: Sequence[Tensor]) -> Tensor:
-    """:func:`.false_negative_mask` of this process's anchors: (batch, candidates of all processes).
-
-    Args:
-        keys: :func:`row_keys` of each column (anchors, positives, any number of negatives), each (batch,).
+    """:func:`.false_negative_mask` of this process's anchors, (batch, candidates of all processes), by the
+    :func:`row_keys` of each column.
     """
     anchors, positives, *negatives = (all_gather(column) if get_world_size() > 1 else column for column in keys)
     start = get_rank() * len(keys[0])
@@ -95,11 +90,8 @@ def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float
     arXiv 2101.04731, with the batch in place of its queue), divided by ``scale``: its gradient is then as large as
     that of a cosine. Undivided, it kept a student from the teacher's vectors (docs/explanation/results.md).
 
-    Args:
-        vectors: The student's, (texts, dimension).
-        targets: The teacher's of the same texts, (texts, any dimension).
-        same: (texts, texts), true where two are the same text, as each is to itself.
-        scale: Inverse temperature.
+    ``vectors`` are the student's, ``targets`` the teacher's of the same texts, of any dimension; ``same`` is true where
+    two are the same text, as each is to itself: (texts, texts).
     """
     # A large number in place of infinity: a text that has no others than duplicates would give NaN.
     student, teacher = (
@@ -120,14 +112,7 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
     With ``mini_batch_tokens``, gradients are cached (GradCache, arXiv 2101.06983): vectors first, without a graph; the
     loss and its gradient at the vectors; then each mini-batch once more, with its graph.
 
-    Args:
-        model: The model that is trained.
-        config: Of the training.
-        teacher: Its vectors; then ``labels`` are row numbers in them, (batch, columns).
-
-    Raises:
-        ConfigError: A depth or dimension is out of range.
-        IllegalDepth, UnsupportedArchitecture: The model cannot be cut there.
+    With a teacher's vectors, ``labels`` are row numbers in them, (batch, columns).
     """
 
     mini_batch_size = LOSS_ROWS
@@ -155,8 +140,9 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         self._keys = [row_keys(column) for column in features]
         if self.config.mini_batch_tokens is None:
             return self._loss_of(embed_columns(self._embed, features), labels)
-        columns = [SortedColumn(column, self.config.mini_batch_tokens) for column in features]
-        self._places = [column.places for column in columns]
+        split = [mini_batches(column, self.config.mini_batch_tokens) for column in features]
+        self._places = [places for _, places in split]
+        columns = [{**column, "pieces": pieces} for column, (pieces, _) in zip(features, split, strict=True)]
         loss: Tensor = CachedLossMixin.forward_cached(self, columns, labels)
         return loss
 
@@ -171,27 +157,25 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 
     def embed_minibatch_iter(
         self,
-        sentence_feature: SortedColumn,
+        sentence_feature: dict[str, Any],
         with_grad: bool,
         copy_random_state: bool,
         random_states: list[RandContext] | None = None,
         ranges: Any = None,
     ) -> Iterator[tuple[Tensor, RandContext | None]]:
-        """Vectors of each mini-batch, in the column's own ranges."""
-        for i, (begin, end) in enumerate(sentence_feature.ranges):
-            piece = sentence_feature.piece(begin, end)
+        """Vectors of each of a column's own mini-batches."""
+        for i, piece in enumerate(sentence_feature["pieces"]):
             replay = random_states[i] if random_states else nullcontext()
             with replay, nullcontext() if with_grad else torch.no_grad():
                 state = RandContext(*piece.values()) if copy_random_state else None
-                vectors = self._embed(piece)["sentence_embedding"]
+                vectors = self._embed(dict(piece))["sentence_embedding"]
             yield vectors, state
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """The loss of cached vectors: by column, in mini-batches, put back into the order of the batch."""
-        places = [torch.tensor(own, device=reps[0][0].device) for own in self._places]
-        loss = self._loss_of([torch.cat(parts)[own] for parts, own in zip(reps, places, strict=True)], labels)
+        loss = self._loss_of([torch.cat(parts)[own] for parts, own in zip(reps, self._places, strict=True)], labels)
         if with_backward:
             loss.backward()  # type: ignore[no-untyped-call]
             loss = loss.detach()
@@ -230,11 +214,7 @@ def _mean_over_processes(gradient: Tensor) -> Tensor:
 
 
 def check_dims(model: SentenceTransformer, dims: Sequence[int]) -> tuple[int, ...]:
-    """The full size of a model's vectors, and the others, largest first.
-
-    Raises:
-        ConfigError: A size is out of range.
-    """
+    """The full size of a model's vectors, and the others, largest first; ConfigError if one is out of range."""
     width = int(model.get_embedding_dimension())
     for size in dims:
         if not 1 <= size <= width:
@@ -242,49 +222,30 @@ def check_dims(model: SentenceTransformer, dims: Sequence[int]) -> tuple[int, ..
     return (width, *sorted(set(dims) - {width}, reverse=True))
 
 
-class SortedColumn(dict[str, Any]):
-    """One column of a batch, its texts from the longest to the shortest, and how it splits into mini-batches.
+def mini_batches(features: dict[str, Any], tokens: int) -> tuple[list[dict[str, Any]], Tensor]:
+    """One column of a batch in mini-batches, from the longest text to the shortest, and where each text went.
 
     A mini-batch has at most so many tokens, padding counted, or one text; the number of its texts is a power of two, so
     that shapes are few: on a CPU every new shape costs time and memory for a kernel of its own.
-
-    Attributes:
-        places: Where each text of the batch went.
-        ranges: The first and last (exclusive) row of each mini-batch.
     """
-
-    def __init__(self, features: dict[str, Any], tokens: int) -> None:
-        mask = features["attention_mask"]
-        lengths = mask.sum(dim=1)
-        order = lengths.argsort(descending=True, stable=True)
-        rows, full = mask.shape
-        ordered = {
-            key: value[order] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
-            for key, value in features.items()
-        }
-        super().__init__(ordered)
-        # Padding on the left stays: what a model takes for a text's position may count from there.
-        padded_left = bool((mask[:, 0] == 0).any())
-        self.widths = [full if padded_left else padded_length(int(lengths[i]), full) for i in order]
-        self.places: list[int] = order.argsort().tolist()
-        self.ranges: list[tuple[int, int]] = []
-        begin = 0
-        while begin < rows:
-            fit = max(1, tokens // self.widths[begin])
-            end = min(rows, begin + 2 ** int(math.log2(fit)))
-            self.ranges.append((begin, end))
-            begin = end
-
-    def piece(self, begin: int, end: int) -> dict[str, Any]:
-        """Rows ``begin`` to ``end``, as wide as the first, which is the longest."""
-        rows, full = self["attention_mask"].shape
-        width = self.widths[begin]
-        found = dict(self)
-        for key, value in self.items():
+    mask = features["attention_mask"]
+    rows, full = mask.shape
+    lengths = mask.sum(dim=1)
+    order = lengths.argsort(descending=True, stable=True)
+    # Padding on the left stays: what a model takes for a text's position may count from there.
+    padded_left = bool((mask[:, 0] == 0).any())
+    pieces: list[dict[str, Any]] = []
+    begin = 0
+    while begin < rows:
+        width = full if padded_left else padded_length(int(lengths[order[begin]]), full)
+        own = order[begin : begin + 2 ** int(math.log2(max(1, tokens // width)))]
+        piece = dict(features)
+        for key, value in features.items():
             if isinstance(value, Tensor) and value.ndim and len(value) == rows:
-                wide = value.ndim > 1 and value.shape[1] == full
-                found[key] = value[begin:end, :width] if wide else value[begin:end]
-        return found
+                piece[key] = value[own, :width] if value.shape[1:2] == (full,) else value[own]
+        pieces.append(piece)
+        begin += len(own)
+    return pieces, order.argsort()
 
 
 @contextmanager
@@ -301,7 +262,11 @@ def dropout(model: SentenceTransformer, config: TrainingConfig) -> Iterator[None
     share = SIMCSE_DROPOUT if config.unsupervised else 0.0
     modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     before = [module.p for module in modules]
-    hook = None if modules else embeddings_of(model[0].auto_model).register_forward_hook(partial(_drop, share))
+    hook = None
+    if not modules:
+        hook = embeddings_of(model[0].auto_model).register_forward_hook(
+            lambda table, _, output: functional.dropout(output, share, training=table.training)
+        )
     try:
         for module in modules:
             module.p = share
@@ -311,7 +276,3 @@ def dropout(model: SentenceTransformer, config: TrainingConfig) -> Iterator[None
             module.p = own
         if hook:
             hook.remove()
-
-
-def _drop(share: float, table: nn.Module, given: Any, output: Tensor) -> Tensor:
-    return functional.dropout(output, share, training=table.training)

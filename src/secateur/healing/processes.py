@@ -32,11 +32,7 @@ its launcher ends them all."""
 
 
 def init_processes(config: TrainingConfig, *, scored: bool = False) -> None:
-    """Meet the other processes, where there are several.
-
-    Args:
-        config: Of the training.
-        scored: Whether the model is scored while it trains.
+    """Meet the other processes, where there are several; ``scored``: the model is scored while it trains.
 
     Raises:
         ConfigError: The batch does not divide evenly among them; or the training cannot be sharded as it is.
@@ -88,8 +84,7 @@ def shard_by_blocks(
 ) -> None:
     """Have FSDP gather one layer's weights at a time, in the training's precision, and add gradients in float32.
 
-    Raises:
-        ConfigError: There are weights of the loss, which FSDP has no place for.
+    It has no place for weights of the loss, named in ``of_loss``, and refuses them.
     """
     if of_loss:
         problem = "with FSDP, a teacher's vectors must be as wide as the model's"

@@ -18,7 +18,6 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
@@ -111,15 +110,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> TrainingConfig:
-    """The numbers that were given, the rest from a recipe.
+    """The numbers that were given, the rest from a recipe; ConfigError if an option has no effect.
 
-    Args:
-        options: Of :func:`.heal`.
-        sources: The data; they decide on the default recipe and on the teacher's weight. Without any, pairs are taken
-            for granted.
-
-    Raises:
-        ConfigError: An option has no effect here: of a teacher or of adapters, where there are none.
+    The data decide on the default recipe and on the teacher's weight. Without any, pairs are taken for granted.
     """
     if options.teacher is None:
         for key in ("teacher_weight", "distill", "cache"):
@@ -214,10 +207,7 @@ def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, 
     """Make a model's weights trainable as a decided configuration says, in place.
 
     Weights that are trained are kept in float32, whatever the precision: an update is often smaller than the last
-    bit of a bfloat16.
-
-    Returns:
-        The dtype of each weight before; :func:`finish` wants it back.
+    bit of a bfloat16. Returns the dtype of each weight before, which :func:`finish` wants back.
     """
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     torch.manual_seed(config.seed)
@@ -230,10 +220,6 @@ def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, 
             target_modules=list(linear_names(model[0].auto_model)),
         )
         model.add_adapter(lora)
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer) and model.device.type == "cpu":
-                for name, dropout in layer.lora_dropout.items():
-                    layer.lora_dropout[name] = BitsDropout(dropout.p) if isinstance(dropout, nn.Dropout) else dropout
         return dtypes
     if config.train == "blocks":
         model.requires_grad_(False)
@@ -284,23 +270,6 @@ def as_written(model: SentenceTransformer, dtypes: Mapping[str, torch.dtype]) ->
             layer.merged_adapters.clear()
         if autocast is not None:
             model.forward = autocast
-
-
-class BitsDropout(nn.Dropout):
-    """Dropout by 16 random bits for each number, in place of a random float each; ``p`` in steps of 2⁻¹⁶.
-
-    On a CPU the stock one takes a sixth of a step with adapters, each of which has its own dropout.
-    """
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        """As ``nn.Dropout``, of any shape."""
-        if not self.training or self.p == 0:
-            return numbers
-        count = numbers.numel()
-        words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[:count].view(numbers.shape)
-        kept = bits >= round(self.p * 2**16) - 2**15
-        return numbers * kept.to(numbers.dtype).mul_(1 / (1 - self.p))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ A teacher is whatever gives vectors (:mod:`.embedders`): a model, or an endpoint
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -36,19 +35,13 @@ ALIKE = 1e-6
 MANY = 16
 """Texts of which a teacher must tell one from the others; a few may be alike to it, such as emoji."""
 
-LOOKS = 120
-"""How often, once a second, a process looks for what the others have written: a shared disk may show it late."""
-
 
 @dataclass(frozen=True)
 class Teacher:
-    """Who gives the vectors.
+    """Who gives the vectors: ``encode`` takes texts and the prompt before each.
 
-    Attributes:
-        name: What the user calls it.
-        fingerprint: Of its weights; of an endpoint, of its address and model name.
-        encode: Texts and the prompt before each → vectors (texts, dimension).
-        length: Tokens to which it cuts a text; None where that is the server's business.
+    ``fingerprint`` is of its weights, or of an endpoint's address and model name; ``length`` is the number of tokens to
+    which it cuts a text, None where that is the server's business.
     """
 
     name: str
@@ -64,13 +57,7 @@ class Teacher:
 def open_teacher(options: HealOptions, max_length: int | None = None) -> Teacher:
     """Open the ``teacher`` of some options, as :func:`.open_embedder` does.
 
-    Args:
-        options: Those of the teacher, and ``device`` and ``trust_remote_code`` of a model.
-        max_length: Tokens to which a transformer cuts texts, where its own limit is not lower. Others cut as they do.
-
-    Raises:
-        ModelError, ConfigError: It cannot be opened or reached.
-        MissingPackage: An endpoint, without the package openai.
+    A transformer cuts texts to ``max_length`` tokens, where its own limit is not lower. Others cut as they do.
     """
     name = str(options.teacher)
     opened = open_embedder(name, device=options.device, trust_remote_code=options.trust_remote_code)
@@ -92,9 +79,7 @@ def teach(
 ) -> tuple[list[TrainingSet], VectorCache]:
     """Let a teacher encode the texts that will be in a batch of a training, with the prompts of their columns.
 
-    Returns:
-        The sets with the column :data:`LABEL`, the numbers of the vectors of each row's texts, and the vectors, which
-        are kept in ``folder``.
+    Returns the sets with the column :data:`LABEL`, and the vectors, which are kept in ``folder``.
     """
     texts: dict[str, list[str]] = {}
     places = used_rows(sets, config)
@@ -118,16 +103,8 @@ def keep_vectors(
     """Encode what is not kept yet; of several processes that train one model, each encodes its share.
 
     Runs that keep vectors of one teacher in one folder encode one after another, so that none does what another has
-    done.
-
-    Args:
-        teacher: From :func:`open_teacher`.
-        texts: By the prompt before them; a text may repeat.
-        folder: Of the vectors of all models.
-        progress: Called after each chunk.
-
-    Returns:
-        All vectors of the teacher, found by text and :meth:`Teacher.context`.
+    done. ``texts`` are by the prompt before them. Returns all vectors of the teacher, found by text and
+    :meth:`Teacher.context`.
 
     Raises:
         ModelError: A vector is not finite, or zero, or of another size; the teacher gives one vector for different
@@ -154,15 +131,13 @@ def keep_vectors(
                 done += len(chunk)
         tell("teacher", total, total)
         barrier()
-    if get_world_size() == 1:
-        return cache
-    for _ in range(LOOKS):
+    if get_world_size() > 1:
         cache = VectorCache(folder, teacher.fingerprint)
-        if not any(cache.missing(own, teacher.context(prompt)) for prompt, own in texts.items()):
-            return cache
-        time.sleep(1)
-    problem = "does not hold the vectors that the other processes have written"
-    raise OutputError(own_folder, problem, "name a folder that all machines share with --cache")
+        if any(cache.missing(own, teacher.context(prompt)) for prompt, own in texts.items()):
+            problem = "does not hold the vectors that the other processes have written"
+            hint = "name a folder that all machines share with --cache; if they do, start again: the disk was late"
+            raise OutputError(own_folder, problem, hint)
+    return cache
 
 
 def _checked(teacher: Teacher, prompt: str, dimension: int, texts: list[str]) -> NDArray[np.float32]:

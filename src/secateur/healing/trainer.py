@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -25,10 +24,9 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
+from secateur.errors import ConfigError, DataError, TrainingDiverged
 from secateur.healing.losses import Loss
 from secateur.healing.processes import gather, is_sharded, shard_by_blocks, sharded_copy
 from secateur.healing.recipes import (
@@ -92,7 +90,7 @@ def train(
         sets: Each batch comes from one of them, drawn in proportion to their rows.
         config: The numbers; what is left open in them (:func:`.decide`) is decided here.
         folder: Where checkpoints go.
-        make_loss: Makes the loss, a module as sentence-transformers has them, that embeds by its attribute ``model``.
+        make_loss: Makes the loss, which embeds by its attribute ``model``.
         score: Called every ``eval_every`` steps (by default, as often as a checkpoint is written) and after the last;
             the model is left at the best.
         report_to: An experiment tracker that transformers supports.
@@ -100,7 +98,6 @@ def train(
 
     Raises:
         TrainingDiverged, DataError: The loss exploded, or was 0 in every step; or the data had too few batches.
-        OutputError: A file of the checkpoint is damaged.
         ConfigError: With FSDP, the loss has weights of its own.
     """
     config = decide(model, config)
@@ -125,7 +122,6 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with quiet():
         trainer.train_or_resume(last_checkpoint(folder), config.patience)
-    check_finished(trainer.state, config)
     if trainer.is_fsdp_enabled:
         gather(own, model)
     else:  # the trainer left its autocast around the model: what is saved and compared is the model without it
@@ -159,9 +155,12 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         return self._seconds_before + time.monotonic() - self._started
 
     def train_or_resume(self, checkpoint: Path | None, patience: int | None) -> None:
-        """Train what is left. The stock trainer takes a step more from the checkpoint of the last one."""
+        """Train what is left, and refuse a training that ended too early, or learned nothing.
+
+        The stock trainer takes a step more from the checkpoint of the last one.
+        """
         self._started = time.monotonic()
-        state = read_state(checkpoint, sharded=self.is_fsdp_enabled) if checkpoint else None
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
         self._seconds_before = max((row.get(SECONDS, 0.0) for row in state.log_history), default=0.0) if state else 0.0
         if state is None or (state.global_step < self.args.max_steps and not out_of_patience(state, patience)):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -169,6 +168,11 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
             self.state = state
             self._load_from_checkpoint(str(checkpoint))
             self._load_best_model()
+        if self.state.global_step < self.args.max_steps and not out_of_patience(self.state, patience):
+            problem = f"gave no batch of {self.args.train_batch_size} after {self.state.global_step} of "
+            problem += f"{self.args.max_steps} steps"
+            raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
+        check_learning(self.state)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log({**logs, SECONDS: self.seconds}, *args, **kwargs)
@@ -291,20 +295,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
-def check_finished(state: TrainerState, config: TrainingConfig) -> None:
-    """Refuse (:class:`.DataError`) a training that ended before its last step, or learned nothing."""
-    if state.global_step < config.steps and not out_of_patience(state, config.patience):
-        problem = f"gave no batch of {config.batch_size} after {state.global_step} of {config.steps} steps"
-        raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
-    check_learning(state)
-
-
 def check_learning(state: TrainerState) -> None:
-    """Refuse a training in which nothing is learned.
-
-    Raises:
-        DataError: Every loss was 0.
-    """
+    """Refuse (:class:`.DataError`) a training in which every loss was 0: nothing is learned."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     if losses and not any(losses):
         problem = f"the loss is 0 from the first step to step {state.global_step}: nothing is learned"
@@ -341,59 +333,44 @@ def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; those that were cut off while being written are removed."""
+    """The newest whole checkpoint; those that were cut off while being written, or are damaged, are removed."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())  # the last file that the trainer writes
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(checkpoint)
-        else:
+        if _is_whole(checkpoint):
             return checkpoint
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return None
 
 
-def read_state(checkpoint: Path, *, sharded: bool = False) -> TrainerState:
-    """The trainer's state in a checkpoint, all of whose files can be read.
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether what a training goes on with can be read; without the optimizer's, the stock trainer would use a new one.
 
-    Raises:
-        OutputError: One is missing or damaged. Without the optimizer's, the stock trainer would use a new one.
+    Of a sharded one, each part's last file is looked for: the parts are read by torch alone.
     """
-    parts = f"{FSDP_MODEL_NAME}_0/.metadata", "optimizer_0/.metadata"  # written last, and read by torch alone
-    weights = parts if sharded else (TRAINED_WEIGHTS, OPTIMIZER_NAME)
-    for name in (*weights, SCHEDULER_NAME, "rng_state*.pth", TRAINER_STATE_NAME):
-        found = sorted(checkpoint.glob(name))
-        damaged = [] if name in parts else [file for file in found if not _is_whole(file)]
-        if damaged or not found:
-            problem = f"its {damaged[0].name} is damaged" if damaged else f"its {name} is missing"
-            hint = "remove this folder; the same command then resumes from the checkpoint before it, or begins anew"
-            raise OutputError(checkpoint, problem, hint)
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a file of a checkpoint holds what it should."""
+    archives = [checkpoint / SCHEDULER_NAME, *checkpoint.glob("rng_state*.pth")]  # as torch saves
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt"):
-                return True
-        if file.suffix == ".json":
-            return file.parent.name == f"checkpoint-{TrainerState.load_from_json(str(file)).global_step}"
-        with ZipFile(file) as archive:  # as torch saves
-            return archive.testzip() is None
-    except OSError:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if is_sharded():
+            for part in (FSDP_MODEL_NAME, "optimizer"):
+                (checkpoint / f"{part}_0" / ".metadata").stat()
+        else:
+            archives.append(checkpoint / OPTIMIZER_NAME)
+            with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt"):
+                pass
+        for file in archives:
+            with ZipFile(file) as archive:
+                if archive.testzip() is not None:
+                    return False
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            return False
         raise
     except Exception:  # whatever a reader makes of bytes that are not its own
         return False
+    return checkpoint.name == f"checkpoint-{state.global_step}" and len(archives) > (1 if is_sharded() else 2)
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that transformers does not know, or that is not installed.
-
-    Raises:
-        ConfigError: It is not there.
-    """
-    if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
-        raise ConfigError("report_to", name, f"is {name!r}", f"none, all, {', '.join(INTEGRATION_TO_CALLBACK)}")
-    # Flyte and Azure are not among those that transformers looks for by themselves.
-    if name not in ("none", "all", "flyte", "azure_ml", *get_available_reporting_integrations()):
-        raise ConfigError("report_to", name, f"{name} is not installed here", f"pip install {name}")
+    """Refuse (:class:`.ConfigError`) a tracker that transformers does not know, or that is not installed."""
+    if name not in ("none", "all", *(found := get_available_reporting_integrations())):
+        problem = f"{name} is none of transformers' trackers that are installed here"
+        raise ConfigError("report_to", name, problem, ", ".join(["none", "all", *found]))

@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,18 +42,9 @@ class Excluded:
     texts: frozenset[str] = frozenset()
     tasks: tuple[Fingerprint, ...] = ()
 
-    def settings(self) -> dict[str, list[dict[str, Any]]]:
-        """For ``training.json`` and ``done.json``; nothing where nothing is excluded."""
-        return {"exclude": [{"name": task.name, "sha256": task.sha256} for task in self.tasks]} if self.tasks else {}
-
     def leave_out(self, sources: Sequence[Source]) -> tuple[list[Source], list[str]]:
-        """Data without rows that hold one of the texts as anchor, positive or text; of negatives, these alone go.
-
-        Returns:
-            The data that have rows left, and a note for each that had more.
-
-        Raises:
-            DataError: No row is left at all.
+        """Data without rows that hold one of the texts as anchor, positive or text (of negatives, these alone go), and
+        a note for each that had more; DataError if no row is left at all.
         """
         if not self.texts:
             return list(sources), []
@@ -79,12 +71,7 @@ class Excluded:
 
 
 def read_excluded(tasks: Sequence[object]) -> Excluded:
-    """The texts of task folders. A document counts with its title before it, too, as it is encoded.
-
-    Raises:
-        ConfigError: One is no folder: the texts of mteb's own tasks are not on this disk.
-        DataError: A folder is not right.
-    """
+    """The texts of task folders. A document counts with its title before it, too, as it is encoded."""
     texts: set[str] = set()
     fingerprints = []
     for task in tasks:
@@ -118,8 +105,7 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
     A file whose rows have a negative here and there becomes two sets; rows with more negatives than the others are
     cut to the fewest. A set that does not fill a batch is left out.
 
-    Returns:
-        The sets, and notes on what is left out and on texts that are positive and negative of one query.
+    Returns the sets, and notes on what is left out and on texts that are positive and negative of one query.
 
     Raises:
         DataError: Nothing fills a batch, or two files have one name.
@@ -198,26 +184,18 @@ def _contradictions(name: str, rows: Sequence[Pair]) -> list[str]:
 
 
 def distinct_rows(rows: Sequence[Sequence[str]], most: int) -> int:
-    """How many rows, up to ``most``, share no text: the sampler puts no others into one batch.
+    """How many rows, up to ``most``, share no text, those with the rarest texts first.
 
-    The sampler takes them as they come, in a random order. Here they are counted in the order of the file and, where
-    that does not give enough, with the rarest texts first.
+    The sampler puts no others into one batch; it takes them as they come, in a random order.
     """
-
-    def count(rows: Iterable[Sequence[str]]) -> int:
-        texts: set[str] = set()
-        found = 0
-        for row in rows:
-            if found < most and texts.isdisjoint(row):
-                texts.update(row)
-                found += 1
-        return found
-
-    found = count(rows)
-    if found == min(most, len(rows)):
-        return found
     frequency = Counter(text for row in rows for text in set(row))
-    return max(found, count(sorted(rows, key=lambda row: max(frequency[text] for text in row))))
+    texts: set[str] = set()
+    found = 0
+    for row in sorted(rows, key=lambda row: max(frequency[text] for text in row)):
+        if found < most and texts.isdisjoint(row):
+            texts.update(row)
+            found += 1
+    return found
 
 
 def used_rows(sets: Sequence[TrainingSet], config: TrainingConfig) -> list[list[int]]:
@@ -251,12 +229,9 @@ def used_rows(sets: Sequence[TrainingSet], config: TrainingConfig) -> list[list[
 
 
 def check_room(model: SentenceTransformer, sets: Sequence[TrainingSet], max_length: int) -> None:
-    """Refuse a length that leaves no token for a text after its prompt and the special tokens.
+    """Refuse (:class:`.ConfigError`) a length that leaves no token for a text after its prompt and the special tokens.
 
     A tokenizer that is asked for fewer tokens than its special ones cuts nothing at all.
-
-    Raises:
-        ConfigError: It leaves none.
     """
     prompts = {"", *(prompt for item in sets for prompt in item.prompts.values())}
     least, prompt = max((len(model.tokenizer(f"{prompt}a")["input_ids"]), prompt) for prompt in prompts)
@@ -269,15 +244,8 @@ def check_room(model: SentenceTransformer, sets: Sequence[TrainingSet], max_leng
 def set_prompts(model: SentenceTransformer, sources: Sequence[Source], default: str) -> dict[str, str]:
     """Give a model the prompts that it is trained with, in place of those it has, so that training and use agree.
 
-    The default prompt stays where it is trained with. Texts without an instruction leave all prompts as they are.
-
-    Args:
-        model: The model.
-        sources: The data that it is trained on.
-        default: What goes before data without an instruction.
-
-    Returns:
-        The prompts from the data: by data set and, where all data agree, as ``query`` and ``document``.
+    The default prompt, ``default``, stays where it is trained with. Texts without an instruction leave all prompts as
+    they are. Returned are those from the data: by data set and, where all data agree, as ``query`` and ``document``.
     """
     prompts: dict[str, str] = {}
     queries, documents, without = set(), set(), []
@@ -315,10 +283,6 @@ class HeldOut:
     sample: int | None = None
     seed: int = 42
 
-    @property
-    def is_given(self) -> bool:
-        return bool(self.pairs or self.tasks)
-
     def score(self, model: SentenceTransformer) -> float:
         """The mean over files and tasks."""
         found = [held_out_ndcg(model, pairs) for pairs in self.pairs]
@@ -337,12 +301,7 @@ class HeldOut:
 
 
 def read_held_out(options: HealOptions) -> HeldOut:
-    """Open what a training is scored by, which may be nothing.
-
-    Raises:
-        ConfigError: An option is of no effect without held-out data; or a task cannot be opened.
-        DataError: The data cannot be read, or hold texts without labels.
-    """
+    """Open what a training is scored by, which may be nothing."""
     sources = read_sources(options.eval_data or (), options.instruction, options.columns)
     for key in ("eval_sample", "eval_every", "patience"):
         value = getattr(options, key)
@@ -353,15 +312,12 @@ def read_held_out(options: HealOptions) -> HeldOut:
         if isinstance(source, Texts):
             raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
         pairs.append(source.sample(options.eval_sample, options.seed) if options.eval_sample else source)
-    return HeldOut(pairs, _open_tasks(options), options.eval_sample, options.seed)
+    tasks: list[Task] = []
+    if options.eval_tasks:
+        from secateur.evaluation.tasks import open_tasks
 
-
-def _open_tasks(options: HealOptions) -> list[Task]:
-    if not options.eval_tasks:
-        return []
-    from secateur.evaluation.tasks import open_tasks
-
-    return open_tasks(options.eval_tasks, options.eval_sample, options.seed)
+        tasks = open_tasks(options.eval_tasks, options.eval_sample, options.seed)
+    return HeldOut(pairs, tasks, options.eval_sample, options.seed)
 
 
 def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
@@ -370,22 +326,15 @@ def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
     Equal passages are one document, and an anchor's other positives are left out of its ranking.
     """
     texts = [*pairs.positives, *pairs.negatives]
-    anchors, anchor_places = _encode(model, pairs.anchors, pairs.prompt)
-    passages, passage_places = _encode(model, texts, pairs.passage_prompt)
+    encode = partial(model.encode, convert_to_tensor=True, show_progress_bar=False)
+    anchors = encode(list(pairs.anchors), prompt=pairs.prompt or None)
+    passages = encode(texts, prompt=pairs.passage_prompt or None)
     numbers = text_numbers(pairs.anchors, texts)
     count, total = len(pairs.rows), 0.0
     step = max(1, COMPARED // len(texts))
     for rows in (slice(start, min(start + step, count)) for start in range(0, count, step)):
         masked = false_negative_mask(numbers[0], numbers[1][:count], numbers[1][count:], rows=rows, once=True)
-        found = cosines(anchors[anchor_places[rows]], passages)[:, passage_places]
-        own = torch.arange(count)[rows].to(found.device)
-        scores = retrieval(found.masked_fill(masked.to(found.device), -torch.inf), own).ndcg_at_10
-        total += float(scores) * len(own)
+        found = cosines(anchors[rows], passages).masked_fill(masked.to(passages.device), -torch.inf)
+        own = torch.arange(count, device=found.device)[rows]
+        total += float(retrieval(found, own).ndcg_at_10) * len(own)
     return total / count
-
-
-def _encode(model: SentenceTransformer, texts: Sequence[str], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The vectors of the distinct texts, and which of them each text has."""
-    distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    vectors = model.encode(list(distinct), prompt=prompt or None, convert_to_tensor=True, show_progress_bar=False)
-    return vectors, torch.tensor([distinct[text] for text in texts], device=vectors.device)

@@ -3,7 +3,6 @@
 from secateur.options.base import PROFILE_FILES as PROFILE_FILES
 from secateur.options.base import SCOUT_FILES as SCOUT_FILES
 from secateur.options.base import STUDY_FILES as STUDY_FILES
-from secateur.options.base import Dtype as Dtype
 from secateur.options.base import Names as Names
 from secateur.options.base import Options as Options
 from secateur.options.base import PoolingName as PoolingName

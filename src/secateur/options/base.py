@@ -115,7 +115,7 @@ def make(options: type[O], values: Mapping[str, Any]) -> O:
         if first["type"] == "extra_forbidden":
             known = ", ".join(options.model_fields)
             raise ConfigError(key, first["input"], "no such option", f"one of {known}") from None
-        if first["type"] in ("missing", "too_short"):
+        if first["type"] == "missing" or (first["type"] == "too_short" and not first["input"]):
             raise ConfigError(key, None, "is missing", options.model_fields[key].description or "") from None
         raise ConfigError(key, first["input"], f"{first['input']!r} is not valid", first["msg"]) from None
 
@@ -240,10 +240,8 @@ def path_text(value: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """One name stands for a list of one."""
-    if isinstance(value, (str, os.PathLike)):
-        return [value]
-    return list(value) if isinstance(value, (tuple, set)) else value
+    """One name, or one thing that was read already, stands for a list of one."""
+    return value if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
 def comma_separated(value: Any) -> Any:
@@ -271,10 +269,7 @@ POOLING = "How a bare language model pools its tokens [default: weighted_mean, o
 Model = Annotated[ModelName, argument(MODEL)]
 Pooling = Annotated[SavedPooling | None, Field(description=POOLING)]
 MaxLength = Annotated[int, Field(ge=1, description="Tokens after which a text is cut, for a bare language model.")]
-Sample = Annotated[
-    int | None,
-    Field(ge=1, description="Use at most this many rows of each task, sampled by the seed, the same for all models."),
-]
+Sample = Annotated[int | None, Field(ge=1, description="Maximum number of rows of each task, sampled by the seed.")]
 SampleSeed = Annotated[Seed, Field(description="Random seed of the sample.")]
 HeldOut = Annotated[
     int,

@@ -75,29 +75,22 @@ class ExportOptions(Options):
         "each batch (dynamic) [default: the faster on the backend].",
     )
     data: Data = Field(
-        default=[],
-        description="Files of texts or pairs, or folders of them, to calibrate on and to compare vectors on "
-        "[default: documentation of Python].",
+        [], description="Texts or pairs to calibrate on and to compare vectors on [default: documentation of Python]."
     )
     dimensions: int | None = Field(None, ge=1, description="Truncate vectors to this many dimensions (Matryoshka).")
     vectors: Literal["float32", "int8", "uint8", "binary", "ubinary"] = Field(
         "float32", description="Precision of the vectors that the light runtime returns by default."
     )
-    tasks: Tasks = Field(
-        default=[],
-        description="Tasks to score the original and the export on: folders, or tasks and benchmarks of mteb.",
-    )
+    tasks: Tasks = Field([], description="Tasks to score the original and the export on, as for evaluate.")
     sample: Sample = None
     seed: SampleSeed = 42
     min_cosine: float | None = Field(
         None,
         ge=-1,
         le=1,
-        description="Fail where any text's cosine with the original's vector is lower [default: by precision].",
+        description="Fail where a text's cosine with the original's is lower [default: by precision].",
     )
-    max_loss: float = Field(
-        0.5, ge=0, description="Fail where the average score over the tasks falls by more than this many points of 100."
-    )
+    max_loss: float = Field(0.5, ge=0, description="Fail where the average score falls by more points of 100.")
     pooling: Pooling = None
     max_length: MaxLength = 512
     trust_remote_code: TrustRemoteCode = False
@@ -110,38 +103,24 @@ class EncodeOptions(Options):
     """
 
     model: ModelName = argument(MODEL + " Or a folder that export wrote.")
-    files: Files = argument(
-        "Texts: .jsonl, .csv, .tsv or .txt with one on each line, also .gz; or .parquet.", min_length=1
-    )
-    out: Annotated[Path, Names("new file")] = output(
-        "The file of vectors to write: .parquet, .arrow (or .feather), or .npy."
-    )
-    column: str | None = Field(
-        None, description="Column (or key) with the texts [default: text, or the first known name that is there]."
-    )
-    prompt_name: str | None = Field(
-        None, description="Name of the model's prompt to put before each text [default: its default prompt]."
-    )
+    files: Files = argument("Texts: .jsonl, .csv, .tsv or .txt, one on each line, also .gz; or .parquet.", min_length=1)
+    out: Annotated[Path, Names("new file")] = output("The file to write: .parquet, .arrow (or .feather), or .npy.")
+    column: str | None = Field(None, description="Column (or key) with the texts [default: text, or the first known].")
+    prompt_name: str | None = Field(None, description="The model's prompt before each text [default: its default one].")
     instruction: str | None = Field(None, description="Instruction to put before each text, instead of a named prompt.")
     normalize: bool = Field(False, description="Normalize vectors to length 1, also where the model does not.")
-    dimensions: int | None = Field(
-        None, ge=1, description="Truncate vectors to this dimension, for models trained for it (Matryoshka)."
-    )
+    dimensions: int | None = Field(None, ge=1, description="Truncate vectors to this dimension (Matryoshka).")
     precision: Literal["float32", "int8", "binary"] = Field(
         "float32", description="Quantize the vectors: int8 takes a quarter of the room, binary a thirty-second."
     )
     ranges: Path | None = Field(
-        None,
-        description="With int8: an earlier file of int8 vectors to take the ranges from, so that queries can be "
-        "compared with documents.",
+        None, description="With int8: a file of int8 vectors to be compared with, such as documents, for its ranges."
     )
     batch_tokens: BatchTokens = None
     processes: int = Field(
         1, ge=1, description="Number of processes on this machine, or of workers on the cluster (1: one per machine)."
     )
-    ray: str | None = Field(
-        None, description="Encode on a Ray cluster: its address (auto, ray://host:10001), or local for this machine."
-    )
+    ray: str | None = Field(None, description="Ray cluster that encodes: auto, ray://host:10001, or local.")
     backend: Backend = "auto"
     dtype: Arithmetic = "auto"
     min_cosine: MinCosine = 0.9999
@@ -166,22 +145,15 @@ class ServeOptions(Options):
     )
     auth: bool = Field(True, description="--no-auth serves without API keys, whatever the address.")
     workers: int = Field(
-        0,
-        ge=0,
-        description="Worker processes, each with the model in memory, restarted when they crash or hang; 0 encodes in "
-        "a thread of the server.",
+        0, ge=0, description="Processes, each with the model, restarted when they crash or hang; 0: a thread encodes."
     )
     batch_tokens: BatchTokens = None
-    queue_tokens: int = Field(
-        500_000, ge=1, description="Maximum number of tokens waiting or being encoded; beyond it, requests get 429."
-    )
+    queue_tokens: int = Field(500_000, ge=1, description="Tokens in work, beyond which requests are answered with 429.")
     max_items: int = Field(2048, ge=1, description="Maximum number of texts in a request.")
     max_tokens: int = Field(300_000, ge=1, description="Maximum number of tokens in a request.")
     max_bytes: int = Field(4 << 20, ge=1, description="Maximum size of a request's body, in bytes.")
     timeout: float = Field(60.0, gt=0, description="Seconds after which a request is answered with 503.")
-    truncate: bool = Field(
-        False, description="Truncate texts that are too long for the model instead of refusing them."
-    )
+    truncate: bool = Field(False, description="Truncate texts that are too long for the model; else they are refused.")
     pooling: Pooling = None
     max_length: MaxLength = 512
     backend: Backend = "auto"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from secateur.errors import DataError
 from secateur.options.base import (
@@ -60,8 +60,7 @@ Ray = Annotated[
 
 def texts(value: Any) -> Any:
     """Numbers and paths in a list become texts."""
-    items = listed(value)
-    return [str(item) for item in items] if isinstance(items, list) else items
+    return [str(item) for item in listed(value)]
 
 
 class EvaluateOptions(Options):
@@ -120,18 +119,9 @@ class CostOptions(Options):
     repetitions: int = Field(3, ge=1, description="Number of timed rounds; speeds are their median, with the range.")
     thorough: bool = Field(
         False,
-        description="Encode sixteen times as many texts, try more batch sizes, and measure load time and peak memory "
-        "of each model in a process of its own. Otherwise the peak is not measured.",
+        description="Time sixteen times as many texts and more batch sizes, and measure load time and peak memory.",
     )
     device: Device = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, given: Any) -> Any:
-        """Python may give the models as a mapping of name to model."""
-        if isinstance(given, dict) and isinstance(given.get("models"), dict):
-            return given | {"models": list(given["models"].values()), "names": list(given["models"])}
-        return given
 
 
 class CompareOptions(Options):
@@ -141,34 +131,19 @@ class CompareOptions(Options):
     """
 
     models: Models = argument(OTHERS + " The first is the reference.", min_length=2)
-    tasks: Tasks = Field(
-        [], description="Task folders, or names of mteb's tasks and benchmarks, to score the models on."
-    )
+    tasks: Tasks = Field([], description="Tasks to score the models on, as for evaluate.")
     texts: Files = Field(
-        [],
-        description="Files of texts to find nearest neighbours among: .txt, or .jsonl with the key text [default: the "
-        "texts of the task folders].",
+        [], description="Files of texts whose nearest neighbours are compared: .txt or .jsonl [default: of the tasks]."
     )
     out: Annotated[Path | None, Names("results")] = output("Folder for comparison.json and the scores.", needed=False)
     names: ModelNames = None
     neighbours: int = Field(10, ge=1, description="Number of nearest texts compared for each text.")
-    max_texts: int = Field(
-        2000,
-        ge=2,
-        description="Maximum number of texts used for the neighbours; of more, a sample is drawn by the seed.",
-    )
+    max_texts: int = Field(2000, ge=2, description="Maximum number of texts used for the neighbours, sampled by seed.")
     sample: Sample = None
     seed: SampleSeed = 42
     batch_size: int = Field(32, ge=1, description="Texts per batch when encoding.")
     timed: bool = Field(True, description="Also count parameters and measure speed, as `secateur cost` does.")
     cache: Cache = None
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _two_or_more(cls, given: Any) -> Any:
-        if isinstance(given, str) or (isinstance(given, (list, tuple)) and len(given) == 1):
-            raise ValueError("there is one model; name two or more")
-        return given
 
 
 class ReportOptions(Options):
@@ -179,10 +154,7 @@ class ReportOptions(Options):
 
     run: Annotated[Path, Names("run")] = argument("A run folder.")
     threshold: float = Field(
-        100.0,
-        gt=0,
-        description="The report names the size beyond which one more point of score costs more than this many million "
-        "parameters.",
+        100.0, gt=0, description="Million parameters that one more point of score may cost, in the report's advice."
     )
 
 
@@ -195,10 +167,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     models: Models = argument(MODEL, default=[])
     data: Data = Field(default=[], description=DATA)
     tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
-    baselines: Models = Field(
-        default=[],
-        description="Models to compare with, scored and timed like those of the study; named as for evaluate.",
-    )
+    baselines: Models = Field([], description="Models to compare with, scored and timed alike; named as for evaluate.")
     vocab: Data = Field(
         default=[],
         description="Cut the vocabulary of the finished models to the tokens that these texts need: files as for "
@@ -219,7 +188,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     )
     held_out: HeldOut = 1000
     depths: Annotated[list[str], BeforeValidator(texts), Names("layers")] = Field(
-        default=[],
+        [],
         description="Instead of a scout: train each of these depths (as for prune --to) and the full model separately.",
     )
     recipes: dict[str, dict[str, Any]] = Field(

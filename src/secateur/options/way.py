@@ -65,12 +65,7 @@ Columns = Annotated[
 Numbers = Annotated[list[int] | None, BeforeValidator(comma_separated)]
 
 
-def _sources(value: Any) -> Any:
-    """One file, or one data set that was read already, becomes a list of one."""
-    return listed(value) if value is None or isinstance(value, (str, list, tuple, set)) else [value]
-
-
-Sources = Annotated[list[AnyName], BeforeValidator(_sources), Names("data")]
+Sources = Annotated[list[AnyName], BeforeValidator(listed), Names("data")]
 """As Data; Python takes what was read already, too."""
 
 
@@ -83,33 +78,20 @@ class ProfileOptions(Options):
     model: Model
     data: Sources = positional(DATA + TEXTS, min_length=1)
     columns: Columns = None
-    out: Annotated[Path | None, Names("results", PROFILE_FILES)] = output(
-        "Folder for profile.json and its pictures.", needed=False
-    )
+    out: Annotated[Path | None, Names("results", PROFILE_FILES)] = output("Folder of the results.", needed=False)
     scale: float = Field(20.0, gt=0, description="Inverse temperature of the contrastive loss.")
-    instruction: str | None = Field(
-        None, description="Instruction before each query, instead of the one that comes with the data."
-    )
+    instruction: str | None = Field(None, description="Instruction before each query, in place of the data's own.")
     pooling: PoolingName | None = Field(
         None, description=POOLING + " l3prune: as the paper's own code, to reproduce its curve."
     )
     batch_size: int = Field(64, ge=2, description="Pairs per batch; the loss depends on it.")
-    max_examples: int = Field(
-        1280, ge=2, description="Maximum number of pairs or texts, sampled evenly from the files with the seed."
-    )
-    early_stopping: bool = Field(
-        False,
-        description="Stop early, once L3Prune's choice is significant at 95 % (tested after 5, 10, 20, ... batches).",
-    )
+    max_examples: int = Field(1280, ge=2, description="Maximum number of pairs or texts, evenly from all files.")
+    early_stopping: bool = Field(False, description="Stop once L3Prune's choice is significant at 95 %.")
     max_length: MaxLength = 512
-    dtype: Dtype = Field(
-        "auto", description="Data type of the computation; auto: bfloat16 where the CPU has instructions for it."
-    )
+    dtype: Dtype = Field("auto", description="Data type of the computation; auto: bfloat16 where the CPU has it.")
     device: Device = None
     seed: SampleSeed = 42
-    tasks: Tasks = Field(
-        [], description="Score these at every depth too: task folders, or tasks and benchmarks of mteb."
-    )
+    tasks: Tasks = Field([], description="Score every depth on these, too: folders, or mteb's tasks and benchmarks.")
     sample: Sample = None
     trust_remote_code: TrustRemoteCode = False
 
@@ -117,16 +99,10 @@ class ProfileOptions(Options):
 class VocabularyOptions(Options):
     """Which tokens stay."""
 
-    vocab: Data = Field(
-        [],
-        description="Also cut the vocabulary to the tokens that your texts need: files as for --data.",
-    )
+    vocab: Data = Field([], description="Cut the vocabulary to the tokens that these texts need: files as for --data.")
     vocab_size: int | None = Field(None, ge=1, description="Number of tokens to keep, special ones included.")
     vocab_coverage: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Keep as many tokens as make up this share of the tokens of texts that were held out [0.995].",
+        None, gt=0, le=1, description="Share of the tokens of held-out texts that the kept tokens make up [0.995]."
     )
     columns: Columns = None
 
@@ -156,13 +132,9 @@ class Budget(Options):
         "depth with the same training, at 95 % confidence [1.0 for a scout].",
     )
     best: bool = Field(False, description="Choose the depth with the highest average score, of those that fit.")
-    max_params: float | None = Field(
-        None, gt=0, description="Maximum number of parameters, the token embeddings included."
-    )
+    max_params: float | None = Field(None, gt=0, description="Maximum number of parameters, with token embeddings.")
     max_bytes: float | None = Field(None, gt=0, description="Maximum size of the weights in bytes, as stored.")
-    max_latency_ms: float | None = Field(
-        None, gt=0, description="Maximum milliseconds for one text of some 20 tokens, as measured by the profile."
-    )
+    max_latency_ms: float | None = Field(None, gt=0, description="Maximum milliseconds for one text of some 20 tokens.")
 
     @field_validator("best")
     @classmethod
@@ -180,13 +152,10 @@ class ChooseOptions(Budget, VocabularyOptions):
 
     profile: Annotated[AnyName, Names("profile")] = argument("A scout or a profile: its file or folder.")
     max_loss_increase: float | None = Field(
-        None,
-        ge=0,
-        description="Maximum increase of a profile's loss over the lowest of all depths; 0.05 is 5 %.",
+        None, ge=0, description="Maximum increase of a profile's loss over the lowest of all depths; 0.05 is 5 %."
     )
     model: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
-        None,
-        description="The model whose vocabulary is cut, if the profile or the scout does not say where it is.",
+        None, description="The model whose vocabulary is cut, if the profile or the scout does not say where it is."
     )
 
 
@@ -206,19 +175,12 @@ class PruneOptions(VocabularyOptions):
     drop: Any = Field(None, description="Layers to remove, counted from 0, such as 20-27; use it in place of --to.")
     out: Annotated[Path, Names("new folder")] = output("Folder to write the cut model to.")
     profile: Annotated[Any, Names("profile")] = Field(
-        None,
-        description="Profile of the model (a file, or its folder), for selectors that choose from one; or its scout.",
+        None, description="Profile or scout of the model (a file, or its folder), for selectors that choose from one."
     )
     pooling: Pooling = None
     max_length: MaxLength = 512
-    vocab_multiple: int = Field(
-        1,
-        ge=1,
-        description="Add rows of zeros to the token table until their number is a multiple of this, such as 64.",
-    )
-    vocab_tasks: Tasks = Field(
-        [], description="Task folders: report what share of their tokens the kept vocabulary covers."
-    )
+    vocab_multiple: int = Field(1, ge=1, description="Rows of zeros fill the token table to a multiple of this: 64.")
+    vocab_tasks: Tasks = Field([], description="Task folders: report the share of their tokens that is covered.")
     dtype: Dtype = Field("auto", description="Data type of the written weights; auto keeps the model's own.")
     adapter: Annotated[Any, BeforeValidator(path_text)] = Field(
         None, description="LoRA adapter (a folder or a Hub id) to merge into the weights."
@@ -232,9 +194,8 @@ class HealSettings(Options):
 
     recipe: Literal["finetune", "l3prune", "distill"] | None = Field(
         None,
-        description="Defaults of the other options: finetune trains the layers' own weights; l3prune trains LoRA "
-        "adapters, as in the paper; distill is for a teacher and texts alone [finetune; distill for the "
-        "latter].",
+        description="Defaults of the other options: finetune trains the layers' own weights; l3prune LoRA adapters, as "
+        "in the paper; distill is for a teacher and texts alone [finetune; distill for the latter].",
     )
     steps: int | None = Field(None, ge=1, description="Optimizer steps [1000].")
     batch_size: int | None = Field(None, ge=2, description="Rows per step, over all processes [64].")
@@ -244,36 +205,23 @@ class HealSettings(Options):
         "blocks if the optimizer fits into half of the memory, else lora [auto; lora with l3prune].",
     )
     learning_rate: float | None = Field(
-        None,
-        gt=0,
-        description="Peak learning rate [2e-4 for lora, 5e-4 for blocks and all; 1e-3 with distill].",
+        None, gt=0, description="Peak learning rate [2e-4 for lora, 5e-4 for blocks and all; 1e-3 with distill]."
     )
     warmup: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Share of the steps with a rising learning rate; then it falls to 0 [0.1; 0.3 with l3prune].",
+        description="Share of the steps with a rising learning rate; then it falls [0.1; l3prune 0.3].",
     )
-    scale: float | None = Field(
-        None,
-        gt=0,
-        description="Inverse temperature of the loss: similarities are multiplied by it [20; 50 with l3prune].",
-    )
-    max_length: int | None = Field(
-        None, ge=1, description="Tokens after which a text is cut in training [128; 512 with l3prune]."
-    )
+    scale: float | None = Field(None, gt=0, description="Inverse temperature of the loss [20; 50 with l3prune].")
+    max_length: int | None = Field(None, ge=1, description="Tokens after which a text is cut [128; 512 with l3prune].")
     lora_rank: int | None = Field(None, ge=1, description="Rank of the LoRA adapters [16].")
     lora_alpha: int | None = Field(None, ge=1, description="LoRA alpha; the adapters are scaled by alpha / rank [32].")
     lora_dropout: float | None = Field(None, ge=0, lt=1, description="Dropout before the LoRA adapters [0.05].")
     mini_batch_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="For batches that do not fit into memory: compute at most this many tokens at once, by gradient "
-        "caching. The loss stays the same; a step takes about one more forward pass.",
+        None, ge=1, description="Tokens computed at once, by gradient caching: saves memory, for one more forward pass."
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Use less memory and more time by computing activations again in the backward pass."
-    )
+    gradient_checkpointing: bool = Field(False, description="Save memory by computing activations again.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of the computation; auto: bfloat16 if the processor supports it."
     )
@@ -301,8 +249,7 @@ class HealOptions(HealSettings):
         "model's default prompt, too.",
     )
     teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
-        None,
-        description="Teacher whose vectors the model learns: a model, or " + ENDPOINT,
+        None, description="Teacher whose vectors the model learns: a model, or " + ENDPOINT
     )
     teacher_weight: float | None = Field(
         None,
@@ -312,8 +259,8 @@ class HealOptions(HealSettings):
     )
     distill: Literal["vectors", "similarities", "both"] | None = Field(
         None,
-        description="What to learn from the teacher: its vectors, so that the model can search the teacher's index; "
-        "the similarities between texts; or both [vectors].",
+        description="What to learn: the teacher's vectors, so that the model can search its index; the similarities "
+        "between texts; or both [vectors].",
     )
     depths: Numbers = Field(
         None, description="Train these depths too, so that the model can be cut there later without training: 6,12,24."
@@ -321,9 +268,7 @@ class HealOptions(HealSettings):
     dims: Numbers = Field(None, description="Train vectors truncated to these dimensions too (Matryoshka): 64,128.")
     cache: Path | None = Field(None, description="Folder that keeps the teacher's vectors for other trainings.")
     exclude: Tasks = Field(
-        [],
-        description="Task folders that will judge the model: rows of the data that hold one of their texts are not "
-        "trained on.",
+        [], description="Task folders that will judge the model: rows with one of their texts are not trained on."
     )
     bidirectional: bool = Field(
         False, description="Turn a decoder's causal attention into bidirectional attention, in the written model too."
@@ -336,12 +281,8 @@ class HealOptions(HealSettings):
     )
     eval_sample: Sample = None
     eval_every: int | None = Field(None, ge=1, description="Steps between two evaluations [a tenth of all].")
-    patience: int | None = Field(
-        None, ge=1, description="Early stopping: stop after this many evaluations without a better score."
-    )
-    report_to: str = Field(
-        "none", description="Experiment tracker that transformers supports: tensorboard, wandb, mlflow, ..."
-    )
+    patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a better score.")
+    report_to: str = Field("none", description="Experiment tracker of transformers: tensorboard, wandb, mlflow, ...")
     device: Device = None
     trust_remote_code: TrustRemoteCode = False
 
@@ -352,24 +293,18 @@ class ScoutOptions(HealOptions):
     Example: secateur scout smollm2 --data pairs.jsonl --tasks tasks/my-search --steps 200 -o scout
     """
 
-    out: Annotated[Path, Names("results", SCOUT_FILES)] = output(
-        "Folder for the trained model (model), scout.json and its picture; run again to resume or to score more."
-    )
+    out: Annotated[Path, Names("results", SCOUT_FILES)] = output("Folder of the results; run again to score more.")
     depths: Numbers = Field(
         None, description="Depths to train: 6,12,24 [default: about eight, from a fifth of the layers to all of them]."
     )
     score: Numbers = Field(None, description="More depths to score, between those that are trained.")
     tasks: Tasks = Field(
-        [],
-        description="Task folders, or names of mteb's tasks and benchmarks, to score the depths on [default: finding "
-        "the positives of held-out pairs].",
+        [], description="Tasks to score the depths on, as for evaluate [default: to find positives of held-out pairs]."
     )
     sample: Sample = None
     held_out: HeldOut = 1000
     teacher: Annotated[str | None, BeforeValidator(path_text), Names("model")] = Field(
-        None,
-        description="Teacher whose vectors the model learns: a model or an endpoint, as for heal; or self, the whole "
-        "model as it came.",
+        None, description="Teacher whose vectors the model learns, as for heal; or self, the whole model as it came."
     )
 
     @model_validator(mode="before")

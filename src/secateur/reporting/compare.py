@@ -71,7 +71,7 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
     if options.out is not None:
         result.save(options.out)
     if options.timed and local:  # last: should it fail, the rest is there
-        result = replace(result, costs=cost(local, progress=progress).rows)
+        result = replace(result, costs=cost(list(local.values()), names=list(local), progress=progress).rows)
         if options.out is not None:
             result.save(options.out)
     return result

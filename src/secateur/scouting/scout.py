@@ -32,7 +32,7 @@ from secateur.healing.heal import check_resume, heal
 from secateur.healing.recipes import training_config
 from secateur.healing.teacher import open_teacher
 from secateur.healing.trainer import check_tracker
-from secateur.healing.training_data import read_excluded
+from secateur.healing.training_data import read_excluded, read_held_out
 from secateur.measures.costs import layer_sizes
 from secateur.measures.intervals import Array, interval, limits_of
 from secateur.models import model_label, resolve
@@ -44,7 +44,7 @@ from secateur.profiling.depth_scores import DepthScore, notes_on, score_depths
 from secateur.profiling.depths import DepthEncoder, check_depths, legal_cuts
 from secateur.profiling.profile import layer_costs
 from secateur.progress import Progress, silent
-from secateur.provenance import DONE, Made, fingerprint_files, provenance, versions_of
+from secateur.provenance import Made, fingerprint_files, provenance, versions_of
 from secateur.results import DepthScoreRow, RungRow, Scout, Training, load
 from secateur.scouting.held_out import hold_out, judge_of, left_whole
 
@@ -82,11 +82,16 @@ def scout(options: ScoutOptions, *, progress: Progress = silent) -> Scout:
         check_tracker(options.report_to)
         tasks = open_tasks(options.tasks, options.sample, options.seed) if options.tasks else []
         made = _made_from(options, sources, tasks)
+        goes_on = check_resume(out, made, "a scout", ("model", "model.partial/checkpoints/checkpoint-*"))
         if not (out / "model").is_dir():
             depths = _plan(options, layers)
-            _begin(out, made)
+            if not goes_on:
+                for name in ("tasks", "model.partial", "draws"):
+                    shutil.rmtree(out / name, ignore_errors=True)
+                for name in (Scout.file, *PICTURES):
+                    (out / name).unlink(missing_ok=True)
+                made.record(out)
             _train(options, sources, depths, progress)
-        check_resume(out, made, "a scout", ("model",))
         shutil.rmtree(out / "model.partial", ignore_errors=True)  # of a training that was killed at its very end
         tasks = tasks or open_tasks(sorted((out / "tasks").iterdir()), options.sample, options.seed)
         return _score(options, sources, tasks, progress)
@@ -101,16 +106,15 @@ def _made_from(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence
     def told(tasks: Sequence[Task]) -> list[list[str]]:
         return [[task.source.sha256, task.instruction] for task in tasks]
 
-    measured = read_sources(options.eval_data or (), options.instruction, options.columns)
-    on_the_way = open_tasks(options.eval_tasks, options.eval_sample, options.seed) if options.eval_tasks else []
+    held_out = read_held_out(options)
     inputs: dict[str, Any] = {
         "model": model(options.model),
         "data": [source.source.sha256 for source in sources],
         "prompts": [[source.name, source.prompt] for source in sources],
         "tasks": told(tasks),
         "exclude": [task.sha256 for task in read_excluded(options.exclude).tasks],
-        "eval_data": [source.source.sha256 for source in measured],
-        "eval_tasks": told(on_the_way),
+        "eval_data": [pairs.source.sha256 for pairs in held_out.pairs],
+        "eval_tasks": told(held_out.tasks),
         "teacher": "" if options.teacher is None else model(options.teacher),
     }
     return Made("scout", options.model_dump(mode="json", exclude=_ASIDE), inputs)
@@ -139,25 +143,8 @@ def ladder(depth: int, legal: Sequence[int], layers: str = "first") -> tuple[int
 
 
 def step_cost(layers: str, depths: Sequence[int], depth: int) -> float:
-    """What a step of a scout costs, in steps of the full depth: the first layers of all depths take one pass together,
-    others one at each depth.
-    """
+    """What a step costs, in steps of the full depth: first layers take one pass together, others one at each depth."""
     return 1.0 if layers == "first" else sum({*depths, depth}) / depth
-
-
-def _begin(out: Path, made: Made) -> None:
-    """Record what a scout is made from, or make sure that the one in ``out`` is made from the same.
-
-    One that had not come to a first checkpoint has nothing to lose, and is begun anew.
-    """
-    if any((out / "model.partial" / "checkpoints").glob("checkpoint-*")):
-        check_resume(out, made, "a scout", ("model.partial",))
-        return
-    for name in ("tasks", "model.partial", "draws"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (DONE, Scout.file, *PICTURES):
-        (out / name).unlink(missing_ok=True)
-    made.record(out)
 
 
 def _train(options: ScoutOptions, sources: Sequence[Source], depths: Sequence[int], progress: Progress) -> None:
