@@ -216,7 +216,7 @@ def test_workers_elsewhere_take_what_was_decided(ready: Path, reference, tmp_pat
     ("options", "says"),
     [
         ({"backend": "torch", "dtype": "int8"}, "dtype: int8 is not for torch"),
-        ({"backend": "openvino", "dtype": "mixed"}, "dtype: mixed is for torch, not for openvino"),
+        ({"backend": "openvino", "dtype": "stored"}, "dtype: stored is for torch, not for openvino"),
         ({"backend": "tensorrt"}, "backend: 'tensorrt' is not valid"),
         ({"min_cosine": 2}, "min_cosine"),
     ],

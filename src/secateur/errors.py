@@ -1,18 +1,4 @@
-"""Everything that can go wrong, as one tree.
-
-    SecateurError
-    ├── ModelError                a model that is missing, half written, or not a text model
-    │   └── UnsupportedArchitecture   its layers cannot be found or cut
-    ├── IllegalDepth              a depth or set of layers that this model cannot be cut to
-    ├── DataError                 a data or task file: which file, which line, which field
-    ├── ConfigError               an option or a configuration key
-    ├── OutputError               the place results should go to
-    ├── MissingPackage            an optional dependency that is not installed
-    ├── VerificationFailed        a written model does not give the vectors that it should
-    ├── ExportTooFar              an export whose vectors or scores are too far from the model's
-    ├── TrainingDiverged          a loss that is not a number, or exploded
-    ├── StepFailed                a study's step that ended with an error in another process
-    └── StudyFailed               steps of a study that failed, while the rest was done
+"""Everything that can go wrong, as one tree under :class:`SecateurError`.
 
 Every member says what was wrong and what would be right, and carries the values that disagree as attributes. The
 command line prints ``str(error)`` on one line and exits with 2; Python users catch :class:`SecateurError`.

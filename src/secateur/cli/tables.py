@@ -155,12 +155,10 @@ def _show_vocabularies(found: VocabularyCosts | None) -> None:
 
 
 def show_export(result: Export) -> None:
-    """How near an export is to the original, and what loads it."""
+    """How near an export is to the original."""
     typer.echo(f"cosine with the original: least {result.cosine_min:.5f}, mean {result.cosine_mean:.5f}")
     if result.points_lost is not None:
         typer.echo(f"points lost on {len(result.rows)} tasks: {result.points_lost:.2f}")
-    rows = [(name, found["loads"], found["why"]) for name, found in (result.consumers or {}).items()]
-    _show(Table("", ("software", "loads", "why"), rows, texts=3))
 
 
 def show_scores(scores: Scores) -> None:

@@ -72,8 +72,6 @@ class Export(Table):
         cosine_min: Least cosine between the original's vector and the export's, over ``compared`` texts, alone and
             with each prompt; ``cosine_mean`` their mean; ``least_cosine`` what was asked for.
         scores_by_task: Task → the scores of ``original`` and ``exported``.
-        consumers: Other software → whether it ``loads`` the folder (:func:`consumers_of`), and ``why``; None in files
-            of earlier versions.
     """
 
     kind: ClassVar[str] = "export"
@@ -99,7 +97,6 @@ class Export(Table):
     least_cosine: float
     compared: int
     scores_by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    consumers: Mapping[str, Mapping[str, str]] | None = None
 
     @property
     def rows(self) -> tuple[ScoreDifference, ...]:
@@ -162,7 +159,7 @@ def export(options: ExportOptions, *, progress: Progress = silent) -> Export:
             raise ExportTooFar(options.out, problem, "another --precision or --to, or a lower --min-cosine")
         progress(STEP, 70, 100)
         about |= {"cosine_min": float(cosines.min()), "cosine_mean": float(cosines.mean())}
-        result = Export(**about, scores_by_task=_scores(model, encoder, options), consumers=consumers_of(form, model))
+        result = Export(**about, scores_by_task=_scores(model, encoder, options))
         if result.points_lost is not None and not result.points_lost <= options.max_loss:
             problem = f"it loses {result.points_lost:.2f} points on the average of the tasks, more than"
             hint = "another --precision or --to, or a higher --max-loss"
@@ -226,44 +223,6 @@ def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: Vec
         "default_prompt_name": model.default_prompt_name,
         "files": files,
     }
-
-
-def consumers_of(form: Form, model: SentenceTransformer) -> dict[str, dict[str, str]]:
-    """Other software → whether it ``loads`` an export, and ``why``; docs/reference/exports.md has the rules, dated.
-
-    ``yes``: with the same vectors; ``differs``: with other vectors; ``no``: it does not load it.
-    """
-    pooling = model[1]
-    prompts = any(model.prompts.values()) and not pooling.include_prompt
-    name = Path(form.file).name
-    fastembed = "as a custom model without pooling, output_name='sentence_embedding'"
-    found = {
-        "sentence-transformers": (
-            "no",
-            f"backend={form.backend!r} needs optimum, which lacks support for transformers 5",
-        ),
-        **dict.fromkeys(("transformers", "vLLM", "infinity"), ("no", "it reads weights in safetensors")),
-        "Ollama": ("no", "it reads GGUF, which is made from safetensors"),
-        **dict.fromkeys(("transformers.js", "fastembed"), ("no", "it reads onnx/ alone: export --to onnx")),
-        "text-embeddings-inference": ("no", "it reads onnx/model.onnx (float32), pooled by mean, cls or last token"),
-    }
-    if form.backend == "onnx":
-        found["fastembed"] = ("yes", fastembed)
-        found["transformers.js"] = ("yes", f"sentence_embedding of {name}")
-        if model.tokenizer.truncation_side == "left":
-            found["transformers.js"] = ("differs", f"{name}; of long texts it keeps the start, the model the end")
-        if prompts:
-            problem = "texts with a prompt get other vectors: it feeds no prompt_length"
-            found["fastembed"] = ("differs", f"{fastembed}; {problem}")
-            found["transformers.js"] = ("differs", f"{name}; for texts with a prompt, feed prompt_length as well")
-        if form.precision == "bfloat16":
-            found["transformers.js"] = ("no", "it has no bfloat16")
-        if form.precision == "float32" and pooling.pooling_mode in ("mean", "cls", "lasttoken"):
-            how = "with its ONNX Runtime build alone; it pools"
-            found["text-embeddings-inference"] = (
-                ("differs", f"{how} the prompt's tokens too") if prompts else ("yes", f"{how} as the folder says")
-            )
-    return {consumer: {"loads": loads, "why": why} for consumer, (loads, why) in found.items()}
 
 
 def _reference_vectors(

@@ -1,8 +1,8 @@
 """The server as an ASGI application: ``POST /v1/embeddings``, ``GET /v1/models``, health and metrics.
 
-A request passes the middlewares (:mod:`.middleware`: error responses, log, body, key), becomes tokens
-(:class:`Requests`, in one thread), vectors (:class:`.Batcher`, together with other requests) and JSON
-(:func:`respond`). What waits anywhere is bounded. Texts are never logged.
+A request meets :mod:`.middleware` (error responses, log, key, body), becomes tokens (:class:`Requests`, in one thread),
+vectors (:class:`.Batcher`, together with other requests) and JSON (:func:`respond`). What waits anywhere is bounded.
+Texts are never logged.
 """
 
 from __future__ import annotations
@@ -10,37 +10,29 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import generate_latest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from secateur.inference.middleware import (
-    ApiError,
-    BodyLimitMiddleware,
-    ClientLeft,
-    KeyMiddleware,
-    Keys,
-    Metrics,
-    RequestMiddleware,
-)
+from secateur.inference.middleware import ApiError, Bodies, Keys, Metrics, RequestMiddleware
 from secateur.inference.queueing import Batcher, LocalWorker, Worker
 from secateur.inference.workers import EncoderProcess
 from secateur.options import ServeOptions
 from secateur.runtime.core import Encoder, TextRefused, Tokens, Vectors
 
-PIECE_NUMBERS = 1 << 15
-"""Numbers of vectors that are written as JSON at once."""
+BEARER = HTTPBearer(auto_error=False)
 
 
 class Usage(BaseModel):
@@ -88,7 +80,7 @@ ERRORS = {
     400: "A request that cannot be answered.",
     401: "No valid API key.",
     404: "No such model.",
-    408: "The request came too slowly.",
+    408: "The body came too slowly.",
     413: "The body is too large.",
     415: "The body is not application/json, or compressed.",
     429: "Too much waits already; Retry-After says for how long.",
@@ -224,28 +216,18 @@ class Requests:
 
 
 def respond(vectors: Vectors, tokens: int, request: Any) -> Response:
-    """The response to a request; a long one is sent in pieces."""
+    """The response to a request: an ``EmbeddingList``, made a vector at a time."""
     if request.dimensions is not None and request.dimensions < vectors.shape[1]:
         short = vectors[:, : request.dimensions]
         vectors = short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12)
-    pieces = _json_pieces(vectors, request.model, tokens, request.encoding_format == "base64")
-    if vectors.size <= PIECE_NUMBERS:
-        return Response(b"".join(pieces), media_type="application/json")
-    return StreamingResponse(pieces, media_type="application/json")
-
-
-def _json_pieces(vectors: Vectors, name: str, tokens: int, as_base64: bool) -> Iterator[bytes]:
-    """An ``EmbeddingList`` as JSON, in pieces of about :data:`PIECE_NUMBERS` numbers."""
-    yield b'{"object":"list","model":%s,"data":[' % json.dumps(name).encode()
-    rows = max(1, PIECE_NUMBERS // vectors.shape[1])
-    for start in range(0, len(vectors), rows):
-        piece = []
-        for index, vector in enumerate(vectors[start : start + rows], start):
-            as_bytes = base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_base64 else None
-            numbers = json.dumps(as_bytes if as_base64 else vector.tolist())
-            piece.append(f'{{"object":"embedding","index":{index},"embedding":{numbers}}}')
-        yield (b"," if start else b"") + ",".join(piece).encode()
-    yield b'],"usage":%s}' % json.dumps({"prompt_tokens": tokens, "total_tokens": tokens}).encode()
+    rows = []
+    for index, vector in enumerate(vectors):
+        in_base64 = request.encoding_format == "base64"
+        numbers = base64.b64encode(vector.astype("<f4").tobytes()).decode() if in_base64 else vector.tolist()
+        rows.append(to_json({"object": "embedding", "index": index, "embedding": numbers}))
+    usage = to_json({"prompt_tokens": tokens, "total_tokens": tokens})
+    body = b'{"object":"list","model":%s,"data":[%s],"usage":%s}' % (to_json(request.model), b",".join(rows), usage)
+    return Response(body, media_type="application/json")
 
 
 def make_app(
@@ -284,11 +266,15 @@ def make_app(
         preparing.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="secateur", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(KeyMiddleware, keys=keys)  # the last that is added comes first
-    app.add_middleware(BodyLimitMiddleware, max_bytes=options.max_bytes)
     app.add_middleware(RequestMiddleware, metrics=metrics)
     app.add_exception_handler(HTTPException, _as_api_error)
-    guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the schema; the middleware checks
+
+    async def check_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+        if given is None or not keys.allow(given.credentials.encode("latin-1")):
+            message = "no valid API key; send Authorization: Bearer KEY"
+            raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    guarded = [Depends(check_key)] if keys else []
     _add_embeddings(app, Requests(encoder, name, options), batcher, preparing, guarded)
     _add_information(app, name, batcher, metrics, guarded)
     return app
@@ -298,6 +284,7 @@ def _add_embeddings(
     app: FastAPI, requests: Requests, batcher: Batcher, preparing: Executor, guarded: list[Any]
 ) -> None:
     content = {"application/json": {"schema": requests.json_schema()}}
+    bodies, timeout = Bodies(requests.options.max_bytes), requests.options.timeout
 
     @app.post(
         "/v1/embeddings",
@@ -310,14 +297,14 @@ def _add_embeddings(
             raise ApiError(415, "send Content-Type: application/json", "unsupported_media_type")
         if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
             raise ApiError(415, "send the body as it is, without Content-Encoding", "unsupported_media_type")
-        body = await request.body()
-        return await _while_connected(request, answer(body, request.state.facts), requests.options.timeout)
+        async with bodies.read(request, timeout) as body:
+            return await _while_connected(request, answer(body, request.state.facts), timeout)
 
     async def answer(body: bytes, facts: dict[str, Any]) -> Response:
         parsed, texts = await asyncio.get_running_loop().run_in_executor(preparing, requests.prepare, body)
         tokens = sum(map(len, texts))
         facts.update(texts=len(texts), tokens=tokens)
-        return respond(await batcher.embed(texts), tokens, parsed)
+        return await asyncio.to_thread(respond, await batcher.embed(texts), tokens, parsed)
 
 
 async def _while_connected(request: Request, answer: Coroutine[Any, Any, Response], timeout: float) -> Response:
@@ -333,7 +320,7 @@ async def _while_connected(request: Request, answer: Coroutine[Any, Any, Respons
         if work.done():
             return work.result()
         if gone.done():
-            raise ClientLeft
+            raise ClientDisconnect
         raise ApiError(503, f"not done in {timeout:g} s", "timeout", headers={"Retry-After": "1"})
     finally:
         work.cancel()

@@ -12,7 +12,7 @@ import math
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from secateur import runtime
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, MissingPackage, ModelError, OutputError
 from secateur.exporting.convert import form_of
-from secateur.inference.encoders import MIXED, ModelEncoder, mix_products
+from secateur.inference.encoders import ModelEncoder
 from secateur.inference.opening import (
     AUTO,
     BFLOAT16,
@@ -36,7 +36,6 @@ from secateur.inference.opening import (
     precision_of,
 )
 from secateur.measures.metrics import paired_cosines
-from secateur.models.open_model import check_device
 from secateur.models.save import PROBES, TEN_SCRIPTS
 from secateur.provenance import fingerprint_files
 from secateur.runtime.core import Encoder, Vectors
@@ -95,7 +94,7 @@ def choose(
 
     Args:
         opening: ``auto`` in it is decided here.
-        least: The cosine to PyTorch in float32 that each measured text must keep, where something is to be decided.
+        least: The cosine to PyTorch in float32 that each measured text must keep.
         texts: Some of those that will be encoded, to be measured beside the probes.
         count: How many will be; 0 for too few to measure anything, infinity for a server.
         prompts_of: What will go before them.
@@ -107,7 +106,6 @@ def choose(
             backend keeps the cosine.
     """
     if not opening.exported:
-        check_device(opening.device)
         _check_together(opening)
     opening = replace(opening, calibration=tuple(texts))
     if is_decided(opening):
@@ -120,18 +118,12 @@ def choose(
     exact_opening = replace(opening, backend=TORCH, dtype="float32", calibration=())
     exact = cache(lambda: _Exact(open_torch(exact_opening), texts, prompts_of))
     notes: list[str] = []
-    best = _best_conversion(opening, least, count, falls_back, exact, notes)
-    if best:
+    if best := _best_conversion(opening, least, count, falls_back, exact, notes):
         return best
     if not falls_back:
         problem = f"nothing that was tried keeps a cosine of {least:g} ({'; '.join(notes)})"
         raise ModelError(opening.model, problem, "--backend torch, or a lower --min-cosine")
-    if not count:
-        return Chosen(open_torch(exact_opening), exact_opening, "")
-    if opening.dtype == AUTO and (measured := exact().mix(least)):
-        mixed = replace(exact_opening, dtype=MIXED)
-        return Chosen(exact().encoder, mixed, _told(mixed, measured, notes))
-    return Chosen(exact().encoder, exact_opening, "; ".join(["torch float32", *notes]))
+    return Chosen(exact().encoder, exact_opening, "; ".join(["torch float32", *notes]) if count else "")
 
 
 def _best_conversion(
@@ -146,8 +138,7 @@ def _best_conversion(
     best: tuple[Conversion, str, Measured, Encoder | None] | None = None
     for backend, dtype in _ways(opening, least):
         conversion = conversion_of(opening, backend, dtype)
-        kept = conversion.kept is not None
-        encoder: Encoder | None = None
+        kept, encoder = conversion.kept, None
         measured = conversion.measured(dtype) if kept and count in (0, math.inf) else None
         if measured is None:
             if falls_back and not count:
@@ -180,12 +171,9 @@ def _best_conversion(
     conversion, dtype, measured, found = best
     calibration = opening.calibration if dtype == "int8" else ()
     opening = replace(opening, backend=conversion.backend, dtype=dtype, calibration=calibration)
-    return Chosen(found or open_conversion(conversion, dtype), opening, _told(opening, measured, notes))
-
-
-def _told(opening: Opening, measured: Measured, notes: Sequence[str]) -> str:
     gain = f"{measured.gain:.1f} times as fast as torch float32, cosine at least {measured.cosine:.5f}"
-    return "; ".join([f"{opening.backend} {opening.dtype}: {gain}", *notes])
+    told = "; ".join([f"{opening.backend} {dtype}: {gain}", *notes])
+    return Chosen(found or open_conversion(conversion, dtype), opening, told)
 
 
 def _check_together(opening: Opening) -> None:
@@ -195,14 +183,14 @@ def _check_together(opening: Opening) -> None:
         raise ConfigError("backend", backend, f"{backend} runs on the CPU alone here", "add --device cpu")
     if dtype == "int8" and (backend == TORCH or not opening.on_cpu):
         raise ConfigError("dtype", dtype, "int8 is not for torch", "--backend openvino or onnx, on the CPU")
-    if dtype in (STORED, MIXED) and backend not in (AUTO, TORCH):
+    if dtype == STORED and backend not in (AUTO, TORCH):
         hint = "auto, float32, bfloat16, float16 or int8"
         raise ConfigError("dtype", dtype, f"{dtype} is for torch, not for {backend}", hint)
 
 
 def is_decided(opening: Opening) -> bool:
     """Whether nothing is left to be measured."""
-    alone = opening.dtype in (STORED, MIXED, BFLOAT16, "float16")  # in torch, where no backend is named
+    alone = opening.dtype in (STORED, BFLOAT16, "float16")  # in torch, where no backend is named
     return opening.exported or not opening.on_cpu or alone or AUTO not in (opening.backend, opening.dtype)
 
 
@@ -230,13 +218,7 @@ def _ways(opening: Opening, least: float) -> list[Way]:
 
 
 class _Exact:
-    """The model in PyTorch in float32, by which the others are measured.
-
-    Args:
-        encoder: The model.
-        texts: Texts of the run, which come after each of the prompts.
-        prompts_of: Those prompts.
-    """
+    """The model in PyTorch in float32, by which the others are measured, on texts of the run after each prompt."""
 
     def __init__(
         self, encoder: ModelEncoder, texts: Sequence[str], prompts_of: Callable[[Encoder], Sequence[str]]
@@ -247,7 +229,14 @@ class _Exact:
         ends = itertools.accumulate(map(len, timed))
         self._timed = [text for text, end in zip(timed, ends, strict=True) if end <= TIMED_CHARACTERS]
         self._timed = self._timed or [timed[0][:TIMED_CHARACTERS]]
-        self._vectors, self._seconds = self._encode(encoder), self._time(encoder)
+
+    @cached_property
+    def _vectors(self) -> Vectors:
+        return self._encode(self.encoder)
+
+    @cached_property
+    def _seconds(self) -> float:
+        return self._time(self.encoder)
 
     def is_worth_a_conversion(self, count: float) -> bool:
         """Whether so many texts take longer than a conversion."""
@@ -256,21 +245,9 @@ class _Exact:
         return self._seconds / len(self._timed) * count >= PATIENCE * conversion
 
     def measure(self, encoder: Encoder) -> Measured:
-        """Measure another encoder, or this one once it is changed."""
+        """Measure another encoder."""
         cosine = float(paired_cosines(self._encode(encoder), self._vectors).min())
         return Measured(cosine, self._seconds / self._time(encoder))
-
-    def mix(self, least: float) -> Measured | None:
-        """Have the linear layers multiply in bfloat16, where that turns out quicker and keeps the vectors."""
-        layers = mix_products(self.encoder.model)
-        self.encoder.dtype = MIXED
-        measured = self.measure(self.encoder)
-        if measured.cosine >= least and measured.gain > 1:
-            return measured
-        for parent, name, layer in layers:
-            setattr(parent, name, layer)
-        self.encoder.dtype = "float32"
-        return None
 
     def _encode(self, encoder: Encoder) -> Vectors:
         return np.concatenate([encoder.encode_texts(self._probes, prompt) for prompt in self._prompts])

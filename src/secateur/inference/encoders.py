@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError
 from secateur.measures.metrics import paired_cosines
-from secateur.models.blocks import blocks_of
 from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, SharedPrefix, pool, run_after, run_prefix
 from secateur.models.open_model import is_causal
 from secateur.models.save import PROBES
@@ -43,60 +42,13 @@ from secateur.runtime.core import (
 
 LEAST_COSINE = 0.999
 """What batches must keep of the model's own vectors."""
-MIXED = "mixed"
-"""The dtype of a model in float32 whose linear layers multiply in bfloat16."""
-PROBED_COSINE = 0.99995
-"""What a shared prompt must keep where they do."""
 SHARED_FROM = 8
 """Texts under one prompt from which on it pays to compute it once, and apart."""
-ROWS_STEP = 16
-"""Rows of a product in bfloat16 are filled up to a multiple of this: oneDNN keeps a kernel for each number of rows."""
 
 
 def batch_budget(device: str | torch.device) -> int:
     """Tokens in a batch, padding included, where nobody says how many."""
     return CPU_BATCH if torch.device(device).type == "cpu" else GPU_BATCH
-
-
-class MixedLinear(nn.Module):
-    """A linear layer that multiplies in bfloat16 and hands on float32.
-
-    Only its weights and inputs are rounded. What a model adds up over its layers is not: rounding that is what makes
-    the vectors of a model in bfloat16 differ.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().to(torch.bfloat16), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, states: Tensor) -> Tensor:
-        """States (…, in) → (…, out), both float32."""
-        rows = states.reshape(-1, states.shape[-1])
-        rounded = rows.new_empty(-(-len(rows) // ROWS_STEP) * ROWS_STEP, rows.shape[1], dtype=torch.bfloat16)
-        rounded[: len(rows)] = rows
-        rounded[len(rows) :] = 0
-        product = nn.functional.linear(rounded, self.weight)[: len(rows)].float()
-        product = product.view(*states.shape[:-1], len(self.weight))
-        return product if self.bias is None else product + self.bias
-
-
-def mix_products(model: SentenceTransformer) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Make the linear modules in the layers of a float32 model multiply in bfloat16.
-
-    Returns:
-        Which were there: the module that holds each, its name in that module, and the layer.
-    """
-    layers = [
-        (parent, name, child)
-        for block in blocks_of(model[0].auto_model)
-        for parent in block.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear
-    ]
-    for parent, name, layer in layers:
-        setattr(parent, name, MixedLinear(layer))
-    return layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,18 +139,12 @@ class ModelEncoder(Encoder):
             if start.tobytes() not in self._compared:
                 probes = tokens[:: max(1, len(tokens) // 8)]
                 cosine = paired_cosines(run(probes), self.run(probes)).min()
-                self._shares_prompts = bool(cosine >= self._same_cosine)
+                exact = self.model.dtype == torch.float32
+                self._shares_prompts = bool(cosine >= (1 - 1e-6 if exact else LEAST_COSINE))
                 self._compared.add(start.tobytes())
         except REFUSALS:
             self._shares_prompts = False
         return (run, len(start)) if self._shares_prompts else (self.run, 0)
-
-    @property
-    def _same_cosine(self) -> float:
-        """That of vectors that are equal up to rounding."""
-        if self.model.dtype != torch.float32:
-            return LEAST_COSINE
-        return PROBED_COSINE if self.dtype == MIXED else 1 - 1e-6
 
     def _run_prefix(self, start: NDArray[np.int32]) -> Prefix:
         if self._prefix is None or not np.array_equal(self._prefix.ids, start):

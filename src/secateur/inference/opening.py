@@ -1,9 +1,8 @@
 """How a model is opened for encoding: by PyTorch, as an export, or converted for ONNX Runtime or OpenVINO.
 
-A conversion is a folder that ``export`` wrote, made once and kept in ``conversions`` in the model's own folder; or in
-the user's cache directory, where that cannot be written, or the model is of the Hub or a single file. Its name holds
-what it was made from: the options that decide vectors, the weights, and the versions of the libraries. What was
-measured of it stands in a JSON file of the same name.
+A conversion is a folder that ``export`` wrote, made once and kept in ``conversions`` in the model's own folder, or in
+the user's cache. Its name holds what it was made from: the options that decide vectors, the weights, and the versions
+of the libraries. What was measured of it stands in a JSON file of the same name.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from sentence_transformers.util import get_device_name
 from secateur import runtime
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.exporting.convert import form_of
-from secateur.files import lock, read_json, write_text
-from secateur.inference.encoders import MIXED, ModelEncoder, mix_products
+from secateur.files import lock, output_errors, read_json, write_text
+from secateur.inference.encoders import ModelEncoder
 from secateur.models import resolve
-from secateur.models.open_model import MAX_LENGTH, open_model
+from secateur.models.open_model import MAX_LENGTH, check_device, open_model
 from secateur.models.save import TEN_SCRIPTS
 from secateur.options import EncodeOptions, SavedPooling, ServeOptions
 from secateur.progress import quiet
@@ -42,8 +41,6 @@ BFLOAT16 = "bfloat16"
 FOLDER = "conversions"
 LIBRARIES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino", "nncf")}
 """Those by whose version a conversion changes, by backend."""
-LEAST = -1.0
-"""``export`` refuses nothing for its cosine: that is measured here, and on other texts."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,12 @@ class Opening:
 
     @classmethod
     def of(cls, options: EncodeOptions | ServeOptions, **others: Any) -> Opening:
-        """As options say."""
+        """As options say; refuses a device that this machine does not have."""
         said = {field.name: getattr(options, field.name) for field in fields(cls) if hasattr(options, field.name)}
-        return cls(**said | {"model": str(options.model)} | others)
+        opening = cls(**said | {"model": str(options.model)} | others)
+        if not opening.exported:
+            check_device(opening.device)
+        return opening
 
     @property
     def exported(self) -> bool:
@@ -90,13 +90,7 @@ class Opening:
 
 
 def open_encoder(opening: Opening) -> Encoder:
-    """Open a model, an export, or a conversion, which is made where it is not kept.
-
-    Raises:
-        ConfigError: There is no such device or dtype; or an export has decided what was chosen.
-        ModelError: It cannot be opened.
-        MissingPackage: A runtime is not installed, or what converts for it.
-    """
+    """Open a model, an export, or a conversion, which is made where it is not kept."""
     if opening.exported:
         return _open_export(opening)
     if opening.backend in (AUTO, TORCH):
@@ -108,7 +102,7 @@ def open_torch(opening: Opening) -> ModelEncoder:
     """Open a model in PyTorch."""
     if opening.threads:
         torch.set_num_threads(opening.threads)
-    dtype = {AUTO: "float32" if opening.on_cpu else AUTO, STORED: AUTO, MIXED: "float32"}
+    dtype = {AUTO: "float32" if opening.on_cpu else AUTO, STORED: AUTO}
     model = open_model(
         opening.model,
         dtype=dtype.get(opening.dtype, opening.dtype),
@@ -117,11 +111,7 @@ def open_torch(opening: Opening) -> ModelEncoder:
         device=opening.device,
         trust_remote_code=opening.trust_remote_code,
     )
-    encoder = ModelEncoder(model, opening.model, batch_tokens=opening.batch_tokens, length_step=opening.length_step)
-    if opening.dtype == MIXED:
-        mix_products(model)
-        encoder.dtype = MIXED
-    return encoder
+    return ModelEncoder(model, opening.model, batch_tokens=opening.batch_tokens, length_step=opening.length_step)
 
 
 def _open_export(opening: Opening) -> Encoder:
@@ -152,30 +142,26 @@ class Measured:
 class Conversion:
     """Where a conversion is, or will be.
 
-    Attributes:
-        folders: One of the places where it may be, with its name, each; the first that can be written is taken.
-        backend: ``onnx`` or ``openvino``.
-        precision: That of its weights, as ``export`` has it.
+    ``precision`` is that of its weights, as ``export`` has it.
     """
 
     opening: Opening
-    folders: tuple[Path, ...]
+    folder: Path
     backend: str
     precision: str
 
     @property
-    def kept(self) -> Path | None:
-        """The folder, if it is there."""
-        return next((folder for folder in self.folders if is_export(folder)), None)
+    def kept(self) -> bool:
+        """Whether it is there."""
+        return is_export(self.folder)
 
     @property
     def record(self) -> dict[str, Any]:
         """What is known of it: :class:`Measured` by dtype; or why it ``failed``."""
-        for folder in self.folders:
-            with suppress(DataError):
-                found = read_json(_beside(folder))
-                if isinstance(found, dict):
-                    return found
+        with suppress(DataError):
+            found = read_json(_beside(self.folder))
+            if isinstance(found, dict):
+                return found
         return {}
 
     def measured(self, dtype: str) -> Measured | None:
@@ -186,33 +172,23 @@ class Conversion:
     def note(self, what: str, found: Measured | str) -> None:
         """Add to what is known; where nothing can be written, it is not kept."""
         told = json.dumps(self.record | {what: found if isinstance(found, str) else asdict(found)}, indent=1)
-        for folder in self.folders:
-            with suppress(OutputError):
-                write_text(_beside(folder), told)
-                return
+        with suppress(OutputError):
+            write_text(_beside(self.folder), told)
 
-    def make(self) -> Path:
-        """Convert, unless another process has by now; conversions of other weights or versions are removed.
+    def make(self) -> None:
+        """Convert, unless another process has by now; conversions of other weights or versions are removed."""
+        with output_errors(self.folder.parent):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock(self.folder.parent, wait=True):
+            if not self.kept:
+                self._export()
+            kind, _, made_of = self.folder.name.rpartition("-")
+            for path in self.folder.parent.glob(f"{kind}-*"):
+                if path.is_dir() and path.suffix != ".partial" and not path.name.endswith(made_of):
+                    shutil.rmtree(path, ignore_errors=True)
+                    _beside(path).unlink(missing_ok=True)
 
-        Raises:
-            SecateurError: ``export`` fails; or no place can be written.
-        """
-        for folder in self.folders:
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder.parent):
-                    pass
-            except OSError:
-                continue
-            with lock(folder.parent, wait=True):
-                if self.kept is None:
-                    self._export_to(folder)
-                self._remove_outdated()
-                return self.kept or folder
-        problem = "cannot be written, so that no conversion can be kept"
-        raise OutputError(self.folders[-1], problem, "--backend torch needs none")
-
-    def _export_to(self, folder: Path) -> None:
+    def _export(self) -> None:
         from secateur.exporting.export import export  # with all that scores it
 
         texts = self.opening.calibration if self.precision == "int8" else TEN_SCRIPTS
@@ -222,22 +198,15 @@ class Conversion:
             write_text(file, "".join(lines))
             export(
                 self.opening.model,
-                out=folder,
+                out=self.folder,
                 to=self.backend,
                 precision=self.precision,
                 data=[file] if lines else [],
-                min_cosine=LEAST,
+                min_cosine=-1.0,  # it is measured here, and on other texts
                 pooling=self.opening.pooling,
                 max_length=self.opening.max_length,
                 trust_remote_code=self.opening.trust_remote_code,
             )
-
-    def _remove_outdated(self) -> None:
-        kind, _, made_of = self.folders[0].name.rpartition("-")
-        for path in (path for folder in self.folders for path in folder.parent.glob(f"{kind}-*")):
-            if path.is_dir() and path.suffix != ".partial" and not path.name.endswith(made_of):
-                shutil.rmtree(path, ignore_errors=True)
-                _beside(path).unlink(missing_ok=True)
 
 
 def conversion_of(opening: Opening, backend: str, dtype: str) -> Conversion:
@@ -252,9 +221,13 @@ def conversion_of(opening: Opening, backend: str, dtype: str) -> Conversion:
     options = [opening.pooling, opening.max_length, opening.trust_remote_code]
     name = f"{backend}-{precision}-{_short(options)}-{_short(made_of)}"
     cache = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME") or Path.home() / ".cache"
-    places = [source / FOLDER] if isinstance(source, Path) and source.is_dir() else []
-    places.append(Path(cache) / "secateur" / FOLDER / own)
-    return Conversion(opening, tuple(place / name for place in places), backend, precision)
+    place = Path(cache) / "secateur" / FOLDER / own
+    if isinstance(source, Path) and source.is_dir():
+        beside = source / FOLDER
+        written = beside if beside.exists() else source
+        if is_export(beside / name) or (written.is_dir() and os.access(written, os.W_OK)):
+            place = beside
+    return Conversion(opening, place / name, backend, precision)
 
 
 def _commit(name: str, trust_remote_code: bool) -> str:
@@ -273,12 +246,12 @@ def precision_of(backend: str, dtype: str) -> str:
 
 def open_conversion(conversion: Conversion, dtype: str) -> Encoder:
     """Open a conversion, to multiply in ``dtype``; it is made where it is not kept."""
-    folder, opening = conversion.kept, conversion.opening
-    if folder is None:
+    opening = conversion.opening
+    if not conversion.kept:
         form_of(conversion.backend, conversion.precision, None)  # says what is not installed before anything is opened
         with quiet():
-            folder = conversion.make()
-    encoder = runtime.load(folder, threads=opening.threads, dtype=dtype)
+            conversion.make()
+    encoder = runtime.load(conversion.folder, threads=opening.threads, dtype=dtype)
     encoder.batch_tokens = opening.batch_tokens or CPU_BATCH
     return encoder
 

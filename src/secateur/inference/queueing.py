@@ -18,15 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from secateur.inference.middleware import ApiError, Metrics, busy, log
-from secateur.inference.workers import EncoderProcess
+from secateur.inference.workers import TRIES, EncoderProcess
 from secateur.options import ServeOptions
 from secateur.runtime.core import Encoder, Tokens, Vectors
 
 LOOKAHEAD = 1024
 """How many waiting texts are looked at when a batch is made."""
-
-TRIES = 3
-"""How often a text is given to the model before its request fails."""
 
 PADDING = 1.1
 """A batch is padded to at most this many times the tokens that its texts would take one by one."""
@@ -49,6 +46,7 @@ class LocalWorker:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
+        encoder.padding = math.inf  # the queue has seen to that
 
     def ready(self) -> bool:
         return True

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import ipaddress
 import math
 import os
 import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import h11
 import torch
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from secateur.errors import ConfigError, ModelError
 from secateur.inference.app import make_app
 from secateur.inference.backends import choose, is_decided
 from secateur.inference.encoders import ModelEncoder, batch_budget
-from secateur.inference.middleware import API_KEYS, ApiError, Keys, Metrics, log, log_as_json, read_keys
+from secateur.inference.middleware import API_KEYS, Keys, Metrics, log, log_as_json, read_keys
 from secateur.inference.opening import STORED, TORCH, Opening, open_encoder
 from secateur.inference.queueing import LocalWorker
 from secateur.inference.workers import SILENT_SECONDS, EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
-from secateur.models.open_model import check_device
 from secateur.options import ServeOptions, step
-from secateur.runtime.core import Encoder
 
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
@@ -45,91 +38,16 @@ KEEP_ALIVE_SECONDS = 75
 LEAST_SILENCE = 2.0
 """No worker is taken to hang sooner, however short the timeout of a request."""
 
-LAST_SECONDS = 0.5
-"""What clients have to read why they are not answered, when the server ends at once."""
-
-
-class Connection(H11Protocol):
-    """uvicorn's connection, closed when its client is too slow for ``patience`` seconds.
-
-    That is a client that has not sent all headers of a request; or one that reads nothing of its response, which would
-    be held in memory, and hold up the end of the server. What the operating system has taken counts as read. A request
-    finds this object in its scope's state, as ``connection``.
-    """
-
-    patience = 30.0
-    lost = False
-    _reading: asyncio.TimerHandle | None = None
-    _writing: asyncio.TimerHandle | None = None
-
-    def __init__(self, *, app_state: dict[str, Any], **rest: Any) -> None:
-        super().__init__(app_state={**app_state, "connection": self}, **rest)
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # to be told as soon as anything waits, and again when nothing does
-        self._reading = self.loop.call_later(self.patience, self._refuse)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state is h11.IDLE:  # headers are still to come
-            self._reading = self._reading or self.loop.call_later(self.patience, self._refuse)
-        elif self._reading:
-            self._reading.cancel()
-            self._reading = None
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._check_reader(sys.maxsize)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._writing:
-            self._writing.cancel()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost = True
-        for timer in (self._reading, self._writing):
-            if timer:
-                timer.cancel()
-        super().connection_lost(exc)
-
-    def _refuse(self) -> None:
-        """Close; say why where anything has been sent."""
-        if self.conn.trailing_data[0]:
-            body = ApiError(408, "the headers came too slowly", "timeout").response.body
-            head = b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            self.transport.write(head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-        self.transport.close()
-
-    def _check_reader(self, before: int) -> None:
-        """Give up a client that has read nothing of so many bytes; else look again later."""
-        unread = self.transport.get_write_buffer_size()
-        if unread >= before:
-            self.transport.abort()
-        else:
-            self._writing = self.loop.call_later(self.patience, self._check_reader, unread)
-
 
 class Server(uvicorn.Server):
     """uvicorn's server; at a signal it finishes the requests it has, at a second one it ends at once, with code 0."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As uvicorn does, but without the signal raised again at the end."""
+        """As uvicorn does, but without the signal raised again at the end; at the second, requests are cancelled."""
         if self.should_exit and self.started:
-            self.servers[0].get_loop().call_soon_threadsafe(self._end_at_once)
+            for task in list(self.server_state.tasks):
+                self.servers[0].get_loop().call_soon_threadsafe(task.cancel)
         self.should_exit = True
-
-    def _end_at_once(self) -> None:
-        """Cancel the requests, whose clients are told so, and close the connections of those that do not read it."""
-        for task in self.server_state.tasks:
-            task.cancel()
-
-        def close() -> None:
-            for connection in list(self.server_state.connections):
-                connection.transport.abort()
-
-        asyncio.get_running_loop().call_later(LAST_SECONDS, close)
 
 
 def make_server(app: FastAPI, timeout: float) -> Server:
@@ -137,7 +55,7 @@ def make_server(app: FastAPI, timeout: float) -> Server:
     return Server(
         uvicorn.Config(
             app,
-            http=Connection,
+            http="h11",
             ws="none",
             loop="asyncio",
             lifespan="on",
@@ -179,12 +97,7 @@ def bind(host: str, port: int, keys: Keys, auth: bool = True) -> socket.socket:
 
 def open_worker(opening: Opening) -> LocalWorker:
     """Open a model or an export as a worker that takes batches as they come."""
-    return _worker(open_encoder(opening))
-
-
-def _worker(encoder: Encoder) -> LocalWorker:
-    encoder.padding = math.inf  # the queue has seen to that
-    return LocalWorker(encoder)
+    return LocalWorker(open_encoder(opening))
 
 
 def _start_workers(stack: ExitStack, options: ServeOptions, opening: Opening, metrics: Metrics) -> list[EncoderProcess]:
@@ -220,8 +133,6 @@ def serve(options: ServeOptions) -> None:
     path = Path(options.model).expanduser()
     # Workers find the model, whatever becomes of the current folder.
     opening = Opening.of(options, model=str(path.absolute() if path.exists() else options.model))
-    if not opening.exported:
-        check_device(options.device)
     metrics = Metrics()
     keep_freed_memory()
     with ExitStack() as stack:
@@ -235,7 +146,6 @@ def serve(options: ServeOptions) -> None:
         log.info("starting", extra={"facts": {"model": options.model, "told": told}})
         chosen = thread.submit(choose, here, options.min_cosine).result()
         encoder, opening = chosen.encoder, chosen.opening if here is opening else opening
-        _worker(encoder)
         if options.workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")
             encoder.batch_tokens = opening.batch_tokens or batch_budget("cpu" if opening.on_cpu else "cuda")

@@ -66,9 +66,9 @@ class EncoderDied(RuntimeError):
 
 
 class EncoderProcess:
-    """An encoder in a process of its own, replaced when it dies or hangs.
+    """An encoder in a process of its own, killed when it hangs, and replaced at the next batch when it is dead.
 
-    ``concurrent.futures`` would end all of a pool's processes with one, and never sees that one hangs.
+    ``concurrent.futures`` never sees that a process hangs.
 
     Args:
         make: Makes the encoder in the new process, which has a method ``encode_batch``; it must be picklable.
@@ -101,15 +101,13 @@ class EncoderProcess:
 
         Raises:
             SecateurError: The encoder cannot be made; says why.
-            EncoderDied: The process ended before it was; a new one has been started.
+            EncoderDied: The process ended before it was.
         """
-        if not self._process.is_alive():
-            self._replace()
-        with self._replaced_if_dead():
+        with self._death_told():
             self._wait_until_made()
 
     def encode_batch(self, batch: Any, timeout: float = math.inf) -> Any:
-        """What the encoder makes of a batch; used by one thread.
+        """What the encoder makes of a batch; used by one thread, also after an error.
 
         Args:
             batch: What the encoder understands.
@@ -117,10 +115,10 @@ class EncoderProcess:
 
         Raises:
             SecateurError: The encoder cannot be made; says why.
-            EncoderDied: The process ended, or hung and was killed; a new one has been started.
+            EncoderDied: The process ended, or hung and was killed.
             RuntimeError: The encoder failed on this batch.
         """
-        with self._replaced_if_dead():
+        with self._death_told():
             self._wait_until_made()
             self._pipe.send(batch)
             answer = self._receive(timeout)
@@ -170,6 +168,12 @@ class EncoderProcess:
             self._process.kill()
 
     def _wait_until_made(self) -> None:
+        if not self._process.is_alive() and not self.closed:
+            self._pipe.close()
+            self._start()
+            self._on_restart()
+            if self.closed:  # by another thread, just now
+                self._process.kill()
         if not self._loaded:
             problem: str | None = self._receive()
             if problem is not None:
@@ -178,24 +182,14 @@ class EncoderProcess:
             self._loaded = True
 
     @contextmanager
-    def _replaced_if_dead(self) -> Iterator[None]:
+    def _death_told(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, OSError):
-            raise EncoderDied(f"an encoder process {self._replace()}") from None
-
-    def _replace(self) -> str:
-        """Start a new process in place of one that is dead, or as good as; says what became of that."""
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
-        end = self._fault or f"ended with code {self._process.exitcode}"
-        if not self.closed:
-            self._start()
-            self._on_restart()
-        if self.closed:  # by another thread, maybe just now
+        except (EOFError, OSError):  # the other end of the pipe is closed
             self._process.kill()
-        return end
+            self._process.join()
+            end = self._fault or f"ended with code {self._process.exitcode}"
+            raise EncoderDied(f"an encoder process {end}") from None
 
 
 @contextmanager

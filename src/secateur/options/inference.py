@@ -35,11 +35,10 @@ Backend = Annotated[
     ),
 ]
 Arithmetic = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16", "int8", "mixed", "stored"],
+    Literal["auto", "float32", "bfloat16", "float16", "int8", "stored"],
     Field(
-        description="Data type of the matrix products: float32; bfloat16; float16; int8 (not in PyTorch); mixed: in "
-        "PyTorch, linear layers in bfloat16 and the rest in float32; stored: PyTorch, as the weights are; auto: the "
-        "fastest that keeps --min-cosine."
+        description="Data type of the matrix products: float32; bfloat16; float16; int8 (not in PyTorch); "
+        "stored: PyTorch, as the weights are; auto: the fastest that keeps --min-cosine."
     ),
 ]
 MinCosine = Annotated[
