@@ -154,13 +154,9 @@ def test_an_untrained_full_model_is_no_easy_rival(run: Path) -> None:
     assert first_screen(run)[0].startswith("Keep tiny-8-healed: tiny-3-healed comes nearest")
 
 
-def test_the_figure_tells_full_cut_rejected_and_baseline_apart_and_is_switched_without_scripts(run: Path) -> None:
+def test_the_figure_tells_full_cut_rejected_and_baseline_apart(run: Path) -> None:
     add_baseline(run, 0.5, 8)
     page = read(secateur.report(run))
-    buttons = [a for tag, a in page.tags if tag == "input"]
-    assert {a["type"] for a in buttons} == {"radio"}
-    assert [a["id"] for a in buttons if "checked" in a] == ["show-score-speed"]
-    assert len({a["name"] for a in buttons}) == 1 and len(buttons) == 4
     for name in ("full model", "cut", "cut, significantly worse", "baseline", "recommended"):
         assert page.text.count(name) >= 4, name
     assert "tiny-6-healed (recommended cut): 80.0 at" in page.text  # what a screen reader says of it

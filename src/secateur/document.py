@@ -298,12 +298,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures by what they are called: side by side where there is room; or, with the title of a ``switch``, one at a
-    time, without scripts.
-    """
+    """Pictures side by side, where there is room."""
 
-    pictures: Mapping[str, Picture]
-    switch: str = ""
+    pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -337,7 +334,7 @@ def pictures_in(blocks: Sequence[Block]) -> Iterator[Picture]:
             case Picture():
                 yield block
             case Gallery(pictures):
-                yield from pictures.values()
+                yield from pictures
             case Details(_, inside):
                 yield from pictures_in(inside)
 
@@ -357,6 +354,6 @@ def block_to_markdown(block: Block) -> str:
         case Picture(key, title, caption):
             return f"![{to_markdown(title)}](figures/{key}.png)\n\n{to_markdown(caption)}"
         case Gallery(pictures):
-            return "\n\n".join(map(block_to_markdown, pictures.values()))
+            return "\n\n".join(map(block_to_markdown, pictures))
         case Details(summary, blocks):
             return "\n\n".join([f"{to_markdown(summary)}:", *map(block_to_markdown, blocks)])

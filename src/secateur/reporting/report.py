@@ -112,14 +112,15 @@ def sections(summary: Summary, found: Recommendation, threshold: float) -> list[
     run = summary.run
     costs = [replace(group.cost, model=group.name) for group in summary.groups if group.cost is not None]
     drawn = pictures.cost_pictures(summary, found)
+    sizes = pictures.size_sentences(summary, threshold)
     failed = [f"{name}: {why}" for name, why in run.failed.items()]
     parts = [
         Section("failed", "What failed", [Bullets(failed)] if failed else [], is_open=True),
-        Section("frontier", "Quality against cost", [Gallery(drawn, "Against")] if drawn else [], is_open=True),
+        Section("frontier", "Quality against cost", [Gallery(drawn)] if drawn else [], is_open=True),
         Section("tasks", "Tasks", list(_task_blocks(summary, found)), is_open=True),
         Section("sure", "How sure this is", [Text(note) for note in notes(summary)]),
         Section("worth", "What every depth is worth", list(_scout_blocks(summary))),
-        Section("size", "Quality and size", pictures.size_pictures(summary, found, threshold)),
+        Section("size", "Quality and size", [Bullets(sizes)] if sizes else []),
         Section("depth", "Quality by depth", list(_depth_blocks(run))),
         Section("models", "Models", list(_model_blocks(summary))),
         Section("vocabulary", "Vocabulary", list(_vocabulary_blocks(summary))),
@@ -195,7 +196,7 @@ def _depth_blocks(run: Run) -> Iterable[Block]:
         yield Text(base, is_heading=True)
         drawn = pictures.profile_pictures(run, base, place)
         yield from (drawn[kind] for kind in ("curve", "solved") if kind in drawn)
-        if maps := {kind: picture for kind, picture in drawn.items() if kind in ("cka", "angles")}:
+        if maps := [drawn[kind] for kind in ("cka", "angles") if kind in drawn]:
             yield Gallery(maps)
         yield from _remarks(profile.notes)
         numbers = tables.profile_table(profile, run.choices.get(base, {})), tables.depth_scores_table(profile)
