@@ -136,9 +136,7 @@ def test_a_finished_study_is_done_and_its_vocabulary_stays_as_it_is(run: Path, p
 def test_the_report_and_the_cards_say_what_was_cut(run: Path):
     report = plain((run / "report.md").read_text())
     whole = len(tokens_of(run, WHOLE))
-    assert f"tiny: the vocabulary is cut to {SIZE} of {whole} tokens" in report
-    assert "untrained, the model of full depth has" in report
-    assert "of the parameters and scores" in report and "than as it came" in report
+    assert f"Vocabulary: {SIZE} of {whole} tokens" in report
     cards = {name: plain((run / "models" / name / "README.md").read_text()) for name in (WHOLE, TRIMMED, CUT[2])}
     for name in (TRIMMED, CUT[2]):
         assert f"{SIZE} of {whole} tokens, chosen by 240 texts of trees.jsonl" in cards[name]
@@ -160,5 +158,4 @@ def test_the_whole_model_teaches_all_depths_of_the_trimmed_one(place: Path, quic
     # All tokens of the texts stay: before it has learned anything, the student gives the teacher's vectors.
     first, *_ = load(place / "grid" / "models" / "tiny-6-taught", Training).losses
     assert first.loss == pytest.approx(0, abs=1e-6)
-    report = plain((place / "grid" / "report.md").read_text())
-    assert "untrained, the model of full depth" in report and "; taught, it scores" in report
+    assert "Difference to the model as it came" in (place / "grid" / "report.md").read_text()

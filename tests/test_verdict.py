@@ -112,9 +112,8 @@ def test_a_budget_is_kept_to(run: Path, study, words: str) -> None:
 
 def test_with_profiles_alone_it_says_what_to_do_next(tmp_path: Path) -> None:
     write_profile(tmp_path)
-    headline, (known,) = first_screen(tmp_path)
+    headline, _ = first_screen(tmp_path)
     assert headline == "Only depths are scored so far: train and score the chosen ones, and the full model."
-    assert known == "tiny: the untrained loss is lowest at depth 8 of 8; “small” keeps 2, “large” keeps 6."
 
 
 def add_baseline(run: Path, score: float, size: int | None) -> None:

@@ -55,11 +55,6 @@ def span(low: float | None, high: float | None, show: Callable[[float], str] = s
     return "" if low is None or high is None else f"{show(low)} to {show(high)}"
 
 
-def interval(low: float | None, high: float | None) -> str:
-    """That of a difference of scores, in words."""
-    return "no interval" if low is None else f"95 % interval {span(low, high, signed)}"
-
-
 def speed(value: float | None) -> str:
     return number(value, ",.0f" if value is None or value >= 100 else ",.1f" if value >= 10 else ",.2f")
 

@@ -19,7 +19,7 @@ from secateur.data.hub import is_hub_name, parse_name
 from secateur.document import Block, Bullets, Code, Section, Text
 from secateur.files import read_json
 from secateur.provenance import Fingerprint
-from secateur.reporting.advice import apart, vocabulary_facts
+from secateur.reporting.advice import vocabulary_facts
 from secateur.reporting.findings import GroupComparison, Summary
 from secateur.reporting.run import POLISHED, Scouted, Variant
 from secateur.reporting.tables import (
@@ -30,7 +30,7 @@ from secateur.reporting.tables import (
     scout_origin,
     settings_text,
 )
-from secateur.reporting.verdict import Recommendation, seed_note
+from secateur.reporting.verdict import Recommendation, difference_in_words, seed_note
 from secateur.results import Origin, ScoreRow
 
 CARD = "README.md"
@@ -149,14 +149,13 @@ def _scores(
         how = ", trained with the same settings" if same else ""
         how += ", which had only the scout's training" if comparison.is_polished_more else ""
         yield Text(f"{full.name} is the full model to compare with: all {full.depth} layers{how}.")
-        difference, seeds = comparison.difference, len(comparison.group.variants)
-        if difference.low is not None:
+        if comparison.difference.low is not None:
+            seeds = len(comparison.group.variants)
             over = f", over {doc.plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
-            points = f"{doc.signed(difference.value)} points, {doc.interval(difference.low, difference.high)}"
-            yield Text(f"The average differs by {points}, paired by text{over}.")
+            yield Text(f"The average differs by {difference_in_words(comparison)}, paired by text{over}.")
     if original and original.is_known and not (comparison and comparison.reference is original.reference):
         whole = "the model as it came, with all its layers and tokens"
-        yield Text(f"The average is {apart(original.difference)} than that of {whole}.")
+        yield Text(f"The average differs by {difference_in_words(original)} from that of {whole}.")
     if variant.training and (note := seed_note(summary)):
         yield Text(note)
 

@@ -1,8 +1,8 @@
 """A run folder as a page to read: ``report.html``, ``report.md`` and a model card in each model folder.
 
 A view on the tables and the draws beside them: it takes means, differences, ratios and intervals of what they hold,
-fits one curve to them, and measures nothing. What a run does not have is left out. The page is one file that loads
-nothing, runs nothing, and escapes every text it did not write.
+and measures nothing. What a run does not have is left out. The page is one file that loads nothing, runs nothing, and
+escapes every text it did not write.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from secateur import document as doc
+from secateur.choosing.evidence import TOLERANCE
 from secateur.document import Block, Bullets, Code, Details, Gallery, Section, Text
 from secateur.figures.style import save
 from secateur.files import write_text
 from secateur.options import ReportOptions, step
 from secateur.provenance import Fingerprint, Provenance
 from secateur.reporting import pictures, tables
-from secateur.reporting.advice import points_of, scout_sentences, vocabulary_sentences
+from secateur.reporting.advice import scout_sentences, vocabulary_facts
 from secateur.reporting.card import CARD, base_licence, may_write, model_card
 from secateur.reporting.findings import RunGroup, Summary, summarize
 from secateur.reporting.run import SCOUTED, Run, read_run
@@ -123,7 +124,7 @@ def sections(summary: Summary, found: Recommendation, threshold: float) -> list[
         Section("size", "Quality and size", [Bullets(sizes)] if sizes else []),
         Section("depth", "Quality by depth", list(_depth_blocks(run))),
         Section("models", "Models", list(_model_blocks(summary))),
-        Section("vocabulary", "Vocabulary", list(_vocabulary_blocks(summary))),
+        Section("vocabulary", "Vocabulary", list(_vocabulary_blocks(run))),
         Section("costs", "Costs", [tables.cost_table(costs)] if costs else []),
         Section("training", "Training", list(_training_blocks(run))),
         Section("commands", "Commands", list(_command_blocks(run))),
@@ -159,7 +160,7 @@ def _scout_blocks(summary: Summary) -> Iterable[Block]:
     run = summary.run
     if not run.scouts:
         return
-    yield from (Text(sentence) for told in scout_sentences(summary) for sentence in told)
+    yield from map(Text, scout_sentences(run))
     yield Text(
         "Several depths of the model were trained at once; each is compared with the full depth of the same training. "
         "The depth to keep is chosen by these scores."
@@ -168,7 +169,8 @@ def _scout_blocks(summary: Summary) -> Iterable[Block]:
         if len(run.scouts) > 1:
             yield Text(scout.name, is_heading=True)
         if scout.table.rows[-1].score is not None:
-            yield pictures.scout_picture(scout, place, points_of(run.budget))
+            tolerance = TOLERANCE if run.budget.tolerance is None else run.budget.tolerance
+            yield pictures.scout_picture(scout, place, tolerance)
         yield tables.rung_table(scout)
         yield from _remarks(scout.table.notes)
         if scout.table.task_scores:
@@ -214,14 +216,15 @@ def _model_blocks(summary: Summary) -> Iterable[Block]:
         yield Details("How each model was made", [tables.origin_table(summary.run)])
 
 
-def _vocabulary_blocks(summary: Summary) -> Iterable[Block]:
-    if cuts := summary.run.vocabularies:
-        yield from map(Text, vocabulary_sentences(summary))
+def _vocabulary_blocks(run: Run) -> Iterable[Block]:
+    if run.vocabularies:
         yield Text(
             "The vocabulary was cut first; the models are for texts like those that it was chosen by. Other texts, "
             "especially in other languages and scripts, are split into more tokens."
         )
-        yield tables.vocabulary_table(cuts)
+    for base, cut in run.vocabularies.items():
+        yield Text(base, is_heading=True)
+        yield Bullets(vocabulary_facts(cut))
 
 
 def _training_blocks(run: Run) -> Iterable[Block]:

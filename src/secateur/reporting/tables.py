@@ -219,24 +219,6 @@ def kept_tokens(cut: VocabularyCut | None) -> str:
     return doc.NONE if cut is None else f"{cut.row.tokens:,} of {cut.tokens:,}"
 
 
-def vocabulary_table(cuts: Mapping[str, VocabularyCut]) -> Table:
-    """How vocabularies were cut; ``cuts`` is by base model."""
-    columns: dict[str, Callable[[tuple[str, VocabularyCut]], str | Cell]] = {
-        "Base model": lambda item: item[0],
-        "Chosen by": lambda item: Cell(f"{item[1].texts:,} texts", (", ".join(item[1].files),)),
-        "Tokens": lambda item: kept_tokens(item[1]),
-        "Coverage of held-out texts": lambda item: doc.percent(item[1].row.coverage),
-        "Texts with a token that was cut": lambda item: doc.percent(item[1].row.changed),
-        "Tokens per text": lambda item: f"{item[1].row.tokens_per_text:.1f} (before: {item[1].tokens_per_text:.1f})",
-        "Newly unknown tokens": lambda item: doc.percent(item[1].row.unknown, 2) if item[1].row.unknown else doc.NONE,
-        "Coverage of tasks": lambda item: Cell(
-            ", ".join(f"{task} {doc.percent(share)}" for task, share in item[1].task_coverage.items()) or doc.NONE
-        ),
-    }
-    title = "The most frequent tokens are kept, and those that rare words are split into; coverage counts occurrences."
-    return Table.of(title, list(cuts.items()), columns, texts=2).filled()
-
-
 def origin_table(run: Run) -> Table:
     """How each model was made."""
     built = [(variant.name, variant.origin, variant.training) for variant in run.variants if variant.origin]
