@@ -250,21 +250,9 @@ def test_the_scouts_section_has_every_depth_with_what_was_measured_there(reporte
     assert "(figures/frontier-1.png)" in (reported / "report.md").read_text(encoding="utf-8")
 
 
-def test_what_the_untrained_profile_chooses_stands_beside_it(reported: Path) -> None:
-    page = read(reported / "report.html")
-    rows = [[plain(cell) for cell in row] for row in page.rows("small") + page.rows("large")]
-    assert rows == [
-        ["small", "2", "2.703", "3", "50.348.1 to 52.5", "−9.1−10.7 to −7.5 ▼ worse"],
-        ["large", "6", "1.859", "6", "59.156.9 to 61.3", "+0.4−0.4 to +1.2"],
-    ]
-    assert "The scout decides on the depth, not this" in page.text
-
-
 def test_where_a_scouts_numbers_come_from(reported: Path) -> None:
     page, markdown = read(reported / "report.html"), (reported / "report.md").read_text(encoding="utf-8")
-    origin = f"Scout of tiny: {COMMAND}; seed 7; 60 steps in 412 s, depths 3, 4, 6, 8 at once; data"
-    assert f"{origin} allnli.jsonl.gz (277,230 rows)" in plain(page.text)
-    assert plain(origin)[:60] in plain(markdown)
+    assert COMMAND in page.text and COMMAND in markdown and NLI.sha256 in page.text
     assert "Scout of tiny; training of the scout of tiny" in page.text  # in the commands
     steps = next(row for row in page.cells if row[0] == "Step" and "the scout of tiny" in row)
     assert steps == ["Step", "the scout of tiny", "tiny-4-polished"]  # a cut has no training of its own
@@ -283,9 +271,7 @@ def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
     assert CARD_MARK in card
     assert "trained together with other depths, then alone" in card
     assert "Training continued from tiny-4-scout, which has a scout's weights." in card
-    assert (
-        "Scout: secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny; seed 7;" in card
-    )
+    assert "Scout: secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny" in card
     assert "Score of 4 layers in the scout: 58.1 (55.9 to 60.3), −0.6 points to all 8 in the same training." in card
     assert NLI.sha256 in card and SICK.sha256 in card  # of the scout's data, and of its own
     assert "which had only the scout's training" in card

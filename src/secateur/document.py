@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -168,26 +167,19 @@ class Table:
     Attributes:
         columns: Their headings; the first ``texts`` of them hold texts, the others numbers, aligned to the right.
         rows: As many cells as there are columns, in each.
-        groups: A heading for each row, shown where it changes; in a page only.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     texts: int = 1
-    groups: Sequence[str] = ()
 
     @classmethod
     def of(
-        cls,
-        title: str,
-        items: Sequence[T],
-        columns: Mapping[str, Callable[[T], str | Cell]],
-        texts: int = 1,
-        groups: Sequence[str] = (),
+        cls, title: str, items: Sequence[T], columns: Mapping[str, Callable[[T], str | Cell]], texts: int = 1
     ) -> Table:
         """A row for each item, with what each column shows of it."""
-        return cls(title, list(columns), [[show(item) for show in columns.values()] for item in items], texts, groups)
+        return cls(title, list(columns), [[show(item) for show in columns.values()] for item in items], texts)
 
     @property
     def cells(self) -> list[list[Cell]]:
@@ -233,12 +225,6 @@ class Table:
         for row in texts:
             shown.add_row(*map(Text, row))
         return shown
-
-    @property
-    def grouped(self) -> list[tuple[str, list[list[Cell]]]]:
-        """Headings of groups with their rows, in order."""
-        numbered = zip(self.groups or [""] * len(self.rows), self.cells, strict=True)
-        return [(group, [row for _, row in rows]) for group, rows in groupby(numbered, key=lambda item: item[0])]
 
     def to_markdown(self) -> str:
         """A table of GitHub's Markdown, under its title."""

@@ -159,11 +159,8 @@ def _rendered(figure: Figure, kind: str) -> bytes:
     return stream.getvalue()
 
 
-_SVG = "{http://www.w3.org/2000/svg}"
-
-
-def svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """The figure as an ``<svg>`` element for a page, labelled for those who do not see it.
+def svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an ``<svg>`` element for a page, with its title for those who do not see it.
 
     Text stays text in the page's own font, and neutral colours follow the CSS variable ``--figure-ink``.
 
@@ -171,7 +168,6 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
         figure: What one of the functions in :mod:`.plots` drew.
         name: Prefix of all ids in the element; unique in its page, of letters, digits and ``-``.
         title: Short name of the figure.
-        description: What there is to see, in words.
     """
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
@@ -182,11 +178,10 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
         element.attrib = {key: _page_attribute(key, value, name) for key, value in element.attrib.items()}
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title {name}-description"}
-    for position, (tag, label, text) in enumerate((("title", "title", title), ("desc", "description", description))):
-        element = ElementTree.Element(f"{_SVG}{tag}", {"id": f"{name}-{label}"})
-        element.text = printable(text)
-        root.insert(position, element)
+    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
+    label = ElementTree.Element("{http://www.w3.org/2000/svg}title", {"id": f"{name}-title"})
+    label.text = printable(title)
+    root.insert(0, label)
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -27,7 +27,6 @@ from secateur.reporting.tables import (
     cost_table,
     kept_blocks,
     kept_tokens,
-    scout_origin,
     settings_text,
 )
 from secateur.reporting.verdict import Recommendation, difference_in_words, seed_note
@@ -194,7 +193,7 @@ def _from_scout(variant: Variant, scout: Scouted) -> Iterable[str]:
     """Which scout the weights are from, and what it said of this depth."""
     if variant.recipe == POLISHED and variant.training:
         yield f"Training continued from {public(variant.training.model)}, which has a scout's weights."
-    yield f"Scout: {scout_origin(scout, public_command)}."
+    yield f"Scout: {public_command(scout.table.provenance.command)}"
     full = scout.table.depth
     for row in scout.table.rows:
         if row.depth == variant.depth:

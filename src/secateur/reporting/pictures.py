@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from secateur.document import Picture, byte_size, count, duration, loss, plural, score, speed
-from secateur.figures.plots import KINDS, Point, frontier, frontier_figure, profile_figures, training_curves
+from secateur.document import Picture, byte_size, count, duration, plural, speed
+from secateur.figures.plots import Point, frontier, frontier_figure, profile_figures, training_curves
 from secateur.figures.style import svg
 from secateur.reporting.findings import RunGroup, Summary, pareto
 from secateur.reporting.run import Run, Scouted
 from secateur.reporting.verdict import Recommendation
-from secateur.results import DepthScoreRow, Profile
 
 MOST_LABELS = 24
 """Points beyond which only the best are labelled."""
-MOST_PROFILES = 8
-"""Profiles drawn in the page; the others' figures are in their own folders."""
 MILLION = 1e6
 
 
-def _picture(key: str, title: str, caption: str, told: Sequence[str], figure: Figure) -> Picture:
-    """A figure with its content in words, for those who do not see it; of very many items the first."""
-    more = f"; and {len(told) - MOST_LABELS} more, in the table" if len(told) > MOST_LABELS else ""
-    text = "; ".join(told[:MOST_LABELS]) + more
-    return Picture(key, title, caption, svg(figure, key, title, text), figure)
+def _picture(key: str, title: str, caption: str, figure: Figure) -> Picture:
+    return Picture(key, title, caption, svg(figure, key, title), figure)
 
 
 # Score against cost ---------------------------------------------------------------------------------------------------
@@ -62,17 +56,12 @@ def cost_pictures(summary: Summary, found: Recommendation) -> list[Picture]:
         points = _points(summary, found, cost)
         if not points:
             continue
-        told = [
-            f"{group.name} ({'recommended ' * point.marked}{KINDS[point.kind][0]}): {score(point.score)} at "
-            f"{cost.show(point.cost)}"
-            for group, point in sorted(points, key=lambda item: (not item[1].marked, not item[1].best))
-        ]
         caption = "Each point is a model, numbers are layers kept, and lines join cuts of one kind."
         if any(point.low is not None for _, point in points):
             caption += " Vertical bars are 95 % intervals of scores; paired differences are known more precisely."
         caption += f" Horizontal bars reach from {cost.bars}." if cost.bars else ""
         key, title = f"score-{name.lower()}", f"Average score against {name.lower()}"
-        drawn.append(_picture(key, title, caption, told, frontier([point for _, point in points], cost.axis)))
+        drawn.append(_picture(key, title, caption, frontier([point for _, point in points], cost.axis)))
     return drawn
 
 
@@ -143,9 +132,8 @@ def scout_picture(scouted: Scouted, number: int, tolerance: float) -> Picture:
         f"lower edge of the band, at most {tolerance:g} points are lost."
         + (f" Chosen: {chosen} of {scout.depth} layers." if chosen is not None else "")
     )
-    told = [f"depth {row.depth}: {score(row.score)}" for row in scout.rows]
     figure = frontier_figure(scout, chosen, tolerance)
-    return _picture(f"frontier-{number}", f"What every depth is worth: {scouted.name}", caption, told, figure)
+    return _picture(f"frontier-{number}", f"What every depth is worth: {scouted.name}", caption, figure)
 
 
 def profile_pictures(run: Run, name: str, number: int) -> dict[str, Picture]:
@@ -166,36 +154,14 @@ def profile_pictures(run: Run, name: str, number: int) -> dict[str, Picture]:
         "Angular distance of the last token’s states at all pairs of depths, from the embeddings (0) on. "
         "Light squares along the diagonal are runs of layers that turn the states little."
     )
-    losses = [f"depth {row.depth}: {loss(row.loss)}" for row in profile.rows]
-    likeness = [[-(value or 0.0) for value in row] for row in profile.angular]
-    told = {
-        "curve": (f"Loss by depth: {name}", curve, losses),
-        "solved": (f"Tasks by depth: {name}", solved, _best_depths(profile)),
-        "cka": (f"Similarity of depths: {name}", cka, [f"{_farthest(profile.cka, 1)} the least alike."]),
-        "angles": (f"Angles between depths: {name}", angles, [f"{_farthest(likeness, 0)} the farthest apart."]),
+    about = {
+        "curve": (f"Loss by depth: {name}", curve),
+        "solved": (f"Tasks by depth: {name}", solved),
+        "cka": (f"Similarity of depths: {name}", cka),
+        "angles": (f"Angles between depths: {name}", angles),
     }
     figures = profile_figures(profile, choice)
-    return {kind: _picture(f"{kind}-{number}", *told[kind], figure) for kind, figure in figures.items()}
-
-
-def _best_depths(profile: Profile) -> list[str]:
-    """In words: the depth at which each task scores best."""
-    best: dict[str, DepthScoreRow] = {}
-    for row in profile.task_scores:
-        if row.task not in best or row.score > best[row.task].score:
-            best[row.task] = row
-    sentences = [f"{task} is best at depth {row.depth} ({score(row.score)})" for task, row in best.items()]
-    lens = [(row.next_token_loss, row.depth) for row in profile.rows if row.next_token_loss is not None]
-    return sentences + ([f"the next-token loss is lowest at depth {min(lens)[1]}"] if lens else [])
-
-
-def _farthest(likeness: Sequence[Sequence[float | None]], first: int) -> str:
-    """In words: the two depths that are the least alike."""
-    pairs = [(value, i, j) for i, row in enumerate(likeness) for j, value in enumerate(row) if value is not None]
-    if not pairs:
-        return "No two depths can be compared; none are"
-    _, i, j = min(pairs)
-    return f"Depths {i + first} and {j + first} are"
+    return {kind: _picture(f"{kind}-{number}", *about[kind], figure) for kind, figure in figures.items()}
 
 
 def training_picture(run: Run) -> Picture | None:
@@ -211,9 +177,4 @@ def training_picture(run: Run) -> Picture | None:
             " Below, its evaluation scores, each the mean over the held-out data; a ring marks the step whose weights "
             "were kept."
         )
-    told = []
-    for name, item in trainings.items():
-        best = [row for row in item.evaluations if row.step == item.best_step]
-        kept = [f"; the weights of step {row.step} were kept, with a score of {score(row.score)}" for row in best]
-        told.append(f"{name} ends at {loss(item.rows[-1].loss)}{''.join(kept[:1])}")
-    return _picture("training", title, caption, told, training_curves(trainings))
+    return _picture("training", title, caption, training_curves(trainings))
