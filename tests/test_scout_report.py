@@ -272,7 +272,6 @@ def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
     assert "trained together with other depths, then alone" in card
     assert "Training continued from tiny-4-scout, which has a scout's weights." in card
     assert "Scout: secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny" in card
-    assert "Score of 4 layers in the scout: 58.1 (55.9 to 60.3), −0.6 points to all 8 in the same training." in card
     assert NLI.sha256 in card and SICK.sha256 in card  # of the scout's data, and of its own
     assert "which had only the scout's training" in card
     cut = (reported / "models" / "tiny-4-scout" / "README.md").read_text(encoding="utf-8")

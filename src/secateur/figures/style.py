@@ -124,7 +124,7 @@ def label_points(axes: Any, labels: Iterable[tuple[float, float, str]]) -> None:
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in (axes.transData.transform(label[:2]) for label in labels)]
     for index, (x, y, text) in enumerate(labels):
         label = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", annotation_clip=False, zorder=4, **BOLD)
-        boxes = []
+        boxes: list[tuple[int, int, Bbox]] = []
         for offset, across, upright in _BESIDE:
             label.set(position=offset, ha=across, va=upright)
             box = label.get_window_extent()

@@ -21,7 +21,7 @@ from secateur.files import read_json
 from secateur.provenance import Fingerprint
 from secateur.reporting.advice import vocabulary_facts
 from secateur.reporting.findings import GroupComparison, Summary
-from secateur.reporting.run import POLISHED, Scouted, Variant
+from secateur.reporting.run import POLISHED, Variant
 from secateur.reporting.tables import (
     SPEED,
     cost_table,
@@ -171,7 +171,9 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
     facts += vocabulary_facts(origin.vocabulary, public) if origin.vocabulary else []
     training = variant.training
     if variant.scout:
-        facts += _from_scout(variant, variant.scout)
+        facts.append(f"Scout: {public_command(variant.scout.table.provenance.command)}")
+    if variant.scout and variant.recipe == POLISHED and training:
+        facts.append(f"Training continued from {public(training.model)}, which has a scout's weights.")
     if training:
         seed = doc.NONE if training.provenance.seed is None else training.provenance.seed
         facts.append(
@@ -187,19 +189,6 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
     if training:
         yield Code(settings_text(training, public), "yaml")
     yield Text(f"Made with {', '.join(f'{key} {value}' for key, value in origin.provenance.versions.items())}.")
-
-
-def _from_scout(variant: Variant, scout: Scouted) -> Iterable[str]:
-    """Which scout the weights are from, and what it said of this depth."""
-    if variant.recipe == POLISHED and variant.training:
-        yield f"Training continued from {public(variant.training.model)}, which has a scout's weights."
-    yield f"Scout: {public_command(scout.table.provenance.command)}"
-    full = scout.table.depth
-    for row in scout.table.rows:
-        if row.depth == variant.depth:
-            within = f" ({doc.span(row.low, row.high)})" if row.low is not None else ""
-            less = f", {doc.signed(row.difference)} points to all {full} in the same training" * (row.depth < full)
-            yield f"Score of {doc.plural(row.depth, 'layer')} in the scout: {doc.score(row.score)}{within}{less}."
 
 
 def _limits(variant: Variant, origin: Origin) -> Iterable[str]:
