@@ -34,14 +34,14 @@ def on_terminal(table: Table) -> str:
 
 def test_a_table_is_the_same_in_each_form_and_its_texts_are_no_markup() -> None:
     cells = [Cell("[b]<i>|x", tag="a*b"), Cell("1.0", ("0.5 to 1.5",), trend="worse")]
-    table = Table("a <title>", ("name", "value", "empty"), [[*cells, "–"]], groups=["first"]).filled()
+    table = Table("a <title>", ("name", "value", "empty"), [[*cells, "–"]]).filled()
     assert len(table.columns) == 2
     shown = on_terminal(table)
     assert "[b]<i>|x (a*b)" in shown and "1.0 (0.5 to 1.5 ▼)" in shown and "a <title>" in shown
     html = to_html(table)
     assert '<th scope="row"><bdi>[b]&lt;i&gt;|x</bdi> <span class="tag">a*b</span></th>' in html
     assert '<td class="number">1.0<small>0.5 to 1.5 <strong class="worse">' in html
-    assert html.count("<tr") == 3 and "a &lt;title&gt;" in html
+    assert html.count("<tr") == 2 and "a &lt;title&gt;" in html
     head, rule, row = table.to_markdown().splitlines()[2:]
     assert (head, rule) == ("| name | value |", "|---|---:|")
     assert row == r"| \[b\]&lt;i&gt;\|x (a\*b) | 1.0 (0.5 to 1.5 ▼) |"

@@ -1,4 +1,4 @@
-"""Means over seeds, intervals of differences, the verdict's words and the fitted curve, against other arithmetic."""
+"""Means over seeds, intervals of differences, the verdict's words, and what size costs, against other arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from secateur.document import signed, span
 from secateur.errors import DataError
 from secateur.provenance import Provenance
 from secateur.reporting.findings import MARGIN, Estimate, GroupComparison, Summary, pareto, summarize
-from secateur.reporting.pictures import Saturation, fit_saturation, size_pictures
+from secateur.reporting.pictures import size_sentences
 from secateur.reporting.report import report
 from secateur.reporting.run import read_run
 from secateur.reporting.verdict import notes, recommend, smallest_as_good
@@ -239,54 +239,19 @@ def test_pareto_against_every_pair() -> None:
         assert beaten != ((cost, score) in front)
 
 
-def test_each_base_model_has_its_own_curve_of_score_against_size(tmp_path: Path) -> None:
-    """Two bases whose cuts follow their own curve exactly: one curve through both would fit neither."""
-    truth = {"large": (0.8, 0.3, 1.0), "small": (0.5, 0.3, 1.0)}
+def test_each_base_model_has_its_own_size_beyond_which_a_point_costs_too_much(tmp_path: Path) -> None:
     rows = []
-    for base, (plateau, gain, exponent) in truth.items():
-        for depth in range(1, 8):
-            score = plateau - gain * depth**-exponent
-            write_model(tmp_path, f"{base}-{depth}-healed", depth, score)
+    for base, top in (("large", 0.8), ("small", 0.5)):
+        for depth in range(1, 8):  # 10 M parameters from depth to depth bring 30 / (depth (depth + 1)) points
+            write_model(tmp_path, f"{base}-{depth}-healed", depth, top - 0.3 / depth)
             rows.append(CostRow(f"{base}-{depth}-healed", depth, depth * 10_000_000, 5, 40, 1.0, 1.0, 1.0))
     Costs(MADE, tuple(rows)).save(tmp_path)
-    drawn = {picture.title: picture for picture in size_pictures(found(tmp_path), recommend(found(tmp_path)), 100.0)}
-    assert set(drawn) == {"Score against size: large", "Score against size: small"}
-    for base, (plateau, gain, exponent) in truth.items():
-        caption = drawn[f"Score against size: {base}"].caption
-        formula = re.search(r"score = ([\d.]+) − ([\d.]+) × .*\^\(−([\d.]+)\)", caption)
-        assert formula is not None
-        assert [float(part) for part in formula.groups()] == pytest.approx(
-            [100 * plateau, 100 * gain, exponent], rel=0.03
-        )
-        assert "7 models" in caption
-
-
-SIZES = np.geomspace(3e7, 1e9, 9)
-
-
-def test_the_curve_that_made_the_scores_is_found_and_priced() -> None:
-    noise = np.random.default_rng(1).normal(0, 0.002, 9)
-    fitted = fit_saturation(SIZES, 0.7 - 0.3 * (SIZES / SIZES[0]) ** -0.8 + noise, 100e6)
-    assert isinstance(fitted, Saturation)
-    assert (fitted.plateau, fitted.gain, fitted.exponent) == pytest.approx((0.7, 0.3, 0.8), rel=0.05)
-    assert fitted.plateau_low < 0.7 < fitted.plateau_high
-    assert fitted.explained > 0.99
-    assert fitted.limit is not None
-    step = 1e5  # by differences: at the price, so many more parameters are worth that share of a point
-    rise = 100 * (fitted.score(fitted.limit + step) - fitted.score(fitted.limit))
-    assert step / rise == pytest.approx(100e6, rel=0.01)
-    assert fitted.marginal_cost(fitted.limit) == pytest.approx(100e6)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "scores", "reason"),
-    [
-        (SIZES[:4], [0.4, 0.5, 0.55, 0.56], "4 sizes are too few"),
-        (np.linspace(1e8, 1.5e8, 6), [0.4, 0.5, 0.55, 0.56, 0.57, 0.575], "only 1.5 times the smallest"),
-        (SIZES, 0.9 - 0.1 * np.log10(SIZES / 1e7), "do not grow with size"),
-        (SIZES, 0.1 * np.log(SIZES / 1e6), "no plateau is in sight"),
-        (SIZES, [0.5, 0.8, 0.4, 0.7, 0.5, 0.9, 0.4, 0.7, 0.6], "follow no such curve"),
-    ],
-)
-def test_a_curve_that_points_do_not_carry_is_refused(sizes, scores, reason: str) -> None:
-    assert reason in str(fit_saturation(list(sizes), list(scores), 100e6))
+    for threshold in (6.0, 1e3, 0.01, 2.7):
+        depth = max((d for d in range(2, 8) if threshold * 30 / (d * (d - 1)) >= 10), default=1)
+        where = f"beyond {10 * depth}.0 M" if depth < 7 else "up to the largest size, 70.0 M"
+        price = "less" if depth == 7 else "more"
+        assert [line.replace("\N{NO-BREAK SPACE}", " ") for line in size_sentences(found(tmp_path), threshold)] == [
+            f"{base}: {where} parameters, one more point of score costs {price} than {threshold:g} M, "
+            "by the averages measured."
+            for base in ("large", "small")
+        ]

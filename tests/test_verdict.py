@@ -112,9 +112,8 @@ def test_a_budget_is_kept_to(run: Path, study, words: str) -> None:
 
 def test_with_profiles_alone_it_says_what_to_do_next(tmp_path: Path) -> None:
     write_profile(tmp_path)
-    headline, (known,) = first_screen(tmp_path)
+    headline, _ = first_screen(tmp_path)
     assert headline == "Only depths are scored so far: train and score the chosen ones, and the full model."
-    assert known == "tiny: the untrained loss is lowest at depth 8 of 8; “small” keeps 2, “large” keeps 6."
 
 
 def add_baseline(run: Path, score: float, size: int | None) -> None:
@@ -154,16 +153,11 @@ def test_an_untrained_full_model_is_no_easy_rival(run: Path) -> None:
     assert first_screen(run)[0].startswith("Keep tiny-8-healed: tiny-3-healed comes nearest")
 
 
-def test_the_figure_tells_full_cut_rejected_and_baseline_apart_and_is_switched_without_scripts(run: Path) -> None:
+def test_the_figure_tells_full_cut_rejected_and_baseline_apart(run: Path) -> None:
     add_baseline(run, 0.5, 8)
     page = read(secateur.report(run))
-    buttons = [a for tag, a in page.tags if tag == "input"]
-    assert {a["type"] for a in buttons} == {"radio"}
-    assert [a["id"] for a in buttons if "checked" in a] == ["show-score-speed"]
-    assert len({a["name"] for a in buttons}) == 1 and len(buttons) == 4
     for name in ("full model", "cut", "cut, significantly worse", "baseline", "recommended"):
         assert page.text.count(name) >= 4, name
-    assert "tiny-6-healed (recommended cut): 80.0 at" in page.text  # what a screen reader says of it
 
 
 def test_the_heat_map_says_in_words_and_colours_what_differs(run: Path) -> None:

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -53,11 +52,6 @@ def percent(share: float | None, digits: int = 1) -> str:
 def span(low: float | None, high: float | None, show: Callable[[float], str] = score) -> str:
     """An interval, or nothing where there is none."""
     return "" if low is None or high is None else f"{show(low)} to {show(high)}"
-
-
-def interval(low: float | None, high: float | None) -> str:
-    """That of a difference of scores, in words."""
-    return "no interval" if low is None else f"95 % interval {span(low, high, signed)}"
 
 
 def speed(value: float | None) -> str:
@@ -173,26 +167,19 @@ class Table:
     Attributes:
         columns: Their headings; the first ``texts`` of them hold texts, the others numbers, aligned to the right.
         rows: As many cells as there are columns, in each.
-        groups: A heading for each row, shown where it changes; in a page only.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     texts: int = 1
-    groups: Sequence[str] = ()
 
     @classmethod
     def of(
-        cls,
-        title: str,
-        items: Sequence[T],
-        columns: Mapping[str, Callable[[T], str | Cell]],
-        texts: int = 1,
-        groups: Sequence[str] = (),
+        cls, title: str, items: Sequence[T], columns: Mapping[str, Callable[[T], str | Cell]], texts: int = 1
     ) -> Table:
         """A row for each item, with what each column shows of it."""
-        return cls(title, list(columns), [[show(item) for show in columns.values()] for item in items], texts, groups)
+        return cls(title, list(columns), [[show(item) for show in columns.values()] for item in items], texts)
 
     @property
     def cells(self) -> list[list[Cell]]:
@@ -238,12 +225,6 @@ class Table:
         for row in texts:
             shown.add_row(*map(Text, row))
         return shown
-
-    @property
-    def grouped(self) -> list[tuple[str, list[list[Cell]]]]:
-        """Headings of groups with their rows, in order."""
-        numbered = zip(self.groups or [""] * len(self.rows), self.cells, strict=True)
-        return [(group, [row for _, row in rows]) for group, rows in groupby(numbered, key=lambda item: item[0])]
 
     def to_markdown(self) -> str:
         """A table of GitHub's Markdown, under its title."""
@@ -298,12 +279,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures by what they are called: side by side where there is room; or, with the title of a ``switch``, one at a
-    time, without scripts.
-    """
+    """Pictures side by side, where there is room."""
 
-    pictures: Mapping[str, Picture]
-    switch: str = ""
+    pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True)
@@ -337,7 +315,7 @@ def pictures_in(blocks: Sequence[Block]) -> Iterator[Picture]:
             case Picture():
                 yield block
             case Gallery(pictures):
-                yield from pictures.values()
+                yield from pictures
             case Details(_, inside):
                 yield from pictures_in(inside)
 
@@ -357,6 +335,6 @@ def block_to_markdown(block: Block) -> str:
         case Picture(key, title, caption):
             return f"![{to_markdown(title)}](figures/{key}.png)\n\n{to_markdown(caption)}"
         case Gallery(pictures):
-            return "\n\n".join(map(block_to_markdown, pictures.values()))
+            return "\n\n".join(map(block_to_markdown, pictures))
         case Details(summary, blocks):
             return "\n\n".join([f"{to_markdown(summary)}:", *map(block_to_markdown, blocks)])

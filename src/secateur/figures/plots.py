@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from secateur.document import count, shorten
 from secateur.figures.style import (
-    BOLD,
     COLOURS,
     DASHES,
     INK,
     MOST_SERIES,
     NARROW,
-    Point,
     depth_axis,
     drawing,
     floats,
@@ -45,56 +43,60 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 """What a model is to the verdict → its name in the legend, and its look."""
 
 
+@dataclass(frozen=True)
+class Point:
+    """One model in :func:`.frontier`.
+
+    ``score`` is an average from 0 to 1, with its interval where it has one. ``series`` names the variants that a line
+    joins, ``label`` stands beside the point. ``cost`` is what the horizontal axis shows, with the range that was
+    measured; ``best``: no model is as good for less. ``kind`` is one of :data:`.KINDS`; ``marked``: the recommended
+    one.
+    """
+
+    series: str
+    label: str
+    score: float
+    low: float | None
+    high: float | None
+    cost: float
+    cost_low: float | None = None
+    cost_high: float | None = None
+    best: bool = False
+    kind: str = "cut"
+    marked: bool = False
+
+
 def frontier(points: Sequence[Point], cost: str) -> Figure:
     """Average score (× 100) against what it costs: a point per model with its intervals, a line through each series.
 
-    A dashed line joins the best models at their cost (the Pareto front). Each point's element has the id ``point-<i>``.
+    A dashed line joins the best models at their cost (the Pareto front). Costs that span more than a factor of 20 are
+    on a logarithmic axis.
     """
     with drawing():
         figure = new_figure(3.7)
         axes = figure.subplots()
-        lines = []
         for name in dict.fromkeys(point.series for point in points):
-            own = sorted((point for point in points if point.series == name), key=lambda point: point.cost)
-            lines.append(([point.cost for point in own], [100 * point.score for point in own]))
-            axes.plot(*lines[-1], linewidth=0.8, alpha=0.5, color=INK)
+            own = sorted((point.cost, 100 * point.score) for point in points if point.series == name)
+            axes.plot(*zip(*own, strict=True), linewidth=0.8, alpha=0.5, color=INK)
         _draw_points(axes, points)
         front = sorted((point.cost, 100 * point.score) for point in points if point.best)
         if len(front) > 1:
             label, dashes = "best at its cost", (0, (4, 3))
             axes.plot(*zip(*front, strict=True), label=label, color=INK, linestyle=dashes, linewidth=1, zorder=1.5)
         axes.margins(x=0.1, y=0.14)
-        _finish(figure, axes, points, cost)
+        values = [point.cost for point in points]
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: re.sub(r"\.0(?!\d)", "", count(value))))
+        axes.set_xlabel(cost)
+        axes.set_ylabel("Average score (× 100)")
+        legend(figure, axes)
         told = sorted(points, key=lambda point: (not point.marked, -len(point.label)))
-        labels = [(point.cost, 100 * point.score, shorten(point.label, 26)) for point in told if point.label]
-        label_points(figure, axes, labels, lines)
-    return figure
-
-
-def size_curve(
-    points: Sequence[Point], curve: Callable[[float], float] | None, plateau: float | None, limit: float | None
-) -> Figure:
-    """Average score (× 100) against parameters, with the fitted curve and its plateau where there are any.
-
-    Args:
-        points: As for :func:`frontier`, their cost in parameters.
-        curve: Parameters → score.
-        plateau: The score that the curve levels off at.
-        limit: The size beyond which another point costs more than the threshold.
-    """
-    with drawing():
-        figure = new_figure(3.3)
-        axes = figure.subplots()
-        _draw_points(axes, points)
-        sizes = [point.cost for point in points]
-        if curve is not None:
-            steps = [min(sizes) * (max(sizes) / min(sizes)) ** (i / 100) for i in range(101)]
-            axes.plot(steps, [100 * curve(size) for size in steps], color=INK, linewidth=1.3, label="fitted curve")
-        if plateau is not None:
-            axes.axhline(100 * plateau, color=INK, linewidth=0.9, linestyle=DASHES[2], label="plateau")
-        if limit is not None:
-            axes.axvline(limit, color=COLOURS[1], linewidth=0.9, linestyle=DASHES[1], label="beyond: over budget")
-        _finish(figure, axes, points, "Parameters, embedding table included")
+        label_points(axes, [(p.cost, 100 * p.score, shorten(p.label, 26)) for p in told if p.label])
     return figure
 
 
@@ -103,9 +105,9 @@ def _draw_points(axes: Any, points: Sequence[Point]) -> None:
     for kind, (name, style) in KINDS.items():
         if any(point.kind == kind for point in points):
             axes.plot([], [], linestyle="none", label=name, **style)
-    for place, point in enumerate(points):
+    for point in points:
         style = KINDS[point.kind][1]
-        axes.plot(point.cost, 100 * point.score, clip_on=False, gid=f"point-{place}", **style)
+        axes.plot(point.cost, 100 * point.score, clip_on=False, **style)
         bar = {"color": style["color"], "linewidth": 0.9}
         if point.low is not None and point.high is not None:
             axes.vlines(point.cost, 100 * point.low, 100 * point.high, **bar)
@@ -117,26 +119,11 @@ def _draw_points(axes: Any, points: Sequence[Point]) -> None:
         axes.plot(*zip(*chosen, strict=True), "o", color=INK, label="recommended", **ring)
 
 
-def _finish(figure: Figure, axes: Any, points: Sequence[Point], cost: str) -> None:
-    """Axes and legend; costs that span more than a factor of 20 are on a logarithmic axis."""
-    values = [point.cost for point in points]
-    if min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value).replace(".0", "")))
-    axes.set_xlabel(cost)
-    axes.set_ylabel("Average score (× 100)")
-    legend(figure, axes)
-
-
 # Scouts ---------------------------------------------------------------------------------------------------------------
 
 
 def frontier_figure(scout: Scout, chosen: int | None, tolerance: float) -> Figure:
-    """Mean score (× 100) of a scout's depths with 95 % intervals; above, their parameters relative to the full depth.
+    """Mean score (× 100) of a scout's depths, with 95 % intervals.
 
     A thick bar is the interval of the difference to the full depth, drawn where the score is: a depth is within the
     tolerance where all of its bar is above the lower edge of the band.
@@ -148,7 +135,7 @@ def frontier_figure(scout: Scout, chosen: int | None, tolerance: float) -> Figur
     """
     rungs = [row for row in scout.rows if row.score is not None]
     points = [(row.depth, 100 * row.score) for row in rungs]
-    depths, full = [depth for depth, _ in points], points[-1][1]
+    full = points[-1][1]
     own = [(row.depth, 100 * row.low, 100 * row.high) for row in rungs if row.low is not None]
     paired = [row for row in rungs if row.difference_low is not None]
     difference = [(row.depth, full + 100 * row.difference_low, full + 100 * row.difference_high) for row in paired]
@@ -174,29 +161,10 @@ def frontier_figure(scout: Scout, chosen: int | None, tolerance: float) -> Figur
         for point in marked:
             axes.plot(*point, "o", color=COLOURS[1], zorder=4, markersize=13, fillstyle="none", markeredgewidth=2)
         axes.set_ylabel("Mean score (× 100)")
-        axes.set_xlabel(f"Depth (layers kept, of {scout.depth})")
-        space = max(1, scout.depth - depths[0])
-        axes.set_xlim(depths[0] - 0.06 * space, scout.depth + 0.06 * space)
-        axes.set_xticks(_apart(depths, 0.035 * space))
-        sizes = list(itertools.accumulate(part.parameters for part in scout.layer_costs))
-        if sizes:
-            above, told = axes.secondary_xaxis("top"), _apart(depths, 0.1 * space)
-            above.set_xticks(told, [f"{100 * sizes[depth] / sizes[-1]:.0f} %" for depth in told])
-            above.set_xlabel("Parameters, relative to the full depth")
-            above.spines["top"].set_visible(False)
+        depth_axis(axes, scout.depth)
         legend(figure, axes)
-        lines = [(depths, [score for _, score in points]), *(((depth, depth), (low, high)) for depth, low, high in own)]
-        label_points(figure, axes, [(*point, f"chosen: {chosen}") for point in marked], lines)
+        label_points(axes, [(*point, f"chosen: {chosen}") for point in marked])
     return figure
-
-
-def _apart(places: Sequence[int], least: float) -> list[int]:
-    """Those of the ascending places, the last among them, that keep the least distance to each other."""
-    kept: list[int] = []
-    for place in reversed(places):
-        if not kept or kept[-1] - place >= least:
-            kept.append(place)
-    return kept[::-1]
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -282,7 +250,7 @@ def _loss_curve(profile: Profile, marks: Mapping[int, str]) -> Figure:
         labels = [(float(depth), found[depth], mark) for depth, mark in marks.items() if depth in found]
         if labels:
             top.plot(*zip(*[(x, y) for x, y, _ in labels], strict=True), "D", color=COLOURS[1], markersize=7, zorder=3)
-        label_points(figure, top, labels, [(depths, losses)])
+        label_points(top, labels)
     return figure
 
 
@@ -297,19 +265,16 @@ def _depth_map(matrix: Matrix, first: int, title: str, marks: Mapping[int, str],
         mesh = axes.pcolormesh(edges, edges, values, edgecolors="face", linewidth=0.2, rasterized=True, **colours)
         axes.set_aspect("equal")
         axes.grid(visible=False)
-        for place, (depth, mark) in enumerate(marks.items()):
+        for depth in marks:
             for rule in (axes.axvline, axes.axhline):
                 rule(depth, color=COLOURS[1], linewidth=0.9, linestyle=DASHES[2])
-            crowded = any(0 < abs(depth - other) < edges[-1] / 4 for other in marks)
-            across = "center" if not crowded else "right" if place == 0 else "left"
-            place_above: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "annotation_clip": False}
-            axes.annotate(mark, (depth, edges[-1]), ha=across, **place_above, **BOLD)
         for axis, label in ((axes.xaxis, axes.set_xlabel), (axes.yaxis, axes.set_ylabel)):
             axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             label("Depth")
         bar: Any = figure.colorbar(mesh, ax=axes, label=title, shrink=0.9)
         bar.outline.set_visible(False)
         bar.solids.set(edgecolor="face", rasterized=True)
+        label_points(axes, [(depth, edges[-1], mark) for depth, mark in marks.items()])
     return figure
 
 
@@ -396,5 +361,5 @@ def _solved_by_depth(depth: int, panels: Mapping[str, Sequence[_Curve]]) -> Figu
                 for mark in dict.fromkeys((curve.best, curve.first)):
                     text = f"{name if mark == curve.best else ''}{curve.depths[mark]}"
                     labels.append((float(curve.depths[mark]), curve.values[mark], text))
-            label_points(figure, axes, labels, [(curve.depths, curve.values) for curve in curves])
+            label_points(axes, labels)
     return figure

@@ -19,18 +19,17 @@ from secateur.data.hub import is_hub_name, parse_name
 from secateur.document import Block, Bullets, Code, Section, Text
 from secateur.files import read_json
 from secateur.provenance import Fingerprint
-from secateur.reporting.advice import apart, vocabulary_facts
+from secateur.reporting.advice import vocabulary_facts
 from secateur.reporting.findings import GroupComparison, Summary
-from secateur.reporting.run import POLISHED, Scouted, Variant
+from secateur.reporting.run import POLISHED, Variant
 from secateur.reporting.tables import (
     SPEED,
     cost_table,
     kept_blocks,
     kept_tokens,
-    scout_origin,
     settings_text,
 )
-from secateur.reporting.verdict import Recommendation, seed_note
+from secateur.reporting.verdict import Recommendation, difference_in_words, seed_note
 from secateur.results import Origin, ScoreRow
 
 CARD = "README.md"
@@ -149,14 +148,13 @@ def _scores(
         how = ", trained with the same settings" if same else ""
         how += ", which had only the scout's training" if comparison.is_polished_more else ""
         yield Text(f"{full.name} is the full model to compare with: all {full.depth} layers{how}.")
-        difference, seeds = comparison.difference, len(comparison.group.variants)
-        if difference.low is not None:
+        if comparison.difference.low is not None:
+            seeds = len(comparison.group.variants)
             over = f", over {doc.plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
-            points = f"{doc.signed(difference.value)} points, {doc.interval(difference.low, difference.high)}"
-            yield Text(f"The average differs by {points}, paired by text{over}.")
+            yield Text(f"The average differs by {difference_in_words(comparison)}, paired by text{over}.")
     if original and original.is_known and not (comparison and comparison.reference is original.reference):
         whole = "the model as it came, with all its layers and tokens"
-        yield Text(f"The average is {apart(original.difference)} than that of {whole}.")
+        yield Text(f"The average differs by {difference_in_words(original)} from that of {whole}.")
     if variant.training and (note := seed_note(summary)):
         yield Text(note)
 
@@ -173,7 +171,9 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
     facts += vocabulary_facts(origin.vocabulary, public) if origin.vocabulary else []
     training = variant.training
     if variant.scout:
-        facts += _from_scout(variant, variant.scout)
+        facts.append(f"Scout: {public_command(variant.scout.table.provenance.command)}")
+    if variant.scout and variant.recipe == POLISHED and training:
+        facts.append(f"Training continued from {public(training.model)}, which has a scout's weights.")
     if training:
         seed = doc.NONE if training.provenance.seed is None else training.provenance.seed
         facts.append(
@@ -189,19 +189,6 @@ def _how(variant: Variant, origin: Origin) -> Iterable[Block]:
     if training:
         yield Code(settings_text(training, public), "yaml")
     yield Text(f"Made with {', '.join(f'{key} {value}' for key, value in origin.provenance.versions.items())}.")
-
-
-def _from_scout(variant: Variant, scout: Scouted) -> Iterable[str]:
-    """Which scout the weights are from, and what it said of this depth."""
-    if variant.recipe == POLISHED and variant.training:
-        yield f"Training continued from {public(variant.training.model)}, which has a scout's weights."
-    yield f"Scout: {scout_origin(scout, public_command)}."
-    full = scout.table.depth
-    for row in scout.table.rows:
-        if row.depth == variant.depth:
-            within = f" ({doc.span(row.low, row.high)})" if row.low is not None else ""
-            less = f", {doc.signed(row.difference)} points to all {full} in the same training" * (row.depth < full)
-            yield f"Score of {doc.plural(row.depth, 'layer')} in the scout: {doc.score(row.score)}{within}{less}."
 
 
 def _limits(variant: Variant, origin: Origin) -> Iterable[str]:

@@ -1,13 +1,12 @@
 """A run folder as a page to read: ``report.html``, ``report.md`` and a model card in each model folder.
 
 A view on the tables and the draws beside them: it takes means, differences, ratios and intervals of what they hold,
-fits one curve to them, and measures nothing. What a run does not have is left out. The page is one file that loads
-nothing, runs nothing, and escapes every text it did not write.
+and measures nothing. What a run does not have is left out. The page is one file that loads nothing, runs nothing, and
+escapes every text it did not write.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -17,22 +16,21 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from secateur import document as doc
+from secateur.choosing.evidence import TOLERANCE
 from secateur.document import Block, Bullets, Code, Details, Gallery, Section, Text
 from secateur.figures.style import save
 from secateur.files import write_text
 from secateur.options import ReportOptions, step
-from secateur.provenance import Fingerprint, Provenance
+from secateur.provenance import Provenance
 from secateur.reporting import pictures, tables
-from secateur.reporting.advice import points_of, scout_sentences, vocabulary_sentences
+from secateur.reporting.advice import scout_sentences, vocabulary_facts
 from secateur.reporting.card import CARD, base_licence, may_write, model_card
-from secateur.reporting.findings import RunGroup, Summary, summarize
-from secateur.reporting.run import SCOUTED, Run, read_run
+from secateur.reporting.findings import Summary, summarize
+from secateur.reporting.run import Run, read_run
 from secateur.reporting.verdict import Recommendation, notes, recommend
 from secateur.results import Origin
 
 HERE = "To use it, in the folder of this report"
-MOST_ROWS = 24
-"""Models in the table of tasks at first sight; it is one click to the others."""
 
 
 @step(ReportOptions)
@@ -112,17 +110,18 @@ def sections(summary: Summary, found: Recommendation, threshold: float) -> list[
     run = summary.run
     costs = [replace(group.cost, model=group.name) for group in summary.groups if group.cost is not None]
     drawn = pictures.cost_pictures(summary, found)
+    sizes = pictures.size_sentences(summary, threshold)
     failed = [f"{name}: {why}" for name, why in run.failed.items()]
     parts = [
         Section("failed", "What failed", [Bullets(failed)] if failed else [], is_open=True),
-        Section("frontier", "Quality against cost", [Gallery(drawn, "Against")] if drawn else [], is_open=True),
+        Section("frontier", "Quality against cost", [Gallery(drawn)] if drawn else [], is_open=True),
         Section("tasks", "Tasks", list(_task_blocks(summary, found)), is_open=True),
         Section("sure", "How sure this is", [Text(note) for note in notes(summary)]),
         Section("worth", "What every depth is worth", list(_scout_blocks(summary))),
-        Section("size", "Quality and size", pictures.size_pictures(summary, found, threshold)),
+        Section("size", "Quality and size", [Bullets(sizes)] if sizes else []),
         Section("depth", "Quality by depth", list(_depth_blocks(run))),
         Section("models", "Models", list(_model_blocks(summary))),
-        Section("vocabulary", "Vocabulary", list(_vocabulary_blocks(summary))),
+        Section("vocabulary", "Vocabulary", list(_vocabulary_blocks(run))),
         Section("costs", "Costs", [tables.cost_table(costs)] if costs else []),
         Section("training", "Training", list(_training_blocks(run))),
         Section("commands", "Commands", list(_command_blocks(run))),
@@ -132,19 +131,8 @@ def sections(summary: Summary, found: Recommendation, threshold: float) -> list[
 
 
 def _task_blocks(summary: Summary, found: Recommendation) -> Iterable[Block]:
-    """Scores by task, of very many models those first that the verdict is about."""
-    groups = [group for group in summary.groups if group.scores]
-    if not groups:
-        return
-
-    def order(group: RunGroup) -> int:
-        chosen = [item.group for item in (found.ship, found.runner_up) if item]
-        return 0 if group in chosen else ("full", "baseline", "cut", "rejected").index(found.kind(group)) + 1
-
-    first = sorted(groups, key=order)[:MOST_ROWS]
-    yield tables.task_table([group for group in groups if group in first], found)
-    if rest := [group for group in groups if group not in first]:
-        yield Details(doc.plural(len(rest), "more model"), [tables.task_table(rest, found)])
+    if groups := [group for group in summary.groups if group.scores]:
+        yield tables.task_table(groups, found)
     missing: dict[tuple[str, str], list[str]] = {}
     for variant in summary.run.variants:
         for row in variant.scores.values():
@@ -158,25 +146,21 @@ def _scout_blocks(summary: Summary) -> Iterable[Block]:
     run = summary.run
     if not run.scouts:
         return
-    yield from (Text(sentence) for told in scout_sentences(summary) for sentence in told)
+    yield from map(Text, scout_sentences(run))
     yield Text(
         "Several depths of the model were trained at once; each is compared with the full depth of the same training. "
         "The depth to keep is chosen by these scores."
     )
-    for place, scout in enumerate(run.scouts[: pictures.MOST_PROFILES], 1):
+    tolerance = TOLERANCE if run.budget.tolerance is None else run.budget.tolerance
+    for place, scout in enumerate(run.scouts, 1):
         if len(run.scouts) > 1:
             yield Text(scout.name, is_heading=True)
         if scout.table.rows[-1].score is not None:
-            yield pictures.scout_picture(scout, place, points_of(run.budget))
+            yield pictures.scout_picture(scout, place, tolerance)
         yield tables.rung_table(scout)
         yield from _remarks(scout.table.notes)
         if scout.table.task_scores:
             yield Details("Score of each task by depth", [tables.depth_scores_table(scout.table)])
-        choice = {name: depth for name, depth in run.choices.get(scout.base, {}).items() if name != SCOUTED}
-        if choice and scout.base in run.profiles:
-            yield tables.untrained_choices_table(scout, run.profiles[scout.base], choice)
-    if more := [scout.name for scout in run.scouts[pictures.MOST_PROFILES :]]:
-        yield Text(f"{doc.plural(len(more), 'more scout')}, each with its figure in its own folder: {', '.join(more)}.")
 
 
 def _remarks(notes: Iterable[str]) -> Iterable[Text]:
@@ -191,19 +175,15 @@ def _depth_blocks(run: Run) -> Iterable[Block]:
     if run.scouts:
         decides = "The scout decides on the depth, not this; the loss says, before any training,"
     yield Text(f"Quality of the untrained model’s vectors after each layer. {decides} {loss}")
-    for place, (base, profile) in enumerate(list(run.profiles.items())[: pictures.MOST_PROFILES], 1):
+    for place, (base, profile) in enumerate(run.profiles.items(), 1):
         yield Text(base, is_heading=True)
         drawn = pictures.profile_pictures(run, base, place)
         yield from (drawn[kind] for kind in ("curve", "solved") if kind in drawn)
-        if maps := {kind: picture for kind, picture in drawn.items() if kind in ("cka", "angles")}:
+        if maps := [drawn[kind] for kind in ("cka", "angles") if kind in drawn]:
             yield Gallery(maps)
         yield from _remarks(profile.notes)
         numbers = tables.profile_table(profile, run.choices.get(base, {})), tables.depth_scores_table(profile)
         yield Details("The numbers of these figures", [table for table in numbers if table.rows])
-    if more := list(run.profiles)[pictures.MOST_PROFILES :]:
-        yield Text(
-            f"{doc.plural(len(more), 'more profile')}, each with its curve in its own folder: {', '.join(more)}."
-        )
 
 
 def _model_blocks(summary: Summary) -> Iterable[Block]:
@@ -213,15 +193,16 @@ def _model_blocks(summary: Summary) -> Iterable[Block]:
         yield Details("How each model was made", [tables.origin_table(summary.run)])
 
 
-def _vocabulary_blocks(summary: Summary) -> Iterable[Block]:
-    if cuts := summary.run.vocabularies:
-        yield from map(Text, vocabulary_sentences(summary))
+def _vocabulary_blocks(run: Run) -> Iterable[Block]:
+    if run.vocabularies:
         yield Text(
             "The vocabulary was cut last, after all training; profiles and scouts are of models with all their tokens. "
             "The models are for texts like those that it was chosen by. Other texts, especially in other languages and "
             "scripts, are split into more tokens."
         )
-        yield tables.vocabulary_table(cuts)
+    for base, cut in run.vocabularies.items():
+        yield Text(base, is_heading=True)
+        yield Bullets(vocabulary_facts(cut))
 
 
 def _training_blocks(run: Run) -> Iterable[Block]:
@@ -264,19 +245,10 @@ def _provenance_blocks(run: Run) -> Iterable[Block]:
         "Hardware": _values(made, lambda item: item.hardware),
         "Versions": _values(made, lambda item: item.versions),
     }
-    told = [f"{key}: {value}" for key, value in facts.items() if value]
-    yield Bullets([*told, *(f"Scout of {scout.name}: {tables.scout_origin(scout)}" for scout in run.scouts)])
-    files: dict[Fingerprint, Counter[str]] = {}
-    for title, table in run.tables:
-        for file in table.provenance.data:
-            files.setdefault(file, Counter())[title.split(maxsplit=1)[0]] += 1
-    rows = []
-    for file, kinds in files.items():
-        uses = ", ".join(f"{kind} ({times})" if times > 1 else kind for kind, times in kinds.items())
-        rows.append((file.name, file.licence or "not stated", uses, file.sha256, f"{file.rows:,}"))
-    if rows:
-        columns = ("File", "Licence", "Used for", "SHA-256", "Rows used")
-        yield doc.Table("Data files as they were read.", columns, rows, texts=4)
+    yield Bullets([f"{key}: {value}" for key, value in facts.items() if value])
+    if files := dict.fromkeys(file for item in made for file in item.data):
+        rows = [(file.name, file.licence or "not stated", file.sha256, f"{file.rows:,}") for file in files]
+        yield doc.Table("Data files as they were read.", ("File", "Licence", "SHA-256", "Rows used"), rows, texts=3)
 
 
 def created(run: Run) -> tuple[str, str]:

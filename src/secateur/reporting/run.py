@@ -15,7 +15,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 
@@ -162,10 +161,6 @@ class Run:
             return make(Budget, {key: self.options[key] for key in Budget.model_fields if key in self.options})
         except ConfigError:  # edited, and broken
             return make(Budget, {})
-
-    def link(self, variant: Variant) -> str:
-        """A model's folder as seen from the run's, for a page; empty without one."""
-        return quote(variant.folder.relative_to(self.folder).as_posix()) + "/" if variant.folder else ""
 
     @property
     def vocabularies(self) -> dict[str, VocabularyCut]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -98,40 +100,6 @@ def rung_table(scouted: Scouted) -> Table:
     return Table.of(title, scout.rows, columns, texts=2).filled()
 
 
-def untrained_choices_table(scouted: Scouted, profile: Profile, choice: Mapping[str, int]) -> Table:
-    """The depths that were chosen from the untrained profile, each with what the scout measured nearest to it.
-
-    Of two depths that are equally near it is the smaller one.
-    """
-    rows = []
-    for name, depth in sorted(choice.items(), key=lambda item: item[1]):
-        near = min(scouted.table.rows, key=lambda row: (abs(row.depth - depth), row.depth))
-        scored = with_interval(near.score, near.low, near.high), _rung_difference(near, scouted.table.depth)
-        rows.append((name, str(depth), doc.loss(profile.rows[depth - 1].loss), str(near.depth), *scored))
-    title = (
-        "For comparison: what is chosen from the untrained profile, by L3Prune’s rule unless choice.json was edited, "
-        "and what the scout measured at the depth nearest to it."
-    )
-    columns = ("Choice", "Depth", "Untrained loss (nats)", "Nearest depth scored", "Its score", "Its difference")
-    return Table(title, columns, rows)
-
-
-def scout_origin(scouted: Scouted, publish: Callable[[str], str] = str) -> str:
-    """Where a scout's numbers come from: the command as ``publish`` shows it, seed, steps, depths and data."""
-    made, training = scouted.table.provenance, scouted.training
-    depths = ", ".join(str(row.depth) for row in scouted.table.rows if row.trained)
-    steps = f"{doc.plural(training.steps, 'step')} in {doc.duration(training.seconds)}, " if training else ""
-    files = dict.fromkeys(training.provenance.data if training else made.data)
-    data = ", ".join(f"{file.name} ({file.rows:,} rows)" for file in files)
-    parts = (
-        publish(made.command),
-        "" if made.seed is None else f"seed {made.seed}",
-        f"{steps}depths {depths} at once",
-        data and f"data {data}",
-    )
-    return "; ".join(part for part in parts if part)
-
-
 def _rung_difference(row: RungRow, full: int) -> str | Cell:
     low, high = row.difference_low, row.difference_high
     if row.depth == full:
@@ -149,6 +117,10 @@ def model_table(summary: Summary) -> Table:
         "What each model costs, and its average score over its tasks (× 100). Differences are in points, to the full "
         f"model named with them; ranges are 95 % intervals. {SPEED}"
     )
+
+    def link(folder: Path | None) -> str:
+        """The model's folder, as seen from the run's."""
+        return quote(folder.relative_to(summary.run.folder).as_posix()) + "/" if folder else ""
 
     def layers(group: RunGroup) -> str:
         depth, blocks = group.first.depth, group.first.blocks
@@ -187,7 +159,7 @@ def model_table(summary: Summary) -> Table:
 
     compared = summary.compared
     columns: dict[str, Callable[[RunGroup], str | Cell]] = {
-        "Model": lambda group: replace(_name(group), link=summary.run.link(group.first)),
+        "Model": lambda group: replace(_name(group), link=link(group.first.folder)),
         "Layers": layers,
         "Tokens": lambda group: kept_tokens(group.first.vocabulary),
         **{name: of_cost(show) for name, show in SIZES.items()},
@@ -197,8 +169,7 @@ def model_table(summary: Summary) -> Table:
         "Difference to the model as it came": to_original,
         "Tasks better / worse": lambda group: better_and_worse(compared.get(group.name)),
     }
-    groups = [group.first.series for group in summary.groups]
-    return Table.of(title, summary.groups, columns, groups=groups).filled()
+    return Table.of(title, summary.groups, columns).filled()
 
 
 def _name(group: RunGroup) -> Cell:
@@ -219,24 +190,6 @@ def kept_tokens(cut: VocabularyCut | None) -> str:
     return doc.NONE if cut is None else f"{cut.row.tokens:,} of {cut.tokens:,}"
 
 
-def vocabulary_table(cuts: Mapping[str, VocabularyCut]) -> Table:
-    """How vocabularies were cut; ``cuts`` is by base model."""
-    columns: dict[str, Callable[[tuple[str, VocabularyCut]], str | Cell]] = {
-        "Base model": lambda item: item[0],
-        "Chosen by": lambda item: Cell(f"{item[1].texts:,} texts", (", ".join(item[1].files),)),
-        "Tokens": lambda item: kept_tokens(item[1]),
-        "Coverage of held-out texts": lambda item: doc.percent(item[1].row.coverage),
-        "Texts with a token that was cut": lambda item: doc.percent(item[1].row.changed),
-        "Tokens per text": lambda item: f"{item[1].row.tokens_per_text:.1f} (before: {item[1].tokens_per_text:.1f})",
-        "Newly unknown tokens": lambda item: doc.percent(item[1].row.unknown, 2) if item[1].row.unknown else doc.NONE,
-        "Coverage of tasks": lambda item: Cell(
-            ", ".join(f"{task} {doc.percent(share)}" for task, share in item[1].task_coverage.items()) or doc.NONE
-        ),
-    }
-    title = "The most frequent tokens are kept, and those that rare words are split into; coverage counts occurrences."
-    return Table.of(title, list(cuts.items()), columns, texts=2).filled()
-
-
 def origin_table(run: Run) -> Table:
     """How each model was made."""
     built = [(variant.name, variant.origin, variant.training) for variant in run.variants if variant.origin]
@@ -246,7 +199,11 @@ def origin_table(run: Run) -> Table:
         "Layers kept": lambda m: kept_blocks(m[1]),
         "Pooling": lambda m: m[1].pooling,
         "Check": lambda m: f"{m[1].check:.1e}",
-        "Steps": lambda m: str(m[2].steps) if m[2] else doc.NONE,
+        "Steps": lambda m: (
+            Cell(str(m[2].steps), (f"weights of step {m[2].best_step}",) if m[2].best_step is not None else ())
+            if m[2]
+            else doc.NONE
+        ),
         "Trained parameters": lambda m: doc.count(m[2].trained_parameters) if m[2] else doc.NONE,
         "Training time": lambda m: doc.duration(m[2].seconds) if m[2] else doc.NONE,
         "Seed": lambda m: doc.NONE if m[2] is None or m[2].provenance.seed is None else str(m[2].provenance.seed),
@@ -290,7 +247,7 @@ def task_table(groups: Sequence[RunGroup], found: Recommendation) -> Table:
     if len(groups) > len(tasks):
         rows = [(_name(group), *(cell(group, task) for task in tasks)) for group in groups]
         headings = ["Model", *(f"{task} ({about})" for task, about in tasks.items())]
-        return Table(title, headings, rows, groups=[group.first.series for group in groups])
+        return Table(title, headings, rows)
     by_task = [(Cell(task, (about,)), *(cell(group, task) for group in groups)) for task, about in tasks.items()]
     return Table(title, ["Task", *(group.name for group in groups)], by_task)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from secateur.choosing.budgets import cost_limits
 from secateur.document import SPACE, byte_size, count, duration, number, percent, plural, score, shorten, signed, span
-from secateur.reporting.advice import coverage_notes, scout_note, scout_sentences
+from secateur.reporting.advice import coverage_notes, scout_sentences
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
 from secateur.results import CostRow
 
@@ -220,7 +220,7 @@ def _fits(cost: CostRow | None, limits: Mapping[str, float]) -> bool:
 # What is said ---------------------------------------------------------------------------------------------------------
 
 
-def _points(item: GroupComparison) -> str:
+def difference_in_words(item: GroupComparison) -> str:
     """A difference with its interval, and whether it is significant."""
     own, said = item.difference, {1: "significantly better", 0: "no significant difference", -1: "significantly worse"}
     within = f"{span(own.low, own.high, signed)}, {said[own.sign]}" if own.low is not None else "no interval"
@@ -229,7 +229,7 @@ def _points(item: GroupComparison) -> str:
 
 def _facts(item: GroupComparison) -> str:
     """What a model loses and saves beside another."""
-    facts, speed, ratio = [_points(item)], item.speed, _share_of_size(item)
+    facts, speed, ratio = [difference_in_words(item)], item.speed, _share_of_size(item)
     if speed is not None:
         times = number(speed[0], ".2f" if speed[0] < 2 else ".1f" if speed[0] < 20 else ",.0f")
         facts.append(f"{times}{SPACE}×{SPACE}as fast" if speed[1] else "no measurable difference in speed")
@@ -272,7 +272,7 @@ def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
     if known := [item for item in largest if item.outcome != "unknown"]:
         item = max(known, key=lambda item: item.difference.value)
         train = "Train it for more steps, or on more data," if item.group.first.training else "Train it after the cut,"
-        nearest = f"{_named(item)} comes nearest, with {_points(item)}"
+        nearest = f"{_named(item)} comes nearest, with {difference_in_words(item)}"
         return f"Keep {_named(item, True)}: {nearest}. {train} and score it again."
     item = max(largest, key=lambda item: item.difference.value)
     return (
@@ -304,33 +304,16 @@ def _baseline(item: GroupComparison) -> str:
 
 
 def _nothing_to_compare(summary: Summary) -> tuple[str, tuple[str, ...]]:
-    """What to do where no cut stands beside a full model, and what is known."""
+    """What to do where no cut stands beside a full model, and what scouts say."""
     run, scored = summary.run, [group for group in summary.groups if group.average is not None]
     if scored:
-        known = "; ".join(
-            f"{shorten(group.name)} {score(group.average.value)} over {plural(len(group.scores), 'task')}"
-            for group in scored[:MOST_NAMED]
-            if group.average
-        )
         missing = "cut" if all(group.first.is_full for group in scored) else "full model"
-        return f"Nothing to compare yet: score a {missing} on the same tasks, too.", (f"{known}.",)
-    told = [" ".join(own) for own in scout_sentences(summary)]
-    if not told:
-        for name, profile in run.profiles.items():
-            depths = sorted(run.choices.get(name, {}).items(), key=lambda item: item[1])
-            chosen = "; " + ", ".join(f"“{label}” keeps {depth}" for label, depth in depths) if depths else ""
-            lowest = min(((row.loss, row.depth) for row in profile.rows if row.loss is not None), default=(0.0, None))[
-                1
-            ]
-            curve = (
-                f"the untrained loss is lowest at depth {lowest} of {profile.depth}" if lowest else "no loss is known"
-            )
-            told.append(f"{shorten(name)}: {curve}{chosen}.")
-    if not told:
-        held = plural(len(run.variants), "model")
-        return f"The run holds {held}, not yet scored: evaluate the full model and a cut.", ()
-    headline = "Only depths are scored so far: train and score the chosen ones, and the full model."
-    return headline, tuple(told[:MOST_NAMED])
+        return f"Nothing to compare yet: score a {missing} on the same tasks, too.", ()
+    if run.scouts or run.profiles:
+        headline = "Only depths are scored so far: train and score the chosen ones, and the full model."
+        return headline, tuple(scout_sentences(run)[:MOST_NAMED])
+    held = plural(len(run.variants), "model")
+    return f"The run holds {held}, not yet scored: evaluate the full model and a cut.", ()
 
 
 # Notes ----------------------------------------------------------------------------------------------------------------
@@ -340,7 +323,21 @@ def notes(summary: Summary) -> tuple[str, ...]:
     """What the verdict's intervals cover, and what they do not; and tasks that the vocabulary is not for."""
     cuts = summary.run.vocabularies
     found = [f"{note}." for base, cut in cuts.items() for note in coverage_notes(base, cut)]
-    return tuple(note for note in (*found, scout_note(summary), _interval_note(summary), seed_note(summary)) if note)
+    return tuple(note for note in (*found, _scout_note(summary), _interval_note(summary), seed_note(summary)) if note)
+
+
+def _scout_note(summary: Summary) -> str:
+    """How sure a choice by scouts is; empty without scouts."""
+    run = summary.run
+    if not run.scouts:
+        return ""
+    if run.budget.best:
+        return "The depth has the highest of several scores; measured again, that score is likely to be lower."
+    often = "forty" if all(row.trained for scout in run.scouts for row in scout.table.rows) else "twenty"
+    return (
+        "The depth is sought by the scores of one training, from the deepest down, up to the first that may lose more "
+        f"than the tolerance: this errs at most once in {often}."
+    )
 
 
 def seed_note(summary: Summary) -> str:
@@ -357,12 +354,9 @@ def seed_note(summary: Summary) -> str:
             f"Every model was trained with {which}. How much scores vary between seeds was not measured, so that "
             "small differences between models may be chance."
         )
-    used = {group.seeds for group in summary.groups if group.average and group.seeds}
-    if len(used) == 1:
-        return f"Trained with {len(seeds)} seeds ({', '.join(map(str, seeds))}); scores are means over them."
-    few, *_, many = sorted(map(len, used))
-    numbers = f"{few}" if few == many else f"{few} to {many}"
-    return f"Each model was trained with {numbers} {'seed' if many == 1 else 'seeds'}; scores are means over them."
+    used = sorted({len(group.seeds) for group in summary.groups if group.average and group.seeds})
+    numbers = f"{used[0]} to {used[-1]}" if len(used) > 1 else f"{used[0]}"
+    return f"Each model was trained with {numbers} seeds; scores are means over them."
 
 
 def _interval_note(summary: Summary) -> str:
@@ -370,12 +364,10 @@ def _interval_note(summary: Summary) -> str:
     known = [difference for difference in comparisons if difference.low is not None]
     if not known:
         return "No score here has an interval, so differences may be chance." if comparisons else ""
-    with_seeds = [difference.seed_error is not None for difference in known]
-    what = "other texts of the same kind"
-    if any(with_seeds):
-        what += " and other training seeds" if all(with_seeds) else ", and other seeds where several were trained,"
+    seeds = any(difference.seed_error is not None for difference in known)
     return (
-        f"Ranges are 95 % intervals of the difference, paired by text: what {what} would have given. They hold for "
+        "Ranges are 95 % intervals of the difference, paired by text: what other texts of the same kind"
+        f"{' (and other seeds, where several were trained)' if seeds else ''} would have given. They hold for "
         "each comparison by itself, and for these tasks. The smallest cut that is as good is sought in each series "
         f"from the largest down, up to the first that may lose more than {100 * _margin(summary):g} points: each "
         "search errs at most once in forty."
