@@ -2,8 +2,8 @@
 
 A block is left out where the comment before it says why: ``<!-- not run: needs a cluster -->``. The others, ``sh`` and
 ``python``, run one after the other in a folder for each page; ``<!-- in a folder of its own -->`` begins a new one, and
-``<!-- file: study.yaml -->`` writes the block to a file. Trainings take a few steps, small vocabularies have 300 tokens,
-whatever number is printed, figures are drawn by ``report`` alone, and servers do not look for what is fastest.
+``<!-- file: study.yaml -->`` writes the block to a file. Trainings take a few steps, and small vocabularies have
+300 tokens, whatever number is printed; ``report`` alone draws figures, and servers do not look for what is fastest.
 """
 
 from __future__ import annotations
