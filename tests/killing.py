@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from subprocess import CompletedProcess
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["secateur.healing.heal", "secateur.inference.encode", "secateur.studies.runner"])
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["secateur.healing.heal", "secateur.inference.encode", "secateur.studies.runner"])
 """Each command has a process of its own, forked from one that has imported the libraries, which takes it seconds."""
 
 
@@ -28,7 +28,7 @@ def signalled(number: int, root: Path, pattern: str, *arguments: object) -> Comp
     words = [str(word) for word in arguments]
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("out", "err")]
-        process = _processes.Process(target=_command, args=(words, int(number), root, pattern, *streams))
+        process = processes.Process(target=_command, args=(words, int(number), root, pattern, *streams))
         process.start()
         process.join(300)
         has_ended = process.exitcode is not None

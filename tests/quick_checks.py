@@ -6,12 +6,17 @@ import io
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-_run = subprocess.run
+from secateur.figures import style
+from secateur.reporting import cost
+
+_run, _rendered = subprocess.run, style._rendered
 
 
 def _run_here(command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -38,5 +43,28 @@ def quick_checks():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", _run_here)
-        patch.setattr("secateur.reporting.cost.LEAST_SECONDS", 0.01)
+        patch.setattr(cost, "LEAST_SECONDS", 0.01)
+        patch.setattr(cost, "THOROUGH", cost.QUICK._replace(latencies=10))
+        yield
+
+
+def _draw_points(figure: Figure, kind: str) -> bytes:
+    """A figure with nothing but the points that a page links to."""
+    plain = Figure(figsize=(1, 1))
+    axes = plain.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    for line in (line for part in figure.axes for line in part.lines if line.get_gid()):
+        axes.plot(0, 0, marker="o", gid=line.get_gid())
+    return _rendered(plain, kind)
+
+
+@contextmanager
+def quick_figures() -> Iterator[None]:
+    """Within: figures are all but empty. Drawing those of a report takes longer than resuming its study.
+
+    What they show is tested with the figures and the report.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "_rendered", _draw_points)
+        patch.setattr("secateur.figures.plots.label_points", lambda *_: None)
         yield

@@ -3,7 +3,7 @@
 A block is left out where the comment before it says why: ``<!-- not run: needs a cluster -->``. The others, ``sh`` and
 ``python``, run one after the other in a folder for each page; ``<!-- in a folder of its own -->`` begins a new one, and
 ``<!-- file: study.yaml -->`` writes the block to a file. Trainings take a few steps, and small vocabularies have
-300 tokens, whatever number is printed.
+300 tokens, whatever number is printed; ``report`` alone draws figures, and servers do not look for what is fastest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 import secateur as package
+from killing import processes
 from quick_checks import quick_checks as quick_checks
+from quick_checks import quick_figures
 from secateur.cli import commands
 
 ROOT = Path(__file__).parents[1]
@@ -133,27 +135,37 @@ def secateur(words: list[str]) -> None:
         words += ["--steps", STEPS]  # of an option that is given twice, the last one counts
     if words[0] == "export":
         words += ["--max-loss", "100"]  # random weights lose more than trained ones
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    drawn = nullcontext() if words[0] == "report" else quick_figures()
+    with pytest.MonkeyPatch.context() as patch, drawn, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["secateur", *words])
         commands.main()
     assert not ended.value.code, f"secateur {shlex.join(words)}"
 
 
+def serve(words: list[str]) -> None:
+    """What the process of a server does."""
+    sys.argv = ["secateur", *words]
+    commands.main()
+
+
 @contextmanager
 def server(words: list[str], port: int) -> Iterator[None]:
     """``secateur serve`` in a process of its own, until the page ends."""
-    with subprocess.Popen([sys.executable, "-m", "secateur", *words, "--port", str(port)]) as process:
-        try:
-            for _ in range(600):
-                assert process.poll() is None, f"secateur {shlex.join(words)}"
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            yield
-        finally:
-            process.terminate()
+    words = [*words, "--backend", "torch", "--dtype", "float32", "--port", str(port)]
+    process = processes.Process(target=serve, args=(words,))
+    process.start()
+    try:
+        for _ in range(600):
+            assert process.is_alive(), f"secateur {shlex.join(words)}"
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        process.join()
 
 
 def free_port() -> int:

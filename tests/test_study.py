@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +20,7 @@ import secateur
 from conftest import example_pairs, llama_model, tiny_transformer, write_pairs
 from killing import run_until
 from quick_checks import quick_checks as quick_checks
+from quick_checks import quick_figures
 from secateur import cli
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, OutputError, SecateurError, StudyFailed
 from secateur.files import lock
@@ -72,10 +74,11 @@ def snapshots(place: Path) -> Snapshots:
 
 
 @pytest.fixture(scope="module")
-def run(place: Path, snapshots: Snapshots, quick_checks: None) -> Path:
+def run(place: Path, snapshots: Snapshots, quick_checks: None) -> Iterator[Path]:
     with snapshots.taken():
         assert run_study(place) == place / "run" / "report.html"
-    return place / "run"
+    with quick_figures():
+        yield place / "run"
 
 
 _CHANGING = {"seconds": 0, "source": "", "command": "", "created": "", "files": ""}
