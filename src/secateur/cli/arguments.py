@@ -123,8 +123,9 @@ def _parameter(options: type[Options], name: str) -> inspect.Parameter:
         info = typer.Option(
             *names, help=text, show_default=False, metavar=metavar or None, autocompletion=lambda: choices
         )
-    annotation = Annotated[kind | None, info]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
 
 
 def _choices(annotation: Any) -> list[str]:
