@@ -369,6 +369,8 @@ HOSTILE = {
     "a NUL byte": ("jsonl", second('{"text": "\0"}'), 2, "NUL byte"),
     "UTF-16 without a mark": ("csv", HEADER.decode().encode("utf-16-le"), 1, "NUL byte"),
     "UTF-16 with a mark": ("csv", HEADER.decode().encode("utf-16"), 1, "not UTF-8"),
+    "carriage returns alone": ("csv", HEADER.replace(b"\n", b"\r"), 1, "carriage returns alone"),
+    "carriage returns alone in JSON": ("jsonl", GOOD.replace(b"\n", b"\r") * 3, 1, "carriage returns alone"),
     "a quote that is not closed": ("csv", HEADER + b'"q,p,t,l\n' * 3, 3, "broken CSV"),
     "a list": ("jsonl", second('["t"]'), 2, "a list, not an object"),
     "a list of lists": ("jsonl", second('{"query": [["q"]], "positive": "p", "text": [["t"]]}'), 2, "not a text"),

@@ -150,6 +150,9 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if "\0" in line:
                     raise DataError(file, "holds a NUL byte", "save the file as UTF-8", line=number)
+                if number == 1 and "\r" in line[:-1] and not line.endswith("\n"):
+                    hint = "save the file with line feeds"
+                    raise DataError(file, "carriage returns alone end its lines", hint, line=1)
                 yield number, line
     except UnicodeDecodeError as error:
         raise not_utf8(file, error, number) from None
