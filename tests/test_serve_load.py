@@ -153,11 +153,10 @@ def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(encoder: Encod
     np.testing.assert_allclose(found, model.encode(texts), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["folder", "exported"])
 def test_a_text_has_one_vector_alone_beside_long_ones_and_a_hundred_times_at_once(
-    request: pytest.FixtureRequest, model: SentenceTransformer, kind: str
+    encoder: Encoder, model: SentenceTransformer
 ):
-    held = Held(worker_of(request.getfixturevalue(kind)).encoder)
+    held = Held(encoder)
     texts = ["short", "a text of some thirty letters.", "long, " * 20, "tiny"]
     expected = model.encode(texts)
     with (

@@ -21,7 +21,7 @@ from sentence_transformers.base.modules import InputModule
 
 from secateur import runtime
 from secateur.data.vectors import PROBES, VectorCache, fingerprint_model, same_as_kept
-from secateur.errors import MissingPackage, ModelError
+from secateur.errors import ModelError
 from secateur.models import is_endpoint
 from secateur.models.open_model import is_static, open_model, open_static
 from secateur.progress import quiet
@@ -48,13 +48,10 @@ HINTS = {
 
 
 class BlackBox(InputModule):  # type: ignore[misc]
-    """The only module of a model that runs elsewhere.
+    """The only module of a model that runs elsewhere: ``runs`` makes vectors of texts and the prompt before them.
 
-    Attributes:
-        source: What runs it.
-        runs: Texts and the prompt before them → vectors (texts, dimension).
-        fingerprint: Of what decides on the vectors, as far as that can be known.
-        max_seq_length: Tokens after which a text is cut; None where that is the server's business.
+    ``fingerprint`` is of what decides on the vectors, as far as that can be known; ``max_seq_length`` is None where
+    cutting texts is the server's business.
     """
 
     tokenizer = None
@@ -97,7 +94,7 @@ def open_embedder(
 
     Raises:
         ModelError: It cannot be opened.
-        MissingPackage: The runtime of an export, or the client of endpoints, is not installed.
+        MissingPackage: The runtime of an export is not installed.
     """
     if is_endpoint(name):
         server = Endpoint(str(name))
@@ -160,7 +157,6 @@ class Endpoint:
 
     Raises:
         ModelError: The address is none, or holds a password; a model must be named, or the server cannot be asked.
-        MissingPackage: The package openai is not installed.
     """
 
     def __init__(self, name: str) -> None:
@@ -240,10 +236,8 @@ def connect(url: str) -> OpenAI:
     409, 429 and 5xx, a request is sent again, as late as ``Retry-After`` says (two minutes at most). Errors as those of
     :class:`Endpoint`.
     """
-    try:
-        import openai
-    except ImportError:
-        raise MissingPackage("openai", "an endpoint", "pip install 'secateur[torch]'") from None
+    import openai  # as late as it is needed
+
     parts = urlsplit(url)
     if not parts.hostname or "@" in parts.netloc:
         problem = "is an address with a password" if "@" in parts.netloc else "is no address"

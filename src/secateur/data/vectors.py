@@ -150,11 +150,7 @@ def _key(text: str, context: str) -> bytes:
 def same_as_kept(name: str, cache: VectorCache, context: str, now: NDArray[np.float32]) -> NDArray[np.float32]:
     """Keep a model's vectors of :data:`PROBES`, or see that it still gives those that are kept, which are returned.
 
-    Args:
-        name: What the user calls the model.
-        cache: Its vectors.
-        context: As for :meth:`VectorCache.encode`.
-        now: Vectors, (probes, dimension).
+    ``name`` is what the user calls the model, ``now`` (probes, dimension) what it gives.
 
     Raises:
         ModelError: It gives others: a server may have got another model.

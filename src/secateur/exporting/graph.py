@@ -30,16 +30,13 @@ from secateur.errors import ModelError
 
 PROMPT_LENGTH = "prompt_length"
 """The input that says how many tokens of each text are its prompt's, where the model does not pool them."""
-
 OUTLIER = 8.0
 """An outlier channel's greatest magnitude is more than so many times that of the channel at :data:`QUANTILE`."""
-
 QUANTILE = 0.99
 """At most the hundredth part of all channels can be outliers, so that what stays in floats costs next to nothing."""
 
 Features = dict[str, npt.NDArray[np.int64]]
 """Inputs of the graph, by name."""
-
 Shapes = frozenset[tuple[int, ...]]
 """Shapes of matrices that stay in floats, the shorter side first: by these a backend's graph shows which they are."""
 
@@ -85,12 +82,7 @@ class EncoderGraph(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, prompt_length: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Encode a batch.
-
-        Args:
-            input_ids: (batch, length).
-            attention_mask: (batch, length), 1 where there is a token.
-            prompt_length: (1,), how many of each text's first tokens are the prompt's.
+        """Encode ids (batch, length), of whose texts the first ``prompt_length`` (1,) tokens are the prompt's.
 
         Returns:
             ``token_embeddings`` (batch, length, width) and ``sentence_embedding`` (batch, dimension).
@@ -159,8 +151,7 @@ class SplitLinear(nn.Module):
 def split_outliers(graph: EncoderGraph, samples: Sequence[Features]) -> Iterator[Shapes]:
     """Split the transformer's linear layers where ``samples`` show outlier channels, until the end of the block.
 
-    Yields:
-        Shapes of the matrices that are to stay in floats.
+    Yields the shapes of the matrices that are to stay in floats.
     """
     layers = {name: layer for name, layer in graph.transformer.named_modules() if type(layer) is nn.Linear}
     maxima: dict[str, Tensor] = {}  # the greatest magnitude in each input channel (in,) of each layer that is used

@@ -17,8 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import Response
-from fastapi.routing import APIRoute
+from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import generate_latest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -76,22 +75,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-ERRORS = {
-    400: "A request that cannot be answered.",
-    401: "No valid API key.",
-    404: "No such model.",
-    408: "The body came too slowly.",
-    413: "The body is too large.",
-    415: "The body is not application/json, or compressed.",
-    429: "Too much waits already; Retry-After says for how long.",
-    500: "The model failed on these texts.",
-    503: "Not in time.",
-}
-
-
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Error responses, for the schema."""
-    return {status: {"model": ErrorBody, "description": ERRORS[status]} for status in statuses}
+ERROR: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Why there is no answer."}}
 
 
 def _kind(value: Any) -> str:
@@ -288,7 +272,7 @@ def _add_embeddings(
 
     @app.post(
         "/v1/embeddings",
-        responses={200: {"model": EmbeddingList}, **errors(*ERRORS)},
+        responses={200: {"model": EmbeddingList}, **ERROR},
         openapi_extra={"requestBody": {"required": True, "content": content}},
         dependencies=guarded,
     )
@@ -330,11 +314,11 @@ async def _while_connected(request: Request, answer: Coroutine[Any, Any, Respons
 def _add_information(app: FastAPI, name: str, batcher: Batcher, metrics: Metrics, guarded: list[Any]) -> None:
     """The model, health, readiness and metrics."""
 
-    @app.get("/v1/models", responses=errors(401), dependencies=guarded)
+    @app.get("/v1/models", responses=ERROR, dependencies=guarded)
     async def models() -> ModelList:
         return ModelList(data=[ModelCard(id=name)])
 
-    @app.get("/v1/models/{model:path}", responses=errors(401, 404), dependencies=guarded)
+    @app.get("/v1/models/{model:path}", responses=ERROR, dependencies=guarded)
     async def one_model(model: str) -> ModelCard:
         if model != name:
             raise ApiError(404, f"no such model; this server has {name}", "model_not_found", "model")
@@ -346,15 +330,13 @@ def _add_information(app: FastAPI, name: str, batcher: Batcher, metrics: Metrics
         return {"status": "ok"}
 
     @app.head("/ready", include_in_schema=False)
-    @app.get("/ready", responses=errors(503))
+    @app.get("/ready", responses=ERROR)
     async def ready() -> dict[str, str]:
         if not batcher.ready:
             raise ApiError(503, "no worker can take requests", "not_ready")
         return {"status": "ready"}
 
-    told: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}, **errors(401)}
-
-    @app.get("/metrics", response_class=Response, responses=told, dependencies=guarded)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=ERROR, dependencies=guarded)
     async def measured() -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
@@ -365,6 +347,5 @@ async def _as_api_error(request: Request, error: Exception) -> NoReturn:
     if error.status_code == 405:
         takes = (error.headers or {}).get("Allow", "other methods")
         raise ApiError(405, f"this path takes {takes}", "method_not_allowed", headers=error.headers)
-    routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
-    known = ", ".join(f"{' '.join(route.methods or ())} {route.path_format}" for route in routes)
+    known = ", ".join(request.app.openapi()["paths"])
     raise ApiError(error.status_code, f"no such path; there are {known}", "not_found", headers=error.headers)

@@ -17,7 +17,6 @@ from functools import cache, cached_property, partial
 import numpy as np
 
 from secateur import runtime
-from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, MissingPackage, ModelError, OutputError
 from secateur.exporting.convert import form_of
 from secateur.inference.encoders import ModelEncoder
@@ -37,7 +36,6 @@ from secateur.inference.opening import (
 )
 from secateur.measures.metrics import paired_cosines
 from secateur.models.save import PROBES, TEN_SCRIPTS
-from secateur.provenance import fingerprint_files
 from secateur.runtime.core import Encoder, Vectors
 
 Way = tuple[str, str]
@@ -50,16 +48,12 @@ WAYS: tuple[Way, ...] = (
     ("onnx", "float32"),
 )
 """What ``auto`` tries, the quickest on most processors first."""
-
 INT8_KEEPS = 0.995
 """No int8 keeps a cosine like this."""
-
 PATIENCE = 2.0
 """What a job must take in PyTorch, in times of what a conversion takes, to wait for one."""
-
 CONVERSION_SECONDS, PARAMETER_SECONDS = 20.0, 0.3e-6
 """About what a conversion takes on two cores: of any model, and for each of its parameters."""
-
 CHECKED_CHARACTERS, TIMED_CHARACTERS = 200, 10_000
 """How much of each text cosines are measured on, for rounding shows where texts are short; of all texts speeds."""
 
@@ -71,11 +65,6 @@ class Chosen:
     encoder: Encoder
     opening: Opening
     told: str
-
-
-def fingerprint_encoder(encoder: Encoder) -> str:
-    """A hash of all that an encoder's vectors depend on, but for its dtype."""
-    return fingerprint_model(encoder.model) if isinstance(encoder, ModelEncoder) else fingerprint_files(encoder.name)
 
 
 def all_prompts(encoder: Encoder) -> list[str]:
@@ -195,11 +184,7 @@ def is_decided(opening: Opening) -> bool:
 
 
 def _ways(opening: Opening, least: float) -> list[Way]:
-    """What may be tried, the quickest on most processors first.
-
-    Raises:
-        MissingPackage: What was asked for needs it.
-    """
+    """What may be tried, the quickest on most processors first; an error where what was asked for is not installed."""
     found: list[Way] = []
     missing: MissingPackage | None = None
     for backend, dtype in WAYS:

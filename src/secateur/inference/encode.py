@@ -9,7 +9,6 @@ is complete. At the end every row looks up its vector, and the result is renamed
 from __future__ import annotations
 
 import hashlib
-import io
 import random
 import shutil
 import sqlite3
@@ -25,15 +24,17 @@ from numpy.typing import NDArray
 
 from secateur.data.rows import read_column
 from secateur.data.sources import instruction_prompt
+from secateur.data.vectors import fingerprint_model, npy_bytes
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import lock, output_errors, read_json, write_bytes
-from secateur.inference.backends import choose, fingerprint_encoder
+from secateur.inference.backends import choose
+from secateur.inference.encoders import ModelEncoder
 from secateur.inference.opening import AUTO, TORCH, Opening
 from secateur.inference.vector_files import check_suffix, description_file, read_description, write_vectors
 from secateur.inference.workers import Piece, Run, in_processes, on_ray
 from secateur.options import EncodeOptions, step
 from secateur.progress import Progress, silent
-from secateur.provenance import DONE, Made
+from secateur.provenance import DONE, Made, fingerprint_files
 from secateur.runtime.core import Encoder, OnBatch, Vectors
 from secateur.runtime.encoder import quantize
 
@@ -116,7 +117,9 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
         about: dict[str, Any] = {  # what the file says of itself
             "model": str(options.model),
             "inputs": asdict(inputs),
-            "fingerprint": fingerprint_encoder(encoder),
+            "fingerprint": fingerprint_model(encoder.model)
+            if isinstance(encoder, ModelEncoder)
+            else fingerprint_files(encoder.name),
             "prompt": prompt,
             "dimension": options.dimensions or encoder.dimension,
             "normalize": options.normalize,
@@ -333,9 +336,7 @@ def _encode_shards(
             vectors = vectors[:, : about["dimension"]]
             if about["normalize"]:  # a vector of zeros stays one
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-            stream = io.BytesIO()
-            np.save(stream, np.ascontiguousarray(vectors, dtype=np.float32))
-            write_bytes(_shard(folder, number), stream.getvalue())
+            write_bytes(_shard(folder, number), npy_bytes(np.ascontiguousarray(vectors, dtype=np.float32)))
         return texts, tokens, time.monotonic() - started
 
 

@@ -25,10 +25,8 @@ from secateur.errors import ConfigError
 
 API_KEYS = "SECATEUR_API_KEYS"
 """The environment variable that API keys are read from, separated by commas."""
-
 BODIES_AT_ONCE = 8
 """All bodies in memory together have at most this many times the size that one may have."""
-
 DRAIN_SECONDS = 2.0
 CLIENT_LEFT = 499  # in the log only; it is never sent
 

@@ -24,19 +24,14 @@ from secateur.runtime.core import Encoder, Tokens, Vectors
 
 LOOKAHEAD = 1024
 """How many waiting texts are looked at when a batch is made."""
-
 PADDING = 1.1
 """A batch is padded to at most this many times the tokens that its texts would take one by one."""
-
 LONGEST_RETRY = 60
 """Seconds after which a refused client may come again, at most."""
-
 LOOK_SECONDS = 0.5
 """How often an idle worker is checked."""
-
 RESTART_SECONDS = 5.0
 """Seconds between attempts to start a worker that cannot start."""
-
 PATIENCE, LEAST_PATIENCE = 20, 10.0
 """A batch may take this many times as long as the slowest so far, token for token; and always so many seconds."""
 
@@ -73,11 +68,8 @@ class _Text:
 class Batcher:
     """One queue before one or several workers, for the tasks of one event loop.
 
-    Args:
-        encoder: Says how many tokens a batch has, and how many a text when it is padded.
-        workers: Each takes batches as long as it is ready.
-        threads: Where workers are called: one thread for each.
-        options: Tokens in the queue, and the timeout.
+    ``encoder`` says how many tokens a batch has, and how many a text when it is padded; ``workers`` are called in
+    ``threads``, one for each, as long as they are ready.
     """
 
     def __init__(

@@ -31,10 +31,8 @@ from secateur.options import ServeOptions, step
 
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
-
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection, so that it is they who close it."""
-
 LEAST_SILENCE = 2.0
 """No worker is taken to hang sooner, however short the timeout of a request."""
 

@@ -107,11 +107,7 @@ class EncoderProcess:
             self._wait_until_made()
 
     def encode_batch(self, batch: Any, timeout: float = math.inf) -> Any:
-        """What the encoder makes of a batch; used by one thread, also after an error.
-
-        Args:
-            batch: What the encoder understands.
-            timeout: Seconds after which the process is killed.
+        """What the encoder makes of a batch; used by one thread. After ``timeout`` seconds the process is killed.
 
         Raises:
             SecateurError: The encoder cannot be made; says why.
@@ -254,11 +250,7 @@ class TextEncoder:
 
 @contextmanager
 def in_processes(opening: Opening, prompt: str, processes: int) -> Iterator[Run]:
-    """Encode in processes of this machine, each with the model in memory and its share of the threads.
-
-    Raises:
-        ModelError: A process cannot open the model, fails on some texts, or dies with them for the third time.
-    """
+    """Encode in processes of this machine, each with the model in memory and its share of the threads."""
     share = opening.threads or max(1, (os.cpu_count() or 1) // processes)
     make = partial(TextEncoder, replace(opening, threads=share), prompt)
     with ExitStack() as stack:
@@ -269,16 +261,9 @@ def in_processes(opening: Opening, prompt: str, processes: int) -> Iterator[Run]
 
 @contextmanager
 def on_ray(opening: Opening, prompt: str, address: str, actors: int) -> Iterator[Run]:
-    """Encode on a Ray cluster; Ray starts actors that die anew, elsewhere if need be.
+    """Encode on a Ray cluster (:func:`.ray_cluster`), where the model must be found under its name on every machine.
 
-    Args:
-        opening: The model must be found under this name on every machine.
-        prompt: What goes before each text.
-        address: As for :func:`.ray_cluster`, and so with its errors.
-        actors: How many; 1 means one for each machine.
-
-    Raises:
-        ModelError: An actor cannot open the model, fails on some texts, or dies with them for the third time.
+    Ray starts actors that die anew, elsewhere if need be; a single one means one for each machine.
     """
     with ray_cluster(address) as ray, ExitStack() as stack:
         actors = actors if actors > 1 else sum(node["Alive"] for node in ray.nodes())
@@ -307,7 +292,11 @@ def on_ray(opening: Opening, prompt: str, address: str, actors: int) -> Iterator
 
 @contextmanager
 def _together(model: str, workers: Sequence[Callable[[Piece], Encoded]]) -> Iterator[Run]:
-    """Give each piece to a worker that is idle, and again where the worker dies with it."""
+    """Give each piece to a worker that is idle, and again where the worker dies with it.
+
+    Raises:
+        ModelError: A worker cannot open the model, fails on some texts, or dies with them for the third time.
+    """
     idle: queue.SimpleQueue[Callable[[Piece], Encoded]] = queue.SimpleQueue()
     for worker in workers:
         idle.put(worker)

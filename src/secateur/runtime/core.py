@@ -1,8 +1,7 @@
 """The one core of all encoding: texts to tokens, tokens to batches, batches to vectors, whatever runs the model.
 
 A subclass of :class:`Encoder` brings a tokenizer and one pass of a model: the runtimes of exports (:mod:`.encoder`),
-and PyTorch (``secateur.inference.encoders``). Bulk encoding, the server and ``accelerate`` stand on it. Nothing here
-needs PyTorch.
+and PyTorch (``secateur.inference.encoders``). Nothing here needs PyTorch.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ OnBatch = Callable[[int, int], None]
 
 
 class TextRefused(SecateurError):
-    """A text that the model cannot encode. ``place`` is its index in the request, None where it is all of them."""
+    """A text that cannot be encoded; ``place`` is its index, None where it is all of them."""
 
     def __init__(self, place: int | None, problem: str, hint: str = "") -> None:
         self.place = place
@@ -123,25 +122,19 @@ class Encoder(ABC):
     ) -> Vectors:
         """Vectors (texts, dimension) in float32, in the order of the texts; each distinct text is run once.
 
-        Args:
-            texts: May be empty, and may repeat. A text that has no tokens gets a vector of zeros.
-            prompt: Goes before each.
-            on_batch: Called after each batch.
-            batch_size: Texts in a batch, at most.
+        A text that has no tokens gets a vector of zeros; ``batch_size`` is the most texts in a batch.
 
         Raises:
             ModelError: A vector is not finite, or a single text is too large for the memory.
         """
         distinct = sorted(dict.fromkeys(texts), key=len, reverse=True)
-        windows = [distinct[start : start + WINDOW] for start in range(0, len(distinct), WINDOW)]
         vectors = np.zeros((len(distinct), self.dimension), dtype=np.float32)
         with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as thread:
-            coming = [thread.submit(self.tokenize, some, prompt) for some in windows[:1]]
-            for number in range(len(windows)):
-                tokens = coming.pop().result()
-                coming += [thread.submit(self.tokenize, some, prompt) for some in windows[number + 1 : number + 2]]
-                start = number * WINDOW
-                vectors[start : start + WINDOW] = self.encode_tokens(tokens, on_batch, batch_size=batch_size)
+            coming = thread.submit(self.tokenize, distinct[:WINDOW], prompt)
+            for start in range(0, len(distinct), WINDOW):
+                tokens, end = coming.result(), start + WINDOW
+                coming = thread.submit(self.tokenize, distinct[end : end + WINDOW], prompt)
+                vectors[start:end] = self.encode_tokens(tokens, on_batch, batch_size=batch_size)
         places = {text: place for place, text in enumerate(distinct)}
         return vectors[[places[text] for text in texts]]
 
@@ -209,15 +202,7 @@ class Encoder(ABC):
         return self.run, 0
 
     def encode_batch(self, batch: Sequence[Tokens], run: RunBatch | None = None) -> Vectors:
-        """Vectors of texts that share a prompt length; in halves where they do not fit into memory together.
-
-        Args:
-            batch: The texts, as tokens.
-            run: One pass of the model; default: :meth:`run`.
-
-        Raises:
-            ModelError: A vector is not finite, or a single text is too large for the memory.
-        """
+        """Vectors of texts that share a prompt length; in halves where they do not fit into memory together."""
         try:
             vectors = (run or self.run)(batch)
         except Exception as error:
@@ -267,7 +252,7 @@ def slices(texts: Sequence[str], longest: int) -> Iterator[Sequence[str]]:
 def plan_batches(
     lengths: Sequence[int], budget: int, padding: float = PADDING, size: int | None = None
 ) -> list[list[int]]:
-    """Cut texts into batches of about as many tokens, the longest texts first.
+    """Cut texts into batches of about as many tokens, the longest texts first; gives their indices, by batch.
 
     A batch ends early rather than be much padded: a new shape is compiled once (a CPU takes some milliseconds for it)
     and met again; padding is paid for in every batch.
@@ -277,9 +262,6 @@ def plan_batches(
         budget: Tokens in a batch, padding included; a text longer than that makes a batch alone.
         padding: How many times its real tokens a batch of at least :data:`FULL_RATE` may have with its padding.
         size: Texts in a batch, at most.
-
-    Returns:
-        Indices of texts, by batch.
     """
     batches: list[list[int]] = []
     longest = real = 0
@@ -295,11 +277,10 @@ def plan_batches(
     return batches
 
 
-def halves(rows: Sequence[T]) -> Iterator[list[T]]:
+def halves(rows: Sequence[T]) -> tuple[list[T], list[T]]:
     """A batch as two."""
     middle = len(rows) // 2
-    yield list(rows[:middle])
-    yield list(rows[middle:])
+    return list(rows[:middle]), list(rows[middle:])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,7 +6,6 @@ graph. Batches are made by :mod:`.core`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from secateur.errors import ConfigError, DataError, MissingPackage, ModelError
+from secateur.files import read_json
 from secateur.provenance import EXPORT
 from secateur.runtime.core import CPU_BATCH, Encoder, Tokens, Vectors
 
@@ -50,15 +50,12 @@ def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = 
         MissingPackage: Its backend is not installed.
     """
     folder = Path(folder)
-    again = "give a folder that secateur export wrote"
     try:
-        manifest = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(folder, f"has no {EXPORT}", again) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(folder, f"{EXPORT} cannot be read ({error})") from error
+        manifest = read_json(folder / EXPORT)
+    except DataError as error:
+        raise ModelError(folder, f"{EXPORT}: {error.problem}", "give a folder that secateur export wrote") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != "export":
-        raise ModelError(folder, f"{EXPORT} is no manifest of an export", again)
+        raise ModelError(folder, f"{EXPORT} is no manifest of an export", "give a folder that secateur export wrote")
     missing = [name for name in NEEDED if name not in manifest]
     if missing:
         raise ModelError(folder, f"{EXPORT} has no {missing[0]!r}", "export again")
@@ -71,12 +68,7 @@ def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = 
 
 
 def open_session(folder: Path, manifest: Mapping[str, Any], threads: int | None) -> Session:
-    """Open an export's graph on the processor; nothing else knows of its backend.
-
-    Raises:
-        MissingPackage: The backend is not installed.
-        ModelError: The backend cannot read the file.
-    """
+    """Open an export's graph on the processor; nothing else knows of its backend."""
     opening = {"onnx": (_open_onnx, "ONNX Runtime"), "openvino": (_open_openvino, "OpenVINO")}
     backend, file = manifest["backend"], folder / manifest["graph"]
     if backend not in opening:
@@ -133,8 +125,7 @@ def _open_openvino(file: Path, manifest: Mapping[str, Any], threads: int | None)
 class ExportEncoder(Encoder):
     """An exported model in memory; :func:`load` makes it. One thread at a time may use it.
 
-    Attributes:
-        settings: What the manifest says of how to encode.
+    ``settings`` is what the manifest says of how to encode.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], tokenizer: Tokenizer, session: Session) -> None:
