@@ -27,6 +27,8 @@ from secateur.models import save
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789;:,.?' "
 MakeEncoder = Callable[..., SentenceTransformer]
+LONGEST = ("test_docs", "test_export", "test_evaluate", "test_gguf", "test_scouted_study", "test_study", "test_serve")
+"""Files of tests that take minutes."""
 
 
 def tiny_transformer(folder: Path, architecture: str = "bert", depth: int = 3, seed: int = 0) -> Path:
@@ -121,9 +123,9 @@ def make_encoder(tmp_path: Path) -> MakeEncoder:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: of two workers, none is left alone with a long one at the end."""
+    """Long files come first: of two workers, none is left alone with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, -slow[item.path]))
 
 
 @contextmanager

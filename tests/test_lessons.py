@@ -13,6 +13,8 @@ from sentence_transformers import SentenceTransformer
 
 import secateur
 from conftest import example_pairs, tiny_transformer
+from quick_checks import quick_checks as quick_checks
+from quick_checks import quick_figures
 from secateur.data.sources import Pair, Pairs, read_pairs, read_texts
 from secateur.data.vectors import PROBES, VectorCache, fingerprint_model
 from secateur.errors import ConfigError, DataError
@@ -235,12 +237,13 @@ def test_the_texts_of_batches_alone_are_encoded_at_the_length_of_the_training(
 
 
 @pytest.mark.slow
-def test_a_study_asks_the_teacher_once_for_each_text(texts_file: Path, tmp_path: Path, monkeypatch):
+def test_a_study_asks_the_teacher_once_for_each_text(texts_file: Path, tmp_path: Path, monkeypatch, quick_checks: None):
     model, recording = tiny_transformer(tmp_path / "tiny", "bert", depth=4), Recording(monkeypatch)
     options = {"depths": ["1", "2", "3"], "recipes": {"distilled": {}}, "teacher": "self"}
     options |= {"seeds": [1, 2], "steps": 3, "batch_size": 8, "precision": "float32"}
     options |= {"max_length": 12, "max_examples": 8}
-    secateur.study([model], data=[texts_file], **options, out=tmp_path / "run")
+    with quick_figures():
+        secateur.study([model], data=[texts_file], **options, out=tmp_path / "run")
     healed = [folder.name for folder in (tmp_path / "run" / "models").iterdir() if "distilled" in folder.name]
     assert len(healed) == 6  # three depths, two seeds
     rows = set(read_texts(texts_file).rows)
