@@ -6,9 +6,35 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import MakeEncoder
-from secateur.healing.recipes import attention_in_float32
+from secateur.healing.recipes import BitsDropout, TrainingConfig, attention_in_float32, prepare
 
 TEXTS = ["a hedge", "a longer hedge, cut back", "q"]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4])
+def test_dropout_drops_its_share_and_keeps_the_mean(share: float):
+    layer = BitsDropout(share)
+    numbers = torch.ones(999, 1001, requires_grad=True)
+    torch.manual_seed(0)
+    dropped = layer(numbers)
+    assert float((dropped == 0).float().mean()) == pytest.approx(share, abs=0.002)
+    assert torch.allclose(dropped[dropped != 0], torch.tensor(1 / (1 - share)))
+    neighbours = (dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)
+    assert float(neighbours.float().mean()) == pytest.approx(share**2, abs=0.002)
+    dropped.sum().backward()
+    assert numbers.grad is not None and torch.equal(numbers.grad, dropped.detach())
+    again = layer(numbers)
+    assert not torch.equal(dropped, again)
+    torch.manual_seed(0)
+    assert torch.equal(layer(numbers), dropped)
+    assert torch.equal(layer.eval()(numbers), numbers)
+
+
+def test_adapters_drop_as_the_recipe_says(make_encoder: MakeEncoder):
+    model = make_encoder("llama")
+    prepare(model, TrainingConfig(lora_dropout=0.2))
+    found = [module.p for module in model.modules() if isinstance(module, BitsDropout)]
+    assert found == [0.2] * 7 * 3
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])

@@ -18,6 +18,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
@@ -220,6 +221,10 @@ def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, 
             target_modules=list(linear_names(model[0].auto_model)),
         )
         model.add_adapter(lora)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and model.device.type == "cpu":
+                for name, dropout in layer.lora_dropout.items():
+                    layer.lora_dropout[name] = BitsDropout(dropout.p) if isinstance(dropout, nn.Dropout) else dropout
         return dtypes
     if config.train == "blocks":
         model.requires_grad_(False)
@@ -270,6 +275,23 @@ def as_written(model: SentenceTransformer, dtypes: Mapping[str, torch.dtype]) ->
             layer.merged_adapters.clear()
         if autocast is not None:
             model.forward = autocast
+
+
+class BitsDropout(nn.Dropout):
+    """Dropout by 16 random bits for each number, in place of a random float each; ``p`` in steps of 2⁻¹⁶.
+
+    On a CPU the stock one takes a fifth of a step with adapters, each of which has its own dropout.
+    """
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """As ``nn.Dropout``, of any shape."""
+        if not self.training or self.p == 0:
+            return numbers
+        count = numbers.numel()
+        words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[:count].view(numbers.shape)
+        kept = bits >= round(self.p * 2**16) - 2**15
+        return numbers * kept.to(numbers.dtype).mul_(1 / (1 - self.p))
 
 
 @contextmanager
