@@ -128,6 +128,16 @@ def test_in_place_of_a_damaged_checkpoint_the_one_before_it_goes_on(
     assert (newest.name, steps[0]) == ("checkpoint-2", SETTINGS["batch_size"])
 
 
+def test_a_checkpoint_of_sharded_weights_is_refused_and_stays(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    killed(llama_folder, pairs_file, out=tmp_path / "out")
+    (checkpoint,) = (tmp_path / "out.partial" / "checkpoints").iterdir()
+    (checkpoint / "trained.safetensors").unlink()
+    (checkpoint / "pytorch_model_fsdp_0").mkdir()  # what accelerate calls it
+    with pytest.raises(OutputError, match="has sharded weights: resume it as it was begun"):
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path / "out")
+    assert checkpoint.is_dir()
+
+
 def test_seconds_are_those_of_all_starts(llama_folder: Path, pairs_file: Path, tmp_path: Path):
     """A training that has nothing left to do still knows what it took."""
     config = TrainingConfig(**SETTINGS)

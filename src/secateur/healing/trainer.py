@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from secateur.errors import ConfigError, DataError, TrainingDiverged
+from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
 from secateur.healing.losses import Loss
 from secateur.healing.processes import gather, is_sharded, shard_by_blocks, sharded_copy
 from secateur.healing.recipes import (
@@ -333,8 +333,15 @@ def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; those that were cut off while being written, or are damaged, are removed."""
+    """The newest whole checkpoint; those that were cut off while being written, or are damaged, are removed.
+
+    Raises:
+        OutputError: One is of a training with sharded weights and this one has whole ones, or the other way round.
+    """
+    other, how = (TRAINED_WEIGHTS, "whole") if is_sharded() else (f"{FSDP_MODEL_NAME}_0", "sharded")
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        if (checkpoint / other).exists():
+            raise OutputError(checkpoint, f"has {how} weights", "resume it as it was begun, or name another --out")
         if _is_whole(checkpoint):
             return checkpoint
         shutil.rmtree(checkpoint, ignore_errors=True)
