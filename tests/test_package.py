@@ -29,7 +29,7 @@ vocabulary: tokens trim choice
 measures: metrics intervals costs
 evaluation: task_tables task_formats task_folder task_making tasks replicates evaluate
 choosing: selectors budgets evidence choose
-profiling: lens depths depth_scores corpus profile
+profiling: depths lens depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes training_data processes teacher losses trainer heal
 scouting: held_out scout

@@ -418,9 +418,9 @@ def test_half_precision_gives_nearly_the_same(llama, pairs):
     assert [row.loss for row in rough.rows] == pytest.approx([row.loss for row in exact.rows], abs=0.1)
 
 
-@pytest.mark.parametrize(("can", "dtype"), [({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")])
+@pytest.mark.parametrize(("can", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_takes_the_number_format_by_what_the_processor_says_and_no_clock(llama, pairs, monkeypatch, can, dtype):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    monkeypatch.setattr("secateur.profiling.profile.multiplies_bfloat16", lambda: can)
     found = profile(llama, pairs, batch_size=8)
     assert found.dtype == dtype
     assert f"--dtype {dtype}" in found.notes[0]

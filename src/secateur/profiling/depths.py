@@ -7,8 +7,6 @@ for a profile and pools each state as it passes by, so that no hidden states are
 
 from __future__ import annotations
 
-import random
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -27,16 +26,13 @@ from secateur.measures.metrics import angular_distances, block_influence
 from secateur.models import forward
 from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm, text_config
 from secateur.models.cutting import bypassed, legal_depths
-from secateur.models.forward import POOLINGS, L3PrunePooling, make_pooling, pool, pooling_name
+from secateur.models.forward import POOLINGS, make_pooling, pool, pooling_name
 from secateur.models.open_model import is_causal
-from secateur.profiling.lens import next_token_positions
 from secateur.runtime.core import plan_batches
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """Called with a depth and the states before and after its layer, both (texts, tokens, width)."""
 
-LINEAR = ("mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "cls")
-"""Poolings of sentence-transformers that are a weighted sum of the tokens' states."""
 PROBES = 4
 """Texts on which the shared prefix is compared with the ordinary pass."""
 
@@ -59,9 +55,8 @@ def ends_with_norm(model: SentenceTransformer) -> bool:
     """Whether nothing but a norm follows the layers, so that one pass gives every depth."""
     training = model.training
     try:
-        features = model.eval().preprocess(["A first text", "another"])
-        inputs = {name: features[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        return tail_is_norm(model[0].auto_model, inputs)
+        features = batch_to_device(model.eval().preprocess(["A first text", "another"]), model.device)
+        return tail_is_norm(model[0].auto_model, {key: features[key] for key in ("input_ids", "attention_mask")})
     finally:
         model.train(training)
 
@@ -152,17 +147,13 @@ class Depths:
         tokens: How many tokens that sum runs over.
         angles: (depths + 1, depths + 1), per pair of depths from 0 (the embeddings) on, the angular distance of the
             last tokens' states, summed over texts; None where states have another layout.
-        states: (sampled, depths, width), the normed states of sampled tokens.
-        targets: (sampled,), the token that follows each.
     """
 
     rows: tuple[int, ...]
     vectors: Tensor
     influence: Tensor
     tokens: int
-    angles: Tensor | None
-    states: Tensor
-    targets: Tensor
+    angles: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +175,7 @@ class DepthEncoder:
 
     Args:
         model: An opened model in evaluation mode.
-        every_pooling: Use all of :data:`.POOLINGS`, where the model's own is a weighted sum of its tokens.
+        every_pooling: Use all of :data:`.POOLINGS`, where the model's own is one of them.
         budget: Tokens in a batch, padding included; a batch that does not fit into memory halves it.
         name: What the user calls the model, for errors.
     """
@@ -203,16 +194,17 @@ class DepthEncoder:
         self.depth = len(blocks_of(self._transformer))
         self.notes: list[str] = []
         self.poolings: tuple[str, ...] = (pooling_name(model),)
-        self._heads: list[Pooling] = []
-        first: Any = model[1] if len(model) > 1 else None
         self._one_pass = ends_with_norm(model)
         if not self._one_pass:
             self.notes.append("more than a norm follows the layers of this model: each depth took a pass of its own")
-        elif type(first) in (Pooling, L3PrunePooling) and first.pooling_mode in LINEAR:
-            others = [name for name in POOLINGS if name != self.poolings[0]] if every_pooling else []
-            self.poolings += (*others,)
-            self._heads = [first, *(make_pooling(name, first.embedding_dimension) for name in others)]  # type: ignore[arg-type]
-        self._shares = bool(self._heads) and is_causal(model[0])
+        first, *others = list(model)[1:]
+        self._heads: list[list[nn.Module]] = [[first, *others]]
+        if every_pooling and self._one_pass and self.poolings[0] in ("l3prune", *POOLINGS):
+            for pooling in POOLINGS:
+                if pooling != self.poolings[0]:
+                    self.poolings += (pooling,)
+                    self._heads.append([make_pooling(pooling, first.embedding_dimension), *others])
+        self._shares = self._one_pass and is_causal(model[0])
         self._prefix: _Prefix | None = None
 
     @property
@@ -221,12 +213,8 @@ class DepthEncoder:
         return len(self.poolings) * self.depth * int(self._model.get_embedding_dimension()) * 4
 
     @torch.no_grad()
-    def run(
-        self, texts: Sequence[str], prompt: str = "", sampled: Collection[int] = (), seed: int = 0
-    ) -> Iterator[Depths]:
+    def run(self, texts: Sequence[str], prompt: str = "") -> Iterator[Depths]:
         """Encode texts, at least one, the longest first; yields those of one batch at every depth.
-
-        Of the texts at the indices ``sampled``, one token's states are kept, drawn by ``seed``.
 
         Raises:
             ModelError: Vectors are not finite, or a single text is too large for the memory.
@@ -236,31 +224,39 @@ class DepthEncoder:
         if prompt and self.poolings[0] == "l3prune":
             # The blank that ends the paper's prompt belongs to the word after it, where a tokenizer joins them.
             tokens.features["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
+        before = int(torch.as_tensor(tokens.features.get("prompt_length", 0)).flatten()[0])
+        if not getattr(self._model[1], "include_prompt", True) and bool((tokens.lengths <= before).any()):
+            problem = f"of a text nothing is left to pool after {before} tokens: its prompt fills them all"
+            raise DataError("texts", problem, "shorten the instruction, or raise --max-length")
         prefix = self._share(tokens)
-        picks = {row: random.Random(f"{seed} {texts[row]}").random() for row in sampled}  # noqa: S311
-        todo = deque(plan_batches((tokens.lengths - (len(prefix.ids) if prefix else 0)).tolist(), self._budget))
-        while todo:
-            rows = todo.popleft()
-            try:
-                found = self._read(tokens, rows, prefix, picks) if self._one_pass else self._read_each(tokens, rows)
-            except (MemoryError, RuntimeError) as error:
-                if not forward.is_out_of_memory(error):
-                    raise
-                if len(rows) == 1:
-                    problem = f"a text of {int(tokens.lengths[rows[0]])} tokens does not fit into memory"
-                    raise ModelError(self._name, problem, "lower --max-length") from None
-                self._budget = max(1, self._budget // 2)
-                self.notes = list(dict.fromkeys([*self.notes, "a batch was too large for the memory and was halved"]))
-                todo.extendleft(list(half) for half in reversed([*forward.halves(rows)]))
-                continue
-            finite = found.vectors[:, 0].isfinite().all(dim=2).all(dim=0)
-            if not bool(finite.all()):
-                problem = f"gives vectors that are not finite at depth {int(finite.long().argmin()) + 1}"
-                raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
-            yield replace(found, vectors=found.vectors[..., : self._model.truncate_dim])
+        for rows in plan_batches((tokens.lengths - (len(prefix.ids) if prefix else 0)).tolist(), self._budget):
+            for found in self._fit(tokens, rows, prefix):
+                finite = found.vectors[:, 0].isfinite().all(dim=2).all(dim=0)
+                if not bool(finite.all()):
+                    problem = f"gives vectors that are not finite at depth {int(finite.long().argmin()) + 1}"
+                    raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
+                yield replace(found, vectors=found.vectors[..., : self._model.truncate_dim])
+
+    def _fit(self, tokens: forward.Tokens, rows: list[int], prefix: _Prefix | None) -> Iterator[Depths]:
+        """Read a batch, in halves where it does not fit into memory."""
+        try:
+            found = self._read(tokens, rows, prefix) if self._one_pass else self._read_each(tokens, rows)
+        except (MemoryError, RuntimeError) as error:
+            if not forward.is_out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                problem = f"a text of {int(tokens.lengths[rows[0]])} tokens does not fit into memory"
+                raise ModelError(self._name, problem, "lower --max-length") from None
+        else:
+            yield found
+            return
+        self._budget = max(1, self._budget // 2)
+        self.notes = list(dict.fromkeys([*self.notes, "a batch was too large for the memory and was halved"]))
+        for half in forward.halves(rows):
+            yield from self._fit(tokens, list(half), prefix)
 
     def _share(self, tokens: forward.Tokens) -> _Prefix | None:
-        """What all texts start with, computed once; None where the vectors would not be the same."""
+        """What all texts start with, computed once; None where it is short, or the vectors would not be the same."""
         if not self._shares or len(tokens.lengths) <= 2 * PROBES:
             return None
         start, known = forward.common_start(tokens), self._prefix
@@ -270,57 +266,54 @@ class DepthEncoder:
             return None
         order = tokens.lengths.argsort().tolist()
         rows = [order[i * (len(order) - 1) // (PROBES - 1)] for i in range(PROBES)]  # from the shortest to the longest
+        try:
+            prefix = self._run_prefix(start)
+            plain, quick = (self._read(tokens, rows, own).vectors for own in (None, prefix))
+        except (MemoryError, *forward.REFUSALS):
+            same = False
+        else:
+            allowed = 1e-4 if self._transformer.dtype == torch.float32 else 3e-2
+            close = (quick - plain).norm(dim=-1) <= allowed * plain.norm(dim=-1)
+            # Vectors that are not finite agree with anything: they are reported by the caller.
+            same = bool(close.all()) or not bool(plain.isfinite().all())
+        if same:
+            self._prefix = prefix
+            return prefix
+        self._shares = False
+        self.notes.append("the instruction was computed for each text anew: computed once, it gives other vectors")
+        return None
+
+    def _run_prefix(self, start: Tensor) -> _Prefix:
         normed: list[Tensor] = []
         influence: list[Tensor] = []
         mask = torch.ones(1, len(start), device=self._model.device)
 
         def visit(depth: int, before: Tensor, after: Tensor) -> None:
-            normed.append(self._norm(after)[0].float())
+            normed.append(self._norm(after))
             influence.append(block_influence(before, after, mask))
 
-        try:
-            plain = self._read(tokens, rows, None, {}).vectors
-            with layer_outputs(self._transformer, visit):
-                cache = forward.run_prefix(self._transformer, start)
-            prefix = _Prefix(start, cache, normed, torch.stack(influence).double().cpu())
-            error = (self._read(tokens, rows, prefix, {}).vectors - plain).norm(dim=-1)
-            allowed = 1e-4 if self._transformer.dtype == torch.float32 else 3e-2
-            # Vectors that are not finite agree with anything: they are reported by the caller.
-            if bool((error <= allowed * plain.norm(dim=-1)).all()) or not bool(plain.isfinite().all()):
-                self._prefix = prefix
-                return prefix
-        except (MemoryError, *forward.REFUSALS) as error:
-            if forward.is_out_of_memory(error):
-                return None  # the batches themselves are halved until they fit
-        self._shares = False
-        self.notes.append("the instruction was computed for each text anew: this model gives other vectors otherwise")
-        return None
+        with layer_outputs(self._transformer, visit):
+            cache = forward.run_prefix(self._transformer, start)
+        return _Prefix(start, cache, normed, torch.stack(influence).double().cpu())
 
-    def _read(self, tokens: forward.Tokens, rows: list[int], prefix: _Prefix | None, picks: dict[int, float]) -> Depths:
+    def _read(self, tokens: forward.Tokens, rows: list[int], prefix: _Prefix | None) -> Depths:
         """One pass over a batch; with a prefix, over what follows it."""
-        features = self._features(tokens, rows, left=False if prefix else None)
+        features = batch_to_device(tokens.batch(rows, left=False if prefix else None), self._model.device)
         skipped = len(prefix.ids) if prefix else 0
         mask = features["attention_mask"][:, skipped:]
         each, last = torch.arange(len(mask)), (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
-        weights = self._weights(features) if self._heads else None
-        text, place = next_token_positions(features, skipped, [picks.get(row) for row in rows])
         vectors: list[Tensor] = []
         influence: list[Tensor] = []
         ends: list[Tensor] = []
-        states: list[Tensor] = []
 
         def visit(depth: int, before: Tensor, after: Tensor) -> None:
             normed = self._norm(after)
-            if weights is None:
-                vectors.append(pool(self._model, normed, features).float()[:, None])
-            else:
-                pooled = weights[:, :, skipped:] @ normed.float()
-                if prefix:
-                    pooled = pooled + weights[:, :, :skipped] @ prefix.normed[depth - 1]
-                vectors.append(self._finish(pooled, normed.dtype))
+            whole = normed
+            if prefix:
+                whole = torch.cat([prefix.normed[depth - 1].expand(len(rows), -1, -1), normed], dim=1)
+            vectors.append(self._pool(whole, features))
             influence.append(block_influence(before, after, mask))
             ends.extend(state[each, last] for state in ((before, after) if depth == 1 else (after,)))
-            states.append(normed[text, place])
 
         with layer_outputs(self._transformer, visit):
             if prefix:
@@ -334,58 +327,36 @@ class DepthEncoder:
             influence=influences + len(rows) * prefix.influence if prefix else influences,
             tokens=int(features["attention_mask"].sum()),
             angles=(angular_distances(torch.stack(ends, dim=1)) * len(rows)).double().cpu(),
-            states=torch.stack(states, dim=1),
-            targets=features["input_ids"][text, place + skipped + 1],
         )
+
+    def _pool(self, states: Tensor, features: dict[str, Any]) -> Tensor:
+        """What each pooling, and the modules after it, make of normed states: (texts, poolings, dimension)."""
+        found = []
+        for head in self._heads:
+            current = dict(features, token_embeddings=states.float() if isinstance(head[0], Pooling) else states)
+            for module in head:
+                weight = next(module.parameters(), None)
+                if weight is not None and "sentence_embedding" in current:
+                    current["sentence_embedding"] = current["sentence_embedding"].to(weight.dtype)
+                current = module(current)
+            found.append(current["sentence_embedding"].float())
+        return torch.stack(found, dim=1)
 
     def _read_each(self, tokens: forward.Tokens, rows: list[int]) -> Depths:
         """One pass for each depth, the later layers bypassed."""
-        features = self._features(tokens, rows)
+        features = batch_to_device(tokens.batch(rows), self._model.device)
         mask = features["attention_mask"]
         vectors: list[Tensor] = []
-        influence: dict[int, float] = {}
+        influence = torch.zeros(self.depth, dtype=torch.float64)
 
         def visit(depth: int, before: Tensor, after: Tensor) -> None:
             real = mask
             # These layers may keep several streams or another layout: every state counts the same.
             if before.shape[:-1] != mask.shape:
                 real = torch.ones(before.shape[:-1], device=before.device) * (mask.sum() / before.shape[:-1].numel())
-            influence[depth] = float(block_influence(before, after, real))  # the last pass stays
+            influence[depth - 1] = block_influence(before, after, real)  # the last pass stays
 
         for depth in range(1, self.depth + 1):
             with layer_outputs(self._transformer, visit), bypassed(self._transformer, range(depth)):
                 vectors.append(self._model(dict(features))["sentence_embedding"].float().cpu())
-        sums = torch.tensor([influence[depth] for depth in range(1, self.depth + 1)], dtype=torch.float64)
-        none, targets = torch.zeros(0, self.depth, 1), torch.zeros(0, dtype=torch.long)
-        return Depths(tuple(rows), torch.stack(vectors, 1)[:, None], sums, int(mask.sum()), None, none, targets)
-
-    def _features(self, tokens: forward.Tokens, rows: list[int], left: bool | None = None) -> dict[str, Any]:
-        features = tokens.batch(rows, left=left)
-        return {key: v.to(self._model.device) if isinstance(v, Tensor) else v for key, v in features.items()}
-
-    def _weights(self, features: dict[str, Any]) -> Tensor:
-        """The weight of each token's state in each pooled vector: (texts, poolings, tokens).
-
-        A weighted sum's derivative by a state is its weight: so the arithmetic is the pooling modules' own.
-        """
-        mask = features["attention_mask"]
-        found = []
-        for pooling in self._heads:
-            with torch.enable_grad():
-                states = torch.ones(*mask.shape, 1, device=mask.device, requires_grad=True)
-                pooled = pooling(dict(features, token_embeddings=states))["sentence_embedding"]
-                found.append(torch.autograd.grad(pooled.sum(), states)[0].squeeze(-1))
-        if bool((found[0].sum(dim=1) == 0).any()):
-            problem = f"of a text nothing is left to pool after {mask.shape[1]} tokens: its prompt fills them all"
-            raise DataError("texts", problem, "shorten the instruction, or raise --max-length")
-        return torch.stack(found, dim=1)
-
-    def _finish(self, pooled: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the modules after the pooling make of (texts, poolings, width): (texts, poolings, dimension)."""
-        current: dict[str, Any] = {"sentence_embedding": pooled.flatten(0, 1)}
-        for module in list(self._model)[2:]:
-            if next(module.parameters(), None) is not None:
-                current["sentence_embedding"] = current["sentence_embedding"].to(dtype)
-            current = module(current)
-        vectors: Tensor = current["sentence_embedding"]
-        return vectors.float().reshape(*pooled.shape[:2], -1)
+        return Depths(tuple(rows), torch.stack(vectors, 1)[:, None], influence, int(mask.sum()))

@@ -8,82 +8,68 @@ share their weights, or in the checkpoint, of which nothing else is read.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CONFIG_NAME, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import cached_file
 
-from secateur.models.blocks import embeddings_of
+from secateur.models.blocks import embeddings_of, final_norm
 from secateur.models.open_model import is_causal
+from secateur.profiling.depths import ends_with_norm, layer_outputs
 
 FEWEST, MOST = 32, 256
-CHUNK = 64
-
-
-def positions(texts: int) -> int:
-    """How many tokens to sample from so many texts.
-
-    At a vocabulary of 50,000 a token through the head at every depth costs about as much as encoding ten, so one text
-    in sixteen gives one.
-    """
-    return max(FEWEST, min(MOST, texts // 16))
-
-
-def next_token_positions(
-    features: dict[str, Any], skipped: int, picks: Sequence[float | None]
-) -> tuple[Tensor, Tensor]:
-    """Rows and places (after the ``skipped`` first tokens) of sampled tokens that have a next one in their text."""
-    mask = features["attention_mask"]
-    start = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0])
-    found = []
-    for row, share in enumerate(picks):
-        if share is not None:
-            options = mask[row].nonzero().flatten()[start:-1] - skipped
-            options = options[options >= 0]
-            found += [(row, int(options[int(share * len(options))]))] if len(options) else []
-    table = torch.tensor(found, dtype=torch.long, device=mask.device).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
+"""Texts that are sampled: one in sixteen, within these. A token through the head at every depth
+costs about as much as encoding ten texts."""
 
 
 @torch.no_grad()
-def next_token_losses(model: SentenceTransformer, states: Tensor, targets: Tensor) -> list[float] | None:
+def next_token_losses(model: SentenceTransformer, texts: Sequence[tuple[str, str]], seed: int) -> list[float] | None:
     """Next-token loss at every depth, as the language model's own class computes it (scales, caps and all).
 
-    ``states`` (sampled, depths, width) went through the final norm; ``targets`` (sampled,) are the tokens that follow.
+    It is that of one token of each text of a sample, drawn by ``seed``; ``texts`` are (prompt, text).
 
     Returns:
         Mean cross-entropy in nats, by depth; None where the model has no language-model head, its checkpoint does not
         hold it, or its class reaches inside the transformer (OPT, Falcon-H1), so that the head cannot be used alone.
     """
-    language_model = _language_model(model[0].auto_model) if is_causal(model[0]) else None
-    if language_model is None:
+    transformer = model[0].auto_model
+    language_model = _language_model(transformer) if is_causal(model[0]) else None
+    if language_model is None or not ends_with_norm(model):
         return None
     given = _States()
     setattr(language_model, language_model.base_model_prefix, given)
     if any(t.is_meta for t in (*language_model.parameters(), *language_model.buffers())):
         return None
-    language_model.to(model[0].auto_model.dtype).eval()
-    sums = torch.zeros(states.shape[1], dtype=torch.float64)
-    try:
-        for start in range(0, len(states), CHUNK):
-            expected = targets[start : start + CHUNK]
-            for depth in range(states.shape[1]):
-                given.states = states[start : start + CHUNK, depth][None]
-                logits = language_model(input_ids=expected[None], use_cache=False).logits[0].float()
-                sums[depth] += float(functional.cross_entropy(logits, expected, reduction="sum"))
-    except AttributeError:
-        return None
-    losses: list[float] = (sums / len(states)).tolist()
-    return losses
+    language_model.to(transformer.dtype).eval()
+    count = min(len(texts), max(FEWEST, min(MOST, len(texts) // 16)))
+    losses = []
+    for prompt, text in random.Random(seed).sample(texts, count):  # noqa: S311 - not for secrets
+        features = batch_to_device(model.preprocess([text], prompt=prompt or None), model.device)
+        start, ids = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0]), features["input_ids"][0]
+        if len(ids) - 1 <= start:
+            continue
+        place = start + int(random.Random(f"{seed} {text}").random() * (len(ids) - 1 - start))  # noqa: S311
+        states: list[Tensor] = []
+        with layer_outputs(transformer, lambda _, __, after, place=place, own=states: own.append(after[:, place])):
+            model[0](dict(features))
+        given.states = final_norm(transformer)(torch.stack(states))
+        expected = ids[place + 1].expand(len(states))
+        try:
+            logits = language_model(input_ids=expected[:, None], use_cache=False).logits[:, 0].float()
+        except AttributeError:
+            return None
+        losses.append(functional.cross_entropy(logits, expected, reduction="none").double())
+    return torch.stack(losses).mean(dim=0).tolist() if losses else None
 
 
 class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
@@ -119,7 +105,7 @@ def _language_model(transformer: PreTrainedModel) -> PreTrainedModel | None:
         found = {"weight": embeddings_of(transformer).weight.detach()}  # type: ignore[operator]
     else:
         path = next(name for name, module in language_model.named_modules() if module is head)
-        for file in sorted(_folder_of(transformer).glob("*.safetensors")):
+        for file in _weights_of(transformer):
             with safe_open(file, framework="pt") as tensors:
                 stored = set(tensors.keys())
                 found |= {key: tensors.get_tensor(f"{path}.{key}") for key in shapes if f"{path}.{key}" in stored}
@@ -130,13 +116,11 @@ def _language_model(transformer: PreTrainedModel) -> PreTrainedModel | None:
     return language_model
 
 
-def _folder_of(transformer: PreTrainedModel) -> Path:
-    """Where the files are that the model was opened from."""
-    name = transformer.name_or_path
-    if Path(name).is_dir():
-        return Path(name)
+def _weights_of(transformer: PreTrainedModel) -> list[Path]:
+    """The files of the checkpoint that the model was opened from; none where it was not."""
+    revision = getattr(transformer.config, "_commit_hash", None)
     try:
-        found = try_to_load_from_cache(name, CONFIG_NAME, revision=getattr(transformer.config, "_commit_hash", None))
-    except HFValidationError:
-        found = None
-    return Path(found).parent if isinstance(found, str) else Path(name)
+        config = cached_file(transformer.name_or_path, CONFIG_NAME, revision=revision, local_files_only=True)
+    except OSError:
+        return []
+    return sorted(Path(str(config)).parent.glob("*.safetensors"))

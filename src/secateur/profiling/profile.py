@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +25,13 @@ from secateur.measures import metrics
 from secateur.measures.costs import Size, layer_sizes, measure_layers
 from secateur.measures.intervals import MINIMUM_UNITS, has_converged, interval, looks
 from secateur.models import model_label, model_source
+from secateur.models.compat import multiplies_bfloat16
 from secateur.models.forward import is_out_of_memory, pooling_name
 from secateur.models.open_model import open_model
 from secateur.options import PROFILE_FILES, ProfileOptions, step
 from secateur.profiling.corpus import Batch, Corpus, check_sources, make_corpus, with_prompts
 from secateur.profiling.depths import DepthEncoder
-from secateur.profiling.lens import next_token_losses, positions
+from secateur.profiling.lens import next_token_losses
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
 from secateur.results import DepthRow, LayerCost, Profile
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 SAMPLE = 1024
 """Vectors per depth that the label-free metrics are computed from, so that memory does not grow with the data."""
 PICTURES = tuple(name for name in PROFILE_FILES if not name.endswith(".json"))
-BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-"""Instructions that multiply bfloat16, by torch's names for them."""
 HELD_BYTES = 192 << 20
 """Size of the pooled vectors of one group of batches, whose texts are sorted by length together."""
 
@@ -190,15 +188,14 @@ def auto_dtype() -> torch.dtype:
 
     What the processor can do is asked, and no clock: a busy machine would turn a timing, and with it the losses.
     """
-    can: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
-    return torch.bfloat16 if any(can.get(name) for name in BFLOAT16) else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 class _Pass:
     """One pass over the batches, and what it has measured; per batch (poolings, depths), the model's pooling first."""
 
     def __init__(self, encoder: DepthEncoder, corpus: Corpus, options: ProfileOptions) -> None:
-        self._encoder, self._corpus, self._options = encoder, corpus, options
+        self._encoder, self.corpus, self._options = encoder, corpus, options
         self._vectors: dict[int, Tensor] = {}  # (poolings, depths, dimension) of texts that a batch still needs
         self.batches = self.texts = self.tokens = 0
         self.converged: bool | None = None
@@ -207,8 +204,6 @@ class _Pass:
         self.influence = torch.zeros(())
         self.angles: Tensor | None = torch.zeros(())
         self.sample: dict[int, Tensor] = {}
-        self.states: list[Tensor] = []
-        self.targets: list[Tensor] = []
 
     @property
     def losses(self) -> Tensor:
@@ -227,7 +222,7 @@ class _Pass:
 
     def run(self, progress: Progress) -> None:
         """Read the batches; with early stopping, convergence is tested at looks that are fixed now."""
-        batches, early = self._corpus.batches, self._options.early_stopping
+        batches, early = self.corpus.batches, self._options.early_stopping
         last_use = {text: number for number, batch in enumerate(batches) for text in batch.texts}
         tests = looks(sum(bool(batch.positives) for batch in batches)) if early else ()
         # The more texts are encoded together, the more alike are the lengths in a forward pass.
@@ -248,21 +243,15 @@ class _Pass:
 
     def _encode(self, members: list[int]) -> None:
         """Run texts and keep their vectors."""
-        corpus, seed = self._corpus.texts, self._options.seed
-        missing = max(0, positions(self.texts + len(members)) - sum(map(len, self.targets)))
-        sampled = set(random.Random(seed).sample(members, min(missing, len(members))))  # noqa: S311 - not for secrets
+        corpus = self.corpus.texts
         for prompt in sorted({corpus[text][0] for text in members}):
             own = [text for text in members if corpus[text][0] == prompt]
-            picks = [place for place, text in enumerate(own) if text in sampled]
-            for found in self._encoder.run([corpus[text][1] for text in own], prompt, picks, seed):
+            for found in self._encoder.run([corpus[text][1] for text in own], prompt):
                 self._vectors |= {own[row]: vectors for row, vectors in zip(found.rows, found.vectors, strict=True)}
                 self.texts += len(found.rows)
                 self.tokens += found.tokens
                 self.influence = self.influence + found.influence
                 self.angles = None if self.angles is None or found.angles is None else self.angles + found.angles
-                if len(found.targets):
-                    self.states.append(found.states)
-                    self.targets.append(found.targets)
 
     def _score(self, batch: Batch) -> None:
         """Measure one batch at all depths at once. The paper's pooling leaves false negatives in, as its code does."""
@@ -273,7 +262,7 @@ class _Pass:
         if not batch.positives:
             return
         columns = (batch.anchors, batch.positives, batch.negatives)
-        numbers = metrics.text_numbers(*([self._corpus.texts[text][1] for text in column] for column in columns))
+        numbers = metrics.text_numbers(*([self.corpus.texts[text][1] for text in column] for column in columns))
         masked = self._encoder.poolings[0] != "l3prune"
         mask = metrics.false_negative_mask(*numbers) if masked else torch.tensor(False)
         losses = []
@@ -307,10 +296,7 @@ def _rows(model: SentenceTransformer, measured: _Pass, seed: int, notes: list[st
         columns |= dict.fromkeys(("loss", "loss_se"), [None] * len(vectors))
     flat = ", ".join(str(depth) for depth, rank in enumerate(columns["effective_rank"], start=1) if rank is None)
     notes += [f"all vectors are the same at depth {flat}: no effective rank and no CKA there"] if flat else []
-    losses = None
-    if measured.targets:
-        losses = next_token_losses(model, torch.cat(measured.states), torch.cat(measured.targets))
-    if losses is not None:
+    if (losses := next_token_losses(model, measured.corpus.texts, seed)) is not None:
         columns["next_token_loss"] = [_number(loss) for loss in losses]
         lost = ", ".join(str(depth) for depth, loss in enumerate(losses, start=1) if not math.isfinite(loss))
         why = "the language-model head holds NaN, or overflows in this dtype"
