@@ -165,7 +165,7 @@ def test_mistakes_are_told_before_anything_is_written(
         (pairs_file, {"depths": [9]}, ConfigError, "depths: is 9: the model has 3 "),
         (pairs_file, {"dims": [99]}, ConfigError, "dims: is 99: the vectors have 32 numbers"),
         (pairs_file, {"eval_data": texts_file}, DataError, "holds texts alone"),
-        (few, taught, DataError, "2 texts do not fill a batch of 8"),
+        (few, taught, DataError, r"nothing fills a batch of 8 \(few.txt: 2 texts\)"),
         ([texts_file, namesake], taught, DataError, "two data files have this name"),
     ):
         with pytest.raises(kind, match=told):

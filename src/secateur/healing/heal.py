@@ -21,14 +21,12 @@ from secateur.data.sources import Source, read_sources
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError
 from secateur.files import empty_folder, lock, output_errors, partial_folder, read_json, rename_into_place
-from secateur.healing.losses import Loss, check_dims, dropout
+from secateur.healing.losses import Loss, check_dims, set_dropout
 from secateur.healing.processes import barrier, init_processes, is_sharded
 from secateur.healing.recipes import TrainingConfig, decide, training_config
 from secateur.healing.teacher import Teacher, open_teacher, teach
-from secateur.healing.trainer import TrainingResult, check_tracker, train
+from secateur.healing.trainer import check_tracker, train
 from secateur.healing.training_data import (
-    Excluded,
-    HeldOut,
     TrainingSet,
     check_room,
     read_excluded,
@@ -75,47 +73,37 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     held_out = read_held_out(options)
     model, teacher = _open_models(options, config)
     config = decide(model, replace(config, train="blocks") if is_sharded() and config.train == "auto" else config)
-    default, own_sets = _with_default_prompt(model, sets, options)
+    default = str(model.prompts.get(model.default_prompt_name or "") or "") if options.instruction is None else ""
+    # Not for the teacher, which has a default prompt of its own.
+    own_sets = [replace(s, prompts=s.prompts or {c: default for c in s.rows.column_names if default}) for s in sets]
     check_room(model, own_sets, config.max_length)
     sources = [source for source in sources if source.name in {item.source for item in sets}]
     prompts = set_prompts(model, sources, default)
-    made = _made_from(options, config, model, sources, own_sets, held_out, teacher, excluded)
-    settings = _settings(options, made, own_sets, teacher) | held_out.settings()
-    settings |= {"exclude": [{"name": task.name, "sha256": task.sha256} for task in excluded.tasks]}
+    judges = held_out.settings() | {"exclude": [{"name": t.name, "sha256": t.sha256} for t in excluded.tasks]}
+    made = _made_from(options, config, model, sources, own_sets, judges, teacher)
+    settings = _settings(options, made, own_sets, teacher) | judges
     settings |= {"objective": config.objective, "notes": [*left_out, *notes]}
     with output_errors(options.out), locked_folder(options.out) as folder:
         if get_rank() == 0 and not check_resume(folder, made):
             made.record(folder)
         barrier()
-        vectors = None
-        if teacher:
-            cache = options.cache or folder / "teacher"
-            taught, vectors = teach(sets, config, teacher, cache, progress)
-            own_sets = [replace(own, rows=item.rows) for own, item in zip(own_sets, taught, strict=True)]
-            teacher = None  # its weights are not needed any more
+        cache = options.cache or folder / "teacher"
+        taught, vectors = teach(sets, config, teacher, cache, progress) if teacher else (sets, None)
+        own_sets = [replace(own, rows=item.rows) for own, item in zip(own_sets, taught, strict=True)]
+        teacher = None  # its weights are not needed any more
         score = held_out.score if held_out.pairs or held_out.tasks else None
         loss, place = partial(Loss, teacher=vectors), folder / "checkpoints"
-        with dropout(model, config):
-            result = train(model, own_sets, config, place, loss, score, report_to=options.report_to, progress=progress)
+        set_dropout(model, config)
+        result = train(model, own_sets, config, place, loss, score, report_to=options.report_to, progress=progress)
         if get_rank() == 0:
-            _write(options.model, model, sources, prompts, settings, result, folder / "model")
+            data = provenance([source.source for source in sources], options.seed)
+            name = model_label(options.model)
+            table = Training(provenance=data, model=name, settings=settings, prompts=prompts, **vars(result))
+            _write(options, model, table, folder / "model")
             rename_into_place(folder / "model", options.out)
             shutil.rmtree(folder)
         barrier()
     return options.out
-
-
-def _with_default_prompt(
-    model: SentenceTransformer, sets: Sequence[TrainingSet], options: HealOptions
-) -> tuple[str, list[TrainingSet]]:
-    """What the model puts before texts that come without a prompt, and the sets with it.
-
-    A teacher does not learn of it: it has a default prompt of its own.
-    """
-    default = str(model.prompts.get(model.default_prompt_name or "") or "") if options.instruction is None else ""
-    if not default:
-        return "", list(sets)
-    return default, [replace(s, prompts=s.prompts or dict.fromkeys(s.rows.column_names, default)) for s in sets]
 
 
 def _settings(options: HealOptions, made: Made, sets: Sequence[TrainingSet], teacher: Teacher | None) -> dict[str, Any]:
@@ -149,9 +137,8 @@ def _made_from(
     model: SentenceTransformer,
     sources: Sequence[Source],
     sets: Sequence[TrainingSet],
-    held_out: HeldOut,
+    judges: Mapping[str, Sequence[Mapping[str, Any]]],
     teacher: Teacher | None,
-    excluded: Excluded,
 ) -> Made:
     """All that decides on the numbers of a training; what has a name is known by its content."""
     own = {"bidirectional": options.bidirectional, "eval_sample": options.eval_sample, "columns": options.columns or {}}
@@ -162,10 +149,10 @@ def _made_from(
         "prompts": [[item.name, dict(item.prompts)] for item in sets],
         "teacher": teacher.fingerprint if teacher else "",
     }
-    for key, items in held_out.settings().items():
-        inputs[key] = [{k: v for k, v in item.items() if k not in ("name", "licence")} for item in items]
-    if excluded.tasks:
-        inputs["exclude"] = [task.sha256 for task in excluded.tasks]
+    for key in ("eval_data", "eval_tasks"):
+        inputs[key] = [{k: v for k, v in item.items() if k not in ("name", "licence")} for item in judges[key]]
+    if judges["exclude"]:
+        inputs["exclude"] = [item["sha256"] for item in judges["exclude"]]
     return Made("heal", asdict(config) | own, inputs)
 
 
@@ -206,24 +193,9 @@ def check_resume(
     raise ConfigError("out", str(folder), problem, "remove it, or name another --out")
 
 
-def _write(
-    name: Any,
-    model: SentenceTransformer,
-    sources: Sequence[Source],
-    prompts: Mapping[str, str],
-    settings: Mapping[str, Any],
-    result: TrainingResult,
-    folder: Path,
-) -> None:
-    """Write the trained model, and what made it."""
+def _write(options: HealOptions, model: SentenceTransformer, table: Training, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     empty_folder(folder)
-    depth = depth_of(model[0].auto_model)
-    save_model(model, folder, origin_of(name, depth, range(depth)))
-    Training(
-        provenance=provenance([source.source for source in sources], settings["seed"]),
-        model=model_label(name),
-        settings=settings,
-        prompts=prompts,
-        **vars(result),
-    ).save(folder)
+    kept = range(depth_of(model[0].auto_model))
+    save_model(model, folder, origin_of(options.model, len(kept), kept))
+    table.save(folder)

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, get_ran
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from secateur.data.vectors import VectorCache
 from secateur.errors import ConfigError
@@ -31,9 +30,6 @@ from secateur.measures.metrics import cosines, false_negative_mask
 from secateur.models.blocks import embeddings_of
 from secateur.models.forward import padded_length
 from secateur.profiling.depths import check_depths, depth_vectors
-
-LOSS_ROWS = 1024
-"""Anchors whose similarities to all candidates are in memory at once."""
 
 SIMCSE_DROPOUT = 0.1
 
@@ -47,21 +43,11 @@ def contrastive_loss(columns: Sequence[Tensor], mask: Tensor | None, scale: floa
     anchors, *documents = columns
     if get_world_size() > 1:
         documents = [all_gather_with_grad(column) for column in documents]
-    candidates = torch.cat(documents)
+    similarities = cosines(anchors, torch.cat(documents))
+    if mask is not None:
+        similarities = similarities.masked_fill(mask, -torch.inf)
     own = get_rank() * len(anchors) + torch.arange(len(anchors), device=anchors.device)
-
-    def losses_of(rows: slice) -> Tensor:
-        similarities = cosines(anchors[rows], candidates)
-        if mask is not None:
-            similarities = similarities.masked_fill(mask[rows], -torch.inf)
-        scores = similarities * scale
-        return torch.logsumexp(scores, dim=1) - scores.gather(1, own[rows, None])[:, 0]
-
-    if len(anchors) <= LOSS_ROWS:
-        return losses_of(slice(None)).mean()
-    parts = [slice(start, start + LOSS_ROWS) for start in range(0, len(anchors), LOSS_ROWS)]
-    # Computed again in the backward pass: the similarities of one part at a time are in memory.
-    return torch.cat([checkpoint(losses_of, rows, use_reentrant=False) for rows in parts]).mean()
+    return functional.cross_entropy(similarities * scale, own)
 
 
 def row_keys(features: dict[str, Any]) -> Tensor:
@@ -115,7 +101,7 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
     With a teacher's vectors, ``labels`` are row numbers in them, (batch, columns).
     """
 
-    mini_batch_size = LOSS_ROWS
+    mini_batch_size = 1024  # the mixin asks for it; mini-batches are those of embed_minibatch_iter
 
     def __init__(self, model: SentenceTransformer, config: TrainingConfig, teacher: VectorCache | None = None) -> None:
         super().__init__()
@@ -148,12 +134,10 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 
     def _embed(self, features: dict[str, Any]) -> dict[str, Tensor]:
         """Vectors (texts, depths, dimension)."""
-        if self._depths:
-            student, layers = self._student[0], self.config.layers
-            vectors = depth_vectors(student, features, self._depths, layers=layers, run=self.model)
-        else:
-            vectors = self.model(features)["sentence_embedding"][:, None]
-        return {"sentence_embedding": vectors}
+        if not self._depths:
+            return {"sentence_embedding": self.model(features)["sentence_embedding"][:, None]}
+        student, layers = self._student[0], self.config.layers
+        return {"sentence_embedding": depth_vectors(student, features, self._depths, layers=layers, run=self.model)}
 
     def embed_minibatch_iter(
         self,
@@ -248,31 +232,20 @@ def mini_batches(features: dict[str, Any], tokens: int) -> tuple[list[dict[str, 
     return pieces, order.argsort()
 
 
-@contextmanager
-def dropout(model: SentenceTransformer, config: TrainingConfig) -> Iterator[None]:
-    """Within: in training, the model's dropout is what its loss needs.
+def set_dropout(model: SentenceTransformer, config: TrainingConfig) -> None:
+    """Give a model, in place, the dropout that its loss needs in training.
 
     That is 0.1 where a text is told from itself by dropout alone (SimCSE), none for a teacher, else the model's own. A
-    model that has no dropout modules (as a Llama) gets one on its token embeddings. The dropout of adapters that are
-    added within stays theirs.
+    model that has no dropout modules (as a Llama) gets one on its token embeddings. Adapters that are added later keep
+    theirs.
     """
     if not config.unsupervised and not config.has_teacher:
-        yield
         return
     share = SIMCSE_DROPOUT if config.unsupervised else 0.0
     modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    before = [module.p for module in modules]
-    hook = None
+    for module in modules:
+        module.p = share
     if not modules:
-        hook = embeddings_of(model[0].auto_model).register_forward_hook(
+        embeddings_of(model[0].auto_model).register_forward_hook(
             lambda table, _, output: functional.dropout(output, share, training=table.training)
         )
-    try:
-        for module in modules:
-            module.p = share
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            module.p = own
-        if hook:
-            hook.remove()

@@ -36,7 +36,7 @@ LEARNING_RATES = {"lora": 2e-4, "blocks": 5e-4, "all": 5e-4}
 """Peak learning rate by what is trained: the first is the paper's, docs/explanation/results.md measured the others."""
 
 CHECKPOINTS = 10
-"""How many a training writes on its way, so that a killed one loses at most a tenth; fewer where writing takes long."""
+"""How many a training writes on its way, so that a killed one loses at most a tenth."""
 LOGGED = 100
 """About how many losses a training logs."""
 SCORE = "eval_score"
@@ -95,9 +95,7 @@ class TrainingConfig:
         """``precision``, with ``auto`` decided for this machine: bfloat16 where the processor multiplies in it."""
         if self.precision != "auto":
             return self.precision == "bfloat16"
-        if torch.cuda.is_available():
-            return bool(torch.cuda.is_bf16_supported())
-        return multiplies_bfloat16()
+        return bool(torch.cuda.is_bf16_supported()) if torch.cuda.is_available() else multiplies_bfloat16()
 
 
 _FINETUNE: Mapping[str, Any] = {"train": "auto", "warmup": 0.1, "scale": 20.0, "max_length": 128}
@@ -172,7 +170,7 @@ def training_arguments(
         multi_dataset_batch_sampler=MultiDatasetBatchSamplers.PROPORTIONAL,
         prompts={name: dict(own) for name, own in (prompts or {}).items() if own} or None,
         eval_strategy="steps" if evaluated else "no",
-        eval_steps=save_every if evaluated else None,
+        eval_steps=save_every,
         load_best_model_at_end=evaluated,
         metric_for_best_model=SCORE if evaluated else None,
         greater_is_better=True if evaluated else None,
@@ -197,8 +195,9 @@ def decide(model: SentenceTransformer, config: TrainingConfig) -> TrainingConfig
     if train == "auto":
         weights = sum(p.numel() for p in blocks_of(model[0].auto_model).parameters())
         on_gpu = model.device.type == "cuda"
-        properties = torch.cuda.get_device_properties(model.device) if on_gpu else None
-        memory = int(properties.total_memory if properties else psutil.virtual_memory().total)
+        memory = (
+            torch.cuda.get_device_properties(model.device).total_memory if on_gpu else psutil.virtual_memory().total
+        )
         train = "blocks" if 2 * BYTES_PER_WEIGHT * weights <= memory else "lora"
     rate = LEARNING_RATES[train] if config.learning_rate is None else config.learning_rate
     return replace(config, train=train, learning_rate=rate)
@@ -207,8 +206,8 @@ def decide(model: SentenceTransformer, config: TrainingConfig) -> TrainingConfig
 def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, torch.dtype]:
     """Make a model's weights trainable as a decided configuration says, in place.
 
-    Weights that are trained are kept in float32, whatever the precision: an update is often smaller than the last
-    bit of a bfloat16. Returns the dtype of each weight before, which :func:`finish` wants back.
+    They are kept in float32, whatever the precision: an update is often smaller than the last bit of a bfloat16.
+    Returns the dtype of each weight before, which :func:`finish` wants back.
     """
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     torch.manual_seed(config.seed)
@@ -241,8 +240,7 @@ def finish(model: SentenceTransformer, dtypes: Mapping[str, torch.dtype]) -> Non
     adapted = [(name, layer) for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)]
     for name, layer in adapted:
         layer.merge(safe_merge=True)
-        owner, _, attribute = name.rpartition(".")
-        setattr(transformer.get_submodule(owner), attribute, layer.get_base_layer())
+        transformer.set_submodule(name, layer.get_base_layer())
     if adapted:
         transformer.delete_adapter("default")  # else an adapter would be saved in place of the model
     for name, parameter in model.named_parameters():
@@ -250,31 +248,6 @@ def finish(model: SentenceTransformer, dtypes: Mapping[str, torch.dtype]) -> Non
         parameter.requires_grad_(True)
         parameter.grad = None
     model.eval()
-
-
-@contextmanager
-def as_written(model: SentenceTransformer, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
-    """Within: the model computes with the weights and in the dtypes that :func:`finish` would leave it with.
-
-    A merged adapter, and a float32 weight, are rounded to the dtype of the model that came. Afterwards the weights are
-    those of the training again, bit for bit.
-    """
-    trained = [(parameter, parameter.data) for parameter in model.parameters()]
-    autocast = vars(model).pop("forward", None)  # the trainer's, around the model's own
-    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    try:
-        for layer in adapted:
-            layer.merge(safe_merge=True)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-        yield
-    finally:
-        for parameter, data in trained:
-            parameter.data = data
-        for layer in adapted:
-            layer.merged_adapters.clear()
-        if autocast is not None:
-            model.forward = autocast
 
 
 class BitsDropout(nn.Dropout):

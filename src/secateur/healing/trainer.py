@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import time
@@ -20,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
-from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -32,7 +32,6 @@ from secateur.healing.processes import gather, is_sharded, shard_by_blocks, shar
 from secateur.healing.recipes import (
     SCORE,
     TrainingConfig,
-    as_written,
     attention_in_float32,
     decide,
     finish,
@@ -50,11 +49,7 @@ EXPLODED = 10.0
 NEAR_ZERO = 1e-3
 """Losses below count as this: a student that is its teacher has a loss of 0, or by rounding a little below."""
 
-QUICK_SAVE, SAVE_SHARE = 1.0, 0.1
-"""Checkpoints that take more seconds than this are written so rarely that they take at most this share of the time."""
-
 TRAINED_WEIGHTS, SECONDS = "trained.safetensors", "seconds"
-
 
 Score = Callable[[SentenceTransformer], float]
 """Higher for a better model."""
@@ -128,16 +123,11 @@ def train(
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.max_seq_length = length
     finish(model, dtypes)
-    return result_of(trainer.state, trainer.seconds, trained)
-
-
-def result_of(state: TrainerState, seconds: float, trained: int) -> TrainingResult:
-    """What the trainer's log says of a training."""
-    log = state.log_history
+    log = trainer.state.log_history
     losses = tuple(LossRow(row["step"], row["loss"], row["learning_rate"]) for row in log if "loss" in row)
     evaluations = tuple(EvaluationRow(row["step"], row[SCORE]) for row in log if SCORE in row)
-    best = state.best_global_step if evaluations else None
-    return TrainingResult(state.global_step, seconds, trained, losses, evaluations, best)
+    best = trainer.state.best_global_step if evaluations else None
+    return TrainingResult(trainer.state.global_step, trainer.seconds, trained, losses, evaluations, best)
 
 
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
@@ -162,15 +152,15 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         self._started = time.monotonic()
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
         self._seconds_before = max((row.get(SECONDS, 0.0) for row in state.log_history), default=0.0) if state else 0.0
-        if state is None or (state.global_step < self.args.max_steps and not out_of_patience(state, patience)):
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        else:
+        if state is not None and is_over(state, patience):
             self.state = state
             self._load_from_checkpoint(str(checkpoint))
             self._load_best_model()
-        if self.state.global_step < self.args.max_steps and not out_of_patience(self.state, patience):
-            problem = f"gave no batch of {self.args.train_batch_size} after {self.state.global_step} of "
-            problem += f"{self.args.max_steps} steps"
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not is_over(self.state, patience):
+            after = f"{self.state.global_step} of {self.state.max_steps} steps"
+            problem = f"gave no batch of {self.args.train_batch_size} after {after}"
             raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
         check_learning(self.state)
 
@@ -223,7 +213,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
 
 
 class Evaluator(BaseEvaluator):  # type: ignore[misc]
-    """A score as the trainer asks for it: of the model as it would be written.
+    """A score as the trainer asks for it: of a copy of the model, as it would be written.
 
     That is at its own ``length``, which may be longer than that of the training, and with the ``dtypes`` that its
     weights had before it (:func:`.prepare`).
@@ -231,51 +221,31 @@ class Evaluator(BaseEvaluator):  # type: ignore[misc]
 
     def __init__(self, score: Score, length: int | None, dtypes: Mapping[str, torch.dtype]) -> None:
         super().__init__()
-        self.score = score
-        self.length = length
-        self.dtypes = dtypes
+        self.score, self.length, self.dtypes = score, length, dtypes
 
     def __call__(self, model: SentenceTransformer, *_: Any, **__: Any) -> dict[str, float]:
         """The score, under the name that the trainer looks for."""
-        trained_length, model.max_seq_length = model.max_seq_length, self.length
-        # What the score draws must not change what the training draws.
-        with torch.random.fork_rng(), as_written(model, self.dtypes):
-            score = float(self.score(model))
-        model.max_seq_length = trained_length
-        return {"score": score}
+        card = model.model_card_data
+        own = copy.deepcopy(model, {id(card): card})
+        vars(own).pop("forward", None)  # the trainer's autocast, around the model's own
+        own.max_seq_length = self.length
+        finish(own, self.dtypes)
+        with torch.random.fork_rng():  # what the score draws must not change what the training draws
+            return {"score": float(self.score(own))}
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Reports the progress in rows, and stops a training that has diverged, or gets no better.
-
-    It leaves out checkpoints that would take much of the time: on a CPU, the optimizer's state of all weights takes
-    longer to write than some steps do.
-    """
+    """Reports the progress in rows, and stops a training that has diverged, or gets no better."""
 
     def __init__(self, folder: Path, config: TrainingConfig, progress: Progress) -> None:
         self.folder, self.config, self.progress = folder, config, progress
-        self._saved = self._began = time.monotonic()
-        self._took = 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._report(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._report(state)
-        self._began = time.monotonic()
-        # A checkpoint belongs to each score; and several processes write theirs together, by one clock or none.
-        free = args.eval_strategy == "no" and get_world_size() == 1
-        if free and self._took > QUICK_SAVE and self._began - self._saved < self._took / SAVE_SHARE:
-            control.should_save = False
-
-    def _report(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
             size = self.config.batch_size
             self.progress(f"heal ({self.config.train})", state.global_step * size, state.max_steps * size)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._saved = time.monotonic()
-        self._took = self._saved - self._began
+    on_train_begin = on_step_end
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -291,8 +261,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             raise TrainingDiverged(state.global_step, loss, last_checkpoint(self.folder))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if out_of_patience(state, self.config.patience):
-            control.should_training_stop = True
+        control.should_training_stop |= is_over(state, self.config.patience)
 
 
 def check_learning(state: TrainerState) -> None:
@@ -304,10 +273,11 @@ def check_learning(state: TrainerState) -> None:
         raise DataError("data", problem, hint)
 
 
-def out_of_patience(state: TrainerState, patience: int | None) -> bool:
-    """Whether the last ``patience`` scores are no better than the best before them."""
+def is_over(state: TrainerState, patience: int | None) -> bool:
+    """Whether all steps are done, or the last ``patience`` scores are no better than the best before them."""
     scores = [entry[SCORE] for entry in state.log_history if SCORE in entry]
-    return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience if scores else False
+    impatient = bool(scores) and patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
+    return impatient or state.global_step >= state.max_steps
 
 
 def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]:
@@ -351,29 +321,29 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether what a training goes on with can be read; without the optimizer's, the stock trainer would use a new one.
 
-    Of a sharded one, each part's last file is looked for: the parts are read by torch alone.
+    Of sharded parts, which torch alone reads, each one's last file is looked for.
     """
-    archives = [checkpoint / SCHEDULER_NAME, *checkpoint.glob("rng_state*.pth")]  # as torch saves
+    names = [SCHEDULER_NAME] if is_sharded() else [SCHEDULER_NAME, OPTIMIZER_NAME]
     try:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if is_sharded():
             for part in (FSDP_MODEL_NAME, "optimizer"):
                 (checkpoint / f"{part}_0" / ".metadata").stat()
         else:
-            archives.append(checkpoint / OPTIMIZER_NAME)
             with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt"):
                 pass
+        archives = [*(checkpoint / name for name in names), *checkpoint.glob("rng_state*.pth")]  # as torch saves
         for file in archives:
             with ZipFile(file) as archive:
                 if archive.testzip() is not None:
                     return False
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            return False
-        raise
+        if not isinstance(error, FileNotFoundError):
+            raise
+        return False
     except Exception:  # whatever a reader makes of bytes that are not its own
         return False
-    return checkpoint.name == f"checkpoint-{state.global_step}" and len(archives) > (1 if is_sharded() else 2)
+    return checkpoint.name == f"checkpoint-{state.global_step}" and len(archives) > len(names)
 
 
 def check_tracker(name: str) -> None:

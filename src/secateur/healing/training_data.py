@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,23 +51,23 @@ class Excluded:
         kept: list[Source] = []
         notes: list[str] = []
         for source in sources:
-            rows: Any
-            negatives = 0
-            if isinstance(source, Pairs):
-                clean = [row for row in source.rows if self.texts.isdisjoint((row.anchor, row.positive))]
-                rows = [replace(r, negatives=tuple(t for t in r.negatives if t not in self.texts)) for r in clean]
-                negatives = sum(len(r.negatives) for r in clean) - sum(len(r.negatives) for r in rows)
-            else:
-                rows = [text for text in source.rows if text not in self.texts]
-            parts = [(len(source.rows) - len(rows), f"of {len(source.rows)} rows"), (negatives, "other negatives")]
-            if told := ", ".join(f"{count} {what}" for count, what in parts if count):
+            rows: Any = tuple(row for row in map(self._without, source.rows) if row)
+            if rows != source.rows:
+                told = f"{len(source.rows) - len(rows)} of {len(source.rows)} rows"
+                told += ", and negatives of others" if set(rows) - set(source.rows) else ""
                 notes.append(f"{source.source.name}: not trained on, as texts of excluded tasks: {told}")
             if rows:
-                left: Any = tuple(rows)
-                kept.append(replace(source, rows=left, source=replace(source.source, rows=len(rows))))
+                kept.append(replace(source, rows=rows, source=replace(source.source, rows=len(rows))))
         if not kept:
             raise DataError("data", "every row holds a text of an excluded task", "other data, or exclude less")
         return kept, notes
+
+    def _without(self, row: Pair | str) -> Pair | str | None:
+        if isinstance(row, str):
+            return None if row in self.texts else row
+        if row.anchor in self.texts or row.positive in self.texts:
+            return None
+        return replace(row, negatives=tuple(text for text in row.negatives if text not in self.texts))
 
 
 def read_excluded(tasks: Sequence[object]) -> Excluded:
@@ -105,125 +105,82 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
     A file whose rows have a negative here and there becomes two sets; rows with more negatives than the others are
     cut to the fewest. A set that does not fill a batch is left out.
 
-    Returns the sets, and notes on what is left out and on texts that are positive and negative of one query.
+    Returns the sets, and notes on what is left out.
 
     Raises:
         DataError: Nothing fills a batch, or two files have one name.
     """
+    size = config.batch_size
     sets: list[TrainingSet] = []
     notes: list[str] = []
     too_few: list[str] = []
-    names: Counter[str] = Counter()
-    size = config.batch_size
     for source in sorted(sources, key=lambda source: isinstance(source, Texts)):
-        if isinstance(source, Texts) and config.has_teacher:
-            names[source.name] += 1
-            sets.append(_texts_set(source, size))
-            continue
-        pairs = _pairs(source)
-        notes += _contradictions(source.source.name, pairs)
-        bare = [row for row in pairs if not row.negatives]
-        hard = [row for row in pairs if row.negatives]
-        parts = [(source.name, " without negatives", bare), (f"{source.name}-hard", " with negatives", hard)]
-        for name, kind, rows in parts if bare and hard else [(source.name, "", pairs)]:
-            names[name] += 1
-            counts = [len(row.negatives) for row in rows]
-            fewest, most = min(counts), max(counts)
-            texts = [row.texts[: 2 + fewest] for row in rows]
-            fits = distinct_rows(texts, size)
-            about = f"{source.source.name}: {len(rows)} rows{kind}"
-            if fits < size:
-                about += f", no more than {fits} of them without a text in common" if len(rows) >= size else ""
+        for name, kind, rows in _parts(source, config.has_teacher):
+            fewest, most = min(map(len, rows)), max(map(len, rows))
+            columns = dict(
+                zip(_columns(fewest), map(list, zip(*(row[:fewest] for row in rows), strict=True)), strict=True)
+            )
+            about = f"{source.source.name}: {len(rows)} {kind}"
+            # The sampler puts no text into a batch twice.
+            if (distinct := min(len(set(texts)) for texts in columns.values())) < size:
+                about += f", no more than {distinct} of them without a text in common" if len(rows) >= size else ""
                 too_few.append(about)
                 notes.append(f"{about}: too few for a batch of {size}, not trained on")
                 continue
             if most > fewest:
-                used = (
-                    f"{len(rows) - counts.count(fewest)} rows have up to {most} negatives, of which {fewest} are used"
-                )
+                more = sum(len(row) > fewest for row in rows)
+                used = f"{more} rows have up to {most - 2} negatives, of which {fewest - 2} are used"
                 notes.append(f"{source.source.name}: {used}, as many as every row has")
-            columns = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(fewest))]
-            data = Dataset.from_dict(dict(zip(columns, map(list, zip(*texts, strict=True)), strict=True)))
-            prompts = {column: source.prompt if column == "anchor" else source.passage_prompt for column in columns}
-            sets.append(TrainingSet(name, data, {column: p for column, p in prompts.items() if p}, source.name))
-    if twice := next((name for name, count in names.items() if count > 1), None):
+            prompts = {key: source.prompt if key in ("anchor", "text") else source.passage_prompt for key in columns}
+            prompts = {key: prompt for key, prompt in prompts.items() if prompt}
+            sets.append(TrainingSet(name, Dataset.from_dict(columns), prompts, source.name))
+    if twice := next((name for name, count in Counter(item.name for item in sets).items() if count > 1), None):
         raise DataError(twice, "two data files have this name, and a prompt belongs to a name", "rename one")
-    if not sets or (too_few and all(item.rows.column_names == ["text"] for item in sets)):
+    no_pairs = all(item.rows.column_names == ["text"] for item in sets)
+    if not sets or (no_pairs and any(isinstance(source, Pairs) for source in sources)):
         problem = f"nothing fills a batch of {size} ({', '.join(too_few)})"
         raise DataError("data", problem, "more rows, whose texts differ, or a smaller batch")
     return sets, notes
 
 
-def _texts_set(source: Texts, size: int) -> TrainingSet:
-    """Texts for a teacher."""
-    distinct = list(dict.fromkeys(source.rows))
-    if len(distinct) < size:
-        problem = f"{len(distinct)} texts do not fill a batch of {size}"
-        raise DataError(source.name, problem, "more texts, or a smaller batch")
-    prompts = {"text": source.prompt} if source.prompt else {}
-    return TrainingSet(source.name, Dataset.from_dict({"text": distinct}), prompts, source.name)
-
-
-def _pairs(source: Source) -> list[Pair]:
-    """The pairs of a source; without a teacher, a text is its own positive."""
-    if isinstance(source, Texts):
-        return [Pair(text, text) for text in dict.fromkeys(source.rows)]
-    return list(source.rows)
-
-
-def _contradictions(name: str, rows: Sequence[Pair]) -> list[str]:
-    """Says which rows have a negative that is a positive of the same query; the loss masks it within a batch only."""
-    positives: dict[str, set[str]] = {}
-    for row in rows:
-        positives.setdefault(row.anchor, set()).add(row.positive)
-    both = [i for i, row in enumerate(rows, 1) if not positives[row.anchor].isdisjoint(row.negatives)]
-    if not both:
-        return []
-    problem = f"{len(both)} rows have a negative that is a positive of the same query: row {both[0]}"
-    return [f"{name}: {problem}" + (" and others" if len(both) > 1 else "")]
-
-
-def distinct_rows(rows: Sequence[Sequence[str]], most: int) -> int:
-    """How many rows, up to ``most``, share no text, those with the rarest texts first.
-
-    The sampler puts no others into one batch; it takes them as they come, in a random order.
+def _parts(source: Source, has_teacher: bool) -> list[tuple[str, str, list[tuple[str, ...]]]]:
+    """The sets of a file: their names, what they hold, and rows of texts, of which each is its own positive without a
+    teacher.
     """
-    frequency = Counter(text for row in rows for text in set(row))
-    texts: set[str] = set()
-    found = 0
-    for row in sorted(rows, key=lambda row: max(frequency[text] for text in row)):
-        if found < most and texts.isdisjoint(row):
-            texts.update(row)
-            found += 1
-    return found
+    if isinstance(source, Texts):
+        return [(source.name, "texts", [(t,) if has_teacher else (t, t) for t in dict.fromkeys(source.rows)])]
+    bare, hard = ([row.texts for row in source.rows if bool(row.negatives) == has] for has in (False, True))
+    if bare and hard:
+        return [(source.name, "rows without negatives", bare), (f"{source.name}-hard", "rows with negatives", hard)]
+    return [(source.name, "rows", bare or hard)]
+
+
+def _columns(count: int) -> list[str]:
+    return ["text"] if count == 1 else ["anchor", "positive", *(f"negative_{i}" for i in range(1, count - 1))]
 
 
 def used_rows(sets: Sequence[TrainingSet], config: TrainingConfig) -> list[list[int]]:
     """The rows of each set that will be in a batch of the training, ascending.
 
-    They come from the samplers that :func:`.training_arguments` names, with its seed, epoch by epoch as the trainer
-    draws them. The sets must be those that are trained on, in their order; a column ``label`` makes no difference.
+    They come from the samplers that :func:`.training_arguments` names, epoch by epoch as the trainer draws them. The
+    sets must be those that are trained on, in their order; a column ``label`` makes no difference.
     """
-    arguments = training_arguments(config, Path("checkpoints"))
-    generator = torch.Generator()
+    size = training_arguments(config, Path("checkpoints")).train_batch_size
+    generator, seed, left = torch.Generator(), config.seed, config.steps
     samplers = [
-        NoDuplicatesBatchSampler(
-            item.rows, arguments.train_batch_size, drop_last=True, generator=generator, seed=arguments.seed
-        )
-        for item in sets
+        NoDuplicatesBatchSampler(item.rows, size, drop_last=True, generator=generator, seed=seed) for item in sets
     ]
     together: ConcatDataset[Any] = ConcatDataset([item.rows for item in sets])
-    sampler = ProportionalBatchSampler(together, samplers, generator, arguments.seed)
+    sampler = ProportionalBatchSampler(together, samplers, generator, seed)
     used: set[int] = set()
-    left, epoch, drawn = arguments.max_steps, 0, True
     with quiet():
-        while drawn and left and len(used) < len(together):
+        for epoch in count():
             sampler.set_epoch(epoch)
-            drawn = False
-            for batch in islice(sampler, left):
-                used.update(batch)
-                left, drawn = left - 1, True
-            epoch += 1
+            batches = list(islice(sampler, left))
+            used.update(chain.from_iterable(batches))
+            left -= len(batches)
+            if not batches or not left or len(used) == len(together):
+                break
     starts = [0, *together.cumulative_sizes]
     return [sorted(row - start for row in used if start <= row < end) for start, end in pairwise(starts)]
 
@@ -247,22 +204,15 @@ def set_prompts(model: SentenceTransformer, sources: Sequence[Source], default: 
     The default prompt, ``default``, stays where it is trained with. Texts without an instruction leave all prompts as
     they are. Returned are those from the data: by data set and, where all data agree, as ``query`` and ``document``.
     """
-    prompts: dict[str, str] = {}
-    queries, documents, without = set(), set(), []
-    for source in sources:
-        query, document = source.prompt, source.passage_prompt
-        if not query and not document:
-            without.append(source)
-            query = document = default
-        if query:
-            prompts[source.name] = query
-        if isinstance(source, Pairs) or query:
-            queries.add(query)
-            documents.add(document)
+    bare = [source for source in sources if not source.prompt and not source.passage_prompt]
+    used = {s.name: (default, default) if s in bare else (s.prompt, s.passage_prompt) for s in sources}
+    prompts = {name: query for name, (query, _) in used.items() if query}
+    asked = [used[source.name] for source in sources if isinstance(source, Pairs) or used[source.name][0]]
+    queries, documents = ({pair[i] for pair in asked} for i in (0, 1))
     if len(queries) == len(documents) == 1:
         prompts |= {"query": queries.pop(), "document": documents.pop()}
-    if len(without) < len(sources) or any(isinstance(source, Pairs) for source in sources):
-        name = model.default_prompt_name if without and default else None
+    if len(bare) < len(sources) or any(isinstance(source, Pairs) for source in sources):
+        name = model.default_prompt_name if bare and default else None
         model.prompts = {"query": "", "document": ""} | ({name: default} if name else {}) | prompts
         model.default_prompt_name = name
     return prompts
@@ -276,12 +226,12 @@ COMPARED = 2**24
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pairs and tasks that were read; ``sample`` rows of each task count, drawn by ``seed``."""
+    """Pairs and tasks that score a model; ``sample`` rows of each task count, drawn by ``seed``."""
 
-    pairs: Sequence[Pairs] = ()
-    tasks: Sequence[Task] = ()
-    sample: int | None = None
-    seed: int = 42
+    pairs: Sequence[Pairs]
+    tasks: Sequence[Task]
+    sample: int | None
+    seed: int
 
     def score(self, model: SentenceTransformer) -> float:
         """The mean over files and tasks."""
@@ -302,22 +252,21 @@ class HeldOut:
 
 def read_held_out(options: HealOptions) -> HeldOut:
     """Open what a training is scored by, which may be nothing."""
-    sources = read_sources(options.eval_data or (), options.instruction, options.columns)
-    for key in ("eval_sample", "eval_every", "patience"):
-        value = getattr(options, key)
-        if value is not None and not sources and not options.eval_tasks:
-            raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
+    sample, seed = options.eval_sample, options.seed
     pairs: list[Pairs] = []
-    for source in sources:
+    for source in read_sources(options.eval_data or (), options.instruction, options.columns):
         if isinstance(source, Texts):
             raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
-        pairs.append(source.sample(options.eval_sample, options.seed) if options.eval_sample else source)
+        pairs.append(source.sample(sample, seed) if sample else source)
     tasks: list[Task] = []
     if options.eval_tasks:
         from secateur.evaluation.tasks import open_tasks
 
-        tasks = open_tasks(options.eval_tasks, options.eval_sample, options.seed)
-    return HeldOut(pairs, tasks, options.eval_sample, options.seed)
+        tasks = open_tasks(options.eval_tasks, sample, seed)
+    for key in ("eval_sample", "eval_every", "patience"):
+        if not pairs and not tasks and (value := getattr(options, key)) is not None:
+            raise ConfigError(key, value, "there is nothing to measure on the way", "give eval_data or eval_tasks")
+    return HeldOut(pairs, tasks, sample, seed)
 
 
 def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
@@ -329,12 +278,11 @@ def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
     encode = partial(model.encode, convert_to_tensor=True, show_progress_bar=False)
     anchors = encode(list(pairs.anchors), prompt=pairs.prompt or None)
     passages = encode(texts, prompt=pairs.passage_prompt or None)
-    numbers = text_numbers(pairs.anchors, texts)
-    count, total = len(pairs.rows), 0.0
-    step = max(1, COMPARED // len(texts))
-    for rows in (slice(start, min(start + step, count)) for start in range(0, count, step)):
-        masked = false_negative_mask(numbers[0], numbers[1][:count], numbers[1][count:], rows=rows, once=True)
-        found = cosines(anchors[rows], passages).masked_fill(masked.to(passages.device), -torch.inf)
-        own = torch.arange(count, device=found.device)[rows]
-        total += float(retrieval(found, own).ndcg_at_10) * len(own)
-    return total / count
+    numbers = text_numbers(pairs.anchors, pairs.positives, pairs.negatives)
+    total = 0.0
+    for own in torch.arange(len(pairs.rows)).split(max(1, COMPARED // len(texts))):
+        rows = slice(int(own[0]), int(own[-1]) + 1)
+        masked = false_negative_mask(*numbers, rows=rows, once=True).to(passages.device)
+        found = cosines(anchors[rows], passages).masked_fill(masked, -torch.inf)
+        total += float(retrieval(found, own.to(found.device)).ndcg_at_10) * len(own)
+    return total / len(pairs.rows)

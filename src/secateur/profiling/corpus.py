@@ -22,23 +22,22 @@ def check_sources(sources: Sequence[Source], max_examples: int) -> None:
     if not sources:
         raise ConfigError("data", sources, "no data file given")
     contents = [source.source.sha256 for source in sources]
-    share = max(2, max_examples // len(sources))
     for source in sources:
-        name, rows, pairs = source.source.name, source.rows, isinstance(source, Pairs)
+        name, pairs = source.source.name, isinstance(source, Pairs)
         if contents.count(source.source.sha256) > 1:
             raise DataError(name, "is there twice: its batches would count twice", "name it once")
-        hint = "a loss needs something to tell apart"
-        if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in rows}) < 2:
-            hint = "raise --max-examples" if len(rows) >= share else hint
+        if len({(row.anchor, row.positive) if isinstance(row, Pair) else row for row in source.rows}) < 2:
+            drawn_all = len(source.rows) < max(2, max_examples // len(sources))
+            hint = "a loss needs something to tell apart" if drawn_all else "raise --max-examples"
             raise DataError(name, f"fewer than two different {'pairs' if pairs else 'texts'} were drawn from it", hint)
-        relevant: dict[str, set[str]] = {}
-        passages: set[str] = set()
-        for row in rows:
-            if isinstance(row, Pair):
+        if isinstance(source, Pairs):
+            relevant: dict[str, set[str]] = {}
+            for row in source.rows:
                 relevant.setdefault(row.anchor, {row.anchor}).add(row.positive)
-                passages.update((row.positive, *row.negatives))
-        if pairs and all(passages <= own for own in relevant.values()):
-            raise DataError(name, "every passage is a positive of every anchor", hint)
+            passages = {*source.positives, *source.negatives}
+            if all(passages <= own for own in relevant.values()):
+                problem = "every passage is a positive of every anchor"
+                raise DataError(name, problem, "a loss needs something to tell apart")
 
 
 def with_prompts(source: Source, model: SentenceTransformer, default: bool) -> Source:
@@ -46,7 +45,7 @@ def with_prompts(source: Source, model: SentenceTransformer, default: bool) -> S
 
     With the paper's pooling, prompts get the paper's form.
     """
-    prompt, passage_prompt = source.prompt, source.passage_prompt if isinstance(source, Pairs) else ""
+    prompt, passage_prompt = source.prompt, source.passage_prompt
     if default and not prompt and not passage_prompt:
         prompt = passage_prompt = model.prompts.get(model.default_prompt_name or "") or ""
     if pooling_name(model) == "l3prune":

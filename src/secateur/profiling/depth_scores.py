@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import IO, Any
 
 import numpy as np
@@ -96,16 +95,14 @@ def score_depths(
 
 def notes_on(scores: Sequence[DepthScore]) -> list[str]:
     """What is missing among scores, and their notes, each once for all depths that have it."""
-    notes: list[str] = []
-    for task in dict.fromkeys(score.task for score in scores):
-        own = [score for score in scores if score.task == task]
-        if missing := [str(score.depth) for score in own if score.row is None]:
-            metric = f"{own[0].metric} on {task}"
-            notes.append(f"{metric} is no number at depth {', '.join(missing)}: the vectors there are all alike")
-        for note in dict.fromkeys(score.note for score in own if score.note):
-            depths = ", ".join(str(score.depth) for score in own if score.note == note)
-            notes.append(f"{task} at depth {depths}: {note}")
-    return notes
+    depths: dict[tuple[str, str], list[str]] = {}
+    for score in scores:
+        if score.row is None:
+            said = f"{score.metric} on {score.task} is no number at depth", "the vectors there are all alike"
+            depths.setdefault(said, []).append(str(score.depth))
+        if score.note:
+            depths.setdefault((f"{score.task} at depth", score.note), []).append(str(score.depth))
+    return [f"{what} {', '.join(own)}: {why}" for (what, why), own in depths.items()]
 
 
 class _Kept:
@@ -113,28 +110,25 @@ class _Kept:
 
     def __init__(self, encoder: DepthEncoder, file: IO[bytes], depths: Sequence[int]) -> None:
         self._encoder, self._file, self._depths = encoder, file, list(depths)
-        self._places: dict[bytes, int] = {}
+        self._places: dict[tuple[str, str], int] = {}
         self._dimension = 0
 
     def at(self, depth: int, texts: Sequence[str], prompt: str) -> Vectors:
         """Vectors of texts, which may repeat: (texts, dimension)."""
-        keys = [sha256(f"{prompt}\0{text}".encode()).digest()[:16] for text in texts]
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._places}
-        new = list(missing)
+        new = [text for text in dict.fromkeys(texts) if (prompt, text) not in self._places]
         for start in range(0, len(new), TOGETHER):
             own = new[start : start + TOGETHER]
-            for batch in self._encoder.run([missing[key] for key in own], prompt):
+            for batch in self._encoder.run(own, prompt):
                 self._dimension = batch.vectors.shape[-1]
                 # Written, not mapped: a full disk is an error here and would end the process there.
                 chosen = batch.vectors[:, 0, [depth - 1 for depth in self._depths]]
                 self._file.write(chosen.contiguous().numpy().tobytes())
-                for row in batch.rows:
-                    self._places[own[row]] = len(self._places)
+                self._places |= {(prompt, own[row]): len(self._places) + i for i, row in enumerate(batch.rows)}
         self._file.flush()
         # Mapped: of a large corpus only the rows that are asked for are read.
         shape = (len(self._places), len(self._depths), self._dimension)
         held = np.memmap(self._file, np.float32, "r", shape=shape)
-        return np.asarray(held[[self._places[key] for key in keys], self._depths.index(depth)])
+        return np.asarray(held[[self._places[prompt, text] for text in texts], self._depths.index(depth)])
 
 
 @contextmanager

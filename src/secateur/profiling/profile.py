@@ -6,9 +6,9 @@ vectors that a later batch needs are kept: memory grows with the size of a group
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur.choosing.choose import choose
 from secateur.choosing.selectors import lowest_in_each_half, replicates_of
 from secateur.data.sources import Texts, read_sources
-from secateur.errors import ConfigError, SecateurError
+from secateur.errors import ConfigError
 from secateur.files import results_folder
 from secateur.measures import metrics
 from secateur.measures.costs import Size, layer_sizes, measure_layers
@@ -38,7 +38,6 @@ from secateur.results import DepthRow, LayerCost, Profile
 
 if TYPE_CHECKING:
     from secateur.evaluation.tasks import Task
-    from secateur.profiling.depth_scores import DepthScore
 
 SAMPLE = 1024
 """Vectors per depth that the label-free metrics are computed from, so that memory does not grow with the data."""
@@ -76,8 +75,6 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     measured = _Pass(encoder, corpus, options)
     measured.run(progress)
     rows = _rows(model, measured, seed, notes)
-    scores, failed = _score_tasks(model, tasks, options, name, notes, progress)
-    notes += [*encoder.notes, *_batch_notes(measured, corpus)]
     result = Profile(
         provenance=provenance([*(source.source for source in sources), *(task.source for task in tasks)], seed),
         model=name,
@@ -97,16 +94,16 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         angular=() if measured.angles is None else _table(measured.angles / measured.texts),
         losses_by_pooling=measured.losses_by_pooling,
         batch_losses=_table(measured.losses) if measured.batch_losses else (),
-        task_scores=tuple(score.row for score in scores if score.row),
         layer_costs=layer_costs(model, sizes, notes),
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys([*notes, *encoder.notes, *_batch_notes(measured, corpus)])),
         source="" if isinstance(options.model, SentenceTransformer) else model_source(options.model),
     )
     if out is not None:
-        result.save(out)
-    if failed is not None:
-        raise failed
+        result.save(out)  # what is measured stays, whatever becomes of the tasks
+    if tasks:
+        result = _with_scores(result, model, encoder, tasks, options, progress)
     if out is not None:
+        result.save(out)
         _draw(result, out)
     return result
 
@@ -121,29 +118,22 @@ def _open_tasks(options: ProfileOptions) -> list[Task]:
     return []
 
 
-def _score_tasks(
+def _with_scores(
+    result: Profile,
     model: SentenceTransformer,
-    tasks: list[Task],
+    encoder: DepthEncoder,
+    tasks: Sequence[Task],
     options: ProfileOptions,
-    name: str,
-    notes: list[str],
     progress: Progress,
-) -> tuple[tuple[DepthScore, ...], SecateurError | None]:
-    """Scores of all depths, and what kept them from being computed: the profile that is measured already is kept."""
-    if not tasks:
-        return (), None
+) -> Profile:
+    """A profile with the scores of all depths on tasks."""
     from secateur.profiling.depth_scores import notes_on, score_depths
 
-    encoder = DepthEncoder(model, name=name)
     todo = [(task, range(1, encoder.depth + 1)) for task in tasks]
-    given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name, "progress": progress}
-    try:
-        scores = tuple(score_depths(model, encoder, todo, **given))
-    except SecateurError as error:
-        notes.append(f"no task scores: {error}")
-        return (), error
-    notes += [*encoder.notes, *notes_on(scores)]
-    return scores, None
+    given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": result.model}
+    scores = tuple(score_depths(model, encoder, todo, **given, progress=progress))
+    notes = tuple(dict.fromkeys([*result.notes, *encoder.notes, *notes_on(scores)]))
+    return replace(result, task_scores=tuple(score.row for score in scores if score.row), notes=notes)
 
 
 def _batch_notes(measured: _Pass, corpus: Corpus) -> list[str]:
@@ -228,9 +218,9 @@ class _Pass:
         # The more texts are encoded together, the more alike are the lengths in a forward pass.
         bytes_per_batch = max(len(batch.texts) for batch in batches) * self._encoder.bytes_per_text
         size = 1 if early else max(1, HELD_BYTES // bytes_per_batch)
-        remaining = iter(batches)
         progress("profile", 0, len(batches))
-        while group := tuple(itertools.islice(remaining, size)):
+        for start in range(0, len(batches), size):
+            group = batches[start : start + size]
             self._encode(sorted(set().union(*(batch.texts for batch in group)) - self._vectors.keys()))
             for batch in group:
                 self._score(batch)
@@ -263,21 +253,16 @@ class _Pass:
             return
         columns = (batch.anchors, batch.positives, batch.negatives)
         numbers = metrics.text_numbers(*([self.corpus.texts[text][1] for text in column] for column in columns))
+        # (poolings, depths, texts, dimension)
+        anchors, positives = (torch.stack([self._vectors[t] for t in of], dim=2) for of in columns[:2])
+        negatives = [self._vectors[text][:, :, None] for text in batch.negatives]
+        found = metrics.cosines(anchors, torch.cat([positives, *negatives], dim=2))
         masked = self._encoder.poolings[0] != "l3prune"
         mask = metrics.false_negative_mask(*numbers) if masked else torch.tensor(False)
-        losses = []
-        for pooling in range(len(self._encoder.poolings)):
-            anchors = torch.stack([self._vectors[text][pooling] for text in batch.anchors], dim=1)
-            others = [self._vectors[text][pooling] for text in (*batch.positives, *batch.negatives)]
-            candidates = torch.stack(others, dim=1)
-            found = metrics.cosines(anchors, candidates)
-            losses.append(metrics.contrastive_loss(found.masked_fill(mask, -torch.inf), self._options.scale))
-            if pooling == 0:
-                unranked = metrics.false_negative_mask(*numbers, once=True)
-                accuracy, ndcg = metrics.retrieval(found.masked_fill(unranked, -torch.inf))
-                alignment = metrics.alignment(anchors, candidates[:, : len(batch.positives)])
-                self.batch_scores.append(torch.stack([accuracy, ndcg, alignment]))
-        self.batch_losses.append(torch.stack(losses))
+        self.batch_losses.append(metrics.contrastive_loss(found.masked_fill(mask, -torch.inf), self._options.scale))
+        unranked = metrics.false_negative_mask(*numbers, once=True)
+        accuracy, ndcg = metrics.retrieval(found[0].masked_fill(unranked, -torch.inf))
+        self.batch_scores.append(torch.stack([accuracy, ndcg, metrics.alignment(anchors[0], positives[0])]))
 
 
 def _rows(model: SentenceTransformer, measured: _Pass, seed: int, notes: list[str]) -> tuple[DepthRow, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -21,8 +22,9 @@ from secateur.data.sources import Pair, Pairs, Source, Texts
 from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_making import write_retrieval
 from secateur.files import new_folder
-from secateur.healing.teacher import Teacher, keep_vectors
-from secateur.progress import Progress, silent
+from secateur.healing.teacher import Teacher, keep_vectors, open_teacher
+from secateur.options import ScoutOptions
+from secateur.progress import Progress
 
 SHARE = 10
 """At most one row in so many of a file is held out."""
@@ -30,7 +32,6 @@ FEWEST, FEWEST_IN_ALL = 10, 20
 """Queries of a file, and of all files together, below which a score would say nothing."""
 NEIGHBOURS = 10
 
-Rows = frozenset[Pair] | frozenset[str]
 Judgments = Mapping[str, Mapping[str, int]]
 """Query → document → how relevant it is, all by their texts."""
 
@@ -42,12 +43,10 @@ def judge_of(sources: Sequence[Source]) -> str:
 
 def _judging(sources: Sequence[Source]) -> list[Source]:
     """The files whose rows judge: where there are pairs, texts alone hold nothing out."""
-    pairs: list[Source] = [source for source in sources if isinstance(source, Pairs)]
-    return pairs or list(sources)
+    return [source for source in sources if isinstance(source, Pairs)] or list(sources)
 
 
 def _task_name(source: Source) -> str:
-    """What the task of a data file is called."""
     stem = next((source.name[: -len(end)] for end in (*TABLES, *PLAIN) if source.name.endswith(end)), source.name)
     return f"{stem.lstrip('.')}-held-out"
 
@@ -58,72 +57,60 @@ def left_whole(sources: Sequence[Source], names: Collection[str]) -> list[str]:
     return [f"{file}: none of its rows is held out, too few share no text with others" for file in files]
 
 
-def hold_out(
-    sources: Sequence[Source],
-    count: int,
-    seed: int,
-    folder: Path,
-    teacher: Teacher | None = None,
-    cache: Path | None = None,
-    progress: Progress = silent,
-) -> None:
+def hold_out(options: ScoutOptions, sources: Sequence[Source], folder: Path, progress: Progress) -> None:
     """Write the task folders of held-out rows into a new folder, which is there when it is whole.
-
-    ``count`` rows in all are shared evenly by the files, at most a tenth of each. Where there are pairs, texts alone
-    hold nothing out; where there are none, the teacher, whose vectors are kept in ``cache``, says what texts are near.
 
     Raises:
         ConfigError: Texts alone, and no teacher.
         DataError: Too few rows can be held out; or two files have one name.
         OutputError: ``folder`` cannot be written.
     """
-    if judge_of(sources) == "texts" and (teacher is None or cache is None):
+    if judge_of(sources) == "texts" and options.teacher is None:
         hint = "name one with --teacher (self: the model as it came), or tasks with --tasks"
         raise ConfigError("teacher", None, "texts alone have no answers to find, and there is no teacher", hint)
-    drawn = draw(sources, count, seed)
+    drawn = draw(sources, options.held_out, options.seed)
+    teacher = open_teacher(options) if judge_of(sources) == "texts" else None
+    cache = options.cache or options.out / "cache"
     trained = [row for source, held in drawn if isinstance(source, Pairs) for row in source.rows if row not in held]
-    known = {text for row in trained for text in (row.anchor, row.positive, *row.negatives)}
+    known = {text for row in trained for text in row.texts}
     with new_folder(folder) as partial:
         for source, held in drawn:
-            if not held:
+            rows: list[Any] = [row for row in dict.fromkeys(source.rows) if row in held]
+            if not rows:
                 continue
-            others: set[str] = set()
-            if isinstance(source, Pairs):
-                rows = [row for row in source.rows if row in held]
-                judgments = _relevant(rows)
-                others = {text for row in rows for text in row.negatives} - known
+            if teacher:
+                judgments, others = _nearest(rows, source.prompt, teacher, cache, progress), set[str]()
             else:
-                assert teacher is not None and cache is not None
-                texts = [text for text in dict.fromkeys(source.rows) if text in held]
-                judgments = _nearest(texts, source.prompt, teacher, cache, progress)
+                judgments, others = _relevant(rows), {text for row in rows for text in row.negatives} - known
             _write(partial / _task_name(source), source, judgments, others)
 
 
-def draw(sources: Sequence[Source], count: int, seed: int) -> list[tuple[Source, Rows]]:
-    """The rows of each file to hold out; arguments and errors as for :func:`hold_out`."""
+def draw(sources: Sequence[Source], count: int, seed: int) -> list[tuple[Source, frozenset[Any]]]:
+    """The rows of each file to hold out: ``count`` in all, shared evenly by the files, at most a tenth of each.
+
+    Raises:
+        DataError: As :func:`hold_out`.
+    """
     own = _judging(sources)
     names = [_task_name(source) for source in own]
     if twice := [source.name for source, name in zip(own, names, strict=True) if names.count(name) > 1]:
         raise DataError(twice[0], "two data files have this name, and so would their tasks", "rename one")
-    share, found = count // len(own), 0
-    drawn: list[tuple[Source, Rows]] = []
+    drawn: list[tuple[Source, frozenset[Any]]] = []
+    found = 0
     for source in own:
         rng = random.Random(f"{seed} {source.name}")  # noqa: S311 - not for secrets
-        most = min(share, len(source.rows) // SHARE)
-        held: Rows
+        most = min(count // len(own), len(source.rows) // SHARE)
+        taken: list[Any] = []
         if isinstance(source, Texts):
             texts = list(dict.fromkeys(source.rows))
-            held = frozenset(rng.sample(texts, min(most, len(texts))))
-            queries = len(held)
+            taken = rng.sample(texts, min(most, len(texts)))
         else:
             groups = _groups(source.rows)
-            taken: list[Pair] = []
             rng.shuffle(groups)
             for group in groups:
-                if len(taken) + len(group) <= most:
-                    taken += group
-            held, queries = frozenset(taken), len(_relevant(taken))
-        drawn.append((source, held if queries >= FEWEST else frozenset()))
+                taken += group if len(taken) + len(group) <= most else []
+        queries = len(taken) if isinstance(source, Texts) else len(_relevant(taken))
+        drawn.append((source, frozenset(taken if queries >= FEWEST else ())))
         found += queries if queries >= FEWEST else 0
     if found < FEWEST_IN_ALL:
         each = f"at most a tenth of each file, and none of a file with fewer than {FEWEST} in it"

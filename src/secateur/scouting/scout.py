@@ -30,7 +30,6 @@ from secateur.figures.style import save
 from secateur.files import lock, read_json, results_folder, write_text
 from secateur.healing.heal import check_resume, heal
 from secateur.healing.recipes import training_config
-from secateur.healing.teacher import open_teacher
 from secateur.healing.trainer import check_tracker
 from secateur.healing.training_data import read_excluded, read_held_out
 from secateur.measures.costs import layer_sizes
@@ -53,8 +52,9 @@ LOWEST = 1 / 5
 """Share of the layers that the lowest rung keeps."""
 SPACED = "a smaller depth keeps evenly spaced layers, the first and the last among them"
 PICTURES = ("frontier.svg", "frontier.png")
-_ASIDE = {"model", "data", "out", "score", "tasks", "exclude", "eval_data", "eval_tasks", "teacher", "cache"} | {
-    *("device", "report_to", "trust_remote_code")
+_ASIDE = {
+    *("model", "data", "out", "score", "tasks", "exclude", "eval_data", "eval_tasks", "teacher", "cache"),
+    *("device", "report_to", "trust_remote_code"),
 }
 """Options that are known by their content, or do not change a result."""
 
@@ -153,9 +153,7 @@ def _train(options: ScoutOptions, sources: Sequence[Source], depths: Sequence[in
     cache = (options.cache or out / "cache") if options.teacher is not None else None
     if not options.tasks:
         if not (out / "tasks").is_dir():
-            judged_by_teacher = options.teacher is not None and judge_of(sources) == "texts"
-            teacher = open_teacher(options) if judged_by_teacher else None
-            hold_out(sources, options.held_out, options.seed, out / "tasks", teacher, cache, progress)
+            hold_out(options, sources, out / "tasks", progress)
         exclude += sorted(map(str, (out / "tasks").iterdir()))
     given = {name: value for name, value in options.given().items() if name in HealOptions.model_fields}
     given |= {"depths": list(depths), "exclude": exclude, "cache": cache, "out": out / "model"}
@@ -249,15 +247,11 @@ def rungs(
         problem = f"{undefined[0].metric} on {undefined[0].task} is not a number"
         raise ModelError(name, problem, "are its vectors all alike?")
     missing = sorted({score.depth for score in scores if score.row is None})
-    by_depth: dict[int, list[DepthScore]] = {}
-    for score in sorted(scores, key=lambda score: (score.depth, score.task)):
-        if score.depth not in missing:
-            by_depth.setdefault(score.depth, []).append(score)
-    least, most = np.mean([limits_of(score.metric) for score in by_depth[full]], axis=0)
-    reference, reference_draws = _over_tasks(by_depth[full])
+    least, most = np.mean([limits_of(score.metric) for score in scores if score.depth == full], axis=0)
+    by_depth = {depth: _over_tasks(scores, depth) for depth in sorted({s.depth for s in scores} - {*missing})}
+    reference, reference_draws = by_depth[full]
     rows = []
-    for depth, own in by_depth.items():
-        values, draws = _over_tasks(own)
+    for depth, (values, draws) in by_depth.items():
         low, high = (None, None) if draws is None else interval(draws.mean(axis=0), (least, most))
         paired: tuple[float, float] | tuple[None, None] = (None, None)
         if draws is not None and reference_draws is not None and depth != full:
@@ -268,8 +262,9 @@ def rungs(
     return tuple(rows), [f"depth {told} has no mean: a score there is no number"] if missing else []
 
 
-def _over_tasks(scores: Sequence[DepthScore]) -> tuple[Array, Array | None]:
-    """Scores (tasks,) and their replicates (tasks, replicates), None where a task has none."""
-    values = np.array([score.row.score for score in scores if score.row])
-    draws = [score.replicates for score in scores if score.replicates is not None]
-    return values, np.array(draws) if len(draws) == len(scores) else None
+def _over_tasks(scores: Sequence[DepthScore], depth: int) -> tuple[Array, Array | None]:
+    """Scores of a depth (tasks,) and their replicates (tasks, replicates), None where a task has none."""
+    own = sorted((score for score in scores if score.depth == depth), key=lambda score: score.task)
+    values = np.array([score.row.score for score in own if score.row])
+    draws = [score.replicates for score in own if score.replicates is not None]
+    return values, np.array(draws) if len(draws) == len(own) else None
