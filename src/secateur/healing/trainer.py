@@ -80,16 +80,9 @@ def train(
 ) -> TrainingResult:
     """Train a model in place, from the start or from the last checkpoint in ``folder``.
 
-    Args:
-        model: The model; its own modules pool and normalise.
-        sets: Each batch comes from one of them, drawn in proportion to their rows.
-        config: The numbers; what is left open in them (:func:`.decide`) is decided here.
-        folder: Where checkpoints go.
-        make_loss: Makes the loss, which embeds by its attribute ``model``.
-        score: Called every ``eval_every`` steps (by default, as often as a checkpoint is written) and after the last;
-            the model is left at the best.
-        report_to: An experiment tracker that transformers supports.
-        progress: Called with the rows seen, after each step.
+    Each batch comes from one of ``sets``, drawn in proportion to their rows. ``make_loss`` makes the loss, which embeds
+    by its attribute ``model``. ``score`` is called every ``eval_every`` steps (by default, as often as a checkpoint is
+    written) and after the last; the model is left at the best. ``progress`` is called with the rows seen.
 
     Raises:
         TrainingDiverged, DataError: The loss exploded, or was 0 in every step; or the data had too few batches.
@@ -136,8 +129,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
     The stock one saves a model folder whose adapters point at the base by path; that path may be gone on resuming.
     """
 
-    _started = 0.0
-    _seconds_before = 0.0
+    _started = _seconds_before = 0.0
 
     @property
     def seconds(self) -> float:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -114,15 +113,16 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
     sets: list[TrainingSet] = []
     notes: list[str] = []
     too_few: list[str] = []
+    names: list[str] = []
     for source in sorted(sources, key=lambda source: isinstance(source, Texts)):
         for name, kind, rows in _parts(source, config.has_teacher):
+            names.append(name)
             fewest, most = min(map(len, rows)), max(map(len, rows))
-            columns = dict(
-                zip(_columns(fewest), map(list, zip(*(row[:fewest] for row in rows), strict=True)), strict=True)
-            )
+            texts = [row[:fewest] for row in rows]
+            columns = dict(zip(_columns(fewest), map(list, zip(*texts, strict=True)), strict=True))
             about = f"{source.source.name}: {len(rows)} {kind}"
             # The sampler puts no text into a batch twice.
-            if (distinct := min(len(set(texts)) for texts in columns.values())) < size:
+            if (distinct := min(len(set(column)) for column in columns.values())) < size:
                 about += f", no more than {distinct} of them without a text in common" if len(rows) >= size else ""
                 too_few.append(about)
                 notes.append(f"{about}: too few for a batch of {size}, not trained on")
@@ -134,7 +134,7 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
             prompts = {key: source.prompt if key in ("anchor", "text") else source.passage_prompt for key in columns}
             prompts = {key: prompt for key, prompt in prompts.items() if prompt}
             sets.append(TrainingSet(name, Dataset.from_dict(columns), prompts, source.name))
-    if twice := next((name for name, count in Counter(item.name for item in sets).items() if count > 1), None):
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(twice, "two data files have this name, and a prompt belongs to a name", "rename one")
     no_pairs = all(item.rows.column_names == ["text"] for item in sets)
     if not sets or (no_pairs and any(isinstance(source, Pairs) for source in sources)):
@@ -204,8 +204,9 @@ def set_prompts(model: SentenceTransformer, sources: Sequence[Source], default: 
     The default prompt, ``default``, stays where it is trained with. Texts without an instruction leave all prompts as
     they are. Returned are those from the data: by data set and, where all data agree, as ``query`` and ``document``.
     """
-    bare = [source for source in sources if not source.prompt and not source.passage_prompt]
-    used = {s.name: (default, default) if s in bare else (s.prompt, s.passage_prompt) for s in sources}
+    own = {source.name: (source.prompt, source.passage_prompt) for source in sources}
+    bare = [name for name, prompts in own.items() if not any(prompts)]
+    used = own | dict.fromkeys(bare, (default, default))
     prompts = {name: query for name, (query, _) in used.items() if query}
     asked = [used[source.name] for source in sources if isinstance(source, Pairs) or used[source.name][0]]
     queries, documents = ({pair[i] for pair in asked} for i in (0, 1))

@@ -102,7 +102,7 @@ def depth_vectors(
     layers: str = "first",
     run: nn.Module | None = None,
 ) -> Tensor:
-    """A batch at several depths, of the first layers from one pass; gradients flow through all of them.
+    """A batch at several depths, (texts, depths, dimension); gradients flow through all of them.
 
     Args:
         model: In training or in evaluation mode.
@@ -110,9 +110,6 @@ def depth_vectors(
         depths: From :func:`check_depths`.
         layers: The selector that says which layers a depth has; each but ``first`` takes a pass for each depth.
         run: What is called in place of ``model``, such as the wrapper of several processes around it.
-
-    Returns:
-        (texts, depths, dimension).
     """
     transformer: PreTrainedModel = model[0].auto_model
     whole, full = run or model, len(blocks_of(transformer))
@@ -199,7 +196,8 @@ class DepthEncoder:
             self.notes.append("more than a norm follows the layers of this model: each depth took a pass of its own")
         first, *others = list(model)[1:]
         self._heads: list[list[nn.Module]] = [[first, *others]]
-        if every_pooling and self._one_pass and self.poolings[0] in ("l3prune", *POOLINGS):
+        known = isinstance(first, Pooling) and self.poolings[0] in ("l3prune", *POOLINGS)
+        if every_pooling and self._one_pass and known:
             for pooling in POOLINGS:
                 if pooling != self.poolings[0]:
                     self.poolings += (pooling,)
