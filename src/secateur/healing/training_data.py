@@ -281,7 +281,7 @@ def held_out_ndcg(model: SentenceTransformer, pairs: Pairs) -> float:
     passages = encode(texts, prompt=pairs.passage_prompt or None)
     numbers = text_numbers(pairs.anchors, pairs.positives, pairs.negatives)
     total = 0.0
-    for own in torch.arange(len(pairs.rows)).split(max(1, COMPARED // len(texts))):
+    for own in torch.split(torch.arange(len(pairs.rows)), max(1, COMPARED // len(texts))):
         rows = slice(int(own[0]), int(own[-1]) + 1)
         masked = false_negative_mask(*numbers, rows=rows, once=True).to(passages.device)
         found = cosines(anchors[rows], passages).masked_fill(masked, -torch.inf)

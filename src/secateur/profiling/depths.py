@@ -201,7 +201,7 @@ class DepthEncoder:
             for pooling in POOLINGS:
                 if pooling != self.poolings[0]:
                     self.poolings += (pooling,)
-                    self._heads.append([make_pooling(pooling, first.embedding_dimension), *others])
+                    self._heads.append([make_pooling(pooling, first.embedding_dimension), *others])  # type: ignore[arg-type]
         self._shares = self._one_pass and is_causal(model[0])
         self._prefix: _Prefix | None = None
 

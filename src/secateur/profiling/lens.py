@@ -59,17 +59,27 @@ def next_token_losses(model: SentenceTransformer, texts: Sequence[tuple[str, str
         if len(ids) - 1 <= start:
             continue
         place = start + int(random.Random(f"{seed} {text}").random() * (len(ids) - 1 - start))  # noqa: S311
-        states: list[Tensor] = []
-        with layer_outputs(transformer, lambda _, __, after, place=place, own=states: own.append(after[:, place])):
-            model[0](dict(features))
-        given.states = final_norm(transformer)(torch.stack(states))
-        expected = ids[place + 1].expand(len(states))
+        given.states = _states_at(model, features, place)
+        expected = ids[place + 1].expand(len(given.states))
         try:
             logits = language_model(input_ids=expected[:, None], use_cache=False).logits[:, 0].float()
         except AttributeError:
             return None
         losses.append(functional.cross_entropy(logits, expected, reduction="none").double())
     return torch.stack(losses).mean(dim=0).tolist() if losses else None
+
+
+def _states_at(model: SentenceTransformer, features: dict[str, Any], place: int) -> Tensor:
+    """The normed state of one token of one text after each layer: (depths, 1, width)."""
+    states: list[Tensor] = []
+
+    def visit(depth: int, before: Tensor, after: Tensor) -> None:
+        states.append(after[:, place])
+
+    with layer_outputs(model[0].auto_model, visit):
+        model[0](dict(features))
+    normed: Tensor = final_norm(model[0].auto_model)(torch.stack(states))
+    return normed
 
 
 class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
