@@ -23,11 +23,10 @@ from secateur.files import write_text
 from secateur.options import ReportOptions, step
 from secateur.provenance import Provenance
 from secateur.reporting import pictures, tables
-from secateur.reporting.advice import scout_sentences, vocabulary_facts
 from secateur.reporting.card import CARD, base_licence, may_write, model_card
 from secateur.reporting.findings import Summary, summarize
 from secateur.reporting.run import Run, read_run
-from secateur.reporting.verdict import Recommendation, notes, recommend
+from secateur.reporting.verdict import Recommendation, notes, recommend, scout_sentences, vocabulary_facts
 from secateur.results import Origin
 
 HERE = "To use it, in the folder of this report"

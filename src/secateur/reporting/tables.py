@@ -142,17 +142,11 @@ def model_table(summary: Summary) -> Table:
         if item is None:
             return doc.NONE
         found, full = item.difference, f"to {doc.shorten(item.reference.first.series)}"
-        full += ", which had only the scout’s training" if item.is_polished_more else ""
         if found.low is None:
             return Cell(doc.signed(found.value), (full,))
         return Cell(
             doc.signed(found.value), (doc.span(found.low, found.high, doc.signed), full, OUTCOMES[item.outcome])
         )
-
-    def to_original(group: RunGroup) -> str | Cell:
-        """Where the model as it came is another than the one that it is compared with."""
-        original, item = summary.originals.get(group.name), compared.get(group.name)
-        return doc.NONE if original and item and item.reference is original.reference else difference(original)
 
     def better_and_worse(item: GroupComparison | None) -> str:
         return f"{item.count(1)} / {item.count(-1)}" if item else doc.NONE
@@ -166,7 +160,6 @@ def model_table(summary: Summary) -> Table:
         "Texts per second": of_cost(_speed),
         "Average score": average,
         "Difference": lambda group: difference(compared.get(group.name)),
-        "Difference to the model as it came": to_original,
         "Tasks better / worse": lambda group: better_and_worse(compared.get(group.name)),
     }
     return Table.of(title, summary.groups, columns).filled()
