@@ -277,7 +277,7 @@ def test_averages_over_different_tasks_are_not_compared(run: Path) -> None:
     page = read(report(run))
     assert model_row(page, "tiny-6-healed")[-3:] == ["90.0", "–", "–"]
     assert [row for row in page.rows("tiny-6-healed") if len(row) == 3] == [["tiny-6-healed", "90.0", "–"]]
-    assert "tiny-6-healed" not in recommend(find_in(run)).compared
+    assert "tiny-6-healed" not in find_in(run).compared
 
 
 def test_a_score_that_is_not_a_number_is_no_zero(run: Path) -> None:

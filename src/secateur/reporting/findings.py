@@ -195,6 +195,15 @@ class Summary:
                 found |= {} if math.isnan(item.difference.value) else {group.name: item}
         return found
 
+    def kind(self, group: RunGroup) -> str:
+        """``baseline``, ``rejected`` (significantly worse than the full model), ``cut`` or ``full``."""
+        item = self.compared.get(group.name)
+        if group.first.is_baseline:
+            return "baseline"
+        if item is not None:
+            return "rejected" if item.outcome == "worse" and not item.is_as_good(MARGIN) else "cut"
+        return "full" if group.first.is_full else "cut"
+
 
 def _is_smaller(group: RunGroup, other: RunGroup) -> bool:
     return bool(group.cost and other.cost and group.cost.parameters < other.cost.parameters)

@@ -16,7 +16,6 @@ from secateur.choosing.choose import ranges
 from secateur.document import Cell, Table, with_interval
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
 from secateur.reporting.run import Run, Scouted
-from secateur.reporting.verdict import Recommendation
 from secateur.results import (
     CostRow,
     DepthRow,
@@ -213,11 +212,11 @@ def origin_table(run: Run) -> Table:
 # Scores and costs -----------------------------------------------------------------------------------------------------
 
 
-def task_table(groups: Sequence[RunGroup], found: Recommendation) -> Table:
+def task_table(groups: Sequence[RunGroup], compared: Mapping[str, GroupComparison]) -> Table:
     """Tasks × models, the more numerous as rows, as a heat map: coloured by the difference to the full model."""
     examples = {task: group.first.scores[task] for group in groups for task in group.tasks}
     tasks = {task: f"{row.type}, {row.metric}, {row.samples} samples" for task, row in examples.items()}
-    whole = ", ".join(dict.fromkeys(doc.shorten(item.reference.name) for item in found.compared.values()))
+    whole = ", ".join(dict.fromkeys(doc.shorten(item.reference.name) for item in compared.values()))
     title = "Each task’s own metric, × 100." + (
         f" Below a score and in colour: the difference to {whole} with its 95 % interval, ▲ or ▼ where it is "
         "significant. One interval of twenty misses by chance."
@@ -226,7 +225,7 @@ def task_table(groups: Sequence[RunGroup], found: Recommendation) -> Table:
     )
 
     def cell(group: RunGroup, task: str) -> Cell | str:
-        own, beside = group.scores.get(task), found.compared.get(group.name)
+        own, beside = group.scores.get(task), compared.get(group.name)
         if own is None:
             return doc.NONE
         if beside is None:

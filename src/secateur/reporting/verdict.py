@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.choosing.budgets import cost_limits
 from secateur.choosing.evidence import choose_rung
 from secateur.document import SPACE, byte_size, count, duration, percent, plural, score, shorten, signed, span, speed
 from secateur.errors import SecateurError
-from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary, compare_groups
+from secateur.reporting.findings import MARGIN, GroupComparison, Summary, compare_groups
 from secateur.reporting.run import POLISHED, SCOUTED, Run, Scouted
 from secateur.results import CostRow, VocabularyCut
 
@@ -34,7 +34,6 @@ class Recommendation:
         runner_up: The best model for half its cost; for half that of the full model where none is to be shipped.
         reasons: Sentences: what is compared and how surely, what the runner-up loses, what baselines do.
         folder: Where it is, in the run folder; empty where it is not there.
-        compared: Name → comparison with the full model, of all models that could be shipped.
     """
 
     headline: str
@@ -42,20 +41,10 @@ class Recommendation:
     runner_up: GroupComparison | None = None
     reasons: tuple[str, ...] = ()
     folder: str = ""
-    compared: Mapping[str, GroupComparison] = field(default_factory=dict)
 
     def command(self, run: Path = Path()) -> str:
         """One that uses the model, with the run folder as seen from where it is given; empty without a model."""
         return f"secateur serve {shlex.quote(str(run / self.folder))}" if self.folder else ""
-
-    def kind(self, group: RunGroup) -> str:
-        """``baseline``, ``rejected`` (significantly worse than the full model), ``cut`` or ``full``."""
-        item = self.compared.get(group.name)
-        if group.first.is_baseline:
-            return "baseline"
-        if item is not None:
-            return "rejected" if item.outcome == "worse" and not item.is_as_good(MARGIN) else "cut"
-        return "full" if group.first.is_full else "cut"
 
 
 def recommend(summary: Summary) -> Recommendation:
@@ -64,7 +53,7 @@ def recommend(summary: Summary) -> Recommendation:
     cuts = [item for item in compared.values() if not item.group.first.is_baseline]
     if not cuts:
         headline = "Nothing to compare yet: train the chosen cuts, and score them and the full model on the same tasks."
-        return Recommendation(headline, reasons=tuple(scout_sentences(summary.run)[:MOST_NAMED]), compared=compared)
+        return Recommendation(headline, reasons=tuple(scout_sentences(summary.run)[:MOST_NAMED]))
     fitting = [item for item in cuts if _fits(item.group.cost, limits)]
     ship, headline = _choose(summary, cuts, fitting)
     baselines = [item for item in compared.values() if item.group.first.is_baseline]
@@ -90,7 +79,7 @@ def recommend(summary: Summary) -> Recommendation:
     ]
     place = ship.group.first.folder if ship else None
     folder = place.relative_to(summary.run.folder).as_posix() if place else ""
-    return Recommendation(headline, ship, runner_up, tuple(reasons), folder, compared)
+    return Recommendation(headline, ship, runner_up, tuple(reasons), folder)
 
 
 def _choose(
