@@ -317,12 +317,12 @@ def read_journal(run: Path) -> list[dict[str, Any]]:
     """The entries of ``steps.jsonl``, one for each start and each end of a step, oldest first; none without a file.
 
     Raises:
-        DataError: A line is broken; the last one may be torn, of a study that was killed or is writing it.
+        DataError: A line is broken. One without an end is of a study that was killed or is writing it: it is left out.
     """
     file = run / JOURNAL
-    lines = complete_lines(file.read_bytes()).splitlines() if file.is_file() else []
+    content = file.read_bytes() if file.is_file() else b""
     entries = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         try:
             entry = json.loads(line)
             known = isinstance(entry["step"], str) and entry["outcome"] in ("started", "done", "failed")
@@ -332,8 +332,3 @@ def read_journal(run: Path) -> list[dict[str, Any]]:
             raise DataError(file, "is no entry of a study's journal", "mend the line, or take it out", line=number)
         entries.append({"seconds": None, "error": ""} | entry)
     return entries
-
-
-def complete_lines(content: bytes) -> bytes:
-    """A journal without its last line where that was torn."""
-    return content[: content.rfind(b"\n") + 1]
