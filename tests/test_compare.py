@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from conftest import MakeEncoder
-from secateur.errors import ConfigError, DataError, ModelError
+from secateur.errors import ConfigError, DataError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.reporting.compare import compare, nearest_texts, overlap
@@ -127,17 +125,3 @@ def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path)
             compare(models, **options)
     with pytest.raises(DataError, match="neither a task folder"):
         compare(folders, tasks=["no-such-task"])
-
-
-def test_a_timing_that_fails_loses_no_comparison(folders: list[Path], tmp_path: Path):
-    (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in sentences(12)))
-
-    def remove(what: str, done: int, total: int) -> None:
-        if what == "cost" and done == total:
-            shutil.rmtree(folders[1])
-
-    options = {"texts": [tmp_path / "texts.txt"], "neighbours": 4, "out": tmp_path / "out", "progress": remove}
-    with pytest.raises(ModelError, match="its files are not found"):
-        compare(folders[:2], **options)
-    kept = json.loads((tmp_path / "out" / Comparison.file).read_text())
-    assert kept["overlaps"] and kept["costs"] == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import shutil
 import struct
 import weakref
 from pathlib import Path
@@ -119,7 +118,6 @@ def test_speeds_are_medians_in_the_quickest_batch_size_and_latencies_are_quantil
     timer = cost_module._Timer("m", "m", None, open=Encoder())
     timer.warm_up(cost_module.QUICK)
     assert timer.batches == {"short": 16, "long": 2}
-    assert timer.passes == {"short": 2, "long": 2}  # to fill 0.3 seconds, of 0.16 and 0.2 each
     for factor in (1.0, 2.0, 4.0):
         slower = factor
         timer.measure(cost_module.QUICK)
@@ -148,7 +146,7 @@ def test_models_that_do_not_fit_together_take_turns_in_memory(
     monkeypatch.setattr("secateur.reporting.cost.open_embedder", watched)
     monkeypatch.setattr("secateur.reporting.cost.ROOM", 0.0)
     apart = cost(folders, repetitions=1)
-    assert len(opened) == 2 * 3  # to warm up, to measure, and to count
+    assert len(opened) == 2 * 2  # to warm up, and to measure
     counted = ("model", "depth", "parameters", "embedding_parameters", "bytes", "memory_bytes", "flops_per_token")
     for one, other in zip(apart.rows, together.rows, strict=True):
         assert [getattr(one, name) for name in counted] == [getattr(other, name) for name in counted]
@@ -160,8 +158,8 @@ def test_peak_memory_and_load_time_are_those_of_a_fresh_process(make_encoder: Ma
     make_encoder("llama").save(str(tmp_path / "tiny"), create_model_card=False)
     ballast = torch.ones(400_000_000)  # this process's memory is not the other's
     alone = measure_alone(tmp_path / "tiny", "cpu", 1)
-    assert 1e8 < alone["peak"] < ballast.nbytes
-    assert alone["load"] > 0
+    assert 1e8 < alone["peak_bytes"] < ballast.nbytes
+    assert alone["load_seconds"] > 0
     with pytest.raises(ModelError, match="no such file"):
         measure_alone(tmp_path / "nothing", "cpu", 1)
 
@@ -190,19 +188,6 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
             cost(*arguments, **options)
     with pytest.raises(ModelError, match="not found"):
         bytes_on_disk("nobody/no-such-model")
-
-
-def test_a_model_that_fails_after_it_was_timed_loses_no_other(make_encoder: MakeEncoder, tmp_path: Path, clock: None):
-    for seed, name in enumerate(("one", "two")):
-        make_encoder(seed=seed).save(str(tmp_path / name))
-
-    def remove(what: str, done: int, total: int) -> None:
-        if done == total:
-            shutil.rmtree(tmp_path / "one")
-
-    with pytest.raises(ModelError, match="its files are not found"):
-        cost([tmp_path / "one", tmp_path / "two"], repetitions=1, out=tmp_path / "out", progress=remove)
-    assert [row.model for row in load(tmp_path / "out", Costs).rows] == ["two"]
 
 
 def test_costs_tell_the_files_and_versions_that_they_are_of(make_encoder: MakeEncoder, tmp_path: Path, clock: None):

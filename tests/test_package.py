@@ -33,7 +33,7 @@ profiling: depths lens depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes training_data processes teacher losses trainer heal
 scouting: held_out scout
-reporting: cost compare run findings advice verdict tables pictures card report
+reporting: cost compare run findings verdict tables pictures card report
 studies: demo steps settings plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening backends workers middleware queueing app serve

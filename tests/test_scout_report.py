@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from secateur.errors import DataError
-from secateur.reporting.advice import scout_sentences
+from secateur.errors import ConfigError, DataError
 from secateur.reporting.card import CARD_MARK
 from secateur.reporting.findings import summarize
 from secateur.reporting.report import report
 from secateur.reporting.run import read_run
-from secateur.reporting.verdict import notes, recommend
+from secateur.reporting.verdict import notes, recommend, scout_sentences
 from secateur.results import (
     CostRow,
     Costs,
@@ -155,7 +154,7 @@ def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: P
     assert choice in plain(markdown)
     shipped = found(reported)
     assert plain(shipped.headline) == (
-        f"Ship tiny-4-polished: +1.2 points (+{low:.1f} to +{high:.1f}, significantly better), 2.3 × as fast, 50 % of "
+        f"Ship tiny-4-polished: +1.2 points (+{low:.1f} to +{high:.1f}, significantly better), 2.30 × as fast, 50 % of "
         "the size."
     )
     assert "relative to tiny-8-scout, the full model" in shipped.reasons[0]
@@ -163,8 +162,6 @@ def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: P
         "It had only the scout’s training; trained further in the same way, it might score higher."
     )
     assert shipped.command(reported) == f"secateur serve {reported / 'models' / 'tiny-4-polished'}"
-    said = " ".join(notes(summarize(read_run(reported))))
-    assert "at most once in twenty" in said  # one depth was asked for, beside those that were trained
 
 
 @pytest.mark.parametrize(
@@ -176,14 +173,22 @@ def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: P
         (3, {}, "3 of 8 layers are chosen; by these scores it would be this: 4 of 8 layers: at most 0.9 points"),
         (7, {}, "7 of 8 layers are chosen; by these scores it would be this: 4 of 8 layers"),
         (4, {"max_params": 1}, "tiny, on your 2 tasks: 4 of 8 layers are chosen."),
-        (4, {"tolerance": "much"}, "tiny, on your 2 tasks: 4 of 8 layers: at most 0.9 points are lost"),
     ],
-    ids=["stricter", "best", "budget", "edited", "not scored", "another budget", "broken study"],
+    ids=["stricter", "best", "budget", "edited", "not scored", "another budget"],
 )  # fmt: skip
 def test_a_choice_is_said_to_be_what_it_was_asked_to_be(run: Path, chosen: int, study, words: str) -> None:
     rewrite(run, **study)
     choose(run, chosen)
     assert words in told(run)[0]
+
+
+def test_a_broken_study_is_an_error_that_names_what_is_wrong(run: Path) -> None:
+    rewrite(run, tolerance="much")
+    with pytest.raises(ConfigError, match="tolerance"):
+        report(run)
+    (run / "study.yaml").write_text("- a list\n")
+    with pytest.raises(DataError, match=r"study\.yaml"):
+        report(run)
 
 
 def test_a_difference_that_may_be_none_is_called_so(run: Path) -> None:
@@ -223,7 +228,7 @@ def test_the_scout_that_decided_is_told_and_other_seeds_count_as_repetitions(run
     assert shipped.headline.startswith(
         "Not decided yet: tiny-4-polished shows no significant difference (+1.3 points, "
     )
-    assert shipped.headline.endswith("more test queries or pairs and train more seeds before you ship it.")
+    assert shipped.headline.endswith("test queries or pairs and train more seeds before you ship it.")
     assert {v.name: v.scout.name for v in read_run(run).variants if v.scout} == {
         f"tiny-{which}-seed{seed}": f"tiny-seed{seed}" for which in ("4-polished", "8-scout") for seed in (1, 2)
     }
@@ -259,13 +264,6 @@ def test_where_a_scouts_numbers_come_from(reported: Path) -> None:
     assert "2.400" in page.text
 
 
-def test_the_difference_of_a_polished_model_says_how_the_full_one_was_trained(reported: Path) -> None:
-    page = read(reported / "report.html")
-    assert "to tiny, scout, which had only the scout’s training" in plain(model_row(page, "tiny-4-polished")[-2])
-    cut = model_row(page, "tiny-4-scout")[-2]
-    assert "to tiny, scout" in cut and "alone" not in cut
-
-
 def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
     card = plain((reported / "models" / "tiny-4-polished" / "README.md").read_text(encoding="utf-8"))
     assert CARD_MARK in card
@@ -273,7 +271,6 @@ def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
     assert "Training continued from tiny-4-scout, which has a scout's weights." in card
     assert "Scout: secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny" in card
     assert NLI.sha256 in card and SICK.sha256 in card  # of the scout's data, and of its own
-    assert "which had only the scout's training" in card
     cut = (reported / "models" / "tiny-4-scout" / "README.md").read_text(encoding="utf-8")
     assert "trained together with other depths." in cut and "then alone" not in cut
     assert "not been trained after the cut" in cut
@@ -321,7 +318,7 @@ def test_a_cut_vocabulary_has_its_section_its_columns_and_its_place_in_the_card(
         assert said in plain(page.text)
     assert "8,000 of 49,152" in model_row(page, "tiny-4-polished")
     assert "8,000 of 49,152" not in model_row(page, "tiny-8-zero-shot")
-    assert any("30.3" in cell and "tiny, zero-shot" in cell for cell in model_row(page, "tiny-4-polished"))
+    assert any("+1.2" in cell and "tiny, scout" in cell for cell in model_row(page, "tiny-4-polished"))
     assert {"tiny, trimmed", "tiny, zero-shot", "tiny, polished"} <= {v.series for v in read_run(trimmed).variants}
     cards = {
         name: plain((trimmed / "models" / name / "README.md").read_text(encoding="utf-8"))
@@ -339,23 +336,13 @@ def test_a_cut_vocabulary_has_its_section_its_columns_and_its_place_in_the_card(
     ):
         assert all(said in cards[name] for name in ("tiny-8-trimmed", "tiny-4-polished")), said
         assert said not in cards["tiny-8-zero-shot"]
-    assert "The average differs by +30.3 points" in cards["tiny-4-polished"]
-    assert "with all its layers and tokens" in cards["tiny-4-polished"]
-
-
-def test_a_vocabulary_that_was_cut_before_the_study_is_told_and_compared_with_nothing(trimmed: Path) -> None:
-    whole, other = (trimmed / "models" / name for name in ("tiny-8-zero-shot", "tiny-4-polished"))
-    replace(load(whole, Origin), vocabulary=load(other, Origin).vocabulary).save(whole)
-    shutil.rmtree(trimmed / "models" / "tiny-8-trimmed")
-    assert summarize(read_run(trimmed)).originals == {}
-    assert "Difference to the model as it came" not in read(report(trimmed)).text
 
 
 def test_a_scout_alone_is_enough(tmp_path: Path) -> None:
     write_scout(tmp_path, chosen=None)
     page = read(report(tmp_path))
     assert {a["id"] for tag, a in page.tags if tag == "h2" and "id" in a} == {
-        *("sure", "worth", "training", "commands", "provenance"),
+        *("worth", "training", "commands", "provenance"),
     }
     assert told(tmp_path)[0].startswith("tiny, on your 2 tasks: no depth is chosen yet; by these scores it would be")
 
@@ -374,11 +361,3 @@ def test_a_broken_choice_of_a_scout_is_an_error_and_nothing_is_written(run: Path
     with pytest.raises(DataError, match=r"choice\.json"):
         report(run)
     assert not (run / "report.html").exists()
-
-
-def test_the_same_run_gives_the_same_bytes(reported: Path, tmp_path: Path) -> None:
-    again = tmp_path / reported.name
-    shutil.copytree(reported, again)
-    before = {path: path.read_bytes() for path in again.rglob("*") if path.is_file()}
-    report(again)
-    assert {path: path.read_bytes() for path in again.rglob("*") if path.is_file()} == before

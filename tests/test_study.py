@@ -380,7 +380,7 @@ def test_a_choice_follows_its_profile(run: Path, tmp_path: Path):
 def test_a_broken_plan_or_journal_is_an_error_with_its_place(run: Path, tmp_path: Path):
     copy = copied(run, tmp_path)
     plan, journal = (copy / "plan.json").read_text(), (copy / "steps.jsonl").read_text()
-    (copy / "steps.jsonl").write_text(journal + '{"step": "b", "outc\n')
+    (copy / "steps.jsonl").write_text(journal + '{"step": "b", "outc')
     assert secateur.study(out=copy).is_file()
     assert (copy / "steps.jsonl").read_text() == journal
     (copy / "steps.jsonl").write_text("broken\n" + journal)

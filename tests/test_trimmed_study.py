@@ -174,4 +174,3 @@ def test_depths_that_are_named_are_taught_with_all_tokens(place: Path, quick_che
     assert load(place / "grid" / "pruned" / "tiny-2", Origin).vocabulary is None
     for name in names[2:]:
         assert load(place / "grid" / "models" / name, Origin).vocabulary.row.tokens == SIZE
-    assert "Difference to the model as it came" in (place / "grid" / "report.md").read_text()

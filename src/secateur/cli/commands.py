@@ -124,7 +124,7 @@ def prune_command(options: config.PruneOptions) -> None:
     if origin.left_out:
         typer.echo(f"left out: {', '.join(origin.left_out)}", err=True)
     if origin.vocabulary:
-        from secateur.reporting.advice import coverage_notes, vocabulary_facts
+        from secateur.reporting.verdict import coverage_notes, vocabulary_facts
 
         notes = (f"note: {note}" for note in coverage_notes(folder.name, origin.vocabulary))
         for line in (*vocabulary_facts(origin.vocabulary), *notes):

@@ -19,7 +19,6 @@ from secateur.data.hub import is_hub_name, parse_name
 from secateur.document import Block, Bullets, Code, Section, Text
 from secateur.files import read_json
 from secateur.provenance import Fingerprint
-from secateur.reporting.advice import vocabulary_facts
 from secateur.reporting.findings import GroupComparison, Summary
 from secateur.reporting.run import POLISHED, Variant
 from secateur.reporting.tables import (
@@ -29,7 +28,7 @@ from secateur.reporting.tables import (
     kept_tokens,
     settings_text,
 )
-from secateur.reporting.verdict import Recommendation, difference_in_words, seed_note
+from secateur.reporting.verdict import Recommendation, difference_in_words, seed_note, vocabulary_facts
 from secateur.results import Origin, ScoreRow
 
 CARD = "README.md"
@@ -64,23 +63,19 @@ def model_card(summary: Summary, found: Recommendation, variant: Variant, folder
     head.append(doc.to_markdown(about))
     if found.ship and variant in found.ship.group.variants:
         head += [f"**{doc.to_markdown(found.headline)}**", doc.to_markdown(found.reasons[0])]
-    comparison, original = _of(summary.compared, variant), _of(summary.originals, variant)
+    comparison = next((item for item in summary.compared.values() if variant in item.group.variants), None)
     full = None
     if comparison:
         others = comparison.reference.variants
         full = next((other for other in others if other.seed == variant.seed), others[0])
     sections = [
         Section("use", "Use", list(_use(folder))),
-        Section("costs", "Size and speed", list(_costs(summary, variant, full, original))),
-        Section("scores", "Scores", list(_scores(summary, variant, full, comparison, original))),
+        Section("costs", "Size and speed", list(_costs(summary, variant, full))),
+        Section("scores", "Scores", list(_scores(summary, variant, full, comparison))),
         Section("made", "How it was made", list(_how(variant, origin))),
         Section("limits", "Limits", [Bullets(list(_limits(variant, origin)))]),
     ]
     return "\n\n".join([*head, *(section.to_markdown() for section in sections if section.blocks)]) + "\n"
-
-
-def _of(items: Mapping[str, GroupComparison], variant: Variant) -> GroupComparison | None:
-    return next((item for item in items.values() if variant in item.group.variants), None)
 
 
 # Sections -------------------------------------------------------------------------------------------------------------
@@ -109,24 +104,17 @@ def _use(folder: Path) -> Iterable[Block]:
         yield doc.Table("Prompts are part of the model:", ("Name", "Prompt"), rows, 2)
 
 
-def _costs(
-    summary: Summary, variant: Variant, full: Variant | None, original: GroupComparison | None
-) -> Iterable[Block]:
+def _costs(summary: Summary, variant: Variant, full: Variant | None) -> Iterable[Block]:
     if not variant.cost:
         return
-    others = [full, *(original.reference.variants if original else ())]
-    shown = {"This model": variant.cost} | {other.name: other.cost for other in others if other and other.cost}
+    shown = {"This model": variant.cost} | ({full.name: full.cost} if full and full.cost else {})
     yield cost_table([replace(cost, model=name) for name, cost in shown.items()]).transposed()
     machine = summary.run.costs.provenance.hardware if summary.run.costs else {}
     yield Text(f"{SPEED[:-1]}, on {', '.join(f'{key} {value}' for key, value in machine.items())}.")
 
 
 def _scores(
-    summary: Summary,
-    variant: Variant,
-    full: Variant | None,
-    comparison: GroupComparison | None,
-    original: GroupComparison | None,
+    summary: Summary, variant: Variant, full: Variant | None, comparison: GroupComparison | None
 ) -> Iterable[Block]:
     if not variant.scores:
         return
@@ -146,15 +134,11 @@ def _scores(
     if full and comparison:
         same = variant.training and full.training and variant.training.settings == full.training.settings
         how = ", trained with the same settings" if same else ""
-        how += ", which had only the scout's training" if comparison.is_polished_more else ""
         yield Text(f"{full.name} is the full model to compare with: all {full.depth} layers{how}.")
         if comparison.difference.low is not None:
             seeds = len(comparison.group.variants)
             over = f", over {doc.plural(seeds, 'training')} with other seeds like this one" if seeds > 1 else ""
             yield Text(f"The average differs by {difference_in_words(comparison)}, paired by text{over}.")
-    if original and original.is_known and not (comparison and comparison.reference is original.reference):
-        whole = "the model as it came, with all its layers and tokens"
-        yield Text(f"The average differs by {difference_in_words(original)} from that of {whole}.")
     if variant.training and (note := seed_note(summary)):
         yield Text(note)
 

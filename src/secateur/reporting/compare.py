@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,6 +56,8 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
             rows, sources = scores.rows, [*scores.provenance.data, *sources]
             differences = score_differences(rows, names[0], [read_replicates(out, row) for row in rows])
     overlaps, changed = _neighbourhoods(options, names, texts, progress)
+    local = {name: given for name, given in zip(names, options.models, strict=True) if not is_endpoint(given)}
+    timed = cost([*local.values()], names=[*local], progress=progress).rows if options.timed and local else ()
     result = Comparison(
         provenance=provenance(sources, options.seed),
         reference=names[0],
@@ -65,15 +66,10 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
         overlaps=overlaps,
         changed=changed,
         scores=rows,
-        costs=(),
+        costs=timed,
     )
-    local = {name: given for name, given in zip(names, options.models, strict=True) if not is_endpoint(given)}
     if options.out is not None:
         result.save(options.out)
-    if options.timed and local:  # last: should it fail, the rest is there
-        result = replace(result, costs=cost(list(local.values()), names=list(local), progress=progress).rows)
-        if options.out is not None:
-            result.save(options.out)
     return result
 
 

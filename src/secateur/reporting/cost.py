@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -73,8 +72,6 @@ THOROUGH = Amount(30, {"short": 256, "long": 32}, {"short": (1, 4, 16, 64, 256),
 def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
     """Count and time models side by side. Of those that do not fit into memory together, one is there at a time.
 
-    ``costs.json`` is written too where a model fails after it was timed, without that model.
-
     Raises:
         ModelError: A model cannot be opened.
         ConfigError: An option has an invalid value, two models have the same name, or one is an endpoint.
@@ -87,45 +84,37 @@ def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
     device = torch.device(options.device or get_device_name())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     timers = [_Timer(name, model, options.device) for name, model in zip(names, options.models, strict=True)]
-    for turn in range(options.repetitions + 1):
-        progress("cost", turn, options.repetitions + 1)
+    turns = options.repetitions + 1
+    for turn in range(turns):
+        progress("cost", turn, turns)
         for timer in timers if turn % 2 else reversed(timers):
-            if timer.batches:
+            if turn:
                 timer.measure(amount)
             else:
                 timer.warm_up(amount)
+                timer.count(options.thorough)
             if sum(bytes_in_memory(other.open) for other in timers if other.open is not None) > ROOM * free:
                 timer.close()
-    progress("cost", options.repetitions + 1, options.repetitions + 1)
-    rows: list[CostRow] = []
-    failures: list[Exception] = []
-    for timer in timers:
-        try:
-            rows.append(timer.row(options.thorough))
-        except Exception as error:  # of whatever kind: the times of the others are kept
-            failures.append(error)
-        timer.close()
-    costs = Costs(provenance=provenance(), costs=tuple(rows))
-    if options.out is not None and rows:
+    progress("cost", turns, turns)
+    costs = Costs(provenance=provenance(), costs=tuple(timer.row for timer in timers))
+    if options.out is not None:
         costs.save(options.out)
-    if failures:
-        raise failures[0]
     return costs
 
 
 @dataclass
 class _Timer:
-    """One model and its times so far, in seconds; speeds in texts per second, by kind of text."""
+    """One model, what was counted of it, and its times so far, in seconds; batch sizes and speeds by kind of text."""
 
     name: str
     source: str | Path
     device: str | None
     open: SentenceTransformer | None = None
     load_seconds: float = 0.0
+    counted: dict[str, Any] = field(default_factory=dict)
     batches: dict[str, int] = field(default_factory=dict)
-    passes: dict[str, int] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
-    speeds: dict[str, list[float]] = field(default_factory=lambda: {"short": [], "long": []})
+    speeds: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def model(self) -> SentenceTransformer:
@@ -134,7 +123,7 @@ class _Timer:
             started = time.perf_counter()
             self.open = open_embedder(self.source, device=self.device)
             self.load_seconds = self.load_seconds or time.perf_counter() - started
-            self._encode(texts_of("short", 1), 1)
+            self.encode(texts_of("short", 1), 1)
         return self.open
 
     def close(self) -> None:
@@ -145,29 +134,27 @@ class _Timer:
             torch.cuda.empty_cache()
 
     def warm_up(self, amount: Amount) -> None:
-        """Find the quickest batch size of each kind of text, over passes enough that chance does not decide."""
-        for kind, number in amount.texts.items():
-            texts = texts_of(kind, number)
-            self._encode(texts[:1], 1)
-            quickest: dict[int, float] = {}
-            for batch in amount.batches[kind]:
-                passes = [self._encode(texts, batch)]
-                while sum(passes) < LEAST_SECONDS:
-                    passes.append(self._encode(texts, batch))
-                quickest[batch] = min(passes)
-            self.batches[kind] = min(quickest, key=lambda batch: quickest[batch])
-            self.passes[kind] = math.ceil(LEAST_SECONDS / min(quickest.values()))
+        """Find the quickest batch size of each kind of text."""
+        for kind, sizes in amount.batches.items():
+            self.encode(texts_of(kind, 1), 1)
+            speeds = {batch: self.speed(texts_of(kind, amount.texts[kind]), batch) for batch in sizes}
+            self.batches[kind] = max(speeds, key=lambda batch: speeds[batch])
 
     def measure(self, amount: Amount) -> None:
         """One repetition."""
         short = texts_of("short", amount.texts["short"])
-        self.latencies += [self._encode([short[i % len(short)]], 1) for i in range(amount.latencies)]
+        self.latencies += [self.encode([short[i % len(short)]], 1) for i in range(amount.latencies)]
         for kind, number in amount.texts.items():
-            texts, passes = texts_of(kind, number), self.passes[kind]
-            seconds = sum(self._encode(texts, self.batches[kind]) for _ in range(passes))
-            self.speeds[kind].append(passes * number / seconds)
+            self.speeds.setdefault(kind, []).append(self.speed(texts_of(kind, number), self.batches[kind]))
 
-    def _encode(self, texts: Sequence[str], batch: int) -> float:
+    def speed(self, texts: Sequence[str], batch: int) -> float:
+        """Texts per second, over passes enough that chance does not decide."""
+        passes = [self.encode(texts, batch)]
+        while sum(passes) < LEAST_SECONDS:
+            passes.append(self.encode(texts, batch))
+        return len(passes) * len(texts) / sum(passes)
+
+    def encode(self, texts: Sequence[str], batch: int) -> float:
         """Wall time in seconds, that of what it left running on the device included."""
         model = self.model
         wait(model.device)
@@ -177,64 +164,66 @@ class _Timer:
         wait(model.device)
         return time.perf_counter() - started
 
-    def row(self, thorough: bool) -> CostRow:
-        """What was counted and measured."""
+    def count(self, thorough: bool) -> None:
+        """All that is no time, and what takes a process of its own."""
         model, module = self.model, self.model[0]
-        alone = measure_alone(self.source, str(model.device), self.batches["long"]) if thorough else {}
         weights = next(model.parameters(), None)
+        self.counted = sizes_of(model, self.source) | {
+            "bytes": bytes_on_disk(self.source),
+            "memory_bytes": bytes_in_memory(model),
+            "load_seconds": self.load_seconds,
+            "short_tokens": tokens_of(model, "short"),
+            "long_tokens": tokens_of(model, "long"),
+            "dtype": module.source.dtype if weights is None else str(weights.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+            "threads": torch.get_num_threads(),
+            "files": fingerprint_files(self.source),
+            "versions": versions_of(),
+        }
+        if thorough:
+            self.counted |= measure_alone(self.source, str(model.device), self.batches["long"])
+
+    @property
+    def row(self) -> CostRow:
         timed: dict[str, Any] = {}
         for kind, prefix in (("short", ""), ("long", "long_")):
-            (text,) = texts_of(kind, 1)
-            if isinstance(module, BlackBox) and isinstance(module.source, runtime.Encoder):
-                tokens = len(module.source.tokenize([text])[0])
-            else:
-                tokens = model.preprocess([text])["input_ids"].numel()
             speeds = self.speeds[kind]
-            timed |= {f"{kind}_tokens": float(tokens), f"{kind}_batch": self.batches[kind]}
+            timed[f"{kind}_batch"] = self.batches[kind]
             timed[f"{prefix}texts_per_second"] = statistics.median(speeds)
             timed |= {f"{prefix}speed_low": min(speeds), f"{prefix}speed_high": max(speeds)}
-        return CostRow(
-            model=self.name,
-            bytes=bytes_on_disk(self.source),
-            memory_bytes=bytes_in_memory(model),
-            peak_bytes=int(alone["peak"]) if alone else None,
-            load_seconds=alone.get("load", self.load_seconds),
-            latency_p50=float(np.quantile(self.latencies, 0.5)),
-            latency_p95=float(np.quantile(self.latencies, 0.95)),
-            dtype=module.source.dtype if weights is None else str(weights.dtype).removeprefix("torch."),
-            device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-            threads=torch.get_num_threads(),
-            files=fingerprint_files(self.source),
-            versions=versions_of(),
-            **timed,
-            **sizes_of(model, self.source),
-        )
+        p50, p95 = (float(np.quantile(self.latencies, share)) for share in (0.5, 0.95))
+        return CostRow(model=self.name, latency_p50=p50, latency_p95=p95, **timed, **self.counted)
+
+
+def tokens_of(model: SentenceTransformer, kind: str) -> float:
+    """How many tokens a text of this kind has."""
+    module, texts = model[0], texts_of(kind, 1)
+    if isinstance(module, BlackBox) and isinstance(module.source, runtime.Encoder):
+        return float(len(module.source.tokenize(texts)[0]))
+    return float(model.preprocess(texts)["input_ids"].numel())
 
 
 def sizes_of(model: SentenceTransformer, source: str | Path) -> dict[str, Any]:
-    """What is counted of a model, by the names in its row.
+    """Layers, parameters and operations, by the names in a row.
 
     A static embedding has no layers, and multiplies nothing. An export is counted as the transformer that it was made
     from; its operations are not.
     """
-
-    def parameters(module: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    whole, flops = model, (0.0, 0)
     if isinstance(model[0], StaticEmbedding):
-        return {"depth": 0, "parameters": parameters(model), "embedding_parameters": parameters(model)}
+        return {"depth": 0, "parameters": _parameters(model), "embedding_parameters": _parameters(model)}
     if isinstance(model[0], BlackBox):
         transformer = whole = skeleton(AutoConfig.from_pretrained(Path(source).expanduser()))
+        flops = {}
     else:
-        transformer, flops = model[0].auto_model, flops_per_token(model, FLOPS_TOKENS)
-    return {
-        "depth": depth_of(transformer),
-        "parameters": parameters(whole),
-        "embedding_parameters": parameters(embeddings_of(transformer)),
-        "flops_per_token": flops[0],
-        "flops_tokens": flops[1],
-    }
+        whole, transformer = model, model[0].auto_model
+        flops = dict(zip(("flops_per_token", "flops_tokens"), flops_per_token(model, FLOPS_TOKENS), strict=True))
+    embeddings = _parameters(embeddings_of(transformer))
+    sizes = {"depth": depth_of(transformer), "parameters": _parameters(whole), "embedding_parameters": embeddings}
+    return sizes | flops
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def texts_of(kind: str, number: int) -> list[str]:
@@ -259,19 +248,17 @@ def bytes_on_disk(model: str | Path) -> int:
         ModelError: The files are not found.
     """
     path = demo_model() if str(model) == "smollm2" and not Path(model).exists() else Path(model).expanduser()
-    if path.is_file():
-        return path.stat().st_size
-    if not path.is_dir():
+    if not path.exists():
         try:
             path = Path(snapshot_download(str(model), local_files_only=True))
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
             raise ModelError(model, "its files are not found") from error
-    if is_export(path):
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     modules = read_json(path / MODULES) if (path / MODULES).is_file() else []
-    places = {str(module["path"]) for module in modules} - {"", "."}
-    files = {*path.iterdir(), *(file for place in places for file in (path / place).rglob("*"))}
-    return sum(file.stat().st_size for file in files if file.is_file())
+    places = {str(module["path"]) for module in modules}
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    if path.is_dir() and not is_export(path):
+        files = [file for file in files if file.parent == path or file.relative_to(path).parts[0] in places]
+    return sum(file.stat().st_size for file in files)
 
 
 # A process of its own -------------------------------------------------------------------------------------------------
@@ -280,7 +267,7 @@ _ALONE = "from secateur.reporting.cost import print_load_and_peak; print_load_an
 
 
 def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float]:
-    """Open a model and encode long texts with it in a fresh process: ``load`` in seconds and ``peak`` in bytes.
+    """Open a model and encode long texts with it in a fresh process: ``load_seconds`` and ``peak_bytes``.
 
     The peak is that of the process, of which the libraries take several hundred megabytes; on a GPU it is that of the
     device's memory.
@@ -312,4 +299,4 @@ def print_load_and_peak(model: str, device: str, batch: str) -> None:
         peak = int(line.split()[1]) * 1024
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    sys.stdout.write(json.dumps({"load": loaded, "peak": peak}) + "\n")
+    sys.stdout.write(json.dumps({"load_seconds": loaded, "peak_bytes": peak}) + "\n")

@@ -73,7 +73,7 @@ def _points(summary: Summary, found: Recommendation, measure: _Cost) -> list[tup
         cost, average, first = group.cost, group.average, group.first
         if cost is None or average is None or not getattr(cost, measure.fields[0]):  # 0: not measured
             continue
-        kind = found.kind(group)
+        kind = summary.kind(group)
         value, low, high = ([getattr(cost, name) for name in measure.fields] + [None, None])[:3]
         point = Point(
             series=first.series,

@@ -23,11 +23,10 @@ from secateur.files import write_text
 from secateur.options import ReportOptions, step
 from secateur.provenance import Provenance
 from secateur.reporting import pictures, tables
-from secateur.reporting.advice import scout_sentences, vocabulary_facts
 from secateur.reporting.card import CARD, base_licence, may_write, model_card
 from secateur.reporting.findings import Summary, summarize
 from secateur.reporting.run import Run, read_run
-from secateur.reporting.verdict import Recommendation, notes, recommend
+from secateur.reporting.verdict import Recommendation, notes, recommend, scout_sentences, vocabulary_facts
 from secateur.results import Origin
 
 HERE = "To use it, in the folder of this report"
@@ -115,7 +114,7 @@ def sections(summary: Summary, found: Recommendation, threshold: float) -> list[
     parts = [
         Section("failed", "What failed", [Bullets(failed)] if failed else [], is_open=True),
         Section("frontier", "Quality against cost", [Gallery(drawn)] if drawn else [], is_open=True),
-        Section("tasks", "Tasks", list(_task_blocks(summary, found)), is_open=True),
+        Section("tasks", "Tasks", list(_task_blocks(summary)), is_open=True),
         Section("sure", "How sure this is", [Text(note) for note in notes(summary)]),
         Section("worth", "What every depth is worth", list(_scout_blocks(summary))),
         Section("size", "Quality and size", [Bullets(sizes)] if sizes else []),
@@ -130,9 +129,9 @@ def sections(summary: Summary, found: Recommendation, threshold: float) -> list[
     return [part for part in parts if part.blocks]
 
 
-def _task_blocks(summary: Summary, found: Recommendation) -> Iterable[Block]:
+def _task_blocks(summary: Summary) -> Iterable[Block]:
     if groups := [group for group in summary.groups if group.scores]:
-        yield tables.task_table(groups, found)
+        yield tables.task_table(groups, summary.compared)
     missing: dict[tuple[str, str], list[str]] = {}
     for variant in summary.run.variants:
         for row in variant.scores.values():

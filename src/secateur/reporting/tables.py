@@ -16,7 +16,6 @@ from secateur.choosing.choose import ranges
 from secateur.document import Cell, Table, with_interval
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
 from secateur.reporting.run import Run, Scouted
-from secateur.reporting.verdict import Recommendation
 from secateur.results import (
     CostRow,
     DepthRow,
@@ -142,17 +141,11 @@ def model_table(summary: Summary) -> Table:
         if item is None:
             return doc.NONE
         found, full = item.difference, f"to {doc.shorten(item.reference.first.series)}"
-        full += ", which had only the scout’s training" if item.is_polished_more else ""
         if found.low is None:
             return Cell(doc.signed(found.value), (full,))
         return Cell(
             doc.signed(found.value), (doc.span(found.low, found.high, doc.signed), full, OUTCOMES[item.outcome])
         )
-
-    def to_original(group: RunGroup) -> str | Cell:
-        """Where the model as it came is another than the one that it is compared with."""
-        original, item = summary.originals.get(group.name), compared.get(group.name)
-        return doc.NONE if original and item and item.reference is original.reference else difference(original)
 
     def better_and_worse(item: GroupComparison | None) -> str:
         return f"{item.count(1)} / {item.count(-1)}" if item else doc.NONE
@@ -166,7 +159,6 @@ def model_table(summary: Summary) -> Table:
         "Texts per second": of_cost(_speed),
         "Average score": average,
         "Difference": lambda group: difference(compared.get(group.name)),
-        "Difference to the model as it came": to_original,
         "Tasks better / worse": lambda group: better_and_worse(compared.get(group.name)),
     }
     return Table.of(title, summary.groups, columns).filled()
@@ -220,11 +212,11 @@ def origin_table(run: Run) -> Table:
 # Scores and costs -----------------------------------------------------------------------------------------------------
 
 
-def task_table(groups: Sequence[RunGroup], found: Recommendation) -> Table:
+def task_table(groups: Sequence[RunGroup], compared: Mapping[str, GroupComparison]) -> Table:
     """Tasks × models, the more numerous as rows, as a heat map: coloured by the difference to the full model."""
     examples = {task: group.first.scores[task] for group in groups for task in group.tasks}
     tasks = {task: f"{row.type}, {row.metric}, {row.samples} samples" for task, row in examples.items()}
-    whole = ", ".join(dict.fromkeys(doc.shorten(item.reference.name) for item in found.compared.values()))
+    whole = ", ".join(dict.fromkeys(doc.shorten(item.reference.name) for item in compared.values()))
     title = "Each task’s own metric, × 100." + (
         f" Below a score and in colour: the difference to {whole} with its 95 % interval, ▲ or ▼ where it is "
         "significant. One interval of twenty misses by chance."
@@ -233,7 +225,7 @@ def task_table(groups: Sequence[RunGroup], found: Recommendation) -> Table:
     )
 
     def cell(group: RunGroup, task: str) -> Cell | str:
-        own, beside = group.scores.get(task), found.compared.get(group.name)
+        own, beside = group.scores.get(task), compared.get(group.name)
         if own is None:
             return doc.NONE
         if beside is None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.choosing.budgets import cost_limits
-from secateur.document import SPACE, byte_size, count, duration, number, percent, plural, score, shorten, signed, span
-from secateur.reporting.advice import coverage_notes, scout_sentences
-from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
-from secateur.results import CostRow
+from secateur.choosing.evidence import choose_rung
+from secateur.document import SPACE, byte_size, count, duration, percent, plural, score, shorten, signed, span, speed
+from secateur.errors import SecateurError
+from secateur.reporting.findings import MARGIN, GroupComparison, Summary, compare_groups
+from secateur.reporting.run import POLISHED, SCOUTED, Run, Scouted
+from secateur.results import CostRow, VocabularyCut
 
 MOST_NAMED = 3
-"""Profiles, averages or baselines that are named; tables hold the others."""
+"""Scouts or baselines that are named; tables hold the others."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class Recommendation:
         runner_up: The best model for half its cost; for half that of the full model where none is to be shipped.
         reasons: Sentences: what is compared and how surely, what the runner-up loses, what baselines do.
         folder: Where it is, in the run folder; empty where it is not there.
-        compared: Name → comparison with the full model, of all models that could be shipped.
     """
 
     headline: str
@@ -40,70 +41,67 @@ class Recommendation:
     runner_up: GroupComparison | None = None
     reasons: tuple[str, ...] = ()
     folder: str = ""
-    compared: Mapping[str, GroupComparison] = field(default_factory=dict)
 
     def command(self, run: Path = Path()) -> str:
         """One that uses the model, with the run folder as seen from where it is given; empty without a model."""
         return f"secateur serve {shlex.quote(str(run / self.folder))}" if self.folder else ""
 
-    def kind(self, group: RunGroup) -> str:
-        """``baseline``, ``rejected`` (significantly worse than the full model), ``cut`` or ``full``."""
-        item = self.compared.get(group.name)
-        if group.first.is_baseline:
-            return "baseline"
-        if item is not None:
-            return "rejected" if item.outcome == "worse" and not item.is_as_good(MARGIN) else "cut"
-        return "full" if group.first.is_full else "cut"
-
 
 def recommend(summary: Summary) -> Recommendation:
     """The smallest model that is as good as the full one and keeps to the study's budget, or what to do to find one."""
-    compared = _beside_full(summary)
+    compared, limits = summary.compared, cost_limits(summary.run.budget)
     cuts = [item for item in compared.values() if not item.group.first.is_baseline]
     if not cuts:
-        headline, known = _nothing_to_compare(summary)
-        return Recommendation(headline, reasons=known, compared=compared)
-    budget = summary.run.budget
-    limits, margin = cost_limits(budget), _margin(summary)
+        headline = "Nothing to compare yet: train the chosen cuts, and score them and the full model on the same tasks."
+        return Recommendation(headline, reasons=tuple(scout_sentences(summary.run)[:MOST_NAMED]))
     fitting = [item for item in cuts if _fits(item.group.cost, limits)]
-    tested = _by_series(cuts)
-    good = [item for own in tested if (item := smallest_as_good(own, margin)) in fitting]
-    ship: GroupComparison | None = None
-    if budget.best or (limits and not good):
-        ship = max(fitting, key=lambda item: item.difference.value, default=None)
-        within = f"within {_limits_in_words(limits)}" if limits else "of those scored"
-        headline = f"Ship {_named(ship)}, the best {within}: {_facts(ship)}." if ship else _too_large(cuts, limits)
-    elif good:
-        ship = min(good, key=lambda item: (_size(item.group), -item.difference.value))
-        headline = f"Ship {_named(ship)}: {_facts(ship)}."
-    else:
-        headline = _not_yet([max(own, key=_depth) for own in tested] or cuts, margin)
+    ship, headline = _choose(summary, cuts, fitting)
     baselines = [item for item in compared.values() if item.group.first.is_baseline]
-    beside = [summary.compare(item.group, ship.group) for item in baselines] if ship else baselines
-    better = [item for item in beside if _fits(item.group.cost, limits) and _replaces(item, margin)]
+    beside = [compare_groups(item.group, ship.group) for item in baselines] if ship else baselines
+    better = [item for item in beside if _fits(item.group.cost, limits) and _replaces(item, _margin(summary))]
     if better:
-        taken = max(better, key=lambda item: item.difference.value)
-        cut = ", the best cut" if ship else ", the full model"
-        headline = (
-            f"Use {_named(taken)}, which needs no cut: {_facts(taken)}, compared with {_named(taken, True)}{cut}."
-        )
-        ship = compared[taken.group.name]
-    whole = ship.group if ship else min(cuts, key=lambda item: -_depth(item)).reference
-    cheap = [
-        item for item in (*fitting, *baselines) if item is not ship and _is_cheap(summary.compare(item.group, whole))
-    ]
+        used = max(better, key=lambda item: item.difference.value)
+        name, other = shorten(used.group.name), shorten(used.reference.name)
+        headline = f"Use {name}, which needs no cut: {_facts(used)}, compared with {other}."
+        ship = compared[used.group.name]
+    whole = ship.group if ship else cuts[0].reference
+    others = [item for item in (*fitting, *baselines) if item is not ship]
+    cheap = [item for item in others if _is_cheap(compare_groups(item.group, whole))]
     runner_up = max(cheap, key=lambda item: item.difference.value, default=None)
     reasons = [_what_is_compared(ship or cuts[0])]
     if runner_up:
         of = "" if ship else " of the full model"
-        reasons.append(f"For half the cost{of}: {_named(runner_up)}, {_facts(runner_up)}.")
-    elif ship:
-        reasons.append("No model of half its cost was scored.")
-    told = [*better, *(item for item in beside if runner_up and item.group is runner_up.group)]
-    reasons += [_baseline(item) for item in beside if item not in told][:MOST_NAMED]
+        reasons.append(f"For half the cost{of}: {shorten(runner_up.group.name)}, {_facts(runner_up)}.")
+    told = [item.group for item in (ship, runner_up) if item]
+    reasons += [
+        f"Baseline {shorten(item.group.name)}, compared with {shorten(item.reference.name)}: {_facts(item)}."
+        for item in [item for item in beside if item.group not in told][:MOST_NAMED]
+    ]
     place = ship.group.first.folder if ship else None
     folder = place.relative_to(summary.run.folder).as_posix() if place else ""
-    return Recommendation(headline, ship, runner_up, tuple(reasons), folder, compared)
+    return Recommendation(headline, ship, runner_up, tuple(reasons), folder)
+
+
+def _choose(
+    summary: Summary, cuts: Sequence[GroupComparison], fitting: Sequence[GroupComparison]
+) -> tuple[GroupComparison | None, str]:
+    """The cut to ship, if any, and what is said of it; ``fitting`` are those within the limits of costs."""
+    budget, margin = summary.run.budget, _margin(summary)
+    searches = _by_series(cuts)
+    passed = [smallest_as_good(own, margin) for own in searches]
+    good = [item for item in passed if item and item in fitting]
+    if good and not budget.best:
+        ship = min(good, key=lambda item: (_parameters(item), _depth(item), -item.difference.value))
+        return ship, f"Ship {shorten(ship.group.name)}: {_facts(ship)}."
+    within = " and ".join(_LIMITS[key][1](limit) for key, limit in cost_limits(budget).items())
+    if not fitting:
+        advice = "Cut deeper, or trim the vocabulary."
+        return None, f"Ship nothing yet: no model here fits your budget of {within}. {advice}"
+    if budget.best or within:
+        ship = max(fitting, key=lambda item: item.difference.value)
+        best = f"the best within your budget of {within}" if within else "the best of those scored"
+        return ship, f"Ship {shorten(ship.group.name)}, {best}: {_facts(ship)}."
+    return None, _not_yet([max(own, key=_depth) for own in searches] or cuts, margin)
 
 
 def smallest_as_good(comparisons: Sequence[GroupComparison], margin: float = MARGIN) -> GroupComparison | None:
@@ -119,37 +117,6 @@ def smallest_as_good(comparisons: Sequence[GroupComparison], margin: float = MAR
             break
         found = item
     return found
-
-
-# What is compared -----------------------------------------------------------------------------------------------------
-
-
-def _beside_full(summary: Summary) -> dict[str, GroupComparison]:
-    """Every model that could be shipped beside the best full model that was scored on the same tasks.
-
-    A full model could be shipped in place of a larger one: of another base, or with all tokens.
-    """
-    scored = [
-        group
-        for group in summary.groups
-        if group.average and (group.first.depth is not None or group.first.is_baseline)
-    ]
-    full = [group for group in scored if group.first.is_full and not group.first.is_baseline]
-    found: dict[str, GroupComparison] = {}
-    for group in scored:
-        others = [other for other in full if other is not group and other.scores.keys() == group.scores.keys()]
-        if group in full:
-            others = [other for other in others if _is_larger(other, group)]
-        if others:
-            item = summary.compare(group, max(others, key=lambda other: other.average.value if other.average else 0.0))
-            found |= {group.name: item} if item.is_known else {}
-    return found
-
-
-def _is_larger(other: RunGroup, group: RunGroup) -> bool:
-    if other.first.base == group.first.base and other.first.vocabulary == group.first.vocabulary:
-        return False
-    return _size(other) > _size(group) or (other.cost is None and other.first.vocabulary is None)
 
 
 def _by_series(cuts: Sequence[GroupComparison]) -> list[list[GroupComparison]]:
@@ -173,48 +140,33 @@ def _margin(summary: Summary) -> float:
 
 def _replaces(item: GroupComparison, margin: float) -> bool:
     """Whether a baseline is as good as the other, and costs no more by all that was measured."""
-    ratio = _share_of_size(item)
-    is_slower = item.speed is not None and item.speed[1] and item.speed[0] < 1
-    return item.is_as_good(margin) and ratio is not None and ratio <= 1 and not is_slower
+    return item.is_as_good(margin) and item.size is not None and item.size <= 1 and (item.speed or 1) >= 1
 
 
 def _is_cheap(item: GroupComparison) -> bool:
     """Whether a model is half the size of the other, or twice as fast and no larger."""
-    ratio = _share_of_size(item)
-    is_fast = item.speed is not None and item.speed[1] and item.speed[0] >= 2
-    return ratio is not None and (ratio <= 0.5 or (ratio < 1 and is_fast))
+    return item.size is not None and (item.size <= 0.5 or (item.size < 1 and (item.speed or 1) >= 2))
 
 
 def _depth(item: GroupComparison) -> int:
     return item.group.first.depth or 0
 
 
-def _size(group: RunGroup) -> int:
-    return group.cost.parameters if group.cost else group.first.depth or 0
+def _parameters(item: GroupComparison) -> float:
+    return item.group.cost.parameters if item.group.cost else math.inf
 
 
-def _share_of_size(item: GroupComparison) -> float | None:
-    """Of bytes on disk, or of parameters; of layers where costs were not measured; None where nothing is known."""
-    own, full = item.group.cost, item.reference.cost
-    if own and full:
-        pairs = ((own.bytes, full.bytes), (own.parameters, full.parameters))
-        return next((mine / other for mine, other in pairs if mine and other), None)
-    is_alike = not (own or full) and item.group.first.base == item.reference.first.base
-    return _depth(item) / item.reference.first.depth if is_alike and item.reference.first.depth else None
-
-
-_LIMITS: dict[str, tuple[str, float, Callable[[float], str]]] = {
-    "max_params": ("parameters", 1, lambda value: f"{count(value)} parameters"),
-    "max_bytes": ("bytes", 1, byte_size),
-    "max_latency_ms": ("latency_p50", 1000, lambda value: f"{duration(value / 1000)} for one text"),
+_LIMITS: dict[str, tuple[Callable[[CostRow], float], Callable[[float], str]]] = {
+    "max_params": (lambda cost: cost.parameters, lambda limit: f"{count(limit)} parameters"),
+    "max_bytes": (lambda cost: cost.bytes, byte_size),
+    "max_latency_ms": (lambda cost: 1000 * cost.latency_p50, lambda limit: f"{duration(limit / 1000)} for one text"),
 }
-"""Limit → the cost that it limits, how many of its units a unit of that cost is, and how it is said."""
+"""Limit → the cost that it limits, and how it is said."""
 
 
 def _fits(cost: CostRow | None, limits: Mapping[str, float]) -> bool:
     """Whether all costs that are limited were measured, and are within their limits."""
-    known = {key: getattr(cost, _LIMITS[key][0], 0) or 0 for key in limits}
-    return all(0 < known[key] * _LIMITS[key][1] <= limit for key, limit in limits.items())
+    return all(cost is not None and 0 < _LIMITS[key][0](cost) <= limit for key, limit in limits.items())
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
@@ -229,146 +181,132 @@ def difference_in_words(item: GroupComparison) -> str:
 
 def _facts(item: GroupComparison) -> str:
     """What a model loses and saves beside another."""
-    facts, speed, ratio = [difference_in_words(item)], item.speed, _share_of_size(item)
-    if speed is not None:
-        times = number(speed[0], ".2f" if speed[0] < 2 else ".1f" if speed[0] < 20 else ",.0f")
-        facts.append(f"{times}{SPACE}×{SPACE}as fast" if speed[1] else "no measurable difference in speed")
-    if ratio is not None:
-        facts.append(f"{percent(ratio, 0)} of the {'size' if item.group.cost else 'layers'}")
+    facts = [difference_in_words(item)]
+    if item.speed is not None:
+        facts.append(f"{speed(item.speed)}{SPACE}×{SPACE}as fast")
+    if item.size is not None:
+        facts.append(f"{percent(item.size, 0)} of the size")
     return ", ".join(facts)
-
-
-def _named(item: GroupComparison, reference: bool = False) -> str:
-    return shorten((item.reference if reference else item.group).name)
-
-
-def _limits_in_words(limits: Mapping[str, float]) -> str:
-    return f"your budget of {' and '.join(_LIMITS[key][2](limit) for key, limit in limits.items())}"
-
-
-def _too_large(cuts: Sequence[GroupComparison], limits: Mapping[str, float]) -> str:
-    smallest = min(cuts, key=lambda item: _size(item.group))
-    cost = smallest.group.cost
-    has = f"{count(cost.parameters)} parameters and {byte_size(cost.bytes)}" if cost else "costs that were not measured"
-    return (
-        f"Ship nothing yet: no model here fits {_limits_in_words(limits)}; {_named(smallest)}, the smallest, has "
-        f"{has}. Cut deeper, or trim the vocabulary."
-    )
 
 
 def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
     """What to do where nothing is as good; ``largest`` are the cuts at which each search ended."""
-    if open_ones := [item for item in largest if item.outcome == "undecided"]:
-        item = max(open_ones, key=lambda item: item.difference.low or 0.0)
-        value, low = item.difference.value, item.difference.low or 0.0
-        more = ((value - low) / (value + margin)) ** 2 if value > -margin else math.inf
-        seeds = " and train more seeds" if item.difference.seed_error else ""
-        data = "more" if seeds else f"about {math.ceil(more)} × as many" if more <= 20 else "many more"
+
+    def rank(item: GroupComparison) -> tuple[bool, float, float]:
+        low = item.difference.low
+        return item.outcome == "undecided", -math.inf if low is None else low, item.difference.value
+
+    item = max(largest, key=rank)
+    name, full, difference = shorten(item.group.name), shorten(item.reference.name), item.difference
+    value, low = difference.value, difference.low
+    if low is None:
         return (
-            f"Not decided yet: {_named(item)} shows no significant difference ({signed(value)} points, "
-            f"{span(low, item.difference.high, signed)}), but up to {score(-low)} points may be lost. "
-            f"Score it on {data} test queries or pairs{seeds} before you ship it."
+            f"Not decided yet: {name} scores {signed(value)} points beside {full}, but without intervals that may be "
+            "chance. Evaluate both again to get them."
         )
-    if known := [item for item in largest if item.outcome != "unknown"]:
-        item = max(known, key=lambda item: item.difference.value)
+    if item.outcome != "undecided":
         train = "Train it for more steps, or on more data," if item.group.first.training else "Train it after the cut,"
-        nearest = f"{_named(item)} comes nearest, with {difference_in_words(item)}"
-        return f"Keep {_named(item, True)}: {nearest}. {train} and score it again."
-    item = max(largest, key=lambda item: item.difference.value)
+        return f"Keep {full}: {name} comes nearest, with {difference_in_words(item)}. {train} and score it again."
+    # An interval narrows with the square root of the amount.
+    more = ((value - low) / (value + margin)) ** 2 if value > -margin else math.inf
+    data = f"about {math.ceil(more)} × as many" if more <= 20 else "many more"
+    seeds = " and train more seeds" if difference.seed_error else ""
     return (
-        f"Not decided yet: {_named(item)} scores {signed(item.difference.value)} points beside {_named(item, True)}, "
-        "but without intervals that may be chance. Evaluate both again to get them."
+        f"Not decided yet: {name} shows no significant difference ({signed(value)} points, "
+        f"{span(low, difference.high, signed)}), but up to {score(-low)} points may be lost. "
+        f"Score it on {data} test queries or pairs{seeds} before you ship it."
     )
 
 
 def _what_is_compared(item: GroupComparison) -> str:
     """What the points are a difference to, and what their interval covers."""
-    tasks = "your task" if len(item.tasks) == 1 else f"your {len(item.tasks)} tasks"
-    said = f"Points, speed and size are relative to {_named(item, True)}, the full model, on {tasks}"
-    if item.difference.low is None:
-        return f"{said}."
-    covers = "texts"
-    if item.difference.seed_error is not None:
-        covers = "texts and training seeds"
-    elif item.group.first.training or item.reference.first.training:
-        covers = "texts, with one training seed"
+    own, full = item.group.first, item.reference.first
+    said = f"Points, speed and size are relative to {shorten(item.reference.name)}, the full model, on your "
+    said += plural(len(item.tasks), "task")
+    if item.difference.low is not None:
+        seeds = "not over" if item.difference.seed_error is None else "and over"
+        said += f"; ranges are 95 % intervals over texts, {seeds} training seeds"
     more = " It had only the scout’s training; trained further in the same way, it might score higher."
-    return f"{said}; ranges are 95 % intervals over {covers}.{more if item.is_polished_more else ''}"
+    return f"{said}.{more if (own.recipe, full.recipe) == (POLISHED, SCOUTED) else ''}"
 
 
-def _baseline(item: GroupComparison) -> str:
-    """A baseline that is not recommended, beside what is."""
-    whole = "the full model" if item.reference.first.is_full else _named(item, True)
-    cost = "" if item.group.cost else "; what it costs was not measured"
-    return f"Baseline {_named(item)}, compared with {whole}: {_facts(item)}{cost}."
+def scout_sentences(run: Run) -> list[str]:
+    """For each scout that a depth was chosen by, or for all that may yet be: the depth, and why."""
+    told = [scout for scout in run.scouts if scout.chosen is not None] or run.scouts
+    return [f"{shorten(scout.name)}, on {scout.judge}: {_choice(run, scout)}" for scout in told]
 
 
-def _nothing_to_compare(summary: Summary) -> tuple[str, tuple[str, ...]]:
-    """What to do where no cut stands beside a full model, and what scouts say."""
-    run, scored = summary.run, [group for group in summary.groups if group.average is not None]
-    if scored:
-        missing = "cut" if all(group.first.is_full for group in scored) else "full model"
-        return f"Nothing to compare yet: score a {missing} on the same tasks, too.", ()
-    if run.scouts or run.profiles:
-        headline = "Only depths are scored so far: train and score the chosen ones, and the full model."
-        return headline, tuple(scout_sentences(run)[:MOST_NAMED])
-    held = plural(len(run.variants), "model")
-    return f"The run holds {held}, not yet scored: evaluate the full model and a cut.", ()
+def _choice(run: Run, scout: Scouted) -> str:
+    """What the scores recommend, and the depth that is chosen where it is another."""
+    chosen = f"{scout.chosen} of {scout.table.depth} layers are chosen" if scout.chosen else "no depth is chosen yet"
+    try:
+        recommended = choose_rung(run.budget, scout.table)
+    except SecateurError:  # of a budget, or a table, that was edited since
+        return f"{chosen}."
+    reason = recommended.reason + (f" Note: {recommended.warning}." if recommended.warning else "")
+    if scout.chosen == len(recommended.blocks):
+        return reason
+    return f"{chosen}; by these scores it would be this: {reason}"
 
 
-# Notes ----------------------------------------------------------------------------------------------------------------
+def vocabulary_facts(cut: VocabularyCut, publish: Callable[[str], str] = str) -> list[str]:
+    """What was cut, by which texts, and what that does to texts like these; ``publish`` shows the name of a file."""
+    row = cut.row
+    facts = [
+        f"Vocabulary: {row.tokens:,} of {cut.tokens:,} tokens, chosen by {cut.texts:,} texts of "
+        f"{', '.join(map(publish, cut.files))}.",
+        f"Of texts like these that were held out, {percent(row.coverage)} of the tokens stay, and "
+        f"{percent(row.changed)} of the texts have one that does not; a text has {row.tokens_per_text:.1f} tokens on "
+        f"average, {cut.tokens_per_text:.1f} before.",
+    ]
+    if row.unknown:
+        facts.append(f"Newly unknown tokens: {percent(row.unknown, 2)}.")
+    if cut.task_coverage:
+        tasks = ", ".join(f"{task} {percent(share)}" for task, share in cut.task_coverage.items())
+        facts.append(f"Of the tokens of tasks stay: {tasks}.")
+    return facts
 
 
-def notes(summary: Summary) -> tuple[str, ...]:
+# How sure it is -------------------------------------------------------------------------------------------------------
+
+
+def notes(summary: Summary) -> list[str]:
     """What the verdict's intervals cover, and what they do not; and tasks that the vocabulary is not for."""
-    cuts = summary.run.vocabularies
-    found = [f"{note}." for base, cut in cuts.items() for note in coverage_notes(base, cut)]
-    return tuple(note for note in (*found, _scout_note(summary), _interval_note(summary), seed_note(summary)) if note)
-
-
-def _scout_note(summary: Summary) -> str:
-    """How sure a choice by scouts is; empty without scouts."""
     run = summary.run
-    if not run.scouts:
-        return ""
-    if run.budget.best:
-        return "The depth has the highest of several scores; measured again, that score is likely to be lower."
-    often = "forty" if all(row.trained for scout in run.scouts for row in scout.table.rows) else "twenty"
-    return (
-        "The depth is sought by the scores of one training, from the deepest down, up to the first that may lose more "
-        f"than the tolerance: this errs at most once in {often}."
-    )
+    found = [f"{note}." for base, cut in run.vocabularies.items() for note in coverage_notes(base, cut)]
+    if run.scouts and run.budget.best:
+        found.append("The depth has the highest of several scores; measured again, that score is likely to be lower.")
+    if any(item.difference.low is not None for item in summary.compared.values()):
+        found.append(
+            "Ranges are 95 % intervals of the difference, paired by text: what other texts of the same kind (and other "
+            "seeds, where several were trained) would have given. They hold for each comparison by itself, and for "
+            "these tasks. The smallest cut that is as good is sought in each series from the largest down, up to the "
+            f"first that may lose more than {100 * _margin(summary):g} points: each search errs at most once in forty."
+        )
+    elif summary.compared:
+        found.append("No difference here has an interval, so differences may be chance.")
+    return [*found, *filter(None, [seed_note(summary)])]
+
+
+def coverage_notes(name: str, cut: VocabularyCut) -> list[str]:
+    """Warnings that tasks have texts of another kind than those that the vocabulary was cut by."""
+    return [
+        f"{name}: the vocabulary has {percent(share)} of the tokens of the task {task}, of texts that were held out "
+        f"{percent(cut.row.coverage)}: it was cut by texts of another language or kind"
+        for task, share in cut.uncovered.items()
+    ]
 
 
 def seed_note(summary: Summary) -> str:
-    """What the number of training seeds allows to be said about differences between models; empty without scores."""
-    scored = [variant for variant in summary.run.variants if variant.scores]
-    seeds = sorted({variant.seed for variant in scored if variant.training and variant.seed is not None})
-    if not scored:
-        return ""
-    if not seeds:
-        return "Scores are those of one evaluation on samples of finite size; small differences may be chance."
-    if not any(group.average and group.average.seed_error is not None for group in summary.groups):
-        which = f"one seed ({seeds[0]})" if len(seeds) == 1 else "one seed"
-        return (
-            f"Every model was trained with {which}. How much scores vary between seeds was not measured, so that "
-            "small differences between models may be chance."
-        )
-    used = sorted({len(group.seeds) for group in summary.groups if group.average and group.seeds})
-    numbers = f"{used[0]} to {used[-1]}" if len(used) > 1 else f"{used[0]}"
-    return f"Each model was trained with {numbers} seeds; scores are means over them."
-
-
-def _interval_note(summary: Summary) -> str:
-    comparisons = [item.difference for item in summary.compared.values() if item.is_known]
-    known = [difference for difference in comparisons if difference.low is not None]
-    if not known:
-        return "No score here has an interval, so differences may be chance." if comparisons else ""
-    seeds = any(difference.seed_error is not None for difference in known)
+    """What the number of training seeds allows to be said about differences between models; empty without trainings."""
+    most = max((len(group.seeds) for group in summary.groups if group.average), default=0)
+    if most > 1:
+        return f"Models were trained with up to {most} seeds; scores are means over them."
     return (
-        "Ranges are 95 % intervals of the difference, paired by text: what other texts of the same kind"
-        f"{' (and other seeds, where several were trained)' if seeds else ''} would have given. They hold for "
-        "each comparison by itself, and for these tasks. The smallest cut that is as good is sought in each series "
-        f"from the largest down, up to the first that may lose more than {100 * _margin(summary):g} points: each "
-        "search errs at most once in forty."
+        ""
+        if not most
+        else (
+            "Every model was trained with one seed. How much scores vary between seeds was not measured, so that small "
+            "differences between models may be chance."
+        )
     )

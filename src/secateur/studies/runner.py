@@ -31,7 +31,7 @@ from secateur.progress import Progress
 from secateur.provenance import acting_as
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
-from secateur.reporting.run import JOURNAL, complete_lines, read_journal
+from secateur.reporting.run import JOURNAL, read_journal
 from secateur.scouting.scout import scout
 from secateur.studies import records
 from secateur.studies.steps import Plan, Step
@@ -129,7 +129,7 @@ class Scheduler:
         """
         with output_errors(self.run / JOURNAL), (self.run / JOURNAL).open("ab+") as stream:
             stream.seek(0)
-            stream.truncate(len(complete_lines(stream.read())))  # without the torn line of a killed process
+            stream.truncate(stream.read().rfind(b"\n") + 1)  # without the torn line of a killed process
         self.seconds = taken_seconds(read_journal(self.run))
         futures: dict[Future[Exception | None], Step] = {}
         pool = ThreadPoolExecutor(self.executor.slots)

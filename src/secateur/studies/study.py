@@ -47,9 +47,9 @@ from secateur.models import model_label
 from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as
-from secateur.reporting.advice import coverage_notes
 from secateur.reporting.report import report
 from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, read_run, read_scout
+from secateur.reporting.verdict import coverage_notes
 from secateur.results import Costs, Origin, Profile, Scores, load
 from secateur.scouting.held_out import draw
 from secateur.studies import records
