@@ -98,10 +98,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 class Point:
     """One model in :func:`.frontier`.
 
-    ``score`` is an average from 0 to 1, with its interval where it has one. ``series`` names the variants that a line
-    joins, ``label`` stands beside the point. ``cost`` is what the horizontal axis shows, with the range that was
-    measured; ``best``: no model is as good for less. ``kind`` is one of :data:`.KINDS`; ``marked``: the recommended
-    one.
+    ``score``, from 0 to 1, and ``cost`` have their interval and range, where known. ``series`` names the variants that
+    a line joins, ``label`` stands beside the point; ``best``: no model is as good for less. ``kind`` is one of
+    :data:`.KINDS`; ``marked``: the recommended one.
     """
 
     series: str
@@ -206,13 +205,14 @@ def training_curves(trainings: Mapping[str, Training]) -> Figure:
     figure = Figure(figsize=(WIDTH, 5.4 if scored else 3.3), layout="constrained")
     panels = list(figure.subplots(1 + scored, sharex=True, squeeze=False).flat)
     for index, (name, training) in enumerate(trainings.items()):
-        losses, look = _columns(training.rows, "step", "loss"), _look(index) | {"marker": "."}
-        panels[0].plot(*losses, **look, label=shorten(name))
+        colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+        look: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 1.4, "marker": "."}
+        panels[0].plot(*_columns(training.rows, "step", "loss"), **look, label=shorten(name))
         if training.evaluations:
             steps, scores = _columns(training.evaluations, "step", "score")
             panels[1].plot(steps, 100 * scores, **look)
             kept = steps == (-1 if training.best_step is None else training.best_step)
-            _ring(panels[1], steps[kept], 100 * scores[kept], color=look["color"])
+            _ring(panels[1], steps[kept], 100 * scores[kept], color=colour)
     for axes, title in zip(panels, ("Training loss (nats)", "Evaluation score (× 100)"), strict=False):
         axes.set_ylabel(title)
     panels[-1].set_xlabel("Step")
@@ -345,10 +345,6 @@ def _columns(rows: Iterable[Any], *fields: str) -> NDArray[np.float64]:
     """Fields of the rows; NaN, which leaves a gap in a line, where a value was not finite or not measured."""
     values = [[getattr(row, field) for field in fields] for row in rows]
     return np.array(values, dtype=float).reshape(-1, len(fields)).T
-
-
-def _look(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)], "linewidth": 1.4}
 
 
 def _ring(axes: Any, x: Any, y: Any, **style: Any) -> None:

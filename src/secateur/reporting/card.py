@@ -89,14 +89,14 @@ def _shown(value: object) -> str:
     return value if isinstance(value, Markup) else doc.to_markdown(str(value), is_line=False)
 
 
-_ENVIRONMENT = Environment(  # noqa: S701  what is written is Markdown, and escaped by _shown
-    loader=PackageLoader("secateur.reporting"),
-    finalize=_shown,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
+def templates(**how: Any) -> Environment:
+    """What reads the templates of this folder."""
+    loader = PackageLoader("secateur.reporting")
+    lines: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    return Environment(loader=loader, undefined=StrictUndefined, **lines, **how)  # noqa: S701  said by the callers
+
+
+_ENVIRONMENT = templates(finalize=_shown)
 
 
 def _json(text: str) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from secateur import document as doc
@@ -23,7 +22,7 @@ from secateur.files import write_bytes, write_text
 from secateur.options import ReportOptions, step
 from secateur.reporting import tables
 from secateur.reporting.advice import scout_sentences, vocabulary_facts
-from secateur.reporting.card import CARD, base_licence, in_words, may_write, model_card
+from secateur.reporting.card import CARD, base_licence, in_words, may_write, model_card, templates
 from secateur.reporting.findings import Summary, pareto, summarize
 from secateur.reporting.run import Run, Scouted, read_run
 from secateur.reporting.verdict import Recommendation, notes, recommend
@@ -84,14 +83,7 @@ def _write(path: Path, text: str) -> None:
     write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("secateur.reporting"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
+_ENVIRONMENT = templates(autoescape=True)
 _ENVIRONMENT.filters |= {"printable": doc.printable, "shorten": doc.shorten, "kind": lambda block: type(block).__name__}
 _ENVIRONMENT.globals["arrows"] = doc.ARROWS
 

@@ -140,10 +140,6 @@ def model_table(summary: Summary) -> Table:
         original, item = originals.get(group.name), compared.get(group.name)
         return doc.NONE if original and item and item.reference is original.reference else _difference(original)
 
-    def better_and_worse(group: RunGroup) -> str:
-        item = compared.get(group.name)
-        return f"{item.count(1)} / {item.count(-1)}" if item else doc.NONE
-
     columns: dict[str, Callable[[RunGroup], str | Cell]] = {
         "Model": name,
         "Layers": _layers,
@@ -153,7 +149,9 @@ def model_table(summary: Summary) -> Table:
         "Average score": _average,
         "Difference": lambda group: _difference(compared.get(group.name)),
         "Difference to the model as it came": to_original,
-        "Tasks better / worse": better_and_worse,
+        "Tasks better / worse": lambda group: (
+            f"{item.count(1)} / {item.count(-1)}" if (item := compared.get(group.name)) else doc.NONE
+        ),
     }
     return Table.of(title, summary.groups, columns).filled()
 
