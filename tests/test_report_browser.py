@@ -84,7 +84,7 @@ def test_the_report_opens_without_a_request_or_a_word_on_the_console(page: Path,
 
 MEASURE = """<script>addEventListener("load", () => {
   const wide = [...document.querySelectorAll("header *, main *")].filter(
-    (e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll, pre, svg, .long, .skip"));
+    (e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll, pre, .long, .skip"));
   document.title = JSON.stringify({scroll: document.documentElement.scrollWidth, width: innerWidth,
     wide: wide.map((e) => e.outerHTML.slice(0, 80))});
 })</script>"""
