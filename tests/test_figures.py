@@ -164,6 +164,16 @@ def test_frontier_draws_each_model_once_with_its_label_interval_and_range() -> N
     assert sorted(x for bar in bars if bar[0][0] != bar[1][0] for x, _ in bar) == [86, 87, 88, 91, 92, 93]
 
 
+def test_full_models_cuts_rejected_ones_and_baselines_are_told_apart() -> None:
+    kinds = ("full", "cut", "rejected", "baseline")
+    shown = [
+        replace(point, kind=kind, marked=kind == "cut")
+        for point, kind in zip(points(("8", "6", "2", "b")), kinds, strict=True)
+    ]
+    named = {"full model", "cut", "cut, significantly worse", "baseline", "recommended"}
+    assert named <= set(words(frontier(shown, "c")))
+
+
 def test_small_costs_are_written_in_full() -> None:
     shown = [
         replace(point, cost=cost, cost_low=None) for point, cost in zip(points(), (0.004, 0.01, 0.02), strict=True)

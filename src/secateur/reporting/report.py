@@ -159,11 +159,11 @@ def _remarks(notes: Iterable[str]) -> Iterable[Text]:
 def _depth_blocks(run: Run) -> Iterable[Block]:
     if not run.profiles:
         return
-    loss = "how well the vectors tell matching texts from others, lower is better."
-    decides = "The depths to cut to are chosen on the loss, before any training:"
-    if run.scouts:
-        decides = "The scout decides on the depth, not this; the loss says, before any training,"
-    yield Text(f"Quality of the untrained model’s vectors after each layer. {decides} {loss}")
+    decides = " The depth to cut to is chosen by the scout, not by this." if run.scouts else ""
+    yield Text(
+        "Quality of the untrained model’s vectors after each layer. The loss says, before any training, how well the "
+        f"vectors tell matching texts from others; lower is better.{decides}"
+    )
     for place, (base, profile) in enumerate(run.profiles.items(), 1):
         yield Text(base, is_heading=True)
         yield from _profile_pictures(run, base, place)
