@@ -103,7 +103,7 @@ def sections(summary: Summary, found: Recommendation, threshold: float) -> list[
     failed = [f"{name}: {why}" for name, why in run.failed.items()]
     parts = [
         Section("failed", "What failed", [Bullets(failed)] if failed else [], is_open=True),
-        Section("frontier", "Quality against cost", drawn, is_open=True),
+        Section("frontier", "Quality against cost", [*drawn, Text(_POINTS)] if drawn else [], is_open=True),
         Section("tasks", "Tasks", list(_task_blocks(summary, found)), is_open=True),
         Section("sure", "How sure this is", [Text(note) for note in notes(summary)]),
         Section("worth", "What every depth is worth", list(_scout_blocks(summary))),
@@ -258,7 +258,7 @@ _COSTS = {
 """Name of a cost → its axis, and its fields in :class:`.CostRow`: of itself, and of its range, if it has one."""
 _POINTS = (
     "Each point is a model, numbers are layers kept, and lines join cuts of one kind. Vertical bars are 95 % intervals "
-    "of scores; paired differences are known more precisely. Horizontal ones reach from the slowest to the fastest "
+    "of scores; paired differences are known more precisely. Horizontal bars reach from the slowest to the fastest "
     "round, those of latency from the median to the 95th percentile."
 )
 
@@ -270,7 +270,7 @@ def _cost_pictures(summary: Summary, found: Recommendation) -> list[Picture]:
         points = _points(summary, found, *fields)
         if points:
             key, title = f"score-{name.lower()}", f"Average score against {name.lower()}"
-            drawn.append(_picture(key, title, _POINTS, figures.frontier(points, axis)))
+            drawn.append(_picture(key, title, f"{title}.", figures.frontier(points, axis)))
     return drawn
 
 
