@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from secateur.figures import style
+from secateur import figures
 from secateur.reporting import cost
 
-_run, _rendered = subprocess.run, style._rendered
+_run, _rendered = subprocess.run, figures.rendered
 
 
 def _run_here(command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -48,23 +48,17 @@ def quick_checks():
         yield
 
 
-def _draw_points(figure: Figure, kind: str) -> bytes:
-    """A figure with nothing but the points that a page links to."""
-    plain = Figure(figsize=(1, 1))
-    axes = plain.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    for line in (line for part in figure.axes for line in part.lines if line.get_gid()):
-        axes.plot(0, 0, marker="o", gid=line.get_gid())
-    return _rendered(plain, kind)
+def _draw_nothing(figure: Figure, kind: str = "png") -> bytes:
+    return _rendered(Figure(figsize=(1, 1)), kind)
 
 
 @contextmanager
 def quick_figures() -> Iterator[None]:
-    """Within: figures are all but empty. Drawing those of a report takes longer than resuming its study.
+    """Within: figures are empty. Drawing those of a report takes longer than resuming its study.
 
     What they show is tested with the figures and the report.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "_rendered", _draw_points)
-        patch.setattr("secateur.figures.plots.label_points", lambda *_: None)
+        patch.setattr(figures, "rendered", _draw_nothing)
+        patch.setattr(figures, "_label_points", lambda *_: None)
         yield

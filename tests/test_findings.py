@@ -15,8 +15,7 @@ from secateur.document import signed, span
 from secateur.errors import DataError
 from secateur.provenance import Provenance
 from secateur.reporting.findings import MARGIN, Estimate, GroupComparison, Summary, compare_groups, pareto, summarize
-from secateur.reporting.pictures import size_sentences
-from secateur.reporting.report import report
+from secateur.reporting.report import report, size_sentences
 from secateur.reporting.run import read_run
 from secateur.reporting.verdict import notes, recommend, smallest_as_good
 from secateur.results import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training

@@ -22,7 +22,7 @@ errors files provenance progress clusters document
 results: base models kinds
 runtime
 options: base way runs inference
-figures: style plots
+figures
 models: compat blocks cutting forward checks save open_model
 data: rows hub sources vectors embedders
 vocabulary: tokens trim choice
@@ -33,7 +33,7 @@ profiling: depths lens depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes training_data processes teacher losses trainer heal
 scouting: held_out scout
-reporting: cost compare run findings verdict tables pictures card report
+reporting: cost compare run findings verdict tables card report
 studies: demo steps settings plan estimate records runner study
 exporting: graph convert export
 inference: encoders opening backends workers middleware queueing app serve

@@ -106,7 +106,7 @@ def write_run(run: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("secateur.reporting.report.save", lambda figure, path: path)
+    monkeypatch.setattr("secateur.figures.rendered", lambda figure: b"")
     return write_run(tmp_path / "demo")
 
 
@@ -259,9 +259,8 @@ def test_where_a_scouts_numbers_come_from(reported: Path) -> None:
     page, markdown = read(reported / "report.html"), (reported / "report.md").read_text(encoding="utf-8")
     assert COMMAND in page.text and COMMAND in markdown and NLI.sha256 in page.text
     assert "Scout of tiny; training of the scout of tiny" in page.text  # in the commands
-    steps = next(row for row in page.cells if row[0] == "Step" and "the scout of tiny" in row)
-    assert steps == ["Step", "the scout of tiny", "tiny-4-polished"]  # a cut has no training of its own
-    assert "2.400" in page.text
+    assert "the scout of tiny: 60 steps in" in page.text and "tiny-4-polished: 120 steps in" in page.text
+    assert "tiny-4-scout: 60 steps" not in page.text  # a cut has no training of its own
 
 
 def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -18,8 +19,6 @@ T = TypeVar("T")
 NONE = "–"
 SPACE = "\N{NO-BREAK SPACE}"
 NAME_LENGTH = 40
-TERMINAL = 80
-"""Characters in a line of a usual terminal."""
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 # Numbers --------------------------------------------------------------------------------------------------------------
@@ -106,10 +105,12 @@ def shorten(text: str, length: int = NAME_LENGTH) -> str:
     return text if len(text) <= length else f"{text[:head]}…{text[-(length - 1 - head) :]}"
 
 
-def to_markdown(text: str) -> str:
-    """A text as one line of Markdown that shows it as it is: no markup, no HTML, no formula, no new table cell."""
+def to_markdown(text: str, *, is_line: bool = True) -> str:
+    """A text as one line of Markdown, or within one, as it is: no markup, no HTML, no formula, no new table cell."""
     text = html.escape(printable(re.sub(r"\s+", " ", text)), quote=False)
     text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+    if not is_line:
+        return text
     text = re.sub(r"^([-+=#])", r"\\\1", text)
     return re.sub(r"^(\d+)([.)] )", r"\1\\\2", text)
 
@@ -136,11 +137,6 @@ class Cell:
     heat: float = 0.0
 
     @property
-    def heat_percent(self) -> int:
-        """How strong the colour is."""
-        return round(100 * min(1.0, abs(self.heat) / _HOTTEST))
-
-    @property
     def in_line(self) -> str:
         """The whole cell as one text."""
         arrow = f" {ARROWS[self.trend]}" if self.trend else ""
@@ -148,8 +144,6 @@ class Cell:
         return self.text + (f" ({self.tag})" if self.tag else "") + notes
 
 
-_HOTTEST = 0.1
-"""A difference from which on colours are the same."""
 ARROWS = {"better": "▲", "worse": "▼"}
 
 
@@ -192,38 +186,23 @@ class Table:
 
     def filled(self) -> Table:
         """The table without the columns that have no value in any row."""
-        columns = zip(*self.cells, strict=True) if self.rows else ()
-        return self._only(
-            [i for i, column in enumerate(columns) if any(cell.text not in ("", NONE) for cell in column)]
-        )
-
-    def select(self, **names: str) -> Table:
-        """The table with other headings: old heading → new one; columns without one are dropped."""
-        columns = [names.get(heading, heading) for heading in self.columns]
-        return replace(self, columns=columns)._only([i for i, heading in enumerate(columns) if heading])
-
-    def _only(self, kept: Sequence[int]) -> Table:
-        columns, rows = [self.columns[i] for i in kept], [[row[i] for i in kept] for row in self.rows]
-        return replace(self, columns=columns, rows=rows, texts=sum(i < self.texts for i in kept))
+        columns = list(zip(*self.cells, strict=True))
+        kept = [i for i, column in enumerate(columns) if any(cell.text not in ("", NONE) for cell in column)]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return Table(self.title, [self.columns[i] for i in kept], rows, sum(i < self.texts for i in kept))
 
     def to_rich(self) -> Any:
-        """A ``rich.table.Table`` for the terminal."""
+        """A ``rich.table.Table`` for the terminal; a heading has a line for each word, as cells need the room."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
         title = Text(printable(self.title)) if self.title else None
         shown = RichTable(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
-        texts = [[printable(cell.in_line) for cell in row] for row in self.cells]
-        headings = [printable(heading).split() or [""] for heading in self.columns]
-        widths = [max(map(len, [*words, *cells])) for words, *cells in zip(headings, *texts, strict=True)]
-        # Where all fits into a usual terminal if headings alone are broken, no cell is.
-        narrow = sum(width + 1 for width in widths) <= TERMINAL
-        for index, words in enumerate(headings):
+        for index, heading in enumerate(self.columns):
             aligned: Any = "left" if index < self.texts else "right"
-            heading = Text(("\n" if narrow else " ").join(words))
-            shown.add_column(heading, justify=aligned, overflow="fold", no_wrap=narrow)
-        for row in texts:
-            shown.add_row(*map(Text, row))
+            shown.add_column(Text("\n".join(printable(heading).split())), justify=aligned, overflow="fold")
+        for row in self.cells:
+            shown.add_row(*(Text(printable(cell.in_line)) for cell in row))
         return shown
 
     def to_markdown(self) -> str:
@@ -240,16 +219,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph, or a heading; a note is less prominent."""
+    """A paragraph, or a heading."""
 
     text: str
-    is_note: bool = False
     is_heading: bool = False
+
+    def to_markdown(self) -> str:
+        return ("### " if self.is_heading else "") + to_markdown(self.text)
 
 
 @dataclass(frozen=True)
 class Bullets:
     items: Sequence[str]
+
+    def to_markdown(self) -> str:
+        return "\n".join(f"- {to_markdown(item)}" for item in self.items)
 
 
 @dataclass(frozen=True)
@@ -265,34 +249,31 @@ class Code:
         """Nothing in it hides, or turns what is copied."""
         return "\n".join(printable(line) for line in self.text.expandtabs(4).splitlines())
 
+    def to_markdown(self) -> str:
+        fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", self.shown)), default=0))
+        title = f"{to_markdown(self.title)}:\n\n" if self.title else ""
+        return f"{title}{fence}{self.language}\n{self.shown}\n{fence}"
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A ``figure`` of matplotlib, as an ``svg`` element too; ``key`` names its file, without suffix."""
+    """A PNG; ``key`` names its file in the folder ``figures``, without suffix."""
 
     key: str
     title: str
     caption: str
-    svg: str
-    figure: Any
+    png: bytes
+
+    @property
+    def data(self) -> str:
+        """The picture as the address of an image in a page."""
+        return f"data:image/png;base64,{b64encode(self.png).decode()}"
+
+    def to_markdown(self) -> str:
+        return f"![{to_markdown(self.title)}](figures/{self.key}.png)\n\n{to_markdown(self.caption)}"
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """Pictures side by side, where there is room."""
-
-    pictures: Sequence[Picture]
-
-
-@dataclass(frozen=True)
-class Details:
-    """What a page shows when its ``summary`` is clicked on."""
-
-    summary: str
-    blocks: Sequence[Block]
-
-
-Block = Text | Bullets | Code | Table | Picture | Gallery | Details
+Block = Text | Bullets | Code | Table | Picture
 
 
 @dataclass(frozen=True)
@@ -305,36 +286,4 @@ class Section:
     is_open: bool = False
 
     def to_markdown(self) -> str:
-        return "\n\n".join([f"## {self.title}", *map(block_to_markdown, self.blocks)])
-
-
-def pictures_in(blocks: Sequence[Block]) -> Iterator[Picture]:
-    """The pictures among blocks."""
-    for block in blocks:
-        match block:
-            case Picture():
-                yield block
-            case Gallery(pictures):
-                yield from pictures
-            case Details(_, inside):
-                yield from pictures_in(inside)
-
-
-def block_to_markdown(block: Block) -> str:
-    """A block as GitHub's Markdown; pictures are files in the folder ``figures``."""
-    match block:
-        case Text(text, _, is_heading):
-            return ("### " if is_heading else "") + to_markdown(text)
-        case Bullets(items):
-            return "\n".join(f"- {to_markdown(item)}" for item in items)
-        case Code(_, language, title):
-            fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", block.shown)), default=0))
-            return (f"{to_markdown(title)}:\n\n" if title else "") + f"{fence}{language}\n{block.shown}\n{fence}"
-        case Table():
-            return block.to_markdown()
-        case Picture(key, title, caption):
-            return f"![{to_markdown(title)}](figures/{key}.png)\n\n{to_markdown(caption)}"
-        case Gallery(pictures):
-            return "\n\n".join(map(block_to_markdown, pictures))
-        case Details(summary, blocks):
-            return "\n\n".join([f"{to_markdown(summary)}:", *map(block_to_markdown, blocks)])
+        return "\n\n".join([f"## {self.title}", *(block.to_markdown() for block in self.blocks)])

@@ -98,11 +98,8 @@ def is_result_of(result: object, inputs: Mapping[str, Any]) -> bool:
 class Made:
     """What a result follows from: recorded by every step that can be resumed, or whose result is kept.
 
-    Attributes:
-        step: Name of the step, such as ``heal``.
-        options: Options that decide about the result, as JSON has them.
-        inputs: Name of each input and its fingerprint.
-        versions: Of the libraries that the result depends on (:func:`versions_of`).
+    That is the step's name, the options that decide about the result, each input's name and fingerprint, and the
+    versions of libraries that it depends on (:func:`versions_of`).
     """
 
     step: str
@@ -124,9 +121,8 @@ class Made:
             return [DONE]
         changed = [key for key in ("step", "versions") if recorded.get(key) != now[key]]
         for key in ("options", "inputs"):
-            before: dict[str, Any] = recorded.get(key) or {}
             given = {name: value for name, value in now[key].items() if key == "inputs" or value is not None}
-            changed += _differing({name: value for name, value in before.items() if value is not None}, given)
+            changed += _differing(recorded.get(key) or {}, given)
         return list(dict.fromkeys(changed))
 
     def record(self, folder: Path, name: str = DONE) -> None:

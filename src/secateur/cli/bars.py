@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,8 +32,6 @@ EVERY = 60.0
 @contextmanager
 def _bars(name: str) -> Iterator[Bars]:
     """Bars on standard error, with the time left; in a log, every minute a line for each that is not full."""
-    import warnings
-
     from rich import progress as rich
     from rich.console import Console
 
@@ -56,8 +55,7 @@ def _bars(name: str) -> Iterator[Bars]:
 def _write_log(bars: Bars, name: str, ended: threading.Event) -> None:
     began = time.monotonic()
     while not ended.wait(EVERY):
-        latest = {task.description: task for task in bars.tasks}.values()
-        lines = [_line(task) for task in latest if task.total is None or task.completed < task.total]
+        lines = [_line(task) for task in bars.tasks if task.total is None or task.completed < task.total]
         for line in lines or [f"{name}: {duration(time.monotonic() - began)} so far"]:
             typer.echo(f"{time.strftime('%H:%M:%S')}  {line}", err=True)
 
@@ -66,13 +64,21 @@ def _line(task: Task) -> str:
     """``heal (blocks): 3,200 of 64,000, 95 s so far, about 30 min left``."""
     if words := task.fields.get("words"):
         return f"study: {words()}"
-    done, elapsed = task.completed, task.elapsed or 0.0
+    done, elapsed, before = task.completed, task.elapsed or 0.0, task.fields.get("before", 0)
     parts = [f"{done:,.0f} of {task.total:,.0f}" if task.total else f"{done:,.0f}"] if task.total or done else []
     parts.append(f"{duration(elapsed)} so far")
-    if task.total and done > task.fields.get("before", 0):
-        left = elapsed * (task.total - done) / (done - task.fields.get("before", 0))
-        parts.append(f"about {duration(left)} left")
+    if task.total and done > before:
+        parts.append(f"about {duration(elapsed * (task.total - done) / (done - before))} left")
     return f"{task.description}: {', '.join(parts)}"
+
+
+def _move(bars: Bars, tasks: dict[str, Any], what: str, done: int, total: int) -> None:
+    """Move the bar of a piece of work. At 0 it begins anew; what is done at first was done by an earlier run."""
+    if what not in tasks:
+        tasks[what] = bars.add_task(what, total=None, before=done)
+    elif done == 0:
+        bars.reset(tasks[what], before=0)
+    bars.update(tasks[what], completed=done, total=total or None)
 
 
 @contextmanager
@@ -82,9 +88,7 @@ def work_bars(name: str) -> Iterator[Progress]:
     with _bars(name) as bars:
 
         def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks or done == 0:  # ``before`` is what an earlier run had done
-                tasks[what] = bars.add_task(what, total=total or None, completed=done, before=done)
-            bars.update(tasks[what], completed=done, total=total or None)
+            _move(bars, tasks, what, done, total)
             if 0 < done == total and bars.disable:
                 typer.echo(f"{what}: {total} in {bars.tasks[tasks[what]].elapsed or 0:.0f} s", err=True)
 
@@ -98,35 +102,25 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
     told: set[str] = set()
     with _bars("study") as bars:
         whole = bars.add_task("study", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:  # before the first step, such as reading the preset's data
-                tasks[what] = bars.add_task(what, total=None)
-            if done == 0:  # the next piece of work of the same step
-                bars.reset(tasks[what])
-            bars.update(tasks[what], completed=done, total=total or None)
+        say = partial(bars.console.print, markup=False, highlight=False, soft_wrap=True)
 
         def callback(state: State) -> None:
             if not told:
                 show_steps(state, slots, bars.console)
                 told.update(("", *state.done, *state.plan.notes))
             for name in state.running.keys() - tasks.keys():
-                tasks[name] = bars.add_task(name, total=None)
+                _move(bars, tasks, name, 0, 0)
             ended = {name: f"{state.seconds.get(name, 0):.0f} s" for name in state.done}
             ended |= {name: f"failed: {reason}" for name, reason in state.failed.items()}
-            for note in state.plan.notes:
-                if note not in told:
-                    bars.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-                    told.add(note)
+            for note in (note for note in state.plan.notes if note not in told):
+                say(f"note: {note}")
             for name in sorted(ended.keys() - told):
-                line = f"{time.strftime('%H:%M:%S')}  {name}: {ended[name]}"
-                bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                say(f"{time.strftime('%H:%M:%S')}  {name}: {ended[name]}")
                 if name in tasks:
                     bars.remove_task(tasks.pop(name))
-            told.update(ended)
+            told.update(ended, state.plan.notes)
             # In a log the time left is told anew each minute.
-            words = partial(summary, state, slots)
-            total = len(state.plan.steps)
+            words, total = partial(summary, state, slots), len(state.plan.steps)
             bars.update(whole, completed=len(state.done), total=total, description=words(), words=words)
 
-        yield progress, callback
+        yield partial(_move, bars, tasks), callback

@@ -63,9 +63,7 @@ def show_profile(profile: Profile) -> None:
     import secateur
     from secateur.reporting.tables import depth_scores_table, profile_table
 
-    table = profile_table(profile, secateur.choose(profile) if profile.can_choose else {})
-    short = {"Standard error": "", "Probability": "Chosen", "Effective rank": "Rank"}
-    _show(table.select(**short, **{"Next-token loss (nats)": "Next token (nats)"}))
+    _show(profile_table(profile, secateur.choose(profile) if profile.can_choose else {}))
     if profile.task_scores:
         _show(depth_scores_table(profile))
     for note in profile.notes:

@@ -331,8 +331,7 @@ def layer_costs(model: SentenceTransformer, sizes: Sequence[Size], notes: list[s
 
 def _draw(result: Profile, out: Path) -> None:
     """The pictures of a profile; those of an earlier one that it does not have are removed."""
-    from secateur.figures.plots import profile_figures
-    from secateur.figures.style import save
+    from secateur.figures import profile_figures, save
 
     drawn = profile_figures(result, choose(result) if result.can_choose else None)
     for name in PICTURES:

@@ -7,29 +7,30 @@ escapes every text it did not write.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from secateur import document as doc
+from secateur import figures
 from secateur.choosing.evidence import TOLERANCE
-from secateur.document import Block, Bullets, Code, Details, Gallery, Section, Text
-from secateur.figures.style import save
-from secateur.files import write_text
+from secateur.document import Block, Bullets, Code, Picture, Section, Text, count, plural
+from secateur.figures import Point
+from secateur.files import write_bytes, write_text
 from secateur.options import ReportOptions, step
-from secateur.provenance import Provenance
-from secateur.reporting import pictures, tables
-from secateur.reporting.card import CARD, base_licence, may_write, model_card
-from secateur.reporting.findings import Summary, summarize
-from secateur.reporting.run import Run, read_run
+from secateur.reporting import tables
+from secateur.reporting.card import CARD, base_licence, in_words, may_write, model_card, templates
+from secateur.reporting.findings import Summary, pareto, summarize
+from secateur.reporting.run import Run, Scouted, read_run
 from secateur.reporting.verdict import Recommendation, notes, recommend, scout_sentences, vocabulary_facts
 from secateur.results import Origin
 
 HERE = "To use it, in the folder of this report"
+MOST_LABELS = 24
+"""Points of a figure beyond which only the best are labelled."""
+MILLION = 1e6
 
 
 @step(ReportOptions)
@@ -50,12 +51,12 @@ def report(options: ReportOptions) -> Path:
     run = summary.run
     found = recommend(summary)
     parts = sections(summary, found, options.threshold)
-    for picture in chain.from_iterable(doc.pictures_in(section.blocks) for section in parts):
-        save(picture.figure, run.folder / "figures" / f"{picture.key}.png")
+    for picture in (block for part in parts for block in part.blocks if isinstance(block, Picture)):
+        write_bytes(run.folder / "figures" / f"{picture.key}.png", picture.png)
     title = run.folder.resolve().name
     head = [f"# {doc.to_markdown(title)}", f"**{doc.to_markdown(found.headline)}**"]
     head += map(doc.to_markdown, found.reasons)
-    head += [doc.block_to_markdown(Code(found.command(), "sh", HERE))] if found.folder else []
+    head += [Code(found.command(), "sh", HERE).to_markdown()] if found.folder else []
     _write(run.folder / "report.md", "\n\n".join([*head, *(part.to_markdown() for part in parts)]) + "\n")
     for variant in run.variants:
         if variant.folder is not None and variant.origin is not None and may_write(variant.folder / CARD):
@@ -81,21 +82,9 @@ def _write(path: Path, text: str) -> None:
     write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("secateur.reporting"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
+_ENVIRONMENT = templates(autoescape=True)
 _ENVIRONMENT.filters |= {"printable": doc.printable, "shorten": doc.shorten, "kind": lambda block: type(block).__name__}
 _ENVIRONMENT.globals["arrows"] = doc.ARROWS
-
-
-def to_html(block: Block) -> str:
-    """A block as it is in the page."""
-    return str(_ENVIRONMENT.get_template("blocks.html.j2").module.show(block))  # type: ignore[attr-defined]
 
 
 # Sections -------------------------------------------------------------------------------------------------------------
@@ -108,18 +97,18 @@ def sections(summary: Summary, found: Recommendation, threshold: float) -> list[
     """
     run = summary.run
     costs = [replace(group.cost, model=group.name) for group in summary.groups if group.cost is not None]
-    drawn = pictures.cost_pictures(summary, found)
-    sizes = pictures.size_sentences(summary, threshold)
+    drawn = _cost_pictures(summary, found)
+    sizes = size_sentences(summary, threshold)
     failed = [f"{name}: {why}" for name, why in run.failed.items()]
     parts = [
         Section("failed", "What failed", [Bullets(failed)] if failed else [], is_open=True),
-        Section("frontier", "Quality against cost", [Gallery(drawn)] if drawn else [], is_open=True),
+        Section("frontier", "Quality against cost", [*drawn, Text(_POINTS)] if drawn else [], is_open=True),
         Section("tasks", "Tasks", list(_task_blocks(summary)), is_open=True),
         Section("sure", "How sure this is", [Text(note) for note in notes(summary)]),
         Section("worth", "What every depth is worth", list(_scout_blocks(summary))),
         Section("size", "Quality and size", [Bullets(sizes)] if sizes else []),
         Section("depth", "Quality by depth", list(_depth_blocks(run))),
-        Section("models", "Models", list(_model_blocks(summary))),
+        Section("models", "Models", [tables.model_table(summary)] if summary.groups else []),
         Section("vocabulary", "Vocabulary", list(_vocabulary_blocks(run))),
         Section("costs", "Costs", [tables.cost_table(costs)] if costs else []),
         Section("training", "Training", list(_training_blocks(run))),
@@ -138,7 +127,7 @@ def _task_blocks(summary: Summary) -> Iterable[Block]:
             if row.note:  # why the score has no interval
                 missing.setdefault((row.task, row.note), []).append(variant.name)
     for (task, note), names in missing.items():
-        yield Text(f"{task}, {', '.join(names)}: {note}.", is_note=True)
+        yield Text(f"{task}, {', '.join(names)}: {note}.")
 
 
 def _scout_blocks(summary: Summary) -> Iterable[Block]:
@@ -155,41 +144,32 @@ def _scout_blocks(summary: Summary) -> Iterable[Block]:
         if len(run.scouts) > 1:
             yield Text(scout.name, is_heading=True)
         if scout.table.rows[-1].score is not None:
-            yield pictures.scout_picture(scout, place, tolerance)
+            yield _scout_picture(scout, place, tolerance)
         yield tables.rung_table(scout)
         yield from _remarks(scout.table.notes)
         if scout.table.task_scores:
-            yield Details("Score of each task by depth", [tables.depth_scores_table(scout.table)])
+            yield tables.depth_scores_table(scout.table)
 
 
 def _remarks(notes: Iterable[str]) -> Iterable[Text]:
-    return (Text(f"{note[:1].upper()}{note[1:]}.", is_note=True) for note in notes)
+    return (Text(f"{note[:1].upper()}{note[1:]}.") for note in notes)
 
 
 def _depth_blocks(run: Run) -> Iterable[Block]:
     if not run.profiles:
         return
-    loss = "how well the vectors tell matching texts from others, lower is better."
-    decides = "The depths to cut to are chosen on the loss, before any training:"
-    if run.scouts:
-        decides = "The scout decides on the depth, not this; the loss says, before any training,"
-    yield Text(f"Quality of the untrained model’s vectors after each layer. {decides} {loss}")
+    decides = " The depth to cut to is chosen by the scout, not by this." if run.scouts else ""
+    yield Text(
+        "Quality of the untrained model’s vectors after each layer. The loss says, before any training, how well the "
+        f"vectors tell matching texts from others; lower is better.{decides}"
+    )
     for place, (base, profile) in enumerate(run.profiles.items(), 1):
         yield Text(base, is_heading=True)
-        drawn = pictures.profile_pictures(run, base, place)
-        yield from (drawn[kind] for kind in ("curve", "solved") if kind in drawn)
-        if maps := [drawn[kind] for kind in ("cka", "angles") if kind in drawn]:
-            yield Gallery(maps)
+        yield from _profile_pictures(run, base, place)
         yield from _remarks(profile.notes)
-        numbers = tables.profile_table(profile, run.choices.get(base, {})), tables.depth_scores_table(profile)
-        yield Details("The numbers of these figures", [table for table in numbers if table.rows])
-
-
-def _model_blocks(summary: Summary) -> Iterable[Block]:
-    if summary.groups:
-        yield tables.model_table(summary)
-    if any(variant.origin for variant in summary.run.variants):
-        yield Details("How each model was made", [tables.origin_table(summary.run)])
+        yield tables.profile_table(profile, run.choices.get(base, {}))
+        if profile.task_scores:
+            yield tables.depth_scores_table(profile)
 
 
 def _vocabulary_blocks(run: Run) -> Iterable[Block]:
@@ -205,20 +185,20 @@ def _vocabulary_blocks(run: Run) -> Iterable[Block]:
 
 
 def _training_blocks(run: Run) -> Iterable[Block]:
-    if picture := pictures.training_picture(run):
+    if picture := _training_picture(run):
         yield picture
-        yield Details("The numbers of these curves", tables.training_tables(run.trainings))
+    if run.trainings:
+        yield Bullets([f"{name}: {tables.training_in_words(training)}." for name, training in run.trainings.items()])
     same: dict[str, list[str]] = {}
     for name, training in run.trainings.items():
         same.setdefault(tables.settings_text(training), []).append(name)
     for settings, names in same.items():
-        summary = f"Settings of {doc.plural(len(names), 'training')}"
-        yield Details(summary, [Text(", ".join(names), is_note=True), Code(settings, "yaml")])
+        yield Code(settings, "yaml", f"Settings of {', '.join(names)}")
 
 
 def _command_blocks(run: Run) -> Iterable[Block]:
     """Each command once, in the order of the work, with what it made."""
-    yield Text("What was run, in order.", is_note=True)
+    yield Text("What was run, in order.")
     steps: dict[str, dict[str, None]] = {}
     for title, table in run.tables:
         history = table.history if isinstance(table, Origin) else ()
@@ -228,8 +208,8 @@ def _command_blocks(run: Run) -> Iterable[Block]:
         made = "; ".join(titles)
         yield Code(command, "sh", made[:1].upper() + made[1:])
     if run.study:
-        again = Text("All of it again, with a new out: secateur study --config study.yaml", is_note=True)
-        yield Details("Configuration of the study (study.yaml)", [again, Code(run.study, "yaml")])
+        yield Text("All of it again, with a new out: secateur study --config study.yaml")
+        yield Code(run.study, "yaml", "study.yaml")
 
 
 def _provenance_blocks(run: Run) -> Iterable[Block]:
@@ -241,8 +221,8 @@ def _provenance_blocks(run: Run) -> Iterable[Block]:
         "Made": _moment(first) + (f" to {_moment(last)}" if last != first else ""),
         "Seed": ", ".join(dict.fromkeys(str(item.seed) for item in made if item.seed is not None)),
         "Base models": ", ".join(f"{base} (licence {base_licence(base) or 'not known'})" for base in bases),
-        "Hardware": _values(made, lambda item: item.hardware),
-        "Versions": _values(made, lambda item: item.versions),
+        "Hardware": "; ".join(dict.fromkeys(in_words(item.hardware) for item in made)),
+        "Versions": "; ".join(dict.fromkeys(in_words(item.versions) for item in made)),
     }
     yield Bullets([f"{key}: {value}" for key, value in facts.items() if value])
     if files := dict.fromkeys(file for item in made for file in item.data):
@@ -261,10 +241,129 @@ def _moment(time: str) -> str:
     return time[:16].replace("T", " ") + (" UTC" if time.endswith("+00:00") else "")
 
 
-def _values(made: Iterable[Provenance], part: Callable[[Provenance], Mapping[str, Any]]) -> str:
-    """Keys with their values in all tables; more than one where the tables were made in different places."""
-    values: dict[str, dict[str, None]] = {}
-    for item in made:
-        for key, value in part(item).items():
-            values.setdefault(key, {})[str(value)] = None
-    return ", ".join(f"{key} {', '.join(seen)}" for key, seen in values.items())
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def _picture(key: str, title: str, caption: str, figure: Figure) -> Picture:
+    return Picture(key, title, caption, figures.rendered(figure))
+
+
+_COSTS = {
+    "Speed": ("Short texts per second (right is faster)", "texts_per_second", "speed_low", "speed_high"),
+    "Parameters": ("Parameters (left is smaller)", "parameters", "", ""),
+    "Bytes": ("Bytes on disk (left is smaller)", "bytes", "", ""),
+    "Latency": ("Seconds for one short text (left is faster)", "latency_p50", "latency_p50", "latency_p95"),
+}
+"""Name of a cost → its axis, and its fields in :class:`.CostRow`: of itself, and of its range, if it has one."""
+_POINTS = (
+    "Each point is a model, numbers are layers kept, and lines join cuts of one kind. Vertical bars are 95 % intervals "
+    "of scores; paired differences are known more precisely. Horizontal bars reach from the slowest to the fastest "
+    "round, those of latency from the median to the 95th percentile."
+)
+
+
+def _cost_pictures(summary: Summary, found: Recommendation) -> list[Picture]:
+    """Average score against each cost that was measured."""
+    drawn = []
+    for name, (axis, *fields) in _COSTS.items():
+        points = _points(summary, found, *fields)
+        if points:
+            key, title = f"score-{name.lower()}", f"Average score against {name.lower()}"
+            drawn.append(_picture(key, title, f"{title}.", figures.frontier(points, axis)))
+    return drawn
+
+
+def _points(summary: Summary, found: Recommendation, field: str, low: str, high: str) -> list[Point]:
+    """A point for each group that is scored and has that cost."""
+    told = [item.group for item in (found.ship, found.runner_up) if item]
+    points: list[Point] = []
+    for group in summary.groups:
+        cost, average, first, kind = group.cost, group.average, group.first, summary.kind(group)
+        if cost is None or average is None or not getattr(cost, field):  # 0: not measured
+            continue
+        point = Point(
+            series=first.series,
+            label=group.name if group in told or kind in ("full", "baseline") else str(first.depth or ""),
+            score=average.value,
+            low=average.low,
+            high=average.high,
+            cost=getattr(cost, field),
+            cost_low=getattr(cost, low, None),
+            cost_high=getattr(cost, high, None),
+            kind=kind,
+            marked=found.ship is not None and group is found.ship.group,
+        )
+        points.append(point)
+    sign = -1 if field == "texts_per_second" else 1  # more of it is better
+    best = set(pareto([(sign * point.cost, point.score) for point in points]))
+    points = [replace(point, best=index in best) for index, point in enumerate(points)]
+    few = len(points) <= MOST_LABELS
+    return [point if few or point.best or point.marked else replace(point, label="") for point in points]
+
+
+def size_sentences(summary: Summary, threshold: float) -> list[str]:
+    """For each base model with cuts of several sizes: beyond which of them a point of score costs too much.
+
+    ``threshold``: million parameters that a point of score may cost. The size is that where the score less the price
+    of the parameters is highest: to any larger one, a point costs more than the threshold.
+    """
+    sizes: dict[str, dict[int, float]] = {}
+    for group in summary.groups:
+        if group.cost and group.average and not group.first.is_baseline:
+            own, size = sizes.setdefault(group.first.base, {}), group.cost.parameters
+            own[size] = max(own.get(size, 0.0), group.average.value)
+    said = []
+    for base, own in ((base, own) for base, own in sizes.items() if len(own) > 1):
+        best = max(own, key=lambda size: (100 * own[size] - size / (threshold * MILLION), -size))
+        where, price = ("up to the largest size,", "less") if best == max(own) else ("beyond", "more")
+        costs = f"one more point of score costs {price} than {threshold:g} M, by the averages measured"
+        said.append(f"{base}: {where} {count(best)} parameters, {costs}.")
+    return said
+
+
+def _scout_picture(scouted: Scouted, number: int, tolerance: float) -> Picture:
+    """What every depth is worth: the score of each rung."""
+    scout, trained = scouted.table, sum(row.trained for row in scouted.table.rows)
+    caption = (
+        f"Score of {scout.model} at each depth after one training of {plural(trained, 'depth')} at once. Thin bars are "
+        "95 % intervals of the score, thick ones those of its difference to the full depth. Where all of a thick bar "
+        f"is above the lower edge of the band, at most {tolerance:g} points are lost."
+    )
+    figure = figures.frontier_figure(scout, scouted.chosen, tolerance)
+    return _picture(f"frontier-{number}", f"What every depth is worth: {scouted.name}", caption, figure)
+
+
+_OF_PROFILES = {
+    "curve": (
+        "Loss",
+        "Contrastive loss of the untrained model after each layer, with its 95 % interval as a band and the depths "
+        "that are chosen; Block Influence and effective rank of the layers.",
+    ),
+    "solved": (
+        "Tasks",
+        "Scores of the untrained model at each depth, task by task, and its next-token loss if it generates text; "
+        "scores × 100, bands are 95 % intervals, dots the best depths.",
+    ),
+    "cka": ("Similarity", "Linear CKA of the vectors at all pairs of depths: 1 is the same up to rotation and scale."),
+    "angles": (
+        "Angles",
+        "Angular distance of the last token’s states at all pairs of depths, from the embeddings (0) on. "
+        "Light squares along the diagonal are runs of layers that turn the states little.",
+    ),
+}
+"""Figures of a profile: key → title and caption."""
+
+
+def _profile_pictures(run: Run, name: str, number: int) -> list[Picture]:
+    drawn = figures.profile_figures(run.profiles[name], run.choices.get(name))
+    about = ((kind, *words) for kind, words in _OF_PROFILES.items() if kind in drawn)
+    return [_picture(f"{kind}-{number}", f"{title} by depth: {name}", said, drawn[kind]) for kind, title, said in about]
+
+
+def _training_picture(run: Run) -> Picture | None:
+    trainings = {name: training for name, training in run.trainings.items() if training.rows}
+    caption = (
+        "Loss of each training, the mean since the step logged before. Below, where there are any, its scores on "
+        "held-out data: a ring marks the step whose weights were kept."
+    )
+    return _picture("training", "Training", caption, figures.training_curves(trainings)) if trainings else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -12,10 +11,10 @@ import yaml
 
 from secateur import document as doc
 from secateur.choosing.budgets import cut_cost
-from secateur.choosing.choose import ranges
+from secateur.choosing.choose import is_prefix, ranges
 from secateur.document import Cell, Table, with_interval
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
-from secateur.reporting.run import Run, Scouted
+from secateur.reporting.run import Scouted
 from secateur.results import (
     CostRow,
     DepthRow,
@@ -44,22 +43,29 @@ def profile_table(profile: Profile, choice: Mapping[str, int]) -> Table:
     """What was measured at each depth; ``choice`` is the name of a choice → its depth."""
     title = (
         f"{profile.model}: {profile.depth} layers, {profile.pooling} pooling, scale {profile.scale:g}, "
-        f"{profile.dtype}, texts of at most {profile.max_length} tokens."
+        f"{profile.dtype}, {doc.plural(profile.batches, 'batch')} of {profile.batch_size}, texts of at most "
+        f"{profile.max_length} tokens."
     )
-    columns: dict[str, Callable[[DepthRow], str | Cell]] = {
+    columns: dict[str, Callable[[DepthRow], str | Cell]] = {  # short: they fit into 80 characters
         "Depth": lambda row: Cell(
             str(row.depth), tag=", ".join(name for name, depth in choice.items() if depth == row.depth)
         ),
-        "Loss (nats)": lambda row: with_interval(row.loss, row.loss_low, row.loss_high, doc.loss),
-        "Standard error": lambda row: doc.loss(row.loss_se),
-        "Probability": lambda row: doc.percent(row.selection_probability, 0),
+        "Loss (nats)": _loss,
+        "Chosen": lambda row: doc.percent(row.selection_probability, 0),
         "nDCG@10": lambda row: doc.loss(row.ndcg_at_10),
-        "Next-token loss (nats)": lambda row: doc.loss(row.next_token_loss),
+        "Next token (nats)": lambda row: doc.loss(row.next_token_loss),
         "Block Influence": lambda row: doc.loss(row.block_influence),
-        "Effective rank": lambda row: doc.number(row.effective_rank),
+        "Rank": lambda row: doc.number(row.effective_rank),
         "Mean cosine": lambda row: doc.loss(row.mean_cosine),
     }
     return Table.of(title, profile.rows, columns).filled()
+
+
+def _loss(row: DepthRow) -> Cell:
+    """With its interval; with its standard error where an earlier version measured no more."""
+    if row.loss_low is None and row.loss_se is not None:
+        return Cell(doc.loss(row.loss), (f"± {doc.loss(row.loss_se)}",))
+    return with_interval(row.loss, row.loss_low, row.loss_high, doc.loss)
 
 
 def depth_scores_table(measured: Profile | Scout) -> Table:
@@ -116,50 +122,29 @@ def model_table(summary: Summary) -> Table:
         "What each model costs, and its average score over its tasks (× 100). Differences are in points, to the full "
         f"model named with them; ranges are 95 % intervals. {SPEED}"
     )
-
-    def link(folder: Path | None) -> str:
-        """The model's folder, as seen from the run's."""
-        return quote(folder.relative_to(summary.run.folder).as_posix()) + "/" if folder else ""
-
-    def layers(group: RunGroup) -> str:
-        depth, blocks = group.first.depth, group.first.blocks
-        return f"{depth} of {blocks}" if blocks else str(depth or doc.NONE)
+    compared = summary.compared
 
     def of_cost(show: Callable[[CostRow], str | Cell]) -> Callable[[RunGroup], str | Cell]:
         return lambda group: show(group.cost) if group.cost else doc.NONE
 
-    def average(group: RunGroup) -> Cell:
-        found = group.average
-        if found is None:
-            return Cell(doc.NONE)
-        shown, seeds = with_interval(found.value, found.low, found.high), len(group.seeds)
-        if not found.seed_error or seeds < 2:
-            return shown
-        return replace(shown, notes=(*shown.notes, f"{seeds} seeds, ± {doc.score(found.seed_error)}"))
-
-    def difference(item: GroupComparison | None) -> str | Cell:
-        if item is None:
-            return doc.NONE
-        found, full = item.difference, f"to {doc.shorten(item.reference.first.series)}"
-        if found.low is None:
-            return Cell(doc.signed(found.value), (full,))
-        return Cell(
-            doc.signed(found.value), (doc.span(found.low, found.high, doc.signed), full, OUTCOMES[item.outcome])
+    def name(group: RunGroup) -> Cell:
+        """With its folder, as seen from the run's."""
+        folder = group.first.folder
+        return replace(
+            _name(group), link=quote(folder.relative_to(summary.run.folder).as_posix()) + "/" if folder else ""
         )
 
-    def better_and_worse(item: GroupComparison | None) -> str:
-        return f"{item.count(1)} / {item.count(-1)}" if item else doc.NONE
-
-    compared = summary.compared
     columns: dict[str, Callable[[RunGroup], str | Cell]] = {
-        "Model": lambda group: replace(_name(group), link=link(group.first.folder)),
-        "Layers": layers,
+        "Model": name,
+        "Layers": _layers,
         "Tokens": lambda group: kept_tokens(group.first.vocabulary),
         **{name: of_cost(show) for name, show in SIZES.items()},
         "Texts per second": of_cost(_speed),
-        "Average score": average,
-        "Difference": lambda group: difference(compared.get(group.name)),
-        "Tasks better / worse": lambda group: better_and_worse(compared.get(group.name)),
+        "Average score": _average,
+        "Difference": lambda group: _difference(compared.get(group.name)),
+        "Tasks better / worse": lambda group: (
+            f"{item.count(1)} / {item.count(-1)}" if (item := compared.get(group.name)) else doc.NONE
+        ),
     }
     return Table.of(title, summary.groups, columns).filled()
 
@@ -169,9 +154,33 @@ def _name(group: RunGroup) -> Cell:
     return Cell(group.name, tag=tag)
 
 
+def _layers(group: RunGroup) -> Cell:
+    depth, blocks, origin = group.first.depth, group.first.blocks, group.first.origin
+    kept = "" if origin is None or is_prefix(origin.kept) else kept_blocks(origin)
+    return Cell(f"{depth} of {blocks}" if blocks else str(depth or doc.NONE), (kept,) if kept else ())
+
+
+def _average(group: RunGroup) -> Cell:
+    found, seeds = group.average, len(group.seeds)
+    if found is None:
+        return Cell(doc.NONE)
+    shown = with_interval(found.value, found.low, found.high)
+    if not found.seed_error or seeds < 2:
+        return shown
+    return replace(shown, notes=(*shown.notes, f"{seeds} seeds, ± {doc.score(found.seed_error)}"))
+
+
+def _difference(item: GroupComparison | None) -> str | Cell:
+    if item is None:
+        return doc.NONE
+    found, full = item.difference, f"to {doc.shorten(item.reference.first.series)}"
+    within = (doc.span(found.low, found.high, doc.signed), full, OUTCOMES[item.outcome])
+    return Cell(doc.signed(found.value), within if found.low is not None else (full,))
+
+
 def kept_blocks(origin: Origin) -> str:
     """Which layers are kept: ``all``, ``the first 7``, or ranges of their numbers as ``--keep`` takes them."""
-    if origin.kept == tuple(range(len(origin.kept))):
+    if is_prefix(origin.kept):
         amount = len(origin.kept)
         return "all" if amount == origin.depth else f"the first {amount}" if amount > 1 else "the first"
     return f"layers {ranges(origin.kept)} (counted from 0, as by --keep)"
@@ -182,31 +191,18 @@ def kept_tokens(cut: VocabularyCut | None) -> str:
     return doc.NONE if cut is None else f"{cut.row.tokens:,} of {cut.tokens:,}"
 
 
-def origin_table(run: Run) -> Table:
-    """How each model was made."""
-    built = [(variant.name, variant.origin, variant.training) for variant in run.variants if variant.origin]
-    columns: dict[str, Callable[[tuple[str, Origin, Training | None]], str | Cell]] = {
-        "Model": lambda m: m[0],
-        "Base model": lambda m: m[1].base_model,
-        "Layers kept": lambda m: kept_blocks(m[1]),
-        "Pooling": lambda m: m[1].pooling,
-        "Check": lambda m: f"{m[1].check:.1e}",
-        "Steps": lambda m: (
-            Cell(str(m[2].steps), (f"weights of step {m[2].best_step}",) if m[2].best_step is not None else ())
-            if m[2]
-            else doc.NONE
-        ),
-        "Trained parameters": lambda m: doc.count(m[2].trained_parameters) if m[2] else doc.NONE,
-        "Training time": lambda m: doc.duration(m[2].seconds) if m[2] else doc.NONE,
-        "Seed": lambda m: doc.NONE if m[2] is None or m[2].provenance.seed is None else str(m[2].provenance.seed),
-    }
-    if run.vocabularies:
-        columns["Tokens kept"] = lambda m: kept_tokens(m[1].vocabulary)
-    title = (
-        "Layers kept, training, and the check made when the folder was written: the largest difference between its "
-        "vectors and those of the model it was written from."
-    )
-    return Table.of(title, built, columns, texts=4)
+def training_in_words(training: Training) -> str:
+    """``30 steps (weights of step 20) in 61 s, 1.2 M parameters trained, seed 42``."""
+    best = f" (weights of step {training.best_step})" if training.best_step is not None else ""
+    seed = doc.NONE if training.provenance.seed is None else training.provenance.seed
+    trained = f"{doc.count(training.trained_parameters)} parameters trained"
+    return f"{training.steps} steps{best} in {doc.duration(training.seconds)}, {trained}, seed {seed}"
+
+
+def settings_text(training: Training, publish: Callable[[Any], Any] = lambda content: content) -> str:
+    """A training's settings and prompts as YAML."""
+    content = {"settings": publish(dict(training.settings)), "prompts": dict(training.prompts)}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
 
 
 # Scores and costs -----------------------------------------------------------------------------------------------------
@@ -236,12 +232,9 @@ def task_table(groups: Sequence[RunGroup], compared: Mapping[str, GroupCompariso
         trend = {1: "better", -1: "worse", 0: ""}[difference.sign]
         return Cell(doc.score(own.value), notes, trend=trend, heat=difference.value)
 
-    if len(groups) > len(tasks):
-        rows = [(_name(group), *(cell(group, task) for task in tasks)) for group in groups]
-        headings = ["Model", *(f"{task} ({about})" for task, about in tasks.items())]
-        return Table(title, headings, rows)
-    by_task = [(Cell(task, (about,)), *(cell(group, task) for group in groups)) for task, about in tasks.items()]
-    return Table(title, ["Task", *(group.name for group in groups)], by_task)
+    rows = [(_name(group), *(cell(group, task) for task in tasks)) for group in groups]
+    table = Table(title, ["Model", *(f"{task} ({about})" for task, about in tasks.items())], rows)
+    return table if len(groups) > len(tasks) else table.transposed()
 
 
 SIZES: dict[str, Callable[[CostRow], str | Cell]] = {
@@ -251,23 +244,17 @@ SIZES: dict[str, Callable[[CostRow], str | Cell]] = {
 }
 
 
-def _speed(row: CostRow, kind: str = "") -> Cell:
-    """Texts per second with their range; ``kind`` is ``long_`` for those of long texts."""
+def _speed(row: CostRow, kind: str = "", length: str = "") -> str | Cell:
+    """Texts per second with their range and, of texts of a ``length``, how they were timed; ``kind``: ``long_``."""
     rate = getattr(row, f"{kind}texts_per_second")
-    return Cell(
-        doc.speed(rate), (doc.span(getattr(row, f"{kind}speed_low"), getattr(row, f"{kind}speed_high"), doc.speed),)
-    )
+    notes = [doc.span(getattr(row, f"{kind}speed_low"), getattr(row, f"{kind}speed_high"), doc.speed)]
+    if length and (batch := getattr(row, f"{length}_batch")):
+        notes.append(f"{doc.number(getattr(row, f'{length}_tokens'))} tokens, batches of {batch}")
+    return Cell(doc.speed(rate), tuple(notes)) if rate else doc.NONE
 
 
 def cost_table(rows: Sequence[CostRow]) -> Table:
     """Costs by model, without what was not measured."""
-
-    def timed(row: CostRow, kind: str, length: str) -> str | Cell:
-        tokens, batch = getattr(row, f"{length}_tokens"), getattr(row, f"{length}_batch")
-        shown = _speed(row, kind)
-        batches = (f"{doc.number(tokens)} tokens, batches of {batch}",) if batch else ()
-        return replace(shown, notes=shown.notes + batches) if getattr(row, f"{kind}texts_per_second") else doc.NONE
-
     columns: dict[str, Callable[[CostRow], str | Cell]] = {
         "Model": lambda row: row.model,
         "dtype": lambda row: row.dtype,
@@ -282,8 +269,8 @@ def cost_table(rows: Sequence[CostRow]) -> Table:
         "Loading": lambda row: doc.duration(row.load_seconds),
         "One short text, median": lambda row: doc.duration(row.latency_p50),
         "95th percentile": lambda row: doc.duration(row.latency_p95),
-        "Short texts per second": lambda row: timed(row, "", "short"),
-        "Long texts per second": lambda row: timed(row, "long_", "long"),
+        "Short texts per second": lambda row: _speed(row, "", "short"),
+        "Long texts per second": lambda row: _speed(row, "long_", "long"),
     }
     where = f" on {rows[0].device}, {doc.plural(rows[0].threads, 'thread')}" if rows[0].device else ""
     title = (
@@ -291,26 +278,3 @@ def cost_table(rows: Sequence[CostRow]) -> Table:
         "fastest repetition."
     )
     return Table.of(title, rows, columns, texts=2).filled()
-
-
-# Trainings ------------------------------------------------------------------------------------------------------------
-
-
-def training_tables(trainings: Mapping[str, Training]) -> list[Table]:
-    """Losses and, where there are any, evaluation scores: steps × trainings."""
-    losses = {name: {row.step: doc.loss(row.loss) for row in item.rows} for name, item in trainings.items()}
-    scores = {
-        name: {r.step: doc.score(r.score) for r in t.evaluations} for name, t in trainings.items() if t.evaluations
-    }
-    tables = []
-    for title, curves in (("Training loss in nats.", losses), ("Evaluation scores, × 100.", scores)):
-        steps = sorted({step for curve in curves.values() for step in curve})
-        rows = [(str(step), *(curve.get(step, doc.NONE) for curve in curves.values())) for step in steps]
-        tables += [Table(title, ["Step", *curves], rows)] if curves else []
-    return tables
-
-
-def settings_text(training: Training, publish: Callable[[Any], Any] = lambda content: content) -> str:
-    """A training's settings and prompts as YAML."""
-    content = {"settings": publish(dict(training.settings)), "prompts": dict(training.prompts)}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()

@@ -25,8 +25,7 @@ from secateur.choosing.evidence import TOLERANCE, choose_rung
 from secateur.data.sources import Source, read_sources
 from secateur.errors import ModelError
 from secateur.evaluation.tasks import Task, open_tasks
-from secateur.figures.plots import frontier_figure
-from secateur.figures.style import save
+from secateur.figures import frontier_figure, save
 from secateur.files import lock, read_json, results_folder, write_text
 from secateur.healing.heal import check_resume, heal
 from secateur.healing.recipes import training_config
