@@ -6,13 +6,15 @@ out, a tokenizer without its vocabulary gives every word the same id: each gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import errno
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import constants
+from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
@@ -39,44 +41,21 @@ PAIRS = (
     ("बिल्ली घर में", "कुत्ता बाहर है"),
 )
 ANOTHER_MODEL = "one of the two is of another model"
+CONVERT = "convert it: load it with transformers elsewhere and save_pretrained() it again"
 
 
 # ---- the folder
 
 
-def check_folder(folder: Path, trust_remote_code: bool, *, static: bool = False) -> None:
-    """Say what is missing from a model folder before any library stumbles over it."""
+def check_folder(folder: Path) -> None:
+    """Say what is missing from a model folder, where libraries would not say it plainly."""
     if not folder.is_dir():
         raise ModelError(folder, "is not a model folder or a .gguf file")
-    modules = read_modules(folder)
-    if not modules and not (folder / "config.json").is_file():
+    if not read_modules(folder) and not (folder / "config.json").is_file():
         raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
-    for position, module in enumerate(modules):
-        place, kind = folder / module["path"], module["type"].rpartition(".")[2]
-        if not module["type"].startswith("sentence_transformers.") and not trust_remote_code:
-            problem = f"its module {module['type']} is code of its own"
-            raise UnsupportedArchitecture(folder, problem, "--trust-remote-code runs it")
-        if position == 0 and (kind in ("BoW", "WordEmbeddings") or (kind == "StaticEmbedding" and not static)):
-            raise UnsupportedArchitecture(folder, f"begins with a {kind}, not with a transformer")
-        if kind in ("Pooling", "Dense") and not (place / "config.json").is_file():
-            raise ModelError(place, "has no config.json", "the model is incomplete: fetch it again")
-        pickle = place / "pytorch_model.bin"
-        if pickle.is_file() and not any(place.glob("*.safetensors")):
-            hint = "open it with sentence-transformers and save it again"
-            raise ModelError(pickle, "holds weights that only PyTorch can read", hint)
-    weights = sorted(folder.rglob("*.safetensors"))
-    if not weights:
-        pickles = sorted(folder.glob("*.bin"))
-        hint = "convert it: load it with transformers elsewhere and save_pretrained() it again" if pickles else ""
-        raise ModelError(folder, f"has no safetensors{f', only {pickles[0].name}' if pickles else ''}", hint)
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(folder, f"{file.name} is damaged or half written ({_in_one_line(error)})") from error
-    if (folder / "config.json").is_file() and not read_json(folder / "config.json"):
-        raise ModelError(folder, "has an empty config.json")
+    if not any(folder.rglob("*.safetensors")):
+        pickle = next(folder.glob("*.bin"), None)
+        raise ModelError(folder, f"has no safetensors{f', only {pickle.name}' if pickle else ''}", CONVERT)
 
 
 def read_modules(folder: Path) -> list[dict[str, str]]:
@@ -99,7 +78,7 @@ def read_modules(folder: Path) -> list[dict[str, str]]:
 
 @contextmanager
 def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]:
-    """Turn whatever libraries raise on a model that they cannot open into one line about it.
+    """Turn whatever libraries raise on a model that they cannot fetch or open into one line about it.
 
     ``name`` is what the user called it; ``path``: where it was opened, if not there.
     """
@@ -112,15 +91,33 @@ def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]
     except SecateurError as error:
         error.args = tuple(named(str(part)) for part in error.args)
         raise
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(name, f"cannot be opened ({named(_in_one_line(error))})") from error
     except Exception as error:  # a library that stumbles over a file raises what it likes, ZeroDivisionError included
-        raise ModelError(name, f"is not a text model that can be opened ({named(_in_one_line(error))})") from error
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        problem, hint = _in_words(error)
+        raise ModelError(name, named(problem), hint) from error
 
 
-def _in_one_line(error: BaseException) -> str:
+def _in_words(error: Exception) -> tuple[str, str]:
+    """What a library's error means, and the way out."""
     message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+    said = f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+    login = "log in (hf auth login, or HF_TOKEN)"
+    match error:
+        case hub.GatedRepoError():
+            return "its owner gives access on request only", f"ask on the model's page, then {login}"
+        case hub.RepositoryNotFoundError() | hub.HFValidationError():
+            return "no such folder, and no such model on the Hub", f"check the name; if private, {login}"
+        case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled() if constants.HF_HUB_OFFLINE:
+            return "is not in the local cache, and HF_HUB_OFFLINE is set", "unset it, or fetch the model"
+        case hub.RemoteEntryNotFoundError():
+            return f"has no safetensors ({said})", CONVERT
+        case SafetensorError():
+            return f"its weights are damaged or half written ({said})", "copy or fetch them again"
+        case OSError() | hub.HTTPError():  # type: ignore[attr-defined]
+            return f"cannot be opened ({said})", ""
+        case _:
+            return f"is not a text model that can be opened ({said})", ""
 
 
 # ---- weights, tokenizer, vectors
@@ -140,8 +137,7 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
             raise ModelError(name, f"its prompt {key!r} is {prompt!r}, not a text", "see its prompts in the JSON file")
     model.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
     _check_tokenizer(name, transformer)
-    # Cut texts where the table of positions ends; the configuration's number may count rows that no token has.
-    limit, length = positions(transformer), transformer.max_seq_length
+    limit, length = _positions(transformer), transformer.max_seq_length
     if limit is not None and (length is None or length > limit):
         transformer.max_seq_length = limit
     _check_vectors(name, model)
@@ -158,9 +154,8 @@ def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
 def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
     """Refuse weights that are not those which the configuration describes; return the names of unused tensors.
 
-    Unused tensors outside of all modules of the model are those of a head, a decoder or an image tower; one inside them
-    is a part of the model that its configuration leaves out, unless it is a single number: a constant that older
-    versions saved.
+    An unused tensor is of a head, a decoder or an image tower; or, inside one of the model's modules, a part that the
+    configuration leaves out, unless it is a single number: a constant that older versions saved.
     """
     config = model.config
     if getattr(config, "quantization_config", None):
@@ -174,17 +169,16 @@ def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[st
             constants = tuple(key for key in stored.keys() if not stored.get_slice(key).get_shape())  # noqa: SIM118
         misplaced = [key for key in misplaced if not any(constant.endswith(key) for constant in constants)]
     if misplaced:
-        raise ModelError(name, f"has weights that its config.json has no place for: {_few(misplaced)}", ANOTHER_MODEL)
+        raise ModelError(name, f"has weights that its config.json has no place for: {misplaced[0]}", ANOTHER_MODEL)
     return unused
 
 
 def check_names(
     name: str | Path, kind: type[PreTrainedModel], config: PretrainedConfig, source: str | None, **options: Any
 ) -> list[str]:
-    """Let transformers load weights without reading them (on the ``meta`` device), by names and shapes alone.
+    """Let transformers load weights by their names and shapes, none of them read; return the names that it cannot use.
 
-    ``source`` is a folder or Hub id; None where ``options``, of ``from_pretrained``, hold a ``state_dict``. Returns the
-    names of tensors that transformers has no use for.
+    ``source`` is a folder or Hub id; None where ``options``, of ``from_pretrained``, hold a ``state_dict``.
 
     Raises:
         ModelError: A tensor is missing (other than a pooler's, which we do not use), or has another shape.
@@ -196,19 +190,13 @@ def check_names(
         raise ModelError(name, problem, ANOTHER_MODEL)
     missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
     if missing:
-        raise ModelError(name, f"has no weights for {_few(missing)}", "copy or save the folder again")
+        raise ModelError(name, f"has no weights for {missing[0]}", "copy or save the folder again")
     return sorted(found["unexpected_keys"])
 
 
-def _few(names: Sequence[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
-
-
 def is_within(name: str, model: PreTrainedModel) -> bool:
-    """Whether a tensor that the model has no use for lies inside one of its modules, and so is a part it should have.
-
-    Tensors that transformers leaves out on purpose, and buffers that older versions saved (``rotary_emb.inv_freq`` of
-    each layer), are none.
+    """Whether a tensor that the model has no use for is of a part that it should have: inside one of its modules,
+    neither left out by transformers on purpose nor a buffer that older versions saved (``rotary_emb.inv_freq``).
     """
     prefix = f"{model.base_model_prefix}."
     name = name.removeprefix(prefix)
@@ -222,12 +210,11 @@ def check_finite(name: str | Path, model: SentenceTransformer) -> None:
     """Refuse weights that are not finite."""
     for path, parameter in model.named_parameters():
         # A sum reads each number once and makes no copy; it may also overflow, so that it only raises the suspicion.
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum())):
-            wrong = int((~torch.isfinite(parameter.detach())).sum())
-            if wrong:
-                own = path.removeprefix("0.").removeprefix("model.")
-                hint = "copy it again; if its training diverged, take an earlier checkpoint"
-                raise ModelError(name, f"{wrong} of its weights are not finite, first in {own}", hint)
+        suspect = parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum()))
+        if suspect and (wrong := int((~torch.isfinite(parameter.detach())).sum())):
+            own = path.removeprefix("0.").removeprefix("model.")
+            hint = "copy it again; if its training diverged, take an earlier checkpoint"
+            raise ModelError(name, f"{wrong} of its weights are not finite, first in {own}", hint)
 
 
 def _check_tokenizer(name: str | Path, transformer: Transformer) -> None:
@@ -264,11 +251,11 @@ class _Lookups(TorchFunctionMode):
 
 
 @torch.no_grad()
-def positions(transformer: Transformer) -> int | None:
+def _positions(transformer: Transformer) -> int | None:
     """Tokens that a text may have before its positions leave their table; None where there is no such table.
 
-    Watched on a short text: the table is the one that is asked for consecutive rows, the first row is its offset
-    (2 of RoBERTa's 514 rows are no positions).
+    Watched on a short text, for a configuration may count rows that no token has (2 of RoBERTa's 514): the table is
+    the one that is asked for consecutive rows, from the first that is a position.
     """
     ids = transformer.tokenizer(PAIRS[0][0])["input_ids"]
     if len(ids) < 2:
@@ -290,12 +277,11 @@ def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
     vectors = model.encode(texts, prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
     if not bool(torch.isfinite(vectors).all()):
         raise ModelError(name, "gives vectors that are not finite", "its configuration is not that of its weights")
-    widths = [("vectors", vectors.shape[1], model.get_embedding_dimension())]
-    poolings = [module for module in model if isinstance(module, Pooling)]
-    widths += [("states", state_width(model[0]), pooling.embedding_dimension) for pooling in poolings]
-    for what, found, told in widths:
+    widths = [(vectors.shape[1], model.get_embedding_dimension())]
+    widths += [(state_width(model[0]), part.embedding_dimension) for part in model if isinstance(part, Pooling)]
+    for found, told in widths:
         if told not in (None, found):
-            problem = f"gives {what} of {found} numbers, but its modules say {told}"
+            problem = f"gives {found} numbers, but its modules say {told}"
             raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
     tokens = [model[0].tokenizer(text)["input_ids"] for text in texts]
     if tokens[0] != tokens[1] and bool((vectors == vectors[0]).all()):

@@ -14,7 +14,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from secateur.progress import quiet
 
 MAX_LENGTH = 512
 """Tokens of a text, for a bare language model, where nobody says."""
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def open_model(
@@ -81,31 +80,20 @@ def open_model(
         ModelError: The model is missing, half written, not a text model, or holds no safetensors.
     """
     check_device(device)
-    if dtype not in _DTYPES:
-        raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(DTYPES)}")
     if max_length < 1:
         raise ConfigError("max_length", max_length, f"{max_length} tokens are no text", "at least 1")
-    with as_model_error(name), quiet(), as_source(name, trust_remote_code) as source:
-        if is_embedder(source, revision):
-            check_embedder(name, pooling, max_length)
+    with as_model_error(name), quiet(), as_source(name) as source:
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model, _ = load_model(name, source, dtype=dtype, device=device, **where)
+        model, _ = load_model(name, source, pooling, max_length, dtype=dtype, device=device, **where)
         complete(name, model, pooling, max_length)
         check_finite(name, model)
         return model
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """A model without its weights: the transformer that encodes text, its tokenizer, and the model's prompts."""
-
-    transformer: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    prompts: Mapping[str, str]
-
-
-def open_skeleton(name: str | Path) -> Skeleton:
-    """Open all of a model but its weights, which are neither read nor fetched.
+def open_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """The transformer of a model without its weights, which are neither read nor fetched, its tokenizer, its prompts.
 
     Raises:
         ModelError: The model is missing, half written, or not a text model.
@@ -117,7 +105,7 @@ def open_skeleton(name: str | Path) -> Skeleton:
             where = _of_gguf(Path(source))
         else:
             if isinstance(source, Path):
-                check_folder(source, trust_remote_code=False)
+                check_folder(source)
             about = small_file(source, "config_sentence_transformers.json") or {}
             modules = small_file(source, "modules.json")
             where = {"pretrained_model_name_or_path": str(source), "subfolder": modules[0]["path"] if modules else ""}
@@ -128,8 +116,7 @@ def open_skeleton(name: str | Path) -> Skeleton:
         if text_tower(transformer):  # as prune cuts it out of a multimodal model
             text.dtype = text.dtype or config.dtype
             transformer = skeleton(text)
-        prompts = about.get("prompts") or {}
-        return Skeleton(transformer, tokenizer, {key: prompt or "" for key, prompt in prompts.items()})
+        return transformer, tokenizer, [prompt or "" for prompt in (about.get("prompts") or {}).values()]
 
 
 def small_file(source: str | Path, file: str) -> Any:
@@ -139,25 +126,22 @@ def small_file(source: str | Path, file: str) -> Any:
 
 
 @contextmanager
-def as_source(name: str | Path, trust_remote_code: bool = False) -> Iterator[str | Path]:
+def as_source(name: str | Path) -> Iterator[str | Path]:
     """What libraries can open: a Hub id, or a folder that was looked at; a GGUF file is converted for a time."""
     source = resolve(name)
     with tempfile.TemporaryDirectory(prefix="secateur-") as converted:
         if str(source).endswith(".gguf"):
             source = convert_gguf(Path(source), Path(converted))
         elif isinstance(source, Path):
-            check_folder(source, trust_remote_code)
+            check_folder(source)
         yield source
-
-
-def is_embedder(source: str | Path, revision: str | None = None) -> bool:
-    """Whether a folder or Hub id holds a sentence-transformers model."""
-    return bool(is_sentence_transformer_model(str(source), revision=revision))
 
 
 def load_model(
     name: str | Path,
     source: str | Path,
+    pooling: PoolingName | None,
+    max_length: int,
     *,
     dtype: str = "auto",
     device: str | None = None,
@@ -169,11 +153,19 @@ def load_model(
     ``key_mapping`` is what stands in the model for patterns of names in the checkpoint; ``where`` are ``revision`` and
     ``trust_remote_code``. Returns the model, of a bare language model its transformer alone, and the names of the
     tensors that it does not use.
+
+    Raises:
+        ModelError, ConfigError: It is a trained embedder, which keeps its own, and is told a pooling or length.
     """
     # Weights of another shape are refused by check_weights, which names them; transformers does not.
-    weights: dict[str, Any] = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
+    weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     weights |= {"key_mapping": key_mapping} if key_mapping else {}
-    if is_embedder(source, where.get("revision")):
+    if is_sentence_transformer_model(str(source), revision=where.get("revision")):
+        if pooling is not None:
+            raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
+        if max_length != MAX_LENGTH:
+            problem = f"{name} is a trained embedder and cuts texts at its own length, not at {max_length}"
+            raise ConfigError("max_length", max_length, problem, "leave it out")
         model = SentenceTransformer(str(source), model_kwargs=weights, device=device, **where)
     else:
         # The modality is pinned to text: left to itself, sentence-transformers puts every text into the chat template
@@ -210,15 +202,6 @@ def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName 
         model.append(make_pooling(pooling, state_width(transformer)))
         model.append(Normalize())
     check_opened(name, model)
-
-
-def check_embedder(name: str | Path, pooling: PoolingName | None, max_length: int) -> None:
-    """Refuse a pooling, or a length other than the default: only a bare language model is told these."""
-    if pooling is not None:
-        raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
-    if max_length != MAX_LENGTH:
-        problem = f"{name} is a trained embedder and cuts texts at its own length, not at {max_length}"
-        raise ConfigError("max_length", max_length, problem, "leave it out")
 
 
 def check_device(device: str | None) -> None:
@@ -258,8 +241,7 @@ def make_bidirectional(model: SentenceTransformer, name: str | Path) -> None:
 def convert_gguf(file: Path, folder: Path) -> Path:
     """Write a GGUF file as a transformers folder: float32 safetensors and the tokenizer.
 
-    transformers refuses to save a model that it read from GGUF, even dequantized; so its weights are moved into a
-    fresh model of the same configuration.
+    transformers refuses to save a model that it read from GGUF: its weights are moved into a fresh model.
     """
     where = _of_gguf(file)
     with _parsed_once():
@@ -272,7 +254,6 @@ def convert_gguf(file: Path, folder: Path) -> Path:
         del config.quantization_config
     with torch.device("meta"):
         fresh = type(read)(config)
-    # Buffers that are not saved (rotary frequencies) are not in the state, and come with the modules that own them.
     fresh.load_state_dict(read.state_dict(), assign=True)
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -288,7 +269,10 @@ def _of_gguf(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes seconds each."""
+    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes half a minute each.
+
+    The reader is the process's: of two threads, the later would keep the other's, so each has its turn.
+    """
     gguf: Any = importlib.import_module("gguf")
     with _parsing:
         plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
@@ -302,7 +286,6 @@ def _parsed_once() -> Iterator[None]:
 
 
 _parsing = threading.Lock()
-"""The reader is the process's: of two threads, the later would keep the other's."""
 
 
 # ---- static embeddings: one vector for each token, and their mean for a text; nothing to cut
@@ -314,10 +297,8 @@ def is_static(name: str | Path) -> bool:
     if isinstance(source, Path) and not source.is_dir():
         return False
     with as_model_error(name), quiet():
-        modules = small_file(source, "modules.json")
-        first = modules[0] if isinstance(modules, list) and modules else {}
-        kind = str(first.get("type", "")).rpartition(".")[2] if isinstance(first, dict) else ""
-        return kind == "StaticEmbedding" or _is_model2vec(small_file(source, "config.json"))
+        first = (small_file(source, "modules.json") or [{}])[0]
+        return str(first.get("type")).endswith(".StaticEmbedding") or _is_model2vec(small_file(source, "config.json"))
 
 
 def _is_model2vec(config: Any) -> bool:
@@ -336,7 +317,7 @@ def open_static(name: str | Path, *, device: str | None = None) -> SentenceTrans
         source = resolve(name)
         if not isinstance(source, Path):
             source = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        check_folder(source, trust_remote_code=False, static=True)
+        check_folder(source)
         config = small_file(source, "config.json")
         given = {"modules": _modules(source, config)} if _is_model2vec(config) else {"model_name_or_path": str(source)}
         model = SentenceTransformer(**given, device=device, similarity_fn_name="cosine")

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +49,28 @@ LONG = " ".join(PROBES) + " " + "cut the hedge back to half, " * 72
 """A text of more than 512 tokens: positions and lengths that a short text does not reach are compared on it."""
 TOLERANCE = 1e-5
 """The largest difference between numbers of vectors that is let pass."""
-IN_MEMORY = "the model in memory"
 MODULES = "modules.json"
 NO_LIMIT = 1 << 24
 """A tokenizer that knows no limit says some 10^30."""
 
 
-def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expected: Expected | None = None) -> Origin:
+def save_model(
+    model: SentenceTransformer, folder: Path, origin: Origin, *, expected: np.ndarray | None = None
+) -> Origin:
     """Write a model as a plain folder, reopen it in a fresh process with stock libraries, and compare vectors.
 
     ``folder`` is there and empty. ``origin`` is written as ``secateur.json``, and returned, with its ``check`` filled
-    in. ``expected`` is what the folder should give; by default, what the model in memory gives.
+    in. ``expected`` are the vectors of the uncut source (:func:`probe`); by default, what the model in memory gives.
 
     Raises:
         VerificationFailed: The reopened folder gives other vectors.
     """
     write_files(model, folder)
-    expected = expected_of(model) if expected is None else expected
+    against = "the model in memory" if expected is None else "the whole source"
+    with quiet():
+        expected = probe(model) if expected is None else expected
     largest = difference(folder, expected, str(model.device))
-    written = replace(origin, pooling=pooling_name(model), check=largest, checked_against=expected.source)
+    written = replace(origin, pooling=pooling_name(model), check=largest, checked_against=against)
     written.save(folder)
     return written
 
@@ -90,20 +93,6 @@ def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = Tru
 
 
 # ---- the check
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a written folder should give: vectors of the probes, (rows, dimension), and what gave them."""
-
-    vectors: np.ndarray
-    source: str = IN_MEMORY
-
-
-def expected_of(model: SentenceTransformer, source: str = IN_MEMORY) -> Expected:
-    """What a folder that holds this model should give."""
-    with quiet():
-        return Expected(probe(model), source)
 
 
 def probe(model: SentenceTransformer) -> np.ndarray:
@@ -138,8 +127,7 @@ np.save(out, vectors)
 def reopen(folder: Path, device: str) -> np.ndarray:
     """What :func:`probe` gives for a folder in a fresh process, in which stock libraries open it."""
     with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
-        out = str(Path(scratch) / "vectors.npy")
-        threads = str(torch.get_num_threads())
+        out, threads = str(Path(scratch) / "vectors.npy"), str(torch.get_num_threads())
         command = fresh_python(_SCRIPT, str(folder), device, threads, out, *PROBES, LONG)
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
         if done.returncode:
@@ -149,7 +137,7 @@ def reopen(folder: Path, device: str) -> np.ndarray:
         return vectors
 
 
-def difference(folder: Path, expected: Expected, device: str = "cpu") -> float:
+def difference(folder: Path, expected: np.ndarray, device: str = "cpu") -> float:
     """The largest difference between a folder's vectors, reopened in a fresh process, and the expected ones.
 
     Raises:
@@ -157,8 +145,8 @@ def difference(folder: Path, expected: Expected, device: str = "cpu") -> float:
         VerificationFailed: The difference is more than :data:`TOLERANCE`.
     """
     vectors = reopen(folder, device)
-    same_shape = vectors.shape == expected.vectors.shape
-    largest = float(np.abs(expected.vectors - vectors).max()) if same_shape else float("inf")
+    same_shape = vectors.shape == expected.shape
+    largest = float(np.abs(expected - vectors).max()) if same_shape else float("inf")
     if not largest <= TOLERANCE:
         raise VerificationFailed(folder, largest, TOLERANCE)
     return largest
@@ -167,9 +155,7 @@ def difference(folder: Path, expected: Expected, device: str = "cpu") -> float:
 # ---- files for readers that do not go through sentence-transformers
 
 SUPERSEDED = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
-"""Keys of tokenizer_config.json that transformers copies from the truncation and padding of the tokenizer.json that it
-has opened, and that no longer hold.
-"""
+"""Keys that transformers copies into tokenizer_config.json from the tokenizer.json that it opened."""
 _LEGACY_TYPES = ("Transformer", "Pooling", "Normalize", "Dense")
 _POOLING_KEYS = {
     "cls": "pooling_mode_cls_token",
@@ -179,9 +165,7 @@ _POOLING_KEYS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
-"""Both spellings of a pooling: text-embeddings-inference reads only these booleans, sentence-transformers 6 writes only
-the name; both accept both.
-"""
+"""text-embeddings-inference reads only these booleans, of which sentence-transformers 6 writes only the name."""
 
 
 def longest_text(model: SentenceTransformer) -> int | None:

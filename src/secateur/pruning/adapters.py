@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,8 +18,8 @@ from transformers import PreTrainedModel
 from secateur.errors import ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.models import resolve
+from secateur.models.checks import as_model_error
 from secateur.models.compat import forget_adapters, is_ignored
-from secateur.pruning.download import hub_errors_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -55,7 +54,7 @@ def adapter_folder(adapter: str | Path) -> Path:
     """
     found = resolve(adapter)
     if isinstance(found, str):
-        with hub_errors_of(found, None):
+        with as_model_error(found):
             found = Path(snapshot_download(found, allow_patterns=[CONFIG, WEIGHTS]))
     for name, hint in ((CONFIG, "give the folder that peft's save_pretrained wrote"), (WEIGHTS, "save as safetensors")):
         if not (found / name).is_file():
@@ -74,10 +73,8 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
         UnsupportedArchitecture: It changes more than weights of linear layers.
     """
     config = _read_config(folder)
-    try:
+    with as_model_error(folder / WEIGHTS):
         weights = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ModelError(folder / WEIGHTS, f"is damaged or half written ({error})") from None
     modules = dict(model.named_modules())
     known = {"model", "transformer", "language_model", model.base_model_prefix}
     changes: dict[str, Tensor] = {}

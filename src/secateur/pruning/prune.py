@@ -29,8 +29,8 @@ from secateur.models import model_label, resolve
 from secateur.models.blocks import blocks_of, find_stack, skeleton, text_config, text_tower
 from secateur.models.checks import as_model_error, check_finite
 from secateur.models.cutting import bypassed, check_keep, cut
-from secateur.models.open_model import as_source, check_embedder, complete, is_embedder, load_model
-from secateur.models.save import TOLERANCE, Expected, expected_of, save_model
+from secateur.models.open_model import as_source, complete, load_model
+from secateur.models.save import TOLERANCE, probe, save_model
 from secateur.options import PruneOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
@@ -41,7 +41,6 @@ from secateur.vocabulary.choice import count_vocabulary
 from secateur.vocabulary.trim import cut_tokenizer, cut_vocabulary, renumbered
 
 STEP = "prune, %"
-WHOLE = "the whole source"
 
 
 @step(PruneOptions)
@@ -98,9 +97,7 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
     source, revision, base_adapter = _fetch(options, source, scratch, progress)
     adapter = adapter or base_adapter
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": options.trust_remote_code}
-    with as_model_error(name, scratch / "read"), quiet(), as_source(source, options.trust_remote_code) as opened:
-        if is_embedder(opened, revision):
-            check_embedder(name, options.pooling, options.max_length)
+    with as_model_error(name, scratch / "read"), quiet(), as_source(source) as opened:
         file = transformer_folder(Path(opened)) / CONFIG_NAME
         content = read_json(file) if file.is_file() else {}
         if any(part.get("quantization_config") for part in (content, *content.values()) if isinstance(part, dict)):
@@ -108,7 +105,8 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
             raise UnsupportedArchitecture(name, "its weights are quantized", hint)
         origin_file = Path(opened) / Origin.file
         shown, key_mapping = _text_tower(opened, scratch / "text") if not options.trust_remote_code else (opened, None)
-        model, unused = load_model(name, shown, device="cpu", key_mapping=key_mapping, **where)
+        told = (options.pooling, options.max_length)
+        model, unused = load_model(name, shown, *told, device="cpu", key_mapping=key_mapping, **where)
         left_out = _left_out(model[0].auto_model, unused)
         transformer: PreTrainedModel = model[0].auto_model
         depth, path = len(blocks_of(transformer)), find_stack(transformer).path
@@ -123,7 +121,7 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
         tokens = _cut_tokens(options, model, progress) if options.vocab else None
         with bypassed(transformer, keep), renumbered(model, *tokens[:2]) if tokens else nullcontext():
             complete(name, model, options.pooling, options.max_length)
-            expected = expected_of(model, WHOLE)
+            expected = probe(model)
         cut(transformer, keep)
         if tokens:
             kept, tokenizer, record = tokens
@@ -215,19 +213,19 @@ def _left_out(transformer: PreTrainedModel, unused: Sequence[str]) -> tuple[str,
     return tuple(sorted(left_out))
 
 
-def _convert(model: SentenceTransformer, expected: Expected, dtype: str, folder: Path) -> Expected:
+def _convert(model: SentenceTransformer, expected: np.ndarray, dtype: str, folder: Path) -> np.ndarray:
     """Check a cut model in memory, give its weights another number format, and tell what its folder should give.
 
     transformers converts, which knows the weights that stay as they are.
     """
-    found = float(np.abs(expected_of(model).vectors - expected.vectors).max())
-    if not found <= TOLERANCE:
-        raise VerificationFailed("the cut model", found, TOLERANCE)
     transformer = model[0].auto_model
     with quiet():
+        found = float(np.abs(probe(model) - expected).max())
+        if not found <= TOLERANCE:
+            raise VerificationFailed("the cut model", found, TOLERANCE)
         transformer.save_pretrained(folder)
         model[0].model = type(transformer).from_pretrained(folder, dtype=dtype).eval()
-    return expected_of(model, WHOLE)
+        return probe(model)
 
 
 def origin_of(
