@@ -240,22 +240,26 @@ def test_an_adapter_and_another_number_format(source: Path, tmp_path: Path):
         assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
-def test_the_command_takes_from_the_hub_only_what_stays(source: Path, cut: Path, tmp_path: Path):
+def test_the_command_takes_a_model_from_the_hub(source: Path, cut: Path, tmp_path: Path):
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     words = ["prune", "me/tiny", "--keep", "0,2-3", "--revision", "v1", "-o", str(tmp_path / "out")]
+    other = ["prune", "me/none", "--to", "1", "-o", str(tmp_path / "none")]
     with serve(source) as hub:
-        command = [sys.executable, Path(__file__).with_name("several.py"), *words]
+        command = [sys.executable, Path(__file__).with_name("several.py"), *words, "then", *other]
         environment["HF_ENDPOINT"] = hub.address
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        small = sum(file.stat().st_size for file in source.iterdir() if file.suffix == ".json")
-        assert hub.sent < 1.05 * (cut / "model.safetensors").stat().st_size + small + 20_000
-        assert {line.split("/")[4] for line in hub.asked if "/resolve/" in line} == {hub.commit}
+        assert {line.split("/")[4] for line in hub.asked if "/me/tiny/resolve/" in line} == {hub.commit}
         assert any("/revision/v1" in line for line in hub.asked)
     assert "left out: lm_head" in done.stderr
+    assert "me/none: no such folder, and no such model on the Hub" in done.stderr
     assert done.stdout.strip() == str(tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
     assert no_leftovers(tmp_path)
+    environment |= {"HF_HUB_OFFLINE": "1"}  # from its cache
+    command = [sys.executable, Path(__file__).with_name("several.py"), *words[:-1], str(tmp_path / "again")]
+    done = subprocess.run([*command, "then", *other], env=environment, capture_output=True, text=True)
+    assert "me/none: is not in the local cache, and HF_HUB_OFFLINE is set" in done.stderr
+    assert (tmp_path / "again/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from secateur.models.checks import (
     check_opened,
     check_transformer,
     check_weights,
+    read_modules,
 )
 from secateur.models.compat import forget_names
 from secateur.models.forward import make_pooling, state_width
@@ -117,6 +118,25 @@ def open_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
             text.dtype = text.dtype or config.dtype
             transformer = skeleton(text)
         return transformer, tokenizer, [prompt or "" for prompt in (about.get("prompts") or {}).values()]
+
+
+FILES = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.safetensors")
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """Fetch a model from the Hub, as far as its cache does not have it; the folder there.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be fetched.
+    """
+    with as_model_error(name), quiet():
+        ignored = ["*/*", "consolidated*"]  # other formats, and weights that are there a second time
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES), ignore_patterns=ignored))
+        wanted = [f"{module['path']}/{kind}" for module in read_modules(folder) if module["path"] for kind in FILES]
+        if wanted:
+            wanted += [f"{module['path']}/*.bin" for module in read_modules(folder)[1:] if module["path"]]
+            snapshot_download(name, revision=folder.name, allow_patterns=wanted)
+    return folder
 
 
 def small_file(source: str | Path, file: str) -> Any:
@@ -315,8 +335,7 @@ def open_static(name: str | Path, *, device: str | None = None) -> SentenceTrans
     check_device(device)
     with as_model_error(name), quiet():
         source = resolve(name)
-        if not isinstance(source, Path):
-            source = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        source = source if isinstance(source, Path) else fetch(source)
         check_folder(source)
         config = small_file(source, "config.json")
         given = {"modules": _modules(source, config)} if _is_model2vec(config) else {"model_name_or_path": str(source)}

@@ -8,7 +8,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from secateur.files import read_json
 from secateur.models import resolve
 from secateur.models.checks import as_model_error
 from secateur.models.compat import forget_adapters, is_ignored
+from secateur.models.open_model import fetch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -54,8 +54,7 @@ def adapter_folder(adapter: str | Path) -> Path:
     """
     found = resolve(adapter)
     if isinstance(found, str):
-        with as_model_error(found):
-            found = Path(snapshot_download(found, allow_patterns=[CONFIG, WEIGHTS]))
+        found = fetch(found)
     for name, hint in ((CONFIG, "give the folder that peft's save_pretrained wrote"), (WEIGHTS, "save as safetensors")):
         if not (found / name).is_file():
             raise ModelError(adapter, f"has no {name}", hint)
