@@ -23,7 +23,7 @@ results: base models kinds
 runtime
 options: base way runs inference
 figures: style plots
-models: compat blocks cutting forward checks save open_model
+models: compat blocks cutting forward save checks open_model
 data: rows hub sources vectors embedders
 vocabulary: trim choice
 measures: metrics intervals costs

@@ -255,11 +255,11 @@ def test_the_command_takes_a_model_from_the_hub(source: Path, cut: Path, tmp_pat
     assert done.stdout.strip() == str(tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
     assert no_leftovers(tmp_path)
-    environment |= {"HF_HUB_OFFLINE": "1"}  # from its cache
-    command = [sys.executable, Path(__file__).with_name("several.py"), *words[:-1], str(tmp_path / "again")]
-    done = subprocess.run([*command, "then", *other], env=environment, capture_output=True, text=True)
-    assert "me/none: is not in the local cache, and HF_HUB_OFFLINE is set" in done.stderr
-    assert (tmp_path / "again/model.safetensors").is_file()
+
+
+def test_a_model_that_is_not_in_the_cache_is_told_offline(tmp_path: Path):
+    with pytest.raises(ModelError, match="me/none: is not in the local cache, and HF_HUB_OFFLINE is set"):
+        secateur.prune("me/none", 1, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

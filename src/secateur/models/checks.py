@@ -10,7 +10,6 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -19,27 +18,15 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, SecateurError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.models.compat import is_ignored
 from secateur.models.forward import state_width
+from secateur.models.save import PROBES, TEN_SCRIPTS
 
-# Two texts of as many words in each of several scripts: a tokenizer that knows any of them gives that pair two
-# sequences of ids, one without its vocabulary gives none.
-PAIRS = (
-    ("a cat sat", "the dog ran"),
-    ("0 1 2", "3 4 5"),
-    ("кот сидел тут", "пёс бежал там"),
-    ("猫 坐 下", "狗 跑 了"),
-    ("ねこ が いる", "いぬ も はしる"),
-    ("고양이 가 앉다", "개 는 뛰다"),
-    ("قطة في بيت", "كلب من حقل"),
-    ("बिल्ली घर में", "कुत्ता बाहर है"),
-)
 ANOTHER_MODEL = "one of the two is of another model"
 CONVERT = "convert it: load it with transformers elsewhere and save_pretrained() it again"
 
@@ -137,7 +124,7 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
             raise ModelError(name, f"its prompt {key!r} is {prompt!r}, not a text", "see its prompts in the JSON file")
     model.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
     _check_tokenizer(name, transformer)
-    limit, length = _positions(transformer), transformer.max_seq_length
+    limit, length = _positions(transformer.auto_model), transformer.max_seq_length
     if limit is not None and (length is None or length > limit):
         transformer.max_seq_length = limit
     _check_vectors(name, model)
@@ -152,20 +139,33 @@ def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
 
 
 def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
-    """Refuse weights that are not those which the configuration describes; return the names of unused tensors.
+    """Refuse weights that are not those which the configuration describes, by their names and shapes: none is read.
 
-    An unused tensor is of a head, a decoder or an image tower; or, inside one of the model's modules, a part that the
-    configuration leaves out, unless it is a single number: a constant that older versions saved.
+    Returns the names of unused tensors: of a head, a decoder or an image tower.
+
+    Raises:
+        ModelError: A tensor is missing (other than a pooler's, which we do not use), has another shape, or belongs
+            inside one of the model's modules, where the configuration leaves it out.
     """
     config = model.config
     if getattr(config, "quantization_config", None):
         return []
     # What was just opened is on this disk, wherever it came from.
     where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True, "use_safetensors": True}
-    unused = check_names(name, type(model), config, config.name_or_path, key_mapping=key_mapping, **where)
-    misplaced = [key for key in unused if is_within(key, model)]
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _, found = type(model).from_pretrained(
+        config.name_or_path, config=config, key_mapping=key_mapping, **where, **options
+    )
+    for key, stored, wanted in sorted(found["mismatched_keys"]):
+        problem = f"{key} has the shape {tuple(stored)}, but by config.json it is {tuple(wanted)}"
+        raise ModelError(name, problem, ANOTHER_MODEL)
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ModelError(name, f"has no weights for {missing[0]}", "copy or save the folder again")
+    unused = sorted(found["unexpected_keys"])
+    misplaced = [key for key in unused if _is_within(key, model)]
     for file in Path(config.name_or_path).glob("*.safetensors") if misplaced else ():
-        with safe_open(file, framework="pt") as stored:
+        with safe_open(file, framework="pt") as stored:  # of older versions, constants: single numbers
             constants = tuple(key for key in stored.keys() if not stored.get_slice(key).get_shape())  # noqa: SIM118
         misplaced = [key for key in misplaced if not any(constant.endswith(key) for constant in constants)]
     if misplaced:
@@ -173,30 +173,9 @@ def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[st
     return unused
 
 
-def check_names(
-    name: str | Path, kind: type[PreTrainedModel], config: PretrainedConfig, source: str | None, **options: Any
-) -> list[str]:
-    """Let transformers load weights by their names and shapes, none of them read; return the names that it cannot use.
-
-    ``source`` is a folder or Hub id; None where ``options``, of ``from_pretrained``, hold a ``state_dict``.
-
-    Raises:
-        ModelError: A tensor is missing (other than a pooler's, which we do not use), or has another shape.
-    """
-    options |= {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    _, found = kind.from_pretrained(source, config=config, **options)
-    for key, stored, wanted in sorted(found["mismatched_keys"]):
-        problem = f"{key} has the shape {tuple(stored)}, but by config.json it is {tuple(wanted)}"
-        raise ModelError(name, problem, ANOTHER_MODEL)
-    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise ModelError(name, f"has no weights for {missing[0]}", "copy or save the folder again")
-    return sorted(found["unexpected_keys"])
-
-
-def is_within(name: str, model: PreTrainedModel) -> bool:
-    """Whether a tensor that the model has no use for is of a part that it should have: inside one of its modules,
-    neither left out by transformers on purpose nor a buffer that older versions saved (``rotary_emb.inv_freq``).
+def _is_within(name: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor that the model has no use for lies inside one of its modules, and is neither left out by
+    transformers on purpose nor a buffer that older versions saved (``rotary_emb.inv_freq``).
     """
     prefix = f"{model.base_model_prefix}."
     name = name.removeprefix(prefix)
@@ -226,55 +205,28 @@ def _check_tokenizer(name: str | Path, transformer: Transformer) -> None:
     if length is not None and length <= special:  # asked for less, a tokenizer cuts nothing at all
         problem = f"cuts texts after {length} tokens, of which {special} are special ones: nothing is left of a text"
         raise ModelError(name, problem, f"a length of {special + 1} or more")
-    whole = [[tokenizer(text)["input_ids"] for text in pair] for pair in PAIRS]
-    if all(one == other for one, other in whole):
+    ids = {i for text in TEN_SCRIPTS for i in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    if len(ids) < 2:  # without its vocabulary, all words are unknown
         problem = "its tokenizer gives different texts the same ids"
         raise ModelError(name, problem, "its vocabulary is missing: copy tokenizer.json (or vocab.txt, …) as well")
     count = getattr(transformer.auto_model.get_input_embeddings(), "num_embeddings", None)
-    largest = max(id_ for pair in whole for ids in pair for id_ in ids)
+    largest = max(ids.union(tokenizer("")["input_ids"]))
     if count is not None and largest >= count:
         problem = f"its tokenizer gives the id {largest}, but it has vectors for {count} tokens"
         raise ModelError(name, problem, "the tokenizer is of another model, or the weights were not resized to it")
 
 
-class _Lookups(TorchFunctionMode):
-    """Within: every look-up in a table is noted (rows, table), whichever module makes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.embedding and len(args) > 1:
-            self.seen.append((args[0], args[1]))
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def _positions(transformer: Transformer) -> int | None:
-    """Tokens that a text may have before its positions leave their table; None where there is no such table.
-
-    Watched on a short text, for a configuration may count rows that no token has (2 of RoBERTa's 514): the table is
-    the one that is asked for consecutive rows, from the first that is a position.
-    """
-    ids = transformer.tokenizer(PAIRS[0][0])["input_ids"]
-    if len(ids) < 2:
-        return None
-    tokens = torch.tensor([ids], device=transformer.auto_model.device)
-    with _Lookups() as lookups:
-        transformer.auto_model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-    limits = []
-    for rows, table in lookups.seen:
-        rows = rows.detach().reshape(-1)
-        if len(rows) == len(ids) and bool((rows.diff() == 1).all()) and rows.tolist() != ids:
-            limits.append(len(table) - int(rows[0]))
-    return min(limits, default=None)
+def _positions(model: PreTrainedModel) -> int | None:
+    """Tokens before positions leave their table, where its first rows, up to that of padding, are none: RoBERTa's."""
+    for path, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and "position" in path and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    return None
 
 
 def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
     """Refuse a model whose vectors are not finite, all the same, or not as wide as its modules say."""
-    texts = [text for pair in PAIRS[:2] for text in pair]
-    vectors = model.encode(texts, prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
+    vectors = model.encode(list(PROBES), prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
     if not bool(torch.isfinite(vectors).all()):
         raise ModelError(name, "gives vectors that are not finite", "its configuration is not that of its weights")
     widths = [(vectors.shape[1], model.get_embedding_dimension())]
@@ -283,7 +235,6 @@ def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
         if told not in (None, found):
             problem = f"gives {found} numbers, but its modules say {told}"
             raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
-    tokens = [model[0].tokenizer(text)["input_ids"] for text in texts]
-    if tokens[0] != tokens[1] and bool((vectors == vectors[0]).all()):
+    if bool((vectors == vectors[0]).all()):
         hint = f"it cuts them after {model[0].max_seq_length} tokens, and pools as its folder says"
         raise ModelError(name, "gives different texts the same vector", hint)

@@ -19,7 +19,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
@@ -170,7 +170,7 @@ class _Prefix:
     """What all texts start with: its keys and values, and per layer its normed states and its Block Influence."""
 
     ids: Tensor
-    cache: forward.SharedPrefix
+    cache: DynamicCache
     normed: list[Tensor]
     influence: Tensor
 

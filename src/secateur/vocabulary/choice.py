@@ -44,7 +44,6 @@ FEWEST = 20
 """Texts without which nothing can be said of others."""
 BATCH = 1024
 """Texts that are tokenized at once."""
-KINDS = ("BPE", "WordPiece", "Unigram")
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 """What a tokenizer with byte fallback makes of characters that it does not know."""
 
@@ -98,10 +97,8 @@ class Vocabulary:
         ``frequency`` (ids,) is that of the tokens in the texts, which tell the characters that they are made of.
         """
         wanted = {token["id"] for token in self.rules["added_tokens"]} | set(trim.written_ids(self.rules))
-        wanted |= {self.in_model[token] for token in self._fallback(frequency)} | set(named).intersection(
-            self.ids.values()
-        )
-        wanted |= set() if self.unknown is None else {self.unknown}
+        wanted |= {self.in_model[token] for token in self._fallback(frequency)}
+        wanted |= {self.unknown, *named}.intersection(self.ids.values())
         return sorted(wanted.union(*(self.on_the_way(i) for i in wanted)))
 
     def order(self, frequency: NDArray[np.float64], needed: Sequence[int]) -> Iterator[int]:
@@ -206,9 +203,9 @@ def read_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase | None) -> Voc
     if backend is None:
         raise UnsupportedArchitecture(name, f"its {type(tokenizer).__name__} has no list of tokens that could be cut")
     rules = json.loads(backend.to_str())
-    if rules["model"]["type"] not in KINDS:
-        problem = f"its tokenizer is of the kind {rules['model']['type']}, of which no token can be spared"
-        raise UnsupportedArchitecture(name, problem, f"vocabularies of {', '.join(KINDS)} can be cut")
+    if (kind := rules["model"]["type"]) not in ("BPE", "WordPiece", "Unigram"):
+        problem = f"its tokenizer is of the kind {kind}, of which no token can be spared"
+        raise UnsupportedArchitecture(name, problem, "vocabularies of BPE, WordPiece and Unigram can be cut")
     return Vocabulary(rules)
 
 
@@ -334,9 +331,8 @@ class CountedVocabulary:
 
     def coverage_of(self, texts: Sequence[str], size: int) -> float:
         """Share of the tokens of some texts that stay in a vocabulary of that size."""
-        kept = set(self.kept(size))
-        ids = list(itertools.chain.from_iterable(trim.token_ids(self.vocabulary.tokenizer, list(texts))))
-        return sum(i in kept for i in ids) / max(1, len(ids))
+        kept, found = set(self.kept(size)), trim.token_ids(self.vocabulary.tokenizer, list(texts))
+        return sum(i in kept for ids in found for i in ids) / max(1, sum(map(len, found)))
 
     @property
     def tokens_per_text(self) -> float:
@@ -395,8 +391,7 @@ def count_vocabulary(
     vocabulary = read_vocabulary(name, tokenizer)
     tables = trim.token_tables(name, transformer)
     counts = count_tokens(vocabulary.tokenizer, stream_texts(options.vocab, options.columns), progress=progress)
-    told = sorted({*prompts, *prompts_of(options.vocab)})
-    in_prompts = itertools.chain.from_iterable(trim.token_ids(vocabulary.tokenizer, told))
-    needed = vocabulary.needed(counts.counted, {*trim.named_ids(transformer), *in_prompts})
+    in_prompts = trim.token_ids(vocabulary.tokenizer, sorted({*prompts, *prompts_of(options.vocab)}))
+    needed = vocabulary.needed(counts.counted, trim.named_ids(transformer).union(*in_prompts))
     size = (text_config(transformer).dtype or torch.float32).itemsize
     return CountedVocabulary(vocabulary, counts, tuple(needed), tuple(map(str, options.vocab)), tables, size)
