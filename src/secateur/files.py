@@ -49,9 +49,6 @@ def not_utf8(file: Path, error: UnicodeDecodeError, line: int) -> DataError:
 def parse_json(text: str, *, strict: bool = False) -> Any:
     """Parse JSON; ``strict``, for data, refuses NaN and infinite numbers, a key that is there twice, and half a
     surrogate pair, which is JSON but no text that tokenizers take.
-
-    Raises:
-        ValueError: It is broken, nested too deeply, or has an integer of thousands of digits.
     """
     try:
         content = (_STRICT if strict else _LENIENT).decode(text)
@@ -82,11 +79,7 @@ _STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_o
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse what is not a file that can be read, and read again.
-
-    Raises:
-        DataError: It is missing, a folder or a pipe.
-    """
+    """Refuse what is not a file that can be read, and read again."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -105,11 +98,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """As :func:`write_text`, for bytes.
-
-    Raises:
-        OutputError: The disk is full, or the place cannot be written.
-    """
+    """As :func:`write_text`, for bytes."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -192,11 +181,7 @@ def empty_folder(folder: Path) -> None:
 
 
 def partial_folder(path: str | Path) -> Path:
-    """Where a folder is prepared until it is complete.
-
-    Raises:
-        OutputError: ``path`` holds something already, or is a name such as ``.``, which cannot be given to a folder.
-    """
+    """Where a folder is prepared until it is complete."""
     path = Path(path)
     if path.name in ("", ".."):
         raise OutputError(path, "cannot be replaced by a finished folder", "name a new folder in it")
@@ -213,11 +198,7 @@ def rename_into_place(folder: Path, path: Path) -> None:
 
 
 def check_results_folder(path: str | Path, *own: str) -> None:
-    """Refuse a folder for results that holds other files than those named in ``own``.
-
-    Raises:
-        OutputError: It is a file, or holds something else.
-    """
+    """Refuse a folder for results that holds other files than those named in ``own``."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise OutputError(path, "is a file", "name a folder")

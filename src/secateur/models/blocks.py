@@ -181,11 +181,7 @@ def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration, without weights (on ``meta``); of an encoder-decoder, the encoder alone.
-
-    Raises:
-        UnsupportedArchitecture: transformers has no such model.
-    """
+    """The model of a configuration, without weights (on ``meta``); of an encoder-decoder, the encoder alone."""
     config = copy.deepcopy(config)
     name = config.name_or_path or type(config).__name__
     encoder = encoder_class(config)

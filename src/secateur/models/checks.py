@@ -46,11 +46,7 @@ def check_folder(folder: Path) -> None:
 
 
 def read_modules(folder: Path) -> list[dict[str, str]]:
-    """What a folder's modules.json lists, each with ``type`` and ``path``; nothing, where there is no such file.
-
-    Raises:
-        ModelError: It is broken, or leads out of the folder.
-    """
+    """What a folder's modules.json lists, each with ``type`` and ``path``; nothing, where there is no such file."""
     file = folder / "modules.json"
     if not file.is_file():
         return []
@@ -111,13 +107,7 @@ def _in_words(error: Exception) -> tuple[str, str]:
 
 
 def check_opened(name: str | Path, model: SentenceTransformer) -> None:
-    """Refuse a model, with weights that were checked, whose parts do not fit each other.
-
-    Its length is cut to the positions that it has.
-
-    Raises:
-        ModelError: The tokenizer knows no text, a prompt is no text, a length no length, vectors are not finite.
-    """
+    """Refuse a model whose parts do not fit each other; cut its length to the positions that it has."""
     transformer = model[0]
     for key, prompt in model.prompts.items():
         if not isinstance(prompt, (str, type(None))):
@@ -141,11 +131,8 @@ def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
 def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
     """Refuse weights that are not those which the configuration describes, by their names and shapes: none is read.
 
-    Returns the names of unused tensors: of a head, a decoder or an image tower.
-
-    Raises:
-        ModelError: A tensor is missing (other than a pooler's, which we do not use), has another shape, or belongs
-            inside one of the model's modules, where the configuration leaves it out.
+    A tensor may be missing if it is a pooler's. Returns the names of those that are not used, of a head, a decoder or
+    an image tower; one inside the model's own modules is refused.
     """
     config = model.config
     if getattr(config, "quantization_config", None):

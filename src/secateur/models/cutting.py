@@ -104,9 +104,6 @@ def legal_depths(config: PretrainedConfig, layers: Callable[[int], Sequence[int]
     """The depths that a model can be cut to, saved and reloaded unchanged, ascending. Needs no weights.
 
     ``layers`` gives the indices of the layers that stay at a depth. Default: the first ones.
-
-    Raises:
-        UnsupportedArchitecture: The architecture cannot be cut at all.
     """
     return tuple(depth for depth, _ in _cuts(skeleton(config), layers))
 
@@ -228,11 +225,7 @@ class _Misfit(Exception):
 
 
 def _plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:
-    """Compare the model, cut, with the one that transformers builds from the cut configuration.
-
-    Raises:
-        _Misfit: They differ in more than a cut can change.
-    """
+    """Compare the model, cut, with the one that transformers builds from the cut configuration."""
     config = copy.deepcopy(full.config)
     path = find_stack(full).path
     try:

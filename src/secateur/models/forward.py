@@ -68,11 +68,7 @@ class Tokens:
 
 
 def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> Tokens:
-    """Tokenize texts as the model's own ``encode`` does, each once.
-
-    Raises:
-        DataError: A text has no tokens.
-    """
+    """Tokenize texts as the model's own ``encode`` does, each once."""
     features = model.preprocess(list(texts), prompt=prompt or None)
     mask = features["attention_mask"]
     lengths = mask.sum(dim=1)

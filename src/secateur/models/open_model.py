@@ -1,7 +1,5 @@
-"""Opens whatever the user names as a ``SentenceTransformer``.
-
-A sentence-transformers folder or Hub id is kept as it is; a transformers folder or Hub id gets a pooling and a
-Normalize module; a GGUF file is converted to float32 on the way; ``smollm2`` is the demo's model.
+"""Opens whatever the user names as a ``SentenceTransformer``: a trained embedder as it is, a bare language model with
+a pooling and a Normalize module, a GGUF file converted to float32.
 """
 
 from __future__ import annotations
@@ -94,11 +92,7 @@ def open_model(
 
 
 def open_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    """The transformer of a model without its weights, which are neither read nor fetched, its tokenizer, its prompts.
-
-    Raises:
-        ModelError: The model is missing, half written, or not a text model.
-    """
+    """A model's transformer without its weights, which are neither read nor fetched, its tokenizer and its prompts."""
     source = resolve(name)
     with as_model_error(name), quiet():
         about: Any = {}
@@ -124,11 +118,7 @@ FILES = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.safetensors")
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """Fetch a model from the Hub, as far as its cache does not have it; the folder there.
-
-    Raises:
-        ModelError: There is no such model, or it cannot be fetched.
-    """
+    """Fetch a model from the Hub, as far as its cache does not have it; the folder there."""
     with as_model_error(name), quiet():
         ignored = ["*/*", "consolidated*"]  # other formats, and weights that are there a second time
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES), ignore_patterns=ignored))
@@ -173,9 +163,6 @@ def load_model(
     ``key_mapping`` is what stands in the model for patterns of names in the checkpoint; ``where`` are ``revision`` and
     ``trust_remote_code``. Returns the model, of a bare language model its transformer alone, and the names of the
     tensors that it does not use.
-
-    Raises:
-        ModelError, ConfigError: It is a trained embedder, which keeps its own, and is told a pooling or length.
     """
     # Weights of another shape are refused by check_weights, which names them; transformers does not.
     weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
@@ -188,8 +175,7 @@ def load_model(
             raise ConfigError("max_length", max_length, problem, "leave it out")
         model = SentenceTransformer(str(source), model_kwargs=weights, device=device, **where)
     else:
-        # The modality is pinned to text: left to itself, sentence-transformers puts every text into the chat template
-        # of a model that has one. The template stays in the folder for those who chat.
+        # The modality is pinned to text, for sentence-transformers puts every text into a model's chat template.
         transformer = Transformer(
             str(source),
             model_kwargs=weights | where,
@@ -214,9 +200,8 @@ def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName 
         transformer = model[0]
         own_length = transformer.max_seq_length
         transformer.max_seq_length = max_length if own_length is None else min(max_length, own_length)
-        # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
-        # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
-        # (docs/reference/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
+        # Decoders often come with left padding, for generation. With absolute positions, right padding alone leaves a
+        # text's vector as it is, and no architecture needs the left (docs/reference/architectures.md).
         transformer.tokenizer.padding_side = "right"
         pooling = pooling or ("weighted_mean" if is_causal(transformer) else "mean")
         model.append(make_pooling(pooling, state_width(transformer)))
@@ -228,7 +213,7 @@ def check_device(device: str | None) -> None:
     """Refuse a device that does not exist, or not on this machine; None is torch's own choice."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # whichever the device raises
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         problem = f"{device!r} is no device of torch on this machine"
         raise ConfigError("device", device, problem, "such as cpu, cuda, cuda:0 or mps; or leave it out") from None
 
@@ -243,12 +228,7 @@ def is_causal(transformer: Transformer) -> bool:
 
 
 def make_bidirectional(model: SentenceTransformer, name: str | Path) -> None:
-    """Let every token of a decoder see those after it, in place; the saved configuration says so too.
-
-    Raises:
-        ModelError: It does already.
-        UnsupportedArchitecture: Its code does not ask its configuration.
-    """
+    """Let every token of a decoder see those after it, in place; the saved configuration says so too."""
     transformer = model[0].auto_model.eval()
     if not is_causal(model[0]):
         raise ModelError(name, "attends both ways already", "leave bidirectional out")
@@ -326,12 +306,7 @@ def _is_model2vec(config: Any) -> bool:
 
 
 def open_static(name: str | Path, *, device: str | None = None) -> SentenceTransformer:
-    """Open a static embedding.
-
-    Raises:
-        ConfigError: There is no such device.
-        ModelError: Files are missing or damaged, or do not fit each other.
-    """
+    """Open a static embedding."""
     check_device(device)
     with as_model_error(name), quiet():
         source = resolve(name)
@@ -348,10 +323,7 @@ def open_static(name: str | Path, *, device: str | None = None) -> SentenceTrans
 
 
 def _modules(folder: Path, config: Mapping[str, Any]) -> list[nn.Module]:
-    """What model2vec does with its own folders, without it: unknown tokens do not count, texts end after 512 tokens.
-
-    ``mapping`` and ``weights`` are folded into the table.
-    """
+    """What model2vec does with its own folders: unknown tokens do not count, texts end after 512 tokens."""
     tensors = load_file(folder / "model.safetensors")
     table = tensors["embeddings"].float()
     if "mapping" in tensors:

@@ -59,11 +59,8 @@ def save_model(
 ) -> Origin:
     """Write a model as a plain folder, reopen it in a fresh process with stock libraries, and compare vectors.
 
-    ``folder`` is there and empty. ``origin`` is written as ``secateur.json``, and returned, with its ``check`` filled
-    in. ``expected`` are the vectors of the uncut source (:func:`probe`); by default, what the model in memory gives.
-
-    Raises:
-        VerificationFailed: The reopened folder gives other vectors.
+    ``origin`` is written as ``secateur.json``, and returned, with its ``check`` filled in. ``expected`` are the vectors
+    of the uncut source (:func:`probe`); by default, what the model in memory gives.
     """
     write_files(model, folder)
     against = "the model in memory" if expected is None else "the whole source"
@@ -138,12 +135,7 @@ def reopen(folder: Path, device: str) -> np.ndarray:
 
 
 def difference(folder: Path, expected: np.ndarray, device: str = "cpu") -> float:
-    """The largest difference between a folder's vectors, reopened in a fresh process, and the expected ones.
-
-    Raises:
-        ModelError: The folder does not open.
-        VerificationFailed: The difference is more than :data:`TOLERANCE`.
-    """
+    """The largest difference between a folder's vectors, reopened in a fresh process, and the expected ones."""
     vectors = reopen(folder, device)
     same_shape = vectors.shape == expected.shape
     largest = float(np.abs(expected - vectors).max()) if same_shape else float("inf")
@@ -175,10 +167,9 @@ def longest_text(model: SentenceTransformer) -> int | None:
 
 
 def write_for_all_readers(folder: Path, model: SentenceTransformer) -> None:
-    """Make all files of a model's folder, as sentence-transformers writes it, say what the model does.
+    """Make all files of a folder say where a text is cut, on which side, how it is padded, and how states are pooled.
 
-    ``tokenizers`` alone, fastembed, transformers.js, text-embeddings-inference and llama.cpp each look at another file
-    for the same thing: where a text is cut, on which side, how it is padded, how states are pooled.
+    ``tokenizers`` alone, fastembed, transformers.js, text-embeddings-inference and llama.cpp each look at another one.
     """
     modules = read_json(folder / MODULES)
     for module in modules:

@@ -33,11 +33,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """The base model that an adapter names, and its revision.
-
-    Raises:
-        ModelError: It names none.
-    """
+    """The base model that an adapter names, and its revision."""
     content = read_json(folder / CONFIG)
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if not isinstance(base, str) or not base:
@@ -46,11 +42,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def adapter_folder(adapter: str | Path) -> Path:
-    """Where an adapter is on this disk; one on the Hub is fetched.
-
-    Raises:
-        ModelError: There is none, or it is not saved as safetensors.
-    """
+    """Where an adapter is on this disk; one on the Hub is fetched."""
     found = resolve(adapter)
     if isinstance(found, str):
         found = fetch(found)
@@ -65,10 +57,6 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
 
     Changes of layers other than those with a prefix in ``keep`` (``layers.3.``), and of modules of the whole base that
     are not in the model (``outside``: a head), are left out.
-
-    Raises:
-        ModelError: It is broken, or of another base.
-        UnsupportedArchitecture: It changes more than weights of linear layers.
     """
     _check_config(folder)
     try:

@@ -1,7 +1,6 @@
 """Cuts a model to some of its layers and writes it as a plain folder that holds nothing of the others.
 
-The whole model is opened, which maps its weights into memory and reads none of them; only those of the layers up to the
-last kept one ever are.
+To open the whole model maps its weights into memory; only those of the layers up to the last kept one are ever read.
 """
 
 from __future__ import annotations
@@ -131,14 +130,13 @@ def _cut_tokens(
     options: PruneOptions, model: SentenceTransformer, progress: Progress
 ) -> tuple[tuple[int, ...], PreTrainedTokenizerBase, VocabularyCut]:
     """The ids that stay, ascending, the tokenizer of these, and the record of the cut; the model stays as it is."""
-    name, prompts = str(options.model), model.prompts.values()
-    counted = count_vocabulary(name, model.tokenizer, model[0].auto_model, options, prompts=prompts, progress=progress)
+    told: Any = {"prompts": model.prompts.values(), "progress": progress}
+    counted = count_vocabulary(str(options.model), model.tokenizer, model[0].auto_model, options, **told)
     size = counted.size_of(options)
     kept = counted.kept(size)
     tasks = [read_task_folder(task) for task in options.vocab_tasks]
     covered = {task.name: counted.coverage_of(texts_of(task), size) for task in tasks}
-    record = replace(counted.cut(size), task_coverage=covered)
-    return kept, cut_tokenizer(model.tokenizer, kept), record
+    return kept, cut_tokenizer(model.tokenizer, kept), replace(counted.cut(size), task_coverage=covered)
 
 
 def _fetch(source: str | Path, revision: str | None) -> tuple[Path, Path | None]:
@@ -151,9 +149,8 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, Path | None]
 
 
 def _text_tower(source: Path, folder: Path) -> tuple[Path, dict[str, str] | None]:
-    """A folder that shows a multimodal model as its text tower alone, and what to make of the names in its weights.
-
-    The source itself, where it is a text model.
+    """A folder that shows a multimodal model as its text tower alone, and what to make of the names in its weights;
+    the source itself, where it is a text model.
     """
     if not (source / CONFIG_NAME).is_file():
         return source, None
@@ -205,11 +202,7 @@ def _convert(model: SentenceTransformer, expected: np.ndarray, dtype: str, folde
 def origin_of(
     model: str | Path, depth: int, keep: Sequence[int], earlier: Path | None = None, left_out: Sequence[str] = ()
 ) -> Origin:
-    """Where a cut model comes from: what its own ``secateur.json`` (``earlier``) says, continued by this cut.
-
-    Raises:
-        ModelError: That file is of a model of another depth.
-    """
+    """Where a cut model comes from: what its own ``secateur.json`` (``earlier``) says, continued by this cut."""
     now = provenance()
     file = earlier or Path(model) / Origin.file
     if not file.is_file():
@@ -252,11 +245,7 @@ def _check_choice(options: PruneOptions) -> None:
 
 
 def blocks_of_choice(options: PruneOptions, depth: int) -> tuple[int, ...]:
-    """Indices of the layers that stay, of ``depth`` layers.
-
-    Raises:
-        ConfigError: A piece of the choice is no layer of this model.
-    """
+    """Indices of the layers that stay, of ``depth`` layers."""
     if options.to is not None:
         return blocks_to_keep(options.to, depth, options.profile)
     if options.keep is not None:

@@ -194,11 +194,7 @@ class Vocabulary:
 
 
 def read_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase | None) -> Vocabulary:
-    """The tokens of a model's tokenizer.
-
-    Raises:
-        UnsupportedArchitecture: Its ids do not stand for the tokens of a list: characters, bytes, hashes, whole words.
-    """
+    """The tokens of a model's tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedArchitecture(name, f"its {type(tokenizer).__name__} has no list of tokens that could be cut")
@@ -231,9 +227,6 @@ def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progre
 
     Each of the files has the same weight, as in a profile. Which texts are held out is told by a hash of each, so that
     all copies of a text are on one side.
-
-    Raises:
-        ConfigError: There are too few texts.
     """
     size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     shares, seen, sample = np.zeros((2, size)), 0, list[str]()
@@ -297,11 +290,7 @@ class CountedVocabulary:
         return tuple(sorted(self.order[:size].tolist()))
 
     def size_of(self, options: VocabularyOptions) -> int:
-        """The size that is asked for.
-
-        Raises:
-            ConfigError: It is larger than the vocabulary, or smaller than what every vocabulary needs.
-        """
+        """The size that is asked for."""
         size, fewest, most = options.vocab_size, len(self.needed), len(self.order)
         if size is None:
             asked = COVERAGE if options.vocab_coverage is None else options.vocab_coverage
@@ -383,10 +372,6 @@ def count_vocabulary(
     """Count the tokens of the texts that ``options.vocab`` names, for a transformer that needs no weights.
 
     The tokens of ``prompts``, the model's, stay, as do those of the prompts that come with the texts.
-
-    Raises:
-        UnsupportedArchitecture: The tokenizer is not one of which tokens can be spared, or the model has no table.
-        ConfigError, DataError: The texts are too few, or cannot be read.
     """
     vocabulary = read_vocabulary(name, tokenizer)
     tables = trim.token_tables(name, transformer)

@@ -31,7 +31,7 @@ from secateur.models.compat import tensors_of
 from secateur.models.cutting import changed_values, packed_tensors
 
 SIZES = ("vocab_size", "vocab_size_per_layer_input")
-"""Fields that count tokens: of the table, and of Gemma 3n's tables for each layer, which may have fewer."""
+"""Fields that count tokens: of the table, and of Gemma 3n's tables for each layer."""
 TOKEN_IDS = re.compile(r"_token_(ids?|index)$")
 WRITERS = ("post_processor", "padding")
 """Parts of a ``tokenizer.json`` that put tokens into texts, by their ids."""
@@ -124,7 +124,7 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> Pr
 def renumbered(model: SentenceTransformer, kept: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Within: a whole model reads the texts of a cut tokenizer, each token by the id that it had.
 
-    Nothing of what :func:`cut_vocabulary` does to a model is used, so that it can be checked by it.
+    It uses nothing of :func:`cut_vocabulary`, which is checked by it.
     """
     old = torch.tensor(kept)
     transformer, processor = model[0].auto_model, model[0].processor
@@ -147,11 +147,8 @@ def renumbered(model: SentenceTransformer, kept: Sequence[int], tokenizer: PreTr
 def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int], multiple: int = 1) -> None:
     """Cut a model's tables in place to some of its tokens, and renumber those that its configuration names.
 
-    Args:
-        name: Of the model, for errors.
-        transformer: Only the rows that stay are read, of weights that are mapped into memory.
-        kept: Ids of the tokens that stay, ascending.
-        multiple: Rows of zeros are added until the number of rows is a multiple of it.
+    ``kept`` are the ids of the tokens that stay, ascending: only their rows are read, of weights that are mapped into
+    memory. Rows of zeros are added until the number of rows is a multiple of ``multiple``.
 
     Raises:
         UnsupportedArchitecture: No table follows the vocabulary, or something else than a table does.
@@ -165,8 +162,7 @@ def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int],
             there = torch.tensor([i for i in kept if i < len(table)])
             smaller = table.new_zeros((rows, *table.shape[1:]))
             smaller[: len(there)] = table[there]
-            is_parameter = isinstance(table, nn.Parameter)
-            cut[table] = nn.Parameter(smaller, table.requires_grad) if is_parameter else smaller
+            cut[table] = nn.Parameter(smaller, table.requires_grad) if isinstance(table, nn.Parameter) else smaller
         setattr(module, attribute, cut[table])
     for path, attribute, value in values:
         setattr(transformer.get_submodule(path), attribute, value)
@@ -187,11 +183,7 @@ class TokenTable:
 
 
 def token_tables(name: str, transformer: PreTrainedModel) -> tuple[TokenTable, ...]:
-    """The tables of a model, with or without weights; tied ones once.
-
-    Raises:
-        UnsupportedArchitecture: As :func:`cut_vocabulary`.
-    """
+    """The tables of a model, with or without weights; tied ones once."""
     half = {*range(text_config(transformer).vocab_size // 2), *named_ids(transformer)}
     tables: dict[torch.Tensor, str] = {}
     for path, attribute, _ in _changes(name, transformer, sorted(half), 1)[0]:
