@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -52,11 +52,11 @@ def adapter_folder(adapter: str | Path) -> Path:
     return found
 
 
-def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], outside: Collection[str]) -> None:
+def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], outside: Collection[str]) -> None:
     """Merge the adapter in a folder into its base's weights.
 
-    Changes of layers other than those with a prefix in ``keep`` (``layers.3.``), and of modules of the whole base that
-    are not in the model (``outside``: a head), are left out.
+    Left out are changes of layers whose names begin as in ``gone`` (``layers.3.``), and of modules of the whole base
+    that are not in the model (``outside``: a head).
     """
     _check_config(folder)
     try:
@@ -73,7 +73,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
             raise ModelError(folder, f"changes {name}, which {model.name_or_path} has not", BASE)
     if found.missing_keys:
         raise ModelError(folder / WEIGHTS, f"has no weights for {min(found.missing_keys)}")
-    merge_adapters(model, keep)
+    merge_adapters(model, gone)
 
 
 def _check_config(folder: Path) -> None:
@@ -94,8 +94,8 @@ def _check_config(folder: Path) -> None:
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module, keep: Collection[str] = ("",)) -> None:
-    """Fold each adapter, of layers with a prefix in ``keep``, into the layer it stands on, and put that layer back.
+def merge_adapters(model: nn.Module, gone: Sequence[str] = ()) -> None:
+    """Fold each adapter into the layer it stands on, but for layers that will be cut, and put that layer back.
 
     Computed in float32 at least, and rounded once to the type of the layer's weight.
     """
@@ -103,7 +103,7 @@ def merge_adapters(model: nn.Module, keep: Collection[str] = ("",)) -> None:
     for name, layer in adapted:
         base: nn.Module = layer.get_base_layer()
         dtype = next(base.parameters()).dtype
-        if name.startswith(tuple(keep)):
+        if not name.startswith(tuple(gone)):
             layer.to(torch.promote_types(dtype, torch.float32))
             layer.merge(safe_merge=True)
         owner, _, attribute = name.rpartition(".")

@@ -93,7 +93,6 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
         if any(part.get("quantization_config") for part in (content, *content.values()) if isinstance(part, dict)):
             hint = "prune the weights it was quantized from, and quantize the result"
             raise UnsupportedArchitecture(name, "its weights are quantized", hint)
-        origin_file = opened / Origin.file
         shown, key_mapping = _text_tower(opened, scratch / "text") if not options.trust_remote_code else (opened, None)
         where: Any = {"device": "cpu", "key_mapping": key_mapping, "trust_remote_code": options.trust_remote_code}
         model, unused = load_model(name, shown, options.pooling, options.max_length, **where)
@@ -102,10 +101,11 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
         depth, path = len(blocks_of(transformer)), find_stack(transformer).path
         keep = blocks_of_choice(options, depth)
         check_keep(transformer.config, keep)
-        origin = origin_of(name, depth, keep, origin_file if origin_file.is_file() else None, left_out)
+        origin = origin_of(name, depth, keep, opened / Origin.file, left_out)
         progress(STEP, 30, 100)
         if adapter is not None:
-            merge_adapter(transformer, adapter, [f"{path}.{index}." for index in keep], left_out)
+            gone = [f"{path}.{index}." for index in range(depth) if index not in keep]
+            merge_adapter(transformer, adapter, gone, left_out)
         elif hasattr(transformer, "peft_config"):
             merge_adapters(transformer)
         tokens = _cut_tokens(options, model, progress) if options.vocab else None
