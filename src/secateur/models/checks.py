@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 from transformers import PreTrainedModel
 
-from secateur.errors import ModelError, SecateurError, UnsupportedArchitecture
+from secateur.errors import ModelError, SecateurError
 from secateur.files import read_json
 from secateur.models.compat import is_ignored
 from secateur.models.forward import state_width
@@ -118,14 +118,6 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
     if limit is not None and (length is None or length > limit):
         transformer.max_seq_length = limit
     _check_vectors(name, model)
-
-
-def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
-    """Refuse a model that does not begin with a transformer that reads text."""
-    if not isinstance(model[0], Transformer):
-        raise UnsupportedArchitecture(name, f"begins with a {type(model[0]).__name__}, not with a transformer")
-    if model[0].tokenizer is None:
-        raise ModelError(name, "has no tokenizer", "copy its tokenizer's files into the folder")
 
 
 def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:

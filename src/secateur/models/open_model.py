@@ -37,11 +37,10 @@ from secateur.models.checks import (
     check_finite,
     check_folder,
     check_opened,
-    check_transformer,
     check_weights,
     read_modules,
 )
-from secateur.models.compat import forget_names
+from secateur.models.compat import forget_origin
 from secateur.models.forward import make_pooling, state_width
 from secateur.options import PoolingName
 from secateur.progress import quiet
@@ -188,9 +187,12 @@ def load_model(
             transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
         transformer.auto_model.config.use_cache = False
         model = SentenceTransformer(modules=[transformer], device=device, similarity_fn_name="cosine")
-    check_transformer(name, model)
+    if not isinstance(model[0], Transformer):
+        raise UnsupportedArchitecture(name, f"begins with a {type(model[0]).__name__}, not with a transformer")
+    if model[0].tokenizer is None:
+        raise ModelError(name, "has no tokenizer", "copy its tokenizer's files into the folder")
     if key_mapping:
-        forget_names(model[0].auto_model)
+        forget_origin(model[0].auto_model)
     return model.eval(), check_weights(name, model[0].auto_model, key_mapping)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from secateur.errors import ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.models import resolve
-from secateur.models.compat import forget_adapters, is_ignored
+from secateur.models.compat import forget_origin, is_ignored
 from secateur.models.open_model import fetch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,4 +108,4 @@ def merge_adapters(model: nn.Module, gone: Sequence[str] = ()) -> None:
             layer.merge(safe_merge=True)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, base.to(dtype))
-    forget_adapters(model)
+    forget_origin(model)
