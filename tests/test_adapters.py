@@ -122,7 +122,7 @@ REFUSED = {
     "a text for a number": ({"lora_alpha": "six"}, "does not fit"),
     "half of a pair": (without_a_half, "has no weights for"),
     "another rank": (of_another_rank, "does not fit"),
-    "half a file": (half_written, "adapter_model.safetensors"),
+    "half a file": (half_written, "adapter_model.safetensors.*damaged"),
     "a pickle": (only_a_pickle, "has no adapter_model.safetensors"),
 }
 

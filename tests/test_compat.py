@@ -55,6 +55,14 @@ def test_drop_layer_pattern_drops_what_gemma_3_would_make_layer_types_from(tmp_p
     assert "sliding_window_pattern" not in (tmp_path / "config.json").read_text()
 
 
+def test_cut_layer_overrides_renumbers_what_is_said_of_single_layers():
+    config = config_of("llama")
+    config.per_layer_config = {1: {"intermediate_size": 16}, 2: {"intermediate_size": 24}}
+    compat.cut_layer_overrides(config, [0, 2])
+    config.num_hidden_layers = 2
+    assert [config.per_layer_config[i].intermediate_size for i in range(2)][1] == 24
+
+
 def test_text_mask_masks_the_prompt_on_either_side():
     pooling = Pooling(4, "mean", include_prompt=False)
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])

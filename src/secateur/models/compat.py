@@ -7,6 +7,7 @@ is taken instead.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from accelerate import PartialState
@@ -47,6 +48,18 @@ def forget_origin(model: PreTrainedModel) -> None:
 def drop_layer_pattern(config: PretrainedConfig) -> None:
     """Drop the rule from which Gemma 3 makes its ``layer_types``, which no longer follow it in a cut model."""
     vars(config).pop("_sliding_window_pattern", None)
+
+
+def cut_layer_overrides(config: PretrainedConfig, keep: Sequence[int]) -> None:
+    """Keep what a configuration says of single layers for the kept ones, under their new indices.
+
+    The public ``per_layer_config`` checks what it is given against a configuration that is half edited here.
+    """
+    spec = getattr(config, "_heterogeneity_spec", None)
+    if spec is not None:
+        overrides = dict(spec.per_layer_overrides)
+        spec.per_layer_overrides.clear()
+        spec.per_layer_overrides.update({new: overrides[old] for new, old in enumerate(keep) if old in overrides})
 
 
 # ---- sentence-transformers

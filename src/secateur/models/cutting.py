@@ -33,7 +33,7 @@ from secateur.models.blocks import (
     skeleton,
     text_config,
 )
-from secateur.models.compat import drop_layer_pattern, tensors_of
+from secateur.models.compat import cut_layer_overrides, drop_layer_pattern, tensors_of
 from secateur.progress import quiet
 
 # Fields that list the indices of some layers. Any other list of one item for each layer is sliced.
@@ -78,6 +78,7 @@ def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
             setattr(config, name, value * math.sqrt(len(keep) / depth))
     config.num_hidden_layers = len(keep)
     drop_layer_pattern(config)
+    cut_layer_overrides(config, keep)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.models import resolve
+from secateur.models.checks import as_model_error
 from secateur.models.compat import forget_origin, is_ignored
 from secateur.models.open_model import fetch
 
@@ -53,31 +55,52 @@ def adapter_folder(adapter: str | Path) -> Path:
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], outside: Collection[str]) -> None:
-    """Merge the adapter in a folder into its base's weights.
+    """Merge the adapter in a folder into its base's weights, with peft.
 
     Left out are changes of layers whose names begin as in ``gone`` (``layers.3.``), and of modules of the whole base
     that are not in the model (``outside``: a head).
     """
-    _check_config(folder)
+    config = _read_config(folder)
+    with as_model_error(folder / WEIGHTS):
+        weights = load_file(folder / WEIGHTS)
+    if not weights:
+        raise ModelError(folder / WEIGHTS, "holds no LoRA weights")
+    modules = dict(model.named_modules())
+    known = {"model", "transformer", "language_model", model.base_model_prefix}
+    changes: dict[str, Tensor] = {}
+    places: set[str] = set()
+    for name, tensor in weights.items():
+        path, found, rest = name.removeprefix("base_model.model.").partition(".lora_")
+        if not found:
+            raise UnsupportedArchitecture(folder / WEIGHTS, f"holds {name}, which no LoRA of linear layers has", HINT)
+        parts = path.split(".")
+        while ".".join(parts) not in modules and len(parts) > 1 and parts[0] in known:
+            parts.pop(0)
+        place = ".".join(parts)
+        if place in modules and not place.startswith(tuple(gone)):
+            places.add(place)
+            changes[f"{place}.lora_{rest}"] = tensor
+        is_outside = set(path.split(".")) & {"lm_head", *outside} or is_ignored(model, path)
+        if place not in modules and not is_outside:
+            raise ModelError(folder, f"changes {path}, which {model.name_or_path} has not", BASE)
+    if not places:
+        return
+    config.target_modules = "|".join(map(re.escape, sorted(places)))
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as stored:
-            beyond = next((name for name in stored.keys() if ".lora_" not in name), None)  # noqa: SIM118
-        found = model.load_adapter(str(folder), use_safetensors=True)
-    except (RuntimeError, TypeError, ValueError, SafetensorError) as error:  # of shapes, numbers, or kinds of layers
+        inject_adapter_in_model(config, model)
+        loaded = set_peft_model_state_dict(model, changes)
+    except (RuntimeError, TypeError, ValueError) as error:  # of shapes, numbers, or a layer that takes no adapter
         first = " ".join(str(error).split())[:200]
-        raise ModelError(folder / WEIGHTS, f"does not fit {model.name_or_path} ({first})", BASE) from error
-    if beyond is not None:
-        raise UnsupportedArchitecture(folder / WEIGHTS, f"holds {beyond}, which no LoRA of linear layers has", HINT)
-    for name in sorted(found.unexpected_keys):
-        if not (set(name.split(".")) & {"lm_head", *outside} or is_ignored(model, name)):
-            raise ModelError(folder, f"changes {name}, which {model.name_or_path} has not", BASE)
-    if found.missing_keys:
-        raise ModelError(folder / WEIGHTS, f"has no weights for {min(found.missing_keys)}")
-    merge_adapters(model, gone)
+        raise ModelError(folder, f"does not fit {model.name_or_path} ({first})", BASE) from error
+    missing = [key for key in loaded.missing_keys if "lora_" in key]
+    if missing or loaded.unexpected_keys:
+        raise ModelError(folder / WEIGHTS, f"has no weights for {[*missing, *loaded.unexpected_keys][0]}")
+    merge_adapters(model)
 
 
-def _check_config(folder: Path) -> None:
-    """Refuse an adapter that is more than LoRA of linear layers."""
+def _read_config(folder: Path) -> LoraConfig:
+    """What peft has to know of an adapter; refuses what is more than LoRA of linear layers."""
     where, content = folder / CONFIG, read_json(folder / CONFIG)
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
@@ -91,11 +114,12 @@ def _check_config(folder: Path) -> None:
     used += ["bias"] if bias != "none" else []
     if used:
         raise UnsupportedArchitecture(where, f"uses {', '.join(used)}, beyond LoRA of linear layers", HINT)
+    return LoraConfig(**{key: value for key, value in content.items() if key in known})
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module, gone: Sequence[str] = ()) -> None:
-    """Fold each adapter into the layer it stands on, but for layers that will be cut, and put that layer back.
+def merge_adapters(model: nn.Module) -> None:
+    """Fold each adapter into the layer it stands on, and put that layer back in its place.
 
     Computed in float32 at least, and rounded once to the type of the layer's weight.
     """
@@ -103,9 +127,8 @@ def merge_adapters(model: nn.Module, gone: Sequence[str] = ()) -> None:
     for name, layer in adapted:
         base: nn.Module = layer.get_base_layer()
         dtype = next(base.parameters()).dtype
-        if not name.startswith(tuple(gone)):
-            layer.to(torch.promote_types(dtype, torch.float32))
-            layer.merge(safe_merge=True)
+        layer.to(torch.promote_types(dtype, torch.float32))
+        layer.merge(safe_merge=True)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, base.to(dtype))
     forget_origin(model)
