@@ -56,6 +56,12 @@ def test_adapters_are_merged(tmp_path: Path, options: dict[str, object]):
     close(out, merged.base_model, [1, 3])
 
 
+def test_changes_of_token_embeddings_are_merged(tmp_path: Path):
+    base, adapter, merged = adapt(tmp_path, tiny(), ["q_proj", "embed_tokens"])
+    out = secateur.prune(base, keep=[1, 3], adapter=adapter, out=tmp_path / "out")
+    close(out, merged.base_model, [1, 3])
+
+
 def test_an_adapter_brings_its_base(tmp_path: Path):
     _, adapter, merged = adapt(tmp_path, tiny(), ["q_proj"])
     close(secateur.prune(adapter, 2, out=tmp_path / "out"), merged.base_model, [0, 1])

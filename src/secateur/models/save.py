@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 
 from secateur.clusters import fresh_python
 from secateur.errors import ModelError, VerificationFailed
@@ -198,22 +199,15 @@ def _update(file: Path, changes: dict[str, Any]) -> None:
 
 def _write_tokenizer(folder: Path, model: SentenceTransformer) -> None:
     tokenizer, limit = model.tokenizer, longest_text(model)
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules["truncation"] = limit and {
-        "direction": tokenizer.truncation_side.title(),
-        "max_length": limit,
-        "strategy": "LongestFirst",
-        "stride": 0,
-    }
-    rules["padding"] = None if tokenizer.pad_token is None else {
-        "strategy": "BatchLongest",
-        "direction": tokenizer.padding_side.title(),
-        "pad_to_multiple_of": None,
-        "pad_id": tokenizer.pad_token_id,
-        "pad_type_id": tokenizer.pad_token_type_id,
-        "pad_token": tokenizer.pad_token,
-    }  # fmt: skip
-    _write(folder / "tokenizer.json", rules)
+    alone = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    alone.no_truncation()
+    alone.no_padding()
+    if limit:
+        alone.enable_truncation(limit, direction=tokenizer.truncation_side)
+    if tokenizer.pad_token is not None:
+        padding = {"pad_id": tokenizer.pad_token_id, "pad_type_id": tokenizer.pad_token_type_id}
+        alone.enable_padding(direction=tokenizer.padding_side, pad_token=tokenizer.pad_token, **padding)
+    alone.save(str(folder / "tokenizer.json"))
     sides = {"truncation_side": tokenizer.truncation_side, "padding_side": tokenizer.padding_side}
     length = {"model_max_length": limit} if limit else {}
     _update(folder / "tokenizer_config.json", tokenizer.special_tokens_map | sides | length)

@@ -10,9 +10,9 @@ The promise: a text whose tokens all stay is tokenized as before. It holds for
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
-import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -222,6 +222,10 @@ class TokenCounts:
     sample: list[str]
 
 
+def _hash(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "replace"))
+
+
 def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progress: Progress = silent) -> TokenCounts:
     """Count the tokens of texts in full length, special tokens left out; only a piece of the texts is in memory.
 
@@ -233,20 +237,14 @@ def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progre
     most = max(1, SAMPLE // len(files))
     for texts in map(iter, files):
         counts, own = np.zeros((2, size), np.int64), list[str]()
-        passed, drawn = 0, random.Random(0)  # noqa: S311 - not for secrets
         while batch := list(itertools.islice(texts, BATCH)):
             sides: tuple[list[str], list[str]] = ([], [])
             for text in batch:
-                sides[zlib.crc32(text.encode("utf-8", "replace")) % HELD_OUT == 0].append(text)
+                sides[_hash(text) % HELD_OUT == 0].append(text)
             for side, part in enumerate(sides):
                 ids = itertools.chain.from_iterable(trim.token_ids(tokenizer, part))
                 counts[side] += np.bincount(np.fromiter(ids, np.int64), minlength=size)
-            for text in sides[1]:  # each with the same chance to be in the sample (algorithm R)
-                passed += 1
-                if len(own) < most:
-                    own.append(text)
-                elif (place := drawn.randrange(passed)) < most:
-                    own[place] = text
+            own = heapq.nsmallest(most, [*own, *sides[1]], key=_hash)
             seen += len(batch)
             progress("count tokens, texts", seen, 0)
         shares += counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
