@@ -284,12 +284,7 @@ def _compare(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], pa
             if not (repeats if inside else isinstance(new, int)):
                 raise _Misfit(f"{name}.{attribute} depends on place or depth: {old} would become {new}")
             values.append((name, attribute, new))
-        tensors = tensors_of(before[name])
-        for attribute, tensor in tensors_of(module).items():
-            was = tensors.get(attribute)
-            if tensor is None or (was is not None and was.shape == tensor.shape):
-                continue
-            old, new = () if was is None else tuple(was.shape), tuple(tensor.shape)
+        for attribute, old, new in changed_shapes(before[name], module):
             # The one axis that shrinks as the depth does.
             axes = [axis for axis, sizes in enumerate(zip(old, new, strict=False)) if sizes[0] != sizes[1]]
             if inside or len(old) != len(new) or len(axes) != 1 or old[axes[0]] * ratio != new[axes[0]]:
@@ -308,6 +303,15 @@ def changed_values(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, A
         same = math.isclose(old, new, rel_tol=1e-9) if isinstance(old, float) and isinstance(new, float) else old == new
         if not same:
             yield name, old, new
+
+
+def changed_shapes(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Parameters and buffers of a module whose shapes differ: (attribute, old, new)."""
+    tensors = tensors_of(before)
+    for name, tensor in tensors_of(after).items():
+        old = () if (was := tensors.get(name)) is None else tuple(was.shape)
+        if tensor is not None and old != tuple(tensor.shape):
+            yield name, old, tuple(tensor.shape)
 
 
 def _unused(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], keep: Sequence[int]) -> tuple[str, ...]:

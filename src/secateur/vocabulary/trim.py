@@ -27,8 +27,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from secateur.errors import UnsupportedArchitecture
 from secateur.files import read_json, write_text
 from secateur.models.blocks import build, last_line, text_config
-from secateur.models.compat import tensors_of
-from secateur.models.cutting import changed_values, packed_tensors
+from secateur.models.cutting import changed_shapes, changed_values, packed_tensors
 
 SIZES = ("vocab_size", "vocab_size_per_layer_input")
 """Fields that count tokens: of the table, and of Gemma 3n's tables for each layer."""
@@ -214,12 +213,8 @@ def _changes(
     values: list[tuple[str, str, Any]] = []
     for path, module in after.named_modules():
         old = before.get_submodule(path)
-        tensors, found = tensors_of(old), len(tables)
-        for attribute, tensor in tensors_of(module).items():
-            former = tensors.get(attribute)
-            if former is None or tensor is None or former.shape == tensor.shape:
-                continue
-            was, now = tuple(former.shape), tuple(tensor.shape)
+        found = len(tables)
+        for attribute, was, now in changed_shapes(old, module):
             if was[1:] != now[1:] or len(was) != len(now):
                 problem = f"{path}.{attribute} follows the vocabulary and is no table of tokens: {was} would be {now}"
                 raise UnsupportedArchitecture(name, problem)
