@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer
 
 from secateur.clusters import fresh_python
 from secateur.errors import ModelError, VerificationFailed
@@ -199,7 +198,7 @@ def _update(file: Path, changes: dict[str, Any]) -> None:
 
 def _write_tokenizer(folder: Path, model: SentenceTransformer) -> None:
     tokenizer, limit = model.tokenizer, longest_text(model)
-    alone = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    alone = tokenizer.backend_tokenizer  # transformers sets its truncation and padding anew for each call
     alone.no_truncation()
     alone.no_padding()
     if limit:
