@@ -144,8 +144,9 @@ def _fetch(source: str | Path, revision: str | None) -> tuple[Path, Path | None]
     folder = fetch(source, revision) if isinstance(source, str) else source
     if not is_adapter(folder):
         return folder, None
-    base, revision = base_of(folder)
-    return _fetch(resolve(base), revision)[0], adapter_folder(folder)
+    name, revision = base_of(folder)
+    base = resolve(name)
+    return fetch(base, revision) if isinstance(base, str) else base, adapter_folder(folder)
 
 
 def _text_tower(source: Path, folder: Path) -> tuple[Path, dict[str, str] | None]:
