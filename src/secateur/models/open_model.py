@@ -85,8 +85,8 @@ def open_model(
     with as_model_error(name), quiet(), as_source(name) as source:
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         model, _ = load_model(name, source, pooling, max_length, dtype=dtype, device=device, **where)
-        complete(name, model, pooling, max_length)
         check_finite(name, model)
+        complete(name, model, pooling, max_length)
         return model
 
 
