@@ -26,9 +26,15 @@ from sklearn.linear_model import LogisticRegression
 from secateur.data.rows import read_rows
 from secateur.data.sources import stream_texts
 from secateur.models.open_model import open_model
-from secateur.vocabulary.choice import count_tokens
-from secateur.vocabulary.tokens import Vocabulary, keep_tokens, plain_tokenizer, read_vocabulary, token_ids
-from secateur.vocabulary.trim import cut_tokenizer, cut_vocabulary, named_ids
+from secateur.vocabulary.choice import Vocabulary, count_tokens, read_vocabulary
+from secateur.vocabulary.trim import (
+    cut_tokenizer,
+    cut_vocabulary,
+    keep_tokens,
+    named_ids,
+    plain_tokenizer,
+    token_ids,
+)
 
 TEXTS = 800
 """Of each task, for tokens, cosines and neighbours."""
@@ -128,7 +134,7 @@ def opened(folder: Path) -> SentenceTransformer:
 
 def cut(folder: Path, vocabulary: Vocabulary, kept: list[int]) -> SentenceTransformer:
     model = opened(folder)
-    model[0].processor = cut_tokenizer(model.tokenizer, vocabulary, kept)
+    model[0].processor = cut_tokenizer(model.tokenizer, kept)
     cut_vocabulary(str(folder), model[0].auto_model, kept)
     return model
 

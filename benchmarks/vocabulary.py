@@ -14,8 +14,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from secateur.vocabulary.choice import count_tokens
-from secateur.vocabulary.tokens import read_vocabulary
+from secateur.vocabulary.choice import count_tokens, read_vocabulary
 
 WORDS = 50_000
 

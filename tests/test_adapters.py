@@ -56,6 +56,12 @@ def test_adapters_are_merged(tmp_path: Path, options: dict[str, object]):
     close(out, merged.base_model, [1, 3])
 
 
+def test_changes_of_token_embeddings_are_merged(tmp_path: Path):
+    base, adapter, merged = adapt(tmp_path, tiny(), ["q_proj", "embed_tokens"])
+    out = secateur.prune(base, keep=[1, 3], adapter=adapter, out=tmp_path / "out")
+    close(out, merged.base_model, [1, 3])
+
+
 def test_an_adapter_brings_its_base(tmp_path: Path):
     _, adapter, merged = adapt(tmp_path, tiny(), ["q_proj"])
     close(secateur.prune(adapter, 2, out=tmp_path / "out"), merged.base_model, [0, 1])
@@ -118,8 +124,8 @@ REFUSED = {
     "another method": ({"peft_type": "IA3"}, "is a IA3 adapter"),
     "a changed base": ({"init_lora_weights": "pissa"}, "pissa"),
     "an unknown option": ({"tomorrows_option": 1}, "tomorrows_option"),
-    "no rank": ({"r": 0}, "r is 0"),
-    "a text for a number": ({"lora_alpha": "six"}, "lora_alpha"),
+    "no rank": ({"r": 0}, "does not fit"),
+    "a text for a number": ({"lora_alpha": "six"}, "does not fit"),
     "half of a pair": (without_a_half, "has no weights for"),
     "another rank": (of_another_rank, "does not fit"),
     "half a file": (half_written, "adapter_model.safetensors.*damaged"),

@@ -92,23 +92,6 @@ class TestFinding:
         with pytest.raises(UnsupportedArchitecture, match="no text model of the type homemade"):
             cutting.legal_depths(config)
 
-    @pytest.mark.parametrize(
-        ("name", "path", "expected"),
-        [
-            ("model.layers.7.mlp.up_proj.weight", "layers", (7, "mlp.up_proj.weight")),
-            ("layers.12.norm.weight", "layers", (12, "norm.weight")),
-            ("bert.encoder.layer.0.output.dense.bias", "encoder.layer", (0, "output.dense.bias")),
-            ("model.language_model.layers.3.mlp.a", "language_model.layers", (3, "mlp.a")),
-            ("model.vision_tower.layers.3.mlp.a", "language_model.layers", None),
-            ("h.3.attn.c_attn.weight", "h", (3, "attn.c_attn.weight")),
-            ("graph.3.weight", "h", None),
-            ("model.embed_tokens.weight", "layers", None),
-            ("model.layers_norm.3.weight", "layers", None),
-        ],
-    )
-    def test_tensors_are_told_by_block(self, name, path, expected):
-        assert blocks.tensor_of_block(name, path) == expected
-
 
 def tiny_t5() -> T5Config:
     return T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)

@@ -25,7 +25,7 @@ def test_is_ignored_tells_a_decoder_of_an_encoder():
     assert not compat.is_ignored(model, "encoder.block.0.layer.0.SelfAttention.q.weight")
 
 
-def test_forget_adapters_lets_a_model_be_saved_as_a_model(tmp_path):
+def test_forget_origin_lets_a_model_be_saved_as_a_model(tmp_path):
     llama_model(45).save_pretrained(tmp_path / "base")
     base = AutoModel.from_pretrained(tmp_path / "base")
     base.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
@@ -33,16 +33,16 @@ def test_forget_adapters_lets_a_model_be_saved_as_a_model(tmp_path):
     model = AutoModel.from_pretrained(tmp_path / "adapter")
     for layer in model.layers:
         layer.self_attn.q_proj = layer.self_attn.q_proj.get_base_layer()
-    compat.forget_adapters(model)
+    compat.forget_origin(model)
     model.save_pretrained(tmp_path / "out")
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert names == load_file(tmp_path / "base" / "model.safetensors").keys()
 
 
-def test_forget_names_undoes_a_key_mapping(tmp_path):
+def test_forget_origin_undoes_a_key_mapping(tmp_path):
     llama_model(45).save_pretrained(tmp_path / "m")
     model = AutoModel.from_pretrained(tmp_path / "m", key_mapping={"^net\\.": ""})
-    compat.forget_names(model)
+    compat.forget_origin(model)
     model.save_pretrained(tmp_path / "out")
     assert "norm.weight" in load_file(tmp_path / "out" / "model.safetensors")
 

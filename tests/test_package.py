@@ -23,14 +23,14 @@ results: base models kinds
 runtime
 options: base way runs inference
 figures
-models: compat blocks cutting forward checks save open_model
+models: compat blocks cutting forward save checks open_model
 data: rows hub sources vectors embedders
-vocabulary: tokens trim choice
+vocabulary: trim choice
 measures: metrics intervals costs
 evaluation: task_tables task_formats task_folder task_making tasks replicates evaluate
 choosing: selectors budgets evidence choose
 profiling: depths lens depth_scores corpus profile
-pruning: download adapters prune
+pruning: adapters prune
 healing: recipes training_data processes teacher losses trainer heal
 scouting: held_out scout
 reporting: cost compare run findings verdict tables card report

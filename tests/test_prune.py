@@ -37,7 +37,7 @@ from conftest import example_pairs, llama_model, tiny_transformer
 from hub import serve
 from secateur.errors import ConfigError, IllegalDepth, ModelError, OutputError, SecateurError, VerificationFailed
 from secateur.models.open_model import open_model
-from secateur.models.save import Expected, difference, expected_of
+from secateur.models.save import difference, probe
 from secateur.results import Origin, load
 
 TEXTS = ["the hedge is cut back by half", "one", "def add: return a, b"]
@@ -116,7 +116,7 @@ def test_a_subset_of_a_subset(source: Path, cut: Path, tmp_path: Path):
 
 @pytest.mark.fresh
 def test_a_file_in_the_current_folder_hides_no_library(cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    expected_here = expected_of(SentenceTransformer(str(cut), device="cpu"))
+    expected_here = probe(SentenceTransformer(str(cut), device="cpu"))
     (tmp_path / "tokenizers.py").write_text("raise RuntimeError")
     monkeypatch.chdir(tmp_path)
     assert difference(cut, expected_here, "cpu") < 1e-5
@@ -125,11 +125,11 @@ def test_a_file_in_the_current_folder_hides_no_library(cut: Path, tmp_path: Path
 def test_a_folder_that_gives_other_vectors_is_not_passed(cut: Path):
     vectors = np.zeros((8, 32), np.float32)
     with pytest.raises(VerificationFailed, match="not safe to use"):
-        difference(cut, Expected(vectors), "cpu")
+        difference(cut, vectors, "cpu")
 
 
 def test_a_folder_with_other_weights_is_not_passed(cut: Path, tmp_path: Path):
-    right = expected_of(SentenceTransformer(str(cut), device="cpu"))
+    right = probe(SentenceTransformer(str(cut), device="cpu"))
     assert difference(cut, right, "cpu") < 1e-5
     heavier = shutil.copytree(cut, tmp_path / "heavier")
     weights = load_file(heavier / "model.safetensors")
@@ -217,9 +217,13 @@ def test_a_trained_embedder_keeps_all_but_its_blocks(tmp_path: Path):
         assert (out / name).read_bytes() == (tmp_path / "trained" / name).read_bytes()
     with pytest.raises(ModelError, match="pools its own way"):
         secateur.prune(tmp_path / "trained", 2, pooling="cls", out=tmp_path / "other")
-    (tmp_path / "trained/2_Dense/model.safetensors").rename(tmp_path / "trained/2_Dense/pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pytorch_model\.bin"):
-        secateur.prune(tmp_path / "trained", 2, out=tmp_path / "other")
+    dense = tmp_path / "trained/2_Dense"
+    torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
+    (dense / "model.safetensors").unlink()
+    secateur.prune(tmp_path / "trained", 2, out=tmp_path / "other")
+    assert (tmp_path / "other/2_Dense/model.safetensors").read_bytes() == (
+        out / "2_Dense/model.safetensors"
+    ).read_bytes()
     assert no_leftovers(tmp_path)
 
 
@@ -236,22 +240,26 @@ def test_an_adapter_and_another_number_format(source: Path, tmp_path: Path):
         assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
-def test_the_command_takes_from_the_hub_only_what_stays(source: Path, cut: Path, tmp_path: Path):
+def test_the_command_takes_a_model_from_the_hub(source: Path, cut: Path, tmp_path: Path):
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     words = ["prune", "me/tiny", "--keep", "0,2-3", "--revision", "v1", "-o", str(tmp_path / "out")]
+    other = ["prune", "me/none", "--to", "1", "-o", str(tmp_path / "none")]
     with serve(source) as hub:
-        command = [sys.executable, Path(__file__).with_name("several.py"), *words]
+        command = [sys.executable, Path(__file__).with_name("several.py"), *words, "then", *other]
         environment["HF_ENDPOINT"] = hub.address
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        small = sum(file.stat().st_size for file in source.iterdir() if file.suffix == ".json")
-        assert hub.sent < 1.05 * (cut / "model.safetensors").stat().st_size + small + 20_000
-        assert {line.split("/")[4] for line in hub.asked if "/resolve/" in line} == {hub.commit}
+        assert {line.split("/")[4] for line in hub.asked if "/me/tiny/resolve/" in line} == {hub.commit}
         assert any("/revision/v1" in line for line in hub.asked)
     assert "left out: lm_head" in done.stderr
+    assert "me/none: no such folder, and no such model on the Hub" in done.stderr
     assert done.stdout.strip() == str(tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
     assert no_leftovers(tmp_path)
+
+
+def test_a_model_that_is_not_in_the_cache_is_told_offline(tmp_path: Path):
+    with pytest.raises(ModelError, match="me/none: is not in the local cache, and HF_HUB_OFFLINE is set"):
+        secateur.prune("me/none", 1, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -325,11 +333,11 @@ def test_sources_that_will_not_do(source: Path, cut: Path, tmp_path: Path):
     (broken / Origin.file).write_text(json.dumps(origin | {"kept": [0, 1]}))
     refused("lists 2 layers, but it has 3", broken)
     (broken / "1_Pooling/config.json").unlink()
-    refused("1_Pooling: has no config.json", broken)
+    refused("is not a text model", broken)
     (broken / "modules.json").write_text('[{"type": "mine.Own", "path": ""}]')
-    refused(r"mine\.Own is code of its own", broken)
+    refused(r"references the module class 'mine\.Own'", broken)
     (broken / "modules.json").write_text('[{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}]')
-    refused("begins with a StaticEmbedding", broken)
+    refused("is not a text model", broken)
     (broken / "modules.json").write_text('[{"path": "../.."}]')
     refused("is not a list of modules", broken)
     (broken / "modules.json").unlink()

@@ -23,8 +23,8 @@ import secateur
 from published import CORPUS, EVERY, PUBLISHED, SCRIPTS, SHORT, assert_same_where_all_tokens_stay, write_model
 from secateur.errors import ConfigError, DataError, UnsupportedArchitecture
 from secateur.results import Origin, load
-from secateur.vocabulary.tokens import Vocabulary, keep_tokens
-from secateur.vocabulary.trim import cut_vocabulary, token_tables
+from secateur.vocabulary.choice import Vocabulary
+from secateur.vocabulary.trim import cut_vocabulary, keep_tokens, token_tables
 
 
 @pytest.fixture(scope="module")

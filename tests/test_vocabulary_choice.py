@@ -267,14 +267,11 @@ def test_a_skeleton_counts_as_the_model_does(home: Path, tmp_path: Path):
     options = make(ChooseOptions, {"profile": home / "profile", "vocab": home / "texts.txt"})
     for folder in (home / "tiny", tmp_path / "embedder", old):
         whole = open_model(folder) if folder != old else SentenceTransformer(str(folder), device="cpu")
-        found = open_skeleton(folder)
-        assert all(parameter.is_meta for parameter in found.transformer.parameters())
+        skeleton, tokenizer, prompts = open_skeleton(folder)
+        assert all(parameter.is_meta for parameter in skeleton.parameters())
         counts = [
-            count_vocabulary("tiny", tokenizer, transformer, options, prompts=prompts.values())
-            for tokenizer, transformer, prompts in (
-                (whole.tokenizer, whole[0].auto_model, whole.prompts),
-                (found.tokenizer, found.transformer, found.prompts),
-            )
+            count_vocabulary("tiny", whole.tokenizer, whole[0].auto_model, options, prompts=whole.prompts.values()),
+            count_vocabulary("tiny", tokenizer, skeleton, options, prompts=prompts),
         ]
         assert counts[0].order.tolist() == counts[1].order.tolist() and counts[0].needed == counts[1].needed
     assert len(counts[1].needed) > len(set(range(6)) | set(range(256)))

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import stat
 import uuid
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from secateur.errors import SYSTEM, DataError, OutputError, SecateurError, system_error
-
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 
 
 def read_json(file: Path, *, strict: bool = False) -> Any:
@@ -50,13 +47,8 @@ def not_utf8(file: Path, error: UnicodeDecodeError, line: int) -> DataError:
 
 
 def parse_json(text: str, *, strict: bool = False) -> Any:
-    """Parse JSON; ``strict``, as data must be, refuses more than Python's parser, which takes what configurations have.
-
-    That is NaN and infinite numbers, a key that is there twice, and half a surrogate pair, which is JSON, but no text:
-    tokenizers refuse it.
-
-    Raises:
-        ValueError: It is broken, nested too deeply, or has an integer of thousands of digits.
+    """Parse JSON; ``strict``, for data, refuses NaN and infinite numbers, a key that is there twice, and half a
+    surrogate pair, which is JSON but no text that tokenizers take.
     """
     try:
         content = (_STRICT if strict else _LENIENT).decode(text)
@@ -87,11 +79,7 @@ _STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_o
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse what is not a file that can be read, and read again.
-
-    Raises:
-        DataError: It is missing, a folder or a pipe.
-    """
+    """Refuse what is not a file that can be read, and read again."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -110,13 +98,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """As :func:`write_text`, for bytes.
-
-    Raises:
-        OutputError: The disk is full, or the place cannot be written.
-    """
+    """As :func:`write_text`, for bytes."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # as in _TEMPORARY
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
@@ -188,7 +172,7 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def empty_folder(folder: Path) -> None:
-    """Remove what a killed run left; the folder stays, and what holds it with it."""
+    """Remove what a killed run left; the folder stays, and its lock with it."""
     for item in folder.iterdir():
         if item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)
@@ -197,11 +181,7 @@ def empty_folder(folder: Path) -> None:
 
 
 def partial_folder(path: str | Path) -> Path:
-    """Where a folder is prepared until it is complete.
-
-    Raises:
-        OutputError: ``path`` holds something already, or is a name such as ``.``, which cannot be given to a folder.
-    """
+    """Where a folder is prepared until it is complete."""
     path = Path(path)
     if path.name in ("", ".."):
         raise OutputError(path, "cannot be replaced by a finished folder", "name a new folder in it")
@@ -217,40 +197,23 @@ def rename_into_place(folder: Path, path: Path) -> None:
     folder.rename(path)
 
 
-def check_results_folder(path: str | Path, *own: str) -> list[Path]:
-    """Refuse a folder for results that holds others than those named in ``own``.
-
-    Returns:
-        Files in it that a process which was killed had not finished writing.
-
-    Raises:
-        OutputError: It is a file, or holds something else.
-    """
+def check_results_folder(path: str | Path, *own: str) -> None:
+    """Refuse a folder for results that holds other files than those named in ``own``."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise OutputError(path, "is a file", "name a folder")
-    held = [item for item in path.iterdir() if item.name not in own] if path.exists() else []
-    unfinished = [item for item in held if (found := _TEMPORARY.fullmatch(item.name)) and found[1] in own]
-    foreign = sorted(item.name for item in held if item not in unfinished)
-    if foreign:
-        raise OutputError(path, f"already holds something else ({foreign[0]})", "name a new folder")
-    return unfinished
+    for item in sorted(path.iterdir()) if path.exists() else ():
+        unfinished = item.name[1:-9]  # of what write_bytes was killed at, ".NAME.0123abcd"
+        if item.name not in own and unfinished not in own:
+            raise OutputError(path, f"already holds something else ({item.name})", "name a new folder")
 
 
 def results_folder(path: str | Path, *own: str) -> Path:
-    """A folder for results, made where absent. It may hold earlier results (the files named in ``own``), no others.
-
-    What a process that was killed had not finished writing is removed.
-
-    Raises:
-        OutputError: It is a file, or holds something else.
-    """
-    path, unfinished = Path(path), check_results_folder(path, *own)
+    """A folder for results, made where absent, and checked as by :func:`check_results_folder`."""
+    check_results_folder(path, *own)
     with output_errors(path):
-        for item in unfinished:
-            item.unlink()
-        path.mkdir(parents=True, exist_ok=True)
-    return path
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -282,15 +245,11 @@ _OF_A_DISK = (errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 def _names(error: OSError, path: Path) -> bool:
-    """Whether an error is of a path, of the temporary names beside it, or of a folder that it is in."""
-    path = path.absolute()
-    for name in (error.filename, error.filename2):
-        if isinstance(name, (str, bytes, os.PathLike)):
-            there = Path(os.fsdecode(name)).absolute()
-            beside = path.parent in there.parents and path.name in there.relative_to(path.parent).parts[0]
-            if beside or there in path.parents:
-                return True
-    return False
+    """Whether an error is of a path, of what is in it or begins like it (``path.partial``), or of a folder above."""
+    wanted = str(path.absolute())
+    given = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))]
+    named = [str(Path(os.fsdecode(name)).absolute()) for name in given]
+    return any(name.startswith(wanted) or wanted.startswith(f"{name}{os.sep}") for name in named)
 
 
 def output_error(path: str | Path, error: OSError) -> OutputError:

@@ -166,16 +166,15 @@ def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: 
         name = str(trained) if trained.is_dir() else name
     hint = f"name the model of the {table.kind}: --model MODEL"
     try:
-        opened = open_skeleton(name)
+        transformer, tokenizer, prompts = open_skeleton(name)
     except ModelError as error:
         if options.model is not None or isinstance(error, UnsupportedArchitecture):
             raise
         raise ConfigError("model", name, f"{name} cannot be opened any more", hint) from error
-    if (depth := depth_of(opened.transformer)) != table.depth:
+    if (depth := depth_of(transformer)) != table.depth:
         problem = f"{name} has {depth} layers, but the {table.kind} is of a model of {table.depth}"
         raise ConfigError("model", name, problem, hint)
-    prompts = opened.prompts.values()
-    counted = count_vocabulary(name, opened.tokenizer, opened.transformer, options, prompts=prompts, progress=progress)
+    counted = count_vocabulary(name, tokenizer, transformer, options, prompts=prompts, progress=progress)
     return Vocabularies(name, counted)
 
 

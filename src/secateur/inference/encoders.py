@@ -20,10 +20,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import truncate_embeddings
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from secateur.errors import ModelError
 from secateur.measures.metrics import paired_cosines
-from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, SharedPrefix, pool, run_after, run_prefix
+from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, pool, run_after, run_prefix
 from secateur.models.open_model import is_causal
 from secateur.models.save import PROBES
 from secateur.progress import quiet
@@ -56,7 +57,7 @@ class Prefix:
     """What texts under one prompt start with: token ids, keys and values, and the last states (1, tokens, width)."""
 
     ids: NDArray[np.int32]
-    cache: SharedPrefix
+    cache: DynamicCache
     states: Tensor
 
 

@@ -17,11 +17,7 @@ DEMO_MODEL = "smollm2"
 
 
 def resolve(name: str | Path) -> str | Path:
-    """A path where the user named one, else a Hub id.
-
-    Raises:
-        ModelError: There is no such file or folder.
-    """
+    """A path where the user named one, which must be there, else a Hub id."""
     if str(name) == DEMO_MODEL and not Path(name).exists():
         return demo_model()
     path = Path(name).expanduser()
@@ -65,9 +61,6 @@ def model_source(name: str | Path) -> str:
 def model_names(models: Sequence[Any], names: Sequence[str] | None = None) -> list[str]:
     """What models (names, folders, or open models) are called in tables: by ``names``, else by the last parts of their
     paths, or whole paths where two of those are alike.
-
-    Raises:
-        ConfigError: Two models have the same name, or there are not as many names as models.
     """
     found = list(names or ())
     if names is None:

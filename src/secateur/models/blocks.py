@@ -26,11 +26,8 @@ from secateur.models.compat import recorded_classes
 
 @dataclass(frozen=True)
 class Stack:
-    """Where a model keeps its layers.
-
-    Attributes:
-        path: Dotted path of the ``ModuleList`` from the model, such as ``layers`` or ``language_model.layers``.
-        norm: Dotted path of the final norm; None where the layers end normed (post-LN encoders).
+    """Dotted paths, from the model, of its list of layers (``language_model.layers``) and of its final norm, which is
+    None where the layers end normed (post-LN encoders).
     """
 
     path: str
@@ -41,10 +38,8 @@ def text_config(model_or_config: PreTrainedModel | PretrainedConfig) -> Pretrain
     """The part of a configuration that describes the text encoder's layers. Edits to it are edits to the whole."""
     config = getattr(model_or_config, "config", model_or_config)
     encoder = getattr(config, "encoder", None)
-    if isinstance(encoder, PretrainedConfig):
-        return encoder
-    # Without arguments: with decoder= or encoder=, transformers hands out a copy for older encoder-decoders.
-    return config.get_text_config()
+    # With encoder=, get_text_config hands out a copy for older encoder-decoders.
+    return encoder if isinstance(encoder, PretrainedConfig) else config.get_text_config()
 
 
 def find_stack(model: PreTrainedModel) -> Stack:
@@ -122,7 +117,6 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def embeddings_of(model: PreTrainedModel) -> nn.Module:
-    """The table of token embeddings."""
     return cast("nn.Module", model.get_input_embeddings())
 
 
@@ -136,7 +130,7 @@ def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -
     """Whether the final norm of the last layer's output is what the model, in evaluation mode, itself returns.
 
     Where it is, one forward pass with hooks gives every depth; OPT-350m's projection and Gemma 3n's merging of streams
-    take a pass for each. ``features`` are a batch: ``input_ids`` and ``attention_mask``, (texts, tokens).
+    take a pass for each. ``features`` are a batch, (texts, tokens).
     """
     caught: list[torch.Tensor] = []
     hook = blocks_of(model)[-1].register_forward_hook(lambda *call: caught.append(states_of(call[-1])))
@@ -149,12 +143,6 @@ def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -
     real = features["attention_mask"].bool()
     found = final_norm(model)(caught[-1])
     return bool(torch.allclose(found[real].float(), expected[real].float(), rtol=1e-3, atol=1e-4))
-
-
-def tensor_of_block(name: str, path: str) -> tuple[int, str] | None:
-    """``model.layers.7.mlp.up.weight``, of layers at ``layers`` → ``(7, "mlp.up.weight")``; None for other tensors."""
-    match = re.search(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$", name)
-    return (int(match[1]), match[2]) if match else None
 
 
 def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
@@ -193,11 +181,7 @@ def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration, without weights (on ``meta``); of an encoder-decoder, the encoder alone.
-
-    Raises:
-        UnsupportedArchitecture: transformers has no such model.
-    """
+    """The model of a configuration, without weights (on ``meta``); of an encoder-decoder, the encoder alone."""
     config = copy.deepcopy(config)
     name = config.name_or_path or type(config).__name__
     encoder = encoder_class(config)

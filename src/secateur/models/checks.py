@@ -6,85 +6,47 @@ out, a tokenizer without its vocabulary gives every word the same id: each gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import errno
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import constants
+from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
-from secateur.errors import ModelError, SecateurError, UnsupportedArchitecture
+from secateur.errors import ModelError, SecateurError
 from secateur.files import read_json
 from secateur.models.compat import is_ignored
 from secateur.models.forward import state_width
+from secateur.models.save import PROBES, TEN_SCRIPTS
 
-# Two texts of as many words in each of several scripts: a tokenizer that knows any of them gives that pair two
-# sequences of ids, one without its vocabulary gives none.
-PAIRS = (
-    ("a cat sat", "the dog ran"),
-    ("0 1 2", "3 4 5"),
-    ("кот сидел тут", "пёс бежал там"),
-    ("猫 坐 下", "狗 跑 了"),
-    ("ねこ が いる", "いぬ も はしる"),
-    ("고양이 가 앉다", "개 는 뛰다"),
-    ("قطة في بيت", "كلب من حقل"),
-    ("बिल्ली घर में", "कुत्ता बाहर है"),
-)
 ANOTHER_MODEL = "one of the two is of another model"
+CONVERT = "convert it: load it with transformers elsewhere and save_pretrained() it again"
 
 
 # ---- the folder
 
 
-def check_folder(folder: Path, trust_remote_code: bool, *, static: bool = False) -> None:
-    """Say what is missing from a model folder before any library stumbles over it."""
+def check_folder(folder: Path) -> None:
+    """Say what is missing from a model folder, where libraries would not say it plainly."""
     if not folder.is_dir():
         raise ModelError(folder, "is not a model folder or a .gguf file")
-    modules = read_modules(folder)
-    if not modules and not (folder / "config.json").is_file():
+    if not read_modules(folder) and not (folder / "config.json").is_file():
         raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
-    for position, module in enumerate(modules):
-        place, kind = folder / module["path"], module["type"].rpartition(".")[2]
-        if not module["type"].startswith("sentence_transformers.") and not trust_remote_code:
-            problem = f"its module {module['type']} is code of its own"
-            raise UnsupportedArchitecture(folder, problem, "--trust-remote-code runs it")
-        if position == 0 and (kind in ("BoW", "WordEmbeddings") or (kind == "StaticEmbedding" and not static)):
-            raise UnsupportedArchitecture(folder, f"begins with a {kind}, not with a transformer")
-        if kind in ("Pooling", "Dense") and not (place / "config.json").is_file():
-            raise ModelError(place, "has no config.json", "the model is incomplete: fetch it again")
-        pickle = place / "pytorch_model.bin"
-        if pickle.is_file() and not any(place.glob("*.safetensors")):
-            hint = "open it with sentence-transformers and save it again"
-            raise ModelError(pickle, "holds weights that only PyTorch can read", hint)
-    weights = sorted(folder.rglob("*.safetensors"))
-    if not weights:
-        pickles = sorted(folder.glob("*.bin"))
-        hint = "convert it: load it with transformers elsewhere and save_pretrained() it again" if pickles else ""
-        raise ModelError(folder, f"has no safetensors{f', only {pickles[0].name}' if pickles else ''}", hint)
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(folder, f"{file.name} is damaged or half written ({_in_one_line(error)})") from error
-    if (folder / "config.json").is_file() and not read_json(folder / "config.json"):
-        raise ModelError(folder, "has an empty config.json")
+    if not any(folder.rglob("*.safetensors")):
+        pickle = next(folder.glob("*.bin"), None)
+        raise ModelError(folder, f"has no safetensors{f', only {pickle.name}' if pickle else ''}", CONVERT)
 
 
 def read_modules(folder: Path) -> list[dict[str, str]]:
-    """What a folder's modules.json lists, each with ``type`` and ``path``; nothing, where there is no such file.
-
-    Raises:
-        ModelError: It is broken, or leads out of the folder.
-    """
+    """What a folder's modules.json lists, each with ``type`` and ``path``; nothing, where there is no such file."""
     file = folder / "modules.json"
     if not file.is_file():
         return []
@@ -99,7 +61,7 @@ def read_modules(folder: Path) -> list[dict[str, str]]:
 
 @contextmanager
 def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]:
-    """Turn whatever libraries raise on a model that they cannot open into one line about it.
+    """Turn whatever libraries raise on a model that they cannot fetch or open into one line about it.
 
     ``name`` is what the user called it; ``path``: where it was opened, if not there.
     """
@@ -112,103 +74,87 @@ def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]
     except SecateurError as error:
         error.args = tuple(named(str(part)) for part in error.args)
         raise
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(name, f"cannot be opened ({named(_in_one_line(error))})") from error
     except Exception as error:  # a library that stumbles over a file raises what it likes, ZeroDivisionError included
-        raise ModelError(name, f"is not a text model that can be opened ({named(_in_one_line(error))})") from error
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        problem, hint = _in_words(error)
+        raise ModelError(name, named(problem), hint) from error
 
 
-def _in_one_line(error: BaseException) -> str:
+def _in_words(error: Exception) -> tuple[str, str]:
+    """What a library's error means, and the way out."""
     message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+    said = f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+    login = "log in (hf auth login, or HF_TOKEN)"
+    match error:
+        case hub.GatedRepoError():
+            return "its owner gives access on request only", f"ask on the model's page, then {login}"
+        case hub.RepositoryNotFoundError() | hub.HFValidationError():
+            return "no such folder, and no such model on the Hub", f"check the name; if private, {login}"
+        case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled() if constants.HF_HUB_OFFLINE:
+            return "is not in the local cache, and HF_HUB_OFFLINE is set", "unset it, or fetch the model"
+        case hub.RemoteEntryNotFoundError():
+            return f"has no safetensors ({said})", CONVERT
+        case SafetensorError():
+            return f"its weights are damaged or half written ({said})", "copy or fetch them again"
+        case OSError() | hub.HTTPError():  # type: ignore[attr-defined]
+            return f"cannot be opened ({said})", ""
+        case _:
+            return f"is not a text model that can be opened ({said})", ""
 
 
 # ---- weights, tokenizer, vectors
 
 
 def check_opened(name: str | Path, model: SentenceTransformer) -> None:
-    """Refuse a model, with weights that were checked, whose parts do not fit each other.
-
-    Its length is cut to the positions that it has.
-
-    Raises:
-        ModelError: The tokenizer knows no text, a prompt is no text, a length no length, vectors are not finite.
-    """
+    """Refuse a model whose parts do not fit each other; cut its length to the positions that it has."""
     transformer = model[0]
     for key, prompt in model.prompts.items():
         if not isinstance(prompt, (str, type(None))):
             raise ModelError(name, f"its prompt {key!r} is {prompt!r}, not a text", "see its prompts in the JSON file")
     model.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
     _check_tokenizer(name, transformer)
-    # Cut texts where the table of positions ends; the configuration's number may count rows that no token has.
-    limit, length = positions(transformer), transformer.max_seq_length
+    limit, length = _positions(transformer.auto_model), transformer.max_seq_length
     if limit is not None and (length is None or length > limit):
         transformer.max_seq_length = limit
     _check_vectors(name, model)
 
 
-def check_transformer(name: str | Path, model: SentenceTransformer) -> None:
-    """Refuse a model that does not begin with a transformer that reads text."""
-    if not isinstance(model[0], Transformer):
-        raise UnsupportedArchitecture(name, f"begins with a {type(model[0]).__name__}, not with a transformer")
-    if model[0].tokenizer is None:
-        raise ModelError(name, "has no tokenizer", "copy its tokenizer's files into the folder")
-
-
 def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
-    """Refuse weights that are not those which the configuration describes; return the names of unused tensors.
+    """Refuse weights that are not those which the configuration describes, by their names and shapes: none is read.
 
-    Unused tensors outside of all modules of the model are those of a head, a decoder or an image tower; one inside them
-    is a part of the model that its configuration leaves out, unless it is a single number: a constant that older
-    versions saved.
+    A tensor may be missing if it is a pooler's. Returns the names of those that are not used, of a head, a decoder or
+    an image tower; one inside the model's own modules is refused.
     """
     config = model.config
     if getattr(config, "quantization_config", None):
         return []
     # What was just opened is on this disk, wherever it came from.
     where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True, "use_safetensors": True}
-    unused = check_names(name, type(model), config, config.name_or_path, key_mapping=key_mapping, **where)
-    misplaced = [key for key in unused if is_within(key, model)]
-    for file in Path(config.name_or_path).glob("*.safetensors") if misplaced else ():
-        with safe_open(file, framework="pt") as stored:
-            constants = tuple(key for key in stored.keys() if not stored.get_slice(key).get_shape())  # noqa: SIM118
-        misplaced = [key for key in misplaced if not any(constant.endswith(key) for constant in constants)]
-    if misplaced:
-        raise ModelError(name, f"has weights that its config.json has no place for: {_few(misplaced)}", ANOTHER_MODEL)
-    return unused
-
-
-def check_names(
-    name: str | Path, kind: type[PreTrainedModel], config: PretrainedConfig, source: str | None, **options: Any
-) -> list[str]:
-    """Let transformers load weights without reading them (on the ``meta`` device), by names and shapes alone.
-
-    ``source`` is a folder or Hub id; None where ``options``, of ``from_pretrained``, hold a ``state_dict``. Returns the
-    names of tensors that transformers has no use for.
-
-    Raises:
-        ModelError: A tensor is missing (other than a pooler's, which we do not use), or has another shape.
-    """
-    options |= {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    _, found = kind.from_pretrained(source, config=config, **options)
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _, found = type(model).from_pretrained(
+        config.name_or_path, config=config, key_mapping=key_mapping, **where, **options
+    )
     for key, stored, wanted in sorted(found["mismatched_keys"]):
         problem = f"{key} has the shape {tuple(stored)}, but by config.json it is {tuple(wanted)}"
         raise ModelError(name, problem, ANOTHER_MODEL)
     missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
     if missing:
-        raise ModelError(name, f"has no weights for {_few(missing)}", "copy or save the folder again")
-    return sorted(found["unexpected_keys"])
+        raise ModelError(name, f"has no weights for {missing[0]}", "copy or save the folder again")
+    unused = sorted(found["unexpected_keys"])
+    misplaced = [key for key in unused if _is_within(key, model)]
+    for file in Path(config.name_or_path).glob("*.safetensors") if misplaced else ():
+        with safe_open(file, framework="pt") as stored:  # of older versions, constants: single numbers
+            constants = tuple(key for key in stored.keys() if not stored.get_slice(key).get_shape())  # noqa: SIM118
+        misplaced = [key for key in misplaced if not any(constant.endswith(key) for constant in constants)]
+    if misplaced:
+        raise ModelError(name, f"has weights that its config.json has no place for: {misplaced[0]}", ANOTHER_MODEL)
+    return unused
 
 
-def _few(names: Sequence[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
-
-
-def is_within(name: str, model: PreTrainedModel) -> bool:
-    """Whether a tensor that the model has no use for lies inside one of its modules, and so is a part it should have.
-
-    Tensors that transformers leaves out on purpose, and buffers that older versions saved (``rotary_emb.inv_freq`` of
-    each layer), are none.
+def _is_within(name: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor that the model has no use for lies inside one of its modules, and is neither left out by
+    transformers on purpose nor a buffer that older versions saved (``rotary_emb.inv_freq``).
     """
     prefix = f"{model.base_model_prefix}."
     name = name.removeprefix(prefix)
@@ -222,12 +168,11 @@ def check_finite(name: str | Path, model: SentenceTransformer) -> None:
     """Refuse weights that are not finite."""
     for path, parameter in model.named_parameters():
         # A sum reads each number once and makes no copy; it may also overflow, so that it only raises the suspicion.
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum())):
-            wrong = int((~torch.isfinite(parameter.detach())).sum())
-            if wrong:
-                own = path.removeprefix("0.").removeprefix("model.")
-                hint = "copy it again; if its training diverged, take an earlier checkpoint"
-                raise ModelError(name, f"{wrong} of its weights are not finite, first in {own}", hint)
+        suspect = parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach().sum()))
+        if suspect and (wrong := int((~torch.isfinite(parameter.detach())).sum())):
+            own = path.removeprefix("0.").removeprefix("model.")
+            hint = "copy it again; if its training diverged, take an earlier checkpoint"
+            raise ModelError(name, f"{wrong} of its weights are not finite, first in {own}", hint)
 
 
 def _check_tokenizer(name: str | Path, transformer: Transformer) -> None:
@@ -239,65 +184,36 @@ def _check_tokenizer(name: str | Path, transformer: Transformer) -> None:
     if length is not None and length <= special:  # asked for less, a tokenizer cuts nothing at all
         problem = f"cuts texts after {length} tokens, of which {special} are special ones: nothing is left of a text"
         raise ModelError(name, problem, f"a length of {special + 1} or more")
-    whole = [[tokenizer(text)["input_ids"] for text in pair] for pair in PAIRS]
-    if all(one == other for one, other in whole):
+    ids = {i for text in TEN_SCRIPTS for i in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    if len(ids) < 2:  # without its vocabulary, all words are unknown
         problem = "its tokenizer gives different texts the same ids"
         raise ModelError(name, problem, "its vocabulary is missing: copy tokenizer.json (or vocab.txt, …) as well")
     count = getattr(transformer.auto_model.get_input_embeddings(), "num_embeddings", None)
-    largest = max(id_ for pair in whole for ids in pair for id_ in ids)
+    largest = max(ids.union(tokenizer("")["input_ids"]))
     if count is not None and largest >= count:
         problem = f"its tokenizer gives the id {largest}, but it has vectors for {count} tokens"
         raise ModelError(name, problem, "the tokenizer is of another model, or the weights were not resized to it")
 
 
-class _Lookups(TorchFunctionMode):
-    """Within: every look-up in a table is noted (rows, table), whichever module makes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.embedding and len(args) > 1:
-            self.seen.append((args[0], args[1]))
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def positions(transformer: Transformer) -> int | None:
-    """Tokens that a text may have before its positions leave their table; None where there is no such table.
-
-    Watched on a short text: the table is the one that is asked for consecutive rows, the first row is its offset
-    (2 of RoBERTa's 514 rows are no positions).
-    """
-    ids = transformer.tokenizer(PAIRS[0][0])["input_ids"]
-    if len(ids) < 2:
-        return None
-    tokens = torch.tensor([ids], device=transformer.auto_model.device)
-    with _Lookups() as lookups:
-        transformer.auto_model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-    limits = []
-    for rows, table in lookups.seen:
-        rows = rows.detach().reshape(-1)
-        if len(rows) == len(ids) and bool((rows.diff() == 1).all()) and rows.tolist() != ids:
-            limits.append(len(table) - int(rows[0]))
-    return min(limits, default=None)
+def _positions(model: PreTrainedModel) -> int | None:
+    """Tokens before positions leave their table, where its first rows, up to that of padding, are none: RoBERTa's."""
+    for path, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and "position" in path and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    return None
 
 
 def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
     """Refuse a model whose vectors are not finite, all the same, or not as wide as its modules say."""
-    texts = [text for pair in PAIRS[:2] for text in pair]
-    vectors = model.encode(texts, prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
+    vectors = model.encode(list(PROBES), prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
     if not bool(torch.isfinite(vectors).all()):
         raise ModelError(name, "gives vectors that are not finite", "its configuration is not that of its weights")
-    widths = [("vectors", vectors.shape[1], model.get_embedding_dimension())]
-    poolings = [module for module in model if isinstance(module, Pooling)]
-    widths += [("states", state_width(model[0]), pooling.embedding_dimension) for pooling in poolings]
-    for what, found, told in widths:
+    widths = [(vectors.shape[1], model.get_embedding_dimension())]
+    widths += [(state_width(model[0]), part.embedding_dimension) for part in model if isinstance(part, Pooling)]
+    for found, told in widths:
         if told not in (None, found):
-            problem = f"gives {what} of {found} numbers, but its modules say {told}"
+            problem = f"gives {found} numbers, but its modules say {told}"
             raise ModelError(name, problem, "correct embedding_dimension in the pooling's config.json")
-    tokens = [model[0].tokenizer(text)["input_ids"] for text in texts]
-    if tokens[0] != tokens[1] and bool((vectors == vectors[0]).all()):
+    if bool((vectors == vectors[0]).all()):
         hint = f"it cuts them after {model[0].max_seq_length} tokens, and pools as its folder says"
         raise ModelError(name, "gives different texts the same vector", hint)

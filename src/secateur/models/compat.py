@@ -33,20 +33,13 @@ def is_ignored(model: PreTrainedModel, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
-def forget_names(model: PreTrainedModel) -> None:
-    """Let transformers save a model under its own names, and not under those that it was loaded from.
-
-    These are peft's, where it was loaded with an adapter, or those of a ``key_mapping``.
+def forget_origin(model: PreTrainedModel) -> None:
+    """Let transformers save a model as a model under its own names, and neither as the adapter that was merged into it
+    nor under the names that it was loaded from (by a ``key_mapping``, or peft's).
     """
-    vars(model).pop("_weight_conversions", None)
-
-
-def forget_adapters(model: PreTrainedModel) -> None:
-    """Let transformers save a model whose adapters were merged as a model, and not as an adapter."""
     model._hf_peft_config_loaded = False
-    forget_names(model)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    for name in ("_weight_conversions", "peft_config"):
+        vars(model).pop(name, None)
 
 
 # ---- transformers: configurations

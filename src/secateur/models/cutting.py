@@ -1,9 +1,9 @@
 """Which layers a model can be cut to, and what else the cut changes, told without weights.
 
 A cut is judged by one question: *is the model that transformers builds from the cut configuration the cut model?* Both
-are built without weights, and compared module by module: classes, shapes, and the numbers that a module computed from
-its configuration or its position. What differs is either a copy of the position or the depth, which the cut brings in
-step, or a tensor that packs one slice for each layer, which the cut slices, or a reason to refuse.
+are built without weights, and compared module by module: classes, shapes, and numbers. What differs is a copy of the
+position or the depth, which the cut brings in step; a tensor that packs one slice for each layer, which the cut slices;
+or a reason to refuse.
 """
 
 from __future__ import annotations
@@ -47,19 +47,15 @@ INDEX_LISTS = {
     "ple_layer_ids",
     "rope_scaling_layers",
 }
-# Fields that count layers from the first, or from the last.
-COUNTS_FROM_FRONT = {"first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers"}
-COUNTS_FROM_BACK = {"num_kv_shared_layers"}
-# Fields that repeat the depth under another name.
-REPEATS_OF_DEPTH = {"num_blocks"}
+# Fields that count layers from the first.
+COUNTS = {"first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "num_dense_layers"}
 # Lists that have nothing to do with layers, whatever their length.
 NOT_PER_LAYER = re.compile(r"^_|token_ids?$|^architectures$|^pos_att_type$|^time_step_limit$|^mrope_section$")
 # Attributes of a layer's modules that only repeat where the layer stands, or how many layers (of a kind) there are.
 POSITIONS = {"block_idx", "index", "kv_shared_layer_index", "layer_id", "layer_idx", "layer_index", "layer_number"}
 DEPTHS = {"n_layer", "n_layers", "num_fwd_mem_blocks", "num_hidden_layers", "num_layers"}
 # Whether a later layer wants this layer's keys and values; changes nothing in the layer's own output.
-FOR_LATER_BLOCKS = {"store_full_length_kv"}
-NOT_COMPARED = {"training", "gradient_checkpointing"}
+FOR_LATER = {"store_full_length_kv"}
 
 
 def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
@@ -71,11 +67,11 @@ def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
             setattr(config, name, [place[i] for i in value if i in place])
         elif isinstance(value, (list, tuple)) and len(value) == depth and not NOT_PER_LAYER.search(name):
             setattr(config, name, [value[i] for i in keep])
-        elif name in COUNTS_FROM_FRONT and isinstance(value, int):
+        elif name in COUNTS and isinstance(value, int):
             setattr(config, name, sum(i < value for i in keep))
-        elif name in COUNTS_FROM_BACK and isinstance(value, int):
+        elif name == "num_kv_shared_layers" and isinstance(value, int):  # the last ones
             setattr(config, name, sum(i >= depth - value for i in keep))
-        elif name in REPEATS_OF_DEPTH and value == depth:
+        elif name == "num_blocks" and value == depth:
             setattr(config, name, len(keep))
         elif name == "scale_depth" and value is not None:
             # MiniCPM scales each residual by scale_depth / sqrt(depth): the quotient must stay.
@@ -101,11 +97,7 @@ class Plan:
 
 
 def check_keep(config: PretrainedConfig, keep: Sequence[int]) -> None:
-    """Make sure that a model can be cut to these layers. Needs no weights.
-
-    Raises:
-        IllegalDepth, UnsupportedArchitecture: As :func:`cut`.
-    """
+    """Raise what :func:`cut` would, where a model cannot be cut to these layers. Needs no weights."""
     legal_plan(skeleton(config), keep)
 
 
@@ -113,9 +105,6 @@ def legal_depths(config: PretrainedConfig, layers: Callable[[int], Sequence[int]
     """The depths that a model can be cut to, saved and reloaded unchanged, ascending. Needs no weights.
 
     ``layers`` gives the indices of the layers that stay at a depth. Default: the first ones.
-
-    Raises:
-        UnsupportedArchitecture: The architecture cannot be cut at all.
     """
     return tuple(depth for depth, _ in _cuts(skeleton(config), layers))
 
@@ -167,8 +156,8 @@ def _cuts(full: PreTrainedModel, layers: Callable[[int], Sequence[int]] = range)
 def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
     """Cut a model in place to the layers of these indices, with its configuration and every copy of their positions.
 
-    Tensors outside the layers that pack one slice for each layer are sliced; the weights of the layers are not copied.
-    Caches are switched off, for an encoder needs none, and hybrids cut below their first attention layer fail with one.
+    No weights of the layers are copied. Caches are switched off: an encoder needs none, and hybrids cut below their
+    first attention layer fail with one.
 
     Raises:
         IllegalDepth: The model cannot be cut to these layers; it is unchanged then.
@@ -205,8 +194,8 @@ def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
 def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
     """Within: the uncut model gives what it would give if it had the kept layers only, in training too.
 
-    Of the others, those before the first kept one are run, and hand on what they were given; those after it are not,
-    and their weights are never read. It uses nothing of :func:`cut`, which is checked by it.
+    Of the others, those before the first kept one run in vain; those after it do not, and their weights are never read.
+    It uses nothing of :func:`cut`, which is checked by it.
     """
     last: list[Any] = []  # what the latest of the kept layers gave
 
@@ -237,11 +226,7 @@ class _Misfit(Exception):
 
 
 def _plan(full: PreTrainedModel, keep: Sequence[int]) -> Plan:
-    """Compare the model, cut, with the one that transformers builds from the cut configuration.
-
-    Raises:
-        _Misfit: They differ in more than a cut can change.
-    """
+    """Compare the model, cut, with the one that transformers builds from the cut configuration."""
     config = copy.deepcopy(full.config)
     path = find_stack(full).path
     try:
@@ -295,16 +280,11 @@ def _compare(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], pa
         inside = name.startswith(f"{path}.")
         for attribute, old, new in changed_values(before[name], module):
             # In a layer, what only repeats its position, the depth, or what later layers want of it; outside, a count.
-            repeats = (attribute in POSITIONS and place.get(old) == new) or attribute in DEPTHS | FOR_LATER_BLOCKS
+            repeats = (attribute in POSITIONS and place.get(old) == new) or attribute in DEPTHS | FOR_LATER
             if not (repeats if inside else isinstance(new, int)):
                 raise _Misfit(f"{name}.{attribute} depends on place or depth: {old} would become {new}")
             values.append((name, attribute, new))
-        tensors = tensors_of(before[name])
-        for attribute, tensor in tensors_of(module).items():
-            was = tensors.get(attribute)
-            if tensor is None or (was is not None and was.shape == tensor.shape):
-                continue
-            old, new = () if was is None else tuple(was.shape), tuple(tensor.shape)
+        for attribute, old, new in changed_shapes(before[name], module):
             # The one axis that shrinks as the depth does.
             axes = [axis for axis, sizes in enumerate(zip(old, new, strict=False)) if sizes[0] != sizes[1]]
             if inside or len(old) != len(new) or len(axes) != 1 or old[axes[0]] * ratio != new[axes[0]]:
@@ -317,11 +297,21 @@ def changed_values(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, A
     """Numbers, flags and words of a module that differ: (attribute, old, new)."""
     for name, new in vars(after).items():
         old = vars(before).get(name)
-        if name.startswith("_") or name in NOT_COMPARED or not isinstance(new, (int, float, str)):
+        is_other = name.startswith("_") or name in ("training", "gradient_checkpointing")
+        if is_other or not isinstance(new, (int, float, str)):
             continue
         same = math.isclose(old, new, rel_tol=1e-9) if isinstance(old, float) and isinstance(new, float) else old == new
         if not same:
             yield name, old, new
+
+
+def changed_shapes(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Parameters and buffers of a module whose shapes differ: (attribute, old, new)."""
+    tensors = tensors_of(before)
+    for name, tensor in tensors_of(after).items():
+        old = () if (was := tensors.get(name)) is None else tuple(was.shape)
+        if tensor is not None and old != tuple(tensor.shape):
+            yield name, old, tuple(tensor.shape)
 
 
 def _unused(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module], keep: Sequence[int]) -> tuple[str, ...]:

@@ -68,11 +68,7 @@ class Tokens:
 
 
 def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> Tokens:
-    """Tokenize texts as the model's own ``encode`` does, each once.
-
-    Raises:
-        DataError: A text has no tokens.
-    """
+    """Tokenize texts as the model's own ``encode`` does, each once."""
     features = model.preprocess(list(texts), prompt=prompt or None)
     mask = features["attention_mask"]
     lengths = mask.sum(dim=1)
@@ -91,26 +87,6 @@ def padded_length(length: int, longest: int | None = None) -> int:
     return full if longest is None else min(full, max(longest, length))
 
 
-class SharedPrefix(DynamicCache):  # type: ignore[misc]
-    """Keys and values of the tokens that all texts start with, computed once and never added to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.complete = False
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values (texts, heads, tokens, width) with those of the prefix before them."""
-        if not self.complete:
-            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            return found
-        held = self.layers[layer_idx]
-        texts = len(key_states)
-        keys = torch.cat([held.keys.expand(texts, -1, -1, -1), key_states], dim=-2)
-        return keys, torch.cat([held.values.expand(texts, -1, -1, -1), value_states], dim=-2)
-
-
 def common_start(tokens: Tokens) -> Tensor:
     """The token ids that all texts start with, at least one of each text left out: (tokens,), maybe none."""
     features = tokens.batch(range(len(tokens.lengths)), left=False)
@@ -119,23 +95,20 @@ def common_start(tokens: Tokens) -> Tensor:
     return ids[0, : int(same.long().cumprod(dim=0).sum())]
 
 
-def run_prefix(transformer: PreTrainedModel, start: Tensor) -> SharedPrefix:
-    """Run the tokens that all texts start with."""
-    cache = SharedPrefix()
-    ids = start[None].to(transformer.device)
+def run_prefix(transformer: PreTrainedModel, start: Tensor) -> DynamicCache:
+    """Keys and values of the tokens that all texts start with."""
+    cache, ids = DynamicCache(), start[None].to(transformer.device)
     transformer(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-    cache.complete = True
     return cache
 
 
-def run_after(transformer: PreTrainedModel, prefix: SharedPrefix, length: int, features: dict[str, Any]) -> Any:
+def run_after(transformer: PreTrainedModel, prefix: DynamicCache, length: int, features: dict[str, Any]) -> Any:
     """Run what follows the first ``length`` tokens of each text, which are padded on the right."""
-    return transformer(
-        input_ids=features["input_ids"][:, length:],
-        attention_mask=features["attention_mask"],
-        past_key_values=prefix,
-        use_cache=True,
-    )
+    ids = features["input_ids"][:, length:]
+    shape = (len(ids), -1, -1, -1)
+    cache = DynamicCache((layer.keys.expand(shape), layer.values.expand(shape)) for layer in prefix.layers)
+    mask = features["attention_mask"]
+    return transformer(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
 
 
 def wait(device: torch.device) -> None:

@@ -1,7 +1,5 @@
-"""Opens whatever the user names as a ``SentenceTransformer``.
-
-A sentence-transformers folder or Hub id is kept as it is; a transformers folder or Hub id gets a pooling and a
-Normalize module; a GGUF file is converted to float32 on the way; ``smollm2`` is the demo's model.
+"""Opens whatever the user names as a ``SentenceTransformer``: a trained embedder as it is, a bare language model with
+a pooling and a Normalize module, a GGUF file converted to float32.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +37,17 @@ from secateur.models.checks import (
     check_finite,
     check_folder,
     check_opened,
-    check_transformer,
     check_weights,
+    read_modules,
 )
-from secateur.models.compat import forget_names
+from secateur.models.compat import forget_origin
 from secateur.models.forward import make_pooling, state_width
 from secateur.options import PoolingName
 from secateur.progress import quiet
 
 MAX_LENGTH = 512
 """Tokens of a text, for a bare language model, where nobody says."""
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def open_model(
@@ -81,35 +78,20 @@ def open_model(
         ModelError: The model is missing, half written, not a text model, or holds no safetensors.
     """
     check_device(device)
-    if dtype not in _DTYPES:
-        raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(DTYPES)}")
     if max_length < 1:
         raise ConfigError("max_length", max_length, f"{max_length} tokens are no text", "at least 1")
-    with as_model_error(name), quiet(), as_source(name, trust_remote_code) as source:
-        if is_embedder(source, revision):
-            check_embedder(name, pooling, max_length)
+    with as_model_error(name), quiet(), as_source(name) as source:
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model, _ = load_model(name, source, dtype=dtype, device=device, **where)
-        complete(name, model, pooling, max_length)
+        model, _ = load_model(name, source, pooling, max_length, dtype=dtype, device=device, **where)
         check_finite(name, model)
+        complete(name, model, pooling, max_length)
         return model
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """A model without its weights: the transformer that encodes text, its tokenizer, and the model's prompts."""
-
-    transformer: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    prompts: Mapping[str, str]
-
-
-def open_skeleton(name: str | Path) -> Skeleton:
-    """Open all of a model but its weights, which are neither read nor fetched.
-
-    Raises:
-        ModelError: The model is missing, half written, or not a text model.
-    """
+def open_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """A model's transformer without its weights, which are neither read nor fetched, its tokenizer and its prompts."""
     source = resolve(name)
     with as_model_error(name), quiet():
         about: Any = {}
@@ -117,7 +99,7 @@ def open_skeleton(name: str | Path) -> Skeleton:
             where = _of_gguf(Path(source))
         else:
             if isinstance(source, Path):
-                check_folder(source, trust_remote_code=False)
+                check_folder(source)
             about = small_file(source, "config_sentence_transformers.json") or {}
             modules = small_file(source, "modules.json")
             where = {"pretrained_model_name_or_path": str(source), "subfolder": modules[0]["path"] if modules else ""}
@@ -128,8 +110,22 @@ def open_skeleton(name: str | Path) -> Skeleton:
         if text_tower(transformer):  # as prune cuts it out of a multimodal model
             text.dtype = text.dtype or config.dtype
             transformer = skeleton(text)
-        prompts = about.get("prompts") or {}
-        return Skeleton(transformer, tokenizer, {key: prompt or "" for key, prompt in prompts.items()})
+        return transformer, tokenizer, [prompt or "" for prompt in (about.get("prompts") or {}).values()]
+
+
+FILES = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.safetensors")
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """Fetch a model from the Hub, as far as its cache does not have it; the folder there."""
+    with as_model_error(name), quiet():
+        ignored = ["*/*", "consolidated*"]  # other formats, and weights that are there a second time
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES), ignore_patterns=ignored))
+        wanted = [f"{module['path']}/{kind}" for module in read_modules(folder) if module["path"] for kind in FILES]
+        if wanted:
+            wanted += [f"{module['path']}/*.bin" for module in read_modules(folder)[1:] if module["path"]]
+            snapshot_download(name, revision=folder.name, allow_patterns=wanted)
+    return folder
 
 
 def small_file(source: str | Path, file: str) -> Any:
@@ -139,25 +135,22 @@ def small_file(source: str | Path, file: str) -> Any:
 
 
 @contextmanager
-def as_source(name: str | Path, trust_remote_code: bool = False) -> Iterator[str | Path]:
+def as_source(name: str | Path) -> Iterator[str | Path]:
     """What libraries can open: a Hub id, or a folder that was looked at; a GGUF file is converted for a time."""
     source = resolve(name)
     with tempfile.TemporaryDirectory(prefix="secateur-") as converted:
         if str(source).endswith(".gguf"):
             source = convert_gguf(Path(source), Path(converted))
         elif isinstance(source, Path):
-            check_folder(source, trust_remote_code)
+            check_folder(source)
         yield source
-
-
-def is_embedder(source: str | Path, revision: str | None = None) -> bool:
-    """Whether a folder or Hub id holds a sentence-transformers model."""
-    return bool(is_sentence_transformer_model(str(source), revision=revision))
 
 
 def load_model(
     name: str | Path,
     source: str | Path,
+    pooling: PoolingName | None,
+    max_length: int,
     *,
     dtype: str = "auto",
     device: str | None = None,
@@ -171,13 +164,17 @@ def load_model(
     tensors that it does not use.
     """
     # Weights of another shape are refused by check_weights, which names them; transformers does not.
-    weights: dict[str, Any] = {"dtype": _DTYPES[dtype], "use_safetensors": True, "ignore_mismatched_sizes": True}
+    weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     weights |= {"key_mapping": key_mapping} if key_mapping else {}
-    if is_embedder(source, where.get("revision")):
+    if is_sentence_transformer_model(str(source), revision=where.get("revision")):
+        if pooling is not None:
+            raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
+        if max_length != MAX_LENGTH:
+            problem = f"{name} is a trained embedder and cuts texts at its own length, not at {max_length}"
+            raise ConfigError("max_length", max_length, problem, "leave it out")
         model = SentenceTransformer(str(source), model_kwargs=weights, device=device, **where)
     else:
-        # The modality is pinned to text: left to itself, sentence-transformers puts every text into the chat template
-        # of a model that has one. The template stays in the folder for those who chat.
+        # The modality is pinned to text, for sentence-transformers puts every text into a model's chat template.
         transformer = Transformer(
             str(source),
             model_kwargs=weights | where,
@@ -190,9 +187,12 @@ def load_model(
             transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
         transformer.auto_model.config.use_cache = False
         model = SentenceTransformer(modules=[transformer], device=device, similarity_fn_name="cosine")
-    check_transformer(name, model)
+    if not isinstance(model[0], Transformer):
+        raise UnsupportedArchitecture(name, f"begins with a {type(model[0]).__name__}, not with a transformer")
+    if model[0].tokenizer is None:
+        raise ModelError(name, "has no tokenizer", "copy its tokenizer's files into the folder")
     if key_mapping:
-        forget_names(model[0].auto_model)
+        forget_origin(model[0].auto_model)
     return model.eval(), check_weights(name, model[0].auto_model, key_mapping)
 
 
@@ -202,9 +202,8 @@ def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName 
         transformer = model[0]
         own_length = transformer.max_seq_length
         transformer.max_seq_length = max_length if own_length is None else min(max_length, own_length)
-        # Decoders often come with left padding, for generation. An encoder reads from the first token: with absolute
-        # positions, right padding alone leaves a text's vector as it is, and no architecture needs the left
-        # (docs/reference/architectures.md). A trained embedder keeps its own side, which its pooling may rely on.
+        # Decoders often come with left padding, for generation. With absolute positions, right padding alone leaves a
+        # text's vector as it is, and no architecture needs the left (docs/reference/architectures.md).
         transformer.tokenizer.padding_side = "right"
         pooling = pooling or ("weighted_mean" if is_causal(transformer) else "mean")
         model.append(make_pooling(pooling, state_width(transformer)))
@@ -212,20 +211,11 @@ def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName 
     check_opened(name, model)
 
 
-def check_embedder(name: str | Path, pooling: PoolingName | None, max_length: int) -> None:
-    """Refuse a pooling, or a length other than the default: only a bare language model is told these."""
-    if pooling is not None:
-        raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
-    if max_length != MAX_LENGTH:
-        problem = f"{name} is a trained embedder and cuts texts at its own length, not at {max_length}"
-        raise ConfigError("max_length", max_length, problem, "leave it out")
-
-
 def check_device(device: str | None) -> None:
     """Refuse a device that does not exist, or not on this machine; None is torch's own choice."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # whichever the device raises
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         problem = f"{device!r} is no device of torch on this machine"
         raise ConfigError("device", device, problem, "such as cpu, cuda, cuda:0 or mps; or leave it out") from None
 
@@ -240,12 +230,7 @@ def is_causal(transformer: Transformer) -> bool:
 
 
 def make_bidirectional(model: SentenceTransformer, name: str | Path) -> None:
-    """Let every token of a decoder see those after it, in place; the saved configuration says so too.
-
-    Raises:
-        ModelError: It does already.
-        UnsupportedArchitecture: Its code does not ask its configuration.
-    """
+    """Let every token of a decoder see those after it, in place; the saved configuration says so too."""
     transformer = model[0].auto_model.eval()
     if not is_causal(model[0]):
         raise ModelError(name, "attends both ways already", "leave bidirectional out")
@@ -258,8 +243,7 @@ def make_bidirectional(model: SentenceTransformer, name: str | Path) -> None:
 def convert_gguf(file: Path, folder: Path) -> Path:
     """Write a GGUF file as a transformers folder: float32 safetensors and the tokenizer.
 
-    transformers refuses to save a model that it read from GGUF, even dequantized; so its weights are moved into a
-    fresh model of the same configuration.
+    transformers refuses to save a model that it read from GGUF: its weights are moved into a fresh model.
     """
     where = _of_gguf(file)
     with _parsed_once():
@@ -272,7 +256,6 @@ def convert_gguf(file: Path, folder: Path) -> Path:
         del config.quantization_config
     with torch.device("meta"):
         fresh = type(read)(config)
-    # Buffers that are not saved (rotary frequencies) are not in the state, and come with the modules that own them.
     fresh.load_state_dict(read.state_dict(), assign=True)
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -288,7 +271,10 @@ def _of_gguf(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes seconds each."""
+    """Within: a file is parsed once, not anew for configuration, weights and tokenizer, which takes half a minute each.
+
+    The reader is the process's: of two threads, the later would keep the other's, so each has its turn.
+    """
     gguf: Any = importlib.import_module("gguf")
     with _parsing:
         plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
@@ -302,7 +288,6 @@ def _parsed_once() -> Iterator[None]:
 
 
 _parsing = threading.Lock()
-"""The reader is the process's: of two threads, the later would keep the other's."""
 
 
 # ---- static embeddings: one vector for each token, and their mean for a text; nothing to cut
@@ -314,10 +299,8 @@ def is_static(name: str | Path) -> bool:
     if isinstance(source, Path) and not source.is_dir():
         return False
     with as_model_error(name), quiet():
-        modules = small_file(source, "modules.json")
-        first = modules[0] if isinstance(modules, list) and modules else {}
-        kind = str(first.get("type", "")).rpartition(".")[2] if isinstance(first, dict) else ""
-        return kind == "StaticEmbedding" or _is_model2vec(small_file(source, "config.json"))
+        first = (small_file(source, "modules.json") or [{}])[0]
+        return str(first.get("type")).endswith(".StaticEmbedding") or _is_model2vec(small_file(source, "config.json"))
 
 
 def _is_model2vec(config: Any) -> bool:
@@ -325,18 +308,12 @@ def _is_model2vec(config: Any) -> bool:
 
 
 def open_static(name: str | Path, *, device: str | None = None) -> SentenceTransformer:
-    """Open a static embedding.
-
-    Raises:
-        ConfigError: There is no such device.
-        ModelError: Files are missing or damaged, or do not fit each other.
-    """
+    """Open a static embedding."""
     check_device(device)
     with as_model_error(name), quiet():
         source = resolve(name)
-        if not isinstance(source, Path):
-            source = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        check_folder(source, trust_remote_code=False, static=True)
+        source = source if isinstance(source, Path) else fetch(source)
+        check_folder(source)
         config = small_file(source, "config.json")
         given = {"modules": _modules(source, config)} if _is_model2vec(config) else {"model_name_or_path": str(source)}
         model = SentenceTransformer(**given, device=device, similarity_fn_name="cosine")
@@ -348,10 +325,7 @@ def open_static(name: str | Path, *, device: str | None = None) -> SentenceTrans
 
 
 def _modules(folder: Path, config: Mapping[str, Any]) -> list[nn.Module]:
-    """What model2vec does with its own folders, without it: unknown tokens do not count, texts end after 512 tokens.
-
-    ``mapping`` and ``weights`` are folded into the table.
-    """
+    """What model2vec does with its own folders: unknown tokens do not count, texts end after 512 tokens."""
     tensors = load_file(folder / "model.safetensors")
     table = tensors["embeddings"].float()
     if "mapping" in tensors:

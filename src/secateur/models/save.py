@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +49,25 @@ LONG = " ".join(PROBES) + " " + "cut the hedge back to half, " * 72
 """A text of more than 512 tokens: positions and lengths that a short text does not reach are compared on it."""
 TOLERANCE = 1e-5
 """The largest difference between numbers of vectors that is let pass."""
-IN_MEMORY = "the model in memory"
 MODULES = "modules.json"
 NO_LIMIT = 1 << 24
 """A tokenizer that knows no limit says some 10^30."""
 
 
-def save_model(model: SentenceTransformer, folder: Path, origin: Origin, *, expected: Expected | None = None) -> Origin:
+def save_model(
+    model: SentenceTransformer, folder: Path, origin: Origin, *, expected: np.ndarray | None = None
+) -> Origin:
     """Write a model as a plain folder, reopen it in a fresh process with stock libraries, and compare vectors.
 
-    ``folder`` is there and empty. ``origin`` is written as ``secateur.json``, and returned, with its ``check`` filled
-    in. ``expected`` is what the folder should give; by default, what the model in memory gives.
-
-    Raises:
-        VerificationFailed: The reopened folder gives other vectors.
+    ``origin`` is written as ``secateur.json``, and returned, with its ``check`` filled in. ``expected`` are the vectors
+    of the uncut source (:func:`probe`); by default, what the model in memory gives.
     """
     write_files(model, folder)
-    expected = expected_of(model) if expected is None else expected
+    against = "the model in memory" if expected is None else "the whole source"
+    with quiet():
+        expected = probe(model) if expected is None else expected
     largest = difference(folder, expected, str(model.device))
-    written = replace(origin, pooling=pooling_name(model), check=largest, checked_against=expected.source)
+    written = replace(origin, pooling=pooling_name(model), check=largest, checked_against=against)
     written.save(folder)
     return written
 
@@ -90,20 +90,6 @@ def write_files(model: SentenceTransformer, folder: Path, *, weights: bool = Tru
 
 
 # ---- the check
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a written folder should give: vectors of the probes, (rows, dimension), and what gave them."""
-
-    vectors: np.ndarray
-    source: str = IN_MEMORY
-
-
-def expected_of(model: SentenceTransformer, source: str = IN_MEMORY) -> Expected:
-    """What a folder that holds this model should give."""
-    with quiet():
-        return Expected(probe(model), source)
 
 
 def probe(model: SentenceTransformer) -> np.ndarray:
@@ -138,8 +124,7 @@ np.save(out, vectors)
 def reopen(folder: Path, device: str) -> np.ndarray:
     """What :func:`probe` gives for a folder in a fresh process, in which stock libraries open it."""
     with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
-        out = str(Path(scratch) / "vectors.npy")
-        threads = str(torch.get_num_threads())
+        out, threads = str(Path(scratch) / "vectors.npy"), str(torch.get_num_threads())
         command = fresh_python(_SCRIPT, str(folder), device, threads, out, *PROBES, LONG)
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
         if done.returncode:
@@ -149,16 +134,11 @@ def reopen(folder: Path, device: str) -> np.ndarray:
         return vectors
 
 
-def difference(folder: Path, expected: Expected, device: str = "cpu") -> float:
-    """The largest difference between a folder's vectors, reopened in a fresh process, and the expected ones.
-
-    Raises:
-        ModelError: The folder does not open.
-        VerificationFailed: The difference is more than :data:`TOLERANCE`.
-    """
+def difference(folder: Path, expected: np.ndarray, device: str = "cpu") -> float:
+    """The largest difference between a folder's vectors, reopened in a fresh process, and the expected ones."""
     vectors = reopen(folder, device)
-    same_shape = vectors.shape == expected.vectors.shape
-    largest = float(np.abs(expected.vectors - vectors).max()) if same_shape else float("inf")
+    same_shape = vectors.shape == expected.shape
+    largest = float(np.abs(expected - vectors).max()) if same_shape else float("inf")
     if not largest <= TOLERANCE:
         raise VerificationFailed(folder, largest, TOLERANCE)
     return largest
@@ -167,9 +147,7 @@ def difference(folder: Path, expected: Expected, device: str = "cpu") -> float:
 # ---- files for readers that do not go through sentence-transformers
 
 SUPERSEDED = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
-"""Keys of tokenizer_config.json that transformers copies from the truncation and padding of the tokenizer.json that it
-has opened, and that no longer hold.
-"""
+"""Keys that transformers copies into tokenizer_config.json from the tokenizer.json that it opened."""
 _LEGACY_TYPES = ("Transformer", "Pooling", "Normalize", "Dense")
 _POOLING_KEYS = {
     "cls": "pooling_mode_cls_token",
@@ -179,9 +157,7 @@ _POOLING_KEYS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
-"""Both spellings of a pooling: text-embeddings-inference reads only these booleans, sentence-transformers 6 writes only
-the name; both accept both.
-"""
+"""text-embeddings-inference reads only these booleans, of which sentence-transformers 6 writes only the name."""
 
 
 def longest_text(model: SentenceTransformer) -> int | None:
@@ -191,10 +167,9 @@ def longest_text(model: SentenceTransformer) -> int | None:
 
 
 def write_for_all_readers(folder: Path, model: SentenceTransformer) -> None:
-    """Make all files of a model's folder, as sentence-transformers writes it, say what the model does.
+    """Make all files of a folder say where a text is cut, on which side, how it is padded, and how states are pooled.
 
-    ``tokenizers`` alone, fastembed, transformers.js, text-embeddings-inference and llama.cpp each look at another file
-    for the same thing: where a text is cut, on which side, how it is padded, how states are pooled.
+    ``tokenizers`` alone, fastembed, transformers.js, text-embeddings-inference and llama.cpp each look at another one.
     """
     modules = read_json(folder / MODULES)
     for module in modules:
@@ -223,22 +198,15 @@ def _update(file: Path, changes: dict[str, Any]) -> None:
 
 def _write_tokenizer(folder: Path, model: SentenceTransformer) -> None:
     tokenizer, limit = model.tokenizer, longest_text(model)
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules["truncation"] = limit and {
-        "direction": tokenizer.truncation_side.title(),
-        "max_length": limit,
-        "strategy": "LongestFirst",
-        "stride": 0,
-    }
-    rules["padding"] = None if tokenizer.pad_token is None else {
-        "strategy": "BatchLongest",
-        "direction": tokenizer.padding_side.title(),
-        "pad_to_multiple_of": None,
-        "pad_id": tokenizer.pad_token_id,
-        "pad_type_id": tokenizer.pad_token_type_id,
-        "pad_token": tokenizer.pad_token,
-    }  # fmt: skip
-    _write(folder / "tokenizer.json", rules)
+    alone = tokenizer.backend_tokenizer  # transformers sets its truncation and padding anew for each call
+    alone.no_truncation()
+    alone.no_padding()
+    if limit:
+        alone.enable_truncation(limit, direction=tokenizer.truncation_side)
+    if tokenizer.pad_token is not None:
+        padding = {"pad_id": tokenizer.pad_token_id, "pad_type_id": tokenizer.pad_token_type_id}
+        alone.enable_padding(direction=tokenizer.padding_side, pad_token=tokenizer.pad_token, **padding)
+    alone.save(str(folder / "tokenizer.json"))
     sides = {"truncation_side": tokenizer.truncation_side, "padding_side": tokenizer.padding_side}
     length = {"model_max_length": limit} if limit else {}
     _update(folder / "tokenizer_config.json", tokenizer.special_tokens_map | sides | length)

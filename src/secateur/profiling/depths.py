@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
@@ -158,7 +158,7 @@ class _Prefix:
     """What all texts start with: its keys and values, and per layer its normed states and its Block Influence."""
 
     ids: Tensor
-    cache: forward.SharedPrefix
+    cache: DynamicCache
     normed: list[Tensor]
     influence: Tensor
 

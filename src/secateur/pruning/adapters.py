@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,12 +17,14 @@ from transformers import PreTrainedModel
 from secateur.errors import ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.models import resolve
-from secateur.models.compat import forget_adapters, is_ignored
-from secateur.pruning.download import hub_errors_of
+from secateur.models.checks import as_model_error
+from secateur.models.compat import forget_origin, is_ignored
+from secateur.models.open_model import fetch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin a training that leave the base as it was; PiSSA, OLoRA, CorDA and LoftQ change it."""
+BASE = "is this its base?"
 HINT = "merge it with peft (merge_and_unload) and prune the merged model"
 
 
@@ -35,11 +35,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """The base model that an adapter names, and its revision.
-
-    Raises:
-        ModelError: It names none.
-    """
+    """The base model that an adapter names, and its revision."""
     content = read_json(folder / CONFIG)
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if not isinstance(base, str) or not base:
@@ -48,36 +44,27 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def adapter_folder(adapter: str | Path) -> Path:
-    """Where an adapter is on this disk; one on the Hub is fetched.
-
-    Raises:
-        ModelError: There is none, or it is not saved as safetensors.
-    """
+    """Where an adapter is on this disk; one on the Hub is fetched."""
     found = resolve(adapter)
     if isinstance(found, str):
-        with hub_errors_of(found, None):
-            found = Path(snapshot_download(found, allow_patterns=[CONFIG, WEIGHTS]))
+        found = fetch(found)
     for name, hint in ((CONFIG, "give the folder that peft's save_pretrained wrote"), (WEIGHTS, "save as safetensors")):
         if not (found / name).is_file():
             raise ModelError(adapter, f"has no {name}", hint)
     return found
 
 
-def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], outside: Collection[str]) -> None:
+def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], outside: Collection[str]) -> None:
     """Merge the adapter in a folder into its base's weights, with peft.
 
-    Changes of layers other than those with a prefix in ``keep`` (``layers.3.``), and of modules of the whole base that
-    are not in the model (``outside``: a head), are left out.
-
-    Raises:
-        ModelError: It is broken, or of another base.
-        UnsupportedArchitecture: It changes more than weights of linear layers.
+    Left out are changes of layers whose names begin as in ``gone`` (``layers.3.``), and of modules of the whole base
+    that are not in the model (``outside``: a head).
     """
     config = _read_config(folder)
-    try:
+    with as_model_error(folder / WEIGHTS):
         weights = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ModelError(folder / WEIGHTS, f"is damaged or half written ({error})") from None
+    if not weights:
+        raise ModelError(folder / WEIGHTS, "holds no LoRA weights")
     modules = dict(model.named_modules())
     known = {"model", "transformer", "language_model", model.base_model_prefix}
     changes: dict[str, Tensor] = {}
@@ -90,14 +77,12 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
         while ".".join(parts) not in modules and len(parts) > 1 and parts[0] in known:
             parts.pop(0)
         place = ".".join(parts)
-        is_outside = set(path.split(".")) & {"lm_head", *outside} or is_ignored(model, path)
-        if place not in modules and not is_outside:
-            raise ModelError(folder, f"changes {path}, which {model.name_or_path} has not", "is this its base?")
-        if any(place.startswith(prefix) for prefix in keep):
+        if place in modules and not place.startswith(tuple(gone)):
             places.add(place)
             changes[f"{place}.lora_{rest}"] = tensor
-    if not weights:
-        raise ModelError(folder / WEIGHTS, "holds no LoRA weights")
+        is_outside = set(path.split(".")) & {"lm_head", *outside} or is_ignored(model, path)
+        if place not in modules and not is_outside:
+            raise ModelError(folder, f"changes {path}, which {model.name_or_path} has not", BASE)
     if not places:
         return
     config.target_modules = "|".join(map(re.escape, sorted(places)))
@@ -105,9 +90,9 @@ def merge_adapter(model: PreTrainedModel, folder: Path, keep: Collection[str], o
     try:
         inject_adapter_in_model(config, model)
         loaded = set_peft_model_state_dict(model, changes)
-    except (RuntimeError, ValueError) as error:  # of shapes, or of a layer that takes no adapter
+    except (RuntimeError, TypeError, ValueError) as error:  # of shapes, numbers, or a layer that takes no adapter
         first = " ".join(str(error).split())[:200]
-        raise ModelError(folder, f"does not fit {model.name_or_path} ({first})", "is this its base?") from error
+        raise ModelError(folder, f"does not fit {model.name_or_path} ({first})", BASE) from error
     missing = [key for key in loaded.missing_keys if "lora_" in key]
     if missing or loaded.unexpected_keys:
         raise ModelError(folder / WEIGHTS, f"has no weights for {[*missing, *loaded.unexpected_keys][0]}")
@@ -129,10 +114,6 @@ def _read_config(folder: Path) -> LoraConfig:
     used += ["bias"] if bias != "none" else []
     if used:
         raise UnsupportedArchitecture(where, f"uses {', '.join(used)}, beyond LoRA of linear layers", HINT)
-    for key in ("r", "lora_alpha"):
-        value = content.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < (key == "r"):
-            raise ModelError(where, f"{key} is {value!r}, not a number")
     return LoraConfig(**{key: value for key, value in content.items() if key in known})
 
 
@@ -150,4 +131,4 @@ def merge_adapters(model: nn.Module) -> None:
         layer.merge(safe_merge=True)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, base.to(dtype))
-    forget_adapters(model)
+    forget_origin(model)

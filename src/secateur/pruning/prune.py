@@ -1,18 +1,16 @@
 """Cuts a model to some of its layers and writes it as a plain folder that holds nothing of the others.
 
-The whole model is opened, which maps its weights into memory and reads none of them; only those of the layers up to the
-last kept one ever are. From the Hub, the bytes of the kept layers alone are fetched (:mod:`.download`).
+To open the whole model maps its weights into memory; only those of the layers up to the last kept one are ever read.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +25,19 @@ from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import new_folder, read_json, write_text
 from secateur.models import model_label, resolve
 from secateur.models.blocks import blocks_of, find_stack, skeleton, text_config, text_tower
-from secateur.models.checks import as_model_error, check_finite
+from secateur.models.checks import as_model_error, check_finite, read_modules
 from secateur.models.cutting import bypassed, check_keep, cut
-from secateur.models.open_model import as_source, check_embedder, complete, is_embedder, load_model
-from secateur.models.save import TOLERANCE, Expected, expected_of, save_model
+from secateur.models.open_model import as_source, complete, fetch, load_model
+from secateur.models.save import TOLERANCE, probe, save_model
 from secateur.options import PruneOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
 from secateur.pruning.adapters import adapter_folder, base_of, is_adapter, merge_adapter, merge_adapters
-from secateur.pruning.download import fetch_kept, fetch_small, transformer_folder
 from secateur.results import Origin, Profile, VocabularyCut, load
 from secateur.vocabulary.choice import count_vocabulary
 from secateur.vocabulary.trim import cut_tokenizer, cut_vocabulary, renumbered
 
 STEP = "prune, %"
-WHOLE = "the whole source"
 
 
 @step(PruneOptions)
@@ -72,58 +68,50 @@ def prune(options: PruneOptions, *, progress: Progress = silent) -> Path:
     if options.adapter is not None and (options.trust_remote_code or str(source).endswith(".gguf")):
         problem = f"cannot be merged into {options.model}"
         raise ConfigError("adapter", options.adapter, problem, "it must be safetensors, without code")
-    with new_folder(options.out) as folder, _beside(folder) as scratch:
+    with (
+        new_folder(options.out) as folder,
+        tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch,
+    ):
         progress(STEP, 0, 100)
-        _prune(options, source, folder, scratch, progress)
+        _prune(options, source, folder, Path(scratch), progress)
         progress(STEP, 100, 100)
     return options.out
-
-
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A folder on the same disk, for a time."""
-    scratch = folder.with_name(folder.name + ".scratch")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir()
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Path, progress: Progress) -> None:
     """The way from a source to the verified folder."""
     name = options.model
     adapter = None if options.adapter is None else adapter_folder(options.adapter)
-    source, revision, base_adapter = _fetch(options, source, scratch, progress)
+    source, base_adapter = _fetch(source, options.revision)
     adapter = adapter or base_adapter
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": options.trust_remote_code}
-    with as_model_error(name, scratch / "read"), quiet(), as_source(source, options.trust_remote_code) as opened:
-        if is_embedder(opened, revision):
-            check_embedder(name, options.pooling, options.max_length)
-        file = transformer_folder(Path(opened)) / CONFIG_NAME
+    progress(STEP, 25, 100)
+    with as_model_error(name, source), quiet(), as_source(source) as found:
+        opened = Path(found)
+        place = next((module["path"] for module in read_modules(opened)), "")
+        file = opened / place / CONFIG_NAME
         content = read_json(file) if file.is_file() else {}
         if any(part.get("quantization_config") for part in (content, *content.values()) if isinstance(part, dict)):
             hint = "prune the weights it was quantized from, and quantize the result"
             raise UnsupportedArchitecture(name, "its weights are quantized", hint)
-        origin_file = Path(opened) / Origin.file
         shown, key_mapping = _text_tower(opened, scratch / "text") if not options.trust_remote_code else (opened, None)
-        model, unused = load_model(name, shown, device="cpu", key_mapping=key_mapping, **where)
-        left_out = _left_out(model[0].auto_model, unused)
+        where: Any = {"device": "cpu", "key_mapping": key_mapping, "trust_remote_code": options.trust_remote_code}
+        model, unused = load_model(name, shown, options.pooling, options.max_length, **where)
         transformer: PreTrainedModel = model[0].auto_model
+        left_out = _left_out(transformer, unused)
         depth, path = len(blocks_of(transformer)), find_stack(transformer).path
         keep = blocks_of_choice(options, depth)
         check_keep(transformer.config, keep)
-        origin = origin_of(name, depth, keep, origin_file if origin_file.is_file() else None, left_out)
+        origin = origin_of(name, depth, keep, opened / Origin.file, left_out)
         progress(STEP, 30, 100)
         if adapter is not None:
-            merge_adapter(transformer, adapter, [f"{path}.{index}." for index in keep], left_out)
+            gone = [f"{path}.{index}." for index in range(depth) if index not in keep]
+            merge_adapter(transformer, adapter, gone, left_out)
         elif hasattr(transformer, "peft_config"):
             merge_adapters(transformer)
         tokens = _cut_tokens(options, model, progress) if options.vocab else None
         with bypassed(transformer, keep), renumbered(model, *tokens[:2]) if tokens else nullcontext():
             complete(name, model, options.pooling, options.max_length)
-            expected = expected_of(model, WHOLE)
+            expected = probe(model)
         cut(transformer, keep)
         if tokens:
             kept, tokenizer, record = tokens
@@ -132,9 +120,6 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
             before = record.tokens if origin.vocabulary is None else origin.vocabulary.tokens
             origin = replace(origin, vocabulary=replace(record, tokens=before))
         check_finite(name, model)
-        for path, parameter in transformer.named_parameters() if (scratch / "read").is_dir() else ():
-            if parameter.ndim > 1 and not bool(parameter.any()):  # maybe not fetched, though it should have been
-                raise ModelError(name, f"{path} has only zeros", "fetch the model (hf download) and give its folder")
     progress(STEP, 60, 100)
     if options.dtype != "auto":
         expected = _convert(model, expected, options.dtype, scratch / "as-stored")
@@ -145,45 +130,30 @@ def _cut_tokens(
     options: PruneOptions, model: SentenceTransformer, progress: Progress
 ) -> tuple[tuple[int, ...], PreTrainedTokenizerBase, VocabularyCut]:
     """The ids that stay, ascending, the tokenizer of these, and the record of the cut; the model stays as it is."""
-    name, prompts = str(options.model), model.prompts.values()
-    counted = count_vocabulary(name, model.tokenizer, model[0].auto_model, options, prompts=prompts, progress=progress)
+    told: Any = {"prompts": model.prompts.values(), "progress": progress}
+    counted = count_vocabulary(str(options.model), model.tokenizer, model[0].auto_model, options, **told)
     size = counted.size_of(options)
     kept = counted.kept(size)
     tasks = [read_task_folder(task) for task in options.vocab_tasks]
     covered = {task.name: counted.coverage_of(texts_of(task), size) for task in tasks}
-    record = replace(counted.cut(size), task_coverage=covered)
-    return kept, cut_tokenizer(model.tokenizer, counted.vocabulary, kept), record
+    return kept, cut_tokenizer(model.tokenizer, kept), replace(counted.cut(size), task_coverage=covered)
 
 
-def _fetch(
-    options: PruneOptions, source: str | Path, scratch: Path, progress: Progress
-) -> tuple[str | Path, str | None, Path | None]:
-    """What is to be opened, at which revision, and the adapter where the source is one that names its base."""
-    revision, adapter = options.revision, None
-    small = fetch_small(source, revision) if isinstance(source, str) and not options.trust_remote_code else None
-    folder = small or source
-    if isinstance(folder, Path) and is_adapter(folder):
-        adapter = adapter_folder(folder)
-        base, revision = base_of(folder)
-        source = resolve(base)
-        small = fetch_small(source, revision) if isinstance(source, str) else None
-    if small is None:
-        return source, revision, adapter
-    (scratch / "read").mkdir()
-
-    def told(what: str, done: int, total: int) -> None:
-        progress(STEP, 25 * done // max(1, total), 100)
-
-    choose = partial(blocks_of_choice, options)
-    return fetch_kept(str(source), small, choose, scratch / "read", told), None, adapter
+def _fetch(source: str | Path, revision: str | None) -> tuple[Path, Path | None]:
+    """The file or folder that is to be opened, and the adapter where the source is one that names its base."""
+    folder = fetch(source, revision) if isinstance(source, str) else source
+    if not is_adapter(folder):
+        return folder, None
+    name, revision = base_of(folder)
+    base = resolve(name)
+    return fetch(base, revision) if isinstance(base, str) else base, adapter_folder(folder)
 
 
-def _text_tower(source: str | Path, folder: Path) -> tuple[str | Path, dict[str, str] | None]:
-    """A folder that shows a multimodal model as its text tower alone, and what to make of the names in its weights.
-
-    The source itself, where it is a text model.
+def _text_tower(source: Path, folder: Path) -> tuple[Path, dict[str, str] | None]:
+    """A folder that shows a multimodal model as its text tower alone, and what to make of the names in its weights;
+    the source itself, where it is a text model.
     """
-    if not isinstance(source, Path) or not (source / CONFIG_NAME).is_file():
+    if not (source / CONFIG_NAME).is_file():
         return source, None
     config = AutoConfig.from_pretrained(source)
     text = text_config(config)
@@ -215,29 +185,25 @@ def _left_out(transformer: PreTrainedModel, unused: Sequence[str]) -> tuple[str,
     return tuple(sorted(left_out))
 
 
-def _convert(model: SentenceTransformer, expected: Expected, dtype: str, folder: Path) -> Expected:
+def _convert(model: SentenceTransformer, expected: np.ndarray, dtype: str, folder: Path) -> np.ndarray:
     """Check a cut model in memory, give its weights another number format, and tell what its folder should give.
 
     transformers converts, which knows the weights that stay as they are.
     """
-    found = float(np.abs(expected_of(model).vectors - expected.vectors).max())
-    if not found <= TOLERANCE:
-        raise VerificationFailed("the cut model", found, TOLERANCE)
     transformer = model[0].auto_model
     with quiet():
+        found = float(np.abs(probe(model) - expected).max())
+        if not found <= TOLERANCE:
+            raise VerificationFailed("the cut model", found, TOLERANCE)
         transformer.save_pretrained(folder)
         model[0].model = type(transformer).from_pretrained(folder, dtype=dtype).eval()
-    return expected_of(model, WHOLE)
+        return probe(model)
 
 
 def origin_of(
     model: str | Path, depth: int, keep: Sequence[int], earlier: Path | None = None, left_out: Sequence[str] = ()
 ) -> Origin:
-    """Where a cut model comes from: what its own ``secateur.json`` (``earlier``) says, continued by this cut.
-
-    Raises:
-        ModelError: That file is of a model of another depth.
-    """
+    """Where a cut model comes from: what its own ``secateur.json`` (``earlier``) says, continued by this cut."""
     now = provenance()
     file = earlier or Path(model) / Origin.file
     if not file.is_file():
@@ -280,11 +246,7 @@ def _check_choice(options: PruneOptions) -> None:
 
 
 def blocks_of_choice(options: PruneOptions, depth: int) -> tuple[int, ...]:
-    """Indices of the layers that stay, of ``depth`` layers.
-
-    Raises:
-        ConfigError: A piece of the choice is no layer of this model.
-    """
+    """Indices of the layers that stay, of ``depth`` layers."""
     if options.to is not None:
         return blocks_to_keep(options.to, depth, options.profile)
     if options.keep is not None:

@@ -20,10 +20,9 @@ from secateur.healing.recipes import training_config
 from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of, skeleton
 from secateur.models.checks import as_model_error
-from secateur.models.open_model import open_model
+from secateur.models.open_model import open_model, open_skeleton
 from secateur.options import CostOptions, HealOptions, ProfileOptions, PruneOptions, ScoutOptions, StudyOptions
 from secateur.progress import quiet
-from secateur.pruning.download import fetch_small, transformer_folder
 from secateur.reporting.run import BASELINE
 from secateur.scouting.scout import ladder, step_cost
 from secateur.studies.steps import Base, Plan, Step
@@ -34,7 +33,7 @@ BYTES_PER_SECOND = 200e6
 COST_TOKENS = 10_000
 """Tokens that the timing of one model encodes, about."""
 SMALL_FOLDER = 2 << 30
-"""A folder of fewer bytes is opened to see that it is whole; of a larger one, only the configuration is read."""
+"""A folder of fewer bytes is opened to see that it is whole; of a larger one, weights are not read."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def measure_base(name: str, model: str) -> Base:
         elif isinstance(source, Path) and sum(f.stat().st_size for f in source.rglob("*.safetensors")) < SMALL_FOLDER:
             transformer = open_model(model, device="cpu")[0].auto_model
         else:
-            folder = source if isinstance(source, Path) else fetch_small(source)
-            transformer = skeleton(AutoConfig.from_pretrained(transformer_folder(folder)))
+            transformer = open_skeleton(model)[0]
     depth = depth_of(transformer)
     blocks = sum(parameter.numel() for parameter in blocks_of(transformer).parameters())
     return Base(name, model, depth, blocks // depth, sum(parameter.numel() for parameter in transformer.parameters()))

@@ -1,4 +1,8 @@
-"""A model with fewer tokens: its tokenizer, its tables, and the ids in its configuration."""
+"""A model with fewer tokens: its tokenizer, its tables, and the ids in its configuration.
+
+``skeletoken`` edits tokenizers, too. It refuses MiniLM's published file (a truncation without direction), takes twenty
+seconds for Gemma 3's, and does not know what is on the way to a token; what is left of it is :func:`keep_tokens`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,33 +20,110 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import UnsupportedArchitecture
 from secateur.files import read_json, write_text
 from secateur.models.blocks import build, last_line, text_config
-from secateur.models.compat import tensors_of
-from secateur.models.cutting import changed_values, packed_tensors
-from secateur.vocabulary.tokens import Vocabulary, keep_tokens
+from secateur.models.cutting import changed_shapes, changed_values, packed_tensors
 
 SIZES = ("vocab_size", "vocab_size_per_layer_input")
-"""Fields that count tokens: of the table, and of Gemma 3n's tables for each layer, which may have fewer."""
+"""Fields that count tokens: of the table, and of Gemma 3n's tables for each layer."""
 TOKEN_IDS = re.compile(r"_token_(ids?|index)$")
+WRITERS = ("post_processor", "padding")
+"""Parts of a ``tokenizer.json`` that put tokens into texts, by their ids."""
 WITHOUT_IDS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """The files of a tokenizer that do not list its tokens, and the one that is written anew."""
 
 
-def named_ids(transformer: PreTrainedModel) -> set[int]:
-    """Ids of the tokens that a model's configuration names."""
-    return {i for config in _configs(transformer) for ids in _ids_in(config).values() for i in ids}
+# ---- the tokenizer
+
+
+def plain_tokenizer(rules: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer from the content of its ``tokenizer.json``, that neither cuts nor pads."""
+    tokenizer = Tokenizer.from_str(json.dumps(rules))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of the tokens of each text, special ones left out."""
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def keep_tokens(rules: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """A ``tokenizer.json`` with some of its tokens; ``kept`` are their ids, and the new id of each is its place."""
+    place = {old: new for new, old in enumerate(kept)}
+    model = dict(rules["model"])
+    if isinstance(model["vocab"], list):
+        model["vocab"] = [item for i, item in enumerate(model["vocab"]) if i in place]
+        model["unk_id"] = place.get(model["unk_id"])
+    else:
+        model["vocab"] = {token: place[i] for token, i in model["vocab"].items() if i in place}
+    if "merges" in model:
+        prefix, there = model.get("continuing_subword_prefix") or "", model["vocab"]
+        model["merges"] = [
+            [left, right]
+            for left, right in model["merges"]
+            if left in there and right in there and left + right.removeprefix(prefix) in there
+        ]
+    added = [token | {"id": place[token["id"]]} for token in rules["added_tokens"] if token["id"] in place]
+    renumbered = {key: _each_id(rules.get(key), place.__getitem__) for key in WRITERS}
+    return {**rules, "model": model, "added_tokens": added, **renumbered}
+
+
+def written_ids(rules: Mapping[str, Any]) -> list[int]:
+    """Ids that a tokenizer puts into texts."""
+    found: list[int] = []
+    for key in WRITERS:
+        _each_id(rules.get(key), found.append)
+    return found
+
+
+def _each_id(part: Any, change: Callable[[int], Any]) -> Any:
+    """A post-processor or a padding with other ids."""
+    if isinstance(part, list):
+        return [_each_id(item, change) for item in part]
+    if not isinstance(part, dict):
+        return part
+    changed = {key: _each_id(value, change) for key, value in part.items()}
+    for key, value in part.items():
+        if key == "ids" and isinstance(value, list):
+            changed[key] = [change(i) for i in value]
+        elif key in ("sep", "cls") and isinstance(value, list):
+            changed[key] = [value[0], change(value[1])]
+        elif key == "pad_id" and isinstance(value, int):
+            changed[key] = change(value)
+    return changed
+
+
+def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
+    """The tokenizer with some of its tokens, as transformers opens it from its files."""
+    rules = keep_tokens(json.loads(tokenizer.backend_tokenizer.to_str()), kept)
+    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
+        folder = Path(scratch)
+        tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in WITHOUT_IDS:
+                file.unlink()
+        settings = read_json(folder / "tokenizer_config.json")
+        settings.pop("added_tokens_decoder", None)
+        write_text(folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False))
+        write_text(folder / "tokenizer.json", json.dumps(rules, ensure_ascii=False))
+        return AutoTokenizer.from_pretrained(folder)
+
+
+# ---- the model
 
 
 @contextmanager
 def renumbered(model: SentenceTransformer, kept: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Within: a whole model reads the texts of a cut tokenizer, each token by the id that it had.
 
-    Nothing of what :func:`cut_vocabulary` does to a model is used, so that it can be checked by it.
+    It uses nothing of :func:`cut_vocabulary`, which is checked by it.
     """
     old = torch.tensor(kept)
     transformer, processor = model[0].auto_model, model[0].processor
@@ -61,33 +142,12 @@ def renumbered(model: SentenceTransformer, kept: Sequence[int], tokenizer: PreTr
         model[0].processor = processor
 
 
-def cut_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, kept: Sequence[int]
-) -> PreTrainedTokenizerBase:
-    """The tokenizer with some of its tokens, as transformers opens it from its files."""
-    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
-        folder = Path(scratch)
-        tokenizer.save_pretrained(folder)
-        for file in folder.iterdir():
-            if file.is_file() and file.name not in WITHOUT_IDS:
-                file.unlink()
-        settings = read_json(folder / "tokenizer_config.json")
-        settings.pop("added_tokens_decoder", None)
-        write_text(folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False))
-        rules = keep_tokens(vocabulary.rules, kept)
-        write_text(folder / "tokenizer.json", json.dumps(rules, ensure_ascii=False))
-        return AutoTokenizer.from_pretrained(folder)
-
-
 @torch.no_grad()
 def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int], multiple: int = 1) -> None:
     """Cut a model's tables in place to some of its tokens, and renumber those that its configuration names.
 
-    Args:
-        name: Of the model, for errors.
-        transformer: Only the rows that stay are read, of weights that are mapped into memory.
-        kept: Ids of the tokens that stay, ascending.
-        multiple: Rows of zeros are added until the number of rows is a multiple of it.
+    ``kept`` are the ids of the tokens that stay, ascending: only their rows are read, of weights that are mapped into
+    memory. Rows of zeros are added until the number of rows is a multiple of ``multiple``.
 
     Raises:
         UnsupportedArchitecture: No table follows the vocabulary, or something else than a table does.
@@ -101,8 +161,7 @@ def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int],
             there = torch.tensor([i for i in kept if i < len(table)])
             smaller = table.new_zeros((rows, *table.shape[1:]))
             smaller[: len(there)] = table[there]
-            is_parameter = isinstance(table, nn.Parameter)
-            cut[table] = nn.Parameter(smaller, table.requires_grad) if is_parameter else smaller
+            cut[table] = nn.Parameter(smaller, table.requires_grad) if isinstance(table, nn.Parameter) else smaller
         setattr(module, attribute, cut[table])
     for path, attribute, value in values:
         setattr(transformer.get_submodule(path), attribute, value)
@@ -123,11 +182,7 @@ class TokenTable:
 
 
 def token_tables(name: str, transformer: PreTrainedModel) -> tuple[TokenTable, ...]:
-    """The tables of a model, with or without weights; tied ones once.
-
-    Raises:
-        UnsupportedArchitecture: As :func:`cut_vocabulary`.
-    """
+    """The tables of a model, with or without weights; tied ones once."""
     half = {*range(text_config(transformer).vocab_size // 2), *named_ids(transformer)}
     tables: dict[torch.Tensor, str] = {}
     for path, attribute, _ in _changes(name, transformer, sorted(half), 1)[0]:
@@ -158,12 +213,8 @@ def _changes(
     values: list[tuple[str, str, Any]] = []
     for path, module in after.named_modules():
         old = before.get_submodule(path)
-        tensors, found = tensors_of(old), len(tables)
-        for attribute, tensor in tensors_of(module).items():
-            former = tensors.get(attribute)
-            if former is None or tensor is None or former.shape == tensor.shape:
-                continue
-            was, now = tuple(former.shape), tuple(tensor.shape)
+        found = len(tables)
+        for attribute, was, now in changed_shapes(old, module):
             if was[1:] != now[1:] or len(was) != len(now):
                 problem = f"{path}.{attribute} follows the vocabulary and is no table of tokens: {was} would be {now}"
                 raise UnsupportedArchitecture(name, problem)
@@ -179,6 +230,11 @@ def _changes(
 
 
 # ---- configurations
+
+
+def named_ids(transformer: PreTrainedModel) -> set[int]:
+    """Ids of the tokens that a model's configuration names."""
+    return {i for config in _configs(transformer) for ids in _ids_in(config).values() for i in ids}
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
