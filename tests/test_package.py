@@ -27,7 +27,7 @@ models: compat blocks cutting forward checks save open_model
 data: rows hub sources vectors embedders
 vocabulary: tokens trim choice
 measures: metrics intervals costs
-evaluation: task_tables task_formats task_folder task_making tasks replicates evaluate
+evaluation: task_formats task_folder tasks replicates evaluate
 choosing: selectors budgets evidence choose
 profiling: lens depths depth_scores corpus profile
 pruning: download adapters prune
