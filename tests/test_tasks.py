@@ -376,11 +376,6 @@ def test_few_texts_are_all_clustered_and_many_by_mtebs_share(tmp_path: Path):
     assert [task.make().max_fraction_of_documents_to_embed for task in made] == [None, 0.04, None]
 
 
-def test_a_sample_of_none_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="1 or more"):
-        open_task(write_task(tmp_path / "t", "sts", example_rows("sts")), sample=0)
-
-
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "x" * 121, "a\x00b"])
 def test_a_name_that_cannot_be_a_file_name_is_refused(name: str, tmp_path: Path):
     with pytest.raises(DataError, match=r'"name": .*file names'):

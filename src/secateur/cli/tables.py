@@ -188,11 +188,9 @@ def show_checks(checks: Sequence[TaskCheck]) -> None:
 
 
 def show_made_task(made: MadeTask) -> None:
-    """Where a task is from, and what was left out."""
+    """Where a task is from, and how large it is."""
     typer.echo(f"{made.name}: {made.how}, made from {made.texts:,} texts; no person judged what is relevant")
     typer.echo(f"  {made.queries:,} queries, {made.documents:,} documents")
-    for why, many in made.left_out.items():
-        typer.echo(f"  {why}: {many:,}")
 
 
 def show_costs(rows: Sequence[CostRow]) -> None:

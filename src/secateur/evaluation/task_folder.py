@@ -34,8 +34,6 @@ TITLES = ("title", "headline", "heading")
 BODIES = (TEXT, "body", "content", "abstract", "passage", "document", "sentence")
 LEAST_TEXT, LEAST_QUERY = 40, 12
 """Bytes in UTF-8 of a document and of a query: a Chinese character has three, and says as much as three letters."""
-DROPPED = "texts dropped, nearly empty or copies of others"
-UNASKED = "documents not asked for: title or first sentence missing, very short or shared with another"
 _SENTENCE = re.compile(r"(?s)\s*(.{6,}?(?:[.!?…](?=\s)|[。！？]|(?=\n)))(.*)")
 """Up to the first end of a sentence or line, beyond what may be an abbreviation; and the rest."""
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{,119}")
@@ -261,8 +259,7 @@ def check_tasks(options: CheckTasksOptions) -> list[TaskCheck]:
 class MadeTask:
     """A task that was made of so many ``texts``: its folder, and the name that scores will have.
 
-    ``how`` says where its queries are from (``title → body``, or ``first sentence → rest``), each of which has one
-    relevant document; ``left_out`` why rows are no document, and documents have no query, with their numbers.
+    ``how`` says where its queries are from: ``title → body``, or ``first sentence → rest``.
     """
 
     folder: Path
@@ -271,7 +268,6 @@ class MadeTask:
     texts: int
     documents: int
     queries: int
-    left_out: Mapping[str, int]
 
 
 @step(MakeTaskOptions)
@@ -309,9 +305,7 @@ def make_task(options: MakeTaskOptions) -> MadeTask:
         corpus = {f"d{index}": document for index, (_, document) in enumerate(made)}
         queries = {f"q{index}": made[index][0] for index in chosen}
         write_retrieval(partial, about, queries, corpus, ((f"q{index}", f"d{index}", 1) for index in chosen))
-    counts = {DROPPED: len(pairs) - len(made), UNASKED: len(made) - len(able)}
-    left_out = {why: count for why, count in counts.items() if count}
-    return MadeTask(options.out, name, how, len(pairs), len(made), len(chosen), left_out)
+    return MadeTask(options.out, name, how, len(pairs), len(made), len(chosen))
 
 
 def write_retrieval(

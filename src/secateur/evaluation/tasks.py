@@ -82,10 +82,8 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
 
     Raises:
         DataError: The folder is not right, or mteb has no text task of that name.
-        ConfigError: ``sample`` is below 1, or asked of an mteb task.
+        ConfigError: A sample is asked of an mteb task.
     """
-    if sample is not None and sample < 1:
-        raise ConfigError("sample", sample, f"{sample} rows are none", "1 or more")
     if not Path(task).exists():
         return _named_task(str(task), sample)
     folder = read_task_folder(task)
@@ -98,10 +96,8 @@ def open_tasks(tasks: Sequence[str | Path | Task], sample: int | None, seed: int
     """Open all tasks that are not open yet; benchmarks are expanded, and names must differ.
 
     Raises:
-        DataError, ConfigError: As :func:`open_task`; or no tasks, or two of one name.
+        DataError, ConfigError: As :func:`open_task`; or two have one name.
     """
-    if not tasks:
-        raise ConfigError("tasks", tasks, "there are none", "name one at least")
     opened: list[Task] = []
     for task in tasks:
         opened += [task] if isinstance(task, Task) else [open_task(t, sample=sample, seed=seed) for t in expand([task])]
@@ -256,8 +252,8 @@ def _candidates(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for number, row in enumerate(rows):
         query = f"test_query{number}"
         tables["queries"].append({"_id": query, "text": row["query"]})
-        for prefix, texts, score in (("apositive", row["positive"], 1), ("negative", row["negative"], 0)):
-            for i, text in enumerate(texts):
+        for column, prefix, score in (("positive", "apositive", 1), ("negative", "negative", 0)):
+            for i, text in enumerate(row[column]):
                 document = f"{prefix}_{query}_{i:05}"
                 tables["corpus"].append({"_id": document, "title": "", "text": text})
                 tables["qrels"].append({"query-id": query, "corpus-id": document, "score": score})
