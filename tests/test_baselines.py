@@ -189,7 +189,7 @@ def test_prompts_for_an_endpoint_stand_in_its_name(mood: Mood, tmp_path: Path):
         (["503"] * 9, r"answers 503 \(no such thing\)"),
         (["429 tomorrow"], "answers 429"),
         (["fewer"], "does not answer with one vector for each of"),
-        (["NaN"], "gives vectors with NaN or infinity on sts"),
+        (["NaN"], "gives a vector with NaN or infinity for"),
         (["wide"], "gives vectors of 3 numbers, and earlier of 2"),
     ],
 )

@@ -183,6 +183,9 @@ class Endpoint:
             raise ModelError(self.url, problem, f"an endpoint is named {FORM}") from None
         if vectors.shape[1] != (self.dimension or vectors.shape[1]):
             raise ModelError(self.url, f"gives vectors of {vectors.shape[1]} numbers, and earlier of {self.dimension}")
+        if not (finite := np.isfinite(vectors).all(axis=1)).all():
+            text = " ".join(texts[int(finite.argmin())].split())
+            raise ModelError(self.url, f'gives a vector with NaN or infinity for "{text:.60}"')
         self.dimension = vectors.shape[1]
         return vectors
 
