@@ -87,9 +87,6 @@ def mood() -> Iterator[Mood]:
                 self.answer(200, json.dumps({"data": rows}).encode()[:-5])
             elif act == "broken off":
                 self.answer(200, json.dumps({"data": rows}).encode()[:-5], {"Content-Length": "999"})
-            elif act == "413 over 2" and len(texts) > 2:
-                state.does.insert(0, act)
-                self.answer(413, b"")
             elif act == "fewer":
                 self.answer(200, json.dumps({"data": rows[:-1]}).encode())
             elif act == "more":
@@ -116,7 +113,6 @@ def mood() -> Iterator[Mood]:
             elif act == "slow":
                 time.sleep(1)
             else:
-                state.does[:0] = [act] if act == "413 over 2" else []
                 self.answer(200, json.dumps({"data": rows[::-1]}).encode())
 
         def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

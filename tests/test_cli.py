@@ -268,7 +268,7 @@ def test_tasks_are_made_and_checked(place: Path, run: Run):
     assert (good.code, good.err) == (0, "")
     assert good.out.startswith('notes: task folder, scored as retrieval by ndcg_at_10, called "notes-from-sentences"\n')
     assert "  note: made from texts alone" in good.out
-    assert "task: task folder, scored as sts by cosine_spearman\n  pairs 24\n" in good.out
+    assert "task: task folder, scored as sts by cosine_spearman\n  rows: test 24\n" in good.out
     bad = run("tasks", "check", "notes.txt", "task")
     assert (bad.code, bad.err) == (2, "")
     assert (
@@ -300,7 +300,7 @@ AT_ONCE = [
     ("evaluate model --tasks task -o file", "output file: is a file"),
     ("tasks make absent.txt -o out", "absent.txt: no such file"),
     ("tasks make words.jsonl -o task", "output task: already holds something else"),
-    ("tasks make words.jsonl -o out", "words.jsonl, line 1: none of its columns is known to hold texts"),
+    ("tasks make words.jsonl -o out", 'words.jsonl, line 1, "text": the column is missing'),
     ("cost ./nowhere -o out", "model ./nowhere: no such file or folder"),
     ("compare model ./nowhere --tasks task -o out", "model ./nowhere: no such file or folder"),
     ("compare model model --texts absent.txt -o out", "absent.txt: no such file"),

@@ -618,7 +618,7 @@ def test_a_score_without_an_interval_says_why(
     other, out = write_task(tmp_path / "other", "sts", example_rows("sts")), tmp_path / "out"
     rows = evaluate([make_encoder()], [few, mutual, other], names=["m"], out=out).rows
     assert [row.note for row in rows] == [
-        "no interval: 4 pairs are fewer than 5",
+        "no interval: 4 are too few, it takes 5",
         "no interval: the rows of Clustering by ami cannot be resampled",
         "",
     ]
@@ -697,7 +697,7 @@ def test_queries_that_are_documents_too(make_encoder: MakeEncoder, tmp_path: Pat
     (ignoring,) = evaluate([model], [path], names=["m"]).rows
     assert plain.score == pytest.approx(1 / np.log2(3), abs=1e-4)  # the answer is the second hit
     assert (ignoring.score, ignoring.note) == (1.0, "")
-    assert plain.note.startswith('12 queries are in the corpus under the same id: "ignore_identical_ids": true')
+    assert plain.note.startswith('queries that are in the corpus under the same id: 12; "ignore_identical_ids": true')
     told = write_task(tmp_path / "told", "retrieval", task, ignore_identical_ids=False)
     assert evaluate([model], [told], names=["m"]).rows[0].note == ""
 

@@ -27,7 +27,7 @@ models: compat blocks cutting forward save checks open_model
 data: rows hub sources vectors embedders
 vocabulary: trim choice
 measures: metrics intervals costs
-evaluation: task_tables task_formats task_folder task_making tasks replicates evaluate
+evaluation: task_formats task_folder tasks replicates evaluate
 choosing: selectors budgets evidence choose
 profiling: depths lens depth_scores corpus profile
 pruning: adapters prune

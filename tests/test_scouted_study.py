@@ -73,7 +73,7 @@ def run(place: Path, snapshots: Snapshots, quick_checks: None) -> Iterator[Path]
 
 def tables(run: Path) -> dict[str, object]:
     """All that a study found out, without the times, and where it lies."""
-    changing = {"seconds": 0, "source": "", "command": "", "created": "", "files": ""}
+    changing = {"seconds": 0, "source": "", "command": "", "created": ""}
     scout = load(run / "scouts" / "tiny", Scout)
     return {
         "scores": [row | changing for row in secateur.read_scores(run).to_dicts()],

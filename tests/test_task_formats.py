@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from conftest import MakeEncoder
 from secateur.errors import DataError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.task_folder import read_task_folder
-from secateur.evaluation.task_tables import CUTOFFS
+from secateur.evaluation.task_formats import TYPES
 from secateur.evaluation.tasks import open_task
-from task_folders import sentences, write_lines, write_task
+from task_folders import sentences, write_lines
 
 TEXTS = sentences(90, seed=4)
 QUERIES = {f"q{i}": text for i, text in enumerate(TEXTS[:24])}
@@ -120,7 +121,8 @@ def test_every_format_scores_as_sentence_transformers_and_mteb_do(make_encoder: 
     assert {row.metric for row in rows} == {"ndcg_at_10"}
     for row in rows:
         assert row.score == pytest.approx(expected, abs=1e-5), row.task
-        assert (row.samples, row.note) == (24, ""), row.task
+        told = "queries without a judgment, left out: 1 of 25" if row.task == "beir" else ""
+        assert (row.samples, row.note) == (24, told), row.task
     again = evaluate([model], places, names=["m"], out=tmp_path / "out").rows
     assert again == rows  # seconds and all: nothing was scored again
 
@@ -206,7 +208,7 @@ def test_queries_that_have_no_answer_are_counted(tmp_path: Path):
     (tmp_path / "set.json").write_text(json.dumps({**sets, "relevant_docs": {"a": ["d"], "b": []}}))
     task = read_task_folder(tmp_path / "set.json")
     assert [row["text"] for row in task.tables["queries"]] == ["x"]
-    assert task.note == "documents without text, left out: 1; queries without a judgment, left out: 2 of 3"
+    assert task.note == "documents without text, left out: 1 of 2; queries without a judgment, left out: 2 of 3"
 
 
 def dictionaries(**changed: object) -> str:
@@ -233,13 +235,13 @@ PAIRS = "sentence1,sentence2,score\na,b,1\n"
         ("a.csv.gz", b"no gzip", 1, None, "is not a whole gzip file"),
         ("a.json", '{"queries": {},\n "corpus": }', 2, None, "broken JSON .*column 12"),
         ("a.json", '{"queries":\n "caf\u00e9"}'.encode("cp1252"), 2, None, "byte 6 is not UTF-8.*WINDOWS-1252"),
-        ("a.json", "{}", None, None, "lacks queries, corpus, relevant_docs"),
-        ("a.json", "3", None, None, "lacks queries, corpus, relevant_docs: here is a int"),
+        ("a.json", "{}", None, "queries", 'is missing; here is .*: a question set has {"queries"'),
+        ("a.json", "3", None, None, "holds a int, not a list or a question set"),
         ("a.json", '[{"query": "a", "positive": "b"}, 3]', None, "[1]", "holds a int"),
         ("a.json", '[{"query": "a", "positive": "b"}, {"query": "a"}]', None, "[1].positive", "column is missing"),
         ("a.json", '[{"query": "a", "positive": ["b", ""]}]', None, "[0].positive", "the text is empty"),
         ("a.json", "[]", None, None, "has no rows"),
-        ("a.json", dictionaries(queries=["a"]), None, "queries", "is a list, not {id: text, ...}"),
+        ("a.json", dictionaries(queries=["a"]), None, "queries", "is a list: a question set has"),
         ("a.json", dictionaries(queries={"q1": ""}), None, "queries.q1", "the text is empty"),
         ("a.json", dictionaries(queries={"q1": {"text": "a"}}), None, "queries.q1", "not a text"),
         ("a.json", dictionaries(corpus={"d1": 3}), None, "corpus.d1", "not a text"),
@@ -253,13 +255,7 @@ PAIRS = "sentence1,sentence2,score\na,b,1\n"
             "'d9' is not in corpus",
         ),
         ("a.json", dictionaries(relevant_docs={"q1": {"d1": "high"}}), None, "relevant_docs.q1", "not an integer"),
-        (
-            "a.json",
-            dictionaries(relevant_docs={"q1": ["d1", "d1"]}),
-            None,
-            "relevant_docs.q1",
-            "'q1', 'd1' occurs twice",
-        ),
+        ("a.json", dictionaries(relevant_docs={"q1": ["d1", "d1"]}), None, "relevant_docs.q1", "occurs twice"),
         ("a.json", dictionaries(relevant_docs={"q1": []}), None, None, "has no rows"),
         ("a.jsonl", '{"user_input": [{"content": "a"}], "reference_contexts": ["b"]}', 1, "user_input", "not a text"),
         ("a.jsonl", '{"query": "a", "positive": []}', None, None, "has no query with a positive"),
@@ -274,14 +270,14 @@ def test_a_mistake_is_found_in_its_file_and_line_or_key(name, content, line, fie
         read_task_folder(file)
     assert (Path(caught.value.file).name, caught.value.line, caught.value.field) == (name, line, field)
     check = secateur.check_tasks([file])[0]
-    assert (check.path, check.problem, check.what) == (str(file), str(caught.value), "")
+    assert (check.path, check.problem, check.task) == (str(file), str(caught.value), None)
 
 
-def test_the_same_id_twice_says_where_it_was_before(tmp_path: Path):
+def test_the_same_id_twice_is_refused(tmp_path: Path):
     folder = write_beir(tmp_path / "beir")
     with (folder / "corpus.jsonl").open("a") as stream:
         stream.write('{"_id": "d2", "text": "other"}\n')
-    with pytest.raises(DataError, match=r"line 67: 'd2' occurs twice \(first: line 3\)"):
+    with pytest.raises(DataError, match="line 67: 'd2' occurs twice"):
         read_task_folder(folder)
 
 
@@ -311,7 +307,9 @@ def test_a_data_file_has_the_instruction_that_stands_beside_it(tmp_path: Path):
 
 
 def test_cutoffs_are_those_of_mteb():
-    assert tuple(AbsTaskRetrieval.k_values) == CUTOFFS
+    for type_ in ("retrieval", "reranking"):
+        taken = [k for k in range(1, 2000) if re.fullmatch(TYPES[type_].metrics, f"ndcg_at_{k}")]
+        assert taken == list(AbsTaskRetrieval.k_values)
 
 
 def test_the_fingerprint_follows_every_file(tmp_path: Path):
@@ -328,7 +326,7 @@ def test_a_dev_split_is_used_where_there_is_no_test(tmp_path: Path):
     folder = write_beir(tmp_path / "beir")
     (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "dev.tsv")
     task = read_task_folder(folder)
-    assert task.note == "judged by qrels/dev.tsv: there is no test split"
+    assert task.note.startswith("judged by qrels/dev.tsv: there is no test split; queries without a judgment, ")
     (folder / "corpus.jsonl").unlink()
     with pytest.raises(DataError, match=r"corpus\.jsonl: no such file"):
         read_task_folder(folder)
@@ -340,10 +338,9 @@ def test_a_check_says_what_each_is_and_goes_on_after_a_broken_one(tmp_path: Path
     places = [write_beir(tmp_path / "beir"), broken, write_ragas(tmp_path / "r.csv"), tmp_path / "nowhere"]
     beir, wrong, ragas, nowhere = secateur.check_tasks(places)
     judged = sum(len(own) for own in RELEVANT.values())
-    assert (beir.what, beir.type, beir.metric) == ("BEIR folder", "retrieval", "ndcg_at_10")
-    assert beir.counts == {"queries": 24, "documents": len(CORPUS), "relevant": judged}
-    assert (ragas.what, ragas.name, ragas.counts) == ("Ragas question set", "r", beir.counts)
+    assert (beir.task.what, beir.task.type, beir.task.metric) == ("BEIR folder", "retrieval", "ndcg_at_10")
+    assert (ragas.task.what, ragas.task.name) == ("Ragas question set", "r")
+    for check in (beir, ragas):
+        counts = {name: len(rows) for name, rows in check.task.tables.items()}
+        assert counts == {"corpus": len(CORPUS), "queries": 24, "qrels": judged}
     assert "broken.csv" in wrong.problem and nowhere.problem == f"{places[3]}: no such file or folder"
-    task = {"train": [{"text": str(i), "label": i % 3} for i in range(9)]}
-    labelled = write_task(tmp_path / "labels", "classification", {**task, "test": task["train"]})
-    assert secateur.check_tasks(labelled)[0].counts == {"training texts": 9, "texts": 9, "labels": 3}

@@ -43,7 +43,6 @@ def test_titles_ask_for_their_texts(tmp_path: Path):
         *("notes-from-titles", "title → body"),
         *(62, 60, 57),
     )
-    assert list(made.left_out.values()) == [2, 3]
     assert not any(row["title"] for row in task.tables["corpus"])
 
 
@@ -84,13 +83,13 @@ def test_each_score_says_that_nobody_judged_the_task(make_encoder: MakeEncoder, 
     assert (row.task, row.note) == ("notes-from-titles", caution)
     about = json.loads((tmp_path / "notes" / "task.json").read_text())
     assert about["notes"] == "Made from notes.jsonl (title → body), seed 42; no person judged what is relevant."
-    assert secateur.check_tasks(tmp_path / "notes")[0].notes == caution
+    assert secateur.check_tasks(tmp_path / "notes")[0].task.note == caution
 
 
 @pytest.mark.parametrize(
     ("name", "content", "options", "says"),
     [
-        ("a.csv", "heading;words\nx;y\n", {}, "known to hold texts: --text takes one of .* heading, words"),
+        ("a.csv", "heading;words\nx;y\n", {}, "the column is missing: .*--text; here are heading, words"),
         ("a.jsonl", '{"text": "Short."}\n' * 3, {}, "none of its texts can have a query: texts need two sentences"),
         ("a.jsonl", '{"text": 3}\n', {}, 'line 1, "text": is 3, not a text'),
         ("a.jsonl", '{"text": "a"}\n', {"title": "headlin"}, 'line 1, "headlin": the column is missing'),

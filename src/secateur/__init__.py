@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from secateur.choosing.choose import candidates, choose
     from secateur.errors import SecateurError
     from secateur.evaluation.evaluate import evaluate
-    from secateur.evaluation.task_folder import check_tasks
-    from secateur.evaluation.task_making import make_task
+    from secateur.evaluation.task_folder import check_tasks, make_task
     from secateur.exporting.export import export
     from secateur.healing.heal import heal
     from secateur.inference.encode import encode
@@ -67,7 +66,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "export": "exporting.export",
     "heal": "healing.heal",
-    "make_task": "evaluation.task_making",
+    "make_task": "evaluation.task_folder",
     "open_model": "models.open_model",
     "plan_study": "studies.study",
     "profile": "profiling.profile",

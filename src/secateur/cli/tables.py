@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from secateur.choosing.budgets import VocabularyCost, VocabularyCosts
     from secateur.choosing.choose import Candidate, Candidates
     from secateur.choosing.evidence import Rung, Rungs
-    from secateur.evaluation.task_folder import TaskCheck
-    from secateur.evaluation.task_making import MadeTask
+    from secateur.evaluation.task_folder import MadeTask, TaskCheck
     from secateur.exporting.export import Export
     from secateur.results import Comparison, CostRow, Profile, Scores, Scout
     from secateur.studies.runner import State
@@ -175,23 +174,21 @@ def show_scores(scores: Scores) -> None:
 def show_checks(checks: Sequence[TaskCheck]) -> None:
     """What each task is, or what is wrong with it."""
     for check in checks:
-        if check.problem:
+        if (task := check.task) is None:
             typer.echo(f"{check.path}: cannot be scored\n  wrong: {check.problem}")
             continue
-        called = "" if Path(check.path).resolve().name.startswith(check.name) else f', called "{check.name}"'
-        typer.echo(f"{check.path}: {check.what}, scored as {check.type} by {check.metric}{called}")
-        typer.echo("  " + ", ".join(f"{what} {many:,}" for what, many in (check.counts or {}).items()))
-        for word, text in (("instruction", check.instruction), ("note", check.notes)):
+        called = "" if Path(check.path).resolve().name.startswith(task.name) else f', called "{task.name}"'
+        typer.echo(f"{check.path}: {task.what}, scored as {task.type} by {task.metric}{called}")
+        typer.echo("  rows: " + ", ".join(f"{name} {len(rows):,}" for name, rows in task.tables.items()))
+        for word, text in (("instruction", task.instruction), ("note", task.note)):
             if text:
                 typer.echo(f"  {word}: {text}")
 
 
 def show_made_task(made: MadeTask) -> None:
-    """Where a task is from, and what was left out."""
+    """Where a task is from, and how large it is."""
     typer.echo(f"{made.name}: {made.how}, made from {made.texts:,} texts; no person judged what is relevant")
     typer.echo(f"  {made.queries:,} queries, {made.documents:,} documents")
-    for why, many in made.left_out.items():
-        typer.echo(f"  {why}: {many:,}")
 
 
 def show_costs(rows: Sequence[CostRow]) -> None:

@@ -1,7 +1,7 @@
-"""Whatever gives vectors, opened as a ``SentenceTransformer``, to be compared with what secateur makes.
+"""Whatever gives vectors, opened as a ``SentenceTransformer``: a model, a static embedding, an export or an endpoint.
 
-A model, a static embedding, a folder that ``secateur export`` wrote, or an endpoint. Those that are no model of PyTorch
-are one module (:class:`BlackBox`), so that prompts, batches and tasks are the same for all.
+Those that are no model of PyTorch are one module (:class:`BlackBox`), so that prompts, batches and tasks are the same
+for all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from secateur.data.vectors import PROBES, VectorCache, fingerprint_model, same_a
 from secateur.errors import ModelError
 from secateur.models import is_endpoint
 from secateur.models.open_model import is_static, open_model, open_static
-from secateur.progress import quiet
 from secateur.provenance import ENCODING, fingerprint_files, is_export, versions_of
 from secateur.runtime.encoder import as_numbers
 
@@ -35,7 +34,6 @@ Encode = Callable[[list[str], str], NDArray[np.float32]]
 
 KEY, COMMON_KEY = "SECATEUR_ENDPOINT_KEY", "OPENAI_API_KEY"
 FORM = "https://host/v1#model-name"
-REQUEST_TEXTS = 128
 TIMEOUT = 60.0
 """Seconds without a sign of life."""
 RETRIES = 8
@@ -44,6 +42,7 @@ HINTS = {
     401: f"set {KEY}",
     403: f"set {KEY}",
     404: f"an endpoint is named {FORM}",
+    413: "a smaller --batch-size makes smaller requests",
 }
 
 
@@ -74,13 +73,6 @@ class BlackBox(InputModule):  # type: ignore[misc]
         raise NotImplementedError("it is no model of PyTorch")
 
 
-class _Remote(SentenceTransformer):  # type: ignore[misc]
-    """A model behind an endpoint: a batch is a request, as large as one may be."""
-
-    def encode(self, inputs: Any, *args: Any, **options: Any) -> Any:
-        return super().encode(inputs, *args, **options | {"batch_size": REQUEST_TEXTS})
-
-
 def open_embedder(
     name: str | Path, *, device: str | None = None, trust_remote_code: bool = False
 ) -> SentenceTransformer:
@@ -93,13 +85,12 @@ def open_embedder(
         trust_remote_code: Run the model code that a repository brings along.
 
     Raises:
-        ModelError: It cannot be opened.
-        MissingPackage: The runtime of an export is not installed.
+        ModelError, MissingPackage: It cannot be opened, or the runtime of an export is not installed.
     """
     if is_endpoint(name):
         server = Endpoint(str(name))
         box = BlackBox(server, server.embed, server.fingerprint)
-        return _Remote(modules=[box], device="cpu", prompts=server.prompts, similarity_fn_name="cosine")
+        return SentenceTransformer(modules=[box], device="cpu", prompts=server.prompts, similarity_fn_name="cosine")
     if is_export(name):
         return as_model(runtime.load(name))
     if is_static(name):
@@ -127,33 +118,24 @@ def identify(model: SentenceTransformer, folder: Path | None) -> tuple[str, Vect
     """A model's fingerprint, and its vectors in a folder, where one is given.
 
     That of an endpoint is its address, its name, and its vectors of a few texts: those in the folder where it has some,
-    if the endpoint still gives about the same ones. The library versions of this machine do not change its vectors.
-
-    Raises:
-        ModelError: The endpoint gives no vectors, or others than those that are kept.
+    if the endpoint still gives about the same ones (else a ModelError). The library versions here do not change them.
     """
-    weights = fingerprint_model(model)
-    if not isinstance(model, _Remote):
+    weights, server = fingerprint_model(model), getattr(model[0], "source", None)
+    if not isinstance(server, Endpoint):
         return weights, None if folder is None else VectorCache(folder, weights, versions_of(ENCODING))
-    with quiet():
-        vectors = np.asarray(model.encode(list(PROBES), prompt="", show_progress_bar=False), dtype=np.float32)
-    cache = None if folder is None else VectorCache(folder, weights)
-    if cache is not None:
-        vectors = same_as_kept(model[0].source.url, cache, "probes", vectors)
+    vectors, cache = server.embed(PROBES), None
+    if folder is not None:
+        cache = VectorCache(folder, weights)
+        vectors = same_as_kept(server.url, cache, "probes", vectors)
     return hashlib.sha256(weights.encode() + vectors.tobytes()).hexdigest(), cache
 
 
 class Endpoint:
-    """One model of a server that speaks the OpenAI embeddings API.
+    """One model of a server that speaks the OpenAI embeddings API; a batch of texts is a request.
 
-    Args:
-        name: ``https://host/v1#model-name``; without a name it is the server's only model. What goes before queries
-            and documents may follow: ``https://host/v1#e5-base?query=query: &document=passage: ``.
-
-    Attributes:
-        url: The address without the model's name.
-        fingerprint: Of the address and the model's name: its weights cannot be known.
-        dimension: Of its vectors; 0 before the first.
+    ``name`` is ``https://host/v1#model-name``; without a name it is the server's only model. What goes before queries
+    and documents may follow: ``https://host/v1#e5-base?query=query: &document=passage: ``. ``fingerprint`` is of
+    address and name, since the weights cannot be known; ``dimension`` is 0 before the first vector.
 
     Raises:
         ModelError: The address is none, or holds a password; a model must be named, or the server cannot be asked.
@@ -181,25 +163,16 @@ class Endpoint:
         return names[0]
 
     def embed(self, texts: Sequence[str], prompt: str = "") -> NDArray[np.float32]:
-        """Vectors of texts with a prompt before each, (texts, dimension), in requests as small as the server wants.
+        """Vectors of texts with a prompt before each: (texts, dimension).
 
         Raises:
             ModelError: The server refuses, does not answer in all attempts, or its answer is not what was asked for.
         """
-        texts, most = [prompt + text for text in texts], REQUEST_TEXTS
+        texts = [prompt + text for text in texts]
         try:
-            if len(texts) <= most:
-                create = self.client.embeddings.create
-                answer: Any = create(model=self.model, input=texts, encoding_format="float")
+            answer: Any = self.client.embeddings.create(model=self.model, input=texts, encoding_format="float")
         except Exception as error:
-            if getattr(error, "status_code", 0) != 413 or len(texts) == 1:
-                raise self._error(error) from None
-            most = -(-len(texts) // 2)
-        if len(texts) > most:
-            return np.concatenate([self.embed(texts[start : start + most]) for start in range(0, len(texts), most)])
-        if isinstance(answer, str):
-            said = f'answers with no JSON ("{" ".join(answer.split()):.60}")'
-            raise ModelError(self.url, said, "the address ends with /v1")
+            raise self._error(error) from None
         try:
             rows = {int(row.index): row.embedding for row in answer.data}
             vectors = np.array([rows[i] for i in range(len(texts))], dtype=np.float32)
@@ -207,7 +180,7 @@ class Endpoint:
                 raise ValueError(f"{len(answer.data)} vectors")
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             problem = f"does not answer with one vector for each of {len(texts)} texts ({error!r})"
-            raise ModelError(self.url, problem) from None
+            raise ModelError(self.url, problem, f"an endpoint is named {FORM}") from None
         if vectors.shape[1] != (self.dimension or vectors.shape[1]):
             raise ModelError(self.url, f"gives vectors of {vectors.shape[1]} numbers, and earlier of {self.dimension}")
         if not (finite := np.isfinite(vectors).all(axis=1)).all():
@@ -218,13 +191,10 @@ class Endpoint:
 
     def _error(self, error: Exception) -> ModelError:
         """What the openai client raised, as one line about the server."""
-        status = getattr(error, "status_code", 0)
-        body = getattr(error, "body", None)
-        message = body.get("message") if isinstance(body, dict) else getattr(error, "message", None)
+        status, body = getattr(error, "status_code", 0), getattr(error, "body", None)
+        message = body.get("message") if isinstance(body, dict) else None
         said = " ".join(str(message or error or type(error).__name__).split())[:300]
         told = f"answers {status} ({said})" if status else f"gives no valid answer ({said})"
-        wait = getattr(getattr(error, "response", None), "headers", {}).get("retry-after")
-        told += f", and wants to be asked again in or at {wait}" if wait else ""
         return ModelError(self.url, told, HINTS.get(status, ""))
 
 

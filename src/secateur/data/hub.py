@@ -50,11 +50,7 @@ def is_hub_name(data: str | Path) -> bool:
 
 
 def parse_name(data: str | Path) -> HubName:
-    """Take a name apart.
-
-    Raises:
-        DataError: It is not of the form.
-    """
+    """Take a name apart; a DataError where it is not of the form."""
     found = _FORM.fullmatch(str(data))
     if not found:
         raise DataError(data, "is no name of a data set", "hf:NAME, hf:NAME:CONFIG or hf:NAME@REVISION:CONFIG[SPLIT]")
@@ -70,27 +66,26 @@ def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:
     asked = parse_name(data)
     import datasets  # takes a second, which files need not wait for
 
-    is_saved = any((Path(asked.name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
-    if is_saved and (asked.config or asked.revision):
-        problem = "was saved to disk, without configurations and revisions"
-        raise DataError(str(asked), problem, f"hf:{asked.name}[SPLIT]")
+    revision = asked.revision
     try:
         with quiet():
-            if is_saved:
+            if any((Path(asked.name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+                if asked.config or asked.revision:
+                    raise ValueError("a folder that was saved to disk has no configurations and revisions")
                 loaded = datasets.load_from_disk(asked.name)
-                loaded = loaded if isinstance(loaded, dict) else {"": loaded}
-                commit = None
+                if asked.split and not isinstance(loaded, dict):
+                    raise ValueError("it has no splits")
             else:
                 builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
                 builder.download_and_prepare()
-                commit = (
-                    builder.hash if not Path(asked.name).exists() and _COMMIT.fullmatch(builder.hash or "") else None
-                )
+                revision = builder.hash if _COMMIT.fullmatch(builder.hash or "") else revision
                 loaded = builder.as_dataset(split=asked.split)
-                loaded = loaded if isinstance(loaded, dict) else {asked.split: loaded}
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(data, f"cannot be loaded ({' '.join(str(error).split())})") from error
+    found = replace(asked, revision=revision)
+    if not isinstance(loaded, dict):
+        return found, loaded
     split = asked.split or (next(iter(loaded)) if len(loaded) == 1 else "train")
     if split not in loaded:
         raise DataError(str(asked), f"has no split {split}", f"it has {', '.join(loaded) or 'none'}")
-    return replace(asked, revision=commit or asked.revision), loaded[split]
+    return found, loaded[split]

@@ -1,12 +1,12 @@
 """Rows of files, one after the other, each with its line: JSON Lines, CSV, TSV, Parquet and plain text.
 
-Only a piece of a file is in memory. A mistake is a :class:`.DataError` with file, line and column. (The ``datasets``
-library reads these formats, too, but does not tell the line of a mistake, and copies all data into its cache first.)
-Text is UTF-8; a byte order mark, as Excel and Notepad write it, is left out.
+Only a piece of a file is in memory. A mistake is a :class:`.DataError` with file, line and column, which the
+``datasets`` library does not tell. Text is UTF-8; a byte order mark, as Excel and Notepad write it, is left out.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
 import gzip
@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,11 @@ BATCH_ROWS = 1024
 
 
 def read_rows(path: Path, select: Select = list) -> Iterator[tuple[int, Row]]:
-    """Read a file row by row.
+    """Read a file row by row: the line of each row (of Parquet, its number), from 1, and its columns.
 
-    Args:
-        path: JSON Lines, CSV, TSV, Parquet, or plain text, whose lines are in the column ``text``. CSV may be
-            separated by semicolons or tabs, as Excel does in some languages: the first line tells.
-        select: Which columns of Parquet to read: it may have vectors beside the texts. Default: all.
-
-    Returns:
-        The line of each row (of Parquet, its number), from 1, and its columns. Blank lines are no rows, except in plain
-        text.
+    Blank lines are no rows, except in plain text, whose lines are in the column ``text``. CSV may be separated by
+    semicolons or tabs, as Excel does in some languages: the first line tells. ``select`` says which columns of Parquet
+    to read: it may have vectors beside the texts.
 
     Raises:
         DataError: The file is missing, of no known format, or damaged; or, with its line, a row is broken.
@@ -63,39 +58,36 @@ def read_rows(path: Path, select: Select = list) -> Iterator[tuple[int, Row]]:
     suffix = next((suffix for suffix in (*TABLES, *PLAIN) if name.endswith(suffix)), None)
     if suffix is None:
         raise DataError(path, "is of no known format", f"expected one of {', '.join((*TABLES, *PLAIN))}")
-    if suffix == ".parquet":
-        return _parquet(path, select)
-    return {"jsonl": _json_lines, "csv": _csv, "tsv": _tsv, "txt": _plain}[suffix.split(".")[1]](path)
+    match suffix.split(".")[1]:
+        case "jsonl":
+            return _json_lines(path)
+        case "csv":
+            return _columns(path, _csv(path))
+        case "tsv":
+            return _columns(path, _tsv(path))
+        case "parquet":
+            return _parquet(path, select)
+    return ((line, {TEXT: text.removesuffix("\n").removesuffix("\r")}) for line, text in _lines(path))
 
 
 def read_column(file: str | Path, column: str | None = None) -> Iterator[str]:
-    """Read the texts of one column, as ``encode`` does. An empty text is a text, too.
-
-    Args:
-        file: As for :func:`read_rows`.
-        column: The column that holds the texts. Default: the first of :data:`TEXT_COLUMNS` that the first row has.
+    """Read the texts of one column, as ``encode`` does: by default the first of :data:`TEXT_COLUMNS` that is there.
 
     Raises:
         DataError: As :func:`read_rows`; or the column is missing or there twice, or a value is not a text.
     """
-    path, wanted = Path(file), list(TEXT_COLUMNS if column is None else (column,))
-    if column is not None and path.name.lower().endswith(PLAIN):
-        raise DataError(path, "is plain text and has no columns", "leave out --column")
-
-    def first_of(there: Collection[str]) -> list[str]:
-        return [name for name in wanted if name in there][:1]
-
-    for line, row in read_rows(path, lambda names: first_of(names) or names):
-        if len(wanted) > 1:
-            wanted = first_of(row) or wanted
-        if wanted[0] not in row:
-            problem = f"no column {wanted[0]}" if len(wanted) == 1 else "none of its columns is known to hold texts"
-            hint = f"--column takes one of those that are there: {', '.join(map(str, row))}"
-            raise DataError(path, problem, hint if row else "it has none", line=line)
-        text = row[wanted[0]]
+    wanted = TEXT_COLUMNS if column is None else (column,)
+    for line, row in read_rows(Path(file), lambda names: [name for name in wanted if name in names][:1] or names):
+        if column is None:
+            column = next((name for name in wanted if name in row), None)
+        if column is None or column not in row:
+            problem = f"no column {column}" if column else "none of its columns is known to hold texts"
+            hint = f"--column takes one of those that are there: {', '.join(row)}" if row else "it has none"
+            raise DataError(file, problem, hint, line=line)
+        text = row[column]
         if not isinstance(text, str):
             problem = "has no text" if text is None else f"holds a {type(text).__name__}, not a text"
-            raise DataError(path, problem, "fill it in, or leave the row out", line=line, field=wanted[0])
+            raise DataError(file, problem, "fill it in, or leave the row out", line=line, field=column)
         yield text
 
 
@@ -105,44 +97,11 @@ def check_column(files: Sequence[str | Path], column: str | None = None) -> None
         list(itertools.islice(read_column(file, column), CHECKED_ROWS))
 
 
-def error_at(file: str | Path, place: Place, problem: str, hint: str = "", *, field: str | None = None) -> DataError:
-    """The error of a row or an entry."""
-    if isinstance(place, str):
-        return DataError(file, problem, hint, field=f"{place}.{field}" if field and place.startswith("[") else place)
-    return DataError(file, problem, hint, line=place, field=field)
-
-
-def parse_row(
-    file: str | Path, place: Place, row: Row, fields: Fields, *, optional: Collection[str] = (), needed: str = ""
-) -> dict[str, Any]:
-    """Check and parse the columns of a row that mean something.
-
-    A column that is ``optional`` may be missing, and is parsed as None; ``needed`` is what every row must have, where
-    the name of a missing column does not tell it.
-
-    Raises:
-        DataError: A column is missing, or its value is not valid.
-    """
-    values = {}
-    for field, parse in fields.items():
-        if field not in row and field not in optional:
-            raise error_at(file, place, "the column is missing", f"{needed}here are {', '.join(row)}", field=field)
-        try:
-            values[field] = parse(row.get(field))
-        except ValueError as error:
-            raise error_at(file, place, str(error), field=field) from None
-    return values
-
-
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Read a text file line by line, with the numbers of the lines, from 1, and their ends. ``.gz`` is unpacked.
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers, from 1, and their ends. ``.gz`` is unpacked.
 
     A line feed ends a line, and nothing else does: JSON allows the other separators of Unicode in its strings.
-
-    Raises:
-        DataError: The file is missing, a folder, a pipe or damaged; or a line is not UTF-8 or holds a NUL byte.
     """
-    check_is_file(file)
     number, packed = 0, file.suffix.lower() == ".gz"
     try:
         with gzip.open(file, "rb") if packed else file.open("rb") as stream:
@@ -150,9 +109,6 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if "\0" in line:
                     raise DataError(file, "holds a NUL byte", "save the file as UTF-8", line=number)
-                if number == 1 and "\r" in line[:-1] and not line.endswith("\n"):
-                    hint = "save the file with line feeds"
-                    raise DataError(file, "carriage returns alone end its lines", hint, line=1)
                 yield number, line
     except UnicodeDecodeError as error:
         raise not_utf8(file, error, number) from None
@@ -162,47 +118,35 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
         raise DataError(file, f"cannot be read ({error.strerror or error})") from None
 
 
-def _plain(path: Path) -> Iterator[tuple[int, Row]]:
-    for line, text in read_lines(path):
-        yield line, {TEXT: text.removesuffix("\n").removesuffix("\r")}
-
-
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    for line, text in read_lines(path):
+    for line, text in _lines(path):
         if not text.strip():
             continue
         try:
             row = parse_json(text, strict=True)
-        except json.JSONDecodeError as error:
-            raise DataError(path, f"broken JSON ({error.msg}, column {error.colno})", line=line) from None
         except ValueError as error:
-            raise DataError(path, f"broken JSON ({error})", line=line) from None
+            said = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise DataError(path, f"broken JSON ({said})", line=line) from None
         if not isinstance(row, dict):
             problem = f"holds a {type(row).__name__}, not an object"
             raise DataError(path, problem, 'each line is one {"key": value, ...}', line=line)
         yield line, row
 
 
-def _csv(path: Path) -> Iterator[tuple[int, Row]]:
+def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit((1 << 31) - 1)  # Python's own limit is 131,072 characters
-    lines = (text for _, text in read_lines(path))
-    first = next(lines, "")
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(itertools.chain([first], lines), strict=True, delimiter=delimiter)
-
-    def rows() -> Iterator[tuple[int, list[str]]]:
-        line = 1
-        try:
-            for cells in reader:
-                yield line, cells
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(path, f"broken CSV ({error})", line=line) from None
-
-    yield from _table(path, rows())
+    lines = (text for _, text in _lines(path))
+    first, line = next(lines, ""), 1
+    reader = csv.reader(itertools.chain([first], lines), strict=True, delimiter=max(",;\t", key=first.count))
+    try:
+        for cells in reader:
+            yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(path, f"broken CSV ({error})", line=line) from None
 
 
-def _tsv(path: Path) -> Iterator[tuple[int, Row]]:
+def _tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """A tab ends a cell, a line feed a row; quotes are letters, but not those that pandas put around a cell."""
 
     def cell(text: str) -> str:
@@ -210,11 +154,12 @@ def _tsv(path: Path) -> Iterator[tuple[int, Row]]:
         quoted = len(text) > 1 and text[0] == text[-1] == '"' and '"' not in inner
         return text[1:-1].replace('""', '"') if quoted else text
 
-    lines = ((line, text.rstrip("\r\n")) for line, text in read_lines(path))
-    return _table(path, ((line, list(map(cell, text.split("\t")))) for line, text in lines if text.strip()))
+    for line, text in _lines(path):
+        if text.strip():
+            yield line, list(map(cell, text.rstrip("\r\n").split("\t")))
 
 
-def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, Row]]:
+def _columns(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, Row]]:
     """Rows of cells as columns by the names in the first of them."""
     names: list[str] = []
     for line, cells in rows:
@@ -263,6 +208,58 @@ def _check_names(path: Path, chosen: Sequence[str], names: Sequence[str], line: 
 # Values ---------------------------------------------------------------------------------------------------------------
 
 
+def parse_rows(
+    file: str | Path,
+    rows: Iterable[tuple[Place, Row]],
+    fields: Fields,
+    names: Mapping[str, Sequence[str]],
+    *,
+    optional: Collection[str] = (),
+    needed: str = "",
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Check and parse the columns of rows that mean something.
+
+    ``names`` are what files call a column that has not only the name of its field; the first that is there counts. An
+    ``optional`` column may be missing, and is parsed as None; ``needed`` says what every row must have.
+
+    Raises:
+        DataError: A column is missing, or its value is not valid; or there are no rows.
+    """
+    of_cells, place = str(file).lower().endswith(CELLS), None
+    for place, row in rows:
+        values = {}
+        for field, parse in fields.items():
+            called = names.get(field, (field,))
+            name = next((name for name in called if name in row), called[0])
+            if name not in row and field not in optional:
+                raise error_at(file, place, "the column is missing", f"{needed}here are {', '.join(row)}", field=name)
+            try:
+                value = row.get(name)
+                values[field] = parse(_of_cell(value, parse) if of_cells and value else value)
+            except ValueError as error:
+                raise error_at(file, place, str(error), field=name) from None
+        yield place, values
+    if place is None:
+        raise DataError(file, "has no rows")
+
+
+def error_at(file: str | Path, place: Place, problem: str, hint: str = "", *, field: str | None = None) -> DataError:
+    """The error of a row or an entry."""
+    if isinstance(place, str):
+        return DataError(file, problem, hint, field=f"{place}.{field}" if field and place.startswith("[") else place)
+    return DataError(file, problem, hint, line=place, field=field)
+
+
+def _of_cell(cell: str, parse: Callable[[Any], Any]) -> Any:
+    """A number or list, as Python and JSON write them, of CSV or TSV, where all values are texts."""
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        if parse in (as_number, as_binary):
+            return float(cell)
+        if parse in (as_texts, as_text_list, as_number_list) and cell.strip().startswith("["):
+            return ast.literal_eval(cell)
+    return cell
+
+
 def as_text(value: Any) -> str:
     """A text that is not empty."""
     if not isinstance(value, str):
@@ -278,15 +275,26 @@ def as_text_or_empty(value: Any) -> str:
     return value or ""
 
 
-def list_of(parse: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
-    def parse_list(value: Any) -> list[Any]:
-        if not isinstance(value, list):
-            raise ValueError(f"is {value!r:.60}, not a list")
-        if not value:
-            raise ValueError("is an empty list")
-        return [parse(item) for item in value]
+def as_texts(value: Any) -> list[str]:
+    """A text, a list of texts, or nothing."""
+    given = [] if value in (None, "") else value if isinstance(value, list) else [value]
+    return list(map(as_text, given))
 
-    return parse_list
+
+def as_text_list(value: Any) -> list[str]:
+    return list(map(as_text, _as_list(value)))
+
+
+def as_number_list(value: Any) -> list[float]:
+    return list(map(as_number, _as_list(value)))
+
+
+def _as_list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"is {value!r:.60}, not a list")
+    if not value:
+        raise ValueError("is an empty list")
+    return value
 
 
 def as_number(value: Any) -> float:

@@ -1,8 +1,8 @@
-"""Training data: pairs or texts, from files, folders and data sets of the Hub, checked row by row.
+"""Training data: pairs or texts, from files, folders and data sets of the Hub (:mod:`.hub`), checked row by row.
 
 A file has the columns ``query`` (or ``anchor``), ``positive`` and, where there are hard negatives, ``negative`` (a text
 or a list of texts); or only ``text``. A JSON file of the same name beside it (``pairs.jsonl`` and ``pairs.json``) may
-hold ``query_instruction``, ``passage_instruction`` and ``licence``. A data set (:mod:`.hub`) has the same columns.
+hold ``query_instruction``, ``passage_instruction`` and ``licence``.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from secateur.data.hub import PREFIX, is_hub_name, load_set, parse_name
-from secateur.data.rows import CELLS, CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, parse_row, read_rows
+from secateur.data.rows import CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, as_texts, parse_rows, read_rows
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
 from secateur.provenance import Fingerprint, fingerprint
 
 ROLES = ("query", "anchor", "positive", "negative", TEXT)
 """The columns that mean something; ``query`` and ``anchor`` are two names of one."""
+_PAIR: Fields = {"query": as_text, "positive": as_text, "negative": as_texts}
+E5_MIX = Path(__file__).with_name("e5_mix.json")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ def batches(pairs: Pairs, size: int) -> list[Pairs]:
     return [replace(pairs, rows=pairs.rows[start : start + size]) for start in starts]
 
 
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
 def read_sources(
     data: Data,
     instruction: str | None = None,
@@ -134,10 +139,10 @@ def read_sources(
     most: int | None = None,
     seed: int = 0,
 ) -> list[Source]:
-    """Read and check data.
+    """Read and check data: files, folders of them, names of data sets (:mod:`.hub`), or what was read already.
 
     Args:
-        data: Files, folders of them, names of data sets (:mod:`.hub`), or what was read already.
+        data: What to read.
         instruction: Goes before each anchor in place of those that come with the data, or before each text alone.
         columns: Role (:data:`ROLES`) → the column that has it here, where it is not called so.
         most: Draw about so many rows by ``seed``, evenly from the files, two of each at least. All are checked, and
@@ -146,8 +151,7 @@ def read_sources(
 
     Raises:
         ConfigError: There is no such role.
-        DataError: The data are missing or have no rows; or, with its line, a column is missing, a text is empty or is
-            not a text.
+        DataError: The data are missing or have no rows; or, with its line, a row is not right.
     """
     items = _items(data)
     share = sys.maxsize if most is None else max(2, most // max(1, len(items)))
@@ -170,12 +174,11 @@ def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str]
 def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> list[Iterator[str]]:
     """All texts of each file, one after the other: anchors, positives and negatives, or texts alone.
 
-    Raises:
-        ConfigError, DataError: As :func:`read_sources`, when the row is reached.
+    A mistake is an error as of :func:`read_sources`, when the row is reached.
     """
 
     def stream(item: Path | Source) -> Iterator[str]:
-        for row in item.rows if isinstance(item, Source) else _Table(item, columns).parsed():
+        for row in item.rows if isinstance(item, Source) else _Table(item, columns):
             yield from row.texts if isinstance(row, Pair) else (row,)
 
     return [stream(item) for item in _items(data)]
@@ -206,7 +209,7 @@ def check_data(data: Data, columns: Mapping[str, str] | None = None) -> None:
             table = _Table(item, columns)
             if not table.of_texts:
                 read_beside(item)
-            list(itertools.islice(table.parsed(), CHECKED_ROWS))
+            list(itertools.islice(table, CHECKED_ROWS))
 
 
 def _items(data: Data) -> list[Path | Source]:
@@ -236,109 +239,87 @@ def stem(path: Path) -> str:
 
 
 class _Table:
-    """A data file, or a data set of the Hub, opened to be read row by row.
+    """A data file, or a data set of the Hub, opened to be read row by row: texts or pairs, checked.
 
-    Attributes:
-        path: The file; None for a data set of the Hub.
-        of_texts: Whether its rows are texts alone, and no pairs; the first row tells, where nothing is said.
+    ``of_texts``: whether its rows are texts alone; the first row tells, where nothing is said.
     """
 
     def __init__(self, data: str | Path, columns: Mapping[str, str] | None, of_texts: bool | None = None) -> None:
-        for role in [role for role in columns or {} if role not in ROLES]:
-            raise ConfigError("columns", role, f"{role} is no role of a column", f"one of {', '.join(ROLES)}")
-        if columns and {"query", "anchor"} <= columns.keys():
+        columns = columns or {}
+        if unknown := columns.keys() - ROLES:
+            problem = f"{min(unknown)} is no role of a column"
+            raise ConfigError("columns", min(unknown), problem, f"one of {', '.join(ROLES)}")
+        if {"query", "anchor"} <= columns.keys():
             problem = "query and anchor are two words for one column"
             raise ConfigError("columns", dict(columns), problem, "map one of them")
-        self.place = str(data)
-        self.path = None if is_hub_name(data) else Path(data)
+        self.place, self.path = str(data), None if is_hub_name(data) else Path(data)
         self._plain = self.place.lower().endswith(PLAIN)
-        mapped = {} if self._plain or columns is None else columns
-        self._columns = {"query" if role == "anchor" else role: column for role, column in mapped.items()}
+        self._names: dict[str, tuple[str, ...]] = {"query": ("query", "anchor")}
+        if not self._plain:
+            self._names |= {"query" if role == "anchor" else role: (name,) for role, name in columns.items()}
         if self.path is None:
             self._hub_name, data_set = load_set(data)
             self._set = data_set.select_columns(self._select(data_set.column_names))
-            self.name = self._hub_name.label
-        else:
-            self.name = stem(self.path)
-        first = next(self.rows(), (0, {}))[1]
-        self.of_texts = self._plain or (TEXT in first and "positive" not in first) if of_texts is None else of_texts
+        has = self._roles(next(self._rows(), (0, {}))[1])
+        self.of_texts = self._plain or (TEXT in has and "positive" not in has) if of_texts is None else of_texts
 
-    def rows(self) -> Iterator[tuple[int, Row]]:
-        """The line of each row and its columns, the mapped ones under the names that they stand for.
-
-        Raises:
-            DataError: A mapped column is missing; the negative may be missing from some rows, but not from all.
-        """
-        there: Row = {}
-        line, unseen = 0, self._columns.get("negative")
-
-        def missing(column: str) -> DataError:
-            return DataError(self.place, "the column is missing", f"it has {', '.join(there)}", line=line, field=column)
-
-        for line, there in enumerate(self._set, 1) if self.path is None else read_rows(self.path, self._select):
-            if self._plain and not there[TEXT].strip():
-                continue
-            for role, column in self._columns.items():
-                if column not in there and role != "negative":
-                    raise missing(column)
-            unseen = None if unseen in there else unseen
-            yield line, {**there, **{role: there[column] for role, column in self._columns.items() if column in there}}
-        if line and unseen:
-            raise missing(unseen)
+    def _roles(self, there: Collection[str]) -> dict[str, str]:
+        """Of the columns, those that mean something, by role."""
+        called = {role: self._names.get(role, (role,)) for role in (*_PAIR, TEXT)}
+        return {role: name for role, names in called.items() for name in names if name in there}
 
     def _select(self, there: Sequence[str]) -> Sequence[str]:
         """The columns that mean something; all, where one is missing, for the error to name them."""
-        mapped = {*self._columns.values()}
-        has = {*there, *(role for role, column in self._columns.items() if column in there)}
-        enough = TEXT in has or ("positive" in has and not has.isdisjoint({"query", "anchor"}))
-        return [name for name in there if name in {*ROLES, *mapped}] if enough and mapped <= {*there} else there
+        found = self._roles(there)
+        return list(found.values()) if TEXT in found or {"query", "positive"} <= found.keys() else there
 
-    def parsed(self) -> Iterator[Any]:
-        """The rows, checked: texts or pairs. There must be one."""
-        row = None
-        for line, row in self.rows():
-            yield parse_row(self.place, line, row, {TEXT: as_text})[TEXT] if self.of_texts else self._pair_of(line, row)
-        if row is None:
-            raise DataError(self.place, "holds no text" if self.of_texts else "has no rows")
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        rows = enumerate(self._set, 1) if self.path is None else read_rows(self.path, self._select)
+        return ((line, row) for line, row in rows if not self._plain or row[TEXT].strip())
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.of_texts:
+            yield from (row[TEXT] for _, row in parse_rows(self.place, self._rows(), {TEXT: as_text}, self._names))
+            return
+        some, needed = "negative" not in self._names, "each row needs query or anchor, and positive (see --columns); "
+        rows = parse_rows(self.place, self._rows(), _PAIR, self._names, optional=("negative",), needed=needed)
+        for _, row in rows:
+            some = some or bool(row["negative"])
+            yield Pair(row["query"], row["positive"], tuple(row["negative"]))
+        if not some:
+            raise DataError(self.place, "no row has a negative", field=self._names["negative"][0])
 
     def read(self, instruction: str | None, most: int = sys.maxsize, seed: int = 0) -> Source:
         """All rows, or so many of them, drawn by the seed: a file that has more is read twice, and held once."""
-        kept = list(itertools.islice(parsed := self.parsed(), most))
-        if more := sum(1 for _ in parsed):
+        kept = list(itertools.islice(rest := iter(self), most))
+        if more := sum(1 for _ in rest):
             chosen = set(_places(most + more, most, seed))
-            kept = [row for place, row in enumerate(self.parsed()) if place in chosen]
+            kept = [row for place, row in enumerate(self) if place in chosen]
             if len(kept) < most:
                 raise DataError(self.place, "lost rows while it was read", "run the same command again")
-        rows, source = tuple(kept), self._fingerprint(len(kept))
+        rows = tuple(kept)
+        beside: Mapping[str, str] = {}
+        if self.path is None:
+            name, source = self._hub_name.label, self._fingerprint_of_set(len(rows))
+        else:
+            name, source = stem(self.path), fingerprint(self.path, len(rows))
+            if self.of_texts:
+                name = self.path.name
+            else:
+                beside = read_beside(self.path)
+                source = replace(source, licence=beside.get("licence", ""))
         if self.of_texts:
-            name = self.path.name if self.path else self.name
             return Texts(name, rows, instruction_prompt(instruction or ""), source)
-        beside = {} if self.path is None else read_beside(self.path)
         query = beside.get("query_instruction", "") if instruction is None else instruction
-        prompt, passage = map(instruction_prompt, (query, beside.get("passage_instruction", "")))
-        return Pairs(self.name, rows, prompt, passage, replace(source, licence=beside.get("licence", source.licence)))
+        passage = beside.get("passage_instruction", "")
+        return Pairs(name, rows, instruction_prompt(query), instruction_prompt(passage), source)
 
-    def _pair_of(self, line: int, row: Row) -> Pair:
-        if row.get("negative") == "" and self.place.lower().endswith(CELLS):  # CSV has no other way to leave one out
-            row = {**row, "negative": None}
-        anchor = "anchor" if "anchor" in row and "query" not in row else "query"
-        fields: Fields = {anchor: as_text, "positive": as_text, "negative": _as_negatives}
-        needed = "each row needs query or anchor, and positive (see --columns); "
-        found = parse_row(self.place, line, row, fields, optional=("negative",), needed=needed)
-        return Pair(*found.values())
-
-    def _fingerprint(self, rows: int) -> Fingerprint:
-        """Of a file's bytes; of a data set, its name with the revision, and the hash of the rows as JSON."""
-        if self.path is not None:
-            return fingerprint(self.path, rows)
+    def _fingerprint_of_set(self, rows: int) -> Fingerprint:
+        """Its name with the revision, and the hash of the rows as JSON."""
         digest = hashlib.sha256()
         for row in self._set:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return Fingerprint(str(self._hub_name), digest.hexdigest(), rows, str(self._set.info.license or ""))
-
-
-def _as_negatives(value: Any) -> tuple[str, ...]:
-    return () if value is None else tuple(map(as_text, value if isinstance(value, list) else [value]))
 
 
 def read_beside(path: Path) -> Mapping[str, str]:
@@ -349,8 +330,9 @@ def read_beside(path: Path) -> Mapping[str, str]:
     """
     file = path.with_name(stem(path) + ".json")
     if not file.is_file():
-        of_mix = all((path.parent / f"{name}.jsonl").is_file() for name in E5_INSTRUCTIONS)
-        return {"query_instruction": E5_INSTRUCTIONS.get(path.name.removesuffix(".jsonl"), "") if of_mix else ""}
+        known = read_json(E5_MIX)["instructions"]
+        of_mix = all((path.parent / f"{name}.jsonl").is_file() for name in known)
+        return {"query_instruction": known.get(stem(path), "") if of_mix else ""}
     content = read_json(file, strict=True)
     if not isinstance(content, dict):
         raise DataError(file, f"holds a {type(content).__name__}, not an object")
@@ -359,26 +341,3 @@ def read_beside(path: Path) -> Mapping[str, str]:
         if not isinstance(value, str):
             raise DataError(file, f"is a {type(value).__name__}, not a text", field=key)
     return known
-
-
-_WIKIPEDIA = "Given a question, retrieve Wikipedia passages that answer the question"
-_CHINESE = "Given a Chinese search query, retrieve web passages that answer the question"
-E5_INSTRUCTIONS = {
-    "allnli": "Given a premise, retrieve a hypothesis that is entailed by the premise",
-    "dureader": _CHINESE,
-    "eli5_question_answer": "Provided a user question, retrieve the highest voted answers on Reddit ELI5 forum",
-    "fever": "Given a claim, retrieve documents that support or refute the claim",
-    "hotpot_qa": "Given a multi-hop question, retrieve documents that can help answer the question",
-    "miracl": _WIKIPEDIA,
-    "mrtydi": _WIKIPEDIA,
-    "msmarco_passage": "Given a web search query, retrieve relevant passages that answer the query",
-    "msmarco_document": "Given a web search query, retrieve relevant documents that answer the query",
-    "nq": _WIKIPEDIA,
-    "quora_duplicates": "Given a question, retrieve questions that are semantically equivalent to the given question",
-    "squad": "Retrieve Wikipedia passages that answer the question",
-    "t2ranking": _CHINESE,
-    "trivia_qa": "Retrieve Wikipedia passages that answer the question",
-}
-"""The public E5 mix as curated for Echo embeddings (arXiv 2402.15449), on which L3Prune trains, by the names of its 14
-files. The instructions are in the papers only (Wang et al. 2024, arXiv 2401.00368, table 13; LLM2Vec, arXiv 2404.05961,
-table 8); where those give two for one set, the first is used for all its rows."""

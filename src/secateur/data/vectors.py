@@ -33,8 +33,6 @@ CHUNK = 1024
 PROBES = ("The gardener cut the hedge back to half its height.", "42, 7; 1999?", "Interest")
 SAME = 0.999
 """Least cosine between what a model makes of a probe now and what is kept."""
-_MAPPED = 64
-"""Files that are mapped at once, by all caches of a process; each takes one of its file descriptors, often 1,024."""
 
 
 def folder_of(folder: str | Path, model: str, versions: str = "") -> Path:
@@ -43,12 +41,9 @@ def folder_of(folder: str | Path, model: str, versions: str = "") -> Path:
 
 
 class VectorCache:
-    """The vectors of one model.
+    """The vectors of one model, by its fingerprint, in a folder of the vectors of all models.
 
-    Args:
-        folder: Of the vectors of all models; made when the first is written.
-        model: Fingerprint of the model; other weights or another tokenizer have another.
-        versions: Of the libraries that encode, where a score is to be of these alone (:func:`.versions_of`).
+    ``versions`` are of the libraries that encode, where a score is to be of these alone (:func:`.versions_of`).
 
     Raises:
         DataError: A file is there and cannot be read.
@@ -73,22 +68,18 @@ class VectorCache:
     def encode(
         self, texts: Sequence[str], context: str, encode: Callable[[list[str]], NDArray[Any]]
     ) -> NDArray[np.float32]:
-        """Vectors of texts, (texts, dimension): those not kept yet are encoded, once each, and kept.
+        """Vectors of texts, (texts, dimension): those not kept yet are encoded, :data:`CHUNK` at a time, and kept.
 
-        Args:
-            texts: May repeat.
-            context: Whatever else a vector depends on, such as the prompt.
-            encode: Called with texts that are missing, :data:`CHUNK` at a time.
+        ``context`` is whatever else a vector depends on, such as the prompt.
         """
         missing = self.missing(texts, context)
         for start in range(0, len(missing), CHUNK):
             some = missing[start : start + CHUNK]
-            vectors = np.asarray(encode(some), dtype=np.float32)
             keys = np.frombuffer(b"".join(_key(text, context) for text in some), dtype=np.uint8)
-            name = self.folder / uuid.uuid4().hex
-            write_bytes(name.with_suffix(".npy"), npy_bytes(vectors))
-            write_bytes(name.with_suffix(_KEYS), npy_bytes(keys.reshape(-1, _KEY_BYTES)))
-            self._add(name.with_suffix(_KEYS))
+            file = self.folder / f"{uuid.uuid4().hex}{_KEYS}"
+            write_bytes(_vectors_of(file), npy_bytes(np.asarray(encode(some), dtype=np.float32)))
+            write_bytes(file, npy_bytes(keys.reshape(-1, _KEY_BYTES)))
+            self._add(file)
         return self.read(self.rows(texts, context))
 
     def missing(self, texts: Iterable[str], context: str) -> list[str]:
@@ -110,30 +101,29 @@ class VectorCache:
 
     def _add(self, file: Path) -> None:
         """Add the vectors that belong to a file of keys; what a killed writer left is skipped."""
-        beside = file.with_name(file.name.replace(_KEYS, ".npy"))
         try:
-            keys, vectors = np.load(file), np.load(beside, mmap_mode="r")
+            keys, vectors = np.load(file), np.load(_vectors_of(file), mmap_mode="r")
         except (FileNotFoundError, ValueError, EOFError):
             return
         except OSError as error:
-            raise _unreadable(beside, error) from error
+            raise DataError(_vectors_of(file), f"kept vectors cannot be read ({error.strerror or error})") from error
         if keys.shape == (len(vectors), _KEY_BYTES) and keys.dtype == np.uint8 and vectors.ndim == 2:
             self._rows |= {key.tobytes(): self._starts[-1] + row for row, key in enumerate(keys)}
-            self._files.append(beside)
+            self._files.append(_vectors_of(file))
             self._starts.append(self._starts[-1] + len(keys))
 
 
-@lru_cache(_MAPPED)
+@lru_cache(64)  # a mapped file takes a file descriptor, of which a process often has 1,024
 def _map(file: Path) -> NDArray[Any]:
     try:
         vectors: NDArray[Any] = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(file, error) from error
+        raise DataError(file, f"kept vectors cannot be read ({error})") from error
     return vectors
 
 
-def _unreadable(file: Path, error: Exception) -> DataError:
-    return DataError(file, f"kept vectors cannot be read ({getattr(error, 'strerror', None) or error})")
+def _vectors_of(keys: Path) -> Path:
+    return keys.with_name(keys.name.replace(_KEYS, ".npy"))
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
@@ -150,17 +140,14 @@ def _key(text: str, context: str) -> bytes:
 def same_as_kept(name: str, cache: VectorCache, context: str, now: NDArray[np.float32]) -> NDArray[np.float32]:
     """Keep a model's vectors of :data:`PROBES`, or see that it still gives those that are kept, which are returned.
 
-    ``name`` is what the user calls the model, ``now`` (probes, dimension) what it gives.
-
-    Raises:
-        ModelError: It gives others: a server may have got another model.
+    ``name`` is what the user calls the model, ``now`` (probes, dimension) what it gives; where that is something else,
+    as a server may have got another model, it is a ModelError.
     """
-    known = [text not in cache.missing(PROBES, context) for text in PROBES]
     if cache.dimension not in (0, now.shape[1]):
         raise ModelError(name, f"gives vectors of {now.shape[1]} numbers, and earlier of {cache.dimension}")
     kept = cache.encode(PROBES, context, lambda texts: now[[PROBES.index(text) for text in texts]])
-    cosines = ((kept * now).sum(axis=1) / np.linalg.norm(kept, axis=1) / np.linalg.norm(now, axis=1))[known]
-    if len(cosines) and cosines.min() < SAME:
+    cosines = (kept * now).sum(axis=1) / np.linalg.norm(kept, axis=1) / np.linalg.norm(now, axis=1)
+    if cosines.min() < SAME:
         problem = f"is not the model that the vectors in {cache.folder} are of (cosine {cosines.min():.3f} on one text)"
         raise ModelError(name, problem, "name another folder with --cache")
     return kept

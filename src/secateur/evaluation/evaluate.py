@@ -20,7 +20,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,15 +48,7 @@ from secateur.measures.intervals import Array
 from secateur.models import is_endpoint, model_names, model_source
 from secateur.options import CompareOptions, EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
-from secateur.provenance import (
-    Fingerprint,
-    command_line,
-    fingerprint_files,
-    is_result_of,
-    now,
-    provenance,
-    versions_of,
-)
+from secateur.provenance import Fingerprint, command_line, is_result_of, now, provenance, versions_of
 from secateur.results import ScoreRow, Scores, load
 
 SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
@@ -87,7 +79,7 @@ def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores
     def score_model(number: int, label: str, given: Model) -> None:
         """All tasks of one model, which leaves the memory when this returns, before the next one is opened."""
         model = given if isinstance(given, SentenceTransformer) else open_embedder(given)
-        source, files = ("", "") if model is given else (model_source(given), fingerprint_files(given))
+        source = "" if model is given else model_source(given)
         weights, cache = identify(model, vectors_folder(options, given))
         if options.names is None:
             table.check_same_model(label, source, weights)
@@ -95,10 +87,10 @@ def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores
             progress("evaluate", done, total)
             with quiet(), as_encoder(model, label, task_prompts(task, model), cache) as encoder:
                 key = {"weights": weights, "sample": options.sample, "seed": options.seed, **_inputs(encoder, task)}
-                if table.holds(label, task.name, key, files):
+                if table.holds(label, task.name, key):
                     continue
                 try:
-                    table.add(score_task(encoder, label, task, options.batch_size, key), source, files)
+                    table.add(score_task(encoder, label, task, options.batch_size, key), source)
                 except (DataError, ModelError) as error:
                     if options.out is None:
                         raise
@@ -125,21 +117,22 @@ class _ScoreTable:
         if out is not None:  # that it can be written is made sure of before hours of work
             with output_errors(out):
                 out.mkdir(parents=True, exist_ok=True)
-        self.rows, self.data = _read(out)
+        self.rows, self.data = self._read()
         self.data |= {task.name: task.source for task in tasks}
 
-    def holds(self, model: str, task: str, key: Mapping[str, Any], files: str) -> bool:
-        """Whether a score is there already; it is then one of these files too, which hold the same weights."""
+    def _read(self) -> tuple[dict[tuple[str, str], ScoreRow], dict[str, Fingerprint]]:
+        """The rows of the file by model and task, and what they were computed on by task."""
+        if self.out is None or not (self.out / Scores.file).exists():
+            return {}, {}
+        table = load(self.out, Scores)
+        return {(row.model, row.task): row for row in table.rows}, {item.name: item for item in table.provenance.data}
+
+    def holds(self, model: str, task: str, key: Mapping[str, Any]) -> bool:
+        """Whether a score is there already."""
         row = self.rows.get((model, task))
         if row is None or not is_result_of(row, key):
             return False
-        if self.out is not None:
-            if row.draws and not replicates_file(self.out, row.draws).is_file():
-                return False
-            if files != row.files:
-                with lock(self.out, wait=True):
-                    self._save(self.out, replace(row, files=files))
-        return True
+        return self.out is None or not row.draws or replicates_file(self.out, row.draws).is_file()
 
     def check_same_model(self, model: str, source: str, weights: str) -> None:
         """Refuse a model that would replace the scores of another one, from another place."""
@@ -148,47 +141,33 @@ class _ScoreTable:
                 problem = f"{self.out} has scores of another model called {model}, {row.source}"
                 raise ConfigError("names", model, problem, "give this one another name: --names NAME")
 
-    def add(self, scored: Scored, source: str, files: str) -> None:
+    def add(self, scored: Scored, source: str) -> None:
         """Keep a score; on disk the row comes last, so that what it names is there.
 
         Raises:
             ModelError: It is not a number.
         """
-        row = replace(scored.row, source=source, files=files)
+        row = replace(scored.row, source=source)
         if not math.isfinite(row.score):
             raise ModelError(row.model, f"{row.metric} on {row.task} is not a number", "are its vectors all alike?")
+        self.rows[row.model, row.task] = row
         if self.out is None:
-            self.rows[row.model, row.task] = row
             return
         with lock(self.out, wait=True):
             if scored.replicates is not None:
                 write_bytes(replicates_file(self.out, row.draws), npy_bytes(scored.replicates))
             with output_errors(self.out / "mteb"):
                 ResultCache(self.out / "mteb").save_to_cache(scored.result, scored.meta)
-            self._save(self.out, row)
-
-    def _save(self, out: Path, row: ScoreRow) -> None:
-        """Write the file with this row, and those that another run may have added to it."""
-        self.rows[row.model, row.task] = row
-        rows, data = _read(out)
-        rows = self.rows | rows | {(row.model, row.task): row}
-        self._table([*rows.values()], data | self.data).save(out)
+            rows, data = self._read()  # with those that another run may have added
+            self._table({**self.rows, **rows, (row.model, row.task): row}.values(), data | self.data).save(self.out)
 
     def scores(self, wanted: Sequence[tuple[str, str]]) -> Scores:
         """The scores of some models and tasks."""
         return self._table([self.rows[pair] for pair in wanted], self.data)
 
-    def _table(self, rows: Sequence[ScoreRow], data: Mapping[str, Fingerprint]) -> Scores:
+    def _table(self, rows: Collection[ScoreRow], data: Mapping[str, Fingerprint]) -> Scores:
         used = {row.task for row in rows}
         return Scores(provenance([item for name, item in data.items() if name in used], self.seed), tuple(rows))
-
-
-def _read(out: Path | None) -> tuple[dict[tuple[str, str], ScoreRow], dict[str, Fingerprint]]:
-    """The rows of a folder's table, by model and task, and what they were computed on, by task."""
-    if out is None or not (out / Scores.file).exists():
-        return {}, {}
-    table = load(out, Scores)
-    return {(row.model, row.task): row for row in table.rows}, {item.name: item for item in table.provenance.data}
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------
@@ -321,7 +300,7 @@ def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: M
         try:
             row, replicates = _with_interval(row, made, predictions, state)
         except Exception as error:  # an interval that cannot be computed does not lose a score that took hours
-            row = replace(row, note=f"no interval: {type(error).__name__}: {' '.join(str(error).split())}")
+            row = replace(row, note=f"no interval: {' '.join(str(error).split()) or type(error).__name__}")
     row = replace(row, note="; ".join(filter(None, [task.note, row.note])))
     # The revision tells mteb's tools one state of a model from another under the same name.
     meta = encoder.mteb_model_meta.model_copy(update={"revision": row.weights[:12]})
@@ -330,30 +309,22 @@ def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: M
 
 def _with_interval(
     row: ScoreRow, task: Any, predictions: Mapping[str, Any], state: tuple[Any, ...]
-) -> tuple[ScoreRow, Array | None]:
-    """A score with its interval and its bootstrap replicates; or with a note that says why it has none."""
-
-    def without(why: str) -> tuple[ScoreRow, None]:
-        return replace(row, note=f"no interval: {why}"), None
-
+) -> tuple[ScoreRow, Array]:
+    """A score with its interval and its bootstrap replicates; a ValueError says why it can have none."""
     parts = resampled_scores(task, predictions, row.metric, state)
-    if not parts:
-        return without(f"the rows of {row.type} by {row.metric} cannot be resampled")
-    if (fewest := min(part.units for part in parts)) < intervals.MINIMUM_UNITS:
-        return without(f"{fewest} {parts[0].unit} are fewer than {intervals.MINIMUM_UNITS}")
     again = float(np.mean([intervals.observed(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
-        return without(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
+        raise ValueError(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
     limits, found = intervals.limits_of(row.metric), []
     for number, part in enumerate(parts):
         # The seed follows from the data alone, so that every model is resampled alike.
         seed = int(hashlib.sha256(f"{row.data} {number}".encode()).hexdigest()[:8], 16)
         found.append(intervals.resample(part.statistic, part.units, seed, limits=limits))
         if why := intervals.why_no_interval(found[-1], part.units):
-            return without(why)
+            raise ValueError(why)
     replicates = intervals.mean_of(found)
     low, high = intervals.interval(replicates, limits)
     identity = [row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights, row.versions]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     units = sum(part.units for part in parts)
-    return replace(row, low=low, high=high, unit=parts[0].unit, units=units, draws=name), replicates
+    return replace(row, low=low, high=high, unit=parts[0].unit, units=units, samples=units, draws=name), replicates

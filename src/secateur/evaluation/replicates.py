@@ -1,15 +1,8 @@
 """Bootstrap replicates of scores: from what mteb predicted for each row, and differences of two models from them.
 
-======================================= ============================ =============================================
-task                                    resampled                    held fixed
-======================================= ============================ =============================================
-STS                                     pairs
-pair classification                     pairs                        (the best threshold is found in each replicate)
-classification                          test texts                   the 10 fitted classifiers
-clustering (V-measure)                  texts                        the 10 clusterings, by mteb's own draws of texts
-retrieval, reranking                    queries                      the documents
-summarization                           texts, with their summaries
-======================================= ============================ =============================================
+Resampled are pairs (STS and pair classification, where the best threshold is found in each replicate), test texts
+(classification, with its 10 fitted classifiers), texts (clustering, with its 10 clusterings by mteb's own draws of
+texts; summarization, with their summaries), and queries (retrieval and reranking, with the documents).
 
 The formulas are those of the libraries that mteb calls (scipy, sklearn, pytrec_eval), written for counts of rows; on
 the rows as they are they give mteb's score, which :func:`.evaluate` checks each time.
@@ -80,10 +73,8 @@ def read_replicates(out: str | Path, row: ScoreRow) -> Array | None:
 
 def is_paired(row: ScoreRow, reference: ScoreRow) -> bool:
     """Whether two scores were resampled alike, on the same rows, so that their replicates can be subtracted."""
-    same = ("data", "sample", "metric", "units", "unit")
-    if any(getattr(row, name) != getattr(reference, name) for name in same):
-        return False
-    return row.sample is None or row.seed == reference.seed
+    same = ("data", "sample", "metric", "units", "unit", *(("seed",) if row.sample is not None else ()))
+    return all(getattr(row, name) == getattr(reference, name) for name in same)
 
 
 def score_differences(
@@ -131,28 +122,25 @@ class Resampled(NamedTuple):
 
 def resampled_scores(
     task: AbsTask, predictions: Mapping[str, Any], metric: str, random_state: tuple[Any, ...]
-) -> list[Resampled] | None:
+) -> list[Resampled]:
     """The splits of a task that a model was scored on, from the file of predictions that mteb wrote for it.
 
-    ``random_state`` is that of ``task.rng_state`` before the evaluation: a clustering task draws texts by it. None
-    where rows cannot be resampled: for adjusted mutual information, and types that task folders do not have.
+    ``random_state`` is that of ``task.rng_state`` before the evaluation: a clustering task draws texts by it.
+
+    Raises:
+        ValueError: Rows cannot be resampled: for adjusted mutual information, and types that task folders do not have.
     """
     build = next((build for kind, build in _BUILDERS.items() if isinstance(task, kind)), None)
-    if build is None or (isinstance(task, AbsTaskClustering) and metric != "v_measure"):
-        return None
-    rng = random.Random()  # noqa: S311 - to follow mteb's draws
-    rng.setstate(random_state)
-    found = []
-    for split, subset, data in splits_of(task):
-        content = predictions.get(subset, {}).get(split)
-        if content is None:
-            return None
-        found.append(build(task, data, content, metric, rng))
-    return found
+    if build is not None and metric != "ami":
+        parts = [(predictions.get(subset, {}).get(split), data) for split, subset, data in splits_of(task)]
+        if parts and all(content is not None for content, _ in parts):
+            rng = random.Random()  # noqa: S311 - to follow mteb's draws
+            rng.setstate(random_state)
+            return [build(task, data, content, metric, rng) for content, data in parts]
+    raise ValueError(f"the rows of {task.metadata.type} by {metric} cannot be resampled")
 
 
 def _combined(combine: Callable[..., Array], statistics: Sequence[Statistic]) -> Statistic:
-    """The mean, or another ``combine``, of several scores."""
     return lambda counts: combine([statistic(counts) for statistic in statistics], axis=0)
 
 

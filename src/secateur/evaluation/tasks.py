@@ -1,10 +1,8 @@
 """Evaluation tasks: a task folder or file, or what mteb knows by a name, as a task that mteb itself scores.
 
 A benchmark is the list of its tasks, each named ``BENCHMARK/TASK``: a benchmark may take a part of a task's languages
-and splits, as ``MTEB(eng, v1)/STS17`` is English alone.
-
-Every metric is mteb's own code on mteb's own protocol, with one exception: clustering embeds 4 % of the texts, and all
-of them where that would be fewer than :data:`TEXTS_PER_CLUSTER` for each label, or where the task was sampled already.
+and splits. Metrics and protocol are mteb's, with one exception: clustering embeds 4 % of the texts, and all of them
+where that would be fewer than :data:`TEXTS_PER_CLUSTER` for each label, or where the task was sampled already.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -43,14 +40,11 @@ TEXTS_PER_CLUSTER = 10
 
 @dataclass(frozen=True)
 class Task:
-    """One task, checked and ready.
+    """One task, checked and ready, with mteb's description of it.
 
-    Attributes:
-        metadata: mteb's description of it.
-        instruction: What the texts or queries are encoded for; may be empty.
-        source: Fingerprint of the data, before sampling.
-        make: Gives a fresh mteb task, for each model its own: a clustering task draws on from its random state.
-        note: What a reader of its scores must know.
+    ``instruction`` says what the texts or queries are encoded for; ``source`` is of the data before sampling. ``make``
+    gives a fresh mteb task, for each model its own: a clustering task draws on from its random state. ``note`` is what
+    a reader of its scores must know.
     """
 
     metadata: TaskMetadata
@@ -61,7 +55,6 @@ class Task:
 
     @property
     def name(self) -> str:
-        """As in ``task.json``, or mteb's."""
         return str(self.metadata.name)
 
     @property
@@ -74,29 +67,23 @@ def expand(tasks: Sequence[str | Path]) -> list[str | Path]:
     """Tasks with each benchmark's name replaced by the names of its tasks, in its order."""
     expanded: list[str | Path] = []
     for task in tasks:
-        names: list[str | Path] = [task]
-        if not Path(task).exists():
-            with suppress(KeyError):
-                names = [f"{task}/{own.metadata.name}" for own in mteb.get_benchmark(str(task)).tasks]
-        expanded += names
+        try:
+            known = [] if Path(task).exists() else mteb.get_benchmark(str(task)).tasks
+        except KeyError:
+            known = []
+        expanded += [f"{task}/{own.metadata.name}" for own in known] or [task]
     return expanded
 
 
 def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) -> Task:
-    """Open a task folder or file, or an mteb task by its name.
+    """Open a task folder or file, or a text task of mteb, or of one of its benchmarks, by its name.
 
-    Args:
-        task: A folder or file (see :mod:`.task_folder`), or the name of a text task of mteb, or of one in a benchmark:
-            ``BENCHMARK/TASK``.
-        sample: Draw at most so many test rows (see :func:`.sample_task`); folders only.
-        seed: Decides which.
+    Of folders and files, at most ``sample`` test rows are drawn by ``seed`` (:func:`.sample_task`).
 
     Raises:
         DataError: The folder is not right, or mteb has no text task of that name.
-        ConfigError: ``sample`` is below 1, or asked of an mteb task.
+        ConfigError: A sample is asked of an mteb task.
     """
-    if sample is not None and sample < 1:
-        raise ConfigError("sample", sample, f"{sample} rows are none", "1 or more")
     if not Path(task).exists():
         return _named_task(str(task), sample)
     folder = read_task_folder(task)
@@ -109,10 +96,8 @@ def open_tasks(tasks: Sequence[str | Path | Task], sample: int | None, seed: int
     """Open all tasks that are not open yet; benchmarks are expanded, and names must differ.
 
     Raises:
-        DataError, ConfigError: As :func:`open_task`; or no tasks, or two of one name.
+        DataError, ConfigError: As :func:`open_task`; or two have one name.
     """
-    if not tasks:
-        raise ConfigError("tasks", tasks, "there are none", "name one at least")
     opened: list[Task] = []
     for task in tasks:
         opened += [task] if isinstance(task, Task) else [open_task(t, sample=sample, seed=seed) for t in expand([task])]
@@ -134,14 +119,12 @@ def _named_task(name: str, sample: int | None) -> Task:
     if sample is not None:
         problem = f"{name} is an mteb task, and only task folders are sampled"
         raise ConfigError("sample", sample, problem, "run it whole")
-    # Which data it reads: data sets at their revisions, with the splits and languages that it takes.
-    data = [
+    data = [  # sets at their revisions, with the splits and languages that it takes
         f"{part.metadata.dataset['path']}@{part.metadata.dataset['revision']} "
         f"{sorted(part.eval_splits)} {sorted(part.hf_subsets)}"
         for part in parts
     ]
-    # What mteb says for the task, else for its type; an aggregate has that of its parts.
-    prompt = parts[0].metadata.prompt
+    prompt = parts[0].metadata.prompt  # what mteb says for the task, else for its type; an aggregate has its parts'
     own = prompt.get("query", "") if isinstance(prompt, dict) else prompt
     source = Fingerprint(about.name, sha256("\n".join(data).encode()).hexdigest(), 0, str(about.license or ""))
     return Task(about, str(own or parts[0].abstask_prompt), source, lambda: _download(name))
@@ -186,46 +169,32 @@ def splits_of(task: AbsTask) -> list[tuple[str, str, Any]]:
 
 
 def count_samples(task: AbsTask) -> int:
-    """How many rows a loaded task is scored on: pairs, texts or, for retrieval and reranking, queries."""
+    """How many rows a loaded task has: pairs, texts or queries that are judged."""
     total = 0
     for part in parts_of(task):
         for _, _, data in splits_of(part):
-            rows = len(data)
-            if isinstance(part, AbsTaskRetrieval):
-                rows = sum(1 for query in data["queries"]["id"] if data["relevant_docs"].get(query))
-            elif isinstance(part, AbsTaskPairClassification) and rows == 1:
-                rows = len(data[0][part.label_column_name])  # mteb's older data sets: all pairs in one row
-            elif isinstance(part, AbsTaskClustering):
-                share, most = part.max_fraction_of_documents_to_embed, part.max_document_to_embed
-                rows = min(rows, most or rows) if share is None else int(share * rows)
-            total += rows
+            is_retrieval = isinstance(part, AbsTaskRetrieval)
+            total += sum(map(bool, data["relevant_docs"].values())) if is_retrieval else len(data)
     return total
 
 
 # Task folders ---------------------------------------------------------------------------------------------------------
 
 
-_TYPES: dict[str, tuple[str, type[AbsTask]]] = {
-    "sts": ("STS", AbsTaskSTS),
-    "pair_classification": ("PairClassification", AbsTaskPairClassification),
-    "classification": ("Classification", AbsTaskClassification),
-    "clustering": ("Clustering", AbsTaskClustering),
-    "retrieval": ("Retrieval", AbsTaskRetrieval),
-    "reranking": ("Reranking", AbsTaskRetrieval),
-    "summarization": ("Summarization", AbsTaskSummarization),
+_TYPES: dict[str, tuple[str, type[AbsTask], dict[str, str]]] = {
+    "sts": ("STS", AbsTaskSTS, {}),
+    "pair_classification": ("PairClassification", AbsTaskPairClassification, {"label": "labels"}),
+    "classification": ("Classification", AbsTaskClassification, {}),
+    "clustering": ("Clustering", AbsTaskClustering, {"text": "sentences", "label": "labels"}),
+    "retrieval": ("Retrieval", AbsTaskRetrieval, {"_id": "id"}),
+    "reranking": ("Reranking", AbsTaskRetrieval, {"_id": "id"}),
+    "summarization": ("Summarization", AbsTaskSummarization, {}),
 }
-"""Type of a task folder → mteb's name and class of it."""
-_COLUMNS = {
-    "pair_classification": {"label": "labels"},
-    "clustering": {"text": "sentences", "label": "labels"},
-    "retrieval": {"_id": "id"},
-    "reranking": {"_id": "id"},
-}
-"""Type → columns that mteb calls otherwise."""
+"""Type of a task folder → mteb's name and class of it, and the columns that mteb calls otherwise."""
 
 
 def _metadata(folder: TaskFolder) -> TaskMetadata:
-    kind, base = _TYPES[folder.type]
+    kind, base, _ = _TYPES[folder.type]
     prompt = {"query": folder.instruction} if base is AbsTaskRetrieval else folder.instruction
     return TaskMetadata(
         name=folder.name,
@@ -243,6 +212,7 @@ def _metadata(folder: TaskFolder) -> TaskMetadata:
 
 def _local_task(folder: TaskFolder, metadata: TaskMetadata) -> AbsTask:
     """An mteb task whose data is in memory already."""
+    kind, base, names = _TYPES[folder.type]
     settings: dict[str, Any] = {"metadata": metadata}
     tables: dict[str, list[Row]] = {name: list(rows) for name, rows in folder.tables.items()}
     if folder.type == "clustering":
@@ -259,7 +229,6 @@ def _local_task(folder: TaskFolder, metadata: TaskMetadata) -> AbsTask:
         settings |= {"min_score": min(scores), "max_score": max(scores)}
     elif folder.type == "reranking":
         tables = _candidates(tables["test"])
-    (kind, base), names = _TYPES[folder.type], _COLUMNS.get(folder.type, {})
     task = type(f"Local{kind}", (base,), settings)()
     data = {name: Dataset.from_list(rows).rename_columns(names) for name, rows in tables.items() if name != "qrels"}
     if base is AbsTaskRetrieval:
@@ -283,8 +252,8 @@ def _candidates(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for number, row in enumerate(rows):
         query = f"test_query{number}"
         tables["queries"].append({"_id": query, "text": row["query"]})
-        for prefix, texts, score in (("apositive", row["positive"], 1), ("negative", row["negative"], 0)):
-            for i, text in enumerate(texts):
+        for column, prefix, score in (("positive", "apositive", 1), ("negative", "negative", 0)):
+            for i, text in enumerate(row[column]):
                 document = f"{prefix}_{query}_{i:05}"
                 tables["corpus"].append({"_id": document, "title": "", "text": text})
                 tables["qrels"].append({"query-id": query, "corpus-id": document, "score": score})

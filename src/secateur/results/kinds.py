@@ -182,8 +182,8 @@ class ScoreRow:
     draws, which :func:`.read_replicates` reads.
 
     ``prompts`` are those of the model on this task for texts of no kind, for queries and for documents; ``source`` is
-    the model's folder or Hub id, ``files`` a fingerprint of its files. ``versions`` of the libraries, ``command`` and
-    ``created`` say what computed this row, and when. ``note`` says why there is no interval, or that a task may
+    the model's folder or Hub id. ``versions`` of the libraries, ``command`` and ``created`` say what computed this row,
+    and when. ``note`` says why there is no interval, or that a task may
     mislead.
     """
 
@@ -206,7 +206,6 @@ class ScoreRow:
     draws: str = ""
     prompts: tuple[str, ...] = ()
     source: str = ""
-    files: str = ""
     versions: str = ""
     command: str = ""
     created: str = ""

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from secateur.data.rows import PLAIN, TABLES
 from secateur.data.sources import Pair, Pairs, Source, Texts
 from secateur.errors import ConfigError, DataError
-from secateur.evaluation.task_making import write_retrieval
+from secateur.evaluation.task_folder import write_retrieval
 from secateur.files import new_folder
 from secateur.healing.teacher import Teacher, keep_vectors, open_teacher
 from secateur.options import ScoutOptions

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.errors import DataError
-from secateur.evaluation.task_making import write_retrieval
+from secateur.evaluation.task_folder import write_retrieval
 from secateur.files import write_text
 from secateur.models import DEMO_MODEL
 from secateur.options import StudyOptions
