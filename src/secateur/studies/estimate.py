@@ -1,7 +1,7 @@
 """How long a step takes, about: its operations, divided by the measured rate of a matrix product, plus a constant.
 
 A forward pass costs 2 operations for each weight that a token runs through, a training step three forward passes.
-:class:`.State` corrects these estimates by what the finished steps of the same kind took.
+:class:`.State` corrects these estimates by what the finished steps took.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from secateur.models.open_model import open_model
 from secateur.options import CostOptions, HealOptions, ProfileOptions, PruneOptions, ScoutOptions, StudyOptions
 from secateur.progress import quiet
 from secateur.pruning.download import fetch_small, transformer_folder
-from secateur.reporting.run import BASELINE
 from secateur.scouting.scout import ladder, step_cost
 from secateur.studies.steps import Base, Plan, Step
 
@@ -103,14 +102,14 @@ def _flops_per_second(size: int = 768, seconds: float = 0.2) -> float:
 
 def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
     """Seconds that a step will take, about; None where nobody knows."""
-    fixed, options, variant = FIXED_SECONDS[step.kind], step.options, step.variant
+    fixed, options, base = FIXED_SECONDS[step.kind], step.options, step.base
     if isinstance(options, CostOptions):
-        timed = [2 * COST_TOKENS * model.depth * model.base.block_parameters for _, model in plan.models]
+        timed = [2 * COST_TOKENS * made.depth * made.base.block_parameters for made in plan.models if made.base]
         return fixed * len(options.models) + sum(timed) / amounts.flops_per_second
-    if variant is None or variant.recipe == BASELINE:
+    if base is None or step.depth == 0:
         return None
     if isinstance(options, PruneOptions):
-        return fixed + 16 * variant.base.parameters / BYTES_PER_SECOND  # float32, read and written twice
+        return fixed + 16 * base.parameters / BYTES_PER_SECOND  # float32, read and written twice
     tokens = amounts.task_tokens
     if isinstance(options, HealOptions):
         recipe = training_config(options)
@@ -118,12 +117,12 @@ def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
         trained = 3 * texts * min(amounts.tokens_per_text, recipe.max_length)
         scored: float | None = 0
         if isinstance(options, ScoutOptions):
-            depth, scored = variant.base.depth, tokens
-            rungs = options.depths or ladder(depth, range(1, depth + 1), recipe.layers)
-            trained *= step_cost(recipe.layers, rungs, depth)
+            scored = tokens
+            rungs = options.depths or ladder(base.depth, range(1, base.depth + 1), recipe.layers)
+            trained *= step_cost(recipe.layers, rungs, base.depth)
         tokens = None if scored is None else trained + scored
     elif isinstance(options, ProfileOptions):
         pairs = min(options.max_examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text
         tokens = pairs if not options.tasks else None if tokens is None else pairs + tokens
-    flops = 2 * variant.depth * variant.base.block_parameters
+    flops = 2 * step.depth * base.block_parameters
     return None if tokens is None else fixed + tokens * flops / amounts.flops_per_second
