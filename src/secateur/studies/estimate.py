@@ -52,11 +52,7 @@ class Amounts:
 
 
 def measure_base(name: str, model: str) -> Base:
-    """How many layers a model has, and how large they are.
-
-    Raises:
-        ModelError, UnsupportedArchitecture: It cannot be opened or cut.
-    """
+    """How many layers a model has, and how large they are (ModelError if it cannot be opened or cut)."""
     source = resolve(model)
     with as_model_error(model), quiet():
         if isinstance(source, Path) and source.suffix == ".gguf":

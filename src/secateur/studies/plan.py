@@ -62,14 +62,10 @@ def plan_steps(
     scouts: Mapping[str, Scout],
     failed: Collection[str] = (),
 ) -> Plan:
-    """The plan of a study.
+    """The plan of a study that begins with the models ``bases``.
 
-    Args:
-        study: Its options.
-        bases: The models to begin with.
-        profiles: Base → its profile, of those that are there.
-        scouts: Name of a scout (:func:`first_scout`) → what it found, of those that are there.
-        failed: Names of steps that failed: their models are not counted and timed with the others.
+    ``profiles`` are by base, ``scouts`` by name (:func:`first_scout`), of those that are there. Models whose steps
+    ``failed`` are not counted and timed with the others.
 
     Raises:
         ConfigError: A depth, a recipe, a seed or a baseline is not valid, or an option has no effect.
@@ -225,7 +221,8 @@ class _Planner:
             return
         # By its name, wherever the run folder lies: the scores are of this study's model.
         options: dict[str, Any] = {"models": [model or str(self.folder(name))], "names": [name], "tasks": self.tasks}
-        options |= {"sample": self.study.sample, "seed": self.study.seed, "cache": self.cache}
+        options |= {"sample": self.study.sample, "seed": self.study.seed}
+        options["cache"] = self.study.cache or self.study.out / "cache"
         self.add("evaluate", name, depth, *depends_on, *self.held_out, **options, out=self.study.out / "scores" / name)
 
     def add_model(
@@ -233,10 +230,8 @@ class _Planner:
     ) -> tuple[Path, str]:
         """A model of ``RUN/models``, cut or trained, and its scores.
 
-        Where vocabularies are cut, it is made with all tokens first, in the folder ``aside``.
-
-        Returns:
-            The folder of the model with all its tokens, to train on, and the step that makes it.
+        Where vocabularies are cut, it is made with all tokens first, in the folder ``aside``. Gives the folder of the
+        model with all its tokens, to train on, and the step that makes it.
         """
         trims = self.study.cuts_vocabulary
         folder = self.study.out / aside if trims else self.folder(name)
@@ -244,16 +239,11 @@ class _Planner:
         self.add_scores(name, depth, self._trim(name, depth, folder, step) if trims else step)
         return folder, step
 
-    @property
-    def cache(self) -> Path:
-        """The folder that keeps vectors."""
-        return self.study.cache or self.study.out / "cache"
-
     def settings(self, training: HealOptions) -> dict[str, Any]:
         """What a training is told beside its model and seed."""
         settings = {key: value for key, value in training.given().items() if key not in _DECIDED}
         if "teacher" in settings:  # its vectors are the same at all depths, and with all seeds
-            settings = {"cache": self.cache, **settings}
+            settings = {"cache": self.study.cache or self.study.out / "cache", **settings}
         if settings.get("teacher") == ITSELF:
             settings["teacher"] = str(self.folder(self.whole))
         return {"data": self.study.data, "columns": self.study.columns, **settings}

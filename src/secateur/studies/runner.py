@@ -103,12 +103,8 @@ class Executor:
 class Scheduler:
     """Runs what of a plan is not done, each step once the steps that it depends on are done.
 
-    Attributes:
-        run: The run folder, for journal and logs.
-        make_plan: Gives the plan, told the steps that failed; asked again after each step, for profiles and scouts
-            decide on it.
-        executor: Runs one.
-        callback: Told of every change.
+    ``run`` is the run folder. ``make_plan`` gives the plan, told the steps that failed; it is asked again after each
+    step, for profiles and scouts decide on it. ``callback`` is told of every change.
     """
 
     run: Path
@@ -118,10 +114,7 @@ class Scheduler:
     state: State = field(default_factory=lambda: State(done=set()))
 
     def go(self) -> dict[str, str]:
-        """Run all that can be run.
-
-        Returns:
-            Failed step → why.
+        """Run all that can be run; gives the failed steps, each with the reason.
 
         Raises:
             OutputError: The disk is full, or the run folder cannot be written.
@@ -159,7 +152,8 @@ class Scheduler:
         done: set[str] = set(state.done)
         for step in plan.steps:
             if state.of(step) == "waiting" and done.issuperset(step.depends_on):
-                if is_done(step, plan, self.run, keep=True):
+                if is_done(step, plan, self.run):
+                    record(step, plan, self.run)
                     done.add(step.name)
                 else:
                     able.append(step)
@@ -252,11 +246,8 @@ def on_ray(address: str, jobs: int) -> Executor:
     """Each step as a task of a Ray cluster, whose GPUs the steps share.
 
     Every node needs secateur at the same version, and the working folder, the data and the run folder under the same
-    paths (a shared file system).
-
-    Args:
-        address: As for :func:`.ray_cluster`, and so with its errors.
-        jobs: Steps at once; 1: as many as the cluster has GPUs or, without any, cores, with one each.
+    paths. ``address`` and errors are those of :func:`.ray_cluster`; with ``jobs`` of 1, as many steps run at once as
+    the cluster has GPUs or, without any, cores.
     """
     connection = ExitStack()
     ray = connection.enter_context(ray_cluster(address))
@@ -328,20 +319,15 @@ def _files(item: str, what: str) -> dict[str, str] | None:
     return {str(file): fingerprint(file, 0).sha256 for file in files}
 
 
-def is_done(step: Step, plan: Plan, run: Path, *, keep: bool = False) -> bool:
+def is_done(step: Step, plan: Plan, run: Path) -> bool:
     """Whether a step's output is there, and is of the present options and inputs.
 
-    A model or profile without a record is whole as well: its study was killed before the record was written. With
-    ``keep`` it gets one.
+    A model or profile without a record is whole as well: its study was killed before the record was written.
     """
     if not step.output.exists():
         return False
     changes = _made_from(step, plan, run).changes_since(run / RECORDS, f"{step.stem}.json")
-    if changes is None and step.kind not in MEASURED:
-        if keep:
-            record(step, plan, run)
-        return True
-    return changes == []
+    return changes == [] or (changes is None and step.kind not in MEASURED)
 
 
 def record(step: Step, plan: Plan, run: Path) -> None:

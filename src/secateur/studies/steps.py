@@ -41,13 +41,7 @@ COMMANDS: Mapping[str, type[Options]] = {
 
 @dataclass(frozen=True)
 class Base:
-    """A model to begin with: its name in the study, what the user named, and its size.
-
-    Attributes:
-        depth: Number of layers.
-        block_parameters: Parameters of one layer.
-        parameters: Parameters of the whole model.
-    """
+    """A model to begin with: its name in the study, what the user named, and how large it, and one layer, is."""
 
     name: str
     model: str
@@ -62,8 +56,7 @@ class Step:
 
     Attributes:
         name: The command, or ``trim`` where one cuts the vocabulary, and what it makes; unique in a study.
-        kind: The command.
-        options: Of the command; those at their defaults are not set.
+        options: Of the command ``kind``; those at their defaults are not set.
         output: The file or folder that is there when the step is done.
         depends_on: Names of the steps that must be done before.
         base: The model that it begins with; None where there are several.
@@ -145,8 +138,8 @@ class Plan:
 
 def command_options(command: type[O], values: Mapping[str, Any]) -> O:
     """A command's options, those at their defaults not set."""
-    known = command.model_fields
-    return make(command, {k: v for k, v in values.items() if k not in known or v != default_of(command, k)})
+    own = {k: v for k, v in values.items() if k not in command.model_fields or v != default_of(command, k)}
+    return make(command, own)
 
 
 def cuts_of(specs: Sequence[str], depth: int, profile: Profile | None) -> Iterator[tuple[str, Blocks | None, str]]:

@@ -185,10 +185,7 @@ class _Outline:
 def _prepare(given: StudyOptions, progress: Progress) -> _Outline:
     """The options of this run and what was measured for it, when the study has been found to be possible.
 
-    ``plan.json`` keeps the sizes, and with the options that nothing needs to be checked again while these stay.
-
-    Raises:
-        SecateurError: Options or files differ from those of results that are there, or the study cannot be done.
+    ``plan.json`` keeps both, so that nothing needs to be checked again while the options stay.
     """
     run, settings = given.out, _settings(given, progress)
     if not ((run / SETTINGS).is_file() and (run / PLAN).is_file()):
@@ -264,11 +261,7 @@ def _what(settings: StudyOptions) -> dict[str, Any]:
 
 
 def _read_plan(run: Path) -> dict[str, Any]:
-    """``plan.json`` of an earlier start.
-
-    Raises:
-        DataError: It is missing or broken.
-    """
+    """``plan.json`` of an earlier start (DataError if it is missing or broken)."""
     content: dict[str, Any] = read_json(run / PLAN)
     try:
         models = tuple(Base(**base) for base in content["models"])
@@ -281,10 +274,7 @@ def _read_plan(run: Path) -> dict[str, Any]:
 def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = False) -> Plan:
     """The plan as far as the profiles and scouts that are there decide it, with estimated times.
 
-    Args:
-        outline: What it is made of.
-        failed: Steps that failed.
-        keep: Write it, and what each profile and scout chooses, to the run folder.
+    With ``keep`` it is written to the run folder, and what each profile and scout chooses.
     """
     study, run, notes = outline.study, outline.study.out, []
     profiles, scouts = {}, {}
