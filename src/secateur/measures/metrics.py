@@ -159,9 +159,7 @@ def effective_rank(vectors: Tensor) -> float:
     # The singular values by way of the smaller product, in float64: several times faster than decomposing itself.
     square = centred.mT @ centred if centred.shape[0] >= centred.shape[1] else centred @ centred.mT
     singular = torch.linalg.eigvalsh(square).clamp_min(0).sqrt()
-    share = singular / singular.sum()
-    entropy = -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
-    return float(entropy.exp())
+    return float(torch.special.entr(singular / singular.sum()).sum().exp())
 
 
 def _centred(vectors: Tensor) -> Tensor:

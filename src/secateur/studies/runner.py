@@ -78,7 +78,7 @@ class State:
     @property
     def seconds_left(self) -> float:
         """Estimated work of the steps that are left and can be done, one after another."""
-        now, expected = time.monotonic(), self.expected
+        now, expected = time.time(), self.expected
         left = [step.name for step in self.plan.steps if self.of(step) in ("waiting", "running")]
         return sum(max(0.0, (expected[name] or 0.0) - (now - self.running.get(name, now))) for name in left)
 
@@ -130,7 +130,7 @@ class Scheduler:
             while (ready := self._ready()) or futures:
                 for step in ready:
                     self._write(step, "started", started=_now())
-                    self.state.running[step.name] = time.monotonic()
+                    self.state.running[step.name] = time.time()
                     self.callback(self.state)
                     if self.executor.slots > 1:
                         futures[pool.submit(self._attempt, step)] = step
@@ -171,7 +171,7 @@ class Scheduler:
 
     def _end(self, step: Step, error: Exception | None) -> None:
         state, name = self.state, step.name
-        seconds = time.monotonic() - state.running.pop(name)
+        seconds = time.time() - state.running.pop(name)
         times = {"ended": _now(), "seconds": round(seconds, 3)}
         if error is None:
             record(step, state.plan, self.run)

@@ -23,17 +23,16 @@ does only what is missing:
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
-import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.choosing.evidence import choose_rung
@@ -153,11 +152,9 @@ def read_status(run: str | Path) -> State:
         if planned.output.exists() and planned.name not in failed and done.issuperset(planned.depends_on):
             done.add(planned.name)
     left = {step.name for step in plan.steps} - done
-    running: dict[str, float] = {}
-    if _is_locked(run / RECORDS):
-        begun = {name: entry for name, entry in last.items() if entry["outcome"] == "started" and name in left}
-        ages = {name: datetime.now(timezone.utc) - datetime.fromisoformat(begun[name]["started"]) for name in begun}
-        running = {name: time.monotonic() - age.total_seconds() for name, age in ages.items()}
+    begun = {name: entry["started"] for name, entry in last.items() if entry["outcome"] == "started" and name in left}
+    begun = begun if _is_locked(run / RECORDS) else {}
+    running = {name: datetime.fromisoformat(started).timestamp() for name, started in begun.items()}
     failed = {name: reason for name, reason in failed.items() if name in left} | plan.failed
     return State(plan, done, running, failed, taken_seconds(entries))
 
@@ -370,10 +367,7 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
 
 def _write_view(run: Path) -> Path:
     """``table.csv`` and the report."""
-    rows, stream = join_tables(run), io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(run / TABLE, stream.getvalue())
+    table = pd.DataFrame(join_tables(run), dtype=object)  # whole numbers stay whole
+    write_text(run / TABLE, table.to_csv(index=False, lineterminator="\n"))
     with acting_as(f"secateur report {shlex.quote(str(run))}"):
         return report(run)
