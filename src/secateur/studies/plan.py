@@ -100,17 +100,13 @@ def _check_options(study: StudyOptions) -> None:
     """Refuse options that would have no effect: of a scout where depths are named, of named depths where none is."""
     if CHOSEN in study.depths:
         raise ConfigError("depths", CHOSEN, f"{CHOSEN} is what a scout chooses", "leave out depths")
-    for name in _SCOUTED if study.depths else ("recipes",):
-        given = getattr(study, name)
-        if given != default_of(StudyOptions, name):
-            problem, hint = (
-                "are trained at the depths that are named, and none is",
-                "name depths, or set heal's options",
-            )
-            if study.depths:
-                problem = f"is for a scout, but depths names those to train: {', '.join(study.depths)}"
-                hint = f"leave out depths, or {name}"
-            raise ConfigError(name, given, problem, hint)
+    if not study.depths and study.recipes != default_of(StudyOptions, "recipes"):
+        problem, hint = "are trained at the depths that are named, and none is", "name depths, or set heal's options"
+        raise ConfigError("recipes", study.recipes, problem, hint)
+    for name in _SCOUTED if study.depths else ():
+        if (given := getattr(study, name)) != default_of(StudyOptions, name):
+            problem = f"is for a scout, but depths names those to train: {', '.join(study.depths)}"
+            raise ConfigError(name, given, problem, f"leave out depths, or {name}")
 
 
 def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
@@ -207,13 +203,12 @@ class _Planner:
     def add_profile(self, *depends_on: str, scored: bool) -> str:
         """The profile of the model as it came; it scores the tasks, too. Gives the step."""
         study, base = self.study, self.base
-        options: dict[str, Any] = {"model": str(self.folder(self.whole)), "data": study.data, "columns": study.columns}
-        options |= {"max_examples": study.max_examples, "seed": study.seed}
+        out, model = study.out / "profiles" / base.name, str(self.folder(self.whole))
+        options: dict[str, Any] = {"model": model, "data": study.data, "columns": study.columns}
+        options |= {"max_examples": study.max_examples, "seed": study.seed, "out": out}
         options |= {"scale": study.profile_scale, "dtype": study.profile_dtype}
         options |= {"tasks": study.tasks, "sample": study.sample} if scored and study.tasks else {}
-        return self.add(
-            "profile", base.name, base.depth, *depends_on, **options, out=study.out / "profiles" / base.name
-        )
+        return self.add("profile", base.name, base.depth, *depends_on, **options)
 
     def add_scores(self, name: str, depth: int, *depends_on: str, model: str | None = None) -> None:
         """The scores of a model, if there are tasks: of one in ``RUN/models``, or of the one that is named."""

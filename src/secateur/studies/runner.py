@@ -346,17 +346,17 @@ def check_done(plan: Plan, run: Path) -> None:
         DataError: From a file that has changed.
     """
     known = {name for options in COMMANDS.values() for name in options.model_fields}
+    there = {step.name for step in plan.steps if step.output.exists()}
     for step in plan.steps:
-        if step.kind == "cost" or not step.output.exists():
+        if step.kind == "cost" or step.name not in there:
             continue
         made, output = _made_from(step, plan, run), step.output.relative_to(run)
         changed = made.changes_since(run / RECORDS, f"{step.stem}.json") or []
-        if step.kind in MEASURED:  # else made again
-            changed = [name for name in changed if name in known and name not in made.inputs]
+        if step.kind in MEASURED:  # of other models, of other versions, or before its model is there, it is made again
+            own = changed if there.issuperset(step.depends_on) else []
+            changed = [name for name in own if name not in ("versions", *made.inputs)]
         if options := [name for name in changed if name in known]:
-            hint = (
-                "change it back, remove the result, or name a new run folder, as a study of an older version may need"
-            )
+            hint = "change it back, remove the result, or name a new run folder (as for a study of an older version)"
             what = f"changed in {run}/study.yaml since {output} was made"
             raise ConfigError(", ".join(options), None, what, hint)
         if changed:
