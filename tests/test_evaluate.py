@@ -509,13 +509,12 @@ def test_kept_vectors_are_those_of_the_model_and_the_prompt(make_encoder: MakeEn
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_averages_over_tasks_and_over_types():
+def test_the_average_over_tasks():
     source = Provenance("c", "now", 1, {}, (), {})
-    values = {("STS", "a"): 0.2, ("STS", "b"): 0.4, ("Retrieval", "c"): 0.9}
-    rows = tuple(ScoreRow("m", task, type_, "x", value, 1, 0.0) for (type_, task), value in values.items())
+    values = {"a": 0.2, "b": 0.4, "c": 0.9}
+    rows = tuple(ScoreRow("m", task, "STS", "x", value, 1, 0.0) for task, value in values.items())
     scores = Scores(source, rows)
     assert scores.average("m") == pytest.approx(0.5)
-    assert scores.average_over_types("m") == pytest.approx(0.6)
     with pytest.raises(DataError, match=r"no scores of n.*those of m"):
         scores.average("n")
 

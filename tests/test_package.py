@@ -19,7 +19,7 @@ SOURCE = Path(secateur.__file__).parent
 
 ORDER = """
 errors files provenance progress clusters document
-results: base models kinds
+results: models scores
 runtime
 options: base way runs inference
 figures
@@ -34,7 +34,7 @@ pruning: adapters prune
 healing: recipes training_data processes teacher losses trainer heal
 scouting: held_out scout
 reporting: cost compare run findings verdict tables card report
-studies: demo steps settings plan estimate records runner study
+studies: demo steps plan estimate runner study
 exporting: graph convert export
 inference: encoders opening backends workers middleware queueing app serve
 inference: vector_files encode
@@ -58,7 +58,7 @@ PARTS = {
     "runtime": "runtime",
     "cli": "cli.commands",
     "options": "options.inference",
-    "results": "results.kinds",
+    "results": "results.scores",
     "models": "models.compat",
 }
 """Packages whose names are had from the package itself → where they stand."""

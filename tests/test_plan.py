@@ -15,14 +15,14 @@ import pytest
 
 from secateur.errors import ConfigError, IllegalDepth, OutputError
 from secateur.files import output_error
-from secateur.options import CostOptions, HealOptions, PruneOptions, StudyOptions, make
+from secateur.options import HealOptions, PruneOptions, StudyOptions, make
 from secateur.provenance import provenance
 from secateur.reporting.run import read_journal
 from secateur.results import DepthRow, DepthScoreRow, LayerCost, Profile, RungRow, Scout
 from secateur.studies.plan import plan_steps
 from secateur.studies.runner import Executor, Scheduler, State, on_ray
-from secateur.studies.settings import PRESETS
 from secateur.studies.steps import Base, Plan, Step
+from secateur.studies.study import PRESETS
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]
 
@@ -39,7 +39,12 @@ def profile_of(base: str, losses: list[float | None]) -> Profile:
 
 
 def names(plan: Plan) -> list[str]:
-    return [variant.name for _, variant in plan.models]
+    return [step.output.name for step in plan.models]
+
+
+def waiting_for(plan: Plan, step: str) -> list[str]:
+    """The steps that cannot be done without this one."""
+    return [found.name for found in plan.steps if found.name in plan.blocked({step})]
 
 
 def test_models_depths_recipes_and_seeds_are_multiplied():
@@ -72,7 +77,11 @@ def test_a_vocabulary_is_cut_last():
         said = f"secateur prune run/{source} --vocab a.jsonl --vocab-size 8000 -o run/models/{made}"
         assert steps[f"trim {made}"].command_line == said
         assert steps[f"evaluate {made}"].depends_on == (f"trim {made}",)
-    assert steps["profile tiny"].options.model == steps["prune tiny-2"].options.model == "run/models/tiny-4-zero-shot"
+    assert (
+        steps["profile tiny"].options.model
+        == steps["prune tiny-2-trimmed"].options.model
+        == "run/models/tiny-4-zero-shot"
+    )
     assert steps["heal tiny-2-taught"].options.model == "run/pruned/tiny-2"
     assert steps["heal tiny-2-taught"].options.teacher == "run/models/tiny-4-zero-shot"
     assert "heal tiny-4-taught" not in steps
@@ -104,14 +113,11 @@ def test_what_a_profile_decides_stands_open_until_it_is_there():
     study = options(depths=["small", "1"])
     before = plan_steps(study, BASES[1:], {}, {})
     assert "tiny-(small)-healed" in names(before)
-    waiting = next(step for step in before.steps if step.name == "heal tiny-(small)-healed")
-    assert not waiting.known
-    assert "profile tiny" in waiting.depends_on
+    cut = ["prune tiny-(small)", "heal tiny-(small)-healed", "evaluate tiny-(small)-healed"]
+    assert waiting_for(before, "profile tiny") == [*cut, "cost all"]
     after = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [3.0, 2.0, 1.0, 2.0])}, {})
     assert names(after) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-2-healed", "tiny-1-healed"]
-    assert all(step.known for step in after.steps)
     same = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [1.0, 2.0, 1.0, 2.0])}, {})
-    assert [variant.specs for _, variant in same.models if variant.name == "tiny-1-healed"] == [("small", "1")]
     assert names(same) == ["tiny-4-zero-shot", "tiny-4-healed", "tiny-1-healed"]
 
 
@@ -130,9 +136,7 @@ def test_a_profile_that_does_not_tell_fails_its_depths_alone():
     plan = plan_steps(study, BASES[1:], {"tiny": profile_of("tiny", [None] * 4)}, {})
     assert list(plan.failed) == ["prune tiny-(small)"]
     assert plan.blocked(plan.failed) == {"heal tiny-(small)-healed", "evaluate tiny-(small)-healed"}
-    cost = plan.steps[-1]
-    assert cost.known
-    assert [Path(model).name for model in cost.options.models] == [
+    assert [Path(model).name for model in plan.steps[-1].options.models] == [
         "tiny-4-zero-shot",
         "tiny-4-healed",
         "tiny-1-healed",
@@ -228,13 +232,11 @@ def lines_of(plan: Plan) -> dict[str, str]:
 def test_what_a_scout_decides_stands_open_until_it_is_there():
     before = plan_steps(options(steps=100), BASES[1:], {}, {})
     assert names(before) == ["tiny-4-zero-shot", "tiny-4-scout", "tiny-(chosen)-scout", "tiny-(chosen)-polished"]
-    waiting = [step.name for step in before.steps if not step.known]
-    cut = ["prune tiny-(chosen)-scout", "evaluate tiny-(chosen)-scout"]
-    assert waiting == [*cut, "heal tiny-(chosen)-polished", "evaluate tiny-(chosen)-polished", "cost all"]
-    assert all("scout tiny" in step.depends_on for step in before.steps[:-1] if not step.known)
+    own = ["prune tiny-4-scout", "evaluate tiny-4-scout", "prune tiny-(chosen)-scout", "evaluate tiny-(chosen)-scout"]
+    polished = ["heal tiny-(chosen)-polished", "evaluate tiny-(chosen)-polished"]
+    assert waiting_for(before, "scout tiny") == [*own, *polished, "cost all"]
     after = plan_steps(options(steps=100), BASES[1:], {}, {"tiny": scout_of({1: -0.3, 2: -0.005, 3: 0.0})})
     assert names(after) == ["tiny-4-zero-shot", "tiny-4-scout", "tiny-2-scout", "tiny-2-polished"]
-    assert all(step.known for step in after.steps)
     lines, data = lines_of(after), "--data a.jsonl"
     assert lines["scout tiny"] == (
         f"secateur scout run/models/tiny-4-zero-shot {data} --steps 25 --tasks t -o run/scouts/tiny"
@@ -269,27 +271,25 @@ def test_the_depth_is_chosen_by_scores_and_budget_or_by_the_user(given, polished
 
 def test_depths_that_the_user_polishes_wait_for_no_choice():
     plan = plan_steps(options(polish=[2]), BASES[1:], {}, {})
-    assert all(step.known for step in plan.steps)
+    assert names(plan) == ["tiny-4-zero-shot", "tiny-4-scout", "tiny-2-scout", "tiny-2-polished"]
 
 
 def test_where_no_smaller_depth_is_good_enough_the_whole_is_polished():
     plan = plan_steps(options(), BASES[1:], {}, {"tiny": scout_of({1: -0.3, 2: -0.2, 3: -0.1})})
     assert names(plan) == ["tiny-4-zero-shot", "tiny-4-scout", "tiny-4-polished"]
-    assert all(step.known for step in plan.steps)
     assert "--steps 750 " in lines_of(plan)["heal tiny-4-polished"]
 
 
 def test_a_budget_that_nothing_fits_fails_the_cut_alone():
     plan = plan_steps(options(max_params=1), BASES[1:], {}, {"tiny": scout_of({2: 0.0})})
     assert list(plan.failed) == ["prune tiny-(chosen)-scout"]
-    assert plan.steps[-1].known
     assert [Path(model).name for model in plan.steps[-1].options.models] == ["tiny-4-zero-shot", "tiny-4-scout"]
 
 
 def test_without_tasks_the_rows_that_the_scout_held_out_score_and_are_not_trained_on():
     before = plan_steps(options(tasks=[]), BASES[1:], {}, {})
-    waiting = {step.name for step in before.steps if not step.known}
-    assert {"evaluate tiny-4-zero-shot", "evaluate tiny-4-scout", "heal tiny-(chosen)-polished"} <= waiting
+    waiting = {"evaluate tiny-4-zero-shot", "evaluate tiny-4-scout", "heal tiny-(chosen)-polished"}
+    assert waiting <= set(waiting_for(before, "scout tiny"))
     scout = scout_of({2: 0.0}, judge="pairs", task="a-held-out")
     plan = plan_steps(options(tasks=[]), BASES[1:], {}, {"tiny": scout})
     lines, held = lines_of(plan), "run/scouts/tiny/tasks/a-held-out"
@@ -383,24 +383,24 @@ def test_what_does_not_need_a_failed_step_goes_on_and_a_second_run_does_the_rest
     assert entries["b", "done"]["command"] == f"secateur prune m -o {tmp_path / 'b'}"
 
 
-def test_two_steps_run_at_once_and_what_is_timed_runs_alone(tmp_path: Path):
+def test_two_steps_run_at_once(tmp_path: Path):
     meeting = threading.Barrier(2, timeout=20)
-    at_work: set[str] = set()
-    beside: dict[str, set[str]] = {}
 
     def do(name: str) -> None:
-        at_work.add(name)
         if name in "ab":
             meeting.wait()  # neither ends before the other has begun
-        beside[name] = set(at_work)
-        at_work.discard(name)
 
-    options = make(CostOptions, {"models": ["m"], "out": tmp_path / "timed"})
-    steps = [Step("timed", "cost", options, tmp_path / "timed")]
-    steps += [step(tmp_path, "a"), step(tmp_path, "b"), step(tmp_path, "c", "a")]
-    failed, _ = work(tmp_path, steps, do, slots=3)
-    assert failed == {}
-    assert beside["timed"] == {"timed"}
+    steps = [step(tmp_path, "a"), step(tmp_path, "b"), step(tmp_path, "c", "a")]
+    assert work(tmp_path, steps, do, slots=3)[0] == {}
+
+
+@pytest.mark.parametrize("given", [{"depths": ["1", "2"]}, {}])
+def test_what_is_timed_waits_for_all_else_but_what_failed(given):
+    plan = plan_steps(options(**given), BASES, {}, {})
+    *others, cost = plan.steps
+    assert cost.depends_on == tuple(step.name for step in others)
+    failed = next(step.name for step in plan.steps if step.kind == "evaluate")
+    assert failed not in plan_steps(options(**given), BASES, {}, {}, {failed}).steps[-1].depends_on
 
 
 def test_the_journal_survives_a_torn_line_and_a_result_without_its_line(tmp_path: Path):

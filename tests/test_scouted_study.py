@@ -108,12 +108,12 @@ def test_the_smallest_depth_that_is_good_enough_is_polished(run: Path):
 
 def test_the_joined_table_has_a_row_for_each_model_and_task(run: Path):
     rows = join_tables(run)
-    assert [(row["variant"], row["task"]) for row in rows] == [(name, "task") for name in VARIANTS]
-    assert [(row["kept"], row["specs"], row["recipe"], row["seed"], row["steps"]) for row in rows] == [
-        (4, "full", "none", None, None),
-        (4, "full", "scout", 42, 2),
-        (1, "chosen", "scout", 42, 2),
-        (1, "chosen", "polished", 42, 24),
+    assert sorted((row["variant"], row["task"]) for row in rows) == sorted((name, "task") for name in VARIANTS)
+    assert [(row["kept"], row["recipe"], row["seed"], row["steps"]) for row in rows] == [
+        (1, "polished", 42, 24),
+        (4, "scout", 42, 2),
+        (1, "scout", 42, 2),
+        (4, "none", None, None),
     ]
     with (run / "table.csv").open() as stream:
         assert [float(row["score"]) for row in csv.DictReader(stream)] == [row["score"] for row in rows]

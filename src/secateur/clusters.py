@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,10 @@ def ray_cluster(address: str) -> Iterator[Any]:
         import ray  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         raise MissingPackage("ray", "--ray", "pip install 'secateur[ray]'") from None
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    ours = not ray.is_initialized()
+    ours, dashboard = not ray.is_initialized(), False if address == "local" else None
     try:
         if ours:
-            ray.init(address=address, include_dashboard=False if address == "local" else None, **options)
+            ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ConfigError("ray", address, f"no Ray cluster at {address} ({first:.200})") from None
@@ -84,7 +83,7 @@ def run_command(
     log: Path,
     folder: Path,
     threads: int,
-    processes: set[subprocess.Popen[bytes]] | None = None,
+    begun: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
 ) -> None:
     """Run a command of secateur in a process of its own, which ends when this one does.
 
@@ -93,28 +92,27 @@ def run_command(
         log: Where its output goes.
         folder: To run it in.
         threads: For its arithmetic.
-        processes: It is a member of while it runs.
+        begun: Is given the process.
 
     Raises:
         StepFailed: It ended with an error.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    members = processes if processes is not None else set()
     with log.open("wb") as stream:
         stream.write(f"$ {shlex.join(command)}\n".encode())
         stream.flush()
-        process = subprocess.Popen(  # noqa: S603 - this package's own command
-            fresh_python(_SCRIPT, *command[1:]),
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-        members.add(process)
-        with process:
+        with (
+            subprocess.Popen(  # noqa: S603 - this package's own command
+                fresh_python(_SCRIPT, *command[1:]),
+                cwd=folder,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            ) as process
+        ):
+            begun(process)
             code = process.wait()
-        members.discard(process)
     if code < 0:
         raise StepFailed(f"was ended by signal {-code}" + (", for want of memory perhaps" if code == -9 else ""))
     if code:

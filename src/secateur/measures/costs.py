@@ -1,8 +1,7 @@
 """What a model costs, layer by layer: parameters, bytes, floating-point operations and time.
 
-Any cut costs the sum of what it keeps: the layers, and all that is outside of them. Parameters, bytes and operations
-are counted. Times are measured, not scaled: the clock is read between the layers of an ordinary ``encode``, so that the
-time until layer k ends is the time that the model cut to its first k layers takes.
+Any cut costs the sum of what it keeps: the layers, and all that is outside of them. Times are measured, not scaled: the
+clock is read between the layers of an ordinary ``encode``.
 """
 
 from __future__ import annotations
@@ -37,12 +36,10 @@ Size = tuple[int, int]
 
 
 def layer_sizes(model: SentenceTransformer) -> tuple[Size, ...]:
-    """Count what is outside the layers, then each layer.
+    """Count what is outside the layers, then each layer; ``bytes`` are those of the weights as they are stored.
 
     A weight that several layers share is counted with the first of them; a tensor outside the layers that packs one
     slice for each of them is counted with the layers.
-
-    The model's weights are as they are stored, so that ``bytes`` are those of a written cut.
     """
     transformer = model[0].auto_model
     layers = blocks_of(transformer)
@@ -79,11 +76,8 @@ def flops_per_token(model: SentenceTransformer, length: int) -> tuple[float, int
 
 
 def flops_by_layer(model: SentenceTransformer, length: int, layers: Iterable[nn.Module]) -> tuple[list[float], int]:
-    """Count the floating-point operations of a forward pass, by torch's own counter.
-
-    Counted are matrix products, 2 operations for each multiply-add: linear layers, attention (over all pairs of tokens,
-    also where a causal mask discards half of them), convolutions, the experts that a token is sent to. Element-wise
-    work (norms, activations, softmax, scans) and look-ups are not.
+    """Count the floating-point operations of a forward pass, by torch's own counter: matrix products, 2 for each
+    multiply-add (attention over all pairs of tokens, whatever a mask discards), no element-wise work and no look-ups.
 
     Returns:
         Operations for each token, of all that is outside of ``layers``, then of each; and the text's number of tokens,
@@ -117,11 +111,7 @@ def _grouped_flops(first: Sequence[int], *_: Any, out_shape: Sequence[int], **__
 
 
 def measure_layers(model: SentenceTransformer, sizes: Sequence[Size]) -> tuple[LayerCost, ...]:
-    """Count operations and measure times, some seconds for a model of 10⁸ parameters on a core.
-
-    Of all that is outside the layers (the tokenizer's time included), then of each layer; of the model in the dtype and
-    on the device in which it is used.
-    """
+    """Count operations and measure times: of all that is outside the layers (tokenizer included), then of each."""
     flops, _ = flops_by_layer(model, FLOPS_TOKENS, blocks_of(model[0].auto_model))
     latency, seconds = _median_seconds(model, 1, SINGLES), _median_seconds(model, BATCH, BATCHES)
     columns = zip(sizes, flops, latency, seconds, strict=True)

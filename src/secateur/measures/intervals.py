@@ -1,15 +1,11 @@
 """How sure a measured number is: one paired bootstrap, for losses and for scores, and a test for early stopping.
 
-The rows of a task, or the batches of a profile, are one sample of those that there could have been. Drawn again with
-replacement (Efron 1979), they give other numbers, whose spread is that of the number. Two models (or two depths) that
-are resampled with the same seed can be subtracted replicate by replicate: what rows have in common (some are hard for
-every model) cancels in the difference, as it should.
+Units (rows of a task, batches of a profile) are drawn again with replacement (Efron 1979); the spread of the numbers
+that they then give is that of the number. Replicates of two models that were drawn with the same seed can be
+subtracted: that some rows are hard for every model cancels. A replicate is how often each unit occurs in it, so that a
+score is a function of counts, never of copied rows.
 
-A replicate is kept as how often each unit occurs in it, so that a score is a function of counts, never of copied rows.
-
-Limits. An interval is about what other units of the same number would have given, not what another training seed,
-another training set of the classifier or another k-means start would have. Where there are too few units, or where a
-number is often undefined, there is no interval (:func:`why_no_interval`).
+An interval is about other units, not about another training seed, training set of the classifier or k-means start.
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count, takewhile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,7 +37,7 @@ _CHUNK = 1 << 21  # counts in memory at once: 16 MB
 
 
 def resampled_counts(units: int, seed: int, replicates: int = REPLICATES) -> Iterator[Array]:
-    """How often each unit occurs in each replicate: (some, units) at a time; the same for the same arguments."""
+    """How often each unit occurs in each replicate: (some, units) at a time."""
     rng = np.random.default_rng(seed)
     size = max(1, _CHUNK // units)
     for start in range(0, replicates, size):
@@ -74,23 +71,19 @@ def resample(
 ) -> Array:
     """Bootstrap replicates: (replicates,) or (replicates, numbers), centred on the number of the units as they are.
 
-    Centring leaves out the bootstrap's own bias, such as that of the best threshold or of an entropy on fewer distinct
-    rows. Deviations are widened, because a percentile interval is too narrow for few units: by sqrt(n / (n - 1))
-    t(n - 1) / z, the quantiles at :data:`CONFIDENCE` (Hesterberg 2015, section 5.3, there as expanded percentiles); by
-    1 + 1 / n, found by simulation, because few units hide that their values are skewed; and by sqrt(1 + (bias /
-    standard deviation)²), because a bias that was left out is no less uncertain. The simulations are in
-    ``tests/test_intervals.py``: from five units on, 93 % of the intervals or more hold the expected number (91 % for
-    average precision).
-
-    A replicate on which the number is undefined (all its labels alike) is NaN.
+    Centring leaves out the bootstrap's own bias, such as that of the best threshold. Deviations are widened, because a
+    percentile interval is too narrow for few units: by sqrt(n / (n - 1)) t(n - 1) / z (Hesterberg 2015, section 5.3,
+    expanded percentiles); by 1 + 1 / n, found by simulation (``tests/test_intervals.py``), because few units hide that
+    their values are skewed; and by sqrt(1 + (bias / standard deviation)²), because a bias that was left out is no less
+    uncertain. A replicate on which the number is undefined (all its labels alike) is NaN.
 
     Args:
         statistic: What is computed.
         units: How many units there are.
         seed: Decides which units are drawn.
         replicates: How often.
-        limits: What the number can be, of a single number. Where units that are all alike give no spread (no error in
-            n answers), the rule of three does: so many units may be at the other end.
+        limits: What a single number can be. Where units that are all alike give no spread (no error in n answers), the
+            rule of three does: so many units may be at the other end.
     """
     values = np.concatenate([statistic(counts) for counts in resampled_counts(units, seed, replicates)])
     measured = statistic(np.ones((1, units)))[0]
@@ -154,28 +147,23 @@ def mean_of(replicates: Sequence[Array]) -> Array:
 def looks(batches: int) -> tuple[int, ...]:
     """After how many of the batches to test for early stopping: 5, 10, 20, …, and all; never with fewer than 5.
 
-    A test that is repeated after every batch finds something sooner or later, whatever there is to find. So the looks
-    are fixed before the first batch, and each spends an equal share of the error (Bonferroni).
+    They are fixed before the first batch, and each spends an equal share of the error (Bonferroni).
     """
-    if batches < MINIMUM_UNITS:
-        return ()
-    found = [MINIMUM_UNITS]
-    while found[-1] < batches:
-        found.append(min(batches, 2 * found[-1]))
-    return tuple(found)
+    doubled = takewhile(lambda look: look < batches, (MINIMUM_UNITS << power for power in count()))
+    return (*doubled, batches) if batches >= MINIMUM_UNITS else ()
 
 
 def has_converged(losses: ArrayLike, looks: int = 1) -> bool:
     """Whether the lowest depth of each half is significantly below every other depth of its half.
 
-    By two-sided paired t-tests over batches. Comparing the lowest with each other one at the level of a single test
-    needs no further correction: the error is largest where just two depths are near each other (Gutmann and Maymin
-    1987, "Is the selected population the best?"). Both halves must pass, so that they do not add up either.
+    By two-sided paired t-tests over batches. Comparing the lowest with each other one needs no further correction: the
+    error is largest where just two depths are near each other (Gutmann and Maymin 1987, "Is the selected population
+    the best?"). Both halves must pass, so that they do not add up either.
 
     Args:
         losses: (batches, depths); fewer than five batches are never enough.
-        looks: How many looks there are in all, this one included; over all of them, the probability to stop at a depth
-            that is not the lowest is 1 - :data:`CONFIDENCE`.
+        looks: How many there are in all; over all of them, the probability to stop at a depth that is not the lowest
+            is 1 - :data:`CONFIDENCE`.
     """
     values = np.asarray(losses, dtype=np.float64)
     batches, depths = values.shape

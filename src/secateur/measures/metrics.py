@@ -27,9 +27,6 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
 def contrastive_loss(found: Tensor, scale: float) -> Tensor:
     """InfoNCE with in-batch and hard negatives, as L3Prune (arXiv 2410.14578) selects depths and trains by.
 
-    Cross-entropy of finding anchor i's own positive among all positives and all hard negatives of the batch, by
-    cosine × ``scale``.
-
     Args:
         found: Cosines (..., batch, candidates), candidate i being anchor i's own; -inf for one that does not count
             (:func:`false_negative_mask`).
@@ -53,7 +50,7 @@ def false_negative_mask(
     """Which candidates must not count as negatives of an anchor.
 
     The candidates are all positives, then all negatives. One is masked where its text is the anchor's own, or that of
-    any positive that the batch has for the same anchor text. The positive of the anchor's own row never is.
+    any positive that the batch has for the same anchor text, but for the positive of the anchor's own row.
 
     Args:
         anchors: A number for each text, (batch,): equal texts have equal numbers, in all three arguments.
@@ -105,8 +102,7 @@ def retrieval(found: Tensor, own: Tensor | None = None) -> Retrieval:
     """Accuracy at 1 and nDCG@10 of finding each anchor's own positive among all candidates of its batch.
 
     With one relevant candidate at rank r, nDCG@10 is 1 / log2(r + 1) for r ≤ 10, else 0 (Järvelin & Kekäläinen 2002).
-    Candidates with the same cosine are in random order: the expected value is returned, so that a model that gives
-    all texts the same vector scores what chance gives.
+    Candidates with the same cosine are in random order: the expected value is returned.
 
     Args:
         found: Cosines (..., batch, candidates); -inf for a candidate that is none of this anchor
@@ -163,9 +159,7 @@ def effective_rank(vectors: Tensor) -> float:
     # The singular values by way of the smaller product, in float64: several times faster than decomposing itself.
     square = centred.mT @ centred if centred.shape[0] >= centred.shape[1] else centred @ centred.mT
     singular = torch.linalg.eigvalsh(square).clamp_min(0).sqrt()
-    share = singular / singular.sum()
-    entropy = -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
-    return float(entropy.exp())
+    return float(torch.special.entr(singular / singular.sum()).sum().exp())
 
 
 def _centred(vectors: Tensor) -> Tensor:

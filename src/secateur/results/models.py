@@ -1,12 +1,274 @@
-"""What stands in a model's folder: how it was trained, and which layers and tokens of which model it holds."""
+"""Results as tables, and those of one model: its profile, its scout, its training, and what its folder holds.
+
+Each is one frozen dataclass, saved as one JSON file with its provenance; its ``rows`` are tidy. ``load(path, kind)``
+gives back what ``table.save(folder)`` wrote.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
-from secateur.results.base import Float, Table
+from pydantic import TypeAdapter, ValidationError, WrapValidator
+from pydantic_core import to_json
+
+from secateur.errors import DataError
+from secateur.files import read_json, write_bytes
+from secateur.provenance import Provenance
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T", bound="Table")
+Float = Annotated[float, WrapValidator(lambda value, check: None if value is None else check(value))]
+"""A number; what is not finite is written as null, and read as None."""
+Matrix = tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows and their provenance. Subclasses say what a row is.
+
+    Attributes:
+        kind: Name of the table in its file; tells a profile from scores.
+        file: Name that the table's file has: ``KIND.json`` where the class does not say another.
+        rows_in: Name of the attribute that holds the rows.
+    """
+
+    kind: ClassVar[str]
+    file: ClassVar[str]
+    rows_in: ClassVar[str]
+
+    provenance: Provenance
+
+    def __init_subclass__(cls, *, kind: str = "", file: str = "", rows_in: str = "") -> None:
+        if kind:
+            cls.kind, cls.file, cls.rows_in = kind, file or f"{kind}.json", rows_in
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """The tidy rows, each a frozen dataclass."""
+        return tuple(getattr(self, self.rows_in))
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """The commands that the rows come from."""
+        return (self.provenance.command,)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One flat dict per row."""
+        return [asdict(row) for row in self.rows]
+
+    def to_dataframe(self) -> Any:
+        """The rows as a ``pandas.DataFrame``."""
+        import pandas as pd
+
+        return pd.DataFrame(self.to_dicts())
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the table into ``folder`` as :attr:`file`, whole or not at all."""
+        path = Path(folder) / self.file
+        content = {"kind": self.kind, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        # JSON has no NaN: a number that is not finite is null, never a word that other readers refuse.
+        write_bytes(path, to_json(content, indent=1, inf_nan_mode="null") + b"\n")
+        return path
+
+
+def load(path: str | Path, kind: type[T]) -> T:
+    """Read a table back from its file, or from the folder that holds it.
+
+    Raises:
+        DataError: The file is missing, is not JSON, is another kind of table, or of a newer schema; or a value is
+            missing or invalid.
+    """
+    file = Path(path) / kind.file if Path(path).is_dir() else Path(path)
+    content = read_json(file)
+    found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, dict) or found != kind.kind:
+        raise DataError(
+            file, f"holds {found!r}, not a {kind.kind}", f"give the file that secateur wrote as {kind.file}"
+        )
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(file, f"schema version {version}, but this secateur reads {SCHEMA_VERSION}")
+    try:
+        text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")  # lone surrogates
+        table: T = _adapter(cast(Any, kind)).validate_json(text, strict=True)
+        return table
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] in ("missing", "unexpected_keyword_argument"):
+            raise DataError(file, f"is not a whole {kind.kind}", f"missing or unexpected: {key}") from None
+        raise DataError(file, f"{first['input']!r:.60} is not valid", "make the file again", field=key) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+# Profiles and scouts --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """One depth of a profile: the state after ``depth`` layers, through the model's final norm, pooled.
+
+    ``loss`` is the mean over batches, in nats, with its standard error and 95 % bootstrap interval;
+    ``selection_probability`` is the share of bootstrap replicates in which L3Prune's rule chooses this depth (both None
+    with fewer than five batches). ``accuracy``, ``ndcg_at_10`` and ``alignment`` are None with texts alone.
+    ``block_influence`` belongs to the layer that ends at this depth; ``next_token_loss`` is that of the language-model
+    head at this depth, in nats, None where the model has none.
+    """
+
+    depth: int
+    loss: float | None
+    loss_se: float | None
+    block_influence: Float
+    effective_rank: float | None
+    loss_low: float | None = None
+    loss_high: float | None = None
+    selection_probability: float | None = None
+    accuracy: float | None = None
+    ndcg_at_10: float | None = None
+    alignment: float | None = None
+    uniformity: float | None = None
+    mean_cosine: float | None = None
+    next_token_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class DepthScoreRow:
+    """One task at one depth of a model: what :func:`.evaluate` gives for the model cut to it.
+
+    As in :class:`ScoreRow`, ``kind`` being its ``type``. A depth at which a score is no number (all vectors alike) has
+    no row, and a note in the profile.
+    """
+
+    task: str
+    kind: str
+    metric: str
+    depth: int
+    score: Float
+    low: float | None = None
+    high: float | None = None
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one part of a model costs; any cut costs the sum of the parts that it keeps.
+
+    ``layer`` 0 is all that is no layer (token table, norms, pooling, and the tokenizer's time), ``layer`` k the k-th
+    layer. ``parameters`` counts a weight that is used twice once; ``bytes`` are those of the weights as the model was
+    opened; ``flops_per_token`` are counted on a text of 128 tokens. ``latency`` is the median time in seconds for one
+    text of some 20 tokens, ``seconds`` that for a batch of 8.
+    """
+
+    layer: int
+    parameters: int
+    bytes: int
+    flops_per_token: Float
+    latency: Float
+    seconds: Float
+
+
+@dataclass(frozen=True)
+class Profile(Table, kind="profile", rows_in="depths"):
+    """What each depth of one model is worth. ``rows`` has one :class:`DepthRow` for each depth from 1 to ``depth``.
+
+    Attributes:
+        batches: Batches read, of ``batch_size`` pairs (or texts).
+        texts: Distinct texts run, and ``tokens`` theirs, prompts included.
+        converged: Whether the choice of L3Prune's rule is significantly better than every other depth of its half, at
+            95 % over all looks at the data (:func:`.has_converged`); None without pairs.
+        cka: Linear CKA between depths, (depth, depth); null where a depth gives all texts the same vector.
+        angular: Mean angular distance of the last token's states, (depth + 1, depth + 1), depth 0 being the embeddings;
+            empty where an architecture's states have another layout.
+        losses_by_pooling: Pooling → its loss at each depth, the model's own among them.
+        batch_losses: (batches, depth), what ``loss`` is the mean of.
+        task_scores: Tasks × depths, one :class:`DepthScoreRow` each; empty where no task was asked for.
+        layer_costs: What each layer of the model costs.
+        notes: What was measured to decide, what could not be computed, and why.
+        source: The model's folder, file or Hub id; empty for one that was open.
+    """
+
+    model: str
+    depth: int
+    pooling: str
+    scale: Float
+    dtype: str
+    batch_size: int
+    batches: int
+    max_length: int
+    prompt: str
+    depths: tuple[DepthRow, ...]
+    texts: int = 0
+    tokens: int = 0
+    converged: bool | None = None
+    cka: Matrix = ()
+    angular: Matrix = ()
+    losses_by_pooling: Mapping[str, tuple[Float, ...]] = field(default_factory=dict)
+    batch_losses: Matrix = ()
+    task_scores: tuple[DepthScoreRow, ...] = ()
+    layer_costs: tuple[LayerCost, ...] = ()
+    notes: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def can_choose(self) -> bool:
+        """Whether there is something to choose from, and losses to choose by."""
+        return self.depth > 1 and all(row.loss is not None for row in self.depths)
+
+
+@dataclass(frozen=True)
+class RungRow:
+    """One depth of a scouted model.
+
+    ``score`` is the mean over the scout's tasks, 0 to 1; ``difference`` is it less that of the full depth, paired by
+    row. Each has its 95 % bootstrap interval; the ends are None where there is none, as at the full depth. ``trained``
+    says whether the depth was one of those that were trained.
+    """
+
+    depth: int
+    trained: bool
+    score: Float
+    low: float | None
+    high: float | None
+    difference: Float
+    difference_low: float | None = None
+    difference_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Scout(Table, kind="scout", rows_in="depths"):
+    """What each depth of a model is worth after one short training of several depths at once.
+
+    Attributes:
+        judge: What the scores are of: ``tasks`` (the user's), ``pairs`` (held-out ones), or ``texts`` (whether a text
+            has the neighbours that it has for the teacher).
+        depths: One :class:`RungRow` for each depth that was scored, ascending; the full depth is the last.
+        task_scores: Tasks × depths.
+        layer_costs: What each layer costs.
+        notes: What a reader must know.
+        layers: Which layers a depth has: the ``first`` ones, or ``uniform``, evenly spaced.
+    """
+
+    model: str
+    depth: int
+    judge: str
+    depths: tuple[RungRow, ...]
+    task_scores: tuple[DepthScoreRow, ...] = ()
+    layer_costs: tuple[LayerCost, ...] = ()
+    notes: tuple[str, ...] = ()
+    layers: str = "first"
+
+
+# A model's folder -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -44,18 +44,16 @@ def demo_study(given: StudyOptions, run: Path, progress: Progress) -> StudyOptio
     if not (task / "task.json").is_file():
         write_demo_data(data, task, given.seed, progress)
     decided = {"models": [DEMO_MODEL], "data": [data], "tasks": [str(task)], **SETTINGS}
-    left_open = {key: value for key, value in decided.items() if key not in given.model_fields_set}
-    return given.model_copy(update=left_open)
+    return given.model_copy(update={key: value for key, value in decided.items() if key not in given.model_fields_set})
 
 
 def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> None:
     """Write a training file and a retrieval task folder; ``task.json`` comes last and tells that all is there."""
     packages = ("", *TRAIN_PACKAGES, *TEST_PACKAGES)
     found: dict[str, list[tuple[str, str]]] = {}
-    for done, package in enumerate(packages):
-        progress("read docstrings", done, len(packages))
+    for done, package in enumerate(packages, 1):
         found[package] = list(pairs_of(package))
-    progress("read docstrings", len(packages), len(packages))
+        progress("read docstrings", done, len(packages))
 
     def draw(pairs: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
         return random.Random(seed).sample(pairs, min(count, len(pairs)))  # noqa: S311 - not for secrets
@@ -77,9 +75,8 @@ def write_demo_data(data: Path, task: Path, seed: int, progress: Progress) -> No
     rows = [{"query": summary, "positive": body} for summary, body in train]
     write_text(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_text(data.with_suffix(".json"), json.dumps({"query_instruction": INSTRUCTION}) + "\n")
-    queries, corpus = (
-        {f"{letter}{i}": pair[place] for i, pair in enumerate(test)} for place, letter in enumerate("qd")
-    )
+    queries = {f"q{i}": summary for i, (summary, _) in enumerate(test)}
+    corpus = {f"d{i}": body for i, (_, body) in enumerate(test)}
     write_retrieval(task, about, queries, corpus, ((f"q{i}", f"d{i}", 1) for i in range(len(test))))
 
 
@@ -99,14 +96,12 @@ def pairs_of(package: str) -> Iterator[tuple[str, str]]:
 
 
 def _source_files(package: str) -> list[Path]:
-    if package:
-        spec = importlib.util.find_spec(package)
-        root = Path(spec.origin).parent if spec and spec.origin else None
-    else:
-        root = Path(sysconfig.get_path("stdlib"))
+    spec = importlib.util.find_spec(package) if package else None
+    if package and not (spec and spec.origin):
+        return []
+    root = Path(spec.origin).parent if spec and spec.origin else Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    files = root.rglob("*.py") if root else []
-    return sorted(file for file in files if root and not skip.intersection(file.relative_to(root).parts))
+    return sorted(file for file in root.rglob("*.py") if not skip.intersection(file.relative_to(root).parts))
 
 
 def _docstrings(file: Path) -> Iterator[str]:

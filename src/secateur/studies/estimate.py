@@ -1,29 +1,24 @@
 """How long a step takes, about: its operations, divided by the measured rate of a matrix product, plus a constant.
 
 A forward pass costs 2 operations for each weight that a token runs through, a training step three forward passes.
-:class:`.State` corrects these estimates by what the finished steps of the same kind took.
+:class:`.State` corrects these estimates by what the finished steps took.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from torch.utils.benchmark import Timer
 
 from secateur.data.sources import Source
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
 from secateur.healing.recipes import training_config
-from secateur.models import resolve
-from secateur.models.blocks import blocks_of, depth_of, skeleton
-from secateur.models.checks import as_model_error
-from secateur.models.open_model import open_model, open_skeleton
+from secateur.models.blocks import blocks_of, depth_of
+from secateur.models.open_model import open_skeleton
 from secateur.options import CostOptions, HealOptions, ProfileOptions, PruneOptions, ScoutOptions, StudyOptions
-from secateur.progress import quiet
-from secateur.reporting.run import BASELINE
 from secateur.scouting.scout import ladder, step_cost
 from secateur.studies.steps import Base, Plan, Step
 
@@ -32,8 +27,6 @@ FIXED_SECONDS = {"prune": 12.0, "profile": 5.0, "scout": 20.0, "heal": 15.0, "ev
 BYTES_PER_SECOND = 200e6
 COST_TOKENS = 10_000
 """Tokens that the timing of one model encodes, about."""
-SMALL_FOLDER = 2 << 30
-"""A folder of fewer bytes is opened to see that it is whole; of a larger one, weights are not read."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +45,8 @@ class Amounts:
 
 
 def measure_base(name: str, model: str) -> Base:
-    """How many layers a model has, and how large they are.
-
-    Raises:
-        ModelError, UnsupportedArchitecture: It cannot be opened or cut.
-    """
-    source = resolve(model)
-    with as_model_error(model), quiet():
-        if isinstance(source, Path) and source.suffix == ".gguf":
-            transformer = skeleton(AutoConfig.from_pretrained(source.parent, gguf_file=source.name))
-        elif isinstance(source, Path) and sum(f.stat().st_size for f in source.rglob("*.safetensors")) < SMALL_FOLDER:
-            transformer = open_model(model, device="cpu")[0].auto_model
-        else:
-            transformer = open_skeleton(model)[0]
+    """How many layers a model has, and how large they are (ModelError if it cannot be opened or cut)."""
+    transformer = open_skeleton(model)[0]
     depth = depth_of(transformer)
     blocks = sum(parameter.numel() for parameter in blocks_of(transformer).parameters())
     return Base(name, model, depth, blocks // depth, sum(parameter.numel() for parameter in transformer.parameters()))
@@ -89,39 +71,35 @@ def _tokens(texts: Sequence[str]) -> float:
     return sum(map(len, texts)) / CHARACTERS_PER_TOKEN + len(texts)
 
 
-def _flops_per_second(size: int = 768, seconds: float = 0.2) -> float:
+def _flops_per_second(size: int = 768) -> float:
     matrix = torch.randn(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
-    float((matrix @ matrix).sum())  # warm
-    started, products = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        float((matrix @ matrix).sum())  # asking for a number waits for the device
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - started)
+    product = "float((matrix @ matrix).sum())"  # asking for a number waits for the device
+    timer = Timer(product, globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / float(timer.blocked_autorange(min_run_time=0.2).median)
 
 
 def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
     """Seconds that a step will take, about; None where nobody knows."""
-    fixed, options, variant = FIXED_SECONDS[step.kind], step.options, step.variant
+    fixed, options, base = FIXED_SECONDS[step.kind], step.options, step.base
     if isinstance(options, CostOptions):
-        timed = [2 * COST_TOKENS * model.depth * model.base.block_parameters for _, model in plan.models]
+        timed = [2 * COST_TOKENS * made.depth * made.base.block_parameters for made in plan.models if made.base]
         return fixed * len(options.models) + sum(timed) / amounts.flops_per_second
-    if variant is None or variant.recipe == BASELINE:
+    if base is None or step.depth == 0:
         return None
     if isinstance(options, PruneOptions):
-        return fixed + 16 * variant.base.parameters / BYTES_PER_SECOND  # float32, read and written twice
-    tokens = amounts.task_tokens
+        return fixed + 16 * base.parameters / BYTES_PER_SECOND  # float32, read and written twice
+    read, scored = 0.0, amounts.task_tokens
     if isinstance(options, HealOptions):
         recipe = training_config(options)
         texts = recipe.steps * recipe.batch_size * amounts.texts_per_row
-        trained = 3 * texts * min(amounts.tokens_per_text, recipe.max_length)
-        scored: float | None = 0
+        read = 3 * texts * min(amounts.tokens_per_text, recipe.max_length)
         if isinstance(options, ScoutOptions):
-            depth, scored = variant.base.depth, tokens
-            rungs = options.depths or ladder(depth, range(1, depth + 1), recipe.layers)
-            trained *= step_cost(recipe.layers, rungs, depth)
-        tokens = None if scored is None else trained + scored
+            rungs = options.depths or ladder(base.depth, range(1, base.depth + 1), recipe.layers)
+            read *= step_cost(recipe.layers, rungs, base.depth)
+        else:
+            scored = 0
     elif isinstance(options, ProfileOptions):
-        pairs = min(options.max_examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text
-        tokens = pairs if not options.tasks else None if tokens is None else pairs + tokens
-    flops = 2 * variant.depth * variant.base.block_parameters
-    return None if tokens is None else fixed + tokens * flops / amounts.flops_per_second
+        read = min(options.max_examples, amounts.rows) * amounts.texts_per_row * amounts.tokens_per_text
+        scored = scored if options.tasks else 0
+    flops = 2 * step.depth * base.block_parameters
+    return None if scored is None else fixed + (read + scored) * flops / amounts.flops_per_second

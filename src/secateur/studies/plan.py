@@ -4,14 +4,15 @@ By default one training of several depths, the scout, is scored at each of them,
 cut out of it and trained on (polished). Where the user names depths, each is trained by itself: models × depths ×
 recipes × seeds.
 
-What a profile or a scout tells is not known before it is there: until then the steps that wait for it stand in the plan
-without a command, and the plan made anew afterwards has them.
+What a profile or a scout tells is not known before it is there: until then ``(chosen)`` or the like stands for it, in
+steps that depend on that one. The plan is made anew after each step.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,37 @@ from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig
 from secateur.models import is_endpoint, model_label
-from secateur.options import CostOptions, HealOptions, StudyOptions
-from secateur.reporting.run import BASELINE, POLISHED, SCOUTED, TRIMMED, UNTRAINED
+from secateur.options import Budget, CostOptions, HealOptions, HealSettings, StudyOptions, default_of
+from secateur.reporting.run import POLISHED, SCOUTED, TRIMMED, UNTRAINED
 from secateur.results import Costs, Profile, Scout
 from secateur.scouting.scout import ladder, step_cost
-from secateur.studies.settings import DECIDED, ITSELF, check_options, recipe_options
 from secateur.studies.steps import (
-    FULL,
+    COMMANDS,
+    LAST,
     MODELS,
-    NO_TRAINING,
-    PRUNED,
-    TRAINED,
     Base,
+    Blocks,
     Plan,
     Step,
-    Variant,
     command_options,
     cuts_of,
+    layers_option,
 )
 
 SCOUTS = "scouts"
+NO_TRAINING = "none"
+ITSELF = "self"
+"""As a teacher: the whole model, of which the cut ones are parts."""
 BY_TASKS = "best-task"
 """As a depth: what the scores of the tasks at every depth choose."""
 
 SCOUT_SHARE = 0.25
 """Of a study's steps, each of which costs what a step of the full depth costs, the scout's; the polish has the rest."""
+
+_SCOUTED = ("ladder", "polish", "layers", "held_out", *Budget.model_fields)
+"""Options of a study with a scout."""
+_DECIDED: dict[str, Any] = {"model": "-", "data": ["-"], "columns": None, "out": "-", "seed": 42}
+"""Options of a training that the study decides, until it has."""
 
 
 def plan_steps(
@@ -55,47 +62,82 @@ def plan_steps(
     scouts: Mapping[str, Scout],
     failed: Collection[str] = (),
 ) -> Plan:
-    """The plan of a study.
+    """The plan of a study that begins with the models ``bases``.
 
-    Args:
-        study: Its options.
-        bases: The models to begin with.
-        profiles: Base → its profile, of those that are there.
-        scouts: Name of a scout (:func:`scout_names`) → what it found, of those that are there.
-        failed: Names of steps that failed: their models are not counted and timed with the others.
+    ``profiles`` are by base, ``scouts`` by name (:func:`first_scout`), of those that are there. Models whose steps
+    ``failed`` are not counted and timed with the others.
 
     Raises:
         ConfigError: A depth, a recipe, a seed or a baseline is not valid, or an option has no effect.
         IllegalDepth: A model cannot be cut so.
     """
-    check_options(study)
+    _check_options(study)
     plan, recipes = Plan(), recipe_options(study)
     planners = [_Planner(plan, study, recipes, base, study.tasks) for base in bases]
     for planner, base in zip(planners, bases, strict=True):
         if study.depths:
             planner.add_grid(profiles.get(base.name))
         else:
-            planner.add_scouted(scouts.get(scout_names(study, base)[0]))
-    made = {variant.name for _, variant in plan.models}
+            planner.add_scouted(scouts.get(first_scout(study, base)))
+    made = {step.output.name for step in plan.models}
     for model in study.baselines:  # to compare with: the study only opens them
         if (name := model_label(model)) in made:
             raise ConfigError("baselines", model, f"{name} is a model of the study", "rename the folder")
-        planners[0].add_scores(Variant(name, Base(name, model, 0), (), (), BASELINE), None)
+        planners[0].add_scores(name, 0, model=model)
     lost = {*failed, *plan.failed}
     lost |= plan.blocked(lost)
-    left = [step for step, _ in plan.models if step.name not in lost]
-    if left:  # all models in one step: times are compared under the same conditions
+    left = [step for step in plan.models if step.name not in lost]
+    if left:  # all models in one step, the last and alone: times are compared under the same conditions
         timed = [str(step.output) for step in left]
         timed += [m for m in study.baselines if not (is_endpoint(m) or f"evaluate {model_label(m)}" in lost)]
         options = command_options(CostOptions, {"models": timed, "out": study.out})
-        needed, known = tuple(step.name for step in left), all(step.known for step in left)
-        plan.steps.append(Step("cost all", "cost", options, study.out / Costs.file, needed, known=known))
+        needed = tuple(step.name for step in plan.steps if step.name not in lost)
+        plan.steps.append(Step("cost all", "cost", options, study.out / Costs.file, needed))
     return plan
 
 
-def scout_names(study: StudyOptions, base: Base) -> list[str]:
-    """The folders of a model's scouts in ``RUN/scouts``, one for each seed; the first one's scores choose."""
-    return [base.name + suffix for suffix in _suffixes(study).values()]
+def _check_options(study: StudyOptions) -> None:
+    """Refuse options that would have no effect: of a scout where depths are named, of named depths where none is."""
+    if CHOSEN in study.depths:
+        raise ConfigError("depths", CHOSEN, f"{CHOSEN} is what a scout chooses", "leave out depths")
+    if not study.depths and study.recipes != default_of(StudyOptions, "recipes"):
+        problem, hint = "are trained at the depths that are named, and none is", "name depths, or set heal's options"
+        raise ConfigError("recipes", study.recipes, problem, hint)
+    for name in _SCOUTED if study.depths else ():
+        if (given := getattr(study, name)) != default_of(StudyOptions, name):
+            problem = f"is for a scout, but depths names those to train: {', '.join(study.depths)}"
+            raise ConfigError(name, given, problem, f"leave out depths, or {name}")
+
+
+def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
+    """Recipe → the options of its training, but for those that the study decides. ``none`` has none.
+
+    Raises:
+        ConfigError: A name cannot be part of a folder's, or a setting is not valid.
+    """
+    common = {name: getattr(study, name) for name in (*HealSettings.model_fields, "teacher")}
+    recipes: dict[str, HealOptions] = {}
+    for name, own in study.recipes.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ConfigError("recipes", name, f"{name!r} is no name", "small letters, digits and _")
+        if name == NO_TRAINING and own:
+            raise ConfigError("recipes", own, "none has no settings", "name the recipe otherwise")
+        if name == TRIMMED and study.cuts_vocabulary:
+            problem = "is what models are called that had their vocabulary cut alone"
+            raise ConfigError("recipes", name, problem, "name the recipe otherwise")
+        for decided in sorted(_DECIDED.keys() & own.keys()):
+            raise ConfigError(f"recipes.{name}.{decided}", own, "is the study's to say", "leave it out")
+        try:
+            recipes[name] = command_options(HealOptions, common | own | _DECIDED)
+        except ConfigError as error:
+            problem = error.problem.partition(": ")[2]
+            raise ConfigError(f"recipes.{name}.{error.key}", error.value, problem, error.hint) from None
+    return recipes
+
+
+def first_scout(study: StudyOptions, base: Base) -> str:
+    """The folder in ``RUN/scouts`` of the scout whose scores choose; there is one for each seed."""
+    return base.name + next(iter(_suffixes(study).values()))
 
 
 def _suffixes(study: StudyOptions) -> dict[int, str]:
@@ -103,22 +145,11 @@ def _suffixes(study: StudyOptions) -> dict[int, str]:
     return {seed: f"-seed{seed}" if len(study.seeds) > 1 else "" for seed in study.seeds or [study.seed]}
 
 
-def chosen_layers(study: StudyOptions, scout: Scout) -> tuple[int, ...]:
-    """The layers that a scout's scores choose, within the study's budget.
-
-    Raises:
-        ConfigError: No depth is within it.
-        DataError: The scout does not tell what it asks.
-    """
-    return choose_rung(study, scout).blocks
-
-
 @dataclass
 class _Planner:
     """Adds to a plan what a study does with one of its models.
 
-    ``tasks`` score what is made of it; ``told_by`` is the step that writes them yet, ``held_out`` whether one does, or
-    did: they hold rows of the data.
+    ``tasks`` score what is made of it; ``held_out`` is the scout that writes them, where they are rows of the data.
     """
 
     plan: Plan
@@ -126,26 +157,39 @@ class _Planner:
     recipes: Mapping[str, HealOptions]
     base: Base
     tasks: Sequence[str]
-    told_by: str | None = None
-    held_out: bool = False
-
-    def folder(self, variant: Variant) -> Path:
-        return self.study.out / MODELS / variant.name
+    held_out: tuple[str, ...] = ()
 
     # What both kinds of studies have ----------------------------------------------------------------------------------
 
-    def add_untrained(self) -> list[tuple[Variant, str]]:
-        """The model as it came, which all others are cut from, and its step; the same with a cut vocabulary follows."""
-        base = self.base
-        whole = Variant(f"{base.name}-{base.depth}-{UNTRAINED}", base, FULL, tuple(range(base.depth)))
-        cut: dict[str, Any] = {"model": base.model, "pooling": self.study.pooling, **whole.layers}
-        came = self.plan.add("prune", whole, **cut, out=self.folder(whole))
-        if not self.study.cuts_vocabulary:
-            return [(whole, came)]
-        trimmed = replace(whole, name=f"{base.name}-{base.depth}-{TRIMMED}")
-        return [(whole, came), (trimmed, self._trim(trimmed, self.folder(whole), came))]
+    def add(self, kind: str, name: str, depth: int, *depends_on: str, title: str = "", **options: Any) -> str:
+        """Add a step that makes or measures ``name``, of so many layers, and give the step's name.
 
-    def _trim(self, variant: Variant, folder: Path, *depends_on: str, told_by: str | None = None) -> str:
+        ``title`` stands in that for the command.
+        """
+        step, output = f"{title or kind} {name}", options["out"] / LAST.get(kind, "")
+        needed, made = tuple(dict.fromkeys(depends_on)), command_options(COMMANDS[kind], options)
+        self.plan.steps.append(Step(step, kind, made, output, needed, self.base, depth))
+        return step
+
+    @property
+    def whole(self) -> str:
+        """The model as it came, which all others are cut from."""
+        return f"{self.base.name}-{self.base.depth}-{UNTRAINED}"
+
+    def folder(self, name: str) -> Path:
+        return self.study.out / MODELS / name
+
+    def add_untrained(self) -> dict[str, str]:
+        """The model as it came and, where vocabularies are cut, the same with fewer tokens; each with its step."""
+        base, folder = self.base, self.folder(self.whole)
+        cut: dict[str, Any] = {"model": base.model, "pooling": self.study.pooling, "to": str(base.depth)}
+        made = {self.whole: self.add("prune", self.whole, base.depth, **cut, out=folder)}
+        if self.study.cuts_vocabulary:
+            name = f"{base.name}-{base.depth}-{TRIMMED}"
+            made[name] = self._trim(name, base.depth, folder, made[self.whole])
+        return made
+
+    def _trim(self, name: str, depth: int, folder: Path, *depends_on: str) -> str:
         """Cut the vocabulary of a finished model, from its folder into ``RUN/models``; gives the step.
 
         It comes last: a model that is trained with fewer tokens loses more (docs/explanation/results.md).
@@ -154,69 +198,49 @@ class _Planner:
         cut: dict[str, Any] = {"model": str(folder), "vocab": study.vocab or study.data, "columns": study.columns}
         cut |= {"vocab_size": study.vocab_size, "vocab_coverage": study.vocab_coverage}
         cut |= {"vocab_tasks": [task for task in study.tasks if Path(task).is_dir()]}
-        out = self.folder(variant)
-        return self.plan.add("prune", variant, *depends_on, told_by=told_by, title="trim", **cut, out=out)
+        return self.add("prune", name, depth, *depends_on, title="trim", **cut, out=self.folder(name))
 
-    def add_profile(self, start: Variant, begun: str, *, scored: bool) -> None:
-        """The profile of the model that all others are cut from; it scores the tasks, too."""
-        study = self.study
-        options: dict[str, Any] = {"model": str(self.folder(start)), "data": study.data, "columns": study.columns}
-        options |= {"max_examples": study.max_examples, "seed": study.seed}
+    def add_profile(self, *depends_on: str, scored: bool) -> str:
+        """The profile of the model as it came; it scores the tasks, too. Gives the step."""
+        study, base = self.study, self.base
+        out, model = study.out / "profiles" / base.name, str(self.folder(self.whole))
+        options: dict[str, Any] = {"model": model, "data": study.data, "columns": study.columns}
+        options |= {"max_examples": study.max_examples, "seed": study.seed, "out": out}
         options |= {"scale": study.profile_scale, "dtype": study.profile_dtype}
         options |= {"tasks": study.tasks, "sample": study.sample} if scored and study.tasks else {}
-        self.plan.add("profile", start, begun, **options, out=study.out / "profiles" / self.base.name)
+        return self.add("profile", base.name, base.depth, *depends_on, **options)
 
-    def add_scores(self, variant: Variant, step: str | None, told_by: str | None = None) -> None:
-        """The scores of a model, if there are tasks: of one that ``step`` makes, or of a baseline."""
+    def add_scores(self, name: str, depth: int, *depends_on: str, model: str | None = None) -> None:
+        """The scores of a model, if there are tasks: of one in ``RUN/models``, or of the one that is named."""
         if not self.tasks:
             return
-        model = variant.base.model if step is None else str(self.folder(variant))
         # By its name, wherever the run folder lies: the scores are of this study's model.
-        options: dict[str, Any] = {"models": [model], "names": [variant.name], "tasks": self.tasks}
-        options |= {"sample": self.study.sample, "seed": self.study.seed, "cache": self.cache}
-        needed, out = () if step is None else (step,), self.study.out / "scores" / variant.name
-        self.plan.add("evaluate", variant, *needed, told_by=told_by or self.told_by, **options, out=out)
+        options: dict[str, Any] = {"models": [model or str(self.folder(name))], "names": [name], "tasks": self.tasks}
+        options |= {"sample": self.study.sample, "seed": self.study.seed}
+        options["cache"] = self.study.cache or self.study.out / "cache"
+        self.add("evaluate", name, depth, *depends_on, *self.held_out, **options, out=self.study.out / "scores" / name)
 
-    def add_cut(
-        self, bare: Variant, kept: Variant | None, *depends_on: str, told_by: str | None, problem: str, **source: Any
+    def add_model(
+        self, kind: str, name: str, depth: int, aside: str, *depends_on: str, **options: Any
     ) -> tuple[Path, str]:
-        """A model with fewer layers and all its tokens, to train on: its folder, and the step that makes it.
+        """A model of ``RUN/models``, cut or trained, and its scores.
 
-        ``kept`` is the same as a model of ``RUN/models`` that is scored, if it is one; ``problem`` says why it cannot
-        be made.
+        Where vocabularies are cut, it is made with all tokens first, in the folder ``aside``. Gives the folder of the
+        model with all its tokens, to train on, and the step that makes it.
         """
         trims = self.study.cuts_vocabulary
-        made, folder = bare, self.study.out / PRUNED / bare.name
-        if kept is not None and not trims:
-            made, folder = kept, self.folder(kept)
-        step = self.plan.add("prune", made, *depends_on, told_by=told_by, **source, out=folder)
-        if problem:
-            self.plan.failed[step] = problem
-        if kept is not None:
-            last = self._trim(kept, folder, step, told_by=told_by) if trims else step
-            self.add_scores(kept, last, told_by)
+        folder = self.study.out / aside if trims else self.folder(name)
+        step = self.add(kind, name, depth, *depends_on, **options, out=folder)
+        self.add_scores(name, depth, self._trim(name, depth, folder, step) if trims else step)
         return folder, step
-
-    def add_training(self, trained: Variant, *depends_on: str, told_by: str | None, **options: Any) -> None:
-        """A trained model of ``RUN/models``, and its scores."""
-        trims = self.study.cuts_vocabulary
-        folder = self.study.out / TRAINED / trained.name if trims else self.folder(trained)
-        step = self.plan.add("heal", trained, *depends_on, told_by=told_by, **options, out=folder)
-        last = self._trim(trained, folder, step, told_by=told_by) if trims else step
-        self.add_scores(trained, last, told_by)
-
-    @property
-    def cache(self) -> Path:
-        """The folder that keeps vectors."""
-        return self.study.cache or self.study.out / "cache"
 
     def settings(self, training: HealOptions) -> dict[str, Any]:
         """What a training is told beside its model and seed."""
-        settings = {key: value for key, value in training.given().items() if key not in DECIDED}
+        settings = {key: value for key, value in training.given().items() if key not in _DECIDED}
         if "teacher" in settings:  # its vectors are the same at all depths, and with all seeds
-            settings = {"cache": self.cache, **settings}
+            settings = {"cache": self.study.cache or self.study.out / "cache", **settings}
         if settings.get("teacher") == ITSELF:
-            settings["teacher"] = str(self.study.out / MODELS / f"{self.base.name}-{self.base.depth}-{UNTRAINED}")
+            settings["teacher"] = str(self.folder(self.whole))
         return {"data": self.study.data, "columns": self.study.columns, **settings}
 
     # Named depths, each trained by itself -----------------------------------------------------------------------------
@@ -224,29 +248,34 @@ class _Planner:
     def add_grid(self, profile: Profile | None) -> None:
         """The model as it came, its profile, and every depth with every recipe and seed."""
         study, base = self.study, self.base
-        untrained = self.add_untrained()
-        for variant, step in untrained:
-            self.add_scores(variant, step)
-        start, begun = untrained[0]
-        self.add_profile(start, begun, scored=study.depth_scores or BY_TASKS in study.depths)
-        self._add_trainings(replace(start, name=f"{base.name}-{base.depth}"), self.folder(start), begun)
+        start, untrained = self.folder(self.whole), self.add_untrained()
+        for name, step in untrained.items():
+            self.add_scores(name, base.depth, step)
+        begun = untrained[self.whole]
+        measured = self.add_profile(begun, scored=study.depth_scores or BY_TASKS in study.depths)
+        self._add_trainings(f"{base.name}-{base.depth}", base.depth, start, begun)
         state = TRIMMED if study.cuts_vocabulary else UNTRAINED
-        for variant, problem in cuts_of(study.depths, base, profile):
-            told_by = None if variant.blocks is not None else f"profile {base.name}"
-            source: dict[str, Any] = {"model": str(self.folder(start)), **variant.layers}
-            kept = replace(variant, name=f"{variant.name}-{state}") if NO_TRAINING in self.recipes else None
-            folder, pruned = self.add_cut(variant, kept, begun, told_by=told_by, problem=problem, **source)
-            self._add_trainings(variant, folder, pruned, told_by)
+        for label, blocks, problem in cuts_of(study.depths, base.depth, profile):
+            name, depth = f"{base.name}-{label}", len(blocks) if blocks else base.depth
+            needed = [begun] if blocks else [begun, measured]
+            cut, folder = {"model": str(start), **layers_option(blocks)}, study.out / "pruned" / name
+            if NO_TRAINING in self.recipes:
+                folder, step = self.add_model("prune", f"{name}-{state}", depth, f"pruned/{name}", *needed, **cut)
+            else:
+                step = self.add("prune", name, depth, *needed, **cut, out=folder)
+            self.plan.failed |= {step: problem} if problem else {}
+            self._add_trainings(name, depth, folder, step)
 
-    def _add_trainings(self, variant: Variant, folder: Path, pruned: str, told_by: str | None = None) -> None:
-        """Train the model in a folder, which the step ``pruned`` makes, with every recipe and seed."""
+    def _add_trainings(self, stem: str, depth: int, folder: Path, begun: str) -> None:
+        """Train the model in a folder with every recipe and seed."""
         for recipe, training in self.recipes.items():
-            if recipe == NO_TRAINING or (training.teacher == ITSELF and variant.specs == FULL):
-                continue  # the whole learns nothing from itself
+            itself = training.teacher == ITSELF and folder == self.folder(self.whole)
+            if recipe == NO_TRAINING or itself:  # the whole learns nothing from itself
+                continue
             given = {"model": str(folder), **self.settings(training)}
             for seed, suffix in _suffixes(self.study).items():
-                trained = replace(variant, name=f"{variant.name}-{recipe}{suffix}", recipe=recipe, seed=seed)
-                self.add_training(trained, pruned, told_by=told_by, **given, seed=seed)
+                name = f"{stem}-{recipe}{suffix}"
+                self.add_model("heal", name, depth, f"trained/{name}", begun, **given, seed=seed)
 
     # A scout, and what is cut out of it -------------------------------------------------------------------------------
 
@@ -259,46 +288,40 @@ class _Planner:
         for depth in (*study.ladder, *study.polish):
             blocks_to_keep(depth, base.depth)
         untrained = self.add_untrained()
-        self.add_profile(*untrained[0], scored=study.depth_scores)
+        self.add_profile(untrained[self.whole], scored=study.depth_scores)
         (training,) = self.recipes.values()
         settings = self.settings(training)
-        self._add_scouts(settings, untrained[0][0], [step for _, step in untrained], scout)
+        self._add_scouts(settings, untrained.values(), scout)
+        for name, step in untrained.items():
+            self.add_scores(name, base.depth, step)
         settings.pop("layers", None)  # what is polished has one depth
-        for variant, step in untrained:
-            self.add_scores(variant, step)
-        if self.held_out:
-            settings["exclude"] = self.tasks
+        settings["exclude"] = self.excluded
         cuts = self._scouted_cuts(scout)
-        whole, polishes = untrained[0][0], base.depth in study.polish or not cuts
         for seed in _suffixes(study):
-            self._add_cut(settings, whole, seed, polishes=polishes)
-            for cut, problem in cuts:
-                self._add_cut(settings, cut, seed, problem)
+            self._add_cut(settings, seed, tuple(range(base.depth)), polishes=base.depth in study.polish or not cuts)
+            for blocks, problem in cuts:
+                self._add_cut(settings, seed, blocks, problem)
 
-    def _add_scouts(
-        self, settings: Mapping[str, Any], start: Variant, begun: Sequence[str], scout: Scout | None
-    ) -> None:
+    def _add_scouts(self, settings: Mapping[str, Any], begun: Collection[str], scout: Scout | None) -> None:
         """A scout for each seed; without tasks, the rows that the first one holds out score all models.
 
         They begin when the whole model with a cut vocabulary is there, too: it tells what the depths will cost.
         """
-        study = self.study
-        own: dict[str, Any] = {
-            "model": str(self.folder(start)),
-            "depths": study.ladder or None,
-            "steps": self._steps[0],
-        }
+        study, depth = self.study, self.base.depth
+        own = {"model": str(self.folder(self.whole)), "depths": study.ladder or None, "steps": self._steps[0]}
         own |= {"sample": study.sample, "held_out": study.held_out}
         for seed, suffix in _suffixes(study).items():
-            variant = replace(start, name=self.base.name + suffix, recipe=SCOUTED, seed=seed)
-            judge = {"tasks": self.tasks, "exclude": self.tasks if self.held_out else []}
-            out = study.out / SCOUTS / variant.name
-            given = {**settings, **own, **judge, "seed": seed}
-            step = self.plan.add("scout", variant, *begun, told_by=self.told_by, **given, out=out)
+            name, out = self.base.name + suffix, study.out / SCOUTS / (self.base.name + suffix)
+            given = {**settings, **own, "tasks": self.tasks, "exclude": self.excluded, "seed": seed, "out": out}
+            step = self.add("scout", name, depth, *begun, *self.held_out, **given)
             if not self.tasks:
                 names = dict.fromkeys(row.task for row in scout.task_scores) if scout else [""]
-                self.tasks = [str(out / "tasks" / name) for name in names]
-                self.told_by, self.held_out = None if scout else step, True
+                self.tasks, self.held_out = [str(out / "tasks" / task) for task in names], (step,)
+
+    @property
+    def excluded(self) -> Sequence[str]:
+        """Tasks of rows of the data, which nothing is trained on."""
+        return self.tasks if self.held_out else []
 
     @property
     def which(self) -> str:
@@ -314,35 +337,33 @@ class _Planner:
         rungs = study.ladder or ladder(depth, range(1, depth + 1), self.which)
         return max(1, round(share / step_cost(self.which, rungs, depth))), budget - share
 
-    def _scouted_cuts(self, scout: Scout | None) -> list[tuple[Variant, str]]:
+    def _scouted_cuts(self, scout: Scout | None) -> list[tuple[Blocks | None, str]]:
         """The cuts below the full depth, and why one cannot be told; none where the full depth is chosen."""
-        base, polish = self.base, sorted({*self.study.polish} - {self.base.depth}, reverse=True)
+        depth = self.base.depth
         if self.study.polish:
-            kept = {depth: layers_of(self.which, depth, base.depth) for depth in polish}
-            return [(Variant("", base, (str(depth),), blocks), "") for depth, blocks in kept.items()]
-        unknown = Variant("", base, (CHOSEN,), None)
+            smaller = sorted({*self.study.polish} - {depth}, reverse=True)
+            return [(layers_of(self.which, polished, depth), "") for polished in smaller]
         if scout is None:
-            return [(unknown, "")]
+            return [(None, "")]
         try:
-            blocks = chosen_layers(self.study, scout)
+            blocks = choose_rung(self.study, scout).blocks
         except SecateurError as error:
-            return [(unknown, str(error))]
-        return [(replace(unknown, blocks=blocks), "")] if len(blocks) < base.depth else []
+            return [(None, str(error))]
+        return [(blocks, "")] if len(blocks) < depth else []
 
     def _add_cut(
-        self, settings: Mapping[str, Any], cut: Variant, seed: int, problem: str = "", *, polishes: bool = True
+        self, settings: Mapping[str, Any], seed: int, blocks: Blocks | None, problem: str = "", *, polishes: bool = True
     ) -> None:
         """A depth of a seed's scout as a model, and polished: the steps cost what the scout left of the budget."""
         base, suffix = self.base, _suffixes(self.study)[seed]
-        waits = None if cut.blocks is not None else f"scout {scout_names(self.study, base)[0]}"
-        label = f"({cut.specs[0]})" if cut.blocks is None else cut.depth
-        bare = replace(cut, name=f"{base.name}-{label}{suffix}", recipe=SCOUTED, seed=seed)
-        scouted = replace(bare, name=f"{base.name}-{label}-{SCOUTED}{suffix}")
-        source = self.study.out / SCOUTS / f"{base.name}{suffix}"
-        taken = {"model": str(source / "model"), **cut.layers}
-        made = self.add_cut(bare, scouted, f"scout {source.name}", told_by=waits, problem=problem, **taken)
+        depth, scout = len(blocks) if blocks else base.depth, base.name + suffix
+        stem = f"{base.name}-{len(blocks) if blocks else f'({CHOSEN})'}"
+        needed = [f"scout {scout}"] if blocks else [f"scout {scout}", f"scout {first_scout(self.study, base)}"]
+        cut = {"model": str(self.study.out / SCOUTS / scout / "model"), **layers_option(blocks)}
+        name = f"{stem}-{SCOUTED}{suffix}"
+        folder, step = self.add_model("prune", name, depth, f"pruned/{stem}{suffix}", *needed, **cut)
+        self.plan.failed |= {step: problem} if problem else {}
         if polishes:
-            polished = replace(bare, name=f"{base.name}-{label}-{POLISHED}{suffix}", recipe=POLISHED)
-            steps = max(1, round(self._steps[1] * base.depth / cut.depth))
-            given = {"model": str(made[0]), **settings, "steps": steps, "seed": seed}
-            self.add_training(polished, made[1], told_by=waits or self.told_by, **given)
+            name, steps = f"{stem}-{POLISHED}{suffix}", max(1, round(self._steps[1] * base.depth / depth))
+            given = {"model": str(folder), **settings, "steps": steps, "seed": seed}
+            self.add_model("heal", name, depth, f"trained/{name}", step, **given)

@@ -2,19 +2,24 @@
 
 The journal, ``RUN/steps.jsonl``, has a line for each start and each end of a step. A step that fails leaves
 ``RUN/logs/<step>.log``; whatever does not depend on it goes on.
+
+A step is done when its output is there, and is still of its options and inputs: ``RUN/done/<step>.json`` records these,
+with the SHA-256 of the files that it read, and those of the steps before it. Names on the Hub and mteb's tasks have no
+files to compare.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,61 +27,60 @@ from typing import Any
 import torch
 
 from secateur.clusters import ray_cluster, ray_share, run_command
-from secateur.errors import OutputError, SecateurError
+from secateur.data.sources import data_files, stem
+from secateur.errors import ConfigError, DataError, OutputError, SecateurError
 from secateur.evaluation.evaluate import evaluate
 from secateur.files import output_errors
 from secateur.healing.heal import heal
+from secateur.options import Names
 from secateur.profiling.profile import profile
 from secateur.progress import Progress
-from secateur.provenance import acting_as
+from secateur.provenance import Made, acting_as, fingerprint, fingerprint_files, model_files, versions_of
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, read_journal
 from secateur.scouting.scout import scout
-from secateur.studies import records
-from secateur.studies.steps import Plan, Step
+from secateur.studies.steps import COMMANDS, Plan, Step
 
-LOGS = "logs"
+RECORDS = "done"
+MEASURED = ("evaluate", "cost")
+"""Steps whose results are of the models and library versions of now: else they run again. Others make a model or a
+profile, which is never made again by itself."""
+_ASIDE = frozenset({"out", "cache", "names", "vocab_tasks"})
+"""Options that do not change a result."""
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (prune, profile, heal, scout, evaluate, cost)
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class State:
     """How far a study is. ``seconds`` are those of the finished steps, ``failed`` says why, ``running`` since when."""
 
-    plan: Plan
-    done: Collection[str]
-    running: Mapping[str, float]
-    failed: Mapping[str, str]
-    seconds: Mapping[str, float]
+    plan: Plan = field(default_factory=Plan)
+    done: Collection[str] = ()
+    running: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def expected(self) -> dict[str, float | None]:
         """Step → the seconds that it took, or will take, about; None where nobody knows.
 
-        An estimate is multiplied by what the finished steps of its kind took beside theirs (those of all kinds, where
-        none of its kind has finished).
+        Estimates are multiplied by what the finished steps took beside theirs.
         """
-
-        def factor(kind: str) -> float | None:
-            done = [step for step in self.plan.steps if step.name in self.seconds and step.seconds]
-            done = [step for step in done if kind in (step.kind, "")]
-            estimated = sum(step.seconds or 0 for step in done)
-            return sum(self.seconds[step.name] for step in done) / estimated if estimated else None
-
-        factors = {step.kind: factor(step.kind) or factor("") or 1.0 for step in self.plan.steps}
-        left = {step.name: step.seconds and step.seconds * factors[step.kind] for step in self.plan.steps}
+        done = [step for step in self.plan.steps if step.name in self.seconds and step.seconds]
+        estimated = sum(step.seconds or 0 for step in done)
+        factor = sum(self.seconds[step.name] for step in done) / estimated if estimated else 1.0
+        left = {step.name: step.seconds and step.seconds * factor for step in self.plan.steps}
         return {name: self.seconds.get(name, seconds) for name, seconds in left.items()}
 
     @property
     def seconds_left(self) -> float:
         """Estimated work of the steps that are left and can be done, one after another."""
-        now, expected = time.monotonic(), self.expected
-        spent = {name: now - since for name, since in self.running.items()}
+        now, expected = time.time(), self.expected
         left = [step.name for step in self.plan.steps if self.of(step) in ("waiting", "running")]
-        return sum(max(0.0, (expected[name] or 0.0) - spent.get(name, 0.0)) for name in left)
+        return sum(max(0.0, (expected[name] or 0.0) - (now - self.running.get(name, now))) for name in left)
 
     def of(self, step: Step) -> str:
         """``done``, ``running``, ``failed``, ``blocked`` (by one that failed) or ``waiting``."""
@@ -99,29 +103,18 @@ class Executor:
 class Scheduler:
     """Runs what of a plan is not done, each step once the steps that it depends on are done.
 
-    Attributes:
-        run: The run folder, for journal and logs.
-        make_plan: Gives the plan, told the steps that failed; asked again after each step, for profiles and scouts add
-            to it.
-        executor: Runs one.
-        callback: Told of every change.
+    ``run`` is the run folder. ``make_plan`` gives the plan, told the steps that failed; it is asked again after each
+    step, for profiles and scouts decide on it. ``callback`` is told of every change.
     """
 
     run: Path
     make_plan: Callable[[Collection[str]], Plan]
     executor: Executor
     callback: Callable[[State], None]
-    plan: Plan = field(default_factory=Plan)
-    done: set[str] = field(default_factory=set)
-    running: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    state: State = field(default_factory=lambda: State(done=set()))
 
     def go(self) -> dict[str, str]:
-        """Run all that can be run.
-
-        Returns:
-            Failed step → why.
+        """Run all that can be run; gives the failed steps, each with the reason.
 
         Raises:
             OutputError: The disk is full, or the run folder cannot be written.
@@ -130,84 +123,77 @@ class Scheduler:
         with output_errors(self.run / JOURNAL), (self.run / JOURNAL).open("ab+") as stream:
             stream.seek(0)
             stream.truncate(stream.read().rfind(b"\n") + 1)  # without the torn line of a killed process
-        self.seconds = taken_seconds(read_journal(self.run))
+        self.state.seconds = taken_seconds(read_journal(self.run))
         futures: dict[Future[Exception | None], Step] = {}
         pool = ThreadPoolExecutor(self.executor.slots)
         try:
-            while True:
-                ready = self.ready()
+            while (ready := self._ready()) or futures:
                 for step in ready:
-                    self.write(step, "started", started=_now())
-                    self.running[step.name] = time.monotonic()
-                    self.tell()
+                    self._write(step, "started", started=_now())
+                    self.state.running[step.name] = time.time()
+                    self.callback(self.state)
                     if self.executor.slots > 1:
-                        futures[pool.submit(self.attempt, step)] = step
+                        futures[pool.submit(self._attempt, step)] = step
                     else:  # in the main thread, where Ctrl-C arrives
-                        self.end(step, self.attempt(step))
-                if not futures and not ready:
-                    return self.failed
+                        self._end(step, self._attempt(step))
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                    self.end(futures.pop(future), future.result())
+                    self._end(futures.pop(future), future.result())
+            return self.state.failed
         finally:
             self.executor.close()
             pool.shutdown(cancel_futures=True)
 
-    def ready(self) -> list[Step]:
+    def _ready(self) -> list[Step]:
         """Make the plan, see what of it is there already, and give the steps to begin now."""
-        self.plan = self.make_plan(self.failed)
-        self.failed |= self.plan.failed
+        state = self.state
+        state.plan = plan = self.make_plan(state.failed)
+        state.failed |= plan.failed
         able: list[Step] = []
-        for step in self.plan.steps:
-            over = step.name in self.done or step.name in self.failed or step.name in self.running
-            if step.known and not over and self.done.issuperset(step.depends_on):
-                if records.is_done(step, self.plan, self.run, keep=True):
-                    self.done.add(step.name)
+        done: set[str] = set(state.done)
+        for step in plan.steps:
+            if state.of(step) == "waiting" and done.issuperset(step.depends_on):
+                if is_done(step, plan, self.run):
+                    record(step, plan, self.run)
+                    done.add(step.name)
                 else:
                     able.append(step)
-        self.tell()
-        shared = [step for step in able if not step.exclusive]
-        if shared and not any(step.exclusive for step in self.plan.steps if step.name in self.running):
-            return shared[: self.executor.slots - len(self.running)]
-        return able[:1] if not self.running else []
+        state.done = done
+        self.callback(state)
+        return able[: self.executor.slots - len(state.running)]
 
-    def attempt(self, step: Step) -> Exception | None:
+    def _attempt(self, step: Step) -> Exception | None:
         """Run a step; gives what it raised, of whatever kind: it is the step that fails, not the study."""
         try:
-            self.executor.run(step, self.log(step))
+            self.executor.run(step, self.run / "logs" / f"{step.stem}.log")
         except Exception as error:
             return error
         return None
 
-    def end(self, step: Step, error: Exception | None) -> None:
-        seconds = time.monotonic() - self.running.pop(step.name)
+    def _end(self, step: Step, error: Exception | None) -> None:
+        state, name = self.state, step.name
+        seconds = time.time() - state.running.pop(name)
         times = {"ended": _now(), "seconds": round(seconds, 3)}
         if error is None:
-            records.record(step, self.plan, self.run)
-            self.done.add(step.name)
-            self.seconds[step.name] = seconds
-            self.write(step, "done", **times)
+            record(step, state.plan, self.run)
+            state.done = {*state.done, name}
+            state.seconds[name] = seconds
+            self._write(step, "done", **times)
         else:
             reason = str(error) if isinstance(error, (SecateurError, OSError)) else f"{type(error).__name__}: {error}"
-            self.failed[step.name] = " ".join(reason.split())
-            self.write(step, "failed", **times, error=self.failed[step.name], log=str(self.log(step)))
-        self.tell()
+            state.failed[name] = " ".join(reason.split())
+            log = str(self.run / "logs" / f"{step.stem}.log")
+            self._write(step, "failed", **times, error=state.failed[name], log=log)
+        self.callback(state)
         if isinstance(error, OutputError) and error.concerns_all:
             raise error  # nothing else can be written either
 
-    def write(self, step: Step, outcome: str, **entry: Any) -> None:
+    def _write(self, step: Step, outcome: str, **entry: Any) -> None:
         """Add a line to the journal, on disk before this returns."""
         line = json.dumps({"step": step.name, "outcome": outcome, **entry, "command": step.command_line})
         with output_errors(self.run / JOURNAL), (self.run / JOURNAL).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-
-    def log(self, step: Step) -> Path:
-        """Where a step's output goes."""
-        return self.run / LOGS / f"{step.name.replace(' ', '-')}.log"
-
-    def tell(self) -> None:
-        self.callback(State(self.plan, set(self.done), dict(self.running), dict(self.failed), dict(self.seconds)))
 
 
 def taken_seconds(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -219,16 +205,16 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
+# Where steps run ------------------------------------------------------------------------------------------------------
+
+
 def in_this_process(progress: Progress) -> Executor:
     """One step after another, here: the libraries are imported once."""
 
     def run(step: Step, log: Path) -> None:
-        def named(_: str, done: int, total: int) -> None:
-            progress(step.name, done, total)
-
         try:
             with acting_as(step.command_line):
-                _FUNCTIONS[step.kind](step.options, progress=named)
+                _FUNCTIONS[step.kind](step.options, progress=lambda _, done, total: progress(step.name, done, total))
         except Exception:
             with suppress(OSError):  # the disk is full, perhaps: the step's own error says more
                 log.parent.mkdir(parents=True, exist_ok=True)
@@ -244,14 +230,14 @@ def in_processes(jobs: int) -> Executor:
     A step that takes its process with it, for want of memory, fails alone. All end when this process does.
     """
     threads = max(1, torch.get_num_threads() // jobs)
-    processes: set[subprocess.Popen[bytes]] = set()
+    processes: list[subprocess.Popen[bytes]] = []
 
     def run(step: Step, log: Path) -> None:
-        run_command(step.command, log, Path.cwd(), threads, processes)
+        run_command(step.command, log, Path.cwd(), threads, processes.append)
 
     def close() -> None:
-        for process in list(processes):
-            process.kill()
+        for process in processes:
+            process.kill()  # does nothing where it has ended
 
     return Executor(jobs, run, close)
 
@@ -260,11 +246,8 @@ def on_ray(address: str, jobs: int) -> Executor:
     """Each step as a task of a Ray cluster, whose GPUs the steps share.
 
     Every node needs secateur at the same version, and the working folder, the data and the run folder under the same
-    paths (a shared file system).
-
-    Args:
-        address: As for :func:`.ray_cluster`, and so with its errors.
-        jobs: Steps at once; 1: as many as the cluster has GPUs or, without any, cores, with one each.
+    paths. ``address`` and errors are those of :func:`.ray_cluster`; with ``jobs`` of 1, as many steps run at once as
+    the cluster has GPUs or, without any, cores.
     """
     connection = ExitStack()
     ray = connection.enter_context(ray_cluster(address))
@@ -282,3 +265,100 @@ def on_ray(address: str, jobs: int) -> Executor:
             raise error.cause from None
 
     return Executor(slots, run, connection.close)
+
+
+# What is done ---------------------------------------------------------------------------------------------------------
+
+
+def _made_from(step: Step, plan: Plan, run: Path) -> Made:
+    """What a step's output follows from: of a study's own models the steps that made them, or files where measured."""
+    options = step.options.model_dump(mode="json", include=step.options.model_fields_set - _ASIDE)
+    measured = step.kind in MEASURED
+    inputs: dict[str, Any] = {}
+    for name, value in list(options.items()):
+        marks = [mark.what for mark in type(step.options).model_fields[name].metadata if isinstance(mark, Names)]
+        if not {"model", "data", "task"}.intersection(marks):
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            maker = _maker(item, plan)
+            if maker is None:
+                inputs[item] = _files(item, marks[0])
+            elif measured:
+                inputs[str(Path(item).relative_to(run))] = fingerprint_files(item)
+            else:
+                inputs[name] = asdict(_made_from(maker, plan, run))
+            if maker or measured:
+                options.pop(name, None)
+    if step.kind == "heal":
+        options.setdefault("recipe", "default")
+    return Made(step.kind, options, inputs, versions_of() if measured else "")
+
+
+def _maker(item: str, plan: Plan) -> Step | None:
+    """The step of a study that writes a model, or the task folders of a scout."""
+    for step in plan.steps:
+        if step.kind in ("prune", "heal") and item == str(step.output):
+            return step
+        if step.kind == "scout" and step.output.parent in Path(item).parents:
+            return step
+    return None
+
+
+def _files(item: str, what: str) -> dict[str, str] | None:
+    """Files of a model, of data or of a task, by SHA-256; None for what is not on this disk."""
+    path = Path(item).expanduser()
+    if not path.exists():
+        return None
+    if what == "data":
+        files = data_files(path)
+        files += [about for file in files if (about := file.with_name(stem(file) + ".json")).is_file()]
+    elif what == "task":
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    else:
+        files = model_files(path)
+    return {str(file): fingerprint(file, 0).sha256 for file in files}
+
+
+def is_done(step: Step, plan: Plan, run: Path) -> bool:
+    """Whether a step's output is there, and is of the present options and inputs.
+
+    A model or profile without a record is whole as well: its study was killed before the record was written.
+    """
+    if not step.output.exists():
+        return False
+    changes = _made_from(step, plan, run).changes_since(run / RECORDS, f"{step.stem}.json")
+    return changes == [] or (changes is None and step.kind not in MEASURED)
+
+
+def record(step: Step, plan: Plan, run: Path) -> None:
+    """Write what a step's output was made from; what a killed training left beside it goes."""
+    shutil.rmtree(step.output.with_name(step.output.name + ".partial"), ignore_errors=True)
+    _made_from(step, plan, run).record(run / RECORDS, f"{step.stem}.json")
+
+
+def check_done(plan: Plan, run: Path) -> None:
+    """Refuse to go on where a result that is there was made otherwise than it would be now.
+
+    Models, depths, recipes, seeds and tasks may be added: that changes no result.
+
+    Raises:
+        ConfigError: With other options, as of an edited ``study.yaml``.
+        DataError: From a file that has changed.
+    """
+    known = {name for options in COMMANDS.values() for name in options.model_fields}
+    there = {step.name for step in plan.steps if step.output.exists()}
+    for step in plan.steps:
+        if step.kind == "cost" or step.name not in there:
+            continue
+        made, output = _made_from(step, plan, run), step.output.relative_to(run)
+        changed = made.changes_since(run / RECORDS, f"{step.stem}.json") or []
+        if step.kind in MEASURED:  # of other models, of other versions, or before its model is there, it is made again
+            own = changed if there.issuperset(step.depends_on) else []
+            changed = [name for name in own if name not in ("versions", *made.inputs)]
+        if options := [name for name in changed if name in known]:
+            hint = "change it back, remove the result, or name a new run folder (as for a study of an older version)"
+            what = f"changed in {run}/study.yaml since {output} was made"
+            raise ConfigError(", ".join(options), None, what, hint)
+        if changed:
+            hint = f"bring the old state back, or name a new run folder ({output} was made from it)"
+            raise DataError(changed[0], "has changed since the study began", hint)

@@ -1,9 +1,9 @@
-"""What a study is made of, as plain data: models, the layers that they keep, and steps, each of which is one command.
+"""What a study is made of, as plain data: models to begin with, and steps, each of which is one command.
 
 Folders are named ``<model>-<depth>-<state>``. The state is ``zero-shot`` for a model as it came, ``trimmed`` for one
-that is not trained either, but had its vocabulary cut, ``scout`` after the training of several depths, ``polished``
-after the one that follows it, or a recipe's name; after the selector where the layers are not the first ones, and
-before the seed where there are several: ``smollm2-7-uniform-healed-seed2``.
+that only had its vocabulary cut, ``scout`` after the training of several depths, ``polished`` after the one that
+follows it, or a recipe's name; after the selector where the layers are not the first ones, and before the seed where
+there are several: ``smollm2-7-uniform-healed-seed2``.
 """
 
 from __future__ import annotations
@@ -22,17 +22,13 @@ from secateur.options import Options, default_of, extra, make
 from secateur.results import Profile, Scores
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
+Blocks = tuple[int, ...]
+"""Indices of layers."""
 
 LAST = {"profile": "curve.png", "scout": "frontier.png", "evaluate": Scores.file}
 """Command → the file of its folder that is written last; of the others the folder appears whole."""
 MODELS = "models"
 """The folder of the models that are evaluated and timed."""
-PRUNED, TRAINED = "pruned", "trained"
-"""The folders of models on the way to these: cut and not trained; trained, with all tokens."""
-NO_TRAINING = "none"
-FULL = ("full",)
-"""The entry of ``depths`` that stands for all layers."""
-
 COMMANDS: Mapping[str, type[Options]] = {
     "prune": config.PruneOptions,
     "profile": config.ProfileOptions,
@@ -45,13 +41,7 @@ COMMANDS: Mapping[str, type[Options]] = {
 
 @dataclass(frozen=True)
 class Base:
-    """A model to begin with: its name in the study, what the user named, and its size.
-
-    Attributes:
-        depth: Number of layers.
-        block_parameters: Parameters of one layer.
-        parameters: Parameters of the whole model.
-    """
+    """A model to begin with: its name in the study, what the user named, and how large it, and one layer, is."""
 
     name: str
     model: str
@@ -61,51 +51,17 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One model of a study.
-
-    Attributes:
-        name: Of its folder.
-        base: The model that it is cut from.
-        specs: The entries of ``depths`` that lead to its layers; ``full`` for all of them, ``chosen`` for those that
-            a scout's scores choose.
-        blocks: Indices of its layers; None while a profile or a scout has to say.
-        recipe: How it is trained; ``none``: not at all.
-        seed: Of the training; None without one.
-    """
-
-    name: str
-    base: Base
-    specs: tuple[str, ...]
-    blocks: tuple[int, ...] | None
-    recipe: str = NO_TRAINING
-    seed: int | None = None
-
-    @property
-    def depth(self) -> int:
-        """Number of its layers; of all layers while a profile or a scout has to say."""
-        return self.base.depth if self.blocks is None else len(self.blocks)
-
-    @property
-    def layers(self) -> dict[str, str]:
-        """Which layers, as ``prune`` takes it; nothing while a profile or a scout has to say."""
-        if self.blocks is None:
-            return {}
-        return {"to": str(self.depth)} if is_prefix(self.blocks) else {"keep": ",".join(map(str, self.blocks))}
-
-
-@dataclass(frozen=True)
 class Step:
     """One command of a study.
 
     Attributes:
         name: The command, or ``trim`` where one cuts the vocabulary, and what it makes; unique in a study.
-        kind: The command.
-        options: Of the command; those at their defaults are not set.
+        options: Of the command ``kind``; those at their defaults are not set.
         output: The file or folder that is there when the step is done.
         depends_on: Names of the steps that must be done before.
-        variant: The model that it makes or measures; None where there are several.
-        known: Whether all options are final; else the step waits for a profile or a scout, which tells the others.
+        base: The model that it begins with; None where there are several.
+        depth: Layers of the model that it makes or measures, all while a profile or a scout has to say; 0 for one that
+            the study does not make.
         seconds: An estimate of its time; None where nobody knows.
     """
 
@@ -114,14 +70,14 @@ class Step:
     options: Options
     output: Path
     depends_on: tuple[str, ...] = ()
-    variant: Variant | None = None
-    known: bool = True
+    base: Base | None = None
+    depth: int = 0
     seconds: float | None = None
 
     @property
-    def exclusive(self) -> bool:
-        """Whether nothing else may run meanwhile, because the step measures times."""
-        return self.kind == "cost"
+    def stem(self) -> str:
+        """Of the names of its log and its record."""
+        return self.name.replace(" ", "-")
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -141,8 +97,8 @@ class Step:
 
     @property
     def command_line(self) -> str:
-        """As :attr:`command`, to be typed; empty while the options are not final."""
-        return shlex.join(self.command) if self.known else ""
+        """As :attr:`command`, to be typed."""
+        return shlex.join(self.command)
 
 
 @dataclass
@@ -158,37 +114,9 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def models(self) -> list[tuple[Step, Variant]]:
-        """The steps that make the study's models, and these."""
-        kinds = ("prune", "heal")
-        made = [step for step in self.steps if step.kind in kinds and step.output.parent.name == MODELS]
-        return [(step, step.variant) for step in made if step.variant is not None]
-
-    def add(
-        self,
-        kind: str,
-        variant: Variant,
-        *depends_on: str,
-        told_by: str | None = None,
-        title: str | None = None,
-        **options: Any,
-    ) -> str:
-        """Add a step about one model, and give its name.
-
-        Args:
-            kind: The command.
-            variant: The model that it makes or measures.
-            depends_on: Names of steps.
-            told_by: The step that has to tell some of the options yet.
-            title: What the step's name says in place of the command.
-            options: Of the command.
-        """
-        name = f"{title or kind} {variant.base.name if kind == 'profile' else variant.name}"
-        needed = depends_on if told_by is None else tuple(dict.fromkeys((*depends_on, told_by)))
-        made = command_options(COMMANDS[kind], options)
-        output = options["out"] / LAST.get(kind, "")
-        self.steps.append(Step(name, kind, made, output, needed, variant, told_by is None))
-        return name
+    def models(self) -> list[Step]:
+        """The steps that make the study's models."""
+        return [step for step in self.steps if step.kind in ("prune", "heal") and step.output.parent.name == MODELS]
 
     def blocked(self, failed: Collection[str]) -> set[str]:
         """Steps that cannot be done because of others that failed."""
@@ -205,67 +133,57 @@ class Plan:
             | {"depends_on": step.depends_on}
             for step in self.steps
         ]
-        variants = [
-            {"name": v.name, "base": v.base.name, "depth": v.base.depth, "specs": v.specs, "blocks": v.blocks}
-            | {"recipe": v.recipe, "seed": v.seed, "folder": str(step.output), "step": step.name}
-            for step, v in self.models
-        ]
-        return {"steps": steps, "variants": variants}
+        return {"steps": steps}
 
 
 def command_options(command: type[O], values: Mapping[str, Any]) -> O:
     """A command's options, those at their defaults not set."""
-    known = command.model_fields
-    return make(command, {k: v for k, v in values.items() if k not in known or v != default_of(command, k)})
+    own = {k: v for k, v in values.items() if k not in command.model_fields or v != default_of(command, k)}
+    return make(command, own)
 
 
-def cuts_of(specs: Sequence[str], base: Base, profile: Profile | None) -> Iterator[tuple[Variant, str]]:
-    """The cuts below the full depth, the deepest first, and why one cannot be told.
+def cuts_of(specs: Sequence[str], depth: int, profile: Profile | None) -> Iterator[tuple[str, Blocks | None, str]]:
+    """The cuts below the full depth that entries of ``depths`` ask for, the deepest first.
 
-    Entries that lead to the same layers are one.
+    Of each its label in a folder's name, its layers, and why they cannot be told. Entries that lead to the same layers
+    are one; those that a profile has to tell come last, without layers.
     """
-    known: dict[tuple[int, ...], list[str]] = {}
+    known: dict[Blocks, str] = {}
     unknown: dict[str, str] = {}
     for spec in specs:
+        if profile is None and needs_profile(spec):
+            _, counted, count = spec.partition(":")
+            if counted:  # too many layers are too many for every selector
+                blocks_to_keep(count.partition(":")[0], depth)
+            unknown[spec] = ""
+            continue
         try:
-            blocks = _blocks(spec, base.depth, profile)
+            known.setdefault(blocks_to_keep(spec, depth, profile), spec)
         except SecateurError as error:
             if profile is None:  # nothing has begun
                 raise
             unknown[spec] = str(error)
-            continue
-        if blocks is None:
-            unknown[spec] = ""
-        else:
-            known.setdefault(blocks, []).append(spec)
     taken: set[str] = set()
     for blocks in sorted(known, key=lambda kept: (-len(kept), kept)):
-        if len(blocks) < base.depth:
-            label = _label(blocks, known[blocks][0], taken)
+        if len(blocks) < depth:
+            label = _label(blocks, known[blocks], taken)
             taken.add(label)
-            yield Variant(f"{base.name}-{label}", base, tuple(known[blocks]), blocks), ""
+            yield label, blocks, ""
     for spec, problem in unknown.items():
-        yield Variant(f"{base.name}-({spec})", base, (spec,), None), problem
+        yield f"({spec})", None, problem
 
 
-def _blocks(spec: str, depth: int, profile: Profile | None) -> tuple[int, ...] | None:
-    """The layers that an entry of ``depths`` keeps; None where it takes a profile that is not there."""
-    if not needs_profile(spec) or profile is not None:
-        return blocks_to_keep(spec, depth, profile)
-    _, counted, count = spec.partition(":")
-    if counted:  # too many layers are too many for every selector
-        blocks_to_keep(count.partition(":")[0], depth)
-    return None
-
-
-def _label(blocks: tuple[int, ...], spec: str, taken: Collection[str]) -> str:
+def _label(blocks: Blocks, spec: str, taken: Collection[str]) -> str:
     """How a folder's name tells layers: their number, and the selector unless they are the first ones."""
     if is_prefix(blocks):
         return str(len(blocks))
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(rf":{len(blocks)}(?=:|$)", "", spec.lower())).strip("_")
-    way = words if words[:1].isalpha() else f"chosen_{words}"
-    label, number = f"{len(blocks)}-{way}", 1
-    while label in taken:
-        number += 1
-        label = f"{len(blocks)}-{way}_{number}"
-    return label
+    stem = f"{len(blocks)}-{words if words[:1].isalpha() else f'chosen_{words}'}"
+    return next(label for label in (stem, *(f"{stem}_{n}" for n in range(2, len(taken) + 3))) if label not in taken)
+
+
+def layers_option(blocks: Blocks | None) -> dict[str, str]:
+    """Layers as ``prune`` takes them; nothing while a profile or a scout has to say."""
+    if blocks is None:
+        return {}
+    return {"to": str(len(blocks))} if is_prefix(blocks) else {"keep": ",".join(map(str, blocks))}

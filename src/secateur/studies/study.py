@@ -1,11 +1,11 @@
 """The whole way over one or more models, in one run folder, resumable.
 
 A study is a plan (:mod:`.plan`) that is run (:mod:`.runner`). Each step has an output in the run folder that is there
-whole or not at all, and a record of what it was made from (:mod:`.records`), so that running the study again, after any
-interruption, does only what is missing:
+whole or not at all, and a record of what it was made from, so that running the study again, after any interruption,
+does only what is missing:
 
     RUN/study.yaml                      the resolved options
-    RUN/plan.json                       the models, the steps with their commands and times, the variants
+    RUN/plan.json                       the models, and the steps with their commands and times
     RUN/steps.jsonl                     the journal: what was begun, how it ended, how long it took
     RUN/done/<step>.json                what each output was made from
     RUN/logs/                           the output of steps that failed, and of those that ran in their own process
@@ -23,19 +23,19 @@ interruption, does only what is missing:
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
+from secateur.choosing.evidence import choose_rung
 from secateur.data.embedders import open_embedder
 from secateur.data.sources import Texts, check_data, read_sources
 from secateur.errors import ConfigError, DataError, OutputError, SecateurError, StudyFailed
@@ -44,7 +44,7 @@ from secateur.files import lock, read_json, results_folder, write_text
 from secateur.healing.recipes import training_config
 from secateur.healing.training_data import training_sets
 from secateur.models import model_label
-from secateur.options import STUDY_FILES, StudyOptions, make, read_study, step, to_yaml
+from secateur.options import STUDY_FILES, StudyOptions, read_study, step, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as
 from secateur.reporting.report import report
@@ -52,25 +52,39 @@ from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, rea
 from secateur.reporting.verdict import coverage_notes
 from secateur.results import Costs, Origin, Profile, Scores, load
 from secateur.scouting.held_out import draw
-from secateur.studies import records
+from secateur.studies import runner
 from secateur.studies.demo import demo_study
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
-from secateur.studies.plan import SCOUTS, chosen_layers, plan_steps, scout_names
-from secateur.studies.runner import Scheduler, State, in_processes, in_this_process, on_ray, taken_seconds
-from secateur.studies.settings import ITSELF, PRESETS, recipe_options
-from secateur.studies.steps import LAST, MODELS, NO_TRAINING, Base, Plan
+from secateur.studies.plan import ITSELF, NO_TRAINING, SCOUTS, first_scout, plan_steps, recipe_options
+from secateur.studies.runner import RECORDS, Scheduler, State, is_done, taken_seconds
+from secateur.studies.steps import LAST, MODELS, Base, Plan
 
 SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
 HOW = frozenset({"out", "jobs", "ray"})
 """Options that say how a study is run, not what it is; they may change when it goes on."""
 
-
-def ignore(state: State) -> None:
-    """A callback that does nothing."""
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {  # the experiments of L3Prune, arXiv 2410.14578, sections 4 and 5; the data are left to the user
+        "models": [
+            "meta-llama/Meta-Llama-3-8B-Instruct",
+            "mistralai/Mistral-7B-Instruct-v0.2",
+            "Qwen/Qwen2-7B-Instruct",
+            "microsoft/Phi-3-mini-4k-instruct",
+        ],
+        "depths": ["large", "small", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8"],
+        "tasks": ["MTEB(eng, v1)"],
+        "recipe": "l3prune",
+        "gradient_checkpointing": True,
+    },
+    "shrink": {"teacher": ITSELF},
+}
+"""Options that a preset decides, where the user has not; the demo's come with its data."""
 
 
 @step(StudyOptions)
-def study(options: StudyOptions, *, progress: Progress = silent, callback: Callable[[State], None] = ignore) -> Path:
+def study(
+    options: StudyOptions, *, progress: Progress = silent, callback: Callable[[State], None] = lambda _: None
+) -> Path:
     """Profile, scout, choose, polish, evaluate and report; a study that was stopped goes on where it was.
 
     Without any options but ``out``, ``jobs`` and ``ray``, it goes on with the study that ``out`` holds.
@@ -87,19 +101,16 @@ def study(options: StudyOptions, *, progress: Progress = silent, callback: Calla
         raise ConfigError("out", str(options.out), "is the name of the model", "name another folder")
     run = results_folder(options.out, *STUDY_FILES)
     outline = _prepare(options, progress)
-    (run / records.FOLDER).mkdir(exist_ok=True)
-    with lock(run / records.FOLDER):
+    (run / RECORDS).mkdir(exist_ok=True)
+    with lock(run / RECORDS):
         if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
             _make_plan(outline, keep=True)
             write_text(run / SETTINGS, to_yaml(outline.study))
         jobs, address = outline.study.jobs, outline.study.ray
-        local = in_this_process(progress) if jobs == 1 else in_processes(jobs)
-        failed = Scheduler(
-            run,
-            make_plan=lambda failed: _make_plan(outline, failed, keep=True),
-            executor=on_ray(address, jobs) if address is not None else local,
-            callback=callback,
-        ).go()
+        executor = runner.in_this_process(progress) if jobs == 1 else runner.in_processes(jobs)
+        if address is not None:
+            executor = runner.on_ray(address, jobs)
+        failed = Scheduler(run, lambda failed: _make_plan(outline, failed, keep=True), executor, callback).go()
         page = None
         if not failed or (run / Costs.file).is_file() or any(run.glob(f"*/*/{Scores.file}")):
             page = _write_view(run)
@@ -118,34 +129,33 @@ def plan_study(options: StudyOptions, *, progress: Progress = silent) -> State:
         SecateurError: The study cannot be begun as it is described.
     """
     plan = _make_plan(_prepare(options, progress))
-    done = [step.name for step in plan.steps if step.known and records.is_done(step, plan, options.out)]
-    return State(plan, done, {}, {}, taken_seconds(read_journal(options.out)))
+    done = [step.name for step in plan.steps if is_done(step, plan, options.out)]
+    return State(plan, done, seconds=taken_seconds(read_journal(options.out)))
 
 
 def read_status(run: str | Path) -> State:
     """How far a study is, from what it left in its folder; steps that run are told from those that were stopped.
 
-    Models are taken to be those that were measured: reading all weights takes minutes.
+    What is there counts as done: whether it is still of the present options and files is looked at when the study goes
+    on, or is planned.
 
     Raises:
         DataError: The folder holds no study, or a file of it is broken.
-        ConfigError: Its ``study.yaml`` has changed, and says of results that they were made otherwise.
     """
     run = Path(run)
-    read_study(run)
-    outline = _prepare(make(StudyOptions, {"out": run}), silent, closely=False)
-    entries = read_journal(run)
+    settings, kept, entries = read_study(run), _read_plan(run), read_journal(run)
     last = {entry["step"]: entry for entry in entries}
     failed = {name: entry["error"] for name, entry in last.items() if entry["outcome"] == "failed"}
-    plan = _make_plan(outline, failed)
-    done = {step.name for step in plan.steps if step.known and records.is_done(step, plan, run, closely=False)}
+    plan = _make_plan(_Outline(settings, kept["models"], kept["amounts"]), failed)
+    done: set[str] = set()
+    for planned in plan.steps:
+        if planned.output.exists() and planned.name not in failed and done.issuperset(planned.depends_on):
+            done.add(planned.name)
     left = {step.name for step in plan.steps} - done
-    running: dict[str, float] = {}
-    if _is_locked(run / records.FOLDER):
-        begun = {name: entry for name, entry in last.items() if entry["outcome"] == "started" and name in left}
-        ages = {name: datetime.now(timezone.utc) - datetime.fromisoformat(begun[name]["started"]) for name in begun}
-        running = {name: time.monotonic() - age.total_seconds() for name, age in ages.items()}
-    failed = {name: reason for name, reason in failed.items() if name in left - running.keys()} | plan.failed
+    begun = {name: entry["started"] for name, entry in last.items() if entry["outcome"] == "started" and name in left}
+    begun = begun if _is_locked(run / RECORDS) else {}
+    running = {name: datetime.fromisoformat(started).timestamp() for name, started in begun.items()}
+    failed = {name: reason for name, reason in failed.items() if name in left} | plan.failed
     return State(plan, done, running, failed, taken_seconds(entries))
 
 
@@ -169,28 +179,18 @@ class _Outline:
     amounts: Amounts
 
 
-def _prepare(given: StudyOptions, progress: Progress, *, closely: bool = True) -> _Outline:
+def _prepare(given: StudyOptions, progress: Progress) -> _Outline:
     """The options of this run and what was measured for it, when the study has been found to be possible.
 
-    ``plan.json`` keeps the sizes, and with the options that nothing needs to be checked again while these stay.
-
-    Args:
-        given: The options of this call.
-        progress: Told while the demo's data are made.
-        closely: Look at the files that the study reads.
-
-    Raises:
-        SecateurError: Options or files differ from those of results that are there, or the study cannot be done.
+    ``plan.json`` keeps both, so that nothing needs to be checked again while the options stay.
     """
-    run = given.out
-    settings = _settings(given, progress)
-    kept = _read_plan(run) if (run / SETTINGS).is_file() and (run / PLAN).is_file() else {}
-    if kept and (not closely or kept["study"] == _what(settings)):
-        outline = _Outline(settings, kept["models"], kept["amounts"])
-    else:
-        outline = _check_and_measure(settings)
-    if kept:
-        records.check(_make_plan(outline), run, closely=closely)
+    run, settings = given.out, _settings(given, progress)
+    if not ((run / SETTINGS).is_file() and (run / PLAN).is_file()):
+        return _check_and_measure(settings)
+    kept = _read_plan(run)
+    same = kept["study"] == _what(settings)
+    outline = _Outline(settings, kept["models"], kept["amounts"]) if same else _check_and_measure(settings)
+    runner.check_done(_make_plan(outline), run)
     return outline
 
 
@@ -198,9 +198,9 @@ def _settings(given: StudyOptions, progress: Progress) -> StudyOptions:
     """The options of this run: those that an earlier start left in the folder, with which those given must agree."""
     if (given.out / SETTINGS).is_file():
         earlier = read_study(given.out)
-        for key in StudyOptions.model_fields:
+        for key in sorted(given.model_fields_set - HOW):
             there, here = getattr(earlier, key), getattr(given, key)
-            if key in given.model_fields_set - HOW and _plain(key, there) != _plain(key, here):
+            if _plain(key, there) != _plain(key, here):
                 problem = f"is {here} here, but {there} in {given.out / SETTINGS}"
                 raise ConfigError(key, here, problem, "name a new run folder")
         return earlier.model_copy(update={key: getattr(given, key) for key in HOW & given.model_fields_set})
@@ -258,11 +258,7 @@ def _what(settings: StudyOptions) -> dict[str, Any]:
 
 
 def _read_plan(run: Path) -> dict[str, Any]:
-    """``plan.json`` of an earlier start.
-
-    Raises:
-        DataError: It is missing or broken.
-    """
+    """``plan.json`` of an earlier start (DataError if it is missing or broken)."""
     content: dict[str, Any] = read_json(run / PLAN)
     try:
         models = tuple(Base(**base) for base in content["models"])
@@ -275,39 +271,42 @@ def _read_plan(run: Path) -> dict[str, Any]:
 def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = False) -> Plan:
     """The plan as far as the profiles and scouts that are there decide it, with estimated times.
 
-    Args:
-        outline: What it is made of.
-        failed: Steps that failed.
-        keep: Write it, and what each profile and scout chooses, to the run folder.
+    With ``keep`` it is written to the run folder, and what each profile and scout chooses.
     """
-    study, run = outline.study, outline.study.out
-    folders = {base.name: run / "profiles" / base.name for base in outline.bases}
-    profiles = {name: load(folder, Profile) for name, folder in folders.items() if (folder / LAST["profile"]).is_file()}
-    names = [scout_names(study, base)[0] for base in outline.bases]
-    scouted = {name: run / SCOUTS / name for name in ([] if study.depths else names)}
-    scouts = {name: read_scout(folder) for name, folder in scouted.items() if (folder / LAST["scout"]).is_file()}
-    plan = plan_steps(study, outline.bases, profiles, scouts, failed)
-    plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
+    study, run, notes = outline.study, outline.study.out, []
+    profiles, scouts = {}, {}
     for base in outline.bases:
+        measured, first = run / "profiles" / base.name, first_scout(study, base)
+        if (measured / LAST["profile"]).is_file():
+            profiles[base.name] = load(measured, Profile)
+        if (run / SCOUTS / first / LAST["scout"]).is_file():
+            scouts[first] = read_scout(run / SCOUTS / first)
         trimmed = run / MODELS / f"{base.name}-{base.depth}-{TRIMMED}"
         cut = load(trimmed, Origin).vocabulary if (trimmed / Origin.file).is_file() else None
-        plan.notes += coverage_notes(base.name, cut) if cut else []
+        notes += coverage_notes(base.name, cut) if cut else []
+    plan = plan_steps(study, outline.bases, profiles, scouts, failed)
+    plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
+    plan.notes = notes
     if keep:
-        texts = {}
-        for name, measured in profiles.items():
-            if measured.can_choose:
-                choice = choose(measured) | {CHOSEN_FROM: losses_fingerprint(measured)}
-                texts[folders[name] / CHOICE] = json.dumps(choice) + "\n"
+        choices: dict[Path, dict[str, Any]] = {}
+        for name, profile in profiles.items():
+            if profile.can_choose:
+                choices[run / "profiles" / name] = choose(profile) | {CHOSEN_FROM: losses_fingerprint(profile)}
         for name, scout in scouts.items():
             with suppress(SecateurError):  # its plan says why there is no choice
-                texts[scouted[name] / CHOICE] = json.dumps({CHOSEN: len(chosen_layers(study, scout))}) + "\n"
+                choices[run / SCOUTS / name] = {CHOSEN: len(choose_rung(study, scout).blocks)}
+        for folder, choice in choices.items():
+            _write_anew(folder / CHOICE, json.dumps(choice))
         content = {"models": [asdict(base) for base in outline.bases], "amounts": asdict(outline.amounts)}
         content |= {"study": _what(study), **plan.to_dict()}
-        texts[run / PLAN] = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        for file, text in texts.items():
-            if not (file.is_file() and file.read_text(encoding="utf-8") == text):
-                write_text(file, text)
+        _write_anew(run / PLAN, json.dumps(content, indent=1, ensure_ascii=False))
     return plan
+
+
+def _write_anew(file: Path, text: str) -> None:
+    """Write a line or more, where the file does not hold them already."""
+    if not (file.is_file() and file.read_text(encoding="utf-8") == text + "\n"):
+        write_text(file, text + "\n")
 
 
 # Its results ----------------------------------------------------------------------------------------------------------
@@ -324,36 +323,31 @@ def read_scores(run: str | Path) -> Scores:
     tables = [load(file, Scores) for file in sorted(Path(run).glob(f"scores/*/{Scores.file}"))]
     if not tables:
         raise DataError(run, "holds no scores")
-    order = {row.model: i for i, row in enumerate(load(run, Costs).rows)} if (Path(run) / Costs.file).is_file() else {}
-    rows = sorted((row for table in tables for row in table.rows), key=lambda row: order.get(row.model, len(order)))
+    order = [row.model for row in load(run, Costs).rows] if (Path(run) / Costs.file).is_file() else []
+    rows = [row for table in tables for row in table.rows]
+    rows.sort(key=lambda row: order.index(row.model) if row.model in order else len(order))
     return Scores(tables[0].provenance, tuple(rows))
 
 
 def join_tables(run: str | Path) -> list[dict[str, Any]]:
     """All results of a study, joined: one flat row for each model and task, as ``table.csv`` has it.
 
-    A row has the base model, which of its ``depth`` layers are kept (``blocks``), the ``specs`` of the study that lead
-    there, recipe and seed, steps and seconds of its last training, how its vocabulary was cut (``tokens`` to
-    ``unknown_tokens``, empty where it was not), the score with its interval, and the costs. A model without scores has
-    one row. Group by all but ``seed`` to average over seeds.
+    A row has the base model, which of its ``depth`` layers are kept (``blocks``), recipe and seed, steps and seconds of
+    its last training, how its vocabulary was cut (``tokens`` to ``unknown_tokens``, empty where it was not), the score
+    with its interval, and the costs. A model without scores has one row. Group by all but ``seed`` to average over
+    seeds.
     """
-    planned = {item["name"]: item for item in _read_plan(Path(run))["variants"]}
-    found = {variant.name: variant for variant in read_run(run).variants}
-    planned |= {name: {"specs": [], "seed": None} for name, variant in found.items() if variant.is_baseline}
     rows: list[dict[str, Any]] = []
-    for name, item in planned.items():
-        if (variant := found.get(name)) is None:
-            continue
+    for variant in read_run(run).variants:
         training, origin, cut = variant.training, variant.origin, variant.vocabulary
         what: dict[str, Any] = {
             "model": variant.base,
-            "variant": name,
+            "variant": variant.name,
             "depth": variant.blocks,
             "kept": variant.depth,
-            "specs": " ".join(item["specs"]),
             "blocks": " ".join(map(str, origin.kept)) if origin else None,
             "recipe": NO_TRAINING if variant.recipe in (UNTRAINED, TRIMMED) else variant.recipe,
-            "seed": item["seed"],
+            "seed": variant.seed,
             "steps": training and training.steps,
             "train_seconds": training and round(training.seconds, 1),
             "tokens": cut and cut.row.tokens,
@@ -373,10 +367,7 @@ def join_tables(run: str | Path) -> list[dict[str, Any]]:
 
 def _write_view(run: Path) -> Path:
     """``table.csv`` and the report."""
-    rows, stream = join_tables(run), io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(run / TABLE, stream.getvalue())
+    table = pd.DataFrame(join_tables(run), dtype=object)  # whole numbers stay whole
+    write_text(run / TABLE, table.to_csv(index=False, lineterminator="\n"))
     with acting_as(f"secateur report {shlex.quote(str(run))}"):
         return report(run)
