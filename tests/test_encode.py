@@ -17,7 +17,6 @@ import pyarrow
 import pyarrow.feather
 import pyarrow.parquet as parquet
 import pytest
-import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
@@ -27,13 +26,10 @@ from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
 from secateur.data.rows import read_column
 from secateur.errors import ConfigError, DataError, OutputError
-from secateur.inference import encoders
-from secateur.inference.backends import choose
+from secateur.inference.backends import choose, open_encoder
 from secateur.inference.encode import SHARD
-from secateur.inference.encoders import ModelEncoder
-from secateur.inference.opening import Opening, open_encoder
+from secateur.inference.encoders import ModelEncoder, Opening
 from secateur.measures.metrics import paired_cosines
-from secateur.models import forward
 from task_folders import example_rows, write_task
 
 SCRIPTS = (
@@ -108,53 +104,6 @@ def test_a_shared_instruction_is_pooled_as_it_should_be(llama_folder: Path, pool
     texts = [f"{i} and so on"[: 3 + i % 7] for i in range(50)]
     prompt = "a long instruction, that all of them share;\n"
     same(accelerate(own).encode(texts, prompt=prompt), own.encode(texts, prompt=prompt))
-
-
-def test_a_prompt_is_run_once(make_encoder: MakeEncoder):
-    own = make_encoder("llama")
-    tokens = []
-    own[0].auto_model.embed_tokens.register_forward_hook(lambda _, args, out: tokens.append(args[0].numel()))
-    texts = [f"{i:04}" for i in range(400)]
-    encoder = ModelEncoder(own)
-    encoder.encode_texts(texts, "0123456789" * 5)  # finds out that the prompt can be shared
-    tokens.clear()
-    encoder.encode_texts(texts, "0123456789" * 5)
-    assert sum(tokens) < 400 * 10, "54 tokens each where the prompt is run with every text"
-
-
-def test_what_is_known_of_a_prompt_does_not_outlive_the_weights(make_encoder: MakeEncoder):
-    own = make_encoder("llama")
-    fast, texts, prompt = accelerate(own), [f"{i} and so on" for i in range(20)], "find the word that is meant: "
-    before = fast.encode(texts, prompt=prompt)
-    for block in own[0].auto_model.layers:
-        block.mlp.down_proj.weight.data.mul_(-3)  # as peft merges: no version counter tells
-    assert paired_cosines(fast.encode(texts, prompt=prompt), before).max() < 0.99
-    same(fast.encode(texts, prompt=prompt), own.encode(texts, prompt=prompt))
-
-
-def test_a_prompt_that_comes_out_a_little_otherwise_is_run_with_every_text(make_encoder: MakeEncoder, monkeypatch):
-    """As with caches that round what they keep."""
-    texts, prompt = [f"{i} and so on" for i in range(20)], "find the word that is meant: "
-    exact = make_encoder("llama").encode(texts, prompt=prompt)
-
-    def run_prefix(transformer, start):
-        prefix = forward.run_prefix(transformer, start)
-        for layer in prefix.layers:
-            layer.values = layer.values * 1.02
-        return prefix
-
-    monkeypatch.setattr(encoders, "run_prefix", run_prefix)
-    found = ModelEncoder(make_encoder("llama")).encode_texts(texts, prompt)
-    np.testing.assert_allclose(found, exact, atol=1e-5)
-
-
-def test_without_memory_for_a_shared_prompt_it_is_run_with_every_text(make_encoder: MakeEncoder, monkeypatch):
-    def run_prefix(*_: object) -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(encoders, "run_prefix", run_prefix)
-    own, texts, prompt = make_encoder("llama"), [f"{i} and so on" for i in range(20)], "find the word that is meant: "
-    same(ModelEncoder(own).encode_texts(texts, prompt), own.encode(texts, prompt=prompt))
 
 
 def test_of_a_long_text_so_much_is_tokenized_as_the_model_reads(make_encoder: MakeEncoder):

@@ -1,63 +1,91 @@
-"""A ``SentenceTransformer`` on the encoding core: what bulk encoding, the server and :func:`accelerate` run on.
+"""A model in PyTorch as an encoder: for bulk encoding, for the server, and for :func:`accelerate`.
 
-The vectors are those of ``SentenceTransformer.encode``; the way to them is shorter. Batches are made by tokens
-(:mod:`secateur.runtime.core`), and the keys and values of a prompt are computed once where a model attends only
-backwards.
+The vectors are those of ``SentenceTransformer.encode``; batches are made by tokens (:mod:`secateur.runtime.core`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.util import truncate_embeddings
-from torch import Tensor, nn
+from sentence_transformers.util import get_device_name, truncate_embeddings
+from torch import nn
 
 from secateur.errors import ModelError
 from secateur.measures.metrics import paired_cosines
-from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, SharedPrefix, pool, run_after, run_prefix
-from secateur.models.open_model import is_causal
+from secateur.models import model_source
+from secateur.models.open_model import MAX_LENGTH, check_device, open_model
 from secateur.models.save import PROBES
+from secateur.options import EncodeOptions, SavedPooling, ServeOptions
 from secateur.progress import quiet
-from secateur.runtime.core import (
-    CPU_BATCH,
-    GPU_BATCH,
-    LENGTH_STEP,
-    PADDING,
-    Encoder,
-    OnBatch,
-    RunBatch,
-    Tokens,
-    Vectors,
-    ignore,
-)
+from secateur.provenance import is_export
+from secateur.runtime.core import CPU_BATCH, GPU_BATCH, PADDING, Encoder, Tokens, Vectors
 
+AUTO, TORCH = "auto", "torch"
+STORED = "stored"
+"""The dtype of the weights as they are."""
 LEAST_COSINE = 0.999
 """What batches must keep of the model's own vectors."""
-SHARED_FROM = 8
-"""Texts under one prompt from which on it pays to compute it once, and apart."""
 
 
-def batch_budget(device: str | torch.device) -> int:
-    """Tokens in a batch, padding included, where nobody says how many."""
-    return CPU_BATCH if torch.device(device).type == "cpu" else GPU_BATCH
+@dataclass(frozen=True)
+class Opening:
+    """How a model is opened: what is said once, and given to every worker.
+
+    ``auto`` is for :func:`.choose` to decide; until then it means PyTorch, in float32 on a CPU, as stored on a GPU.
+    """
+
+    model: str  # whatever open_model takes, or a folder that export wrote
+    dtype: str = AUTO
+    pooling: SavedPooling | None = None
+    max_length: int = MAX_LENGTH
+    device: str | None = None
+    trust_remote_code: bool = False
+    batch_tokens: int | None = None  # default: by the device
+    threads: int | None = None  # default: all of the processor
+    backend: str = AUTO
+    calibration: tuple[str, ...] = ()  # texts by which int8 rounds, also in a worker elsewhere, which converts anew
+
+    @classmethod
+    def of(cls, options: EncodeOptions | ServeOptions) -> Opening:
+        """As options say; refuses a device that this machine does not have."""
+        said = {field.name: getattr(options, field.name) for field in fields(cls) if hasattr(options, field.name)}
+        opening = cls(**said | {"model": model_source(options.model)})
+        if not opening.exported:
+            check_device(opening.device)
+        return opening
+
+    @property
+    def exported(self) -> bool:
+        """Whether the model is a folder that ``secateur export`` wrote."""
+        return is_export(self.model)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on the processor."""
+        return self.exported or torch.device(self.device or get_device_name()).type == "cpu"
 
 
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """What texts under one prompt start with: token ids, keys and values, and the last states (1, tokens, width)."""
-
-    ids: NDArray[np.int32]
-    cache: SharedPrefix
-    states: Tensor
+def open_torch(opening: Opening) -> ModelEncoder:
+    """Open a model in PyTorch."""
+    if opening.threads:
+        torch.set_num_threads(opening.threads)
+    dtype = {AUTO: "float32" if opening.on_cpu else AUTO, STORED: AUTO}
+    model = open_model(
+        opening.model,
+        dtype=dtype.get(opening.dtype, opening.dtype),
+        pooling=opening.pooling,
+        max_length=opening.max_length,
+        device=opening.device,
+        trust_remote_code=opening.trust_remote_code,
+    )
+    return ModelEncoder(model, opening.model, batch_tokens=opening.batch_tokens)
 
 
 class ModelEncoder(Encoder):
@@ -66,21 +94,15 @@ class ModelEncoder(Encoder):
     Args:
         model: Its first module must be a transformer; changed to evaluation mode.
         name: What errors call it.
-        batch_tokens: Tokens in a batch, padding included; default: :func:`batch_budget`.
-        length_step: As :class:`Encoder` has it.
+        batch_tokens: Tokens in a batch, padding included; default: 1,024 on a CPU, 8,192 on a GPU.
 
     Raises:
         ModelError: The model is no transformer, or gives other vectors in batches than its own ``encode``.
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        name: str = "model",
-        *,
-        batch_tokens: int | None = None,
-        length_step: int = LENGTH_STEP,
-    ) -> None:
+    padding = PADDING
+
+    def __init__(self, model: SentenceTransformer, name: str = "model", *, batch_tokens: int | None = None) -> None:
         if not isinstance(model[0], Transformer) or model.tokenizer is None:
             raise ModelError(name, "is not a transformer with a tokenizer", "other kinds cannot be encoded with")
         self.model, self.name = model.eval(), name
@@ -91,25 +113,15 @@ class ModelEncoder(Encoder):
         self.prompts, self.default_prompt = dict(model.prompts), model.default_prompt_name
         self.truncation_side = model.tokenizer.truncation_side
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.batch_tokens = batch_tokens or batch_budget(model.device)
-        self.length_step, self.padding = length_step, PADDING
+        self.batch_tokens = batch_tokens or (CPU_BATCH if model.device.type == "cpu" else GPU_BATCH)
         self._modality = model.preprocess(["a"])["modality"]
-        self._shares_prompts = is_causal(model[0])
-        self._prefix: Prefix | None = None
-        self._compared: set[bytes] = set()
         with quiet():
             expected = model.encode(list(PROBES), prompt_name=self.default_prompt, show_progress_bar=False)
         found = self.run(self.tokenize(PROBES, self.prompt_of(None)))
         cosine = float(paired_cosines(found, expected).min())
         if not cosine >= LEAST_COSINE:  # a module may want more than tokens and a mask
             raise ModelError(name, f"gives other vectors in batches than alone (cosine {cosine:.4f})")
-
-    def encode_texts(
-        self, texts: Sequence[str], prompt: str = "", on_batch: OnBatch = ignore, **options: Any
-    ) -> Vectors:
-        """See :meth:`Encoder.encode_texts`."""
-        self._prefix = None  # the model may have been trained since
-        return super().encode_texts(texts, prompt, on_batch, **options)
+        self.length_step = 1  # the probes had more padding
 
     def read(self, texts: Sequence[str], prompt: str, truncate: bool) -> list[Tokens]:
         """See :meth:`Encoder.read`."""
@@ -123,47 +135,6 @@ class ModelEncoder(Encoder):
 
     def run(self, batch: Sequence[Tokens]) -> Vectors:
         """See :meth:`Encoder.run`."""
-        with torch.inference_mode():
-            return self._as_array(self.model(self._features(batch))["sentence_embedding"])
-
-    def prepare(self, tokens: Sequence[Tokens]) -> tuple[RunBatch, int]:
-        """See :meth:`Encoder.prepare`: what the prompt makes all texts start with is run once, if that gives the same.
-
-        What a model cannot do (or has no memory for) is done in the plain way.
-        """
-        start = _shared_start(tokens)
-        if not self._shares_prompts or len(start) < SHORTEST_PREFIX:
-            return self.run, 0
-        try:
-            run = partial(self._run_after, self._run_prefix(start))
-            if start.tobytes() not in self._compared:
-                probes = tokens[:: max(1, len(tokens) // 8)]
-                cosine = paired_cosines(run(probes), self.run(probes)).min()
-                exact = self.model.dtype == torch.float32
-                self._shares_prompts = bool(cosine >= (1 - 1e-6 if exact else LEAST_COSINE))
-                self._compared.add(start.tobytes())
-        except REFUSALS:
-            self._shares_prompts = False
-        return (run, len(start)) if self._shares_prompts else (self.run, 0)
-
-    def _run_prefix(self, start: NDArray[np.int32]) -> Prefix:
-        if self._prefix is None or not np.array_equal(self._prefix.ids, start):
-            transformer, ids = self.model[0].auto_model, torch.from_numpy(start.astype(np.int64))
-            with torch.inference_mode():
-                states = transformer(input_ids=ids[None].to(transformer.device)).last_hidden_state
-                self._prefix = Prefix(start, run_prefix(transformer, ids), states)
-        return self._prefix
-
-    def _run_after(self, prefix: Prefix, batch: Sequence[Tokens]) -> Vectors:
-        """As :meth:`run`, for texts that start with what has been run already."""
-        with torch.inference_mode():
-            features = self._features(batch)
-            found = run_after(self.model[0].auto_model, prefix.cache, len(prefix.ids), features).last_hidden_state
-            states = torch.cat([prefix.states.expand(len(batch), -1, -1), found], dim=1)
-            return self._as_array(pool(self.model, states, features))
-
-    def _features(self, batch: Sequence[Tokens]) -> dict[str, Any]:
-        """What the model's modules take: tensors (batch, length)."""
         ids, mask = self.pad(batch, self.model.tokenizer.pad_token_id or 0)
         device = self.model.device
         features: dict[str, Any] = {
@@ -173,19 +144,10 @@ class ModelEncoder(Encoder):
         }
         if batch[0].prompt_length:
             features["prompt_length"] = batch[0].prompt_length
-        return features
-
-    def _as_array(self, vectors: Tensor) -> Vectors:
-        found: Vectors = vectors[:, : self.dimension].float().cpu().numpy()
-        return found
-
-
-def _shared_start(tokens: Sequence[Tokens]) -> NDArray[np.int32]:
-    """The ids of a prompt that all texts start with; none where the texts are too few to gain by it."""
-    length = min(tokens[0].prompt_length, min(map(len, tokens)) - 1) if len(tokens) >= SHARED_FROM else 0
-    starts = np.stack([text.ids[:length] for text in tokens])
-    start: NDArray[np.int32] = starts[0, : int((starts == starts[0]).all(axis=0).cumprod().sum())]
-    return start
+        with torch.inference_mode():
+            found = self.model(features)["sentence_embedding"][:, : self.dimension]
+            vectors: Vectors = found.float().cpu().numpy()
+        return vectors
 
 
 class FastEncoder(SentenceTransformer):  # type: ignore[misc]
@@ -223,5 +185,5 @@ def accelerate(model: SentenceTransformer, *, batch_tokens: int | None = None) -
     """
     fast = copy.copy(model)
     fast.__class__ = FastEncoder
-    fast.encoder = ModelEncoder(model, batch_tokens=batch_tokens, length_step=1)
+    fast.encoder = ModelEncoder(model, batch_tokens=batch_tokens)
     return fast
