@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from secateur.inference.workers import TRIES, EncoderProcess
 from secateur.options import ServeOptions
-from secateur.runtime.core import LENGTH_STEP, Encoder, Tokens, Vectors, plan_batches
+from secateur.runtime.core import FULL_RATE, LENGTH_STEP, Encoder, Tokens, Vectors, plan_batches
 
 LOOKAHEAD = 1024
 """How many waiting texts are looked at when a batch is made."""
@@ -36,8 +36,8 @@ LOOK_SECONDS = 0.5
 RESTART_SECONDS = 5.0
 """Seconds between attempts to start a worker that cannot start."""
 PATIENCE, LEAST_PATIENCE = 20, 10.0
-"""A batch may take this many times as long as the slowest so far, token for token; and always so many seconds, or a
-quarter of what a request may take."""
+"""A batch may take this many times as long as the slowest so far, token for token (a small one counts as of
+:data:`FULL_RATE`); and always so many seconds, or a quarter of what a request may take."""
 
 log = logging.getLogger("secateur.serve")
 
@@ -224,11 +224,11 @@ class Batcher:
         return batch
 
     def _timeout(self, batch: Sequence[Tokens]) -> float:
-        """Seconds that a batch may take; as long as anybody waits, before there was one to compare with."""
-        longest = self._options.timeout
+        """Seconds that a batch may take: so few that it can be repeated before those who wait for it give up."""
+        longest = self._options.timeout / 2
         if not self._slowest:
             return longest
-        least = min(LEAST_PATIENCE, longest / 4)
+        least = min(LEAST_PATIENCE, longest / 2)
         return min(longest, max(least, PATIENCE * self._slowest * sum(map(len, batch))))
 
     def _retry(self, batch: Sequence[_Text]) -> None:
@@ -246,7 +246,7 @@ class Batcher:
         tokens = sum(len(text.tokens) for text in batch)
         rate = tokens / max(seconds, 1e-6) * len(self._workers)
         self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
-        self._slowest = max(self._slowest, seconds / tokens)
+        self._slowest = max(self._slowest, seconds / max(tokens, FULL_RATE))
         self._metrics.texts.inc(len(batch))
         self._metrics.tokens.inc(tokens)
         self._metrics.batch_texts.observe(len(batch))
