@@ -40,7 +40,7 @@ import torch
 from secateur import open_model, prune
 from secateur.inference.backends import choose
 from secateur.inference.encode import SAMPLE, SHARD
-from secateur.inference.opening import AUTO, Opening
+from secateur.inference.encoders import AUTO, Opening
 from secateur.inference.workers import keep_freed_memory
 from secateur.measures.costs import flops_per_token
 from secateur.measures.metrics import paired_cosines
@@ -149,7 +149,7 @@ def open_all(name: str, scratch: Path, args: argparse.Namespace) -> tuple[Any, d
     for budget in args.batch_tokens:
         for way in args.ways:
             opening, least = WAYS[way]
-            opening = replace(opening, model=str(copy), device="cpu", batch_tokens=budget, length_step=1)
+            opening = replace(opening, model=str(copy), device="cpu", batch_tokens=budget)
             chosen = choose(opening, least, sample)
             taken = chosen.told or f"{chosen.opening.backend} {chosen.opening.dtype}"
             print(f"  {way} takes {taken}", flush=True)

@@ -30,13 +30,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
 
 from secateur import open_model
-from secateur.inference.opening import Opening, open_encoder
+from secateur.inference.backends import open_encoder
+from secateur.inference.encoders import Opening
 
 WORDS = (
     "hedge",
@@ -181,7 +182,7 @@ def speed(args: argparse.Namespace) -> None:
     rates: dict[str, list[float]] = {"server": [], "encode": [], "sentence-transformers": []}
     waits: list[float] = []
     with server(args.model, "--workers", str(args.workers)) as (_, host, port, opening):
-        fast = open_encoder(replace(opening, length_step=1))
+        fast = open_encoder(opening)
         print(f"  the server takes {opening.backend} {opening.dtype}")
         expected = model.encode(texts, batch_size=32)
         crowd_and_wait(host, port, texts[: args.clients * 2], args.clients)  # warm-up

@@ -23,8 +23,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 import secateur
 from conftest import tiny_transformer
 from secateur.inference.app import make_app
-from secateur.inference.middleware import Keys
-from secateur.inference.opening import Opening
+from secateur.inference.encoders import Opening
 from secateur.inference.queueing import LocalWorker
 from secateur.inference.serve import Server, bind, make_server, open_worker
 from secateur.options import ServeOptions, make
@@ -112,7 +111,7 @@ def fetch(request: urllib.request.Request) -> tuple[int, str]:
 @contextlib.contextmanager
 def running(app) -> Iterator[Running]:
     server = make_server(app, timeout=20)
-    with bind("127.0.0.1", 0, Keys()) as listener:
+    with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

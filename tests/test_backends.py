@@ -19,8 +19,8 @@ from secateur.cli import app
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.exporting import convert
 from secateur.inference import backends
-from secateur.inference.backends import choose
-from secateur.inference.opening import Opening, open_encoder
+from secateur.inference.backends import choose, open_encoder
+from secateur.inference.encoders import Opening
 from secateur.measures.metrics import paired_cosines
 from test_encode import MIXED, interrupted, same, tiny_encoder, vectors_of, write_lines
 

@@ -28,10 +28,9 @@ from secateur.cli import app
 from secateur.data.rows import read_column
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.inference import encoders
-from secateur.inference.backends import choose
+from secateur.inference.backends import choose, open_encoder
 from secateur.inference.encode import SHARD
-from secateur.inference.encoders import ModelEncoder
-from secateur.inference.opening import Opening, open_encoder
+from secateur.inference.encoders import ModelEncoder, Opening
 from secateur.measures.metrics import paired_cosines
 from secateur.models import forward
 from task_folders import example_rows, write_task

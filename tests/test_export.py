@@ -19,9 +19,8 @@ from architectures import config_of
 from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
 from secateur import runtime
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
-from secateur.exporting.convert import FILES, Form
+from secateur.exporting.convert import FILES, EncoderGraph, Form, SplitLinear, split_outliers
 from secateur.exporting.export import MIN_COSINE, Export, export
-from secateur.exporting.graph import EncoderGraph, SplitLinear, split_outliers
 from secateur.measures.metrics import paired_cosines
 from secateur.results import load
 from secateur.runtime.encoder import as_numbers
@@ -238,7 +237,7 @@ def test_a_channel_that_stands_out_does_not_cost_int8_its_vectors(
 ):
     options = {"to": "onnx", "precision": "int8", "min_cosine": -1.0}
     apart = export(one_loud_channel, out=tmp_path / "apart", **options)
-    monkeypatch.setattr("secateur.exporting.graph.OUTLIER", float("inf"))
+    monkeypatch.setattr("secateur.exporting.convert.OUTLIER", float("inf"))
     together = export(one_loud_channel, out=tmp_path / "together", **options)
     assert 1 - apart.cosine_mean < (1 - together.cosine_mean) / 2
 

@@ -35,8 +35,8 @@ healing: recipes training_data processes teacher losses trainer heal
 scouting: held_out scout
 reporting: cost compare run findings verdict tables card report
 studies: demo steps plan estimate runner study
-exporting: graph convert export
-inference: encoders opening backends workers middleware queueing app serve
+exporting: convert export
+inference: encoders backends workers queueing app serve
 inference: vector_files encode
 secateur
 cli: arguments tables bars commands

@@ -1,8 +1,6 @@
-"""A model for runtimes without torch: traced, converted, run by that runtime, and compared with the original.
+"""A model for runtimes without torch: traced, converted, run by :mod:`.runtime`, and compared with the original.
 
-The folder that comes out is complete: the graph does all that lies between token ids and a finished vector, and
-``export.json`` and ``tokenizer.json`` tell the rest. :mod:`.runtime` runs it, here already: what is compared is
-what users will get. No folder appears whose vectors, or whose scores, differ by more than is allowed.
+No folder appears whose vectors, or whose scores, differ from the original's by more than is allowed.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ from secateur.data.embedders import as_model
 from secateur.data.sources import read_sources
 from secateur.errors import ConfigError, ExportTooFar, ModelError
 from secateur.evaluation.evaluate import evaluate
-from secateur.exporting.convert import Form, convert, form_of
-from secateur.exporting.graph import PROMPT_LENGTH, EncoderGraph, Features
+from secateur.exporting.convert import FILES, PROMPT_LENGTH, EncoderGraph, Features, Form, convert, form_of
 from secateur.files import new_folder
 from secateur.measures.metrics import paired_cosines
 from secateur.models.open_model import open_model
@@ -204,13 +201,13 @@ def _features(model: SentenceTransformer, graph: EncoderGraph, texts: Sequence[s
 
 
 def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: Vectors) -> dict[str, Any]:
-    """The manifest's fields that follow from the model and from the written files."""
+    """What the manifest says of the model and the written files."""
     files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
     return {
         "backend": form.backend,
         "precision": form.precision,
         "quantization": form.quantization,
-        "graph": form.file,
+        "graph": FILES[form],
         "dimension": vectors.shape[1],
         "ranges": tuple(tuple(map(float, edge)) for edge in (vectors.min(axis=0), vectors.max(axis=0))),
         "max_length": longest_text(model) or NO_LIMIT,

@@ -1,19 +1,17 @@
 """Files of texts → one file of vectors: constant memory, each distinct text once, and a killed run goes on.
 
 First all texts are read and checked: each distinct one is kept in ``OUT.partial`` (``texts.sqlite``), and for each row
-the number of its text (``places.npy``). So a mistake in the last line is found at once, and an input that changes later
-does not matter. Then the distinct ones go through the model, by :data:`SHARD`, each shard a file that appears when it
-is complete. At the end every row looks up its vector, and the result is renamed to its name.
+the number of its text (``places.npy``). Then the distinct ones go through the model, by :data:`SHARD`, each shard a
+file that appears when it is complete. At the end every row looks up its vector, and the result gets its name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,10 +26,9 @@ from secateur.data.vectors import fingerprint_model, npy_bytes
 from secateur.errors import ConfigError, DataError, OutputError
 from secateur.files import lock, output_errors, read_json, write_bytes
 from secateur.inference.backends import choose
-from secateur.inference.encoders import ModelEncoder
-from secateur.inference.opening import AUTO, TORCH, Opening
+from secateur.inference.encoders import AUTO, TORCH, ModelEncoder, Opening
 from secateur.inference.vector_files import check_suffix, description_file, read_description, write_vectors
-from secateur.inference.workers import Piece, Run, in_processes, on_ray
+from secateur.inference.workers import Pieces, Read, Run, in_processes, on_ray
 from secateur.options import EncodeOptions, step
 from secateur.progress import Progress, silent
 from secateur.provenance import DONE, Made, fingerprint_files
@@ -48,8 +45,7 @@ DATABASE, PLACES, RESULT = "texts.sqlite", "places.npy", "result"
 TABLES = """
 PRAGMA journal_mode=OFF;
 PRAGMA synchronous=OFF;
-CREATE TABLE seen (key BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID;
-CREATE TABLE texts (number INTEGER PRIMARY KEY, text BLOB);
+CREATE TABLE texts (number INTEGER PRIMARY KEY, key BLOB UNIQUE, text BLOB);
 """
 OPENED, TEXTS, TOKENS = "model opened", "texts", "tokens"
 """What is counted, as ``progress`` is told."""
@@ -93,17 +89,17 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
             is at work.
         ModelError: The model cannot be opened, or a worker died too often.
     """
-    ranges = _read_ranges(options)
     with _partial_folder(options.out) as folder:
         with output_errors(folder):
             texts = (text for file in options.files for text in read_column(file, options.column))
-            inputs, sample = number_texts(texts, folder)
+            inputs = number_texts(texts, folder)
             progress("read", inputs.rows, inputs.rows)
         if not inputs.rows:
             raise DataError(options.files[0], "holds no text")
-        if options.precision == "int8" and ranges is None and inputs.distinct == 1:
+        if options.precision == "int8" and options.ranges is None and inputs.distinct == 1:
             raise _no_ranges()
         progress(OPENED, 0, 1)
+        sample = [text[:SAMPLE_CHARACTERS] for text in _texts(folder, np.linspace(0, inputs.distinct - 1, SAMPLE))]
         count = inputs.distinct if inputs.characters >= MEASURED_FROM else 0
         opening = _opening(options, folder)
         chosen = choose(opening, options.min_cosine, sample, count, lambda encoder: [_prompt(encoder, options)])
@@ -127,8 +123,7 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
             "backend": opening.backend,
             "dtype": opening.dtype,
         }
-        if ranges is not None:
-            _check_ranges(ranges, about, options)
+        ranges = _given_ranges(options, about)
         _check_resume(folder, about, opening.backend != TORCH and not opening.exported)
         if options.ray is None and options.processes == 1:
             pool: AbstractContextManager[Run] = nullcontext(_run_here(encoder, prompt))
@@ -138,20 +133,17 @@ def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  
             pool = in_processes(opening, prompt, count) if address is None else on_ray(opening, prompt, address, count)
         with output_errors(folder):
             encoded, tokens, seconds = _encode_shards(pool, about, folder, progress)
-            _write_result(folder, about, None if ranges is None else ranges["ranges"], options.out)
+            _write_result(folder, about, ranges, options.out)
     found = inputs.rows, inputs.distinct, about["dimension"], opening.dtype
     return Encoded(options.out, *found, encoded, tokens, seconds, opening.backend, told)
 
 
 def _run_here(encoder: Encoder, prompt: str) -> Run:
-    def run(pieces: Iterable[Piece], on_batch: OnBatch) -> Iterator[tuple[int, Vectors]]:
-        for number, texts in pieces:
-            yield number, encoder.encode_texts(texts, prompt, on_batch)
+    def run(numbers: Sequence[int], read: Read, on_batch: OnBatch) -> Pieces:
+        for number in numbers:
+            yield number, encoder.encode_texts(read(number), prompt, on_batch)
 
     return run
-
-
-# --- the distinct texts ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -164,17 +156,11 @@ class Inputs:
     sha256: str
 
 
-def number_texts(texts: Iterable[str], folder: Path) -> tuple[Inputs, list[str]]:
-    """Read all texts into the files of a folder; the distinct ones are numbered by first occurrence.
-
-    Returns:
-        What was read, and the first :data:`SAMPLE_CHARACTERS` of :data:`SAMPLE` distinct texts, each as likely to be
-        among them as any other (reservoir sampling: Vitter 1985).
-    """
+def number_texts(texts: Iterable[str], folder: Path) -> Inputs:
+    """Read all texts into the files of a folder; the distinct ones are numbered by first occurrence."""
     (folder / DATABASE).unlink(missing_ok=True)
-    everything, rng = hashlib.sha256(), random.Random(0)  # noqa: S311
+    everything = hashlib.sha256()
     rows = distinct = characters = 0
-    sample: list[str] = []
     with (
         closing(sqlite3.connect(folder / DATABASE, isolation_level=None)) as database,
         (folder / PLACES).open("wb") as places,
@@ -185,28 +171,21 @@ def number_texts(texts: Iterable[str], folder: Path) -> tuple[Inputs, list[str]]
             key = hashlib.blake2b(content, digest_size=16).digest()
             everything.update(key)
             number = distinct
-            if database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, number)).rowcount:
-                database.execute("INSERT INTO texts VALUES (?, ?)", (number, content))
+            if database.execute("INSERT OR IGNORE INTO texts VALUES (?, ?, ?)", (number, key, content)).rowcount:
                 distinct, characters = distinct + 1, characters + len(text)
-                place = len(sample) if len(sample) < SAMPLE else rng.randrange(distinct)
-                if place < SAMPLE:
-                    sample[place : place + 1] = [text[:SAMPLE_CHARACTERS]]
             else:
-                (number,) = database.execute("SELECT number FROM seen WHERE key = ?", (key,)).fetchone()
+                (number,) = database.execute("SELECT number FROM texts WHERE key = ?", (key,)).fetchone()
             places.write(number.to_bytes(8, "little"))
         database.execute("COMMIT")
-    return Inputs(rows, distinct, characters, everything.hexdigest()), sample
+    return Inputs(rows, distinct, characters, everything.hexdigest())
 
 
-def _read_shards(folder: Path, numbers: Iterable[int]) -> Iterator[Piece]:
+def _texts(folder: Path, numbers: Iterable[float]) -> list[str]:
+    """Some of the distinct texts, in the order of their numbers."""
     with closing(sqlite3.connect(folder / DATABASE)) as database:
-        for number in numbers:
-            query = "SELECT text FROM texts WHERE number >= ? AND number < ? ORDER BY number"
-            found = database.execute(query, (number * SHARD, (number + 1) * SHARD))
-            yield number, [content.decode() for (content,) in found]
-
-
-# --- what the run is -------------------------------------------------------------------------------------------------
+        wanted = ",".join(str(int(number)) for number in numbers)
+        found = database.execute(f"SELECT text FROM texts WHERE number IN ({wanted}) ORDER BY number")  # noqa: S608
+        return [content.decode() for (content,) in found]
 
 
 @contextmanager
@@ -232,22 +211,16 @@ def _partial_folder(out: Path) -> Iterator[Path]:
 
 
 def _opening(options: EncodeOptions, folder: Path) -> Opening:
-    """How the model is opened; ``auto`` is what the run that is resumed has found, for another measurement may find
-    otherwise.
-    """
-    opening = Opening.of(options, length_step=1)
-    recorded = read_json(folder / DONE) if (folder / DONE).exists() else None
-    found = recorded.get("options") if isinstance(recorded, dict) else None
-    if not isinstance(found, dict) or opening.exported or options.dtype != AUTO:
+    """How the model is opened; a run that is resumed keeps what ``auto`` has found, as it may find otherwise now."""
+    opening = Opening.of(options)
+    if opening.exported or options.dtype != AUTO or not (folder / DONE).exists():
         return opening
-    backend = found.get("backend") or TORCH
-    if options.backend not in (AUTO, backend):
-        return opening
-    return replace(opening, backend=backend, dtype=str(found.get("dtype", AUTO)))
+    found = read_json(folder / DONE)["options"]
+    backend = found["backend"] or TORCH
+    return replace(opening, backend=backend, dtype=found["dtype"]) if options.backend in (AUTO, backend) else opening
 
 
 def _prompt(encoder: Encoder, options: EncodeOptions) -> str:
-    """What goes before each text."""
     if options.instruction is None:
         return encoder.prompt_of(options.prompt_name)
     if options.prompt_name is not None:
@@ -269,38 +242,30 @@ def _check_resume(folder: Path, about: dict[str, Any], converted: bool) -> None:
         made.record(folder)
 
 
-def _read_ranges(options: EncodeOptions) -> dict[str, Any] | None:
-    """What an earlier file of int8 vectors says of itself; its ``ranges`` (2, dimension) as an array."""
+def _given_ranges(options: EncodeOptions, about: dict[str, Any]) -> Vectors | None:
+    """The ranges (2, dimension) of an earlier file of int8 vectors; refuses those of other vectors."""
     if options.ranges is None:
         return None
-    about = read_description(options.ranges)
-    try:
-        about["ranges"] = np.asarray(about["ranges"], dtype=np.float32)
-    except (KeyError, TypeError, ValueError):
-        raise DataError(options.ranges, "tells no ranges", "give a file written with --precision int8") from None
+    file, dimension = str(options.ranges), about["dimension"]
     if options.precision != "int8":
-        problem = f"means nothing in {options.precision}"
-        raise ConfigError("ranges", str(options.ranges), problem, "it goes with --precision int8")
-    return about
-
-
-def _check_ranges(ranges: dict[str, Any], about: dict[str, Any], options: EncodeOptions) -> None:
-    """Refuse the ranges of other vectors."""
-    values, dimension, file = ranges["ranges"], about["dimension"], str(options.ranges)
+        raise ConfigError("ranges", file, f"means nothing in {options.precision}", "it goes with --precision int8")
+    earlier = read_description(options.ranges)
+    try:
+        ranges = np.asarray(earlier["ranges"], dtype=np.float32)
+    except (KeyError, TypeError, ValueError):
+        raise DataError(file, "tells no ranges", "give a file written with --precision int8") from None
     hint = f"give a file of this model's int8 vectors of {dimension} numbers"
-    if values.shape != (2, dimension) or not (values[0] <= values[1]).all():
-        shape = " by ".join(map(str, values.shape))
+    if ranges.shape != (2, dimension) or not (ranges[0] <= ranges[1]).all():
+        shape = " by ".join(map(str, ranges.shape))
         raise ConfigError("ranges", file, f"{file} has {shape} ranges, not 2 by {dimension}", hint)
-    if ranges.get("fingerprint", about["fingerprint"]) != about["fingerprint"]:
+    if earlier.get("fingerprint", about["fingerprint"]) != about["fingerprint"]:
         raise ConfigError("ranges", file, f"{file} is of other weights, or another dtype", hint)
+    return ranges
 
 
 def _no_ranges() -> ConfigError:
     hint = "--ranges FILE takes those of an earlier file, such as that of the documents; or --precision float32"
     return ConfigError("precision", "int8", "all vectors are the same, and have no ranges to be rounded by", hint)
-
-
-# --- the shards, and the result --------------------------------------------------------------------------------------
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -310,11 +275,7 @@ def _shard(folder: Path, number: int) -> Path:
 def _encode_shards(
     pool: AbstractContextManager[Run], about: dict[str, Any], folder: Path, progress: Progress
 ) -> tuple[int, int, float]:
-    """Encode what is not there yet: float32, shortened, and of length 1 where that is asked for.
-
-    Returns:
-        Texts and tokens that this run has encoded, and the seconds that it took.
-    """
+    """Encode the shards that are not there yet; texts, tokens and seconds of this run."""
     distinct = about["inputs"]["distinct"]
     todo = [number for number in range(-(-distinct // SHARD)) if not _shard(folder, number).exists()]
     before = distinct - sum(min(SHARD, distinct - number * SHARD) for number in todo)
@@ -323,16 +284,19 @@ def _encode_shards(
     if not todo:
         return 0, 0, 0.0
 
+    def read(number: int) -> list[str]:
+        return _texts(folder, range(number * SHARD, (number + 1) * SHARD))
+
     def on_batch(more_texts: int, more_tokens: int) -> None:
         nonlocal texts, tokens
         texts, tokens = texts + more_texts, tokens + more_tokens
         progress(TOKENS, tokens, 0)
         progress(TEXTS, before + texts, distinct)
 
-    with pool as run:
+    with pool as run, closing(run(todo, read, on_batch)) as pieces:
         started = time.monotonic()
         progress(TOKENS, 0, 0)
-        for number, vectors in run(_read_shards(folder, todo), on_batch):
+        for number, vectors in pieces:
             vectors = vectors[:, : about["dimension"]]
             if about["normalize"]:  # a vector of zeros stays one
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -1,15 +1,14 @@
-"""A ``SentenceTransformer`` on the encoding core: what bulk encoding, the server and :func:`accelerate` run on.
+"""A model in PyTorch as an encoder: for bulk encoding, for the server, and for :func:`accelerate`.
 
-The vectors are those of ``SentenceTransformer.encode``; the way to them is shorter. Batches are made by tokens
-(:mod:`secateur.runtime.core`), and the keys and values of a prompt are computed once where a model attends only
-backwards.
+The vectors are those of ``SentenceTransformer.encode``; batches are made by tokens (:mod:`secateur.runtime.core`), and
+the keys and values of a prompt are computed once where a model attends only backwards.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -18,38 +17,82 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.util import truncate_embeddings
+from sentence_transformers.util import get_device_name, truncate_embeddings
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from secateur.errors import ModelError
 from secateur.measures.metrics import paired_cosines
+from secateur.models import model_source
 from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, pool, run_after, run_prefix
-from secateur.models.open_model import is_causal
+from secateur.models.open_model import MAX_LENGTH, check_device, is_causal, open_model
 from secateur.models.save import PROBES
+from secateur.options import EncodeOptions, SavedPooling, ServeOptions
 from secateur.progress import quiet
-from secateur.runtime.core import (
-    CPU_BATCH,
-    GPU_BATCH,
-    LENGTH_STEP,
-    PADDING,
-    Encoder,
-    OnBatch,
-    RunBatch,
-    Tokens,
-    Vectors,
-    ignore,
-)
+from secateur.provenance import is_export
+from secateur.runtime.core import CPU_BATCH, GPU_BATCH, PADDING, Encoder, OnBatch, RunBatch, Tokens, Vectors, ignore
 
+AUTO, TORCH = "auto", "torch"
+STORED = "stored"
+"""The dtype of the weights as they are."""
 LEAST_COSINE = 0.999
 """What batches must keep of the model's own vectors."""
 SHARED_FROM = 8
 """Texts under one prompt from which on it pays to compute it once, and apart."""
 
 
-def batch_budget(device: str | torch.device) -> int:
-    """Tokens in a batch, padding included, where nobody says how many."""
-    return CPU_BATCH if torch.device(device).type == "cpu" else GPU_BATCH
+@dataclass(frozen=True)
+class Opening:
+    """How a model is opened: what is said once, and given to every worker.
+
+    ``auto`` is for :func:`.choose` to decide; until then it means PyTorch, in float32 on a CPU, as stored on a GPU.
+    """
+
+    model: str  # whatever open_model takes, or a folder that export wrote
+    dtype: str = AUTO
+    pooling: SavedPooling | None = None
+    max_length: int = MAX_LENGTH
+    device: str | None = None
+    trust_remote_code: bool = False
+    batch_tokens: int | None = None  # default: by the device
+    threads: int | None = None  # default: all of the processor
+    backend: str = AUTO
+    calibration: tuple[str, ...] = ()  # texts by which int8 rounds, also in a worker elsewhere, which converts anew
+
+    @classmethod
+    def of(cls, options: EncodeOptions | ServeOptions) -> Opening:
+        """As options say; refuses a device that this machine does not have."""
+        said = {field.name: getattr(options, field.name) for field in fields(cls) if hasattr(options, field.name)}
+        opening = cls(**said | {"model": model_source(options.model)})
+        if not opening.exported:
+            check_device(opening.device)
+        return opening
+
+    @property
+    def exported(self) -> bool:
+        """Whether the model is a folder that ``secateur export`` wrote."""
+        return is_export(self.model)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on the processor."""
+        return self.exported or torch.device(self.device or get_device_name()).type == "cpu"
+
+
+def open_torch(opening: Opening) -> ModelEncoder:
+    """Open a model in PyTorch."""
+    if opening.threads:
+        torch.set_num_threads(opening.threads)
+    dtype = {AUTO: "float32" if opening.on_cpu else AUTO, STORED: AUTO}
+    model = open_model(
+        opening.model,
+        dtype=dtype.get(opening.dtype, opening.dtype),
+        pooling=opening.pooling,
+        max_length=opening.max_length,
+        device=opening.device,
+        trust_remote_code=opening.trust_remote_code,
+    )
+    return ModelEncoder(model, opening.model, batch_tokens=opening.batch_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,21 +110,15 @@ class ModelEncoder(Encoder):
     Args:
         model: Its first module must be a transformer; changed to evaluation mode.
         name: What errors call it.
-        batch_tokens: Tokens in a batch, padding included; default: :func:`batch_budget`.
-        length_step: As :class:`Encoder` has it.
+        batch_tokens: Tokens in a batch, padding included; default: 1,024 on a CPU, 8,192 on a GPU.
 
     Raises:
         ModelError: The model is no transformer, or gives other vectors in batches than its own ``encode``.
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        name: str = "model",
-        *,
-        batch_tokens: int | None = None,
-        length_step: int = LENGTH_STEP,
-    ) -> None:
+    padding = PADDING
+
+    def __init__(self, model: SentenceTransformer, name: str = "model", *, batch_tokens: int | None = None) -> None:
         if not isinstance(model[0], Transformer) or model.tokenizer is None:
             raise ModelError(name, "is not a transformer with a tokenizer", "other kinds cannot be encoded with")
         self.model, self.name = model.eval(), name
@@ -92,8 +129,7 @@ class ModelEncoder(Encoder):
         self.prompts, self.default_prompt = dict(model.prompts), model.default_prompt_name
         self.truncation_side = model.tokenizer.truncation_side
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.batch_tokens = batch_tokens or batch_budget(model.device)
-        self.length_step, self.padding = length_step, PADDING
+        self.batch_tokens = batch_tokens or (CPU_BATCH if model.device.type == "cpu" else GPU_BATCH)
         self._modality = model.preprocess(["a"])["modality"]
         self._shares_prompts = is_causal(model[0])
         self._prefix: Prefix | None = None
@@ -104,6 +140,7 @@ class ModelEncoder(Encoder):
         cosine = float(paired_cosines(found, expected).min())
         if not cosine >= LEAST_COSINE:  # a module may want more than tokens and a mask
             raise ModelError(name, f"gives other vectors in batches than alone (cosine {cosine:.4f})")
+        self.length_step = 1  # the probes had more padding
 
     def encode_texts(
         self, texts: Sequence[str], prompt: str = "", on_batch: OnBatch = ignore, **options: Any
@@ -224,5 +261,5 @@ def accelerate(model: SentenceTransformer, *, batch_tokens: int | None = None) -
     """
     fast = copy.copy(model)
     fast.__class__ = FastEncoder
-    fast.encoder = ModelEncoder(model, batch_tokens=batch_tokens, length_step=1)
+    fast.encoder = ModelEncoder(model, batch_tokens=batch_tokens)
     return fast

@@ -1,26 +1,29 @@
 """Continuous batching: texts of many requests wait in one queue, and go through the model together.
 
 There is no timer. While the model works, texts gather; when it is done, the text that has waited longest is taken
-together with those nearest to it in length, as many as the token budget holds. An idle model starts at once.
+together with others of about its length, as many as the token budget holds. An idle model starts at once. Here, too:
+what a client is told in place of vectors, and what is counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from secateur.inference.middleware import ApiError, Metrics, busy, log
 from secateur.inference.workers import TRIES, EncoderProcess
 from secateur.options import ServeOptions
-from secateur.runtime.core import Encoder, Tokens, Vectors
+from secateur.runtime.core import FULL_RATE, LENGTH_STEP, Encoder, Tokens, Vectors, plan_batches
 
 LOOKAHEAD = 1024
 """How many waiting texts are looked at when a batch is made."""
@@ -33,7 +36,49 @@ LOOK_SECONDS = 0.5
 RESTART_SECONDS = 5.0
 """Seconds between attempts to start a worker that cannot start."""
 PATIENCE, LEAST_PATIENCE = 20, 10.0
-"""A batch may take this many times as long as the slowest so far, token for token; and always so many seconds."""
+"""A batch may take this many times as long as the slowest so far, token for token (a small one counts as of
+:data:`FULL_RATE`); and always so many seconds, or a quarter of what a request may take."""
+
+log = logging.getLogger("secateur.serve")
+
+
+class ApiError(Exception):
+    """An error response in OpenAI's shape."""
+
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.code = code
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
+        error = {"message": message, "type": kind if status < 500 else "server_error", "param": param, "code": code}
+        self.response = JSONResponse({"error": error}, status, headers)
+        super().__init__(message)
+
+
+def busy(seconds: int) -> ApiError:
+    """The response to a client that has to wait."""
+    message = f"the server is busy; try again in {seconds} s"
+    return ApiError(429, message, "server_busy", headers={"Retry-After": str(seconds)})
+
+
+class Metrics:
+    """What Prometheus reads; one registry for each server."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        powers = [float(2**i) for i in range(18)]
+        self.requests = Counter("secateur_requests", "Requests answered.", ["path", "status"], registry=registry)
+        self.seconds = Histogram("secateur_request_seconds", "Request to response.", ["path"], registry=registry)
+        self.errors = Counter("secateur_errors", "Requests that failed, by code.", ["code"], registry=registry)
+        self.texts = Counter("secateur_texts", "Texts encoded.", registry=registry)
+        self.tokens = Counter("secateur_tokens", "Tokens encoded.", registry=registry)
+        self.batch_texts = Histogram("secateur_batch_texts", "Texts per batch.", buckets=powers[:12], registry=registry)
+        self.batch_tokens = Histogram("secateur_batch_tokens", "Tokens per batch.", buckets=powers, registry=registry)
+        self.batch_seconds = Histogram("secateur_batch_seconds", "A batch in the model.", registry=registry)
+        self.batch_errors = Counter("secateur_batch_errors", "Batches that failed.", registry=registry)
+        self.queue_seconds = Histogram("secateur_queue_seconds", "A text in the queue.", registry=registry)
+        self.queue_tokens = Gauge("secateur_queue_tokens", "Tokens waiting or being encoded.", registry=registry)
+        self.restarts = Counter("secateur_encoder_restarts", "Worker processes restarted.", registry=registry)
 
 
 class LocalWorker:
@@ -41,7 +86,7 @@ class LocalWorker:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        encoder.padding = math.inf  # the queue has seen to that
+        encoder.padding, encoder.length_step = math.inf, LENGTH_STEP  # the queue makes batches, of any lengths
 
     def ready(self) -> bool:
         return True
@@ -49,7 +94,7 @@ class LocalWorker:
     def restart(self) -> None:
         pass
 
-    def encode_batch(self, batch: Sequence[Tokens], timeout: float = math.inf) -> Vectors:
+    def encode_batch(self, batch: Sequence[Tokens], timeout: float | None = None) -> Vectors:
         """Vectors of a batch; in smaller parts once such a batch did not fit into memory."""
         return self.encoder.encode_tokens(batch)
 
@@ -82,25 +127,23 @@ class Batcher:
         self._tokens = 0
         self._rate = 0.0  # tokens per second, of all workers
         self._slowest = 0.0  # seconds per token
-        self._tasks: list[asyncio.Task[None]] = []
         metrics.queue_tokens.set_function(lambda: self._tokens)
 
     @property
     def ready(self) -> bool:
         """Whether a worker takes batches."""
-        working = zip(self._workers, self._tasks, strict=False)  # no tasks before the start
-        return any(worker.ready() and not task.done() for worker, task in working)
+        return any(worker.ready() for worker in self._workers)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Take batches until the end of the block; requests that still wait are cancelled then."""
-        self._tasks = [asyncio.create_task(self._work(worker)) for worker in self._workers]
+        tasks = [asyncio.create_task(self._work(worker)) for worker in self._workers]
         try:
             yield
         finally:
-            for task in self._tasks:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             for text in self._waiting:
                 text.vector.cancel()
             self._threads.shutdown(wait=False, cancel_futures=True)
@@ -149,8 +192,6 @@ class Batcher:
             tokens = [text.tokens for text in batch]
             try:
                 vectors = await loop.run_in_executor(self._threads, worker.encode_batch, tokens, self._timeout(tokens))
-                if len(vectors) != len(batch):
-                    raise RuntimeError(f"{len(vectors)} vectors for {len(batch)} texts")
             except Exception as error:
                 # The worker sees tokens only: there is no text in what it says.
                 log.error("batch failed", extra={"facts": {"texts": len(batch), "problem": repr(error)[:300]}})
@@ -163,36 +204,32 @@ class Batcher:
             self._record(batch, start)
 
     def _take(self) -> list[_Text]:
-        """The next batch, taken out of the queue: the first text, and those nearest to it in length.
+        """The next batch, taken out of the queue: the first text, and others of about its length.
 
-        They must cost little padding: on a CPU many batches of even lengths are quicker than few of mixed ones. Texts
-        of a batch that failed go in smaller batches, and at last alone: so a text that breaks the model fails only its
-        own request. A text longer than the budget goes alone, too.
+        Texts of a batch that failed go in smaller batches, and at last alone: so a text that breaks the model fails
+        only its own request.
         """
-        ahead = list(itertools.islice(self._waiting, LOOKAHEAD))
-        if not ahead:
+        if not self._waiting:
             return []
-        first, *others = ahead
-        batch, longest = [first], self._encoder.padded_length(len(first.tokens))
-        real, budget = longest, self._encoder.batch_tokens >> first.tries
-        for text in sorted(others, key=lambda text: abs(len(text.tokens) - len(first.tokens))):
-            if text.tries != first.tries or text.tokens.prompt_length != first.tokens.prompt_length:
-                continue
-            length = self._encoder.padded_length(len(text.tokens))
-            if max(longest, length) * (len(batch) + 1) <= min(budget, PADDING * (real + length)):
-                batch.append(text)
-                longest, real = max(longest, length), real + length
-        if first.tries == TRIES - 1:
-            batch = [first]
+        first, *others = itertools.islice(self._waiting, LOOKAHEAD)
+        alike = first.tries, first.tokens.prompt_length
+        texts = [first, *(text for text in others if (text.tries, text.tokens.prompt_length) == alike)]
+        lengths = [self._encoder.padded_length(len(text.tokens)) for text in texts]
+        size = 1 if first.tries == TRIES - 1 else None
+        plan = plan_batches(lengths, self._encoder.batch_tokens >> first.tries, PADDING, size, full=0)
+        places = next(places for places in plan if 0 in places)
+        batch = [texts[place] for place in places]
         for text in batch:
             del self._waiting[text]
         return batch
 
     def _timeout(self, batch: Sequence[Tokens]) -> float:
-        """Seconds that a batch may take; as long as anybody waits, before there was one to compare with."""
+        """Seconds that a batch may take: so few that it can be repeated before those who wait for it give up."""
+        longest = self._options.timeout / 2
         if not self._slowest:
-            return self._options.timeout
-        return min(self._options.timeout, max(LEAST_PATIENCE, PATIENCE * self._slowest * sum(map(len, batch))))
+            return longest
+        least = min(LEAST_PATIENCE, longest / 2)
+        return min(longest, max(least, PATIENCE * self._slowest * sum(map(len, batch))))
 
     def _retry(self, batch: Sequence[_Text]) -> None:
         """Put a failed batch back in front, except texts that failed too often or that nobody waits for."""
@@ -209,7 +246,7 @@ class Batcher:
         tokens = sum(len(text.tokens) for text in batch)
         rate = tokens / max(seconds, 1e-6) * len(self._workers)
         self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
-        self._slowest = max(self._slowest, seconds / tokens)
+        self._slowest = max(self._slowest, seconds / max(tokens, FULL_RATE))
         self._metrics.texts.inc(len(batch))
         self._metrics.tokens.inc(tokens)
         self._metrics.batch_texts.observe(len(batch))

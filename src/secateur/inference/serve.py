@@ -1,18 +1,23 @@
-"""A server that listens: where, with which keys and workers, and how it ends."""
+"""A server that listens: where, with which keys and workers, what it logs, and how it ends."""
 
 from __future__ import annotations
 
 import gc
 import ipaddress
+import json
+import logging
 import math
 import os
 import socket
+import traceback
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import uvicorn
@@ -20,28 +25,70 @@ from fastapi import FastAPI
 
 from secateur.errors import ConfigError, ModelError
 from secateur.inference.app import make_app
-from secateur.inference.backends import choose, is_decided
-from secateur.inference.encoders import ModelEncoder, batch_budget
-from secateur.inference.middleware import API_KEYS, Keys, Metrics, log, log_as_json, read_keys
-from secateur.inference.opening import STORED, TORCH, Opening, open_encoder
-from secateur.inference.queueing import LocalWorker
-from secateur.inference.workers import SILENT_SECONDS, EncoderDied, EncoderProcess, keep_freed_memory
+from secateur.inference.backends import choose, is_decided, open_encoder
+from secateur.inference.encoders import STORED, TORCH, ModelEncoder, Opening
+from secateur.inference.queueing import LocalWorker, Metrics, log
+from secateur.inference.workers import EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
 from secateur.options import ServeOptions, step
+from secateur.runtime.core import CPU_BATCH, GPU_BATCH
 
+API_KEYS = "SECATEUR_API_KEYS"
+"""The environment variable that API keys are read from, separated by commas."""
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
 KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep a connection, so that it is they who close it."""
-LEAST_SILENCE = 2.0
-"""No worker is taken to hang sooner, however short the timeout of a request."""
+
+
+def read_keys(file: str | Path | None) -> list[bytes]:
+    """API keys from the environment variable ``SECATEUR_API_KEYS`` and from a file, one a line.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no key; or a key is malformed. No key is in the message.
+    """
+    keys = os.environ.get(API_KEYS, "").split(",")
+    if any(len(key.split()) > 1 for key in keys):
+        raise ConfigError(API_KEYS, None, "has blanks or line ends within a key", "keys are separated by commas")
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("api_key_file", str(file), f"{file} cannot be read ({type(error).__name__})") from None
+        wrong = next((number for number, line in enumerate(lines, 1) if len(line.split()) > 1), None)
+        if wrong or not any(map(str.strip, lines)):
+            problem = f"line {wrong}: a key has no blanks in it" if wrong else "holds no key"
+            raise ConfigError("api_key_file", str(file), f"{file}, {problem}", "one key a line, and nothing else")
+        keys += lines
+    return [os.fsencode(key.strip()) for key in keys if key.strip()]
+
+
+class JsonLines(logging.Formatter):
+    """Log records as JSON, one a line; of an exception only its kind and place, since its message may hold a text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {"time": round(record.created, 3), "level": record.levelname.lower()}
+        line |= {"event": record.getMessage().strip(), **getattr(record, "facts", {})}
+        if record.exc_info and record.exc_info[1] is not None:
+            frames = traceback.extract_tb(record.exc_info[2])[-8:]
+            line["error"] = type(record.exc_info[1]).__name__
+            line["at"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+        return json.dumps(line)
+
+
+def log_as_json() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for name, level in ((log.name, logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; at a signal it finishes the requests it has, at a second one it ends at once, with code 0."""
+    """uvicorn's server; at a signal it finishes the requests it has, at a second one it cancels them, with code 0."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As uvicorn does, but without the signal raised again at the end; at the second, requests are cancelled."""
         if self.should_exit and self.started:
             for task in list(self.server_state.tasks):
                 self.servers[0].get_loop().call_soon_threadsafe(task.cancel)
@@ -50,30 +97,22 @@ class Server(uvicorn.Server):
 
 def make_server(app: FastAPI, timeout: float) -> Server:
     """A uvicorn server for an app; at the end, requests have ``timeout`` seconds to finish."""
-    return Server(
-        uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            loop="asyncio",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=math.ceil(timeout),
-        )
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(timeout),
     )
+    return Server(config)
 
 
-def bind(host: str, port: int, keys: Keys, auth: bool = True) -> socket.socket:
-    """A socket at an address, not yet listening.
-
-    Raises:
-        ConfigError: Others could reach it and there is no key, or the address is taken or not of this machine.
-    """
+def bind(host: str, port: int, keys: Sequence[bytes] = (), auth: bool = True) -> socket.socket:
+    """A socket at an address, not yet listening; ConfigError where others could reach it and there is no key."""
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -94,7 +133,6 @@ def bind(host: str, port: int, keys: Keys, auth: bool = True) -> socket.socket:
 
 
 def open_worker(opening: Opening) -> LocalWorker:
-    """Open a model or an export as a worker that takes batches as they come."""
     return LocalWorker(open_encoder(opening))
 
 
@@ -102,9 +140,9 @@ def _start_workers(stack: ExitStack, options: ServeOptions, opening: Opening, me
     """Start the worker processes, together, and wait until each has opened the model; the stack ends them."""
     share = max(1, torch.get_num_threads() // max(1, options.workers))
     make = partial(open_worker, replace(opening, threads=share))
-    silence = min(SILENT_SECONDS, max(LEAST_SILENCE, options.timeout / 4))
-    new = partial(EncoderProcess, make, metrics.restarts.inc, silence)
-    processes = [stack.enter_context(closing(new())) for _ in range(options.workers)]
+    processes = [EncoderProcess(make, metrics.restarts.inc) for _ in range(options.workers)]
+    for process in processes:
+        stack.enter_context(closing(process))
     for process in processes:
         try:
             process.restart()
@@ -127,11 +165,8 @@ def serve(options: ServeOptions) -> None:
     if options.api_key_file is not None and not options.auth:
         problem = "says who is served, and --no-auth that everybody is"
         raise ConfigError("api_key_file", str(options.api_key_file), problem, "leave one of them out")
-    keys = read_keys(options.api_key_file) if options.auth else Keys()
-    path = Path(options.model).expanduser()
-    # Workers find the model, whatever becomes of the current folder.
-    opening = Opening.of(options, model=str(path.absolute() if path.exists() else options.model))
-    metrics = Metrics()
+    keys = read_keys(options.api_key_file) if options.auth else []
+    opening, metrics = Opening.of(options), Metrics()
     keep_freed_memory()
     with ExitStack() as stack:
         listener = stack.enter_context(bind(options.host, options.port, keys, options.auth))
@@ -146,7 +181,7 @@ def serve(options: ServeOptions) -> None:
         encoder, opening = chosen.encoder, chosen.opening if here is opening else opening
         if options.workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")
-            encoder.batch_tokens = opening.batch_tokens or batch_budget("cpu" if opening.on_cpu else "cuda")
+            encoder.batch_tokens = opening.batch_tokens or (CPU_BATCH if opening.on_cpu else GPU_BATCH)
         processes = _start_workers(stack, options, opening, metrics)
         name = options.name or model_label(options.model)
         app = make_app(encoder, name, options, keys=keys, processes=processes, metrics=metrics, thread=thread)

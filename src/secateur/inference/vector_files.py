@@ -25,11 +25,7 @@ SUFFIXES = (".parquet", ".arrow", ".feather", ".npy")
 
 
 def check_suffix(file: Path) -> None:
-    """Refuse a name whose suffix says no known format.
-
-    Raises:
-        ConfigError: What the known ones are.
-    """
+    """Refuse a name whose suffix says no known format."""
     if file.suffix.lower() not in SUFFIXES:
         raise ConfigError("out", str(file), f"{file.name} is of no known format", f"one of {', '.join(SUFFIXES)}")
 
@@ -42,9 +38,9 @@ def write_vectors(
     about: Mapping[str, Any],
     out: Path,
 ) -> None:
-    """Write pieces (rows, width), together of ``shape``, into a file that gets the name ``out``, in its format.
+    """Write pieces (rows, width), together of ``shape``, into a file that will be called ``out``, in its format.
 
-    ``about`` is what it says of itself; what NumPy's file cannot hold is written beside ``out``.
+    ``about`` is what it says of itself; NumPy's file cannot hold that, so it is written beside ``out``.
     """
     kind = np.dtype(dtype)
     if (beside := description_file(out)) is not None:
@@ -79,11 +75,7 @@ def description_file(file: Path) -> Path | None:
 
 
 def read_description(file: Path) -> dict[str, Any]:
-    """What a file of vectors says of itself, or what a JSON file holds.
-
-    Raises:
-        DataError: It cannot be read, or says nothing of itself.
-    """
+    """What a file of vectors says of itself, or what a JSON file holds; DataError where that is nothing."""
     file = description_file(file) or file
     check_is_file(file)
     about: Any = None

@@ -1,7 +1,7 @@
-"""The one core of all encoding: texts to tokens, tokens to batches, batches to vectors, whatever runs the model.
+"""The core of all encoding: texts to tokens, tokens to batches, batches to vectors, whatever runs the model.
 
-A subclass of :class:`Encoder` brings a tokenizer and one pass of a model: the runtimes of exports (:mod:`.encoder`),
-and PyTorch (``secateur.inference.encoders``). Nothing here needs PyTorch.
+A subclass of :class:`Encoder` brings a tokenizer and one pass of a model: of an export (:mod:`.encoder`), or in PyTorch
+(``secateur.inference.encoders``). Nothing here needs PyTorch.
 """
 
 from __future__ import annotations
@@ -69,33 +69,19 @@ def ignore(texts: int, tokens: int) -> None:
 
 
 class Encoder(ABC):
-    """A model: texts to vectors. One thread may tokenize while another one runs the model.
+    """A model: texts to vectors. One thread may tokenize while another one runs the model."""
 
-    Attributes:
-        name: What errors call it.
-        dimension: Length of a vector.
-        max_length: Tokens of a text that the model reads, special ones and the prompt's included.
-        vocabulary: Token ids are below this.
-        prompts: Texts that can go before a text, by name.
-        default_prompt: The name of the one that goes before it where none is named, or None.
-        truncation_side: Where a text that is too long loses tokens: ``left`` or ``right``.
-        dtype: In what it multiplies.
-        batch_tokens: Tokens in a batch, padding included; halved when a batch does not fit into memory.
-        length_step: Batches are padded to a multiple of this.
-        padding: The most that a batch may be padded, as for :func:`plan_batches`.
-    """
-
-    name: str
-    dimension: int
-    max_length: int
-    vocabulary: int
-    prompts: Mapping[str, str]
-    default_prompt: str | None
-    truncation_side: str
-    dtype: str
-    batch_tokens: int = CPU_BATCH
-    length_step: int = LENGTH_STEP
-    padding: float = math.inf
+    name: str  # what errors call it
+    dimension: int  # length of a vector
+    max_length: int  # tokens of a text that the model reads, special ones and the prompt's included
+    vocabulary: int  # token ids are below this
+    prompts: Mapping[str, str]  # texts that can go before a text, by name
+    default_prompt: str | None  # the name of the one that goes before it where none is named
+    truncation_side: str  # where a text that is too long loses tokens: left or right
+    dtype: str  # in what it multiplies
+    batch_tokens: int = CPU_BATCH  # padding included; halved when a batch does not fit into memory
+    length_step: int = LENGTH_STEP  # batches are padded to a multiple of this
+    padding: float = math.inf  # the most that a batch may be padded, as for plan_batches
 
     @abstractmethod
     def read(self, texts: Sequence[str], prompt: str, truncate: bool) -> list[Tokens]:
@@ -120,7 +106,7 @@ class Encoder(ABC):
     def encode_texts(
         self, texts: Sequence[str], prompt: str = "", on_batch: OnBatch = ignore, *, batch_size: int | None = None
     ) -> Vectors:
-        """Vectors (texts, dimension) in float32, in the order of the texts; each distinct text is run once.
+        """Vectors (texts, dimension) in the order of the texts; each distinct text is run once.
 
         A text that has no tokens gets a vector of zeros; ``batch_size`` is the most texts in a batch.
 
@@ -155,10 +141,7 @@ class Encoder(ABC):
         longest = self.max_length * CHARACTERS_PER_TOKEN
         tokens: list[Tokens] = []
         for some in slices(texts, longest):
-            for place, text in enumerate(some, start=len(tokens)):
-                if len(text) > longest and not truncate:
-                    raise TextRefused(place, f"{len(text)} characters are too many", f"at most {longest}")
-            for found in self._read_start(some, prompt, longest, truncate):
+            for found in self._read_start(some, prompt, longest) if truncate else self.read(some, prompt, False):
                 if len(found) > self.max_length:
                     hint = f"the model reads at most {self.max_length}"
                     raise TextRefused(len(tokens), f"{len(found)} tokens are too many", hint)
@@ -169,13 +152,13 @@ class Encoder(ABC):
                 raise TextRefused(None, f"more than {limit} tokens in one request", "send fewer texts at once")
         return tokens
 
-    def _read_start(self, texts: Sequence[str], prompt: str, characters: int, truncate: bool) -> list[Tokens]:
+    def _read_start(self, texts: Sequence[str], prompt: str, characters: int) -> list[Tokens]:
         """Tokenize so many characters of each text, and more of those that have fewer tokens than the model reads."""
         right = self.truncation_side == "right"
-        found = self.read([text[:characters] if right else text[-characters:] for text in texts], prompt, truncate)
+        found = self.read([text[:characters] if right else text[-characters:] for text in texts], prompt, True)
         for place, text in enumerate(texts):
             if len(text) > characters and len(found[place]) < self.max_length:
-                (found[place],) = self._read_start([text], prompt, 2 * characters, truncate)
+                (found[place],) = self._read_start([text], prompt, 2 * characters)
         return found
 
     def encode_tokens(
@@ -250,25 +233,27 @@ def slices(texts: Sequence[str], longest: int) -> Iterator[Sequence[str]]:
 
 
 def plan_batches(
-    lengths: Sequence[int], budget: int, padding: float = PADDING, size: int | None = None
+    lengths: Sequence[int],
+    budget: int,
+    padding: float = PADDING,
+    size: int | None = None,
+    full: int = FULL_RATE,
 ) -> list[list[int]]:
     """Cut texts into batches of about as many tokens, the longest texts first; gives their indices, by batch.
-
-    A batch ends early rather than be much padded: a new shape is compiled once (a CPU takes some milliseconds for it)
-    and met again; padding is paid for in every batch.
 
     Args:
         lengths: Tokens of each text.
         budget: Tokens in a batch, padding included; a text longer than that makes a batch alone.
-        padding: How many times its real tokens a batch of at least :data:`FULL_RATE` may have with its padding.
+        padding: How many times its real tokens a batch may have with its padding.
         size: Texts in a batch, at most.
+        full: Real tokens from which on that holds; fewer are never much work.
     """
     batches: list[list[int]] = []
     longest = real = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         length = max(1, lengths[row])
         padded = (len(batches[-1]) + 1) * longest if batches else 0
-        wasteful = real >= FULL_RATE and padded > padding * (real + length)
+        wasteful = real >= full and padded > padding * (real + length)
         if not batches or padded > budget or wasteful or len(batches[-1]) == size:
             batches.append([])
             longest, real = length, 0
@@ -278,7 +263,6 @@ def plan_batches(
 
 
 def halves(rows: Sequence[T]) -> tuple[list[T], list[T]]:
-    """A batch as two."""
     middle = len(rows) // 2
     return list(rows[:middle]), list(rows[middle:])
 

@@ -7,7 +7,6 @@ graph. Batches are made by :mod:`.core`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -164,22 +163,22 @@ class ExportEncoder(Encoder):
             tokens gets a vector of zeros.
 
         Raises:
-            DataError: A text is not a text.
-            ConfigError: There is no such prompt or precision, or a batch has no room.
+            DataError: A text or the prompt is not a text.
+            ConfigError: There is no such prompt or precision.
             ModelError: A vector is not finite.
         """
-        rows = _rows(texts)
+        if isinstance(texts, (Mapping, Set, bytes)) or not isinstance(texts, Iterable):
+            raise DataError("texts", f"is a {type(texts).__name__}, not texts", "give one text, or a list of them")
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        for place, text in enumerate(rows):
+            _check_text("texts", f"number {place} ", text)
         form = precision or self.settings.vectors
         if form not in FORMATS:
             raise ConfigError("precision", form, f"no such form of vectors as {form!r}", f"one of {', '.join(FORMATS)}")
-        for name, size in (("batch_size", 1 if batch_size is None else batch_size), ("batch_tokens", batch_tokens)):
-            if not isinstance(size, Integral) or size < 1:
-                raise ConfigError(name, size, f"{size!r} is not valid", "a whole number, at least 1")
+        if prompt is None:
+            prompt = self.prompt_of(prompt_name)
+        _check_text("prompt", "", prompt)
         self.batch_tokens = batch_tokens
-        problem, hint = _no_text(prompt) if prompt is not None else ("", "")
-        if problem:
-            raise ConfigError("prompt", prompt, problem, hint)
-        prompt = self.prompt_of(prompt_name) if prompt is None else prompt
         vectors = self.encode_texts(rows, prompt, batch_size=batch_size)
         result = quantize(vectors, form, np.asarray(self.settings.ranges, np.float32))
         return result[0] if isinstance(texts, str) else result
@@ -205,28 +204,14 @@ class ExportEncoder(Encoder):
         return self._session({"input_ids": ids, "attention_mask": mask, "prompt_length": prompt_length})
 
 
-def _rows(texts: object) -> list[str]:
-    """The texts, which may be one; refuses what is none."""
-    if isinstance(texts, (Mapping, Set, bytes)) or not isinstance(texts, Iterable):
-        raise DataError("texts", f"is a {type(texts).__name__}, not texts", "give one text, or a list of them")
-    rows = [texts] if isinstance(texts, str) else list(texts)
-    for place, text in enumerate(rows):
-        problem, hint = _no_text(text)
-        if problem:
-            raise DataError("texts", f"number {place} {problem}", hint)
-    return rows
-
-
-def _no_text(value: object) -> tuple[str, str]:
-    """Why a value cannot be tokenized, and what would be right; empty where it can."""
+def _check_text(name: str, which: str, value: object) -> None:
     if not isinstance(value, str):
-        return f"is a {type(value).__name__}, not a text", ""
+        raise DataError(name, f"{which}is a {type(value).__name__}, not a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        problem = f"holds half of a surrogate pair, at character {error.start}"
-        return problem, "decode it as UTF-8 with errors='replace'"
-    return "", ""
+        problem = f"{which}holds half of a surrogate pair, at character {error.start}"
+        raise DataError(name, problem, "decode it as UTF-8 with errors='replace'") from None
 
 
 def quantize(vectors: NDArray[np.float32], form: VectorFormat, ranges: NDArray[np.float32]) -> NDArray[Any]:
