@@ -197,7 +197,7 @@ def test_choose_within_a_budget(measured: Path, run: Run):
 
 
 def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run):
-    for to, kept in (("knee", [0, 1]), ("uniform:2", [0, 2])):
+    for to, kept in (("large", [0, 1]), ("uniform:2", [0, 2])):
         ended = run("prune", "model", "--to", to, "--profile", measured, "-o", f"out-{to}")
         assert ended.code == 0, ended.err
         assert json.loads((place / f"out-{to}" / "secateur.json").read_text())["kept"] == kept
@@ -289,7 +289,7 @@ AT_ONCE = [
     ("choose nowhere", "nowhere: no such file"),
     ("prune model.gguf --to 1 -o out", "model model.gguf: no such file"),
     ("prune model --to most -o out", "to: is 'most'"),
-    ("prune model --to knee --profile words.json -o out", "words.json: holds None, not a profile"),
+    ("prune model --to large --profile words.json -o out", "words.json: holds None, not a profile"),
     ("prune model --to 1 -o task", "output task: already holds something else"),
     ("heal model --data absent.jsonl -o out", "absent.jsonl: no such file"),
     ("heal model --data words.jsonl --eval-tasks empty -o out", "empty: has no task.json"),

@@ -15,7 +15,6 @@ import pytest
 import secateur
 from architectures import config_of
 from conftest import example_pairs, tiny_transformer, write_pairs
-from secateur.choosing.evidence import side_by_side
 from secateur.cli.arguments import expand_list_options
 from secateur.data.sources import read_texts
 from secateur.errors import ConfigError, DataError, IllegalDepth, OutputError, UnsupportedArchitecture
@@ -24,8 +23,6 @@ from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import lock
 from secateur.healing import heal as healing
 from secateur.models.open_model import open_model
-from secateur.options import ChooseOptions
-from secateur.options.base import make
 from secateur.profiling.depths import legal_cuts
 from secateur.results import Origin, Scout, Training, load
 from secateur.scouting import scout as scouting
@@ -175,7 +172,7 @@ def test_a_model_that_teaches_itself_keeps_evenly_spaced_layers(four_layers: Pat
         assert row.score == pytest.approx(scores[f"cut-{row.depth}", row.task], abs=1e-4)
     smallest = secateur.prune(model, "chosen", profile=loose(found, tmp_path / "loose"), out=tmp_path / "chosen")
     assert load(smallest, Origin).kept == kept[2]
-    rows = side_by_side(make(ChooseOptions, {"profile": found}), found).rows
+    rows = secateur.candidates(found).rows
     for row, own in zip(rows, kept.values(), strict=True):
         parts = [part.bytes for part in found.layer_costs if part.layer == 0 or part.layer - 1 in own]
         assert row.bytes == sum(parts)
