@@ -289,7 +289,6 @@ def test_all_choices_side_by_side():
 def test_side_by_side_of_little_data():
     texts = candidates(table(None, depth=6))
     assert [row.name for row in texts.rows] == ["full", "block-influence:3", "uniform:3", "random:3"]
-    assert "small" not in texts.to_dict()
     assert "texts alone" in texts.refused["l3prune-small"] and "another layout" in texts.refused["angular:3"]
     one = candidates(table([1.0]))
     assert [row.name for row in one.rows] == ["full"]

@@ -21,7 +21,7 @@ ORDER = """
 errors files provenance progress clusters document
 results: base models kinds
 runtime
-options: base way runs inference
+options: base way runs
 figures: style plots
 models: compat blocks cutting forward checks save open_model
 data: rows hub sources vectors embedders
@@ -57,7 +57,7 @@ FLOW = flow()
 PARTS = {
     "runtime": "runtime",
     "cli": "cli.commands",
-    "options": "options.inference",
+    "options": "options.runs",
     "results": "results.kinds",
     "models": "models.compat",
 }

@@ -15,7 +15,6 @@ import pytest
 import secateur
 from architectures import config_of
 from conftest import example_pairs, tiny_transformer, write_pairs
-from secateur.cli.arguments import expand_list_options
 from secateur.data.sources import read_texts
 from secateur.errors import ConfigError, DataError, IllegalDepth, OutputError, UnsupportedArchitecture
 from secateur.evaluation.replicates import read_replicates
@@ -363,8 +362,3 @@ def test_a_rung_without_a_number_is_left_out_and_said(scouted: Path, four_layers
     assert [row.depth for row in found.depths] == [1, 4] and (out / "frontier.png").is_file()
     assert "depth 2 has no mean: a score there is no number" in found.notes
     assert "cosine_spearman on sts is no number at depth 2: the vectors there are all alike" in found.notes
-
-
-def test_the_command_takes_lists_after_one_flag():
-    words = expand_list_options(["scout", "m", "--data", "a", "b", "--score", "3", "5", "--seed", "1"])
-    assert words == ["scout", "m", "--data", "a", "--data", "b", "--score", "3", "--score", "5", "--seed", "1"]

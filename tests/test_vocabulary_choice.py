@@ -192,7 +192,7 @@ def test_a_budget_of_a_profile(home: Path):
     with_all, none = cut_cost(falling, range(4)).parameters, cut_cost(falling, range(3)).parameters
     assert secateur.choose(falling, max_params=with_all - 1) == {"budget": 3}
     found = secateur.candidates(falling, max_params=with_all - 1, vocab=vocab, vocab_coverage=0.5)
-    assert found.to_dict()["budget"] == 4 and found.to_dict()["vocab_size"] == 560
+    assert [len(row.blocks) for row in found.rows if row.name == "budget"] == [4] and found.vocabulary.size == 560
     assert none < found.vocabulary.rows[1].parameters < with_all
     assert "560 of 600 tokens stay, the most with which 4 layers fit: " in found.vocabulary.reason
 
@@ -212,14 +212,13 @@ def test_the_sentence_says_how_a_budget_is_met(home: Path):
     assert (tight.chosen, free.chosen) == (2, 3) and "the highest score of those that fit" in tight.reason
     assert [row.fits for row in tight.rows] == [True, True, False, False]
     chosen = next(row for row in tight.vocabulary.rows if row.tokens == tight.vocabulary.size)
-    assert chosen.parameters < least.parameters and chosen.fits
+    assert chosen.parameters < least.parameters
 
 
 def test_without_vocab_all_is_as_before(home: Path):
     for kind in ("scout", "profile"):
         found = secateur.candidates(home / kind)
         assert found.vocabulary is None
-        assert not {"vocab_size", "vocabularies", "command"} & found.to_dict().keys()
 
 
 # The model ------------------------------------------------------------------------------------------------------------
@@ -302,16 +301,17 @@ def test_the_command_that_is_printed_meets_the_budget(kind: str, home: Path, tmp
     assert code == 0
     lines = shown.splitlines()
     found = json.loads(run(f"{ask} --json", monkeypatch, capsys)[1])
+    vocabulary = found["vocabulary"]
     command = next(line for line in lines if line.startswith("secateur prune "))
-    assert command == found["command"] and found["vocab_reason"] in lines
+    assert command == vocabulary["command"] and vocabulary["reason"] in lines
     assert run(command, monkeypatch, capsys)[0] == 0
     out = tmp_path / command.split()[-1]
     written = load(out, Origin)
     assert stored(out)[0] <= limit
-    assert len(written.kept) == found["chosen" if kind == "scout" else "budget"]
-    assert written.vocabulary.row.tokens == found["vocab_size"] < 600
+    assert len(written.kept) == vocabulary["layers"]
+    assert written.vocabulary.row.tokens == vocabulary["size"] < 600
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("vocabularies, with ")) :]
-    assert all(len(line) <= 80 for line in table[: table.index(found["vocab_reason"])])
+    assert all(len(line) <= 80 for line in table[: table.index(vocabulary["reason"])])
     assert "chosen" in shown
 
 

@@ -1,15 +1,13 @@
 """What a cut costs, which depths and vocabularies the limits allow, and budgets that are met over both.
 
-The vocabulary is cut before the depth: the depth is chosen as without a limit of size, and then the largest vocabulary
-with which it fits. Only where it does not fit with the smallest that is allowed, the depth is chosen among those that
-do.
+The vocabulary is cut before the depth (:func:`decide`).
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -127,7 +125,7 @@ class Vocabularies:
 
     def with_size(self, table: T, size: int) -> T:
         """The table of the same model with fewer tokens, as far as costs go."""
-        return without(table, self.counted.removed(size))
+        return table if size == len(self.counted.order) else without(table, self.counted.removed(size))
 
 
 def without(table: T, removed: tuple[int, int]) -> T:
@@ -179,8 +177,10 @@ def decide(
 ) -> tuple[Choice, int | None]:
     """Choose a depth and the number of tokens: the vocabulary is cut before the depth.
 
-    ``vocabularies`` are None where only the depth is asked about; ``rule`` chooses a depth by options, a table, and the
-    same table with the costs of a smaller vocabulary.
+    The depth is chosen as without a limit of size, and then the largest vocabulary with which it fits. Only where it
+    does not fit with the smallest that is allowed, the depth is chosen among those that do. ``vocabularies`` are None
+    where only the depth is asked about; ``rule`` chooses a depth by options, a table, and the same table with the costs
+    of a smaller vocabulary.
     """
     if vocabularies is None:
         return rule(options, table), None
@@ -207,18 +207,8 @@ def _limits_size(options: ChooseOptions) -> bool:
 
 
 @dataclass(frozen=True)
-class VocabularyCost(VocabularyRow):
-    """One size of the vocabulary at the chosen depth; ``parameters`` and ``bytes`` are those of the whole model.
-
-    ``fits``: the limits of costs allow it.
-    """
-
-    fits: bool = True
-
-
-@dataclass(frozen=True)
 class VocabularyCosts:
-    """Sizes of the vocabulary with so many ``layers``, the whole vocabulary first.
+    """Sizes of the vocabulary with so many ``layers``, the whole vocabulary first; costs are the whole model's.
 
     ``size`` is the chosen one, ``reason`` says why; ``command`` makes the cut.
     """
@@ -227,12 +217,7 @@ class VocabularyCosts:
     layers: int
     reason: str
     command: str
-    rows: tuple[VocabularyCost, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The chosen size, why, the command that makes the cut, and all sizes."""
-        told = {"vocab_size": self.size, "vocab_reason": self.reason, "command": self.command}
-        return told | {"vocabularies": [asdict(row) for row in self.rows]}
+    rows: tuple[VocabularyRow, ...]
 
 
 def vocabulary_costs(
@@ -243,10 +228,8 @@ def vocabulary_costs(
     whole, layers = len(counted.order), plural(len(blocks), "layer")
     rows = {}
     for tokens in sorted({*counted.sizes(), counted.size_of(options), size}, reverse=True):
-        costs = vocabularies.with_size(table, tokens)
-        cost = cut_cost(costs, blocks)
-        own = asdict(counted.row(tokens)) | {"parameters": cost.parameters, "bytes": cost.bytes}
-        rows[tokens] = VocabularyCost(**own, fits=not table.layer_costs or fits(options, costs, blocks))
+        cost = cut_cost(vocabularies.with_size(table, tokens), blocks)
+        rows[tokens] = replace(counted.row(tokens), parameters=cost.parameters, bytes=cost.bytes)
     reason = f"{size:,} of {whole:,} tokens stay"
     if _limits_size(options) and options.vocab_size is None:
         reason += f", the most with which {layers} fit"

@@ -7,9 +7,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from secateur.choosing.budgets import (
     CutCost,
@@ -50,17 +49,15 @@ def choose(options: ChooseOptions, *, progress: Progress = silent) -> dict[str, 
     """Choose a depth by a scout's scores; or depths from a profile: L3Prune's two, or one within a budget.
 
     Returns:
-        Numbers of layers to keep. For a scout ``{"chosen": k}``, see :func:`.choose_rung`.
-        For a profile ``{"small": k, "large": k}`` (arXiv 2410.14578, section 3): where the untrained model's loss is
-        lowest, ``small`` in the first ``depth // 2`` depths and ``large`` in the others. Of equal losses the shallowest
-        wins. With limits, ``{"budget": k}``. With ``vocab`` also ``"vocab_size"``, the number of tokens to keep
-        (:mod:`.budgets`).
+        Numbers of layers to keep. For a scout ``{"chosen": k}``, see :func:`.choose_rung`. For a profile ``{"small": k,
+        "large": k}`` (arXiv 2410.14578, section 3): where the untrained model's loss is lowest, ``small`` in the first
+        ``depth // 2`` depths and ``large`` in the others; of equal losses the shallowest. With limits, ``{"budget":
+        k}``. With ``vocab`` also ``"vocab_size"``, the number of tokens to keep (:mod:`.budgets`).
 
     Raises:
         DataError: The file is neither, or does not tell what is asked for, as a profile of texts alone has no losses.
         IllegalDepth: The model has a single layer.
-        ConfigError: No depth is within the limits, a limit is no number, or a profile is asked for what only a scout
-            tells; with ``vocab``, the model is not found, or has no vocabulary as is asked for.
+        ConfigError: No depth is within the limits, or a limit does not go with the table or the model.
         ModelError: With ``vocab``, the model cannot be opened, or its vocabulary cannot be cut.
     """
     table, _, choice, size = _decide(options, progress)
@@ -116,10 +113,9 @@ def blocks_to_keep(to: str | int | float, depth: int, profile: Measured | None =
     """The layers that stay, as ``--to`` says it.
 
     Args:
-        to: How many layers to keep; a share to remove, between 0 and 1 (as in the paper's code, ``1`` keeps one layer
-            and ``0.3`` removes 30 % of them, rounding the number kept down); ``chosen``, by a scout's scores;
-            ``small`` or ``large``; the name of a selection method (:data:`.SELECTORS`) that decides how many, such
-            as ``best-task``; or the name of another with a number: ``uniform:7``, and with a seed ``random:7:1``.
+        to: How many layers to keep; a share to remove, below 1 (the number kept is rounded down); ``chosen``, by a
+            scout's scores; ``small`` or ``large``; or a selection method (:data:`.SELECTORS`), with a number where it
+            must be told how many: ``uniform:7``, ``random:7:1`` with a seed.
         depth: How many layers the model has.
         profile: Of this model, for the methods that read one; for ``chosen`` a scout.
 
@@ -215,10 +211,8 @@ def _has_limits(options: ChooseOptions) -> bool:
 class Candidate(Choice, CutCost):
     """One choice (:class:`.Choice`) with its row of the profile and what it costs.
 
-    Attributes:
-        name: What ``--to`` takes to get it; ``full`` is the model as it is, ``budget`` what the limits allow.
-        loss: At that depth, zero-shot, with its 95 % interval from ``loss_low`` to ``loss_high``; None where other
-            layers than the first stay, since a profile measures depths.
+    ``name`` is what ``--to`` takes to get it, ``full``, or ``budget``: what the limits allow. ``loss`` is zero-shot,
+    with its 95 % interval; None where other layers than the first stay, since a profile measures depths.
     """
 
     name: str
@@ -240,16 +234,6 @@ class Candidates:
     rows: tuple[Candidate, ...]
     refused: Mapping[str, str]
     vocabulary: VocabularyCosts | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The depths of ``small``, ``large`` and ``budget``, where they can be told; ``choices`` and ``refused``; and
-        the vocabulary, where it was asked for.
-        """
-        depths = {row.name: len(row.blocks) for row in self.rows}
-        names = {BUDGET: BUDGET, **SHORT}
-        told: dict[str, Any] = {name: depths[key] for name, key in names.items() if key in depths}
-        told |= {"choices": [asdict(row) for row in self.rows], "refused": dict(self.refused)}
-        return told | (self.vocabulary.to_dict() if self.vocabulary else {})
 
 
 @dataclass(frozen=True)
@@ -275,11 +259,6 @@ class Rungs:
     reason: str
     rows: tuple[Rung, ...]
     vocabulary: VocabularyCosts | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The chosen depth, why, and all that were scored; and the vocabulary, where it was asked for."""
-        told = {"chosen": self.chosen, "reason": self.reason, "rungs": [asdict(row) for row in self.rows]}
-        return told | (self.vocabulary.to_dict() if self.vocabulary else {})
 
 
 @step(ChooseOptions)

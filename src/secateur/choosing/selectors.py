@@ -30,17 +30,15 @@ SEED = 42
 
 @dataclass(frozen=True)
 class Question:
-    """Which layers of a model of ``depth`` layers to keep; ``count``: how many, where the method does not decide it."""
+    """Which layers of a model of ``depth`` layers to keep; ``count``: how many, where the method does not decide it.
+
+    ``table`` is the model's profile, for the methods that read one.
+    """
 
     depth: int
-    profile: Profile | None = None
+    table: Any = None
     count: int = 1
     seed: int = SEED
-
-    @property
-    def table(self) -> Profile:
-        assert self.profile is not None, "asked for by Selector.reads_profile"
-        return self.profile
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from secateur.document import Cell, Table, with_interval
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from secateur.choosing.budgets import VocabularyCost, VocabularyCosts
+    from secateur.choosing.budgets import VocabularyCosts
     from secateur.choosing.choose import Candidate, Candidates, Rung, Rungs
     from secateur.evaluation.task_folder import TaskCheck
     from secateur.evaluation.task_making import MadeTask
     from secateur.exporting.export import Export
-    from secateur.results import Comparison, CostRow, Profile, Scores, Scout
+    from secateur.results import Comparison, CostRow, Profile, Scores, Scout, VocabularyRow
     from secateur.studies.runner import State
 
 
@@ -136,7 +136,7 @@ def _show_rungs(found: Rungs) -> None:
 def _show_vocabularies(found: VocabularyCosts | None) -> None:
     if found is None:
         return
-    columns: dict[str, Callable[[VocabularyCost], str | Cell]] = {
+    columns: dict[str, Callable[[VocabularyRow], str | Cell]] = {
         "tokens": lambda row: f"{row.tokens:,}",
         "coverage": lambda row: doc.percent(row.coverage),
         "texts changed": lambda row: doc.percent(row.changed),
@@ -144,7 +144,7 @@ def _show_vocabularies(found: VocabularyCosts | None) -> None:
         "tokens per text": lambda row: doc.number(row.tokens_per_text),
         "params": lambda row: doc.count(row.parameters),
         "MB": lambda row: doc.number(row.bytes and row.bytes / 1e6),
-        "": lambda row: "chosen" if row.tokens == found.size else "" if row.fits else "over budget",
+        "": lambda row: "chosen" if row.tokens == found.size else "",
     }
     typer.echo()
     _show(Table.of(f"vocabularies, with {doc.plural(found.layers, 'layer')}", found.rows, columns).filled())
