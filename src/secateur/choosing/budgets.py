@@ -89,11 +89,7 @@ def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -
 
 
 def fits(options: Budget, table: Profile | Scout, blocks: Sequence[int]) -> bool:
-    """Whether a model that keeps these layers is within all limits.
-
-    Raises:
-        DataError: The table does not tell costs.
-    """
+    """Whether a model that keeps these layers is within all limits; DataError if the table does not tell costs."""
     limits = cost_limits(options)
     if limits and not table.layer_costs:
         why = next((note for note in table.notes if note.startswith("no costs")), "it was made by an earlier version")
@@ -225,16 +221,14 @@ def vocabulary_costs(
 ) -> VocabularyCosts:
     """What every size costs at the chosen depth."""
     counted, blocks = vocabularies.counted, choice.blocks
-    whole, layers = len(counted.order), plural(len(blocks), "layer")
+    whole = len(counted.order)
     rows = {}
     for tokens in sorted({*counted.sizes(), counted.size_of(options), size}, reverse=True):
         cost = cut_cost(vocabularies.with_size(table, tokens), blocks)
         rows[tokens] = replace(counted.row(tokens), parameters=cost.parameters, bytes=cost.bytes)
-    reason = f"{size:,} of {whole:,} tokens stay"
-    if _limits_size(options) and options.vocab_size is None:
-        reason += f", the most with which {layers} fit"
-    if (full := cut_cost(table, range(table.depth)).parameters) and (parameters := rows[size].parameters):
-        reason += f": {100 * parameters / full:.0f} % of the whole model's parameters"
+    limited = _limits_size(options) and options.vocab_size is None
+    fit = f", the most with which {plural(len(blocks), 'layer')} fit" if limited else ""
+    reason = f"{size:,} of {whole:,} tokens stay{fit}."
     to = str(len(blocks)) if blocks == prefix(len(blocks)) else f"uniform:{len(blocks)}"
     words, out = ["secateur", "prune", vocabularies.model, "--to", to], f"{table.model}-{len(blocks)}"
     if size < whole:
@@ -242,4 +236,4 @@ def vocabulary_costs(
         words += ["--vocab", *map(str, options.vocab), "--vocab-size", str(size)]
         words, out = [*words, *(["--columns", columns] if columns else [])], f"{out}-{size}"
     command = shlex.join([*words, "-o", out])
-    return VocabularyCosts(size, len(blocks), f"{reason}.", command, tuple(rows.values()))
+    return VocabularyCosts(size, len(blocks), reason, command, tuple(rows.values()))

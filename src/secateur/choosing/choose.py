@@ -94,10 +94,11 @@ def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
         return given
     path = Path(given)
     if path.is_dir():
-        folder, path = path, path / Scout.file if (path / Scout.file).is_file() else path / Profile.file
-        if not path.is_file():
+        found = [file for file in (path / Scout.file, path / Profile.file) if file.is_file()]
+        if not found:
             hint = "name the folder of a scout or a profile"
-            raise DataError(folder, f"holds no {Scout.file} and no {Profile.file}", hint)
+            raise DataError(path, f"holds no {Scout.file} and no {Profile.file}", hint)
+        path = found[0]
     content = read_json(path)
     is_scout = isinstance(content, dict) and content.get("kind") == Scout.kind
     return load(path, Scout) if is_scout else load(path, Profile)

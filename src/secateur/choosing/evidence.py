@@ -26,12 +26,8 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
 
     With ``best`` the highest mean score, of equal ones the shallowest; else the smallest depth that loses no more than
     the tolerance (:func:`smallest_within`). Where that one is too expensive, so are the deeper ones that lose no more;
-    then it is the highest score, with a warning.
-
-    ``costs`` is the same scout with the costs of a smaller vocabulary, where the limits are about these.
-
-    Returns:
-        The layers of that depth; ``reason`` is a whole sentence.
+    then it is the highest score, with a warning. ``costs`` is the same scout with the costs of a smaller vocabulary,
+    where the limits are about these. The choice's ``reason`` is a whole sentence.
     """
     rungs = [row for row in scout.depths if row.score is not None and math.isfinite(row.score)]
     if not rungs or rungs[-1].depth != scout.depth:

@@ -120,11 +120,7 @@ def _annotation(options: type[Options], name: str) -> Any:
 
 
 def check_places(options: Options) -> None:
-    """Look at all that the options of a command name.
-
-    Raises:
-        SecateurError: As the step itself would.
-    """
+    """Look at all that the options of a command name, with the errors of the step itself."""
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
         for mark in field.metadata if value is not None else ():

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import webbrowser
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -207,8 +208,6 @@ def _study(given: dict[str, Any], open_page: bool) -> None:
 
 def _show_page(page: Path, in_browser: bool) -> None:
     """Print where a page is; open it, too, where that is wanted."""
-    import webbrowser
-
     _say(page)
     if in_browser and not webbrowser.open(page.resolve().as_uri()):
         typer.echo("there is no browser here to open it in", err=True)

@@ -85,11 +85,7 @@ def extra(options: type[Options], name: str, key: str) -> Any:
 
 
 def make(options: type[O], values: Mapping[str, Any]) -> O:
-    """Validate options.
-
-    Raises:
-        ConfigError: The first that is unknown, missing, or has an invalid value.
-    """
+    """Validate options; ConfigError for the first that is unknown, missing, or has an invalid value."""
     try:
         return options(**values)
     except ValidationError as error:
@@ -161,11 +157,7 @@ def _docstring(options: type[Options], text: str) -> str:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Keys and values of a configuration file.
-
-    Raises:
-        DataError: It is missing, broken (with its line), or no mapping.
-    """
+    """Keys and values of a configuration file; DataError if it is missing, broken (with its line), or no mapping."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -46,7 +46,7 @@ STUDY_FILES = (
     *("data", "tasks", "models", "profiles", "scouts", "pruned", "trained"),
     *("scores", "figures", "cache", "logs", "done"),
 )
-OTHERS = f"{MODEL} To compare only: a static embedding (model2vec), a folder that export wrote, or {ENDPOINT}"
+OTHERS = f"{MODEL} Or what cannot be cut: a static embedding (model2vec), a folder that export wrote, or {ENDPOINT}"
 Models = Annotated[list[AnyName], BeforeValidator(listed), Names("model")]
 Results = Annotated[Path | None, Names("results")]
 ModelNames = Annotated[list[str] | None, option("What to call the models [default: the last part of their paths].")]
@@ -163,7 +163,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     vocab: Data = option("Cut the finished models' vocabulary by these texts [with a size or coverage: --data].", [])
     out: Annotated[Path, Names("results", STUDY_FILES)] = option("The run folder, for all results.", ...)
     preset: Literal["demo", "paper", "shrink"] | None = option(
-        "Defaults. demo: SmolLM2, ten minutes; paper: L3Prune's experiments; shrink: an embedder teaches its layers."
+        "Defaults for: demo: SmolLM2 in ten minutes; paper: L3Prune's experiments; shrink: an embedder, on texts alone."
     )
     ladder: Depths = option("Depths that the scout trains: 6,12,24 [default: about eight, as scout --depths].", [])
     polish: Depths = option("Depths to train further after the scout [default: the one that its scores choose].", [])
@@ -222,12 +222,7 @@ class ResumeOptions(StatusOptions):
 
 
 def read_study(run: Path) -> StudyOptions:
-    """The options of the study that a run folder holds.
-
-    Raises:
-        DataError: It holds none, or its ``study.yaml`` is broken.
-        ConfigError: An option in it is not valid.
-    """
+    """The options of the study that a run folder holds; DataError if it holds none, ConfigError if one is not valid."""
     if not (run / "study.yaml").is_file():
         raise DataError(run, "holds no study", "name the folder that `secateur study` was given")
     return make(StudyOptions, read_yaml(run / "study.yaml") | {"out": run})
@@ -235,10 +230,8 @@ def read_study(run: Path) -> StudyOptions:
 
 # Export, encode, serve ------------------------------------------------------------------------------------------------
 
-BACKEND = "On a CPU; onnx and openvino convert the model once; auto: the fastest installed that keeps --min-cosine."
-ARITHMETIC = (
-    "Of matrix products; int8: not in PyTorch; stored: as the weights are; auto: the fastest that keeps --min-cosine."
-)
+BACKEND = "What runs it on a CPU; onnx and openvino convert the model once; auto: the fastest that keeps --min-cosine."
+ARITHMETIC = "Data type of matrix products; stored: the weights' own; auto: the fastest that keeps --min-cosine."
 COSINE = "Lowest cosine to PyTorch's float32 vectors that auto accepts, on some of your texts; 0.98 allows int8."
 BATCH_TOKENS = "Tokens in a batch, padding included [default: 1,024 on a CPU, 8,192 on a GPU]."
 Backend = Annotated[Literal["auto", "torch", "onnx", "openvino"], option(BACKEND)]
@@ -270,8 +263,8 @@ class ExportOptions(Options):
     tasks: Tasks = option("Tasks to score the original and the export on, as for evaluate.", [])
     sample: Sample = None
     seed: SampleSeed = 42
-    min_cosine: float | None = option("Fail if a text's cosine is lower [default: by precision].", ge=-1, le=1)
-    max_loss: float = option("Fail if the average score falls by more points of 100.", 0.5, ge=0)
+    min_cosine: float | None = option("Fail if a text's cosine to the original is lower [by precision].", ge=-1, le=1)
+    max_loss: float = option("Fail if the average score falls by more points (of 100) than this.", 0.5, ge=0)
     pooling: Pooling = None
     max_length: MaxLength = 512
     trust_remote_code: TrustRemoteCode = False

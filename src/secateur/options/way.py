@@ -180,7 +180,7 @@ class HealSettings(Options):
     steps: int | None = option("Optimizer steps [1000].", ge=1)
     batch_size: int | None = option("Rows per step, over all processes [64].", ge=2)
     train: Literal["lora", "blocks", "all", "auto"] | None = option(
-        "lora: adapters; blocks: layers without token embeddings; auto: blocks if memory allows, else lora [auto]."
+        "Weights to train; lora: adapters; blocks: all but token embeddings; auto: blocks if memory allows [auto]."
     )
     learning_rate: float | None = option("Peak learning rate [lora 2e-4, blocks and all 5e-4; distill 1e-3].", gt=0)
     warmup: float | None = option("Share of the steps in which the learning rate rises [0.1; l3prune 0.3].", ge=0, lt=1)
@@ -191,10 +191,12 @@ class HealSettings(Options):
     lora_dropout: float | None = option("Dropout before the LoRA adapters [0.05].", ge=0, lt=1)
     mini_batch_tokens: int | None = option("Save memory by gradient caching: tokens computed at once.", ge=1)
     gradient_checkpointing: bool = option("Save memory by computing activations again.", False)
-    precision: Literal["auto", "float32", "bfloat16"] = option("auto: bfloat16 if the processor supports it.", "auto")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "Precision of the computation; auto: bfloat16 if the processor supports it.", "auto"
+    )
     seed: Seed = option("Random seed of adapters, dropout and the order of the data.", 42)
     layers: Literal["first", "uniform"] | None = option(
-        "Layers of a smaller depth: the first, or evenly spaced [first; uniform if a model teaches itself on texts]."
+        "Layers that a smaller depth keeps: the first, or evenly spaced [first; uniform if a model teaches itself]."
     )
 
 
