@@ -145,8 +145,8 @@ def _signature(options: type[Options], names: list[str], own: list[inspect.Param
 
 def _docstring(options: type[Options], text: str) -> str:
     """The function's docstring with the descriptions as ``Args``."""
-    lines = [f"{name}: {field.description or ''}" for name, field in options.model_fields.items()]
-    filled = "\n".join(textwrap.fill(line, 116, initial_indent="    ", subsequent_indent=" " * 8) for line in lines)
+    wrapper = textwrap.TextWrapper(116, "    ", " " * 8, break_on_hyphens=False)
+    filled = "\n".join(wrapper.fill(f"{name}: {own.description}") for name, own in options.model_fields.items())
     head, mark, rest = text.partition("\n\nArgs:\n")
     if mark:
         return f"{head}{mark}{filled}\n{rest}"
