@@ -21,7 +21,7 @@ ORDER = """
 errors files provenance progress clusters document
 results: models scores
 runtime
-options: base way runs inference
+options: base way runs
 figures
 models: compat blocks cutting forward save checks open_model
 data: rows hub sources vectors embedders
@@ -57,7 +57,7 @@ FLOW = flow()
 PARTS = {
     "runtime": "runtime",
     "cli": "cli.commands",
-    "options": "options.inference",
+    "options": "options.runs",
     "results": "results.scores",
     "models": "models.compat",
 }

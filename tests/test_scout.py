@@ -15,8 +15,6 @@ import pytest
 import secateur
 from architectures import config_of
 from conftest import example_pairs, tiny_transformer, write_pairs
-from secateur.choosing.evidence import side_by_side
-from secateur.cli.arguments import expand_list_options
 from secateur.data.sources import read_texts
 from secateur.errors import ConfigError, DataError, IllegalDepth, OutputError, UnsupportedArchitecture
 from secateur.evaluation.replicates import read_replicates
@@ -24,8 +22,6 @@ from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import lock
 from secateur.healing import heal as healing
 from secateur.models.open_model import open_model
-from secateur.options import ChooseOptions
-from secateur.options.base import make
 from secateur.profiling.depths import legal_cuts
 from secateur.results import Origin, Scout, Training, load
 from secateur.scouting import scout as scouting
@@ -175,7 +171,7 @@ def test_a_model_that_teaches_itself_keeps_evenly_spaced_layers(four_layers: Pat
         assert row.score == pytest.approx(scores[f"cut-{row.depth}", row.task], abs=1e-4)
     smallest = secateur.prune(model, "chosen", profile=loose(found, tmp_path / "loose"), out=tmp_path / "chosen")
     assert load(smallest, Origin).kept == kept[2]
-    rows = side_by_side(make(ChooseOptions, {"profile": found}), found).rows
+    rows = secateur.candidates(found).rows
     for row, own in zip(rows, kept.values(), strict=True):
         parts = [part.bytes for part in found.layer_costs if part.layer == 0 or part.layer - 1 in own]
         assert row.bytes == sum(parts)
@@ -366,8 +362,3 @@ def test_a_rung_without_a_number_is_left_out_and_said(scouted: Path, four_layers
     assert [row.depth for row in found.depths] == [1, 4] and (out / "frontier.png").is_file()
     assert "depth 2 has no mean: a score there is no number" in found.notes
     assert "cosine_spearman on sts is no number at depth 2: the vectors there are all alike" in found.notes
-
-
-def test_the_command_takes_lists_after_one_flag():
-    words = expand_list_options(["scout", "m", "--data", "a", "b", "--score", "3", "5", "--seed", "1"])
-    assert words == ["scout", "m", "--data", "a", "--data", "b", "--score", "3", "--score", "5", "--seed", "1"]

@@ -140,9 +140,9 @@ def choose(run: Path, depth: int) -> None:
 def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: Path) -> None:
     (choice,) = told(reported)
     assert choice == (
-        "tiny, on your 2 tasks: 4 of 8 layers: at most 0.9 points are lost against all 8 in the same training "
-        "(difference −0.6, 95 % interval −0.9 to +0.2); with 3 layers up to 10.7 points may be lost. 75 % of the "
-        "parameters, 1.8 × the speed."
+        "tiny, on your 2 tasks: 4 of 8 layers, the fewest that lose at most 1 point at 95 % confidence: −0.6 points "
+        "(95 % interval −0.9 to +0.2) against all 8 in the same training; with 3 layers −9.1 points (95 % interval "
+        "−10.7 to −7.5). 75 % of the parameters, 1.8 × the speed."
     )
     draws = [
         np.mean([np.load(reported / f"scores/{name}/draws/{task[0]}.npy") for task in TASKS], axis=0)
@@ -167,10 +167,10 @@ def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: P
 @pytest.mark.parametrize(
     ("chosen", "study", "words"),
     [
-        (6, {"tolerance": 0.5}, "tiny, on your 2 tasks: 6 of 8 layers: at most 0.4 points are lost against all 8"),
-        (6, {"best": True}, "tiny, on your 2 tasks: 6 of 8 layers, the highest of 5 scores: difference +0.4 to all 8"),
+        (6, {"tolerance": 0.5}, "tiny, on your 2 tasks: 6 of 8 layers, the fewest that lose at most 0.5 points"),
+        (6, {"best": True}, "tiny, on your 2 tasks: 6 of 8 layers, the highest of 5 scores: +0.4 points (95 %"),
         (3, {"max_params": 11e6}, "Note: more may be lost than the tolerance."),
-        (3, {}, "3 of 8 layers are chosen; by these scores it would be this: 4 of 8 layers: at most 0.9 points"),
+        (3, {}, "3 of 8 layers are chosen; by these scores it would be this: 4 of 8 layers, the fewest"),
         (7, {}, "7 of 8 layers are chosen; by these scores it would be this: 4 of 8 layers"),
         (4, {"max_params": 1}, "tiny, on your 2 tasks: 4 of 8 layers are chosen."),
     ],
@@ -223,7 +223,7 @@ def test_the_scout_that_decided_is_told_and_other_seeds_count_as_repetitions(run
         write_model(run, f"tiny-4-polished-seed{seed}", mean, seed)
         write_model(run, f"tiny-8-scout-seed{seed}", 0.592, seed)
     (choice,) = told(run)
-    assert choice.startswith("tiny-seed1, on your 2 tasks: 4 of 8 layers: at most 0.9 points are lost")
+    assert choice.startswith("tiny-seed1, on your 2 tasks: 4 of 8 layers, the fewest that lose at most 1 point")
     shipped = found(run)
     assert shipped.headline.startswith(
         "Not decided yet: tiny-4-polished shows no significant difference (+1.3 points, "
@@ -351,7 +351,7 @@ def test_a_depth_without_a_score_is_shown_and_not_told(run: Path) -> None:
     assert load(run / "scouts" / "tiny", Scout).rows[0].score is None
     page = read(report(run))
     assert next(row for row in page.cells if row[:2] == ["3", "trained"])[3].startswith("–")
-    assert "4 of 8 layers: at most 0.9 points are lost" in told(run)[0]
+    assert "against all 8 in the same training; with 3 layers no score." in told(run)[0]
 
 
 @pytest.mark.parametrize("choice", ['{"chosen": 9}', '{"chosen": true}', "[2]", "{"])

@@ -10,94 +10,69 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.choosing.choose import candidates, choose
-    from secateur.errors import SecateurError
-    from secateur.evaluation.evaluate import evaluate
-    from secateur.evaluation.task_folder import check_tasks, make_task
-    from secateur.exporting.export import export
-    from secateur.healing.heal import heal
-    from secateur.inference.encode import encode
-    from secateur.inference.encoders import accelerate
-    from secateur.inference.serve import serve
-    from secateur.models.open_model import open_model
-    from secateur.profiling.profile import profile
-    from secateur.pruning.prune import prune
-    from secateur.reporting.compare import compare
-    from secateur.reporting.cost import cost
-    from secateur.reporting.report import read_verdict, report
-    from secateur.scouting.scout import scout
-    from secateur.studies.study import plan_study, read_scores, read_status, study
-
-__all__ = [
-    "SecateurError",
-    "accelerate",
-    "candidates",
-    "check_tasks",
-    "choose",
-    "compare",
-    "cost",
-    "encode",
-    "evaluate",
-    "export",
-    "heal",
-    "make_task",
-    "open_model",
-    "plan_study",
-    "profile",
-    "prune",
-    "read_scores",
-    "read_status",
-    "read_verdict",
-    "report",
-    "scout",
-    "serve",
-    "study",
-]
+    from secateur.choosing.choose import candidates as candidates
+    from secateur.choosing.choose import choose as choose
+    from secateur.errors import SecateurError as SecateurError
+    from secateur.evaluation.evaluate import evaluate as evaluate
+    from secateur.evaluation.task_folder import check_tasks as check_tasks
+    from secateur.evaluation.task_folder import make_task as make_task
+    from secateur.exporting.export import export as export
+    from secateur.healing.heal import heal as heal
+    from secateur.inference.encode import encode as encode
+    from secateur.inference.encoders import accelerate as accelerate
+    from secateur.inference.serve import serve as serve
+    from secateur.models.open_model import open_model as open_model
+    from secateur.profiling.profile import profile as profile
+    from secateur.pruning.prune import prune as prune
+    from secateur.reporting.compare import compare as compare
+    from secateur.reporting.cost import cost as cost
+    from secateur.reporting.report import read_verdict as read_verdict
+    from secateur.reporting.report import report as report
+    from secateur.scouting.scout import scout as scout
+    from secateur.studies.study import plan_study as plan_study
+    from secateur.studies.study import read_scores as read_scores
+    from secateur.studies.study import read_status as read_status
+    from secateur.studies.study import study as study
 
 _HOMES = {
-    "SecateurError": "errors",
-    "accelerate": "inference.encoders",
-    "candidates": "choosing.choose",
-    "check_tasks": "evaluation.task_folder",
-    "choose": "choosing.choose",
-    "compare": "reporting.compare",
-    "cost": "reporting.cost",
-    "encode": "inference.encode",
-    "evaluate": "evaluation.evaluate",
-    "export": "exporting.export",
-    "heal": "healing.heal",
-    "make_task": "evaluation.task_folder",
-    "open_model": "models.open_model",
-    "plan_study": "studies.study",
-    "profile": "profiling.profile",
-    "prune": "pruning.prune",
-    "read_scores": "studies.study",
-    "read_status": "studies.study",
-    "read_verdict": "reporting.report",
-    "report": "reporting.report",
-    "scout": "scouting.scout",
-    "serve": "inference.serve",
-    "study": "studies.study",
+    "choosing.choose": "candidates choose",
+    "errors": "SecateurError",
+    "evaluation.evaluate": "evaluate",
+    "evaluation.task_folder": "check_tasks make_task",
+    "exporting.export": "export",
+    "healing.heal": "heal",
+    "inference.encode": "encode",
+    "inference.encoders": "accelerate",
+    "inference.serve": "serve",
+    "models.open_model": "open_model",
+    "profiling.profile": "profile",
+    "pruning.prune": "prune",
+    "reporting.compare": "compare",
+    "reporting.cost": "cost",
+    "reporting.report": "read_verdict report",
+    "scouting.scout": "scout",
+    "studies.study": "plan_study read_scores read_status study",
 }
-_EXTRAS = {"serve": "serve"}
-"""Steps that need more than the extra ``torch`` → the one that brings all that they need."""
+"""Module → the names that are had from this package."""
+__all__ = sorted(name for names in _HOMES.values() for name in names.split())
 
 
 def __getattr__(name: str) -> Any:
     """Import a step's module when the step is first used: ``import secateur`` stays quick."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = next(module for module, names in _HOMES.items() if name in names.split())
     try:
-        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        module = importlib.import_module(f"{__name__}.{home}")
     except ModuleNotFoundError as error:
         if str(error.name).startswith(__name__):
             raise
         from secateur.errors import MissingPackage
 
-        install = f"pip install 'secateur[{_EXTRAS.get(name, 'torch')}]'"
+        install = f"pip install 'secateur[{'serve' if name == 'serve' else 'torch'}]'"
         raise MissingPackage(str(error.name), f"secateur {name}", install) from None
     return getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -1,7 +1,7 @@
 """Everything that can go wrong, as one tree under :class:`SecateurError`.
 
 Every member says what was wrong and what would be right, and carries the values that disagree as attributes. The
-command line prints ``str(error)`` on one line and exits with 2; Python users catch :class:`SecateurError`.
+command line prints ``str(error)`` on one line and exits with 2.
 """
 
 from __future__ import annotations
@@ -93,15 +93,11 @@ class MissingPackage(SecateurError):
 
 
 class VerificationFailed(SecateurError):
-    """A written model that does not give the expected vectors. ``measured`` should have been at most ``allowed``."""
+    """A written model that does not give the expected vectors: they differ by ``measured``, more than ``allowed``."""
 
     def __init__(self, what: str | Path, measured: float, allowed: float) -> None:
-        self.measured = measured
-        self.allowed = allowed
-        super().__init__(
-            f"{what}: after reloading, vectors differ by {measured:.3g}, more than {allowed:.3g}",
-            "the folder is not safe to use; please report the architecture",
-        )
+        problem = f"{what}: after reloading, vectors differ by {measured:.3g}, more than {allowed:.3g}"
+        super().__init__(problem, "the folder is not safe to use; please report the architecture")
 
 
 class ExportTooFar(SecateurError):
@@ -115,9 +111,7 @@ class TrainingDiverged(SecateurError):
     """A training whose loss is not finite or exploded at ``step``; ``checkpoint`` is the last good state."""
 
     def __init__(self, step: int, loss: float, checkpoint: str | Path | None) -> None:
-        self.step = step
-        self.loss = loss
-        self.checkpoint = checkpoint
+        self.step, self.loss, self.checkpoint = step, loss, checkpoint
         kept = f"the last good state is {checkpoint}" if checkpoint else "no state was saved before it"
         super().__init__(f"training diverged at step {step} (loss {loss:g}); {kept}", "try a smaller learning rate")
 
@@ -140,14 +134,13 @@ class StudyFailed(SecateurError):
 SYSTEM = {
     errno.ENOSPC: ("the disk is full", "free some space and run the same command again"),
     errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again"),
-    errno.EACCES: ("no permission to write there", "name another folder"),
-    errno.EROFS: ("the file system is read-only", "name another folder"),
     errno.EMFILE: ("too many files are open", "raise the limit (ulimit -n) and run the same command again"),
     errno.ENFILE: ("too many files are open on this machine", "run the same command again later"),
+    errno.EACCES: ("no permission to write there", "name another folder"),
+    errno.EROFS: ("the file system is read-only", "name another folder"),
 }
 """What the system may refuse → in words, and the way out."""
-
-_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+_NUMBERS = tuple(SYSTEM)[:4]
 
 
 def system_error(error: BaseException) -> OSError | None:
@@ -155,9 +148,8 @@ def system_error(error: BaseException) -> OSError | None:
 
     sqlite, safetensors and Arrow have errors of their own for these, with the number or the words in their text.
     """
-    seen: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None and cause not in seen:
+    while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _NUMBERS:
             return cause
         said = str(cause)
@@ -166,6 +158,5 @@ def system_error(error: BaseException) -> OSError | None:
                 return OSError(number, os.strerror(number))
         if "disk is full" in said:  # sqlite3.OperationalError
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        seen.append(cause)
         cause = cause.__cause__ or cause.__context__
     return None

@@ -1,34 +1,32 @@
 """What a cut costs, which depths and vocabularies the limits allow, and budgets that are met over both.
 
-The vocabulary is cut before the depth: the depth is chosen as without a limit of size, and then the largest vocabulary
-with which it fits. Only where it does not fit with the smallest that is allowed, the depth is chosen among those that
-do.
+The vocabulary is cut before the depth (:func:`decide`).
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from secateur.choosing.selectors import Choice, layers_of, prefix
-from secateur.document import percent, plural
+from secateur.document import plural
 from secateur.errors import ConfigError, DataError, ModelError, UnsupportedArchitecture
 from secateur.options import Budget, ChooseOptions
 from secateur.progress import Progress
-from secateur.results import LayerCost, Profile, Scout, VocabularyRow
+from secateur.results import Profile, Scout, VocabularyRow
 
 if TYPE_CHECKING:
     from secateur.vocabulary.choice import CountedVocabulary
 
-_COSTS: dict[str, tuple[Callable[[LayerCost], float], str]] = {
-    "max_params": (lambda row: row.parameters, "{:,.0f} parameters"),
-    "max_bytes": (lambda row: row.bytes, "{:,.0f} bytes"),
-    "max_latency_ms": (lambda row: 1000 * row.latency, "{:.3g} ms"),
+_COSTS = {
+    "max_params": ("parameters", 1, "{:,.0f} parameters"),
+    "max_bytes": ("bytes", 1, "{:,.0f} bytes"),
+    "max_latency_ms": ("latency", 1000, "{:.3g} ms"),
 }
-"""Limit of a cost → what it limits, and how that is said."""
+"""Limit → the column of costs that it limits, how many of its units are one of that column, and how that is said."""
 SIZE_LIMITS = ("max_params", "max_bytes")
 """Limits that a smaller vocabulary helps to meet; a text takes no less time with it."""
 T = TypeVar("T", bound=Profile | Scout)
@@ -52,20 +50,16 @@ class CutCost:
     speed: float | None = None
 
 
-def cost_of(parts: Sequence[LayerCost], blocks: Sequence[int]) -> LayerCost:
-    """What a model costs that keeps these layers, by index from 0: a row whose ``layer`` is their number."""
-    kept = [parts[0], *(parts[index + 1] for index in blocks)]
-    sums = {item.name: sum(getattr(row, item.name) for row in kept) for item in fields(LayerCost)}
-    return LayerCost(**sums | {"layer": len(blocks)})
-
-
 def cut_cost(table: Profile | Scout, blocks: Sequence[int]) -> CutCost:
     """The costs of the model cut to some of its layers, by index from 0."""
     if not table.layer_costs:
         return CutCost()
-    own, full = (cost_of(table.layer_costs, kept) for kept in (blocks, prefix(table.depth)))
-    told = {name: getattr(own, name) for name in ("parameters", "bytes", "flops_per_token", "latency")}
-    return CutCost(**told, speed=full.seconds / own.seconds)
+
+    def total(column: str, kept: Sequence[int]) -> Any:
+        return sum(getattr(table.layer_costs[part], column) for part in (0, *(index + 1 for index in kept)))
+
+    told = {column: total(column, blocks) for column in ("parameters", "bytes", "flops_per_token", "latency")}
+    return CutCost(**told, speed=total("seconds", range(table.depth)) / total("seconds", blocks))
 
 
 def layers_at(table: Profile | Scout, depth: int) -> tuple[int, ...]:
@@ -86,27 +80,27 @@ def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -
         DataError: The table does not tell costs.
     """
     left = [depth for depth in depths if fits(options, table, layers_at(table, depth))]
-    if not left:
-        smallest = cost_of(table.layer_costs, layers_at(table, depths[0]))
-        costs = {key: _COSTS[key][0](smallest) for key in cost_limits(options)}
-        key, limit = next((key, limit) for key, limit in cost_limits(options).items() if costs[key] > limit)
-        words = _COSTS[key][1]
-        hint = f"the smallest, depth {depths[0]}, has {words.format(costs[key])}"
-        raise ConfigError(key, limit, f"no depth has at most {words.format(limit)}", hint)
+    for name, limit in cost_limits(options).items() if not left else ():
+        if (least := _cost(name, table, layers_at(table, depths[0]))) > limit:
+            words = _COSTS[name][2]
+            hint = f"the smallest, depth {depths[0]}, has {words.format(least)}"
+            raise ConfigError(name, limit, f"no depth has at most {words.format(limit)}", hint)
     return left
 
 
 def fits(options: Budget, table: Profile | Scout, blocks: Sequence[int]) -> bool:
-    """Whether a model that keeps these layers is within all limits.
-
-    Raises:
-        DataError: The table does not tell costs.
-    """
+    """Whether a model that keeps these layers is within all limits; DataError if the table does not tell costs."""
     limits = cost_limits(options)
     if limits and not table.layer_costs:
         why = next((note for note in table.notes if note.startswith("no costs")), "it was made by an earlier version")
         raise DataError(table.file, "has no costs of the layers", f"{why}; {table.kind} again", field="layer_costs")
-    return not limits or all(_COSTS[key][0](cost_of(table.layer_costs, blocks)) <= limits[key] for key in limits)
+    return all(_cost(name, table, blocks) <= limit for name, limit in limits.items())
+
+
+def _cost(limit: str, table: Profile | Scout, blocks: Sequence[int]) -> float:
+    """What a limit is about, in its unit."""
+    column, units, _ = _COSTS[limit]
+    return float(units * getattr(cut_cost(table, blocks), column))
 
 
 # Vocabularies ---------------------------------------------------------------------------------------------------------
@@ -119,11 +113,6 @@ class Vocabularies:
     model: str
     counted: CountedVocabulary
 
-    @property
-    def whole(self) -> int:
-        """Number of all tokens."""
-        return len(self.counted.order)
-
     def allowed(self, options: ChooseOptions) -> list[int]:
         """The sizes that a budget may take, the largest first: a size that is named, or all from a coverage on."""
         least = self.counted.size_of(options)
@@ -132,7 +121,7 @@ class Vocabularies:
 
     def with_size(self, table: T, size: int) -> T:
         """The table of the same model with fewer tokens, as far as costs go."""
-        return table if size == self.whole else without(table, self.counted.removed(size))
+        return table if size == len(self.counted.order) else without(table, self.counted.removed(size))
 
 
 def without(table: T, removed: tuple[int, int]) -> T:
@@ -178,51 +167,34 @@ def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: 
     return Vocabularies(name, counted)
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Layers, and a number of tokens; None where the vocabulary is not asked about.
-
-    ``wanted`` are the layers that would be kept without a limit of size, where no allowed vocabulary makes them fit.
-    """
-
-    choice: Choice
-    size: int | None = None
-    wanted: Choice | None = None
-
-
 def decide(
-    options: ChooseOptions,
-    table: T,
-    vocabularies: Vocabularies | None,
-    rule: Callable[[ChooseOptions, T, T | None], Choice],
-) -> Decision:
-    """Choose a depth and a vocabulary: the vocabulary is cut before the depth.
+    options: ChooseOptions, table: Profile | Scout, vocabularies: Vocabularies | None, rule: Callable[..., Choice]
+) -> tuple[Choice, int | None]:
+    """Choose a depth and the number of tokens: the vocabulary is cut before the depth.
 
-    ``vocabularies`` are None where only the depth is asked about; ``rule`` chooses a depth by options, a table, and the
-    same table with the costs of a smaller vocabulary.
+    The depth is chosen as without a limit of size, and then the largest vocabulary with which it fits. Only where it
+    does not fit with the smallest that is allowed, the depth is chosen among those that do. ``vocabularies`` are None
+    where only the depth is asked about; ``rule`` chooses a depth by options, a table, and the same table with the costs
+    of a smaller vocabulary.
     """
     if vocabularies is None:
-        return Decision(rule(options, table, None))
+        return rule(options, table), None
     sizes = vocabularies.allowed(options)
     if not _limits_size(options):
-        return Decision(rule(options, table, None), sizes[-1])
+        return rule(options, table), sizes[-1]
 
     def largest(choice: Choice) -> int | None:
         """The largest allowed vocabulary with which these layers fit; None where none does."""
         return next((n for n in sizes if fits(options, vocabularies.with_size(table, n), choice.blocks)), None)
 
-    wanted = rule(options.model_copy(update=dict.fromkeys(SIZE_LIMITS)), table, None)
-    if (size := largest(wanted)) is not None:
-        return Decision(wanted, size)
-    try:
-        choice = rule(options, table, vocabularies.with_size(table, sizes[-1]))
-    except ConfigError as error:
-        if error.key not in SIZE_LIMITS:
-            raise
-        fewer = "; fewer are allowed with a smaller --vocab-coverage or --vocab-size"
-        hint = f"{error.hint} with {sizes[-1]:,} tokens{'' if options.vocab_size else fewer}"
-        raise ConfigError(error.key, error.value, error.problem.removeprefix(f"{error.key}: "), hint) from None
-    return Decision(choice, largest(choice), wanted)
+    choice = rule(options.model_copy(update=dict.fromkeys(SIZE_LIMITS)), table)
+    if largest(choice) is None:
+        try:
+            choice = rule(options, table, vocabularies.with_size(table, sizes[-1]))
+        except ConfigError as error:
+            hint = f"{error.hint} with {sizes[-1]:,} tokens, the fewest that are allowed"
+            raise ConfigError(error.key, error.value, error.problem.removeprefix(f"{error.key}: "), hint) from None
+    return choice, largest(choice)
 
 
 def _limits_size(options: ChooseOptions) -> bool:
@@ -230,75 +202,37 @@ def _limits_size(options: ChooseOptions) -> bool:
 
 
 @dataclass(frozen=True)
-class VocabularyCost(VocabularyRow):
-    """One size of the vocabulary at the chosen depth; ``parameters`` and ``bytes`` are those of the whole model.
-
-    ``longer`` is the number of tokens per text relative to the whole vocabulary; ``fits``: the limits of costs allow
-    it.
-    """
-
-    longer: float = 1.0
-    fits: bool = True
-
-
-@dataclass(frozen=True)
 class VocabularyCosts:
-    """Sizes of the vocabulary with so many ``layers``, the whole vocabulary first.
+    """Sizes of the vocabulary with so many ``layers``, the whole vocabulary first; costs are the whole model's.
 
-    ``size`` is the chosen one, ``reason`` says why, and what it costs; ``command`` makes the cut.
+    ``size`` is the chosen one, ``reason`` says why; ``command`` makes the cut.
     """
 
     size: int
     layers: int
     reason: str
     command: str
-    rows: tuple[VocabularyCost, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The chosen size, why, the command that makes the cut, and all sizes."""
-        told = {"vocab_size": self.size, "vocab_reason": self.reason, "command": self.command}
-        return told | {"vocabularies": [asdict(row) for row in self.rows]}
+    rows: tuple[VocabularyRow, ...]
 
 
 def vocabulary_costs(
-    options: ChooseOptions, table: Profile | Scout, vocabularies: Vocabularies | None, decision: Decision
-) -> VocabularyCosts | None:
-    """What every size costs at the chosen depth; None where the vocabulary is not asked about."""
-    if vocabularies is None or decision.size is None:
-        return None
-    counted, whole, size = vocabularies.counted, vocabularies.whole, decision.size
-    blocks, least = decision.choice.blocks, counted.size_of(options)
+    options: ChooseOptions, table: Profile | Scout, vocabularies: Vocabularies, choice: Choice, size: int
+) -> VocabularyCosts:
+    """What every size costs at the chosen depth."""
+    counted, blocks = vocabularies.counted, choice.blocks
+    whole = len(counted.order)
     rows = {}
-    for tokens in sorted({*counted.sizes(), least, size}, reverse=True):
-        row, costs = counted.row(tokens), vocabularies.with_size(table, tokens)
-        cost = cut_cost(costs, blocks)
-        rows[tokens] = VocabularyCost(
-            **asdict(row) | {"parameters": cost.parameters, "bytes": cost.bytes},
-            longer=row.tokens_per_text / max(1e-9, counted.tokens_per_text),
-            fits=not table.layer_costs or fits(options, costs, blocks),
-        )
-    own, layers = rows[size], plural(len(blocks), "layer")
-    reason = ""
-    if decision.wanted is not None:
-        reason = f"{plural(len(decision.wanted.blocks), 'layer')} do not fit even with {least:,} tokens, the fewest "
-        reason += "that are allowed, so layers went, too. "
-    if size == whole:
-        reason += f"All {whole:,} tokens stay{f': {layers} fit with them' if _limits_size(options) else ''}."
-    else:
-        limited = _limits_size(options) and options.vocab_size is None
-        why = f", the largest vocabulary with which {layers} fit" if limited else ""
-        unknown = f"; {percent(own.unknown)} of their tokens become unknown" if own.unknown else ""
-        reason += (
-            f"{size:,} of {whole:,} tokens{why}: {percent(own.coverage)} of the tokens of held-out texts stay, "
-            f"{percent(own.changed, 0)} of the texts change, and all have {own.longer:.2f} × the tokens{unknown}."
-        )
-    full = cut_cost(table, prefix(table.depth)).parameters
-    if full and own.parameters:
-        reason += f" {100 * own.parameters / full:.0f} % of the whole model's parameters."
+    for tokens in sorted({*counted.sizes(), counted.size_of(options), size}, reverse=True):
+        cost = cut_cost(vocabularies.with_size(table, tokens), blocks)
+        rows[tokens] = replace(counted.row(tokens), parameters=cost.parameters, bytes=cost.bytes)
+    limited = _limits_size(options) and options.vocab_size is None
+    fit = f", the most with which {plural(len(blocks), 'layer')} fit" if limited else ""
+    reason = f"{size:,} of {whole:,} tokens stay{fit}."
     to = str(len(blocks)) if blocks == prefix(len(blocks)) else f"uniform:{len(blocks)}"
     words, out = ["secateur", "prune", vocabularies.model, "--to", to], f"{table.model}-{len(blocks)}"
     if size < whole:
-        words += ["--vocab", *map(str, options.vocab), "--vocab-size", str(size)]
         columns = ",".join(f"{role}={column}" for role, column in (options.columns or {}).items())
+        words += ["--vocab", *map(str, options.vocab), "--vocab-size", str(size)]
         words, out = [*words, *(["--columns", columns] if columns else [])], f"{out}-{size}"
-    return VocabularyCosts(size, len(blocks), reason, shlex.join([*words, "-o", out]), tuple(rows.values()))
+    command = shlex.join([*words, "-o", out])
+    return VocabularyCosts(size, len(blocks), reason, command, tuple(rows.values()))

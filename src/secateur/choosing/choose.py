@@ -7,44 +7,35 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from secateur.choosing.budgets import (
     CutCost,
-    Decision,
     Vocabularies,
     VocabularyCosts,
-    affordable,
     cost_limits,
     cut_cost,
     decide,
+    fits,
+    layers_at,
     open_vocabularies,
     vocabulary_costs,
 )
-from secateur.choosing.evidence import Rungs, choose_rung, side_by_side
+from secateur.choosing.evidence import choose_rung, within
 from secateur.choosing.selectors import (
     SEED,
     SELECTORS,
     SHORT,
     Choice,
     Question,
-    by_rule,
-    l3prune,
-    losses_of,
-    lowest_in_each_half,
     prefix,
 )
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.files import read_json
-from secateur.measures.intervals import Array
 from secateur.options import Budget, ChooseOptions, make, step
 from secateur.progress import Progress, silent
-from secateur.results import Profile, Scout, load
+from secateur.results import Profile, RungRow, Scout, load
 
 CHOSEN_FROM = "chosen_from"
 """Key of ``choice.json`` that holds the :func:`losses_fingerprint`; a choice written by hand needs none."""
@@ -58,41 +49,43 @@ def choose(options: ChooseOptions, *, progress: Progress = silent) -> dict[str, 
     """Choose a depth by a scout's scores; or depths from a profile: L3Prune's two, or one within a budget.
 
     Returns:
-        Numbers of layers to keep. For a scout ``{"chosen": k}``, see :func:`.choose_rung`.
-        For a profile ``{"small": k, "large": k}`` (arXiv 2410.14578, section 3): where the untrained model's loss is
-        lowest, ``small`` in the first ``depth // 2`` depths and ``large`` in the others. Of equal losses the shallowest
-        wins. With limits, ``{"budget": k}``. With ``vocab`` also ``"vocab_size"``, the number of tokens to keep
-        (:mod:`.budgets`).
+        Numbers of layers to keep. For a scout ``{"chosen": k}``, see :func:`.choose_rung`. For a profile ``{"small": k,
+        "large": k}`` (arXiv 2410.14578, section 3): where the untrained model's loss is lowest, ``small`` in the first
+        ``depth // 2`` depths and ``large`` in the others; of equal losses the shallowest. With limits, ``{"budget":
+        k}``. With ``vocab`` also ``"vocab_size"``, the number of tokens to keep (:mod:`.budgets`).
 
     Raises:
         DataError: The file is neither, or does not tell what is asked for, as a profile of texts alone has no losses.
         IllegalDepth: The model has a single layer.
-        ConfigError: No depth is within the limits, a limit is no number, or a profile is asked for what only a scout
-            tells; with ``vocab``, the model is not found, or has no vocabulary as is asked for.
+        ConfigError: No depth is within the limits, or a limit does not go with the table or the model.
         ModelError: With ``vocab``, the model cannot be opened, or its vocabulary cannot be cut.
     """
-    table, _, decision = _decide(options, progress)
+    table, _, choice, size = _decide(options, progress)
     if isinstance(table, Scout):
-        told = {CHOSEN: len(decision.choice.blocks)}
+        told = {CHOSEN: len(choice.blocks)}
     elif _has_limits(options):
-        told = {BUDGET: len(decision.choice.blocks)}
+        told = {BUDGET: len(choice.blocks)}
     else:
-        question = Question(table.depth, table)
-        told = {name: len(l3prune(question, half).blocks) for half, name in enumerate(SHORT)}
-    return told if decision.size is None else told | {"vocab_size": decision.size}
+        told = {name: len(choice_of(name, table.depth, table).blocks) for name in SHORT}
+    return told if size is None else told | {"vocab_size": size}
 
 
-def _decide(options: ChooseOptions, progress: Progress) -> tuple[Profile | Scout, Vocabularies | None, Decision]:
-    """The table, the vocabularies that its model could have, and what is decided by them."""
+def _decide(
+    options: ChooseOptions, progress: Progress
+) -> tuple[Profile | Scout, Vocabularies | None, Choice, int | None]:
+    """The table, the vocabularies that its model could have, and the layers and the number of tokens to keep."""
     table = read_table(options.profile)
-    for name in ("tolerance", "best") if isinstance(table, Profile) else ():
-        if (value := getattr(options, name)) not in (None, False):
-            problem = f"needs scores after a training, and {table.model} has only a profile"
-            raise ConfigError(name, value, problem, f"scout it: secateur scout {table.model} ...")
-    vocabularies = open_vocabularies(options, table, progress)
     if isinstance(table, Scout):
-        return table, vocabularies, decide(options, table, vocabularies, choose_rung)
-    return table, vocabularies, decide(options, table, vocabularies, within)
+        if options.max_loss_increase is not None:
+            problem = "applies to a profile's loss, and this is a scout"
+            raise ConfigError("max_loss_increase", options.max_loss_increase, problem, "give --tolerance")
+    elif options.best or options.tolerance is not None:
+        name, problem = "best" if options.best else "tolerance", f"{table.model} has only a profile"
+        hint = f"scout it: secateur scout {table.model} ..."
+        raise ConfigError(name, getattr(options, name), f"needs scores after a training, and {problem}", hint)
+    vocabularies = open_vocabularies(options, table, progress)
+    rule = choose_rung if isinstance(table, Scout) else within
+    return table, vocabularies, *decide(options, table, vocabularies, rule)
 
 
 def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
@@ -101,10 +94,11 @@ def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
         return given
     path = Path(given)
     if path.is_dir():
-        folder, path = path, path / Scout.file if (path / Scout.file).is_file() else path / Profile.file
-        if not path.is_file():
+        found = [file for file in (path / Scout.file, path / Profile.file) if file.is_file()]
+        if not found:
             hint = "name the folder of a scout or a profile"
-            raise DataError(folder, f"holds no {Scout.file} and no {Profile.file}", hint)
+            raise DataError(path, f"holds no {Scout.file} and no {Profile.file}", hint)
+        path = found[0]
     content = read_json(path)
     is_scout = isinstance(content, dict) and content.get("kind") == Scout.kind
     return load(path, Scout) if is_scout else load(path, Profile)
@@ -120,10 +114,9 @@ def blocks_to_keep(to: str | int | float, depth: int, profile: Measured | None =
     """The layers that stay, as ``--to`` says it.
 
     Args:
-        to: How many layers to keep; a share to remove, between 0 and 1 (as in the paper's code, ``1`` keeps one layer
-            and ``0.3`` removes 30 % of them, rounding the number kept down); ``chosen``, by a scout's scores;
-            ``small`` or ``large``; the name of a selection method (:data:`.SELECTORS`) that decides how many, such
-            as ``knee``; or the name of another with a number: ``uniform:7``, and with a seed ``random:7:1``.
+        to: How many layers to keep; a share to remove, below 1 (the number kept is rounded down); ``chosen``, by a
+            scout's scores; ``small`` or ``large``; or a selection method (:data:`.SELECTORS`), with a number where it
+            must be told how many: ``uniform:7``, ``random:7:1`` with a seed.
         depth: How many layers the model has.
         profile: Of this model, for the methods that read one; for ``chosen`` a scout.
 
@@ -215,49 +208,12 @@ def _has_limits(options: ChooseOptions) -> bool:
     return bool(cost_limits(options)) or options.max_loss_increase is not None
 
 
-def within(options: ChooseOptions, table: Profile, costs: Profile | None = None) -> Choice:
-    """Choose a depth that the limits allow; ``costs`` is the same profile with those of a smaller vocabulary.
-
-    With a limit of the loss the shallowest such depth. Without one, what L3Prune's rule would call ``large`` if the
-    model had no more layers than fit the budget: the lowest loss of the deeper half of them; with a profile of texts
-    alone, which has no losses, the deepest of them.
-    """
-    deepest = affordable(options, costs or table, range(1, table.depth + 1))[-1]
-    increase = options.max_loss_increase
-    if increase is None:
-        tokens = " with the fewest tokens that are allowed" if costs else ""
-        told = f"depth {deepest} is the deepest that fits{tokens}"
-        told = told if _has_limits(options) else "no depth is too expensive"
-        if any(row.loss is None for row in table.depths):
-            return Choice(prefix(deepest), told)
-        depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1:], 0)
-        told += f"; loss {losses_of(table)[depth - 1]:.4f}, the lowest of depths {deepest // 2 + 1} to {deepest}"
-        return Choice(prefix(depth), told, selection_probability=chance)
-
-    def shallowest(losses: Array) -> NDArray[Any]:
-        """The first depth whose loss is near enough to the lowest of all; 0 where there is none."""
-        near = losses[..., :deepest] <= (1 + increase) * losses.min(axis=-1, keepdims=True)
-        return np.where(near.any(axis=-1), near.argmax(axis=-1) + 1, 0)[..., None]
-
-    depth, chance = by_rule(table, shallowest, 0)
-    losses = losses_of(table)
-    above = losses / losses.min() - 1
-    if not depth:
-        best = int(above[:deepest].argmin())
-        problem = f"no depth that fits (up to {deepest}) has a loss within {increase:g} of the lowest"
-        raise ConfigError("max_loss_increase", increase, problem, f"{above[best]:.4g} allows depth {best + 1}")
-    told = f"loss {losses[depth - 1]:.4f}, {100 * above[depth - 1]:.1f} % above the lowest of all depths"
-    return Choice(prefix(depth), f"the shallowest; {told}", selection_probability=chance)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Candidate(Choice, CutCost):
     """One choice (:class:`.Choice`) with its row of the profile and what it costs.
 
-    Attributes:
-        name: What ``--to`` takes to get it; ``full`` is the model as it is, ``budget`` what the limits allow.
-        loss: At that depth, zero-shot, with its 95 % interval from ``loss_low`` to ``loss_high``; None where other
-            layers than the first stay, since a profile measures depths.
+    ``name`` is what ``--to`` takes to get it, ``full``, or ``budget``: what the limits allow. ``loss`` is zero-shot,
+    with its 95 % interval; None where other layers than the first stay, since a profile measures depths.
     """
 
     name: str
@@ -280,20 +236,30 @@ class Candidates:
     refused: Mapping[str, str]
     vocabulary: VocabularyCosts | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The depths of ``small``, ``large`` and ``budget``, where they can be told; ``choices`` and ``refused``; and
-        the vocabulary, where it was asked for.
-        """
-        names = {BUDGET: BUDGET, **SHORT}
-        told: dict[str, Any] = {name: self.depths[key] for name, key in names.items() if key in self.depths}
-        told |= {"choices": [asdict(row) for row in self.rows], "refused": dict(self.refused)}
-        return told | (self.vocabulary.to_dict() if self.vocabulary else {})
 
-    @property
-    def depths(self) -> dict[str, int]:
-        """Name → depth, of the choices of a depth."""
-        decide = [BUDGET, *(name for name, selector in SELECTORS.items() if not selector.counts)]
-        return {row.name: len(row.blocks) for row in self.rows if row.name in decide}
+@dataclass(frozen=True)
+class Rung(CutCost, RungRow):
+    """One depth of a scout with what it costs; ``fits``: the limits of costs allow it."""
+
+    fits: bool = True
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """All depths that a scout of ``model`` scored, as :class:`Rung`; ``chosen`` is one of them, ``reason`` says why.
+
+    ``judge`` says what the scores are of, ``tasks`` how many; ``vocabulary`` has the sizes of the vocabulary at the
+    chosen depth, None where they were not asked for.
+    """
+
+    model: str
+    depth: int
+    judge: str
+    tasks: int
+    chosen: int
+    reason: str
+    rows: tuple[Rung, ...]
+    vocabulary: VocabularyCosts | None = None
 
 
 @step(ChooseOptions)
@@ -308,33 +274,38 @@ def candidates(options: ChooseOptions, *, progress: Progress = silent) -> Candid
         DataError: The file is neither.
         ConfigError, ModelError: As for :func:`choose`.
     """
-    table, vocabularies, decision = _decide(options, progress)
+    table, vocabularies, choice, size = _decide(options, progress)
+    vocabulary = smallest = None
+    if vocabularies is not None and size is not None:
+        vocabulary = vocabulary_costs(options, table, vocabularies, choice, size)
+        smallest = vocabularies.with_size(table, vocabularies.allowed(options)[-1])
     if isinstance(table, Scout):
-        return side_by_side(options, table, vocabularies)
+        rungs = []
+        for rung in table.depths:
+            blocks = layers_at(table, rung.depth)
+            costs = vars(cut_cost(table, blocks))
+            rungs.append(Rung(**vars(rung), **costs, fits=fits(options, smallest or table, blocks)))
+        judged = (table.judge, len({row.task for row in table.task_scores}))
+        return Rungs(table.model, table.depth, *judged, len(choice.blocks), choice.reason, tuple(rungs), vocabulary)
     found = {FULL: Choice(prefix(table.depth), "nothing is cut")}
     # Without losses nothing tells a size: half of the layers.
     sizes = set(choose(table).values() if table.can_choose else [max(1, table.depth // 2)])
     if _has_limits(options):
-        found[BUDGET] = decision.choice
-        sizes.add(len(decision.choice.blocks))
-    names: list[str] = []
-    for name, selector in SELECTORS.items():
-        if not selector.counts:
-            names.append(name)
-        elif name != "first":  # the depths that stand there already
-            names += [f"{name}:{size}" for size in sorted(sizes) if size < table.depth]
+        found[BUDGET] = choice
+        sizes.add(len(choice.blocks))
     refused = {}
-    for name in names:
-        try:
-            found[name] = choice_of(name, table.depth, table)
-        except SecateurError as error:
-            refused[name] = str(error)
+    for name, selector in SELECTORS.items():
+        counts = [f":{size}" for size in sorted(sizes) if size < table.depth] if selector.counts else [""]
+        for spec in (name + count for count in counts if name != "first"):  # which are depths that stand there already
+            try:
+                found[spec] = choice_of(spec, table.depth, table)
+            except SecateurError as error:
+                refused[spec] = str(error)
     rows = []
     for name, choice in found.items():
         row = table.depths[len(choice.blocks) - 1] if is_prefix(choice.blocks) else None
         loss = {key: getattr(row, key) for key in ("loss", "loss_low", "loss_high")} if row else {}
         rows.append(Candidate(name=name, **vars(choice), **loss, **vars(cut_cost(table, choice.blocks))))
-    vocabulary = vocabulary_costs(options, table, vocabularies, decision)
     return Candidates(table.model, table.depth, tuple(rows), refused, vocabulary)
 
 

@@ -1,11 +1,10 @@
 """Selection methods: each is a plain function from a :class:`Question` to a :class:`Choice`; all are in one table.
 
-Some read the profile's losses, some its other columns, some nothing at all: a method that does not beat ``uniform`` and
-``random`` is worth nothing.
+A method that does not beat ``uniform`` and ``random`` is worth nothing.
 
-Those that read losses are built on rules: a rule takes losses (..., depths) and gives depths (..., choices), counted
-from 1, for each curve by itself. So it can be asked about the measured curve and about every curve of a bootstrap over
-batches, and the share of these in which it chooses the same is the selection probability.
+Those that read losses are built on rules: a rule takes losses (..., depths) and gives a depth (...), from 1, for each
+curve. So it can be asked about the measured curve and about every curve of a bootstrap over batches: the share of these
+in which it chooses the same is the selection probability.
 """
 
 from __future__ import annotations
@@ -27,25 +26,19 @@ from secateur.results import Profile
 Rule = Callable[[Array], NDArray[Any]]
 
 SEED = 42
-PROMINENCE = 0.05
-"""Share of a smoothed curve's range that a valley must be deep, on both sides, to count as one."""
-FLAT = 1e-9
-"""Differences of shares below this are rounding."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Which layers of a model of ``depth`` layers to keep; ``count``: how many, where the method does not decide it."""
+    """Which layers of a model of ``depth`` layers to keep; ``count``: how many, where the method does not decide it.
+
+    ``table`` is the model's profile, for the methods that read one.
+    """
 
     depth: int
-    profile: Profile | None = None
+    table: Any = None
     count: int = 1
     seed: int = SEED
-
-    @property
-    def table(self) -> Profile:
-        assert self.profile is not None, "asked for by Selector.reads_profile"
-        return self.profile
 
 
 @dataclass(frozen=True)
@@ -83,88 +76,15 @@ def lowest_in_each_half(losses: ArrayLike) -> NDArray[Any]:
     return np.stack([part.argmin(axis=-1) + first for part, first in parts if part.shape[-1]], axis=-1)
 
 
-def valleys_in_each_half(losses: Array) -> NDArray[Any]:
-    """The lowest true minimum of each half (:func:`valleys`); of a half without any, its lowest loss."""
-    chosen = lowest_in_each_half(losses)
-    half = losses.shape[-1] // 2
-    for curve, pair in zip(losses.reshape(-1, losses.shape[-1]), chosen.reshape(-1, 2), strict=True):
-        found = valleys(curve)
-        for place, own in enumerate(([k for k in found if k <= half], [k for k in found if k > half])):
-            if own:
-                pair[place] = min(own, key=lambda k: curve[k - 1])
-    return chosen
-
-
-def smoothed(losses: ArrayLike) -> Array:
-    """The mean of each loss and its neighbours; of two losses at the ends."""
-    padded = np.pad(np.asarray(losses, dtype=np.float64), 1, constant_values=np.nan)
-    means: Array = np.nanmean(np.lib.stride_tricks.sliding_window_view(padded, 3), axis=-1)
-    return means
-
-
-def valleys(losses: ArrayLike) -> list[int]:
-    """The depths at which a curve (depths,) has a true minimum: a peak of the smoothed curve turned upside down.
-
-    Its prominence must be :data:`PROMINENCE` of the smoothed curve's range. The depth, counted from 1, is that of the
-    lowest loss among the three that were averaged there. The first and the last are no minima: nobody knows what lies
-    beyond.
-    """
-    from scipy.signal import find_peaks
-
-    values, curve = np.asarray(losses), smoothed(losses)
-    bottoms = find_peaks(-curve, prominence=PROMINENCE * np.ptp(curve))[0]
-    inner = range(1, len(values) - 1)
-    return sorted({min((k for k in (i - 1, i, i + 1) if k in inner), key=values.__getitem__) + 1 for i in bottoms})
-
-
-def knee(losses: Array) -> NDArray[Any]:
-    """The depth after which more layers bring little, (..., 1): Kneedle (Satopää et al. 2011) on the best loss so far.
-
-    Where the curve has no knee (:func:`knee_strength`), the depth of the lowest loss. Of equal ones the shallowest.
-    """
-    lead = knee_strength(losses)
-    found: NDArray[Any] = np.where(lead.max(axis=-1) > FLAT, lead.argmax(axis=-1), losses.argmin(axis=-1)) + 1
-    return found[..., None]
-
-
-def knee_strength(losses: Array) -> Array:
-    """How far each depth is below a straight line from the first depth to the last: share of fall less share of layers.
-
-    At most :data:`FLAT` everywhere where the curve has no knee.
-    """
-    best = np.minimum.accumulate(losses, axis=-1)
-    fall = best[..., :1] - best
-    whole = fall[..., -1:]
-    lead: Array = fall / np.where(whole > 0, whole, 1) - np.linspace(0, 1, losses.shape[-1])
-    return lead
-
-
-def l3prune(question: Question, half: int, rule: Rule = lowest_in_each_half) -> Choice:
-    """What L3Prune's rule, or :func:`valleys_in_each_half`, chooses in the first (0) or second (1) half of depths."""
-    losses, depth = losses_of(question.table), question.depth
+def l3prune(question: Question, half: int) -> Choice:
+    """What L3Prune's rule chooses in the first (0) or second (1) half of the depths."""
+    depth = question.depth
     if depth == 1:
         raise IllegalDepth("small and large", depth, "a single layer has no halves")
-    chosen, chance = by_rule(question.table, rule, half)
+    chosen, chance = by_rule(question.table, lambda losses: lowest_in_each_half(losses)[..., half])
     where = f"depths {depth // 2 + 1} to {depth}" if half else f"depths 1 to {depth // 2}"
-    loss = f"loss {losses[chosen - 1]:.4f}"
-    reason, warning = f"{loss}, the lowest of {where}", ""
-    if rule is valleys_in_each_half:
-        if chosen in valleys(losses):
-            reason = f"the lowest valley of {where}, {loss}"
-        else:
-            warning = f"no valley in {where}: the lowest loss there, as l3prune"
-    return Choice(prefix(chosen), reason, warning, chance)
-
-
-def by_knee(question: Question) -> Choice:
-    """The depth after which more layers bring little (Kneedle, Satopää et al. 2011)."""
-    losses = losses_of(question.table)
-    depth, chance = by_rule(question.table, knee, 0)
-    loss = f"loss {losses[depth - 1]:.4f}"
-    if knee_strength(losses).max() > FLAT:
-        reason = f"beyond it, the loss falls more slowly than layers are added; {loss}"
-        return Choice(prefix(depth), reason, selection_probability=chance)
-    return Choice(prefix(depth), f"the lowest loss, {loss}", "the curve has no knee", chance)
+    reason = f"loss {losses_of(question.table)[chosen - 1]:.4f}, the lowest of {where}"
+    return Choice(prefix(chosen), reason, selection_probability=chance)
 
 
 def best_task(question: Question) -> Choice:
@@ -252,9 +172,6 @@ class Selector:
 SELECTORS: Mapping[str, Selector] = {
     "l3prune-small": Selector(partial(l3prune, half=0)),
     "l3prune-large": Selector(partial(l3prune, half=1)),
-    "l3prune-interior-small": Selector(partial(l3prune, half=0, rule=valleys_in_each_half)),
-    "l3prune-interior-large": Selector(partial(l3prune, half=1, rule=valleys_in_each_half)),
-    "knee": Selector(by_knee),
     "best-task": Selector(best_task),
     "block-influence": Selector(block_influence, counts=True),
     "angular": Selector(angular, counts=True),
@@ -285,11 +202,11 @@ def losses_of(table: Profile) -> Array:
     return np.array(found, dtype=np.float64)
 
 
-def by_rule(table: Profile, rule: Rule, place: int) -> tuple[int, float | None]:
-    """The rule's choice number ``place`` on the measured curve, and its selection probability, if there are batches."""
-    depth = int(rule(losses_of(table))[place])
+def by_rule(table: Profile, rule: Rule) -> tuple[int, float | None]:
+    """The rule's choice on the measured curve, and its selection probability, if there are enough batches."""
+    depth = int(rule(losses_of(table)))
     if len(table.batch_losses) < MINIMUM_UNITS:
         return depth, None
     seed = SEED if table.provenance.seed is None else table.provenance.seed
     losses = np.array(table.batch_losses, dtype=np.float64)
-    return depth, float((rule(replicates_of(losses, seed))[:, place] == depth).mean())
+    return depth, float((rule(replicates_of(losses, seed)) == depth).mean())

@@ -1,7 +1,7 @@
 """Arguments of a command, made from the fields of its options, and the check of what they name.
 
 Files and folders are looked at before anything heavy is imported, with the functions that the steps use themselves and
-in their words: a mistake is told at once. Names on the Hub, tasks of mteb and large data are left to the step.
+in their words: a mistake is told at once. Names on the Hub, tasks and large data are left to the step.
 """
 
 from __future__ import annotations
@@ -13,53 +13,46 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from secateur.errors import ConfigError, DataError, OutputError
-from secateur.evaluation.task_folder import read_task_folder
 from secateur.files import check_is_file, check_results_folder, partial_folder
 from secateur.models import is_endpoint, resolve
 from secateur.options import Names, Options, default_of, extra, make, read_study, read_yaml
 
 
-def expand_list_options(arguments: list[str]) -> list[str]:
-    """Let options that take several values be given once: ``--data a b`` becomes ``--data a --data b``."""
-    commands = [Options]
-    for command in commands:
-        commands += command.__subclasses__()
-    several = {
-        "--" + name.replace("_", "-")
-        for command in commands
-        for name, field in command.model_fields.items()
-        if get_origin(_plain(field.annotation)) is list
-    }
-    expanded: list[str] = []
-    current = ""
-    for argument in arguments:
-        if argument.startswith("-"):
-            current = argument if argument in several else ""
-            expanded += [] if current else [argument]
-        else:
-            expanded += [current, argument] if current else [argument]
-    return expanded
+class Command(TyperCommand):
+    """A command in which ``--data a b`` is ``--data a --data b``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat an option of several values before each."""
+        several = {flag for own in self.params if getattr(own, "multiple", False) for flag in own.opts}
+        expanded: list[str] = []
+        current = ""
+        for word in args:
+            if word.startswith("-"):
+                current = word if word in several else ""
+                expanded += [] if current else [word]
+            else:
+                expanded += [current, word] if current else [word]
+        return super().parse_args(ctx, expanded)
 
 
 class Commands(TyperGroup):
     """Commands, some of which have a name of two words: ``study status``."""
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command of the first words."""
         if (both := " ".join(args[:2])) in self.commands:
             args = [both, *args[2:]]
         return super().resolve_command(ctx, args)
 
-    def shell_complete(self, ctx: typer.Context, incomplete: str) -> Any:  # type: ignore[override]
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         """The first words alone: the shell completes files where the second could stand."""
-        found: dict[str, Any] = {}
-        for item in super().shell_complete(ctx, incomplete):
+        found = super().shell_complete(ctx, incomplete)
+        for item in found:
             item.value = item.value.partition(" ")[0]
-            found.setdefault(item.value, item)
-        return list(found.values())
+        return list({item.value: item for item in found}.values())
 
 
 def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -73,90 +66,61 @@ def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[...
             file = given.pop("config")
             own = {key: given.pop(key) for key in list(given) if key not in options.model_fields}
             values = read_yaml(Path(file)) if file else {}
-            values |= {key: value for key, value in given.items() if value not in (None, [], ())}
-            made = make(options, values)
-            for name, field in options.model_fields.items():
-                if extra(options, name, "required") and getattr(made, name) is None:
-                    raise ConfigError(name, None, "is missing", field.description or "")
+            made = make(options, values | {key: value for key, value in given.items() if value not in (None, [], ())})
+            if getattr(made, "out", "") is None:
+                raise ConfigError("out", None, "is missing", options.model_fields["out"].description or "")
             check_places(made)
             run(made, **own)
 
-        parameters = [*(_parameter(options, name) for name in options.model_fields), *extras, _CONFIG]
+        fields = {name: _annotation(options, name) for name in options.model_fields}
+        parameters = [_keyword(name, own) for name, own in (fields | {"config": Annotated[str | None, CONFIG]}).items()]
+        parameters += extras
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         name = run.__name__.removesuffix("_command").replace("_", " ")
-        sentence, _, example = (options.__doc__ or "").partition("Example:")
-        text = f"{' '.join(sentence.split())}\n\nExample: {' '.join(example.split())}"
-        app.command(name, help=text, short_help=" ".join(sentence.split()))(command)
+        sentence, _, example = (" ".join(part.split()) for part in (options.__doc__ or "").partition("Example:"))
+        text = f"{sentence}\n\nExample: {example}"
+        app.command(name, cls=Command, help=text, short_help=sentence)(command)
         return run
 
     return decorate
 
 
-_CONFIG = inspect.Parameter(
-    "config",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=Annotated[str | None, typer.Option("--config", help="YAML file with options; those given here win.")],
-)
+CONFIG = typer.Option("--config", help="YAML file with options; those given here win.")
+NUMBERS: dict[Any, str] = {int: "<int>", float: "<float>"}
 
 
-def _parameter(options: type[Options], name: str) -> inspect.Parameter:
-    """One field as typer wants it: optional for the parser, since it may come from the configuration file."""
-    field = options.model_fields[name]
-    default = default_of(options, name)
-    text = field.description or ""
-    kind = _plain(field.annotation)
-    several = get_origin(kind) is list
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _annotation(options: type[Options], name: str) -> Any:
+    """One field as typer wants it: optional words, which pydantic checks, since they may come from ``--config``."""
+    field, default = options.model_fields[name], default_of(options, name)
+    union = get_origin(field.annotation) in (Union, types.UnionType)
+    bare = next(part for part in get_args(field.annotation) if part is not type(None)) if union else field.annotation
+    several = get_origin(bare) in (list, dict)
+    kind = list[str] if several else bool if bare is bool else str
+    choices = list(map(str, get_args(bare))) if get_origin(bare) is Literal else []
     metavar = name.upper().rstrip("S") + ("..." if several else "")
     info: Any
     if extra(options, name, "argument"):
-        info = typer.Argument(help=text, show_default=False, metavar=metavar)
+        info = typer.Argument(help=field.description, show_default=False, metavar=metavar)
     else:
-        flag, short = "--" + name.replace("_", "-"), extra(options, name, "short")
-        names = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, *([short] if short else [])]
+        flag = "--" + name.replace("_", "-")
+        names = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, *(["-o"] if name == "out" else [])]
         shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
-        text += f" [default: {shown}]" if shown not in (None, False, "") else ""
-        text += " [required]" if field.is_required() or extra(options, name, "required") else ""
-        choices = _choices(field.annotation)
-        metavar = metavar if several else "|".join(choices)
-        info = typer.Option(
-            *names, help=text, show_default=False, metavar=metavar or None, autocompletion=lambda: choices
-        )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
-    )
-
-
-def _choices(annotation: Any) -> list[str]:
-    """``finetune``, ``l3prune``, ``distill``, where an option takes one of a few words."""
-    bare = _without_none(annotation)
-    return list(map(str, get_args(bare))) if get_origin(bare) is Literal else []
-
-
-def _plain(annotation: Any) -> Any:
-    """The type that the parser checks; the rest is pydantic's: a choice is a text, a path stays a text."""
-    bare = _without_none(annotation)
-    if get_origin(bare) is Literal or bare in (Path, Any):
-        return str
-    return list[str] if get_origin(bare) in (list, dict) else bare
-
-
-def _without_none(annotation: Any) -> Any:
-    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    return next(part for part in parts if part is not type(None))
-
-
-SMALL = 8 << 20
-"""Bytes of a task that are read here too: it takes less time than importing what a step needs."""
+        text = (field.description or "") + (f" [default: {shown}]" if shown not in (None, False, "") else "")
+        text += " [required]" if field.is_required() or name == "out" else ""
+        if not several:
+            metavar = "|".join(choices) or NUMBERS.get(bare, "<str>")
+        shown_as = None if kind is bool else metavar
+        info = typer.Option(*names, help=text, show_default=False, metavar=shown_as, autocompletion=lambda: choices)
+    return Annotated[kind | None, info]
 
 
 def check_places(options: Options) -> None:
-    """Look at all that the options of a command name.
-
-    Raises:
-        SecateurError: As the step itself would.
-    """
+    """Look at all that the options of a command name, with the errors of the step itself."""
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
         for mark in field.metadata if value is not None else ():
@@ -181,13 +145,8 @@ def _check_place(mark: Names, item: Any) -> None:
             read_table(item)
         case "model" if not is_endpoint(item):
             resolve(item)
-        case "task":
-            folder = Path(item)
-            if folder.exists():
-                size = sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
-                if size <= SMALL:
-                    read_task_folder(folder)
-            elif item.startswith((".", "/", "~")) or (folder.parent != Path() and folder.parent.is_dir()):
+        case "task" if not Path(item).exists():
+            if item.startswith((".", "/", "~")) or (Path(item).parent != Path() and Path(item).parent.is_dir()):
                 hint = "give a task folder, or the name of an mteb task or benchmark"
                 raise DataError(item, "no such file or folder", hint)
         case "file":

@@ -9,15 +9,18 @@ import io
 import json
 import os
 import sys
+import webbrowser
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import secateur
 from secateur import options as config
 from secateur.cli import tables
-from secateur.cli.arguments import Commands, command_of, expand_list_options
+from secateur.cli.arguments import Commands, command_of
 from secateur.cli.bars import study_bars, work_bars
 from secateur.document import speed
 from secateur.errors import SYSTEM, DataError, MissingPackage, SecateurError, system_error
@@ -31,6 +34,8 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Show the steps and their estimated times, and do nothing.")]
 OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser at the end.")]
 
 UsageError: Any = typer.BadParameter.__base__
@@ -44,10 +49,9 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         # typer returns the code of a click.Exit (--help) instead of raising it; since 0.29 Ctrl-C is one, too.
-        code = app(expand_list_options(sys.argv[1:] or ["--help"]), prog_name="secateur", standalone_mode=False) or 0
+        code = app(sys.argv[1:] or ["--help"], prog_name="secateur", standalone_mode=False) or 0
         if code == INTERRUPTED:
             raise KeyboardInterrupt
-        _flush()
         sys.exit(code)
     except SecateurError as error:
         _fail(str(error), 2)
@@ -66,20 +70,6 @@ def main() -> None:
         _fail(f"unexpected {type(error).__name__}: {error}; SECATEUR_DEBUG=1 shows where", 1)
 
 
-def _flush() -> None:
-    """Write what was printed while an error can still be told; what cannot be written is dropped, or Python would try
-    again at its end.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # its reader has what it wanted, as in `secateur choose ... | head -1`
-            sys.exit(1)
-        raise
-
-
 def _fail(message: str, code: int) -> None:
     if os.environ.get("SECATEUR_DEBUG"):
         raise  # called from an except block only
@@ -89,30 +79,25 @@ def _fail(message: str, code: int) -> None:
 
 def _do(name: str, options: config.Options) -> Any:
     """The result of the function of that name, under progress bars."""
-    import secateur
-
     with work_bars(name) as progress:
         return getattr(secateur, name)(**options.given(), progress=progress)
 
 
-def _say(*lines: object) -> None:
+def _say(*lines: object, err: bool = False) -> None:
     for line in lines:
-        typer.echo(line)
+        typer.echo(line, err=err)
 
 
 @command_of(app)
 def profile_command(options: config.ProfileOptions) -> None:
     tables.show_profile(_do("profile", options))
-    out = Path(str(options.out))
-    _say(f"\n{out / 'profile.json'}", *sorted(out.glob("*.png")))
+    _say(f"\n{options.out}/profile.json", *sorted(Path(str(options.out)).glob("*.png")))
 
 
 @command_of(app)
-def choose_command(
-    options: config.ChooseOptions, *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
+def choose_command(options: config.ChooseOptions, *, as_json: Json = False) -> None:
     found = _do("candidates", options)
-    _say(json.dumps(found.to_dict())) if as_json else tables.show_candidates(found)
+    _say(json.dumps(asdict(found))) if as_json else tables.show_candidates(found)
 
 
 @command_of(app)
@@ -122,13 +107,12 @@ def prune_command(options: config.PruneOptions) -> None:
     folder = _do("prune", options)
     origin = load(folder, Origin)
     if origin.left_out:
-        typer.echo(f"left out: {', '.join(origin.left_out)}", err=True)
+        _say(f"left out: {', '.join(origin.left_out)}", err=True)
     if origin.vocabulary:
         from secateur.reporting.verdict import coverage_notes, vocabulary_facts
 
         notes = (f"note: {note}" for note in coverage_notes(folder.name, origin.vocabulary))
-        for line in (*vocabulary_facts(origin.vocabulary), *notes):
-            typer.echo(line, err=True)
+        _say(*vocabulary_facts(origin.vocabulary), *notes, err=True)
     _say(folder)
 
 
@@ -138,28 +122,24 @@ def heal_command(options: config.HealOptions) -> None:
 
     folder = _do("heal", options)
     settings = load(folder, Training).settings
-    typer.echo(f"trained by {settings['objective']}", err=True)
-    for note in settings["notes"]:
-        typer.echo(f"note: {note}", err=True)
+    _say(f"trained by {settings['objective']}", *(f"note: {note}" for note in settings["notes"]), err=True)
     _say(folder)
 
 
 @command_of(app)
 def scout_command(options: config.ScoutOptions) -> None:
     tables.show_scout(_do("scout", options))
-    _say(f"\n{options.out / 'scout.json'}", options.out / "frontier.png", options.out / "model")
+    _say(f"\n{options.out}/scout.json", f"{options.out}/frontier.png", f"{options.out}/model")
 
 
 @command_of(app)
 def evaluate_command(options: config.EvaluateOptions) -> None:
     tables.show_scores(_do("evaluate", options))
-    _say(f"\n{Path(str(options.out)) / 'scores.json'}")
+    _say(f"\n{options.out}/scores.json")
 
 
 @command_of(app)
 def tasks_check_command(options: config.CheckTasksOptions) -> None:
-    import secateur
-
     checks = secateur.check_tasks(**options.given())
     tables.show_checks(checks)
     if any(check.problem for check in checks):
@@ -168,8 +148,6 @@ def tasks_check_command(options: config.CheckTasksOptions) -> None:
 
 @command_of(app)
 def tasks_make_command(options: config.MakeTaskOptions) -> None:
-    import secateur
-
     tables.show_made_task(secateur.make_task(**options.given()))
     _say(options.out)
 
@@ -177,13 +155,13 @@ def tasks_make_command(options: config.MakeTaskOptions) -> None:
 @command_of(app)
 def cost_command(options: config.CostOptions) -> None:
     tables.show_costs(_do("cost", options).rows)
-    _say(f"\n{Path(str(options.out)) / 'costs.json'}")
+    _say(f"\n{options.out}/costs.json")
 
 
 @command_of(app)
 def compare_command(options: config.CompareOptions) -> None:
     tables.show_comparison(_do("compare", options))
-    _say(f"\n{Path(str(options.out)) / 'comparison.json'}")
+    _say(f"\n{options.out}/comparison.json")
 
 
 @command_of(app)
@@ -194,22 +172,13 @@ def export_command(options: config.ExportOptions) -> None:
 
 @command_of(app)
 def report_command(options: config.ReportOptions, *, open_page: OpenPage = False) -> None:
-    import secateur
-
     page = secateur.report(**options.given())
     _say(*secateur.read_verdict(options.run), "")
     _show_page(page, open_page)
 
 
 @command_of(app)
-def study_command(
-    options: config.StudyOptions,
-    *,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Show the steps and their estimated times, and do nothing.")
-    ] = False,
-    open_page: OpenPage = False,
-) -> None:
+def study_command(options: config.StudyOptions, *, plan: PlanOnly = False, open_page: OpenPage = False) -> None:
     if plan:
         tables.show_steps(_do("plan_study", options), options.jobs)
     else:
@@ -218,23 +187,17 @@ def study_command(
 
 @command_of(app)
 def study_status_command(options: config.StatusOptions) -> None:
-    import secateur
-
     tables.show_steps(secateur.read_status(options.run), 1)
 
 
 @command_of(app)
 def study_resume_command(options: config.ResumeOptions, *, open_page: OpenPage = False) -> None:
-    import secateur
-
     secateur.read_status(options.run)  # a folder without a study is no place to begin one
     given = options.given()
     _study({"out": given.pop("run"), **given}, open_page)
 
 
 def _study(given: dict[str, Any], open_page: bool) -> None:
-    import secateur
-
     with study_bars(int(given.get("jobs", 1))) as (progress, callback):
         page = secateur.study(**given, progress=progress, callback=callback)
     with suppress(DataError):  # a study of depths without tasks has no scores
@@ -245,8 +208,6 @@ def _study(given: dict[str, Any], open_page: bool) -> None:
 
 def _show_page(page: Path, in_browser: bool) -> None:
     """Print where a page is; open it, too, where that is wanted."""
-    import webbrowser
-
     _say(page)
     if in_browser and not webbrowser.open(page.resolve().as_uri()):
         typer.echo("there is no browser here to open it in", err=True)
@@ -262,17 +223,15 @@ def encode_command(options: config.EncodeOptions) -> None:
     keep_freed_memory()
     done = _do("encode", options)
     told = f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} dimensions"
-    typer.echo(f"{told}, {done.told or f'{done.backend} {done.dtype}'}", err=True)
+    _say(f"{told}, {done.told or f'{done.backend} {done.dtype}'}", err=True)
     if done.encoded:
         texts, tokens = (speed(count / done.seconds) for count in (done.encoded, done.tokens))
-        typer.echo(f"encoded {done.encoded} texts, {texts} texts and {tokens} tokens per second", err=True)
+        _say(f"encoded {done.encoded} texts, {texts} texts and {tokens} tokens per second", err=True)
     _say(done.file)
 
 
 @command_of(app)
 def serve_command(options: config.ServeOptions) -> None:
-    import secateur
-
     secateur.serve(**options.given())
 
 

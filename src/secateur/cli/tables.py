@@ -14,12 +14,11 @@ from secateur.document import Cell, Table, with_interval
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from secateur.choosing.budgets import VocabularyCost, VocabularyCosts
-    from secateur.choosing.choose import Candidate, Candidates
-    from secateur.choosing.evidence import Rung, Rungs
+    from secateur.choosing.budgets import VocabularyCosts
+    from secateur.choosing.choose import Candidate, Candidates, Rung, Rungs
     from secateur.evaluation.task_folder import MadeTask, TaskCheck
     from secateur.exporting.export import Export
-    from secateur.results import Comparison, CostRow, Profile, Scores, Scout
+    from secateur.results import Comparison, CostRow, Profile, Scores, Scout, VocabularyRow
     from secateur.studies.runner import State
 
 
@@ -118,7 +117,7 @@ def _show_rungs(found: Rungs) -> None:
         ),
         "params": lambda row: doc.count(row.parameters),
         "speed": lambda row: doc.NONE if row.speed is None else f"{row.speed:.1f}×",
-        "chosen by": lambda row: ", ".join(row.chosen_by) if row.fits else "over budget",
+        "": lambda row: "chosen" if row.depth == found.chosen else "" if row.fits else "over budget",
     }
     from secateur.reporting.run import JUDGES
 
@@ -134,16 +133,15 @@ def _show_rungs(found: Rungs) -> None:
 def _show_vocabularies(found: VocabularyCosts | None) -> None:
     if found is None:
         return
-    columns: dict[str, Callable[[VocabularyCost], str | Cell]] = {
+    columns: dict[str, Callable[[VocabularyRow], str | Cell]] = {
         "tokens": lambda row: f"{row.tokens:,}",
         "coverage": lambda row: doc.percent(row.coverage),
         "texts changed": lambda row: doc.percent(row.changed),
         "unknown": lambda row: doc.percent(row.unknown) if row.unknown else "",
         "tokens per text": lambda row: doc.number(row.tokens_per_text),
-        "of whole": lambda row: f"{row.longer:.2f}×",
         "params": lambda row: doc.count(row.parameters),
         "MB": lambda row: doc.number(row.bytes and row.bytes / 1e6),
-        "": lambda row: "chosen" if row.tokens == found.size else "" if row.fits else "over budget",
+        "": lambda row: "chosen" if row.tokens == found.size else "",
     }
     typer.echo()
     _show(Table.of(f"vocabularies, with {doc.plural(found.layers, 'layer')}", found.rows, columns).filled())

@@ -1,36 +1,5 @@
 """Every option once: the arguments of the functions, the flags of the commands, the keys of YAML files."""
 
-from secateur.options.base import PROFILE_FILES as PROFILE_FILES
-from secateur.options.base import SCOUT_FILES as SCOUT_FILES
-from secateur.options.base import STUDY_FILES as STUDY_FILES
-from secateur.options.base import Names as Names
-from secateur.options.base import Options as Options
-from secateur.options.base import PoolingName as PoolingName
-from secateur.options.base import SavedPooling as SavedPooling
-from secateur.options.base import default_of as default_of
-from secateur.options.base import extra as extra
-from secateur.options.base import make as make
-from secateur.options.base import read_yaml as read_yaml
-from secateur.options.base import step as step
-from secateur.options.base import to_yaml as to_yaml
-from secateur.options.inference import EncodeOptions as EncodeOptions
-from secateur.options.inference import ExportOptions as ExportOptions
-from secateur.options.inference import ServeOptions as ServeOptions
-from secateur.options.runs import CheckTasksOptions as CheckTasksOptions
-from secateur.options.runs import CompareOptions as CompareOptions
-from secateur.options.runs import CostOptions as CostOptions
-from secateur.options.runs import EvaluateOptions as EvaluateOptions
-from secateur.options.runs import MakeTaskOptions as MakeTaskOptions
-from secateur.options.runs import ReportOptions as ReportOptions
-from secateur.options.runs import ResumeOptions as ResumeOptions
-from secateur.options.runs import StatusOptions as StatusOptions
-from secateur.options.runs import StudyOptions as StudyOptions
-from secateur.options.runs import read_study as read_study
-from secateur.options.way import Budget as Budget
-from secateur.options.way import ChooseOptions as ChooseOptions
-from secateur.options.way import HealOptions as HealOptions
-from secateur.options.way import HealSettings as HealSettings
-from secateur.options.way import ProfileOptions as ProfileOptions
-from secateur.options.way import PruneOptions as PruneOptions
-from secateur.options.way import ScoutOptions as ScoutOptions
-from secateur.options.way import VocabularyOptions as VocabularyOptions
+from secateur.options.base import *  # noqa: F403
+from secateur.options.runs import *  # noqa: F403
+from secateur.options.way import *  # noqa: F403

@@ -1,22 +1,7 @@
 """How an option is written down once, and what is made of it: the function's argument, the flag, the YAML key.
 
-At the end stand the options that several commands share, each with its description.
-
-A command's options are one class; its function is decorated with :func:`step`:
-
-    class CutOptions(Options):
-        '''Cut a model.'''
-        model: Model
-        layers: int = Field(6, ge=1, description="Number of layers to keep.")
-
-    @step(CutOptions)
-    def cut(options: CutOptions, *, progress: Progress = silent) -> Path: ...
-
-    cut("smollm2", layers=12)              # in Python, with the signature and the docstring made from the class
-    secateur cut smollm2 --layers 12       # on the command line
-    layers: 12                             # in a file for --config
-
-Nothing heavy is imported here, so that ``secateur --help`` is quick.
+A command's options are one class, in whose words :func:`step` gives its function a signature and a docstring. Here are
+also the options that several commands share. Nothing heavy is imported, so that ``secateur --help`` is quick.
 """
 
 from __future__ import annotations
@@ -24,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,6 +32,7 @@ class Options(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
         arbitrary_types_allowed=True,
+        defer_build=True,  # only what a command needs
     )
 
     @field_validator("*", mode="before")
@@ -68,45 +55,37 @@ R = TypeVar("R")
 class Names:
     """What the value of an option names; :mod:`.cli` looks whether it is there before anything heavy is imported.
 
-    Attributes:
-        what: The kind of thing.
-        own: For ``results``: file names that an output folder may hold already.
+    ``what`` is layers, model, data, task, file, profile, run or study; of what is written, new folder, new file or
+    results, whose folder may hold files named ``own`` already.
     """
 
-    what: Literal[
-        "layers", "model", "data", "task", "file", "profile", "run", "study", "new folder", "new file", "results"
-    ]
+    what: str
     own: tuple[str, ...] | None = None
 
 
-def argument(description: str, **limits: Any) -> Any:
+def option(help: str, default: Any = None, **limits: Any) -> Any:
+    """An option that may be left out. One named ``out`` must be given on the command line all the same."""
+    return Field(default, description=help, **limits)
+
+
+def argument(help: str, **limits: Any) -> Any:
     """An option that the command line takes without a flag, and Python as a positional argument."""
-    return Field(description=description, json_schema_extra={"argument": True, "positional": True}, **limits)
+    return Field(description=help, json_schema_extra={"argument": True, "positional": True}, **limits)
 
 
-def positional(description: str, default: Any = PydanticUndefined, **limits: Any) -> Any:
+def positional(help: str, default: Any = PydanticUndefined, **limits: Any) -> Any:
     """An option that Python takes as a positional argument, too."""
-    return Field(default, description=description, json_schema_extra={"positional": True}, **limits)
-
-
-def output(description: str, *, needed: bool = True) -> Any:
-    """Where results are written. ``needed=False``: a Python function only returns them where no place is given."""
-    default = PydanticUndefined if needed else None
-    return Field(default, description=description, json_schema_extra={"short": "-o", "required": True})
+    return Field(default, description=help, json_schema_extra={"positional": True}, **limits)
 
 
 def extra(options: type[Options], name: str, key: str) -> Any:
-    """What :func:`argument`, :func:`positional` and :func:`output` noted of an option."""
+    """What :func:`argument` and :func:`positional` noted of an option."""
     noted = options.model_fields[name].json_schema_extra
     return noted.get(key) if isinstance(noted, dict) else None
 
 
 def make(options: type[O], values: Mapping[str, Any]) -> O:
-    """Validate options.
-
-    Raises:
-        ConfigError: The first that is unknown, missing, or has an invalid value.
-    """
+    """Validate options; ConfigError for the first that is unknown, missing, or has an invalid value."""
     try:
         return options(**values)
     except ValidationError as error:
@@ -165,38 +144,32 @@ def _signature(options: type[Options], names: list[str], own: list[inspect.Param
 
 
 def _docstring(options: type[Options], text: str) -> str:
-    """The function's docstring with an ``Args`` section made from the descriptions, before its other sections."""
-    lines = [f"{name}: {field.description or ''}" for name, field in options.model_fields.items()]
-    filled = [textwrap.fill(line, 116, initial_indent="    ", subsequent_indent="        ") for line in lines]
-    section = "Args:\n" + "\n".join(filled)
-    places = [text.find(f"\n{word}:") for word in ("Args", "Returns", "Yields", "Raises", "Example")]
-    place = min((place for place in places if place >= 0), default=len(text))
-    rest = text[place:].strip().removeprefix("Args:\n")
-    return text[:place].rstrip() + "\n\n" + section + ("\n" if text[place:].startswith("\nArgs") else "\n\n") + rest
+    """The function's docstring with the descriptions as ``Args``."""
+    wrapper = textwrap.TextWrapper(116, "    ", " " * 8, break_on_hyphens=False)
+    filled = "\n".join(wrapper.fill(f"{name}: {own.description}") for name, own in options.model_fields.items())
+    head, mark, rest = text.partition("\n\nArgs:\n")
+    if mark:
+        return f"{head}{mark}{filled}\n{rest}"
+    sections = re.search(r"\n\n(Returns|Raises):", text)
+    place = sections.start() if sections else len(text)
+    head, rest = text[:place], text[place:]
+    return f"{head}\n\nArgs:\n{filled}{rest}"
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Keys and values of a configuration file.
-
-    Raises:
-        DataError: It is missing, broken (with its line), or no mapping.
-    """
+    """Keys and values of a configuration file; DataError if it is missing, broken (with its line), or no mapping."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(file, "no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(file, f"cannot be read ({error})") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
-        raise DataError(file, f"broken YAML ({error.problem})", line=line) from None
     except yaml.YAMLError as error:
-        raise DataError(file, f"broken YAML ({error})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
+        mark, problem = (getattr(error, key, None) for key in ("problem_mark", "problem"))
+        raise DataError(file, f"broken YAML ({problem or error})", line=mark.line + 1 if mark else None) from None
+    if not isinstance(content or {}, dict):
         raise DataError(file, f"holds a {type(content).__name__}, not keys and values")
-    return {str(key): value for key, value in content.items()}
+    return {str(key): value for key, value in (content or {}).items()}
 
 
 def to_yaml(options: Options) -> str:
@@ -210,21 +183,6 @@ SavedPooling = Literal["weighted_mean", "mean", "lasttoken", "cls"]
 """Poolings that a saved folder can have: sentence-transformers' own."""
 PoolingName = Literal["weighted_mean", "mean", "lasttoken", "cls", "l3prune"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-PROFILE_FILES = (
-    *("profile.json", "choice.json"),
-    *(f"{name}.{kind}" for name in ("curve", "cka", "angles", "solved") for kind in ("png", "svg")),
-)
-SCOUT_FILES = (
-    *("scout.json", "model", "model.partial", "tasks", "tasks.partial", "draws", "cache", "done.json"),
-    *("choice.json", "frontier.png", "frontier.svg"),
-)
-STUDY_FILES = (
-    *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
-    *("data", "tasks", "models", "profiles", "scouts", "pruned", "trained"),
-    *("scores", "figures", "cache", "logs", "done"),
-)
 
 
 def name_or_object(value: Any) -> Any:
@@ -267,17 +225,13 @@ DATA = (
 POOLING = "How a bare language model pools its tokens [default: weighted_mean, or mean with bidirectional attention]."
 
 Model = Annotated[ModelName, argument(MODEL)]
-Pooling = Annotated[SavedPooling | None, Field(description=POOLING)]
-MaxLength = Annotated[int, Field(ge=1, description="Tokens after which a text is cut, for a bare language model.")]
-Sample = Annotated[int | None, Field(ge=1, description="Maximum number of rows of each task, sampled by the seed.")]
-SampleSeed = Annotated[Seed, Field(description="Random seed of the sample.")]
-HeldOut = Annotated[
-    int,
-    Field(
-        ge=10,
-        description="Without tasks: number of rows of the data that score the depths and are not trained on; at most "
-        "a tenth of each file.",
-    ),
-]
-Device = Annotated[str | None, Field(description="Torch device [default: the GPU where there is one].")]
-TrustRemoteCode = Annotated[bool, Field(description="Run the model code that a repository contains.")]
+Teacher = Annotated[str | None, BeforeValidator(path_text), Names("model")]
+NewFolder = Annotated[Path, Names("new folder")]
+Pooling = Annotated[SavedPooling | None, option(POOLING)]
+MaxLength = Annotated[int, option("Tokens after which a text is cut, for a bare language model.", ge=1)]
+Sample = Annotated[int | None, option("Maximum number of rows of each task, sampled by the seed.", ge=1)]
+SampleSeed = Annotated[Seed, option("Random seed of the sample.")]
+HELD_OUT = "Without tasks: rows of the data that score the depths and are not trained on; at most a tenth of a file."
+HeldOut = Annotated[int, option(HELD_OUT, ge=10)]
+Device = Annotated[str | None, option("Torch device [default: the GPU where there is one].")]
+TrustRemoteCode = Annotated[bool, option("Run the model code that a repository contains.")]

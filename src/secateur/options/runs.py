@@ -1,66 +1,68 @@
-"""Options of what looks at several models: evaluate, cost, compare, report, study."""
+"""Options of what judges and runs models: evaluate, cost, compare, report, study; export, encode, serve."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, field_validator
 
 from secateur.errors import DataError
 from secateur.options.base import (
     DATA,
     ENDPOINT,
     MODEL,
-    STUDY_FILES,
     AnyName,
     Data,
     Device,
     Dtype,
     Files,
     HeldOut,
+    MaxLength,
+    Model,
+    ModelName,
     Names,
+    NewFolder,
     Options,
     Pooling,
     Sample,
     SampleSeed,
     Seed,
     Tasks,
+    TrustRemoteCode,
     argument,
     comma_separated,
     listed,
     make,
-    output,
+    option,
     path_text,
     positional,
     read_yaml,
 )
 from secateur.options.way import Budget, HealSettings, VocabularyOptions
 
-OTHERS = (
-    MODEL
-    + " Or something that can be compared, but not cut: a static embedding (model2vec), a folder that export wrote, or "
-) + ENDPOINT
+STUDY_FILES = (
+    *("study.yaml", "plan.json", "steps.jsonl", "table.csv", "costs.json", "report.html", "report.md"),
+    *("data", "tasks", "models", "profiles", "scouts", "pruned", "trained"),
+    *("scores", "figures", "cache", "logs", "done"),
+)
+OTHERS = f"{MODEL} Or what cannot be cut: a static embedding (model2vec), a folder that export wrote, or {ENDPOINT}"
 Models = Annotated[list[AnyName], BeforeValidator(listed), Names("model")]
-ModelNames = Annotated[
-    list[str] | None, Field(description="What to call the models [default: the last part of their paths].")
-]
-Cache = Annotated[
-    Path | None, Field(description="Folder that keeps vectors, so that no text is encoded twice by the same model.")
-]
+Results = Annotated[Path | None, Names("results")]
+ModelNames = Annotated[list[str] | None, option("What to call the models [default: the last part of their paths].")]
+Cache = Annotated[Path | None, option("Folder that keeps vectors: no text is encoded twice by the same model.")]
 Depths = Annotated[list[int], BeforeValidator(lambda given: comma_separated(given) or [])]
-Jobs = Annotated[
-    int, Field(ge=1, description="Number of steps that run at the same time, each in a process of its own.")
-]
-Ray = Annotated[
-    str | None,
-    Field(description="Run the steps on a Ray cluster: its address, auto for this machine's, local for a new one."),
-]
+Jobs = Annotated[int, option("Number of steps that run at the same time, each in a process of its own.", ge=1)]
+RAY = "Run the steps on a Ray cluster: its address, auto for this machine's, local for a new one."
+Ray = Annotated[str | None, option(RAY)]
 
 
 def texts(value: Any) -> Any:
     """Numbers and paths in a list become texts."""
     return [str(item) for item in listed(value)]
+
+
+Specs = Annotated[list[str], BeforeValidator(texts), Names("layers")]
 
 
 class EvaluateOptions(Options):
@@ -73,14 +75,11 @@ class EvaluateOptions(Options):
     tasks: Tasks = positional(
         "Task folders or files (see `secateur tasks`), or names of tasks and benchmarks of mteb.", min_length=1
     )
-    out: Annotated[Path | None, Names("results")] = output(
-        "The folder for scores.json; scores that it already holds are computed again only if something changed.",
-        needed=False,
-    )
+    out: Results = option("Folder for scores.json; scores in it are computed again only if something changed.")
     names: ModelNames = None
     sample: Sample = None
     seed: SampleSeed = 42
-    batch_size: int = Field(32, ge=1, description="Number of texts encoded at once.")
+    batch_size: int = option("Number of texts encoded at once.", 32, ge=1)
     cache: Cache = None
 
 
@@ -100,11 +99,11 @@ class MakeTaskOptions(Options):
     """
 
     texts: Annotated[Path, Names("file")] = argument("A file of texts: .jsonl, .csv, .tsv, .parquet or .txt.")
-    out: Annotated[Path, Names("new folder")] = output("The task folder to write.")
-    title: str | None = Field(None, description="Column of the titles [default: title, headline or heading].")
-    text: str | None = Field(None, description="Column of the texts [default: text, body, content or the like].")
-    queries: int = Field(500, ge=1, description="Maximum number of queries; all texts are documents.")
-    seed: Seed = Field(42, description="Random seed: which texts get a query.")
+    out: NewFolder = option("The task folder to write.", ...)
+    title: str | None = option("Column of the titles [default: title, headline or heading].")
+    text: str | None = option("Column of the texts [default: text, body, content or the like].")
+    queries: int = option("Maximum number of queries; all texts are documents.", 500, ge=1)
+    seed: Seed = option("Random seed: which texts get a query.", 42)
 
 
 class CostOptions(Options):
@@ -114,13 +113,10 @@ class CostOptions(Options):
     """
 
     models: Models = argument(OTHERS, min_length=1)
-    out: Annotated[Path | None, Names("results")] = output("Folder for costs.json.", needed=False)
+    out: Results = option("Folder for costs.json.")
     names: ModelNames = None
-    repetitions: int = Field(3, ge=1, description="Number of timed rounds; speeds are their median, with the range.")
-    thorough: bool = Field(
-        False,
-        description="Time sixteen times as many texts and more batch sizes, and measure load time and peak memory.",
-    )
+    repetitions: int = option("Number of timed rounds; speeds are their median, with the range.", 3, ge=1)
+    thorough: bool = option("Time more texts and batch sizes, and measure load time and peak memory.", False)
     device: Device = None
 
 
@@ -131,18 +127,16 @@ class CompareOptions(Options):
     """
 
     models: Models = argument(OTHERS + " The first is the reference.", min_length=2)
-    tasks: Tasks = Field([], description="Tasks to score the models on, as for evaluate.")
-    texts: Files = Field(
-        [], description="Files of texts whose nearest neighbours are compared: .txt or .jsonl [default: of the tasks]."
-    )
-    out: Annotated[Path | None, Names("results")] = output("Folder for comparison.json and the scores.", needed=False)
+    tasks: Tasks = option("Tasks to score the models on, as for evaluate.", [])
+    texts: Files = option("Texts whose nearest neighbours are compared: .txt or .jsonl [default: of the tasks].", [])
+    out: Results = option("Folder for comparison.json and the scores.")
     names: ModelNames = None
-    neighbours: int = Field(10, ge=1, description="Number of nearest texts compared for each text.")
-    max_texts: int = Field(2000, ge=2, description="Maximum number of texts used for the neighbours, sampled by seed.")
+    neighbours: int = option("Number of nearest texts compared for each text.", 10, ge=1)
+    max_texts: int = option("Maximum number of texts used for the neighbours, sampled by seed.", 2000, ge=2)
     sample: Sample = None
     seed: SampleSeed = 42
-    batch_size: int = Field(32, ge=1, description="Texts per batch when encoding.")
-    timed: bool = Field(True, description="Also count parameters and measure speed, as `secateur cost` does.")
+    batch_size: int = option("Texts per batch when encoding.", 32, ge=1)
+    timed: bool = option("Also count parameters and measure speed, as `secateur cost` does.", True)
     cache: Cache = None
 
 
@@ -153,9 +147,7 @@ class ReportOptions(Options):
     """
 
     run: Annotated[Path, Names("run")] = argument("A run folder.")
-    threshold: float = Field(
-        100.0, gt=0, description="Million parameters that one more point of score may cost, in the report's advice."
-    )
+    threshold: float = option("Million parameters that one more point of score may cost, for the advice.", 100.0, gt=0)
 
 
 class StudyOptions(VocabularyOptions, HealSettings, Budget):
@@ -165,48 +157,32 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     """
 
     models: Models = argument(MODEL, default=[])
-    data: Data = Field(default=[], description=DATA)
-    tasks: Tasks = Field(default=[], description="Task folders, or names of mteb's tasks and benchmarks.")
-    baselines: Models = Field([], description="Models to compare with, scored and timed alike; named as for evaluate.")
-    vocab: Data = Field(
-        default=[],
-        description="Cut the vocabulary of the finished models to the tokens that these texts need: files as for "
-        "--data [default: --data, with --vocab-size or --vocab-coverage].",
+    data: Data = option(DATA, [])
+    tasks: Tasks = option("Task folders, or names of mteb's tasks and benchmarks.", [])
+    baselines: Models = option("Models to compare with, scored and timed alike; named as for evaluate.", [])
+    vocab: Data = option("Cut the finished models' vocabulary by these texts [with a size or coverage: --data].", [])
+    out: Annotated[Path, Names("results", STUDY_FILES)] = option("The run folder, for all results.", ...)
+    preset: Literal["demo", "paper", "shrink"] | None = option(
+        "Defaults for: demo: SmolLM2 in ten minutes; paper: L3Prune's experiments; shrink: an embedder, on texts alone."
     )
-    out: Annotated[Path, Names("results", STUDY_FILES)] = output("The run folder: all results, and what is left to do.")
-    preset: Literal["demo", "paper", "shrink"] | None = Field(
-        None,
-        description="Defaults for the options that you do not set. demo: SmolLM2 on API documentation, about ten "
-        "minutes; paper: L3Prune's experiments; shrink: an embedding model teaches some of its own layers, on texts.",
-    )
-    ladder: Depths = Field(
-        default=[], description="Depths that the scout trains: 6,12,24 [default: about eight, as scout --depths]."
-    )
-    polish: Depths = Field(
-        default=[],
-        description="Depths to go on training from the scout [default: the one that is chosen by its scores].",
-    )
+    ladder: Depths = option("Depths that the scout trains: 6,12,24 [default: about eight, as scout --depths].", [])
+    polish: Depths = option("Depths to train further after the scout [default: the one that its scores choose].", [])
     held_out: HeldOut = 1000
-    depths: Annotated[list[str], BeforeValidator(texts), Names("layers")] = Field(
-        [],
-        description="Instead of a scout: train each of these depths (as for prune --to) and the full model separately.",
+    depths: Specs = option("Without a scout: train each of these depths (as for prune --to) and the full model.", [])
+    recipes: dict[str, dict[str, Any]] = option(
+        "With --depths: trainings of every depth; none: only cut. In YAML: name -> options of heal.", {"healed": {}}
     )
-    recipes: dict[str, dict[str, Any]] = Field(
-        default={"healed": {}},
-        description="With --depths: trainings, each done at every depth; none: the cut models are evaluated untrained. "
-        "In YAML: name -> options of heal.",
+    teacher: Annotated[str | None, BeforeValidator(path_text)] = option(
+        "Model whose vectors are to be learned, as for heal; self: the full model of each depth."
     )
-    teacher: Annotated[str | None, BeforeValidator(path_text)] = Field(
-        None, description="Model whose vectors are imitated, as heal --teacher; self: the full model of each depth."
-    )
-    seeds: list[Seed] = Field(default=[], description="Repeat each training with these seeds [default: --seed].")
-    profile_scale: float = Field(20.0, gt=0, description="Inverse temperature of the loss that the profile measures.")
-    profile_dtype: Dtype = Field("auto", description="Data type of the profile's computation, as profile --dtype.")
-    max_examples: int = Field(1280, ge=2, description="Number of pairs used by the profile.")
-    depth_scores: bool = Field(False, description="Score the tasks at every depth of the untrained models, too.")
+    seeds: list[Seed] = option("Repeat each training with these seeds [default: --seed].", [])
+    profile_scale: float = option("Inverse temperature of the loss that the profile measures.", 20.0, gt=0)
+    profile_dtype: Dtype = option("Data type of the profile's computation, as profile --dtype.", "auto")
+    max_examples: int = option("Number of pairs used by the profile.", 1280, ge=2)
+    depth_scores: bool = option("Score the tasks at every depth of the untrained models, too.", False)
     pooling: Pooling = None
     sample: Sample = None
-    cache: Path | None = Field(None, description="Folder that keeps vectors [default: cache in the run folder].")
+    cache: Path | None = option("Folder that keeps vectors [default: cache in the run folder].")
     jobs: Jobs = 1
     ray: Ray = None
 
@@ -246,12 +222,110 @@ class ResumeOptions(StatusOptions):
 
 
 def read_study(run: Path) -> StudyOptions:
-    """The options of the study that a run folder holds.
-
-    Raises:
-        DataError: It holds none, or its ``study.yaml`` is broken.
-        ConfigError: An option in it is not valid.
-    """
+    """The options of the study that a run folder holds; DataError if it holds none, ConfigError if one is not valid."""
     if not (run / "study.yaml").is_file():
         raise DataError(run, "holds no study", "name the folder that `secateur study` was given")
     return make(StudyOptions, read_yaml(run / "study.yaml") | {"out": run})
+
+
+# Export, encode, serve ------------------------------------------------------------------------------------------------
+
+BACKEND = "What runs it on a CPU; onnx and openvino convert the model once; auto: the fastest that keeps --min-cosine."
+ARITHMETIC = "Data type of matrix products; stored: the weights' own; auto: the fastest that keeps --min-cosine."
+COSINE = "Lowest cosine to PyTorch's float32 vectors that auto accepts, on some of your texts; 0.98 allows int8."
+BATCH_TOKENS = "Tokens in a batch, padding included [default: 1,024 on a CPU, 8,192 on a GPU]."
+Backend = Annotated[Literal["auto", "torch", "onnx", "openvino"], option(BACKEND)]
+Arithmetic = Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8", "stored"], option(ARITHMETIC)]
+MinCosine = Annotated[float, option(COSINE, ge=-1, le=1)]
+BatchTokens = Annotated[int | None, option(BATCH_TOKENS, ge=1)]
+
+
+class ExportOptions(Options):
+    """Write a model for ONNX Runtime or OpenVINO, and compare it with the original.
+
+    Example: secateur export smollm2-large-healed --to openvino --precision int8 -o smollm2-large-int8
+    """
+
+    model: Model
+    out: NewFolder = option("The folder to write.", ...)
+    to: Literal["onnx", "openvino"] = option("Backend that will run the model.", "onnx")
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = option(
+        "Precision of the exported weights; int8 is the smallest and the fastest.", "float32"
+    )
+    quantization: Literal["static", "dynamic"] | None = option(
+        "With int8, ranges of activations: calibrated on texts, or of each batch [default: the faster on the backend]."
+    )
+    data: Data = option("Texts or pairs to calibrate on and compare vectors of [default: Python's documentation].", [])
+    dimensions: int | None = option("Truncate vectors to this many dimensions (Matryoshka).", ge=1)
+    vectors: Literal["float32", "int8", "uint8", "binary", "ubinary"] = option(
+        "Precision of the vectors that the light runtime returns by default.", "float32"
+    )
+    tasks: Tasks = option("Tasks to score the original and the export on, as for evaluate.", [])
+    sample: Sample = None
+    seed: SampleSeed = 42
+    min_cosine: float | None = option("Fail if a text's cosine to the original is lower [by precision].", ge=-1, le=1)
+    max_loss: float = option("Fail if the average score falls by more points (of 100) than this.", 0.5, ge=0)
+    pooling: Pooling = None
+    max_length: MaxLength = 512
+    trust_remote_code: TrustRemoteCode = False
+
+
+class EncodeOptions(Options):
+    """Encode files of texts into one file of vectors; a run that was killed goes on where it stopped.
+
+    Example: secateur encode smollm2-large-healed articles.jsonl -o articles.parquet
+    """
+
+    model: ModelName = argument(MODEL + " Or a folder that export wrote.")
+    files: Files = argument("Texts: .jsonl, .csv, .tsv or .txt, one on each line, also .gz; or .parquet.", min_length=1)
+    out: Annotated[Path, Names("new file")] = option("The file to write: .parquet, .arrow (or .feather), or .npy.", ...)
+    column: str | None = option("Column (or key) with the texts [default: text, or the first known].")
+    prompt_name: str | None = option("The model's prompt before each text [default: its default one].")
+    instruction: str | None = option("Instruction to put before each text, instead of a named prompt.")
+    normalize: bool = option("Normalize vectors to length 1, also where the model does not.", False)
+    dimensions: int | None = option("Truncate vectors to this dimension (Matryoshka).", ge=1)
+    precision: Literal["float32", "int8", "binary"] = option(
+        "Quantize the vectors: int8 takes a quarter of the room, binary a thirty-second.", "float32"
+    )
+    ranges: Path | None = option("With int8: a file of int8 vectors that these are to be compared with.")
+    batch_tokens: BatchTokens = None
+    processes: int = option("Processes on this machine, or workers on the cluster (1: one per machine).", 1, ge=1)
+    ray: str | None = option("Ray cluster that encodes: auto, ray://host:10001, or local.")
+    backend: Backend = "auto"
+    dtype: Arithmetic = "auto"
+    min_cosine: MinCosine = 0.9999
+    pooling: Pooling = None
+    max_length: MaxLength = 512
+    device: Device = None
+    trust_remote_code: TrustRemoteCode = False
+
+
+class ServeOptions(Options):
+    """Serve a model over HTTP, as the OpenAI embeddings API.
+
+    Example: secateur serve smollm2-large-healed --port 8000
+    """
+
+    model: Model
+    host: str = option("Address to listen on; any other than loopback needs an API key.", "127.0.0.1")
+    port: int = option("Port to listen on; 0 picks a free one, which the log names.", 8000, ge=0, le=65535)
+    name: str | None = option("Model name for clients [default: the folder's name].", min_length=1)
+    api_key_file: Annotated[Path | None, Names("file")] = option(
+        "File of API keys, one per line, besides those in the variable SECATEUR_API_KEYS."
+    )
+    auth: bool = option("--no-auth serves without API keys, whatever the address.", True)
+    workers: int = option("Encoding processes, restarted when they crash or hang; 0: a thread encodes.", 0, ge=0)
+    batch_tokens: BatchTokens = None
+    queue_tokens: int = option("Tokens waiting or in work, beyond which requests get 429.", 500_000, ge=1)
+    max_items: int = option("Maximum number of texts in a request.", 2048, ge=1)
+    max_tokens: int = option("Maximum number of tokens in a request.", 300_000, ge=1)
+    max_bytes: int = option("Maximum size of a request's body, in bytes.", 4 << 20, ge=1)
+    timeout: float = option("Seconds after which a request is answered with 503.", 60.0, gt=0)
+    truncate: bool = option("Truncate texts that are too long for the model; else they are refused.", False)
+    pooling: Pooling = None
+    max_length: MaxLength = 512
+    backend: Backend = "auto"
+    dtype: Arithmetic = "auto"
+    min_cosine: MinCosine = 0.9999
+    device: Device = None
+    trust_remote_code: TrustRemoteCode = False
