@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on this machine: what downloads need of it."""
+"""A stand-in for the Hub on this machine: what downloads need of it, with ranges, counting what it sends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from pathlib import Path
 
 
 class StandIn(ThreadingHTTPServer):
-    """Serves one folder as the repository ``me/tiny``; ``asked`` are the requests so far, as "method path"."""
+    """Serves one folder as the repository ``me/tiny``.
+
+    Attributes:
+        ranges: Whether requests for ranges are understood.
+        break_after: After how many bytes to break the next longer answer, once.
+        sent: Bytes of bodies sent so far.
+        asked: The requests so far, as "method path range".
+    """
 
     commit = "c0ffee" + "0" * 34
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
+        self.ranges = True
+        self.break_after: int | None = None
+        self.sent = 0
+        self.counting = threading.Lock()
         self.asked: list[str] = []
 
     @property
@@ -53,7 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, *, body: bool) -> None:
-        self.server.asked.append(f"{self.command} {self.path}")
+        asked = self.headers.get("Range", "")
+        self.server.asked.append(f"{self.command} {self.path} {asked}")
         path = self.path.partition("?")[0]
         if re.fullmatch(r"/api/models/me/tiny/(revision|tree)/[^/]+", path):
             self._tell(path.split("/")[5])
@@ -66,14 +78,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        content = file.read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{file.name}-{len(content)}"')
-        self.send_header("X-Repo-Commit", self.server.commit)
-        self.end_headers()
+        size = file.stat().st_size
+        start, end = self._head(file, size, re.fullmatch(r"bytes=(\d+)-(\d*)", asked))
         if body:
-            self.wfile.write(content)
+            self._body(file, start, end)
 
     def _tell(self, what: str) -> None:
         """What the Hub tells of a repository: its commit, or its files."""
@@ -90,6 +98,30 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def _head(self, file: Path, size: int, span: re.Match[str] | None) -> tuple[int, int]:
+        start, end = 0, size
+        if span and self.server.ranges:
+            start, end = int(span[1]), min(size, int(span[2] or size) + 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("ETag", f'"{file.name}-{size}"')
+        self.send_header("X-Repo-Commit", self.server.commit)
+        self.end_headers()
+        return start, end
+
+    def _body(self, file: Path, start: int, end: int) -> None:
+        limit = self.server.break_after
+        if limit is not None and end - start > limit:
+            self.server.break_after, end, self.close_connection = None, start + limit, True
+        if end > start:
+            with self.server.counting:  # before it is sent: whoever has the last byte may look at once
+                self.server.sent += end - start
+            with file.open("rb") as stream:
+                self.connection.sendfile(stream, start, end - start)
 
     def log_message(self, *args) -> None:
         pass

@@ -30,7 +30,7 @@ measures: metrics intervals costs
 evaluation: task_formats task_folder tasks replicates evaluate
 choosing: selectors budgets evidence choose
 profiling: depths lens depth_scores corpus profile
-pruning: adapters prune
+pruning: download adapters prune
 healing: recipes training_data processes teacher losses trainer heal
 scouting: held_out scout
 reporting: cost compare run findings verdict tables card report

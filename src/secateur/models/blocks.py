@@ -145,6 +145,12 @@ def tail_is_norm(model: PreTrainedModel, features: Mapping[str, torch.Tensor]) -
     return bool(torch.allclose(found[real].float(), expected[real].float(), rtol=1e-3, atol=1e-4))
 
 
+def tensor_of_block(name: str, path: str) -> tuple[int, str] | None:
+    """``model.layers.7.mlp.up.weight``, of layers at ``layers`` → ``(7, "mlp.up.weight")``; None for other tensors."""
+    match = re.search(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else None
+
+
 def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
     """The linear modules inside the layers, as peft's ``target_modules``: fused projections and GPT-2's Conv1D too.
 

@@ -10,6 +10,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -19,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError, SecateurError
 from secateur.files import read_json
@@ -40,9 +41,13 @@ def check_folder(folder: Path) -> None:
         raise ModelError(folder, "is not a model folder or a .gguf file")
     if not read_modules(folder) and not (folder / "config.json").is_file():
         raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
+    for pickle in folder.glob("*/pytorch_model.bin"):
+        if not any(pickle.parent.glob("*.safetensors")):
+            hint = "open it with sentence-transformers and save it again"
+            raise ModelError(pickle, "holds weights that only PyTorch can read", hint)
     if not any(folder.rglob("*.safetensors")):
-        pickle = next(folder.glob("*.bin"), None)
-        raise ModelError(folder, f"has no safetensors{f', only {pickle.name}' if pickle else ''}", CONVERT)
+        found = next(folder.glob("*.bin"), None)
+        raise ModelError(folder, f"has no safetensors{f', only {found.name}' if found else ''}", CONVERT)
 
 
 def read_modules(folder: Path) -> list[dict[str, str]]:
@@ -121,30 +126,20 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
 
 
 def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
-    """Refuse weights that are not those which the configuration describes, by their names and shapes: none is read.
+    """Refuse weights that are not those which the configuration describes; return the names of unused tensors.
 
-    A tensor may be missing if it is a pooler's. Returns the names of those that are not used, of a head, a decoder or
-    an image tower; one inside the model's own modules is refused.
+    An unused tensor is of a head, a decoder or an image tower; one inside the model's own modules is refused, unless it
+    is a single number: a constant that older versions saved.
     """
     config = model.config
     if getattr(config, "quantization_config", None):
         return []
     # What was just opened is on this disk, wherever it came from.
     where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True, "use_safetensors": True}
-    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    _, found = type(model).from_pretrained(
-        config.name_or_path, config=config, key_mapping=key_mapping, **where, **options
-    )
-    for key, stored, wanted in sorted(found["mismatched_keys"]):
-        problem = f"{key} has the shape {tuple(stored)}, but by config.json it is {tuple(wanted)}"
-        raise ModelError(name, problem, ANOTHER_MODEL)
-    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise ModelError(name, f"has no weights for {missing[0]}", "copy or save the folder again")
-    unused = sorted(found["unexpected_keys"])
-    misplaced = [key for key in unused if _is_within(key, model)]
+    unused = check_names(name, type(model), config, config.name_or_path, key_mapping=key_mapping, **where)
+    misplaced = [key for key in unused if is_within(key, model)]
     for file in Path(config.name_or_path).glob("*.safetensors") if misplaced else ():
-        with safe_open(file, framework="pt") as stored:  # of older versions, constants: single numbers
+        with safe_open(file, framework="pt") as stored:
             constants = tuple(key for key in stored.keys() if not stored.get_slice(key).get_shape())  # noqa: SIM118
         misplaced = [key for key in misplaced if not any(constant.endswith(key) for constant in constants)]
     if misplaced:
@@ -152,7 +147,26 @@ def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[st
     return unused
 
 
-def _is_within(name: str, model: PreTrainedModel) -> bool:
+def check_names(
+    name: str | Path, kind: type[PreTrainedModel], config: PretrainedConfig, source: str | None, **options: Any
+) -> list[str]:
+    """Refuse weights by their names and shapes, none of them read; return the names that the model has no use for.
+
+    ``source`` is a folder or Hub id; None where ``options``, of ``from_pretrained``, hold a ``state_dict``. A pooler's
+    tensor may be missing.
+    """
+    options |= {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _, found = kind.from_pretrained(source, config=config, **options)
+    for key, stored, wanted in sorted(found["mismatched_keys"]):
+        problem = f"{key} has the shape {tuple(stored)}, but by config.json it is {tuple(wanted)}"
+        raise ModelError(name, problem, ANOTHER_MODEL)
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ModelError(name, f"has no weights for {missing[0]}", "copy or save the folder again")
+    return sorted(found["unexpected_keys"])
+
+
+def is_within(name: str, model: PreTrainedModel) -> bool:
     """Whether a tensor that the model has no use for lies inside one of its modules, and is neither left out by
     transformers on purpose nor a buffer that older versions saved (``rotary_emb.inv_freq``).
     """

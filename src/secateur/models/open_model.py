@@ -116,14 +116,20 @@ def open_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
 FILES = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.safetensors")
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
-    """Fetch a model from the Hub, as far as its cache does not have it; the folder there."""
+def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Fetch a model from the Hub, as far as its cache does not have it; the folder there, named after the commit.
+
+    Without ``weights``, those of the transformer are left out.
+    """
     with as_model_error(name), quiet():
         ignored = ["*/*", "consolidated*"]  # other formats, and weights that are there a second time
+        ignored += [] if weights else ["model*.safetensors"]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES), ignore_patterns=ignored))
-        wanted = [f"{module['path']}/{kind}" for module in read_modules(folder) if module["path"] for kind in FILES]
+        wanted = []
+        for number, place in enumerate(module["path"] for module in read_modules(folder)):
+            kinds = FILES if weights or number else FILES[:-1]
+            wanted += [f"{place}/{kind}" for kind in kinds if place]
         if wanted:
-            wanted += [f"{module['path']}/*.bin" for module in read_modules(folder)[1:] if module["path"]]
             snapshot_download(name, revision=folder.name, allow_patterns=wanted)
     return folder
 

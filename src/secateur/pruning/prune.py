@@ -1,6 +1,7 @@
 """Cuts a model to some of its layers and writes it as a plain folder that holds nothing of the others.
 
 To open the whole model maps its weights into memory; only those of the layers up to the last kept one are ever read.
+From the Hub, the bytes of the layers that stay are fetched, and no others (:mod:`.download`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import new_folder, read_json, write_text
 from secateur.models import model_label, resolve
 from secateur.models.blocks import blocks_of, find_stack, skeleton, text_config, text_tower
-from secateur.models.checks import as_model_error, check_finite, read_modules
+from secateur.models.checks import as_model_error, check_finite
 from secateur.models.cutting import bypassed, check_keep, cut
 from secateur.models.open_model import as_source, complete, fetch, load_model
 from secateur.models.save import TOLERANCE, probe, save_model
@@ -33,11 +35,14 @@ from secateur.options import PruneOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import provenance
 from secateur.pruning.adapters import adapter_folder, base_of, is_adapter, merge_adapter, merge_adapters
+from secateur.pruning.download import fetch_kept, transformer_folder
 from secateur.results import Origin, Profile, VocabularyCut, load
 from secateur.vocabulary.choice import count_vocabulary
 from secateur.vocabulary.trim import cut_tokenizer, cut_vocabulary, renumbered
 
 STEP = "prune, %"
+READ = "read"
+"""In the scratch folder: what was fetched from the Hub."""
 
 
 @step(PruneOptions)
@@ -82,13 +87,12 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
     """The way from a source to the verified folder."""
     name = options.model
     adapter = None if options.adapter is None else adapter_folder(options.adapter)
-    source, base_adapter = _fetch(source, options.revision)
+    source, base_adapter = _fetch(options, source, scratch, progress)
     adapter = adapter or base_adapter
     progress(STEP, 25, 100)
     with as_model_error(name, source), quiet(), as_source(source) as found:
         opened = Path(found)
-        place = next((module["path"] for module in read_modules(opened)), "")
-        file = opened / place / CONFIG_NAME
+        file = transformer_folder(opened) / CONFIG_NAME
         content = read_json(file) if file.is_file() else {}
         if any(part.get("quantization_config") for part in (content, *content.values()) if isinstance(part, dict)):
             hint = "prune the weights it was quantized from, and quantize the result"
@@ -120,6 +124,9 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
             before = record.tokens if origin.vocabulary is None else origin.vocabulary.tokens
             origin = replace(origin, vocabulary=replace(record, tokens=before))
         check_finite(name, model)
+        for path, parameter in transformer.named_parameters() if (scratch / READ).is_dir() else ():
+            if parameter.ndim > 1 and not bool(parameter.any()):  # maybe not fetched, though it should have been
+                raise ModelError(name, f"{path} has only zeros", "fetch the model (hf download) and give its folder")
     progress(STEP, 60, 100)
     if options.dtype != "auto":
         expected = _convert(model, expected, options.dtype, scratch / "as-stored")
@@ -139,14 +146,25 @@ def _cut_tokens(
     return kept, cut_tokenizer(model.tokenizer, kept), replace(counted.cut(size), task_coverage=covered)
 
 
-def _fetch(source: str | Path, revision: str | None) -> tuple[Path, Path | None]:
-    """The file or folder that is to be opened, and the adapter where the source is one that names its base."""
-    folder = fetch(source, revision) if isinstance(source, str) else source
-    if not is_adapter(folder):
-        return folder, None
-    name, revision = base_of(folder)
-    base = resolve(name)
-    return fetch(base, revision) if isinstance(base, str) else base, adapter_folder(folder)
+def _fetch(options: PruneOptions, source: str | Path, scratch: Path, progress: Progress) -> tuple[Path, Path | None]:
+    """The file or folder that is to be opened, and the adapter where the source is one that names its base.
+
+    Of a model on the Hub, the folder has the weights that stay, and zeros for the others.
+    """
+    adapter, revision, whole = None, options.revision, options.trust_remote_code
+    folder = fetch(source, revision, weights=whole) if isinstance(source, str) else source
+    if is_adapter(folder):
+        name, revision = base_of(folder)
+        adapter, source = adapter_folder(folder), resolve(name)
+        folder = fetch(source, revision, weights=whole) if isinstance(source, str) else source
+    if isinstance(source, Path) or whole:
+        return folder, adapter
+
+    def told(what: str, done: int, total: int) -> None:
+        progress(STEP, 25 * done // max(1, total), 100)
+
+    (scratch / READ).mkdir()
+    return fetch_kept(source, folder, partial(blocks_of_choice, options), scratch / READ, told), adapter
 
 
 def _text_tower(source: Path, folder: Path) -> tuple[Path, dict[str, str] | None]:
