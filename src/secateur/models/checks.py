@@ -194,16 +194,16 @@ def _check_tokenizer(name: str | Path, transformer: Transformer) -> None:
     tokenizer, length = transformer.tokenizer, transformer.max_seq_length
     if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float)) or length < 1):
         raise ModelError(name, f"cuts texts after {length!r} tokens (max_seq_length)", "a whole number, at least 1")
-    special = len(tokenizer("")["input_ids"])
-    if length is not None and length <= special:  # asked for less, a tokenizer cuts nothing at all
-        problem = f"cuts texts after {length} tokens, of which {special} are special ones: nothing is left of a text"
-        raise ModelError(name, problem, f"a length of {special + 1} or more")
+    special = tokenizer("")["input_ids"]
+    if length is not None and length <= len(special):  # asked for less, a tokenizer cuts nothing at all
+        problem = f"cuts texts after {length} tokens, of which {len(special)} are special: nothing is left of a text"
+        raise ModelError(name, problem, f"a length of {len(special) + 1} or more")
     ids = {i for text in TEN_SCRIPTS for i in tokenizer(text, add_special_tokens=False)["input_ids"]}
     if len(ids) < 2:  # without its vocabulary, all words are unknown
         problem = "its tokenizer gives different texts the same ids"
         raise ModelError(name, problem, "its vocabulary is missing: copy tokenizer.json (or vocab.txt, …) as well")
     count = getattr(transformer.auto_model.get_input_embeddings(), "num_embeddings", None)
-    largest = max(ids.union(tokenizer("")["input_ids"]))
+    largest = max(ids.union(special))
     if count is not None and largest >= count:
         problem = f"its tokenizer gives the id {largest}, but it has vectors for {count} tokens"
         raise ModelError(name, problem, "the tokenizer is of another model, or the weights were not resized to it")

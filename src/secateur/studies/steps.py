@@ -126,15 +126,6 @@ class Plan:
                 lost.add(step.name)
         return lost - set(failed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        steps = [
-            {"name": step.name, "command": step.command_line, "output": str(step.output), "seconds": step.seconds}
-            | {"depends_on": step.depends_on}
-            for step in self.steps
-        ]
-        return {"steps": steps}
-
 
 def command_options(command: type[O], values: Mapping[str, Any]) -> O:
     """A command's options, those at their defaults not set."""

@@ -57,7 +57,7 @@ from secateur.studies.demo import demo_study
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.plan import ITSELF, NO_TRAINING, SCOUTS, first_scout, plan_steps, recipe_options
 from secateur.studies.runner import RECORDS, Scheduler, State, is_done, taken_seconds
-from secateur.studies.steps import LAST, MODELS, Base, Plan
+from secateur.studies.steps import LAST, MODELS, Base, Plan, Step
 
 SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
 HOW = frozenset({"out", "jobs", "ray"})
@@ -298,9 +298,14 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
         for folder, choice in choices.items():
             _write_anew(folder / CHOICE, json.dumps(choice))
         content = {"models": [asdict(base) for base in outline.bases], "amounts": asdict(outline.amounts)}
-        content |= {"study": _what(study), **plan.to_dict()}
+        content |= {"study": _what(study), "steps": [_told(step) for step in plan.steps]}
         _write_anew(run / PLAN, json.dumps(content, indent=1, ensure_ascii=False))
     return plan
+
+
+def _told(step: Step) -> dict[str, Any]:
+    told = {"name": step.name, "command": step.command_line, "output": str(step.output), "seconds": step.seconds}
+    return told | {"depends_on": step.depends_on}
 
 
 def _write_anew(file: Path, text: str) -> None:
