@@ -78,6 +78,14 @@ def test_a_clear_winner_is_to_be_shipped_with_the_runner_up_and_the_command(run:
     assert "Ship" not in other
 
 
+def test_a_model_of_half_the_size_that_is_slower_is_not_called_half_the_cost(run: Path) -> None:
+    write_costs(
+        run, tiny_8_healed=(40, FULL), tiny_6_healed=(32, (125.0, 122.0, 127.0)), tiny_3_healed=(15, (9.0, 8, 10))
+    )
+    _, rest = first_screen(run)
+    assert not any("tiny-3-healed" in line for line in rest)
+
+
 def test_what_is_not_decided_is_not_shipped(run: Path) -> None:
     write_model(run, "tiny-6-healed", 6, 0.80, own=0.05)
     headline, rest = first_screen(run)

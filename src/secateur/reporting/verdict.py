@@ -144,8 +144,9 @@ def _replaces(item: GroupComparison, margin: float) -> bool:
 
 
 def _is_cheap(item: GroupComparison) -> bool:
-    """Whether a model is half the size of the other, or twice as fast and no larger."""
-    return item.size is not None and (item.size <= 0.5 or (item.size < 1 and (item.speed or 1) >= 2))
+    """Whether a model is half the size of the other and no slower, or twice as fast and no larger."""
+    speed = item.speed or 1
+    return item.size is not None and ((item.size <= 0.5 and speed >= 1) or (item.size < 1 and speed >= 2))
 
 
 def _depth(item: GroupComparison) -> int:
