@@ -219,9 +219,8 @@ def test_what_an_encoder_process_cannot_open_is_told(tmp_path: Path):
 
 @pytest.mark.slow  # six processes start, two at a time
 def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
-    encoder: Encoder, folder: Path, exported: Path, model: SentenceTransformer, caplog, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, folder: Path, exported: Path, model: SentenceTransformer, caplog
 ):
-    monkeypatch.setattr("secateur.inference.queueing.LEAST_PATIENCE", 5.0)
     restarts: list[int] = []
     make = [partial(worker_of, served) for served in (folder, exported)]
     workers = [EncoderProcess(one, lambda: restarts.append(1)) for one in make]

@@ -23,7 +23,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import generate_latest
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -51,13 +51,20 @@ def _form(value: Any) -> str:
     return "ids" if isinstance(first, int | float) else "id_lists" if isinstance(first, list) else "texts"
 
 
+def _integers(value: Any) -> Any:
+    """15.0 as 15, also in a list: to JSON they are the same."""
+    if isinstance(value, list):
+        return [_integers(number) if type(number) is float else number for number in value]
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def request_model(encoder: Encoder, name: str, options: ServeOptions) -> type[BaseModel]:
     """The body of ``POST /v1/embeddings`` to this very model: OpenAI's fields, and ``prompt``."""
     several: dict[str, Any] = {"min_length": 1, "max_length": options.max_items, "fail_fast": True}
     longest = None if options.truncate else encoder.max_length
     text = Annotated[str, Field(min_length=1)]
     token_id = Annotated[int, Field(ge=0, lt=encoder.vocabulary)]
-    ids = Annotated[list[token_id], Field(min_length=1, max_length=longest, fail_fast=True)]
+    ids = Annotated[list[token_id], Field(min_length=1, max_length=longest, fail_fast=True), BeforeValidator(_integers)]
     inputs = Annotated[
         Annotated[text, Tag("text")]
         | Annotated[list[text], Field(**several), Tag("texts")]
@@ -65,7 +72,7 @@ def request_model(encoder: Encoder, name: str, options: ServeOptions) -> type[Ba
         | Annotated[list[ids], Field(**several), Tag("id_lists")],
         Discriminator(_form),
     ]
-    size = Annotated[int, Field(ge=1, le=encoder.dimension)]
+    size = Annotated[int, Field(ge=1, le=encoder.dimension), BeforeValidator(_integers)]
     prompt_name: Any = Literal[(None, *sorted(encoder.prompts))]
 
     class EmbeddingRequest(BaseModel):
