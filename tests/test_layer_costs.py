@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from architectures import batch, model_of, padding_id, states
 from conftest import MakeEncoder, tiny_transformer
-from secateur.choosing.budgets import cost_of
+from secateur.choosing.budgets import cut_cost
 from secateur.measures.costs import flops_by_layer, flops_per_token, layer_sizes, measure_layers
 from secateur.models.blocks import blocks_of
 from secateur.models.cutting import cut, legal_depths
@@ -74,8 +74,7 @@ def test_costs_of_a_set_of_blocks_are_those_of_the_cut_encoder(make_encoder: Mak
     for blocks in ((0,), (0, 1, 2), (1, 4), tuple(range(6))):
         small = copy.deepcopy(model)
         cut(small[0].auto_model, blocks)
-        found = cost_of(parts, blocks)
-        assert found.layer == len(blocks)
+        found = cut_cost(SimpleNamespace(layer_costs=parts, depth=6), blocks)
         assert found.parameters == sum(p.numel() for p in small.parameters())
         assert found.flops_per_token == pytest.approx(flops_per_token(small, 128)[0])
 
@@ -103,7 +102,6 @@ def test_the_time_of_a_layer_is_what_passes_while_it_runs(make_encoder: MakeEnco
     model[0].auto_model.layers[2].mlp.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 7))
     parts = measure_layers(model, layer_sizes(model))
     assert [row.latency for row in parts] == [row.seconds for row in parts] == [0, 0, 0, 7, 0]
-    assert cost_of(parts, range(2)).latency == 0 and cost_of(parts, range(4)).latency == 7
 
 
 @pytest.mark.slow
@@ -112,4 +110,4 @@ def test_a_profile_predicts_the_weights_that_prune_writes(pairs_file: Path, tmp_
     open_model(source, dtype="bfloat16")[0].auto_model.save_pretrained(source)
     found = profile(source, pairs_file, batch_size=8)  # the weights stay as stored, whatever computes
     out = prune(source, "uniform:3", out=tmp_path / "cut")
-    assert cost_of(found.layer_costs, (0, 2, 3)).bytes == stored_bytes(out)
+    assert cut_cost(found, (0, 2, 3)).bytes == stored_bytes(out)

@@ -19,7 +19,7 @@ from conftest import write_pairs
 from published import CORPUS, write_model
 from quick_checks import quick_checks as quick_checks
 from secateur import cli
-from secateur.choosing.budgets import cost_of
+from secateur.choosing.budgets import cut_cost
 from secateur.errors import ConfigError
 from secateur.reporting.run import read_run, read_scout
 from secateur.results import Costs, Origin, Scout, Training, load
@@ -159,7 +159,7 @@ def test_a_budget_is_met_with_the_tokens_that_stay(run: Path):
     costs = {row.model: row for row in load(run, Costs).rows}
     scout = read_scout(run / "scouts" / "tiny")
     for depth, name in ((6, CUT[0]), (2, CUT[1])):
-        told = cost_of(scout.layer_costs, range(depth))
+        told = cut_cost(scout, range(depth))
         assert (told.parameters, told.bytes) == (costs[name].parameters, 4 * costs[name].parameters)
 
 
