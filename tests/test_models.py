@@ -161,7 +161,7 @@ BROKEN = {
     "unknown type": (with_config(model_type="nonesuch"), "not a text model"),
     "no weights": (without_weights, "has no safetensors"),
     "only a pickle": (only_a_pickle, "only pytorch_model.bin: convert it"),
-    "half the weights": (half_written, "its weights are damaged or half written"),
+    "half the weights": (half_written, "model.safetensors is damaged or half written"),
     "a block is missing": (without("layers.1."), "no weights for layers.1"),
     "a tensor is missing": (without("layers.1.mlp.up_proj"), "layers.1.mlp.up_proj"),
     "no embeddings": (without("embed_tokens"), "embed_tokens"),

@@ -175,7 +175,7 @@ def test_texts_that_tell_nothing_are_refused(folder_of, tmp_path: Path):
     with pytest.raises(ConfigError, match="2 texts are too few"):
         secateur.prune(folder_of("bert"), vocab=[file], out=tmp_path / "cut")
     file.write_text("", encoding="utf-8")
-    with pytest.raises((ConfigError, DataError), match=r"too few|no text"):
+    with pytest.raises((ConfigError, DataError), match=r"few\.txt: has no rows"):
         secateur.prune(folder_of("bert"), vocab=[file], out=tmp_path / "cut")
 
 

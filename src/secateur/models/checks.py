@@ -48,6 +48,12 @@ def check_folder(folder: Path) -> None:
     if not any(folder.rglob("*.safetensors")):
         found = next(folder.glob("*.bin"), None)
         raise ModelError(folder, f"has no safetensors{f', only {found.name}' if found else ''}", CONVERT)
+    for file in folder.rglob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(folder, f"{file.name} is damaged or half written ({error})") from error
 
 
 def read_modules(folder: Path) -> list[dict[str, str]]:

@@ -66,17 +66,16 @@ def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], out
     if not weights:
         raise ModelError(folder / WEIGHTS, "holds no LoRA weights")
     modules = dict(model.named_modules())
-    known = {"model", "transformer", "language_model", model.base_model_prefix}
     changes: dict[str, Tensor] = {}
     places: set[str] = set()
     for name, tensor in weights.items():
         path, found, rest = name.removeprefix("base_model.model.").partition(".lora_")
-        if not found:
+        place = _place(model, path.removesuffix(".base_layer.weight"))
+        if not found:  # beside a change of token embeddings, peft saves these, too
+            same = path.endswith(".base_layer.weight") and place in modules
+            if same and torch.equal(tensor, modules[place].weight.to(tensor.dtype)):
+                continue
             raise UnsupportedArchitecture(folder / WEIGHTS, f"holds {name}, which no LoRA of linear layers has", HINT)
-        parts = path.split(".")
-        while ".".join(parts) not in modules and len(parts) > 1 and parts[0] in known:
-            parts.pop(0)
-        place = ".".join(parts)
         if place in modules and not place.startswith(tuple(gone)):
             places.add(place)
             changes[f"{place}.lora_{rest}"] = tensor
@@ -97,6 +96,16 @@ def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], out
     if missing or loaded.unexpected_keys:
         raise ModelError(folder / WEIGHTS, f"has no weights for {[*missing, *loaded.unexpected_keys][0]}")
     merge_adapters(model)
+
+
+def _place(model: PreTrainedModel, path: str) -> str:
+    """The name in the model of a module that an adapter of the model with its head calls ``path``."""
+    modules, parts = dict(model.named_modules()), path.split(".")
+    while ".".join(parts) not in modules and len(parts) > 1:
+        if parts[0] not in {"model", "transformer", "language_model", model.base_model_prefix}:
+            break
+        parts.pop(0)
+    return ".".join(parts)
 
 
 def _read_config(folder: Path) -> LoraConfig:

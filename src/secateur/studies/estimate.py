@@ -16,8 +16,9 @@ from torch.utils.benchmark import Timer
 from secateur.data.sources import Source
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
 from secateur.healing.recipes import training_config
+from secateur.models import resolve
 from secateur.models.blocks import blocks_of, depth_of
-from secateur.models.open_model import open_skeleton
+from secateur.models.open_model import open_model, open_skeleton
 from secateur.options import CostOptions, HealOptions, ProfileOptions, PruneOptions, ScoutOptions, StudyOptions
 from secateur.scouting.scout import ladder, step_cost
 from secateur.studies.steps import Base, Plan, Step
@@ -25,6 +26,8 @@ from secateur.studies.steps import Base, Plan, Step
 CHARACTERS_PER_TOKEN = 4
 FIXED_SECONDS = {"prune": 12.0, "profile": 5.0, "scout": 20.0, "heal": 15.0, "evaluate": 6.0, "cost": 5.0}
 BYTES_PER_SECOND = 200e6
+SMALL = 2 << 30
+"""A folder with fewer bytes of weights is opened to see that it is whole; of a larger one, no weights are read."""
 COST_TOKENS = 10_000
 """Tokens that the timing of one model encodes, about."""
 
@@ -46,7 +49,13 @@ class Amounts:
 
 def measure_base(name: str, model: str) -> Base:
     """How many layers a model has, and how large they are (ModelError if it cannot be opened or cut)."""
-    transformer = open_skeleton(model)[0]
+    folder = resolve(model)
+    is_small = (
+        isinstance(folder, Path)
+        and folder.is_dir()
+        and sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < SMALL
+    )
+    transformer = open_model(model, device="cpu")[0].auto_model if is_small else open_skeleton(model)[0]
     depth = depth_of(transformer)
     blocks = sum(parameter.numel() for parameter in blocks_of(transformer).parameters())
     return Base(name, model, depth, blocks // depth, sum(parameter.numel() for parameter in transformer.parameters()))
