@@ -182,6 +182,14 @@ def test_a_choice_is_said_to_be_what_it_was_asked_to_be(run: Path, chosen: int, 
     assert words in told(run)[0]
 
 
+def test_where_the_scout_cuts_nothing_all_layers_are_kept(run: Path) -> None:
+    choose(run, 8)
+    for name in ("tiny-4-scout", "tiny-4-polished"):
+        shutil.rmtree(run / "models" / name)
+        shutil.rmtree(run / "scores" / name)
+    assert found(run).headline.startswith("Keep all layers for now: no smaller depth is shown to be as good.")
+
+
 def test_a_broken_study_is_an_error_that_names_what_is_wrong(run: Path) -> None:
     rewrite(run, tolerance="much")
     with pytest.raises(ConfigError, match="tolerance"):

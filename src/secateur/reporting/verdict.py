@@ -53,6 +53,11 @@ def recommend(summary: Summary) -> Recommendation:
     cuts = [item for item in compared.values() if not item.group.first.is_baseline]
     if not cuts:
         headline = "Nothing to compare yet: train the chosen cuts, and score them and the full model on the same tasks."
+        if summary.run.scouts and all(scout.chosen == scout.table.depth for scout in summary.run.scouts):
+            headline = (
+                "Keep all layers for now: no smaller depth is shown to be as good. Score the depths on more test "
+                "queries or pairs, allow a larger --tolerance, or train a depth of your choice with --polish."
+            )
         return Recommendation(headline, reasons=tuple(scout_sentences(summary.run)[:MOST_NAMED]))
     fitting = [item for item in cuts if _fits(item.group.cost, limits)]
     ship, headline = _choose(summary, cuts, fitting)
