@@ -23,10 +23,12 @@ from transformers import CONFIG_NAME, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedMod
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
-from secateur.models.blocks import embeddings_of, final_norm
+from secateur.models.blocks import depth_of, embeddings_of, final_norm
+from secateur.models.forward import tokenize
 from secateur.models.open_model import is_causal
 from secateur.profiling.depths import ends_with_norm, layer_outputs
 
+BATCH = 16
 FEWEST, MOST = 32, 256
 """Texts that are sampled: one in sixteen, within these. A token through the head at every depth
 costs about as much as encoding ten texts."""
@@ -51,35 +53,45 @@ def next_token_losses(model: SentenceTransformer, texts: Sequence[tuple[str, str
     if any(t.is_meta for t in (*language_model.parameters(), *language_model.buffers())):
         return None
     language_model.to(transformer.dtype).eval()
+    depth = depth_of(transformer)
     count = min(len(texts), max(FEWEST, min(MOST, len(texts) // 16)))
+    sample = random.Random(seed).sample(texts, count)  # noqa: S311 - not for secrets
     losses = []
-    for prompt, text in random.Random(seed).sample(texts, count):  # noqa: S311 - not for secrets
-        features = batch_to_device(model.preprocess([text], prompt=prompt or None), model.device)
-        start, ids = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0]), features["input_ids"][0]
-        if len(ids) - 1 <= start:
-            continue
-        place = start + int(random.Random(f"{seed} {text}").random() * (len(ids) - 1 - start))  # noqa: S311
-        given.states = _states_at(model, features, place)
-        expected = ids[place + 1].expand(len(given.states))
-        try:
-            logits = language_model(input_ids=expected[:, None], use_cache=False).logits[:, 0].float()
-        except AttributeError:
-            return None
-        losses.append(functional.cross_entropy(logits, expected, reduction="none").double())
-    return torch.stack(losses).mean(dim=0).tolist() if losses else None
+    for prompt in dict.fromkeys(prompt for prompt, _ in sample):
+        own = sorted((text for before, text in sample if before == prompt), key=len)
+        for first in range(0, len(own), BATCH):
+            given.states, expected = _states_at(model, own[first : first + BATCH], prompt, seed)
+            if not len(expected):
+                continue
+            try:
+                logits = language_model(input_ids=expected[:, None], use_cache=False).logits[:, 0].float()
+            except AttributeError:
+                return None
+            found = functional.cross_entropy(logits, expected, reduction="none").double()
+            losses.append(found.view(depth, -1))
+    return torch.cat(losses, dim=1).mean(dim=1).tolist() if losses else None
 
 
-def _states_at(model: SentenceTransformer, features: dict[str, Any], place: int) -> Tensor:
-    """The normed state of one token of one text after each layer: (depths, 1, width)."""
+def _states_at(model: SentenceTransformer, texts: Sequence[str], prompt: str, seed: int) -> tuple[Tensor, Tensor]:
+    """One token of each text: its normed states after each layer, (depths x texts, 1, width), and as often the id that
+    follows it, (depths x texts,). Texts without a token to predict are left out.
+    """
+    tokens = tokenize(model, texts, prompt)
+    features = batch_to_device(tokens.batch(range(len(texts)), left=False), model.device)
+    start = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0])
+    rows = [row for row, length in enumerate(tokens.lengths.tolist()) if length - 1 > start]
+    shares = [random.Random(f"{seed} {texts[row]}").random() for row in rows]  # noqa: S311
+    places = [start + int(x * (int(tokens.lengths[row]) - 1 - start)) for row, x in zip(rows, shares, strict=True)]
     states: list[Tensor] = []
 
     def visit(depth: int, before: Tensor, after: Tensor) -> None:
-        states.append(after[:, place])
+        states.append(after[rows, places])
 
     with layer_outputs(model[0].auto_model, visit):
         model[0](dict(features))
-    normed: Tensor = final_norm(model[0].auto_model)(torch.stack(states))
-    return normed
+    normed: Tensor = final_norm(model[0].auto_model)(torch.cat(states)[:, None])
+    following = features["input_ids"][rows, [place + 1 for place in places]]
+    return normed, following.repeat(len(states))
 
 
 class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
