@@ -70,7 +70,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], out
     places: set[str] = set()
     for name, tensor in weights.items():
         path, found, rest = name.removeprefix("base_model.model.").partition(".lora_")
-        place = _place(model, path.removesuffix(".base_layer.weight"))
+        place = _place(path.removesuffix(".base_layer.weight"), modules, model.base_model_prefix)
         if not found:  # beside a change of token embeddings, peft saves these, too
             same = path.endswith(".base_layer.weight") and place in modules
             if same and torch.equal(tensor, modules[place].weight.to(tensor.dtype)):
@@ -98,12 +98,11 @@ def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], out
     merge_adapters(model)
 
 
-def _place(model: PreTrainedModel, path: str) -> str:
+def _place(path: str, modules: Collection[str], prefix: str) -> str:
     """The name in the model of a module that an adapter of the model with its head calls ``path``."""
-    modules, parts = dict(model.named_modules()), path.split(".")
-    while ".".join(parts) not in modules and len(parts) > 1:
-        if parts[0] not in {"model", "transformer", "language_model", model.base_model_prefix}:
-            break
+    parts = path.split(".")
+    known = {"model", "transformer", "language_model", prefix}
+    while ".".join(parts) not in modules and len(parts) > 1 and parts[0] in known:
         parts.pop(0)
     return ".".join(parts)
 

@@ -306,13 +306,11 @@ def coverage_notes(name: str, cut: VocabularyCut) -> list[str]:
 def seed_note(summary: Summary) -> str:
     """What the number of training seeds allows to be said about differences between models; empty without trainings."""
     most = max((len(group.seeds) for group in summary.groups if group.average), default=0)
+    if most == 0:
+        return ""
     if most > 1:
         return f"Models were trained with up to {most} seeds; scores are means over them."
     return (
-        ""
-        if not most
-        else (
-            "Every model was trained with one seed. How much scores vary between seeds was not measured, so that small "
-            "differences between models may be chance."
-        )
+        "Every model was trained with one seed. How much scores vary between seeds was not measured, so that small "
+        "differences between models may be chance."
     )
