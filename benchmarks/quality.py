@@ -69,7 +69,8 @@ class Row:
         compute: What the training may cost, in trainings of the reference: ``equal`` is one, ``scout`` the share of
             one that a scout gets, ``polish`` the rest; None: the same steps.
         pooling: Of the model.
-        vocab: Whether the vocabulary is cut, to --vocab-size tokens, by the texts of the training files.
+        vocab: Whether the vocabulary is cut, to --vocab-size tokens: by the texts of the training files, or by these
+            and the tasks' own, their documents and their parts for training.
         which: The selector that says which layers.
     """
 
@@ -79,7 +80,7 @@ class Row:
     start: Literal["model", "scout", "small", "embedder", "embedder-small-uniform"] = "model"
     compute: Literal["equal", "scout", "polish"] | None = None
     pooling: str | None = None
-    vocab: bool = False
+    vocab: Literal["", "training", "own"] = ""
     which: Literal["first", "uniform", "random"] = "first"
 
     def parts(self, args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
@@ -114,9 +115,9 @@ ROWS = {
     "uniform": Row("evenly spaced layers, same steps", "small", which="uniform"),
     "small-both-ways": Row("small, attention both ways", "small", BLOCKS | {"bidirectional": True}),
     "small-mean": Row("small, mean pooling", "small", pooling="mean"),
-    "small-vocab": Row("small, fewer tokens, same steps", "small", vocab=True),
-    "large-vocab": Row("large, fewer tokens, same steps", "large", vocab=True),
-    "small-trimmed": Row("small, same steps, then fewer tokens", settings=None, start="small", vocab=True),
+    "small-vocab": Row("small, fewer tokens, same steps", "small", vocab="training"),
+    "large-vocab": Row("large, fewer tokens, same steps", "large", vocab="training"),
+    "small-trimmed": Row("small, same steps, then fewer tokens", settings=None, start="small", vocab="training"),
     "static": Row("token embeddings alone", "0", {"train": "all", "learning_rate": STATIC_LEARNING_RATE}),
     "embedder": Row("the embedder, as it came", settings=None, start="embedder"),
     "embedder-middle": Row(
@@ -139,30 +140,44 @@ ROWS = {
         "embedder",
         which="uniform",
     ),
-    "embedder-vocab": Row("the embedder, fewer tokens, as they came", settings=None, start="embedder", vocab=True),
+    "embedder-vocab": Row(
+        "the embedder, fewer tokens, as they came", settings=None, start="embedder", vocab="training"
+    ),
+    "embedder-vocab-own": Row(
+        "the embedder, fewer tokens, by the tasks' own texts too", settings=None, start="embedder", vocab="own"
+    ),
     "embedder-full-vocab": Row(
-        "the embedder, fewer tokens, distilled on texts alone", "full", {}, "embedder", vocab=True
+        "the embedder, fewer tokens, distilled on texts alone", "full", {}, "embedder", vocab="training"
     ),
     "embedder-small-vocab": Row(
         "the embedder's first layers (small), fewer tokens, distilled on texts alone",
         "embedder_small",
         {},
         "embedder",
-        vocab=True,
+        vocab="training",
     ),
     "embedder-small-uniform-vocab": Row(
         "evenly spaced layers of the embedder (small), fewer tokens, distilled on texts alone",
         "embedder_small",
         {},
         "embedder",
-        vocab=True,
+        vocab="training",
         which="uniform",
     ),
     "embedder-small-uniform-trimmed": Row(
         "evenly spaced layers of the embedder (small), distilled on texts alone, then fewer tokens",
         settings=None,
         start="embedder-small-uniform",
-        vocab=True,
+        vocab="training",
+    ),
+    "embedder-small-uniform-trimmed-own": Row(
+        "evenly spaced layers of the embedder (small), distilled on texts alone, then fewer tokens, by own texts too",
+        settings=None,
+        start="embedder-small-uniform",
+        vocab="own",
+    ),
+    "small-trimmed-own": Row(
+        "small, same steps, then fewer tokens, by the tasks' own texts too", settings=None, start="small", vocab="own"
     ),
 }
 KEPT = ("scout", "small", "embedder-small-uniform")
@@ -250,7 +265,8 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
     else:
         cut = folder / "cut"
         if not cut.exists():
-            tokens = {"vocab": training_files(args), "vocab_size": args.vocab_size} if row.vocab else {}
+            counted = [*training_files(args), *(own_texts(args) if row.vocab == "own" else ())]
+            tokens = {"vocab": counted, "vocab_size": args.vocab_size} if row.vocab else {}
             secateur.prune(source, keep=blocks, pooling=row.pooling, out=cut, **tokens)
         about |= {"parameters": parameters(cut)} | vocabulary(cut)
         model = cut if row.settings is None else folder / "model"
@@ -324,6 +340,19 @@ def texts(args: argparse.Namespace) -> Path:
         drawn = random.Random(0).sample(known, min(args.texts, len(known)))
         write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in drawn))
     return file
+
+
+def own_texts(args: argparse.Namespace) -> list[Path]:
+    """A file of texts for each task that has some beside those it is scored on: documents, and parts for training."""
+    files = []
+    for task in sorted(args.tasks.iterdir()):
+        parts = [part for stem in ("corpus", "train", "dev") for part in sorted(task.glob(f"{stem}.jsonl*"))]
+        rows = [dict(row) for part in parts for _, row in read_rows(part)]
+        found = {str(row[key]) for row in rows for key in ("title", "text", "sentence1", "sentence2") if row.get(key)}
+        if found:
+            files.append(args.out / "own" / f"{task.name}.jsonl")
+            write_text(files[-1], "".join(json.dumps({"text": text}) + "\n" for text in sorted(found)))
+    return files
 
 
 def reference_flops(args: argparse.Namespace) -> int:
