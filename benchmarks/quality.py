@@ -65,22 +65,24 @@ class Row:
         depth: How many layers: ``full``, ``large``, ``middle``, ``small``, ``embedder_small``, ``embedder_middle``, or
             a number.
         settings: Of the training; None: there is none.
-        start: What is cut: the model, the embedder, or what one of the rows ``KEPT`` has trained.
+        start: What is cut: the ``model``, the ``embedder``, or what one of the rows ``KEPT`` has trained.
         compute: What the training may cost, in trainings of the reference: ``equal`` is one, ``scout`` the share of
             one that a scout gets, ``polish`` the rest; None: the same steps.
         pooling: Of the model.
-        vocab: Whether the vocabulary is cut, to --vocab-size tokens: by the texts of the training files, or by these
-            and the tasks' own, their documents and their parts for training.
+        vocab: Whether the vocabulary is cut, to --vocab-size tokens, by the texts of the training files.
+        own: Whether texts of the tasks that they are not scored on, documents and parts for training, are among those
+            that tokens are counted on, and half of those that a teacher sees; as where a model is made for its use.
         which: The selector that says which layers.
     """
 
     about: str
     depth: str = "full"
     settings: dict[str, Any] | None = field(default_factory=lambda: BLOCKS)
-    start: Literal["model", "scout", "small", "embedder", "embedder-small-uniform"] = "model"
+    start: str = "model"
     compute: Literal["equal", "scout", "polish"] | None = None
     pooling: str | None = None
-    vocab: Literal["", "training", "own"] = ""
+    vocab: bool = False
+    own: bool = False
     which: Literal["first", "uniform", "random"] = "first"
 
     def parts(self, args: argparse.Namespace, depth: int, seed: int) -> tuple[int, ...]:
@@ -115,9 +117,9 @@ ROWS = {
     "uniform": Row("evenly spaced layers, same steps", "small", which="uniform"),
     "small-both-ways": Row("small, attention both ways", "small", BLOCKS | {"bidirectional": True}),
     "small-mean": Row("small, mean pooling", "small", pooling="mean"),
-    "small-vocab": Row("small, fewer tokens, same steps", "small", vocab="training"),
-    "large-vocab": Row("large, fewer tokens, same steps", "large", vocab="training"),
-    "small-trimmed": Row("small, same steps, then fewer tokens", settings=None, start="small", vocab="training"),
+    "small-vocab": Row("small, fewer tokens, same steps", "small", vocab=True),
+    "large-vocab": Row("large, fewer tokens, same steps", "large", vocab=True),
+    "small-trimmed": Row("small, same steps, then fewer tokens", settings=None, start="small", vocab=True),
     "static": Row("token embeddings alone", "0", {"train": "all", "learning_rate": STATIC_LEARNING_RATE}),
     "embedder": Row("the embedder, as it came", settings=None, start="embedder"),
     "embedder-middle": Row(
@@ -140,47 +142,65 @@ ROWS = {
         "embedder",
         which="uniform",
     ),
-    "embedder-vocab": Row(
-        "the embedder, fewer tokens, as they came", settings=None, start="embedder", vocab="training"
-    ),
+    "embedder-vocab": Row("the embedder, fewer tokens, as they came", settings=None, start="embedder", vocab=True),
     "embedder-vocab-own": Row(
-        "the embedder, fewer tokens, by the tasks' own texts too", settings=None, start="embedder", vocab="own"
+        "the embedder, fewer tokens, by the tasks' own texts too", settings=None, start="embedder", vocab=True, own=True
     ),
     "embedder-full-vocab": Row(
-        "the embedder, fewer tokens, distilled on texts alone", "full", {}, "embedder", vocab="training"
+        "the embedder, fewer tokens, distilled on texts alone", "full", {}, "embedder", vocab=True
     ),
     "embedder-small-vocab": Row(
         "the embedder's first layers (small), fewer tokens, distilled on texts alone",
         "embedder_small",
         {},
         "embedder",
-        vocab="training",
+        vocab=True,
     ),
     "embedder-small-uniform-vocab": Row(
         "evenly spaced layers of the embedder (small), fewer tokens, distilled on texts alone",
         "embedder_small",
         {},
         "embedder",
-        vocab="training",
+        vocab=True,
         which="uniform",
     ),
     "embedder-small-uniform-trimmed": Row(
         "evenly spaced layers of the embedder (small), distilled on texts alone, then fewer tokens",
         settings=None,
         start="embedder-small-uniform",
-        vocab="training",
+        vocab=True,
     ),
     "embedder-small-uniform-trimmed-own": Row(
         "evenly spaced layers of the embedder (small), distilled on texts alone, then fewer tokens, by own texts too",
         settings=None,
         start="embedder-small-uniform",
-        vocab="own",
+        vocab=True,
+        own=True,
+    ),
+    "embedder-small-uniform-own": Row(
+        "evenly spaced layers of the embedder (small), distilled on texts alone, half of them the tasks' own",
+        "embedder_small",
+        {},
+        "embedder",
+        own=True,
+        which="uniform",
+    ),
+    "embedder-small-uniform-own-trimmed": Row(
+        "the same, then fewer tokens, by the tasks' own texts too",
+        settings=None,
+        start="embedder-small-uniform-own",
+        vocab=True,
+        own=True,
     ),
     "small-trimmed-own": Row(
-        "small, same steps, then fewer tokens, by the tasks' own texts too", settings=None, start="small", vocab="own"
+        "small, same steps, then fewer tokens, by the tasks' own texts too",
+        settings=None,
+        start="small",
+        vocab=True,
+        own=True,
     ),
 }
-KEPT = ("scout", "small", "embedder-small-uniform")
+KEPT = ("scout", "small", "embedder-small-uniform", "embedder-small-uniform-own")
 """The rows whose models others start from."""
 
 
@@ -265,7 +285,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
     else:
         cut = folder / "cut"
         if not cut.exists():
-            counted = [*training_files(args), *(own_texts(args) if row.vocab == "own" else ())]
+            counted = [*training_files(args), *(own_texts(args) if row.own else ())]
             tokens = {"vocab": counted, "vocab_size": args.vocab_size} if row.vocab else {}
             secateur.prune(source, keep=blocks, pooling=row.pooling, out=cut, **tokens)
         about |= {"parameters": parameters(cut)} | vocabulary(cut)
@@ -323,7 +343,7 @@ def heal(args: argparse.Namespace, row: Row, cut: Path, out: Path, seed: int) ->
         print(f"  {options['steps']} steps in place of {args.steps}", flush=True)
     if row.start == "embedder":
         options |= {"teacher": args.embedder, "steps": args.distill_steps, "cache": args.out / "vectors"}
-    data: list[Path] = [texts(args)] if row.start == "embedder" else training_files(args)
+    data: list[Path] = [texts(args, row.own)] if row.start == "embedder" else training_files(args)
     secateur.heal(cut, data, out=out, progress=silent, **options)
 
 
@@ -331,13 +351,17 @@ def training_files(args: argparse.Namespace) -> list[Path]:
     return sorted(path for path in args.data.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")))
 
 
-def texts(args: argparse.Namespace) -> Path:
-    """Texts of the training files, without what belongs to what."""
-    file: Path = args.out / "texts.jsonl"
+def texts(args: argparse.Namespace, own: bool) -> Path:
+    """Texts of the training files, without what belongs to what; with ``own``, half of them are the tasks' own."""
+    file: Path = args.out / ("texts-own.jsonl" if own else "texts.jsonl")
     if not file.is_file():
         rows = [row for path in training_files(args) for row in read_pairs(path).rows]
         known = sorted({text for row in rows for text in (row.anchor, row.positive, *row.negatives)})
         drawn = random.Random(0).sample(known, min(args.texts, len(known)))
+        if own:
+            theirs = sorted({row["text"] for path in own_texts(args) for _, row in read_rows(path)})
+            half = random.Random(0).sample(theirs, min(args.texts // 2, len(theirs)))
+            drawn[: len(half)] = half
         write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in drawn))
     return file
 
