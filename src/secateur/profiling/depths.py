@@ -194,14 +194,13 @@ class DepthEncoder:
         self._one_pass = ends_with_norm(model)
         if not self._one_pass:
             self.notes.append("more than a norm follows the layers of this model: each depth took a pass of its own")
-        first, *others = list(model)[1:]
-        self._heads: list[list[nn.Module]] = [[first, *others]]
-        known = isinstance(first, Pooling) and self.poolings[0] in ("l3prune", *POOLINGS)
-        if every_pooling and self._one_pass and known:
-            for pooling in POOLINGS:
-                if pooling != self.poolings[0]:
-                    self.poolings += (pooling,)
-                    self._heads.append([make_pooling(pooling, first.embedding_dimension), *others])  # type: ignore[arg-type]
+        first = model[1]
+        self._weighs = isinstance(first, Pooling) and self.poolings[0] in ("l3prune", *POOLINGS)
+        self._pooled_by: list[nn.Module] = [first]
+        if every_pooling and self._one_pass and self._weighs:
+            self.poolings += tuple(name for name in POOLINGS if name != self.poolings[0])
+            width = first.embedding_dimension
+            self._pooled_by += [make_pooling(name, width) for name in self.poolings[1:]]  # type: ignore[arg-type]
         self._shares = self._one_pass and is_causal(model[0])
         self._prefix: _Prefix | None = None
 
@@ -303,13 +302,14 @@ class DepthEncoder:
         vectors: list[Tensor] = []
         influence: list[Tensor] = []
         ends: list[Tensor] = []
+        weights = self._weights(features) if self._weighs else None
 
         def visit(depth: int, before: Tensor, after: Tensor) -> None:
             normed = self._norm(after)
             whole = normed
             if prefix:
                 whole = torch.cat([prefix.normed[depth - 1].expand(len(rows), -1, -1), normed], dim=1)
-            vectors.append(self._pool(whole, features))
+            vectors.append(self._pool(whole, features, weights))
             influence.append(block_influence(before, after, mask))
             ends.extend(state[each, last] for state in ((before, after) if depth == 1 else (after,)))
 
@@ -327,18 +327,33 @@ class DepthEncoder:
             angles=(angular_distances(torch.stack(ends, dim=1)) * len(rows)).double().cpu(),
         )
 
-    def _pool(self, states: Tensor, features: dict[str, Any]) -> Tensor:
-        """What each pooling, and the modules after it, make of normed states: (texts, poolings, dimension)."""
-        found = []
-        for head in self._heads:
-            current = dict(features, token_embeddings=states.float() if isinstance(head[0], Pooling) else states)
-            for module in head:
-                weight = next(module.parameters(), None)
-                if weight is not None and "sentence_embedding" in current:
-                    current["sentence_embedding"] = current["sentence_embedding"].to(weight.dtype)
-                current = module(current)
-            found.append(current["sentence_embedding"].float())
+    def _weights(self, features: dict[str, Any]) -> Tensor:
+        """What each pooling multiplies the tokens of each text with, (texts, poolings, tokens).
+
+        All of :data:`.POOLINGS` are weighted sums of states: what they make of unit vectors are their weights. So each
+        is asked once for a batch, and a matrix product pools every depth.
+        """
+        texts, tokens = features["attention_mask"].shape
+        units = torch.eye(tokens, device=self._model.device).expand(texts, -1, -1)
+        found = [module(dict(features, token_embeddings=units))["sentence_embedding"] for module in self._pooled_by]
         return torch.stack(found, dim=1)
+
+    def _pool(self, states: Tensor, features: dict[str, Any], weights: Tensor | None) -> Tensor:
+        """What each pooling, and the modules after it, make of normed states: (texts, poolings, dimension)."""
+        if weights is not None:
+            pooled = weights @ states.float()
+        else:
+            first = self._pooled_by[0]
+            given = states.float() if isinstance(first, Pooling) else states
+            pooled = first(dict(features, token_embeddings=given))["sentence_embedding"][:, None]
+        current = dict(features, sentence_embedding=pooled.flatten(end_dim=1))
+        for module in list(self._model)[2:]:
+            weight = next(module.parameters(), None)
+            if weight is not None:
+                current["sentence_embedding"] = current["sentence_embedding"].to(weight.dtype)
+            current = module(current)
+        vectors: Tensor = current["sentence_embedding"].float()
+        return vectors.view(*pooled.shape[:2], -1)
 
     def _read_each(self, tokens: forward.Tokens, rows: list[int]) -> Depths:
         """One pass for each depth, the later layers bypassed."""

@@ -29,16 +29,17 @@ from secateur.models.open_model import is_causal
 from secateur.profiling.depths import ends_with_norm, layer_outputs
 
 BATCH = 16
-FEWEST, MOST = 32, 256
-"""Texts that are sampled: one in sixteen, within these. A token through the head at every depth
-costs about as much as encoding ten texts."""
+SHARE, FEWEST, MOST = 32, 16, 128
+"""One text in so many is sampled, within these: the head's many rows make a token at every depth dear."""
+TOKENS = 2
+"""Of each sampled text."""
 
 
 @torch.no_grad()
 def next_token_losses(model: SentenceTransformer, texts: Sequence[tuple[str, str]], seed: int) -> list[float] | None:
     """Next-token loss at every depth, as the language model's own class computes it (scales, caps and all).
 
-    It is that of one token of each text of a sample, drawn by ``seed``; ``texts`` are (prompt, text).
+    It is that of two tokens of each text of a sample, drawn by ``seed``; ``texts`` are (prompt, text).
 
     Returns:
         Mean cross-entropy in nats, by depth; None where the model has no language-model head, its checkpoint does not
@@ -54,7 +55,7 @@ def next_token_losses(model: SentenceTransformer, texts: Sequence[tuple[str, str
         return None
     language_model.to(transformer.dtype).eval()
     depth = depth_of(transformer)
-    count = min(len(texts), max(FEWEST, min(MOST, len(texts) // 16)))
+    count = min(len(texts), max(FEWEST, min(MOST, len(texts) // SHARE)))
     sample = random.Random(seed).sample(texts, count)  # noqa: S311 - not for secrets
     losses = []
     for prompt in dict.fromkeys(prompt for prompt, _ in sample):
@@ -73,15 +74,17 @@ def next_token_losses(model: SentenceTransformer, texts: Sequence[tuple[str, str
 
 
 def _states_at(model: SentenceTransformer, texts: Sequence[str], prompt: str, seed: int) -> tuple[Tensor, Tensor]:
-    """One token of each text: its normed states after each layer, (depths x texts, 1, width), and as often the id that
-    follows it, (depths x texts,). Texts without a token to predict are left out.
+    """Some tokens of each text: their normed states after each layer, (depths x tokens, 1, width), and as often the id
+    that follows each, (depths x tokens,). Texts without a token to predict are left out.
     """
     tokens = tokenize(model, texts, prompt)
     features = batch_to_device(tokens.batch(range(len(texts)), left=False), model.device)
     start = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0])
-    rows = [row for row, length in enumerate(tokens.lengths.tolist()) if length - 1 > start]
-    shares = [random.Random(f"{seed} {texts[row]}").random() for row in rows]  # noqa: S311
-    places = [start + int(x * (int(tokens.lengths[row]) - 1 - start)) for row, x in zip(rows, shares, strict=True)]
+    drawn: list[tuple[int, int]] = []
+    for row, (text, length) in enumerate(zip(texts, tokens.lengths.tolist(), strict=True)):
+        rng = random.Random(f"{seed} {text}")  # noqa: S311
+        drawn += [(row, rng.randrange(start, length - 1)) for _ in range(TOKENS) if length - 1 > start]
+    rows, places = [row for row, _ in drawn], [place for _, place in drawn]
     states: list[Tensor] = []
 
     def visit(depth: int, before: Tensor, after: Tensor) -> None:
