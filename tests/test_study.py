@@ -28,7 +28,7 @@ from secateur.reporting.run import read_run
 from secateur.results import Costs, Origin, Profile, Scores, Training, load
 from secateur.studies.study import join_tables
 from snapshots import Snapshots, assert_each_step_was_done_once, assert_same_weights
-from task_folders import example_rows, write_task
+from task_folders import example_rows, write_lines, write_task
 
 OPTIONS = {"depths": ["1", "small"], "steps": 10, "batch_size": 8, "learning_rate": 1e-3, "lora_rank": 4}
 OPTIONS |= {"precision": "float32", "max_examples": 16, "scale": 20.0, "sample": 16, "profile_dtype": "float32"}
@@ -327,6 +327,16 @@ def test_a_study_does_not_go_on_with_other_inputs(what: str, run: Path, place: P
     finally:
         file.write_bytes(before)
     assert secateur.study(out=copy).is_file()
+
+
+@pytest.mark.slow
+def test_a_task_that_is_a_file_is_an_input(place: Path):
+    rows = example_rows("sts")["test"]
+    write_lines(place / "judged.jsonl", rows)
+    run_study(place, "filed", tasks=[str(place / "judged.jsonl")], depths=["1"], steps=1)
+    write_lines(place / "judged.jsonl", rows[1:])
+    state = secateur.plan_study(out=place / "filed")
+    assert {step.kind for step in state.plan.steps if state.of(step) != "done"} == {"evaluate"}
 
 
 def edit(run: Path, key: str, value: object) -> None:

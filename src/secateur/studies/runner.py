@@ -309,7 +309,7 @@ def _files(item: str, what: str) -> dict[str, str] | None:
     path = Path(item).expanduser()
     if not path.exists():
         return None
-    if what == "data":
+    if what == "data" or (what == "task" and path.is_file()):
         files = data_files(path)
         files += [about for file in files if (about := file.with_name(stem(file) + ".json")).is_file()]
     elif what == "task":
