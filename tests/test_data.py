@@ -152,6 +152,17 @@ def test_a_mistake_in_parquet_is_found_in_its_row(rows, field, says, tmp_path: P
     assert (caught.value.line, caught.value.field) == (2 if rows[0] != rows[1] else 1, field)
 
 
+def test_a_date_that_python_cannot_hold_is_told(tmp_path: Path):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    columns = {"query": ["q"], "positive": ["p"], "when": pyarrow.array([10**15], pyarrow.timestamp("s"))}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        read_task_folder(tmp_path / "a.parquet")
+    assert len(read_pairs(tmp_path / "a.parquet").rows) == 1  # which reads its own columns alone
+
+
 def test_a_csv_file_may_hold_long_texts(tmp_path: Path):
     text = "word " * 40_000
     (tmp_path / "long.csv").write_text(f"query,positive\nwhat is it,{text}\n")
@@ -322,6 +333,9 @@ def test_columns_are_mapped_and_missing_ones_named(suffix: str, tmp_path: Path):
     (texts,) = read_sources([data], "say", {"text": "no"})
     assert isinstance(texts, Texts)
     assert (texts.rows, texts.prompt) == (("n1", "n2"), "say;\n")
+    file = write_pairs(tmp_path / "pairs.jsonl", [{"query": "q", "positive": "p", "body": "b"}])
+    (texts,) = read_sources([file], columns={"text": "body"})
+    assert isinstance(texts, Texts) and texts.rows == ("b",)
     missing = {"positive": "column is missing: .*here are premise, yes, no", "negative": "no row has a negative"}
     for role, says in missing.items():
         with pytest.raises(DataError, match=says) as caught:

@@ -194,6 +194,16 @@ def test_tabs_end_cells_and_quotes_are_letters(tmp_path: Path):
     assert task.note == ""
 
 
+def test_lists_in_cells_are_those_of_json_or_python(tmp_path: Path):
+    """PHP escapes slashes, and Python's json writes an emoji as a surrogate pair; a blank line may come first."""
+    cells = [r'["a \ud83d\ude00", "b\/c"]', "['it', \"it's\"]", "[see below]"]
+    with (tmp_path / "a.csv").open("w", newline="") as stream:
+        stream.write("\r\nquery;positive\r\n")
+        csv.writer(stream, delimiter=";").writerows((f"q{i}", cell) for i, cell in enumerate(cells))
+    corpus = [row["text"] for row in read_task_folder(tmp_path / "a.csv").tables["corpus"]]
+    assert corpus == ["a \U0001f600", "b/c", "it", "it's", "[see below]"]
+
+
 def test_queries_that_have_no_answer_are_counted(tmp_path: Path):
     rows = [
         {"query": "a question", "positive": ["an answer", "a question"]},
@@ -225,6 +235,11 @@ PAIRS = "sentence1,sentence2,score\na,b,1\n"
         ("a.csv", PAIRS + "c,d,high\ne,f,0.5\ng,h,\n", 3, "score", "'high', not a number"),
         ("a.csv", 'sentence1;sentence2;score\na;b;"0,5"\n', 2, "score", "'0,5', not a number"),
         ("a.csv", PAIRS + "c,,2\n", 3, "sentence2", "the text is empty"),
+        ("a.csv", "\n" + PAIRS + "c,,2\n", 4, "sentence2", "the text is empty"),
+        ("a.csv", "sentence1,sentence2,score,split\na,b,1,train\nc,d,2,dev\n", None, "split", "the splits train, dev"),
+        ("a.csv", "query,positive\na,\"['b' 'c']\"\n", 2, "positive", "texts without commas, as numpy prints them"),
+        ("a.csv", 'query,positive\na,"[""b"", null]"\n', 2, "positive", "is None, not a text"),
+        ("a.csv", 'query,positive\na,"[""\\ud83d""]"\n', 2, "positive", "half of a surrogate pair"),
         ("a.csv", PAIRS + "c,d\n", 3, None, "has 2 columns, the first line 3"),
         ("a.tsv", PAIRS.replace(",", "\t") + "a\tb\n", 3, None, "has 2 columns, the first line 3"),
         ("a.csv", PAIRS + "c,d,1\n", None, "score", "in every row"),
@@ -301,6 +316,9 @@ def test_a_data_file_has_the_instruction_that_stands_beside_it(tmp_path: Path):
     (tmp_path / "held.json").write_text('{"query_instruction": "Find it", "licence": "MIT"}')
     task = read_task_folder(tmp_path / "held.jsonl")
     assert (task.instruction, task.source.licence) == ("Find it", "MIT")
+    (tmp_path / "held.jsonl").rename(tmp_path / "held.JSONL")
+    assert read_task_folder(tmp_path / "held.JSONL").instruction == "Find it"
+    (tmp_path / "held.JSONL").rename(tmp_path / "held.jsonl")
     (tmp_path / "held.json").write_text('{"query_instruction": 3}')
     with pytest.raises(DataError, match=r"held\.json, \"query_instruction\": is a int, not a text"):
         read_task_folder(tmp_path / "held.jsonl")

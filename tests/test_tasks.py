@@ -16,6 +16,7 @@ from secateur.evaluation.task_folder import (
     TRAIN_PER_LABEL,
     read_task_folder,
     sample_task,
+    texts_of,
 )
 from secateur.evaluation.tasks import count_samples, expand, open_task
 from task_folders import TYPES, example_rows, write_lines, write_task
@@ -47,6 +48,7 @@ def test_retrieval_keeps_ids_titles_and_grades(tmp_path: Path):
     rows["qrels"][0] = ("q0", "d0", 3)
     split = open_task(write_task(tmp_path / "t", "retrieval", rows)).make().dataset["default"]["test"]
     assert split["corpus"][0] == {"id": "d0", "title": "A title", "text": rows["corpus"][0]["text"]}
+    assert texts_of(read_task_folder(tmp_path / "t"))[0] == f"A title {rows['corpus'][0]['text']}"  # as mteb encodes it
     assert split["relevant_docs"]["q0"] == {"d0": 3}
 
 
@@ -179,6 +181,14 @@ def appended(table: str, *new: object):
         ("reranking", replaced("test", 3, positive="x"), "test.jsonl", 4, "positive", "not a list"),
         ("reranking", replaced("test", 3, positive=["x", ""]), "test.jsonl", 4, "positive", "text is empty"),
         ("summarization", replaced("test", 3, relevance=[1.0]), "test.jsonl", 4, "relevance", "1 numbers for 4"),
+        (
+            "summarization",
+            lambda rows: [r.update(relevance=[i] * 4) for i, r in enumerate(rows["test"])],
+            "test.jsonl",
+            None,
+            "relevance",
+            "the same for all summaries in each row",
+        ),
     ],
 )
 def test_a_mistake_is_found_in_its_file_line_and_field(type_, change, file, line, field, says, tmp_path: Path):
@@ -267,6 +277,13 @@ def test_task_json_is_checked(about, field, says, tmp_path: Path):
     with pytest.raises(DataError, match=says) as caught:
         open_task(path)
     assert (Path(caught.value.file).name, caught.value.field) == ("task.json", field)
+
+
+def test_average_precision_needs_two_labels_in_both_files(tmp_path: Path):
+    rows = example_rows("classification")
+    rows["test"] = [row for row in rows["test"] if row["label"] != "class 1"]
+    with pytest.raises(DataError, match="ap needs exactly two labels"):
+        open_task(write_task(tmp_path / "t", "classification", rows, metric="ap"))
 
 
 def test_what_is_no_task_folder_says_so(tmp_path: Path):

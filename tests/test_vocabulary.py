@@ -149,6 +149,9 @@ def test_prompts_of_the_data_keep_their_tokens(folder_of, tmp_path: Path):
     new = AutoTokenizer.from_pretrained(tmp_path / "cut")
     assert new.tokenize("Return wrapped paragraphs") == old.tokenize("Return wrapped paragraphs")
     assert len(new) < len(old)
+    (tmp_path / "texts.txt").write_text("".join(f"the {i}\n" for i in range(200)))
+    (tmp_path / "texts.json").write_text("[1]")  # which is of something else: plain text has no file beside it
+    secateur.prune(source, vocab=[tmp_path / "texts.txt"], vocab_coverage=0.5, out=tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import ast
 import contextlib
 import csv
 import gzip
+import io
 import itertools
 import json
 import math
+import tokenize
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -135,13 +137,14 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit((1 << 31) - 1)  # Python's own limit is 131,072 characters
-    lines = (text for _, text in _lines(path))
-    first, line = next(lines, ""), 1
-    reader = csv.reader(itertools.chain([first], lines), strict=True, delimiter=max(",;\t", key=first.count))
+    lines = _lines(path)
+    line, first = next(((line, text) for line, text in lines if text.strip()), (1, ""))
+    rest, blank = (text for _, text in lines), line - 1
+    reader = csv.reader(itertools.chain([first], rest), strict=True, delimiter=max(",;\t", key=first.count))
     try:
         for cells in reader:
             yield line, cells
-            line = reader.line_num + 1
+            line = blank + reader.line_num + 1
     except csv.Error as error:
         raise DataError(path, f"broken CSV ({error})", line=line) from None
 
@@ -192,7 +195,7 @@ def _parquet(path: Path, select: Select) -> Iterator[tuple[int, Row]]:
     except UnicodeDecodeError:  # Parquet's writers need not check that texts are UTF-8
         problem = f"a text in the rows {first} to {first + batch.num_rows - 1} is not UTF-8"
         raise DataError(path, problem, "write it as UTF-8") from None
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # such as a date in the year 30,000
         problem = f"is not a readable Parquet file ({' '.join(str(error).split()):.200})"
         raise DataError(path, problem, line=first if first > 1 else None) from None
 
@@ -251,13 +254,23 @@ def error_at(file: str | Path, place: Place, problem: str, hint: str = "", *, fi
 
 
 def _of_cell(cell: str, parse: Callable[[Any], Any]) -> Any:
-    """A number or list, as Python and JSON write them, of CSV or TSV, where all values are texts."""
-    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-        if parse in (as_number, as_binary):
+    """A number or list, as JSON and Python write them, of CSV or TSV, where all values are texts."""
+    if parse in (as_number, as_binary):
+        with contextlib.suppress(ValueError):
             return float(cell)
-        if parse in (as_texts, as_text_list, as_number_list) and cell.strip().startswith("["):
-            return ast.literal_eval(cell)
-    return cell
+    if parse not in (as_texts, as_text_list, as_number_list) or not cell.strip().startswith("["):
+        return cell
+    try:
+        return parse_json(cell, strict=True)
+    except json.JSONDecodeError:
+        try:
+            found = ast.literal_eval(cell.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return cell
+    tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(cell.strip()).readline)]
+    if (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kind for kind in tokens if kind != tokenize.NL):
+        raise ValueError("lists texts without commas, as numpy prints them, which Python reads as one text")
+    return found
 
 
 def as_text(value: Any) -> str:

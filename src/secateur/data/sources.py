@@ -190,7 +190,7 @@ def prompts_of(data: Data) -> set[str]:
     for item in _items(data):
         if isinstance(item, Source):
             found |= {item.prompt, item.passage_prompt}
-        elif not is_hub_name(item):
+        elif not is_hub_name(item) and not item.name.lower().endswith(PLAIN):
             beside = read_beside(item)
             found |= {instruction_prompt(beside.get(f"{role}_instruction", "")) for role in ("query", "passage")}
     return found - {""}
@@ -261,7 +261,8 @@ class _Table:
             self._hub_name, data_set = load_set(data)
             self._set = data_set.select_columns(self._select(data_set.column_names))
         has = self._roles(next(self._rows(), (0, {}))[1])
-        self.of_texts = self._plain or (TEXT in has and "positive" not in has) if of_texts is None else of_texts
+        alone = TEXT in has and ("positive" not in has or TEXT in columns)
+        self.of_texts = self._plain or alone if of_texts is None else of_texts
 
     def _roles(self, there: Collection[str]) -> dict[str, str]:
         """Of the columns, those that mean something, by role."""

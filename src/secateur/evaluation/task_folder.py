@@ -80,7 +80,8 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     if not re.fullmatch(TYPES[content.type].metrics, metric):
         problem = f"{content.type} has no metric {metric!r}"
         raise DataError(place / ABOUT, problem, f"such as {TYPES[content.type].metric}", field="metric")
-    if metric in ("ap", "ap_weighted") and len({row["label"] for row in tables["test"]}) != 2:
+    labels = [{row["label"] for row in rows} for rows in tables.values()] if metric in ("ap", "ap_weighted") else []
+    if any(len(own) != 2 for own in labels):
         raise DataError(place / ABOUT, f"{metric} needs exactly two labels", "accuracy", field="metric")
     if content.type == "retrieval":
         tables, left_out = _leave_out(tables, look_for_identical=ignore is None)
@@ -104,13 +105,16 @@ def read_task_folder(path: str | Path) -> TaskFolder:
 
 
 def texts_of(task: TaskFolder) -> list[str]:
-    """The distinct texts of a task's rows, in their order; labels and ids are none."""
+    """The distinct texts of a task's rows, in their order, as mteb encodes them: documents after their titles."""
     found: dict[str, None] = {}
     for name, rows in task.tables.items():
         for row in rows if name != "qrels" else ():
+            if name == "corpus":
+                found[f"{row['title']} {row['text']}".strip()] = None
+                continue
             for column, value in row.items():
-                if column not in ("_id", "label", "title", "relevance", "score"):
-                    found |= dict.fromkeys(text for text in (value if isinstance(value, list) else [value]) if text)
+                if column not in ("_id", "label", "relevance", "score"):
+                    found |= dict.fromkeys(value if isinstance(value, list) else [value])
     return list(found)
 
 
@@ -120,7 +124,7 @@ def _read_about(place: Path) -> dict[str, Any]:
         raise DataError(place, "no such file or folder")
     file = place / ABOUT
     content: Any = read_json(file, strict=True) if file.is_file() else {}
-    if place.is_file() and place.name.endswith(TABLES):  # as beside training data
+    if place.is_file() and place.name.lower().endswith(TABLES):  # as beside training data
         beside = read_beside(place)
         content = {"instruction": beside.get("query_instruction", ""), "licence": beside.get("licence", "")}
     if not isinstance(content, dict):

@@ -200,6 +200,8 @@ def _check_values(content: Content) -> None:
     file = next(iter(content.files.values()))
     if len(values) == 1:
         raise DataError(file, f"is {values.pop()!r} in every row", "two or more", field=column)
+    if content.type == "summarization" and all(len(set(row["relevance"])) == 1 for row in content.tables["test"]):
+        raise DataError(file, "is the same for all summaries in each row", "two numbers in a row", field="relevance")
     if content.type == "retrieval" and not any(row["score"] for row in content.tables["qrels"]):
         file = content.files.get("qrels", file)
         raise DataError(file, "calls no document relevant", "one score at least is above 0", field="score")
@@ -314,9 +316,13 @@ def _records(file: Path) -> Iterator[tuple[Place, Row]]:
 def _read_pairs(file: Path, type_: str) -> Content:
     """STS; where all scores are 0 or 1, pair classification. Of a file with several splits, the test split."""
     rows = list(_records(file))
-    tested = [(place, row) for place, row in rows if row.get("split") == "test"]
+    splits = {str(row.get("split")): None for _, row in rows}
+    if len(splits) > 1:
+        rows = [(place, row) for place, row in rows if row.get("split") == "test"]
+    if not rows:
+        raise DataError(file, f"has the splits {', '.join(splits):.200}", "one is called test", field="split")
     fields = {**_PAIR, "score": as_binary if type_ == "pair_classification" else as_number}
-    table = _read_table(file, fields, tested or rows)
+    table = _read_table(file, fields, rows)
     if type_ == "pair_classification" or (not type_ and {row["score"] for row in table} == {0, 1}):
         labelled = [{**{name: row[name] for name in _PAIR}, "label": int(row["score"])} for row in table]
         return Content("pairs with scores", "pair_classification", {"pairs": file}, {"test": labelled})

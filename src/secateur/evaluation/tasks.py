@@ -246,7 +246,7 @@ def _local_task(folder: TaskFolder, metadata: TaskMetadata) -> AbsTask:
 def _candidates(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Retrieval's tables, each query with its own documents, all judged.
 
-    Their ids put positives first where scores tie, as mteb's reranking does.
+    Their ids are those of mteb's reranking, which put positives last where scores tie.
     """
     tables: dict[str, list[Row]] = {"corpus": [], "queries": [], "qrels": []}
     for number, row in enumerate(rows):

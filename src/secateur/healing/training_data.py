@@ -70,7 +70,7 @@ class Excluded:
 
 
 def read_excluded(tasks: Sequence[object]) -> Excluded:
-    """The texts of task folders. A document counts with its title before it, too, as it is encoded."""
+    """The texts of task folders. A document counts without its title, too, which stands before it when encoded."""
     texts: set[str] = set()
     fingerprints = []
     for task in tasks:
@@ -80,7 +80,7 @@ def read_excluded(tasks: Sequence[object]) -> Excluded:
         folder = read_task_folder(task)
         texts.update(texts_of(folder))
         corpus = folder.tables.get("corpus", ())
-        texts |= {f"{row['title']} {row['text']}".strip() for row in corpus if row["title"]}
+        texts |= {row["text"] for row in corpus}
         fingerprints.append(folder.source)
     return Excluded(frozenset(texts), tuple(fingerprints))
 
