@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from secateur.data.vectors import VectorCache
-from secateur.errors import DataError
+from secateur.data.vectors import PROBES, VectorCache, same_as_kept
+from secateur.errors import DataError, ModelError
 
 
 def encode(texts: list[str]) -> np.ndarray:
@@ -97,3 +97,14 @@ def test_vectors_of_other_library_versions_are_not_taken(tmp_path: Path):
     VectorCache(tmp_path, "m", "torch 2.13.0").encode(["a"], "", encode)
     assert len(VectorCache(tmp_path, "m", "torch 2.13.0")) == 1
     assert len(VectorCache(tmp_path, "m", "torch 2.12.0")) == 0
+
+
+def test_zeros_are_another_model_but_for_one_that_gives_zeros(tmp_path: Path):
+    """A static embedding has no vector for a text of unknown words."""
+    kept = encode(list(PROBES))
+    kept[1] = 0
+    cache = VectorCache(tmp_path, "m")
+    for now in (kept, kept * 3):
+        assert np.array_equal(same_as_kept("m", cache, "probes", now), kept)
+    with pytest.raises(ModelError, match=r"is not the model that the vectors in .* are of \(cosine 0.500"):
+        same_as_kept("m", cache, "probes", kept * 0)

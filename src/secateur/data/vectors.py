@@ -146,7 +146,8 @@ def same_as_kept(name: str, cache: VectorCache, context: str, now: NDArray[np.fl
     if cache.dimension not in (0, now.shape[1]):
         raise ModelError(name, f"gives vectors of {now.shape[1]} numbers, and earlier of {cache.dimension}")
     kept = cache.encode(PROBES, context, lambda texts: now[[PROBES.index(text) for text in texts]])
-    cosines = (kept * now).sum(axis=1) / np.linalg.norm(kept, axis=1) / np.linalg.norm(now, axis=1)
+    before, after = (found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12) for found in (kept, now))
+    cosines = 1 - ((before - after) ** 2).sum(axis=1) / 2  # 1 where both are zeros, as a static embedding may give
     if cosines.min() < SAME:
         problem = f"is not the model that the vectors in {cache.folder} are of (cosine {cosines.min():.3f} on one text)"
         raise ModelError(name, problem, "name another folder with --cache")
@@ -154,13 +155,15 @@ def same_as_kept(name: str, cache: VectorCache, context: str, now: NDArray[np.fl
 
 
 def fingerprint_model(model: SentenceTransformer) -> str:
-    """SHA-256 over what a model's vectors follow from: modules, tokenizer, configuration and weights.
+    """SHA-256 over what a model's vectors, and scores, follow from: modules, tokenizer, configuration and weights.
 
     That of an export or an endpoint (:class:`.BlackBox`) is known to it.
     """
     if known := getattr(model[0], "fingerprint", ""):
         return str(known)
     digest = hashlib.sha256(f"{model!r} {model.max_seq_length} {model.truncate_dim}".encode())
+    if model.similarity_fn_name != "cosine":  # the default, which earlier versions did not note
+        digest.update(str(model.similarity_fn_name).encode())
     if (tokenizer := getattr(model.tokenizer, "backend_tokenizer", None)) is None:
         to_str = getattr(model.tokenizer, "to_str", model.tokenizer.__repr__)  # of a static embedding's, whole
         digest.update(to_str().encode())
