@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from secateur import options as config
 from secateur.cli import bars
 from secateur.cli.bars import study_bars
 from secateur.errors import ConfigError, DataError
-from secateur.provenance import provenance
+from secateur.provenance import command_line, provenance
 from secateur.results import DepthRow, LayerCost, Profile, Scores, load
 from task_folders import example_rows, write_task
 
@@ -618,3 +619,11 @@ def test_a_study_has_a_bar_for_work_that_is_no_step():
     with study_bars(1) as (progress, _):
         for done in range(3):
             progress("read docstrings", done, 2)
+
+
+def test_a_command_that_was_started_as_a_module_can_be_typed_again(monkeypatch: pytest.MonkeyPatch):
+    told: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["/lib/secateur/__main__.py", "choose", "a b"])
+    monkeypatch.setattr(cli, "main", lambda: told.append(command_line()))
+    runpy.run_module("secateur", run_name="__main__")
+    assert told == ["secateur choose 'a b'"]

@@ -303,10 +303,13 @@ def test_a_data_set_by_name_gives_the_pairs_of_a_file(form: str, tmp_path: Path)
         (":triplet[test]", r'cannot be loaded \(Unknown split "test"'),
         (":triplet[", "is no name of a data set: hf:NAME"),
         ("/nowhere", "cannot be loaded"),
+        ("/damaged", "cannot be loaded"),
     ],
 )
 def test_a_mistake_in_the_name_of_a_data_set_is_told(ending: str, says: str, tmp_path: Path):
     save_set(tmp_path / "set", OTHERWISE, "parquet")
+    save_set(tmp_path / "set" / "damaged", OTHERWISE, "saved")
+    (tmp_path / "set" / "damaged" / "state.json").write_text("{}")
     with pytest.raises(DataError, match=says) as caught:
         read_pairs(f"hf:{tmp_path / 'set'}{ending}")
     assert f"hf:{tmp_path / 'set'}" in str(caught.value)

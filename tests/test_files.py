@@ -80,6 +80,12 @@ def test_a_place_without_a_name_is_refused(name: str, tmp_path: Path, monkeypatc
         pass
 
 
+def test_a_symbolic_link_is_refused_before_any_work(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OutputError, match="is a symbolic link: name the folder"), new_folder(tmp_path / "link"):
+        raise AssertionError
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_the_umask_decides_who_may_read_what_is_written(mask: int, tmp_path: Path):
     before = os.umask(mask)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from secateur.cli import main
 
 if __name__ == "__main__":
+    sys.argv[0] = "secateur"  # as results name the command
     main()

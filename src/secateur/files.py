@@ -185,6 +185,8 @@ def partial_folder(path: str | Path) -> Path:
     path = Path(path)
     if path.name in ("", ".."):
         raise OutputError(path, "cannot be replaced by a finished folder", "name a new folder in it")
+    if path.is_symlink():  # a folder cannot be renamed to it
+        raise OutputError(path, "is a symbolic link", "name the folder that it leads to, or a new one")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(path, "already holds something else", "name a new folder, or remove this one")
     return path.with_name(path.name + ".partial")

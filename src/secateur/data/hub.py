@@ -80,7 +80,7 @@ def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:
                 builder.download_and_prepare()
                 revision = builder.hash if _COMMIT.fullmatch(builder.hash or "") else revision
                 loaded = builder.as_dataset(split=asked.split)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever the library raises, as KeyError where a saved folder is damaged or empty
         raise DataError(data, f"cannot be loaded ({' '.join(str(error).split())})") from error
     found = replace(asked, revision=revision)
     if not isinstance(loaded, dict):
