@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -49,7 +50,17 @@ def close(out: Path, whole: PreTrainedModel, keep: list[int], atol: float = 1e-5
         torch.testing.assert_close(found[name], tensor, atol=atol, rtol=atol)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}])
+Q_OF_1 = "model.layers.1.self_attn.q_proj"
+OPTIONS = [
+    {},
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"rank_pattern": {"q_proj": 2}},
+    {"rank_pattern": {Q_OF_1: 2}, "alpha_pattern": {Q_OF_1: 60}},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_adapters_are_merged(tmp_path: Path, options: dict[str, object]):
     base, adapter, merged = adapt(tmp_path, tiny(), ["q_proj", "down_proj"], **options)
     out = secateur.prune(base, keep=[1, 3], adapter=adapter, out=tmp_path / "out")
@@ -65,6 +76,17 @@ def test_changes_of_token_embeddings_are_merged(tmp_path: Path):
 def test_an_adapter_brings_its_base(tmp_path: Path):
     _, adapter, merged = adapt(tmp_path, tiny(), ["q_proj"])
     close(secateur.prune(adapter, 2, out=tmp_path / "out"), merged.base_model, [0, 1])
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_merged_on_top_of_the_models_own(alone: bool, tmp_path: Path):
+    base, own, merged = adapt(tmp_path, tiny(), ["q_proj"])
+    _, second, both = adapt(tmp_path / "more", merged, ["q_proj"])
+    if not alone:  # transformers itself opens an adapter that lies beside the weights
+        for file in own.iterdir():
+            shutil.copy(file, base)
+    out = secateur.prune(own if alone else base, 2, adapter=second, out=tmp_path / "out")
+    close(out, both.base_model, [0, 1])
 
 
 def test_the_adapter_of_conv1d(tmp_path: Path):

@@ -504,6 +504,9 @@ def test_data_without_a_batch_of_different_texts_are_refused(llama_folder: Path,
     with pytest.raises(DataError, match=told):
         secateur.heal(llama_folder, file, **SETTINGS, out=tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == [file]
+    chain = [{"query": f"word {i}", "positive": f"word {i + 1}"} for i in range(14)]
+    with pytest.raises(DataError, match=r"14 rows, no more than [5-7] of them without a text in common"):
+        secateur.heal(llama_folder, write_pairs(tmp_path / "chain.jsonl", chain), **SETTINGS, out=tmp_path / "out")
     (few,) = training_sets([read_pairs(file)], 2)
     assert len(few.rows) == 10
 

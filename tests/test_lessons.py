@@ -162,6 +162,7 @@ def test_mistakes_are_told_before_anything_is_written(
         (pairs_file, {"distill": "both"}, ConfigError, "distill: there is no teacher"),
         (pairs_file, taught | {"distill": "x"}, ConfigError, "distill: 'x' is not valid"),
         (pairs_file, taught | {"teacher_weight": 2.0}, ConfigError, "teacher_weight: 2.0 is not valid"),
+        (texts_file, taught | {"teacher_weight": 0.5}, ConfigError, "teacher_weight: .* from the teacher alone"),
         (pairs_file, {"depths": [9]}, ConfigError, "depths: is 9: the model has 3 "),
         (pairs_file, {"dims": [99]}, ConfigError, "dims: is 99: the vectors have 32 numbers"),
         (pairs_file, {"eval_data": texts_file}, DataError, "holds texts alone"),

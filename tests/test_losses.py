@@ -21,6 +21,7 @@ from secateur.healing.losses import Loss, batch_mask, contrastive_loss, mini_bat
 from secateur.healing.recipes import TrainingConfig, training_arguments
 from secateur.healing.teacher import Teacher, keep_vectors
 from secateur.healing.trainer import Trainer, rounded_lengths
+from secateur.models.blocks import blocks_of
 from secateur.models.cutting import cut
 from secateur.profiling.depths import depth_vectors
 
@@ -225,11 +226,15 @@ def same_twice(model: SentenceTransformer) -> bool:
         return torch.equal(model(features())["sentence_embedding"], model(features())["sentence_embedding"])
 
 
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_dropout_makes_two_views_of_a_text_in_training_alone(architecture: str, make_encoder: MakeEncoder):
+@pytest.mark.parametrize(("architecture", "attention"), [("bert", 0.1), ("llama", 0.0), ("llama", 0.1)])
+def test_dropout_makes_two_views_of_a_text_in_training_alone(
+    architecture: str, attention: float, make_encoder: MakeEncoder
+):
     model = make_encoder(architecture)
+    for layer in blocks_of(model[0].auto_model) if architecture == "llama" else ():
+        layer.self_attn.attention_dropout = attention
     expected = model.encode(ANCHORS)
-    assert same_twice(model.train()) == (architecture == "llama")
+    assert same_twice(model.train()) == (not attention)
     taught = copy.deepcopy(model)
     set_dropout(taught, config(has_teacher=True))
     assert same_twice(taught)
@@ -310,10 +315,10 @@ def test_texts_that_are_the_same_once_they_are_cut_are_no_negatives(size: int | 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_are_padded_to_few_lengths_whatever_the_longest_text_may_have(side: str, make_encoder: MakeEncoder):
     model = make_encoder("llama")
-    model.max_seq_length, model.tokenizer.padding_side = 9, side
+    model.max_seq_length, model.tokenizer.padding_side = 30, side
     plain = model.preprocess(ANCHORS)
     padded = rounded_lengths(model)(ANCHORS)
-    assert (plain["input_ids"].shape[1], padded["input_ids"].shape[1]) == (9, 16)
+    assert (plain["input_ids"].shape[1], padded["input_ids"].shape[1]) == (24, 30)  # positions may end there
     assert torch.equal(padded["attention_mask"].sum(dim=1), plain["attention_mask"].sum(dim=1))
     found, expected = (model(features)["sentence_embedding"] for features in (padded, plain))
     assert torch.allclose(found, expected, atol=1e-5)

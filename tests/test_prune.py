@@ -295,6 +295,7 @@ def test_options_that_do_not_go_together_are_refused(source: Path, tmp_path: Pat
     for model, options, says in (
         (source, {"to": 2, "profile": measured}, "profile: is not asked: to 2 tells the layers: leave it out"),
         (source, {"keep": "0-1", "profile": "nowhere"}, "profile: is not asked: keep 0-1"),
+        (source, {"to": "uniform:2", "profile": measured}, "profile: is not asked: to uniform:2"),
         (source, {"to": "small", "profile": measured, "pooling": "lasttoken"}, "measured with weighted_mean"),
         (source, {"to": 2, "revision": "foo"}, "revision: .* is here and not on the Hub"),
         (embedder, {"to": 1, "max_length": 16}, "max_length: .* is a trained embedder"),

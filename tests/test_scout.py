@@ -328,6 +328,10 @@ def test_a_scout_made_of_something_else_is_refused(
     refused("other tasks", tasks=tasks[:1])
     refused("other data; other prompts", write_pairs(tmp_path / "other.jsonl", example_pairs(30)))
     refused("other exclude", exclude=tasks)
+    same = shutil.copy(pairs_file, tmp_path / pairs_file.name)
+    beside = {"query_instruction": "find the word", "passage_instruction": "a word"}
+    same.with_suffix(".json").write_text(json.dumps(beside))
+    refused("other prompts", same)
     with lock(out), pytest.raises(OutputError, match="another run is working in it"):
         secateur.scout(four_layers, pairs_file, **given)
     (out / "mine.txt").write_text("")

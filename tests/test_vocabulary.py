@@ -162,6 +162,7 @@ def test_prompts_of_the_data_keep_their_tokens(folder_of, tmp_path: Path):
         ({"vocab_size": 300, "vocab_coverage": 0.9}, "cannot go with vocab_size"),
         ({"vocab_coverage": 1.5}, "less than or equal to 1"),
         ({"vocab_size": 300, "vocab": []}, "give --vocab FILE"),
+        ({"vocab_multiple": 64, "vocab": []}, "vocab_multiple: needs texts .* give --vocab FILE"),
         ({"vocab_size": 300, "trust_remote_code": True}, "own code"),
     ],
 )

@@ -236,16 +236,21 @@ def set_dropout(model: SentenceTransformer, config: TrainingConfig) -> None:
     """Give a model, in place, the dropout that its loss needs in training.
 
     That is 0.1 where a text is told from itself by dropout alone (SimCSE), none for a teacher, else the model's own. A
-    model that has no dropout modules (as a Llama) gets one on its token embeddings. Adapters that are added later keep
+    model that has none of its own (as a Llama) gets one on its token embeddings. Adapters that are added later keep
     theirs.
     """
     if not config.unsupervised and not config.has_teacher:
         return
     share = SIMCSE_DROPOUT if config.unsupervised else 0.0
-    modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    for module in modules:
-        module.p = share
-    if not modules:
+    own = [
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()  # OPT, and attention, drop by a number of their own and no module
+        if (name == "p" and isinstance(module, nn.Dropout)) or ("dropout" in name and value and type(value) is float)
+    ]
+    for module, name in own:
+        setattr(module, name, share)
+    if not own:
         embeddings_of(model[0].auto_model).register_forward_hook(
             lambda table, _, output: functional.dropout(output, share, training=table.training)
         )

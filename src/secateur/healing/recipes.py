@@ -119,6 +119,9 @@ def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> Tra
                 raise ConfigError(key, getattr(options, key), "there is no teacher", "name one with --teacher")
     texts = [isinstance(source, Texts) for source in sources]
     has_pairs, has_teacher = not (texts and all(texts)), options.teacher is not None
+    if not has_pairs and options.teacher_weight not in (None, 1):
+        problem = "texts alone are learned from the teacher alone"
+        raise ConfigError("teacher_weight", options.teacher_weight, problem, "leave it out, or give pairs")
     weight = (0.5 if options.teacher_weight is None else options.teacher_weight) if has_pairs else 1.0
     recipe = options.recipe or ("distill" if has_teacher and weight == 1 else "finetune")
     names = {field.name for field in fields(TrainingConfig)} & HealOptions.model_fields.keys()

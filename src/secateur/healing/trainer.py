@@ -284,7 +284,7 @@ def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]
     def preprocess(texts: list[str], **options: Any) -> dict[str, Any]:
         features: dict[str, Any] = dict(model.preprocess(texts, **options))
         length = features["input_ids"].shape[1]
-        missing = padded_length(length) - length
+        missing = padded_length(length, model.max_seq_length) - length
         for key, value in features.items():
             if isinstance(value, Tensor) and value.shape[:2] == (len(texts), length):
                 sides = (missing, 0) if left else (0, missing)

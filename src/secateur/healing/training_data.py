@@ -120,9 +120,11 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
             fewest, most = min(map(len, rows)), max(map(len, rows))
             texts = [row[:fewest] for row in rows]
             columns = dict(zip(_columns(fewest), map(list, zip(*texts, strict=True)), strict=True))
+            data = Dataset.from_dict(columns)
             about = f"{source.source.name}: {len(rows)} {kind}"
             # The sampler puts no text into a batch twice.
-            if (distinct := min(len(set(column)) for column in columns.values())) < size:
+            sampler = NoDuplicatesBatchSampler(data, size, drop_last=False, generator=torch.Generator(), seed=0)
+            if (distinct := len(next(iter(sampler)))) < size:
                 about += f", no more than {distinct} of them without a text in common" if len(rows) >= size else ""
                 too_few.append(about)
                 notes.append(f"{about}: too few for a batch of {size}, not trained on")
@@ -133,7 +135,7 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
                 notes.append(f"{source.source.name}: {used}, as many as every row has")
             prompts = {key: source.prompt if key in ("anchor", "text") else source.passage_prompt for key in columns}
             prompts = {key: prompt for key, prompt in prompts.items() if prompt}
-            sets.append(TrainingSet(name, Dataset.from_dict(columns), prompts, source.name))
+            sets.append(TrainingSet(name, data, prompts, source.name))
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(twice, "two data files have this name, and a prompt belongs to a name", "rename one")
     no_pairs = all(item.rows.column_names == ["text"] for item in sets)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], out
         raise ModelError(folder / WEIGHTS, "holds no LoRA weights")
     modules = dict(model.named_modules())
     changes: dict[str, Tensor] = {}
-    places: set[str] = set()
+    places: dict[str, str] = {}  # what the adapter calls them
     for name, tensor in weights.items():
         path, found, rest = name.removeprefix("base_model.model.").partition(".lora_")
         place = _place(path.removesuffix(".base_layer.weight"), modules, model.base_model_prefix)
@@ -77,7 +78,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], out
                 continue
             raise UnsupportedArchitecture(folder / WEIGHTS, f"holds {name}, which no LoRA of linear layers has", HINT)
         if place in modules and not place.startswith(tuple(gone)):
-            places.add(place)
+            places[place] = path
             changes[f"{place}.lora_{rest}"] = tensor
         is_outside = set(path.split(".")) & {"lm_head", *outside} or is_ignored(model, path)
         if place not in modules and not is_outside:
@@ -85,6 +86,10 @@ def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], out
     if not places:
         return
     config.target_modules = "|".join(map(re.escape, sorted(places)))
+    for field in ("rank_pattern", "alpha_pattern"):  # whose names may be those of the model with its head
+        given = getattr(config, field) or {}
+        own = {re.escape(place): given.get(get_pattern_key(given, path)) for place, path in places.items()}
+        setattr(config, field, {place: value for place, value in own.items() if value is not None})
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     try:
         inject_adapter_in_model(config, model)

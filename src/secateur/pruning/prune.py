@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from secateur.choosing.choose import blocks_to_keep, is_selector, read_table
+from secateur.choosing.choose import blocks_to_keep, needs_profile, read_table
 from secateur.errors import ConfigError, ModelError, OutputError, UnsupportedArchitecture, VerificationFailed
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import new_folder, read_json, write_text
@@ -86,9 +86,8 @@ def prune(options: PruneOptions, *, progress: Progress = silent) -> Path:
 def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Path, progress: Progress) -> None:
     """The way from a source to the verified folder."""
     name = options.model
-    adapter = None if options.adapter is None else adapter_folder(options.adapter)
-    source, base_adapter = _fetch(options, source, scratch, progress)
-    adapter = adapter or base_adapter
+    given = None if options.adapter is None else adapter_folder(options.adapter)
+    source, own = _fetch(options, source, scratch, progress)
     progress(STEP, 25, 100)
     with as_model_error(name, source), quiet(), as_source(source) as found:
         opened = Path(found)
@@ -107,11 +106,12 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
         check_keep(transformer.config, keep)
         origin = origin_of(name, depth, keep, opened / Origin.file, left_out)
         progress(STEP, 30, 100)
-        if adapter is not None:
-            gone = [f"{path}.{index}." for index in range(depth) if index not in keep]
-            merge_adapter(transformer, adapter, gone, left_out)
-        elif hasattr(transformer, "peft_config"):
+        if hasattr(transformer, "peft_config"):
             merge_adapters(transformer)
+        gone = [f"{path}.{index}." for index in range(depth) if index not in keep]
+        for adapter in (own, given):
+            if adapter is not None:
+                merge_adapter(transformer, adapter, gone, left_out)
         tokens = _cut_tokens(options, model, progress) if options.vocab else None
         with bypassed(transformer, keep), renumbered(model, *tokens[:2]) if tokens else nullcontext():
             complete(name, model, options.pooling, options.max_length)
@@ -223,7 +223,7 @@ def origin_of(
 ) -> Origin:
     """Where a cut model comes from: what its own ``secateur.json`` (``earlier``) says, continued by this cut."""
     now = provenance()
-    file = earlier or Path(model) / Origin.file
+    file = earlier or Path(model).expanduser() / Origin.file
     if not file.is_file():
         return Origin(now, model_label(model), depth, tuple(keep), "", 0.0, (now.command,), left_out=tuple(left_out))
     before = load(file, Origin)
@@ -251,7 +251,7 @@ def _check_choice(options: PruneOptions) -> None:
         raise ConfigError(given[0], said, f"{said!r} is not valid", hint)
     if options.profile is None:
         return
-    if options.to is None or not is_selector(options.to):
+    if options.to is None or not needs_profile(options.to):
         problem = f"is not asked: {given[0]} {said} tells the layers"
         raise ConfigError("profile", options.profile, problem, "leave it out")
     if options.pooling is not None and isinstance(table := read_table(options.profile), Profile):

@@ -109,7 +109,10 @@ def _made_from(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence
     inputs: dict[str, Any] = {
         "model": model(options.model),
         "data": [source.source.sha256 for source in sources],
-        "prompts": [[source.name, source.prompt] for source in sources],
+        "prompts": [
+            [source.name, source.prompt, *filter(None, [source.passage_prompt])]
+            for source in (*sources, *held_out.pairs)
+        ],
         "tasks": told(tasks),
         "exclude": [task.sha256 for task in read_excluded(options.exclude).tasks],
         "eval_data": [pairs.source.sha256 for pairs in held_out.pairs],
