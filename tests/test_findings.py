@@ -164,6 +164,9 @@ def test_seeds_widen_the_interval_by_their_pooled_spread(tmp_path: Path, seeds: 
     assert half == pytest.approx(quantile * error, rel=0.01)
     assert "one seed" not in " ".join(notes(found(tmp_path)))
     assert [design.name for design in found(tmp_path).groups] == ["tiny-8-healed", "tiny-4-healed"]
+    write_model(tmp_path, "tiny-4-healed", 4, 0.9, 0)  # the first seed again: no further repetition
+    repeated = {design.name: len(design.variants) for design in found(tmp_path).groups}
+    assert repeated == {"tiny-8-healed": seeds, "tiny-4-healed": seeds, "tiny-4-healed-seed0": 1}
 
 
 def test_ways_of_choosing_and_recipes_are_other_designs(tmp_path: Path) -> None:

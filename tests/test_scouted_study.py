@@ -177,6 +177,9 @@ def test_a_budget_that_nothing_fits_leaves_the_rest_whole(run: Path, tmp_path: P
     assert list(caught.value.failed) == ["prune tiny-(chosen)-scout"]
     assert "max_params: no depth has at most 1 parameters" in caught.value.failed["prune tiny-(chosen)-scout"]
     assert caught.value.page is not None
+    assert "What failed" in caught.value.page.read_text()
+    edit(copy, max_params=None)
+    assert "What failed" not in secateur.study(out=copy).read_text()
 
 
 def test_texts_alone_are_scouted_by_the_whole_model_on_texts_that_nothing_is_trained_on(

@@ -17,7 +17,7 @@ from secateur.choosing.evidence import choose_rung
 from secateur.document import SPACE, byte_size, count, duration, percent, plural, score, shorten, signed, span, speed
 from secateur.errors import SecateurError
 from secateur.reporting.findings import MARGIN, GroupComparison, Summary, compare_groups
-from secateur.reporting.run import POLISHED, SCOUTED, Run, Scouted
+from secateur.reporting.run import JUDGES, POLISHED, SCOUTED, Run, Scouted
 from secateur.results import CostRow, VocabularyCut
 
 MOST_NAMED = 3
@@ -53,7 +53,11 @@ def recommend(summary: Summary) -> Recommendation:
     cuts = [item for item in compared.values() if not item.group.first.is_baseline]
     if not cuts:
         headline = "Nothing to compare yet: train the chosen cuts, and score them and the full model on the same tasks."
-        if summary.run.scouts and all(scout.chosen == scout.table.depth for scout in summary.run.scouts):
+        chosen = [scout for scout in summary.run.scouts if scout.chosen is not None]  # by the first seed's alone
+        costs = [group.cost for group in summary.groups if group.cost]
+        if costs and not any(_fits(cost, limits) for cost in costs):
+            headline = _nothing_fits(limits)
+        elif chosen and all(scout.chosen == scout.table.depth for scout in chosen):
             headline = (
                 "Keep all layers for now: no smaller depth is shown to be as good. Score the depths on more test "
                 "queries or pairs, allow a larger --tolerance, or train a depth of your choice with --polish."
@@ -98,10 +102,10 @@ def _choose(
     if good and not budget.best:
         ship = min(good, key=lambda item: (_parameters(item), _depth(item), -item.difference.value))
         return ship, f"Ship {shorten(ship.group.name)}: {_facts(ship)}."
-    within = " and ".join(_LIMITS[key][1](limit) for key, limit in cost_limits(budget).items())
+    limits = cost_limits(budget)
+    within = _limits_in_words(limits)
     if not fitting:
-        advice = "Cut deeper, or trim the vocabulary."
-        return None, f"Ship nothing yet: no model here fits your budget of {within}. {advice}"
+        return None, _nothing_fits(limits)
     if budget.best or within:
         ship = max(fitting, key=lambda item: item.difference.value)
         best = f"the best within your budget of {within}" if within else "the best of those scored"
@@ -164,7 +168,7 @@ def _parameters(item: GroupComparison) -> float:
 
 _LIMITS: dict[str, tuple[Callable[[CostRow], float], Callable[[float], str]]] = {
     "max_params": (lambda cost: cost.parameters, lambda limit: f"{count(limit)} parameters"),
-    "max_bytes": (lambda cost: cost.bytes, byte_size),
+    "max_bytes": (lambda cost: cost.memory_bytes or cost.bytes, byte_size),  # of the weights, without the tokenizer
     "max_latency_ms": (lambda cost: 1000 * cost.latency_p50, lambda limit: f"{duration(limit / 1000)} for one text"),
 }
 """Limit → the cost that it limits, and how it is said."""
@@ -176,6 +180,15 @@ def _fits(cost: CostRow | None, limits: Mapping[str, float]) -> bool:
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
+
+
+def _limits_in_words(limits: Mapping[str, float]) -> str:
+    return " and ".join(_LIMITS[key][1](limit) for key, limit in limits.items())
+
+
+def _nothing_fits(limits: Mapping[str, float]) -> str:
+    advice = "Cut deeper, or trim the vocabulary."
+    return f"Ship nothing yet: no model here fits your budget of {_limits_in_words(limits)}. {advice}"
 
 
 def difference_in_words(item: GroupComparison) -> str:
@@ -200,7 +213,7 @@ def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
 
     def rank(item: GroupComparison) -> tuple[bool, float, float]:
         low = item.difference.low
-        return item.outcome == "undecided", -math.inf if low is None else low, item.difference.value
+        return item.outcome in ("same", "undecided"), -math.inf if low is None else low, item.difference.value
 
     item = max(largest, key=rank)
     name, full, difference = shorten(item.group.name), shorten(item.reference.name), item.difference
@@ -210,7 +223,7 @@ def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
             f"Not decided yet: {name} scores {signed(value)} points beside {full}, but without intervals that may be "
             "chance. Evaluate both again to get them."
         )
-    if item.outcome != "undecided":
+    if difference.sign:
         train = "Train it for more steps, or on more data," if item.group.first.training else "Train it after the cut,"
         return f"Keep {full}: {name} comes nearest, with {difference_in_words(item)}. {train} and score it again."
     # An interval narrows with the square root of the amount.
@@ -227,8 +240,9 @@ def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
 def _what_is_compared(item: GroupComparison) -> str:
     """What the points are a difference to, and what their interval covers."""
     own, full = item.group.first, item.reference.first
-    said = f"Points, speed and size are relative to {shorten(item.reference.name)}, the full model, on your "
-    said += plural(len(item.tasks), "task")
+    scout = own.scout or full.scout
+    judge = JUDGES.get(scout.table.judge if scout else "") or f"your {plural(len(item.tasks), 'task')}"
+    said = f"Points, speed and size are relative to {shorten(item.reference.name)}, the full model, on {judge}"
     if item.difference.low is not None:
         seeds = "not over" if item.difference.seed_error is None else "and over"
         said += f"; ranges are 95 % intervals over texts, {seeds} training seeds"
@@ -247,8 +261,8 @@ def _choice(run: Run, scout: Scouted) -> str:
     chosen = f"{scout.chosen} of {scout.table.depth} layers are chosen" if scout.chosen else "no depth is chosen yet"
     try:
         recommended = choose_rung(run.budget, scout.table)
-    except SecateurError:  # of a budget, or a table, that was edited since
-        return f"{chosen}."
+    except SecateurError as error:  # no depth is within the budget; or that, or the table, was edited since
+        return f"{chosen}: {error}."
     reason = recommended.reason + (f" Note: {recommended.warning}." if recommended.warning else "")
     if scout.chosen == len(recommended.blocks):
         return reason
