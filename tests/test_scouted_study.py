@@ -165,8 +165,10 @@ def test_another_choice_adds_to_a_study_and_changes_nothing_that_is_there(run: P
     new = [f"{kind} tiny-2-{what}" for what in ("scout", "polished") for kind in ("prune", "evaluate")]
     assert left == [*new[:2], "heal tiny-2-polished", new[3], "cost all"]
     edit(copy, polish=[], steps=16)
-    with pytest.raises(ConfigError, match=r"^steps: changed in .*scouts/tiny/frontier\.png"):
-        secateur.study(out=copy)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"^steps: changed in .*scouts/tiny/frontier\.png"):
+            secateur.study(out=copy)
+        (copy / "plan.json").unlink(missing_ok=True)  # can be made anew, and excuses nothing
 
 
 def test_a_budget_that_nothing_fits_leaves_the_rest_whole(run: Path, tmp_path: Path):

@@ -64,7 +64,7 @@ def recommend(summary: Summary) -> Recommendation:
             )
         return Recommendation(headline, reasons=tuple(scout_sentences(summary.run)[:MOST_NAMED]))
     fitting = [item for item in cuts if _fits(item.group.cost, limits)]
-    ship, headline = _choose(summary, cuts, fitting)
+    ship, told, headline = _choose(summary, cuts, fitting)
     baselines = [item for item in compared.values() if item.group.first.is_baseline]
     beside = [compare_groups(item.group, ship.group) for item in baselines] if ship else baselines
     better = [item for item in beside if _fits(item.group.cost, limits) and _replaces(item, _margin(summary))]
@@ -72,19 +72,19 @@ def recommend(summary: Summary) -> Recommendation:
         used = max(better, key=lambda item: item.difference.value)
         name, other = shorten(used.group.name), shorten(used.reference.name)
         headline = f"Use {name}, which needs no cut: {_facts(used)}, compared with {other}."
-        ship = compared[used.group.name]
-    whole = ship.group if ship else cuts[0].reference
+        ship = told = compared[used.group.name]
+    whole = ship.group if ship else told.reference
     others = [item for item in (*fitting, *baselines) if item is not ship]
     cheap = [item for item in others if _is_cheap(compare_groups(item.group, whole))]
     runner_up = max(cheap, key=lambda item: item.difference.value, default=None)
-    reasons = [_what_is_compared(ship or cuts[0])]
+    reasons = [_what_is_compared(told)]
     if runner_up:
         of = "" if ship else " of the full model"
         reasons.append(f"For half the cost{of}: {shorten(runner_up.group.name)}, {_facts(runner_up)}.")
-    told = [item.group for item in (ship, runner_up) if item]
+    named = [item.group for item in (ship, runner_up) if item]
     reasons += [
         f"Baseline {shorten(item.group.name)}, compared with {shorten(item.reference.name)}: {_facts(item)}."
-        for item in [item for item in beside if item.group not in told][:MOST_NAMED]
+        for item in [item for item in beside if item.group not in named][:MOST_NAMED]
     ]
     place = ship.group.first.folder if ship else None
     folder = place.relative_to(summary.run.folder).as_posix() if place else ""
@@ -93,24 +93,25 @@ def recommend(summary: Summary) -> Recommendation:
 
 def _choose(
     summary: Summary, cuts: Sequence[GroupComparison], fitting: Sequence[GroupComparison]
-) -> tuple[GroupComparison | None, str]:
-    """The cut to ship, if any, and what is said of it; ``fitting`` are those within the limits of costs."""
+) -> tuple[GroupComparison | None, GroupComparison, str]:
+    """The cut to ship, if any, that which is told of, and what is said; ``fitting`` are within the limits of costs."""
     budget, margin = summary.run.budget, _margin(summary)
     searches = _by_series(cuts)
     passed = [smallest_as_good(own, margin) for own in searches]
     good = [item for item in passed if item and item in fitting]
     if good and not budget.best:
         ship = min(good, key=lambda item: (_parameters(item), _depth(item), -item.difference.value))
-        return ship, f"Ship {shorten(ship.group.name)}: {_facts(ship)}."
+        return ship, ship, f"Ship {shorten(ship.group.name)}: {_facts(ship)}."
     limits = cost_limits(budget)
     within = _limits_in_words(limits)
     if not fitting:
-        return None, _nothing_fits(limits)
+        return None, cuts[0], _nothing_fits(limits)
     if budget.best or within:
         ship = max(fitting, key=lambda item: item.difference.value)
         best = f"the best within your budget of {within}" if within else "the best of those scored"
-        return ship, f"Ship {shorten(ship.group.name)}, {best}: {_facts(ship)}."
-    return None, _not_yet([max(own, key=_depth) for own in searches] or cuts, margin)
+        return ship, ship, f"Ship {shorten(ship.group.name)}, {best}: {_facts(ship)}."
+    nearest = _nearest([max(own, key=_depth) for own in searches] or cuts)
+    return None, nearest, _not_yet(nearest, margin)
 
 
 def smallest_as_good(comparisons: Sequence[GroupComparison], margin: float = MARGIN) -> GroupComparison | None:
@@ -208,14 +209,18 @@ def _facts(item: GroupComparison) -> str:
     return ", ".join(facts)
 
 
-def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
-    """What to do where nothing is as good; ``largest`` are the cuts at which each search ended."""
+def _nearest(largest: Sequence[GroupComparison]) -> GroupComparison:
+    """Of the cuts at which each search ended, that which comes nearest to being as good."""
 
     def rank(item: GroupComparison) -> tuple[bool, float, float]:
         low = item.difference.low
         return item.outcome in ("same", "undecided"), -math.inf if low is None else low, item.difference.value
 
-    item = max(largest, key=rank)
+    return max(largest, key=rank)
+
+
+def _not_yet(item: GroupComparison, margin: float) -> str:
+    """What to do where nothing is as good as the full model, and this comes nearest."""
     name, full, difference = shorten(item.group.name), shorten(item.reference.name), item.difference
     value, low = difference.value, difference.low
     if low is None:

@@ -185,10 +185,8 @@ def _prepare(given: StudyOptions, progress: Progress) -> _Outline:
     ``plan.json`` keeps both, so that nothing needs to be checked again while the options stay.
     """
     run, settings = given.out, _settings(given, progress)
-    if not ((run / SETTINGS).is_file() and (run / PLAN).is_file()):
-        return _check_and_measure(settings)
-    kept = _read_plan(run)
-    same = kept["study"] == _what(settings)
+    kept = _read_plan(run) if (run / SETTINGS).is_file() and (run / PLAN).is_file() else {}
+    same = kept.get("study") == _what(settings)
     outline = _Outline(settings, kept["models"], kept["amounts"]) if same else _check_and_measure(settings)
     runner.check_done(_make_plan(outline), run)
     return outline
