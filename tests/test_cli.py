@@ -577,7 +577,7 @@ def test_a_log_gets_a_line_now_and_then_of_what_is_done_and_what_is_left():
 
 def test_the_log_of_a_study_names_the_running_step_and_the_next_piece_of_its_work():
     lines = logged(
-        "with bars.study_bars(1) as (progress, _):\n"
+        "with bars.study_bars() as (progress, _):\n"
         "    progress('scout', 10, 10)\n"
         "    progress('scout', 0, 100)\n"
         "    progress('scout', 20, 100)\n"
@@ -616,7 +616,7 @@ def test_open_shows_the_page_in_the_browser(measured: Path, tmp_path: Path):
 
 
 def test_a_study_has_a_bar_for_work_that_is_no_step():
-    with study_bars(1) as (progress, _):
+    with study_bars() as (progress, _):
         for done in range(3):
             progress("read docstrings", done, 2)
 

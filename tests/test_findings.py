@@ -164,6 +164,9 @@ def test_seeds_widen_the_interval_by_their_pooled_spread(tmp_path: Path, seeds: 
     assert half == pytest.approx(quantile * error, rel=0.01)
     assert "one seed" not in " ".join(notes(found(tmp_path)))
     assert [design.name for design in found(tmp_path).groups] == ["tiny-8-healed", "tiny-4-healed"]
+    write_model(tmp_path, "tiny-4-healed", 4, 0.9, 0)  # the first seed again: no further repetition
+    repeated = {design.name: len(design.variants) for design in found(tmp_path).groups}
+    assert repeated == {"tiny-8-healed": seeds, "tiny-4-healed": seeds, "tiny-4-healed-seed0": 1}
 
 
 def test_ways_of_choosing_and_recipes_are_other_designs(tmp_path: Path) -> None:
@@ -247,3 +250,19 @@ def test_each_base_model_has_its_own_size_beyond_which_a_point_costs_too_much(tm
             "by the averages measured."
             for base in ("large", "small")
         ]
+    write_model(tmp_path, "small-7-healed", 7, 0.1)
+    said = size_sentences(found(tmp_path), 1e3)[1].replace("\N{NO-BREAK SPACE}", " ")
+    assert said == "small: no size beyond 60.0 M parameters scores higher, by the averages measured."
+
+
+def test_what_is_said_of_the_intervals_is_of_the_cut_in_the_headline(tmp_path: Path) -> None:
+    for name, score, seed, own in (
+        ("tiny-8-zero-shot", 0.80, None, 0.001),
+        ("tiny-4-zero-shot", 0.7999, None, 0.05),
+        ("tiny-4-healed-seed0", 0.50, 0, 0.001),
+        ("tiny-4-healed-seed1", 0.51, 1, 0.001),
+    ):
+        write_model(tmp_path, name, int(name[5]), score, seed, own)
+    told = recommend(found(tmp_path))
+    assert told.headline.startswith("Not decided yet: tiny-4-zero-shot")
+    assert told.reasons[0].endswith("over texts, not over training seeds.")

@@ -93,8 +93,9 @@ def test_a_vocabulary_is_cut_last():
     assert steps["scout tiny"].depends_on == ("prune tiny-4-zero-shot", "trim tiny-4-trimmed")
     assert steps["trim tiny-4-trimmed"].options.vocab == [Path("b.txt")]
     assert [name for name in names(scouted) if "(" not in name][:2] == ["tiny-4-zero-shot", "tiny-4-trimmed"]
-    with pytest.raises(ConfigError, match=r"^recipes: is what models are called"):
-        plan_steps(options(vocab_size=8000, depths=["2"], recipes={"trimmed": {}}), BASES, {}, {})
+    for name in ("trimmed", "scout", "polished", "baseline"):  # the report would take its models for others
+        with pytest.raises(ConfigError, match=f"^recipes: {name} is what a study calls other models"):
+            plan_steps(options(depths=["2"], recipes={name: {}}), BASES, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -381,6 +382,13 @@ def test_what_does_not_need_a_failed_step_goes_on_and_a_second_run_does_the_rest
     entries = {(e["step"], e["outcome"]): e for e in read_journal(tmp_path)}
     assert entries["b", "failed"]["error"] == "ValueError: broken in two lines"
     assert entries["b", "done"]["command"] == f"secateur prune m -o {tmp_path / 'b'}"
+
+
+def test_a_step_that_can_never_be_done_is_in_the_journal(tmp_path: Path):
+    plan = Plan([step(tmp_path, "a"), step(tmp_path, "b"), step(tmp_path, "c", "b")], {"b": "no depth fits"})
+    scheduler = Scheduler(tmp_path, lambda _: plan, Executor(1, lambda one, _: one.output.touch()), lambda _: None)
+    assert scheduler.go() == {"b": "no depth fits"}
+    assert outcomes(tmp_path) == [("b", "failed"), ("a", "started"), ("a", "done")]
 
 
 def test_two_steps_run_at_once(tmp_path: Path):

@@ -172,7 +172,7 @@ def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: P
         (3, {"max_params": 11e6}, "Note: more may be lost than the tolerance."),
         (3, {}, "3 of 8 layers are chosen; by these scores it would be this: 4 of 8 layers, the fewest"),
         (7, {}, "7 of 8 layers are chosen; by these scores it would be this: 4 of 8 layers"),
-        (4, {"max_params": 1}, "tiny, on your 2 tasks: 4 of 8 layers are chosen."),
+        (4, {"max_params": 1}, "4 of 8 layers are chosen: max_params: no depth has at most 1 param"),
     ],
     ids=["stricter", "best", "budget", "edited", "not scored", "another budget"],
 )  # fmt: skip
@@ -183,11 +183,15 @@ def test_a_choice_is_said_to_be_what_it_was_asked_to_be(run: Path, chosen: int, 
 
 
 def test_where_the_scout_cuts_nothing_all_layers_are_kept(run: Path) -> None:
+    shutil.copytree(run / "scouts" / "tiny", run / "scouts" / "tiny-seed2")  # the first seed's scout decides
+    (run / "scouts" / "tiny-seed2" / "choice.json").unlink()
     choose(run, 8)
     for name in ("tiny-4-scout", "tiny-4-polished"):
         shutil.rmtree(run / "models" / name)
         shutil.rmtree(run / "scores" / name)
     assert found(run).headline.startswith("Keep all layers for now: no smaller depth is shown to be as good.")
+    rewrite(run, max_params=1)
+    assert found(run).headline.startswith("Ship nothing yet: no model here fits your budget of 1 parameters.")
 
 
 def test_a_broken_study_is_an_error_that_names_what_is_wrong(run: Path) -> None:

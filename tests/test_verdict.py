@@ -110,8 +110,9 @@ def test_where_nothing_is_as_good_the_full_model_is_kept(run: Path) -> None:
         ({"max_latency_ms": 9}, "Ship nothing yet: no model here fits your budget of 9.0 ms for one text. "),
         ({"best": True}, "Ship tiny-6-healed, the best of those scored: "),
         ({"tolerance": 15.0}, "Ship tiny-3-healed: −10.0 points ("),
+        ({"tolerance": 0.01}, "Not decided yet: tiny-6-healed shows no significant difference ("),
     ],
-    ids=["only a loss fits", "as good fits", "nothing fits", "best", "tolerance"],
+    ids=["only a loss fits", "as good fits", "nothing fits", "best", "tolerance", "strict tolerance"],
 )
 def test_a_budget_is_kept_to(run: Path, study, words: str) -> None:
     (run / "study.yaml").write_text(yaml.safe_dump(study))

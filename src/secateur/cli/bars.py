@@ -96,7 +96,7 @@ def work_bars(name: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]:
+def study_bars() -> Iterator[tuple[Progress, Callable[[State], None]]]:
     """The plan, then a bar for the study and one for each running step, and a line for each that has ended."""
     tasks: dict[str, Any] = {}
     told: set[str] = set()
@@ -106,7 +106,7 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
 
         def callback(state: State) -> None:
             if not told:
-                show_steps(state, slots, bars.console)
+                show_steps(state, bars.console)
                 told.update(("", *state.done, *state.plan.notes))
             for name in state.running.keys() - tasks.keys():
                 _move(bars, tasks, name, 0, 0)
@@ -120,7 +120,7 @@ def study_bars(slots: int) -> Iterator[tuple[Progress, Callable[[State], None]]]
                     bars.remove_task(tasks.pop(name))
             told.update(ended, state.plan.notes)
             # In a log the time left is told anew each minute.
-            words, total = partial(summary, state, slots), len(state.plan.steps)
+            words, total = partial(summary, state), len(state.plan.steps)
             bars.update(whole, completed=len(state.done), total=total, description=words(), words=words)
 
         yield partial(_move, bars, tasks), callback

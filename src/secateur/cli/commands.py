@@ -180,14 +180,14 @@ def report_command(options: config.ReportOptions, *, open_page: OpenPage = False
 @command_of(app)
 def study_command(options: config.StudyOptions, *, plan: PlanOnly = False, open_page: OpenPage = False) -> None:
     if plan:
-        tables.show_steps(_do("plan_study", options), options.jobs)
+        tables.show_steps(_do("plan_study", options))
     else:
         _study(options.given(), open_page)
 
 
 @command_of(app)
 def study_status_command(options: config.StatusOptions) -> None:
-    tables.show_steps(secateur.read_status(options.run), 1)
+    tables.show_steps(secateur.read_status(options.run))
 
 
 @command_of(app)
@@ -198,7 +198,7 @@ def study_resume_command(options: config.ResumeOptions, *, open_page: OpenPage =
 
 
 def _study(given: dict[str, Any], open_page: bool) -> None:
-    with study_bars(int(given.get("jobs", 1))) as (progress, callback):
+    with study_bars() as (progress, callback):
         page = secateur.study(**given, progress=progress, callback=callback)
     with suppress(DataError):  # a study of depths without tasks has no scores
         tables.show_scores(secateur.read_scores(given["out"]))

@@ -28,16 +28,16 @@ def _show(table: Table, console: Console | None = None) -> None:
     (console or Console()).print(table.to_rich())
 
 
-def summary(state: State, slots: int) -> str:
+def summary(state: State) -> str:
     """``5 done, 1 running, 7 waiting; about 12 min left``."""
     found = [state.of(step) for step in state.plan.steps]
     words = ("done", "running", "waiting", "failed", "blocked")
     counts = ", ".join(f"{found.count(word)} {word}" for word in words if word in found)
-    left = state.seconds_left / max(1, slots)
+    left = state.seconds_left
     return counts + (f"; about {doc.duration(left)} left" if left else "")
 
 
-def show_steps(state: State, slots: int, console: Console | None = None) -> None:
+def show_steps(state: State, console: Console | None = None) -> None:
     """A plan, or how far it is; times are estimates where a step has not finished."""
     from rich.console import Console
 
@@ -45,12 +45,12 @@ def show_steps(state: State, slots: int, console: Console | None = None) -> None
     rows = []
     for step in state.plan.steps:
         seconds, about = state.expected[step.name], "" if step.name in state.seconds else "about "
-        needs = ", ".join(step.depends_on) if len(step.depends_on) < 4 else f"{len(step.depends_on)} models"
+        needs = ", ".join(step.depends_on) if len(step.depends_on) < 4 else f"{len(step.depends_on)} steps"
         word = state.of(step)
         took = "" if word == "done" and about else "?" if seconds is None else about + doc.duration(seconds)
         rows.append((step.name, word, needs, took))
     _show(Table("", ("step", "state", "needs", "time"), rows, texts=3), console)
-    console.print(summary(state, slots), highlight=False)
+    console.print(summary(state), highlight=False)
     lines = [f"{name}: {reason}" for name, reason in state.failed.items()]
     for line in [*lines, *(f"note: {note}" for note in state.plan.notes)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -132,7 +132,7 @@ class CompareOptions(Options):
     out: Results = option("Folder for comparison.json and the scores.")
     names: ModelNames = None
     neighbours: int = option("Number of nearest texts compared for each text.", 10, ge=1)
-    max_texts: int = option("Maximum number of texts used for the neighbours, sampled by seed.", 2000, ge=2)
+    max_texts: int = option("Maximum number of texts used for the neighbours, sampled by seed.", 2000, ge=3)
     sample: Sample = None
     seed: SampleSeed = 42
     batch_size: int = option("Texts per batch when encoding.", 32, ge=1)
@@ -217,7 +217,7 @@ class ResumeOptions(StatusOptions):
     Example: secateur study resume run --jobs 4
     """
 
-    jobs: Jobs = 1
+    jobs: int | None = option("Number of steps that run at the same time [default: the study's own].", ge=1)
     ray: Ray = None
 
 

@@ -22,7 +22,7 @@ from secateur.document import Code, Table
 from secateur.files import read_json
 from secateur.provenance import Fingerprint
 from secateur.reporting.findings import Summary
-from secateur.reporting.run import POLISHED, Variant
+from secateur.reporting.run import JUDGES, POLISHED, Variant
 from secateur.reporting.tables import SPEED, cost_table, kept_blocks, kept_tokens, settings_text, training_in_words
 from secateur.reporting.verdict import Recommendation, difference_in_words, seed_note, vocabulary_facts
 from secateur.results import Origin
@@ -66,6 +66,7 @@ def model_card(summary: Summary, found: Recommendation, variant: Variant, folder
         "costs": _costs(variant, full),
         "machine": summary.run.costs.provenance.hardware if summary.run.costs else {},
         "scores": variant.scores,
+        "judge": next((judge for scout in summary.run.scouts if (judge := JUDGES.get(scout.table.judge))), ""),
         # One seed may have been scored on more tasks than the others, and than the full model.
         "full_average": full.average if full and full.scores.keys() == variant.scores.keys() else None,
         "full": full,

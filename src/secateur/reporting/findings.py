@@ -217,6 +217,8 @@ def summarize(run: Run) -> Summary:
         # Without a seed, models that are otherwise alike are not known to be repetitions.
         other = variant.name if variant.seed is None or variant.depth is None else ""
         key = (variant.base, variant.selection, variant.recipe, blocks, other)
+        if any(variant.seed == one.seed for one in together.get(key, [])):  # trained again under another name
+            key = (*key[:-1], variant.name)
         together.setdefault(key, []).append(variant)
     families: dict[object, list[RunGroup]] = {}
     groups = []

@@ -315,6 +315,9 @@ def size_sentences(summary: Summary, threshold: float) -> list[str]:
     said = []
     for base, own in ((base, own) for base, own in sizes.items() if len(own) > 1):
         best = max(own, key=lambda size: (100 * own[size] - size / (threshold * MILLION), -size))
+        if best < max(own) and own[best] == max(own.values()):
+            said.append(f"{base}: no size beyond {count(best)} parameters scores higher, by the averages measured.")
+            continue
         where, price = ("up to the largest size,", "less") if best == max(own) else ("beyond", "more")
         costs = f"one more point of score costs {price} than {threshold:g} M, by the averages measured"
         said.append(f"{base}: {where} {count(best)} parameters, {costs}.")

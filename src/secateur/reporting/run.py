@@ -43,7 +43,7 @@ from secateur.results import (
 UNTRAINED, TRIMMED, SCOUTED, POLISHED = "zero-shot", "trimmed", "scout", "polished"
 BASELINE = "baseline"
 """The recipe of a model that the study did not make: it is compared with."""
-CHOICE, JOURNAL = "choice.json", "steps.jsonl"
+CHOICE, JOURNAL, PLAN = "choice.json", "steps.jsonl", "plan.json"
 JUDGES = {"pairs": "held-out pairs", "texts": "held-out texts, with the teacher as judge"}
 """What a scout without tasks scores on."""
 
@@ -231,7 +231,7 @@ def read_run(run: str | Path) -> Run:
         variants=tuple(sorted(variants, key=_order)),
         scores=tuple(scores.values()),
         costs=costs,
-        failed={name: entry["error"] for name, entry in last.items() if entry["outcome"] == "failed"},
+        failed={name: e["error"] for name, e in last.items() if e["outcome"] == "failed" and _is_planned(name, folder)},
     )
 
 
@@ -311,6 +311,14 @@ def _read_choice(folder: Path, table: Profile | Scout) -> dict[str, int]:
 
 
 # The journal ----------------------------------------------------------------------------------------------------------
+
+
+def _is_planned(step: str, run: Path) -> bool:
+    """Whether a step is still part of the study; what is planned changes with a scout's choice, or the options."""
+    try:
+        return not (run / PLAN).is_file() or step in {told["name"] for told in read_json(run / PLAN)["steps"]}
+    except (KeyError, TypeError):
+        raise DataError(run / PLAN, "is not a whole plan") from None
 
 
 def read_journal(run: Path) -> list[dict[str, Any]]:

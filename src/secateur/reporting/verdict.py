@@ -17,7 +17,7 @@ from secateur.choosing.evidence import choose_rung
 from secateur.document import SPACE, byte_size, count, duration, percent, plural, score, shorten, signed, span, speed
 from secateur.errors import SecateurError
 from secateur.reporting.findings import MARGIN, GroupComparison, Summary, compare_groups
-from secateur.reporting.run import POLISHED, SCOUTED, Run, Scouted
+from secateur.reporting.run import JUDGES, POLISHED, SCOUTED, Run, Scouted
 from secateur.results import CostRow, VocabularyCut
 
 MOST_NAMED = 3
@@ -53,14 +53,18 @@ def recommend(summary: Summary) -> Recommendation:
     cuts = [item for item in compared.values() if not item.group.first.is_baseline]
     if not cuts:
         headline = "Nothing to compare yet: train the chosen cuts, and score them and the full model on the same tasks."
-        if summary.run.scouts and all(scout.chosen == scout.table.depth for scout in summary.run.scouts):
+        chosen = [scout for scout in summary.run.scouts if scout.chosen is not None]  # by the first seed's alone
+        costs = [group.cost for group in summary.groups if group.cost]
+        if costs and not any(_fits(cost, limits) for cost in costs):
+            headline = _nothing_fits(limits)
+        elif chosen and all(scout.chosen == scout.table.depth for scout in chosen):
             headline = (
                 "Keep all layers for now: no smaller depth is shown to be as good. Score the depths on more test "
                 "queries or pairs, allow a larger --tolerance, or train a depth of your choice with --polish."
             )
         return Recommendation(headline, reasons=tuple(scout_sentences(summary.run)[:MOST_NAMED]))
     fitting = [item for item in cuts if _fits(item.group.cost, limits)]
-    ship, headline = _choose(summary, cuts, fitting)
+    ship, told, headline = _choose(summary, cuts, fitting)
     baselines = [item for item in compared.values() if item.group.first.is_baseline]
     beside = [compare_groups(item.group, ship.group) for item in baselines] if ship else baselines
     better = [item for item in beside if _fits(item.group.cost, limits) and _replaces(item, _margin(summary))]
@@ -68,19 +72,19 @@ def recommend(summary: Summary) -> Recommendation:
         used = max(better, key=lambda item: item.difference.value)
         name, other = shorten(used.group.name), shorten(used.reference.name)
         headline = f"Use {name}, which needs no cut: {_facts(used)}, compared with {other}."
-        ship = compared[used.group.name]
-    whole = ship.group if ship else cuts[0].reference
+        ship = told = compared[used.group.name]
+    whole = ship.group if ship else told.reference
     others = [item for item in (*fitting, *baselines) if item is not ship]
     cheap = [item for item in others if _is_cheap(compare_groups(item.group, whole))]
     runner_up = max(cheap, key=lambda item: item.difference.value, default=None)
-    reasons = [_what_is_compared(ship or cuts[0])]
+    reasons = [_what_is_compared(told)]
     if runner_up:
         of = "" if ship else " of the full model"
         reasons.append(f"For half the cost{of}: {shorten(runner_up.group.name)}, {_facts(runner_up)}.")
-    told = [item.group for item in (ship, runner_up) if item]
+    named = [item.group for item in (ship, runner_up) if item]
     reasons += [
         f"Baseline {shorten(item.group.name)}, compared with {shorten(item.reference.name)}: {_facts(item)}."
-        for item in [item for item in beside if item.group not in told][:MOST_NAMED]
+        for item in [item for item in beside if item.group not in named][:MOST_NAMED]
     ]
     place = ship.group.first.folder if ship else None
     folder = place.relative_to(summary.run.folder).as_posix() if place else ""
@@ -89,24 +93,25 @@ def recommend(summary: Summary) -> Recommendation:
 
 def _choose(
     summary: Summary, cuts: Sequence[GroupComparison], fitting: Sequence[GroupComparison]
-) -> tuple[GroupComparison | None, str]:
-    """The cut to ship, if any, and what is said of it; ``fitting`` are those within the limits of costs."""
+) -> tuple[GroupComparison | None, GroupComparison, str]:
+    """The cut to ship, if any, that which is told of, and what is said; ``fitting`` are within the limits of costs."""
     budget, margin = summary.run.budget, _margin(summary)
     searches = _by_series(cuts)
     passed = [smallest_as_good(own, margin) for own in searches]
     good = [item for item in passed if item and item in fitting]
     if good and not budget.best:
         ship = min(good, key=lambda item: (_parameters(item), _depth(item), -item.difference.value))
-        return ship, f"Ship {shorten(ship.group.name)}: {_facts(ship)}."
-    within = " and ".join(_LIMITS[key][1](limit) for key, limit in cost_limits(budget).items())
+        return ship, ship, f"Ship {shorten(ship.group.name)}: {_facts(ship)}."
+    limits = cost_limits(budget)
+    within = _limits_in_words(limits)
     if not fitting:
-        advice = "Cut deeper, or trim the vocabulary."
-        return None, f"Ship nothing yet: no model here fits your budget of {within}. {advice}"
+        return None, cuts[0], _nothing_fits(limits)
     if budget.best or within:
         ship = max(fitting, key=lambda item: item.difference.value)
         best = f"the best within your budget of {within}" if within else "the best of those scored"
-        return ship, f"Ship {shorten(ship.group.name)}, {best}: {_facts(ship)}."
-    return None, _not_yet([max(own, key=_depth) for own in searches] or cuts, margin)
+        return ship, ship, f"Ship {shorten(ship.group.name)}, {best}: {_facts(ship)}."
+    nearest = _nearest([max(own, key=_depth) for own in searches] or cuts)
+    return None, nearest, _not_yet(nearest, margin)
 
 
 def smallest_as_good(comparisons: Sequence[GroupComparison], margin: float = MARGIN) -> GroupComparison | None:
@@ -164,7 +169,7 @@ def _parameters(item: GroupComparison) -> float:
 
 _LIMITS: dict[str, tuple[Callable[[CostRow], float], Callable[[float], str]]] = {
     "max_params": (lambda cost: cost.parameters, lambda limit: f"{count(limit)} parameters"),
-    "max_bytes": (lambda cost: cost.bytes, byte_size),
+    "max_bytes": (lambda cost: cost.memory_bytes or cost.bytes, byte_size),  # of the weights, without the tokenizer
     "max_latency_ms": (lambda cost: 1000 * cost.latency_p50, lambda limit: f"{duration(limit / 1000)} for one text"),
 }
 """Limit → the cost that it limits, and how it is said."""
@@ -176,6 +181,15 @@ def _fits(cost: CostRow | None, limits: Mapping[str, float]) -> bool:
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
+
+
+def _limits_in_words(limits: Mapping[str, float]) -> str:
+    return " and ".join(_LIMITS[key][1](limit) for key, limit in limits.items())
+
+
+def _nothing_fits(limits: Mapping[str, float]) -> str:
+    advice = "Cut deeper, or trim the vocabulary."
+    return f"Ship nothing yet: no model here fits your budget of {_limits_in_words(limits)}. {advice}"
 
 
 def difference_in_words(item: GroupComparison) -> str:
@@ -195,14 +209,18 @@ def _facts(item: GroupComparison) -> str:
     return ", ".join(facts)
 
 
-def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
-    """What to do where nothing is as good; ``largest`` are the cuts at which each search ended."""
+def _nearest(largest: Sequence[GroupComparison]) -> GroupComparison:
+    """Of the cuts at which each search ended, that which comes nearest to being as good."""
 
     def rank(item: GroupComparison) -> tuple[bool, float, float]:
         low = item.difference.low
-        return item.outcome == "undecided", -math.inf if low is None else low, item.difference.value
+        return item.outcome in ("same", "undecided"), -math.inf if low is None else low, item.difference.value
 
-    item = max(largest, key=rank)
+    return max(largest, key=rank)
+
+
+def _not_yet(item: GroupComparison, margin: float) -> str:
+    """What to do where nothing is as good as the full model, and this comes nearest."""
     name, full, difference = shorten(item.group.name), shorten(item.reference.name), item.difference
     value, low = difference.value, difference.low
     if low is None:
@@ -210,7 +228,7 @@ def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
             f"Not decided yet: {name} scores {signed(value)} points beside {full}, but without intervals that may be "
             "chance. Evaluate both again to get them."
         )
-    if item.outcome != "undecided":
+    if difference.sign:
         train = "Train it for more steps, or on more data," if item.group.first.training else "Train it after the cut,"
         return f"Keep {full}: {name} comes nearest, with {difference_in_words(item)}. {train} and score it again."
     # An interval narrows with the square root of the amount.
@@ -227,8 +245,9 @@ def _not_yet(largest: Sequence[GroupComparison], margin: float) -> str:
 def _what_is_compared(item: GroupComparison) -> str:
     """What the points are a difference to, and what their interval covers."""
     own, full = item.group.first, item.reference.first
-    said = f"Points, speed and size are relative to {shorten(item.reference.name)}, the full model, on your "
-    said += plural(len(item.tasks), "task")
+    scout = own.scout or full.scout
+    judge = JUDGES.get(scout.table.judge if scout else "") or f"your {plural(len(item.tasks), 'task')}"
+    said = f"Points, speed and size are relative to {shorten(item.reference.name)}, the full model, on {judge}"
     if item.difference.low is not None:
         seeds = "not over" if item.difference.seed_error is None else "and over"
         said += f"; ranges are 95 % intervals over texts, {seeds} training seeds"
@@ -247,8 +266,8 @@ def _choice(run: Run, scout: Scouted) -> str:
     chosen = f"{scout.chosen} of {scout.table.depth} layers are chosen" if scout.chosen else "no depth is chosen yet"
     try:
         recommended = choose_rung(run.budget, scout.table)
-    except SecateurError:  # of a budget, or a table, that was edited since
-        return f"{chosen}."
+    except SecateurError as error:  # no depth is within the budget; or that, or the table, was edited since
+        return f"{chosen}: {error}."
     reason = recommended.reason + (f" Note: {recommended.warning}." if recommended.warning else "")
     if scout.chosen == len(recommended.blocks):
         return reason

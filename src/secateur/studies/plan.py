@@ -23,7 +23,7 @@ from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig
 from secateur.models import is_endpoint, model_label
 from secateur.options import Budget, CostOptions, HealOptions, HealSettings, StudyOptions, default_of
-from secateur.reporting.run import POLISHED, SCOUTED, TRIMMED, UNTRAINED
+from secateur.reporting.run import BASELINE, POLISHED, SCOUTED, TRIMMED, UNTRAINED
 from secateur.results import Costs, Profile, Scout
 from secateur.scouting.scout import ladder, step_cost
 from secateur.studies.steps import (
@@ -122,9 +122,10 @@ def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
             raise ConfigError("recipes", name, f"{name!r} is no name", "small letters, digits and _")
         if name == NO_TRAINING and own:
             raise ConfigError("recipes", own, "none has no settings", "name the recipe otherwise")
-        if name == TRIMMED and study.cuts_vocabulary:
-            problem = "is what models are called that had their vocabulary cut alone"
-            raise ConfigError("recipes", name, problem, "name the recipe otherwise")
+        if name in (TRIMMED, SCOUTED, POLISHED, BASELINE):
+            raise ConfigError(
+                "recipes", name, f"{name} is what a study calls other models", "name the recipe otherwise"
+            )
         for decided in sorted(_DECIDED.keys() & own.keys()):
             raise ConfigError(f"recipes.{name}.{decided}", own, "is the study's to say", "leave it out")
         try:

@@ -55,13 +55,17 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass
 class State:
-    """How far a study is. ``seconds`` are those of the finished steps, ``failed`` says why, ``running`` since when."""
+    """How far a study is. ``seconds`` are those of the finished steps, ``failed`` says why, ``running`` since when.
+
+    ``slots`` is how many steps run at once.
+    """
 
     plan: Plan = field(default_factory=Plan)
     done: Collection[str] = ()
     running: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    slots: int = 1
 
     @property
     def expected(self) -> dict[str, float | None]:
@@ -77,10 +81,11 @@ class State:
 
     @property
     def seconds_left(self) -> float:
-        """Estimated work of the steps that are left and can be done, one after another."""
+        """Estimated time of the steps that are left and can be done, as many at once as there are slots."""
         now, expected = time.time(), self.expected
         left = [step.name for step in self.plan.steps if self.of(step) in ("waiting", "running")]
-        return sum(max(0.0, (expected[name] or 0.0) - (now - self.running.get(name, now))) for name in left)
+        work = sum(max(0.0, (expected[name] or 0.0) - (now - self.running.get(name, now))) for name in left)
+        return work / self.slots
 
     def of(self, step: Step) -> str:
         """``done``, ``running``, ``failed``, ``blocked`` (by one that failed) or ``waiting``."""
@@ -123,7 +128,7 @@ class Scheduler:
         with output_errors(self.run / JOURNAL), (self.run / JOURNAL).open("ab+") as stream:
             stream.seek(0)
             stream.truncate(stream.read().rfind(b"\n") + 1)  # without the torn line of a killed process
-        self.state.seconds = taken_seconds(read_journal(self.run))
+        self.state.seconds, self.state.slots = taken_seconds(read_journal(self.run)), self.executor.slots
         futures: dict[Future[Exception | None], Step] = {}
         pool = ThreadPoolExecutor(self.executor.slots)
         try:
@@ -147,7 +152,10 @@ class Scheduler:
         """Make the plan, see what of it is there already, and give the steps to begin now."""
         state = self.state
         state.plan = plan = self.make_plan(state.failed)
-        state.failed |= plan.failed
+        for name in plan.failed.keys() - state.failed.keys():
+            state.failed[name] = plan.failed[name]
+            step = next(step for step in plan.steps if step.name == name)
+            self._write(step, "failed", error=plan.failed[name])
         able: list[Step] = []
         done: set[str] = set(state.done)
         for step in plan.steps:

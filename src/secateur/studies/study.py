@@ -43,23 +43,23 @@ from secateur.evaluation.tasks import expand, open_tasks
 from secateur.files import lock, read_json, results_folder, write_text
 from secateur.healing.recipes import training_config
 from secateur.healing.training_data import training_sets
-from secateur.models import model_label
+from secateur.models import is_endpoint, model_label, resolve
 from secateur.options import STUDY_FILES, StudyOptions, read_study, step, to_yaml
 from secateur.progress import Progress, silent
 from secateur.provenance import acting_as
 from secateur.reporting.report import report
-from secateur.reporting.run import CHOICE, TRIMMED, UNTRAINED, read_journal, read_run, read_scout
+from secateur.reporting.run import CHOICE, PLAN, TRIMMED, UNTRAINED, read_journal, read_run, read_scout
 from secateur.reporting.verdict import coverage_notes
 from secateur.results import Costs, Origin, Profile, Scores, load
 from secateur.scouting.held_out import draw
 from secateur.studies import runner
 from secateur.studies.demo import demo_study
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
-from secateur.studies.plan import ITSELF, NO_TRAINING, SCOUTS, first_scout, plan_steps, recipe_options
+from secateur.studies.plan import BY_TASKS, ITSELF, NO_TRAINING, SCOUTS, first_scout, plan_steps, recipe_options
 from secateur.studies.runner import RECORDS, Scheduler, State, is_done, taken_seconds
 from secateur.studies.steps import LAST, MODELS, Base, Plan, Step
 
-SETTINGS, PLAN, TABLE = "study.yaml", "plan.json", "table.csv"
+SETTINGS, TABLE = "study.yaml", "table.csv"
 HOW = frozenset({"out", "jobs", "ray"})
 """Options that say how a study is run, not what it is; they may change when it goes on."""
 
@@ -130,7 +130,7 @@ def plan_study(options: StudyOptions, *, progress: Progress = silent) -> State:
     """
     plan = _make_plan(_prepare(options, progress))
     done = [step.name for step in plan.steps if is_done(step, plan, options.out)]
-    return State(plan, done, seconds=taken_seconds(read_journal(options.out)))
+    return State(plan, done, failed=plan.failed, seconds=taken_seconds(read_journal(options.out)), slots=options.jobs)
 
 
 def read_status(run: str | Path) -> State:
@@ -156,7 +156,7 @@ def read_status(run: str | Path) -> State:
     begun = begun if _is_locked(run / RECORDS) else {}
     running = {name: datetime.fromisoformat(started).timestamp() for name, started in begun.items()}
     failed = {name: reason for name, reason in failed.items() if name in left} | plan.failed
-    return State(plan, done, running, failed, taken_seconds(entries))
+    return State(plan, done, running, failed, taken_seconds(entries), settings.jobs)
 
 
 def _is_locked(folder: Path) -> bool:
@@ -185,10 +185,8 @@ def _prepare(given: StudyOptions, progress: Progress) -> _Outline:
     ``plan.json`` keeps both, so that nothing needs to be checked again while the options stay.
     """
     run, settings = given.out, _settings(given, progress)
-    if not ((run / SETTINGS).is_file() and (run / PLAN).is_file()):
-        return _check_and_measure(settings)
-    kept = _read_plan(run)
-    same = kept["study"] == _what(settings)
+    kept = _read_plan(run) if (run / SETTINGS).is_file() and (run / PLAN).is_file() else {}
+    same = kept.get("study") == _what(settings)
     outline = _Outline(settings, kept["models"], kept["amounts"]) if same else _check_and_measure(settings)
     runner.check_done(_make_plan(outline), run)
     return outline
@@ -241,8 +239,13 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
     for name, recipe in recipe_options(settings).items():
         if name != NO_TRAINING:
             training_sets(sources, training_config(recipe, sources))
+            if recipe.teacher not in (None, ITSELF) and not is_endpoint(recipe.teacher):
+                resolve(recipe.teacher)
     if settings.tasks:
         open_tasks(settings.tasks, settings.sample, settings.seed)
+    elif settings.depth_scores or BY_TASKS in settings.depths:
+        name = "depth_scores" if settings.depth_scores else "depths"
+        raise ConfigError(name, getattr(settings, name), "asks for scores at every depth", "give --tasks, too")
     for baseline in settings.baselines:  # whether it is there, and its key is right, is known before hours of work
         open_embedder(baseline).encode("a text", show_progress_bar=False)
     bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=False))
