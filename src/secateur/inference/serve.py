@@ -31,7 +31,7 @@ from secateur.inference.queueing import LocalWorker, Metrics, log
 from secateur.inference.workers import EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
 from secateur.options import ServeOptions, step
-from secateur.runtime.core import CPU_BATCH, GPU_BATCH
+from secateur.runtime.core import CPU_BATCH, GPU_BATCH, LENGTH_STEP
 
 API_KEYS = "SECATEUR_API_KEYS"
 """The environment variable that API keys are read from, separated by commas."""
@@ -182,6 +182,7 @@ def serve(options: ServeOptions) -> None:
         if options.workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")
             encoder.batch_tokens = opening.batch_tokens or (CPU_BATCH if opening.on_cpu else GPU_BATCH)
+            encoder.length_step = LENGTH_STEP  # as in the workers, which else cut the queue's batches in two
         processes = _start_workers(stack, options, opening, metrics)
         name = options.name or model_label(options.model)
         app = make_app(encoder, name, options, keys=keys, processes=processes, metrics=metrics, thread=thread)
