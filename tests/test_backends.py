@@ -134,6 +134,7 @@ def test_int8_is_let_in_by_a_lower_cosine_and_calibrated_on_the_texts(model: Pat
 def test_a_server_tries_what_may_be_quicker_than_what_is_kept(ready: Path):
     pytest.importorskip("nncf")
     chosen = choose(Opening(str(ready), device="cpu"), 0.98)
+    assert "100.0 times" not in chosen.told, "what was measured for a run was not after every prompt"
     assert {"openvino-float32", "openvino-int8"} <= set(kept(ready))  # and others, where int8 is not the quickest
     again = choose(Opening(str(ready), device="cpu"), 0.98)
     assert again.opening == chosen.opening or chosen.opening.backend == "torch"
@@ -168,6 +169,14 @@ def test_a_conversion_that_fails_is_told_once_and_not_tried_again(model: Path, r
     assert kept(model) == []
     with pytest.raises(ModelError, match=r"cannot be converted for openvino .*no such operation"):
         choose(Opening(str(model), backend="openvino", device="cpu"), 0.9999)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_conversion_that_gives_other_vectors_is_never_used(model: Path, monkeypatch, dtype: str):
+    monkeypatch.setattr("secateur.exporting.export.longest_text", lambda _: 60)  # the model cuts at 64
+    with pytest.raises(ModelError, match=r"cannot be converted for openvino .*least cosine"):
+        choose(Opening(str(model), backend="openvino", dtype=dtype, device="cpu"), 0.9999)
+    assert kept(model) == []
 
 
 def test_a_model_that_changed_does_not_get_the_vectors_of_its_old_conversion(ready: Path, tmp_path: Path):

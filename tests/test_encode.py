@@ -185,6 +185,15 @@ def test_accelerate_gives_as_many_numbers_as_are_asked_for(make_encoder: MakeEnc
         same(fast.encode(["one", "two"], truncate_dim=asked), own.encode(["one", "two"], truncate_dim=asked))
 
 
+def test_accelerate_reads_as_much_of_a_text_as_the_model_does_now(make_encoder: MakeEncoder):
+    own = make_encoder("bert")
+    own.max_seq_length = 16
+    fast = accelerate(own)
+    for length in (64, 8):
+        fast.max_seq_length = length
+        same(fast.encode(["cut the hedge " * 9]), own.encode(["cut the hedge " * 9]))
+
+
 def test_accelerate_keeps_the_signature(make_encoder: MakeEncoder):
     own = make_encoder("llama", prompts={"query": "what? "})
     fast = accelerate(own)
@@ -306,7 +315,11 @@ def test_queries_are_rounded_by_the_ranges_of_the_documents(model: Path, referen
     np.testing.assert_array_equal(vectors_of(done.file), quantize_embeddings(alone, "int8", ranges=ranges))
     told = json.loads((tmp_path / "query.npy.json").read_text())["ranges"]
     np.testing.assert_allclose(told, ranges, rtol=1e-6)
-    for wrong, says in (({"dimensions": 8}, "2 by 32 ranges, not 2 by 8"), ({"dtype": "bfloat16"}, "other weights")):
+    for wrong, says in (
+        ({"dimensions": 8}, "2 by 32 ranges, not 2 by 8"),
+        ({"dtype": "bfloat16"}, "another dtype"),
+        ({"normalize": True}, "another --normalize"),
+    ):
         with pytest.raises(ConfigError, match=says):
             encode(model, query, out=tmp_path / "no.npy", ranges=earlier, **options | wrong)
     with pytest.raises(ConfigError, match="goes with --precision int8"):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -236,7 +237,10 @@ def test_a_channel_that_stands_out_does_not_cost_int8_its_vectors(
     one_loud_channel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     options = {"to": "onnx", "precision": "int8", "min_cosine": -1.0}
+    monkeypatch.setattr("secateur.exporting.convert.SMALL", 16)
     apart = export(one_loud_channel, out=tmp_path / "apart", **options)
+    halves = [item for item in onnx.load(tmp_path / "apart" / apart.graph).graph.initializer if item.data_type == 10]
+    assert {len(item.dims) for item in halves} == {2}, "scales and biases stay in float32"
     monkeypatch.setattr("secateur.exporting.convert.OUTLIER", float("inf"))
     together = export(one_loud_channel, out=tmp_path / "together", **options)
     assert 1 - apart.cosine_mean < (1 - together.cosine_mean) / 2

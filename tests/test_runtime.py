@@ -134,6 +134,8 @@ def test_what_is_no_text_is_refused_by_its_place(folder: Path):
         encoder.encode(["a", 7])
     with pytest.raises(DataError, match="number 0 holds half of a surrogate pair"):
         encoder.encode(["a\ud800"])
+    with pytest.raises(ConfigError, match="bfloat16 is not for an export of onnx in float32"):
+        runtime.load(folder, dtype="bfloat16")
     with pytest.raises(ConfigError, match="no such form of vectors as 'int4'"):
         encoder.encode(["a"], precision="int4")
     for no_texts in ({"a": 1}, None, 5, b"a", {"a", "b"}):

@@ -113,6 +113,13 @@ def test_a_model_without_prompts_takes_none(encoder: Encoder):
         assert server.post(request(prompt=None))[0] == 200
 
 
+def test_a_model_that_cuts_no_text_is_served(folder: Path):
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.max_seq_length = 10**30  # as a tokenizer says that knows no limit
+    with running(make_app(ModelEncoder(model), "tiny", limits())) as server:
+        assert server.post(request())[0] == server.post(request(input=[5, 6]))[0] == 200
+
+
 def test_the_models_own_default_prompt_is_kept(folder: Path):
     model = SentenceTransformer(str(folder), device="cpu", default_prompt_name="query")
     with running(make_app(ModelEncoder(model), "tiny", limits())) as server, server.client() as client:
@@ -441,7 +448,7 @@ def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTrans
 
 
 def test_the_server_and_bulk_encoding_do_not_import_each_other():
-    server, bulk = ("queueing", "app", "serve"), ("vector_files", "encode")
+    server, bulk = ("telling", "queueing", "app", "serve"), ("vector_files", "encode")
     package = Path(secateur.__file__).parent / "inference"
     for some, others in ((server, bulk), (bulk, server)):
         for module in some:

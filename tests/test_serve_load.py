@@ -24,8 +24,9 @@ from sentence_transformers import SentenceTransformer
 from secateur.errors import SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import Opening
-from secateur.inference.queueing import ApiError, Batcher, LocalWorker, Metrics
+from secateur.inference.queueing import Batcher, LocalWorker
 from secateur.inference.serve import open_worker
+from secateur.inference.telling import ApiError, Metrics
 from secateur.inference.workers import EncoderDied, EncoderProcess
 from secateur.runtime.core import Encoder, Tokens, Vectors
 from servers import wait_until

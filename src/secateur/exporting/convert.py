@@ -53,7 +53,7 @@ SMOOTHING = 0.6
 NNCF's own 0.95 leaves 3.6 times the squared error with all-MiniLM-L6-v2.
 """
 SMALL = 1024
-"""Initializers of fewer numbers stay as they are: they save nothing, and some are scales."""
+"""Initializers of fewer numbers, and rows, stay as they are: they save nothing, and some are scales."""
 
 
 class EncoderGraph(nn.Module):
@@ -349,7 +349,7 @@ def _store_in_half(model: Any, form: Form) -> None:
     half: Any = ml_dtypes.bfloat16 if form.precision == "bfloat16" else np.float16
     casts = []
     for i, item in enumerate(model.graph.initializer):
-        if item.data_type != onnx.TensorProto.FLOAT or np.prod(item.dims) < SMALL:
+        if item.data_type != onnx.TensorProto.FLOAT or len(item.dims) < 2 or np.prod(item.dims) < SMALL:
             continue
         values = onnx.numpy_helper.to_array(item)
         if half is np.float16:

@@ -27,7 +27,7 @@ import numpy as np
 from huggingface_hub import snapshot_download
 
 from secateur import runtime
-from secateur.errors import ConfigError, DataError, MissingPackage, ModelError, OutputError
+from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
 from secateur.exporting.convert import form_of
 from secateur.files import lock, output_errors, read_json, write_text
 from secateur.inference.encoders import AUTO, STORED, TORCH, ModelEncoder, Opening, open_torch
@@ -102,7 +102,7 @@ class Conversion:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What is known of it: :class:`Measured` by dtype; or why it ``failed``."""
+        """What is known of it: :class:`Measured` by dtype, of a server's after any prompt; or why it ``failed``."""
         with suppress(DataError):
             found = read_json(_beside(self.folder))
             if isinstance(found, dict):
@@ -144,7 +144,7 @@ class Conversion:
                     to=opening.backend,
                     precision=precision,
                     data=[file] if lines else [],
-                    min_cosine=-1.0,  # it is measured here, and on other texts
+                    min_cosine=-1.0 if precision == "int8" else None,  # how near int8 comes is measured here
                     pooling=opening.pooling,
                     max_length=opening.max_length,
                     trust_remote_code=opening.trust_remote_code,
@@ -232,7 +232,11 @@ def choose(
         _check_together(opening)
     opening = replace(opening, calibration=tuple(texts))
     if is_decided(opening):
-        encoder = open_encoder(opening)
+        try:
+            encoder = open_encoder(opening)
+        except ExportTooFar as error:
+            problem = f"cannot be converted for {opening.backend} ({error.problem})"
+            raise ModelError(opening.model, problem, "another --backend or --dtype") from error
         backend = encoder.settings.backend if isinstance(encoder, runtime.Encoder) else TORCH
         dtype = encoder.dtype if opening.dtype == AUTO else opening.dtype
         return Chosen(encoder, replace(opening, backend=backend, dtype=dtype), "")
@@ -260,16 +264,18 @@ def _best_conversion(
 ) -> Chosen | None:
     """The quickest conversion that keeps the cosine; ``notes`` get what is wrong with others.
 
-    What was measured before is believed, but where there are texts of a run to measure it anew. A way that would have
-    to be converted is tried only where no quicker one is good.
+    What was measured before is believed (by a server, what was measured after any prompt), but where there are texts of
+    a run to measure it anew. A way that would have to be converted is tried only where no quicker one is good.
     """
     asked = opening.backend not in (AUTO, TORCH)
     best: tuple[Conversion, Measured, Encoder | None] | None = None
     for way in _ways(opening, least):
         conversion, encoder, told = conversion_of(way), None, f"{way.backend} {way.dtype}"
-        record = conversion.record
-        if conversion.kept and way.dtype in record and count in (0, math.inf):
-            measured = Measured(**record[way.dtype])
+        record, everywhere = conversion.record, f"{way.dtype}, any prompt"
+        server = count == math.inf
+        known = record.get(everywhere) if server else record.get(way.dtype, record.get(everywhere))
+        if conversion.kept and known and (server or not count):
+            measured = Measured(**known)
         elif falls_back and not count:
             continue
         else:
@@ -292,7 +298,7 @@ def _best_conversion(
                 notes.append(f"{told} failed ({problem})")
                 continue
             measured = exact.measure(encoder)
-            conversion.note(way.dtype, asdict(measured))
+            conversion.note(everywhere if server else way.dtype, asdict(measured))
         if measured.cosine < least:
             notes.append(f"{told} would keep {measured.cosine:.5f}")
         elif measured.gain > (best[1].gain if best else 1.0 if falls_back else 0.0):

@@ -258,8 +258,8 @@ def _given_ranges(options: EncodeOptions, about: dict[str, Any]) -> Vectors | No
     if ranges.shape != (2, dimension) or not (ranges[0] <= ranges[1]).all():
         shape = " by ".join(map(str, ranges.shape))
         raise ConfigError("ranges", file, f"{file} has {shape} ranges, not 2 by {dimension}", hint)
-    if earlier.get("fingerprint", about["fingerprint"]) != about["fingerprint"]:
-        raise ConfigError("ranges", file, f"{file} is of other weights, or another dtype", hint)
+    if any(earlier.get(name, about[name]) != about[name] for name in ("fingerprint", "normalize")):
+        raise ConfigError("ranges", file, f"{file} is of other weights, another dtype, or another --normalize", hint)
     return ranges
 
 

@@ -26,7 +26,7 @@ from secateur.measures.metrics import paired_cosines
 from secateur.models import model_source
 from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, pool, run_after, run_prefix
 from secateur.models.open_model import MAX_LENGTH, check_device, is_causal, open_model
-from secateur.models.save import PROBES
+from secateur.models.save import NO_LIMIT, PROBES, longest_text
 from secateur.options import EncodeOptions, SavedPooling, ServeOptions
 from secateur.progress import quiet
 from secateur.provenance import is_export
@@ -123,8 +123,7 @@ class ModelEncoder(Encoder):
             raise ModelError(name, "is not a transformer with a tokenizer", "other kinds cannot be encoded with")
         self.model, self.name = model.eval(), name
         self.dimension = int(model.get_embedding_dimension() or 0)
-        config = model[0].auto_model.config.get_text_config()
-        self.max_length = int(model.max_seq_length or getattr(config, "max_position_embeddings", 512))
+        self.max_length = longest_text(model) or NO_LIMIT
         self.vocabulary = int(model[0].auto_model.get_input_embeddings().num_embeddings)
         self.prompts, self.default_prompt = dict(model.prompts), model.default_prompt_name
         self.truncation_side = model.tokenizer.truncation_side
@@ -136,7 +135,7 @@ class ModelEncoder(Encoder):
         self._compared: set[bytes] = set()
         with quiet():
             expected = model.encode(list(PROBES), prompt_name=self.default_prompt, show_progress_bar=False)
-        found = self.run(self.tokenize(PROBES, self.prompt_of(None)))
+        found = self.encode_batch(self.tokenize(PROBES, self.prompt_of(None)))
         cosine = float(paired_cosines(found, expected).min())
         if not cosine >= LEAST_COSINE:  # a module may want more than tokens and a mask
             raise ModelError(name, f"gives other vectors in batches than alone (cosine {cosine:.4f})")
@@ -146,7 +145,8 @@ class ModelEncoder(Encoder):
         self, texts: Sequence[str], prompt: str = "", on_batch: OnBatch = ignore, **options: Any
     ) -> Vectors:
         """See :meth:`Encoder.encode_texts`."""
-        self._prefix = None  # the model may have been trained since
+        # The model may have been trained since, or been told to read more.
+        self._prefix, self.max_length = None, longest_text(self.model) or NO_LIMIT
         return super().encode_texts(texts, prompt, on_batch, **options)
 
     def read(self, texts: Sequence[str], prompt: str, truncate: bool) -> list[Tokens]:

@@ -27,11 +27,12 @@ from secateur.errors import ConfigError, ModelError
 from secateur.inference.app import make_app
 from secateur.inference.backends import choose, is_decided, open_encoder
 from secateur.inference.encoders import STORED, TORCH, ModelEncoder, Opening
-from secateur.inference.queueing import LocalWorker, Metrics, log
+from secateur.inference.queueing import LocalWorker
+from secateur.inference.telling import Metrics, log
 from secateur.inference.workers import EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
 from secateur.options import ServeOptions, step
-from secateur.runtime.core import CPU_BATCH, GPU_BATCH
+from secateur.runtime.core import CPU_BATCH, GPU_BATCH, LENGTH_STEP
 
 API_KEYS = "SECATEUR_API_KEYS"
 """The environment variable that API keys are read from, separated by commas."""
@@ -182,6 +183,7 @@ def serve(options: ServeOptions) -> None:
         if options.workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")
             encoder.batch_tokens = opening.batch_tokens or (CPU_BATCH if opening.on_cpu else GPU_BATCH)
+            encoder.length_step = LENGTH_STEP  # as in the workers, which else cut the queue's batches in two
         processes = _start_workers(stack, options, opening, metrics)
         name = options.name or model_label(options.model)
         app = make_app(encoder, name, options, keys=keys, processes=processes, metrics=metrics, thread=thread)

@@ -1,4 +1,4 @@
-"""Encoders in processes of their own, on this machine or on a Ray cluster; those that die or hang are replaced."""
+"""Encoders in processes of their own, here or on Ray; those that die are replaced, and those of a server that hang."""
 
 from __future__ import annotations
 

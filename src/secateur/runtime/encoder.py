@@ -45,6 +45,7 @@ def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = 
         dtype: ``bfloat16`` has OpenVINO multiply an export in float32 so; default: as it was exported.
 
     Raises:
+        ConfigError: The export does not go with the ``dtype``.
         ModelError: The folder is no export, or not whole.
         MissingPackage: Its backend is not installed.
     """
@@ -62,7 +63,11 @@ def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = 
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelError(folder, f"has no readable tokenizer.json ({error})") from error
-    manifest["precision"] = dtype or manifest["precision"]
+    backend, precision = manifest["backend"], manifest["precision"]
+    if dtype not in (None, precision) and (backend, precision, dtype) != ("openvino", "float32", "bfloat16"):
+        problem = f"{dtype} is not for an export of {backend} in {precision}"
+        raise ConfigError("dtype", dtype, problem, "leave it out; bfloat16 is for openvino's float32")
+    manifest["precision"] = dtype or precision
     return ExportEncoder(folder, manifest, tokenizer, open_session(folder, manifest, threads))
 
 
