@@ -185,6 +185,14 @@ ROWS = {
         own=True,
         which="uniform",
     ),
+    "embedder-middle-uniform-own": Row(
+        "evenly spaced layers of the embedder (middle), distilled on texts alone, half of them the tasks' own",
+        "embedder_middle",
+        {},
+        "embedder",
+        own=True,
+        which="uniform",
+    ),
     "embedder-small-uniform-own-trimmed": Row(
         "the same, then fewer tokens, by the tasks' own texts too",
         settings=None,
