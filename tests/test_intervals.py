@@ -125,12 +125,21 @@ def test_intervals_of_a_paired_difference_cover_and_are_narrower_than_unpaired_o
 def test_no_error_in_n_answers_is_an_interval_by_the_rule_of_three():
     draws = resample(mean_statistic(np.ones(20)), 20, seed=0, limits=(0.0, 1.0))
     low, high = interval(draws, (0.0, 1.0))
-    assert high == pytest.approx(1, abs=0.01)
+    assert high == 1
     assert low == pytest.approx(binomtest(20, 20).proportion_ci(0.95).low, abs=0.015)  # Clopper and Pearson's
     assert interval(resample(mean_statistic(np.ones(20)), 20, seed=0)) == (
         None,
         None,
     )  # what losses can be is not known
+
+
+def test_a_difference_to_a_score_without_errors_is_centred():
+    """Else a loss seems smaller than it is, and is ruled out too often."""
+    perfect = resample(mean_statistic(np.ones(20)), 20, seed=0, limits=(0.0, 1.0))
+    other = resample(mean_statistic(np.repeat([1.0, 0.0], [17, 3])), 20, seed=0, limits=(0.0, 1.0))
+    low, high = interval(other - perfect, (-1.0, 1.0))
+    assert (other - perfect).mean() == pytest.approx(-0.15, abs=0.01)
+    assert (low + high) / 2 == pytest.approx(-0.15, abs=0.02)
 
 
 def test_few_units_and_undefined_draws_are_doubted():

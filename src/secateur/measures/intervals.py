@@ -82,19 +82,17 @@ def resample(
         units: How many units there are.
         seed: Decides which units are drawn.
         replicates: How often.
-        limits: What a single number can be. Where units that are all alike give no spread (no error in n answers), the
-            rule of three does: so many units may be at the other end.
+        limits: What a single number can be. Where units that are all alike give no spread (no error in n answers), it
+            is that of Clopper and Pearson's interval: so many units may be at the other end.
     """
     values = np.concatenate([statistic(counts) for counts in resampled_counts(units, seed, replicates)])
     measured = statistic(np.ones((1, units)))[0]
     if limits is not None and _is_constant(values):
-        # Clopper and Pearson: where no unit differs, the share of units that do may be 1 - u^(1/n).
+        # Clopper and Pearson: where no unit differs, the share of units that do may be 1 - u^(1/n). Half of the draws
+        # are below the number and half above it, even beyond what it can be: like all others they are centred on it.
         rng = np.random.default_rng(seed)
-        share = 1 - rng.random(replicates) ** (1 / units)
-        low, high = limits
-        either = np.where(rng.random(replicates) < 0.5, low, high)
-        end = low if measured >= high - ROUNDING else high if measured <= low + ROUNDING else either
-        by_rule: Array = measured + share * (end - measured)
+        share = (1 - (rng.random(replicates) / 2) ** (1 / units)) * rng.choice([-1.0, 1.0], replicates)
+        by_rule: Array = measured + share * max(measured - limits[0], limits[1] - measured)
         return by_rule
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # undefined on every replicate
@@ -113,7 +111,7 @@ def why_no_interval(replicates: Array, units: int) -> str:
         return f"{units} are too few, it takes {MINIMUM_UNITS}"
     if undefined > MOST_UNDEFINED:
         return f"undefined on {100 * undefined:.0f} % of the draws"
-    return "all of them are alike" if _is_constant(replicates) else ""
+    return ""
 
 
 def interval(replicates: Array, limits: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
