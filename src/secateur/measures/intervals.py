@@ -62,13 +62,7 @@ def observed(statistic: Statistic, units: int) -> float:
     return float(statistic(np.ones((1, units)))[0])
 
 
-def resample(
-    statistic: Statistic,
-    units: int,
-    seed: int,
-    replicates: int = REPLICATES,
-    limits: tuple[float, float] | None = None,
-) -> Array:
+def resample(statistic: Statistic, units: int, seed: int, replicates: int = REPLICATES) -> Array:
     """Bootstrap replicates: (replicates,) or (replicates, numbers), centred on the number of the units as they are.
 
     Centring leaves out the bootstrap's own bias, such as that of the best threshold. Deviations are widened, because a
@@ -82,18 +76,9 @@ def resample(
         units: How many units there are.
         seed: Decides which units are drawn.
         replicates: How often.
-        limits: What a single number can be. Where units that are all alike give no spread (no error in n answers), it
-            is that of Clopper and Pearson's interval: so many units may be at the other end.
     """
     values = np.concatenate([statistic(counts) for counts in resampled_counts(units, seed, replicates)])
     measured = statistic(np.ones((1, units)))[0]
-    if limits is not None and _is_constant(values):
-        # Clopper and Pearson: where no unit differs, the share of units that do may be 1 - u^(1/n). Half of the draws
-        # are below the number and half above it, even beyond what it can be: like all others they are centred on it.
-        rng = np.random.default_rng(seed)
-        share = (1 - (rng.random(replicates) / 2) ** (1 / units)) * rng.choice([-1.0, 1.0], replicates)
-        by_rule: Array = measured + share * max(measured - limits[0], limits[1] - measured)
-        return by_rule
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # undefined on every replicate
         mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
@@ -114,14 +99,21 @@ def why_no_interval(replicates: Array, units: int) -> str:
     return ""
 
 
-def interval(replicates: Array, limits: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+def interval(
+    replicates: Array, limits: tuple[float, float] = (-math.inf, math.inf), units: int | None = None
+) -> Interval:
     """Percentile interval at :data:`CONFIDENCE`, within what the number can be; undefined replicates left out.
 
-    (None, None) where no two replicates differ, which tells nothing of other rows.
+    Where no two replicates differ (no error in n answers), it is that of Clopper and Pearson for so many ``units``, of
+    which a share of 1 - 0.025^(1/n) may be at the other end; (None, None) without ``units``.
     """
-    if _is_constant(replicates):
+    if not _is_constant(replicates):
+        ends = np.nanquantile(replicates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    elif units is None or np.isnan(replicates).all():
         return None, None
-    ends = np.nanquantile(replicates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    else:
+        share = 1 - ((1 - CONFIDENCE) / 2) ** (1 / units)
+        ends = np.nanmean(replicates) * (1 - share) + share * np.array(limits)
     low, high = np.clip(ends, *limits)
     return float(low), float(high)
 
