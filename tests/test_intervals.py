@@ -93,10 +93,10 @@ def test_intervals_hold_the_expected_number_at_93_percent_or_more(name: str, uni
     limits = limits_of(metric) if metric else None
     hits = given = 0
     for seed in range(1000):
-        draws = resample(make(rng, units), units, seed, replicates=400, limits=limits)
+        draws = resample(make(rng, units), units, seed, replicates=400)
         if np.isnan(draws).all() or why_no_interval(draws, units):
             continue
-        low, high = interval(draws, limits or (-np.inf, np.inf))
+        low, high = interval(draws, limits, units) if limits else interval(draws)
         assert low is not None and high is not None
         assert limits is None or limits[0] <= low <= high <= limits[1]
         given, hits = given + 1, hits + (low <= expected <= high)
@@ -122,15 +122,19 @@ def test_intervals_of_a_paired_difference_cover_and_are_narrower_than_unpaired_o
     assert np.median(widths) < 0.5
 
 
-def test_no_error_in_n_answers_is_an_interval_by_the_rule_of_three():
-    draws = resample(mean_statistic(np.ones(20)), 20, seed=0, limits=(0.0, 1.0))
-    low, high = interval(draws, (0.0, 1.0))
-    assert high == pytest.approx(1, abs=0.01)
-    assert low == pytest.approx(binomtest(20, 20).proportion_ci(0.95).low, abs=0.015)  # Clopper and Pearson's
-    assert interval(resample(mean_statistic(np.ones(20)), 20, seed=0)) == (
-        None,
-        None,
-    )  # what losses can be is not known
+def test_no_error_in_n_answers_is_an_interval_of_clopper_and_pearson():
+    draws = resample(mean_statistic(np.ones(20)), 20, seed=0)
+    exact = binomtest(20, 20).proportion_ci(0.95)
+    assert interval(draws, (0.0, 1.0), 20) == pytest.approx((exact.low, exact.high))
+    assert interval(draws) == (None, None)  # what losses can be is not known
+
+
+def test_a_difference_to_a_score_without_errors_is_that_of_the_rows():
+    """The uncertainty of one row less must not be added: a loss would seem smaller, or chance."""
+    perfect, other = np.ones(20), np.repeat([1.0, 0.0], [14, 6])
+    found = resample(mean_statistic(other), 20, seed=0) - resample(mean_statistic(perfect), 20, seed=0)
+    assert interval(found) == pytest.approx(interval(resample(mean_statistic(other - perfect), 20, seed=0)))
+    assert interval(found)[1] < 0
 
 
 def test_few_units_and_undefined_draws_are_doubted():

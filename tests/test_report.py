@@ -680,6 +680,12 @@ def test_scores_without_an_interval_say_why(run: Path) -> None:
     told = f"{TASKS[0][0]}, tiny-2-healed: no interval: 3 queries are too few."
     assert told in read(report(run)).text
     assert "3 queries are too few" in (run / "report.md").read_text(encoding="utf-8")
+    full = replace(row, model="tiny-8-healed", score=0.6)
+    for folder in (run / "scores").iterdir():
+        shutil.rmtree(folder)
+    Scores(made("secateur evaluate"), (row, full)).save(run / "scores" / "both")
+    advice = recommend(find_in(run)).headline.partition("may be chance. ")[2]
+    assert advice == f"{TASKS[0][0]}: no interval: 3 queries are too few."
 
 
 def test_a_card_of_the_users_own_is_left_alone(run: Path) -> None:

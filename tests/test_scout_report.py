@@ -15,6 +15,7 @@ from secateur.reporting.card import CARD_MARK
 from secateur.reporting.findings import summarize
 from secateur.reporting.report import report
 from secateur.reporting.run import read_run
+from secateur.reporting.tables import rung_table
 from secateur.reporting.verdict import notes, recommend, scout_sentences
 from secateur.results import (
     CostRow,
@@ -102,6 +103,14 @@ def write_run(run: Path) -> Path:
     Costs(made("secateur cost models"), tuple(rows)).save(run)
     (run / "study.yaml").write_text("models: [org/tiny]\ntolerance: null\nbest: false\nmax_params: null\n")
     return run
+
+
+def test_a_depth_of_evenly_spaced_layers_has_their_parameters(tmp_path: Path) -> None:
+    table = load(write_scout(tmp_path), Scout)
+    costs = [*table.layer_costs[:-1], replace(table.layer_costs[-1], parameters=5_000_000)]  # the last is larger
+    replace(table, layers="uniform", layer_costs=tuple(costs)).save(tmp_path / "scouts" / "tiny")
+    rows = rung_table(read_run(tmp_path).scouts[0]).rows
+    assert [plain(str(row[2])) for row in rows] == ["15.0 M", "16.0 M", "17.0 M", "18.0 M", "20.0 M"]
 
 
 @pytest.fixture

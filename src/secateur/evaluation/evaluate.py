@@ -315,16 +315,16 @@ def _with_interval(
     again = float(np.mean([intervals.observed(part.statistic, part.units) for part in parts]))
     if not abs(again - row.score) <= SAME_SCORE:  # a task of mteb's with a scoring of its own
         raise ValueError(f"mteb's score is {row.score:.4f}, but its predictions give {again:.4f}")
-    limits, found = intervals.limits_of(row.metric), []
+    found = []
     for number, part in enumerate(parts):
         # The seed follows from the data alone, so that every model is resampled alike.
         seed = int(hashlib.sha256(f"{row.data} {number}".encode()).hexdigest()[:8], 16)
-        found.append(intervals.resample(part.statistic, part.units, seed, limits=limits))
+        found.append(intervals.resample(part.statistic, part.units, seed))
         if why := intervals.why_no_interval(found[-1], part.units):
             raise ValueError(why)
     replicates = intervals.mean_of(found)
-    low, high = intervals.interval(replicates, limits)
+    units = sum(part.units for part in parts)
+    low, high = intervals.interval(replicates, intervals.limits_of(row.metric), units)
     identity = [row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights, row.versions]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    units = sum(part.units for part in parts)
     return replace(row, low=low, high=high, unit=parts[0].unit, units=units, samples=units, draws=name), replicates

@@ -62,13 +62,7 @@ def observed(statistic: Statistic, units: int) -> float:
     return float(statistic(np.ones((1, units)))[0])
 
 
-def resample(
-    statistic: Statistic,
-    units: int,
-    seed: int,
-    replicates: int = REPLICATES,
-    limits: tuple[float, float] | None = None,
-) -> Array:
+def resample(statistic: Statistic, units: int, seed: int, replicates: int = REPLICATES) -> Array:
     """Bootstrap replicates: (replicates,) or (replicates, numbers), centred on the number of the units as they are.
 
     Centring leaves out the bootstrap's own bias, such as that of the best threshold. Deviations are widened, because a
@@ -82,20 +76,9 @@ def resample(
         units: How many units there are.
         seed: Decides which units are drawn.
         replicates: How often.
-        limits: What a single number can be. Where units that are all alike give no spread (no error in n answers), the
-            rule of three does: so many units may be at the other end.
     """
     values = np.concatenate([statistic(counts) for counts in resampled_counts(units, seed, replicates)])
     measured = statistic(np.ones((1, units)))[0]
-    if limits is not None and _is_constant(values):
-        # Clopper and Pearson: where no unit differs, the share of units that do may be 1 - u^(1/n).
-        rng = np.random.default_rng(seed)
-        share = 1 - rng.random(replicates) ** (1 / units)
-        low, high = limits
-        either = np.where(rng.random(replicates) < 0.5, low, high)
-        end = low if measured >= high - ROUNDING else high if measured <= low + ROUNDING else either
-        by_rule: Array = measured + share * (end - measured)
-        return by_rule
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # undefined on every replicate
         mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
@@ -113,17 +96,24 @@ def why_no_interval(replicates: Array, units: int) -> str:
         return f"{units} are too few, it takes {MINIMUM_UNITS}"
     if undefined > MOST_UNDEFINED:
         return f"undefined on {100 * undefined:.0f} % of the draws"
-    return "all of them are alike" if _is_constant(replicates) else ""
+    return ""
 
 
-def interval(replicates: Array, limits: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+def interval(
+    replicates: Array, limits: tuple[float, float] = (-math.inf, math.inf), units: int | None = None
+) -> Interval:
     """Percentile interval at :data:`CONFIDENCE`, within what the number can be; undefined replicates left out.
 
-    (None, None) where no two replicates differ, which tells nothing of other rows.
+    Where no two replicates differ (no error in n answers), it is that of Clopper and Pearson for so many ``units``, of
+    which a share of 1 - 0.025^(1/n) may be at the other end; (None, None) without ``units``.
     """
-    if _is_constant(replicates):
+    if not _is_constant(replicates):
+        ends = np.nanquantile(replicates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    elif units is None or np.isnan(replicates).all():
         return None, None
-    ends = np.nanquantile(replicates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    else:
+        share = 1 - ((1 - CONFIDENCE) / 2) ** (1 / units)
+        ends = np.nanmean(replicates) * (1 - share) + share * np.array(limits)
     low, high = np.clip(ends, *limits)
     return float(low), float(high)
 

@@ -255,13 +255,13 @@ def _estimate(sides: Sequence[RunGroup], tasks: Sequence[str]) -> Estimate:
     value = means[0] - sum(means[1:])
     error, half = _seed_error(sides, tasks)
     low = high = None
-    if all(name in side.draws for side in sides for name in tasks):
-        own, *other = [mean_of([side.draws[name] for name in tasks]) for side in sides]
-        low, high = interval(own - sum(other))
-    if low is None or high is None:
-        return Estimate(value, seed_error=error)
     least, most = np.mean([limits_of(own[0].metric) for own in rows], axis=0)
     limits = (least - most, most - least) if len(sides) > 1 else (least, most)
+    if all(name in side.draws for side in sides for name in tasks):
+        own, *other = [mean_of([side.draws[name] for name in tasks]) for side in sides]
+        low, high = interval(own - sum(other), limits, None if other else min(row.units for (row, *_) in rows))
+    if low is None or high is None:
+        return Estimate(value, seed_error=error)
     ends = np.clip([value - math.hypot(value - low, half), value + math.hypot(high - value, half)], *limits)
     return Estimate(value, float(ends[0]), float(ends[1]), error)
 

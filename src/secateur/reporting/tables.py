@@ -10,7 +10,7 @@ from urllib.parse import quote
 import yaml
 
 from secateur import document as doc
-from secateur.choosing.budgets import cut_cost
+from secateur.choosing.budgets import cut_cost, layers_at
 from secateur.choosing.choose import is_prefix, ranges
 from secateur.document import Cell, Table, with_interval
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
@@ -98,7 +98,7 @@ def rung_table(scouted: Scouted) -> Table:
     columns: dict[str, Callable[[RungRow], str | Cell]] = {
         "Depth": lambda row: Cell(str(row.depth), tag="chosen" if row.depth == scouted.chosen else ""),
         "Training": lambda row: "trained" if row.trained else "scored only",
-        "Parameters": lambda row: doc.count(cut_cost(scout, range(row.depth)).parameters),
+        "Parameters": lambda row: doc.count(cut_cost(scout, layers_at(scout, row.depth)).parameters),
         "Score": lambda row: with_interval(row.score, row.low, row.high),
         "Difference": lambda row: _rung_difference(row, scout.depth),
     }

@@ -224,9 +224,15 @@ def _not_yet(item: GroupComparison, margin: float) -> str:
     name, full, difference = shorten(item.group.name), shorten(item.reference.name), item.difference
     value, low = difference.value, difference.low
     if low is None:
+        rows = [row for side in (item.group, item.reference) for v in side.variants for row in v.scores.values()]
+        without = [row for row in rows if not row.draws]
+        advice = "Score both on more test queries or pairs"  # no sample of these tells the two apart
+        if without:
+            told = {row.task: row.note[row.note.find("no interval") :] for row in without if "no interval" in row.note}
+            advice = "; ".join(f"{task}: {why}" for task, why in told.items()) or "Evaluate both again to get them"
         return (
             f"Not decided yet: {name} scores {signed(value)} points beside {full}, but without intervals that may be "
-            "chance. Evaluate both again to get them."
+            f"chance. {advice}."
         )
     if difference.sign:
         train = "Train it for more steps, or on more data," if item.group.first.training else "Train it after the cut,"

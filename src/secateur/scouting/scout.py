@@ -250,11 +250,12 @@ def rungs(
         raise ModelError(name, problem, "are its vectors all alike?")
     missing = sorted({score.depth for score in scores if score.row is None})
     least, most = np.mean([limits_of(score.metric) for score in scores if score.depth == full], axis=0)
+    units = min(score.row.samples for score in scores if score.row)
     by_depth = {depth: _over_tasks(scores, depth) for depth in sorted({s.depth for s in scores} - {*missing})}
     reference, reference_draws = by_depth[full]
     rows = []
     for depth, (values, draws) in by_depth.items():
-        low, high = (None, None) if draws is None else interval(draws.mean(axis=0), (least, most))
+        low, high = (None, None) if draws is None else interval(draws.mean(axis=0), (least, most), units)
         paired: tuple[float, float] | tuple[None, None] = (None, None)
         if draws is not None and reference_draws is not None and depth != full:
             paired = interval((draws - reference_draws).mean(axis=0), (least - most, most - least))
