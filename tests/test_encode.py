@@ -26,7 +26,7 @@ from killing import run_until, signalled
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
 from secateur.data.rows import read_column
-from secateur.errors import ConfigError, DataError, OutputError
+from secateur.errors import ConfigError, DataError, OutputError, SecateurError
 from secateur.inference import encoders
 from secateur.inference.backends import choose, open_encoder
 from secateur.inference.encode import SHARD
@@ -467,6 +467,20 @@ def test_a_dead_worker_is_replaced(model: Path, reference, tmp_path: Path, name:
         done = encode(model, [file], out=tmp_path / "v.npy", dtype="float32", processes=2, **options)
     assert killer.killed
     same(vectors_of(done.file), reference.encode(texts))
+
+
+@pytest.mark.slow  # processes start
+def test_no_worker_encodes_with_a_model_that_came_later(model: Path, tmp_path: Path):
+    folder, file = shutil.copytree(model, tmp_path / "model"), write_lines(tmp_path / "a.jsonl", ["one"])
+
+    def replace_it(what: str, done: int, *_: object) -> None:
+        if (what, done) == ("model opened", 1):
+            later = SentenceTransformer(str(folder), device="cpu")
+            later[0].auto_model.get_input_embeddings().weight.data += 1
+            later.save(str(folder))
+
+    with pytest.raises(SecateurError, match="has been replaced since the work began"):
+        encode(folder, file, out=tmp_path / "v.npy", processes=2, progress=replace_it)
 
 
 @pytest.fixture(scope="module")

@@ -655,10 +655,13 @@ def test_a_base_model_that_is_not_on_the_hub_is_no_metadata(tmp_path: Path, base
     assert not {"base_model", "base_model_relation", "license"} & set(content)
 
 
-def test_a_card_publishes_no_folder_of_this_machine(run: Path) -> None:
+def test_a_card_publishes_no_folder_of_this_machine(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme").mkdir()
+    (tmp_path / "acme" / "b.csv").touch()  # which else could be a name of the Hub
     history = (
         "secateur prune /home/ann/acme/tiny --to 2 --adapter=/srv/secret/lora -o out/acme/cut",
-        "secateur heal out/acme/cut --data '/home/ann/my texts/a.jsonl' hf:org/set:en --teacher org/teacher",
+        "secateur heal out/acme/cut --data '/home/ann/my texts/a.jsonl' acme/b.csv hf:org/s:en --teacher org/teacher",
     )
     folder = run / "models" / "tiny-2-healed"
     Origin(made(history[-1]), "/home/ann/acme/tiny", 8, (0, 1), "mean", 0.0, history).save(folder)
@@ -669,7 +672,7 @@ def test_a_card_publishes_no_folder_of_this_machine(run: Path) -> None:
     for private in ("ann", "acme", "secret", "my texts", "models\\"):
         assert private not in card
     assert "secateur prune tiny --to 2 --adapter=lora -o cut" in card
-    assert "secateur heal cut --data a.jsonl hf:org/set:en --teacher org/teacher" in card
+    assert "secateur heal cut --data a.jsonl b.csv hf:org/s:en --teacher org/teacher" in card
     assert "either/or" in card and "big" in card
     assert "/home/ann/acme/tiny" in (run / "report.md").read_text(encoding="utf-8")  # the report stays here
 

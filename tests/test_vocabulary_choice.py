@@ -83,6 +83,16 @@ def stored(folder: Path) -> tuple[int, int]:
     return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
 
 
+def test_an_id_that_no_token_has_is_named_no_more(home: Path, tmp_path: Path):
+    source, out = shutil.copytree(home / "tiny", tmp_path / "odd"), tmp_path / "cut"
+    config = json.loads((source / "config.json").read_text())
+    config |= {"pad_token_id": 635, "bos_token_id": 638, "eos_token_id": [2, 639]}
+    (source / "config.json").write_text(json.dumps(config))
+    secateur.prune(source, vocab=[home / "texts.txt"], vocab_size=400, out=out)
+    config = json.loads((out / "config.json").read_text())
+    assert [config[f"{name}_token_id"] for name in ("pad", "bos", "eos")] == [None, None, [2]]
+
+
 # What a size costs ----------------------------------------------------------------------------------------------------
 
 
@@ -194,17 +204,17 @@ def test_a_budget_of_a_profile(home: Path):
     found = secateur.candidates(falling, max_params=with_all - 1, vocab=vocab, vocab_coverage=0.5)
     assert [len(row.blocks) for row in found.rows if row.name == "budget"] == [4] and found.vocabulary.size == 560
     assert none < found.vocabulary.rows[1].parameters < with_all
-    assert found.vocabulary.reason == "560 of 600 tokens stay, the most with which 4 layers fit."
+    assert found.vocabulary.reason == "560 of 600 tokens stay, the largest of these sizes with which 4 layers fit."
 
 
 def test_the_sentence_says_how_a_budget_is_met(home: Path):
     table, vocab = home / "scout", home / "texts.txt"
     free = secateur.candidates(table, vocab=vocab, vocab_coverage=0.5)
     loose = secateur.candidates(table, vocab=vocab, max_params=1e9)
-    assert loose.vocabulary.reason == "600 of 600 tokens stay, the most with which 3 layers fit."
+    assert loose.vocabulary.reason == "600 of 600 tokens stay, the largest of these sizes with which 3 layers fit."
     least = free.vocabulary.rows[-1]
     tight = secateur.candidates(table, vocab=vocab, vocab_coverage=0.5, max_params=least.parameters - 1)
-    assert "stay, the most with which 2 layers fit." in tight.vocabulary.reason
+    assert "stay, the largest of these sizes with which 2 layers fit." in tight.vocabulary.reason
     assert "(to lose at most 1 point at 95 % confidence takes 3 layers)" in tight.reason
     assert (tight.chosen, free.chosen) == (2, 3) and "the highest score of those that fit" in tight.reason
     assert [row.fits for row in tight.rows] == [True, True, False, False]

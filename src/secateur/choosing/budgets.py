@@ -226,7 +226,7 @@ def vocabulary_costs(
         cost = cut_cost(vocabularies.with_size(table, tokens), blocks)
         rows[tokens] = replace(counted.row(tokens), parameters=cost.parameters, bytes=cost.bytes)
     limited = _limits_size(options) and options.vocab_size is None
-    fit = f", the most with which {plural(len(blocks), 'layer')} fit" if limited else ""
+    fit = f", the largest of these sizes with which {plural(len(blocks), 'layer')} fit" if limited else ""
     reason = f"{size:,} of {whole:,} tokens stay{fit}."
     to = str(len(blocks)) if blocks == prefix(len(blocks)) else f"uniform:{len(blocks)}"
     words, out = ["secateur", "prune", vocabularies.model, "--to", to], f"{table.model}-{len(blocks)}"

@@ -61,7 +61,14 @@ CHECKED_CHARACTERS, TIMED_CHARACTERS = 200, 10_000
 
 
 def open_encoder(opening: Opening) -> Encoder:
-    """Open a model, an export, or a conversion, which is made where it is not kept."""
+    """Open a model, an export, or a conversion, which is made where it is not kept.
+
+    Raises:
+        ModelError: The model cannot be opened; or it was replaced since its ``fingerprint`` was taken.
+    """
+    if opening.fingerprint and opening.fingerprint != fingerprint_files(opening.model):
+        problem = "has been replaced since the work began, and vectors of two models do not go together"
+        raise ModelError(opening.model, problem, "put its files back, or begin anew")
     if opening.exported:
         return _open_export(opening)
     return open_torch(opening) if opening.backend in (AUTO, TORCH) else conversion_of(opening).open()
@@ -303,6 +310,8 @@ def _best_conversion(
             notes.append(f"{told} would keep {measured.cosine:.5f}")
         elif measured.gain > (best[1].gain if best else 1.0 if falls_back else 0.0):
             best = conversion, measured, encoder
+        else:
+            notes.append(f"{told} was {measured.gain:.1f} times as fast")
     if best is None:
         return None
     conversion, measured, encoder = best

@@ -29,7 +29,7 @@ from secateur.models.open_model import MAX_LENGTH, check_device, is_causal, open
 from secateur.models.save import NO_LIMIT, PROBES, longest_text
 from secateur.options import EncodeOptions, SavedPooling, ServeOptions
 from secateur.progress import quiet
-from secateur.provenance import is_export
+from secateur.provenance import fingerprint_files, is_export
 from secateur.runtime.core import CPU_BATCH, GPU_BATCH, PADDING, Encoder, OnBatch, RunBatch, Tokens, Vectors, ignore
 
 AUTO, TORCH = "auto", "torch"
@@ -58,12 +58,15 @@ class Opening:
     threads: int | None = None  # default: all of the processor
     backend: str = AUTO
     calibration: tuple[str, ...] = ()  # texts by which int8 rounds, also in a worker elsewhere, which converts anew
+    fingerprint: str = ""  # that of the model's files where workers open it, which may be started much later
 
     @classmethod
     def of(cls, options: EncodeOptions | ServeOptions) -> Opening:
         """As options say; refuses a device that this machine does not have."""
         said = {field.name: getattr(options, field.name) for field in fields(cls) if hasattr(options, field.name)}
-        opening = cls(**said | {"model": model_source(options.model)})
+        source = model_source(options.model)
+        alone = not options.workers if isinstance(options, ServeOptions) else options.processes == 1 and not options.ray
+        opening = cls(**said | {"model": source, "fingerprint": "" if alone else fingerprint_files(source)})
         if not opening.exported:
             check_device(opening.device)
         return opening

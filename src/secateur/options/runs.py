@@ -232,7 +232,8 @@ def read_study(run: Path) -> StudyOptions:
 
 BACKEND = "What runs it on a CPU; onnx and openvino convert the model once; auto: the fastest that keeps --min-cosine."
 ARITHMETIC = "Data type of matrix products; stored: the weights' own; auto: the fastest that keeps --min-cosine."
-COSINE = "Lowest cosine to PyTorch's float32 vectors that auto accepts, on some of your texts; 0.98 allows int8."
+ENCODED = f"{MODEL} Or a folder that export wrote."
+COSINE = "Lowest cosine to PyTorch's float32 vectors that auto accepts, on test texts; 0.98 allows int8."
 BATCH_TOKENS = "Tokens in a batch, padding included [default: 1,024 on a CPU, 8,192 on a GPU]."
 Backend = Annotated[Literal["auto", "torch", "onnx", "openvino"], option(BACKEND)]
 Arithmetic = Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8", "stored"], option(ARITHMETIC)]
@@ -276,7 +277,7 @@ class EncodeOptions(Options):
     Example: secateur encode smollm2-large-healed articles.jsonl -o articles.parquet
     """
 
-    model: ModelName = argument(MODEL + " Or a folder that export wrote.")
+    model: ModelName = argument(ENCODED)
     files: Files = argument("Texts: .jsonl, .csv, .tsv or .txt, one on each line, also .gz; or .parquet.", min_length=1)
     out: Annotated[Path, Names("new file")] = option("The file to write: .parquet, .arrow (or .feather), or .npy.", ...)
     column: str | None = option("Column (or key) with the texts [default: text, or the first known].")
@@ -306,7 +307,7 @@ class ServeOptions(Options):
     Example: secateur serve smollm2-large-healed --port 8000
     """
 
-    model: Model
+    model: ModelName = argument(ENCODED)
     host: str = option("Address to listen on; any other than loopback needs an API key.", "127.0.0.1")
     port: int = option("Port to listen on; 0 picks a free one, which the log names.", 8000, ge=0, le=65535)
     name: str | None = option("Model name for clients [default: the folder's name].", min_length=1)

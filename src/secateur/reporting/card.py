@@ -141,7 +141,7 @@ def public(value: Any) -> Any:
         return value
     text = str(value)
     is_path = bool(_ABSOLUTE.match(text)) or ("/" in text and not re.search(r"\s|://", text))
-    if not is_path or is_hub_name(text) or HUB_NAME.fullmatch(text):
+    if not is_path or is_hub_name(text) or is_on_hub(text):
         return text
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
 

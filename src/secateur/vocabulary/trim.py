@@ -248,8 +248,8 @@ def _cut_config(config: PretrainedConfig, kept: Sequence[int], multiple: int) ->
     """Edit a configuration in place: how many tokens there are, and the ids of those that it names."""
     place = {old: new for new, old in enumerate(kept)}
     for field, ids in _ids_in(config).items():
-        moved = [place.get(i, i) for i in ids]
-        setattr(config, field, moved if isinstance(getattr(config, field), list) else moved[0])
+        moved = [place[i] for i in ids if i in place]  # the tokenizer may not have the others, nor have texts
+        setattr(config, field, moved if isinstance(getattr(config, field), list) else next(iter(moved), None))
     for field in SIZES:
         if isinstance(size := getattr(config, field, None), int):
             setattr(config, field, math.ceil(sum(i < size for i in kept) / multiple) * multiple)
