@@ -394,6 +394,9 @@ def test_a_broken_model_gets_no_score(make_encoder: MakeEncoder, tmp_path: Path)
     for path in paths.values():
         with pytest.raises(ModelError, match="broken: gives vectors with NaN"):
             evaluate([model], [path], names=["broken"])
+    both = [paths["sts"], paths["retrieval"]]
+    with pytest.raises(ModelError, match=r"infinity on sts; model broken: .* infinity on retrieval"):
+        evaluate([model], both, names=["broken"], out=tmp_path / "scores")
     alike = make_encoder(seed=1)
     with torch.no_grad():
         for parameter in alike[0].auto_model.encoder.layer[-1].output.LayerNorm.parameters():

@@ -62,7 +62,7 @@ def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores
 
     All task folders are checked before any text is encoded; one model at a time is in memory. A score that ``out`` has
     is computed again only if the model, the data, ``sample``, ``seed``, a prompt or a library's version changed; other
-    rows stay in the file. A task that fails does not keep others from being scored; its error comes at the end.
+    rows stay in the file. A task that fails does not keep others from being scored; the errors come at the end, as one.
 
     Raises:
         DataError: A task is not right, or cannot be downloaded.
@@ -100,6 +100,7 @@ def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores
         score_model(number, label, given)
     progress("evaluate", total, total)
     if failures:
+        failures[0].args = ("; ".join(dict.fromkeys(map(str, failures))),)
         raise failures[0]
     return table.scores([(label, task.name) for label in labels for task in tasks])
 

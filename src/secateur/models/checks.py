@@ -227,7 +227,10 @@ def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
     """Refuse a model whose vectors are not finite, all the same, or not as wide as its modules say."""
     vectors = model.encode(list(PROBES), prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
     if not bool(torch.isfinite(vectors).all()):
-        raise ModelError(name, "gives vectors that are not finite", "its configuration is not that of its weights")
+        cause = "is its config.json of other weights?"
+        if next(model.parameters()).dtype == torch.float16:
+            cause = "float16 is too small for it: take bfloat16 or float32"
+        raise ModelError(name, "gives vectors that are not finite", cause)
     widths = [(vectors.shape[1], model.get_embedding_dimension())]
     widths += [(state_width(model[0]), part.embedding_dimension) for part in model if isinstance(part, Pooling)]
     for found, told in widths:

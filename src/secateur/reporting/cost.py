@@ -40,6 +40,7 @@ from secateur.measures.costs import flops_per_token
 from secateur.models import demo_model, is_endpoint, model_names
 from secateur.models.blocks import depth_of, embeddings_of, skeleton
 from secateur.models.forward import wait
+from secateur.models.open_model import check_device
 from secateur.models.save import MODULES
 from secateur.options import CostOptions, step
 from secateur.progress import Progress, quiet, silent
@@ -81,6 +82,7 @@ def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
     for model in filter(is_endpoint, options.models):
         raise ConfigError("models", model, f"{model} runs elsewhere: what it costs cannot be measured", "leave it out")
     amount = THOROUGH if options.thorough else QUICK
+    check_device(options.device)
     device = torch.device(options.device or get_device_name())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     timers = [_Timer(name, model, options.device) for name, model in zip(names, options.models, strict=True)]
