@@ -42,7 +42,7 @@ from secateur.data.vectors import VectorCache, npy_bytes
 from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.replicates import replicates_file, resampled_scores
 from secateur.evaluation.tasks import Task, count_samples, open_tasks
-from secateur.files import lock, output_errors, read_json, write_bytes
+from secateur.files import lock, make_folder, output_errors, read_json, write_bytes
 from secateur.measures import intervals
 from secateur.measures.intervals import Array
 from secateur.models import is_endpoint, model_names, model_source
@@ -115,9 +115,8 @@ class _ScoreTable:
 
     def __init__(self, out: Path | None, tasks: Sequence[Task], seed: int) -> None:
         self.out, self.seed = out, seed
-        if out is not None:  # that it can be written is made sure of before hours of work
-            with output_errors(out):
-                out.mkdir(parents=True, exist_ok=True)
+        if out is not None:
+            make_folder(out)
         self.rows, self.data = self._read()
         self.data |= {task.name: task.source for task in tasks}
 
