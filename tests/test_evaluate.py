@@ -272,6 +272,8 @@ def test_what_changed_is_scored_again_and_the_rest_stays(make_encoder: MakeEncod
     rows["test"][0]["score"] = 4.75
     edited = evaluate([make_encoder(seed=1)], [write_task(path, "sts", rows)], names=["m"], out=out).rows[0]
     assert edited.data != changed.data
+    write_task(path, "sts", rows, caution="half of it is guessed")
+    assert evaluate([make_encoder(seed=1)], [path], names=["m"], out=out).rows[0].note == "half of it is guessed"
     assert len(load(out, Scores).rows) == 2
 
 
