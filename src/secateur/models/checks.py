@@ -97,13 +97,19 @@ def _in_words(error: Exception) -> tuple[str, str]:
     message = " ".join(str(error).split())
     said = f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
     login = "log in (hf auth login, or HF_TOKEN)"
-    match error:
+    is_wrapped = isinstance(error.__cause__, hub.LocalEntryNotFoundError)  # by transformers
+    match error.__cause__ if is_wrapped else error:
         case hub.GatedRepoError():
             return "its owner gives access on request only", f"ask on the model's page, then {login}"
         case hub.RepositoryNotFoundError() | hub.HFValidationError():
             return "no such folder, and no such model on the Hub", f"check the name; if private, {login}"
         case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled() if constants.HF_HUB_OFFLINE:
-            return "is not in the local cache, and HF_HUB_OFFLINE is set", "unset it, or fetch the model"
+            return (
+                "is not in the local cache, and HF_HUB_OFFLINE is set",
+                "check the name, or fetch the model",
+            )
+        case hub.LocalEntryNotFoundError():
+            return "no such folder, and the Hub cannot be reached", "check the name, and the network"
         case hub.RemoteEntryNotFoundError():
             return f"has no safetensors ({said})", CONVERT
         case SafetensorError():
