@@ -23,7 +23,7 @@ from secateur import cli
 from secateur import options as config
 from secateur.cli import bars
 from secateur.cli.bars import study_bars
-from secateur.errors import ConfigError, DataError
+from secateur.errors import ConfigError, DataError, SecateurError
 from secateur.provenance import command_line, provenance
 from secateur.results import DepthRow, LayerCost, Profile, Scores, load
 from task_folders import example_rows, write_task
@@ -431,6 +431,10 @@ def test_options_written_as_yaml_are_read_back(tmp_path: Path):
     options = config.make(config.StudyOptions, {"models": ["m"], "data": ["a", "b"], "out": "run", "steps": 3})
     (tmp_path / "study.yaml").write_text(config.to_yaml(options))
     assert config.make(config.StudyOptions, config.read_yaml(tmp_path / "study.yaml")) == options
+    for content, says in (("models: [m]\nsteps: 0", r"yaml, steps: 0 is not"), ("", r"yaml: names no model")):
+        (tmp_path / "study.yaml").write_text(content)
+        with pytest.raises(SecateurError, match=says):
+            config.read_study(tmp_path)
     with pytest.raises(ConfigError, match="stepz: no such option"):
         config.make(config.StudyOptions, {"out": "run", "stepz": 3})
     with pytest.raises(DataError, match="no such file"):
