@@ -127,6 +127,8 @@ def test_random_is_drawn_by_the_seed():
 def test_numbers_and_first_are_the_first_blocks():
     assert blocks_to_keep(3, 8) == blocks_to_keep("3", 8) == blocks_to_keep("first:3", 8) == (0, 1, 2)
     assert len(blocks_to_keep(0.8, 30)) == len(blocks_to_keep("0.8", 30)) == 6
+    with pytest.raises(ConfigError, match=r"to: is '\[1, 2\]'"):
+        blocks_to_keep([1, 2], 8)
 
 
 def test_how_sure_a_choice_is():

@@ -23,7 +23,7 @@ from secateur import cli
 from secateur import options as config
 from secateur.cli import bars
 from secateur.cli.bars import study_bars
-from secateur.errors import ConfigError, DataError
+from secateur.errors import ConfigError, DataError, SecateurError
 from secateur.provenance import command_line, provenance
 from secateur.results import DepthRow, LayerCost, Profile, Scores, load
 from task_folders import example_rows, write_task
@@ -199,8 +199,8 @@ def test_choose_within_a_budget(measured: Path, run: Run):
 
 
 def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run):
-    for to, kept in (("large", [0, 1]), ("uniform:2", [0, 2])):
-        ended = run("prune", "model", "--to", to, "--profile", measured, "-o", f"out-{to}")
+    for to, given, kept in (("large", ("--profile", measured), [0, 1]), ("uniform:2", (), [0, 2])):
+        ended = run("prune", "model", "--to", to, *given, "-o", f"out-{to}")
         assert ended.code == 0, ended.err
         assert json.loads((place / f"out-{to}" / "secateur.json").read_text())["kept"] == kept
 
@@ -213,6 +213,7 @@ def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run)
         (("prune", "model", "--to", "-1"), "cannot cut a model of 3 layers to -1"),
         (("prune", "model", "--to", "0.9"), "cannot cut a model of 3 layers to 0.9: that would keep 0"),
         (("prune", "model", "--to", "1.5"), "to: is 1.5"),
+        (("cost", "model", "--device", "banana"), "device: 'banana' is no device of torch"),
         (("prune", "model", "--to", "nan"), "to: is nan"),
         (("prune", "model", "--to", "inf"), "to: is inf"),
         (("prune", "model", "--to", "most"), "to: is 'most'"),
@@ -404,9 +405,11 @@ def test_options_come_from_yaml_and_the_command_line_wins(place: Path, run: Run)
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"data: [words.jsonl]\nsteps: 3\n", "steps: no such option: one of model, data"),
-        (b"data: [words.jsonl]\nscale: much\n", "scale: 'much' is not valid"),
-        (b"data: [words.jsonl]\n3: much\n", "3: no such option"),
+        (b"data: [words.jsonl]\nsteps: 3\n", "options.yaml, steps: no such option: one of model, data"),
+        (b"data: [words.jsonl]\nscale: much\n", "options.yaml, scale: 'much' is not valid"),
+        (b"data: [words.jsonl]\n3: much\n", "options.yaml, 3: no such option"),
+        (b"scale: 2024-13-45\n", "options.yaml: broken YAML (month must be in 1..12)"),
+        (b"[" * 5000, "options.yaml: broken YAML"),
         (b"data: [words.jsonl\nscale: 1\n", "options.yaml, line 2: broken YAML"),
         (b"data: \x01\n", "options.yaml: broken YAML"),
         (b"data: \xff\n", "options.yaml: cannot be read"),
@@ -428,6 +431,10 @@ def test_options_written_as_yaml_are_read_back(tmp_path: Path):
     options = config.make(config.StudyOptions, {"models": ["m"], "data": ["a", "b"], "out": "run", "steps": 3})
     (tmp_path / "study.yaml").write_text(config.to_yaml(options))
     assert config.make(config.StudyOptions, config.read_yaml(tmp_path / "study.yaml")) == options
+    for content, says in (("models: [m]\nsteps: 0", r"yaml, steps: 0 is not"), ("", r"yaml: names no model")):
+        (tmp_path / "study.yaml").write_text(content)
+        with pytest.raises(SecateurError, match=says):
+            config.read_study(tmp_path)
     with pytest.raises(ConfigError, match="stepz: no such option"):
         config.make(config.StudyOptions, {"out": "run", "stepz": 3})
     with pytest.raises(DataError, match="no such file"):

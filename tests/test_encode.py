@@ -388,6 +388,11 @@ def test_a_partial_run_is_finished_only_by_itself(model: Path, tmp_path: Path):
     with pytest.raises(OutputError, match="exists already"):
         encode(model, [file], out=tmp_path / "v.npy")
     interrupted(model, file, tmp_path / "w.npy")
+    made = (tmp_path / "w.npy.partial" / "done.json").read_text()
+    (tmp_path / "w.npy.partial" / "done.json").write_text("{}")
+    with pytest.raises(DataError, match=r"done\.json: does not say what was made here: bring it back, or remove"):
+        encode(model, [file], out=tmp_path / "w.npy")
+    (tmp_path / "w.npy.partial" / "done.json").write_text(made)
     (tmp_path / "w.npy.partial" / "done.json").rename(tmp_path / "w.npy.partial" / "job.json")
     with pytest.raises(OutputError, match="unfinished run of an earlier version: remove the folder"):
         encode(model, [file], out=tmp_path / "w.npy")

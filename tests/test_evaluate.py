@@ -272,6 +272,8 @@ def test_what_changed_is_scored_again_and_the_rest_stays(make_encoder: MakeEncod
     rows["test"][0]["score"] = 4.75
     edited = evaluate([make_encoder(seed=1)], [write_task(path, "sts", rows)], names=["m"], out=out).rows[0]
     assert edited.data != changed.data
+    write_task(path, "sts", rows, caution="half of it is guessed")
+    assert evaluate([make_encoder(seed=1)], [path], names=["m"], out=out).rows[0].note == "half of it is guessed"
     assert len(load(out, Scores).rows) == 2
 
 
@@ -394,6 +396,9 @@ def test_a_broken_model_gets_no_score(make_encoder: MakeEncoder, tmp_path: Path)
     for path in paths.values():
         with pytest.raises(ModelError, match="broken: gives vectors with NaN"):
             evaluate([model], [path], names=["broken"])
+    both = [paths["sts"], paths["retrieval"]]
+    with pytest.raises(ModelError, match=r"infinity on sts; model broken: .* infinity on retrieval"):
+        evaluate([model], both, names=["broken"], out=tmp_path / "scores")
     alike = make_encoder(seed=1)
     with torch.no_grad():
         for parameter in alike[0].auto_model.encoder.layer[-1].output.LayerNorm.parameters():

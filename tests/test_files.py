@@ -110,6 +110,7 @@ def fill_sqlite(folder: Path) -> None:
 FILL = {
     "python": lambda folder: write_text(folder / "a.txt", "x" * 300_000),
     "sqlite": fill_sqlite,
+    "numpy": lambda folder: np.zeros(300_000, np.uint8).tofile(folder / "a.bin"),
     "safetensors": lambda folder: save_file({"a": np.zeros(300_000, np.uint8)}, folder / "a.safetensors"),
 }
 

@@ -191,6 +191,16 @@ BROKEN = {
 }
 
 
+def test_a_model_that_float16_is_too_small_for(llama_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    with_weights(lambda tensors: [tensors[f"layers.1.mlp.{part}_proj.weight"].mul_(1e3) for part in ("up", "gate")])(
+        folder
+    )
+    secateur.open_model(folder, device="cpu")
+    with pytest.raises(ModelError, match="not finite: float16 is too small for it"):
+        secateur.open_model(folder, device="cpu", dtype="float16")
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_folder_is_told_in_one_line(case: str, llama_folder: Path, tmp_path: Path):
     breaks, says = BROKEN[case]

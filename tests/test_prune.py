@@ -258,6 +258,8 @@ def test_the_command_takes_from_the_hub_only_what_stays(source: Path, cut: Path,
 def test_a_model_that_is_not_in_the_cache_is_told_offline(tmp_path: Path):
     with pytest.raises(ModelError, match="me/none: is not in the local cache, and HF_HUB_OFFLINE is set"):
         secateur.prune("me/none", 1, out=tmp_path / "out")
+    with pytest.raises(ModelError, match="none: is not in the local cache, and HF_HUB_OFFLINE is set"):
+        secateur.open_model("none", device="cpu")  # what transformers wraps
 
 
 @pytest.mark.parametrize(

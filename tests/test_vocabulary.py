@@ -178,6 +178,10 @@ def test_texts_that_tell_nothing_are_refused(folder_of, tmp_path: Path):
     file.write_text("one\ntwo\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="2 texts are too few"):
         secateur.prune(folder_of("bert"), vocab=[file], out=tmp_path / "cut")
+    for text in ("text 0", "text 2"):  # all are counted, or all held out
+        file.write_text(f"{text}\n" * 100, encoding="utf-8")
+        with pytest.raises(ConfigError, match="100 texts are too few, or too much alike"):
+            secateur.prune(folder_of("bert"), vocab=[file], out=tmp_path / "cut")
     file.write_text("", encoding="utf-8")
     with pytest.raises((ConfigError, DataError), match=r"few\.txt: has no rows"):
         secateur.prune(folder_of("bert"), vocab=[file], out=tmp_path / "cut")

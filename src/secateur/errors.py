@@ -66,12 +66,12 @@ class DataError(SecateurError):
 
 
 class ConfigError(SecateurError):
-    """An option, or a key of a configuration file. ``key`` and ``value`` are what was given."""
+    """An option, or a key of the configuration ``file``. ``key`` and ``value`` are what was given."""
 
-    def __init__(self, key: str, value: object, problem: str, hint: str = "") -> None:
+    def __init__(self, key: str, value: object, problem: str, hint: str = "", file: Path | None = None) -> None:
         self.key = key
         self.value = value
-        super().__init__(f"{key}: {problem}", hint)
+        super().__init__(f"{file}, {key}: {problem}" if file else f"{key}: {problem}", hint)
 
 
 class OutputError(SecateurError):

@@ -213,6 +213,11 @@ def check_results_folder(path: str | Path, *own: str) -> None:
 def results_folder(path: str | Path, *own: str) -> Path:
     """A folder for results, made where absent, and checked as by :func:`check_results_folder`."""
     check_results_folder(path, *own)
+    return make_folder(path)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder where it is absent: that it can be made is better known before hours of work."""
     with output_errors(path):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
@@ -222,8 +227,8 @@ def results_folder(path: str | Path, *own: str) -> Path:
 def output_errors(path: str | Path) -> Iterator[None]:
     """Within: what fails because ``path`` cannot be written is an OutputError.
 
-    On a full disk, libraries raise errors of their own, of which torch's does not tell. An OSError of the network, or
-    of a file elsewhere, stays what it is.
+    On a full disk, libraries raise errors of their own, and torch's and numpy's do not tell why. An OSError of the
+    network, or of a file elsewhere, stays what it is.
     """
     try:
         yield
@@ -233,7 +238,7 @@ def output_errors(path: str | Path) -> Iterator[None]:
         found = system_error(error)
         if found is None and isinstance(error, OSError) and (error.errno in _OF_A_DISK or _names(error, Path(path))):
             found = error
-        elif found is None and isinstance(error, RuntimeError):
+        elif found is None and isinstance(error, (OSError, RuntimeError)):
             there = next(folder for folder in Path(path).absolute().parents if folder.exists())
             if shutil.disk_usage(there).free < 4096:
                 found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from secateur.errors import DataError
 from secateur.files import read_json, write_text
 
 LIBRARIES = ("secateur", "torch", "transformers", "sentence-transformers", "peft", "mteb", "numpy")
@@ -113,21 +114,30 @@ class Made:
         Returns:
             Their names, of nested mappings the innermost ones; empty where nothing changed, and None where nothing is
             recorded. An input that is None now was not looked at.
+
+        Raises:
+            DataError: What is recorded is broken.
         """
         if not (folder / name).is_file():
             return None
-        recorded, now = read_json(folder / name), json.loads(json.dumps(asdict(self)))
-        if not isinstance(recorded, dict):
-            return [DONE]
+        recorded, now = read_record(folder / name), json.loads(json.dumps(asdict(self)))
         changed = [key for key in ("step", "versions") if recorded.get(key) != now[key]]
         for key in ("options", "inputs"):
             given = {name: value for name, value in now[key].items() if key == "inputs" or value is not None}
-            changed += _differing(recorded.get(key) or {}, given)
+            changed += _differing(recorded[key], given)
         return list(dict.fromkeys(changed))
 
     def record(self, folder: Path, name: str = DONE) -> None:
         """Write it into a folder, whole or not at all."""
         write_text(folder / name, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What :meth:`Made.record` wrote; DataError if it is broken."""
+    content = read_json(file)
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("options", "inputs")):
+        raise DataError(file, "does not say what was made here", f"bring it back, or remove {file.parent}")
+    return content
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

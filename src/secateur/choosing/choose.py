@@ -145,7 +145,7 @@ def is_selector(to: str | int | float) -> bool:
     """Whether ``to`` is a selection method, and no number or share of layers."""
     try:
         float(to)
-    except ValueError:
+    except (TypeError, ValueError):
         return True
     return False
 

@@ -65,8 +65,9 @@ def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[...
         def command(**given: Any) -> None:
             file = given.pop("config")
             own = {key: given.pop(key) for key in list(given) if key not in options.model_fields}
-            values = read_yaml(Path(file)) if file else {}
-            made = make(options, values | {key: value for key, value in given.items() if value not in (None, [], ())})
+            here = {key: value for key, value in given.items() if value not in (None, [], ())}
+            values = read_yaml(Path(file)) if file is not None else {}
+            made = make(options, values | here, file and Path(file), here)
             if getattr(made, "out", "") is None:
                 raise ConfigError("out", None, "is missing", options.model_fields["out"].description or "")
             check_places(made)

@@ -211,13 +211,14 @@ def show_comparison(comparison: Comparison) -> None:
         show_costs(comparison.costs)
     for own in comparison.overlaps:
         share = f"{doc.percent(own.overlap)} of each text's {own.neighbours} nearest texts"
-        typer.echo(f"\n{own.model} keeps {share} ({own.texts} texts). Those that changed most:")
-        for changed in comparison.changed:
-            if changed.model == own.model:
-                typer.echo(f"  {doc.percent(changed.overlap, 0):>5}  {_line(changed.text)}")
-                for sign, texts in (("-", changed.lost), ("+", changed.gained)):
-                    for text in texts[:2]:
-                        typer.echo(f"         {sign} {_line(text)}")
+        affected = [changed for changed in comparison.changed if changed.model == own.model]
+        most = " Those that changed most:" if affected else ""
+        typer.echo(f"\n{own.model} keeps {share} ({own.texts} texts).{most}")
+        for changed in affected:
+            typer.echo(f"  {doc.percent(changed.overlap, 0):>5}  {_line(changed.text)}")
+            for sign, texts in (("-", changed.lost), ("+", changed.gained)):
+                for text in texts[:2]:
+                    typer.echo(f"         {sign} {_line(text)}")
 
 
 def _line(text: str) -> str:

@@ -42,7 +42,7 @@ from secateur.data.vectors import VectorCache, npy_bytes
 from secateur.errors import ConfigError, DataError, ModelError, SecateurError
 from secateur.evaluation.replicates import replicates_file, resampled_scores
 from secateur.evaluation.tasks import Task, count_samples, open_tasks
-from secateur.files import lock, output_errors, read_json, write_bytes
+from secateur.files import lock, make_folder, output_errors, read_json, write_bytes
 from secateur.measures import intervals
 from secateur.measures.intervals import Array
 from secateur.models import is_endpoint, model_names, model_source
@@ -52,6 +52,7 @@ from secateur.provenance import Fingerprint, command_line, is_result_of, now, pr
 from secateur.results import ScoreRow, Scores, load
 
 SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
+NO_INTERVAL = "no interval: "
 
 Model: TypeAlias = str | Path | SentenceTransformer
 
@@ -61,8 +62,8 @@ def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores
     """Score models on tasks, with mteb's own evaluators: each task's main metric, on mteb's protocol (:mod:`.tasks`).
 
     All task folders are checked before any text is encoded; one model at a time is in memory. A score that ``out`` has
-    is computed again only if the model, the data, ``sample``, ``seed``, a prompt or a library's version changed; other
-    rows stay in the file. A task that fails does not keep others from being scored; its error comes at the end.
+    is computed again only if the model, the task, ``sample``, ``seed``, a prompt or a library's version changed; other
+    rows stay in the file. A task that fails does not keep others from being scored; the errors come at the end, as one.
 
     Raises:
         DataError: A task is not right, or cannot be downloaded.
@@ -87,7 +88,7 @@ def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores
             progress("evaluate", done, total)
             with quiet(), as_encoder(model, label, task_prompts(task, model), cache) as encoder:
                 key = {"weights": weights, "sample": options.sample, "seed": options.seed, **_inputs(encoder, task)}
-                if table.holds(label, task.name, key):
+                if table.holds(label, task, key):
                     continue
                 try:
                     table.add(score_task(encoder, label, task, options.batch_size, key), source)
@@ -100,6 +101,7 @@ def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores
         score_model(number, label, given)
     progress("evaluate", total, total)
     if failures:
+        failures[0].args = ("; ".join(dict.fromkeys(map(str, failures))),)
         raise failures[0]
     return table.scores([(label, task.name) for label in labels for task in tasks])
 
@@ -114,9 +116,8 @@ class _ScoreTable:
 
     def __init__(self, out: Path | None, tasks: Sequence[Task], seed: int) -> None:
         self.out, self.seed = out, seed
-        if out is not None:  # that it can be written is made sure of before hours of work
-            with output_errors(out):
-                out.mkdir(parents=True, exist_ok=True)
+        if out is not None:
+            make_folder(out)
         self.rows, self.data = self._read()
         self.data |= {task.name: task.source for task in tasks}
 
@@ -127,10 +128,12 @@ class _ScoreTable:
         table = load(self.out, Scores)
         return {(row.model, row.task): row for row in table.rows}, {item.name: item for item in table.provenance.data}
 
-    def holds(self, model: str, task: str, key: Mapping[str, Any]) -> bool:
-        """Whether a score is there already."""
-        row = self.rows.get((model, task))
+    def holds(self, model: str, task: Task, key: Mapping[str, Any]) -> bool:
+        """Whether a score is there already, with the task's note."""
+        row = self.rows.get((model, task.name))
         if row is None or not is_result_of(row, key):
+            return False
+        if row.note.partition(NO_INTERVAL)[0].removesuffix("; ") != task.note:
             return False
         return self.out is None or not row.draws or replicates_file(self.out, row.draws).is_file()
 
@@ -300,7 +303,7 @@ def score_task(encoder: Encoder, label: str, task: Task, batch_size: int, key: M
         try:
             row, replicates = _with_interval(row, made, predictions, state)
         except Exception as error:  # an interval that cannot be computed does not lose a score that took hours
-            row = replace(row, note=f"no interval: {' '.join(str(error).split()) or type(error).__name__}")
+            row = replace(row, note=f"{NO_INTERVAL}{' '.join(str(error).split()) or type(error).__name__}")
     row = replace(row, note="; ".join(filter(None, [task.note, row.note])))
     # The revision tells mteb's tools one state of a model from another under the same name.
     meta = encoder.mteb_model_meta.model_copy(update={"revision": row.weights[:12]})

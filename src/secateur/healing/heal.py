@@ -20,7 +20,7 @@ from sentence_transformers.util import get_rank
 from secateur.data.sources import Source, read_sources
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError
-from secateur.files import empty_folder, lock, output_errors, partial_folder, read_json, rename_into_place
+from secateur.files import empty_folder, lock, output_errors, partial_folder, rename_into_place
 from secateur.healing.losses import Loss, check_dims, set_dropout
 from secateur.healing.processes import barrier, init_processes, is_sharded
 from secateur.healing.recipes import TrainingConfig, decide, training_config
@@ -42,7 +42,7 @@ from secateur.options import HealOptions
 from secateur.options.base import step
 from secateur.profiling.depths import check_depths
 from secateur.progress import Progress, silent
-from secateur.provenance import DONE, Made, provenance
+from secateur.provenance import DONE, Made, provenance, read_record
 from secateur.pruning.prune import origin_of
 from secateur.results import Training
 
@@ -185,8 +185,7 @@ def check_resume(
         return True
     if not any(next(folder.glob(pattern), None) for pattern in held):
         return False
-    recorded = read_json(folder / DONE) if changes else {}
-    before = recorded.get("options", {}) if isinstance(recorded, dict) else {}
+    before = read_record(folder / DONE)["options"] if changes else {}
     told = [f"{key} was {before.get(key)}, is {made.options[key]}" for key in changes or () if key in made.options]
     told += [f"other {key}" for key in changes or () if key not in made.options]
     problem = f"{folder} holds {what} with other settings ({'; '.join(told) or 'begun by an earlier version'})"

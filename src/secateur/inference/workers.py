@@ -170,7 +170,8 @@ def _serve(pipe: Connection, make: Callable[[], Any]) -> None:
             try:
                 answer = encoder.encode_batch(batch)
             except Exception as error:
-                answer = f"{'out of memory' if is_out_of_memory(error) else type(error).__name__}: {error}"
+                kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
+                answer = str(error) if isinstance(error, SecateurError) else f"{kind}: {error}"
             pipe.send(answer)
 
 
@@ -246,7 +247,7 @@ def _together(model: str, workers: Sequence[Encode]) -> Run:
             except EncoderDied as error:
                 died = str(error)
             except RuntimeError as error:
-                raise ModelError(model, str(error)) from None
+                raise ModelError(model, str(error).removeprefix(f"model {model}: ")) from None
             finally:
                 idle.put(worker)
         problem = f"{died}, {TRIES} times on the same {len(texts)} texts"

@@ -97,13 +97,19 @@ def _in_words(error: Exception) -> tuple[str, str]:
     message = " ".join(str(error).split())
     said = f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
     login = "log in (hf auth login, or HF_TOKEN)"
-    match error:
+    is_wrapped = isinstance(error.__cause__, hub.LocalEntryNotFoundError)  # by transformers
+    match error.__cause__ if is_wrapped else error:
         case hub.GatedRepoError():
             return "its owner gives access on request only", f"ask on the model's page, then {login}"
         case hub.RepositoryNotFoundError() | hub.HFValidationError():
             return "no such folder, and no such model on the Hub", f"check the name; if private, {login}"
         case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled() if constants.HF_HUB_OFFLINE:
-            return "is not in the local cache, and HF_HUB_OFFLINE is set", "unset it, or fetch the model"
+            return (
+                "is not in the local cache, and HF_HUB_OFFLINE is set",
+                "check the name, or fetch the model",
+            )
+        case hub.LocalEntryNotFoundError():
+            return "no such folder, and the Hub cannot be reached", "check the name, and the network"
         case hub.RemoteEntryNotFoundError():
             return f"has no safetensors ({said})", CONVERT
         case SafetensorError():
@@ -227,7 +233,10 @@ def _check_vectors(name: str | Path, model: SentenceTransformer) -> None:
     """Refuse a model whose vectors are not finite, all the same, or not as wide as its modules say."""
     vectors = model.encode(list(PROBES), prompt="", convert_to_tensor=True, show_progress_bar=False).float().cpu()
     if not bool(torch.isfinite(vectors).all()):
-        raise ModelError(name, "gives vectors that are not finite", "its configuration is not that of its weights")
+        cause = "is its config.json of other weights?"
+        if next(model.parameters()).dtype == torch.float16:
+            cause = "float16 is too small for it: take bfloat16 or float32"
+        raise ModelError(name, "gives vectors that are not finite", cause)
     widths = [(vectors.shape[1], model.get_embedding_dimension())]
     widths += [(state_width(model[0]), part.embedding_dimension) for part in model if isinstance(part, Pooling)]
     for found, told in widths:

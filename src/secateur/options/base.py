@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -84,19 +84,24 @@ def extra(options: type[Options], name: str, key: str) -> Any:
     return noted.get(key) if isinstance(noted, dict) else None
 
 
-def make(options: type[O], values: Mapping[str, Any]) -> O:
-    """Validate options; ConfigError for the first that is unknown, missing, or has an invalid value."""
+def make(options: type[O], values: Mapping[str, Any], file: Path | None = None, own: Collection[str] = ()) -> O:
+    """Validate options; ConfigError for the first that is unknown, missing, or has an invalid value.
+
+    ``file`` is where the values are from, all but ``own``.
+    """
     try:
         return options(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "options"
+        place = file if first["loc"] and first["loc"][0] in values.keys() - set(own) else None
         if first["type"] == "extra_forbidden":
             known = ", ".join(options.model_fields)
-            raise ConfigError(key, first["input"], "no such option", f"one of {known}") from None
+            raise ConfigError(key, first["input"], "no such option", f"one of {known}", place) from None
         if first["type"] == "missing" or (first["type"] == "too_short" and not first["input"]):
-            raise ConfigError(key, None, "is missing", options.model_fields[key].description or "") from None
-        raise ConfigError(key, first["input"], f"{first['input']!r} is not valid", first["msg"]) from None
+            raise ConfigError(key, None, "is missing", options.model_fields[key].description or "", place) from None
+        problem, hint = f"{first['input']!r} is not valid", first["msg"].removeprefix("Value error, ")
+        raise ConfigError(key, first["input"], problem, hint, place) from None
 
 
 def default_of(options: type[Options], name: str) -> Any:
@@ -164,6 +169,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise DataError(file, "no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(file, f"cannot be read ({error})") from None
+    except (ValueError, RecursionError) as error:  # a date with a 13th month; brackets without end
+        raise DataError(file, f"broken YAML ({error})") from None
     except yaml.YAMLError as error:
         mark, problem = (getattr(error, key, None) for key in ("problem_mark", "problem"))
         raise DataError(file, f"broken YAML ({problem or error})", line=mark.line + 1 if mark else None) from None

@@ -225,7 +225,11 @@ def read_study(run: Path) -> StudyOptions:
     """The options of the study that a run folder holds; DataError if it holds none, ConfigError if one is not valid."""
     if not (run / "study.yaml").is_file():
         raise DataError(run, "holds no study", "name the folder that `secateur study` was given")
-    return make(StudyOptions, read_yaml(run / "study.yaml") | {"out": run})
+    file = run / "study.yaml"
+    values = read_yaml(file)
+    if not values.get("models"):
+        raise DataError(file, "names no model", "bring the file back, or name a new run folder")
+    return make(StudyOptions, values | {"out": run}, file, ["out"])
 
 
 # Export, encode, serve ------------------------------------------------------------------------------------------------

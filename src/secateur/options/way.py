@@ -34,7 +34,6 @@ from secateur.options.base import (
     comma_separated,
     listed,
     option,
-    path_text,
     positional,
 )
 
@@ -161,13 +160,15 @@ class PruneOptions(VocabularyOptions):
     keep: Any = option("Layers to keep, counted from 0, such as 0-5,8,11; use it in place of --to.")
     drop: Any = option("Layers to remove, counted from 0, such as 20-27; use it in place of --to.")
     out: NewFolder = option("Folder to write the cut model to.", ...)
-    profile: Annotated[Any, Names("profile")] = option("Profile or scout that --to chooses from: file or folder.")
+    profile: Annotated[AnyName | None, Names("profile")] = option(
+        "Profile or scout that --to chooses from: file or folder."
+    )
     pooling: Pooling = None
     max_length: MaxLength = 512
     vocab_multiple: int = option("Pad the token embeddings with rows of zeros to a multiple of this (64).", 1, ge=1)
     vocab_tasks: Tasks = option("Task folders: report the share of their tokens that stay.", [])
     dtype: Dtype = option("Data type of the written weights; auto keeps the model's own.", "auto")
-    adapter: Annotated[Any, BeforeValidator(path_text)] = option("LoRA adapter (folder or Hub id) to merge first.")
+    adapter: AnyName | None = option("LoRA adapter (folder or Hub id) to merge first.")
     revision: str | None = option("Branch, tag or commit of the model on the Hub.")
     trust_remote_code: TrustRemoteCode = False
 

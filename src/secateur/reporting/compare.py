@@ -21,6 +21,7 @@ from secateur.errors import ConfigError
 from secateur.evaluation.evaluate import evaluate, vectors_folder
 from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.task_folder import read_task_folder, texts_of
+from secateur.files import make_folder
 from secateur.measures.intervals import Array
 from secateur.models import is_endpoint, model_names
 from secateur.options import CompareOptions, step
@@ -46,6 +47,8 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
         raise ConfigError("tasks", options.tasks, "there is nothing to compare on", "give --tasks or --texts")
     names = model_names(options.models, options.names)
     texts, sources = _texts(options)
+    if options.out is not None:
+        make_folder(options.out)
     rows: tuple[ScoreRow, ...] = ()
     differences: tuple[DifferenceRow, ...] = ()
     if options.tasks:

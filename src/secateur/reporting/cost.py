@@ -35,11 +35,12 @@ from secateur import runtime
 from secateur.clusters import fresh_python
 from secateur.data.embedders import BlackBox, open_embedder
 from secateur.errors import ConfigError, ModelError
-from secateur.files import read_json
+from secateur.files import make_folder, read_json
 from secateur.measures.costs import flops_per_token
 from secateur.models import demo_model, is_endpoint, model_names
 from secateur.models.blocks import depth_of, embeddings_of, skeleton
 from secateur.models.forward import wait
+from secateur.models.open_model import check_device
 from secateur.models.save import MODULES
 from secateur.options import CostOptions, step
 from secateur.progress import Progress, quiet, silent
@@ -80,7 +81,10 @@ def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
     names = model_names(options.models, options.names)
     for model in filter(is_endpoint, options.models):
         raise ConfigError("models", model, f"{model} runs elsewhere: what it costs cannot be measured", "leave it out")
+    if options.out is not None:
+        make_folder(options.out)
     amount = THOROUGH if options.thorough else QUICK
+    check_device(options.device)
     device = torch.device(options.device or get_device_name())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     timers = [_Timer(name, model, options.device) for name, model in zip(names, options.models, strict=True)]

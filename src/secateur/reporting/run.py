@@ -16,15 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from secateur.choosing.budgets import without
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, losses_fingerprint
 from secateur.document import plural
 from secateur.errors import DataError
 from secateur.files import read_json
 from secateur.models import model_label
-from secateur.options import Budget, make
+from secateur.options import Budget, make, read_yaml
 from secateur.options.base import listed
 from secateur.results import (
     CostRow,
@@ -210,12 +208,9 @@ def read_run(run: str | Path) -> Run:
     cost = {row.model: row for row in costs.rows} if costs else {}
     study = folder / "study.yaml"
     text = study.read_text(encoding="utf-8", errors="replace") if study.is_file() else ""
-    try:
-        options = yaml.safe_load(text) or {}
-        budget = make(Budget, {key: value for key, value in options.items() if key in Budget.model_fields})
-        baselines = {model_label(str(name)) for name in listed(options.get("baselines")) or []}
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError):
-        raise DataError(study, "is no study") from None
+    options = read_yaml(study) if study.is_file() else {}
+    budget = make(Budget, {key: value for key, value in options.items() if key in Budget.model_fields}, study)
+    baselines = {model_label(str(name)) for name in listed(options.get("baselines")) or []}
     variants = []
     for name in dict.fromkeys([*models, *scored, *cost]):
         measured = {"cost": cost.get(name), "scores": scored.get(name, {}), "results": places.get(name, {})}

@@ -250,9 +250,9 @@ def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progre
         shares += counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         sample += own
     progress("count tokens, texts", seen, seen)
-    if seen < FEWEST or not sample:
-        problem = f"{seen} texts are too few to tell which tokens others need"
-        raise ConfigError("vocab", seen, problem, f"at least {FEWEST}, better thousands")
+    if seen < FEWEST or not shares.any(axis=1).all():
+        problem = f"{seen} texts are too few, or too much alike, to tell which tokens others need"
+        raise ConfigError("vocab", seen, problem, f"at least {FEWEST} different ones, better thousands")
     counted, held_out = shares / shares.sum(axis=1, keepdims=True)
     return TokenCounts(counted, held_out, seen, sample)
 
