@@ -372,7 +372,7 @@ def test_what_is_no_model_is_told_in_one_line(tmp_path: Path):
         tmp_path / "nowhere": "no such file or folder",
         tmp_path / "nothing.gguf": "no such file",
         "./nowhere": "no such file or folder",
-        "no-such-owner/no-such-model": "cannot be opened",
+        "no-such-owner/no-such-model": "is not in the local cache|the Hub cannot be reached",
         tmp_path / "empty": "has no config.json",
         tmp_path / "file": "is not a model folder",
     }
