@@ -70,8 +70,9 @@ class Row:
             one that a scout gets, ``polish`` the rest; None: the same steps.
         pooling: Of the model.
         vocab: Whether the vocabulary is cut, to --vocab-size tokens, by the texts of the training files.
-        own: Whether texts of the tasks that they are not scored on, documents and parts for training, are among those
-            that tokens are counted on, and half of those that a teacher sees; as where a model is made for its use.
+        own: Whether the tasks' documents and parts for training, without queries and labels, are among the texts that
+            tokens are counted on, and half of those that a teacher sees; as where a model is made for its use. Some
+            tasks have sentences in common, so that a few of these texts are scored.
         which: The selector that says which layers.
     """
 
@@ -375,7 +376,7 @@ def texts(args: argparse.Namespace, own: bool) -> Path:
 
 
 def own_texts(args: argparse.Namespace) -> list[Path]:
-    """A file of texts for each task that has some beside those it is scored on: documents, and parts for training."""
+    """A file for each task that has documents, or parts for training and development: their texts."""
     files = []
     for task in sorted(args.tasks.iterdir()):
         parts = [part for stem in ("corpus", "train", "dev") for part in sorted(task.glob(f"{stem}.jsonl*"))]

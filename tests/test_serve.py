@@ -448,7 +448,7 @@ def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTrans
 
 
 def test_the_server_and_bulk_encoding_do_not_import_each_other():
-    server, bulk = ("telling", "queueing", "app", "serve"), ("vector_files", "encode")
+    server, bulk = ("api_errors", "monitoring", "queueing", "app", "serve"), ("vector_files", "encode")
     package = Path(secateur.__file__).parent / "inference"
     for some, others in ((server, bulk), (bulk, server)):
         for module in some:

@@ -22,11 +22,12 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from secateur.errors import SecateurError
+from secateur.inference.api_errors import ApiError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import Opening
+from secateur.inference.monitoring import Metrics
 from secateur.inference.queueing import Batcher, LocalWorker
 from secateur.inference.serve import open_worker
-from secateur.inference.telling import ApiError, Metrics
 from secateur.inference.workers import EncoderDied, EncoderProcess
 from secateur.runtime.core import Encoder, Tokens, Vectors
 from servers import wait_until

@@ -101,7 +101,7 @@ def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores
         score_model(number, label, given)
     progress("evaluate", total, total)
     if failures:
-        failures[0].args = ("; ".join(dict.fromkeys(map(str, failures))),)
+        failures[0].args = ("; ".join(dict.fromkeys(map(str, failures))),)  # the first one's kind tells of all
         raise failures[0]
     return table.scores([(label, task.name) for label in labels for task in tasks])
 

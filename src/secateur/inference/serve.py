@@ -27,8 +27,8 @@ from secateur.errors import ConfigError, ModelError
 from secateur.inference.app import make_app
 from secateur.inference.backends import choose, is_decided, open_encoder
 from secateur.inference.encoders import STORED, TORCH, ModelEncoder, Opening
+from secateur.inference.monitoring import Metrics, log
 from secateur.inference.queueing import LocalWorker
-from secateur.inference.telling import Metrics, log
 from secateur.inference.workers import EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
 from secateur.options import ServeOptions, step

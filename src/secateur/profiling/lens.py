@@ -30,7 +30,7 @@ from secateur.profiling.depths import ends_with_norm, layer_outputs
 
 BATCH = 16
 SHARE, FEWEST, MOST = 32, 16, 128
-"""One text in so many is sampled, within these: the head's many rows make a token at every depth dear."""
+"""One text in so many is sampled, within these: the head has a row for every token, and runs at every depth."""
 TOKENS = 2
 """Of each sampled text."""
 

@@ -226,7 +226,7 @@ def read_run(run: str | Path) -> Run:
         variants=tuple(sorted(variants, key=_order)),
         scores=tuple(scores.values()),
         costs=costs,
-        failed={name: e["error"] for name, e in last.items() if e["outcome"] == "failed" and _is_planned(name, folder)},
+        failed=_failed_steps(folder, last),
     )
 
 
@@ -308,12 +308,19 @@ def _read_choice(folder: Path, table: Profile | Scout) -> dict[str, int]:
 # The journal ----------------------------------------------------------------------------------------------------------
 
 
-def _is_planned(step: str, run: Path) -> bool:
-    """Whether a step is still part of the study; what is planned changes with a scout's choice, or the options."""
+def _failed_steps(run: Path, last: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Step → its error, of those whose ``last`` entry is a failure and that are still part of the study.
+
+    What is planned changes with a scout's choice, or the options.
+    """
+    failed = {name: str(entry["error"]) for name, entry in last.items() if entry["outcome"] == "failed"}
+    if not (failed and (run / PLAN).is_file()):
+        return failed
     try:
-        return not (run / PLAN).is_file() or step in {told["name"] for told in read_json(run / PLAN)["steps"]}
+        planned = {step["name"] for step in read_json(run / PLAN)["steps"]}
     except (KeyError, TypeError):
         raise DataError(run / PLAN, "is not a whole plan") from None
+    return {name: error for name, error in failed.items() if name in planned}
 
 
 def read_journal(run: Path) -> list[dict[str, Any]]:

@@ -1,33 +1,12 @@
-"""What a server tells: its clients an error, Prometheus its counts, and whoever runs it a log."""
+"""What whoever runs a server sees of it: its log, and the counts that Prometheus reads."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
-from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 log = logging.getLogger("secateur.serve")
-
-
-class ApiError(Exception):
-    """An error response in OpenAI's shape."""
-
-    def __init__(
-        self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
-        self.code = code
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
-        error = {"message": message, "type": kind if status < 500 else "server_error", "param": param, "code": code}
-        self.response = JSONResponse({"error": error}, status, headers)
-        super().__init__(message)
-
-
-def busy(seconds: int) -> ApiError:
-    """The response to a client that has to wait."""
-    message = f"the server is busy; try again in {seconds} s"
-    return ApiError(429, message, "server_busy", headers={"Retry-After": str(seconds)})
 
 
 class Metrics:
