@@ -108,6 +108,9 @@ ROWS = {
     "scout-large": Row("scout, large", "large", None, "scout"),
     "scout-middle": Row("scout, middle", "middle", None, "scout"),
     "scout-small": Row("scout, small", "small", None, "scout"),
+    "scout-9": Row("scout, 9 layers", "9", None, "scout"),
+    "scout-12": Row("scout, 12 layers", "12", None, "scout"),
+    "scout-19": Row("scout, 19 layers", "19", None, "scout"),
     "polish-large": Row("scout and polish, large, equal compute", "large", start="scout", compute="polish"),
     "polish-middle": Row("scout and polish, middle, equal compute", "middle", start="scout", compute="polish"),
     "polish-small": Row("scout and polish, small, equal compute", "small", start="scout", compute="polish"),
@@ -376,16 +379,25 @@ def texts(args: argparse.Namespace, own: bool) -> Path:
 
 
 def own_texts(args: argparse.Namespace) -> list[Path]:
-    """A file for each task that has documents, or parts for training and development: their texts."""
+    """A file for each task that has documents, or parts for training and development: their texts, but for sentences
+    and queries that any task scores. (Documents are scored, too; whoever searches has them beforehand.)
+    """
+    scored = {text for stem in ("test", "queries") for text in task_texts(args, stem)}
     files = []
     for task in sorted(args.tasks.iterdir()):
-        parts = [part for stem in ("corpus", "train", "dev") for part in sorted(task.glob(f"{stem}.jsonl*"))]
-        rows = [dict(row) for part in parts for _, row in read_rows(part)]
-        found = {str(row[key]) for row in rows for key in ("title", "text", "sentence1", "sentence2") if row.get(key)}
+        found = {text for stem in ("corpus", "train", "dev") for text in task_texts(args, stem, task.name)} - scored
         if found:
             files.append(args.out / "own" / f"{task.name}.jsonl")
             write_text(files[-1], "".join(json.dumps({"text": text}) + "\n" for text in sorted(found)))
     return files
+
+
+def task_texts(args: argparse.Namespace, stem: str, task: str = "*") -> set[str]:
+    """The texts of one part of a task, or of all."""
+    rows = [dict(row) for part in args.tasks.glob(f"{task}/{stem}.jsonl*") for _, row in read_rows(part)]
+    keys = ("title", "text", "sentence1", "sentence2", "query")
+    listed = [text for row in rows for key in ("positive", "negative") for text in row.get(key) or ()]
+    return {str(row[key]) for row in rows for key in keys if row.get(key)}.union(listed)
 
 
 def reference_flops(args: argparse.Namespace) -> int:
