@@ -144,8 +144,9 @@ def test_a_finished_study_does_nothing_again_but_the_report(run: Path, place: Pa
 
 def test_a_run_folder_named_like_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="the name of the model"):
-        secateur.study(["smollm2"], data=["pairs.jsonl"], out="smollm2")
+    for out in ("smollm2", "smollm2/run"):
+        with pytest.raises(ConfigError, match="the name of the model"):
+            secateur.study(["smollm2"], data=["pairs.jsonl"], out=out)
     assert not (tmp_path / "smollm2").exists()
 
 
@@ -329,6 +330,19 @@ def test_a_study_does_not_go_on_with_other_inputs(what: str, run: Path, place: P
     assert secateur.study(out=copy).is_file()
 
 
+def test_inputs_that_were_away_for_a_while_are_those_of_before(run: Path, place: Path, tmp_path: Path):
+    copy, names = copied(run, tmp_path), ("tiny", "words.jsonl", "words.json", "task")
+    for name in names:
+        (place / name).rename(place / f"{name}.away")
+    try:
+        assert secateur.study(out=copy).is_file()
+    finally:
+        for name in names:
+            (place / f"{name}.away").rename(place / name)
+    state = secateur.plan_study(out=copy)
+    assert {state.of(step) for step in state.plan.steps} == {"done"}
+
+
 @pytest.mark.slow
 def test_a_task_that_is_a_file_is_an_input(place: Path):
     rows = example_rows("sts")["test"]
@@ -395,11 +409,20 @@ def test_a_broken_plan_or_journal_is_an_error_with_its_place(run: Path, tmp_path
     with pytest.raises(DataError, match=r"steps\.jsonl, line 1"):
         secateur.read_status(copy)
     (copy / "steps.jsonl").write_text(journal)
-    for broken in ("{}", "[]", plan.replace('"amounts"', '"amount"')):
+    for broken in (
+        "{",
+        "{}",
+        "[]",
+        *(plan.replace(f'"{key}": ', f'"{key}": "many", "":') for key in ("depth", "rows")),
+    ):
+        assert broken != plan
         (copy / "plan.json").write_text(broken)
         for go_on in (lambda: secateur.read_status(copy), lambda: secateur.study(out=copy)):
             with pytest.raises(DataError, match=r"plan\.json: is not a whole plan"):
                 go_on()
+    (copy / "plan.json").unlink()
+    with pytest.raises(DataError, match=r"plan\.json: no such file: secateur study resume .* makes it again"):
+        secateur.read_status(copy)
 
 
 def test_a_plan_is_shown_and_nothing_is_written(place: Path, tmp_path: Path, monkeypatch, capsys):
@@ -448,6 +471,7 @@ def test_status_and_resume_are_commands(run: Path, place: Path, tmp_path: Path, 
     code, said = command("study", "status", copy)
     assert code == 0
     assert "2 waiting" in said  # the costs wait for all others
+    (copy / "plan.json").unlink()
     assert command("study", "resume", copy)[0] == 0
     assert "waiting" not in command("study", "status", copy)[1]
     assert secateur.read_scores(copy).to_dicts()[2]["score"] == secateur.read_scores(run).to_dicts()[2]["score"]

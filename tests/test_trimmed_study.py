@@ -161,6 +161,7 @@ def test_a_budget_is_met_with_the_tokens_that_stay(run: Path):
     for depth, name in ((6, CUT[0]), (2, CUT[1])):
         told = cut_cost(scout, range(depth))
         assert (told.parameters, told.bytes) == (costs[name].parameters, 4 * costs[name].parameters)
+        assert told.bytes == costs[name].memory_bytes
 
 
 def test_depths_that_are_named_are_taught_with_all_tokens(place: Path, quick_checks: None):

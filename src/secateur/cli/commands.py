@@ -192,7 +192,6 @@ def study_status_command(options: config.StatusOptions) -> None:
 
 @command_of(app)
 def study_resume_command(options: config.ResumeOptions, *, open_page: OpenPage = False) -> None:
-    secateur.read_status(options.run)  # a folder without a study is no place to begin one
     given = options.given()
     _study({"out": given.pop("run"), **given}, open_page)
 

@@ -239,8 +239,9 @@ def texts_of(kind: str, number: int) -> list[str]:
 
 
 def bytes_in_memory(model: SentenceTransformer) -> int:
-    """Bytes of a model's parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    """Bytes of a model's weights, tied ones once, without what is computed when it is opened: as a budget counts."""
+    weights = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if torch.is_tensor(tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
 
 def bytes_on_disk(model: str | Path) -> int:

@@ -319,7 +319,7 @@ def _failed_steps(run: Path, last: Mapping[str, Mapping[str, Any]]) -> dict[str,
     try:
         planned = {step["name"] for step in read_json(run / PLAN)["steps"]}
     except (KeyError, TypeError):
-        raise DataError(run / PLAN, "is not a whole plan") from None
+        raise DataError(run / PLAN, "is not a whole plan", "remove it") from None
     return {name: error for name, error in failed.items() if name in planned}
 
 

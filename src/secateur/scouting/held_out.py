@@ -99,13 +99,13 @@ def draw(sources: Sequence[Source], count: int, seed: int) -> list[tuple[Source,
     found = 0
     for source in own:
         rng = random.Random(f"{seed} {source.name}")  # noqa: S311 - not for secrets
-        most = min(count // len(own), len(source.rows) // SHARE)
+        rows: Any = list(dict.fromkeys(source.rows)) if isinstance(source, Texts) else source.rows
+        most = min(count // len(own), len(rows) // SHARE)
         taken: list[Any] = []
         if isinstance(source, Texts):
-            texts = list(dict.fromkeys(source.rows))
-            taken = rng.sample(texts, min(most, len(texts)))
+            taken = rng.sample(rows, most)
         else:
-            groups = _groups(source.rows)
+            groups = _groups(rows)
             rng.shuffle(groups)
             for group in groups:
                 taken += group if len(taken) + len(group) <= most else []

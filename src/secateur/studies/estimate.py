@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch.utils.benchmark import Timer
 
 from secateur.data.sources import Source
@@ -40,7 +42,7 @@ class Amounts:
     the data of one are not here yet.
     """
 
-    flops_per_second: float
+    flops_per_second: Annotated[float, Field(gt=0)]
     rows: int
     texts_per_row: float
     tokens_per_text: float

@@ -161,7 +161,8 @@ class Scheduler:
         for step in plan.steps:
             if state.of(step) == "waiting" and done.issuperset(step.depends_on):
                 if is_done(step, plan, self.run):
-                    record(step, plan, self.run)
+                    if not (self.run / RECORDS / f"{step.stem}.json").is_file():  # killed before it was written
+                        record(step, plan, self.run)
                     done.add(step.name)
                 else:
                     able.append(step)

@@ -13,7 +13,9 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from secateur import options as config
 from secateur.choosing.choose import blocks_to_keep, is_prefix, needs_profile
@@ -45,7 +47,7 @@ class Base:
 
     name: str
     model: str
-    depth: int
+    depth: Annotated[int, Field(gt=0)]
     block_parameters: int = 0
     parameters: int = 0
 

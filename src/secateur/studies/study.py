@@ -30,9 +30,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
+from pydantic import Field, TypeAdapter
 
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
 from secateur.choosing.evidence import choose_rung
@@ -40,7 +41,7 @@ from secateur.data.embedders import open_embedder
 from secateur.data.sources import Texts, check_data, read_sources
 from secateur.errors import ConfigError, DataError, OutputError, SecateurError, StudyFailed
 from secateur.evaluation.tasks import expand, open_tasks
-from secateur.files import lock, read_json, results_folder, write_text
+from secateur.files import lock, make_folder, read_json, results_folder, write_text
 from secateur.healing.recipes import training_config
 from secateur.healing.training_data import training_sets
 from secateur.models import is_endpoint, model_label, resolve
@@ -96,13 +97,13 @@ def study(
         StudyFailed: Steps failed; all that does not depend on them is done, and reported.
         SecateurError: The study cannot be begun as it is described.
     """
-    if any(Path(model).resolve() == options.out.resolve() for model in options.models):
+    out = options.out.resolve()
+    if any(Path(model).resolve() in (out, *out.parents) for model in options.models):
         # Once there, the run folder would be taken for the model.
-        raise ConfigError("out", str(options.out), "is the name of the model", "name another folder")
+        raise ConfigError("out", str(options.out), "is the name of the model, or lies in it", "name another folder")
     run = results_folder(options.out, *STUDY_FILES)
     outline = _prepare(options, progress)
-    (run / RECORDS).mkdir(exist_ok=True)
-    with lock(run / RECORDS):
+    with lock(make_folder(run / RECORDS)):
         if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
             _make_plan(outline, keep=True)
             write_text(run / SETTINGS, to_yaml(outline.study))
@@ -260,15 +261,20 @@ def _what(settings: StudyOptions) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude=set(HOW))
 
 
+_KEPT = TypeAdapter(tuple[Annotated[tuple[Base, ...], Field(min_length=1)], Amounts])
+
+
 def _read_plan(run: Path) -> dict[str, Any]:
     """``plan.json`` of an earlier start (DataError if it is missing or broken)."""
-    content: dict[str, Any] = read_json(run / PLAN)
+    file, again = run / PLAN, f"secateur study resume {shlex.quote(str(run))} makes it again"
+    if not file.exists():
+        raise DataError(file, "no such file", again)
     try:
-        models = tuple(Base(**base) for base in content["models"])
-        return content | {"models": models, "amounts": Amounts(**content["amounts"]), "study": content["study"]}
-    except (AttributeError, KeyError, TypeError) as error:
-        hint = f"missing or unexpected: {error}; remove it, and the study makes it again"
-        raise DataError(run / PLAN, "is not a whole plan", hint) from error
+        content = read_json(file)
+        models, amounts = _KEPT.validate_json(json.dumps([content["models"], content["amounts"]]), strict=True)
+        return {"models": models, "amounts": amounts, "study": content["study"]}
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise DataError(file, "is not a whole plan", f"remove it: {again}") from error
 
 
 def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = False) -> Plan:
