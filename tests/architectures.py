@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import peft
 import torch
 import transformers
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import IllegalDepth, UnsupportedArchitecture
+from secateur.healing.recipes import TrainingConfig, add_adapters
 from secateur.models import blocks, cutting
 
 DEPTH, WIDTH, VOCABULARY = 6, 32, 120
@@ -104,6 +104,7 @@ QWEN_VISION = {
     "num_position_embeddings": 16,
 }
 ROBERTA = {"pad_token_id": 1}
+XLM = {"emb_dim": WIDTH, "n_layers": DEPTH, "n_heads": 4, "only": ("vocab_size", "max_position_embeddings")}
 
 # By the name of a variant, "model_type" or "model_type+variant": fields that differ from COMMON.
 # "without" drops common fields, "only" keeps no others; "text", "vision" and "encoder" are parts of composite models.
@@ -123,6 +124,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "cohere": {},
     "cohere2": {"sliding_window": 8},
+    "cohere2_moe": {**EXPERTS, "sliding_window": 8},
     "convbert": {"embedding_size": WIDTH},
     "data2vec-text": ROBERTA,
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
@@ -148,6 +150,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "eurobert": {},
     "exaone4": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "exaone_moe": {**DEEPSEEK_EXPERTS, "num_experts": 4, "sliding_window": 8},
     "falcon": {
         "new_decoder_architecture": True,
         "num_kv_heads": 2,
@@ -156,6 +159,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "falcon+alibi": {"alibi": True, "without": ("intermediate_size", "head_dim")},
     "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64},
     "falcon_mamba": {"state_size": 4, "without": ("intermediate_size", *HEADS)},
+    "flaubert": XLM,
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "gemma": {},
     "gemma2": {"sliding_window": 8},
@@ -182,6 +186,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "glm": {},
     "glm4": {},
     "glm4_moe": DEEPSEEK_EXPERTS,
+    "glm4_moe_lite": {**MLA, **DEEPSEEK_EXPERTS},
     "gpt2": {"without": ("intermediate_size", "num_key_value_heads", "head_dim")},
     "gpt2+inverse_scale": {
         "scale_attn_by_inverse_layer_idx": True,
@@ -202,9 +207,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 16,
         **MAMBA2,
     },
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 16},
     "gte": {},
     "helium": {},
     "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "hyperclovax": {},
+    "internlm3": {},
     "jamba": {
         "num_experts": 2,
         "num_experts_per_tok": 1,
@@ -217,6 +226,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "jina_embeddings_v3": {},
     "kimi_linear": {**MLA, "q_lora_rank": None, **EXPERTS, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"] * 2, "conv_L_cache": 3, "block_ff_dim": 48},
+    "lfm2_moe": {
+        **EXPERTS,
+        "layer_types": ["conv", "full_attention", "conv"] * 2,
+        "conv_L_cache": 3,
+        "num_dense_layers": 2,
+    },
     "llama": {},
     "llama4_text": {
         "intermediate_size_mlp": 48,
@@ -237,10 +252,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "v_head_dim": 8},
     "minicpm3": MLA,
     "minimax": {"num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 8},
+    "minimax_m2": EXPERTS,
     "ministral": {"sliding_window": 8},
+    "ministral3": {"sliding_window": 8},
     "mistral": {"sliding_window": 8},
     "mistral3": {"text": {"model_type": "mistral"}, "vision": {**VISION, "model_type": "pixtral", "head_dim": 8}},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mobilebert": {
+        "embedding_size": WIDTH,
+        "true_hidden_size": WIDTH,
+        "intra_bottleneck_size": WIDTH,
+        "num_feedforward_networks": 2,
+    },
     "modernbert": {"local_attention": 8},
     "modernbert-decoder": {"local_attention": 8},
     "mpnet": {},
@@ -274,6 +297,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": 8},
     "olmo_hybrid": DELTA,
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "openai-gpt": {"without": ("intermediate_size", "num_key_value_heads", "head_dim")},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
     "opt+projected": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     "persimmon": {},
@@ -285,6 +309,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"shared_expert_intermediate_size": 16, "mlp_only_layers": [0, 4], **EXPERTS},
     "qwen3": {},
     "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {"mlp_only_layers": [1, 5], "decoder_sparse_step": 2, **EXPERTS},
     "qwen3_next": {"mlp_only_layers": [0], "shared_expert_intermediate_size": 16, **DELTA, **EXPERTS},
     "qwen3_vl": {"text": {}, "vision": QWEN_VISION},
@@ -303,6 +328,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "umt5": T5,
     "vaultgemma": {"sliding_window": 8},
     "xglm": {"ffn_dim": 48, "d_model": WIDTH, "num_layers": DEPTH, "attention_heads": 4},
+    "xlm": XLM,
     "xlm-roberta": ROBERTA,
     "xlm-roberta-xl": ROBERTA,
     "xlnet": {"d_model": WIDTH, "n_layer": DEPTH, "n_head": 4, "d_inner": 48, "only": ("vocab_size",)},
@@ -387,7 +413,7 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
 
     def hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
-        return (given, *output[1:]) if isinstance(output, tuple) else given
+        return (given, *output[1:]) if isinstance(output, (tuple, list)) else given
 
     stack = model.get_submodule(blocks.find_stack(model).path)
     others = [block for i, block in enumerate(stack) if i not in keep]
@@ -422,7 +448,6 @@ class Outcome:
     adapters: int = 0  # adapters that peft attached
     idle: tuple[str, ...] = ()  # adapters without a gradient
     bare: tuple[str, ...] = ()  # linear modules inside the layers that got no adapter
-    experts: bool = False  # whether peft adapts packed experts too
 
 
 @cache
@@ -444,7 +469,7 @@ def outcome(name: str) -> Outcome:
         subset_refused = str(error)
     tail_is_norm = blocks.tail_is_norm(model, features)
     through_norm = distance(states(back, features), hooked(model, kept, features)) if tail_is_norm else None
-    adapters, idle, bare, experts = adapt(back, features)
+    adapters, idle, bare = adapt(back, features)
     return Outcome(
         name,
         path=stack.path,
@@ -464,7 +489,6 @@ def outcome(name: str) -> Outcome:
         adapters=adapters,
         idle=idle,
         bare=bare,
-        experts=experts,
     )
 
 
@@ -522,21 +546,22 @@ def padding(model: PreTrainedModel) -> str:
     return "both" if len(sides) == 2 else "".join(sides) or "none"
 
 
-def adapt(
-    model: PreTrainedModel, features: dict[str, torch.Tensor]
-) -> tuple[int, tuple[str, ...], tuple[str, ...], bool]:
-    """Train one step of LoRA: adapters attached, those without a gradient, linear modules left bare, packed experts."""
+def adapt(model: PreTrainedModel, features: dict[str, torch.Tensor]) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """Train one step of LoRA: adapters attached, those without a gradient, linear modules left bare."""
     stack = blocks.blocks_of(model)
     linear = {id(module): name for name, module in stack.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    config = peft.LoraConfig(r=2, target_modules=list(blocks.linear_names(model)), init_lora_weights=False)
-    adapted = peft.get_peft_model(model.train(), config)
-    adapted(**features).last_hidden_state.square().mean().backward()
-    layers = {name: layer for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)}
+    add_adapters(model, TrainingConfig(lora_rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zeros, which let no gradient through
+                parameter.normal_()
+    model.train()(**features).last_hidden_state.square().mean().backward()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     gradients = {name: layer.lora_B["default"].weight.grad for name, layer in layers.items()}
     idle = tuple(name for name, gradient in gradients.items() if gradient is None or not gradient.any())
     covered = {id(layer.get_base_layer()) for layer in layers.values()}
     bare = tuple(name for key, name in linear.items() if key not in covered)
-    return len(layers), idle, bare, any(isinstance(layer, ParamWrapper) for layer in layers.values())
+    return len(layers), idle, bare
 
 
 HEADER = """# Architectures
@@ -553,8 +578,7 @@ unchanged. An architecture that is not here is cut by the same rules, which look
 - **Padding**: the side on which a padded batch gives the vectors of its single texts; `none` where padding reaches the
   vectors on either side (convolutions or landmarks over the padding), so that texts should be encoded one by one or by
   equal length. A language model's folder is written with right padding.
-- **LoRA targets**: what `secateur heal` adapts. *+ experts* where peft adapts the packed experts too; of those models
-  it leaves the dense gate, up and down projections alone.
+- **LoRA targets**: what `secateur heal` adapts; packed experts are no linear modules, and stay as they are.
 
 | architecture | layers | final norm | legal depths | subsets | profile | padding | LoRA targets |
 |---|---|---|---|---|---|---|---|
@@ -573,8 +597,7 @@ def row(result: Outcome) -> str:
         "yes" if result.subset is not None else "prefixes only" if len(result.legal) > 1 else "no",
         "one pass" if result.tail_is_norm else "per depth",
         result.padding,
-        ", ".join(f"`{short}`" for short in dict.fromkeys(name.rpartition(".")[2] for name in result.lora))
-        + (" *+ experts*" if result.experts else ""),
+        ", ".join(f"`{short}`" for short in dict.fromkeys(name.rpartition(".")[2] for name in result.lora)),
     )
     return f"| {' | '.join(cells)} |"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoModel,
@@ -24,6 +25,7 @@ from transformers import (
 
 from architectures import ARCHITECTURES, DEPTH, TOLERANCE, batch, bypassed, config_of, distance, model_of, states
 from secateur.errors import IllegalDepth, UnsupportedArchitecture
+from secateur.healing.recipes import TrainingConfig, add_adapters
 from secateur.models import blocks, cutting
 
 
@@ -112,11 +114,12 @@ class TestLinearNames:
         )
         assert blocks.linear_names(model_of("gpt2")) == ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
-    def test_full_paths_where_the_vision_tower_has_the_same_names(self):
+    def test_the_vision_tower_is_left_alone_though_it_has_the_same_names(self):
         model = model_of("gemma3")
-        names = blocks.linear_names(model)
-        assert all(name.startswith("language_model.layers.") for name in names)
-        assert len(names) == DEPTH * 7
+        add_adapters(model, TrainingConfig())
+        adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+        assert len(adapted) == DEPTH * 7
+        assert all(name.startswith("language_model.layers.") for name in adapted)
 
 
 class TestTail:

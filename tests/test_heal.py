@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -26,7 +27,7 @@ from secateur.errors import ConfigError, DataError, ModelError, OutputError, Tra
 from secateur.evaluation.evaluate import is_instructed
 from secateur.healing import recipes, training_data
 from secateur.healing.losses import Loss
-from secateur.healing.recipes import LEARNING_RATES, TrainingConfig, decide, training_config
+from secateur.healing.recipes import LEARNING_RATES, TrainingConfig, decide, training_arguments, training_config
 from secateur.healing.trainer import TRAINED_WEIGHTS, TrainingResult, last_checkpoint, train
 from secateur.healing.training_data import TrainingSet, held_out_ndcg, read_held_out
 from secateur.healing.training_data import training_sets as sets_and_notes
@@ -175,6 +176,23 @@ def test_weights_stored_in_bfloat16_are_trained_in_float32(llama_folder: Path, p
     assert torch.equal(model[0].auto_model.norm.weight, before)
 
 
+def test_adapters_alone_are_trained_and_in_float32(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    """Also where the weights are bfloat16; and not what stands after the pooling, as EmbeddingGemma's Dense."""
+    model = secateur.open_model(llama_folder, device="cpu", dtype="bfloat16")
+    model.insert(2, Dense(32, 32).to(torch.bfloat16))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = TrainingConfig(**(SETTINGS | {"steps": 2, "learning_rate": 0.1}))
+    train(model, training_sets([read_pairs(pairs_file)], 8), config, tmp_path)
+    saved = load_file(tmp_path / "checkpoint-2" / TRAINED_WEIGHTS)
+    assert len(saved) == 2 * 7 * 3 and all("lora" in name for name in saved)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    after = dict(model.named_parameters())
+    assert {name: p.dtype for name, p in after.items()} == dict.fromkeys(before, torch.bfloat16)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if name.endswith("_proj.weight")
+    }
+
+
 def test_auto_trains_the_blocks_where_they_fit_and_says_so(llama_folder: Path, monkeypatch: pytest.MonkeyPatch):
     model = secateur.open_model(llama_folder, device="cpu")
     assert decide(model, TrainingConfig(train="auto")).train == "blocks"
@@ -183,6 +201,27 @@ def test_auto_trains_the_blocks_where_they_fit_and_says_so(llama_folder: Path, m
         monkeypatch.setattr(recipes.psutil, "virtual_memory", lambda memory=memory: SimpleNamespace(total=memory))
         decided = decide(model, TrainingConfig(train="auto"))
         assert (decided.train, decided.learning_rate) == (expected, LEARNING_RATES[expected])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_training_takes_the_device_of_the_model_and_no_other(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With two GPUs (made up here), the stock arguments train on both, a whole batch on each, whatever was asked for;
+    and where bfloat16 is emulated only, as on a T4, it is slower than float32.
+    """
+    current: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr("secateur.healing.recipes.multiplies_bfloat16", lambda: True)
+    where = torch.device(device)
+    arguments = training_arguments(config_of(batch_size=8, learning_rate=1e-3), tmp_path, device=where)
+    assert (arguments.device, arguments.train_batch_size) == (where, 8)
+    assert arguments.n_gpu <= 1
+    assert arguments.bf16 == (where.type == "cpu")
+    assert current[-1:] == ([where] if where.type == "cuda" else [])
 
 
 def scores_of(*values: float) -> Callable[[object], float]:

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel, 
 import secateur
 from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
-from secateur.models.forward import pooling_name
+from secateur.models.forward import pooling_name, wait
 from secateur.models.open_model import is_causal
 from secateur.models.save import save_model
 from secateur.pruning.prune import origin_of
@@ -199,6 +199,23 @@ def test_a_model_that_float16_is_too_small_for(llama_folder: Path, tmp_path: Pat
     secateur.open_model(folder, device="cpu")
     with pytest.raises(ModelError, match="not finite: float16 is too small for it"):
         secateur.open_model(folder, device="cpu", dtype="float16")
+
+
+def test_a_model_that_does_not_fit_into_memory(llama_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(SentenceTransformer, "to", full)
+    with pytest.raises(ModelError, match=r"does not fit into memory .*20\.00 GiB"):
+        secateur.open_model(llama_folder)
+
+
+def test_the_device_at_work_is_waited_for_and_not_the_first(monkeypatch: pytest.MonkeyPatch):
+    waited: list[torch.device] = []
+    monkeypatch.setattr("torch.accelerator.synchronize", waited.append)
+    wait(torch.device("cpu"))
+    wait(torch.device("cuda:1"))
+    assert waited == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("case", BROKEN)

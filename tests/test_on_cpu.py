@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import SqueezeBertConfig, SqueezeBertModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import MakeEncoder
+from secateur.errors import UnsupportedArchitecture
 from secateur.healing.recipes import BitsDropout, TrainingConfig, attention_in_float32, prepare
 
 TEXTS = ["a hedge", "a longer hedge, cut back", "q"]
@@ -35,6 +37,17 @@ def test_adapters_drop_as_the_recipe_says(make_encoder: MakeEncoder):
     prepare(model, TrainingConfig(lora_dropout=0.2))
     found = [module.p for module in model.modules() if isinstance(module, BitsDropout)]
     assert found == [0.2] * 7 * 3
+
+
+def test_a_model_without_linear_layers_cannot_have_adapters(make_encoder: MakeEncoder):
+    model = make_encoder()
+    sizes = {"vocab_size": 50, "hidden_size": 32, "embedding_size": 32, "num_attention_heads": 4}
+    sizes |= {"num_hidden_layers": 2, "intermediate_size": 64}
+    model[0].model = SqueezeBertModel(SqueezeBertConfig(**sizes))  # of convolutions over one token
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"SqueezeBertModel: its layers have no linear modules.*--train b"
+    ):
+        prepare(model, TrainingConfig())
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])

@@ -58,6 +58,11 @@ def init_processes(config: TrainingConfig, *, scored: bool = False) -> None:
         raise ConfigError("batch_size", config.batch_size, problem, f"a multiple of {count}")
 
 
+def device_of(model: SentenceTransformer) -> torch.device | None:
+    """Where a model is trained in one process; None where there are several, each with a device of its own."""
+    return model.device if int(os.environ.get("WORLD_SIZE", "1")) == 1 else None
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if torch.distributed.is_initialized():
@@ -92,7 +97,7 @@ def shard_by_blocks(
     plugin = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks_of(model[0].auto_model)})
-    if config.uses_bfloat16:
+    if config.uses_bfloat16():
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 

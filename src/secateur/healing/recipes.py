@@ -17,17 +17,18 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.data.sources import Source, Texts
-from secateur.errors import ConfigError
+from secateur.errors import ConfigError, UnsupportedArchitecture
 from secateur.models.blocks import blocks_of, final_norm, linear_names
 from secateur.models.compat import multiplies_bfloat16
 from secateur.options import HealOptions
@@ -90,12 +91,15 @@ class TrainingConfig:
             return "distillation" if self.teacher_weight == 1 else "contrastive loss and distillation"
         return "contrastive loss" + (", each text its own positive under dropout (SimCSE)" if self.unsupervised else "")
 
-    @property
-    def uses_bfloat16(self) -> bool:
-        """``precision``, with ``auto`` decided for this machine: bfloat16 where the processor multiplies in it."""
+    def uses_bfloat16(self, device: torch.device | None = None) -> bool:
+        """``precision``, with ``auto`` decided for a device (default: a GPU where there is one): bfloat16 where it
+        multiplies in it.
+        """
         if self.precision != "auto":
             return self.precision == "bfloat16"
-        return bool(torch.cuda.is_bf16_supported()) if torch.cuda.is_available() else multiplies_bfloat16()
+        if device.type == "cuda" if device else torch.cuda.is_available():
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return multiplies_bfloat16()
 
 
 _FINETUNE: Mapping[str, Any] = {"train": "auto", "warmup": 0.1, "scale": 20.0, "max_length": 128}
@@ -139,22 +143,44 @@ def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> Tra
     return config
 
 
+class Arguments(SentenceTransformerTrainingArguments):  # type: ignore[misc]
+    """A training on one device in each process.
+
+    The stock arguments take the first GPU whatever was asked for, and of several all, each with a batch of its own.
+    """
+
+    place: torch.device | None = None  # where there is one process
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, int(super().n_gpu))
+
+    @property
+    def device(self) -> torch.device:
+        own: torch.device = super().device
+        return self.place or own
+
+
 def training_arguments(
     config: TrainingConfig,
     folder: Path,
     prompts: Mapping[str, Mapping[str, str]] | None = None,
     *,
+    device: torch.device | None = None,
     evaluated: bool = False,
     report_to: str = "none",
-) -> SentenceTransformerTrainingArguments:
-    """A decided configuration as the trainer takes it, with the prompts by set and column."""
+) -> Arguments:
+    """A decided configuration as the trainer takes it, with the prompts by set and column.
+
+    ``device`` is that of the model; None where each of several processes has its own.
+    """
     log_every = max(1, config.steps // LOGGED)
     # A logged loss is the mean since the one before: a checkpoint between two would lose the steps that led to it.
     save_every = log_every * math.ceil(config.steps / CHECKPOINTS / log_every)
     if evaluated and config.eval_every:
         save_every = config.eval_every
         log_every = math.gcd(log_every, save_every)
-    return SentenceTransformerTrainingArguments(
+    arguments = Arguments(
         output_dir=str(folder),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -163,8 +189,8 @@ def training_arguments(
         learning_rate=config.learning_rate,
         warmup_steps=round(config.warmup * config.steps),
         lr_scheduler_type="linear",
-        bf16=config.uses_bfloat16,
-        use_cpu=not torch.cuda.is_available(),
+        bf16=config.uses_bfloat16(device),
+        use_cpu=device.type == "cpu" if device else not torch.cuda.is_available(),
         activation_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
         data_seed=config.seed,
@@ -185,6 +211,11 @@ def training_arguments(
         report_to=report_to,
         disable_tqdm=True,
     )
+    if device is not None:
+        arguments.place = device
+        if device.type == "cuda":  # accelerate takes the current one
+            torch.cuda.set_device(device)
+    return arguments
 
 
 def decide(model: SentenceTransformer, config: TrainingConfig) -> TrainingConfig:
@@ -209,43 +240,53 @@ def decide(model: SentenceTransformer, config: TrainingConfig) -> TrainingConfig
 def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, torch.dtype]:
     """Make a model's weights trainable as a decided configuration says, in place.
 
-    They are kept in float32, whatever the precision: an update is often smaller than the last bit of a bfloat16.
-    Returns the dtype of each weight before, which :func:`finish` wants back.
+    What is trained is kept in float32, whatever the precision: an update is often smaller than the last bit of a
+    bfloat16. Returns the dtype of each weight before, which :func:`finish` wants back.
     """
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     torch.manual_seed(config.seed)
     if config.train == "lora":
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            bias="none",
-            target_modules=list(linear_names(model[0].auto_model)),
-        )
-        model.add_adapter(lora)
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer) and model.device.type == "cpu":
-                for name, dropout in layer.lora_dropout.items():
-                    layer.lora_dropout[name] = BitsDropout(dropout.p) if isinstance(dropout, nn.Dropout) else dropout
-        return dtypes
-    if config.train == "blocks":
+        model.requires_grad_(False)
+        add_adapters(model[0].auto_model, config)
+    elif config.train == "blocks":
         model.requires_grad_(False)
         for part in (blocks_of(model[0].auto_model), final_norm(model[0].auto_model)):
             part.requires_grad_(True)
     for parameter in model.parameters():
-        parameter.data = parameter.data.float()
+        if parameter.requires_grad or config.train != "lora":
+            parameter.data = parameter.data.float()
     return dtypes
+
+
+def add_adapters(transformer: PreTrainedModel, config: TrainingConfig) -> None:
+    """Put an adapter on every linear module of a model's layers."""
+    targets = list(linear_names(transformer))
+    if not targets:
+        problem = "its layers have no linear modules that an adapter could stand on"
+        raise UnsupportedArchitecture(type(transformer).__name__, problem, "--train blocks, or all")
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        bias="none",
+        target_modules=targets,
+    )
+    # Of a whole model, peft would look at the type: it takes packed experts for targets, which cannot have dropout.
+    inject_adapter_in_model(lora, blocks_of(transformer))
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer) and transformer.device.type == "cpu":
+            for name, dropout in layer.lora_dropout.items():
+                layer.lora_dropout[name] = BitsDropout(dropout.p) if isinstance(dropout, nn.Dropout) else dropout
 
 
 def finish(model: SentenceTransformer, dtypes: Mapping[str, torch.dtype]) -> None:
     """The model as it came, but trained, in place: adapters merged, dtypes restored, in evaluation mode."""
     transformer = model[0].auto_model
+    vars(blocks_of(transformer)).pop("peft_config", None)
     adapted = [(name, layer) for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)]
     for name, layer in adapted:
         layer.merge(safe_merge=True)
         transformer.set_submodule(name, layer.get_base_layer())
-    if adapted:
-        transformer.delete_adapter("default")  # else an adapter would be saved in place of the model
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
         parameter.requires_grad_(True)

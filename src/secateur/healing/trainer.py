@@ -28,7 +28,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
 from secateur.healing.losses import Loss
-from secateur.healing.processes import gather, is_sharded, shard_by_blocks, sharded_copy
+from secateur.healing.processes import device_of, gather, is_sharded, shard_by_blocks, sharded_copy
 from secateur.healing.recipes import (
     SCORE,
     TrainingConfig,
@@ -95,7 +95,8 @@ def train(
     model.max_seq_length = min(config.max_length, length or config.max_length)
     prompts = {item.name: item.prompts for item in sets}
     # Before the loss, which may ask how many processes there are: the arguments join them.
-    arguments = training_arguments(config, folder, prompts, evaluated=score is not None, report_to=report_to)
+    given: Any = {"device": device_of(model), "evaluated": score is not None, "report_to": report_to}
+    arguments = training_arguments(config, folder, prompts, **given)
     own = sharded_copy(model) if is_sharded() else model
     trainer = Trainer(
         model=own,

@@ -24,7 +24,7 @@ from torch.utils.data import ConcatDataset
 from secateur.data.sources import Pair, Pairs, Source, Texts, read_sources
 from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import read_task_folder, texts_of
-from secateur.healing.recipes import TrainingConfig, training_arguments
+from secateur.healing.recipes import TrainingConfig
 from secateur.measures.metrics import cosines, false_negative_mask, retrieval, text_numbers
 from secateur.options import HealOptions
 from secateur.progress import quiet
@@ -167,10 +167,10 @@ def used_rows(sets: Sequence[TrainingSet], config: TrainingConfig) -> list[list[
     They come from the samplers that :func:`.training_arguments` names, epoch by epoch as the trainer draws them. The
     sets must be those that are trained on, in their order; a column ``label`` makes no difference.
     """
-    size = training_arguments(config, Path("checkpoints")).train_batch_size
     generator, seed, left = torch.Generator(), config.seed, config.steps
     samplers = [
-        NoDuplicatesBatchSampler(item.rows, size, drop_last=True, generator=generator, seed=seed) for item in sets
+        NoDuplicatesBatchSampler(item.rows, config.batch_size, drop_last=True, generator=generator, seed=seed)
+        for item in sets
     ]
     together: ConcatDataset[Any] = ConcatDataset([item.rows for item in sets])
     sampler = ProportionalBatchSampler(together, samplers, generator, seed)

@@ -23,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from secateur.errors import UnsupportedArchitecture
 from secateur.models.compat import recorded_classes
 
+SEPARATE = "only stacks of separate layers can be cut"
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -46,7 +48,8 @@ def find_stack(model: PreTrainedModel) -> Stack:
     """Find the list of layers and the final norm by structure.
 
     Raises:
-        UnsupportedArchitecture: The model has no list of as many layers as its configuration counts.
+        UnsupportedArchitecture: The model has no list of as many layers as its configuration counts, or several that
+            hold a part of each.
     """
     name = model.name_or_path or type(model).__name__
     if model.config.is_encoder_decoder and hasattr(model, "decoder"):
@@ -58,6 +61,11 @@ def find_stack(model: PreTrainedModel) -> Stack:
     ]
     if lists:
         path = min(lists, key=lambda path: path.count("."))
+        beside = [other for other in lists if other.rpartition(".")[0] == path.rpartition(".")[0]]
+        firsts = [type(tower.get_submodule(f"{other}.0")).__name__ for other in beside]
+        if any("norm" in first.lower() for first in firsts):
+            problem = f"its layers lie in pieces, in {', '.join(prefix + other for other in beside)}"
+            raise UnsupportedArchitecture(name, problem, SEPARATE)
         norm = _find_norm(tower, path)
         return Stack(prefix + path, None if norm is None else prefix + norm)
     groups = getattr(text_config(model), "num_hidden_groups", depth)
@@ -65,7 +73,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
         problem = f"its {depth} layers share the weights of {groups}, so none can be taken out"
         raise UnsupportedArchitecture(name, problem)
     problem = f"{type(model).__name__} has no list of {depth or 'its'} layers"
-    raise UnsupportedArchitecture(name, problem, "only stacks of separate layers can be cut")
+    raise UnsupportedArchitecture(name, problem, SEPARATE)
 
 
 def _text_tower(model: PreTrainedModel) -> tuple[str, nn.Module]:
@@ -154,9 +162,8 @@ def tensor_of_block(name: str, path: str) -> tuple[int, str] | None:
 def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
     """The linear modules inside the layers, as peft's ``target_modules``: fused projections and GPT-2's Conv1D too.
 
-    Names are relative to a layer (``self_attn.q_proj``) where that means the layers alone, else full paths (a vision
-    tower may use the same names). Left out are routers of experts that return more than a product, and the
-    projections of state-space mixers whose weights are read past any adapter.
+    Names are relative to a layer (``self_attn.q_proj``). Left out are routers of experts that return more than a
+    product, and the projections of state-space mixers whose weights are read past any adapter.
     """
 
     def is_read_past(name: str) -> bool:
@@ -172,11 +179,8 @@ def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, routers)
     ]
-    inside = [name for name in linear if name.startswith(prefix) and not is_read_past(name)]
-    outside = [name for name in linear if not name.startswith(prefix)]
-    short = list(dict.fromkeys(name[len(prefix) :].partition(".")[2] for name in inside))
-    clash = any(f".{name}".endswith(f".{end}") for name in outside for end in short)
-    return tuple(inside if clash else short)
+    inside = [name[len(prefix) :] for name in linear if name.startswith(prefix) and not is_read_past(name)]
+    return tuple(dict.fromkeys(name.partition(".")[2] for name in inside))
 
 
 def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

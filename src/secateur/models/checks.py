@@ -27,6 +27,7 @@ from secateur.files import read_json
 from secateur.models.compat import is_ignored
 from secateur.models.forward import state_width
 from secateur.models.save import PROBES, TEN_SCRIPTS
+from secateur.runtime.core import is_out_of_memory
 
 ANOTHER_MODEL = "one of the two is of another model"
 CONVERT = "convert it: load it with transformers elsewhere and save_pretrained() it again"
@@ -116,6 +117,8 @@ def _in_words(error: Exception) -> tuple[str, str]:
             return f"its weights are damaged or half written ({said})", "copy or fetch them again"
         case OSError() | hub.HTTPError():  # type: ignore[attr-defined]
             return f"cannot be opened ({said})", ""
+        case _ if is_out_of_memory(error):
+            return f"does not fit into memory ({said})", "another --device, or fewer bits with --dtype, where there are"
         case _:
             return f"is not a text model that can be opened ({said})", ""
 

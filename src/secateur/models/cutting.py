@@ -201,7 +201,7 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
 
     def hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
-        return (given, *output[1:]) if isinstance(output, tuple) else given
+        return (given, *output[1:]) if isinstance(output, (tuple, list)) else given
 
     def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         last[:] = [output]

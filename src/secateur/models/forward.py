@@ -114,7 +114,7 @@ def run_after(transformer: PreTrainedModel, prefix: DynamicCache, length: int, f
 def wait(device: torch.device) -> None:
     """Until the device has done what it was given. A CPU has."""
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+        torch.accelerator.synchronize(device)
 
 
 # ---- states to vectors

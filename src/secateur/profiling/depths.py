@@ -291,7 +291,7 @@ class DepthEncoder:
 
         with layer_outputs(self._transformer, visit):
             cache = forward.run_prefix(self._transformer, start)
-        return _Prefix(start, cache, normed, torch.stack(influence).double().cpu())
+        return _Prefix(start, cache, normed, torch.stack(influence).cpu().double())
 
     def _read(self, tokens: forward.Tokens, rows: list[int], prefix: _Prefix | None) -> Depths:
         """One pass over a batch; with a prefix, over what follows it."""
@@ -318,13 +318,13 @@ class DepthEncoder:
                 forward.run_after(self._transformer, prefix.cache, skipped, features)
             else:
                 self._model[0](dict(features))
-        influences = torch.stack(influence).double().cpu()
+        influences = torch.stack(influence).cpu().double()  # in this order, for MPS has no float64
         return Depths(
             rows=tuple(rows),
             vectors=torch.stack(vectors, dim=2).cpu(),
             influence=influences + len(rows) * prefix.influence if prefix else influences,
             tokens=int(features["attention_mask"].sum()),
-            angles=(angular_distances(torch.stack(ends, dim=1)) * len(rows)).double().cpu(),
+            angles=(angular_distances(torch.stack(ends, dim=1)) * len(rows)).cpu().double(),
         )
 
     def _weights(self, features: dict[str, Any]) -> Tensor:
@@ -367,7 +367,7 @@ class DepthEncoder:
             # These layers may keep several streams or another layout: every state counts the same.
             if before.shape[:-1] != mask.shape:
                 real = torch.ones(before.shape[:-1], device=before.device) * (mask.sum() / before.shape[:-1].numel())
-            influence[depth - 1] = block_influence(before, after, real)  # the last pass stays
+            influence[depth - 1] = block_influence(before, after, real).cpu()  # the last pass stays
 
         for depth in range(1, self.depth + 1):
             with layer_outputs(self._transformer, visit), bypassed(self._transformer, range(depth)):

@@ -68,7 +68,7 @@ def next_token_losses(model: SentenceTransformer, texts: Sequence[tuple[str, str
                 logits = language_model(input_ids=expected[:, None], use_cache=False).logits[:, 0].float()
             except AttributeError:
                 return None
-            found = functional.cross_entropy(logits, expected, reduction="none").double()
+            found = functional.cross_entropy(logits, expected, reduction="none").cpu().double()
             losses.append(found.view(depth, -1))
     return torch.cat(losses, dim=1).mean(dim=1).tolist() if losses else None
 

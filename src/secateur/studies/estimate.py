@@ -13,6 +13,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
+from sentence_transformers.util import get_device_name
 from torch.utils.benchmark import Timer
 
 from secateur.data.sources import Source
@@ -83,7 +84,7 @@ def _tokens(texts: Sequence[str]) -> float:
 
 
 def _flops_per_second(size: int = 768) -> float:
-    matrix = torch.randn(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
+    matrix = torch.randn(size, size, device=get_device_name())
     product = "float((matrix @ matrix).sum())"  # asking for a number waits for the device
     timer = Timer(product, globals={"matrix": matrix}, num_threads=torch.get_num_threads())
     return 2 * size**3 / float(timer.blocked_autorange(min_run_time=0.2).median)
