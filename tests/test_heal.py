@@ -88,7 +88,7 @@ def test_a_healed_folder_knows_its_prompts_and_where_it_comes_from(healed: Path)
     assert model.prompts["document"] == ""
     assert load(healed, Training).prompts["query"] == "find the word;\n"
     origin = load(healed, Origin)
-    assert (origin.depth, origin.kept, origin.pooling) == (3, (0, 1, 2), "weighted_mean")
+    assert (origin.depth, origin.kept, origin.pooling) == (3, (0, 1, 2), "mean")
     assert origin.check <= 1e-5
 
 

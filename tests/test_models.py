@@ -28,20 +28,21 @@ TEXTS = ["the hedge is cut back", "one", "def add: return a, b"]
 CHAT = "{% for m in messages %}chat chat {{ m['content'] }}{% endfor %}"
 
 
-def weighted_mean(folder: Path, text: str, **options: object) -> torch.Tensor:
-    """A text's vector by transformers alone: Σ i·h_i over its tokens, at length 1."""
+def pooled(folder: Path, text: str, pooling: str = "mean", **options: object) -> torch.Tensor:
+    """A text's vector by transformers alone: Σ h_i, or Σ i·h_i, over its tokens, at length 1."""
     encoded = AutoTokenizer.from_pretrained(folder, **options)(text, return_tensors="pt")
     with torch.no_grad():
         states = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)(**encoded).last_hidden_state[0]
-    weights = torch.arange(1.0, len(states) + 1)
+    weights = torch.arange(1.0, len(states) + 1) if pooling == "weighted_mean" else torch.ones(len(states))
     return torch.nn.functional.normalize(weights @ states, dim=0)
 
 
-def test_a_language_model_gets_the_papers_pooling(llama_folder: Path):
-    model = secateur.open_model(llama_folder, device="cpu")
-    expected = torch.stack([weighted_mean(llama_folder, text) for text in TEXTS])
+@pytest.mark.parametrize("pooling", [None, "mean", "weighted_mean"])
+def test_a_language_model_gets_a_pooling(llama_folder: Path, pooling: str | None):
+    model = secateur.open_model(llama_folder, device="cpu", pooling=pooling)
+    expected = torch.stack([pooled(llama_folder, text, pooling or "mean") for text in TEXTS])
     assert torch.allclose(model.encode(TEXTS, convert_to_tensor=True), expected, atol=1e-5)
-    assert pooling_name(model) == "weighted_mean"
+    assert pooling_name(model) == (pooling or "mean")
 
 
 def test_a_chat_template_does_not_touch_the_texts(llama_folder: Path, tmp_path: Path):
@@ -54,7 +55,7 @@ def test_a_chat_template_does_not_touch_the_texts(llama_folder: Path, tmp_path: 
     assert np.array_equal(*vectors)
 
 
-def test_attention_is_measured_and_decides_the_pooling(llama_folder: Path, tmp_path: Path):
+def test_attention_is_measured(llama_folder: Path, tmp_path: Path):
     bert = secateur.open_model(tiny_transformer(tmp_path / "bert", "bert"), device="cpu")
     both_ways = shutil.copytree(llama_folder, tmp_path / "both-ways")
     config = json.loads((both_ways / "config.json").read_text())
@@ -65,7 +66,6 @@ def test_attention_is_measured_and_decides_the_pooling(llama_folder: Path, tmp_p
         (secateur.open_model(both_ways, device="cpu"), False),
     ):
         assert is_causal(model[0]) == backwards
-        assert pooling_name(model) == ("weighted_mean" if backwards else "mean")
 
 
 def test_texts_are_cut_to_the_length_asked_for_and_never_beyond_the_model(llama_folder: Path):
@@ -343,7 +343,7 @@ def test_added_tokens_in_a_table_of_more_rows(llama_folder: Path, tmp_path: Path
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     model.save_pretrained(tmp_path / "added")
     tokenizer.save_pretrained(tmp_path / "added")
-    expected = weighted_mean(tmp_path / "added", "a <hedge> b").numpy()
+    expected = pooled(tmp_path / "added", "a <hedge> b").numpy()
     out = secateur.prune(tmp_path / "added", 3, out=tmp_path / "out")
     for vector in (
         secateur.open_model(tmp_path / "added", device="cpu").encode("a <hedge> b"),
@@ -430,7 +430,7 @@ def test_a_saved_folder_opens_without_secateur_and_gives_the_same_vectors(saved:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     got = np.load(tmp_path / "out.npz")
-    expected = torch.stack([weighted_mean(llama_folder, text) for text in TEXTS]).numpy()
+    expected = torch.stack([pooled(llama_folder, text) for text in TEXTS]).numpy()
     assert np.allclose(got["plain"], expected, atol=1e-5)
     encoded = AutoTokenizer.from_pretrained(llama_folder)(TEXTS[0], return_tensors="pt")
     states = AutoModel.from_pretrained(llama_folder)(**encoded).last_hidden_state.detach().numpy()
@@ -442,8 +442,8 @@ def test_a_saved_folder_opens_without_secateur_and_gives_the_same_vectors(saved:
 
 def test_a_saved_folder_tells_its_pooling_in_both_spellings(saved: Path):
     settings = json.loads((saved / "1_Pooling" / "config.json").read_text())
-    assert settings["pooling_mode"] == "weightedmean"
-    assert [key for key, value in settings.items() if value is True] == ["pooling_mode_weightedmean_tokens"]
+    assert settings["pooling_mode"] == "mean"
+    assert [key for key, value in settings.items() if value is True] == ["pooling_mode_mean_tokens"]
     assert settings["include_prompt"] is False
     modules = [module["type"] for module in json.loads((saved / "modules.json").read_text())]
     assert modules == [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]

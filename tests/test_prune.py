@@ -45,7 +45,7 @@ DEPTH = 5
 
 
 @torch.no_grad()
-def expected(model: PreTrainedModel, folder: Path, keep: Sequence[int], pooling: str = "weighted_mean") -> np.ndarray:
+def expected(model: PreTrainedModel, folder: Path, keep: Sequence[int], pooling: str = "mean") -> np.ndarray:
     """Each text alone through the uncut model, whose other layers hand on what they are given; no padding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vectors = []
@@ -298,7 +298,7 @@ def test_options_that_do_not_go_together_are_refused(source: Path, tmp_path: Pat
         (source, {"to": 2, "profile": measured}, "profile: is not asked: to 2 tells the layers: leave it out"),
         (source, {"keep": "0-1", "profile": "nowhere"}, "profile: is not asked: keep 0-1"),
         (source, {"to": "uniform:2", "profile": measured}, "profile: is not asked: to uniform:2"),
-        (source, {"to": "small", "profile": measured, "pooling": "lasttoken"}, "measured with weighted_mean"),
+        (source, {"to": "small", "profile": measured, "pooling": "lasttoken"}, "measured with mean"),
         (source, {"to": 2, "revision": "foo"}, "revision: .* is here and not on the Hub"),
         (embedder, {"to": 1, "max_length": 16}, "max_length: .* is a trained embedder"),
         (source, {"to": 2, "max_length": -1}, "max_length: -1 is not valid"),
@@ -312,7 +312,16 @@ def test_options_that_do_not_go_together_are_refused(source: Path, tmp_path: Pat
     with pytest.raises(OutputError, match="lies in the model's own folder"):
         secateur.prune(embedder, 1, out=embedder / "cut" / "here")
     assert not (tmp_path / "out").exists() and not (embedder / "cut").exists()
-    secateur.prune(source, "small", profile=measured, pooling="weighted_mean", out=tmp_path / "out")
+    secateur.prune(source, "small", profile=measured, pooling="mean", out=tmp_path / "out")
+
+
+def test_a_cut_pools_as_its_profile_was_measured(source: Path, tmp_path: Path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in example_pairs(8)))
+    for pooling, kept in (("l3prune", "weightedmean"), ("lasttoken", "lasttoken")):
+        measured = secateur.profile(source, pairs, batch_size=4, dtype="float32", pooling=pooling)
+        cut = secateur.prune(source, "small", profile=measured, out=tmp_path / pooling)
+        assert SentenceTransformer(str(cut), device="cpu")[1].pooling_mode == kept
 
 
 def test_blocks_that_the_architecture_cannot_lose(tmp_path: Path):

@@ -64,8 +64,8 @@ def open_model(
 
     Args:
         name: A Hub id, a transformers or sentence-transformers folder, a ``.gguf`` file, or ``smollm2``.
-        pooling: How a bare language model pools its tokens. Default: ``weighted_mean`` for one that attends only
-            backwards, ``mean`` for one that attends both ways. ``l3prune`` is for profiles: no folder can have it.
+        pooling: How a bare language model pools its tokens, ``mean`` by default. ``l3prune`` is for profiles: no
+            folder can have it.
         max_length: Tokens after which a text is cut, for a bare language model; never more than the model allows.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: Torch device; default: the GPU where there is one.
@@ -211,8 +211,7 @@ def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName 
         # Decoders often come with left padding, for generation. With absolute positions, right padding alone leaves a
         # text's vector as it is, and no architecture needs the left (docs/reference/architectures.md).
         transformer.tokenizer.padding_side = "right"
-        pooling = pooling or ("weighted_mean" if is_causal(transformer) else "mean")
-        model.append(make_pooling(pooling, state_width(transformer)))
+        model.append(make_pooling(pooling or "mean", state_width(transformer)))
         model.append(Normalize())
     check_opened(name, model)
 

@@ -229,7 +229,7 @@ DATA = (
     "Files of query (or anchor), positive and optional negative: .jsonl, .csv, .tsv (also .gz) or .parquet; folders of "
     "them; or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
 )
-POOLING = "How a bare language model pools its tokens [default: weighted_mean, or mean with bidirectional attention]."
+POOLING = "How a bare language model pools its tokens [default: mean]."
 
 Model = Annotated[ModelName, argument(MODEL)]
 Teacher = Annotated[str | None, BeforeValidator(path_text), Names("model")]

@@ -114,7 +114,7 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
                 merge_adapter(transformer, adapter, gone, left_out)
         tokens = _cut_tokens(options, model, progress) if options.vocab else None
         with bypassed(transformer, keep), renumbered(model, *tokens[:2]) if tokens else nullcontext():
-            complete(name, model, options.pooling, options.max_length)
+            complete(name, model, options.pooling or _measured_pooling(options), options.max_length)
             expected = probe(model)
         cut(transformer, keep)
         if tokens:
@@ -254,13 +254,19 @@ def _check_choice(options: PruneOptions) -> None:
     if options.to is None or not needs_profile(options.to):
         problem = f"is not asked: {given[0]} {said} tells the layers"
         raise ConfigError("profile", options.profile, problem, "leave it out")
-    if options.pooling is not None and isinstance(table := read_table(options.profile), Profile):
-        measured = table.pooling
-        # A folder has the stock form of the paper's pooling.
-        if (measured if measured != "l3prune" else "weighted_mean") != options.pooling:
-            problem = f"is {options.pooling}, but the profile was measured with {measured}"
-            hint = f"profile with --pooling {options.pooling}, or cut with {measured}"
-            raise ConfigError("pooling", options.pooling, problem, hint)
+    measured = _measured_pooling(options)
+    if options.pooling is not None and measured not in (None, options.pooling):
+        problem = f"is {options.pooling}, but the profile was measured with {measured}"
+        hint = f"profile with --pooling {options.pooling}, or cut with {measured}"
+        raise ConfigError("pooling", options.pooling, problem, hint)
+
+
+def _measured_pooling(options: PruneOptions) -> Any:
+    """The pooling of the profile that tells the layers, if any; a folder has the stock form of the paper's."""
+    table = read_table(options.profile) if options.profile is not None else None
+    if not isinstance(table, Profile):
+        return None
+    return "weighted_mean" if table.pooling == "l3prune" else table.pooling
 
 
 def blocks_of_choice(options: PruneOptions, depth: int) -> tuple[int, ...]:

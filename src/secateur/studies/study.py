@@ -74,6 +74,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         ],
         "depths": ["large", "small", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8"],
         "tasks": ["MTEB(eng, v1)"],
+        "pooling": "weighted_mean",
         "recipe": "l3prune",
         "gradient_checkpointing": True,
     },
