@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py MODEL DATA TASKS -o OUT [--embedder MINILM] [--rows ROW ...] [--steps 200]
 
-MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so the row small-mean would fail),
+MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so the row small-weighted would fail),
 DATA a folder of training files, TASKS a folder of task folders. Each row and seed works in a folder of OUT and goes on
 where it was stopped; once scored it is a line of OUT/rows.jsonl, and is skipped. Of the folders only the models stay
 that other rows start from (--keep-models keeps all). benchmarks/quality holds rows that were measured: an OUT that is a
@@ -120,7 +120,7 @@ ROWS = {
     "random": Row("random layers, same steps", "small", which="random"),
     "uniform": Row("evenly spaced layers, same steps", "small", which="uniform"),
     "small-both-ways": Row("small, attention both ways", "small", BLOCKS | {"bidirectional": True}),
-    "small-mean": Row("small, mean pooling", "small", pooling="mean"),
+    "small-weighted": Row("small, weighted mean pooling", "small", pooling="weighted_mean"),
     "small-vocab": Row("small, fewer tokens, same steps", "small", vocab=True),
     "large-vocab": Row("large, fewer tokens, same steps", "large", vocab=True),
     "small-trimmed": Row("small, same steps, then fewer tokens", settings=None, start="small", vocab=True),
