@@ -63,7 +63,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
         path = min(lists, key=lambda path: path.count("."))
         beside = [other for other in lists if other.rpartition(".")[0] == path.rpartition(".")[0]]
         firsts = [type(tower.get_submodule(f"{other}.0")).__name__ for other in beside]
-        if any("norm" in first.lower() for first in firsts):
+        if len(beside) > 1 and any(first.endswith("Norm") for first in firsts):
             problem = f"its layers lie in pieces, in {', '.join(prefix + other for other in beside)}"
             raise UnsupportedArchitecture(name, problem, SEPARATE)
         norm = _find_norm(tower, path)
