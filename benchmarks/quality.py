@@ -70,9 +70,8 @@ class Row:
             one that a scout gets, ``polish`` the rest; None: the same steps.
         pooling: Of the model.
         vocab: Whether the vocabulary is cut, to --vocab-size tokens, by the texts of the training files.
-        own: Whether the tasks' documents and parts for training, without queries and labels, are among the texts that
-            tokens are counted on, and half of those that a teacher sees; as where a model is made for its use. Some
-            tasks have sentences in common, so that a few of these texts are scored.
+        own: Whether the tasks' own texts (:func:`own_texts`) are among those that tokens are counted on, and half of
+            those that a teacher sees; as where a model is made for its use.
         which: The selector that says which layers.
     """
 

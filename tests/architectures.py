@@ -106,6 +106,9 @@ QWEN_VISION = {
 ROBERTA = {"pad_token_id": 1}
 XLM = {"emb_dim": WIDTH, "n_layers": DEPTH, "n_heads": 4, "only": ("vocab_size", "max_position_embeddings")}
 
+PIECES = "layers lie in pieces, in attentions"
+REFUSED = {"albert": "share the weights", "flaubert": PIECES, "xlm": PIECES}
+
 # By the name of a variant, "model_type" or "model_type+variant": fields that differ from COMMON.
 # "without" drops common fields, "only" keeps no others; "text", "vision" and "encoder" are parts of composite models.
 ARCHITECTURES: dict[str, dict[str, Any]] = {

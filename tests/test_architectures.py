@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import transformers
 
-from architectures import ARCHITECTURES, DEPTH, TOLERANCE, Outcome, outcome, row
+from architectures import ARCHITECTURES, DEPTH, REFUSED, TOLERANCE, Outcome, outcome, row
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "reference" / "architectures.md"
 
 # What of the blocks' linear modules stays without an adapter, and why.
 READ_PAST = re.compile(r"(mamba|mixer)\.(dt_proj|out_proj)$")  # state-space kernels read the weight itself
 ROUTER = re.compile(r"\.router$")  # returns more than a product
-PIECES = "layers lie in pieces, in attentions"
-REFUSED = {"albert": "share the weights", "flaubert": PIECES, "xlm": PIECES}
 NO_SUBSETS = {
     "big_bird",
     "diffllama",

@@ -454,6 +454,8 @@ def test_the_papers_study_is_on_the_english_tasks_of_mteb(place: Path, tmp_path:
         assert "MTEB(eng, v1)/STS17" in step.options.tasks
     models = {step.output.name for step in state.plan.models}
     assert {f"ten-{depth}-healed" for depth in (*range(2, 11), "(large)", "(small)")} <= models
+    first = next(step for step in state.plan.steps if step.kind == "prune")
+    assert (first.options.model, first.options.pooling) == (str(tmp_path / "ten"), "weighted_mean")
 
 
 def test_status_and_resume_are_commands(run: Path, place: Path, tmp_path: Path, monkeypatch, capsys):

@@ -282,7 +282,7 @@ def add_adapters(transformer: PreTrainedModel, config: TrainingConfig) -> None:
 def finish(model: SentenceTransformer, dtypes: Mapping[str, torch.dtype]) -> None:
     """The model as it came, but trained, in place: adapters merged, dtypes restored, in evaluation mode."""
     transformer = model[0].auto_model
-    vars(blocks_of(transformer)).pop("peft_config", None)
+    vars(blocks_of(transformer)).pop("peft_config", None)  # which peft leaves on the list of layers
     adapted = [(name, layer) for name, layer in transformer.named_modules() if isinstance(layer, BaseTunerLayer)]
     for name, layer in adapted:
         layer.merge(safe_merge=True)
