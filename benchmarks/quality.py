@@ -2,12 +2,12 @@
 
     python benchmarks/quality.py MODEL DATA TASKS -o OUT [--embedder MINILM] [--rows ROW ...] [--steps 200]
 
-MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so the row small-weighted would
-fail), DATA a folder of training files, TASKS a folder of task folders. Each row and seed works in a folder of OUT and
-goes on where it was stopped; once scored it is a line of OUT/rows.jsonl, and is skipped. Of the folders only the models
-stay that other rows start from (--keep-models keeps all). benchmarks/quality holds rows that were measured: an OUT that
-is a copy of it goes on from there. At the end, and with --table alone, prints a Markdown table: the average over task
-types ± standard error over the seeds, in points.
+MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so rows with another would fail),
+DATA a folder of training files, TASKS a folder of task folders. Each row and seed works in a folder of OUT and goes on
+where it was stopped; once scored it is a line of OUT/rows.jsonl, and is skipped. Of the folders only the models stay
+that other rows start from (--keep-models keeps all). benchmarks/quality holds rows that were measured: an OUT that is a
+copy of it goes on from there. At the end, and with --table alone, prints a Markdown table: the average over task types
+± standard error over the seeds, in points.
 
 The first row is the reference: the full depth with the default recipe. Rows have the same steps, or the same compute:
 steps that cost what others cost, by counted FLOPs of a training step. Label-free rows see texts alone.
@@ -119,6 +119,8 @@ ROWS = {
     "random": Row("random layers, same steps", "small", which="random"),
     "uniform": Row("evenly spaced layers, same steps", "small", which="uniform"),
     "small-both-ways": Row("small, attention both ways", "small", BLOCKS | {"bidirectional": True}),
+    "full-weighted": Row("full depth, weighted mean pooling", pooling="weighted_mean"),
+    "middle-weighted": Row("middle, weighted mean pooling", "middle", pooling="weighted_mean"),
     "small-weighted": Row("small, weighted mean pooling", "small", pooling="weighted_mean"),
     "small-vocab": Row("small, fewer tokens, same steps", "small", vocab=True),
     "large-vocab": Row("large, fewer tokens, same steps", "large", vocab=True),
