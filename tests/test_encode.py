@@ -26,7 +26,7 @@ from killing import run_until, signalled
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
 from secateur.data.rows import read_column
-from secateur.errors import ConfigError, DataError, OutputError, SecateurError
+from secateur.errors import ConfigError, DataError, ModelError, OutputError, SecateurError
 from secateur.inference import encoders
 from secateur.inference.backends import choose, open_encoder
 from secateur.inference.encode import SHARD
@@ -214,6 +214,12 @@ def test_accelerate_keeps_the_signature(make_encoder: MakeEncoder):
     np.testing.assert_allclose(tokens[0], own.encode(["one"], output_value="token_embeddings")[0])
     same(fast.encode_query(texts), own.encode_query(texts))
     assert isinstance(fast, SentenceTransformer)
+
+
+def test_a_name_is_no_model_to_accelerate(llama_folder: Path):
+    for name in (llama_folder, str(llama_folder)):
+        with pytest.raises(ModelError, match="is not a transformer"):
+            accelerate(name)
 
 
 @pytest.mark.parametrize("kind", ["sts", "retrieval"])

@@ -360,6 +360,19 @@ def test_nothing_is_printed(make_encoder: MakeEncoder, tmp_path: Path, capfd: py
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_others_draw_at_random_goes_on_as_without_it(make_encoder: MakeEncoder, tmp_path: Path):
+    def draw() -> list[float]:
+        return [random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
+
+    task, model = write_task(tmp_path / "sts", "sts", example_rows("sts")), make_encoder()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    expected = [draw(), draw()]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    found = [draw()]
+    evaluate([model], [task])
+    assert [*found, draw()] == expected
+
+
 def test_every_folder_is_checked_before_any_text_is_encoded(make_encoder: MakeEncoder, tmp_path: Path):
     good = write_task(tmp_path / "good", "sts", example_rows("sts"))
     bad = write_task(tmp_path / "bad", "sts", {"test": [{"sentence1": "a", "sentence2": "b"}]})

@@ -49,7 +49,7 @@ def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = 
         ModelError: The folder is no export, or not whole.
         MissingPackage: Its backend is not installed.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         manifest = read_json(folder / EXPORT)
     except DataError as error:
