@@ -67,6 +67,9 @@ def test_texts_alone(folders: list[Path], tmp_path: Path):
     found = compare([folders[0], folders[2]], texts=[tmp_path / "texts.txt"], neighbours=4, timed=False)
     assert (found.differences, found.scores, found.costs) == ((), (), ())
     assert found.overlaps[0].texts == 40
+    html = found._repr_html_()  # what a notebook shows
+    assert [html.count(part) for part in ("<table", "<p>overlaps</p>", "<th>lost</th>")] == [2, 1, 1]
+    assert html.count("<tr>") == len(found.overlaps) + len(found.changed)
     assert [item.name for item in found.provenance.data] == ["texts.txt"]
     shares = [row.overlap for row in found.changed]
     assert shares == sorted(shares)
