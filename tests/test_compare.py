@@ -79,6 +79,10 @@ def test_texts_alone(folders: list[Path], tmp_path: Path):
         assert not {row.text} & {*row.lost, *row.gained}
         assert not {*row.lost} & {*row.gained}
     assert compare(folders[:2], texts=[tmp_path / "texts.txt"], max_texts=10, timed=False).overlaps[0].texts == 10
+    # The ten nearest of ten others are the same whatever the model.
+    few = compare([folders[0], folders[2]], texts=tmp_path / "texts.txt", max_texts=11, timed=False).overlaps[0]
+    assert (few.texts, few.neighbours) == (11, 5)
+    assert few.overlap < 1
 
 
 def test_costs_are_there_and_kept_vectors_are_used(folders: list[Path], tmp_path: Path):

@@ -131,7 +131,7 @@ class CompareOptions(Options):
     texts: Files = option("Texts whose nearest neighbours are compared: .txt or .jsonl [default: of the tasks].", [])
     out: Results = option("Folder for comparison.json and the scores.")
     names: ModelNames = None
-    neighbours: int = option("Number of nearest texts compared for each text.", 10, ge=1)
+    neighbours: int = option("Number of nearest texts compared for each text; at most half of the others.", 10, ge=1)
     max_texts: int = option("Maximum number of texts used for the neighbours, sampled by seed.", 2000, ge=3)
     sample: Sample = None
     seed: SampleSeed = 42

@@ -99,7 +99,7 @@ def _neighbourhoods(
     """How alike each model's neighbours are to the reference's, and the texts whose neighbours changed most."""
     if len(texts) < 3:
         return (), ()
-    k = min(options.neighbours, len(texts) - 1)
+    k = min(options.neighbours, (len(texts) - 1) // 2)  # all models share the nearest, where these are all there are
     nearest = []
     for i, model in enumerate(options.models):
         progress("neighbours", i, len(names))
