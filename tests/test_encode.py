@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -465,6 +467,18 @@ class Killer(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self.over = True
         self.join()
+
+
+@pytest.mark.slow
+def test_the_script_that_asks_for_processes_is_run_once(model: Path, reference, tmp_path: Path):
+    """Without the ``if __name__ == "__main__"`` that multiprocessing wants of scripts."""
+    write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    options = "out='v.npy', dtype='float32', backend='torch', processes=2"
+    script = f"import secateur\nprint('run')\nsecateur.encode({str(model)!r}, 'a.jsonl', {options})\n"
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
+    same(np.load(tmp_path / "v.npy"), reference.encode(["one", "two"]))
 
 
 @pytest.mark.slow
