@@ -172,7 +172,8 @@ class ExportEncoder(Encoder):
             ConfigError: There is no such prompt or precision.
             ModelError: A vector is not finite.
         """
-        if isinstance(texts, (Mapping, Set, bytes)) or not isinstance(texts, Iterable):
+        is_table = hasattr(texts, "columns")  # of pandas, whose items are the columns' names
+        if isinstance(texts, (Mapping, Set, bytes)) or not isinstance(texts, Iterable) or is_table:
             raise DataError("texts", f"is a {type(texts).__name__}, not texts", "give one text, or a list of them")
         rows = [texts] if isinstance(texts, str) else list(texts)
         for place, text in enumerate(rows):
