@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import sys
 import tracemalloc
 import weakref
 import zipfile
@@ -614,18 +615,21 @@ def test_scores_of_other_library_versions_are_computed_again(make_encoder: MakeE
     assert again[1].score == 0.125  # of this version: taken as it is
 
 
-def test_every_row_tells_the_command_that_computed_it(make_encoder: MakeEncoder, tmp_path: Path):
+def test_every_row_tells_the_command_that_computed_it(make_encoder: MakeEncoder, tmp_path: Path, monkeypatch):
     path, out = write_task(tmp_path / "t", "sts", example_rows("sts")), tmp_path / "out"
     with acting_as("the first command"):
         evaluate([make_encoder()], [path], names=["one"], out=out, seed=3)
     with acting_as("the second command"):
         evaluate([make_encoder(seed=1)], [path], names=["two"], out=out)
+    monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "/home/me/jupyter/kernel-7.json"])
+    evaluate([make_encoder(seed=2)], [path], names=["zoo"], out=out)
     kept = load(out, Scores)
     assert [(row.model, row.command, row.seed) for row in kept.rows] == [
         ("one", "the first command", 3),
         ("two", "the second command", 42),
+        ("zoo", "a notebook", 42),
     ]
-    assert kept.commands == ("the first command", "the second command")
+    assert kept.commands == ("the first command", "the second command", "a notebook")
     assert all(row.created and f"mteb {importlib.metadata.version('mteb')}" in row.versions for row in kept.rows)
 
 
