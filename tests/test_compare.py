@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sklearn.neighbors import NearestNeighbors
+from tokenizers import Tokenizer
 
 from conftest import MakeEncoder
-from secateur.errors import ConfigError, DataError
+from secateur.errors import ConfigError, DataError, ModelError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.reporting.compare import compare, nearest_texts, overlap
@@ -67,6 +71,9 @@ def test_texts_alone(folders: list[Path], tmp_path: Path):
     found = compare([folders[0], folders[2]], texts=[tmp_path / "texts.txt"], neighbours=4, timed=False)
     assert (found.differences, found.scores, found.costs) == ((), (), ())
     assert found.overlaps[0].texts == 40
+    html = found._repr_html_()  # what a notebook shows
+    assert [html.count(part) for part in ("<table", "<p>overlaps</p>", "<th>lost</th>")] == [2, 1, 1]
+    assert html.count("<tr>") == len(found.overlaps) + len(found.changed)
     assert [item.name for item in found.provenance.data] == ["texts.txt"]
     shares = [row.overlap for row in found.changed]
     assert shares == sorted(shares)
@@ -76,6 +83,10 @@ def test_texts_alone(folders: list[Path], tmp_path: Path):
         assert not {row.text} & {*row.lost, *row.gained}
         assert not {*row.lost} & {*row.gained}
     assert compare(folders[:2], texts=[tmp_path / "texts.txt"], max_texts=10, timed=False).overlaps[0].texts == 10
+    # The ten nearest of ten others are the same whatever the model.
+    few = compare([folders[0], folders[2]], texts=tmp_path / "texts.txt", max_texts=11, timed=False).overlaps[0]
+    assert (few.texts, few.neighbours) == (11, 5)
+    assert few.overlap < 1
 
 
 def test_costs_are_there_and_kept_vectors_are_used(folders: list[Path], tmp_path: Path):
@@ -125,3 +136,15 @@ def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path)
             compare(models, **options)
     with pytest.raises(DataError, match="neither a task folder"):
         compare(folders, tasks=["no-such-task"])
+
+
+def test_vectors_that_are_no_numbers_have_no_neighbours(folders: list[Path], tmp_path: Path):
+    tokenizer = Tokenizer.from_file(str(folders[0] / "tokenizer.json"))
+    tokenizer.no_padding()
+    rows = torch.ones(tokenizer.get_vocab_size(), 32)
+    rows[tokenizer.token_to_id("z")] = 3e38  # two of these are more than float32 holds
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, rows)], device="cpu").save(str(tmp_path / "huge"))
+    (tmp_path / "texts.txt").write_text("one\ntwo\nthree zz\n")
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(ModelError, match=r'huge: gives a vector with NaN or infinity for "three zz"'):
+            compare([folders[0], tmp_path / "huge"], texts=tmp_path / "texts.txt", cache=cache, timed=False)

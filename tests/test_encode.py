@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -26,7 +28,7 @@ from killing import run_until, signalled
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
 from secateur.data.rows import read_column
-from secateur.errors import ConfigError, DataError, OutputError, SecateurError
+from secateur.errors import ConfigError, DataError, ModelError, OutputError, SecateurError
 from secateur.inference import encoders
 from secateur.inference.backends import choose, open_encoder
 from secateur.inference.encode import SHARD
@@ -214,6 +216,12 @@ def test_accelerate_keeps_the_signature(make_encoder: MakeEncoder):
     np.testing.assert_allclose(tokens[0], own.encode(["one"], output_value="token_embeddings")[0])
     same(fast.encode_query(texts), own.encode_query(texts))
     assert isinstance(fast, SentenceTransformer)
+
+
+def test_a_name_is_no_model_to_accelerate(llama_folder: Path):
+    for name in (llama_folder, str(llama_folder)):
+        with pytest.raises(ModelError, match="is not a transformer"):
+            accelerate(name)
 
 
 @pytest.mark.parametrize("kind", ["sts", "retrieval"])
@@ -459,6 +467,18 @@ class Killer(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self.over = True
         self.join()
+
+
+@pytest.mark.slow
+def test_the_script_that_asks_for_processes_is_run_once(model: Path, reference, tmp_path: Path):
+    """Without the ``if __name__ == "__main__"`` that multiprocessing wants of scripts."""
+    write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    options = "out='v.npy', dtype='float32', backend='torch', processes=2"
+    script = f"import secateur\nprint('run')\nsecateur.encode({str(model)!r}, 'a.jsonl', {options})\n"
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "run\n"), done.stderr
+    same(np.load(tmp_path / "v.npy"), reference.encode(["one", "two"]))
 
 
 @pytest.mark.slow

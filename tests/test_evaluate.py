@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import sys
 import tracemalloc
 import weakref
 import zipfile
@@ -360,6 +361,19 @@ def test_nothing_is_printed(make_encoder: MakeEncoder, tmp_path: Path, capfd: py
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_others_draw_at_random_goes_on_as_without_it(make_encoder: MakeEncoder, tmp_path: Path):
+    def draw() -> list[float]:
+        return [random.random(), np.random.random(), torch.rand(1).item()]  # noqa: NPY002
+
+    task, model = write_task(tmp_path / "sts", "sts", example_rows("sts")), make_encoder()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    expected = [draw(), draw()]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    found = [draw()]
+    evaluate([model], [task])
+    assert [*found, draw()] == expected
+
+
 def test_every_folder_is_checked_before_any_text_is_encoded(make_encoder: MakeEncoder, tmp_path: Path):
     good = write_task(tmp_path / "good", "sts", example_rows("sts"))
     bad = write_task(tmp_path / "bad", "sts", {"test": [{"sentence1": "a", "sentence2": "b"}]})
@@ -601,18 +615,21 @@ def test_scores_of_other_library_versions_are_computed_again(make_encoder: MakeE
     assert again[1].score == 0.125  # of this version: taken as it is
 
 
-def test_every_row_tells_the_command_that_computed_it(make_encoder: MakeEncoder, tmp_path: Path):
+def test_every_row_tells_the_command_that_computed_it(make_encoder: MakeEncoder, tmp_path: Path, monkeypatch):
     path, out = write_task(tmp_path / "t", "sts", example_rows("sts")), tmp_path / "out"
     with acting_as("the first command"):
         evaluate([make_encoder()], [path], names=["one"], out=out, seed=3)
     with acting_as("the second command"):
         evaluate([make_encoder(seed=1)], [path], names=["two"], out=out)
+    monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "/home/me/jupyter/kernel-7.json"])
+    evaluate([make_encoder(seed=2)], [path], names=["zoo"], out=out)
     kept = load(out, Scores)
     assert [(row.model, row.command, row.seed) for row in kept.rows] == [
         ("one", "the first command", 3),
         ("two", "the second command", 42),
+        ("zoo", "a notebook", 42),
     ]
-    assert kept.commands == ("the first command", "the second command")
+    assert kept.commands == ("the first command", "the second command", "a notebook")
     assert all(row.created and f"mteb {importlib.metadata.version('mteb')}" in row.versions for row in kept.rows)
 
 

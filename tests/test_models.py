@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel, ViTConfig, ViTModel
@@ -287,6 +287,33 @@ def test_a_router_of_two_models_is_told_in_one_line(embedder_folder: Path, tmp_p
     model.save(str(tmp_path / "router"), create_model_card=False)
     with pytest.raises(UnsupportedArchitecture, match="begins with a Router, not with a transformer"):
         secateur.open_model(tmp_path / "router", device="cpu")
+
+
+def test_a_reranker_or_a_sparse_encoder_is_no_embedder(llama_folder: Path, tmp_path: Path):
+    bert = tiny_transformer(tmp_path / "bert", "bert")
+    CrossEncoder(str(bert), device="cpu", num_labels=1).save_pretrained(str(tmp_path / "CrossEncoder"))
+    modules = [Transformer(str(bert)), Pooling(32, "mean")]
+    SparseEncoder(modules=modules, device="cpu").save_pretrained(str(tmp_path / "SparseEncoder"))
+    for kind in ("CrossEncoder", "SparseEncoder"):
+        with pytest.raises(UnsupportedArchitecture, match=f"is a {kind}, which gives a text no dense vector"):
+            secateur.open_model(tmp_path / kind, device="cpu")
+
+
+def test_an_old_folder_whose_transformer_is_in_a_folder_of_its_own(embedder_folder: Path, tmp_path: Path):
+    old = shutil.copytree(embedder_folder, tmp_path / "old")
+    (old / "0_Transformer").mkdir()
+    for file in [file for file in old.iterdir() if file.is_file() and "modules" not in file.name]:
+        if file.name != "config_sentence_transformers.json":
+            file.rename(old / "0_Transformer" / file.name)
+    modules = json.loads((old / "modules.json").read_text())
+    (old / "modules.json").write_text(json.dumps([{**modules[0], "path": "0_Transformer"}, *modules[1:]]))
+    expected = SentenceTransformer(str(old), device="cpu").encode(["one", "two and three"])
+    np.testing.assert_array_equal(secateur.open_model(old, device="cpu").encode(["one", "two and three"]), expected)
+    (old / "0_Transformer" / "config.json").write_text(
+        json.dumps(json.loads((old / "0_Transformer" / "config.json").read_text()) | {"num_hidden_layers": 2})
+    )
+    with pytest.raises(ModelError, match="has no place for"):  # checked as any other's
+        secateur.open_model(old, device="cpu")
 
 
 def test_prompts_without_a_text_change_nothing(embedder_folder: Path, tmp_path: Path):

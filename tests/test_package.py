@@ -13,7 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import secateur
+from conftest import MakeEncoder
 from secateur import options as config
+from secateur.errors import ConfigError
 
 SOURCE = Path(secateur.__file__).parent
 
@@ -240,6 +242,35 @@ def test_commands_and_functions_have_the_same_options_and_defaults(step: str):
         if not field.is_required():
             default = parameters[name].default
             assert (list(default) if isinstance(default, tuple) else default) == field.get_default(), name
+
+
+def test_a_tilde_is_the_home_folder_in_python_and_yaml_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    lines = [f"Part {n} is about gardens. Its hedges are cut back to half their height.\n" for n in range(5)]
+    (tmp_path / "home" / "texts.txt").write_text("".join(lines))
+    (tmp_path / "~draft.txt").write_text("".join(lines))
+    assert secateur.make_task("~/texts.txt", out="~/task").documents == 1
+    assert (tmp_path / "home" / "task" / "task.json").is_file()
+    assert secateur.make_task(Path("~draft.txt"), out=Path("task")).documents == 1  # of nobody called draft
+    assert [check.problem for check in secateur.check_tasks(Path().glob("t*"))] == [""]
+    (tmp_path / "options.yaml").write_text("tasks: ['~/task']\nmodels: ['~/model']\nout: ~/scores\n")
+    made = config.make(config.EvaluateOptions, config.read_yaml(tmp_path / "options.yaml"))
+    home = str(tmp_path / "home")
+    assert (made.tasks, made.models, str(made.out)) == ([f"{home}/task"], [f"{home}/model"], f"{home}/scores")
+
+
+@pytest.mark.parametrize("step", ["prune", "heal", "export", "encode", "serve", "cost", "compare", "scout", "study"])
+def test_an_open_model_is_refused_in_a_line_where_a_name_is_needed(step: str, make_encoder: MakeEncoder):
+    own, known = make_encoder(), inspect.signature(getattr(secateur, step)).parameters
+    options = {"models": [own, own], "model": own, "out": "out", "data": "pairs.jsonl", "files": "texts.txt"}
+    given = {name: value for name, value in options.items() if name in known}
+    with pytest.raises(ConfigError, match=r"^models?\S*: SentenceTransformer.* has to be saved first$") as raised:
+        getattr(secateur, step)(**given)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300
 
 
 def test_the_study_heals_as_heal_does():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from sentence_transformers.util import quantize_embeddings
@@ -138,7 +139,7 @@ def test_what_is_no_text_is_refused_by_its_place(folder: Path):
         runtime.load(folder, dtype="bfloat16")
     with pytest.raises(ConfigError, match="no such form of vectors as 'int4'"):
         encoder.encode(["a"], precision="int4")
-    for no_texts in ({"a": 1}, None, 5, b"a", {"a", "b"}):
+    for no_texts in ({"a": 1}, None, 5, b"a", {"a", "b"}, pd.DataFrame({"text": ["a", "b"]})):
         with pytest.raises(DataError, match="not texts: give one text, or a list of them"):
             encoder.encode(no_texts)
     for no_prompt, says in ((5, "is a int, not a text"), ("a\udcff", "holds half of a surrogate pair")):

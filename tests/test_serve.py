@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -22,7 +23,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import secateur
-from secateur.errors import ConfigError, ModelError
+from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import ModelEncoder
 from secateur.inference.serve import API_KEYS, JsonLines, bind, read_keys
@@ -464,3 +465,11 @@ def test_options_that_cannot_be_are_refused_before_anything_is_opened(folder: Pa
         secateur.serve(folder, auth=False, api_key_file=tmp_path / "keys")
     with pytest.raises(ConfigError, match="timeout"):
         make(ServeOptions, {"model": str(folder), "timeout": "inf"})
+
+
+def test_a_notebook_is_told_to_start_a_thread(folder: Path):
+    async def cell() -> None:
+        secateur.serve(folder, port=0)
+
+    with pytest.raises(SecateurError, match=r"event loop.* in a thread"):
+        asyncio.run(cell())

@@ -169,6 +169,8 @@ def command_line() -> str:
     if _command.get():
         return _command.get()
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    if program.startswith("ipykernel_launcher"):  # whose argument is a file of this one kernel, in somebody's home
+        return "a notebook"
     return shlex.join([program, *sys.argv[1:]])
 
 

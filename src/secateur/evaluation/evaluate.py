@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from typing import Any, TypeAlias
 
 import mteb
 import numpy as np
+import torch
 from datasets import Dataset
 from mteb.cache import ResultCache
 from mteb.models.abs_encoder import get_prompt_name
@@ -57,7 +59,20 @@ NO_INTERVAL = "no interval: "
 Model: TypeAlias = str | Path | SentenceTransformer
 
 
+@contextmanager
+def _own_chance() -> Iterator[None]:
+    """What draws at random in this process, all of which mteb seeds, goes on afterwards as if it had not."""
+    drawn, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(drawn)
+            np.random.set_state(numbers)  # noqa: NPY002
+
+
 @step(EvaluateOptions)
+@_own_chance()
 def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores:
     """Score models on tasks, with mteb's own evaluators: each task's main metric, on mteb's protocol (:mod:`.tasks`).
 

@@ -122,7 +122,8 @@ class ModelEncoder(Encoder):
     padding = PADDING
 
     def __init__(self, model: SentenceTransformer, name: str = "model", *, batch_tokens: int | None = None) -> None:
-        if not isinstance(model[0], Transformer) or model.tokenizer is None:
+        is_known = isinstance(model, SentenceTransformer) and isinstance(model[0], Transformer)
+        if not is_known or model.tokenizer is None:
             raise ModelError(name, "is not a transformer with a tokenizer", "other kinds cannot be encoded with")
         self.model, self.name = model.eval(), name
         self.dimension = int(model.get_embedding_dimension() or 0)
@@ -262,7 +263,8 @@ def accelerate(model: SentenceTransformer, *, batch_tokens: int | None = None) -
     Raises:
         ModelError: The model is no transformer, or gives other vectors in batches than its own ``encode``.
     """
+    encoder = ModelEncoder(model, batch_tokens=batch_tokens)
     fast = copy.copy(model)
     fast.__class__ = FastEncoder
-    fast.encoder = ModelEncoder(model, batch_tokens=batch_tokens)
+    fast.encoder = encoder
     return fast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import ipaddress
 import json
@@ -12,7 +13,7 @@ import socket
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from secateur.errors import ConfigError, ModelError
+from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.backends import choose, is_decided, open_encoder
 from secateur.inference.encoders import STORED, TORCH, ModelEncoder, Opening
@@ -161,8 +162,12 @@ def serve(options: ServeOptions) -> None:
         ConfigError: The host is open to others without a key, the address is taken, a key file holds no key or is not
             wanted, there is no such device, or an option that an export has decided already.
         ModelError: The model cannot be opened, or not be served.
-        SecateurError: A worker cannot open it.
+        SecateurError: A worker cannot open it; or an event loop runs in this thread already, as in a notebook.
     """
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        hint = "start it in a terminal, or in a thread: threading.Thread(target=secateur.serve, args=[MODEL]).start()"
+        raise SecateurError("a server needs its own event loop, and one runs here already, as in a notebook", hint)
     if options.api_key_file is not None and not options.auth:
         problem = "says who is served, and --no-auth that everybody is"
         raise ConfigError("api_key_file", str(options.api_key_file), problem, "leave one of them out")

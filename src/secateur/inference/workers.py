@@ -16,6 +16,7 @@ from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
 
 from secateur.clusters import ray_cluster, ray_share
@@ -124,7 +125,7 @@ class EncoderProcess:
         self._pipe, theirs = context.Pipe()
         self._loaded = False
         self._process = context.Process(target=_serve, args=(theirs, self._make), daemon=True)
-        with _no_interrupt():
+        with _no_interrupt(), _without_script():
             self._process.start()
         theirs.close()
 
@@ -152,6 +153,17 @@ def _no_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Keep multiprocessing from running the user's script in each process that is started: nothing is needed of it."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _serve(pipe: Connection, make: Callable[[], Any]) -> None:

@@ -134,9 +134,9 @@ def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Pa
     return folder
 
 
-def small_file(source: str | Path, file: str) -> Any:
+def small_file(source: str | Path, file: str, revision: str | None = None) -> Any:
     """The content of a JSON file of a model, here or on the Hub; None where it has none."""
-    found = cached_file(str(source), file, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(str(source), file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if found is None else read_json(Path(found))
 
 
@@ -173,12 +173,20 @@ def load_model(
     weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     weights |= {"key_mapping": key_mapping} if key_mapping else {}
     if is_sentence_transformer_model(str(source), revision=where.get("revision")):
+        about = small_file(source, "config_sentence_transformers.json", where.get("revision")) or {}
+        kind = about.get("model_type", "SentenceTransformer")
+        if kind != "SentenceTransformer":  # of which sentence-transformers would take the transformer alone
+            hint = "take an embedder, or the language model that it was made of"
+            raise UnsupportedArchitecture(name, f"is a {kind}, which gives a text no dense vector", hint)
         if pooling is not None:
             raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
         if max_length != MAX_LENGTH:
             problem = f"{name} is a trained embedder and cuts texts at its own length, not at {max_length}"
             raise ConfigError("max_length", max_length, problem, "leave it out")
         model = SentenceTransformer(str(source), model_kwargs=weights, device=device, **where)
+        if isinstance(source, Path) and isinstance(first := model[0], Transformer):
+            place = str(source / read_modules(source)[0]["path"])  # a folder of its own, in old models
+            first.auto_model.name_or_path = first.auto_model.config.name_or_path = place
     else:
         # The modality is pinned to text, for sentence-transformers puts every text into a model's chat template.
         transformer = Transformer(

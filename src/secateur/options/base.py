@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import textwrap
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -41,6 +41,14 @@ class Options(BaseModel):
         if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("a yes or no is not valid here")
         return value
+
+    @field_validator("*")
+    @classmethod
+    def _from_home(cls, value: Any) -> Any:
+        """``~`` is the home folder in Python and YAML too, where no shell has put that in its place."""
+        if isinstance(value, list):
+            return [cls._from_home(item) for item in value]
+        return Path(path_text(value)) if isinstance(value, Path) else value
 
     def given(self) -> dict[str, Any]:
         """The options that the user set, without the defaults."""
@@ -100,7 +108,8 @@ def make(options: type[O], values: Mapping[str, Any], file: Path | None = None, 
             raise ConfigError(key, first["input"], "no such option", f"one of {known}", place) from None
         if first["type"] == "missing" or (first["type"] == "too_short" and not first["input"]):
             raise ConfigError(key, None, "is missing", options.model_fields[key].description or "", place) from None
-        problem, hint = f"{first['input']!r} is not valid", first["msg"].removeprefix("Value error, ")
+        given = " ".join(repr(first["input"]).split())  # of an opened model, a whole page
+        problem, hint = f"{given:.200} is not valid", first["msg"].removeprefix("Value error, ")
         raise ConfigError(key, first["input"], problem, hint, place) from None
 
 
@@ -196,17 +205,25 @@ def name_or_object(value: Any) -> Any:
     """A path becomes text; an object (an opened model, a task, a table) stays as it is; numbers are refused."""
     if value is None or isinstance(value, (int, float, list, dict, tuple)):
         raise ValueError("a name or a path is expected")
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return path_text(value)
+
+
+def name_only(value: Any) -> Any:
+    """A path becomes text; an opened model is refused, for other processes open it, and notes of it name it."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError("a name or a path is expected; a model that is open has to be saved first")
+    return path_text(value)
 
 
 def path_text(value: Any) -> Any:
-    """A path becomes text."""
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    """A path becomes text, from the home folder where it begins with ``~``."""
+    # Path.expanduser has no patience with ~name where nobody is called so.
+    return os.path.expanduser(value) if isinstance(value, (str, os.PathLike)) else value  # noqa: PTH111
 
 
 def listed(value: Any) -> Any:
     """One name, or one thing that was read already, stands for a list of one."""
-    return value if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
+    return value if value is None else list(value) if isinstance(value, (list, tuple, set, Iterator)) else [value]
 
 
 def comma_separated(value: Any) -> Any:
@@ -216,7 +233,7 @@ def comma_separated(value: Any) -> Any:
 
 
 AnyName = Annotated[Any, BeforeValidator(name_or_object)]
-ModelName = Annotated[AnyName, Names("model")]
+ModelName = Annotated[str, BeforeValidator(name_only), Names("model")]
 Data = Annotated[list[Path], BeforeValidator(listed), Names("data")]
 Tasks = Annotated[list[AnyName], BeforeValidator(listed), Names("task")]
 Files = Annotated[list[Path], BeforeValidator(listed), Names("file")]
@@ -232,7 +249,7 @@ DATA = (
 POOLING = "How a bare language model pools its tokens [default: mean]."
 
 Model = Annotated[ModelName, argument(MODEL)]
-Teacher = Annotated[str | None, BeforeValidator(path_text), Names("model")]
+Teacher = Annotated[Annotated[str, BeforeValidator(name_only)] | None, Names("model")]
 NewFolder = Annotated[Path, Names("new folder")]
 Pooling = Annotated[SavedPooling | None, option(POOLING)]
 MaxLength = Annotated[int, option("Tokens after which a text is cut, for a bare language model.", ge=1)]

@@ -34,8 +34,8 @@ from secateur.options.base import (
     comma_separated,
     listed,
     make,
+    name_only,
     option,
-    path_text,
     positional,
     read_yaml,
 )
@@ -47,7 +47,7 @@ STUDY_FILES = (
     *("scores", "figures", "cache", "logs", "done"),
 )
 OTHERS = f"{MODEL} Or what cannot be cut: a static embedding (model2vec), a folder that export wrote, or {ENDPOINT}"
-Models = Annotated[list[AnyName], BeforeValidator(listed), Names("model")]
+Models = Annotated[list[Annotated[str, BeforeValidator(name_only)]], BeforeValidator(listed), Names("model")]
 Results = Annotated[Path | None, Names("results")]
 ModelNames = Annotated[list[str] | None, option("What to call the models [default: the last part of their paths].")]
 Cache = Annotated[Path | None, option("Folder that keeps vectors: no text is encoded twice by the same model.")]
@@ -71,7 +71,7 @@ class EvaluateOptions(Options):
     Example: secateur evaluate smollm2-large-healed --tasks tasks/my-search -o scores
     """
 
-    models: Models = argument(OTHERS, min_length=1)
+    models: Annotated[list[AnyName], BeforeValidator(listed), Names("model")] = argument(OTHERS, min_length=1)
     tasks: Tasks = positional(
         "Task folders or files (see `secateur tasks`), or names of tasks and benchmarks of mteb.", min_length=1
     )
@@ -131,7 +131,7 @@ class CompareOptions(Options):
     texts: Files = option("Texts whose nearest neighbours are compared: .txt or .jsonl [default: of the tasks].", [])
     out: Results = option("Folder for comparison.json and the scores.")
     names: ModelNames = None
-    neighbours: int = option("Number of nearest texts compared for each text.", 10, ge=1)
+    neighbours: int = option("Number of nearest texts compared for each text; at most half of the others.", 10, ge=1)
     max_texts: int = option("Maximum number of texts used for the neighbours, sampled by seed.", 2000, ge=3)
     sample: Sample = None
     seed: SampleSeed = 42
@@ -172,7 +172,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     recipes: dict[str, dict[str, Any]] = option(
         "With --depths: trainings of every depth; none: only cut. In YAML: name -> options of heal.", {"healed": {}}
     )
-    teacher: Annotated[str | None, BeforeValidator(path_text)] = option(
+    teacher: Annotated[str, BeforeValidator(name_only)] | None = option(
         "Model whose vectors are to be learned, as for heal; self: the full model of each depth."
     )
     seeds: list[Seed] = option("Repeat each training with these seeds [default: --seed].", [])

@@ -11,6 +11,7 @@ from secateur.errors import ConfigError
 from secateur.options.base import (
     DATA,
     ENDPOINT,
+    MODEL,
     POOLING,
     AnyName,
     Data,
@@ -71,7 +72,7 @@ class ProfileOptions(Options):
     Example: secateur profile smollm2 --data pairs.jsonl --tasks tasks/my-search -o profile
     """
 
-    model: Model
+    model: Annotated[AnyName, Names("model")] = argument(MODEL)
     data: Sources = positional(DATA + TEXTS, min_length=1)
     columns: Columns = None
     out: Annotated[Path | None, Names("results", PROFILE_FILES)] = option("Folder of the results.")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from secateur.data.embedders import identify, open_embedder
 from secateur.data.sources import read_texts
-from secateur.errors import ConfigError
+from secateur.errors import ConfigError, ModelError
 from secateur.evaluation.evaluate import evaluate, vectors_folder
 from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.task_folder import read_task_folder, texts_of
@@ -99,7 +99,7 @@ def _neighbourhoods(
     """How alike each model's neighbours are to the reference's, and the texts whose neighbours changed most."""
     if len(texts) < 3:
         return (), ()
-    k = min(options.neighbours, len(texts) - 1)
+    k = min(options.neighbours, (len(texts) - 1) // 2)  # all models share the nearest, where these are all there are
     nearest = []
     for i, model in enumerate(options.models):
         progress("neighbours", i, len(names))
@@ -122,7 +122,11 @@ def _encode(model: str | Path, texts: Sequence[str], batch_size: int, folder: Pa
     _, cache = identify(opened, folder)
 
     def encode(some: list[str]) -> NDArray[np.float32]:
-        return np.asarray(opened.encode(some, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
+        vectors = np.asarray(opened.encode(some, batch_size=batch_size, show_progress_bar=False), dtype=np.float32)
+        if not (finite := np.isfinite(vectors).all(axis=1)).all():  # such a text would have any neighbours
+            text = " ".join(some[int(finite.argmin())].split())
+            raise ModelError(model, f'gives a vector with NaN or infinity for "{text:.60}"')
+        return vectors
 
     if cache is None:
         return encode(list(texts))

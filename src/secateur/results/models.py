@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, cast
@@ -51,7 +51,7 @@ class Table:
     @property
     def rows(self) -> tuple[Any, ...]:
         """The tidy rows, each a frozen dataclass."""
-        return tuple(getattr(self, self.rows_in))
+        return tuple(getattr(self, self.rows_in, ()))
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -67,6 +67,14 @@ class Table:
         import pandas as pd
 
         return pd.DataFrame(self.to_dicts())
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: all rows that are in it, of each kind as a table."""
+        import pandas as pd
+
+        found = ((own.name, getattr(self, own.name)) for own in fields(self))
+        tables = ((name, rows) for name, rows in found if isinstance(rows, tuple) and rows and is_dataclass(rows[0]))
+        return "".join(f"<p>{name}</p>{pd.DataFrame(rows).to_html(max_rows=60)}" for name, rows in tables) or None
 
     def save(self, folder: str | Path) -> Path:
         """Write the table into ``folder`` as :attr:`file`, whole or not at all."""

@@ -49,7 +49,7 @@ def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = 
         ModelError: The folder is no export, or not whole.
         MissingPackage: Its backend is not installed.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         manifest = read_json(folder / EXPORT)
     except DataError as error:
@@ -172,7 +172,8 @@ class ExportEncoder(Encoder):
             ConfigError: There is no such prompt or precision.
             ModelError: A vector is not finite.
         """
-        if isinstance(texts, (Mapping, Set, bytes)) or not isinstance(texts, Iterable):
+        is_table = hasattr(texts, "columns")  # of pandas, whose items are the columns' names
+        if isinstance(texts, (Mapping, Set, bytes)) or not isinstance(texts, Iterable) or is_table:
             raise DataError("texts", f"is a {type(texts).__name__}, not texts", "give one text, or a list of them")
         rows = [texts] if isinstance(texts, str) else list(texts)
         for place, text in enumerate(rows):
