@@ -181,7 +181,7 @@ def fingerprint(file: Path, rows: int, licence: str = "") -> Fingerprint:
 
 def is_export(folder: str | Path) -> bool:
     """Whether a path is a folder that ``secateur export`` wrote."""
-    return (Path(folder).expanduser() / EXPORT).is_file()
+    return (Path(folder) / EXPORT).is_file()
 
 
 def model_files(model: str | Path) -> list[Path]:

@@ -6,6 +6,7 @@ What is defined here tells a model by its name, without opening it; nothing heav
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def resolve(name: str | Path) -> str | Path:
     """A path where the user named one, which must be there, else a Hub id."""
     if str(name) == DEMO_MODEL and not Path(name).exists():
         return demo_model()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser fails where nobody is called so
     if path.suffix == ".gguf" and not path.is_file():
         raise ModelError(name, "no such file")
     if path.exists():
@@ -54,7 +55,7 @@ def model_label(name: str | Path) -> str:
 
 def model_source(name: str | Path) -> str:
     """What names a model from any folder: the whole path of what is on this disk, else the name as it is."""
-    path = Path(name).expanduser()
+    path = Path(name)
     return str(path.resolve()) if path.exists() else str(name)
 
 

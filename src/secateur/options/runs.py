@@ -128,7 +128,7 @@ class CompareOptions(Options):
 
     models: Models = argument(OTHERS + " The first is the reference.", min_length=2)
     tasks: Tasks = option("Tasks to score the models on, as for evaluate.", [])
-    texts: Files = option("Texts whose nearest neighbours are compared: .txt or .jsonl [default: of the tasks].", [])
+    texts: Files = option("Files of texts whose nearest neighbours are compared [default: texts of the tasks].", [])
     out: Results = option("Folder for comparison.json and the scores.")
     names: ModelNames = None
     neighbours: int = option("Number of nearest texts compared for each text; at most half of the others.", 10, ge=1)

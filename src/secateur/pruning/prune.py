@@ -223,7 +223,7 @@ def origin_of(
 ) -> Origin:
     """Where a cut model comes from: what its own ``secateur.json`` (``earlier``) says, continued by this cut."""
     now = provenance()
-    file = earlier or Path(model).expanduser() / Origin.file
+    file = earlier or Path(model) / Origin.file
     if not file.is_file():
         return Origin(now, model_label(model), depth, tuple(keep), "", 0.0, (now.command,), left_out=tuple(left_out))
     before = load(file, Origin)

@@ -216,7 +216,7 @@ def sizes_of(model: SentenceTransformer, source: str | Path) -> dict[str, Any]:
     if isinstance(model[0], StaticEmbedding):
         return {"depth": 0, "parameters": _parameters(model), "embedding_parameters": _parameters(model)}
     if isinstance(model[0], BlackBox):
-        transformer = whole = skeleton(AutoConfig.from_pretrained(Path(source).expanduser()))
+        transformer = whole = skeleton(AutoConfig.from_pretrained(source))
         flops = {}
     else:
         whole, transformer = model, model[0].auto_model
@@ -252,7 +252,7 @@ def bytes_on_disk(model: str | Path) -> int:
     Raises:
         ModelError: The files are not found.
     """
-    path = demo_model() if str(model) == "smollm2" and not Path(model).exists() else Path(model).expanduser()
+    path = demo_model() if str(model) == "smollm2" and not Path(model).exists() else Path(model)
     if not path.exists():
         try:
             path = Path(snapshot_download(str(model), local_files_only=True))

@@ -315,7 +315,7 @@ def _maker(item: str, plan: Plan) -> Step | None:
 
 def _files(item: str, what: str) -> dict[str, str] | None:
     """Files of a model, of data or of a task, by SHA-256; None for what is not on this disk."""
-    path = Path(item).expanduser()
+    path = Path(item)
     if not path.exists():
         return None
     if what == "data" or (what == "task" and path.is_file()):
