@@ -73,7 +73,7 @@ def model_card(summary: Summary, found: Recommendation, variant: Variant, folder
         "full": full,
         "comparison": comparison,
         "same_settings": training and full and full.training and training.settings == full.training.settings,
-        "seeds": seed_note(summary) if training else "",
+        "seeds": seed_note(summary, of_one=True) if training else "",
         "commands": [Code(command, "sh") for command in map(typed, origin.history or (origin.provenance.command,))],
         "scout_command": typed(variant.scout.table.provenance.command) if variant.scout else "",
         "left_out": "" if variant.is_full else "; the layers left out are not replaced",

@@ -333,13 +333,17 @@ def coverage_notes(name: str, cut: VocabularyCut) -> list[str]:
     ]
 
 
-def seed_note(summary: Summary) -> str:
-    """What the number of training seeds allows to be said about differences between models; empty without trainings."""
+def seed_note(summary: Summary, *, of_one: bool = False) -> str:
+    """What the number of training seeds allows to be said about differences between models; empty without trainings.
+
+    ``of_one``: beside the scores of one model, not of all that differ in their seed alone.
+    """
     most = max((len(group.seeds) for group in summary.groups if group.average), default=0)
     if most == 0:
         return ""
     if most > 1:
-        return f"Models were trained with up to {most} seeds; scores are means over them."
+        scores = "scores are of this one, differences are of means" if of_one else "scores are means"
+        return f"Models were trained with up to {most} seeds; {scores} over them."
     return (
         "Every model was trained with one seed. How much scores vary between seeds was not measured, so that small "
         "differences between models may be chance."

@@ -104,13 +104,13 @@ def study(
     run = results_folder(options.out, *STUDY_FILES)
     outline = _prepare(options, progress)
     with lock(make_folder(run / RECORDS)):
-        if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
-            _make_plan(outline, keep=True)
-            write_text(run / SETTINGS, to_yaml(outline.study))
         jobs, address = outline.study.jobs, outline.study.ray
         executor = runner.in_this_process(progress) if jobs == 1 else runner.in_processes(jobs)
         if address is not None:
             executor = runner.on_ray(address, jobs)
+        if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
+            _make_plan(outline, keep=True)
+            write_text(run / SETTINGS, to_yaml(outline.study))
         failed = Scheduler(run, lambda failed: _make_plan(outline, failed, keep=True), executor, callback).go()
         page = None
         if not failed or (run / Costs.file).is_file() or any(run.glob(f"*/*/{Scores.file}")):
