@@ -414,6 +414,11 @@ def test_options_come_from_yaml_and_the_command_line_wins(place: Path, run: Run)
         (b"data: \x01\n", "options.yaml: broken YAML"),
         (b"data: \xff\n", "options.yaml: cannot be read"),
         (b"- data\n", "options.yaml: holds a list, not keys and values"),
+        (
+            b"scale: 1\ndata: [words.jsonl]\nscale: 2\n",
+            "line 3: broken YAML (the key scale is there twice)",
+        ),
+        (b"columns: {query: a, positive: b, query: c}\n", "line 1: broken YAML (the key query is there twice)"),
     ],
 )
 def test_a_mistake_in_yaml_is_one_line(content: bytes, says: str, place: Path, run: Run):
@@ -421,6 +426,24 @@ def test_a_mistake_in_yaml_is_one_line(content: bytes, says: str, place: Path, r
     ended = run("profile", "model", "--config", "options.yaml", "-o", "out")
     assert is_one_line(ended), ended
     assert says in ended.err
+
+
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        ("depths:\nseeds:\npolish:\n", ([], [], [])),
+        ("depths: 0.3\nseeds: 7\npolish: 2\n", (["0.3"], [7], [2])),
+        ("depths: 2, uniform:3\nseeds: 1,2\npolish: '4, 2'\n", (["2", "uniform:3"], [1, 2], [4, 2])),
+        ("depths: [2, random:3:1]\nseeds: [1]\npolish: [2]\n", (["2", "random:3:1"], [1], [2])),
+        ("recipes: {a: &a {steps: 3}, b: {<<: *a, steps: 4}}\n", ([], [], [])),
+    ],
+    ids=["left empty", "one", "by commas", "lists", "merged"],
+)
+def test_several_values_are_written_in_several_ways(content: str, read: tuple[object, ...], tmp_path: Path):
+    (tmp_path / "study.yaml").write_text(f"models: m\ndata: words.jsonl\n{content}")
+    study = config.read_study(tmp_path)
+    assert (study.depths, study.seeds, study.polish) == read
+    assert study.recipes == ({"a": {"steps": 3}, "b": {"steps": 4}} if "recipes" in content else {"healed": {}})
 
 
 def test_a_yaml_file_that_is_missing_is_one_line(run: Run):

@@ -68,6 +68,14 @@ def test_numbers_are_printed_with_their_units(show, value: float | None, text: s
     assert show(value) == text
 
 
+@pytest.mark.parametrize(("models", "first"), [("ab", "task a b"), ("abc", "t model (m) average a 50.0 50.0")])
+def test_of_scores_the_more_numerous_are_the_rows(models: str, first: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_scores(Scores(MADE, tuple(ScoreRow(model, "t", "STS", "m", 0.5, 9, 1.0) for model in models)))
+    words = capsys.readouterr().out.replace("\n", " ").split("intervals")[1].split()
+    assert " ".join(words).startswith(first)
+    assert words.count("50.0") == 2 * len(models)
+
+
 def test_results_on_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     rows = tuple(DepthScoreRow("t[b]", "STS", "m", depth, 0.1 * depth) for depth in (1, 2, 3))

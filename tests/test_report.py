@@ -661,6 +661,7 @@ def test_a_card_publishes_no_folder_of_this_machine(run: Path, tmp_path: Path, m
     (tmp_path / "acme" / "b.csv").touch()  # which else could be a name of the Hub
     history = (
         "secateur prune /home/ann/acme/tiny --to 2 --adapter=/srv/secret/lora -o out/acme/cut",
+        f"secateur prune {run}/scouts/tiny/model --to 2 -o {run}/models/cut",
         "secateur heal out/acme/cut --data '/home/ann/my texts/a.jsonl' acme/b.csv hf:org/s:en --teacher org/teacher",
     )
     folder = run / "models" / "tiny-2-healed"
@@ -672,6 +673,8 @@ def test_a_card_publishes_no_folder_of_this_machine(run: Path, tmp_path: Path, m
     for private in ("ann", "acme", "secret", "my texts", "models\\"):
         assert private not in card
     assert "secateur prune tiny --to 2 --adapter=lora -o cut" in card
+    assert "secateur prune scouts/tiny/model --to 2 -o models/cut\n" in card  # as typed in the run folder
+    assert "Training: 1 step in 1.0 s" in card
     assert "secateur heal cut --data a.jsonl b.csv hf:org/s:en --teacher org/teacher" in card
     assert "either/or" in card and "big" in card
     assert "/home/ann/acme/tiny" in (run / "report.md").read_text(encoding="utf-8")  # the report stays here

@@ -57,7 +57,7 @@ def write_scout(run: Path, name: str = "tiny", chosen: int | None = 4, rungs=RUN
         if row.score == row.score
     )
     costs = tuple(LayerCost(k, 1_000_000 if k else 8_000_000, 4, 1.0, 0.001, 0.002) for k in range(full + 1))
-    notes = ("3 rows of the data were left out",)
+    notes = ("words.jsonl: 3 rows were left out",)
     Scout(made(COMMAND, seed, NLI), "tiny", full, "tasks", tuple(rungs), scores, costs, notes).save(folder)
     losses = tuple(LossRow(step, 3.0 - step / 100, 1e-4) for step in (20, 40, 60))
     settings = {"learning_rate": 3e-4, "depths": [3, 4, 6, 8]}
@@ -270,7 +270,8 @@ def test_the_scouts_section_has_every_depth_with_what_was_measured_there(reporte
     assert rows["5"][0] == "scored only"
     assert rows["3"][3] == "−9.1−10.7 to −7.5 ▼ worse"
     assert rows["8"][2:4] == ["58.756.5 to 60.9", "–"]
-    assert "3 rows of the data were left out." in page.text
+    assert "Note: words.jsonl: 3 rows were left out." in page.text
+    assert "of the band, at most 1 point may be lost." in page.text
     assert ["4", "60.155.9 to 60.3", "56.155.9 to 60.3"] in page.cells
     assert (reported / "figures" / "frontier-1.png").read_bytes().startswith(b"\x89PNG")
     assert "(figures/frontier-1.png)" in (reported / "report.md").read_text(encoding="utf-8")
@@ -287,12 +288,12 @@ def test_where_a_scouts_numbers_come_from(reported: Path) -> None:
 def test_a_card_names_the_scout_that_its_model_is_from(reported: Path) -> None:
     card = plain((reported / "models" / "tiny-4-polished" / "README.md").read_text(encoding="utf-8"))
     assert CARD_MARK in card
-    assert "trained together with other depths, then alone" in card
+    assert "from a training of several depths at once, then trained alone." in card
     assert "Training continued from tiny-4-scout, which has a scout's weights." in card
     assert "Scout: secateur scout org/tiny --data allnli.jsonl.gz --tasks eval --steps 60 -o scouts/tiny" in card
     assert NLI.sha256 in card and SICK.sha256 in card  # of the scout's data, and of its own
     cut = (reported / "models" / "tiny-4-scout" / "README.md").read_text(encoding="utf-8")
-    assert "trained together with other depths." in cut and "then alone" not in cut
+    assert "from a training of several depths at once." in cut and "alone" not in cut
     assert "not been trained after the cut" in cut
     whole = (reported / "models" / "tiny-8-scout" / "README.md").read_text(encoding="utf-8")
     assert "60 steps" in whole and "not been trained" not in whole

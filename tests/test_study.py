@@ -249,6 +249,14 @@ def test_a_ray_cluster_gives_the_same_tables(run: Path, tmp_path: Path):
     assert_same_but_for_rounding(tables(copy), tables(run))
 
 
+def test_a_cluster_that_is_not_there_claims_no_folder(place: Path):
+    pytest.importorskip("ray")
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "auto"):
+        with pytest.raises(ConfigError, match=f"^ray: no Ray cluster at {address} "):
+            run_study(place, "elsewhere", ray=address)
+    assert not (place / "elsewhere" / "study.yaml").exists()  # which would name that cluster in the next run, too
+
+
 def test_the_joined_table_has_a_row_for_each_model_and_task(run: Path):
     rows = join_tables(run)
     assert [(row["variant"], row["task"], row["kept"], row["recipe"], row["seed"]) for row in rows] == [

@@ -119,6 +119,34 @@ def test_a_budget_is_kept_to(run: Path, study, words: str) -> None:
     assert first_screen(run)[0].startswith(words)
 
 
+@pytest.mark.parametrize("study", [{"max_params": 50e6}, {"max_latency_ms": 40}, {"best": True}])
+def test_no_worse_cut_is_shipped_where_the_full_model_fits(run: Path, study) -> None:
+    write_model(run, "tiny-6-healed", 6, 0.77)
+    (run / "study.yaml").write_text(yaml.safe_dump(study))
+    assert first_screen(run)[0].startswith("Keep tiny-8-healed: tiny-6-healed comes nearest, with −3.0 points (")
+
+
+def test_what_was_not_measured_is_not_said_to_be_over_the_budget(run: Path) -> None:
+    (run / "study.yaml").write_text("max_params: 35.0e+6\n")
+    write_costs(run, tiny_8_healed=(40, FULL))
+    headline, _ = first_screen(run)
+    assert headline.startswith("Ship nothing yet: no model here is known to fit your budget of 35.0 M parameters. What")
+
+
+def test_all_that_is_said_is_relative_to_the_full_model_that_is_named(run: Path) -> None:
+    """A smaller base model that is better than the larger one is beside that; its cuts are so in the verdict, too."""
+    for depth, score in ((8, 0.85), (3, 0.60)):
+        write_model(run, f"wee-{depth}-healed", depth, score, own=0.1)
+    write_model(run, "tiny-6-healed", 6, 0.70)
+    sizes = {"tiny_8_healed": (40, FULL), "tiny_6_healed": (32, FULL), "tiny_3_healed": (30, FULL)}
+    write_costs(run, **sizes, wee_8_healed=(30, FULL), wee_3_healed=(10, FULL))
+    _, (beside, second) = first_screen(run)
+    assert beside.startswith("Points, speed and size are relative to tiny-8-healed, the full model")
+    assert second.startswith("For half the cost of the full model: wee-3-healed, −20.0 points (")
+    assert second.endswith("25 % of the size.")
+    assert "the difference to the full model that the table of models names" in (run / "report.md").read_text("utf-8")
+
+
 def test_with_profiles_alone_it_says_what_to_do_next(tmp_path: Path) -> None:
     write_profile(tmp_path)
     headline, _ = first_screen(tmp_path)

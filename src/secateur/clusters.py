@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from secateur.errors import ConfigError, MissingPackage, StepFailed
 
@@ -34,6 +36,9 @@ def ray_cluster(address: str) -> Iterator[Any]:
     ours, dashboard = not ray.is_initialized(), False if address == "local" else None
     try:
         if ours:
+            place = urlsplit(address if "://" in address else f"//{address}")
+            if place.port:  # Ray tries for many minutes to reach one where nothing listens
+                socket.create_connection((place.hostname, place.port), 10).close()
             ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]

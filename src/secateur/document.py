@@ -86,8 +86,9 @@ def _scaled(value: float | None, units: Sequence[str], plain: str) -> str:
     return f"{value:g}{SPACE}{plain}".strip()
 
 
-def plural(amount: int, noun: str) -> str:
-    return f"{amount} {noun}{'' if amount == 1 else 'es' if noun.endswith('ch') else 's'}"
+def plural(amount: float, noun: str, form: str = "") -> str:
+    """``1 step``, ``2 steps``; ``form`` is the number's, such as ``,``."""
+    return f"{amount:{form}} {noun}{'' if amount == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------

@@ -39,11 +39,11 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
     if not options.best:
         tolerance = TOLERANCE if options.tolerance is None else options.tolerance
         within = smallest_within(scout.depths, tolerance)
-        points = f"at most {tolerance:g} {'point' if tolerance == 1 else 'points'} at 95 % confidence"
+        points = f"at most {plural(tolerance, 'point', 'g')} at 95 % confidence"
         if within.depth in fitting:
             row, why = within, f"the fewest that lose {points}"
         else:
-            why += f" (to lose {points} takes {within.depth} layers)"
+            why += f" (to lose {points} takes {plural(within.depth, 'layer')})"
             warning = "more may be lost than the tolerance"
     return Choice(layers_at(scout, row.depth), _sentence(scout, row, why), warning)
 

@@ -153,18 +153,20 @@ def show_export(result: Export) -> None:
     """How near an export is to the original."""
     typer.echo(f"cosine with the original: least {result.cosine_min:.5f}, mean {result.cosine_mean:.5f}")
     if result.points_lost is not None:
-        typer.echo(f"points lost on {len(result.rows)} tasks: {result.points_lost:.2f}")
+        typer.echo(f"points lost on {doc.plural(len(result.rows), 'task')}: {result.points_lost:.2f}")
 
 
 def show_scores(scores: Scores) -> None:
-    """Tasks × models."""
+    """Tasks × models, the more numerous as rows."""
     models = list(dict.fromkeys(row.model for row in scores.rows))
     rows: list[list[str | Cell]] = []
     for task, metric in dict.fromkeys((row.task, row.metric) for row in scores.rows):
         found = {row.model: with_interval(row.score, row.low, row.high) for row in scores.rows if row.task == task}
         rows.append([f"{task} ({metric})", *(found.get(model, "") for model in models)])
     rows.append(["average", *(doc.score(scores.average(model)) for model in models)])
-    _show(Table("scores × 100, with 95 % intervals", ("task", *models), rows))
+    are_many = len(models) > len(rows)
+    table = Table("scores × 100, with 95 % intervals", ("model" if are_many else "task", *models), rows)
+    _show(table.transposed() if are_many else table)
     for task, note in dict.fromkeys((row.task, row.note) for row in scores.rows if row.note):
         typer.echo(f"note: {task}: {note}")
 

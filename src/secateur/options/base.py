@@ -170,10 +170,23 @@ def _docstring(options: type[Options], text: str) -> str:
     return f"{head}\n\nArgs:\n{filled}{rest}"
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """Keys and values of a configuration file; DataError if it is missing, broken (with its line), or no mapping."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)  # noqa: S506 - a safe loader
     except FileNotFoundError:
         raise DataError(file, "no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -229,7 +242,7 @@ def listed(value: Any) -> Any:
 def comma_separated(value: Any) -> Any:
     """``6,12`` becomes a list."""
     items = value if isinstance(value, (list, tuple)) else [value]
-    return None if value is None else [part for item in items for part in str(item).split(",")]
+    return None if value is None else [part.strip() for item in items for part in str(item).split(",")]
 
 
 AnyName = Annotated[Any, BeforeValidator(name_or_object)]

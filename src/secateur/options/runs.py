@@ -51,18 +51,12 @@ Models = Annotated[list[Annotated[str, BeforeValidator(name_only)]], BeforeValid
 Results = Annotated[Path | None, Names("results")]
 ModelNames = Annotated[list[str] | None, option("What to call the models [default: the last part of their paths].")]
 Cache = Annotated[Path | None, option("Folder that keeps vectors: no text is encoded twice by the same model.")]
-Depths = Annotated[list[int], BeforeValidator(lambda given: comma_separated(given) or [])]
+SEVERAL = BeforeValidator(lambda given: comma_separated(given) or [])
+Depths = Annotated[list[int], SEVERAL]
 Jobs = Annotated[int, option("Number of steps that run at the same time, each in a process of its own.", ge=1)]
 RAY = "Run the steps on a Ray cluster: its address, auto for this machine's, local for a new one."
 Ray = Annotated[str | None, option(RAY)]
-
-
-def texts(value: Any) -> Any:
-    """Numbers and paths in a list become texts."""
-    return [str(item) for item in listed(value)]
-
-
-Specs = Annotated[list[str], BeforeValidator(texts), Names("layers")]
+Specs = Annotated[list[str], SEVERAL, Names("layers")]
 
 
 class EvaluateOptions(Options):
@@ -175,7 +169,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     teacher: Annotated[str, BeforeValidator(name_only)] | None = option(
         "Model whose vectors are to be learned, as for heal; self: the full model of each depth."
     )
-    seeds: list[Seed] = option("Repeat each training with these seeds [default: --seed].", [])
+    seeds: Annotated[list[Seed], SEVERAL] = option("Repeat each training with these seeds [default: --seed].", [])
     profile_scale: float = option("Inverse temperature of the loss that the profile measures.", 20.0, gt=0)
     profile_dtype: Dtype = option("Data type of the profile's computation, as profile --dtype.", "auto")
     max_examples: int = option("Number of pairs used by the profile.", 1280, ge=2)

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def model_card(summary: Summary, found: Recommendation, variant: Variant, folder
     if comparison:
         others = comparison.reference.variants
         full = next((other for other in others if other.seed == variant.seed), others[0])
-    training = variant.training
+    training, typed = variant.training, partial(public_command, run=summary.run.folder)
     content = {
         "metadata": _metadata(variant, origin),
         "mark": CARD_MARK,
@@ -72,8 +73,10 @@ def model_card(summary: Summary, found: Recommendation, variant: Variant, folder
         "full": full,
         "comparison": comparison,
         "same_settings": training and full and full.training and training.settings == full.training.settings,
-        "seeds": seed_note(summary) if training else "",
-        "commands": [Code(public_command(command), "sh") for command in origin.history or (origin.provenance.command,)],
+        "seeds": seed_note(summary, of_one=True) if training else "",
+        "commands": [Code(command, "sh") for command in map(typed, origin.history or (origin.provenance.command,))],
+        "scout_command": typed(variant.scout.table.provenance.command) if variant.scout else "",
+        "left_out": "" if variant.is_full else "; the layers left out are not replaced",
         "facts": vocabulary_facts(origin.vocabulary, public) if origin.vocabulary else [],
         "data": list(_data_of(variant)),
         "settings": Code(settings_text(training, public), "yaml") if training else None,
@@ -146,18 +149,23 @@ def public(value: Any) -> Any:
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
 
 
-def public_command(command: str) -> str:
-    """A command without the folders of this machine."""
+def public_command(command: str, run: Path) -> str:
+    """A command without the folders of this machine, as it is typed in the run folder."""
+    places = (f"{run}{os.sep}", f"{run.absolute()}{os.sep}")
+
+    def shown(part: str) -> str:
+        inside = next((part.removeprefix(place) for place in places if part.startswith(place)), "")
+        return inside or public(part)
+
     try:
         words = shlex.split(command)
     except ValueError:  # no command of a shell
         words = command.split()
-    return shlex.join("=".join(public(part) for part in word.split("=")) for word in words)
+    return shlex.join("=".join(map(shown, word.split("="))) for word in words)
 
 
 _ENVIRONMENT.filters |= {
     "public": public,
-    "command": public_command,
     "in_words": in_words,
     "json": _json,
     "score": doc.score,
@@ -168,6 +176,7 @@ _ENVIRONMENT.globals |= {
     "interval": doc.span,
     "SPEED": SPEED.rstrip("."),
     "POLISHED": POLISHED,
+    "plural": doc.plural,
 }
 
 

@@ -152,7 +152,7 @@ def _scout_blocks(summary: Summary) -> Iterable[Block]:
 
 
 def _remarks(notes: Iterable[str]) -> Iterable[Text]:
-    return (Text(f"{note[:1].upper()}{note[1:]}.") for note in notes)
+    return (Text(f"Note: {note}.") for note in notes)
 
 
 def _depth_blocks(run: Run) -> Iterable[Block]:
@@ -215,10 +215,10 @@ def _command_blocks(run: Run) -> Iterable[Block]:
 def _provenance_blocks(run: Run) -> Iterable[Block]:
     """What all tables say of base models, data, seeds, versions, machine and time."""
     made = [table.provenance for _, table in run.tables]
-    first, last = created(run)
+    first, last = map(_moment, created(run))
     bases = dict.fromkeys(variant.origin.base_model for variant in run.variants if variant.origin)
     facts = {
-        "Made": _moment(first) + (f" to {_moment(last)}" if last != first else ""),
+        "Made": first + (f" to {last}" if last != first else ""),
         "Seed": ", ".join(dict.fromkeys(str(item.seed) for item in made if item.seed is not None)),
         "Base models": ", ".join(f"{base} (licence {base_licence(base) or 'not known'})" for base in bases),
         "Hardware": "; ".join(dict.fromkeys(in_words(item.hardware) for item in made)),
@@ -330,7 +330,7 @@ def _scout_picture(scouted: Scouted, number: int, tolerance: float) -> Picture:
     caption = (
         f"Score of {scout.model} at each depth after one training of {plural(trained, 'depth')} at once. Thin bars are "
         "95 % intervals of the score, thick ones those of its difference to the full depth. Where all of a thick bar "
-        f"is above the lower edge of the band, at most {tolerance:g} points are lost."
+        f"is above the lower edge of the band, at most {plural(tolerance, 'point', 'g')} may be lost."
     )
     figure = figures.frontier_figure(scout, scouted.chosen, tolerance)
     return _picture(f"frontier-{number}", f"What every depth is worth: {scouted.name}", caption, figure)

@@ -196,7 +196,7 @@ def training_in_words(training: Training) -> str:
     best = f" (weights of step {training.best_step})" if training.best_step is not None else ""
     seed = doc.NONE if training.provenance.seed is None else training.provenance.seed
     trained = f"{doc.count(training.trained_parameters)} parameters trained"
-    return f"{training.steps} steps{best} in {doc.duration(training.seconds)}, {trained}, seed {seed}"
+    return f"{doc.plural(training.steps, 'step')}{best} in {doc.duration(training.seconds)}, {trained}, seed {seed}"
 
 
 def settings_text(training: Training, publish: Callable[[Any], Any] = lambda content: content) -> str:
@@ -211,12 +211,13 @@ def settings_text(training: Training, publish: Callable[[Any], Any] = lambda con
 def task_table(groups: Sequence[RunGroup], compared: Mapping[str, GroupComparison]) -> Table:
     """Tasks × models, the more numerous as rows, as a heat map: coloured by the difference to the full model."""
     examples = {task: group.first.scores[task] for group in groups for task in group.tasks}
-    tasks = {task: f"{row.type}, {row.metric}, {row.samples} samples" for task, row in examples.items()}
-    whole = ", ".join(dict.fromkeys(doc.shorten(item.reference.name) for item in compared.values()))
+    tasks = {task: f"{row.type}, {row.metric}, {doc.plural(row.samples, 'sample')}" for task, row in examples.items()}
+    references = list(dict.fromkeys(doc.shorten(item.reference.name) for item in compared.values()))
+    whole = references[0] if len(references) == 1 else "the full model that the table of models names"
     title = "Each task’s own metric, × 100." + (
         f" Below a score and in colour: the difference to {whole} with its 95 % interval, ▲ or ▼ where it is "
         "significant. One interval of twenty misses by chance."
-        if whole
+        if references
         else ""
     )
 

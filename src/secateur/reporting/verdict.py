@@ -74,9 +74,11 @@ def recommend(summary: Summary) -> Recommendation:
         headline = f"Use {name}, which needs no cut: {_facts(used)}, compared with {other}."
         ship = told = compared[used.group.name]
     whole = ship.group if ship else told.reference
-    others = [item for item in (*fitting, *baselines) if item is not ship]
-    cheap = [item for item in others if _is_cheap(compare_groups(item.group, whole))]
-    runner_up = max(cheap, key=lambda item: item.difference.value, default=None)
+    others = [item.group for item in (*fitting, *baselines) if item is not ship]
+    # Beside the full model that is named, which may not be the one of its own base model.
+    cheap = [compare_groups(group, told.reference) for group in others if _is_cheap(compare_groups(group, whole))]
+    compared_alike = [item for item in cheap if not math.isnan(item.difference.value)]
+    runner_up = max(compared_alike, key=lambda item: item.difference.value, default=None)
     reasons = [_what_is_compared(told)]
     if runner_up:
         of = "" if ship else " of the full model"
@@ -105,9 +107,9 @@ def _choose(
     limits = cost_limits(budget)
     within = _limits_in_words(limits)
     if not fitting:
-        return None, cuts[0], _nothing_fits(limits)
-    if budget.best or within:
-        ship = max(fitting, key=lambda item: item.difference.value)
+        return None, cuts[0], _nothing_fits(limits, all(item.group.cost for item in cuts))
+    ship = max(fitting, key=lambda item: item.difference.value)
+    if not _fits(ship.reference.cost, limits) or (budget.best and ship.difference.value >= 0):
         best = f"the best within your budget of {within}" if within else "the best of those scored"
         return ship, ship, f"Ship {shorten(ship.group.name)}, {best}: {_facts(ship)}."
     nearest = _nearest([max(own, key=_depth) for own in searches] or cuts)
@@ -187,9 +189,11 @@ def _limits_in_words(limits: Mapping[str, float]) -> str:
     return " and ".join(_LIMITS[key][1](limit) for key, limit in limits.items())
 
 
-def _nothing_fits(limits: Mapping[str, float]) -> str:
-    advice = "Cut deeper, or trim the vocabulary."
-    return f"Ship nothing yet: no model here fits your budget of {_limits_in_words(limits)}. {advice}"
+def _nothing_fits(limits: Mapping[str, float], are_known: bool = True) -> str:
+    fits, advice = "fits", "Cut deeper, or trim the vocabulary."
+    if not are_known:
+        fits, advice = "is known to fit", "What some of them cost was not measured: resume the study."
+    return f"Ship nothing yet: no model here {fits} your budget of {_limits_in_words(limits)}. {advice}"
 
 
 def difference_in_words(item: GroupComparison) -> str:
@@ -284,7 +288,7 @@ def vocabulary_facts(cut: VocabularyCut, publish: Callable[[str], str] = str) ->
     """What was cut, by which texts, and what that does to texts like these; ``publish`` shows the name of a file."""
     row = cut.row
     facts = [
-        f"Vocabulary: {row.tokens:,} of {cut.tokens:,} tokens, chosen by {cut.texts:,} texts of "
+        f"Vocabulary: {row.tokens:,} of {cut.tokens:,} tokens, chosen by {plural(cut.texts, 'text', ',')} of "
         f"{', '.join(map(publish, cut.files))}.",
         f"Of texts like these that were held out, {percent(row.coverage)} of the tokens stay, and "
         f"{percent(row.changed)} of the texts have one that does not; a text has {row.tokens_per_text:.1f} tokens on "
@@ -312,7 +316,8 @@ def notes(summary: Summary) -> list[str]:
             "Ranges are 95 % intervals of the difference, paired by text: what other texts of the same kind (and other "
             "seeds, where several were trained) would have given. They hold for each comparison by itself, and for "
             "these tasks. The smallest cut that is as good is sought in each series from the largest down, up to the "
-            f"first that may lose more than {100 * _margin(summary):g} points: each search errs at most once in forty."
+            f"first that may lose more than {plural(100 * _margin(summary), 'point', 'g')}: each search errs at most "
+            "once in forty."
         )
     elif summary.compared:
         found.append("No difference here has an interval, so differences may be chance.")
@@ -328,13 +333,17 @@ def coverage_notes(name: str, cut: VocabularyCut) -> list[str]:
     ]
 
 
-def seed_note(summary: Summary) -> str:
-    """What the number of training seeds allows to be said about differences between models; empty without trainings."""
+def seed_note(summary: Summary, *, of_one: bool = False) -> str:
+    """What the number of training seeds allows to be said about differences between models; empty without trainings.
+
+    ``of_one``: beside the scores of one model, not of all that differ in their seed alone.
+    """
     most = max((len(group.seeds) for group in summary.groups if group.average), default=0)
     if most == 0:
         return ""
     if most > 1:
-        return f"Models were trained with up to {most} seeds; scores are means over them."
+        scores = "scores are of this one, differences are of means" if of_one else "scores are means"
+        return f"Models were trained with up to {most} seeds; {scores} over them."
     return (
         "Every model was trained with one seed. How much scores vary between seeds was not measured, so that small "
         "differences between models may be chance."

@@ -113,8 +113,8 @@ def draw(sources: Sequence[Source], count: int, seed: int) -> list[tuple[Source,
         drawn.append((source, frozenset(taken if queries >= FEWEST else ())))
         found += queries if queries >= FEWEST else 0
     if found < FEWEST_IN_ALL:
-        each = f"at most a tenth of each file, and none of a file with fewer than {FEWEST} in it"
-        problem = f"{found} queries can be held out to score the depths ({each})"
+        each = f"at most a tenth of each file, and none where that is fewer than {FEWEST}"
+        problem = f"{found} queries can be held out to score the depths ({each}), and it takes {FEWEST_IN_ALL}"
         raise DataError("data", problem, "name tasks with --tasks, give more rows, or raise --held-out")
     return drawn
 

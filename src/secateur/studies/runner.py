@@ -40,7 +40,7 @@ from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, read_journal
 from secateur.scouting.scout import scout
-from secateur.studies.steps import COMMANDS, Plan, Step
+from secateur.studies.steps import COMMANDS, MODELS, Plan, Step
 
 RECORDS = "done"
 MEASURED = ("evaluate", "cost")
@@ -290,10 +290,10 @@ def _made_from(step: Step, plan: Plan, run: Path) -> Made:
             continue
         for item in value if isinstance(value, list) else [value]:
             maker = _maker(item, plan)
-            if maker is None:
-                inputs[item] = _files(item, marks[0])
-            elif measured:
+            if measured and (maker or Path(item).parent == run / MODELS):
                 inputs[str(Path(item).relative_to(run))] = fingerprint_files(item)
+            elif maker is None:
+                inputs[item] = _files(item, marks[0])
             else:
                 inputs[name] = asdict(_made_from(maker, plan, run))
             if maker or measured:

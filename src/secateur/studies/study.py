@@ -26,7 +26,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -105,13 +104,13 @@ def study(
     run = results_folder(options.out, *STUDY_FILES)
     outline = _prepare(options, progress)
     with lock(make_folder(run / RECORDS)):
-        if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
-            _make_plan(outline, keep=True)
-            write_text(run / SETTINGS, to_yaml(outline.study))
         jobs, address = outline.study.jobs, outline.study.ray
         executor = runner.in_this_process(progress) if jobs == 1 else runner.in_processes(jobs)
         if address is not None:
             executor = runner.on_ray(address, jobs)
+        if not (run / SETTINGS).is_file():  # only now: options that cannot be followed do not claim the folder
+            _make_plan(outline, keep=True)
+            write_text(run / SETTINGS, to_yaml(outline.study))
         failed = Scheduler(run, lambda failed: _make_plan(outline, failed, keep=True), executor, callback).go()
         page = None
         if not failed or (run / Costs.file).is_file() or any(run.glob(f"*/*/{Scores.file}")):
@@ -294,7 +293,8 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
         trimmed = run / MODELS / f"{base.name}-{base.depth}-{TRIMMED}"
         cut = load(trimmed, Origin).vocabulary if (trimmed / Origin.file).is_file() else None
         notes += coverage_notes(base.name, cut) if cut else []
-    plan = plan_steps(study, outline.bases, profiles, scouts, failed)
+    there = [file.parent for file in sorted(run.glob(f"{MODELS}/*/{Origin.file}"))]
+    plan = plan_steps(study, outline.bases, profiles, scouts, failed, there)
     plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
     plan.notes = notes
     if keep:
@@ -303,8 +303,10 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
             if profile.can_choose:
                 choices[run / "profiles" / name] = choose(profile) | {CHOSEN_FROM: losses_fingerprint(profile)}
         for name, scout in scouts.items():
-            with suppress(SecateurError):  # its plan says why there is no choice
+            try:
                 choices[run / SCOUTS / name] = {CHOSEN: len(choose_rung(study, scout).blocks)}
+            except SecateurError:  # its plan says why there is no choice; an earlier one is none, either
+                (run / SCOUTS / name / CHOICE).unlink(missing_ok=True)
         for folder, choice in choices.items():
             _write_anew(folder / CHOICE, json.dumps(choice))
         content = {"models": [asdict(base) for base in outline.bases], "amounts": asdict(outline.amounts)}
