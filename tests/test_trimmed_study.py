@@ -15,12 +15,12 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 import secateur
-from conftest import write_pairs
+from conftest import tiny_transformer, write_pairs
 from published import CORPUS, write_model
 from quick_checks import quick_checks as quick_checks
 from secateur import cli
 from secateur.choosing.budgets import cut_cost
-from secateur.errors import ConfigError
+from secateur.errors import ConfigError, UnsupportedArchitecture
 from secateur.reporting.run import read_run, read_scout
 from secateur.results import Costs, Origin, Scout, Training, load
 from secateur.studies.study import join_tables
@@ -129,6 +129,14 @@ def test_the_note_stands_in_the_plan_and_on_standard_error(run: Path, place: Pat
     assert command("study", "resume", run)[1].count(told) == 1
     words = ("--vocab", place / "trees.jsonl", "--vocab-size", SIZE, "--vocab-tasks", place / "manual", place / "task")
     assert command("prune", place / "tiny", *words, "-o", tmp_path / "cut")[1].count(told) == 1
+
+
+def test_a_vocabulary_that_cannot_be_cut_is_refused_before_the_study_begins(place: Path, tmp_path: Path):
+    words = tiny_transformer(tmp_path / "words")
+    options = OPTIONS | {"data": place / "trees.jsonl", "tasks": [str(place / "task")]}
+    with pytest.raises(UnsupportedArchitecture, match="of the kind WordLevel, of which no token can be spared"):
+        secateur.plan_study([words], **options, out=tmp_path / "run")
+    assert secateur.plan_study([words], **options | {"vocab_size": None}, out=tmp_path / "run").plan.steps
 
 
 def test_a_finished_study_is_done_and_its_vocabulary_stays_as_it_is(run: Path, place: Path, tmp_path: Path):

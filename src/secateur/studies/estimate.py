@@ -25,6 +25,8 @@ from secateur.models.open_model import open_model, open_skeleton
 from secateur.options import CostOptions, HealOptions, ProfileOptions, PruneOptions, ScoutOptions, StudyOptions
 from secateur.scouting.scout import ladder, step_cost
 from secateur.studies.steps import Base, Plan, Step
+from secateur.vocabulary.choice import read_vocabulary
+from secateur.vocabulary.trim import token_tables
 
 CHARACTERS_PER_TOKEN = 4
 FIXED_SECONDS = {"prune": 12.0, "profile": 5.0, "scout": 20.0, "heal": 15.0, "evaluate": 6.0, "cost": 5.0}
@@ -50,15 +52,22 @@ class Amounts:
     task_tokens: float | None
 
 
-def measure_base(name: str, model: str) -> Base:
-    """How many layers a model has, and how large they are (ModelError if it cannot be opened or cut)."""
+def measure_base(name: str, model: str, cuts_vocabulary: bool = False) -> Base:
+    """How many layers a model has, and how large they are (ModelError if it, or its vocabulary, cannot be cut)."""
     folder = resolve(model)
     is_small = (
         isinstance(folder, Path)
         and folder.is_dir()
         and sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < SMALL
     )
-    transformer = open_model(model, device="cpu")[0].auto_model if is_small else open_skeleton(model)[0]
+    if is_small:
+        opened = open_model(model, device="cpu")
+        transformer, tokenizer = opened[0].auto_model, opened.tokenizer
+    else:
+        transformer, tokenizer, _ = open_skeleton(model)
+    if cuts_vocabulary:
+        read_vocabulary(model, tokenizer)
+        token_tables(model, transformer)
     depth = depth_of(transformer)
     blocks = sum(parameter.numel() for parameter in blocks_of(transformer).parameters())
     return Base(name, model, depth, blocks // depth, sum(parameter.numel() for parameter in transformer.parameters()))

@@ -249,7 +249,8 @@ def _check_and_measure(settings: StudyOptions) -> _Outline:
         raise ConfigError(name, getattr(settings, name), "asks for scores at every depth", "give --tasks, too")
     for baseline in settings.baselines:  # whether it is there, and its key is right, is known before hours of work
         open_embedder(baseline).encode("a text", show_progress_bar=False)
-    bases = tuple(measure_base(name, model) for name, model in zip(names, settings.models, strict=False))
+    cuts = settings.cuts_vocabulary
+    bases = tuple(measure_base(name, model, cuts) for name, model in zip(names, settings.models, strict=False))
     plan_steps(settings, bases, {}, {})
     if not (settings.depths or settings.tasks):
         draw(sources, settings.held_out, settings.seeds[0] if settings.seeds else settings.seed)
