@@ -5,9 +5,9 @@
 MODEL is a bare language model's folder (a trained embedder keeps its own pooling, so rows with another would fail),
 DATA a folder of training files, TASKS a folder of task folders. Each row and seed works in a folder of OUT and goes on
 where it was stopped; once scored it is a line of OUT/rows.jsonl, and is skipped. Of the folders only the models stay
-that other rows start from (--keep-models keeps all). benchmarks/quality holds rows that were measured: an OUT that is a
-copy of it goes on from there. At the end, and with --table alone, prints a Markdown table: the average over task types
-± standard error over the seeds, in points.
+that other rows start from (--keep-models keeps all). benchmarks/quality holds rows that were measured, its folders
+those with other settings: an OUT that is a copy of it goes on from there. At the end, and with --table alone, prints a
+Markdown table: the average over task types ± standard error over the seeds, in points.
 
 The first row is the reference: the full depth with the default recipe. Rows have the same steps, or the same compute:
 steps that cost what others cost, by counted FLOPs of a training step. Label-free rows see texts alone.
