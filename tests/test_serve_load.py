@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -209,6 +211,22 @@ def test_a_second_signal_answers_who_waits_and_ends_at_once(encoder: Encoder, ca
         server.thread.join(300)
         assert not server.thread.is_alive()
     assert not [record for record in caplog.records if record.exc_info or "Traceback" in record.getMessage()]
+
+
+@pytest.mark.slow  # four processes start
+def test_processes_that_start_at_once_leave_the_script_in_its_place():
+    script, together = sys.modules["__main__"], threading.Barrier(4)
+
+    def start() -> None:
+        together.wait()
+        EncoderProcess(int).close()
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.modules["__main__"] is script
 
 
 @pytest.mark.slow  # a process starts

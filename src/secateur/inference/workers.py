@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -157,13 +158,20 @@ def _no_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _without_script() -> Iterator[None]:
-    """Keep multiprocessing from running the user's script in each process that is started: nothing is needed of it."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
+    """Keep multiprocessing from running the user's script in each process that is started: nothing is needed of it.
+
+    One thread at a time: of two, the later would take the other's empty module for the script, and leave it there.
+    """
+    with _starting:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
+
+
+_starting = threading.Lock()
 
 
 def _serve(pipe: Connection, make: Callable[[], Any]) -> None:
