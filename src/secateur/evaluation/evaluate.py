@@ -60,19 +60,19 @@ Model: TypeAlias = str | Path | SentenceTransformer
 
 
 @contextmanager
-def _own_chance() -> Iterator[None]:
-    """What draws at random in this process, all of which mteb seeds, goes on afterwards as if it had not."""
-    drawn, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002
+def _random_states_restored() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch, all of which mteb seeds."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
             yield
         finally:
-            random.setstate(drawn)
-            np.random.set_state(numbers)  # noqa: NPY002
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 @step(EvaluateOptions)
-@_own_chance()
+@_random_states_restored()
 def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores:
     """Score models on tasks, with mteb's own evaluators: each task's main metric, on mteb's protocol (:mod:`.tasks`).
 

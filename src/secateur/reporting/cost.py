@@ -37,7 +37,7 @@ from secateur.data.embedders import BlackBox, open_embedder
 from secateur.errors import ConfigError, ModelError
 from secateur.files import make_folder, read_json
 from secateur.measures.costs import flops_per_token
-from secateur.models import demo_model, is_endpoint, model_names
+from secateur.models import is_endpoint, model_names, resolve
 from secateur.models.blocks import depth_of, embeddings_of, skeleton
 from secateur.models.forward import wait
 from secateur.models.open_model import check_device
@@ -252,7 +252,7 @@ def bytes_on_disk(model: str | Path) -> int:
     Raises:
         ModelError: The files are not found.
     """
-    path = demo_model() if str(model) == "smollm2" and not Path(model).exists() else Path(model)
+    path = Path(resolve(model))
     if not path.exists():
         try:
             path = Path(snapshot_download(str(model), local_files_only=True))

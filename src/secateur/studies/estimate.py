@@ -52,7 +52,7 @@ class Amounts:
     task_tokens: float | None
 
 
-def measure_base(name: str, model: str, cuts_vocabulary: bool = False) -> Base:
+def measure_base(name: str, model: str, cuts_vocabulary: bool) -> Base:
     """How many layers a model has, and how large they are (ModelError if it, or its vocabulary, cannot be cut)."""
     folder = resolve(model)
     is_small = (

@@ -61,12 +61,13 @@ def plan_steps(
     profiles: Mapping[str, Profile],
     scouts: Mapping[str, Scout],
     failed: Collection[str] = (),
-    there: Collection[Path] = (),
+    finished: Collection[Path] = (),
 ) -> Plan:
     """The plan of a study that begins with the models ``bases``.
 
     ``profiles`` are by base, ``scouts`` by name (:func:`first_scout`), of those that are there. Models whose steps
-    ``failed`` are not counted and timed with the others; those ``there`` are, also where an earlier choice made them.
+    ``failed`` are not counted and timed with the others; the folders ``finished`` are timed, even if only an earlier
+    choice asks for them.
 
     Raises:
         ConfigError: A depth, a recipe, a seed or a baseline is not valid, or an option has no effect.
@@ -89,7 +90,7 @@ def plan_steps(
     lost |= plan.blocked(lost)
     left = [step for step in plan.models if step.name not in lost]
     if left:  # all models in one step, the last and alone: times are compared under the same conditions
-        earlier = [folder for folder in there if not (folder.name in made or folder.name.endswith(".partial"))]
+        earlier = [folder for folder in finished if not (folder.name in made or folder.name.endswith(".partial"))]
         timed = [str(folder) for folder in (*(step.output for step in left), *earlier)]
         timed += [m for m in study.baselines if not (is_endpoint(m) or f"evaluate {model_label(m)}" in lost)]
         options = command_options(CostOptions, {"models": timed, "out": study.out})

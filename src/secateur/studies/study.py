@@ -294,8 +294,8 @@ def _make_plan(outline: _Outline, failed: Collection[str] = (), *, keep: bool = 
         trimmed = run / MODELS / f"{base.name}-{base.depth}-{TRIMMED}"
         cut = load(trimmed, Origin).vocabulary if (trimmed / Origin.file).is_file() else None
         notes += coverage_notes(base.name, cut) if cut else []
-    there = [file.parent for file in sorted(run.glob(f"{MODELS}/*/{Origin.file}"))]
-    plan = plan_steps(study, outline.bases, profiles, scouts, failed, there)
+    finished = [file.parent for file in sorted(run.glob(f"{MODELS}/*/{Origin.file}"))]
+    plan = plan_steps(study, outline.bases, profiles, scouts, failed, finished)
     plan.steps = [replace(step, seconds=estimate(step, plan, outline.amounts)) for step in plan.steps]
     plan.notes = notes
     if keep:
