@@ -327,13 +327,15 @@ def test_a_scout_is_taught_by_the_whole_and_so_is_its_polish():
 
 
 def test_estimates_are_corrected_by_what_has_finished():
-    told = {"a": 10.0, "b": 10.0, "c": 4.0, "d": None}
-    kinds = {"a": "heal", "b": "heal", "c": "profile", "d": "evaluate"}
+    told = {"short": 1.0, "long": 60.0, "other": 39.0, "unknown": None}
+    kinds = {"short": "prune", "long": "heal", "other": "profile", "unknown": "evaluate"}
     steps = [Step(name, kinds[name], HealOptions.model_construct(), Path(name), seconds=told[name]) for name in told]
     assert State(Plan(steps), (), {}, {}, {}).expected == told
-    state = State(Plan(steps), {"a"}, {}, {}, {"a": 20.0})
-    assert state.expected == {"a": 20.0, "b": 20.0, "c": 8.0, "d": None}
-    assert state.seconds_left == 28.0
+    state = State(Plan(steps), {"short"}, {}, {}, {"short": 12.0})  # twelve times as long, but it was one of a hundred
+    assert state.expected == {"short": 12.0, "long": 120.0, "other": 78.0, "unknown": None}
+    assert state.seconds_left == 198.0
+    state = State(Plan(steps), {"long"}, {}, {}, {"long": 200.0})
+    assert state.expected == {"short": 3.0, "long": 200.0, "other": 117.0, "unknown": None}
 
 
 # Running --------------------------------------------------------------------------------------------------------------

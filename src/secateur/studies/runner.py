@@ -71,11 +71,13 @@ class State:
     def expected(self) -> dict[str, float | None]:
         """Step → the seconds that it took, or will take, about; None where nobody knows.
 
-        Estimates are multiplied by what the finished steps took beside theirs.
+        Estimates are multiplied by what the finished steps took beside theirs, as if a further tenth of the plan had
+        taken what was estimated: one short step alone says little of the long ones.
         """
         done = [step for step in self.plan.steps if step.name in self.seconds and step.seconds]
-        estimated = sum(step.seconds or 0 for step in done)
-        factor = sum(self.seconds[step.name] for step in done) / estimated if estimated else 1.0
+        as_estimated = sum(step.seconds or 0 for step in self.plan.steps) / 10
+        estimated = sum(step.seconds or 0 for step in done) + as_estimated
+        factor = (sum(self.seconds[step.name] for step in done) + as_estimated) / estimated if estimated else 1.0
         left = {step.name: step.seconds and step.seconds * factor for step in self.plan.steps}
         return {name: self.seconds.get(name, seconds) for name, seconds in left.items()}
 
