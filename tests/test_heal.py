@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -104,6 +106,34 @@ def test_a_killed_training_ends_as_if_it_had_not_been(healed: Path, llama_folder
     assert load(out, Training).losses == load(healed, Training).losses
     one, other = (load_file(folder / "model.safetensors") for folder in (out, healed))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_batch_that_does_not_fit_into_memory_loses_nothing(
+    healed: Path, llama_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch
+):
+    """At the sixth step, after two checkpoints; then gone on with, in mini-batches."""
+    whole, calls = Loss.forward, itertools.count()
+
+    def forward(self: Loss, *args: Any, **given: Any) -> Any:
+        if self.config.mini_batch_tokens is None and next(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return whole(self, *args, **given)
+
+    monkeypatch.setattr(Loss, "forward", forward)
+    out = tmp_path / "model"
+    hint = "go on with --mini-batch-tokens 4096 or --gradient-checkpointing"
+    with pytest.raises(ConfigError, match=f"^batch_size: a batch of .* does not fit into memory: {hint}$"):
+        secateur.heal(llama_folder, pairs_file, **SETTINGS, out=out)
+    steps: list[int] = []
+    given = {**SETTINGS, "mini_batch_tokens": 64, "gradient_checkpointing": True}
+    secateur.heal(llama_folder, pairs_file, **given, out=out, progress=lambda _, done, __: steps.append(done))
+    assert steps[0] == 4 * SETTINGS["batch_size"]
+    table = load(out, Training)
+    assert (table.settings["mini_batch_tokens"], table.settings["gradient_checkpointing"]) == (64, True)
+    losses, expected = ([row.loss for row in each.losses] for each in (table, load(healed, Training)))
+    assert losses[:4] == expected[:4]
+    assert losses == pytest.approx(expected, rel=0.2)  # of other draws of dropout
     assert list(tmp_path.iterdir()) == [out]
 
 

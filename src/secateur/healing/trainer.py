@@ -6,8 +6,8 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from secateur.healing.recipes import (
     training_arguments,
 )
 from secateur.healing.training_data import TrainingSet
-from secateur.models.forward import padded_length
+from secateur.models.forward import is_out_of_memory, padded_length
 from secateur.progress import Progress, quiet, silent
 from secateur.results import EvaluationRow, LossRow
 
@@ -86,7 +86,7 @@ def train(
 
     Raises:
         TrainingDiverged, DataError: The loss exploded, or was 0 in every step; or the data had too few batches.
-        ConfigError: With FSDP, the loss has weights of its own.
+        ConfigError: A batch does not fit into memory; or with FSDP, the loss has weights of its own.
     """
     config = decide(model, config)
     dtypes = prepare(model, config)
@@ -109,7 +109,7 @@ def train(
     if trainer.is_fsdp_enabled:
         shard_by_blocks(own, trainer.accelerator, config, trainer.of_loss())
     trainer.remove_callback(PrinterCallback)
-    with quiet():
+    with quiet(), memory_errors(config):
         trainer.train_or_resume(last_checkpoint(folder), config.patience)
     if trainer.is_fsdp_enabled:
         gather(own, model)
@@ -122,6 +122,22 @@ def train(
     evaluations = tuple(EvaluationRow(row["step"], row[SCORE]) for row in log if SCORE in row)
     best = trainer.state.best_global_step if evaluations else None
     return TrainingResult(trainer.state.global_step, trainer.seconds, trained, losses, evaluations, best)
+
+
+@contextmanager
+def memory_errors(config: TrainingConfig) -> Iterator[None]:
+    """Within: what does not fit into memory is told, with the options that need less of it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        tokens = 4096 if config.mini_batch_tokens is None else max(1, config.mini_batch_tokens // 2)
+        ways = [] if is_sharded() else [f"--mini-batch-tokens {tokens}"]
+        ways += [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
+        hint = f"go on with {' or '.join(ways)}" if ways else "give a smaller --max-length or --batch-size"
+        problem = f"a batch of {config.batch_size} rows of up to {config.max_length} tokens does not fit into memory"
+        raise ConfigError("batch_size", config.batch_size, problem, hint) from error
 
 
 class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
