@@ -1,4 +1,4 @@
-"""Every selector's choice on real models, with its zero-shot loss: the tables of docs/explanation/results.md.
+"""Every selector's choice on real models, with its zero-shot loss: the tables of docs/explanation/defaults.md.
 
     python benchmarks/choosing.py PAIRS --models smollm2 gemma-3-270m.gguf -o FOLDER
         [--tasks TASK ...] [--sample 300] [--examples 640] [--seed 42]

@@ -203,7 +203,7 @@ FILES = {
 }
 """Where sentence-transformers, transformers.js and the servers look for such a graph."""
 FASTEST = {"onnx": "dynamic", "openvino": "static"}
-"""The faster quantization to int8 on each backend (docs/explanation/results.md)."""
+"""The faster quantization to int8 on each backend (docs/explanation/speed.md)."""
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 

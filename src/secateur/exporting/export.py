@@ -40,7 +40,7 @@ LONG = 1024
 """Tokens in the longest text that an export is compared on, where the model would read more."""
 CALIBRATION_LENGTH = 128
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9995, "bfloat16": 0.995, "int8": 0.9}
-"""Default of ``--min-cosine``. Measured: docs/explanation/results.md."""
+"""Default of ``--min-cosine``. Measured: docs/explanation/speed.md."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float
     Each text's cosines with all others become a distribution: softmax of cosine × ``scale``, without the text itself
     and its duplicates. The loss is the mean KL divergence of the student's distributions from the teacher's (SEED,
     arXiv 2101.04731, with the batch in place of its queue), divided by ``scale``: its gradient is then as large as
-    that of a cosine. Undivided, it kept a student from the teacher's vectors (docs/explanation/results.md).
+    that of a cosine. Undivided, it kept a student from the teacher's vectors (docs/explanation/defaults.md).
 
     ``vectors`` are the student's, ``targets`` the teacher's of the same texts, of any dimension; ``same`` is true where
     two are the same text, as each is to itself: (texts, texts).

@@ -34,7 +34,7 @@ from secateur.models.compat import multiplies_bfloat16
 from secateur.options import HealOptions
 
 LEARNING_RATES = {"lora": 2e-4, "blocks": 5e-4, "all": 5e-4}
-"""Peak learning rate by what is trained: the first is the paper's, docs/explanation/results.md measured the others."""
+"""Peak learning rate by what is trained: the first is the paper's, docs/explanation/defaults.md measured the others."""
 
 CHECKPOINTS = 10
 """How many a training writes on its way, so that a killed one loses at most a tenth."""
@@ -109,7 +109,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "distill": {**_FINETUNE, "learning_rate": 1e-3},
 }
 """Named defaults: the layers' own weights are trained, the paper's, and a teacher on unlabelled texts
-(docs/explanation/results.md says how they were found)."""
+(docs/explanation/defaults.md says how they were found)."""
 
 
 def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> TrainingConfig:
@@ -222,7 +222,7 @@ def decide(model: SentenceTransformer, config: TrainingConfig) -> TrainingConfig
     """The configuration with ``auto`` and the learning rate decided for this model on this machine.
 
     Training all weights of the layers is the default where it fits: for small cuts it is quicker than adapters and
-    not worse (docs/explanation/results.md). All of the device's memory counts, used or not, so that a training that
+    not worse (docs/explanation/defaults.md). All of the device's memory counts, used or not, so that a training that
     was stopped finds the same answer when it is resumed.
     """
     train = config.train
