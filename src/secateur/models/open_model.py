@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import snapshot_download
@@ -289,10 +290,15 @@ def _parsed_once() -> Iterator[None]:
     The reader is the process's: of two threads, the later would keep the other's, so each has its turn.
     """
     gguf: Any = importlib.import_module("gguf")
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        """Of a plain array: a reader takes a slice for every token, and those of a memory map cost thrice as much."""
+
+        data = property(lambda self: self._array, lambda self, mapped: setattr(self, "_array", mapped.view(np.ndarray)))
+
     with _parsing:
         plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-        for name, function in plain.items():
-            setattr(gguf, name, functools.cache(function))
+        gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, (Reader, gguf.get_tensor_name_map))
         try:
             yield
         finally:
