@@ -106,6 +106,29 @@ def test_a_cut_model_on_the_hub_brings_its_history(llama_folder: Path, pairs_fil
     assert after.history[:-1] == before.history
 
 
+WRITER = """
+from pathlib import Path
+class SummaryWriter:
+    def __init__(self, log_dir):
+        Path(log_dir).mkdir(parents=True)
+        self.file = Path(log_dir, "events").open("a")
+    def add_scalar(self, name, value, step):
+        print(name, step, file=self.file)
+    add_text = lambda *_: None
+    flush = lambda self: self.file.flush()
+    close = lambda self: self.file.close()
+"""
+
+
+def test_tensorboards_curves_outlive_the_training(llama_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "tensorboardX.py").write_text(WRITER)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = SETTINGS | {"steps": 2, "report_to": "tensorboard"}
+    out = secateur.heal(llama_folder, pairs_file, **options, out=tmp_path / "out")
+    (file,) = out.glob("runs/*/events")
+    assert [line for line in file.read_text().splitlines() if "/loss" in line] == ["train/loss 1", "train/loss 2"]
+
+
 def test_a_history_that_is_not_the_models_is_told_before_the_training(llama_folder: Path, pairs_file: Path, tmp_path):
     cut = secateur.prune(llama_folder, 2, out=tmp_path / "cut")
     origin = load(cut, Origin)

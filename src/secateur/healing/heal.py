@@ -101,7 +101,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
             data = provenance([source.source for source in sources], options.seed)
             name = model_label(options.model)
             table = Training(provenance=data, model=name, settings=settings, prompts=prompts, **vars(result))
-            _write(model, origin, table, folder / "model")
+            _write(model, origin, table, place, folder / "model")
             rename_into_place(folder / "model", options.out)
             shutil.rmtree(folder)
         barrier()
@@ -202,8 +202,10 @@ def _origin(options: HealOptions, model: SentenceTransformer) -> Origin:
     return origin_of(options.model, len(kept), kept, folder / Origin.file)
 
 
-def _write(model: SentenceTransformer, origin: Origin, table: Training, folder: Path) -> None:
+def _write(model: SentenceTransformer, origin: Origin, table: Training, place: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     empty_folder(folder)
     save_model(model, folder, origin)
     table.save(folder)
+    if (place / "runs").is_dir():  # TensorBoard's; in a model's folder the Hub shows them, too
+        shutil.copytree(place / "runs", folder / "runs")
