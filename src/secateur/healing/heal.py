@@ -148,8 +148,8 @@ def _made_from(
     inputs: dict[str, Any] = {
         "model": fingerprint_model(model),
         "data": [source.source.sha256 for source in sources],
-        "rows": [[item.name, len(item.rows)] for item in sets],
-        "prompts": [[item.name, dict(item.prompts)] for item in sets],
+        "rows": [len(item.rows) for item in sets],
+        "prompts": [dict(item.prompts) for item in sets],
         "teacher": teacher.fingerprint if teacher else "",
     }
     for key in ("eval_data", "eval_tasks"):
