@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
@@ -76,6 +78,31 @@ def test_changes_of_token_embeddings_are_merged(tmp_path: Path):
 def test_an_adapter_brings_its_base(tmp_path: Path):
     _, adapter, merged = adapt(tmp_path, tiny(), ["q_proj"])
     close(secateur.prune(adapter, 2, out=tmp_path / "out"), merged.base_model, [0, 1])
+
+
+def test_an_embedder_with_an_adapter_is_trained_as_the_merged_one(pairs_file: Path, make_encoder, tmp_path: Path):
+    model = make_encoder("llama")
+    model.save(str(tmp_path / "base"))
+    model = SentenceTransformer(str(tmp_path / "base"), device="cpu")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.save(str(tmp_path / "adapted"))
+    assert not (tmp_path / "adapted" / "model.safetensors").exists()
+    secateur.prune(tmp_path / "adapted", 3, out=tmp_path / "merged")
+    found = []
+    for name in ("adapted", "merged"):
+        options = {"steps": 3, "batch_size": 4, "precision": "float32", "device": "cpu"}
+        out = secateur.heal(tmp_path / name, pairs_file, **options, out=tmp_path / f"{name}-healed")
+        found.append(SentenceTransformer(str(out), device="cpu").encode(["abc", "what is it?"]))
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_a_base_that_is_gone_is_told(adapted: tuple[Path, Path], tmp_path: Path):
+    base, adapter = adapted
+    with pytest.raises(ModelError, match="is an adapter without its base"):
+        secateur.open_model(adapter)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=f"adapter_config.json: names the base {base}, which is not there"):
+        secateur.prune(adapter, 1, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -146,6 +173,7 @@ REFUSED = {
     "another method": ({"peft_type": "IA3"}, "is a IA3 adapter"),
     "a changed base": ({"init_lora_weights": "pissa"}, "pissa"),
     "an unknown option": ({"tomorrows_option": 1}, "tomorrows_option"),
+    "words that call it": ({"alora_invocation_tokens": [5]}, "the adapter cannot be merged"),
     "no rank": ({"r": 0}, "does not fit"),
     "a text for a number": ({"lora_alpha": "six"}, "does not fit"),
     "half of a pair": (without_a_half, "has no weights for"),

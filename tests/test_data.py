@@ -292,8 +292,8 @@ def test_a_data_set_by_name_gives_the_pairs_of_a_file(form: str, tmp_path: Path)
     if form != "saved":
         dev = read_pairs(f"{named}[dev]", columns=MAP)
         assert (dev.rows, dev.name) == (found.rows[:1], f"{found.name}-dev")
-    if form == "parquet":
         assert read_pairs(f"{named}[train[1:]]", columns=MAP).rows == found.rows[1:]
+        assert read_pairs(f"{named}[train[:50%]+dev]", columns=MAP).rows == found.rows[:1] * 2
 
 
 @pytest.mark.parametrize(
@@ -304,12 +304,14 @@ def test_a_data_set_by_name_gives_the_pairs_of_a_file(form: str, tmp_path: Path)
         (":triplet[", "is no name of a data set: hf:NAME"),
         ("/nowhere", "cannot be loaded"),
         ("/damaged", "cannot be loaded"),
+        ("/splits[test[:1]]", r'cannot be loaded \(Unknown split "test"'),
     ],
 )
 def test_a_mistake_in_the_name_of_a_data_set_is_told(ending: str, says: str, tmp_path: Path):
     save_set(tmp_path / "set", OTHERWISE, "parquet")
     save_set(tmp_path / "set" / "damaged", OTHERWISE, "saved")
     (tmp_path / "set" / "damaged" / "state.json").write_text("{}")
+    save_set(tmp_path / "set" / "splits", OTHERWISE, "splits")
     with pytest.raises(DataError, match=says) as caught:
         read_pairs(f"hf:{tmp_path / 'set'}{ending}")
     assert f"hf:{tmp_path / 'set'}" in str(caught.value)

@@ -94,6 +94,50 @@ def test_a_healed_folder_knows_its_prompts_and_where_it_comes_from(healed: Path)
     assert origin.check <= 1e-5
 
 
+def test_a_cut_model_on_the_hub_brings_its_history(llama_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch):
+    commit, repository = "c0ffee" + "0" * 34, tmp_path / "models--me--tiny"
+    cut = secateur.prune(llama_folder, keep=[0, 2], out=repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    out = secateur.heal("me/tiny", pairs_file, **SETTINGS | {"steps": 1}, out=tmp_path / "healed")
+    before, after = load(cut, Origin), load(out, Origin)
+    assert (after.base_model, after.depth, after.kept) == (llama_folder.name, 3, (0, 2))
+    assert after.history[:-1] == before.history
+
+
+WRITER = """
+from pathlib import Path
+class SummaryWriter:
+    def __init__(self, log_dir):
+        Path(log_dir).mkdir(parents=True)
+        self.file = Path(log_dir, "events").open("a")
+    def add_scalar(self, name, value, step):
+        print(name, step, file=self.file)
+    add_text = lambda *_: None
+    flush = lambda self: self.file.flush()
+    close = lambda self: self.file.close()
+"""
+
+
+def test_tensorboards_curves_outlive_the_training(llama_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "tensorboardX.py").write_text(WRITER)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = SETTINGS | {"steps": 2, "report_to": "tensorboard"}
+    out = secateur.heal(llama_folder, pairs_file, **options, out=tmp_path / "out")
+    (file,) = out.glob("runs/*/events")
+    assert [line for line in file.read_text().splitlines() if "/loss" in line] == ["train/loss 1", "train/loss 2"]
+
+
+def test_a_history_that_is_not_the_models_is_told_before_the_training(llama_folder: Path, pairs_file: Path, tmp_path):
+    cut = secateur.prune(llama_folder, 2, out=tmp_path / "cut")
+    origin = load(cut, Origin)
+    replace(origin, kept=(0,)).save(cut)
+    with pytest.raises(ModelError, match="lists 1 layers, but it has 2"):
+        secateur.heal(cut, pairs_file, **SETTINGS, out=tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_a_killed_training_ends_as_if_it_had_not_been(healed: Path, llama_folder: Path, pairs_file: Path, tmp_path):
     """Killed at a checkpoint; then, gone on, while the trained model is being written; with dropout."""
     out = tmp_path / "model"

@@ -88,6 +88,12 @@ def test_a_cut_model_is_taught_by_the_whole_one_on_texts_alone(llama_folder: Pat
     assert again[0][0].rows.column_names == ["text", LABEL]
 
 
+def test_a_model_teaches_itself_however_its_folder_is_written(llama_folder: Path, texts_file: Path, tmp_path: Path):
+    options = SETTINGS | {"steps": 1, "depths": [2]}
+    out = secateur.heal(llama_folder, texts_file, teacher=f"{llama_folder}/", **options, out=tmp_path / "out")
+    assert load(out, Training).settings["layers"] == "uniform"
+
+
 def test_pairs_with_a_teacher_at_several_depths_and_sizes(
     llama_folder: Path, pairs_file: Path, wide: Path, tmp_path: Path
 ):

@@ -275,6 +275,7 @@ def test_weights_that_are_missing_on_the_hub_are_told(llama_folder: Path, tmp_pa
     for breaks, says in (
         (lambda _: None, "(32,)"),
         (without("layers.1.mlp.up_proj"), "ModelError: model me/tiny: has no weights for layers.1.mlp.up_proj.weight"),
+        (only_a_pickle, "ModelError: model me/tiny: has no safetensors: convert it"),
     ):
         breaks(folder)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

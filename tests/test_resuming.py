@@ -63,8 +63,12 @@ def test_it_goes_on_with_the_same_model_prompts_and_validation_alone(tmp_path: P
     tiny_transformer(model, "llama", depth=2, seed=1)
     refused("other model")
     monkeypatch.chdir(tmp_path)  # the same model and data, by other names of theirs
-    out = secateur.heal("kept", "./words.jsonl", **SETTINGS, eval_data="held.jsonl", out="out")
+    for kind in ("json", "jsonl"):
+        shutil.move(f"words.{kind}", f"letters.{kind}")
+    out = secateur.heal("kept", "./letters.jsonl", **SETTINGS, eval_data="held.jsonl", out="out")
     table = load(out, Training)
+    straight = secateur.heal("kept", "letters.jsonl", **SETTINGS, eval_data="held.jsonl", out="straight")
+    assert (table.losses, table.prompts) == (load(straight, Training).losses, load(straight, Training).prompts)
     assert (table.steps, table.settings["instruction"], table.settings["eval_sample"]) == (4, None, None)
     (source,) = table.settings["eval_data"]
     assert (source["name"], source["sha256"]) == ("held.jsonl", read_pairs(measured).source.sha256)

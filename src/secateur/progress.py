@@ -12,7 +12,7 @@ from functools import partialmethod
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` with ``done`` from 0 to ``total``; a total of 0 is unknown."""
 
-CHATTY = ("mteb", "sentence_transformers", "datasets")
+CHATTY = ("mteb", "sentence_transformers", "datasets", "huggingface_hub")
 
 
 def silent(what: str, done: int, total: int) -> None:

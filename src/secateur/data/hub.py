@@ -73,8 +73,13 @@ def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:
                 if asked.config or asked.revision:
                     raise ValueError("a folder that was saved to disk has no configurations and revisions")
                 loaded = datasets.load_from_disk(asked.name)
-                if asked.split and not isinstance(loaded, dict):
-                    raise ValueError("it has no splits")
+                if asked.split:
+                    if not isinstance(loaded, dict):
+                        raise ValueError("it has no splits")
+                    sizes = {name: len(rows) for name, rows in loaded.items()}
+                    wanted = datasets.ReadInstruction.from_spec(asked.split).to_absolute(sizes)
+                    parts = [loaded[part.splitname].select(range(part.from_, part.to)) for part in wanted]
+                    loaded = datasets.concatenate_datasets(parts)
             else:
                 builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)
                 builder.download_and_prepare()
@@ -85,7 +90,7 @@ def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:
     found = replace(asked, revision=revision)
     if not isinstance(loaded, dict):
         return found, loaded
-    split = asked.split or (next(iter(loaded)) if len(loaded) == 1 else "train")
+    split = next(iter(loaded)) if len(loaded) == 1 else "train"
     if split not in loaded:
         raise DataError(str(asked), f"has no split {split}", f"it has {', '.join(loaded) or 'none'}")
     return found, loaded[split]

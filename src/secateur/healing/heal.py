@@ -34,17 +34,18 @@ from secateur.healing.training_data import (
     set_prompts,
     training_sets,
 )
-from secateur.models import model_label
+from secateur.models import model_label, resolve
 from secateur.models.blocks import depth_of
-from secateur.models.open_model import make_bidirectional, open_model
+from secateur.models.open_model import fetch, make_bidirectional, open_model
 from secateur.models.save import save_model
 from secateur.options import HealOptions
 from secateur.options.base import step
 from secateur.profiling.depths import check_depths
 from secateur.progress import Progress, silent
 from secateur.provenance import DONE, Made, provenance, read_record
+from secateur.pruning.adapters import merge_adapters
 from secateur.pruning.prune import origin_of
-from secateur.results import Training
+from secateur.results import Origin, Training
 
 
 @step(HealOptions)
@@ -77,6 +78,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     # Not for the teacher, which has a default prompt of its own.
     own_sets = [replace(s, prompts=s.prompts or {c: default for c in s.rows.column_names if default}) for s in sets]
     check_room(model, own_sets, config.max_length)
+    origin = _origin(options, model)
     sources = [source for source in sources if source.name in {item.source for item in sets}]
     prompts = set_prompts(model, sources, default)
     judges = held_out.settings() | {"exclude": [{"name": t.name, "sha256": t.sha256} for t in excluded.tasks]}
@@ -99,7 +101,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
             data = provenance([source.source for source in sources], options.seed)
             name = model_label(options.model)
             table = Training(provenance=data, model=name, settings=settings, prompts=prompts, **vars(result))
-            _write(options, model, table, folder / "model")
+            _write(model, origin, table, place, folder / "model")
             rename_into_place(folder / "model", options.out)
             shutil.rmtree(folder)
         barrier()
@@ -119,6 +121,7 @@ def _open_models(options: HealOptions, config: TrainingConfig) -> tuple[Sentence
     """The model that is trained, and the teacher, who reads as much of a text."""
     device = "cpu" if is_sharded() else options.device  # FSDP moves a layer at a time to its device
     model = open_model(options.model, device=device, trust_remote_code=options.trust_remote_code)
+    merge_adapters(options.model, model[0].auto_model)
     if config.depths:
         check_depths(model, config.depths, layers=config.layers)
     elif options.layers is not None:
@@ -145,8 +148,8 @@ def _made_from(
     inputs: dict[str, Any] = {
         "model": fingerprint_model(model),
         "data": [source.source.sha256 for source in sources],
-        "rows": [[item.name, len(item.rows)] for item in sets],
-        "prompts": [[item.name, dict(item.prompts)] for item in sets],
+        "rows": [len(item.rows) for item in sets],
+        "prompts": [dict(item.prompts) for item in sets],
         "teacher": teacher.fingerprint if teacher else "",
     }
     for key in ("eval_data", "eval_tasks"):
@@ -192,9 +195,17 @@ def check_resume(
     raise ConfigError("out", str(folder), problem, "remove it, or name another --out")
 
 
-def _write(options: HealOptions, model: SentenceTransformer, table: Training, folder: Path) -> None:
+def _origin(options: HealOptions, model: SentenceTransformer) -> Origin:
+    """Where the model comes from, by the file in its folder, be it here or on the Hub."""
+    source, kept = resolve(options.model), range(depth_of(model[0].auto_model))
+    folder = fetch(source, weights=False) if isinstance(source, str) else source
+    return origin_of(options.model, len(kept), kept, folder / Origin.file)
+
+
+def _write(model: SentenceTransformer, origin: Origin, table: Training, place: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     empty_folder(folder)
-    kept = range(depth_of(model[0].auto_model))
-    save_model(model, folder, origin_of(options.model, len(kept), kept))
+    save_model(model, folder, origin)
     table.save(folder)
+    if (place / "runs").is_dir():  # TensorBoard's; in a model's folder the Hub shows them, too
+        shutil.copytree(place / "runs", folder / "runs")

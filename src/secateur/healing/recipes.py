@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from secateur.data.sources import Source, Texts
 from secateur.errors import ConfigError, UnsupportedArchitecture
+from secateur.models import model_source
 from secateur.models.blocks import blocks_of, final_norm, linear_names
 from secateur.models.compat import multiplies_bfloat16
 from secateur.options import HealOptions
@@ -132,7 +133,7 @@ def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> Tra
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     given |= {"recipe": recipe, "depths": tuple(options.depths or ()), "dims": tuple(options.dims or ())}
     given |= {"has_teacher": has_teacher, "teacher_weight": weight, "unsupervised": not has_teacher and any(texts)}
-    if options.teacher is not None and options.teacher == options.model and weight == 1:
+    if weight == 1 and has_teacher and model_source(str(options.teacher)) == model_source(options.model):
         given.setdefault("layers", "uniform")  # the last layers make a trained embedder's vectors
     default = TrainingConfig(**RECIPES[recipe])
     config = TrainingConfig(**{**RECIPES[recipe], **given})

@@ -41,6 +41,8 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(folder, "is not a model folder or a .gguf file")
     if not read_modules(folder) and not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(folder, "is an adapter without its base", "secateur prune merges the two")
         raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
     for pickle in folder.glob("*/pytorch_model.bin"):
         if not any(pickle.parent.glob("*.safetensors")):
@@ -115,6 +117,8 @@ def _in_words(error: Exception) -> tuple[str, str]:
             return f"has no safetensors ({said})", CONVERT
         case SafetensorError():
             return f"its weights are damaged or half written ({said})", "copy or fetch them again"
+        case OSError() if "use_safetensors" in message:
+            return "has no safetensors", CONVERT
         case OSError() | hub.HTTPError():  # type: ignore[attr-defined]
             return f"cannot be opened ({said})", ""
         case _ if is_out_of_memory(error):

@@ -35,13 +35,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in names)
 
 
-def base_of(folder: Path) -> tuple[str, str | None]:
-    """The base model that an adapter names, and its revision."""
+def base_of(folder: Path) -> tuple[str | Path, str | None]:
+    """Where the base model is that an adapter names, and its revision."""
     content = read_json(folder / CONFIG)
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if not isinstance(base, str) or not base:
         raise ModelError(folder / CONFIG, "names no base model", "give the base, and this as its adapter")
-    return base, content.get("revision")
+    try:
+        return resolve(base), content.get("revision")
+    except ModelError:
+        hint = "give the base where it is now, and this as its adapter"
+        raise ModelError(folder / CONFIG, f"names the base {base}, which is not there", hint) from None
 
 
 def adapter_folder(adapter: str | Path) -> Path:
@@ -100,7 +104,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, gone: Sequence[str], out
     missing = [key for key in loaded.missing_keys if "lora_" in key]
     if missing or loaded.unexpected_keys:
         raise ModelError(folder / WEIGHTS, f"has no weights for {[*missing, *loaded.unexpected_keys][0]}")
-    merge_adapters(model)
+    merge_adapters(folder, model)
 
 
 def _place(path: str, modules: Collection[str], prefix: str) -> str:
@@ -131,17 +135,21 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module) -> None:
-    """Fold each adapter into the layer it stands on, and put that layer back in its place.
+def merge_adapters(name: str | Path, model: PreTrainedModel) -> None:
+    """Fold each adapter, if any, into the layer it stands on, and put that layer back in its place.
 
     Computed in float32 at least, and rounded once to the type of the layer's weight.
     """
-    adapted = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
-    for name, layer in adapted:
+    adapted = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for place, layer in adapted:
         base: nn.Module = layer.get_base_layer()
         dtype = next(base.parameters()).dtype
         layer.to(torch.promote_types(dtype, torch.float32))
-        layer.merge(safe_merge=True)
-        owner, _, attribute = name.rpartition(".")
+        try:
+            layer.merge(safe_merge=True)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            raise UnsupportedArchitecture(name, f"the adapter cannot be merged ({error})") from error
+        owner, _, attribute = place.rpartition(".")
         setattr(model.get_submodule(owner), attribute, base.to(dtype))
-    forget_origin(model)
+    if adapted:
+        forget_origin(model)

@@ -106,8 +106,7 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
         check_keep(transformer.config, keep)
         origin = origin_of(name, depth, keep, opened / Origin.file, left_out)
         progress(STEP, 30, 100)
-        if hasattr(transformer, "peft_config"):
-            merge_adapters(transformer)
+        merge_adapters(name, transformer)
         gone = [f"{path}.{index}." for index in range(depth) if index not in keep]
         for adapter in (own, given):
             if adapter is not None:
@@ -154,8 +153,8 @@ def _fetch(options: PruneOptions, source: str | Path, scratch: Path, progress: P
     adapter, revision, whole = None, options.revision, options.trust_remote_code
     folder = fetch(source, revision, weights=whole) if isinstance(source, str) else source
     if is_adapter(folder):
-        name, revision = base_of(folder)
-        adapter, source = adapter_folder(folder), resolve(name)
+        source, revision = base_of(folder)
+        adapter = adapter_folder(folder)
         folder = fetch(source, revision, weights=whole) if isinstance(source, str) else source
     if isinstance(source, Path) or whole:
         return folder, adapter
