@@ -3,15 +3,17 @@
 # make package    what PyPI gets, into dist/
 # make check   the same without the slow tests
 # make docs    the site, in build/site
+# make versions    the quick tests with another Python and the newest versions, or RESOLUTION=lowest-direct
 
 PYTHON ?= python3
 BIN := .venv/bin
+RESOLUTION ?= highest
 # Two files of tests at once, each on one thread: two threads each on two cores would slow one another down.
 # The order of the files is that of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test check docs lint package
+.PHONY: install demo test check docs lint package versions
 install: .venv/installed
 
 # torch comes first, and alone: what needs it would otherwise be free to pull another build of it.
@@ -63,3 +65,9 @@ test: lint docs package .venv/test-models .venv/test-readers
 
 check: lint
 	$(PYTEST) -m "not slow"
+
+# By uv, which has to be installed, and not by constraints.txt.
+versions:
+	uv venv --clear --python $(PYTHON) build/versions
+	uv pip install --python build/versions --resolution $(RESOLUTION) -e '.[dev]'
+	build/versions/bin/python -m pytest -m "not slow"

@@ -5,6 +5,7 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,6 @@ def test_what_the_source_imports_is_declared():
 
 
 def declarations() -> list[str]:
-    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {name: lines for name, lines in project["optional-dependencies"].items() if name != "dev"}
     return [*project["dependencies"], *(line for lines in extras.values() for line in lines)]
@@ -178,7 +178,6 @@ def test_a_command_without_its_packages_says_what_to_install(tmp_path: Path):
 
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((SOURCE.parents[1] / "CITATION.cff").read_text(encoding="utf-8"))
-    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (citation["title"].split(":")[0], citation["version"]) == (project["name"], project["version"])
     assert citation["license"] == project["license"]

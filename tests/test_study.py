@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -295,7 +295,7 @@ def test_scores_and_costs_of_a_model_that_changed_are_measured_again(run: Path, 
 def test_the_status_counts_what_a_running_step_has_left(run: Path, tmp_path: Path):
     copy = copied(run, tmp_path)
     (copy / "costs.json").unlink()
-    begun = {"outcome": "started", "started": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
+    begun = {"outcome": "started", "started": datetime.now(UTC).isoformat(timespec="milliseconds")}
     with (copy / "steps.jsonl").open("a") as journal:
         for entry in ({"outcome": "done", "seconds": 1000.0}, begun):  # the time before tells how long it takes
             journal.write(json.dumps({"step": "cost all", "command": "", **entry}) + "\n")

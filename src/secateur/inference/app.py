@@ -218,7 +218,7 @@ class RequestMiddleware:
             facts["error"] = error.code
             self._metrics.errors.labels(error.code).inc()
             if unread:  # a client that still sends would read a reset, not its response
-                with suppress(asyncio.TimeoutError):
+                with suppress(TimeoutError):
                     await asyncio.wait_for(drain(), DRAIN_SECONDS)
             await error.response(scope, receive, answer)
         # The path of the route, not of the request: that one can be anything, and would fill the metrics.
@@ -299,7 +299,7 @@ def _add_embeddings(
             raise ApiError(415, "send the body as it is, without Content-Encoding", "unsupported_media_type")
         try:
             body = await asyncio.wait_for(request.body(), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ApiError(408, "the body came too slowly", "timeout") from None
         return await _while_connected(request, answer(body, request.state.facts), timeout)
 

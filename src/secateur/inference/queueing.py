@@ -142,7 +142,7 @@ class Batcher:
             batch = self._take()
             if not batch:
                 self._filled.clear()
-                with suppress(asyncio.TimeoutError):  # an idle worker may have died
+                with suppress(TimeoutError):  # an idle worker may have died
                     await asyncio.wait_for(self._filled.wait(), LOOK_SECONDS)
                 continue
             start = time.monotonic()

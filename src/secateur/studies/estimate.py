@@ -6,6 +6,8 @@ A forward pass costs 2 operations for each weight that a token runs through, a t
 
 from __future__ import annotations
 
+import statistics
+import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,6 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from sentence_transformers.util import get_device_name
-from torch.utils.benchmark import Timer
 
 from secateur.data.sources import Source
 from secateur.evaluation.task_folder import read_task_folder, sample_task, texts_of
@@ -95,8 +96,8 @@ def _tokens(texts: Sequence[str]) -> float:
 def _flops_per_second(size: int = 768) -> float:
     matrix = torch.randn(size, size, device=get_device_name())
     product = "float((matrix @ matrix).sum())"  # asking for a number waits for the device
-    timer = Timer(product, globals={"matrix": matrix}, num_threads=torch.get_num_threads())
-    return 2 * size**3 / float(timer.blocked_autorange(min_run_time=0.2).median)
+    times = timeit.repeat(product, globals={"matrix": matrix}, repeat=9, number=1)
+    return 2 * size**3 / statistics.median(times)
 
 
 def estimate(step: Step, plan: Plan, amounts: Amounts) -> float | None:
