@@ -590,7 +590,7 @@ def test_mistakes_are_told_before_anything_is_written(llama_folder: Path, pairs_
         with pytest.raises(ConfigError, match=next(iter(option))):
             secateur.heal(llama_folder, pairs_file, **(SETTINGS | option), out=out)
     assert sorted(tmp_path.iterdir()) == [namesake]
-    with pytest.raises(OutputError, match="already holds something else"):
+    with pytest.raises(OutputError, match="is there already"):
         secateur.heal(llama_folder, pairs_file, **SETTINGS, out=tmp_path)
 
 

@@ -108,7 +108,7 @@ def test_what_is_no_texts_says_so_and_writes_nothing(name, content, options, say
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path):
     file = write_titled(tmp_path / "notes.jsonl")
     secateur.make_task(file, out=tmp_path / "out")
-    with pytest.raises(OutputError, match="already holds something else"):
+    with pytest.raises(OutputError, match="is there already"):
         secateur.make_task(file, out=tmp_path / "out", seed=1)
     with pytest.raises(ConfigError, match="queries: 0 is not valid"):
         secateur.make_task(file, out=tmp_path / "other", queries=0)

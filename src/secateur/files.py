@@ -188,7 +188,7 @@ def partial_folder(path: str | Path) -> Path:
     if path.is_symlink():  # a folder cannot be renamed to it
         raise OutputError(path, "is a symbolic link", "name the folder that it leads to, or a new one")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(path, "already holds something else", "name a new folder, or remove this one")
+        raise OutputError(path, "is there already", "name a new folder, or remove this one")
     return path.with_name(path.name + ".partial")
 
 
