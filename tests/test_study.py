@@ -377,6 +377,10 @@ def test_an_edited_study_is_refused_where_results_are_of_other_options(run: Path
     with pytest.raises(ConfigError, match=r"^recipe: changed in .*models/tiny-2-healed"):
         secateur.plan_study(out=copy)
     edit(copy, "recipe", None)
+    edit(copy, "mini_batch_tokens", 64)  # needs less memory for the same result
+    edit(copy, "gradient_checkpointing", True)
+    state = secateur.plan_study(out=copy)
+    assert {state.of(step) for step in state.plan.steps} == {"done"}
     assert secateur.study(out=copy).is_file()
 
 

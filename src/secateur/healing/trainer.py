@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from secateur.errors import ConfigError, DataError, OutputError, TrainingDiverged
+from secateur.errors import ConfigError, DataError, OutputError, SecateurError, TrainingDiverged
 from secateur.healing.losses import Loss
 from secateur.healing.processes import device_of, gather, is_sharded, shard_by_blocks, sharded_copy
 from secateur.healing.recipes import (
@@ -130,7 +130,7 @@ def memory_errors(config: TrainingConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, SecateurError) or not is_out_of_memory(error):  # a scorer tells its own
             raise
         tokens = 4096 if config.mini_batch_tokens is None else max(1, config.mini_batch_tokens // 2)
         ways = [] if is_sharded() else [f"--mini-batch-tokens {tokens}"]
