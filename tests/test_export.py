@@ -366,7 +366,7 @@ def test_bad_input_is_refused_before_any_work(folders: Callable[[str], Path], tm
             export(bert, data=data, out=out)
     with pytest.raises(DataError, match="holds no data files"):
         export(bert, data=[tmp_path], out=out)
-    with pytest.raises(OutputError, match="already holds something"):
+    with pytest.raises(OutputError, match="is there already"):
         export(bert, out=bert)
     assert not out.exists()
 

@@ -355,7 +355,7 @@ def test_sources_that_will_not_do(source: Path, cut: Path, tmp_path: Path):
     refused("save_pretrained", broken)
     refused("no such file or folder", tmp_path / "none")
     refused("cannot be merged", source, ConfigError, adapter="a", trust_remote_code=True)
-    with pytest.raises(OutputError, match="already holds"):
+    with pytest.raises(OutputError, match="is there already"):
         secateur.prune(source, 1, out=cut)
 
 

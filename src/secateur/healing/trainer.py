@@ -14,6 +14,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import load_fsdp_model
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import DatasetDict
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -181,6 +183,14 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         with attention_in_float32() if autocast and self.args.device.type == "cpu" else nullcontext():
             loss: Tensor = super().training_step(*args, **kwargs)
             return loss
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """With what lacks in accelerate: else an epoch that several processes resume has the batches of the first."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):
+            vars(shard)["set_epoch"] = shard.batch_sampler.set_epoch
+        return loader
 
     def get_data_collator(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
         collator = super().get_data_collator(model, *args, **kwargs)
