@@ -15,6 +15,7 @@ class StandIn(ThreadingHTTPServer):
     """Serves one folder as the repository ``me/tiny``.
 
     Attributes:
+        is_down: Whether every connection is closed without an answer.
         ranges: Whether requests for ranges are understood.
         break_after: After how many bytes to break the next longer answer, once.
         sent: Bytes of bodies sent so far.
@@ -26,6 +27,7 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
+        self.is_down = False
         self.ranges = True
         self.break_after: int | None = None
         self.sent = 0
@@ -66,15 +68,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         asked = self.headers.get("Range", "")
         self.server.asked.append(f"{self.command} {self.path} {asked}")
+        if self.server.is_down:
+            self.close_connection = True
+            return
         path = self.path.partition("?")[0]
-        if re.fullmatch(r"/api/models/me/tiny/(revision|tree)/[^/]+", path):
-            self._tell(path.split("/")[5])
+        if match := re.fullmatch(r"/api/models/me/tiny(?:/(revision|tree)/[^/]+)?", path):
+            self._tell(match[1] or "revision")
             return
         match = re.fullmatch(r"/me/tiny/resolve/([^/]+)/(.+)", path)
         file = self.server.root / match[2] if match else None
         if file is None or not file.is_file():
             self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if match else "RepoNotFound")
+            self.send_header("X-Error-Code", "EntryNotFound" if match or "/tree/" in path else "RepoNotFound")
+            self.send_header("X-Repo-Commit", self.server.commit)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return

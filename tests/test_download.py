@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 import secateur
 from architectures import model_of
-from conftest import tiny_transformer
+from conftest import MakeEncoder, tiny_transformer
 from hub import StandIn, serve
 from secateur.errors import ModelError
 from secateur.models import cutting
 from secateur.models.open_model import fetch as fetch_model
+from secateur.models.open_model import open_model
 from secateur.pruning import download
 from secateur.pruning.download import fetch_kept, wanted_tensors
 
@@ -125,6 +126,22 @@ def test_shards_in_the_cache_are_read_there_offline_too(hub: StandIn, tmp_path: 
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
         fetch_model("me/other")
     assert len(hub.asked) == asked
+
+
+def test_a_model_in_the_cache_opens_where_the_hub_cannot_be_reached(hub: StandIn, make_encoder: MakeEncoder):
+    """Which is tried twice, not five times for each file that a model may have."""
+    whole = make_encoder("llama")
+    whole.save(str(hub.root))
+    vectors = open_model("me/tiny", device="cpu").encode(["a text"])
+    assert vectors == pytest.approx(whole.encode(["a text"]), abs=1e-6)
+    hub.is_down, asked = True, len(hub.asked)
+    assert (open_model("me/tiny", device="cpu").encode(["a text"]) == vectors).all()
+    assert [line.split()[:2] for line in hub.asked[asked:]] == [["HEAD", "/"]] * 2
+    with pytest.raises(ModelError, match="the Hub cannot be reached"):
+        open_model("me/other")
+    hub.is_down = False
+    with pytest.raises(ModelError, match="no such model on the Hub"):
+        open_model("me/other")
 
 
 def test_refusals(hub: StandIn, tmp_path: Path):

@@ -7,6 +7,7 @@ out, a tokenizer without its vocabulary gives every word the same id: each gives
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from huggingface_hub import errors as hub
+from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
@@ -93,6 +95,34 @@ def as_model_error(name: str | Path, path: Path | None = None) -> Iterator[None]
             raise
         problem, hint = _in_words(error)
         raise ModelError(name, named(problem), hint) from error
+
+
+@contextmanager
+def cache_where_unreachable(source: str | Path) -> Iterator[None]:
+    """Within: of a Hub id, what the cache holds is all there is, where the Hub cannot be reached.
+
+    The libraries would find that out anew for each file that a model may have, half a minute each.
+    """
+    if isinstance(source, Path) or constants.HF_HUB_OFFLINE or _is_reachable():
+        yield
+        return
+    with _unreachable:
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = False
+
+
+_unreachable = threading.RLock()
+
+
+def _is_reachable() -> bool:
+    try:
+        http_backoff("HEAD", constants.ENDPOINT, max_retries=1, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except hub.HTTPError:  # type: ignore[attr-defined]
+        return False
+    return True
 
 
 def _in_words(error: Exception) -> tuple[str, str]:

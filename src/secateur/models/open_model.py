@@ -35,6 +35,7 @@ from secateur.models import resolve
 from secateur.models.blocks import skeleton, text_config, text_tower
 from secateur.models.checks import (
     as_model_error,
+    cache_where_unreachable,
     check_finite,
     check_folder,
     check_opened,
@@ -94,7 +95,7 @@ def open_model(
 def open_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """A model's transformer without its weights, which are neither read nor fetched, its tokenizer and its prompts."""
     source = resolve(name)
-    with as_model_error(name), quiet():
+    with as_model_error(name), quiet(), cache_where_unreachable(source):
         about: Any = {}
         if str(source).endswith(".gguf"):
             where = _of_gguf(Path(source))
@@ -122,7 +123,7 @@ def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Pa
 
     Without ``weights``, those of the transformer are left out.
     """
-    with as_model_error(name), quiet():
+    with as_model_error(name), quiet(), cache_where_unreachable(name):
         ignored = ["*/*", "consolidated*"]  # other formats, and weights that are there a second time
         ignored += [] if weights else ["model*.safetensors"]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES), ignore_patterns=ignored))
@@ -145,7 +146,7 @@ def small_file(source: str | Path, file: str, revision: str | None = None) -> An
 def as_source(name: str | Path) -> Iterator[str | Path]:
     """What libraries can open: a Hub id, or a folder that was looked at; a GGUF file is converted for a time."""
     source = resolve(name)
-    with tempfile.TemporaryDirectory(prefix="secateur-") as converted:
+    with tempfile.TemporaryDirectory(prefix="secateur-") as converted, cache_where_unreachable(source):
         if str(source).endswith(".gguf"):
             source = convert_gguf(Path(source), Path(converted))
         elif isinstance(source, Path):
@@ -317,7 +318,7 @@ def is_static(name: str | Path) -> bool:
     source = resolve(name)
     if isinstance(source, Path) and not source.is_dir():
         return False
-    with as_model_error(name), quiet():
+    with as_model_error(name), quiet(), cache_where_unreachable(source):
         first = (small_file(source, "modules.json") or [{}])[0]
         return str(first.get("type")).endswith(".StaticEmbedding") or _is_model2vec(small_file(source, "config.json"))
 
