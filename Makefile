@@ -11,7 +11,8 @@ RESOLUTION ?= highest
 # Two files of tests at once, each on one thread: two threads each on two cores would slow one another down.
 # The order of the files is that of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# To compile all that is installed takes half of the time; Python compiles what is used, once.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .PHONY: install demo test check docs lint package versions
 install: .venv/installed
