@@ -12,7 +12,8 @@ RESOLUTION ?= highest
 # The order of the files is that of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # To compile all that is installed takes half of the time; Python compiles what is used, once.
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL)
 
 .PHONY: install demo test check docs lint package versions
 install: .venv/installed
@@ -56,7 +57,7 @@ package: install
 	$(BIN)/pyproject-build > /dev/null
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv --clear build/empty
-	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	build/empty/bin/python $(INSTALL) -c constraints.txt dist/*.whl
 	build/empty/bin/secateur --help > /dev/null
 	build/empty/bin/secateur --version
 	! build/empty/bin/python -m pip show --quiet torch 2> /dev/null
