@@ -8,7 +8,6 @@ on what follows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -35,47 +34,32 @@ REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeEr
 """What models raise that cannot go on from a cache of keys and values."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Some texts as ``model.preprocess`` gives them, one row each.
-
-    Attributes:
-        features: Tensors (texts, longest) and what else the model's modules want to know, such as ``prompt_length``.
-        lengths: (texts,), real tokens of each text, those of its prompt included.
-        left: Whether padding stands on the left.
+def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> dict[str, Any]:
+    """Tokenize texts as the model's own ``encode`` does, but padded on the right: there a text has the positions that
+    it has alone. Gives tensors (texts, longest), and what else the model's modules want to know.
     """
-
-    features: dict[str, Any]
-    lengths: Tensor
-    left: bool
-
-    def batch(self, rows: Sequence[int], *, left: bool | None = None) -> dict[str, Any]:
-        """The features of some rows, padded to the longest of them, by default where the model's tokenizer pads."""
-        left = self.left if left is None else left
-        index = torch.as_tensor(rows)
-        lengths = self.lengths[index]
-        longest = self.features["attention_mask"].shape[1]
-        width = int(lengths.max())
-        # Where padding moves to the other side, each row turns by as many places as it has padding.
-        turn = (lengths - longest if left else longest - lengths) if left != self.left else torch.zeros_like(lengths)
-        places = (torch.arange(longest)[None, :] + turn[:, None]) % longest
-        places = places[:, longest - width :] if left else places[:, :width]
-        shape = self.features["attention_mask"].shape
-        return {
-            key: value[index].gather(1, places) if isinstance(value, Tensor) and value.shape == shape else value
-            for key, value in self.features.items()
-        }
-
-
-def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> Tokens:
-    """Tokenize texts as the model's own ``encode`` does, each once."""
-    features = model.preprocess(list(texts), prompt=prompt or None)
-    mask = features["attention_mask"]
-    lengths = mask.sum(dim=1)
+    right = {"text": {"padding_side": "right"}}
+    features: dict[str, Any] = dict(model.preprocess(list(texts), prompt=prompt or None, processing_kwargs=right))
+    lengths = lengths_of(features)
     if not bool(lengths.all()):
         empty = texts[int(lengths.argmin())]
         raise DataError("texts", f"{empty!r:.60} has no tokens", "leave empty texts out")
-    return Tokens(dict(features), lengths, left=bool((mask[:, 0] == 0).any()))
+    return features
+
+
+def lengths_of(features: dict[str, Any]) -> Tensor:
+    """Real tokens of each text, (texts,), those of its prompt included."""
+    lengths: Tensor = features["attention_mask"].sum(dim=1)
+    return lengths
+
+
+def batch_of(features: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """What :func:`tokenize` gave for some of the texts, padded to the longest of them."""
+    shape, width = features["attention_mask"].shape, int(lengths_of(features)[rows].max())
+    return {
+        key: value[rows, :width] if isinstance(value, Tensor) and value.shape == shape else value
+        for key, value in features.items()
+    }
 
 
 def padded_length(length: int, longest: int | None = None) -> int:
@@ -87,11 +71,10 @@ def padded_length(length: int, longest: int | None = None) -> int:
     return full if longest is None else min(full, max(longest, length))
 
 
-def common_start(tokens: Tokens) -> Tensor:
+def common_start(features: dict[str, Any]) -> Tensor:
     """The token ids that all texts start with, at least one of each text left out: (tokens,), maybe none."""
-    features = tokens.batch(range(len(tokens.lengths)), left=False)
     ids: Tensor = features["input_ids"]
-    same = (ids == ids[:1]).all(dim=0)[: int(tokens.lengths.min()) - 1]
+    same = (ids == ids[:1]).all(dim=0)[: int(lengths_of(features).min()) - 1]
     return ids[0, : int(same.long().cumprod(dim=0).sum())]
 
 
