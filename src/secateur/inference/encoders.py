@@ -218,16 +218,14 @@ class ModelEncoder(Encoder):
         return features
 
     def _as_array(self, vectors: Tensor) -> Vectors:
-        found: Vectors = vectors[:, : self.dimension].float().cpu().numpy()
-        return found
+        return vectors[:, : self.dimension].float().cpu().numpy()
 
 
 def _shared_start(tokens: Sequence[Tokens]) -> NDArray[np.int32]:
     """The ids of a prompt that all texts start with; none where the texts are too few to gain by it."""
     length = min(tokens[0].prompt_length, min(map(len, tokens)) - 1) if len(tokens) >= SHARED_FROM else 0
     starts = np.stack([text.ids[:length] for text in tokens])
-    start: NDArray[np.int32] = starts[0, : int((starts == starts[0]).all(axis=0).cumprod().sum())]
-    return start
+    return starts[0, : int((starts == starts[0]).all(axis=0).cumprod().sum())]
 
 
 class FastEncoder(SentenceTransformer):  # type: ignore[misc]

@@ -49,8 +49,7 @@ def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "")
 
 def lengths_of(features: dict[str, Any]) -> Tensor:
     """Real tokens of each text, (texts,), those of its prompt included."""
-    lengths: Tensor = features["attention_mask"].sum(dim=1)
-    return lengths
+    return features["attention_mask"].sum(dim=1)
 
 
 def batch_of(features: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
@@ -158,5 +157,4 @@ def pool(model: SentenceTransformer, states: Tensor, features: dict[str, Any]) -
     current: dict[str, Any] = dict(features, token_embeddings=states)
     for module in list(model)[1:]:
         current = module(current)
-    vectors: Tensor = current["sentence_embedding"]
-    return vectors
+    return current["sentence_embedding"]

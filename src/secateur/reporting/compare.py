@@ -148,5 +148,4 @@ def nearest_texts(vectors: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 def overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> Array:
     """The share of each text's neighbours that are the same in both: (rows, k) each → (rows,)."""
     shared = [len(set(one) & set(two)) for one, two in zip(first.tolist(), second.tolist(), strict=True)]
-    shares: Array = np.asarray(shared, dtype=np.float64) / first.shape[1]
-    return shares
+    return np.asarray(shared, dtype=np.float64) / first.shape[1]

@@ -285,8 +285,7 @@ def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
         raise ModelError(model, f"cannot be measured in a process of its own ({reason})")
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def print_load_and_peak(model: str, device: str, batch: str) -> None:

@@ -63,8 +63,7 @@ class Vocabulary:
 
     @property
     def model(self) -> Mapping[str, Any]:
-        model: Mapping[str, Any] = self.rules["model"]
-        return model
+        return self.rules["model"]
 
     @cached_property
     def in_model(self) -> dict[str, int]:
@@ -128,8 +127,7 @@ class Vocabulary:
         counted = np.empty(len(frequency))
         counted[np.argsort(-frequency, kind="stable")] = np.arange(1, len(frequency) + 1)
         use = frequency / np.minimum(listed, counted)
-        ids: list[int] = there[np.lexsort((listed[there], -use[there]))].tolist()
-        return ids
+        return there[np.lexsort((listed[there], -use[there]))].tolist()
 
     def of_several_characters(self) -> list[int]:
         """Ids, ascending, of the tokens of several characters that a text can have: BERT's [unused1] is none."""
@@ -280,8 +278,7 @@ class CountedVocabulary:
     def coverage(self) -> NDArray[np.float64]:
         """Share of the tokens of held-out texts that stay with the first n + 1 tokens of the order."""
         found = np.cumsum(self.counts.held_out[self.order])
-        covered: NDArray[np.float64] = found / found[-1]  # all tokens cover exactly 1
-        return covered
+        return found / found[-1]  # all tokens cover exactly 1
 
     def kept(self, size: int) -> tuple[int, ...]:
         """Ids of the tokens of a vocabulary of that size, ascending."""
