@@ -39,7 +39,7 @@ scouting: held_out scout
 reporting: cost compare run findings verdict tables card report
 studies: demo steps plan estimate runner study
 exporting: convert export
-inference: encoders backends workers api_errors monitoring queueing app serve
+inference: encoders backends workers monitoring queueing app serve
 inference: vector_files encode
 secateur
 cli: arguments tables bars commands
