@@ -42,7 +42,7 @@ exporting: convert export
 inference: encoders backends workers monitoring queueing app serve
 inference: vector_files encode
 secateur
-cli: arguments tables bars commands
+cli: arguments terminal commands
 __main__
 """
 
