@@ -89,14 +89,6 @@ def _installed(libraries: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def is_result_of(result: object, inputs: Mapping[str, Any]) -> bool:
-    """Whether a result is still of these inputs: it has recorded all of them, each with the same value.
-
-    A result of an earlier version, which recorded less, is not.
-    """
-    return all(getattr(result, name, None) == value for name, value in inputs.items())
-
-
 @dataclass(frozen=True)
 class Made:
     """What a result follows from: recorded by every step that can be resumed, or whose result is kept.
