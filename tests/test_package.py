@@ -31,7 +31,7 @@ data: rows hub sources vectors embedders
 vocabulary: trim choice
 measures: metrics intervals costs
 evaluation: task_formats task_folder tasks replicates evaluate
-choosing: selectors budgets evidence choose
+choosing: selectors budgets choose
 profiling: depths lens depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes training_data processes teacher losses trainer heal

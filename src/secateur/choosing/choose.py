@@ -14,6 +14,7 @@ from secateur.choosing.budgets import (
     CutCost,
     Vocabularies,
     VocabularyCosts,
+    choose_rung,
     cost_limits,
     cut_cost,
     decide,
@@ -22,7 +23,6 @@ from secateur.choosing.budgets import (
     open_vocabularies,
     vocabulary_costs,
 )
-from secateur.choosing.evidence import choose_rung, within
 from secateur.choosing.selectors import (
     SEED,
     SELECTORS,
@@ -84,8 +84,7 @@ def _decide(
         hint = f"scout it: secateur scout {table.model} ..."
         raise ConfigError(name, getattr(options, name), f"needs scores after a training, and {problem}", hint)
     vocabularies = open_vocabularies(options, table, progress)
-    rule = choose_rung if isinstance(table, Scout) else within
-    return table, vocabularies, *decide(options, table, vocabularies, rule)
+    return table, vocabularies, *decide(options, table, vocabularies)
 
 
 def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
