@@ -23,14 +23,7 @@ from secateur.choosing.budgets import (
     open_vocabularies,
     vocabulary_costs,
 )
-from secateur.choosing.selectors import (
-    SEED,
-    SELECTORS,
-    SHORT,
-    Choice,
-    Question,
-    prefix,
-)
+from secateur.choosing.selectors import SEED, SELECTORS, SHORT, Choice, Question, prefix
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.files import read_json
 from secateur.options import Budget, ChooseOptions, make, step

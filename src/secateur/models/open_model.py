@@ -33,14 +33,7 @@ from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
 from secateur.files import read_json
 from secateur.models import resolve
 from secateur.models.blocks import skeleton, text_config, text_tower
-from secateur.models.checks import (
-    as_model_error,
-    check_finite,
-    check_folder,
-    check_opened,
-    check_weights,
-    read_modules,
-)
+from secateur.models.checks import as_model_error, check_finite, check_folder, check_opened, check_weights, read_modules
 from secateur.models.compat import forget_origin
 from secateur.models.forward import make_pooling, state_width
 from secateur.options import PoolingName
