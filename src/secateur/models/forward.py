@@ -8,6 +8,7 @@ on what follows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -77,18 +78,27 @@ def common_start(features: dict[str, Any]) -> Tensor:
     return ids[0, : int(same.long().cumprod(dim=0).sum())]
 
 
-def run_prefix(transformer: PreTrainedModel, start: Tensor) -> DynamicCache:
-    """Keys and values of the tokens that all texts start with."""
-    cache, ids = DynamicCache(), start[None].to(transformer.device)
-    transformer(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-    return cache
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What all texts start with: its token ids (tokens,), keys and values, and the last states (1, tokens, width)."""
+
+    ids: Tensor
+    cache: DynamicCache
+    states: Tensor
 
 
-def run_after(transformer: PreTrainedModel, prefix: DynamicCache, length: int, features: dict[str, Any]) -> Any:
-    """Run what follows the first ``length`` tokens of each text, which are padded on the right."""
-    ids = features["input_ids"][:, length:]
+def run_prefix(transformer: PreTrainedModel, ids: Tensor) -> Prefix:
+    """Run the tokens (tokens,) that all texts start with."""
+    cache, row = DynamicCache(), ids[None].to(transformer.device)
+    output = transformer(input_ids=row, attention_mask=torch.ones_like(row), past_key_values=cache, use_cache=True)
+    return Prefix(ids, cache, output.last_hidden_state)
+
+
+def run_after(transformer: PreTrainedModel, prefix: Prefix, features: dict[str, Any]) -> Any:
+    """Run what follows the prefix of each text; the texts are padded on the right."""
+    ids = features["input_ids"][:, len(prefix.ids) :]
     shape = (len(ids), -1, -1, -1)
-    cache = DynamicCache((layer.keys.expand(shape), layer.values.expand(shape)) for layer in prefix.layers)
+    cache = DynamicCache((layer.keys.expand(shape), layer.values.expand(shape)) for layer in prefix.cache.layers)
     mask = features["attention_mask"]
     return transformer(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
 

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
@@ -154,11 +154,9 @@ class Depths:
 
 
 @dataclass(frozen=True)
-class _Prefix:
-    """What all texts start with: its keys and values, and per layer its normed states and its Block Influence."""
+class _Prefix(forward.Prefix):
+    """What all texts start with; and per layer its normed states and its Block Influence."""
 
-    ids: Tensor
-    cache: DynamicCache
     normed: list[Tensor]
     influence: Tensor
 
@@ -291,8 +289,8 @@ class DepthEncoder:
             influence.append(block_influence(before, after, mask))
 
         with layer_outputs(self._transformer, visit):
-            cache = forward.run_prefix(self._transformer, start)
-        return _Prefix(start, cache, normed, torch.stack(influence).cpu().double())
+            found = forward.run_prefix(self._transformer, start)
+        return _Prefix(**vars(found), normed=normed, influence=torch.stack(influence).cpu().double())
 
     def _read(self, tokens: dict[str, Any], rows: list[int], prefix: _Prefix | None) -> Depths:
         """One pass over a batch; with a prefix, over what follows it."""
@@ -316,7 +314,7 @@ class DepthEncoder:
 
         with layer_outputs(self._transformer, visit):
             if prefix:
-                forward.run_after(self._transformer, prefix.cache, skipped, features)
+                forward.run_after(self._transformer, prefix, features)
             else:
                 self._model[0](dict(features))
         influences = torch.stack(influence).cpu().double()  # in this order, for MPS has no float64
