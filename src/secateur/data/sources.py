@@ -42,10 +42,14 @@ class Pair:
         return (self.anchor, self.positive, *self.negatives)
 
 
+@dataclass(frozen=True)
 class _Rows:
-    """What texts and pairs have in common."""
+    """The rows of one data set, in its order, and the prompts that go before their texts."""
 
+    name: str
     rows: tuple[Any, ...]
+    prompt: str
+    passage_prompt: str
     source: Fingerprint
 
     def sample(self: S, count: int, seed: int) -> S:
@@ -53,32 +57,21 @@ class _Rows:
         if count >= len(self.rows):
             return self
         rows = tuple(self.rows[i] for i in _places(len(self.rows), count, seed))
-        return replace(self, rows=rows, source=replace(self.source, rows=count))  # type: ignore[type-var]
+        return replace(self, rows=rows, source=replace(self.source, rows=count))
 
 
 @dataclass(frozen=True)
 class Texts(_Rows):
-    """Texts of one file, in its order. ``prompt`` goes before each."""
+    """Texts; both prompts are the one that goes before each."""
 
-    name: str
     rows: tuple[str, ...]
-    prompt: str
-    source: Fingerprint
-
-    @property
-    def passage_prompt(self) -> str:
-        return self.prompt
 
 
 @dataclass(frozen=True)
 class Pairs(_Rows):
-    """Pairs of one data set. ``prompt`` goes before each anchor, ``passage_prompt`` before positives and negatives."""
+    """Pairs; ``prompt`` goes before each anchor, ``passage_prompt`` before positives and negatives."""
 
-    name: str
     rows: tuple[Pair, ...]
-    prompt: str
-    passage_prompt: str
-    source: Fingerprint
 
     @property
     def anchors(self) -> tuple[str, ...]:
@@ -168,7 +161,7 @@ def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Map
 
 def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str] | None = None) -> Texts:
     """Read and check texts alone: plain text, one on each line, or a file or data set with the column ``text``."""
-    return replace(cast("Texts", _Table(data, columns, of_texts=True).read(None)), prompt=prompt)
+    return replace(cast("Texts", _Table(data, columns, of_texts=True).read(None)), prompt=prompt, passage_prompt=prompt)
 
 
 def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> list[Iterator[str]]:
@@ -310,7 +303,8 @@ class _Table:
                 beside = read_beside(self.path)
                 source = replace(source, licence=beside.get("licence", ""))
         if self.of_texts:
-            return Texts(name, rows, instruction_prompt(instruction or ""), source)
+            prompt = instruction_prompt(instruction or "")
+            return Texts(name, rows, prompt, prompt, source)
         query = beside.get("query_instruction", "") if instruction is None else instruction
         passage = beside.get("passage_instruction", "")
         return Pairs(name, rows, instruction_prompt(query), instruction_prompt(passage), source)
