@@ -224,22 +224,9 @@ def _difference(row: RungRow) -> str:
 # Vocabularies ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Vocabularies:
-    """The vocabularies that a model could have: ``model`` as ``prune`` takes it, its tokens ``counted`` on texts."""
-
-    model: str
-    counted: CountedVocabulary
-
-    def allowed(self, options: ChooseOptions) -> list[int]:
-        """The sizes that a budget may take, the largest first: a size that is named, or all from a coverage on."""
-        least = self.counted.size_of(options)
-        larger = [] if options.vocab_size is not None else [size for size in self.counted.sizes() if size > least]
-        return [*larger, least]
-
-    def with_size(self, table: T, size: int) -> T:
-        """The table of the same model with fewer tokens, as far as costs go."""
-        return table if size == len(self.counted.order) else without(table, self.counted.removed(size))
+def with_size(table: T, counted: CountedVocabulary, size: int) -> T:
+    """The table of the same model with fewer tokens, as far as costs go."""
+    return table if size == len(counted.order) else without(table, counted.removed(size))
 
 
 def without(table: T, removed: tuple[int, int]) -> T:
@@ -258,7 +245,7 @@ def without(table: T, removed: tuple[int, int]) -> T:
     return replace(table, layer_costs=tuple(costs))
 
 
-def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: Progress) -> Vocabularies | None:
+def open_vocabulary(options: ChooseOptions, table: Profile | Scout, progress: Progress) -> CountedVocabulary | None:
     """Open the tokenizer of a table's model, and count its tokens on the texts of ``--vocab``; None without it."""
     if not options.vocab:
         return None
@@ -281,34 +268,33 @@ def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: 
     if (depth := depth_of(transformer)) != table.depth:
         problem = f"{name} has {depth} layers, but the {table.kind} is of a model of {table.depth}"
         raise ConfigError("model", name, problem, hint)
-    counted = count_vocabulary(name, tokenizer, transformer, options, prompts=prompts, progress=progress)
-    return Vocabularies(name, counted)
+    return count_vocabulary(name, tokenizer, transformer, options, prompts=prompts, progress=progress)
 
 
 def decide(
-    options: ChooseOptions, table: Profile | Scout, vocabularies: Vocabularies | None
+    options: ChooseOptions, table: Profile | Scout, counted: CountedVocabulary | None
 ) -> tuple[Choice, int | None]:
     """Choose a depth and the number of tokens: the vocabulary is cut before the depth.
 
     The depth is chosen as without a limit of size, and then the largest vocabulary with which it fits. Only where it
-    does not fit with the smallest that is allowed, the depth is chosen among those that do. ``vocabularies`` are None
-    where only the depth is asked about.
+    does not fit with the smallest that is allowed, the depth is chosen among those that do. ``counted`` is None where
+    only the depth is asked about.
     """
     rule: Any = choose_rung if isinstance(table, Scout) else within
-    if vocabularies is None:
+    if counted is None:
         return rule(options, table), None
-    sizes = vocabularies.allowed(options)
+    sizes = counted.allowed(options)
     if not _limits_size(options):
         return rule(options, table), sizes[-1]
 
     def largest(choice: Choice) -> int | None:
         """The largest allowed vocabulary with which these layers fit; None where none does."""
-        return next((n for n in sizes if fits(options, vocabularies.with_size(table, n), choice.blocks)), None)
+        return next((n for n in sizes if fits(options, with_size(table, counted, n), choice.blocks)), None)
 
     choice = rule(options.model_copy(update=dict.fromkeys(SIZE_LIMITS)), table)
     if largest(choice) is None:
         try:
-            choice = rule(options, table, vocabularies.with_size(table, sizes[-1]))
+            choice = rule(options, table, with_size(table, counted, sizes[-1]))
         except ConfigError as error:
             hint = f"{error.hint} with {sizes[-1]:,} tokens, the fewest that are allowed"
             raise ConfigError(error.key, error.value, error.problem.removeprefix(f"{error.key}: "), hint) from None
@@ -334,20 +320,19 @@ class VocabularyCosts:
 
 
 def vocabulary_costs(
-    options: ChooseOptions, table: Profile | Scout, vocabularies: Vocabularies, choice: Choice, size: int
+    options: ChooseOptions, table: Profile | Scout, counted: CountedVocabulary, choice: Choice, size: int
 ) -> VocabularyCosts:
     """What every size costs at the chosen depth."""
-    counted, blocks = vocabularies.counted, choice.blocks
-    whole = len(counted.order)
+    blocks, whole = choice.blocks, len(counted.order)
     rows = {}
     for tokens in sorted({*counted.sizes(), counted.size_of(options), size}, reverse=True):
-        cost = cut_cost(vocabularies.with_size(table, tokens), blocks)
+        cost = cut_cost(with_size(table, counted, tokens), blocks)
         rows[tokens] = replace(counted.row(tokens), parameters=cost.parameters, bytes=cost.bytes)
     limited = _limits_size(options) and options.vocab_size is None
     fit = f", the largest of these sizes with which {plural(len(blocks), 'layer')} fit" if limited else ""
     reason = f"{size:,} of {whole:,} tokens stay{fit}."
     to = str(len(blocks)) if blocks == prefix(len(blocks)) else f"uniform:{len(blocks)}"
-    words, out = ["secateur", "prune", vocabularies.model, "--to", to], f"{table.model}-{len(blocks)}"
+    words, out = ["secateur", "prune", counted.model, "--to", to], f"{table.model}-{len(blocks)}"
     if size < whole:
         columns = ",".join(f"{role}={column}" for role, column in (options.columns or {}).items())
         words += ["--vocab", *map(str, options.vocab), "--vocab-size", str(size)]

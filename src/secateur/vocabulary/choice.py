@@ -257,11 +257,12 @@ def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progre
 
 @dataclass(frozen=True)
 class CountedVocabulary:
-    """The vocabulary of a model's tokenizer, with what the texts of some files need of it.
+    """The vocabulary of the tokenizer of ``model``, with what the texts of some files need of it.
 
     ``needed`` are the ids that stay in any case, ascending; ``itemsize`` is bytes of a number in a table.
     """
 
+    model: str
     vocabulary: Vocabulary
     counts: TokenCounts
     needed: tuple[int, ...]
@@ -354,6 +355,12 @@ class CountedVocabulary:
         whole = len(self.order)
         return [whole, *(size for size in ROUND_SIZES if len(self.needed) <= size < whole)]
 
+    def allowed(self, options: VocabularyOptions) -> list[int]:
+        """The sizes that a budget may take, the largest first: a size that is named, or all from a coverage on."""
+        least = self.size_of(options)
+        larger = [] if options.vocab_size is not None else [size for size in self.sizes() if size > least]
+        return [*larger, least]
+
 
 def count_vocabulary(
     name: str,
@@ -374,4 +381,4 @@ def count_vocabulary(
     in_prompts = trim.token_ids(vocabulary.tokenizer, sorted({*prompts, *prompts_of(options.vocab)}))
     needed = vocabulary.needed(counts.counted, trim.named_ids(transformer).union(*in_prompts))
     size = (text_config(transformer).dtype or torch.float32).itemsize
-    return CountedVocabulary(vocabulary, counts, tuple(needed), tuple(map(str, options.vocab)), tables, size)
+    return CountedVocabulary(name, vocabulary, counts, tuple(needed), tuple(map(str, options.vocab)), tables, size)
