@@ -8,7 +8,6 @@ from round to round as far as the memory goes; the others are opened anew for ea
 
 from __future__ import annotations
 
-import gc
 import json
 import resource
 import statistics
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
+from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
@@ -132,9 +132,7 @@ class _Timer:
     def close(self) -> None:
         """Leave the memory to others."""
         self.open = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
     def warm_up(self, amount: Amount) -> None:
         """Find the quickest batch size of each kind of text."""
