@@ -21,7 +21,7 @@ from secateur.data.hub import PREFIX, is_hub_name, load_set, parse_name
 from secateur.data.rows import CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, as_texts, parse_rows, read_rows
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
-from secateur.provenance import Fingerprint, fingerprint
+from secateur.provenance import Fingerprint, sha256_of
 
 ROLES = ("query", "anchor", "positive", "negative", TEXT)
 """The columns that mean something; ``query`` and ``anchor`` are two names of one."""
@@ -296,7 +296,7 @@ class _Table:
         if self.path is None:
             name, source = self._hub_name.label, self._fingerprint_of_set(len(rows))
         else:
-            name, source = stem(self.path), fingerprint(self.path, len(rows))
+            name, source = stem(self.path), Fingerprint(self.path.name, sha256_of(self.path), len(rows))
             if self.of_texts:
                 name = self.path.name
             else:

@@ -34,7 +34,7 @@ from secateur.healing.heal import heal
 from secateur.options import Names
 from secateur.profiling.profile import profile
 from secateur.progress import Progress
-from secateur.provenance import Made, acting_as, fingerprint, fingerprint_files, model_files, now, versions_of
+from secateur.provenance import Made, acting_as, fingerprint_files, model_files, now, sha256_of, versions_of
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, read_journal
@@ -322,7 +322,7 @@ def _files(item: str, what: str) -> dict[str, str] | None:
         files = sorted(file for file in path.rglob("*") if file.is_file())
     else:
         files = model_files(path)
-    return {str(file): fingerprint(file, 0).sha256 for file in files}
+    return {str(file): sha256_of(file) for file in files}
 
 
 def is_done(step: Step, plan: Plan, run: Path) -> bool:
