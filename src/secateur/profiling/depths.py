@@ -220,7 +220,7 @@ class DepthEncoder:
             # The blank that ends the paper's prompt belongs to the word after it, where a tokenizer joins them.
             tokens["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
         lengths = forward.lengths_of(tokens)
-        before = int(torch.as_tensor(tokens.get("prompt_length", 0)).flatten()[0])
+        before = tokens.get("prompt_length", 0)
         if not getattr(self._model[1], "include_prompt", True) and bool((lengths <= before).any()):
             problem = f"of a text nothing is left to pool after {before} tokens: its prompt fills them all"
             raise DataError("texts", problem, "shorten the instruction, or raise --max-length")

@@ -78,7 +78,7 @@ def _states_at(model: SentenceTransformer, texts: Sequence[str], prompt: str, se
     that follows each, (depths x tokens,). Texts without a token to predict are left out.
     """
     features = batch_to_device(tokenize(model, texts, prompt), model.device)
-    start = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0])
+    start = features.get("prompt_length", 0)
     drawn: list[tuple[int, int]] = []
     for row, (text, length) in enumerate(zip(texts, lengths_of(features).tolist(), strict=True)):
         rng = random.Random(f"{seed} {text}")  # noqa: S311
