@@ -21,8 +21,7 @@ import secateur
 from conftest import disk_of, example_pairs, write_pairs
 from secateur import cli
 from secateur import options as config
-from secateur.cli import bars
-from secateur.cli.bars import study_bars
+from secateur.cli import terminal
 from secateur.errors import ConfigError, DataError, SecateurError
 from secateur.provenance import command_line, provenance
 from secateur.results import DepthRow, LayerCost, Profile, Scores, load
@@ -579,7 +578,7 @@ def test_bash_completes_commands_options_and_choices(words: str, offered: list[s
 
 def logged(script: str) -> list[str]:
     """The lines of a log, that is of a pipe, which are written every 0.2 seconds in place of every minute."""
-    script = f"import sys, time\nfrom secateur.cli import bars, main\nbars.EVERY = 0.2\n{script}"
+    script = f"import sys, time\nfrom secateur.cli import main, terminal\nterminal.EVERY = 0.2\n{script}"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "")
     assert "\N{ESCAPE}" not in ended.stderr
@@ -588,7 +587,7 @@ def logged(script: str) -> list[str]:
 
 def test_a_log_gets_a_line_now_and_then_of_what_is_done_and_what_is_left():
     lines = logged(
-        "with bars.work_bars('evaluate') as progress:\n"
+        "with terminal.work_bars('evaluate') as progress:\n"
         "    time.sleep(0.5)\n"
         "    progress('evaluate', 0, 3000)\n"
         "    time.sleep(0.5)\n"
@@ -607,7 +606,7 @@ def test_a_log_gets_a_line_now_and_then_of_what_is_done_and_what_is_left():
 
 def test_the_log_of_a_study_names_the_running_step_and_the_next_piece_of_its_work():
     lines = logged(
-        "with bars.study_bars() as (progress, _):\n"
+        "with terminal.study_bars() as (progress, _):\n"
         "    progress('scout', 10, 10)\n"
         "    progress('scout', 0, 100)\n"
         "    progress('scout', 20, 100)\n"
@@ -617,7 +616,7 @@ def test_the_log_of_a_study_names_the_running_step_and_the_next_piece_of_its_wor
 
 
 def test_a_command_that_is_no_terminal_s_tells_how_far_it_is(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bars, "EVERY", 0.01)
+    monkeypatch.setattr(terminal, "EVERY", 0.01)
     ended = run(*HEAL, "-o", "out")
     assert ended.code == 0, ended.err
     assert re.search(r"^\d\d:\d\d:\d\d  heal \(blocks\): \d+ of 16, ", ended.err, re.MULTILINE)
@@ -646,7 +645,7 @@ def test_open_shows_the_page_in_the_browser(measured: Path, tmp_path: Path):
 
 
 def test_a_study_has_a_bar_for_work_that_is_no_step():
-    with study_bars() as (progress, _):
+    with terminal.study_bars() as (progress, _):
         for done in range(3):
             progress("read docstrings", done, 2)
 

@@ -14,7 +14,8 @@ from conftest import MakeEncoder
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.replicates import read_replicates, score_differences
-from secateur.reporting.compare import compare, nearest_texts, overlap
+from secateur.measures.metrics import nearest_rows
+from secateur.reporting.compare import compare, overlap
 from secateur.results import Comparison, ScoreRow, load
 from task_folders import example_rows, sentences, write_task
 
@@ -101,7 +102,7 @@ def test_costs_are_there_and_kept_vectors_are_used(folders: list[Path], tmp_path
 def test_neighbours_are_sklearns_and_overlap_is_their_share():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(300, 8)).astype(np.float32)
-    found = nearest_texts(vectors, 7)
+    found = nearest_rows(vectors, 7)
     theirs = NearestNeighbors(n_neighbors=8, metric="cosine").fit(vectors).kneighbors(vectors)[1][:, 1:]
     assert np.array_equal(found, theirs)
     assert overlap(np.array([[1, 2, 3, 4]]), np.array([[4, 9, 2, 8]])).tolist() == [0.5]

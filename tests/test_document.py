@@ -7,7 +7,7 @@ from rich.console import Console
 
 import secateur
 from secateur import document
-from secateur.cli import tables
+from secateur.cli import terminal
 from secateur.document import Cell, Table
 from secateur.results import (
     ChangedRow,
@@ -70,7 +70,7 @@ def test_numbers_are_printed_with_their_units(show, value: float | None, text: s
 
 @pytest.mark.parametrize(("models", "first"), [("ab", "task a b"), ("abc", "t model (m) average a 50.0 50.0")])
 def test_of_scores_the_more_numerous_are_the_rows(models: str, first: str, capsys: pytest.CaptureFixture[str]) -> None:
-    tables.show_scores(Scores(MADE, tuple(ScoreRow(model, "t", "STS", "m", 0.5, 9, 1.0) for model in models)))
+    terminal.show_scores(Scores(MADE, tuple(ScoreRow(model, "t", "STS", "m", 0.5, 9, 1.0) for model in models)))
     words = capsys.readouterr().out.replace("\n", " ").split("intervals")[1].split()
     assert " ".join(words).startswith(first)
     assert words.count("50.0") == 2 * len(models)
@@ -80,15 +80,15 @@ def test_results_on_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv("COLUMNS", "200")
     rows = tuple(DepthScoreRow("t[b]", "STS", "m", depth, 0.1 * depth) for depth in (1, 2, 3))
     table = profile([3.0, 1.0, 2.0], [0.1] * 3, task_scores=rows, notes=("a note",))
-    tables.show_profile(table)
-    tables.show_candidates(secateur.candidates(table))
+    terminal.show_profile(table)
+    terminal.show_candidates(secateur.candidates(table))
     scores = [ScoreRow(model, "t[b]", "STS", "spearman", value, 9, 1.0) for model, value in (("a", 0.5), ("b", 0.6))]
-    tables.show_scores(Scores(MADE, tuple(scores)))
+    terminal.show_scores(Scores(MADE, tuple(scores)))
     cost = CostRow("a", 3, 10_000_000, 5_000_000, 40_000_000, 100.0, 90.0, 120.0, device="cpu", threads=2)
     difference = DifferenceRow("b", "a", "t[b]", "spearman", 0.6, 0.5, 0.1, 0.05, 0.2)
     changed = ChangedRow("b", "a", "one\x07 text", 0.3, ("lost",), ("gained",))
     overlap = OverlapRow("b", "a", 0.7, 10, 40)
-    tables.show_comparison(Comparison(MADE, "a", ("a", "b"), (difference,), (overlap,), (changed,), (), (cost,)))
+    terminal.show_comparison(Comparison(MADE, "a", ("a", "b"), (difference,), (overlap,), (changed,), (), (cost,)))
     shown = capsys.readouterr().out.replace(SPACE, " ")
     for words in ("2 (large)", "1.000 (0.900 to 1.100)", "30.0 (best)", "note: a note", "l3prune-small: loss 3.0"):
         assert words in shown

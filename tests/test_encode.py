@@ -140,7 +140,7 @@ def test_a_prompt_that_comes_out_a_little_otherwise_is_run_with_every_text(make_
 
     def run_prefix(transformer, start):
         prefix = forward.run_prefix(transformer, start)
-        for layer in prefix.layers:
+        for layer in prefix.cache.layers:
             layer.values = layer.values * 1.02
         return prefix
 

@@ -18,7 +18,7 @@ from scipy.stats import t
 import secateur
 from secateur.choosing.choose import blocks_to_keep, needs_profile
 from secateur.cli.commands import main
-from secateur.cli.tables import show_candidates, show_scout
+from secateur.cli.terminal import show_candidates, show_scout
 from secateur.errors import ConfigError, DataError, SecateurError
 from secateur.options import StudyOptions, make
 from secateur.provenance import provenance

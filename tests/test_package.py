@@ -31,7 +31,7 @@ data: rows hub sources vectors embedders
 vocabulary: trim choice
 measures: metrics intervals costs
 evaluation: task_formats task_folder tasks replicates evaluate
-choosing: selectors budgets evidence choose
+choosing: selectors budgets choose
 profiling: depths lens depth_scores corpus profile
 pruning: download adapters prune
 healing: recipes training_data processes teacher losses trainer heal
@@ -39,10 +39,10 @@ scouting: held_out scout
 reporting: cost compare run findings verdict tables card report
 studies: demo steps plan estimate runner study
 exporting: convert export
-inference: encoders backends workers api_errors monitoring queueing app serve
+inference: encoders backends workers monitoring queueing app serve
 inference: vector_files encode
 secateur
-cli: arguments tables bars commands
+cli: arguments terminal commands
 __main__
 """
 

@@ -26,7 +26,8 @@ import secateur
 from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import ModelEncoder
-from secateur.inference.serve import API_KEYS, JsonLines, bind, read_keys
+from secateur.inference.monitoring import JsonLines
+from secateur.inference.serve import API_KEYS, bind, read_keys
 from secateur.measures.metrics import paired_cosines
 from secateur.options import ServeOptions, make
 from secateur.runtime.core import Encoder
@@ -449,7 +450,7 @@ def test_an_export_is_served_like_its_model(exported: Path, model: SentenceTrans
 
 
 def test_the_server_and_bulk_encoding_do_not_import_each_other():
-    server, bulk = ("api_errors", "monitoring", "queueing", "app", "serve"), ("vector_files", "encode")
+    server, bulk = ("monitoring", "queueing", "app", "serve"), ("vector_files", "encode")
     package = Path(secateur.__file__).parent / "inference"
     for some, others in ((server, bulk), (bulk, server)):
         for module in some:

@@ -24,10 +24,9 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from secateur.errors import SecateurError
-from secateur.inference.api_errors import ApiError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import Opening
-from secateur.inference.monitoring import Metrics
+from secateur.inference.monitoring import ApiError, Metrics
 from secateur.inference.queueing import Batcher, LocalWorker
 from secateur.inference.serve import open_worker
 from secateur.inference.workers import EncoderDied, EncoderProcess

@@ -34,9 +34,9 @@ def score(value: float | None, digits: int = 1) -> str:
     return number(None if value is None else 100 * value, f".{digits}f")
 
 
-def signed(difference: float | None, digits: int = 1) -> str:
+def signed(difference: float | None) -> str:
     """A difference of scores as points of 100, with its sign."""
-    text = number(None if difference is None else 100 * difference, f"+.{digits}f")
+    text = number(None if difference is None else 100 * difference, "+.1f")
     return text if text.strip("+−0.") or text == NONE else text[1:]
 
 

@@ -58,12 +58,9 @@ def _silence(settings: ExitStack) -> None:
         logger.setLevel(logging.ERROR)
     settings.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
     transformers.logging.set_verbosity_error()
-    if transformers.logging.is_progress_bar_enabled():
-        settings.callback(transformers.logging.enable_progress_bar)
-        transformers.logging.disable_progress_bar()
     if not datasets.are_progress_bars_disabled():
         settings.callback(datasets.enable_progress_bars)
         datasets.disable_progress_bars()
-    # mteb has bars that no setting reaches; one that is told to show still does.
+    # All other bars are of this class, mteb's too, which no setting reaches; one that is told to show still does.
     settings.callback(setattr, tqdm.auto.tqdm, "__init__", tqdm.auto.tqdm.__init__)
     tqdm.auto.tqdm.__init__ = partialmethod(tqdm.auto.tqdm.__init__, disable=True)

@@ -89,14 +89,6 @@ def _installed(libraries: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def is_result_of(result: object, inputs: Mapping[str, Any]) -> bool:
-    """Whether a result is still of these inputs: it has recorded all of them, each with the same value.
-
-    A result of an earlier version, which recorded less, is not.
-    """
-    return all(getattr(result, name, None) == value for name, value in inputs.items())
-
-
 @dataclass(frozen=True)
 class Made:
     """What a result follows from: recorded by every step that can be resumed, or whose result is kept.
@@ -176,11 +168,6 @@ def command_line() -> str:
     return shlex.join([program, *sys.argv[1:]])
 
 
-def fingerprint(file: Path, rows: int, licence: str = "") -> Fingerprint:
-    """Hash a file's bytes."""
-    return Fingerprint(file.name, _hash(file), rows, licence)
-
-
 def is_export(folder: str | Path) -> bool:
     """Whether a path is a folder that ``secateur export`` wrote."""
     return (Path(folder) / EXPORT).is_file()
@@ -204,11 +191,12 @@ def model_files(model: str | Path) -> list[Path]:
 def fingerprint_files(model: str | Path) -> str:
     """SHA-256 over a model's files, their names and bytes, without opening it; empty for what is not on this disk."""
     root = Path(model).expanduser()
-    told = [f"{file.relative_to(root)} {_hash(file)}\n" for file in model_files(model)]
+    told = [f"{file.relative_to(root)} {sha256_of(file)}\n" for file in model_files(model)]
     return hashlib.sha256("".join(told).encode()).hexdigest() if told else ""
 
 
-def _hash(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
     about = file.stat()
     return _hash_once(file, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 

@@ -1,26 +1,32 @@
-"""What a cut costs, which depths and vocabularies the limits allow, and budgets that are met over both.
-
-The vocabulary is cut before the depth (:func:`decide`).
+"""Which depth to keep, and how many tokens, within limits of cost: by a scout's scores, by a rule that holds its level;
+or by a profile's losses. The vocabulary is cut before the depth (:func:`decide`).
 """
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.choosing.selectors import Choice, layers_of, prefix
-from secateur.document import plural
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.choosing.selectors import Choice, by_rule, layers_of, losses_of, lowest_in_each_half, prefix
+from secateur.document import plural, signed, span
 from secateur.errors import ConfigError, DataError, ModelError, UnsupportedArchitecture
+from secateur.measures.intervals import Array
 from secateur.options import Budget, ChooseOptions
 from secateur.progress import Progress
-from secateur.results import Profile, Scout, VocabularyRow
+from secateur.results import Profile, RungRow, Scout, VocabularyRow
 
 if TYPE_CHECKING:
     from secateur.vocabulary.choice import CountedVocabulary
 
+TOLERANCE = 1.0
+"""Points of average score, of 100, that may be lost where nothing else is said."""
 _COSTS = {
     "max_params": ("parameters", 1, "{:,.0f} parameters"),
     "max_bytes": ("bytes", 1, "{:,.0f} bytes"),
@@ -32,7 +38,7 @@ SIZE_LIMITS = ("max_params", "max_bytes")
 T = TypeVar("T", bound=Profile | Scout)
 
 
-# Depths ---------------------------------------------------------------------------------------------------------------
+# Costs ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,25 +109,124 @@ def _cost(limit: str, table: Profile | Scout, blocks: Sequence[int]) -> float:
     return float(units * getattr(cut_cost(table, blocks), column))
 
 
+# Depths ---------------------------------------------------------------------------------------------------------------
+
+
+def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Choice:
+    """Choose a depth of those that a scout scored and the limits of costs allow.
+
+    With ``best`` the highest mean score, of equal ones the shallowest; else the smallest depth that loses no more than
+    the tolerance (:func:`smallest_within`). Where that one is too expensive, so are the deeper ones that lose no more;
+    then it is the highest score, with a warning. ``costs`` is the same scout with the costs of a smaller vocabulary,
+    where the limits are about these. The choice's ``reason`` is a whole sentence.
+    """
+    rungs = [row for row in scout.depths if row.score is not None and math.isfinite(row.score)]
+    if not rungs or rungs[-1].depth != scout.depth:
+        raise DataError(scout.file, f"has no score at depth {scout.depth}, the full one", "scout again", field="depths")
+    fitting = affordable(options, costs or scout, [row.depth for row in rungs])
+    row = max((row for row in rungs if row.depth in fitting), key=lambda row: (row.score, -row.depth))
+    why = "the highest score of those that fit" if cost_limits(options) else f"the highest of {len(rungs)} scores"
+    warning = ""
+    if not options.best:
+        tolerance = TOLERANCE if options.tolerance is None else options.tolerance
+        within = smallest_within(scout.depths, tolerance)
+        points = f"at most {plural(tolerance, 'point', 'g')} at 95 % confidence"
+        if within.depth in fitting:
+            row, why = within, f"the fewest that lose {points}"
+        else:
+            why += f" (to lose {points} takes {plural(within.depth, 'layer')})"
+            warning = "more may be lost than the tolerance"
+    return Choice(layers_at(scout, row.depth), _sentence(scout, row, why), warning)
+
+
+def smallest_within(rungs: Sequence[RungRow], tolerance: float) -> RungRow:
+    """The smallest depth that loses at most the tolerance, in points, against the full depth; else the full depth.
+
+    Fixed-sequence non-inferiority: from the deepest trained depth below the full one down, as long as the lower end of
+    the difference's 95 % interval allows no larger loss; the first that may lose more, or has no interval, ends it.
+    That some depth passes which really loses more has a chance of at most 2.5 %, however many there are.
+
+    Depths that were asked for without being trained are looked at afterwards, from the last one that passed down to
+    the next trained one: to ask for more scores must not end the sequence of the trained ones earlier. That costs at
+    most another 2.5 %.
+    """
+
+    def passes(row: RungRow) -> bool:
+        return row.difference_low is not None and row.difference_low >= -tolerance / 100
+
+    last, below = rungs[-1], 0
+    for row in reversed([row for row in rungs[:-1] if row.trained]):
+        if not passes(row):
+            below = row.depth
+            break
+        last = row
+    for row in reversed([row for row in rungs if not row.trained and below < row.depth < last.depth]):
+        if not passes(row):
+            break
+        last = row
+    return last
+
+
+def within(options: ChooseOptions, table: Profile, costs: Profile | None = None) -> Choice:
+    """Choose a depth that the limits allow; ``costs`` is the same profile with those of a smaller vocabulary.
+
+    With a limit of the loss the shallowest such depth. Without one, what L3Prune's rule would call ``large`` if the
+    model had no more layers than fit the budget: the lowest loss of the deeper half of them; with a profile of texts
+    alone, which has no losses, the deepest of them.
+    """
+    deepest = affordable(options, costs or table, range(1, table.depth + 1))[-1]
+    fitting = f"depth {deepest} is the deepest that fits" + (" with the fewest tokens" if costs else "")
+    increase = options.max_loss_increase
+    if increase is None and any(row.loss is None for row in table.depths):
+        return Choice(prefix(deepest), fitting)
+    losses = losses_of(table)
+    if increase is None:
+        depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1])
+        told = f"{fitting}; loss {losses[depth - 1]:.4f}, the lowest of depths {deepest // 2 + 1} to {deepest}"
+        return Choice(prefix(depth), told, selection_probability=chance)
+
+    def shallowest(losses: Array) -> NDArray[Any]:
+        """The first depth whose loss is near enough to the lowest of all; 0 where there is none."""
+        near = losses[..., :deepest] <= (1 + increase) * losses.min(axis=-1, keepdims=True)
+        return np.where(near.any(axis=-1), near.argmax(axis=-1) + 1, 0)
+
+    depth, chance = by_rule(table, shallowest)
+    above = losses / losses.min() - 1
+    if not depth:
+        best = int(above[:deepest].argmin())
+        problem = f"no depth that fits (up to {deepest}) has a loss within {increase:g} of the lowest"
+        raise ConfigError("max_loss_increase", increase, problem, f"{above[best]:.4g} allows depth {best + 1}")
+    told = f"the shallowest; loss {losses[depth - 1]:.4f}, {100 * above[depth - 1]:.1f} % above the lowest of all"
+    return Choice(prefix(depth), told, selection_probability=chance)
+
+
+def _sentence(scout: Scout, row: RungRow, why: str) -> str:
+    """What is recommended and why, what it and the next smaller depth lose, and what the cut costs."""
+    depth, cut = scout.depth, row.depth < scout.depth
+    smaller = next((other for other in reversed(scout.depths) if other.depth < row.depth), None)
+    name = f"{row.depth} of {plural(depth, 'layer')}" if cut else f"All {plural(depth, 'layer')}"
+    own = f"{_difference(row)} against all {depth} in the same training; " if cut else ""
+    less = f"with {plural(smaller.depth, 'layer')} {_difference(smaller)}" if smaller else "no smaller depth was scored"
+    cost, full = (cut_cost(scout, layers_at(scout, count)) for count in (row.depth, depth))
+    costs = ""
+    if cut and cost.parameters and full.parameters:
+        costs = f" {100 * cost.parameters / full.parameters:.0f} % of the parameters, {cost.speed:.1f} × the speed."
+    return f"{name}, {why}: {own}{less}.{costs}"
+
+
+def _difference(row: RungRow) -> str:
+    if row.difference is None:
+        return "no score"
+    ends = span(row.difference_low, row.difference_high, signed)
+    return f"{signed(row.difference)} points ({f'95 % interval {ends}' if ends else 'no interval'})"
+
+
 # Vocabularies ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Vocabularies:
-    """The vocabularies that a model could have: ``model`` as ``prune`` takes it, its tokens ``counted`` on texts."""
-
-    model: str
-    counted: CountedVocabulary
-
-    def allowed(self, options: ChooseOptions) -> list[int]:
-        """The sizes that a budget may take, the largest first: a size that is named, or all from a coverage on."""
-        least = self.counted.size_of(options)
-        larger = [] if options.vocab_size is not None else [size for size in self.counted.sizes() if size > least]
-        return [*larger, least]
-
-    def with_size(self, table: T, size: int) -> T:
-        """The table of the same model with fewer tokens, as far as costs go."""
-        return table if size == len(self.counted.order) else without(table, self.counted.removed(size))
+def with_size(table: T, counted: CountedVocabulary, size: int) -> T:
+    """The table of the same model with fewer tokens, as far as costs go."""
+    return table if size == len(counted.order) else without(table, counted.removed(size))
 
 
 def without(table: T, removed: tuple[int, int]) -> T:
@@ -140,7 +245,7 @@ def without(table: T, removed: tuple[int, int]) -> T:
     return replace(table, layer_costs=tuple(costs))
 
 
-def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: Progress) -> Vocabularies | None:
+def open_vocabulary(options: ChooseOptions, table: Profile | Scout, progress: Progress) -> CountedVocabulary | None:
     """Open the tokenizer of a table's model, and count its tokens on the texts of ``--vocab``; None without it."""
     if not options.vocab:
         return None
@@ -163,34 +268,33 @@ def open_vocabularies(options: ChooseOptions, table: Profile | Scout, progress: 
     if (depth := depth_of(transformer)) != table.depth:
         problem = f"{name} has {depth} layers, but the {table.kind} is of a model of {table.depth}"
         raise ConfigError("model", name, problem, hint)
-    counted = count_vocabulary(name, tokenizer, transformer, options, prompts=prompts, progress=progress)
-    return Vocabularies(name, counted)
+    return count_vocabulary(name, tokenizer, transformer, options, prompts=prompts, progress=progress)
 
 
 def decide(
-    options: ChooseOptions, table: Profile | Scout, vocabularies: Vocabularies | None, rule: Callable[..., Choice]
+    options: ChooseOptions, table: Profile | Scout, counted: CountedVocabulary | None
 ) -> tuple[Choice, int | None]:
     """Choose a depth and the number of tokens: the vocabulary is cut before the depth.
 
     The depth is chosen as without a limit of size, and then the largest vocabulary with which it fits. Only where it
-    does not fit with the smallest that is allowed, the depth is chosen among those that do. ``vocabularies`` are None
-    where only the depth is asked about; ``rule`` chooses a depth by options, a table, and the same table with the costs
-    of a smaller vocabulary.
+    does not fit with the smallest that is allowed, the depth is chosen among those that do. ``counted`` is None where
+    only the depth is asked about.
     """
-    if vocabularies is None:
+    rule: Any = choose_rung if isinstance(table, Scout) else within
+    if counted is None:
         return rule(options, table), None
-    sizes = vocabularies.allowed(options)
+    sizes = counted.allowed(options)
     if not _limits_size(options):
         return rule(options, table), sizes[-1]
 
     def largest(choice: Choice) -> int | None:
         """The largest allowed vocabulary with which these layers fit; None where none does."""
-        return next((n for n in sizes if fits(options, vocabularies.with_size(table, n), choice.blocks)), None)
+        return next((n for n in sizes if fits(options, with_size(table, counted, n), choice.blocks)), None)
 
     choice = rule(options.model_copy(update=dict.fromkeys(SIZE_LIMITS)), table)
     if largest(choice) is None:
         try:
-            choice = rule(options, table, vocabularies.with_size(table, sizes[-1]))
+            choice = rule(options, table, with_size(table, counted, sizes[-1]))
         except ConfigError as error:
             hint = f"{error.hint} with {sizes[-1]:,} tokens, the fewest that are allowed"
             raise ConfigError(error.key, error.value, error.problem.removeprefix(f"{error.key}: "), hint) from None
@@ -216,20 +320,19 @@ class VocabularyCosts:
 
 
 def vocabulary_costs(
-    options: ChooseOptions, table: Profile | Scout, vocabularies: Vocabularies, choice: Choice, size: int
+    options: ChooseOptions, table: Profile | Scout, counted: CountedVocabulary, choice: Choice, size: int
 ) -> VocabularyCosts:
     """What every size costs at the chosen depth."""
-    counted, blocks = vocabularies.counted, choice.blocks
-    whole = len(counted.order)
+    blocks, whole = choice.blocks, len(counted.order)
     rows = {}
     for tokens in sorted({*counted.sizes(), counted.size_of(options), size}, reverse=True):
-        cost = cut_cost(vocabularies.with_size(table, tokens), blocks)
+        cost = cut_cost(with_size(table, counted, tokens), blocks)
         rows[tokens] = replace(counted.row(tokens), parameters=cost.parameters, bytes=cost.bytes)
     limited = _limits_size(options) and options.vocab_size is None
     fit = f", the largest of these sizes with which {plural(len(blocks), 'layer')} fit" if limited else ""
     reason = f"{size:,} of {whole:,} tokens stay{fit}."
     to = str(len(blocks)) if blocks == prefix(len(blocks)) else f"uniform:{len(blocks)}"
-    words, out = ["secateur", "prune", vocabularies.model, "--to", to], f"{table.model}-{len(blocks)}"
+    words, out = ["secateur", "prune", counted.model, "--to", to], f"{table.model}-{len(blocks)}"
     if size < whole:
         columns = ",".join(f"{role}={column}" for role, column in (options.columns or {}).items())
         words += ["--vocab", *map(str, options.vocab), "--vocab-size", str(size)]

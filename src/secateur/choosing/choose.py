@@ -9,33 +9,30 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from secateur.choosing.budgets import (
     CutCost,
-    Vocabularies,
     VocabularyCosts,
+    choose_rung,
     cost_limits,
     cut_cost,
     decide,
     fits,
     layers_at,
-    open_vocabularies,
+    open_vocabulary,
     vocabulary_costs,
+    with_size,
 )
-from secateur.choosing.evidence import choose_rung, within
-from secateur.choosing.selectors import (
-    SEED,
-    SELECTORS,
-    SHORT,
-    Choice,
-    Question,
-    prefix,
-)
+from secateur.choosing.selectors import SEED, SELECTORS, SHORT, Choice, Question, prefix
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.files import read_json
 from secateur.options import Budget, ChooseOptions, make, step
 from secateur.progress import Progress, silent
 from secateur.results import Profile, RungRow, Scout, load
+
+if TYPE_CHECKING:
+    from secateur.vocabulary.choice import CountedVocabulary
 
 CHOSEN_FROM = "chosen_from"
 """Key of ``choice.json`` that holds the :func:`losses_fingerprint`; a choice written by hand needs none."""
@@ -72,8 +69,8 @@ def choose(options: ChooseOptions, *, progress: Progress = silent) -> dict[str, 
 
 def _decide(
     options: ChooseOptions, progress: Progress
-) -> tuple[Profile | Scout, Vocabularies | None, Choice, int | None]:
-    """The table, the vocabularies that its model could have, and the layers and the number of tokens to keep."""
+) -> tuple[Profile | Scout, CountedVocabulary | None, Choice, int | None]:
+    """The table, the vocabulary of its model where it may be cut, and the layers and the number of tokens to keep."""
     table = read_table(options.profile)
     if isinstance(table, Scout):
         if options.max_loss_increase is not None:
@@ -83,9 +80,8 @@ def _decide(
         name, problem = "best" if options.best else "tolerance", f"{table.model} has only a profile"
         hint = f"scout it: secateur scout {table.model} ..."
         raise ConfigError(name, getattr(options, name), f"needs scores after a training, and {problem}", hint)
-    vocabularies = open_vocabularies(options, table, progress)
-    rule = choose_rung if isinstance(table, Scout) else within
-    return table, vocabularies, *decide(options, table, vocabularies, rule)
+    counted = open_vocabulary(options, table, progress)
+    return table, counted, *decide(options, table, counted)
 
 
 def read_table(given: Profile | Scout | str | Path) -> Profile | Scout:
@@ -274,11 +270,11 @@ def candidates(options: ChooseOptions, *, progress: Progress = silent) -> Candid
         DataError: The file is neither.
         ConfigError, ModelError: As for :func:`choose`.
     """
-    table, vocabularies, choice, size = _decide(options, progress)
+    table, counted, choice, size = _decide(options, progress)
     vocabulary = smallest = None
-    if vocabularies is not None and size is not None:
-        vocabulary = vocabulary_costs(options, table, vocabularies, choice, size)
-        smallest = vocabularies.with_size(table, vocabularies.allowed(options)[-1])
+    if counted is not None and size is not None:
+        vocabulary = vocabulary_costs(options, table, counted, choice, size)
+        smallest = with_size(table, counted, counted.allowed(options)[-1])
     if isinstance(table, Scout):
         rungs = []
         for rung in table.depths:

@@ -19,9 +19,8 @@ import typer
 
 import secateur
 from secateur import options as config
-from secateur.cli import tables
+from secateur.cli import terminal
 from secateur.cli.arguments import Commands, command_of
-from secateur.cli.bars import study_bars, work_bars
 from secateur.document import speed
 from secateur.errors import SYSTEM, DataError, MissingPackage, SecateurError, system_error
 
@@ -79,7 +78,7 @@ def _fail(message: str, code: int) -> None:
 
 def _do(name: str, options: config.Options) -> Any:
     """The result of the function of that name, under progress bars."""
-    with work_bars(name) as progress:
+    with terminal.work_bars(name) as progress:
         return getattr(secateur, name)(**options.given(), progress=progress)
 
 
@@ -90,14 +89,14 @@ def _say(*lines: object, err: bool = False) -> None:
 
 @command_of(app)
 def profile_command(options: config.ProfileOptions) -> None:
-    tables.show_profile(_do("profile", options))
+    terminal.show_profile(_do("profile", options))
     _say(f"\n{options.out}/profile.json", *sorted(Path(str(options.out)).glob("*.png")))
 
 
 @command_of(app)
 def choose_command(options: config.ChooseOptions, *, as_json: Json = False) -> None:
     found = _do("candidates", options)
-    _say(json.dumps(asdict(found))) if as_json else tables.show_candidates(found)
+    _say(json.dumps(asdict(found))) if as_json else terminal.show_candidates(found)
 
 
 @command_of(app)
@@ -128,45 +127,45 @@ def heal_command(options: config.HealOptions) -> None:
 
 @command_of(app)
 def scout_command(options: config.ScoutOptions) -> None:
-    tables.show_scout(_do("scout", options))
+    terminal.show_scout(_do("scout", options))
     _say(f"\n{options.out}/scout.json", f"{options.out}/frontier.png", f"{options.out}/model")
 
 
 @command_of(app)
 def evaluate_command(options: config.EvaluateOptions) -> None:
-    tables.show_scores(_do("evaluate", options))
+    terminal.show_scores(_do("evaluate", options))
     _say(f"\n{options.out}/scores.json")
 
 
 @command_of(app)
 def tasks_check_command(options: config.CheckTasksOptions) -> None:
     checks = secateur.check_tasks(**options.given())
-    tables.show_checks(checks)
+    terminal.show_checks(checks)
     if any(check.problem for check in checks):
         raise typer.Exit(2)
 
 
 @command_of(app)
 def tasks_make_command(options: config.MakeTaskOptions) -> None:
-    tables.show_made_task(secateur.make_task(**options.given()))
+    terminal.show_made_task(secateur.make_task(**options.given()))
     _say(options.out)
 
 
 @command_of(app)
 def cost_command(options: config.CostOptions) -> None:
-    tables.show_costs(_do("cost", options).rows)
+    terminal.show_costs(_do("cost", options).rows)
     _say(f"\n{options.out}/costs.json")
 
 
 @command_of(app)
 def compare_command(options: config.CompareOptions) -> None:
-    tables.show_comparison(_do("compare", options))
+    terminal.show_comparison(_do("compare", options))
     _say(f"\n{options.out}/comparison.json")
 
 
 @command_of(app)
 def export_command(options: config.ExportOptions) -> None:
-    tables.show_export(_do("export", options))
+    terminal.show_export(_do("export", options))
     _say(f"\n{options.out}")
 
 
@@ -180,14 +179,14 @@ def report_command(options: config.ReportOptions, *, open_page: OpenPage = False
 @command_of(app)
 def study_command(options: config.StudyOptions, *, plan: PlanOnly = False, open_page: OpenPage = False) -> None:
     if plan:
-        tables.show_steps(_do("plan_study", options))
+        terminal.show_steps(_do("plan_study", options))
     else:
         _study(options.given(), open_page)
 
 
 @command_of(app)
 def study_status_command(options: config.StatusOptions) -> None:
-    tables.show_steps(secateur.read_status(options.run))
+    terminal.show_steps(secateur.read_status(options.run))
 
 
 @command_of(app)
@@ -197,10 +196,10 @@ def study_resume_command(options: config.ResumeOptions, *, open_page: OpenPage =
 
 
 def _study(given: dict[str, Any], open_page: bool) -> None:
-    with study_bars() as (progress, callback):
+    with terminal.study_bars() as (progress, callback):
         page = secateur.study(**given, progress=progress, callback=callback)
     with suppress(DataError):  # a study of depths without tasks has no scores
-        tables.show_scores(secateur.read_scores(given["out"]))
+        terminal.show_scores(secateur.read_scores(given["out"]))
     _say("", *secateur.read_verdict(given["out"]), "")
     _show_page(page, open_page)
 

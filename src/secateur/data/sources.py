@@ -21,7 +21,7 @@ from secateur.data.hub import PREFIX, is_hub_name, load_set, parse_name
 from secateur.data.rows import CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, as_texts, parse_rows, read_rows
 from secateur.errors import ConfigError, DataError
 from secateur.files import read_json
-from secateur.provenance import Fingerprint, fingerprint
+from secateur.provenance import Fingerprint, sha256_of
 
 ROLES = ("query", "anchor", "positive", "negative", TEXT)
 """The columns that mean something; ``query`` and ``anchor`` are two names of one."""
@@ -42,10 +42,14 @@ class Pair:
         return (self.anchor, self.positive, *self.negatives)
 
 
+@dataclass(frozen=True)
 class _Rows:
-    """What texts and pairs have in common."""
+    """The rows of one data set, in its order, and the prompts that go before their texts."""
 
+    name: str
     rows: tuple[Any, ...]
+    prompt: str
+    passage_prompt: str
     source: Fingerprint
 
     def sample(self: S, count: int, seed: int) -> S:
@@ -53,32 +57,21 @@ class _Rows:
         if count >= len(self.rows):
             return self
         rows = tuple(self.rows[i] for i in _places(len(self.rows), count, seed))
-        return replace(self, rows=rows, source=replace(self.source, rows=count))  # type: ignore[type-var]
+        return replace(self, rows=rows, source=replace(self.source, rows=count))
 
 
 @dataclass(frozen=True)
 class Texts(_Rows):
-    """Texts of one file, in its order. ``prompt`` goes before each."""
+    """Texts; both prompts are the one that goes before each."""
 
-    name: str
     rows: tuple[str, ...]
-    prompt: str
-    source: Fingerprint
-
-    @property
-    def passage_prompt(self) -> str:
-        return self.prompt
 
 
 @dataclass(frozen=True)
 class Pairs(_Rows):
-    """Pairs of one data set. ``prompt`` goes before each anchor, ``passage_prompt`` before positives and negatives."""
+    """Pairs; ``prompt`` goes before each anchor, ``passage_prompt`` before positives and negatives."""
 
-    name: str
     rows: tuple[Pair, ...]
-    prompt: str
-    passage_prompt: str
-    source: Fingerprint
 
     @property
     def anchors(self) -> tuple[str, ...]:
@@ -168,7 +161,7 @@ def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Map
 
 def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str] | None = None) -> Texts:
     """Read and check texts alone: plain text, one on each line, or a file or data set with the column ``text``."""
-    return replace(cast("Texts", _Table(data, columns, of_texts=True).read(None)), prompt=prompt)
+    return replace(cast("Texts", _Table(data, columns, of_texts=True).read(None)), prompt=prompt, passage_prompt=prompt)
 
 
 def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> list[Iterator[str]]:
@@ -303,14 +296,15 @@ class _Table:
         if self.path is None:
             name, source = self._hub_name.label, self._fingerprint_of_set(len(rows))
         else:
-            name, source = stem(self.path), fingerprint(self.path, len(rows))
+            name, source = stem(self.path), Fingerprint(self.path.name, sha256_of(self.path), len(rows))
             if self.of_texts:
                 name = self.path.name
             else:
                 beside = read_beside(self.path)
                 source = replace(source, licence=beside.get("licence", ""))
         if self.of_texts:
-            return Texts(name, rows, instruction_prompt(instruction or ""), source)
+            prompt = instruction_prompt(instruction or "")
+            return Texts(name, rows, prompt, prompt, source)
         query = beside.get("query_instruction", "") if instruction is None else instruction
         passage = beside.get("passage_instruction", "")
         return Pairs(name, rows, instruction_prompt(query), instruction_prompt(passage), source)

@@ -50,7 +50,7 @@ from secateur.measures.intervals import Array
 from secateur.models import is_endpoint, model_names, model_source
 from secateur.options import CompareOptions, EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
-from secateur.provenance import Fingerprint, command_line, is_result_of, now, provenance, versions_of
+from secateur.provenance import Fingerprint, command_line, now, provenance, versions_of
 from secateur.results import ScoreRow, Scores, load
 
 SAME_SCORE = 1e-4  # mteb rounds some scores to 5 digits
@@ -146,7 +146,7 @@ class _ScoreTable:
     def holds(self, model: str, task: Task, key: Mapping[str, Any]) -> bool:
         """Whether a score is there already, with the task's note."""
         row = self.rows.get((model, task.name))
-        if row is None or not is_result_of(row, key):
+        if row is None or any(getattr(row, name) != value for name, value in key.items()):
             return False
         if row.note.partition(NO_INTERVAL)[0].removesuffix("; ") != task.note:
             return False

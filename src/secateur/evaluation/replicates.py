@@ -172,8 +172,7 @@ def _ranks(values: Array, counts: Array) -> Array:
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(group[order]) > 0])
     size = np.add.reduceat(counts[:, order], starts, axis=1)
-    ranks: Array = (np.cumsum(size, axis=1) - size + (size + 1) / 2)[:, group]
-    return ranks
+    return (np.cumsum(size, axis=1) - size + (size + 1) / 2)[:, group]
 
 
 def _pairs(task: AbsTask, data: Any, content: Mapping[str, Any], metric: str, rng: random.Random) -> Resampled:
@@ -201,13 +200,11 @@ def binary_metric(measure: str, labels: Array, scores: Array, counts: Array) -> 
         precision = np.nan_to_num(positives / taken)
         recall = positives / positive
         if measure == "ap":
-            average: Array = (np.diff(recall, axis=1, prepend=0.0) * precision).sum(axis=1)
-            return average
+            return (np.diff(recall, axis=1, prepend=0.0) * precision).sum(axis=1)
         inside = taken < total  # mteb leaves out the threshold below all rows
         if measure == "accuracy":
             correct = positives + (total - positive) - (taken - positives)
-            best: Array = np.where(inside & (taken > 0), correct / total, 0.0).max(axis=1)
-            return best
+            return np.where(inside & (taken > 0), correct / total, 0.0).max(axis=1)
         f1 = np.where(inside & (positives > 0), 2 * precision * recall / (precision + recall), 0.0)
     at = f1.argmax(axis=1)[:, None]
     chosen: Array = np.take_along_axis({"f1": f1, "precision": precision, "recall": recall}[measure], at, axis=1)[:, 0]
@@ -233,16 +230,14 @@ def averaged_metric(metric: str, gold: NDArray[Any], found: NDArray[Any], counts
 
     def by_label(rows: NDArray[np.int64], of: NDArray[np.int64]) -> Array:
         """How often each label occurs among some of the rows: (replicates, labels)."""
-        table: Array = counts @ csr_array((np.ones(len(rows)), (rows, of)), shape=(n, k))
-        return table
+        return counts @ csr_array((np.ones(len(rows)), (rows, of)), shape=(n, k))
 
     every, hit = np.arange(n), np.flatnonzero(codes[:n] == codes[n:])
     hits, right, said = by_label(hit, codes[hit]), by_label(every, codes[:n]), by_label(every, codes[n:])
     below = {"precision": said, "recall": right, "f1": (said + right) / 2}[metric.removesuffix("_weighted")]
     values = np.divide(hits, below, out=np.zeros_like(hits), where=below > 0)
     weights = right if metric.endswith("_weighted") else ((right + said) > 0).astype(float)
-    average: Array = (values * weights).sum(axis=1) / weights.sum(axis=1)
-    return average
+    return (values * weights).sum(axis=1) / weights.sum(axis=1)
 
 
 def _clustered(task: AbsTask, data: Any, content: Mapping[str, Any], metric: str, rng: random.Random) -> Resampled:
@@ -283,8 +278,7 @@ def v_measure_of(units: NDArray[Any], gold: NDArray[Any], found: NDArray[Any], t
         homogeneity = np.divide(shared, by_class, out=np.ones_like(shared), where=by_class > 0)
         completeness = np.divide(shared, by_cluster, out=np.ones_like(shared), where=by_cluster > 0)
         added = homogeneity + completeness
-        measure: Array = np.divide(2 * homogeneity * completeness, added, out=np.zeros_like(added), where=added > 0)
-        return measure
+        return np.divide(2 * homogeneity * completeness, added, out=np.zeros_like(added), where=added > 0)
 
     return statistic
 

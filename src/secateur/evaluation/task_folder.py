@@ -22,7 +22,7 @@ from secateur.errors import DataError
 from secateur.evaluation.task_formats import ABOUT, TYPES, read_content
 from secateur.files import new_folder, read_json, write_text
 from secateur.options import CheckTasksOptions, MakeTaskOptions, step
-from secateur.provenance import Fingerprint, fingerprint
+from secateur.provenance import Fingerprint, sha256_of
 
 Tables = Mapping[str, tuple[Row, ...]]
 
@@ -89,7 +89,7 @@ def read_task_folder(path: str | Path) -> TaskFolder:
     digest = hashlib.sha256(f"{content.type} {about['metric']}\n".encode())
     digest.update(b"ignore_identical_ids\n" if ignore else b"")
     for name, file in sorted(content.files.items()):
-        digest.update(f"{name} {fingerprint(file, 0).sha256}\n".encode())
+        digest.update(f"{name} {sha256_of(file)}\n".encode())
     rows = len(tables.get("test") or tables["queries"])
     return TaskFolder(
         path=place,
@@ -303,7 +303,7 @@ def make_task(options: MakeTaskOptions) -> MadeTask:
         "metric": "ndcg_at_10",
         "notes": f"Made from {options.texts.name} ({how}), seed {options.seed}; no person judged what is relevant.",
         "caution": f"made from texts alone ({how}): easier than what people ask, and no person judged it",
-        "made_from": {"file": options.texts.name, "sha256": fingerprint(options.texts, 0).sha256},
+        "made_from": {"file": options.texts.name, "sha256": sha256_of(options.texts)},
     }
     with new_folder(options.out) as partial:
         corpus = {f"d{index}": document for index, (_, document) in enumerate(made)}

@@ -146,8 +146,7 @@ class SplitLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """States (…, in) → (…, out)."""
-        found: Tensor = self.linear(states * self.others) + states.index_select(-1, self.channels) @ self.few
-        return found
+        return self.linear(states * self.others) + states.index_select(-1, self.channels) @ self.few
 
 
 @contextlib.contextmanager

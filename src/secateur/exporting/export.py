@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ class ScoreDifference:
 
 
 @dataclass(frozen=True)
-class Export(Table):
+class Export(Table, kind="export", file=EXPORT):
     """``export.json``: what :mod:`.runtime` needs to know, and how near the export is to the original.
 
     Attributes:
@@ -68,9 +68,6 @@ class Export(Table):
             with each prompt; ``cosine_mean`` their mean; ``least_cosine`` what was asked for.
         scores_by_task: Task → the scores of ``original`` and ``exported``.
     """
-
-    kind: ClassVar[str] = "export"
-    file: ClassVar[str] = EXPORT
 
     model: str
     backend: str

@@ -129,8 +129,7 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         split = [mini_batches(column, self.config.mini_batch_tokens) for column in features]
         self._places = [places for _, places in split]
         columns = [{**column, "pieces": pieces} for column, (pieces, _) in zip(features, split, strict=True)]
-        loss: Tensor = CachedLossMixin.forward_cached(self, columns, labels)
-        return loss
+        return CachedLossMixin.forward_cached(self, columns, labels)
 
     def _embed(self, features: dict[str, Any]) -> dict[str, Tensor]:
         """Vectors (texts, depths, dimension)."""

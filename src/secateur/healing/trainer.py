@@ -181,8 +181,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         autocast = self.args.bf16 and not self.is_fsdp_enabled
         with attention_in_float32() if autocast and self.args.device.type == "cpu" else nullcontext():
-            loss: Tensor = super().training_step(*args, **kwargs)
-            return loss
+            return super().training_step(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """With what lacks in accelerate: else an epoch that several processes resume has the batches of the first."""

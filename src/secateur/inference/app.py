@@ -29,8 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from secateur.inference.api_errors import ApiError, busy
-from secateur.inference.monitoring import Metrics, log
+from secateur.inference.monitoring import ApiError, Metrics, busy, log
 from secateur.inference.queueing import Batcher, LocalWorker, Worker
 from secateur.inference.workers import EncoderProcess
 from secateur.options import ServeOptions

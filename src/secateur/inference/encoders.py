@@ -19,12 +19,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util import get_device_name, truncate_embeddings
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from secateur.errors import ModelError
 from secateur.measures.metrics import paired_cosines
 from secateur.models import model_source
-from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, pool, run_after, run_prefix
+from secateur.models.forward import REFUSALS, SHORTEST_PREFIX, Prefix, pool, run_after, run_prefix
 from secateur.models.open_model import MAX_LENGTH, check_device, is_causal, open_model
 from secateur.models.save import NO_LIMIT, PROBES, longest_text
 from secateur.options import EncodeOptions, SavedPooling, ServeOptions
@@ -96,15 +95,6 @@ def open_torch(opening: Opening) -> ModelEncoder:
         trust_remote_code=opening.trust_remote_code,
     )
     return ModelEncoder(model, opening.model, batch_tokens=opening.batch_tokens)
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """What texts under one prompt start with: token ids, keys and values, and the last states (1, tokens, width)."""
-
-    ids: NDArray[np.int32]
-    cache: DynamicCache
-    states: Tensor
 
 
 class ModelEncoder(Encoder):
@@ -189,18 +179,17 @@ class ModelEncoder(Encoder):
         return (run, len(start)) if self._shares_prompts else (self.run, 0)
 
     def _run_prefix(self, start: NDArray[np.int32]) -> Prefix:
-        if self._prefix is None or not np.array_equal(self._prefix.ids, start):
-            transformer, ids = self.model[0].auto_model, torch.from_numpy(start.astype(np.int64))
+        ids = torch.from_numpy(start.astype(np.int64))
+        if self._prefix is None or not torch.equal(self._prefix.ids, ids):
             with torch.inference_mode():
-                states = transformer(input_ids=ids[None].to(transformer.device)).last_hidden_state
-                self._prefix = Prefix(start, run_prefix(transformer, ids), states)
+                self._prefix = run_prefix(self.model[0].auto_model, ids)
         return self._prefix
 
     def _run_after(self, prefix: Prefix, batch: Sequence[Tokens]) -> Vectors:
         """As :meth:`run`, for texts that start with what has been run already."""
         with torch.inference_mode():
             features = self._features(batch)
-            found = run_after(self.model[0].auto_model, prefix.cache, len(prefix.ids), features).last_hidden_state
+            found = run_after(self.model[0].auto_model, prefix, features).last_hidden_state
             states = torch.cat([prefix.states.expand(len(batch), -1, -1), found], dim=1)
             return self._as_array(pool(self.model, states, features))
 
@@ -218,16 +207,14 @@ class ModelEncoder(Encoder):
         return features
 
     def _as_array(self, vectors: Tensor) -> Vectors:
-        found: Vectors = vectors[:, : self.dimension].float().cpu().numpy()
-        return found
+        return vectors[:, : self.dimension].float().cpu().numpy()
 
 
 def _shared_start(tokens: Sequence[Tokens]) -> NDArray[np.int32]:
     """The ids of a prompt that all texts start with; none where the texts are too few to gain by it."""
     length = min(tokens[0].prompt_length, min(map(len, tokens)) - 1) if len(tokens) >= SHARED_FROM else 0
     starts = np.stack([text.ids[:length] for text in tokens])
-    start: NDArray[np.int32] = starts[0, : int((starts == starts[0]).all(axis=0).cumprod().sum())]
-    return start
+    return starts[0, : int((starts == starts[0]).all(axis=0).cumprod().sum())]
 
 
 class FastEncoder(SentenceTransformer):  # type: ignore[misc]

@@ -1,12 +1,59 @@
-"""What whoever runs a server sees of it: its log, and the counts that Prometheus reads."""
+"""What a server tells besides vectors: errors to its clients, a log, and the counts that Prometheus reads."""
 
 from __future__ import annotations
 
+import json
 import logging
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 log = logging.getLogger("secateur.serve")
+
+
+class ApiError(Exception):
+    """An error response to a client, in OpenAI's shape."""
+
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.code = code
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
+        error = {"message": message, "type": kind if status < 500 else "server_error", "param": param, "code": code}
+        self.response = JSONResponse({"error": error}, status, headers)
+        super().__init__(message)
+
+
+def busy(seconds: int) -> ApiError:
+    """The response to a client that has to wait."""
+    message = f"the server is busy; try again in {seconds} s"
+    return ApiError(429, message, "server_busy", headers={"Retry-After": str(seconds)})
+
+
+class JsonLines(logging.Formatter):
+    """Log records as JSON, one a line; of an exception only its kind and place, since its message may hold a text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {"time": round(record.created, 3), "level": record.levelname.lower()}
+        line |= {"event": record.getMessage().strip(), **getattr(record, "facts", {})}
+        if record.exc_info and record.exc_info[1] is not None:
+            frames = traceback.extract_tb(record.exc_info[2])[-8:]
+            line["error"] = type(record.exc_info[1]).__name__
+            line["at"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+        return json.dumps(line)
+
+
+def log_as_json() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for name, level in ((log.name, logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
 
 
 class Metrics:

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from secateur.inference.api_errors import ApiError, busy
-from secateur.inference.monitoring import Metrics, log
+from secateur.inference.monitoring import ApiError, Metrics, busy, log
 from secateur.inference.workers import TRIES, EncoderProcess
 from secateur.options import ServeOptions
 from secateur.runtime.core import FULL_RATE, LENGTH_STEP, Encoder, Tokens, Vectors, plan_batches

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
-import json
-import logging
 import math
 import os
 import socket
-import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -18,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import uvicorn
@@ -28,7 +24,7 @@ from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.backends import choose, is_decided, open_encoder
 from secateur.inference.encoders import STORED, TORCH, ModelEncoder, Opening
-from secateur.inference.monitoring import Metrics, log
+from secateur.inference.monitoring import Metrics, log, log_as_json
 from secateur.inference.queueing import LocalWorker
 from secateur.inference.workers import EncoderDied, EncoderProcess, keep_freed_memory
 from secateur.models import model_label
@@ -63,28 +59,6 @@ def read_keys(file: str | Path | None) -> list[bytes]:
             raise ConfigError("api_key_file", str(file), f"{file}, {problem}", "one key a line, and nothing else")
         keys += lines
     return [os.fsencode(key.strip()) for key in keys if key.strip()]
-
-
-class JsonLines(logging.Formatter):
-    """Log records as JSON, one a line; of an exception only its kind and place, since its message may hold a text."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {"time": round(record.created, 3), "level": record.levelname.lower()}
-        line |= {"event": record.getMessage().strip(), **getattr(record, "facts", {})}
-        if record.exc_info and record.exc_info[1] is not None:
-            frames = traceback.extract_tb(record.exc_info[2])[-8:]
-            line["error"] = type(record.exc_info[1]).__name__
-            line["at"] = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-        return json.dumps(line)
-
-
-def log_as_json() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    for name, level in ((log.name, logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.ERROR)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
 
 
 class Server(uvicorn.Server):

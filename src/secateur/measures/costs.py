@@ -50,13 +50,17 @@ def layer_sizes(model: SentenceTransformer) -> tuple[Size, ...]:
     sizes = []
     for index, layer in enumerate(layers):
         later = {id(t) for first, module in late if first > index for t in module.parameters()}
-        own = _size_of_new(layer, seen, later)
+        own = size_of(layer, seen, later)
         sizes.append((own[0] + parameters // len(layers), own[1] + size // len(layers)))
-    return (_size_of_new(model, seen), *sizes)
+    return (size_of(model, seen), *sizes)
 
 
-def _size_of_new(module: nn.Module, seen: set[int], later: Collection[int] = ()) -> Size:
-    """Size of the parameters and stored buffers not counted yet, which are marked as seen; ``later`` is left out."""
+def size_of(module: nn.Module, seen: set[int] | None = None, later: Collection[int] = ()) -> Size:
+    """Size of the parameters and stored buffers, without what is computed when a model is opened.
+
+    Those ``seen`` are counted already, and these here are added to them; ``later`` is left out.
+    """
+    seen = set() if seen is None else seen
     own = {id(t): t for t in module.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     own |= {id(t): t for t in module.parameters()}
     new = {key: tensor for key, tensor in own.items() if key not in seen and key not in later}

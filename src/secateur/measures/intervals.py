@@ -51,8 +51,7 @@ def mean_statistic(values: Sequence[float] | Array) -> Statistic:
     fixed = np.asarray(values, dtype=np.float64)
 
     def mean(counts: Array) -> Array:
-        means: Array = ((counts @ fixed).T / counts.sum(axis=1)).T
-        return means
+        return ((counts @ fixed).T / counts.sum(axis=1)).T
 
     return mean
 
@@ -85,8 +84,7 @@ def resample(statistic: Statistic, units: int, seed: int, replicates: int = REPL
     bias = np.divide(mean - measured, spread, out=np.zeros_like(spread), where=spread > 0)
     quantile = (1 + CONFIDENCE) / 2
     few = np.sqrt(units / max(1, units - 1)) * t.ppf(quantile, max(1, units - 1)) / norm.ppf(quantile)
-    centred: Array = measured + (values - mean) * few * (1 + 1 / units) * np.sqrt(1 + bias**2)
-    return centred
+    return measured + (values - mean) * few * (1 + 1 / units) * np.sqrt(1 + bias**2)
 
 
 def why_no_interval(replicates: Array, units: int) -> str:
@@ -130,8 +128,7 @@ def limits_of(metric: str) -> tuple[float, float]:
 
 def mean_of(replicates: Sequence[Array]) -> Array:
     """Replicates of the mean of several scores, drawn independently of each other."""
-    mean: Array = np.mean(replicates, axis=0)
-    return mean
+    return np.mean(replicates, axis=0)
 
 
 def looks(batches: int) -> tuple[int, ...]:

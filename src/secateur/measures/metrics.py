@@ -208,6 +208,17 @@ def angular_distances(states: Tensor) -> Tensor:
     return (found.arccos() / math.pi).mean(dim=0)
 
 
+def nearest_rows(vectors: NDArray[np.floating[Any]], k: int, *, at_once: int = 1024) -> NDArray[np.int64]:
+    """The k nearest other rows of each row (rows, dimension) by cosine, nearest first, some at a time: (rows, k)."""
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    found = []
+    for start in range(0, len(unit), at_once):
+        cosine = unit[start : start + at_once] @ unit.T
+        cosine[np.arange(len(cosine)), np.arange(start, start + len(cosine))] = -np.inf
+        found.append(np.argsort(-cosine, axis=1, kind="stable")[:, :k])
+    return np.concatenate(found)
+
+
 def paired_cosines(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
     """Cosine of each row with the row beside it, (rows,), in double precision.
 

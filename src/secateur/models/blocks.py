@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,7 +104,7 @@ def _find_norm(tower: nn.Module, path: str) -> str | None:
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The layers, in order."""
-    return cast("nn.ModuleList", model.get_submodule(find_stack(model).path))
+    return model.get_submodule(find_stack(model).path)
 
 
 def shares_weights(model: PreTrainedModel) -> bool:
@@ -125,12 +125,12 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 
 def embeddings_of(model: PreTrainedModel) -> nn.Module:
-    return cast("nn.Module", model.get_input_embeddings())
+    return model.get_input_embeddings()
 
 
 def states_of(output: Any) -> torch.Tensor:
     """The hidden states in what a layer returns: itself, or the first of a tuple."""
-    return cast("torch.Tensor", output[0] if isinstance(output, (tuple, list)) else output)
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 @torch.no_grad()

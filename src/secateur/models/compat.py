@@ -67,8 +67,7 @@ def cut_layer_overrides(config: PretrainedConfig, keep: Sequence[int]) -> None:
 
 def text_mask(pooling: Pooling, mask: Tensor, prompt_length: int) -> Tensor:
     """The attention mask (texts, tokens) without the tokens of the prompt, on whichever side it is padded."""
-    found: Tensor = pooling._exclude_prompt_from_mask(mask, prompt_length)
-    return found
+    return pooling._exclude_prompt_from_mask(mask, prompt_length)
 
 
 # ---- accelerate

@@ -35,47 +35,31 @@ REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeEr
 """What models raise that cannot go on from a cache of keys and values."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Some texts as ``model.preprocess`` gives them, one row each.
-
-    Attributes:
-        features: Tensors (texts, longest) and what else the model's modules want to know, such as ``prompt_length``.
-        lengths: (texts,), real tokens of each text, those of its prompt included.
-        left: Whether padding stands on the left.
+def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> dict[str, Any]:
+    """Tokenize texts as the model's own ``encode`` does, but padded on the right: there a text has the positions that
+    it has alone. Gives tensors (texts, longest), and what else the model's modules want to know.
     """
-
-    features: dict[str, Any]
-    lengths: Tensor
-    left: bool
-
-    def batch(self, rows: Sequence[int], *, left: bool | None = None) -> dict[str, Any]:
-        """The features of some rows, padded to the longest of them, by default where the model's tokenizer pads."""
-        left = self.left if left is None else left
-        index = torch.as_tensor(rows)
-        lengths = self.lengths[index]
-        longest = self.features["attention_mask"].shape[1]
-        width = int(lengths.max())
-        # Where padding moves to the other side, each row turns by as many places as it has padding.
-        turn = (lengths - longest if left else longest - lengths) if left != self.left else torch.zeros_like(lengths)
-        places = (torch.arange(longest)[None, :] + turn[:, None]) % longest
-        places = places[:, longest - width :] if left else places[:, :width]
-        shape = self.features["attention_mask"].shape
-        return {
-            key: value[index].gather(1, places) if isinstance(value, Tensor) and value.shape == shape else value
-            for key, value in self.features.items()
-        }
-
-
-def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> Tokens:
-    """Tokenize texts as the model's own ``encode`` does, each once."""
-    features = model.preprocess(list(texts), prompt=prompt or None)
-    mask = features["attention_mask"]
-    lengths = mask.sum(dim=1)
+    right = {"text": {"padding_side": "right"}}
+    features: dict[str, Any] = dict(model.preprocess(list(texts), prompt=prompt or None, processing_kwargs=right))
+    lengths = lengths_of(features)
     if not bool(lengths.all()):
         empty = texts[int(lengths.argmin())]
         raise DataError("texts", f"{empty!r:.60} has no tokens", "leave empty texts out")
-    return Tokens(dict(features), lengths, left=bool((mask[:, 0] == 0).any()))
+    return features
+
+
+def lengths_of(features: dict[str, Any]) -> Tensor:
+    """Real tokens of each text, (texts,), those of its prompt included."""
+    return features["attention_mask"].sum(dim=1)
+
+
+def batch_of(features: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """What :func:`tokenize` gave for some of the texts, padded to the longest of them."""
+    shape, width = features["attention_mask"].shape, int(lengths_of(features)[rows].max())
+    return {
+        key: value[rows, :width] if isinstance(value, Tensor) and value.shape == shape else value
+        for key, value in features.items()
+    }
 
 
 def padded_length(length: int, longest: int | None = None) -> int:
@@ -87,26 +71,34 @@ def padded_length(length: int, longest: int | None = None) -> int:
     return full if longest is None else min(full, max(longest, length))
 
 
-def common_start(tokens: Tokens) -> Tensor:
+def common_start(features: dict[str, Any]) -> Tensor:
     """The token ids that all texts start with, at least one of each text left out: (tokens,), maybe none."""
-    features = tokens.batch(range(len(tokens.lengths)), left=False)
     ids: Tensor = features["input_ids"]
-    same = (ids == ids[:1]).all(dim=0)[: int(tokens.lengths.min()) - 1]
+    same = (ids == ids[:1]).all(dim=0)[: int(lengths_of(features).min()) - 1]
     return ids[0, : int(same.long().cumprod(dim=0).sum())]
 
 
-def run_prefix(transformer: PreTrainedModel, start: Tensor) -> DynamicCache:
-    """Keys and values of the tokens that all texts start with."""
-    cache, ids = DynamicCache(), start[None].to(transformer.device)
-    transformer(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-    return cache
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What all texts start with: its token ids (tokens,), keys and values, and the last states (1, tokens, width)."""
+
+    ids: Tensor
+    cache: DynamicCache
+    states: Tensor
 
 
-def run_after(transformer: PreTrainedModel, prefix: DynamicCache, length: int, features: dict[str, Any]) -> Any:
-    """Run what follows the first ``length`` tokens of each text, which are padded on the right."""
-    ids = features["input_ids"][:, length:]
+def run_prefix(transformer: PreTrainedModel, ids: Tensor) -> Prefix:
+    """Run the tokens (tokens,) that all texts start with."""
+    cache, row = DynamicCache(), ids[None].to(transformer.device)
+    output = transformer(input_ids=row, attention_mask=torch.ones_like(row), past_key_values=cache, use_cache=True)
+    return Prefix(ids, cache, output.last_hidden_state)
+
+
+def run_after(transformer: PreTrainedModel, prefix: Prefix, features: dict[str, Any]) -> Any:
+    """Run what follows the prefix of each text; the texts are padded on the right."""
+    ids = features["input_ids"][:, len(prefix.ids) :]
     shape = (len(ids), -1, -1, -1)
-    cache = DynamicCache((layer.keys.expand(shape), layer.values.expand(shape)) for layer in prefix.layers)
+    cache = DynamicCache((layer.keys.expand(shape), layer.values.expand(shape)) for layer in prefix.cache.layers)
     mask = features["attention_mask"]
     return transformer(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
 
@@ -175,5 +167,4 @@ def pool(model: SentenceTransformer, states: Tensor, features: dict[str, Any]) -
     current: dict[str, Any] = dict(features, token_embeddings=states)
     for module in list(model)[1:]:
         current = module(current)
-    vectors: Tensor = current["sentence_embedding"]
-    return vectors
+    return current["sentence_embedding"]

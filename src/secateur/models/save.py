@@ -130,8 +130,7 @@ def reopen(folder: Path, device: str) -> np.ndarray:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
             raise ModelError(folder, f"does not reopen in a fresh process ({last})")
-        vectors: np.ndarray = np.load(out)
-        return vectors
+        return np.load(out)
 
 
 def difference(folder: Path, expected: np.ndarray, device: str = "cpu") -> float:

@@ -50,8 +50,6 @@ def with_prompts(source: Source, model: SentenceTransformer, default: bool) -> S
         prompt = passage_prompt = model.prompts.get(model.default_prompt_name or "") or ""
     if pooling_name(model) == "l3prune":
         prompt, passage_prompt = l3prune_prompt(prompt), l3prune_prompt(passage_prompt)
-    if isinstance(source, Texts):
-        return replace(source, prompt=prompt)
     return replace(source, prompt=prompt, passage_prompt=passage_prompt)
 
 

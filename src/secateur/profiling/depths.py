@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, DataError, IllegalDepth, ModelError, UnsupportedArchitecture
@@ -154,11 +154,9 @@ class Depths:
 
 
 @dataclass(frozen=True)
-class _Prefix:
-    """What all texts start with: its keys and values, and per layer its normed states and its Block Influence."""
+class _Prefix(forward.Prefix):
+    """What all texts start with; and per layer its normed states and its Block Influence."""
 
-    ids: Tensor
-    cache: DynamicCache
     normed: list[Tensor]
     influence: Tensor
 
@@ -220,13 +218,14 @@ class DepthEncoder:
         tokens = forward.tokenize(self._model, texts, prompt)
         if prompt and self.poolings[0] == "l3prune":
             # The blank that ends the paper's prompt belongs to the word after it, where a tokenizer joins them.
-            tokens.features["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
-        before = int(torch.as_tensor(tokens.features.get("prompt_length", 0)).flatten()[0])
-        if not getattr(self._model[1], "include_prompt", True) and bool((tokens.lengths <= before).any()):
+            tokens["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
+        lengths = forward.lengths_of(tokens)
+        before = tokens.get("prompt_length", 0)
+        if not getattr(self._model[1], "include_prompt", True) and bool((lengths <= before).any()):
             problem = f"of a text nothing is left to pool after {before} tokens: its prompt fills them all"
             raise DataError("texts", problem, "shorten the instruction, or raise --max-length")
         prefix = self._share(tokens)
-        for rows in plan_batches((tokens.lengths - (len(prefix.ids) if prefix else 0)).tolist(), self._budget):
+        for rows in plan_batches((lengths - (len(prefix.ids) if prefix else 0)).tolist(), self._budget):
             for found in self._fit(tokens, rows, prefix):
                 finite = found.vectors[:, 0].isfinite().all(dim=2).all(dim=0)
                 if not bool(finite.all()):
@@ -234,7 +233,7 @@ class DepthEncoder:
                     raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
                 yield replace(found, vectors=found.vectors[..., : self._model.truncate_dim])
 
-    def _fit(self, tokens: forward.Tokens, rows: list[int], prefix: _Prefix | None) -> Iterator[Depths]:
+    def _fit(self, tokens: dict[str, Any], rows: list[int], prefix: _Prefix | None) -> Iterator[Depths]:
         """Read a batch, in halves where it does not fit into memory."""
         try:
             found = self._read(tokens, rows, prefix) if self._one_pass else self._read_each(tokens, rows)
@@ -242,7 +241,7 @@ class DepthEncoder:
             if not forward.is_out_of_memory(error):
                 raise
             if len(rows) == 1:
-                problem = f"a text of {int(tokens.lengths[rows[0]])} tokens does not fit into memory"
+                problem = f"a text of {int(forward.lengths_of(tokens)[rows[0]])} tokens does not fit into memory"
                 raise ModelError(self._name, problem, "lower --max-length") from None
         else:
             yield found
@@ -252,16 +251,16 @@ class DepthEncoder:
         for half in forward.halves(rows):
             yield from self._fit(tokens, list(half), prefix)
 
-    def _share(self, tokens: forward.Tokens) -> _Prefix | None:
+    def _share(self, tokens: dict[str, Any]) -> _Prefix | None:
         """What all texts start with, computed once; None where it is short, or the vectors would not be the same."""
-        if not self._shares or len(tokens.lengths) <= 2 * PROBES:
+        order = forward.lengths_of(tokens).argsort().tolist()
+        if not self._shares or len(order) <= 2 * PROBES:
             return None
         start, known = forward.common_start(tokens), self._prefix
         if known is not None and torch.equal(start[: len(known.ids)], known.ids):
             return known
         if len(start) < forward.SHORTEST_PREFIX:
             return None
-        order = tokens.lengths.argsort().tolist()
         rows = [order[i * (len(order) - 1) // (PROBES - 1)] for i in range(PROBES)]  # from the shortest to the longest
         try:
             prefix = self._run_prefix(start)
@@ -290,12 +289,12 @@ class DepthEncoder:
             influence.append(block_influence(before, after, mask))
 
         with layer_outputs(self._transformer, visit):
-            cache = forward.run_prefix(self._transformer, start)
-        return _Prefix(start, cache, normed, torch.stack(influence).cpu().double())
+            found = forward.run_prefix(self._transformer, start)
+        return _Prefix(**vars(found), normed=normed, influence=torch.stack(influence).cpu().double())
 
-    def _read(self, tokens: forward.Tokens, rows: list[int], prefix: _Prefix | None) -> Depths:
+    def _read(self, tokens: dict[str, Any], rows: list[int], prefix: _Prefix | None) -> Depths:
         """One pass over a batch; with a prefix, over what follows it."""
-        features = batch_to_device(tokens.batch(rows, left=False if prefix else None), self._model.device)
+        features = batch_to_device(forward.batch_of(tokens, rows), self._model.device)
         skipped = len(prefix.ids) if prefix else 0
         mask = features["attention_mask"][:, skipped:]
         each, last = torch.arange(len(mask)), (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
@@ -315,7 +314,7 @@ class DepthEncoder:
 
         with layer_outputs(self._transformer, visit):
             if prefix:
-                forward.run_after(self._transformer, prefix.cache, skipped, features)
+                forward.run_after(self._transformer, prefix, features)
             else:
                 self._model[0](dict(features))
         influences = torch.stack(influence).cpu().double()  # in this order, for MPS has no float64
@@ -355,9 +354,9 @@ class DepthEncoder:
         vectors: Tensor = current["sentence_embedding"].float()
         return vectors.view(*pooled.shape[:2], -1)
 
-    def _read_each(self, tokens: forward.Tokens, rows: list[int]) -> Depths:
+    def _read_each(self, tokens: dict[str, Any], rows: list[int]) -> Depths:
         """One pass for each depth, the later layers bypassed."""
-        features = batch_to_device(tokens.batch(rows), self._model.device)
+        features = batch_to_device(forward.batch_of(tokens, rows), self._model.device)
         mask = features["attention_mask"]
         vectors: list[Tensor] = []
         influence = torch.zeros(self.depth, dtype=torch.float64)

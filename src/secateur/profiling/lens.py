@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
 from secateur.models.blocks import depth_of, embeddings_of, final_norm
-from secateur.models.forward import tokenize
+from secateur.models.forward import lengths_of, tokenize
 from secateur.models.open_model import is_causal
 from secateur.profiling.depths import ends_with_norm, layer_outputs
 
@@ -77,11 +77,10 @@ def _states_at(model: SentenceTransformer, texts: Sequence[str], prompt: str, se
     """Some tokens of each text: their normed states after each layer, (depths x tokens, 1, width), and as often the id
     that follows each, (depths x tokens,). Texts without a token to predict are left out.
     """
-    tokens = tokenize(model, texts, prompt)
-    features = batch_to_device(tokens.batch(range(len(texts)), left=False), model.device)
-    start = int(torch.as_tensor(features.get("prompt_length", 0)).flatten()[0])
+    features = batch_to_device(tokenize(model, texts, prompt), model.device)
+    start = features.get("prompt_length", 0)
     drawn: list[tuple[int, int]] = []
-    for row, (text, length) in enumerate(zip(texts, tokens.lengths.tolist(), strict=True)):
+    for row, (text, length) in enumerate(zip(texts, lengths_of(features).tolist(), strict=True)):
         rng = random.Random(f"{seed} {text}")  # noqa: S311
         drawn += [(row, rng.randrange(start, length - 1)) for _ in range(TOKENS) if length - 1 > start]
     rows, places = [row for row, _ in drawn], [place for _, place in drawn]

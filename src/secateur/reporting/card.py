@@ -101,10 +101,6 @@ def templates(**how: Any) -> Environment:
 _ENVIRONMENT = templates(finalize=_shown)
 
 
-def _json(text: str) -> str:
-    return doc.printable(json.dumps(text, ensure_ascii=False))
-
-
 def in_words(values: Mapping[str, Any]) -> str:
     """``machine x86_64, cores 2``."""
     return ", ".join(f"{key} {value}" for key, value in values.items())
@@ -167,7 +163,7 @@ def public_command(command: str, run: Path) -> str:
 _ENVIRONMENT.filters |= {
     "public": public,
     "in_words": in_words,
-    "json": _json,
+    "json": lambda text: doc.printable(json.dumps(text, ensure_ascii=False)),
     "score": doc.score,
 }
 _ENVIRONMENT.globals |= {

@@ -23,6 +23,7 @@ from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import make_folder
 from secateur.measures.intervals import Array
+from secateur.measures.metrics import nearest_rows
 from secateur.models import is_endpoint, model_names
 from secateur.options import CompareOptions, step
 from secateur.progress import Progress, silent
@@ -32,7 +33,6 @@ from secateur.results import ChangedRow, Comparison, DifferenceRow, OverlapRow, 
 
 MOST_CHANGED = 10
 """Texts listed for each model."""
-_ROWS_AT_ONCE = 1024
 
 
 @step(CompareOptions)
@@ -103,7 +103,7 @@ def _neighbourhoods(
     nearest = []
     for i, model in enumerate(options.models):
         progress("neighbours", i, len(names))
-        nearest.append(nearest_texts(_encode(model, texts, options.batch_size, vectors_folder(options, model)), k))
+        nearest.append(nearest_rows(_encode(model, texts, options.batch_size, vectors_folder(options, model)), k))
     progress("neighbours", len(names), len(names))
     overlaps, changed = [], []
     for name, own in zip(names[1:], nearest[1:], strict=True):
@@ -134,19 +134,7 @@ def _encode(model: str | Path, texts: Sequence[str], batch_size: int, folder: Pa
     return cache.encode(texts, f"plain {default}", encode)
 
 
-def nearest_texts(vectors: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The k nearest other rows of each row by cosine, nearest first: (rows, k)."""
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    found = []
-    for start in range(0, len(unit), _ROWS_AT_ONCE):
-        cosine = unit[start : start + _ROWS_AT_ONCE] @ unit.T
-        cosine[np.arange(len(cosine)), np.arange(start, start + len(cosine))] = -np.inf
-        found.append(np.argsort(-cosine, axis=1, kind="stable")[:, :k])
-    return np.concatenate(found)
-
-
 def overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> Array:
     """The share of each text's neighbours that are the same in both: (rows, k) each → (rows,)."""
     shared = [len(set(one) & set(two)) for one, two in zip(first.tolist(), second.tolist(), strict=True)]
-    shares: Array = np.asarray(shared, dtype=np.float64) / first.shape[1]
-    return shares
+    return np.asarray(shared, dtype=np.float64) / first.shape[1]

@@ -8,7 +8,6 @@ from round to round as far as the memory goes; the others are opened anew for ea
 
 from __future__ import annotations
 
-import gc
 import json
 import resource
 import statistics
@@ -23,25 +22,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
+from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import get_device_name
-from torch import nn
 from transformers import AutoConfig
 
 from secateur import runtime
 from secateur.clusters import fresh_python
 from secateur.data.embedders import BlackBox, open_embedder
 from secateur.errors import ConfigError, ModelError
-from secateur.files import make_folder, read_json
-from secateur.measures.costs import flops_per_token
+from secateur.files import make_folder
+from secateur.measures.costs import flops_per_token, size_of
 from secateur.models import is_endpoint, model_names, resolve
 from secateur.models.blocks import depth_of, embeddings_of, skeleton
+from secateur.models.checks import read_modules
 from secateur.models.forward import wait
 from secateur.models.open_model import check_device
-from secateur.models.save import MODULES
 from secateur.options import CostOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import fingerprint_files, is_export, provenance, versions_of
@@ -97,7 +96,7 @@ def cost(options: CostOptions, *, progress: Progress = silent) -> Costs:
             else:
                 timer.warm_up(amount)
                 timer.count(options.thorough)
-            if sum(bytes_in_memory(other.open) for other in timers if other.open is not None) > ROOM * free:
+            if sum(size_of(other.open)[1] for other in timers if other.open is not None) > ROOM * free:
                 timer.close()
     progress("cost", turns, turns)
     costs = Costs(provenance=provenance(), costs=tuple(timer.row for timer in timers))
@@ -133,9 +132,7 @@ class _Timer:
     def close(self) -> None:
         """Leave the memory to others."""
         self.open = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
     def warm_up(self, amount: Amount) -> None:
         """Find the quickest batch size of each kind of text."""
@@ -174,7 +171,7 @@ class _Timer:
         weights = next(model.parameters(), None)
         self.counted = sizes_of(model, self.source) | {
             "bytes": bytes_on_disk(self.source),
-            "memory_bytes": bytes_in_memory(model),
+            "memory_bytes": size_of(model)[1],
             "load_seconds": self.load_seconds,
             "short_tokens": tokens_of(model, "short"),
             "long_tokens": tokens_of(model, "long"),
@@ -214,34 +211,21 @@ def sizes_of(model: SentenceTransformer, source: str | Path) -> dict[str, Any]:
     from; its operations are not.
     """
     if isinstance(model[0], StaticEmbedding):
-        return {"depth": 0, "parameters": _parameters(model), "embedding_parameters": _parameters(model)}
+        return {"depth": 0, "parameters": size_of(model)[0], "embedding_parameters": size_of(model)[0]}
     if isinstance(model[0], BlackBox):
         transformer = whole = skeleton(AutoConfig.from_pretrained(source))
         flops = {}
     else:
         whole, transformer = model, model[0].auto_model
         flops = dict(zip(("flops_per_token", "flops_tokens"), flops_per_token(model, FLOPS_TOKENS), strict=True))
-    embeddings = _parameters(embeddings_of(transformer))
-    sizes = {"depth": depth_of(transformer), "parameters": _parameters(whole), "embedding_parameters": embeddings}
+    embeddings, _ = size_of(embeddings_of(transformer))
+    sizes = {"depth": depth_of(transformer), "parameters": size_of(whole)[0], "embedding_parameters": embeddings}
     return sizes | flops
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def texts_of(kind: str, number: int) -> list[str]:
     """Distinct texts, ``short`` of some 20 tokens or ``long`` of some 300."""
     return [(SHORT if kind == "short" else LONG).format(n=n) for n in range(number)]
-
-
-# Bytes ----------------------------------------------------------------------------------------------------------------
-
-
-def bytes_in_memory(model: SentenceTransformer) -> int:
-    """Bytes of a model's weights, tied ones once, without what is computed when it is opened: as a budget counts."""
-    weights = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if torch.is_tensor(tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
 
 def bytes_on_disk(model: str | Path) -> int:
@@ -258,8 +242,7 @@ def bytes_on_disk(model: str | Path) -> int:
             path = Path(snapshot_download(str(model), local_files_only=True))
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
             raise ModelError(model, "its files are not found") from error
-    modules = read_json(path / MODULES) if (path / MODULES).is_file() else []
-    places = {str(module["path"]) for module in modules}
+    places = {module["path"] for module in read_modules(path)}
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     if path.is_dir() and not is_export(path):
         files = [file for file in files if file.parent == path or file.relative_to(path).parts[0] in places]
@@ -285,8 +268,7 @@ def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
         raise ModelError(model, f"cannot be measured in a process of its own ({reason})")
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def print_load_and_peak(model: str, device: str, batch: str) -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from secateur import document as doc
 from secateur import figures
-from secateur.choosing.evidence import TOLERANCE
+from secateur.choosing.budgets import TOLERANCE
 from secateur.document import Block, Bullets, Code, Picture, Section, Text, count, plural
 from secateur.figures import Point
 from secateur.files import write_bytes, write_text

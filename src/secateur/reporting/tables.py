@@ -15,17 +15,7 @@ from secateur.choosing.choose import is_prefix, ranges
 from secateur.document import Cell, Table, with_interval
 from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
 from secateur.reporting.run import Scouted
-from secateur.results import (
-    CostRow,
-    DepthRow,
-    DepthScoreRow,
-    Origin,
-    Profile,
-    RungRow,
-    Scout,
-    Training,
-    VocabularyCut,
-)
+from secateur.results import CostRow, DepthRow, DepthScoreRow, Origin, Profile, RungRow, Scout, Training, VocabularyCut
 
 OUTCOMES = {
     "better": "significantly better",

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.choosing.budgets import cost_limits
-from secateur.choosing.evidence import choose_rung
+from secateur.choosing.budgets import choose_rung, cost_limits
 from secateur.document import SPACE, byte_size, count, duration, percent, plural, score, shorten, signed, span, speed
 from secateur.errors import SecateurError
 from secateur.reporting.findings import MARGIN, GroupComparison, Summary, compare_groups

@@ -1,26 +1,4 @@
 """Results as tables, with their provenance."""
 
-from secateur.results.models import DepthRow as DepthRow
-from secateur.results.models import DepthScoreRow as DepthScoreRow
-from secateur.results.models import EvaluationRow as EvaluationRow
-from secateur.results.models import Float as Float
-from secateur.results.models import LayerCost as LayerCost
-from secateur.results.models import LossRow as LossRow
-from secateur.results.models import Matrix as Matrix
-from secateur.results.models import Origin as Origin
-from secateur.results.models import Profile as Profile
-from secateur.results.models import RungRow as RungRow
-from secateur.results.models import Scout as Scout
-from secateur.results.models import Table as Table
-from secateur.results.models import Training as Training
-from secateur.results.models import VocabularyCut as VocabularyCut
-from secateur.results.models import VocabularyRow as VocabularyRow
-from secateur.results.models import load as load
-from secateur.results.scores import ChangedRow as ChangedRow
-from secateur.results.scores import Comparison as Comparison
-from secateur.results.scores import CostRow as CostRow
-from secateur.results.scores import Costs as Costs
-from secateur.results.scores import DifferenceRow as DifferenceRow
-from secateur.results.scores import OverlapRow as OverlapRow
-from secateur.results.scores import ScoreRow as ScoreRow
-from secateur.results.scores import Scores as Scores
+from secateur.results.models import *  # noqa: F403
+from secateur.results.scores import *  # noqa: F403

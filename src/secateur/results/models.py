@@ -104,8 +104,7 @@ def load(path: str | Path, kind: type[T]) -> T:
         raise DataError(file, f"schema version {version}, but this secateur reads {SCHEMA_VERSION}")
     try:
         text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")  # lone surrogates
-        table: T = _adapter(cast(Any, kind)).validate_json(text, strict=True)
-        return table
+        return _adapter(cast(Any, kind)).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -100,8 +100,7 @@ def _open_onnx(file: Path, manifest: Mapping[str, Any], threads: int | None) -> 
     known = {port.name for port in (*session.get_inputs(), *session.get_overridable_initializers())}
 
     def run(inputs: dict[str, Ids]) -> Vectors:
-        vectors: Vectors = session.run([OUTPUT], {name: inputs[name] for name in known & inputs.keys()})[0]
-        return vectors
+        return session.run([OUTPUT], {name: inputs[name] for name in known & inputs.keys()})[0]
 
     return run
 

@@ -23,6 +23,7 @@ from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import write_retrieval
 from secateur.files import new_folder
 from secateur.healing.teacher import Teacher, keep_vectors, open_teacher
+from secateur.measures.metrics import nearest_rows
 from secateur.options import ScoutOptions
 from secateur.progress import Progress
 
@@ -144,14 +145,9 @@ def _nearest(texts: Sequence[str], prompt: str, teacher: Teacher, cache: Path, p
     """For each text the ten others of the largest cosine between the teacher's vectors, graded from 10 down to 1."""
     kept = keep_vectors(teacher, {prompt: texts}, cache, progress)
     vectors = kept.read(kept.rows(texts, teacher.context(prompt))).astype(np.float64)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found: dict[str, dict[str, int]] = {}
-    for place, text in enumerate(texts):
-        cosines = vectors @ vectors[place]
-        cosines[place] = -np.inf
-        nearest = np.argsort(-cosines, kind="stable")[: min(NEIGHBOURS, len(texts) - 1)]
-        found[text] = {texts[other]: NEIGHBOURS - rank for rank, other in enumerate(nearest)}
-    return found
+    nearest = nearest_rows(vectors, min(NEIGHBOURS, len(texts) - 1)).tolist()
+    graded = [{texts[other]: NEIGHBOURS - rank for rank, other in enumerate(own)} for own in nearest]
+    return dict(zip(texts, graded, strict=True))
 
 
 def _write(folder: Path, source: Source, judgments: Judgments, others: set[str]) -> None:

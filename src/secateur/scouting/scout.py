@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.choosing.evidence import TOLERANCE, choose_rung
+from secateur.choosing.budgets import TOLERANCE, choose_rung
 from secateur.data.sources import Source, read_sources
 from secateur.errors import ModelError
 from secateur.evaluation.tasks import Task, open_tasks

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.choosing.budgets import choose_rung
 from secateur.choosing.choose import CHOSEN, blocks_to_keep
-from secateur.choosing.evidence import choose_rung
 from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig

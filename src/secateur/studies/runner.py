@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from secateur.healing.heal import heal
 from secateur.options import Names
 from secateur.profiling.profile import profile
 from secateur.progress import Progress
-from secateur.provenance import Made, acting_as, fingerprint, fingerprint_files, model_files, versions_of
+from secateur.provenance import Made, acting_as, fingerprint_files, model_files, now, sha256_of, versions_of
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, read_journal
@@ -136,7 +135,7 @@ class Scheduler:
         try:
             while (ready := self._ready()) or futures:
                 for step in ready:
-                    self._write(step, "started", started=_now())
+                    self._write(step, "started", started=now())
                     self.state.running[step.name] = time.time()
                     self.callback(self.state)
                     if self.executor.slots > 1:
@@ -183,7 +182,7 @@ class Scheduler:
     def _end(self, step: Step, error: Exception | None) -> None:
         state, name = self.state, step.name
         seconds = time.time() - state.running.pop(name)
-        times = {"ended": _now(), "seconds": round(seconds, 3)}
+        times = {"ended": now(), "seconds": round(seconds, 3)}
         if error is None:
             record(step, state.plan, self.run)
             state.done = {*state.done, name}
@@ -210,10 +209,6 @@ class Scheduler:
 def taken_seconds(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Finished step → how long it took, of the last time."""
     return {entry["step"]: entry["seconds"] for entry in entries if entry["outcome"] == "done" and entry["seconds"]}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 # Where steps run ------------------------------------------------------------------------------------------------------
@@ -327,7 +322,7 @@ def _files(item: str, what: str) -> dict[str, str] | None:
         files = sorted(file for file in path.rglob("*") if file.is_file())
     else:
         files = model_files(path)
-    return {str(file): fingerprint(file, 0).sha256 for file in files}
+    return {str(file): sha256_of(file) for file in files}
 
 
 def is_done(step: Step, plan: Plan, run: Path) -> bool:

@@ -34,8 +34,8 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import Field, TypeAdapter
 
+from secateur.choosing.budgets import choose_rung
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, choose, losses_fingerprint
-from secateur.choosing.evidence import choose_rung
 from secateur.data.embedders import open_embedder
 from secateur.data.sources import Texts, check_data, read_sources
 from secateur.errors import ConfigError, DataError, OutputError, SecateurError, StudyFailed

@@ -63,8 +63,7 @@ class Vocabulary:
 
     @property
     def model(self) -> Mapping[str, Any]:
-        model: Mapping[str, Any] = self.rules["model"]
-        return model
+        return self.rules["model"]
 
     @cached_property
     def in_model(self) -> dict[str, int]:
@@ -128,8 +127,7 @@ class Vocabulary:
         counted = np.empty(len(frequency))
         counted[np.argsort(-frequency, kind="stable")] = np.arange(1, len(frequency) + 1)
         use = frequency / np.minimum(listed, counted)
-        ids: list[int] = there[np.lexsort((listed[there], -use[there]))].tolist()
-        return ids
+        return there[np.lexsort((listed[there], -use[there]))].tolist()
 
     def of_several_characters(self) -> list[int]:
         """Ids, ascending, of the tokens of several characters that a text can have: BERT's [unused1] is none."""
@@ -259,11 +257,12 @@ def count_tokens(tokenizer: Tokenizer, files: Sequence[Iterable[str]], *, progre
 
 @dataclass(frozen=True)
 class CountedVocabulary:
-    """The vocabulary of a model's tokenizer, with what the texts of some files need of it.
+    """The vocabulary of the tokenizer of ``model``, with what the texts of some files need of it.
 
     ``needed`` are the ids that stay in any case, ascending; ``itemsize`` is bytes of a number in a table.
     """
 
+    model: str
     vocabulary: Vocabulary
     counts: TokenCounts
     needed: tuple[int, ...]
@@ -280,8 +279,7 @@ class CountedVocabulary:
     def coverage(self) -> NDArray[np.float64]:
         """Share of the tokens of held-out texts that stay with the first n + 1 tokens of the order."""
         found = np.cumsum(self.counts.held_out[self.order])
-        covered: NDArray[np.float64] = found / found[-1]  # all tokens cover exactly 1
-        return covered
+        return found / found[-1]  # all tokens cover exactly 1
 
     def kept(self, size: int) -> tuple[int, ...]:
         """Ids of the tokens of a vocabulary of that size, ascending."""
@@ -357,6 +355,12 @@ class CountedVocabulary:
         whole = len(self.order)
         return [whole, *(size for size in ROUND_SIZES if len(self.needed) <= size < whole)]
 
+    def allowed(self, options: VocabularyOptions) -> list[int]:
+        """The sizes that a budget may take, the largest first: a size that is named, or all from a coverage on."""
+        least = self.size_of(options)
+        larger = [] if options.vocab_size is not None else [size for size in self.sizes() if size > least]
+        return [*larger, least]
+
 
 def count_vocabulary(
     name: str,
@@ -377,4 +381,4 @@ def count_vocabulary(
     in_prompts = trim.token_ids(vocabulary.tokenizer, sorted({*prompts, *prompts_of(options.vocab)}))
     needed = vocabulary.needed(counts.counted, trim.named_ids(transformer).union(*in_prompts))
     size = (text_config(transformer).dtype or torch.float32).itemsize
-    return CountedVocabulary(vocabulary, counts, tuple(needed), tuple(map(str, options.vocab)), tables, size)
+    return CountedVocabulary(name, vocabulary, counts, tuple(needed), tuple(map(str, options.vocab)), tables, size)
