@@ -41,6 +41,7 @@ from secateur.healing.recipes import (
     training_arguments,
 )
 from secateur.healing.training_data import TrainingSet
+from secateur.models.compat import encode_alone
 from secateur.models.forward import is_out_of_memory, padded_length
 from secateur.progress import Progress, quiet, silent
 from secateur.results import EvaluationRow, LossRow
@@ -247,6 +248,7 @@ class Evaluator(BaseEvaluator):  # type: ignore[misc]
         card = model.model_card_data
         own = copy.deepcopy(model, {id(card): card})
         vars(own).pop("forward", None)  # the trainer's autocast, around the model's own
+        encode_alone(own)
         own.max_seq_length = self.length
         finish(own, self.dtypes)
         with torch.random.fork_rng():  # what the score draws must not change what the training draws
