@@ -176,6 +176,8 @@ def test_a_killed_sharded_training_goes_on_bit_for_bit(
     kill_one(started(tmp_path, *command), checkpoints, "checkpoint-6/trainer_state.json")
     parts = {part.name for part in checkpoints.glob("checkpoint-6/*_0/*.distcp")}
     assert parts == {"__0_0.distcp", "__1_0.distcp"}
+    drawing = [torch.load(file, weights_only=False)["cpu"] for file in checkpoints.glob("checkpoint-4/rng_state_*.pth")]
+    assert not torch.equal(*drawing)  # each process has a dropout of its own
     shutil.rmtree(checkpoints / "checkpoint-6")
     launch(tmp_path, *command)
     whole = fsdp / "models" / "all"

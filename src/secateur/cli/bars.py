@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EVERY = 60.0
 """Seconds between two lines of a log."""
-SPEAKS = os.environ.get("RANK", "0") == "0"
+SPEAKS = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 """Of the processes of a training, the first speaks."""
 
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.util import get_rank
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -112,6 +113,7 @@ def train(
     if trainer.is_fsdp_enabled:
         shard_by_blocks(own, trainer.accelerator, config, trainer.of_loss())
     trainer.remove_callback(PrinterCallback)
+    torch.manual_seed(config.seed + get_rank())  # else what a process drops out is what every other does
     with quiet(), memory_errors(config):
         trainer.train_or_resume(last_checkpoint(folder), config.patience)
     if trainer.is_fsdp_enabled:
