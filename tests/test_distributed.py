@@ -34,6 +34,7 @@ FSDP = """
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
 use_cpu: true
+mixed_precision: bf16
 num_machines: 1
 num_processes: 2
 fsdp_config:
