@@ -259,6 +259,15 @@ def test_mistakes_in_options_are_one_line(arguments: tuple[str, ...], says: str,
     assert not [path for path in place.rglob("out*") if path.is_file() or path.suffix == ".partial"]
 
 
+def test_heal_alone_is_started_in_several_processes(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
+    """Each of them would do all of it, or find that another is at it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    ended = run("scout", "model", "--data", "words.jsonl", "-o", "out")
+    assert is_one_line(ended), ended
+    assert "WORLD_SIZE: is 2, and heal alone is done by several processes together: start scout without" in ended.err
+    assert not (place / "out").exists()
+
+
 def test_tasks_are_made_and_checked(place: Path, run: Run):
     (place / "notes.txt").write_text(
         "".join(f"This is note {i}. It goes on for long enough to be found.{i}\n" for i in range(9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import peft
 import torch
 from safetensors.torch import load_file
@@ -9,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoModel
 
 from architectures import config_of, model_of
-from conftest import llama_model
+from conftest import MakeEncoder, llama_model
 from secateur.models import compat
 
 
@@ -67,6 +68,14 @@ def test_text_mask_masks_the_prompt_on_either_side():
     pooling = Pooling(4, "mean", include_prompt=False)
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
     assert compat.text_mask(pooling, mask, 2).tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_encode_alone_takes_back_what_shares_the_texts_among_processes(make_encoder: MakeEncoder):
+    model = make_encoder()
+    model._distributed_inference = lambda texts, **_: np.zeros((len(texts), 1))
+    assert model.encode(["a"]).shape == (1, 1)
+    compat.encode_alone(model)
+    assert model.encode(["a"]).shape == (1, 32)
 
 
 def test_multiplies_bfloat16_answers():

@@ -19,21 +19,22 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 import secateur
-from conftest import example_pairs, tiny_transformer
+from conftest import example_pairs, tiny_transformer, write_pairs
 from secateur.data.vectors import PROBES
 from secateur.results import Training, load
 
 pytestmark = pytest.mark.slow
 
 BASE = {"recipe": "finetune", "batch_size": 8, "learning_rate": 3e-3, "scale": 20.0, "precision": "float32"}
-LORA = BASE | {"recipe": "l3prune", "steps": 6, "lora_rank": 4, "lora_dropout": 0.0}
+LORA = BASE | {"recipe": "l3prune", "steps": 6, "lora_rank": 4, "lora_dropout": 0.0, "max_length": 48, "eval_every": 2}
 ALL = BASE | {"steps": 20, "train": "all"}
-TAUGHT = BASE | {"steps": 8, "train": "blocks"}
+TAUGHT = BASE | {"steps": 8, "train": "blocks", "distill": "both"}
 SEVERAL = Path(__file__).with_name("several.py")
 FSDP = """
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
 use_cpu: true
+mixed_precision: bf16
 num_machines: 1
 num_processes: 2
 fsdp_config:
@@ -70,6 +71,10 @@ def losses_of(folder: Path) -> list[float]:
     return [row.loss for row in load(folder, Training).losses]
 
 
+def scores_of(folder: Path) -> list[float]:
+    return [row.score for row in load(folder, Training).evaluations]
+
+
 def assert_same_weights(one: Path, other: Path) -> None:
     weights, same = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert weights.keys() == same.keys()
@@ -85,6 +90,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Options of a training that is scored by queries longer than those that it reads."""
+    file = tmp_path_factory.mktemp("held-out") / "long.jsonl"
+    rows = [row | {"query": f"{'a' * 60} {row['query']}"} for row in example_pairs(seed=1)]
+    return LORA | {"eval_data": write_pairs(file, rows)}
+
+
+@pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained embedder."""
     folder = tmp_path_factory.mktemp("teacher")
@@ -95,10 +108,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, tmp_path_factory) -> Path:
+def alone(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, lora, tmp_path_factory) -> Path:
     """Folder of models that one process trained."""
     folder = tmp_path_factory.mktemp("alone")
-    secateur.heal(llama_folder, pairs_file, **LORA, out=folder / "lora")
+    secateur.heal(llama_folder, pairs_file, **lora, out=folder / "lora")
     secateur.heal(llama_folder, pairs_file, **ALL, out=folder / "all")
     secateur.heal(llama_folder, texts, **TAUGHT, teacher=teacher, out=folder / "taught")
     return folder
@@ -109,11 +122,11 @@ def heal(llama_folder: Path, data: Path, out: Path, **options: object) -> list[o
 
 
 @pytest.fixture(scope="module")
-def ddp(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, tmp_path_factory) -> Path:
+def ddp(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, lora, tmp_path_factory) -> Path:
     """Folder of models that two processes of DDP trained, one model after the other."""
     folder = tmp_path_factory.mktemp("ddp")
-    command = heal(llama_folder, pairs_file, folder / "models" / "lora", **LORA)
-    command += ["then", *heal(llama_folder, pairs_file, folder / "models" / "cached", **LORA, mini_batch_tokens=200)]
+    command = heal(llama_folder, pairs_file, folder / "models" / "lora", **lora)
+    command += ["then", *heal(llama_folder, pairs_file, folder / "models" / "cached", **lora, mini_batch_tokens=200)]
     taught = TAUGHT | {"teacher": teacher, "cache": folder / "cache"}
     command += ["then", *heal(llama_folder, texts, folder / "models" / "taught", **taught)]
     launch(folder, SEVERAL, *command, kind="ddp")
@@ -133,7 +146,8 @@ def fsdp(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, tmp_p
 
 @pytest.mark.parametrize("name", ["lora", "cached"])
 def test_two_processes_train_as_one_does(ddp: Path, alone: Path, name: str):
-    """The same batches, each anchor with the candidates of both; one of them writes."""
+    """The same batches, each anchor with the candidates of both; one of them scores, and writes."""
+    assert scores_of(ddp / "models" / name) == pytest.approx(scores_of(alone / "lora"), abs=1e-6)
     assert losses_of(ddp / "models" / name) == pytest.approx(losses_of(alone / "lora"), rel=1e-4)
     assert_same_weights(ddp / "models" / name, alone / "lora")
     assert sorted(item.name for item in (ddp / "models").iterdir()) == ["cached", "lora", "taught"]
@@ -163,6 +177,8 @@ def test_a_killed_sharded_training_goes_on_bit_for_bit(
     kill_one(started(tmp_path, *command), checkpoints, "checkpoint-6/trainer_state.json")
     parts = {part.name for part in checkpoints.glob("checkpoint-6/*_0/*.distcp")}
     assert parts == {"__0_0.distcp", "__1_0.distcp"}
+    drawing = [torch.load(file, weights_only=False)["cpu"] for file in checkpoints.glob("checkpoint-4/rng_state_*.pth")]
+    assert not torch.equal(*drawing)  # each process has a dropout of its own
     shutil.rmtree(checkpoints / "checkpoint-6")
     launch(tmp_path, *command)
     whole = fsdp / "models" / "all"
@@ -180,3 +196,25 @@ def test_the_teachers_texts_are_shared_among_the_processes(kind: str, alone: Pat
     assert sizes == [len(PROBES), len(PROBES), 32, 32]  # of each process, and no text twice
     assert losses_of(folder / "models" / "taught") == pytest.approx(losses_of(alone / "taught"), rel=1e-4)
     assert_same_weights(folder / "models" / "taught", alone / "taught")
+
+
+def test_what_is_wrong_with_all_processes_is_said_once(tmp_path: Path):
+    process = started(tmp_path, "-m", "secateur", "heal", tmp_path / "absent", kind="ddp")
+    _, errors = process.communicate()
+    assert process.returncode
+    assert errors.count("secateur: ") == 1
+
+
+def test_machines_that_do_not_share_the_folder_are_refused(
+    llama_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """When the training goes on, each would begin at a step of its own."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    script = tmp_path / "apart.py"
+    script.write_text("import os; os.chdir(os.environ['RANK']); from secateur.cli import main; main()")
+    monkeypatch.chdir(tmp_path)
+    process = started(tmp_path, script, *heal(llama_folder, pairs_file, Path("out"), **ALL), kind="ddp")
+    _, errors = process.communicate()
+    assert process.returncode
+    assert "output out.partial: does not hold what the first process has written" in errors

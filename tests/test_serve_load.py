@@ -236,6 +236,34 @@ def test_what_an_encoder_process_cannot_open_is_told(tmp_path: Path):
     assert not process.ready()
 
 
+class Slow:
+    """Takes its time on the way to the process in which it would make an encoder."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        self.begun.set()
+        time.sleep(0.3)
+        return int, ()
+
+
+@pytest.mark.slow  # two processes start
+def test_a_process_that_is_starting_can_be_ended():
+    """As when one worker of a run has died for the third time, and another for the first."""
+    slow = Slow()
+    process = EncoderProcess(slow)
+    os.kill(process.pid, signal.SIGKILL)
+    wait_until(lambda: not process.ready() and not process._process.is_alive())
+    slow.begun.clear()
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(process.restart)
+        slow.begun.wait()
+        process.close()
+        assert isinstance(again.exception(), (EncoderDied, SecateurError))
+    assert not process._process.is_alive()
+
+
 @pytest.mark.slow  # six processes start, two at a time
 def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
     encoder: Encoder, folder: Path, exported: Path, model: SentenceTransformer, caplog

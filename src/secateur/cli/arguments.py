@@ -7,6 +7,7 @@ in their words: a mistake is told at once. Names on the Hub, tasks and large dat
 from __future__ import annotations
 
 import inspect
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,9 @@ def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[...
         options: type[Options] = own_options.annotation
 
         def command(**given: Any) -> None:
+            if name != "heal" and (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+                problem = f"is {count}, and heal alone is done by several processes together"
+                raise ConfigError("WORLD_SIZE", count, problem, f"start {name} without torchrun or accelerate launch")
             file = given.pop("config")
             own = {key: given.pop(key) for key in list(given) if key not in options.model_fields}
             here = {key: value for key, value in given.items() if value not in (None, [], ())}

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import time
 import webbrowser
 from contextlib import suppress
 from dataclasses import asdict
@@ -32,6 +33,8 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
+GRACE = 10.0
+"""Seconds in which the first of several processes here may say what is wrong with all, and their launcher end them."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PlanOnly = Annotated[bool, typer.Option("--plan", help="Show the steps and their estimated times, and do nothing.")]
@@ -72,6 +75,8 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     if os.environ.get("SECATEUR_DEBUG"):
         raise  # called from an except block only
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(GRACE if code != INTERRUPTED else 0)
     typer.echo("secateur: " + " ".join(message.split()), err=True)
     sys.exit(code)
 
@@ -120,6 +125,8 @@ def heal_command(options: config.HealOptions) -> None:
     from secateur.results import Training, load
 
     folder = _do("heal", options)
+    if not terminal.SPEAKS:
+        return
     settings = load(folder, Training).settings
     _say(f"trained by {settings['objective']}", *(f"note: {note}" for note in settings["notes"]), err=True)
     _say(folder)

@@ -241,6 +241,8 @@ def _short(text: str) -> str:
 
 EVERY = 60.0
 """Seconds between two lines of a log."""
+SPEAKS = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+"""Of the processes of a training, the first speaks."""
 
 
 @contextmanager
@@ -258,7 +260,7 @@ def _bars(name: str) -> Iterator[Bars]:
     with rich.Progress(*columns, console=console, disable=hidden, speed_estimate_period=600) as bars:
         ended = threading.Event()
         log = threading.Thread(target=_write_log, args=(bars, name, ended), daemon=True)
-        if hidden and os.environ.get("RANK", "0") == "0":  # of the processes of a training, the first speaks
+        if hidden and SPEAKS:
             log.start()
         try:
             yield bars

@@ -19,7 +19,7 @@ from sentence_transformers.util import get_rank
 
 from secateur.data.sources import Source, read_sources
 from secateur.data.vectors import fingerprint_model
-from secateur.errors import ConfigError
+from secateur.errors import ConfigError, OutputError
 from secateur.files import empty_folder, lock, output_errors, partial_folder, rename_into_place
 from secateur.healing.losses import Loss, check_dims, set_dropout
 from secateur.healing.processes import barrier, init_processes, is_sharded
@@ -89,6 +89,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
         if get_rank() == 0 and not check_resume(folder, made):
             made.record(folder)
         barrier()
+        check_shared(folder, made)
         cache = options.cache or folder / "teacher"
         taught, vectors = teach(sets, config, teacher, cache, progress) if teacher else (sets, None)
         own_sets = [replace(own, rows=item.rows) for own, item in zip(own_sets, taught, strict=True)]
@@ -170,6 +171,19 @@ def locked_folder(out: Path) -> Iterator[Path]:
             stack.enter_context(lock(folder))
             partial_folder(out)  # another run may have finished meanwhile
         yield folder
+
+
+def check_shared(folder: Path, made: Made) -> None:
+    """Refuse (:class:`.OutputError`) processes that train something else than what the first has recorded in a folder,
+    or do not see it: each would go on from a step of its own.
+    """
+    changes = made.changes_since(folder)
+    if changes:
+        problem = f"the first process has other {', '.join(changes)}"
+        raise OutputError(folder, problem, "all machines need the same model, data and versions")
+    if changes is None:
+        hint = "name a folder that all machines share with --out; if they do, start again: the disk was late"
+        raise OutputError(folder, "does not hold what the first process has written", hint)
 
 
 def check_resume(

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
-from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from sentence_transformers.util import all_gather, get_rank
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,6 +34,14 @@ from secateur.profiling.depths import check_depths, depth_vectors
 SIMCSE_DROPOUT = 0.1
 
 
+def of_all(tensor: Tensor) -> Tensor:
+    """What all processes have of it, one after the other; gradients go back to each."""
+    if get_world_size() == 1:
+        return tensor
+    gathered: Tensor = all_gather(tensor, with_grad=tensor.requires_grad)
+    return gathered
+
+
 def contrastive_loss(columns: Sequence[Tensor], mask: Tensor | None, scale: float) -> Tensor:
     """InfoNCE with in-batch and hard negatives of all processes, as ``MultipleNegativesRankingLoss`` computes it.
 
@@ -41,9 +49,7 @@ def contrastive_loss(columns: Sequence[Tensor], mask: Tensor | None, scale: floa
     candidates) is true where a candidate is no negative of an anchor (:func:`batch_mask`).
     """
     anchors, *documents = columns
-    if get_world_size() > 1:
-        documents = [all_gather_with_grad(column) for column in documents]
-    similarities = cosines(anchors, torch.cat(documents))
+    similarities = cosines(anchors, torch.cat([of_all(column) for column in documents]))
     if mask is not None:
         similarities = similarities.masked_fill(mask, -torch.inf)
     own = get_rank() * len(anchors) + torch.arange(len(anchors), device=anchors.device)
@@ -62,7 +68,7 @@ def batch_mask(keys: Sequence[Tensor]) -> Tensor:
     """:func:`.false_negative_mask` of this process's anchors, (batch, candidates of all processes), by the
     :func:`row_keys` of each column.
     """
-    anchors, positives, *negatives = (all_gather(column) if get_world_size() > 1 else column for column in keys)
+    anchors, positives, *negatives = map(of_all, keys)
     start = get_rank() * len(keys[0])
     rows = slice(start, start + len(keys[0]))
     return false_negative_mask(anchors, positives, torch.cat(negatives) if negatives else None, rows=rows)
@@ -71,17 +77,18 @@ def batch_mask(keys: Sequence[Tensor]) -> Tensor:
 def similarity_loss(vectors: Tensor, targets: Tensor, same: Tensor, scale: float) -> Tensor:
     """How far the similarities within a batch are from the teacher's: the spaces may differ, even in width.
 
-    Each text's cosines with all others become a distribution: softmax of cosine × ``scale``, without the text itself
-    and its duplicates. The loss is the mean KL divergence of the student's distributions from the teacher's (SEED,
-    arXiv 2101.04731, with the batch in place of its queue), divided by ``scale``: its gradient is then as large as
-    that of a cosine. Undivided, it kept a student from the teacher's vectors (docs/explanation/defaults.md).
+    Each text's cosines with all others, of all processes, become a distribution: softmax of cosine × ``scale``, without
+    the text itself and its duplicates. The loss is the mean KL divergence of the student's distributions from the
+    teacher's (SEED, arXiv 2101.04731, with the batch in place of its queue), divided by ``scale``: its gradient is then
+    as large as that of a cosine. Undivided, it kept a student from the teacher's vectors
+    (docs/explanation/defaults.md).
 
     ``vectors`` are the student's, ``targets`` the teacher's of the same texts, of any dimension; ``same`` is true where
-    two are the same text, as each is to itself: (texts, texts).
+    two are the same text, as each is to itself: (texts, texts of all processes).
     """
     # A large number in place of infinity: a text that has no others than duplicates would give NaN.
     student, teacher = (
-        (cosines(found, found) * scale).masked_fill(same, -1e4).log_softmax(dim=1) for found in (vectors, targets)
+        (cosines(own, of_all(own)) * scale).masked_fill(same, -1e4).log_softmax(dim=1) for own in (vectors, targets)
     )
     return functional.kl_div(student, teacher, log_target=True, reduction="batchmean") / scale
 
@@ -175,6 +182,7 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         weight = (self.config.teacher_weight if self.teacher else 0.0) if len(columns) > 1 else 1.0
         mask = batch_mask(self._keys) if weight < 1 else None
         keys = torch.cat(self._keys)
+        same = keys[:, None] == of_all(keys)
         losses = []
         for depth, size in itertools.product(range(columns[0].shape[1]), self._sizes):
             own = [column[:, depth, :size] for column in columns]
@@ -184,7 +192,6 @@ class Loss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             if targets and self._near is not None and size == self._width:
                 loss = loss + weight * self._near.compute_loss_from_embeddings(own, targets)
             if targets and (self.config.distill != "vectors" or size < self._width):
-                same = keys == keys[:, None]
                 loss = loss + weight * similarity_loss(torch.cat(own), torch.cat(targets), same, self.config.scale)
             losses.append(loss)
         return torch.stack(losses).mean()

@@ -212,6 +212,7 @@ def training_arguments(
         report_to=report_to,
         disable_tqdm=True,
     )
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"  # whatever accelerate's configuration says
     if device is not None:
         arguments.place = device
         if device.type == "cuda":  # accelerate takes the current one

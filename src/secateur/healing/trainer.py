@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.util import get_rank
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -41,6 +42,7 @@ from secateur.healing.recipes import (
     training_arguments,
 )
 from secateur.healing.training_data import TrainingSet
+from secateur.models.compat import encode_alone
 from secateur.models.forward import is_out_of_memory, padded_length
 from secateur.progress import Progress, quiet, silent
 from secateur.results import EvaluationRow, LossRow
@@ -111,6 +113,7 @@ def train(
     if trainer.is_fsdp_enabled:
         shard_by_blocks(own, trainer.accelerator, config, trainer.of_loss())
     trainer.remove_callback(PrinterCallback)
+    torch.manual_seed(config.seed + get_rank())  # else what a process drops out is what every other does
     with quiet(), memory_errors(config):
         trainer.train_or_resume(last_checkpoint(folder), config.patience)
     if trainer.is_fsdp_enabled:
@@ -246,6 +249,7 @@ class Evaluator(BaseEvaluator):  # type: ignore[misc]
         card = model.model_card_data
         own = copy.deepcopy(model, {id(card): card})
         vars(own).pop("forward", None)  # the trainer's autocast, around the model's own
+        encode_alone(own)
         own.max_seq_length = self.length
         finish(own, self.dtypes)
         with torch.random.fork_rng():  # what the score draws must not change what the training draws

@@ -72,7 +72,7 @@ class EncoderProcess:
 
     def __init__(self, make: Callable[[], Any], on_restart: Callable[[], None] = lambda: None) -> None:
         self._make, self._on_restart = make, on_restart
-        self.closed = False
+        self.closed, self._changing = False, threading.Lock()
         self._start()
 
     @property
@@ -85,10 +85,11 @@ class EncoderProcess:
 
     def restart(self) -> None:
         """Replace the process if it is dead, and wait until its encoder has been made; as :meth:`encode_batch`."""
-        if not self._process.is_alive() and not self.closed:
-            self._pipe.close()
-            self._start()
-            self._on_restart()
+        with self._changing:
+            if not self._process.is_alive() and not self.closed:
+                self._pipe.close()
+                self._start()
+                self._on_restart()
         if not self._loaded:
             problem: str | None = self._receive(OPENING_SECONDS)
             if problem is not None:
@@ -114,12 +115,13 @@ class EncoderProcess:
 
     def close(self) -> None:
         """End the process; a batch in it is lost."""
-        if not self.closed:
-            self.closed = True
-            self._process.terminate()
-            self._process.join(LEAVING_SECONDS)
-            self._process.kill()
-            self._process.join()
+        with self._changing:  # a process that is being started could not be ended yet
+            if not self.closed:
+                self.closed = True
+                self._process.terminate()
+                self._process.join(LEAVING_SECONDS)
+                self._process.kill()
+                self._process.join()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

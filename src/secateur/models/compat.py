@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -68,6 +69,11 @@ def cut_layer_overrides(config: PretrainedConfig, keep: Sequence[int]) -> None:
 def text_mask(pooling: Pooling, mask: Tensor, prompt_length: int) -> Tensor:
     """The attention mask (texts, tokens) without the tokens of the prompt, on whichever side it is padded."""
     return pooling._exclude_prompt_from_mask(mask, prompt_length)
+
+
+def encode_alone(model: SentenceTransformer) -> None:
+    """Let a copy of a model encode all texts: while one is scored, other processes encode a share, with their own."""
+    vars(model).pop("_distributed_inference", None)
 
 
 # ---- accelerate
