@@ -371,7 +371,7 @@ def test_killed_five_times_it_goes_on(model: Path, reference, tmp_path: Path):
     same(vectors_of(done.file), reference.encode(texts))
 
 
-def interrupted(model: Path, file: Path, out: Path) -> None:
+def interrupted(model: Path, file: Path, out: Path, **options: object) -> None:
     """Run until the first text would be encoded."""
 
     def interrupt(what: str, *_: object) -> None:
@@ -379,7 +379,7 @@ def interrupted(model: Path, file: Path, out: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode(model, [file], out=out, progress=interrupt)
+        encode(model, [file], out=out, progress=interrupt, **options)
     assert out.with_name(f"{out.name}.partial").exists()
 
 
