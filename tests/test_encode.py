@@ -596,6 +596,14 @@ def test_an_input_that_cannot_be_read_is_not_the_outputs_fault(name: str, tmp_pa
         encode(tmp_path / "no model", [tmp_path / name], out=tmp_path / "v.npy")
 
 
+def test_ranges_that_are_not_there_are_told_before_the_texts_are_read(tmp_path: Path):
+    file = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    (tmp_path / "no model").mkdir()
+    words = ["encode", tmp_path / "no model", file, "-o", tmp_path / "v.npy", "--ranges", tmp_path / "none.parquet"]
+    with pytest.raises(DataError, match=r"none\.parquet: no such file"):
+        app([*map(str, words), "--precision", "int8"], standalone_mode=False)
+
+
 def test_mistakes_in_the_options(model: Path, tmp_path: Path):
     file = write_lines(tmp_path / "a.jsonl", ["one", "two"])
     with pytest.raises(ConfigError, match=r"one of .parquet, .arrow, .feather, .npy"):
