@@ -204,12 +204,23 @@ def test_where_the_model_cannot_be_written_the_conversion_is_in_the_cache(model:
     assert Path(chosen.encoder.name).is_relative_to(tmp_path / "cache" / "secateur")
 
 
-def test_a_resumed_run_keeps_what_it_had_decided(ready: Path, reference, tmp_path: Path):
+def test_where_nothing_can_be_written_pytorch_is_taken_unless_another_is_named(model: Path, monkeypatch):
+    (model / "conversions").write_text("a file is in the way, for root may write anywhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model / "conversions"))
+    chosen = choose(Opening(str(model), device="cpu"), 0.9999)
+    assert chosen.opening.backend == "torch"
+    assert "openvino float32 failed (output" in chosen.told
+    with pytest.raises(ModelError, match=r"cannot be converted for openvino \(output .*Not a directory"):
+        choose(Opening(str(model), backend="openvino", device="cpu"), 0.9999)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}])
+def test_a_resumed_run_keeps_what_it_had_decided(ready: Path, reference, tmp_path: Path, options: dict):
     file = write_lines(tmp_path / "a.jsonl", ["one", "two"])
-    interrupted(ready, file, tmp_path / "v.npy")
+    interrupted(ready, file, tmp_path / "v.npy", **options)
     (record,) = (ready / "conversions").glob("*.json")
     record.unlink()  # so that a new run would take PyTorch
-    done = encode(ready, [file], out=tmp_path / "v.npy")
+    done = encode(ready, [file], out=tmp_path / "v.npy", **options)
     assert (done.backend, done.dtype) == ("openvino", "float32")
     same(vectors_of(done.file), reference.encode(["one", "two"]))
 

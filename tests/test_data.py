@@ -20,6 +20,7 @@ from secateur.data.sources import (
     Texts,
     batches,
     data_files,
+    prompts_of,
     read_pairs,
     read_sources,
     read_texts,
@@ -186,6 +187,9 @@ def test_the_file_beside_the_data_gives_instructions_unless_one_is_given(tmp_pat
     assert (mine.prompt, mine.passage_prompt, mine.source.licence) == ("Mine;\n", "Keep it;\n", "MIT")
     none = read_pairs(file, instruction="")
     assert (none.prompt, none.passage_prompt) == ("", "Keep it;\n")
+    assert prompts_of(file) == {"Find it;\n", "Keep it;\n"}
+    (tmp_path / "a.json").write_text("[]")  # beside texts alone, it may be anything, such as the same texts
+    assert prompts_of(file, {"text": "positive"}) == set()
 
 
 @pytest.mark.parametrize(
@@ -241,6 +245,8 @@ def test_a_folder_of_the_e5_mix_is_read_with_its_instructions(tmp_path: Path):
     assert prompts["fever"] == "Given a claim, retrieve documents that support or refute the claim;\n"
     assert {pairs.passage_prompt for pairs in found} == {""}
     assert found[0].rows[0].negatives == ("you",)
+    (tmp_path / "._nq.jsonl").write_bytes(b"\0")  # what macOS puts beside a file on other disks, and into archives
+    assert len(data_files(tmp_path)) == 14
     (tmp_path / "nq.jsonl").unlink()
     assert read_pairs(tmp_path / "fever.jsonl").prompt == ""
     empty = tmp_path / "empty"

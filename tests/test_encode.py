@@ -371,7 +371,7 @@ def test_killed_five_times_it_goes_on(model: Path, reference, tmp_path: Path):
     same(vectors_of(done.file), reference.encode(texts))
 
 
-def interrupted(model: Path, file: Path, out: Path) -> None:
+def interrupted(model: Path, file: Path, out: Path, **options: object) -> None:
     """Run until the first text would be encoded."""
 
     def interrupt(what: str, *_: object) -> None:
@@ -379,7 +379,7 @@ def interrupted(model: Path, file: Path, out: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode(model, [file], out=out, progress=interrupt)
+        encode(model, [file], out=out, progress=interrupt, **options)
     assert out.with_name(f"{out.name}.partial").exists()
 
 
@@ -594,6 +594,14 @@ def test_an_input_that_cannot_be_read_is_not_the_outputs_fault(name: str, tmp_pa
     (tmp_path / name).symlink_to("/proc/self/mem")
     with pytest.raises(DataError, match=f"{name}: cannot be read"):
         encode(tmp_path / "no model", [tmp_path / name], out=tmp_path / "v.npy")
+
+
+def test_ranges_that_are_not_there_are_told_before_the_texts_are_read(tmp_path: Path):
+    file = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    (tmp_path / "no model").mkdir()
+    words = ["encode", tmp_path / "no model", file, "-o", tmp_path / "v.npy", "--ranges", tmp_path / "none.parquet"]
+    with pytest.raises(DataError, match=r"none\.parquet: no such file"):
+        app([*map(str, words), "--precision", "int8"], standalone_mode=False)
 
 
 def test_mistakes_in_the_options(model: Path, tmp_path: Path):

@@ -35,6 +35,7 @@ import secateur
 from architectures import bypassed, model_of
 from conftest import example_pairs, llama_model, tiny_transformer
 from hub import serve
+from killing import run_until
 from secateur.errors import ConfigError, IllegalDepth, ModelError, OutputError, SecateurError, VerificationFailed
 from secateur.models.open_model import open_model
 from secateur.models.save import difference, probe
@@ -97,6 +98,14 @@ def test_a_set_of_blocks(source: Path, cut: Path):
     assert 0 <= origin.check <= 1e-5
     assert no_leftovers(cut.parent)
     assert SentenceTransformer(str(cut), device="cpu").tokenizer.padding_side == "right"
+
+
+@pytest.mark.slow
+def test_what_a_killed_run_left_is_gone_after_the_next(source: Path, tmp_path: Path):
+    run_until(tmp_path, "cut.partial.*", "prune", source, "--keep", "0", "-o", tmp_path / "cut")
+    assert not no_leftovers(tmp_path)
+    secateur.prune(source, keep="0", out=tmp_path / "cut")
+    assert no_leftovers(tmp_path)
 
 
 def test_weights_are_the_sources_bytes(source: Path, cut: Path):

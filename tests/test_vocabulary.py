@@ -23,7 +23,7 @@ import secateur
 from published import CORPUS, EVERY, PUBLISHED, SCRIPTS, SHORT, assert_same_where_all_tokens_stay, write_model
 from secateur.errors import ConfigError, DataError, UnsupportedArchitecture
 from secateur.results import Origin, load
-from secateur.vocabulary.choice import Vocabulary
+from secateur.vocabulary.choice import Vocabulary, count_tokens
 from secateur.vocabulary.trim import cut_vocabulary, keep_tokens, token_tables
 
 
@@ -37,6 +37,22 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("texts") / "texts.txt"
     file.write_text("\n".join(line for line in CORPUS if line.strip()), encoding="utf-8")
     return file
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the most memory so far is told by Linux")
+def test_of_many_long_texts_a_few_are_tokenized_at_once():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+    def megabytes(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) >> 10
+
+    before = megabytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    counts = count_tokens(tokenizer, [[f"{i} {'a b ' * 1250}" for i in range(1024)]])
+    assert counts.counted == pytest.approx([0.5, 0.5], abs=1e-3)
+    assert megabytes("VmHWM") - before < 150, "all that a tokenizer makes of them is some 250"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -200,13 +200,14 @@ def rename_into_place(folder: Path, path: Path) -> None:
 
 
 def check_results_folder(path: str | Path, *own: str) -> None:
-    """Refuse a folder for results that holds other files than those named in ``own``."""
+    """Refuse a folder for results that holds others than those named in ``own``, and hidden files: file browsers and
+    network disks leave some, and so does :func:`write_bytes` where it is killed.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise OutputError(path, "is a file", "name a folder")
     for item in sorted(path.iterdir()) if path.exists() else ():
-        unfinished = item.name[1:-9]  # of what write_bytes was killed at, ".NAME.0123abcd"
-        if item.name not in own and unfinished not in own:
+        if item.name not in own and not item.name.startswith("."):
             raise OutputError(path, f"already holds something else ({item.name})", "name a new folder")
 
 

@@ -177,13 +177,13 @@ def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> list[I
     return [stream(item) for item in _items(data)]
 
 
-def prompts_of(data: Data) -> set[str]:
-    """The prompts that come with the data."""
+def prompts_of(data: Data, columns: Mapping[str, str] | None = None) -> set[str]:
+    """The prompts that come with the data; with texts alone, none do."""
     found = set()
     for item in _items(data):
         if isinstance(item, Source):
             found |= {item.prompt, item.passage_prompt}
-        elif not is_hub_name(item) and not item.name.lower().endswith(PLAIN):
+        elif not is_hub_name(item) and not _Table(item, columns).of_texts:
             beside = read_beside(item)
             found |= {instruction_prompt(beside.get(f"{role}_instruction", "")) for role in ("query", "passage")}
     return found - {""}
@@ -211,7 +211,7 @@ def _items(data: Data) -> list[Path | Source]:
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """A data file, or the name of a data set; of a folder, all data files in it, by name.
+    """A data file, or the name of a data set; of a folder, all data files in it, by name, but for hidden ones.
 
     Raises:
         DataError: A folder holds none.
@@ -219,7 +219,7 @@ def data_files(path: str | Path) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir():
         return [folder]
-    if files := sorted(file for file in folder.iterdir() if file.name.lower().endswith(TABLES)):
+    if files := sorted(file for file in folder.glob("[!.]*") if file.name.lower().endswith(TABLES)):
         return files
     hint = f"expected {', '.join(TABLES)}; a folder of the datasets library is named {PREFIX}{folder}"
     raise DataError(folder, "holds no data files", hint)

@@ -295,13 +295,14 @@ def _best_conversion(
                     continue
             try:
                 encoder = conversion.open()
-            except (MissingPackage, OutputError):
+            except MissingPackage:
                 raise
             except Exception as error:  # each converter raises what it likes
                 problem = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
                 if asked:
                     raise ModelError(opening.model, f"cannot be converted for {way.backend} ({problem})") from error
-                conversion.note("failed", problem)
+                if not isinstance(error, OutputError):  # where there is a place to write, it may well succeed
+                    conversion.note("failed", problem)
                 notes.append(f"{told} failed ({problem})")
                 continue
             measured = exact.measure(encoder)

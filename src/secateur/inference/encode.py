@@ -213,11 +213,12 @@ def _partial_folder(out: Path) -> Iterator[Path]:
 def _opening(options: EncodeOptions, folder: Path) -> Opening:
     """How the model is opened; a run that is resumed keeps what ``auto`` has found, as it may find otherwise now."""
     opening = Opening.of(options)
-    if opening.exported or options.dtype != AUTO or not (folder / DONE).exists():
+    if opening.exported or not (folder / DONE).exists():
         return opening
     found = read_record(folder / DONE)["options"]
     backend, dtype = found.get("backend") or TORCH, found.get("dtype", AUTO)
-    return replace(opening, backend=backend, dtype=dtype) if options.backend in (AUTO, backend) else opening
+    same = options.backend in (AUTO, backend) and options.dtype in (AUTO, dtype)
+    return replace(opening, backend=backend, dtype=dtype) if same else opening
 
 
 def _prompt(encoder: Encoder, options: EncodeOptions) -> str:

@@ -286,7 +286,9 @@ class EncodeOptions(Options):
     precision: Literal["float32", "int8", "binary"] = option(
         "Quantize the vectors: int8 takes a quarter of the room, binary a thirty-second.", "float32"
     )
-    ranges: Path | None = option("With int8: a file of int8 vectors that these are to be compared with.")
+    ranges: Annotated[Path | None, Names("file")] = option(
+        "With int8: a file of int8 vectors that these are to be compared with."
+    )
     batch_tokens: BatchTokens = None
     processes: int = option("Processes on this machine, or workers on the cluster (1: one per machine).", 1, ge=1)
     ray: str | None = option("Ray cluster that encodes: auto, ray://host:10001, or local.")

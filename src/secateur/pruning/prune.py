@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
+import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,12 +73,13 @@ def prune(options: PruneOptions, *, progress: Progress = silent) -> Path:
     if options.adapter is not None and (options.trust_remote_code or str(source).endswith(".gguf")):
         problem = f"cannot be merged into {options.model}"
         raise ConfigError("adapter", options.adapter, problem, "it must be safetensors, without code")
-    with (
-        new_folder(options.out) as folder,
-        tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as scratch,
-    ):
+    with new_folder(options.out) as folder, ExitStack() as stack:
+        scratch = folder.with_name(f"{folder.name}.scratch")
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        scratch.mkdir()
         progress(STEP, 0, 100)
-        _prune(options, source, folder, Path(scratch), progress)
+        _prune(options, source, folder, scratch, progress)
         progress(STEP, 100, 100)
     return options.out
 

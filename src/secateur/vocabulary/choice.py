@@ -14,6 +14,7 @@ import heapq
 import itertools
 import json
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -311,7 +312,7 @@ class CountedVocabulary:
         return sum(gone) - packed, packed
 
     @cached_property
-    def _before(self) -> list[list[int]]:
+    def _before(self) -> list[array[int]]:
         return trim.token_ids(self.vocabulary.tokenizer, self.counts.sample)
 
     def coverage_of(self, texts: Sequence[str], size: int) -> float:
@@ -378,7 +379,7 @@ def count_vocabulary(
     vocabulary = read_vocabulary(name, tokenizer)
     tables = trim.token_tables(name, transformer)
     counts = count_tokens(vocabulary.tokenizer, stream_texts(options.vocab, options.columns), progress=progress)
-    in_prompts = trim.token_ids(vocabulary.tokenizer, sorted({*prompts, *prompts_of(options.vocab)}))
+    in_prompts = trim.token_ids(vocabulary.tokenizer, sorted({*prompts, *prompts_of(options.vocab, options.columns)}))
     needed = vocabulary.needed(counts.counted, trim.named_ids(transformer).union(*in_prompts))
     size = (text_config(transformer).dtype or torch.float32).itemsize
     return CountedVocabulary(name, vocabulary, counts, tuple(needed), tuple(map(str, options.vocab)), tables, size)

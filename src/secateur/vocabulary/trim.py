@@ -12,6 +12,7 @@ import json
 import math
 import re
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ SIZES = ("vocab_size", "vocab_size_per_layer_input")
 TOKEN_IDS = re.compile(r"_token_(ids?|index)$")
 WRITERS = ("post_processor", "padding")
 """Parts of a ``tokenizer.json`` that put tokens into texts, by their ids."""
+TOGETHER = 32
+"""Texts that a tokenizer is given at once."""
 WITHOUT_IDS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """The files of a tokenizer that do not list its tokens, and the one that is written anew."""
 
@@ -49,9 +52,11 @@ def plain_tokenizer(rules: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of the tokens of each text, special ones left out."""
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[array[int]]:
+    """Ids of the tokens of each text, special ones left out; what a tokenizer returns is many times larger."""
+    parts = (texts[start : start + TOGETHER] for start in range(0, len(texts), TOGETHER))
+    found = (tokenizer.encode_batch_fast(part, add_special_tokens=False) for part in parts)
+    return [array("i", encoding.ids) for part in found for encoding in part]
 
 
 def keep_tokens(rules: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
