@@ -293,7 +293,7 @@ def _rows(place: Path, type_: str) -> Content | None:
 
 def _only_file(place: Path) -> Path | None:
     """The file itself; of a folder, the one file of data in it, or the one that is called test."""
-    files = [place] if place.is_file() else [file for file in sorted(place.iterdir()) if file.name != ABOUT]
+    files = [place] if place.is_file() else [file for file in sorted(place.glob("[!.]*")) if file.name != ABOUT]
     files = [file for file in files if file.name.lower().endswith((*TABLES, ".json"))]
     tests = [file for file in files if file.name.startswith("test.")]
     return (tests if len(tests) == 1 else files if len(files) == 1 else [None])[0]

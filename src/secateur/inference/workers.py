@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import os
 import queue
 import signal
 import sys
@@ -19,6 +18,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from secateur.clusters import ray_cluster, ray_share
 from secateur.errors import ModelError, SecateurError
@@ -213,7 +214,7 @@ class TextEncoder:
 @contextmanager
 def in_processes(opening: Opening, prompt: str, processes: int) -> Iterator[Run]:
     """Encode in processes of this machine, each with the model in memory and its share of the threads."""
-    share = opening.threads or max(1, (os.cpu_count() or 1) // processes)
+    share = opening.threads or max(1, torch.get_num_threads() // processes)
     make = partial(TextEncoder, replace(opening, threads=share), prompt)
     with ExitStack() as stack:
         workers = [stack.enter_context(closing(EncoderProcess(make))) for _ in range(processes)]

@@ -92,7 +92,7 @@ def scout(options: ScoutOptions, *, progress: Progress = silent) -> Scout:
                 made.record(out)
             _train(options, sources, depths, progress)
         shutil.rmtree(out / "model.partial", ignore_errors=True)  # of a training that was killed at its very end
-        tasks = tasks or open_tasks(sorted((out / "tasks").iterdir()), options.sample, options.seed)
+        tasks = tasks or open_tasks(sorted((out / "tasks").glob("[!.]*")), options.sample, options.seed)
         return _score(options, sources, tasks, progress)
 
 
@@ -156,7 +156,7 @@ def _train(options: ScoutOptions, sources: Sequence[Source], depths: Sequence[in
     if not options.tasks:
         if not (out / "tasks").is_dir():
             hold_out(options, sources, out / "tasks", progress)
-        exclude += sorted(map(str, (out / "tasks").iterdir()))
+        exclude += sorted(map(str, (out / "tasks").glob("[!.]*")))
     given = {name: value for name, value in options.given().items() if name in HealOptions.model_fields}
     given |= {"depths": list(depths), "exclude": exclude, "cache": cache, "out": out / "model"}
     heal(make(HealOptions, given), progress=progress)
