@@ -219,6 +219,29 @@ def test_draws_of_other_rows_are_not_subtracted(tmp_path: Path) -> None:
     assert not re.search(r"\bnan\b", report(tmp_path).read_text())
 
 
+def test_models_that_were_scored_on_other_rows_have_a_full_model_of_their_own(tmp_path: Path) -> None:
+    """Of texts alone, each base model judges those that it is scored on; one scores higher on its own."""
+    for base, score in (("tiny", 0.8), ("wee", 0.6)):
+        for depth in (8, 4):
+            write_model(tmp_path, f"{base}-{depth}-healed", depth, score - 0.01 * (depth < 8))
+    for file in tmp_path.glob("scores/wee-*/scores.json"):
+        file.write_text(re.sub('"data": "', '"data": "wee-', file.read_text()))
+    write_model(tmp_path, "static", 1, 0.7, None)
+    shutil.rmtree(tmp_path / "models/static")
+    (tmp_path / "study.yaml").write_text("baselines: [static]\n")
+    beside = {name: (item.reference.name, signed(item.difference.value)) for name, item in claims(tmp_path).items()}
+    assert beside == {
+        "tiny-4-healed": ("tiny-8-healed", "−1.0"),
+        "wee-4-healed": ("wee-8-healed", "−1.0"),
+        "static": ("tiny-8-healed", "−10.0"),
+    }
+    rows = [CostRow(f"{base}-4-healed", 4, size, 1, 1, 1.0, 1.0, 1.0) for base, size in (("tiny", 9), ("wee", 5))]
+    Costs(MADE, tuple(rows)).save(tmp_path)
+    verdict = recommend(found(tmp_path))  # the baseline was scored on the rows of the other
+    assert verdict.headline.startswith("Ship wee-4-healed: −1.0 points")
+    assert not any("static" in reason for reason in verdict.reasons)
+
+
 def test_missing_draws_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     write_model(tmp_path, "tiny-8-healed", 8, 0.80)
     (tmp_path / "scores/tiny-8-healed/draws/sts.npy").unlink()
