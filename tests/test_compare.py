@@ -131,6 +131,8 @@ def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path)
         (folders, {"tasks": ["t"], "neighbours": -1}, "neighbours: -1 is not valid"),
         (folders, {"tasks": ["t"], "max_texts": 1}, "max_texts: 1 is not valid"),
         (folders, {"tasks": ["t"], "batch_size": 0}, "batch_size: 0 is not valid"),
+        (folders, {"texts": [tmp_path / "two.txt"], "sample": 9}, "sample: is a number of rows of tasks"),
+        ([*folders, ""], {"tasks": ["t"]}, "models.3: '' is not valid: a name or a path is expected"),
     ):
         with pytest.raises(ConfigError, match=says):
             compare(models, **options)
