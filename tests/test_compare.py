@@ -14,6 +14,7 @@ from conftest import MakeEncoder
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.replicates import read_replicates, score_differences
+from secateur.evaluation.tasks import open_task
 from secateur.reporting.compare import compare, nearest_texts, overlap
 from secateur.results import Comparison, ScoreRow, load
 from task_folders import example_rows, sentences, write_task
@@ -44,6 +45,8 @@ def test_models_side_by_side(folders: list[Path], tmp_path: Path):
     assert [(row.model, row.task) for row in found.rows] == [
         (model, task) for model in ("same", "other") for task in ("sts", "retrieval", "")
     ]
+    opened = compare(folders, tasks=[open_task(task) for task in tasks], timed=False)
+    assert (opened.differences, opened.overlaps) == (found.differences, ())
     scores = {(row.model, row.task): row for row in evaluate(folders, tasks, out=out).rows}
     for row in found.rows:
         if row.task:
