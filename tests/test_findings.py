@@ -115,6 +115,8 @@ def test_past_the_first_depth_that_may_lose_too_much_none_is_said_to_be_as_good(
         write_model(tmp_path, f"tiny-{depth}-healed", depth, score, own=own)
     assert claims(tmp_path)["tiny-3-healed"].outcome == "same"  # by itself
     assert headline(tmp_path).startswith("Ship tiny-7-healed: ")
+    write_model(tmp_path, "tiny-7-healed", 7, 0.77)  # nor to come nearest, where another does
+    assert headline(tmp_path).startswith("Keep tiny-8-healed: tiny-7-healed is the largest cut of its kind, with −3.0 ")
 
 
 @pytest.mark.slow
@@ -194,7 +196,7 @@ def test_the_best_of_many_selections_is_not_said_to_be_as_good(tmp_path: Path) -
     for name in names:
         write_model(tmp_path, name, int(name[5]), 0.8)
     write_model(tmp_path, "tiny-4-healed", 4, 0.6)
-    assert headline(tmp_path).startswith("Keep tiny-8-healed: tiny-4-healed comes nearest")
+    assert headline(tmp_path).startswith("Keep tiny-8-healed: tiny-4-healed is the largest cut of its kind, with −20.0")
     for part in ("models", "scores"):
         shutil.rmtree(tmp_path / part / "tiny-4-healed")
         shutil.rmtree(tmp_path / part / "tiny-4-random-healed")

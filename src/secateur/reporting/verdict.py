@@ -114,7 +114,9 @@ def _choose(
         best = f"the best within your budget of {within}" if within else "the best of those scored"
         return ship, ship, f"Ship {shorten(ship.group.name)}, {best}: {_facts(ship)}."
     nearest = ship if budget.best else _nearest([max(own, key=_depth) for own in searches] or cuts)
-    return None, nearest, _not_yet(nearest, margin)
+    is_nearest = not searches or all(item.difference.value <= nearest.difference.value for item in cuts)
+    what = "comes nearest" if is_nearest else "is the largest cut of its kind"
+    return None, nearest, _not_yet(nearest, margin, what)
 
 
 def smallest_as_good(comparisons: Sequence[GroupComparison], margin: float = MARGIN) -> GroupComparison | None:
@@ -224,8 +226,8 @@ def _nearest(largest: Sequence[GroupComparison]) -> GroupComparison:
     return max(largest, key=rank)
 
 
-def _not_yet(item: GroupComparison, margin: float) -> str:
-    """What to do where nothing is as good as the full model, and this comes nearest."""
+def _not_yet(item: GroupComparison, margin: float, what: str) -> str:
+    """What to do where nothing is as good as the full model, and at this, which ``what`` tells, the search ended."""
     name, full, difference = shorten(item.group.name), shorten(item.reference.name), item.difference
     value, low = difference.value, difference.low
     if low is None:
@@ -241,7 +243,7 @@ def _not_yet(item: GroupComparison, margin: float) -> str:
         )
     if difference.sign or item.is_as_good(margin):  # as good, where the best is asked for
         train = "Train it for more steps, or on more data," if item.group.first.training else "Train it after the cut,"
-        return f"Keep {full}: {name} comes nearest, with {difference_in_words(item)}. {train} and score it again."
+        return f"Keep {full}: {name} {what}, with {difference_in_words(item)}. {train} and score it again."
     # An interval narrows with the square root of the amount.
     more = ((value - low) / (value + margin)) ** 2 if value > -margin else math.inf
     data = f"about {math.ceil(more)} × as many" if more <= 20 else "many more"
