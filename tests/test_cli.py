@@ -234,6 +234,7 @@ def test_prune_to_what_a_selector_chooses(measured: Path, place: Path, run: Run)
         (("profile", "model", "--data", "words.jsonl", "--scale", "inf"), "scale: 'inf' is not valid"),
         (("heal", "model", "--data", "words.jsonl", "--seed", "-1"), "seed: '-1' is not valid"),
         (("heal", "model", "--data", "words.jsonl", "--scale", "inf"), "scale: 'inf' is not valid"),
+        (("heal", "model", "--data", "words.jsonl", "--teacher", ""), "teacher: '' is not valid"),
         (
             ("evaluate", "model", "model", "--tasks", "task"),
             "two models are called model: give each its own name: --names",
@@ -318,7 +319,7 @@ AT_ONCE = [
     ("export model -o task", "output task: is there already"),
     ("report nowhere", "nowhere: no such folder"),
     ("study model --data absent.jsonl -o out", "absent.jsonl: no such file"),
-    ("study model --data words.jsonl --depths most -o out", "to: is 'most'"),
+    ("study model --data words.jsonl --depths most -o out", "depths: is 'most'"),
     ("study model --data words.jsonl -o task", "output task: already holds something else"),
     ("study status task", "task: holds no study"),
     ("study resume task", "task: holds no study"),

@@ -14,6 +14,7 @@ from conftest import MakeEncoder
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.replicates import read_replicates, score_differences
+from secateur.evaluation.tasks import open_task
 from secateur.measures.metrics import nearest_rows
 from secateur.reporting.compare import compare, overlap
 from secateur.results import Comparison, ScoreRow, load
@@ -45,6 +46,8 @@ def test_models_side_by_side(folders: list[Path], tmp_path: Path):
     assert [(row.model, row.task) for row in found.rows] == [
         (model, task) for model in ("same", "other") for task in ("sts", "retrieval", "")
     ]
+    opened = compare(folders, tasks=[open_task(task) for task in tasks], timed=False)
+    assert (opened.differences, opened.overlaps) == (found.differences, ())
     scores = {(row.model, row.task): row for row in evaluate(folders, tasks, out=out).rows}
     for row in found.rows:
         if row.task:
@@ -132,6 +135,8 @@ def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path)
         (folders, {"tasks": ["t"], "neighbours": -1}, "neighbours: -1 is not valid"),
         (folders, {"tasks": ["t"], "max_texts": 1}, "max_texts: 1 is not valid"),
         (folders, {"tasks": ["t"], "batch_size": 0}, "batch_size: 0 is not valid"),
+        (folders, {"texts": [tmp_path / "two.txt"], "sample": 9}, "sample: is a number of rows of tasks"),
+        ([*folders, ""], {"tasks": ["t"]}, "models.3: '' is not valid: a name or a path is expected"),
     ):
         with pytest.raises(ConfigError, match=says):
             compare(models, **options)

@@ -333,6 +333,21 @@ def test_a_model_does_not_replace_the_scores_of_another_of_its_name(make_encoder
     assert [row.model for row in both] == [str(folder) for folder in folders]
 
 
+def test_open_models_are_called_as_their_folders_and_keep_their_scores_apart(make_encoder: MakeEncoder, tmp_path: Path):
+    path, out = write_task(tmp_path / "t", "sts", example_rows("sts")), tmp_path / "out"
+    models = [make_encoder(), make_encoder(seed=1)]
+    rows = [row for model in models for row in evaluate(model, path, out=out).rows]  # one after the other
+    assert [row.model for row in rows] == ["bert-3-0", "bert-3-1"]
+    assert load(out, Scores).rows == tuple(rows)
+    trained = make_encoder()
+    names = [row.model for row in evaluate([models[0], trained, tmp_path / "bert-3-0"], path, sample=10).rows]
+    assert names == ["bert-3-0-1", "bert-3-0-2", str(tmp_path / "bert-3-0")]
+    table = load(out, Scores).to_dataframe()
+    for options in ({"models": models, "tasks": table}, {"models": table, "tasks": path}):
+        with pytest.raises(ConfigError, match="a name or a path is expected"):
+            evaluate(**options)
+
+
 def test_the_fingerprint_of_a_model_sees_weights_tokenizer_and_settings(make_encoder: MakeEncoder):
     model = make_encoder("llama")
     before = fingerprint_model(model)

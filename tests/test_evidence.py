@@ -122,6 +122,8 @@ def test_budgets_limit_what_may_be_chosen(limit: str, column: str, unit: int):
         secateur.choose(table, **{limit: unit * cost(5, column)})
     least = unit * cost(6, column)
     assert f" {least:.3g} ms" in str(caught.value) if column == "latency" else f" {least:,.0f} " in str(caught.value)
+    with pytest.raises(ConfigError, match=r"no depth has at most 1 (parameter|byte|ms):"):
+        secateur.choose(table, **{limit: 1})
     with pytest.raises(DataError, match=r"has no costs of the layers.*scout again"):
         secateur.choose(scout(USUAL, layer_costs=()), **{limit: 1e9})
 

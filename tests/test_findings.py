@@ -115,6 +115,8 @@ def test_past_the_first_depth_that_may_lose_too_much_none_is_said_to_be_as_good(
         write_model(tmp_path, f"tiny-{depth}-healed", depth, score, own=own)
     assert claims(tmp_path)["tiny-3-healed"].outcome == "same"  # by itself
     assert headline(tmp_path).startswith("Ship tiny-7-healed: ")
+    write_model(tmp_path, "tiny-7-healed", 7, 0.77)  # nor to come nearest, where another does
+    assert headline(tmp_path).startswith("Keep tiny-8-healed: tiny-7-healed is the largest cut of its kind, with −3.0 ")
 
 
 @pytest.mark.slow
@@ -194,7 +196,7 @@ def test_the_best_of_many_selections_is_not_said_to_be_as_good(tmp_path: Path) -
     for name in names:
         write_model(tmp_path, name, int(name[5]), 0.8)
     write_model(tmp_path, "tiny-4-healed", 4, 0.6)
-    assert headline(tmp_path).startswith("Keep tiny-8-healed: tiny-4-healed comes nearest")
+    assert headline(tmp_path).startswith("Keep tiny-8-healed: tiny-4-healed is the largest cut of its kind, with −20.0")
     for part in ("models", "scores"):
         shutil.rmtree(tmp_path / part / "tiny-4-healed")
         shutil.rmtree(tmp_path / part / "tiny-4-random-healed")
@@ -217,6 +219,29 @@ def test_draws_of_other_rows_are_not_subtracted(tmp_path: Path) -> None:
     assert not summary.compared
     assert headline(tmp_path).startswith("Nothing to compare yet")
     assert not re.search(r"\bnan\b", report(tmp_path).read_text())
+
+
+def test_models_that_were_scored_on_other_rows_have_a_full_model_of_their_own(tmp_path: Path) -> None:
+    """Of texts alone, each base model judges those that it is scored on; one scores higher on its own."""
+    for base, score in (("tiny", 0.8), ("wee", 0.6)):
+        for depth in (8, 4):
+            write_model(tmp_path, f"{base}-{depth}-healed", depth, score - 0.01 * (depth < 8))
+    for file in tmp_path.glob("scores/wee-*/scores.json"):
+        file.write_text(re.sub('"data": "', '"data": "wee-', file.read_text()))
+    write_model(tmp_path, "static", 1, 0.7, None)
+    shutil.rmtree(tmp_path / "models/static")
+    (tmp_path / "study.yaml").write_text("baselines: [static]\n")
+    beside = {name: (item.reference.name, signed(item.difference.value)) for name, item in claims(tmp_path).items()}
+    assert beside == {
+        "tiny-4-healed": ("tiny-8-healed", "−1.0"),
+        "wee-4-healed": ("wee-8-healed", "−1.0"),
+        "static": ("tiny-8-healed", "−10.0"),
+    }
+    rows = [CostRow(f"{base}-4-healed", 4, size, 1, 1, 1.0, 1.0, 1.0) for base, size in (("tiny", 9), ("wee", 5))]
+    Costs(MADE, tuple(rows)).save(tmp_path)
+    verdict = recommend(found(tmp_path))  # the baseline was scored on the rows of the other
+    assert verdict.headline.startswith("Ship wee-4-healed: −1.0 points")
+    assert not any("static" in reason for reason in verdict.reasons)
 
 
 def test_missing_draws_are_an_error_that_names_the_file(tmp_path: Path) -> None:

@@ -470,6 +470,14 @@ def test_without_an_instruction_the_models_default_prompt_goes_before_every_text
     assert columns(own, texts) == columns(bare, texts, instruction="own") != columns(bare, texts)
 
 
+def test_an_open_model_is_measured_as_it_encodes_and_is_not_opened_otherwise(make_encoder, pairs):
+    model = make_encoder()  # of BERT's kind, with dropout
+    assert profile(model.train(), pairs, batch_size=8).rows == profile(model.eval(), pairs, batch_size=8).rows
+    for option in ({"pooling": "cls"}, {"max_length": 8}, {"dtype": "bfloat16"}):
+        with pytest.raises(ConfigError, match=f"^{next(iter(option))}: .*leave it out"):
+            profile(model, pairs, **option)
+
+
 def test_the_same_data_twice_are_refused(llama, pairs, tmp_path):
     again = tmp_path / "again.jsonl"
     again.write_text(pairs.read_text())

@@ -181,7 +181,7 @@ def test_the_choice_of_the_scout_is_told_and_what_it_made_is_shipped(reported: P
         (3, {"max_params": 11e6}, "Note: more may be lost than the tolerance."),
         (3, {}, "3 of 8 layers are chosen; by these scores it would be this: 4 of 8 layers, the fewest"),
         (7, {}, "7 of 8 layers are chosen; by these scores it would be this: 4 of 8 layers"),
-        (4, {"max_params": 1}, "4 of 8 layers are chosen: max_params: no depth has at most 1 param"),
+        (4, {"max_params": 1}, "4 of 8 layers are chosen: max_params: no depth has at most 1 parameter:"),
     ],
     ids=["stricter", "best", "budget", "edited", "not scored", "another budget"],
 )  # fmt: skip
@@ -199,6 +199,9 @@ def test_where_the_scout_cuts_nothing_all_layers_are_kept(run: Path) -> None:
         shutil.rmtree(run / "models" / name)
         shutil.rmtree(run / "scores" / name)
     assert found(run).headline.startswith("Keep all layers for now: no smaller depth is shown to be as good.")
+    rewrite(run, best=True)
+    choose(run, 8)
+    assert found(run).headline.startswith("Keep all layers for now: no smaller depth has a higher score.")
     rewrite(run, max_params=1)
     assert found(run).headline.startswith("Ship nothing yet: no model here fits your budget of 1 parameters.")
 

@@ -179,7 +179,7 @@ def test_a_budget_that_nothing_fits_leaves_the_rest_whole(run: Path, tmp_path: P
     assert list(caught.value.failed) == ["prune tiny-(chosen)-scout"]
     assert {row.model for row in load(copy, Costs).rows} == set(VARIANTS)  # those of the earlier choice stay
     assert not (copy / "scouts" / "tiny" / "choice.json").exists()
-    assert "max_params: no depth has at most 1 parameters" in caught.value.failed["prune tiny-(chosen)-scout"]
+    assert "max_params: no depth has at most 1 parameter:" in caught.value.failed["prune tiny-(chosen)-scout"]
     assert caught.value.page is not None
     assert "What failed" in caught.value.page.read_text()
     edit(copy, max_params=None)

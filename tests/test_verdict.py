@@ -126,6 +126,14 @@ def test_no_worse_cut_is_shipped_where_the_full_model_fits(run: Path, study) -> 
     assert first_screen(run)[0].startswith("Keep tiny-8-healed: tiny-6-healed comes nearest, with −3.0 points (")
 
 
+def test_where_the_best_is_asked_for_a_cut_that_is_as_good_does_not_lack_data(run: Path) -> None:
+    write_model(run, "tiny-6-healed", 6, 0.798)
+    (run / "study.yaml").write_text("best: true\n")
+    headline = first_screen(run)[0]
+    assert re.match(r"Keep tiny-8-healed: tiny-6-healed comes nearest, with −0\.2 points \(", headline)
+    assert headline.endswith("Train it for more steps, or on more data, and score it again.")
+
+
 def test_what_was_not_measured_is_not_said_to_be_over_the_budget(run: Path) -> None:
     (run / "study.yaml").write_text("max_params: 35.0e+6\n")
     write_costs(run, tiny_8_healed=(40, FULL))

@@ -323,6 +323,8 @@ def test_the_command_that_is_printed_meets_the_budget(kind: str, home: Path, tmp
     ("ask", "says"),
     [
         ("scout --vocab-size 400", "vocab_size: needs texts to count tokens on: give --vocab FILE"),
+        ("scout --columns text=body", "columns: needs texts to count tokens on: give --vocab FILE"),
+        ("scout --model tiny", "model: is only opened to count tokens: give --vocab FILE, too"),
         ("scout --vocab nowhere.txt", "nowhere.txt: no such file"),
         ("scout --vocab texts.txt --vocab-size 601", "vocab_size: the vocabulary has 600 tokens: at most 600"),
         ("scout --vocab texts.txt --vocab-size 9", "are special, or what rare words fall back to: at least"),

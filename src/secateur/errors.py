@@ -71,7 +71,12 @@ class ConfigError(SecateurError):
     def __init__(self, key: str, value: object, problem: str, hint: str = "", file: Path | None = None) -> None:
         self.key = key
         self.value = value
+        self._given = problem, hint, file
         super().__init__(f"{file}, {key}: {problem}" if file else f"{key}: {problem}", hint)
+
+    def of(self, key: str) -> ConfigError:
+        """The same error of the option that the value was given by, of which it is a part."""
+        return ConfigError(key, self.value, *self._given)
 
 
 class OutputError(SecateurError):

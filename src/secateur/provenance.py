@@ -28,8 +28,13 @@ ENCODING = ("sentence-transformers", "transformers", "torch")
 """Those by whose version a vector may change."""
 DONE = "done.json"
 """What the output beside it was made from, so that a step runs again only where something changed."""
-SAVING_MEMORY = frozenset({"mini_batch_tokens", "gradient_checkpointing"})
-"""Options that decide how much memory a training takes, but not its result: it may go on with others."""
+ASIDE = frozenset(
+    [
+        *("out", "cache", "names", "vocab_tasks", "device", "report_to", "trust_remote_code"),
+        *("mini_batch_tokens", "gradient_checkpointing"),
+    ]
+)
+"""Options that do not change a result, as those that save memory: what was begun may go on with others."""
 EXPORT = "export.json"
 """The manifest in a folder that ``secateur export`` wrote."""
 _DESCRIPTIONS = frozenset({"secateur.json", "training.json"})
@@ -119,7 +124,7 @@ class Made:
         for key in ("options", "inputs"):
             given = {name: value for name, value in now[key].items() if key == "inputs" or value is not None}
             changed += _differing(recorded[key], given)
-        return [name for name in dict.fromkeys(changed) if name not in SAVING_MEMORY]
+        return [name for name in dict.fromkeys(changed) if name not in ASIDE]
 
     def record(self, folder: Path, name: str = DONE) -> None:
         """Write it into a folder, whole or not at all."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1.0
 """Points of average score, of 100, that may be lost where nothing else is said."""
-_COSTS = {
-    "max_params": ("parameters", 1, "{:,.0f} parameters"),
-    "max_bytes": ("bytes", 1, "{:,.0f} bytes"),
-    "max_latency_ms": ("latency", 1000, "{:.3g} ms"),
+_COSTS: dict[str, tuple[str, int, Callable[[float], str]]] = {
+    "max_params": ("parameters", 1, lambda limit: plural(limit, "parameter", ",.0f")),
+    "max_bytes": ("bytes", 1, lambda limit: plural(limit, "byte", ",.0f")),
+    "max_latency_ms": ("latency", 1000, lambda limit: f"{limit:.3g} ms"),
 }
 """Limit → the column of costs that it limits, how many of its units are one of that column, and how that is said."""
 SIZE_LIMITS = ("max_params", "max_bytes")
@@ -89,8 +89,8 @@ def affordable(options: Budget, table: Profile | Scout, depths: Sequence[int]) -
     for name, limit in cost_limits(options).items() if not left else ():
         if (least := _cost(name, table, layers_at(table, depths[0]))) > limit:
             words = _COSTS[name][2]
-            hint = f"the smallest, depth {depths[0]}, has {words.format(least)}"
-            raise ConfigError(name, limit, f"no depth has at most {words.format(limit)}", hint)
+            hint = f"the smallest, depth {depths[0]}, has {words(least)}"
+            raise ConfigError(name, limit, f"no depth has at most {words(limit)}", hint)
     return left
 
 
@@ -248,6 +248,8 @@ def without(table: T, removed: tuple[int, int]) -> T:
 def open_vocabulary(options: ChooseOptions, table: Profile | Scout, progress: Progress) -> CountedVocabulary | None:
     """Open the tokenizer of a table's model, and count its tokens on the texts of ``--vocab``; None without it."""
     if not options.vocab:
+        if options.model is not None:
+            raise ConfigError("model", options.model, "is only opened to count tokens", "give --vocab FILE, too")
         return None
     from secateur.models.blocks import depth_of  # with torch, which the rest of a choice does not need
     from secateur.models.open_model import open_skeleton

@@ -135,15 +135,18 @@ def check_places(options: Options) -> None:
                 check_data(value, getattr(options, "columns", None))
             elif isinstance(mark, Names):
                 for item in value if isinstance(value, list) else [value]:
-                    _check_place(mark, item)
+                    _check_place(name, mark, item)
 
 
-def _check_place(mark: Names, item: Any) -> None:
+def _check_place(name: str, mark: Names, item: Any) -> None:
     match mark.what:
         case "layers":
             from secateur.choosing.choose import needs_profile
 
-            needs_profile(item)
+            try:
+                needs_profile(item)
+            except ConfigError as error:
+                raise error.of(name) from None
         case "profile":
             from secateur.choosing.choose import read_table
 

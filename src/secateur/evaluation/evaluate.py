@@ -47,7 +47,7 @@ from secateur.evaluation.tasks import Task, count_samples, open_tasks
 from secateur.files import lock, make_folder, output_errors, read_json, write_bytes
 from secateur.measures import intervals
 from secateur.measures.intervals import Array
-from secateur.models import is_endpoint, model_names, model_source
+from secateur.models import is_endpoint, model_names, model_source, opened_from
 from secateur.options import CompareOptions, EvaluateOptions, step
 from secateur.progress import Progress, quiet, silent
 from secateur.provenance import Fingerprint, command_line, now, provenance, versions_of
@@ -95,7 +95,7 @@ def evaluate(options: EvaluateOptions, *, progress: Progress = silent) -> Scores
     def score_model(number: int, label: str, given: Model) -> None:
         """All tasks of one model, which leaves the memory when this returns, before the next one is opened."""
         model = given if isinstance(given, SentenceTransformer) else open_embedder(given)
-        source = "" if model is given else model_source(given)
+        source = model_source(opened_from(given) if isinstance(given, SentenceTransformer) else given)
         weights, cache = identify(model, vectors_folder(options, given))
         if options.names is None:
             table.check_same_model(label, source, weights)

@@ -56,7 +56,13 @@ def model_label(name: str | Path) -> str:
 def model_source(name: str | Path) -> str:
     """What names a model from any folder: the whole path of what is on this disk, else the name as it is."""
     path = Path(name)
-    return str(path.resolve()) if path.exists() else str(name)
+    return str(path.resolve()) if str(name) and path.exists() else str(name)
+
+
+def opened_from(model: Any) -> str:
+    """The folder or Hub id that an open model is from, as far as it knows; empty for one that was made in memory."""
+    transformer = getattr(model[0], "auto_model", None)
+    return str(model.model_card_data.base_model or getattr(transformer, "name_or_path", ""))
 
 
 def model_names(models: Sequence[Any], names: Sequence[str] | None = None) -> list[str]:
@@ -65,11 +71,11 @@ def model_names(models: Sequence[Any], names: Sequence[str] | None = None) -> li
     """
     found = list(names or ())
     if names is None:
-        opened = [None if isinstance(model, (str, Path)) else model.model_card_data for model in models]
-        given = [model if card is None else card.base_model for model, card in zip(models, opened, strict=True)]
+        given = [model if isinstance(model, (str, Path)) else opened_from(model) for model in models]
         found = [model_label(name or f"model-{number}") for number, name in enumerate(given, start=1)]
         if len(set(found)) < len(found):  # folders of one name, such as a/final and b/final
-            found = [str(models[i]) if card is None else found[i] for i, card in enumerate(opened)]
+            numbered = enumerate(zip(models, found, strict=True), start=1)
+            found = [str(m) if isinstance(m, (str, Path)) else f"{label}-{number}" for number, (m, label) in numbered]
     elif len(names) != len(models):
         raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
     twice = [name for name in found if found.count(name) > 1]

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.functional_validators import AfterValidator
 from pydantic_core import PydanticUndefined
 
 from secateur.errors import ConfigError, DataError
@@ -215,17 +216,28 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def name_or_object(value: Any) -> Any:
-    """A path becomes text; an object (an opened model, a task, a table) stays as it is; numbers are refused."""
-    if value is None or isinstance(value, (int, float, list, dict, tuple)):
+    """A path becomes text; an object (an opened model, a task, a table) stays as it is; others are refused."""
+    homes = {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
+    if not (_is_name(value) or homes & {"secateur", "sentence_transformers"}):
         raise ValueError("a name or a path is expected")
     return path_text(value)
 
 
 def name_only(value: Any) -> Any:
     """A path becomes text; an opened model is refused, for other processes open it, and notes of it name it."""
-    if not isinstance(value, (str, os.PathLike)):
+    if not _is_name(value):
         raise ValueError("a name or a path is expected; a model that is open has to be saved first")
     return path_text(value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, (str, os.PathLike)) and str(value) != ""
+
+
+def _of_tasks(value: int | None, info: ValidationInfo) -> int | None:
+    if value is not None and info.data.get("tasks") == []:
+        raise ConfigError("sample", value, "is a number of rows of tasks, and there are none", "give tasks")
+    return value
 
 
 def path_text(value: Any) -> Any:
@@ -241,7 +253,7 @@ def listed(value: Any) -> Any:
 
 def comma_separated(value: Any) -> Any:
     """``6,12`` becomes a list."""
-    items = value if isinstance(value, (list, tuple)) else [value]
+    items = value if isinstance(value, (list, tuple, range)) else [value]
     return None if value is None else [part.strip() for item in items for part in str(item).split(",")]
 
 
@@ -267,6 +279,8 @@ NewFolder = Annotated[Path, Names("new folder")]
 Pooling = Annotated[SavedPooling | None, option(POOLING)]
 MaxLength = Annotated[int, option("Tokens after which a text is cut, for a bare language model.", ge=1)]
 Sample = Annotated[int | None, option("Maximum number of rows of each task, sampled by the seed.", ge=1)]
+TaskSample = Annotated[Sample, AfterValidator(_of_tasks)]
+"""Where tasks may be left out."""
 SampleSeed = Annotated[Seed, option("Random seed of the sample.")]
 HELD_OUT = "Without tasks: rows of the data that score the depths and are not trained on; at most a tenth of a file."
 HeldOut = Annotated[int, option(HELD_OUT, ge=10)]

@@ -29,6 +29,7 @@ from secateur.options.base import (
     SampleSeed,
     Seed,
     Tasks,
+    TaskSample,
     TrustRemoteCode,
     argument,
     comma_separated,
@@ -127,7 +128,7 @@ class CompareOptions(Options):
     names: ModelNames = None
     neighbours: int = option("Number of nearest texts compared for each text; at most half of the others.", 10, ge=1)
     max_texts: int = option("Maximum number of texts used for the neighbours, sampled by seed.", 2000, ge=3)
-    sample: Sample = None
+    sample: TaskSample = None
     seed: SampleSeed = 42
     batch_size: int = option("Texts per batch when encoding.", 32, ge=1)
     timed: bool = option("Also count parameters and measure speed, as `secateur cost` does.", True)
@@ -260,7 +261,7 @@ class ExportOptions(Options):
         "Precision of the vectors that the light runtime returns by default.", "float32"
     )
     tasks: Tasks = option("Tasks to score the original and the export on, as for evaluate.", [])
-    sample: Sample = None
+    sample: TaskSample = None
     seed: SampleSeed = 42
     min_cosine: float | None = option("Fail if a text's cosine to the original is lower [by precision].", ge=-1, le=1)
     max_loss: float = option("Fail if the average score falls by more points (of 100) than this.", 0.5, ge=0)

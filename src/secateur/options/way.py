@@ -29,6 +29,7 @@ from secateur.options.base import (
     SampleSeed,
     Seed,
     Tasks,
+    TaskSample,
     Teacher,
     TrustRemoteCode,
     argument,
@@ -87,7 +88,7 @@ class ProfileOptions(Options):
     device: Device = None
     seed: SampleSeed = 42
     tasks: Tasks = option("Score every depth on these, too: folders, or mteb's tasks and benchmarks.", [])
-    sample: Sample = None
+    sample: TaskSample = None
     trust_remote_code: TrustRemoteCode = False
 
 
@@ -109,7 +110,8 @@ class VocabularyOptions(Options):
         given = [name for name in ("vocab_size", "vocab_coverage") if getattr(self, name) is not None]
         if len(given) == 2:
             raise ConfigError("vocab_coverage", self.vocab_coverage, "cannot go with vocab_size", "give one of them")
-        given += [name for name in ("vocab_multiple", "vocab_tasks") if getattr(self, name, None) not in (None, 1, [])]
+        others = ("columns", "vocab_multiple", "vocab_tasks")
+        given += [name for name in others if getattr(self, name, None) not in (None, 1, [])]
         # A study counts on its own data.
         if given and not self.vocab and "data" not in type(self).model_fields:
             raise ConfigError(given[0], getattr(self, given[0]), "needs texts to count tokens on", "give --vocab FILE")

@@ -45,6 +45,9 @@ PICTURES = tuple(name for name in PROFILE_FILES if not name.endswith(".json"))
 HELD_BYTES = 192 << 20
 """Size of the pooled vectors of one group of batches, whose texts are sorted by length together."""
 
+_OPENING = {"pooling", "max_length", "dtype", "device", "trust_remote_code"}
+"""Options that say how a model is opened."""
+
 Column = Sequence[float | None]
 
 
@@ -113,8 +116,6 @@ def _open_tasks(options: ProfileOptions) -> list[Task]:
         from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
 
         return open_tasks(options.tasks, options.sample, options.seed)
-    if options.sample is not None:
-        raise ConfigError("sample", options.sample, "is a number of rows of tasks, and there are none", "give tasks")
     return []
 
 
@@ -152,7 +153,9 @@ def _open(options: ProfileOptions) -> tuple[SentenceTransformer, str, tuple[Size
     """The model in the dtype that is used, its name, the sizes of its layers as they are stored, and notes."""
     given, notes = options.model, list[str]()
     if isinstance(given, SentenceTransformer):
-        return given, "model", layer_sizes(given), notes
+        for option in options.model_fields_set & _OPENING:
+            raise ConfigError(option, getattr(options, option), "is for a model that is opened here", "leave it out")
+        return given.eval(), "model", layer_sizes(given), notes  # without dropout, as encode
     model = open_model(
         given,
         pooling=options.pooling,

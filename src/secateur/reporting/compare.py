@@ -81,7 +81,7 @@ def _texts(options: CompareOptions) -> tuple[list[str], list[Fingerprint]]:
     read = [read_texts(file) for file in options.texts]
     found = dict.fromkeys(text for part in read for text in part.rows)
     if not options.texts:
-        folders = [read_task_folder(task) for task in options.tasks if Path(task).exists()]
+        folders = [read_task_folder(t) for t in options.tasks if isinstance(t, str) and Path(t).exists()]
         found = dict.fromkeys(text for folder in folders for text in texts_of(folder))
     elif len(found) < 3:
         problem = f"{len(found)} distinct texts have no neighbours to compare"

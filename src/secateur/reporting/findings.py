@@ -186,7 +186,7 @@ class Summary:
         scored = [group for group in self.groups if group.average]
         full = [group for group in scored if group.first.is_full]
         for group in scored:
-            others = [other for other in full if other.scores.keys() == group.scores.keys()]
+            others = [other for other in full if _is_scored_alike(group, other)]
             if group in full:
                 others = [other for other in others if _is_smaller(group, other)]
             if others and (group.first.depth is not None or group.first.is_baseline):
@@ -203,6 +203,12 @@ class Summary:
         if item is not None:
             return "rejected" if item.outcome == "worse" and not item.is_as_good(MARGIN) else "cut"
         return "full" if group.first.is_full else "cut"
+
+
+def _is_scored_alike(group: RunGroup, other: RunGroup) -> bool:
+    """Whether two were scored on the same rows: of texts alone, each base model judges those that it is scored on."""
+    own, others = group.first.scores, other.first.scores
+    return group.scores.keys() == other.scores.keys() and all(is_paired(own[t], others[t]) for t in group.tasks)
 
 
 def _is_smaller(group: RunGroup, other: RunGroup) -> bool:

@@ -311,7 +311,7 @@ def size_sentences(summary: Summary, threshold: float) -> list[str]:
     for group in summary.groups:
         if group.cost and group.average and not group.first.is_baseline:
             own, size = sizes.setdefault(group.first.base, {}), group.cost.parameters
-            own[size] = max(own.get(size, 0.0), group.average.value)
+            own[size] = max(own.get(size, -1.0), group.average.value)
     said = []
     for base, own in ((base, own) for base, own in sizes.items() if len(own) > 1):
         best = max(own, key=lambda size: (100 * own[size] - size / (threshold * MILLION), -size))

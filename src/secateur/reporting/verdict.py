@@ -57,15 +57,16 @@ def recommend(summary: Summary) -> Recommendation:
         if costs and not any(_fits(cost, limits) for cost in costs):
             headline = _nothing_fits(limits)
         elif chosen and all(scout.chosen == scout.table.depth for scout in chosen):
-            headline = (
-                "Keep all layers for now: no smaller depth is shown to be as good. Score the depths on more test "
-                "queries or pairs, allow a larger --tolerance, or train a depth of your choice with --polish."
-            )
+            why = "is shown to be as good. Score the depths on more test queries or pairs, allow a larger --tolerance,"
+            if summary.run.budget.best:
+                why = "has a higher score. Allow a loss (--tolerance in place of --best),"
+            headline = f"Keep all layers for now: no smaller depth {why} or train a depth of your choice with --polish."
         return Recommendation(headline, reasons=tuple(scout_sentences(summary.run)[:MOST_NAMED]))
     fitting = [item for item in cuts if _fits(item.group.cost, limits)]
     ship, told, headline = _choose(summary, cuts, fitting)
     baselines = [item for item in compared.values() if item.group.first.is_baseline]
     beside = [compare_groups(item.group, ship.group) for item in baselines] if ship else baselines
+    beside = [item for item in beside if not math.isnan(item.difference.value)]  # of another base model's own texts
     better = [item for item in beside if _fits(item.group.cost, limits) and _replaces(item, _margin(summary))]
     if better:
         used = max(better, key=lambda item: item.difference.value)
@@ -111,8 +112,10 @@ def _choose(
     if not _fits(ship.reference.cost, limits) or (budget.best and ship.difference.value >= 0):
         best = f"the best within your budget of {within}" if within else "the best of those scored"
         return ship, ship, f"Ship {shorten(ship.group.name)}, {best}: {_facts(ship)}."
-    nearest = _nearest([max(own, key=_depth) for own in searches] or cuts)
-    return None, nearest, _not_yet(nearest, margin)
+    nearest = ship if budget.best else _nearest([max(own, key=_depth) for own in searches] or cuts)
+    is_nearest = not searches or all(item.difference.value <= nearest.difference.value for item in cuts)
+    what = "comes nearest" if is_nearest else "is the largest cut of its kind"
+    return None, nearest, _not_yet(nearest, margin, what)
 
 
 def smallest_as_good(comparisons: Sequence[GroupComparison], margin: float = MARGIN) -> GroupComparison | None:
@@ -222,8 +225,8 @@ def _nearest(largest: Sequence[GroupComparison]) -> GroupComparison:
     return max(largest, key=rank)
 
 
-def _not_yet(item: GroupComparison, margin: float) -> str:
-    """What to do where nothing is as good as the full model, and this comes nearest."""
+def _not_yet(item: GroupComparison, margin: float, what: str) -> str:
+    """What to do where nothing is as good as the full model, and at this, which ``what`` tells, the search ended."""
     name, full, difference = shorten(item.group.name), shorten(item.reference.name), item.difference
     value, low = difference.value, difference.low
     if low is None:
@@ -237,9 +240,9 @@ def _not_yet(item: GroupComparison, margin: float) -> str:
             f"Not decided yet: {name} scores {signed(value)} points beside {full}, but without intervals that may be "
             f"chance. {advice}."
         )
-    if difference.sign:
+    if difference.sign or item.is_as_good(margin):  # as good, where the best is asked for
         train = "Train it for more steps, or on more data," if item.group.first.training else "Train it after the cut,"
-        return f"Keep {full}: {name} comes nearest, with {difference_in_words(item)}. {train} and score it again."
+        return f"Keep {full}: {name} {what}, with {difference_in_words(item)}. {train} and score it again."
     # An interval narrows with the square root of the amount.
     more = ((value - low) / (value + margin)) ** 2 if value > -margin else math.inf
     data = f"about {math.ceil(more)} × as many" if more <= 20 else "many more"

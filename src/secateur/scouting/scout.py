@@ -42,7 +42,7 @@ from secateur.profiling.depth_scores import DepthScore, notes_on, score_depths
 from secateur.profiling.depths import DepthEncoder, check_depths, legal_cuts
 from secateur.profiling.profile import layer_costs
 from secateur.progress import Progress, silent
-from secateur.provenance import Made, fingerprint_files, provenance, versions_of
+from secateur.provenance import ASIDE, Made, fingerprint_files, provenance, versions_of
 from secateur.results import DepthScoreRow, RungRow, Scout, Training, load
 from secateur.scouting.held_out import hold_out, judge_of, left_whole
 
@@ -51,11 +51,8 @@ LOWEST = 1 / 5
 """Share of the layers that the lowest rung keeps."""
 SPACED = "a smaller depth keeps evenly spaced layers, the first and the last among them"
 PICTURES = ("frontier.svg", "frontier.png")
-_ASIDE = {
-    *("model", "data", "out", "score", "tasks", "exclude", "eval_data", "eval_tasks", "teacher", "cache"),
-    *("device", "report_to", "trust_remote_code"),
-}
-"""Options that are known by their content, or do not change a result."""
+_NAMES = {"model", "data", "score", "tasks", "exclude", "eval_data", "eval_tasks", "teacher"}
+"""Options that are known by their content; more depths may be scored."""
 
 
 @step(ScoutOptions)
@@ -119,7 +116,7 @@ def _made_from(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence
         "eval_tasks": told(held_out.tasks),
         "teacher": "" if options.teacher is None else model(options.teacher),
     }
-    return Made("scout", options.model_dump(mode="json", exclude=_ASIDE), inputs)
+    return Made("scout", options.model_dump(mode="json", exclude={*ASIDE, *_NAMES}), inputs)
 
 
 def _plan(options: ScoutOptions, layers: str) -> tuple[int, ...]:

@@ -134,8 +134,7 @@ def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
         try:
             recipes[name] = command_options(HealOptions, common | own | _DECIDED)
         except ConfigError as error:
-            problem = error.problem.partition(": ")[2]
-            raise ConfigError(f"recipes.{name}.{error.key}", error.value, problem, error.hint) from None
+            raise error.of(f"recipes.{name}.{error.key}") from None
     return recipes
 
 

@@ -34,7 +34,7 @@ from secateur.healing.heal import heal
 from secateur.options import Names
 from secateur.profiling.profile import profile
 from secateur.progress import Progress
-from secateur.provenance import Made, acting_as, fingerprint_files, model_files, now, sha256_of, versions_of
+from secateur.provenance import ASIDE, Made, acting_as, fingerprint_files, model_files, now, sha256_of, versions_of
 from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, read_journal
@@ -45,8 +45,6 @@ RECORDS = "done"
 MEASURED = ("evaluate", "cost")
 """Steps whose results are of the models and library versions of now: else they run again. Others make a model or a
 profile, which is never made again by itself."""
-_ASIDE = frozenset({"out", "cache", "names", "vocab_tasks"})
-"""Options that do not change a result."""
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (prune, profile, heal, scout, evaluate, cost)
 }
@@ -278,7 +276,7 @@ def on_ray(address: str, jobs: int) -> Executor:
 
 def _made_from(step: Step, plan: Plan, run: Path) -> Made:
     """What a step's output follows from: of a study's own models the steps that made them, or files where measured."""
-    options = step.options.model_dump(mode="json", include=step.options.model_fields_set - _ASIDE)
+    options = step.options.model_dump(mode="json", include=step.options.model_fields_set - ASIDE)
     measured = step.kind in MEASURED
     inputs: dict[str, Any] = {}
     for name, value in list(options.items()):

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from secateur import options as config
 from secateur.choosing.choose import blocks_to_keep, is_prefix, needs_profile
-from secateur.errors import SecateurError
+from secateur.errors import ConfigError, SecateurError
 from secateur.options import Options, default_of, extra, make
 from secateur.results import Profile, Scores
 
@@ -144,18 +144,19 @@ def cuts_of(specs: Sequence[str], depth: int, profile: Profile | None) -> Iterat
     known: dict[Blocks, str] = {}
     unknown: dict[str, str] = {}
     for spec in specs:
-        if profile is None and needs_profile(spec):
-            _, counted, count = spec.partition(":")
-            if counted:  # too many layers are too many for every selector
-                blocks_to_keep(count.partition(":")[0], depth)
-            unknown[spec] = ""
-            continue
         try:
-            known.setdefault(blocks_to_keep(spec, depth, profile), spec)
+            if profile is None and needs_profile(spec):
+                _, counted, count = spec.partition(":")
+                if counted:  # too many layers are too many for every selector
+                    blocks_to_keep(count.partition(":")[0], depth)
+                unknown[spec] = ""
+            else:
+                known.setdefault(blocks_to_keep(spec, depth, profile), spec)
         except SecateurError as error:
+            told = error.of("depths") if isinstance(error, ConfigError) and error.key == "to" else error
             if profile is None:  # nothing has begun
-                raise
-            unknown[spec] = str(error)
+                raise told from None
+            unknown[spec] = str(told)
     taken: set[str] = set()
     for blocks in sorted(known, key=lambda kept: (-len(kept), kept)):
         if len(blocks) < depth:
