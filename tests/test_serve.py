@@ -23,7 +23,6 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import secateur
-from killing import signalled
 from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import ModelEncoder
@@ -410,17 +409,6 @@ def test_the_command_serves_logs_json_without_texts_and_ends_well(
     assert lines[3]["error"] == "text_refused"
     assert secret not in log.read_text()
     assert "sesame" not in log.read_text()
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_first_start_which_would_convert_for_minutes(folder: Path, tmp_path: Path):
-    pytest.importorskip("openvino")
-    copy = shutil.copytree(folder, tmp_path / "tiny")
-    done = signalled(signal.SIGINT, copy / "conversions", "*.partial", "serve", copy, "--port", "0")
-    assert done.returncode == 130
-    assert not list(copy.glob("conversions/*/export.json")), "it did not wait for the conversion"
-    assert done.stderr.splitlines()[-1] == "secateur: interrupted; the same command goes on where it can"
-    assert "Traceback" not in done.stderr
 
 
 def test_a_traceback_in_the_log_says_where_but_not_what():

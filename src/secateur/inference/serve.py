@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import ipaddress
 import math
 import os
 import socket
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -24,7 +22,7 @@ from fastapi import FastAPI
 
 from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
-from secateur.inference.backends import Chosen, choose, is_decided, open_encoder
+from secateur.inference.backends import choose, is_decided, open_encoder
 from secateur.inference.encoders import STORED, TORCH, ModelEncoder, Opening
 from secateur.inference.monitoring import Metrics, log, log_as_json
 from secateur.inference.queueing import LocalWorker
@@ -130,18 +128,6 @@ def _start_workers(stack: ExitStack, options: ServeOptions, opening: Opening, me
     return processes
 
 
-def _choose_in(thread: Executor, opening: Opening, least: float) -> Chosen:
-    """Choose in a thread; Ctrl-C ends the thread's work, too, which may convert for minutes and would be waited for."""
-    ident, work = thread.submit(threading.get_ident).result(), thread.submit(choose, opening, least)
-    try:
-        while not wait([work], 0.2).done:  # with polars, which mteb imports, Ctrl-C does not end a wait
-            pass
-    except KeyboardInterrupt as interrupt:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(type(interrupt)))
-        raise
-    return work.result()
-
-
 @step(ServeOptions)
 def serve(options: ServeOptions) -> None:
     """Serve a model until the process is told to end (SIGTERM, Ctrl-C); then finish the requests it has.
@@ -171,7 +157,7 @@ def serve(options: ServeOptions) -> None:
         log_as_json()
         told = "" if is_decided(here) else "finds the fastest backend; the first time, this may take minutes"
         log.info("starting", extra={"facts": {"model": options.model, "told": told}})
-        chosen = _choose_in(thread, here, options.min_cosine)
+        chosen = thread.submit(choose, here, options.min_cosine).result()
         encoder, opening = chosen.encoder, chosen.opening if here is opening else opening
         if options.workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")
