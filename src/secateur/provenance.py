@@ -34,7 +34,8 @@ ASIDE = frozenset(
         *("mini_batch_tokens", "gradient_checkpointing"),
     ]
 )
-"""Options that do not change a result, as those that save memory: what was begun may go on with others."""
+"""Options that do not change a result, as those that save memory: what was begun may go on with others. (A device
+would change a cost; a study gives it none.)"""
 EXPORT = "export.json"
 """The manifest in a folder that ``secateur export`` wrote."""
 _DESCRIPTIONS = frozenset({"secateur.json", "training.json"})

@@ -113,7 +113,7 @@ def train(
     if trainer.is_fsdp_enabled:
         shard_by_blocks(own, trainer.accelerator, config, trainer.of_loss())
     trainer.remove_callback(PrinterCallback)
-    torch.manual_seed(config.seed + get_rank())  # else what a process drops out is what every other does
+    torch.manual_seed(config.seed + get_rank())  # else all processes would draw the same dropout
     with quiet(), memory_errors(config):
         trainer.train_or_resume(last_checkpoint(folder), config.patience)
     if trainer.is_fsdp_enabled:
@@ -187,7 +187,9 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
             return super().training_step(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """With what lacks in accelerate: else an epoch that several processes resume has the batches of the first."""
+        """Pass the epoch on to a sampler that is split among processes, too, as accelerate does not: else an epoch that
+        they resume has the batches of the first one.
+        """
         loader: DataLoader[Any] = super().get_train_dataloader()
         shard = loader.batch_sampler
         if isinstance(shard, BatchSamplerShard):

@@ -72,7 +72,9 @@ def text_mask(pooling: Pooling, mask: Tensor, prompt_length: int) -> Tensor:
 
 
 def encode_alone(model: SentenceTransformer) -> None:
-    """Let a copy of a model encode all texts: while one is scored, other processes encode a share, with their own."""
+    """Let a copy of a model, which is scored, encode all texts itself: sentence-transformers would give a share of them
+    to the other processes, which have the model as it is trained.
+    """
     vars(model).pop("_distributed_inference", None)
 
 
