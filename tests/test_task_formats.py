@@ -340,6 +340,14 @@ def test_the_fingerprint_follows_every_file(tmp_path: Path):
     assert len(hashes) == 4
 
 
+def test_hidden_files_are_none_of_a_task(tmp_path: Path):
+    """As macOS leaves them on other disks."""
+    rows = [{"sentence1": text, "sentence2": text, "score": i} for i, text in enumerate(TEXTS)]
+    write_lines(tmp_path / "pairs.jsonl", rows)
+    (tmp_path / "._pairs.jsonl").write_bytes(b"\0\5\x16\7")
+    assert read_task_folder(tmp_path).tables == read_task_folder(tmp_path / "pairs.jsonl").tables
+
+
 def test_a_dev_split_is_used_where_there_is_no_test(tmp_path: Path):
     folder = write_beir(tmp_path / "beir")
     (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "dev.tsv")
