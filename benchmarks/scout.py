@@ -8,8 +8,9 @@ finding each held-out anchor's positive among the held-out passages of its file,
 is looked at. A row and seed is a file of OUT, which is skipped when it is there; --table prints what is there.
 
 Rows ``scout-...`` are elastic trainings of all depths; ``alone-K`` are separate trainings of the first K layers;
-``polish-K`` go on from the weights of the scout ``--from`` at K layers, ``polish-K-taught`` with its full depth as
-teacher. Settings follow a name: ``polish-7+learning_rate=1e-4+steps=257``.
+``alone-K-both``, ``-all`` and ``-gte`` have other losses (:data:`LOSSES`); ``polish-K`` go on from the weights of the
+scout ``--from`` at K layers, ``polish-K-taught`` with its full depth as teacher. Settings follow a name:
+``polish-7+learning_rate=1e-4+steps=257``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from secateur.data.sources import Pairs, read_pairs
 from secateur.data.vectors import fingerprint_model
@@ -156,6 +158,34 @@ class Taught(Elastic):
         return self.full * losses[-1] + (1 - self.full) * torch.stack(parts).mean()
 
 
+class Directions(Elastic):
+    """Beside the anchors' softmax over passages that of the positives over anchors; with ``among``, other anchors and
+    positives are negatives of their like; with ``joint``, all are in one softmax (GTE, arXiv 2308.03281, equation 2).
+    """
+
+    among = joint = False
+
+    def losses(self, columns: Sequence[Tensor]) -> list[Tensor]:
+        anchors, positives = self._keys[:2]
+        alike = (anchors == anchors[:, None]) | (positives == positives[:, None]) | (positives[:, None] == anchors)
+        mask = batch_mask(self._keys)
+        return [self._loss_between([c[:, d] for c in columns], mask, alike) for d in range(columns[0].shape[1])]
+
+    def _loss_between(self, columns: Sequence[Tensor], mask: Tensor | None, alike: Tensor) -> Tensor:
+        """``mask`` (rows, passages) and ``alike`` (rows, rows) are true where two are no negatives of each other."""
+        anchors, positives = columns[:2]
+        own = torch.arange(len(anchors))
+        forth = cosines(anchors, torch.cat(list(columns[1:])))
+        forth = forth if mask is None else forth.masked_fill(mask, -torch.inf)
+        back = cosines(positives, anchors).masked_fill(alike & (own != own[:, None]), -torch.inf)
+        anchors, positives = (cosines(c, c).masked_fill(alike, -torch.inf) for c in (anchors, positives))
+        if self.joint:
+            back = back.masked_fill(own == own[:, None], -torch.inf)  # it is in the softmax already
+            return cross_entropy(torch.cat([forth, anchors, back, positives], dim=1) * self.config.scale, own)
+        parts = [(forth, anchors), (back, positives)] if self.among else [(forth,), (back,)]
+        return torch.stack([cross_entropy(torch.cat(p, dim=1) * self.config.scale, own) for p in parts]).mean()
+
+
 def way(kind: type[Elastic], **numbers: Any) -> type[Elastic]:
     return type(kind.__name__, (kind,), numbers)
 
@@ -173,6 +203,7 @@ SCOUTS: dict[str, tuple[str, type[Elastic], tuple[int, ...]]] = {
     "scout-taught-next": ("each depth teaches the next smaller one", way(Taught, next_deeper=True), LADDER),
     "scout-taught-deep": ("taught similarities, half of the weight on full depth", way(Taught, full=0.5), LADDER),
 }
+LOSSES = {"both": Directions, "all": way(Directions, among=True), "gte": way(Directions, joint=True)}
 
 
 def main() -> None:
@@ -239,10 +270,11 @@ def run(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     if name in SCOUTS:
         _, make, depths = SCOUTS[name]
     else:
-        kind, blocks, *taught = name.split("-")
+        kind, blocks, *how = name.split("-")
+        make = LOSSES[how[0]] if how and how[0] in LOSSES else make
         if kind == "polish":
             model.load_state_dict(load_file(args.out / f"{args.scout}-{seed}.safetensors"))
-        if taught:
+        if "taught" in how:
             teacher, numbers["has_teacher"] = deepcopy(model), True
         cut(model[0].auto_model, range(int(blocks)))
     config = TrainingConfig(**numbers, depths=tuple(depths))
