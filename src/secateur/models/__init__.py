@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from secateur.document import plural
 from secateur.errors import ConfigError, ModelError
 
 DEMO_MODEL = "smollm2"
@@ -77,7 +78,7 @@ def model_names(models: Sequence[Any], names: Sequence[str] | None = None) -> li
             numbered = enumerate(zip(models, found, strict=True), start=1)
             found = [str(m) if isinstance(m, (str, Path)) else f"{label}-{number}" for number, (m, label) in numbered]
     elif len(names) != len(models):
-        raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
+        raise ConfigError("names", names, f"{plural(len(names), 'name')} for {plural(len(models), 'model')}")
     twice = [name for name in found if found.count(name) > 1]
     if twice:
         raise ConfigError("names", found, f"two models are called {twice[0]}", "give each its own name: --names A B")

@@ -47,7 +47,6 @@ SCOUT_FILES = (
     *("scout.json", "model", "model.partial", "tasks", "tasks.partial", "draws", "cache", "done.json"),
     *("choice.json", "frontier.png", "frontier.svg"),
 )
-TEXTS = " Or of texts alone: .txt, or .jsonl with text."
 
 
 def _columns(given: Any) -> Any:
@@ -74,7 +73,7 @@ class ProfileOptions(Options):
     """
 
     model: Annotated[AnyName, Names("model")] = argument(MODEL)
-    data: Sources = positional(DATA + TEXTS, min_length=1)
+    data: Sources = positional(DATA, min_length=1)
     columns: Columns = None
     out: Annotated[Path | None, Names("results", PROFILE_FILES)] = option("Folder of the results.")
     scale: float = option("Inverse temperature of the contrastive loss.", 20.0, gt=0)
@@ -212,7 +211,7 @@ class HealOptions(HealSettings):
     """
 
     model: Model
-    data: Data = positional(DATA + TEXTS, min_length=1)
+    data: Data = positional(DATA, min_length=1)
     columns: Columns = None
     out: NewFolder = option("The model folder to write.", ...)
     instruction: str | None = option(
