@@ -502,6 +502,12 @@ def test_an_option_of_several_values_needs_one(rest: tuple[str, ...], place: Pat
     assert ended.err == "secateur: exclude: is given without a value: --exclude takes one or more\n"
 
 
+def test_a_file_in_the_models_place_is_told_as_such(place: Path, run: Run):
+    ended = run("encode", "words.jsonl", "model", "-o", "vectors.npy")
+    assert is_one_line(ended), ended
+    assert ended.err == "secateur: model words.jsonl: is not a model folder or a .gguf file\n"
+
+
 def test_an_argument_after_an_option_of_several_values_is_told_of(place: Path, run: Run):
     ended = run("evaluate", "--tasks", "task", "model", "-o", "out")
     assert is_one_line(ended), ended

@@ -26,6 +26,8 @@ def resolve(name: str | Path) -> str | Path:
     if path.suffix == ".gguf" and not path.is_file():
         raise ModelError(name, "no such file")
     if path.exists():
+        if not path.is_dir() and path.suffix != ".gguf":
+            raise ModelError(name, "is not a model folder or a .gguf file")
         return path
     if isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise ModelError(name, "no such file or folder")

@@ -41,8 +41,6 @@ CONVERT = "convert it: load it with transformers elsewhere and save_pretrained()
 
 def check_folder(folder: Path) -> None:
     """Say what is missing from a model folder, where libraries would not say it plainly."""
-    if not folder.is_dir():
-        raise ModelError(folder, "is not a model folder or a .gguf file")
     if not read_modules(folder) and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(folder, "is an adapter without its base", "secateur prune merges the two")
