@@ -154,7 +154,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
 
     models: Models = argument(MODEL, default=[])
     data: Data = option(DATA, [])
-    tasks: Tasks = option("Task folders, or names of mteb's tasks and benchmarks.", [])
+    tasks: Tasks = option("Task folders or files, or names of mteb's tasks and benchmarks.", [])
     baselines: Models = option("Models to compare with, scored and timed alike; named as for evaluate.", [])
     vocab: Data = option("Cut the finished models' vocabulary by these texts [with a size or coverage: --data].", [])
     out: Annotated[Path, Names("results", STUDY_FILES)] = option("The run folder, for all results.", ...)

@@ -86,7 +86,7 @@ class ProfileOptions(Options):
     dtype: Dtype = option("Data type of the computation; auto: bfloat16 where the CPU has it.", "auto")
     device: Device = None
     seed: SampleSeed = 42
-    tasks: Tasks = option("Score every depth on these, too: folders, or mteb's tasks and benchmarks.", [])
+    tasks: Tasks = option("Score every depth on these, too: folders or files, or mteb's tasks and benchmarks.", [])
     sample: TaskSample = None
     trust_remote_code: TrustRemoteCode = False
 
