@@ -104,6 +104,9 @@ def test_angular_drops_the_run_that_turns_the_state_least():
         assert blocks_to_keep(f"angular:{count}", 8, profile) == expected
     with pytest.raises(DataError, match="another layout"):
         blocks_to_keep("angular:3", 8, table(None, depth=8))
+    one_of_two = candidates(table(None, depth=2, angular=((0.0, 0.1, 0.5), (0.1, 0.0, 0.2), (0.5, 0.2, 0.0))))
+    reasons = {row.name: row.reason for row in one_of_two.rows}
+    assert reasons["angular:1"] == "layer 0 (from 0) turns the state least, by 0.100 of a half turn"
 
 
 def test_uniform_is_even_and_holds_both_ends():

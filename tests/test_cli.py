@@ -163,6 +163,18 @@ def test_a_model_that_cannot_be_opened_is_one_line_in_every_command(place: Path,
             shutil.rmtree(f"out-{command[0]}.partial", ignore_errors=True)
 
 
+def test_an_export_is_neither_cut_nor_trained(place: Path, llama_folder: Path, run: Run):
+    shutil.copytree(llama_folder, place / "exported", ignore=shutil.ignore_patterns("*.safetensors"))
+    (place / "exported" / "export.json").write_text("{}")
+    for command in (
+        ("prune", "exported", "--to", "1"),
+        ("heal", "exported", "--data", "words.jsonl", "--batch-size", "8"),
+    ):
+        ended = run(*command, "-o", "out")
+        assert is_one_line(ended), ended
+        assert "model exported: is an export, without weights to cut or train" in ended.err
+
+
 @pytest.fixture
 def measured(place: Path) -> Path:
     """A profile of the model's three depths."""
@@ -481,6 +493,25 @@ def test_an_option_of_several_values_is_given_once_or_again(spelling: tuple[str,
     ended = run("profile", "model", *spelling, "--batch-size", "8", "-o", "out")
     assert ended.code == 0, ended.err
     assert [source.name for source in load(place / "out", Profile).provenance.data] == ["words.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize("rest", [("-o", "out"), ()])
+def test_an_option_of_several_values_needs_one(rest: tuple[str, ...], place: Path, run: Run):
+    ended = run("heal", "model", "--data", "words.jsonl", "--exclude", *rest)  # as where a shell's variable is empty
+    assert is_one_line(ended), ended
+    assert ended.err == "secateur: exclude: is given without a value: --exclude takes one or more\n"
+
+
+def test_a_file_in_the_models_place_is_told_as_such(place: Path, run: Run):
+    ended = run("encode", "words.jsonl", "model", "-o", "vectors.npy")
+    assert is_one_line(ended), ended
+    assert ended.err == "secateur: model words.jsonl: is not a model folder or a .gguf file\n"
+
+
+def test_an_argument_after_an_option_of_several_values_is_told_of(place: Path, run: Run):
+    ended = run("evaluate", "--tasks", "task", "model", "-o", "out")
+    assert is_one_line(ended), ended
+    assert "models: is missing: name it before --tasks, which takes all words up to the next option" in ended.err
 
 
 def test_a_bug_is_one_line_too_and_debug_shows_where(measured: Path, run: Run, monkeypatch: pytest.MonkeyPatch):

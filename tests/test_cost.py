@@ -23,6 +23,7 @@ from secateur.models.open_model import open_model
 from secateur.provenance import fingerprint_files
 from secateur.reporting import cost as cost_module
 from secateur.reporting.cost import bytes_on_disk, cost, measure_alone, texts_of
+from secateur.reporting.tables import cost_table
 from secateur.results import Costs, load
 
 
@@ -98,6 +99,7 @@ def test_costs_of_models_side_by_side(make_encoder: MakeEncoder, tmp_path: Path,
         assert [row.latency_p50, row.latency_p95, row.load_seconds] == pytest.approx([0.1] * 3)
         assert (row.dtype, row.device, row.threads) == ("float32", "cpu", torch.get_num_threads())
         assert (row.short_batch, row.long_batch) in [(a, b) for a in (4, 16) for b in (1, 2)]
+    assert f"; {large.short_tokens:.0f} tokens, batches of {large.short_batch})" in cost_table(costs.rows).to_markdown()
     assert large.parameters - small.parameters == 5 * (large.parameters - large.embedding_parameters - 32) // 6
     assert large.flops_per_token > 5 * small.flops_per_token
 
@@ -181,7 +183,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
     for arguments, options, says in (
         ([[]], {}, "models: is missing"),
         ([["a/final", "a/final"]], {}, "two models are called"),
-        ([["a", "b"]], {"names": ["one"]}, "1 names for 2 models"),
+        ([["a", "b"]], {"names": ["one"]}, "1 name for 2 models"),
         ([["a"]], {"repetitions": 0}, "repetitions: 0 is not valid"),
     ):
         with pytest.raises(ConfigError, match=says):

@@ -284,7 +284,7 @@ MAP = {"anchor": "premise", "positive": "yes", "negative": "no"}
 
 
 @pytest.mark.parametrize("form", ["parquet", "splits", "saved"])
-def test_a_data_set_by_name_gives_the_pairs_of_a_file(form: str, tmp_path: Path):
+def test_a_data_set_by_name_gives_the_pairs_of_a_file(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "f.jsonl"
     write_pairs(file, ROWS)
     named = save_set(tmp_path / "owner" / "set.v1", OTHERWISE, form)
@@ -293,6 +293,8 @@ def test_a_data_set_by_name_gives_the_pairs_of_a_file(form: str, tmp_path: Path)
     assert found.name == ("set.v1-triplet" if form == "parquet" else "set.v1")
     assert (found.source.name, found.source.rows, len(found.source.sha256)) == (named, 2, 64)
     assert read_pairs(named, columns=MAP, instruction="Do it").prompt == "Do it;\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_pairs(named.replace(str(tmp_path), "~"), columns=MAP).rows == found.rows
     changed = save_set(tmp_path / "changed", [*OTHERWISE[:1], {**OTHERWISE[1], "no": "n3"}], form)
     assert read_pairs(changed, columns=MAP).source.sha256 != found.source.sha256
     if form != "saved":
@@ -352,7 +354,7 @@ def test_columns_are_mapped_and_missing_ones_named(suffix: str, tmp_path: Path):
         with pytest.raises(DataError, match=says) as caught:
             read_pairs(data, columns={**MAP, role: "absent"})
         assert (caught.value.file, caught.value.field) == (str(data), "absent")
-    with pytest.raises(DataError, match=r"needs query or anchor.*--columns.*here are premise, yes"):
+    with pytest.raises(DataError, match=r"needs query .*, or text .see --columns.*here are premise, yes"):
         read_pairs(data, columns={"positive": "yes"})
     with pytest.raises(ConfigError, match="answer is no role"):
         read_pairs(data, columns={"answer": "yes"})

@@ -220,7 +220,7 @@ def test_accelerate_keeps_the_signature(make_encoder: MakeEncoder):
 
 def test_a_name_is_no_model_to_accelerate(llama_folder: Path):
     for name in (llama_folder, str(llama_folder)):
-        with pytest.raises(ModelError, match="is not a transformer"):
+        with pytest.raises(ModelError, match=r"is not an open SentenceTransformer: open it with secateur.open_model"):
             accelerate(name)
 
 
@@ -648,6 +648,9 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "3 rows, 2 distinct texts, 32 dimensions" in told.err
     assert "encoded 2 texts" in told.err
     assert "tokens per second" in told.err
+    app(["encode", str(model), str(write_lines(file, ["one"])), "-o", str(tmp_path / "w.npy")], standalone_mode=False)
+    told = capsys.readouterr()
+    assert "1 row, 1 distinct text, 32 dimensions" in told.err and "encoded 1 text," in told.err
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])

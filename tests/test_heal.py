@@ -501,6 +501,14 @@ def test_a_recipe_is_a_set_of_defaults():
     assert config_of(recipe="finetune", lora_rank=4).lora_rank == 4
 
 
+def test_options_of_adapters_without_effect_are_noted(llama_folder: Path, pairs_file: Path, tmp_path):
+    given = {"steps": 1, "batch_size": 8, "precision": "float32", "lora_rank": 4, "lora_dropout": 0.0}
+    settings = load(secateur.heal(llama_folder, pairs_file, **given, out=tmp_path / "out"), Training).settings
+    assert settings["train"] == "blocks"
+    told = "lora_rank, lora_dropout: without effect, for the weights are trained themselves (train blocks)"
+    assert list(settings["notes"]) == [told]
+
+
 def test_merged_weights_are_the_base_and_the_product_of_the_factors(llama_folder: Path, pairs_file: Path, tmp_path):
     model, _ = trained(tmp_path, [read_pairs(pairs_file)], llama_folder, lora_alpha=6)
     base = load_file(llama_folder / "model.safetensors")
@@ -645,7 +653,7 @@ def test_what_is_not_trained_on_is_told_and_leaves_no_trace(llama_folder: Path, 
     assert table.prompts["query"] == "find the word;\n"
     assert list(table.settings["notes"]) == [
         "small.jsonl: 5 rows: too few for a batch of 8, not trained on",
-        "many.jsonl: 8 rows have up to 3 negatives, of which 1 are used, as many as every row has",
+        "many.jsonl: 8 rows with up to 3 negatives; used of each: 1, as many as every row has",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -181,7 +182,8 @@ def test_vectors_that_are_not_finite_are_refused(folder: Path, tmp_path: Path):
 
 
 def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path):
-    with pytest.raises(ModelError, match="no such file"):
+    says = f"model {tmp_path}: {tmp_path / 'export.json'}: no such file: give a folder that secateur export wrote"
+    with pytest.raises(ModelError, match=f"^{re.escape(says)}$"):
         runtime.load(tmp_path)
     (tmp_path / "export.json").write_text('{"kind": "profile"}')
     with pytest.raises(ModelError, match="is no manifest of an export"):

@@ -486,7 +486,8 @@ def test_status_and_resume_are_commands(run: Path, place: Path, tmp_path: Path, 
     assert code == 0
     assert "2 waiting" in said  # the costs wait for all others
     (copy / "plan.json").unlink()
-    assert command("study", "resume", copy)[0] == 0
+    edit(copy, "ray", "127.0.0.1:9")  # of a cluster that is gone
+    assert command("study", "resume", copy, "--ray", "")[0] == 0
     assert "waiting" not in command("study", "status", copy)[1]
     assert secateur.read_scores(copy).to_dicts()[2]["score"] == secateur.read_scores(run).to_dicts()[2]["score"]
     for what in ("status", "resume"):

@@ -137,7 +137,8 @@ def angular(question: Question) -> Choice:
         distances.append((distance, start))
     distance, start = min(distances)
     kept = tuple(i for i in range(table.depth) if not start <= i < start + gone)
-    reason = f"layers {start} to {start + gone - 1} (from 0) turn the state least, by {distance:.3f} of a half turn"
+    run = f"layers {start} to {start + gone - 1} (from 0) turn" if gone > 1 else f"layer {start} (from 0) turns"
+    reason = f"{run} the state least, by {distance:.3f} of a half turn"
     return Choice(kept, reason)
 
 

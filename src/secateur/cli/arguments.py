@@ -30,9 +30,11 @@ class Command(TyperCommand):
         several = {flag for own in self.params if getattr(own, "multiple", False) for flag in own.opts}
         expanded: list[str] = []
         current = ""
-        for word in args:
+        for word, following in zip(args, [*args[1:], "-"], strict=False):
             if word.startswith("-"):
                 current = word if word in several else ""
+                if current and following.startswith("-") and not ctx.resilient_parsing:  # the shell's completion
+                    raise ConfigError(word.lstrip("-"), None, "is given without a value", f"{word} takes one or more")
                 expanded += [] if current else [word]
             else:
                 expanded += [current, word] if current else [word]
@@ -71,7 +73,15 @@ def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[...
             own = {key: given.pop(key) for key in list(given) if key not in options.model_fields}
             here = {key: value for key, value in given.items() if value not in (None, [], ())}
             values = read_yaml(Path(file)) if file is not None else {}
-            made = make(options, values | here, file and Path(file), here)
+            try:
+                made = make(options, values | here, file and Path(file), here)
+            except ConfigError as error:
+                took = [key for key, value in here.items() if isinstance(value, list)]
+                is_missing = error.key in fields and extra(options, error.key, "argument") and error.value is None
+                if not (took and is_missing):
+                    raise
+                hint = f"name it before --{took[-1].replace('_', '-')}, which takes all words up to the next option"
+                raise ConfigError(error.key, None, "is missing", hint) from None
             if getattr(made, "out", "") is None:
                 raise ConfigError("out", None, "is missing", options.model_fields["out"].description or "")
             check_places(made)
@@ -107,7 +117,7 @@ def _annotation(options: type[Options], name: str) -> Any:
     several = get_origin(bare) in (list, dict)
     kind = list[str] if several else bool if bare is bool else str
     choices = list(map(str, get_args(bare))) if get_origin(bare) is Literal else []
-    metavar = name.upper().rstrip("S") + ("..." if several else "")
+    metavar = name.upper().rstrip("S")
     info: Any
     if extra(options, name, "argument"):
         info = typer.Argument(help=field.description, show_default=False, metavar=metavar)
@@ -117,8 +127,7 @@ def _annotation(options: type[Options], name: str) -> Any:
         shown = " ".join(map(str, default)) if isinstance(default, (list, dict)) else default
         text = (field.description or "") + (f" [default: {shown}]" if shown not in (None, False, "") else "")
         text += " [required]" if field.is_required() or name == "out" else ""
-        if not several:
-            metavar = "|".join(choices) or NUMBERS.get(bare, "<str>")
+        metavar = f"{metavar}..." if several else "|".join(choices) or NUMBERS.get(bare, "<str>")
         shown_as = None if kind is bool else metavar
         info = typer.Option(*names, help=text, show_default=False, metavar=shown_as, autocompletion=lambda: choices)
     return Annotated[kind | None, info]

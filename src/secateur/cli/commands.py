@@ -22,7 +22,7 @@ import secateur
 from secateur import options as config
 from secateur.cli import terminal
 from secateur.cli.arguments import Commands, command_of
-from secateur.document import speed
+from secateur.document import plural, speed
 from secateur.errors import SYSTEM, DataError, MissingPackage, SecateurError, system_error
 
 app = typer.Typer(
@@ -227,11 +227,11 @@ def encode_command(options: config.EncodeOptions) -> None:
 
     keep_freed_memory()
     done = _do("encode", options)
-    told = f"{done.rows} rows, {done.distinct} distinct texts, {done.dimension} dimensions"
+    told = f"{plural(done.rows, 'row')}, {plural(done.distinct, 'distinct text')}, {done.dimension} dimensions"
     _say(f"{told}, {done.told or f'{done.backend} {done.dtype}'}", err=True)
     if done.encoded:
         texts, tokens = (speed(count / done.seconds) for count in (done.encoded, done.tokens))
-        _say(f"encoded {done.encoded} texts, {texts} texts and {tokens} tokens per second", err=True)
+        _say(f"encoded {plural(done.encoded, 'text')}, {texts} texts and {tokens} tokens per second", err=True)
     _say(done.file)
 
 

@@ -194,7 +194,8 @@ class Endpoint:
         status, body = getattr(error, "status_code", 0), getattr(error, "body", None)
         message = body.get("message") if isinstance(body, dict) else None
         said = " ".join(str(message or error or type(error).__name__).split())[:300]
-        told = f"answers {status} ({said})" if status else f"gives no valid answer ({said})"
+        cause = f" {error.__cause__}" if error.__cause__ else ""  # such as a connection that was refused
+        told = f"answers {status} ({said})" if status else f"gives no valid answer ({said}{cause:.200})"
         return ModelError(self.url, told, HINTS.get(status, ""))
 
 

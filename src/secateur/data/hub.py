@@ -8,6 +8,7 @@ that comes with data.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def parse_name(data: str | Path) -> HubName:
     found = _FORM.fullmatch(str(data))
     if not found:
         raise DataError(data, "is no name of a data set", "hf:NAME, hf:NAME:CONFIG or hf:NAME@REVISION:CONFIG[SPLIT]")
-    return HubName(**found.groupdict())
+    return HubName(**found.groupdict() | {"name": os.path.expanduser(found["name"])})  # noqa: PTH111 - not a path, perhaps
 
 
 def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:

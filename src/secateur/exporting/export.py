@@ -199,7 +199,8 @@ def _features(model: SentenceTransformer, graph: EncoderGraph, texts: Sequence[s
 
 def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: Vectors) -> dict[str, Any]:
     """What the manifest says of the model and the written files."""
-    files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+    found = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in found}
     return {
         "backend": form.backend,
         "precision": form.precision,

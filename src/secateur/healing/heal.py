@@ -23,7 +23,7 @@ from secateur.errors import ConfigError, OutputError
 from secateur.files import empty_folder, lock, output_errors, partial_folder, rename_into_place
 from secateur.healing.losses import Loss, check_dims, set_dropout
 from secateur.healing.processes import barrier, init_processes, is_sharded
-from secateur.healing.recipes import TrainingConfig, decide, training_config
+from secateur.healing.recipes import ADAPTERS, TrainingConfig, decide, training_config
 from secateur.healing.teacher import Teacher, open_teacher, teach
 from secateur.healing.trainer import check_tracker, train
 from secateur.healing.training_data import (
@@ -74,6 +74,10 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     held_out = read_held_out(options)
     model, teacher = _open_models(options, config)
     config = decide(model, replace(config, train="blocks") if is_sharded() and config.train == "auto" else config)
+    if config.train != "lora" and (idle := [key for key in ADAPTERS if getattr(options, key) is not None]):
+        notes.append(
+            f"{', '.join(idle)}: without effect, for the weights are trained themselves (train {config.train})"
+        )
     default = str(model.prompts.get(model.default_prompt_name or "") or "") if options.instruction is None else ""
     # Not for the teacher, which has a default prompt of its own.
     own_sets = [replace(s, prompts=s.prompts or {c: default for c in s.rows.column_names if default}) for s in sets]

@@ -113,6 +113,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 (docs/explanation/defaults.md says how they were found)."""
 
 
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout")
+
+
 def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> TrainingConfig:
     """The numbers that were given, the rest from a recipe; ConfigError if an option has no effect.
 
@@ -137,7 +140,7 @@ def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> Tra
         given.setdefault("layers", "uniform")  # the last layers make a trained embedder's vectors
     default = TrainingConfig(**RECIPES[recipe])
     config = TrainingConfig(**{**RECIPES[recipe], **given})
-    for key in ("lora_rank", "lora_alpha", "lora_dropout") if config.train in ("blocks", "all") else ():
+    for key in ADAPTERS if config.train in ("blocks", "all") else ():
         if getattr(config, key) != getattr(default, key):
             problem = f"there are no adapters where train is {config.train}"
             raise ConfigError(key, getattr(config, key), problem, "leave it out, or train lora")

@@ -22,6 +22,7 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler, Proport
 from torch.utils.data import ConcatDataset
 
 from secateur.data.sources import Pair, Pairs, Source, Texts, read_sources
+from secateur.document import plural
 from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.healing.recipes import TrainingConfig
@@ -121,7 +122,8 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
             texts = [row[:fewest] for row in rows]
             columns = dict(zip(_columns(fewest), map(list, zip(*texts, strict=True)), strict=True))
             data = Dataset.from_dict(columns)
-            about = f"{source.source.name}: {len(rows)} {kind}"
+            noun, _, which = kind.partition(" ")
+            about = f"{source.source.name}: {plural(len(rows), noun)} {which}".rstrip()
             # The sampler puts no text into a batch twice.
             sampler = NoDuplicatesBatchSampler(data, size, drop_last=False, generator=torch.Generator(), seed=0)
             if (distinct := len(next(iter(sampler)))) < size:
@@ -131,7 +133,7 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
                 continue
             if most > fewest:
                 more = sum(len(row) > fewest for row in rows)
-                used = f"{more} rows have up to {most - 2} negatives, of which {fewest - 2} are used"
+                used = f"{plural(more, 'row')} with up to {most - 2} negatives; used of each: {fewest - 2}"
                 notes.append(f"{source.source.name}: {used}, as many as every row has")
             prompts = {key: source.prompt if key in ("anchor", "text") else source.passage_prompt for key in columns}
             prompts = {key: prompt for key, prompt in prompts.items() if prompt}
@@ -146,15 +148,15 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
 
 
 def _parts(source: Source, has_teacher: bool) -> list[tuple[str, str, list[tuple[str, ...]]]]:
-    """The sets of a file: their names, what they hold, and rows of texts, of which each is its own positive without a
+    """The sets of a file: their names, what one row is, and rows of texts, of which each is its own positive without a
     teacher.
     """
     if isinstance(source, Texts):
-        return [(source.name, "texts", [(t,) if has_teacher else (t, t) for t in dict.fromkeys(source.rows)])]
+        return [(source.name, "text", [(t,) if has_teacher else (t, t) for t in dict.fromkeys(source.rows)])]
     bare, hard = ([row.texts for row in source.rows if bool(row.negatives) == has] for has in (False, True))
     if bare and hard:
-        return [(source.name, "rows without negatives", bare), (f"{source.name}-hard", "rows with negatives", hard)]
-    return [(source.name, "rows", bare or hard)]
+        return [(source.name, "row without negatives", bare), (f"{source.name}-hard", "row with negatives", hard)]
+    return [(source.name, "row", bare or hard)]
 
 
 def _columns(count: int) -> list[str]:

@@ -112,8 +112,7 @@ class ModelEncoder(Encoder):
     padding = PADDING
 
     def __init__(self, model: SentenceTransformer, name: str = "model", *, batch_tokens: int | None = None) -> None:
-        is_known = isinstance(model, SentenceTransformer) and isinstance(model[0], Transformer)
-        if not is_known or model.tokenizer is None:
+        if not isinstance(model[0], Transformer) or model.tokenizer is None:
             raise ModelError(name, "is not a transformer with a tokenizer", "other kinds cannot be encoded with")
         self.model, self.name = model.eval(), name
         self.dimension = int(model.get_embedding_dimension() or 0)
@@ -248,8 +247,10 @@ def accelerate(model: SentenceTransformer, *, batch_tokens: int | None = None) -
         batch_tokens: Tokens in a batch, padding included; default: 1,024 on a CPU, 8,192 on a GPU.
 
     Raises:
-        ModelError: The model is no transformer, or gives other vectors in batches than its own ``encode``.
+        ModelError: The model is not open or no transformer, or gives other vectors in batches than its own ``encode``.
     """
+    if not isinstance(model, SentenceTransformer):
+        raise ModelError(str(model), "is not an open SentenceTransformer", "open it with secateur.open_model(NAME)")
     encoder = ModelEncoder(model, batch_tokens=batch_tokens)
     fast = copy.copy(model)
     fast.__class__ = FastEncoder

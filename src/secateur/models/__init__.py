@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from secateur.document import plural
 from secateur.errors import ConfigError, ModelError
 
 DEMO_MODEL = "smollm2"
@@ -25,6 +26,8 @@ def resolve(name: str | Path) -> str | Path:
     if path.suffix == ".gguf" and not path.is_file():
         raise ModelError(name, "no such file")
     if path.exists():
+        if not path.is_dir() and path.suffix != ".gguf":
+            raise ModelError(name, "is not a model folder or a .gguf file")
         return path
     if isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise ModelError(name, "no such file or folder")
@@ -77,7 +80,7 @@ def model_names(models: Sequence[Any], names: Sequence[str] | None = None) -> li
             numbered = enumerate(zip(models, found, strict=True), start=1)
             found = [str(m) if isinstance(m, (str, Path)) else f"{label}-{number}" for number, (m, label) in numbered]
     elif len(names) != len(models):
-        raise ConfigError("names", names, f"{len(names)} names for {len(models)} models")
+        raise ConfigError("names", names, f"{plural(len(names), 'name')} for {plural(len(models), 'model')}")
     twice = [name for name in found if found.count(name) > 1]
     if twice:
         raise ConfigError("names", found, f"two models are called {twice[0]}", "give each its own name: --names A B")

@@ -29,6 +29,7 @@ from secateur.files import read_json
 from secateur.models.compat import is_ignored
 from secateur.models.forward import state_width
 from secateur.models.save import PROBES, TEN_SCRIPTS
+from secateur.provenance import is_export
 from secateur.runtime.core import is_out_of_memory
 
 ANOTHER_MODEL = "one of the two is of another model"
@@ -40,8 +41,6 @@ CONVERT = "convert it: load it with transformers elsewhere and save_pretrained()
 
 def check_folder(folder: Path) -> None:
     """Say what is missing from a model folder, where libraries would not say it plainly."""
-    if not folder.is_dir():
-        raise ModelError(folder, "is not a model folder or a .gguf file")
     if not read_modules(folder) and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(folder, "is an adapter without its base", "secateur prune merges the two")
@@ -51,6 +50,8 @@ def check_folder(folder: Path) -> None:
             hint = "open it with sentence-transformers and save it again"
             raise ModelError(pickle, "holds weights that only PyTorch can read", hint)
     if not any(folder.rglob("*.safetensors")):
+        if is_export(folder):
+            raise ModelError(folder, "is an export, without weights to cut or train", "name the model that it is of")
         found = next(folder.glob("*.bin"), None)
         raise ModelError(folder, f"has no safetensors{f', only {found.name}' if found else ''}", CONVERT)
     for file in folder.rglob("*.safetensors"):

@@ -269,7 +269,7 @@ MODEL = "A Hub id, a model folder, a .gguf file, or smollm2."
 ENDPOINT = "a server with the OpenAI embeddings API: https://host/v1#model-name."
 DATA = (
     "Files of query (or anchor), positive and optional negative: .jsonl, .csv, .tsv (also .gz) or .parquet; folders of "
-    "them; or data sets of the Hub: hf:NAME:CONFIG[SPLIT]."
+    "them; or data sets of the Hub: hf:NAME:CONFIG[SPLIT]. Or of texts alone: .txt, or .jsonl with text."
 )
 POOLING = "How a bare language model pools its tokens [default: mean]."
 

@@ -50,13 +50,14 @@ STUDY_FILES = (
 OTHERS = f"{MODEL} Or what cannot be cut: a static embedding (model2vec), a folder that export wrote, or {ENDPOINT}"
 Models = Annotated[list[Annotated[str, BeforeValidator(name_only)]], BeforeValidator(listed), Names("model")]
 Results = Annotated[Path | None, Names("results")]
-ModelNames = Annotated[list[str] | None, option("What to call the models [default: the last part of their paths].")]
+NAMES = "What to call the models [default: the last part of their paths]."
+ModelNames = Annotated[list[str] | None, BeforeValidator(listed), option(NAMES)]
 Cache = Annotated[Path | None, option("Folder that keeps vectors: no text is encoded twice by the same model.")]
 SEVERAL = BeforeValidator(lambda given: comma_separated(given) or [])
 Depths = Annotated[list[int], SEVERAL]
 Jobs = Annotated[int, option("Number of steps that run at the same time, each in a process of its own.", ge=1)]
-RAY = "Run the steps on a Ray cluster: its address, auto for this machine's, local for a new one."
-Ray = Annotated[str | None, option(RAY)]
+RAY = "Run the steps on a Ray cluster: its address, auto for this machine's, local for a new one; '' for none."
+Ray = Annotated[str | None, BeforeValidator(lambda given: given or None), option(RAY)]
 Specs = Annotated[list[str], SEVERAL, Names("layers")]
 
 
@@ -153,7 +154,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
 
     models: Models = argument(MODEL, default=[])
     data: Data = option(DATA, [])
-    tasks: Tasks = option("Task folders, or names of mteb's tasks and benchmarks.", [])
+    tasks: Tasks = option("Task folders or files, or names of mteb's tasks and benchmarks.", [])
     baselines: Models = option("Models to compare with, scored and timed alike; named as for evaluate.", [])
     vocab: Data = option("Cut the finished models' vocabulary by these texts [with a size or coverage: --data].", [])
     out: Annotated[Path, Names("results", STUDY_FILES)] = option("The run folder, for all results.", ...)

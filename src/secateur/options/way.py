@@ -47,7 +47,6 @@ SCOUT_FILES = (
     *("scout.json", "model", "model.partial", "tasks", "tasks.partial", "draws", "cache", "done.json"),
     *("choice.json", "frontier.png", "frontier.svg"),
 )
-TEXTS = " Or of texts alone: .txt, or .jsonl with text."
 
 
 def _columns(given: Any) -> Any:
@@ -74,7 +73,7 @@ class ProfileOptions(Options):
     """
 
     model: Annotated[AnyName, Names("model")] = argument(MODEL)
-    data: Sources = positional(DATA + TEXTS, min_length=1)
+    data: Sources = positional(DATA, min_length=1)
     columns: Columns = None
     out: Annotated[Path | None, Names("results", PROFILE_FILES)] = option("Folder of the results.")
     scale: float = option("Inverse temperature of the contrastive loss.", 20.0, gt=0)
@@ -87,7 +86,7 @@ class ProfileOptions(Options):
     dtype: Dtype = option("Data type of the computation; auto: bfloat16 where the CPU has it.", "auto")
     device: Device = None
     seed: SampleSeed = 42
-    tasks: Tasks = option("Score every depth on these, too: folders, or mteb's tasks and benchmarks.", [])
+    tasks: Tasks = option("Score every depth on these, too: folders or files, or mteb's tasks and benchmarks.", [])
     sample: TaskSample = None
     trust_remote_code: TrustRemoteCode = False
 
@@ -212,7 +211,7 @@ class HealOptions(HealSettings):
     """
 
     model: Model
-    data: Data = positional(DATA + TEXTS, min_length=1)
+    data: Data = positional(DATA, min_length=1)
     columns: Columns = None
     out: NewFolder = option("The model folder to write.", ...)
     instruction: str | None = option(

@@ -240,7 +240,7 @@ def _speed(row: CostRow, kind: str = "", length: str = "") -> str | Cell:
     rate = getattr(row, f"{kind}texts_per_second")
     notes = [doc.span(getattr(row, f"{kind}speed_low"), getattr(row, f"{kind}speed_high"), doc.speed)]
     if length and (batch := getattr(row, f"{length}_batch")):
-        notes.append(f"{doc.number(getattr(row, f'{length}_tokens'))} tokens, batches of {batch}")
+        notes.append(f"{doc.number(getattr(row, f'{length}_tokens'), 'g')} tokens, batches of {batch}")
     return Cell(doc.speed(rate), tuple(notes)) if rate else doc.NONE
 
 

@@ -53,7 +53,7 @@ def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = 
     try:
         manifest = read_json(folder / EXPORT)
     except DataError as error:
-        raise ModelError(folder, f"{EXPORT}: {error.problem}", "give a folder that secateur export wrote") from None
+        raise ModelError(folder, error.problem, "give a folder that secateur export wrote") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != "export":
         raise ModelError(folder, f"{EXPORT} is no manifest of an export", "give a folder that secateur export wrote")
     missing = [name for name in NEEDED if name not in manifest]
