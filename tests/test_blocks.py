@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen4ExpTextConfig,
     ResNetConfig,
     T5Config,
     T5Model,
@@ -164,6 +165,9 @@ class TestConfig:
         assert config.mlp_only_layers == [0, 4]
         cutting.cut_config(config, [1, 4, 5])
         assert config.mlp_only_layers == [1]
+        config = Qwen4ExpTextConfig(num_hidden_layers=6, ple_layer_ids=[2, 5], eos_token_id=2)  # counted from 1
+        cutting.cut_config(config, [1, 2, 4])
+        assert config.ple_layer_ids == [1, 3]
 
     @pytest.mark.parametrize(("depth", "windows"), [(1, 1), (2, 2), (4, 2)])
     def test_counters(self, depth, windows):

@@ -174,7 +174,9 @@ def test_the_vectors_of_a_model_that_truncates_them_are_truncated_at_every_depth
         assert found.depths[depth - 1].loss == pytest.approx(loss, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "bert", "opt+projected", "xlnet", "falcon_mamba"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3_text", "bert", "opt+projected", "inkling2_text", "xlnet", "falcon_mamba"]
+)
 def test_the_vector_at_each_depth_is_that_of_the_cut_model(folder, name):
     model = open_model(architecture(folder, name), max_length=64, dtype="float32")
     texts = [f"{row['query']} {'x' * i}" for i, row in enumerate(example_pairs(12))]
