@@ -12,7 +12,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import is_sentence_transformer_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import cached_file
 
 from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
 from secateur.files import read_json, write_text
@@ -140,12 +140,8 @@ def fetch(name: str, revision: str | None = None, *, weights: bool = True) -> Pa
 
 def small_file(source: str | Path, file: str, revision: str | None = None) -> Any:
     """The content of a JSON file of a model, here or on the Hub; None where it has none."""
-    found = _file_of(source, file, revision)
+    found = cached_file(str(source), file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if found is None else read_json(Path(found))
-
-
-def _file_of(source: str | Path, file: str, revision: str | None = None) -> str | None:
-    return cached_file(str(source), file, revision=revision, _raise_exceptions_for_missing_entries=False)
 
 
 @contextmanager
@@ -244,12 +240,14 @@ def text_alone(
     """A folder that shows a multimodal model as its text tower alone, and what to make of the names in its weights;
     the source itself, where it is a text model, quantized, or has code of its own.
     """
-    tower = ""
-    if not trust_remote_code and _file_of(source, CONFIG_NAME, revision):
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        text = text_config(config)
-        is_plain = text is config or hasattr(config, "quantization_config")
-        tower = "" if is_plain else text_tower(skeleton(config))
+    config: Any = None
+    text: Any = None
+    if not trust_remote_code:
+        with suppress(OSError, ValueError):  # whoever opens it tells why
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            text = text_config(config)
+    is_plain = text is config or hasattr(config, "quantization_config")
+    tower = "" if is_plain else text_tower(skeleton(config))
     if not tower:
         yield source, None
         return
@@ -259,8 +257,8 @@ def text_alone(
         text.dtype = text.dtype or config.dtype
         text.save_pretrained(folder)
         # The class of the tokenizer is that of the whole model, by whose type transformers may overrule the file.
-        settings = {**(small_file(whole, TOKENIZER_CONFIG_FILE) or {})}
-        settings |= {"tokenizer_class": type(AutoTokenizer.from_pretrained(whole)).__name__}
+        settings = small_file(whole, TOKENIZER_CONFIG_FILE) or {}
+        settings["tokenizer_class"] = type(AutoTokenizer.from_pretrained(whole)).__name__
         settings.pop("processor_class", None)  # which wants the files of images, too
         write_text(folder / TOKENIZER_CONFIG_FILE, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         for file in whole.rglob("*"):
