@@ -216,6 +216,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "hyperclovax": {},
+    "inkling2_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "sliding_window_size": 8,
+        "d_rel": 4,
+        "rel_extent": 16,
+        "n_layers_per_attn_res_block": 2,
+        "unpadded_vocab_size": VOCABULARY,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
     "internlm3": {},
     "jamba": {
         "num_experts": 2,
@@ -412,7 +425,9 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
-    """The oracle: in the full, untouched model, all layers but the kept ones hand on what they were given."""
+    """The oracle: in the full model, layers after the last kept one are left out, and others but the kept ones hand on
+    what they were given.
+    """
 
     def hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
@@ -421,9 +436,12 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
     stack = model.get_submodule(blocks.find_stack(model).path)
     others = [block for i, block in enumerate(stack) if i not in keep]
     hooks = [block.register_forward_hook(hand_on, with_kwargs=True) for block in others]
+    whole = dict(stack.named_children())
+    del stack[max(keep) + 1 :]
     try:
         yield
     finally:
+        stack._modules.update(whole)
         for hook in hooks:
             hook.remove()
 

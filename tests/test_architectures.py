@@ -22,6 +22,7 @@ NO_SUBSETS = {
     "gemma3n_text",
     "gemma4_text",
     "gpt2+inverse_scale",
+    "inkling2_text",
     "jamba",
     "olmo_hybrid",
     "qwen3_moe",
@@ -35,7 +36,7 @@ LEGAL = {
     "gemma4_text+moe": (2, 4, 6),
     "olmo_hybrid": (4, 5, 6),
 }
-PER_DEPTH = {"embedding_gemma2_text", "gemma3n_text", "opt+projected", "xlnet"}
+PER_DEPTH = {"embedding_gemma2_text", "gemma3n_text", "inkling2_text", "opt+projected", "xlnet"}
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,12 @@ from transformers import (
     AutoModel,
     BartConfig,
     BartModel,
+    DeepseekV4Config,
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen4ExpTextConfig,
     ResNetConfig,
     T5Config,
     T5Model,
@@ -114,6 +116,18 @@ class TestLinearNames:
         )
         assert blocks.linear_names(model_of("gpt2")) == ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
+    def test_only_what_returns_a_product_takes_an_adapter(self):
+        """A router of Llama 4 returns scores, too, and DeepSeek V4 has a product for each group of heads."""
+        sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16, "q_lora_rank": 8, "o_lora_rank": 4}
+        sizes |= {"vocab_size": 60, "hidden_size": 32, "moe_intermediate_size": 16, "n_routed_experts": 4}
+        config = DeepseekV4Config(**sizes, num_experts_per_tok=2, index_n_heads=2, o_groups=2, hc_mult=2)
+        deepseek = AutoModel.from_config(config)
+        for model, left_out in ((deepseek, "self_attn.o_a_proj"), (model_of("llama4_text"), "feed_forward.router")):
+            linear = {name for name, part in model.layers[-1].named_modules() if isinstance(part, nn.Linear)}
+            assert linear - set(blocks.linear_names(model)) == {left_out}
+            add_adapters(model, TrainingConfig())
+            assert model(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state.isfinite().all()
+
     def test_the_vision_tower_is_left_alone_though_it_has_the_same_names(self):
         model = model_of("gemma3")
         add_adapters(model, TrainingConfig())
@@ -151,6 +165,9 @@ class TestConfig:
         assert config.mlp_only_layers == [0, 4]
         cutting.cut_config(config, [1, 4, 5])
         assert config.mlp_only_layers == [1]
+        config = Qwen4ExpTextConfig(num_hidden_layers=6, ple_layer_ids=[2, 5], eos_token_id=2)  # counted from 1
+        cutting.cut_config(config, [1, 2, 4])
+        assert config.ple_layer_ids == [1, 3]
 
     @pytest.mark.parametrize(("depth", "windows"), [(1, 1), (2, 2), (4, 2)])
     def test_counters(self, depth, windows):

@@ -14,12 +14,6 @@ from conftest import MakeEncoder, llama_model
 from secateur.models import compat
 
 
-def test_recorded_classes_are_the_blocks():
-    model = llama_model(45)
-    assert compat.recorded_classes(model, "hidden_states") == [type(model.layers[0])]
-    assert compat.recorded_classes(model, "nonesuch") == []
-
-
 def test_is_ignored_tells_a_decoder_of_an_encoder():
     model = model_of("t5")
     assert compat.is_ignored(model, "decoder.block.0.layer.0.SelfAttention.q.weight")

@@ -61,6 +61,8 @@ def test_a_table_is_the_same_in_each_form_and_its_texts_are_no_markup() -> None:
         (document.duration, 720.0, f"12{SPACE}min"),
         (document.duration, 9000.0, f"2.5{SPACE}h"),
         (document.count, 31_200_000, f"31.2{SPACE}M"),
+        (document.count, 999_949, f"999.9{SPACE}k"),
+        (document.count, 999_960, f"1.0{SPACE}M"),
         (document.byte_size, 999, f"999{SPACE}bytes"),
     ],
 )

@@ -236,6 +236,12 @@ def test_each_mode_trains_what_it_says_and_goes_on_bit_for_bit(
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_no_warmup_is_so_long_that_nothing_is_learned(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    model, _ = trained(tmp_path, [read_pairs(pairs_file)], llama_folder, steps=1, warmup=0.99)
+    before = secateur.open_model(llama_folder, device="cpu")
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+
 def test_weights_stored_in_bfloat16_are_trained_in_float32(llama_folder: Path, pairs_file: Path, tmp_path: Path):
     """Their steps are below the last bit of a bfloat16; what is written has the format that it had."""
     config = TrainingConfig(**(SETTINGS | {"steps": 2, "train": "blocks", "learning_rate": 1e-5}))

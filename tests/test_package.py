@@ -26,7 +26,7 @@ results: models scores
 runtime
 options: base way runs
 figures
-models: compat blocks cutting forward save checks open_model
+models: compat blocks cutting forward save checks open_model static
 data: rows hub sources vectors embedders
 vocabulary: trim choice
 measures: metrics intervals costs

@@ -368,7 +368,7 @@ def test_sources_that_will_not_do(source: Path, cut: Path, tmp_path: Path):
         secateur.prune(source, 1, out=cut)
 
 
-def test_a_multimodal_model_is_cut_to_its_text_tower_whatever_its_tensors_were_called(tmp_path: Path):
+def test_a_multimodal_model_is_its_text_tower_whatever_its_tensors_were_called(tmp_path: Path):
     folder = tiny_transformer(tmp_path / "m")
     model = model_of("gemma3")
     right = expected(model, folder, range(4), "mean")
@@ -378,10 +378,21 @@ def test_a_multimodal_model_is_cut_to_its_text_tower_whatever_its_tensors_were_c
     tensors = load_file(folder / "model.safetensors")
     tensors = {re.sub(r"^(model\.)?language_model\.", "language_model.model.", n): t for n, t in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    out = secateur.prune(folder, 4, pooling="mean", out=tmp_path / "out")
-    assert np.allclose(encode(out), right, atol=1e-4)
-    assert "processor_class" not in (out / "tokenizer_config.json").read_text()
-    assert load(out, Origin).left_out == ("multi_modal_projector", "vision_tower")
+    embedder = tmp_path / "embedder"  # with a pooling's folder
+    opened = secateur.open_model(folder, pooling="mean", device="cpu")
+    assert sum(p.numel() for p in opened.parameters()) == sum(p.numel() for p in model.language_model.parameters())
+    opened.save(str(embedder), create_model_card=False)
+    for file in folder.glob("*.*"):
+        shutil.copy(file, embedder)
+    settings = json.loads((embedder / "sentence_bert_config.json").read_text())
+    settings["modality_config"]["image"] = settings["modality_config"]["text"]
+    (embedder / "sentence_bert_config.json").write_text(json.dumps(settings))
+    for source in (folder, embedder):
+        out = secateur.prune(source, 4, out=tmp_path / f"{source.name}-4")
+        assert np.allclose(encode(out), right, atol=1e-4)
+        assert "processor_class" not in (out / "tokenizer_config.json").read_text()
+        assert load(out, Origin).left_out == ("multi_modal_projector", "vision_tower")
+        assert "image" not in (out / "sentence_bert_config.json").read_text()
 
 
 @pytest.mark.slow

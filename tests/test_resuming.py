@@ -119,6 +119,9 @@ def test_in_place_of_a_damaged_checkpoint_the_one_before_it_goes_on(
         assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-1"
         assert not newest.exists()
         shutil.copytree(tmp_path / "kept", newest)
+    (newest / "rng_state.pth").rename(newest / "rng_state_0.pth")  # the first of two processes or more
+    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-1"
+    shutil.copytree(tmp_path / "kept", newest)
     DAMAGES["optimizer.pt"](newest / "optimizer.pt")
     steps: list[int] = []
 

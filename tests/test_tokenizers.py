@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3_5Config
 
 import architectures
 import secateur
@@ -25,6 +27,26 @@ TEXTS = (
     "two\nlines",
     "ends in a blank ",
 )
+
+
+def test_the_text_tower_of_a_multimodal_model_has_the_tokenizer_of_the_whole(tmp_path: Path):
+    """Qwen 3.5's files name the class of Qwen 2, which splits before marks; its own is known by the model's type."""
+    text = "माली ने बाड़ काटी, คนสวนตัดรั้วต้นไม้"
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator([text] * 3, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="!").save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+    sizes = architectures.COMMON | architectures.DELTA | {"vocab_size": 400}
+    vision = architectures.QWEN_VISION | {"depth": 1, "deepstack_visual_indexes": []}
+    AutoModel.from_config(Qwen3_5Config(text_config=sizes, vision_config=vision)).save_pretrained(tmp_path / "whole")
+    secateur.prune(tmp_path / "whole", 4, out=tmp_path / "cut")
+    opened = [kind.from_pretrained(tmp_path / "cut") for kind in (AutoTokenizer, Qwen2Tokenizer)]
+    opened.insert(0, AutoTokenizer.from_pretrained(tmp_path / "whole"))
+    whole, cut, other = (tokenizer(text)["input_ids"] for tokenizer in opened)
+    assert whole == cut != other
 
 
 @pytest.fixture(scope="module")

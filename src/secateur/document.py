@@ -81,7 +81,7 @@ def _scaled(value: float | None, units: Sequence[str], plain: str) -> str:
     if value is None:
         return NONE
     for unit, size in zip(units, (1e9, 1e6, 1e3), strict=True):
-        if value >= size:
+        if value >= 0.99995 * size:  # which is rounded to it
             return f"{value / size:.1f}{SPACE}{unit}"
     return f"{value:g}{SPACE}{plain}".strip()
 

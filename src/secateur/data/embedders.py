@@ -23,7 +23,8 @@ from secateur import runtime
 from secateur.data.vectors import PROBES, VectorCache, fingerprint_model, same_as_kept
 from secateur.errors import ModelError
 from secateur.models import is_endpoint
-from secateur.models.open_model import is_static, open_model, open_static
+from secateur.models.open_model import open_model
+from secateur.models.static import is_static, open_static
 from secateur.provenance import ENCODING, fingerprint_files, is_export, versions_of
 from secateur.runtime.encoder import as_numbers
 

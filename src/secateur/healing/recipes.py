@@ -191,7 +191,7 @@ def training_arguments(
         # A batch is drawn whole and divided among the processes, so that their number changes no loss.
         accelerator_config={"split_batches": True},
         learning_rate=config.learning_rate,
-        warmup_steps=round(config.warmup * config.steps),
+        warmup_steps=min(round(config.warmup * config.steps), config.steps - 1),  # the first of them is at rate 0
         lr_scheduler_type="linear",
         bf16=config.uses_bfloat16(device),
         use_cpu=device.type == "cpu" if device else not torch.cuda.is_available(),

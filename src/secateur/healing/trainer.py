@@ -356,8 +356,8 @@ def _is_whole(checkpoint: Path) -> bool:
         else:
             with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt"):
                 pass
-        archives = [*(checkpoint / name for name in names), *checkpoint.glob("rng_state*.pth")]  # as torch saves
-        for file in archives:
+        states = {file.name for file in checkpoint.glob("rng_state*.pth")}  # one of each process, numbered from two on
+        for file in (checkpoint / name for name in (*names, *states)):
             with ZipFile(file) as archive:
                 if archive.testzip() is not None:
                     return False
@@ -367,7 +367,8 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
     except Exception:  # whatever a reader makes of bytes that are not its own
         return False
-    return checkpoint.name == f"checkpoint-{state.global_step}" and len(archives) > len(names)
+    numbered = {f"rng_state_{number}.pth" for number in range(max(2, len(states)))}
+    return checkpoint.name == f"checkpoint-{state.global_step}" and states in ({"rng_state.pth"}, numbered)
 
 
 def check_tracker(name: str) -> None:

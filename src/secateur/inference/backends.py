@@ -158,7 +158,7 @@ class Conversion:
                 )
         kind, _, made_of = self.folder.name.rpartition("-")
         for path in self.folder.parent.glob(f"{kind}-*"):
-            if path.is_dir() and path.suffix != ".partial" and not path.name.endswith(made_of):
+            if path.is_dir() and not path.name.endswith(made_of):
                 shutil.rmtree(path, ignore_errors=True)
                 _beside(path).unlink(missing_ok=True)
 

@@ -21,7 +21,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UnsupportedArchitecture
-from secateur.models.compat import recorded_classes
 
 SEPARATE = "only stacks of separate layers can be cut"
 
@@ -162,8 +161,8 @@ def tensor_of_block(name: str, path: str) -> tuple[int, str] | None:
 def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
     """The linear modules inside the layers, as peft's ``target_modules``: fused projections and GPT-2's Conv1D too.
 
-    Names are relative to a layer (``self_attn.q_proj``). Left out are routers of experts that return more than a
-    product, and the projections of state-space mixers whose weights are read past any adapter.
+    Names are relative to a layer (``self_attn.q_proj``). Left out are those that return more than a product (routers of
+    experts) or products of groups, and the projections of state-space mixers whose weights are read past any adapter.
     """
 
     def is_read_past(name: str) -> bool:
@@ -172,15 +171,21 @@ def linear_names(model: PreTrainedModel) -> tuple[str, ...]:
         return attribute in ("dt_proj", "out_proj") and hasattr(mixer, "A_log") and hasattr(mixer, "D")
 
     prefix = find_stack(model).path + "."
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    routers = tuple({cls for part in parts for cls in recorded_classes(part, "router_logits")})
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, routers)
-    ]
-    inside = [name[len(prefix) :] for name in linear if name.startswith(prefix) and not is_read_past(name)]
+    linear = [name for name, module in model.named_modules() if name.startswith(prefix) and _is_product(module)]
+    inside = [name[len(prefix) :] for name in linear if not is_read_past(name)]
     return tuple(dict.fromkeys(name.partition(".")[2] for name in inside))
+
+
+@torch.no_grad()
+def _is_product(module: nn.Module) -> bool:
+    """Whether a module is linear and, where its class is a model's own, returns what a linear one does."""
+    if not isinstance(module, nn.Linear) or type(module) is nn.Linear:
+        return isinstance(module, (nn.Linear, Conv1D))
+    try:
+        found = module(module.weight.new_zeros(1, module.in_features))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, module.out_features)
 
 
 def encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

@@ -16,17 +16,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import OutputRecorder
 
 # ---- transformers: models
-
-
-def recorded_classes(model: PreTrainedModel, what: str) -> list[type]:
-    """The classes whose outputs transformers records under a name, such as ``hidden_states``."""
-    recorders = model.can_record_outputs.get(what)
-    recorders = recorders if isinstance(recorders, (list, tuple)) else [recorders]
-    classes = [item.target_class if isinstance(item, OutputRecorder) else item for item in recorders]
-    return [cls for cls in classes if isinstance(cls, type)]
 
 
 def is_ignored(model: PreTrainedModel, name: str) -> bool:

@@ -44,7 +44,6 @@ INDEX_LISTS = {
     "hybrid_layer_ids",
     "mlp_only_layers",
     "moe_layers",
-    "ple_layer_ids",
     "rope_scaling_layers",
 }
 # Fields that count layers from the first.
@@ -65,6 +64,8 @@ def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
     for name, value in list(vars(config).items()):
         if name in INDEX_LISTS and isinstance(value, (list, tuple)):
             setattr(config, name, [place[i] for i in value if i in place])
+        elif name == "ple_layer_ids":  # which counts from 1
+            setattr(config, name, [place[i - 1] + 1 for i in value if i - 1 in place])
         elif isinstance(value, (list, tuple)) and len(value) == depth and not NOT_PER_LAYER.search(name):
             setattr(config, name, [value[i] for i in keep])
         elif name in COUNTS and isinstance(value, int):
@@ -195,6 +196,7 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
     """Within: the uncut model gives what it would give if it had the kept layers only, in training too.
 
     Of the others, those before the first kept one run in vain; those after it do not, and their weights are never read.
+    Those after the last are out of the list, for a model may keep what came before a layer (Inkling 2), skipped or not.
     It uses nothing of :func:`cut`, which is checked by it.
     """
     last: list[Any] = []  # what the latest of the kept layers gave
@@ -207,14 +209,17 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
         last[:] = [output]
 
     blocks = blocks_of(model)
-    skipped = [block for i, block in enumerate(blocks) if i > min(keep) and i not in set(keep)]
+    owner, _, attribute = find_stack(model).path.rpartition(".")
+    skipped = [blocks[i] for i in range(min(keep), max(keep)) if i not in set(keep)]
     hooks = [block.register_forward_hook(hand_on, with_kwargs=True) for block in blocks[: min(keep)]]
     hooks += [blocks[i].register_forward_hook(note) for i in keep]
     for block in skipped:
         block.forward = lambda *args, **kwargs: last[0]
+    setattr(model.get_submodule(owner), attribute, nn.ModuleList(blocks[: max(keep) + 1]))
     try:
         yield
     finally:
+        setattr(model.get_submodule(owner), attribute, blocks)
         for hook in hooks:
             hook.remove()
         for block in skipped:

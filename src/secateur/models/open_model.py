@@ -8,10 +8,11 @@ import functools
 import importlib
 import importlib.util
 import json
+import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,15 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import is_sentence_transformer_model
-from tokenizers import Tokenizer
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
 from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
-from secateur.files import read_json
+from secateur.files import read_json, write_text
 from secateur.models import resolve
 from secateur.models.blocks import skeleton, text_config, text_tower
 from secateur.models.checks import (
@@ -49,6 +47,9 @@ from secateur.progress import quiet
 
 MAX_LENGTH = 512
 """Tokens of a text, for a bare language model, where nobody says."""
+TEXT_ALONE = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Files of a multimodal model that its text tower alone does not have."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -65,7 +66,8 @@ def open_model(
     """Open a model as a ``SentenceTransformer``.
 
     Args:
-        name: A Hub id, a transformers or sentence-transformers folder, a ``.gguf`` file, or ``smollm2``.
+        name: A Hub id, a transformers or sentence-transformers folder, a ``.gguf`` file, or ``smollm2``. Of a model
+            that reads images, too, the text tower alone is opened.
         pooling: How a bare language model pools its tokens, ``mean`` by default. ``l3prune`` is for profiles: no
             folder can have it.
         max_length: Tokens after which a text is cut, for a bare language model; never more than the model allows.
@@ -106,8 +108,8 @@ def open_skeleton(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenize
             modules = small_file(source, "modules.json")
             where = {"pretrained_model_name_or_path": str(source), "subfolder": modules[0]["path"] if modules else ""}
         with _parsed_once() if "gguf_file" in where else nullcontext():
-            config = transformers.AutoConfig.from_pretrained(**where)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+            config = AutoConfig.from_pretrained(**where)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
         transformer, text = skeleton(config), text_config(config)
         if text_tower(transformer):  # as prune cuts it out of a multimodal model
             text.dtype = text.dtype or config.dtype
@@ -162,54 +164,109 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str | None = None,
-    key_mapping: dict[str, str] | None = None,
     **where: Any,
 ) -> tuple[SentenceTransformer, list[str]]:
-    """Load a model, and check its weights by their names and shapes; no weight is read yet.
+    """Load a model, of a multimodal one the text tower alone, and check its weights by their names and shapes; no
+    weight is read yet.
 
-    ``key_mapping`` is what stands in the model for patterns of names in the checkpoint; ``where`` are ``revision`` and
-    ``trust_remote_code``. Returns the model, of a bare language model its transformer alone, and the names of the
-    tensors that it does not use.
+    ``where`` are ``revision`` and ``trust_remote_code``. Returns the model, of a bare language model its transformer
+    alone, and the names of the tensors that it does not use.
     """
-    # Weights of another shape are refused by check_weights, which names them; transformers does not.
-    weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
-    weights |= {"key_mapping": key_mapping} if key_mapping else {}
-    if is_sentence_transformer_model(str(source), revision=where.get("revision")):
-        about = small_file(source, "config_sentence_transformers.json", where.get("revision")) or {}
-        kind = about.get("model_type", "SentenceTransformer")
-        if kind != "SentenceTransformer":  # of which sentence-transformers would take the transformer alone
-            hint = "take an embedder, or the language model that it was made of"
-            raise UnsupportedArchitecture(name, f"is a {kind}, which gives a text no dense vector", hint)
-        if pooling is not None:
-            raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
-        if max_length != MAX_LENGTH:
-            problem = f"{name} is a trained embedder and cuts texts at its own length, not at {max_length}"
-            raise ConfigError("max_length", max_length, problem, "leave it out")
-        model = SentenceTransformer(str(source), model_kwargs=weights, device=device, **where)
-        if isinstance(source, Path) and isinstance(first := model[0], Transformer):
-            place = str(source / read_modules(source)[0]["path"])  # a folder of its own, in old models
-            first.auto_model.name_or_path = first.auto_model.config.name_or_path = place
-    else:
-        # The modality is pinned to text, for sentence-transformers puts every text into a model's chat template.
-        transformer = Transformer(
-            str(source),
-            model_kwargs=weights | where,
-            processor_kwargs=dict(where),
-            config_kwargs=dict(where),
-            modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-            module_output_name="token_embeddings",
-        )
-        if transformer.tokenizer is not None and transformer.tokenizer.pad_token is None:
-            transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
-        transformer.auto_model.config.use_cache = False
-        model = SentenceTransformer(modules=[transformer], device=device, similarity_fn_name="cosine")
-    if not isinstance(model[0], Transformer):
-        raise UnsupportedArchitecture(name, f"begins with a {type(model[0]).__name__}, not with a transformer")
-    if model[0].tokenizer is None:
-        raise ModelError(name, "has no tokenizer", "copy its tokenizer's files into the folder")
+    with text_alone(source, **where) as (shown, key_mapping):
+        # Weights of another shape are refused by check_weights, which names them; transformers does not.
+        weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        weights |= {"key_mapping": key_mapping} if key_mapping else {}
+        if is_sentence_transformer_model(str(shown), revision=where.get("revision")):
+            _check_embedder(name, shown, pooling, max_length, where.get("revision"))
+            model = SentenceTransformer(str(shown), model_kwargs=weights, device=device, **where)
+            place = shown / read_modules(shown)[0]["path"] if isinstance(shown, Path) else None  # in old models, within
+        else:
+            modules, place = [_bare(shown, weights, where)], None
+            model = SentenceTransformer(modules=modules, device=device, similarity_fn_name="cosine")
+        if not isinstance(model[0], Transformer):
+            raise UnsupportedArchitecture(name, f"begins with a {type(model[0]).__name__}, not with a transformer")
+        if model[0].tokenizer is None:
+            raise ModelError(name, "has no tokenizer", "copy its tokenizer's files into the folder")
+        transformer = model[0].auto_model
+        if place is not None:
+            transformer.name_or_path = transformer.config.name_or_path = str(place)
+        unused = check_weights(name, transformer, key_mapping)
     if key_mapping:
-        forget_origin(model[0].auto_model)
-    return model.eval(), check_weights(name, model[0].auto_model, key_mapping)
+        readable = model[0].modality_config
+        model[0].modality_config = {kind: how for kind, how in readable.items() if kind in ("text", "message")}
+        forget_origin(transformer)
+        transformer.name_or_path = transformer.config.name_or_path = str(source)
+    return model.eval(), unused
+
+
+def _check_embedder(
+    name: str | Path, source: str | Path, pooling: PoolingName | None, max_length: int, revision: str | None
+) -> None:
+    """Refuse what is no embedder, and options that a trained embedder does not take."""
+    about = small_file(source, "config_sentence_transformers.json", revision) or {}
+    kind = about.get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":  # of which sentence-transformers would take the transformer alone
+        hint = "take an embedder, or the language model that it was made of"
+        raise UnsupportedArchitecture(name, f"is a {kind}, which gives a text no dense vector", hint)
+    if pooling is not None:
+        raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
+    if max_length != MAX_LENGTH:
+        problem = f"{name} is a trained embedder and cuts texts at its own length, not at {max_length}"
+        raise ConfigError("max_length", max_length, problem, "leave it out")
+
+
+def _bare(source: str | Path, weights: dict[str, Any], where: dict[str, Any]) -> Transformer:
+    """A bare language model. Its modality is pinned to text, for sentence-transformers puts every text into a model's
+    chat template.
+    """
+    transformer = Transformer(
+        str(source),
+        model_kwargs=weights | where,
+        processor_kwargs=dict(where),
+        config_kwargs=dict(where),
+        modality_config=TEXT_ALONE,
+        module_output_name="token_embeddings",
+    )
+    if transformer.tokenizer is not None and transformer.tokenizer.pad_token is None:
+        transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
+    transformer.auto_model.config.use_cache = False
+    return transformer
+
+
+@contextmanager
+def text_alone(
+    source: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> Iterator[tuple[str | Path, dict[str, str] | None]]:
+    """A folder that shows a multimodal model as its text tower alone, and what to make of the names in its weights;
+    the source itself, where it is a text model, quantized, or has code of its own.
+    """
+    config: Any = None
+    text: Any = None
+    if not trust_remote_code:
+        with suppress(OSError, ValueError):  # whoever opens it tells why
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            text = text_config(config)
+    is_plain = text is config or hasattr(config, "quantization_config")
+    tower = "" if is_plain else text_tower(skeleton(config))
+    if not tower:
+        yield source, None
+        return
+    whole = source if isinstance(source, Path) else fetch(source, revision)
+    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
+        folder = Path(scratch)
+        text.dtype = text.dtype or config.dtype
+        text.save_pretrained(folder)
+        # The class of the tokenizer is that of the whole model, by whose type transformers may overrule the file.
+        settings = small_file(whole, TOKENIZER_CONFIG_FILE) or {}
+        settings["tokenizer_class"] = type(AutoTokenizer.from_pretrained(whole)).__name__
+        settings.pop("processor_class", None)  # which wants the files of images, too
+        write_text(folder / TOKENIZER_CONFIG_FILE, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        for file in whole.rglob("*"):
+            place = folder / file.relative_to(whole)
+            if file.is_file() and file.name not in PROCESSORS and not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(file.resolve())
+        yield folder, {rf"^(?:.*\.)?{re.escape(tower)}\.(?:model\.)?": ""}
 
 
 def complete(name: str | Path, model: SentenceTransformer, pooling: PoolingName | None, max_length: int) -> None:
@@ -263,7 +320,7 @@ def convert_gguf(file: Path, folder: Path) -> Path:
     where = _of_gguf(file)
     with _parsed_once():
         read, found = transformers.AutoModel.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     if found["missing_keys"]:
         raise ModelError(file, f"has no weights for {min(found['missing_keys'])}", "fetch or convert it again")
     config = read.config
@@ -308,56 +365,3 @@ def _parsed_once() -> Iterator[None]:
 
 
 _parsing = threading.Lock()
-
-
-# ---- static embeddings: one vector for each token, and their mean for a text; nothing to cut
-
-
-def is_static(name: str | Path) -> bool:
-    """Whether a folder or Hub id holds a static embedding."""
-    source = resolve(name)
-    if isinstance(source, Path) and not source.is_dir():
-        return False
-    with as_model_error(name), quiet(), cache_where_unreachable(source):
-        first = (small_file(source, "modules.json") or [{}])[0]
-        return str(first.get("type")).endswith(".StaticEmbedding") or _is_model2vec(small_file(source, "config.json"))
-
-
-def _is_model2vec(config: Any) -> bool:
-    return isinstance(config, dict) and config.get("model_type") == "model2vec"
-
-
-def open_static(name: str | Path, *, device: str | None = None) -> SentenceTransformer:
-    """Open a static embedding."""
-    check_device(device)
-    with as_model_error(name), quiet():
-        source = resolve(name)
-        source = source if isinstance(source, Path) else fetch(source)
-        check_folder(source)
-        config = small_file(source, "config.json")
-        given = {"modules": _modules(source, config)} if _is_model2vec(config) else {"model_name_or_path": str(source)}
-        model = SentenceTransformer(**given, device=device, similarity_fn_name="cosine")
-        tokens, rows = model.tokenizer.get_vocab_size(), model[0].num_embeddings
-        if tokens > rows:
-            raise ModelError(name, f"its tokenizer knows {tokens} tokens, but its table has {rows} rows")
-        check_finite(name, model)
-        return model.eval()
-
-
-def _modules(folder: Path, config: Mapping[str, Any]) -> list[nn.Module]:
-    """What model2vec does with its own folders: unknown tokens do not count, texts end after 512 tokens."""
-    tensors = load_file(folder / "model.safetensors")
-    table = tensors["embeddings"].float()
-    if "mapping" in tensors:
-        table = table[tensors["mapping"].long()]
-    if "weights" in tensors:
-        table = table * tensors["weights"].float()[:, None]
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    length = config.get("max_length", 512)  # model2vec's own default
-    tokenizer.no_truncation() if length is None else tokenizer.enable_truncation(length)
-    module = StaticEmbedding(tokenizer, table)
-    model = json.loads(tokenizer.to_str())["model"]
-    unknown = model.get("unk_id") if model.get("unk_token") is None else tokenizer.token_to_id(model["unk_token"])
-    if unknown is not None:
-        module.embedding.padding_idx = unknown  # left out of the mean
-    return [module, *([Normalize()] if config.get("normalize") else [])]

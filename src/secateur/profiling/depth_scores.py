@@ -121,7 +121,7 @@ class _Kept:
             for batch in self._encoder.run(own, prompt):
                 self._dimension = batch.vectors.shape[-1]
                 # Written, not mapped: a full disk is an error here and would end the process there.
-                chosen = batch.vectors[:, 0, [depth - 1 for depth in self._depths]]
+                chosen = batch.vectors[:, [depth - 1 for depth in self._depths]]
                 self._file.write(chosen.contiguous().numpy().tobytes())
                 self._places |= {(prompt, own[row]): len(self._places) + i for i, row in enumerate(batch.rows)}
         self._file.flush()

@@ -26,7 +26,7 @@ from secateur.measures.metrics import angular_distances, block_influence
 from secateur.models import forward
 from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_norm, text_config
 from secateur.models.cutting import bypassed, legal_depths
-from secateur.models.forward import POOLINGS, make_pooling, pool, pooling_name
+from secateur.models.forward import POOLINGS, pool, pooling_name
 from secateur.models.open_model import is_causal
 from secateur.runtime.core import plan_batches
 
@@ -139,7 +139,7 @@ class Depths:
 
     Attributes:
         rows: Which of the texts given, in the order of ``vectors``.
-        vectors: Pooled vectors (texts, poolings, depths, dimension) in float32; the model's own pooling is the first.
+        vectors: Pooled vectors (texts, depths, dimension) in float32.
         influence: (depths,), per layer the sum over tokens of 1 − cosine(input, output).
         tokens: How many tokens that sum runs over.
         angles: (depths + 1, depths + 1), per pair of depths from 0 (the embeddings) on, the angular distance of the
@@ -165,47 +165,32 @@ class DepthEncoder:
     """Encodes texts at every depth, each with one forward pass.
 
     Where more than a norm follows the layers, each depth takes a pass of its own. An instruction that all texts start
-    with is computed once, if the model's vectors stay the same. ``poolings`` names the poolings used, the model's own
-    first; ``notes`` tells what a reader of the results must know.
+    with is computed once, if the model's vectors stay the same. ``notes`` tells what a reader of the results must know.
 
     Args:
         model: An opened model in evaluation mode.
-        every_pooling: Use all of :data:`.POOLINGS`, where the model's own is one of them.
         budget: Tokens in a batch, padding included; a batch that does not fit into memory halves it.
         name: What the user calls the model, for errors.
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        *,
-        every_pooling: bool = False,
-        budget: int = forward.BUDGET,
-        name: str = "model",
-    ) -> None:
+    def __init__(self, model: SentenceTransformer, *, budget: int = forward.BUDGET, name: str = "model") -> None:
         self._model, self._name, self._budget = model, name, budget
         self._transformer: PreTrainedModel = model[0].auto_model
         self._norm = final_norm(self._transformer)
         self.depth = len(blocks_of(self._transformer))
         self.notes: list[str] = []
-        self.poolings: tuple[str, ...] = (pooling_name(model),)
+        self.pooling = pooling_name(model)
         self._one_pass = ends_with_norm(model)
         if not self._one_pass:
             self.notes.append("more than a norm follows the layers of this model: each depth took a pass of its own")
-        first = model[1]
-        self._weighs = isinstance(first, Pooling) and self.poolings[0] in ("l3prune", *POOLINGS)
-        self._pooled_by: list[nn.Module] = [first]
-        if every_pooling and self._one_pass and self._weighs:
-            self.poolings += tuple(name for name in POOLINGS if name != self.poolings[0])
-            width = first.embedding_dimension
-            self._pooled_by += [make_pooling(name, width) for name in self.poolings[1:]]  # type: ignore[arg-type]
+        self._weighs = isinstance(model[1], Pooling) and self.pooling in ("l3prune", *POOLINGS)
         self._shares = self._one_pass and is_causal(model[0])
         self._prefix: _Prefix | None = None
 
     @property
     def bytes_per_text(self) -> int:
         """Size of a text's vectors."""
-        return len(self.poolings) * self.depth * int(self._model.get_embedding_dimension()) * 4
+        return self.depth * int(self._model.get_embedding_dimension()) * 4
 
     @torch.no_grad()
     def run(self, texts: Sequence[str], prompt: str = "") -> Iterator[Depths]:
@@ -216,7 +201,7 @@ class DepthEncoder:
             DataError: A text has no tokens, or its prompt leaves no room for them.
         """
         tokens = forward.tokenize(self._model, texts, prompt)
-        if prompt and self.poolings[0] == "l3prune":
+        if prompt and self.pooling == "l3prune":
             # The blank that ends the paper's prompt belongs to the word after it, where a tokenizer joins them.
             tokens["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
         lengths = forward.lengths_of(tokens)
@@ -227,7 +212,7 @@ class DepthEncoder:
         prefix = self._share(tokens)
         for rows in plan_batches((lengths - (len(prefix.ids) if prefix else 0)).tolist(), self._budget):
             for found in self._fit(tokens, rows, prefix):
-                finite = found.vectors[:, 0].isfinite().all(dim=2).all(dim=0)
+                finite = found.vectors.isfinite().all(dim=2).all(dim=0)
                 if not bool(finite.all()):
                     problem = f"gives vectors that are not finite at depth {int(finite.long().argmin()) + 1}"
                     raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
@@ -320,39 +305,37 @@ class DepthEncoder:
         influences = torch.stack(influence).cpu().double()  # in this order, for MPS has no float64
         return Depths(
             rows=tuple(rows),
-            vectors=torch.stack(vectors, dim=2).cpu(),
+            vectors=torch.stack(vectors, dim=1).cpu(),
             influence=influences + len(rows) * prefix.influence if prefix else influences,
             tokens=int(features["attention_mask"].sum()),
             angles=(angular_distances(torch.stack(ends, dim=1)) * len(rows)).cpu().double(),
         )
 
     def _weights(self, features: dict[str, Any]) -> Tensor:
-        """What each pooling multiplies the tokens of each text with, (texts, poolings, tokens).
+        """What the pooling multiplies the tokens of each text with, (texts, 1, tokens).
 
-        All of :data:`.POOLINGS` are weighted sums of states: what they make of unit vectors are their weights. So each
-        is asked once for a batch, and a matrix product pools every depth.
+        Those of :data:`.POOLINGS` are weighted sums of states: what they make of unit vectors are their weights. So the
+        pooling is asked once for a batch, and a matrix product pools every depth.
         """
         texts, tokens = features["attention_mask"].shape
         units = torch.eye(tokens, device=self._model.device).expand(texts, -1, -1)
-        found = [module(dict(features, token_embeddings=units))["sentence_embedding"] for module in self._pooled_by]
-        return torch.stack(found, dim=1)
+        weights: Tensor = self._model[1](dict(features, token_embeddings=units))["sentence_embedding"]
+        return weights[:, None]
 
     def _pool(self, states: Tensor, features: dict[str, Any], weights: Tensor | None) -> Tensor:
-        """What each pooling, and the modules after it, make of normed states: (texts, poolings, dimension)."""
+        """What the pooling, and the modules after it, make of normed states: (texts, dimension)."""
+        first, current = self._model[1], dict(features)
         if weights is not None:
-            pooled = weights @ states.float()
+            current["sentence_embedding"] = (weights @ states.float())[:, 0]
         else:
-            first = self._pooled_by[0]
-            given = states.float() if isinstance(first, Pooling) else states
-            pooled = first(dict(features, token_embeddings=given))["sentence_embedding"][:, None]
-        current = dict(features, sentence_embedding=pooled.flatten(end_dim=1))
+            current = first(current | {"token_embeddings": states.float() if isinstance(first, Pooling) else states})
         for module in list(self._model)[2:]:
             weight = next(module.parameters(), None)
             if weight is not None:
                 current["sentence_embedding"] = current["sentence_embedding"].to(weight.dtype)
             current = module(current)
         vectors: Tensor = current["sentence_embedding"].float()
-        return vectors.view(*pooled.shape[:2], -1)
+        return vectors
 
     def _read_each(self, tokens: dict[str, Any], rows: list[int]) -> Depths:
         """One pass for each depth, the later layers bypassed."""
@@ -371,4 +354,4 @@ class DepthEncoder:
         for depth in range(1, self.depth + 1):
             with layer_outputs(self._transformer, visit), bypassed(self._transformer, range(depth)):
                 vectors.append(self._model(dict(features))["sentence_embedding"].float().cpu())
-        return Depths(tuple(rows), torch.stack(vectors, 1)[:, None], influence, int(mask.sum()))
+        return Depths(tuple(rows), torch.stack(vectors, 1), influence, int(mask.sum()))

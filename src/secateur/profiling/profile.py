@@ -74,7 +74,7 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     model, name, sizes, notes = _open(options)
     sources = [with_prompts(source, model, options.instruction is None) for source in sources]
     corpus = make_corpus(sources, options.batch_size, seed)
-    encoder = DepthEncoder(model, every_pooling=True, name=name)
+    encoder = DepthEncoder(model, name=name)
     measured = _Pass(encoder, corpus, options)
     measured.run(progress)
     rows = _rows(model, measured, seed, notes)
@@ -95,7 +95,6 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         converged=measured.converged,
         cka=_table(metrics.linear_cka(measured.sample_vectors)),
         angular=() if measured.angles is None else _table(measured.angles / measured.texts),
-        losses_by_pooling=measured.losses_by_pooling,
         batch_losses=_table(measured.losses) if measured.batch_losses else (),
         layer_costs=layer_costs(model, sizes, notes),
         notes=tuple(dict.fromkeys([*notes, *encoder.notes, *_batch_notes(measured, corpus)])),
@@ -185,14 +184,14 @@ def auto_dtype() -> torch.dtype:
 
 
 class _Pass:
-    """One pass over the batches, and what it has measured; per batch (poolings, depths), the model's pooling first."""
+    """One pass over the batches, and what it has measured."""
 
     def __init__(self, encoder: DepthEncoder, corpus: Corpus, options: ProfileOptions) -> None:
         self._encoder, self.corpus, self._options = encoder, corpus, options
-        self._vectors: dict[int, Tensor] = {}  # (poolings, depths, dimension) of texts that a batch still needs
+        self._vectors: dict[int, Tensor] = {}  # (depths, dimension) of texts that a batch still needs
         self.batches = self.texts = self.tokens = 0
         self.converged: bool | None = None
-        self.batch_losses: list[Tensor] = []
+        self.batch_losses: list[Tensor] = []  # (depths,)
         self.batch_scores: list[Tensor] = []  # (3, depths): accuracy, nDCG@10 and alignment
         self.influence = torch.zeros(())
         self.angles: Tensor | None = torch.zeros(())
@@ -200,17 +199,12 @@ class _Pass:
 
     @property
     def losses(self) -> Tensor:
-        """(batches, depths), by the model's own pooling."""
-        return torch.stack(self.batch_losses)[:, 0]
-
-    @property
-    def losses_by_pooling(self) -> dict[str, tuple[float, ...]]:
-        means = torch.stack(self.batch_losses).double().mean(dim=0).tolist() if self.batch_losses else []
-        return dict(zip(self._encoder.poolings, map(tuple, means), strict=False))
+        """(batches, depths)."""
+        return torch.stack(self.batch_losses)
 
     @property
     def sample_vectors(self) -> Tensor:
-        """(depths, texts, dimension), of the sampled texts by the model's own pooling."""
+        """(depths, texts, dimension), of the sampled texts."""
         return torch.stack(list(self.sample.values()), dim=1)
 
     def run(self, progress: Progress) -> None:
@@ -251,21 +245,21 @@ class _Pass:
         self.batches += 1
         for text in (*batch.anchors, *batch.positives):
             if len(self.sample) < SAMPLE and text not in self.sample:
-                self.sample[text] = self._vectors[text][0].clone()
+                self.sample[text] = self._vectors[text].clone()
         if not batch.positives:
             return
         columns = (batch.anchors, batch.positives, batch.negatives)
         numbers = metrics.text_numbers(*([self.corpus.texts[text][1] for text in column] for column in columns))
-        # (poolings, depths, texts, dimension)
-        anchors, positives = (torch.stack([self._vectors[t] for t in of], dim=2) for of in columns[:2])
-        negatives = [self._vectors[text][:, :, None] for text in batch.negatives]
-        found = metrics.cosines(anchors, torch.cat([positives, *negatives], dim=2))
-        masked = self._encoder.poolings[0] != "l3prune"
+        # (depths, texts, dimension)
+        anchors, positives = (torch.stack([self._vectors[t] for t in of], dim=1) for of in columns[:2])
+        negatives = [self._vectors[text][:, None] for text in batch.negatives]
+        found = metrics.cosines(anchors, torch.cat([positives, *negatives], dim=1))
+        masked = self._encoder.pooling != "l3prune"
         mask = metrics.false_negative_mask(*numbers) if masked else torch.tensor(False)
         self.batch_losses.append(metrics.contrastive_loss(found.masked_fill(mask, -torch.inf), self._options.scale))
         unranked = metrics.false_negative_mask(*numbers, once=True)
-        accuracy, ndcg = metrics.retrieval(found[0].masked_fill(unranked, -torch.inf))
-        self.batch_scores.append(torch.stack([accuracy, ndcg, metrics.alignment(anchors[0], positives[0])]))
+        accuracy, ndcg = metrics.retrieval(found.masked_fill(unranked, -torch.inf))
+        self.batch_scores.append(torch.stack([accuracy, ndcg, metrics.alignment(anchors, positives)]))
 
 
 def _rows(model: SentenceTransformer, measured: _Pass, seed: int, notes: list[str]) -> tuple[DepthRow, ...]:

@@ -6,7 +6,6 @@ From the Hub, the bytes of the layers that stay are fetched, and no others (:mod
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -18,15 +17,15 @@ from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from secateur.choosing.choose import blocks_to_keep, needs_profile, read_table
 from secateur.errors import ConfigError, ModelError, OutputError, UnsupportedArchitecture, VerificationFailed
 from secateur.evaluation.task_folder import read_task_folder, texts_of
-from secateur.files import new_folder, read_json, write_text
+from secateur.files import new_folder, read_json
 from secateur.models import model_label, resolve
-from secateur.models.blocks import blocks_of, find_stack, skeleton, text_config, text_tower
+from secateur.models.blocks import blocks_of, find_stack
 from secateur.models.checks import as_model_error, check_finite
 from secateur.models.cutting import bypassed, check_keep, cut
 from secateur.models.open_model import as_source, complete, fetch, load_model
@@ -97,9 +96,8 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
         if any(part.get("quantization_config") for part in (content, *content.values()) if isinstance(part, dict)):
             hint = "prune the weights it was quantized from, and quantize the result"
             raise UnsupportedArchitecture(name, "its weights are quantized", hint)
-        shown, key_mapping = _text_tower(opened, scratch / "text") if not options.trust_remote_code else (opened, None)
-        where: Any = {"device": "cpu", "key_mapping": key_mapping, "trust_remote_code": options.trust_remote_code}
-        model, unused = load_model(name, shown, options.pooling, options.max_length, **where)
+        where: Any = {"device": "cpu", "trust_remote_code": options.trust_remote_code}
+        model, unused = load_model(name, opened, options.pooling, options.max_length, **where)
         transformer: PreTrainedModel = model[0].auto_model
         left_out = _left_out(transformer, unused)
         depth, path = len(blocks_of(transformer)), find_stack(transformer).path
@@ -165,30 +163,6 @@ def _fetch(options: PruneOptions, source: str | Path, scratch: Path, progress: P
 
     (scratch / READ).mkdir()
     return fetch_kept(source, folder, partial(blocks_of_choice, options), scratch / READ, told), adapter
-
-
-def _text_tower(source: Path, folder: Path) -> tuple[Path, dict[str, str] | None]:
-    """A folder that shows a multimodal model as its text tower alone, and what to make of the names in its weights;
-    the source itself, where it is a text model.
-    """
-    if not (source / CONFIG_NAME).is_file():
-        return source, None
-    config = AutoConfig.from_pretrained(source)
-    text = text_config(config)
-    tower = text_tower(skeleton(config)) if text is not config else ""
-    if not tower:
-        return source, None
-    folder.mkdir()
-    for file in source.iterdir():
-        if file.name not in (CONFIG_NAME, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
-            (folder / file.name).symlink_to(file.resolve())
-    text.dtype = text.dtype or config.dtype
-    text.save_pretrained(folder)
-    if (source / "tokenizer_config.json").is_file():
-        settings = read_json(source / "tokenizer_config.json")
-        settings.pop("processor_class", None)  # which wants the files of images, too
-        write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    return folder, {rf"^(?:.*\.)?{re.escape(tower)}\.(?:model\.)?": ""}
 
 
 def _left_out(transformer: PreTrainedModel, unused: Sequence[str]) -> tuple[str, ...]:

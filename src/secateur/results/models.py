@@ -99,6 +99,7 @@ def load(path: str | Path, kind: type[T]) -> T:
         raise DataError(
             file, f"holds {found!r}, not a {kind.kind}", f"give the file that secateur wrote as {kind.file}"
         )
+    content.pop("losses_by_pooling", None)  # of earlier profiles
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         raise DataError(file, f"schema version {version}, but this secateur reads {SCHEMA_VERSION}")
@@ -196,7 +197,6 @@ class Profile(Table, kind="profile", rows_in="depths"):
         cka: Linear CKA between depths, (depth, depth); null where a depth gives all texts the same vector.
         angular: Mean angular distance of the last token's states, (depth + 1, depth + 1), depth 0 being the embeddings;
             empty where an architecture's states have another layout.
-        losses_by_pooling: Pooling → its loss at each depth, the model's own among them.
         batch_losses: (batches, depth), what ``loss`` is the mean of.
         task_scores: Tasks × depths, one :class:`DepthScoreRow` each; empty where no task was asked for.
         layer_costs: What each layer of the model costs.
@@ -219,7 +219,6 @@ class Profile(Table, kind="profile", rows_in="depths"):
     converged: bool | None = None
     cka: Matrix = ()
     angular: Matrix = ()
-    losses_by_pooling: Mapping[str, tuple[Float, ...]] = field(default_factory=dict)
     batch_losses: Matrix = ()
     task_scores: tuple[DepthScoreRow, ...] = ()
     layer_costs: tuple[LayerCost, ...] = ()
