@@ -321,7 +321,7 @@ def _vectors(encoder: DepthEncoder, texts: Sequence[str], prompt: str) -> Tensor
     """(texts, depths, dimension)."""
     rows: dict[int, Tensor] = {}
     for batch in encoder.run(list(texts), prompt):
-        rows |= dict(zip(batch.rows, batch.vectors[:, 0], strict=True))
+        rows |= dict(zip(batch.rows, batch.vectors, strict=True))
     return torch.stack([rows[i] for i in range(len(texts))])
 
 
