@@ -369,6 +369,10 @@ def test_a_scout_alone_is_enough(tmp_path: Path) -> None:
         *("worth", "training", "commands", "provenance"),
     }
     assert told(tmp_path)[0].startswith("tiny, on your 2 tasks: no depth is chosen yet; by these scores it would be")
+    scout = load(tmp_path / "scouts" / "tiny", Scout)
+    one = tuple(row for row in scout.task_scores if row.task == TASKS[0][0])
+    replace(scout, task_scores=one).save(tmp_path / "scouts" / "tiny")
+    assert told(tmp_path)[0].startswith("tiny, on your task: ")
 
 
 def test_a_depth_without_a_score_is_shown_and_not_told(run: Path) -> None:

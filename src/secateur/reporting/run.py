@@ -18,7 +18,6 @@ from typing import Any
 
 from secateur.choosing.budgets import without
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, losses_fingerprint
-from secateur.document import plural
 from secateur.errors import DataError
 from secateur.files import read_json
 from secateur.models import model_label
@@ -51,6 +50,11 @@ _NAME = re.compile(
 )
 
 
+def judge_of(kind: str, tasks: int) -> str:
+    """What scores are of, in words."""
+    return JUDGES.get(kind) or ("your task" if tasks == 1 else f"your {tasks} tasks")
+
+
 @dataclass(frozen=True)
 class Scouted:
     """A scout of a run: its table, the training that all of its depths come from, and the depth chosen by it, if any.
@@ -66,8 +70,7 @@ class Scouted:
     @property
     def judge(self) -> str:
         """What its scores are of, in words."""
-        tasks = len({row.task for row in self.table.task_scores})
-        return JUDGES.get(self.table.judge) or f"your {plural(tasks, 'task')}"
+        return judge_of(self.table.judge, len({row.task for row in self.table.task_scores}))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from secateur.choosing.budgets import choose_rung, cost_limits
 from secateur.document import SPACE, byte_size, count, duration, percent, plural, score, shorten, signed, span, speed
 from secateur.errors import SecateurError
 from secateur.reporting.findings import MARGIN, GroupComparison, Summary, compare_groups
-from secateur.reporting.run import JUDGES, POLISHED, SCOUTED, Run, Scouted
+from secateur.reporting.run import POLISHED, SCOUTED, Run, Scouted, judge_of
 from secateur.results import CostRow, VocabularyCut
 
 MOST_NAMED = 3
@@ -258,7 +258,7 @@ def _what_is_compared(item: GroupComparison) -> str:
     """What the points are a difference to, and what their interval covers."""
     own, full = item.group.first, item.reference.first
     scout = own.scout or full.scout
-    judge = JUDGES.get(scout.table.judge if scout else "") or f"your {plural(len(item.tasks), 'task')}"
+    judge = judge_of(scout.table.judge if scout else "", len(item.tasks))
     said = f"Points, speed and size are relative to {shorten(item.reference.name)}, the full model, on {judge}"
     if item.difference.low is not None:
         seeds = "not over" if item.difference.seed_error is None else "and over"
