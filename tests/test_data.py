@@ -94,7 +94,7 @@ def good_csv(bad: bytes) -> bytes:
     ("name", "content", "line", "field", "says"),
     [
         ("a.jsonl", good_lines('{"query": "q"'), 37, None, "broken JSON"),
-        ("a.jsonl", good_lines('{"query": "q"}'), 37, "positive", "column is missing.*query or anchor, and positive"),
+        ("a.jsonl", good_lines('{"query": "q"}'), 37, "positive", "column is missing.*anchor.* and positive"),
         ("a.jsonl", good_lines('{"positive": "p"}'), 37, "query", "column is missing"),
         ("a.jsonl", good_lines('{"query": "", "positive": "p"}'), 37, "query", "text is empty"),
         ("a.jsonl", good_lines('{"query": "q", "positive": " \\t"}'), 37, "positive", "text is empty"),
