@@ -74,10 +74,7 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     held_out = read_held_out(options)
     model, teacher = _open_models(options, config)
     config = decide(model, replace(config, train="blocks") if is_sharded() and config.train == "auto" else config)
-    if config.train != "lora" and (idle := [key for key in ADAPTERS if getattr(options, key) is not None]):
-        notes.append(
-            f"{', '.join(idle)}: without effect, for the weights are trained themselves (train {config.train})"
-        )
+    notes += _without_effect(options, config)
     default = str(model.prompts.get(model.default_prompt_name or "") or "") if options.instruction is None else ""
     # Not for the teacher, which has a default prompt of its own.
     own_sets = [replace(s, prompts=s.prompts or {c: default for c in s.rows.column_names if default}) for s in sets]
@@ -111,6 +108,13 @@ def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
             shutil.rmtree(folder)
         barrier()
     return options.out
+
+
+def _without_effect(options: HealOptions, config: TrainingConfig) -> list[str]:
+    """A note on options of adapters, where ``auto`` has decided on none."""
+    idle = [key for key in ADAPTERS if getattr(options, key) is not None] if config.train != "lora" else []
+    said = f"without effect, for the weights are trained themselves (train {config.train})"
+    return [f"{', '.join(idle)}: {said}"] if idle else []
 
 
 def _settings(options: HealOptions, made: Made, sets: Sequence[TrainingSet], teacher: Teacher | None) -> dict[str, Any]:
