@@ -64,7 +64,7 @@ def main() -> None:
                     f"{batch.name:24} {name:10} {took[0]:7.2f} s {took[1]:7.2f} processor s, loss {loss:.3f}",
                     flush=True,
                 )
-    precision = "bfloat16" if config.uses_bfloat16 else "float32"
+    precision = "bfloat16" if config.uses_bfloat16(torch.device("cpu")) else "float32"
     print(f"{args.train}, {args.batch_size} rows of at most {args.max_length} tokens, {precision}, ", end="")
     print(f"{torch.get_num_threads()} threads, median of {args.repeats} batches")
     for name, over, under in (("plain / secateur", "plain", "secateur"), ("small / full depth", "small", "secateur")):
