@@ -425,9 +425,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
-    """The oracle: in the full model, layers after the last kept one are left out, and others but the kept ones hand on
-    what they were given.
-    """
+    """The oracle: in the full, untouched model, all layers but the kept ones hand on what they were given."""
 
     def hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
@@ -437,7 +435,8 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
     others = [block for i, block in enumerate(stack) if i not in keep]
     hooks = [block.register_forward_hook(hand_on, with_kwargs=True) for block in others]
     whole = dict(stack.named_children())
-    del stack[max(keep) + 1 :]
+    if model.config.model_type == "inkling2_text":  # it keeps what a layer was given, whatever the layer makes of it
+        del stack[max(keep) + 1 :]
     try:
         yield
     finally:

@@ -659,7 +659,7 @@ def test_what_is_not_trained_on_is_told_and_leaves_no_trace(llama_folder: Path, 
     assert table.prompts["query"] == "find the word;\n"
     assert list(table.settings["notes"]) == [
         "small.jsonl: 5 rows: too few for a batch of 8, not trained on",
-        "many.jsonl: 8 rows with up to 3 negatives; used of each: 1, as many as every row has",
+        "many.jsonl: 8 rows with up to 3 negatives; used: 1 per row, as many as every row has",
     ]
 
 

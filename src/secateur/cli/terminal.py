@@ -109,11 +109,8 @@ def show_candidates(found: Candidates | Rungs) -> None:
     }
     _show(Table.of(f"{found.model}: {found.depth} layers", found.rows, columns).filled())
     for row in found.rows[1:]:
-        kept = (
-            ""
-            if is_prefix(row.blocks)
-            else f"{'layers' if len(row.blocks) > 1 else 'layer'} {ranges(row.blocks)} (from 0), "
-        )
+        noun = "layers" if len(row.blocks) > 1 else "layer"
+        kept = "" if is_prefix(row.blocks) else f"{noun} {ranges(row.blocks)} (from 0), "
         typer.echo(f"{row.name}: {kept}{row.reason}" + (f" (note: {row.warning})" if row.warning else ""))
     for name, why in found.refused.items():
         typer.echo(f"{name}: cannot be told: {why}")
@@ -201,9 +198,8 @@ def show_checks(checks: Sequence[TaskCheck]) -> None:
 
 def show_made_task(made: MadeTask) -> None:
     """Where a task is from, and how large it is."""
-    typer.echo(
-        f"{made.name}: {made.how}, made from {doc.plural(made.texts, 'text', ',')}; no person judged what is relevant"
-    )
+    source = doc.plural(made.texts, "text", ",")
+    typer.echo(f"{made.name}: {made.how}, made from {source}; no person judged what is relevant")
     typer.echo(f"  {made.queries:,} queries, {made.documents:,} documents")
 
 

@@ -275,10 +275,8 @@ class _Table:
         if self.of_texts:
             yield from (row[TEXT] for _, row in parse_rows(self.place, self._rows(), {TEXT: as_text}, self._names))
             return
-        some, needed = (
-            "negative" not in self._names,
-            "each row needs query (or anchor) and positive, or text (see --columns); ",
-        )
+        some = "negative" not in self._names
+        needed = "each row needs query (or anchor) and positive, or text (see --columns); "
         rows = parse_rows(self.place, self._rows(), _PAIR, self._names, optional=("negative",), needed=needed)
         for _, row in rows:
             some = some or bool(row["negative"])

@@ -111,9 +111,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 """Named defaults: the layers' own weights are trained, the paper's, and a teacher on unlabelled texts
 (docs/explanation/defaults.md says how they were found)."""
-
-
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout")
+"""Numbers of adapters, which have no effect where ``train`` is not ``lora``."""
 
 
 def training_config(options: HealOptions, sources: Sequence[Source] = ()) -> TrainingConfig:

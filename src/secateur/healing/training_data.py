@@ -133,7 +133,7 @@ def training_sets(sources: Sequence[Source], config: TrainingConfig) -> tuple[li
                 continue
             if most > fewest:
                 more = sum(len(row) > fewest for row in rows)
-                used = f"{plural(more, 'row')} with up to {most - 2} negatives; used of each: {fewest - 2}"
+                used = f"{plural(more, 'row')} with up to {most - 2} negatives; used: {fewest - 2} per row"
                 notes.append(f"{source.source.name}: {used}, as many as every row has")
             prompts = {key: source.prompt if key in ("anchor", "text") else source.passage_prompt for key in columns}
             prompts = {key: prompt for key, prompt in prompts.items() if prompt}

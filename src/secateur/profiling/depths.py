@@ -312,7 +312,7 @@ class DepthEncoder:
         )
 
     def _weights(self, features: dict[str, Any]) -> Tensor:
-        """What the pooling multiplies the tokens of each text with, (texts, 1, tokens).
+        """What the pooling multiplies the tokens of each text with, (texts, tokens).
 
         Those of :data:`.POOLINGS` are weighted sums of states: what they make of unit vectors are their weights. So the
         pooling is asked once for a batch, and a matrix product pools every depth.
@@ -320,13 +320,13 @@ class DepthEncoder:
         texts, tokens = features["attention_mask"].shape
         units = torch.eye(tokens, device=self._model.device).expand(texts, -1, -1)
         weights: Tensor = self._model[1](dict(features, token_embeddings=units))["sentence_embedding"]
-        return weights[:, None]
+        return weights
 
     def _pool(self, states: Tensor, features: dict[str, Any], weights: Tensor | None) -> Tensor:
         """What the pooling, and the modules after it, make of normed states: (texts, dimension)."""
         first, current = self._model[1], dict(features)
         if weights is not None:
-            current["sentence_embedding"] = (weights @ states.float())[:, 0]
+            current["sentence_embedding"] = (weights[:, None] @ states.float())[:, 0]
         else:
             current = first(current | {"token_embeddings": states.float() if isinstance(first, Pooling) else states})
         for module in list(self._model)[2:]:
