@@ -221,7 +221,7 @@ def _origin(options: HealOptions, model: SentenceTransformer) -> Origin:
     """Where the model comes from, by the file in its folder, be it here or on the Hub."""
     source, kept = resolve(options.model), range(depth_of(model[0].auto_model))
     folder = fetch(source, weights=False) if isinstance(source, str) else source
-    return origin_of(options.model, len(kept), kept, folder / Origin.file)
+    return origin_of(options.model, len(kept), kept, folder / Origin.file, model.left_out)
 
 
 def _write(model: SentenceTransformer, origin: Origin, table: Training, place: Path, folder: Path) -> None:
