@@ -18,7 +18,6 @@ from architectures import model_of
 from conftest import MakeEncoder
 from secateur.errors import ConfigError, ModelError
 from secateur.measures.costs import flops_per_token
-from secateur.models.blocks import embeddings_of
 from secateur.models.open_model import open_model
 from secateur.provenance import fingerprint_files
 from secateur.reporting import cost as cost_module
@@ -60,7 +59,7 @@ def test_parameters_are_those_in_the_file(name: str, tmp_path: Path):
     model.save_pretrained(tmp_path)
     stored = tensors_of(tmp_path)
     assert sum(parameter.numel() for parameter in model.parameters()) == sum(stored.values())
-    table = embeddings_of(model).weight
+    table = model.get_input_embeddings().weight
     assert table.numel() == model.config.vocab_size * table.shape[1] in stored.values()
 
 

@@ -123,19 +123,17 @@ def default_of(options: type[Options], name: str) -> Any:
 def step(options: type[O]) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Give a function that takes ``options`` the arguments that these are made of.
 
-    The function's own keyword arguments (``progress``) stay. It can also be called with an instance of ``options``.
-    Its signature lists every option, and its docstring explains each under ``Args``.
+    The function's own keyword arguments (``progress``) stay. Its signature lists every option, and its docstring
+    explains each under ``Args``.
     """
 
     def decorate(run: Callable[..., R]) -> Callable[..., R]:
-        own = [p for p in list(inspect.signature(run).parameters.values())[1:]]
+        own = list(inspect.signature(run).parameters.values())[1:]
         names = [name for name in options.model_fields if extra(options, name, "positional")]
 
         @functools.wraps(run)
         def call(*args: Any, **given: Any) -> R:
             rest = {p.name: given.pop(p.name) for p in own if p.name in given}
-            if len(args) == 1 and isinstance(args[0], options) and not given:
-                return run(args[0], **rest)
             if len(args) > len(names):
                 raise TypeError(f"{run.__name__}() takes {len(names)} positional arguments, but {len(args)} were given")
             return run(make(options, dict(zip(names, args, strict=False)) | given), **rest)
@@ -162,9 +160,6 @@ def _docstring(options: type[Options], text: str) -> str:
     """The function's docstring with the descriptions as ``Args``."""
     wrapper = textwrap.TextWrapper(116, "    ", " " * 8, break_on_hyphens=False)
     filled = "\n".join(wrapper.fill(f"{name}: {own.description}") for name, own in options.model_fields.items())
-    head, mark, rest = text.partition("\n\nArgs:\n")
-    if mark:
-        return f"{head}{mark}{filled}\n{rest}"
     sections = re.search(r"\n\n(Returns|Raises):", text)
     place = sections.start() if sections else len(text)
     head, rest = text[:place], text[place:]

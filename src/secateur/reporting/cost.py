@@ -37,7 +37,7 @@ from secateur.errors import ConfigError, ModelError
 from secateur.files import make_folder
 from secateur.measures.costs import flops_per_token, size_of
 from secateur.models import is_endpoint, model_names, resolve
-from secateur.models.blocks import depth_of, embeddings_of, skeleton
+from secateur.models.blocks import depth_of, skeleton
 from secateur.models.checks import read_modules
 from secateur.models.forward import wait
 from secateur.models.open_model import check_device
@@ -218,7 +218,7 @@ def sizes_of(model: SentenceTransformer, source: str | Path) -> dict[str, Any]:
     else:
         whole, transformer = model, model[0].auto_model
         flops = dict(zip(("flops_per_token", "flops_tokens"), flops_per_token(model, FLOPS_TOKENS), strict=True))
-    embeddings, _ = size_of(embeddings_of(transformer))
+    embeddings, _ = size_of(transformer.get_input_embeddings())
     sizes = {"depth": depth_of(transformer), "parameters": size_of(whole)[0], "embedding_parameters": embeddings}
     return sizes | flops
 
