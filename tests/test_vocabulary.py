@@ -16,12 +16,13 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen4ExpTextConfig
 
 import architectures
 import secateur
 from published import CORPUS, EVERY, PUBLISHED, SCRIPTS, SHORT, assert_same_where_all_tokens_stay, write_model
 from secateur.errors import ConfigError, DataError, UnsupportedArchitecture
+from secateur.models.blocks import skeleton
 from secateur.results import Origin, load
 from secateur.vocabulary.choice import Vocabulary, count_tokens
 from secateur.vocabulary.trim import cut_vocabulary, keep_tokens, token_tables
@@ -130,11 +131,10 @@ def test_the_most_frequent_tokens_stay_and_the_coverage_is_that_of_held_out_text
 
 def test_depth_and_vocabulary_are_cut_together_and_again(folder_of, texts: Path, tmp_path: Path):
     source = folder_of("bert")
-    secateur.prune(source, 3, vocab=[texts], vocab_size=300, vocab_multiple=64, out=tmp_path / "both")
+    secateur.prune(source, 3, vocab=[texts], vocab_size=300, out=tmp_path / "both")
     one = SentenceTransformer(str(tmp_path / "both"), device="cpu")
     assert one[0].auto_model.config.num_hidden_layers == 3
-    assert one[0].auto_model.get_input_embeddings().num_embeddings == one[0].auto_model.config.vocab_size == 320
-    assert not one[0].auto_model.get_input_embeddings().weight[300:].any()
+    assert one[0].auto_model.get_input_embeddings().num_embeddings == one[0].auto_model.config.vocab_size == 300
     secateur.prune(tmp_path / "both", 2, out=tmp_path / "less")
     secateur.prune(tmp_path / "less", vocab=[texts], vocab_size=250, out=tmp_path / "least")
     record = load(tmp_path / "least", Origin)
@@ -178,7 +178,6 @@ def test_prompts_of_the_data_keep_their_tokens(folder_of, tmp_path: Path):
         ({"vocab_size": 300, "vocab_coverage": 0.9}, "cannot go with vocab_size"),
         ({"vocab_coverage": 1.5}, "less than or equal to 1"),
         ({"vocab_size": 300, "vocab": []}, "give --vocab FILE"),
-        ({"vocab_multiple": 64, "vocab": []}, "vocab_multiple: needs texts .* give --vocab FILE"),
         ({"vocab_size": 300, "trust_remote_code": True}, "own code"),
     ],
 )
@@ -206,6 +205,12 @@ def test_texts_that_tell_nothing_are_refused(folder_of, tmp_path: Path):
 def test_a_tokenizer_without_spare_tokens_is_refused(llama_folder: Path, texts: Path, tmp_path: Path):
     with pytest.raises(UnsupportedArchitecture, match="WordLevel"):
         secateur.prune(llama_folder, vocab=[texts], out=tmp_path / "cut")
+
+
+def test_a_model_that_hashes_ids_is_refused():
+    config = Qwen4ExpTextConfig(num_hidden_layers=6, ple_layer_ids=[2, 5], eos_token_id=2)
+    with pytest.raises(UnsupportedArchitecture, match=r"ple_embedding computes with the number of tokens, and so with"):
+        token_tables("m", skeleton(config))
 
 
 def test_a_character_model_is_refused(folder_of, texts: Path, tmp_path: Path):
