@@ -1,14 +1,20 @@
-"""What a profile costs beside one plain encoding, and beside the paper's procedure.
+"""What a profile costs beside one plain encoding, and beside the paper's procedure; how soon it can stop early.
 
-    python benchmarks/profile_pass.py MODEL PAIRS --examples 640 --repeats 3
+    python benchmarks/profile_pass.py cost MODEL PAIRS --examples 640 --repeats 3
+    python benchmarks/profile_pass.py sure PROFILE [PROFILE ...] [--batches 20]
 
-It runs three workers in turn, each in a process of its own, all on the same rows and threads, and prints medians
+``cost`` runs three workers in turn, each in a process of its own, all on the same rows and threads, and prints medians
 of their ratios: processor seconds, which other work on the machine disturbs least, and peak resident memory (Linux),
 counted from when the model is open, so that what opening takes hides nothing. ``encode`` is
 ``SentenceTransformer.encode`` of the profile's distinct texts in batches of about the profile's token budget;
 ``papers`` is L3Prune's procedure as its public code has it, in float32: per batch three padded passes with the states
 of all layers kept. ``profile`` has all its columns: fixed costs (checks of the quick ways, the language-model head,
 timing the parts) weigh more on few examples than on the usual 1280.
+
+``sure`` replays the rule that stops ``--early-stopping`` on the losses by batch that profiles hold: a batch's losses
+depend neither on when the rule stops nor on which batches stand before it, so no text is run again. Each of 20 seeds
+draws as many batches as its data (20 are what ``--max-examples`` takes by default), in an order of its own, out of a
+profile that holds more: ``secateur profile MODEL --data PAIRS --max-examples 3840 -o PROFILE`` has 60.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -24,14 +31,18 @@ from pathlib import Path
 
 import torch
 
+from secateur.choosing.selectors import lowest_in_each_half
 from secateur.data.sources import Pairs, batches, read_pairs
+from secateur.measures.intervals import has_converged, looks
 from secateur.measures.metrics import contrastive_loss, cosines
 from secateur.models.blocks import final_norm
 from secateur.models.forward import BUDGET
 from secateur.models.open_model import open_model
 from secateur.profiling.profile import auto_dtype, profile
+from secateur.results import Profile, load
 
 SIZE = 64
+SEEDS = 20
 
 
 def forget_peak() -> None:
@@ -137,20 +148,46 @@ def cost(options: argparse.Namespace) -> None:
     print(f"profile / encode, peak memory: {ratio('profile', 'encode', 'peak'):.2f} (at most 1.3)")
 
 
+def sure(options: argparse.Namespace) -> None:
+    for name in options.profiles:
+        pool_of = torch.tensor(load(name, Profile).batch_losses, dtype=torch.float64)
+        whole = options.batches
+        if whole >= len(pool_of):
+            raise SystemExit(f"{name} has {len(pool_of)} batches, too few to draw {whole}: profile more examples")
+        same, read = 0, []
+        for seed in range(SEEDS):
+            losses = pool_of[random.Random(seed).sample(range(len(pool_of)), whole)]
+            full = lowest_in_each_half(losses.mean(dim=0)).tolist()
+            tests = looks(whole)
+            stop = next((n for n in tests if has_converged(losses[:n], len(tests))), whole)
+            early = lowest_in_each_half(losses[:stop].mean(dim=0)).tolist()
+            same += early == full
+            read.append(stop / whole)
+            print(f"seed {seed}: {full} of all {whole} batches, {early} after {stop}")
+        print(f"{Path(name).name}: the same choice on {same} of {SEEDS} (at least 19)")
+        print(f"  read {statistics.mean(read):.0%} on average (at most half), {max(read):.0%} at most;")
+        print(f"  at most half on {sum(share <= 0.5 for share in read)} of {SEEDS}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("pairs")
-    parser.add_argument("--examples", type=int, default=640)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--instruction", default="")
-    parser.add_argument("--dtype", default="auto", help="auto: as a profile decides")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("cost")
+    one.add_argument("model")
+    one.add_argument("pairs")
+    one.add_argument("--examples", type=int, default=640)
+    one.add_argument("--repeats", type=int, default=3)
+    one.add_argument("--instruction", default="")
+    one.add_argument("--dtype", default="auto", help="auto: as a profile decides")
+    other = commands.add_parser("sure")
+    other.add_argument("profiles", nargs="+")
+    other.add_argument("--batches", type=int, default=20)
     if sys.argv[1:2] == ["work"]:
         kind, model, file, examples, instruction, dtype = sys.argv[2:]
         print(json.dumps(work(kind, model, file, int(examples), instruction, dtype)))
         return
     options = parser.parse_args()
-    cost(options)
+    {"cost": cost, "sure": sure}[options.command](options)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from mteb.abstasks import AbsTaskPairClassification
 from scipy.stats import binomtest, pearsonr, spearmanr
 from sklearn.metrics import f1_score, precision_score, recall_score, v_measure_score
@@ -20,8 +21,10 @@ from secateur.evaluation.replicates import (
 )
 from secateur.measures.intervals import (
     Statistic,
+    has_converged,
     interval,
     limits_of,
+    looks,
     mean_of,
     mean_statistic,
     observed,
@@ -158,6 +161,54 @@ def test_counts_are_of_units_drawn_with_replacement():
     assert counts.shape == (3000, 7)
     assert set(counts.sum(axis=1)) == {7.0}
     assert counts.var() == pytest.approx(6 / 7, rel=0.05)  # of a binomial of 7 draws with a chance of 1/7
+
+
+# Early stopping: how often it is wrong, by simulation, and that it stops where it can ---------------------------------
+
+BATCHES = 40
+
+
+def stops_at(losses: torch.Tensor) -> int | None:
+    """After how many batches a profile of these losses (batches, depths) would be converged."""
+    tests = looks(len(losses))
+    return next((n for n in tests if has_converged(losses[:n], len(tests))), None)
+
+
+def test_looks_are_fixed_by_the_number_of_batches():
+    assert looks(4) == ()
+    assert looks(5) == (5,)
+    assert looks(20) == (5, 10, 20)
+    assert looks(60) == (5, 10, 20, 40, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rivals", [1, 7], ids=["two near depths", "eight near depths"])
+@pytest.mark.parametrize("gap", [1e-6, 0.1, 0.3])
+def test_over_all_looks_a_wrong_depth_is_converged_on_once_in_twenty_at_most(rivals: int, gap: float):
+    generator = torch.Generator().manual_seed(round(1000 * gap) + rivals)
+    means = torch.full((16,), 50.0).double()  # far above
+    means[[3, 11]] = 1 - gap  # the lowest of each half
+    means[4 : 4 + rivals] = 1.0
+    means[[12]] = 1.0
+    wrong, tries = 0, 1000
+    for _ in range(tries):
+        shared = 3 * torch.randn(BATCHES, 1, generator=generator).double()
+        losses = means + shared + torch.randn(BATCHES, 16, generator=generator).double()
+        stop = stops_at(losses)
+        if stop is not None:
+            found = losses[:stop].mean(dim=0)
+            wrong += (int(found[:8].argmin()), int(found[8:].argmin())) != (3, 3)
+    assert wrong / tries <= 0.05
+
+
+def test_what_batches_share_does_not_keep_it_from_stopping_and_ties_do():
+    generator = torch.Generator().manual_seed(0)
+    shared = 3 * torch.randn(BATCHES, 1, generator=generator).double()
+    apart = torch.tensor([1.0, 0.9, 2.0, 1.9]) + shared + 0.02 * torch.randn(BATCHES, 4, generator=generator)
+    assert stops_at(apart) == 5
+    assert stops_at(shared.expand(-1, 4)) is None  # all depths are equal
+    assert not has_converged(apart[:4]), "four batches are not nothing"
+    assert has_converged(apart[:, :1]), "a single depth has no rival"
 
 
 # A score of counts is the library's score of rows that are copied so often -------------------------------------------

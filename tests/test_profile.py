@@ -18,9 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import architectures
 from conftest import LETTERS, example_pairs, tiny_transformer
 from secateur.choosing.choose import choose
+from secateur.cli import app
 from secateur.data.sources import read_pairs, read_texts
 from secateur.errors import ConfigError, DataError, ModelError
 from secateur.measures.costs import BATCH, BATCHES, SINGLES
+from secateur.measures.intervals import looks
 from secateur.models.blocks import blocks_of
 from secateur.models.cutting import cut, legal_depths
 from secateur.models.forward import batch_of, tokenize
@@ -360,6 +362,18 @@ def test_texts_alone_tell_all_but_the_supervised_columns(llama, folder):
         choose(found)
 
 
+def test_early_stopping_ends_with_the_full_choice(folder):
+    data, apart = write(folder / "many.jsonl", example_pairs(200)), tiny_transformer(folder / "apart", "llama", 3, 2)
+    full = profile(apart, data, batch_size=4, dtype="float32")
+    early = profile(apart, data, batch_size=4, dtype="float32", early_stopping=True)
+    assert choose(early) == choose(full)
+    assert early.batches < full.batches == 50
+    assert early.converged and early.batches in looks(50)
+    assert any("early stopping after" in note for note in early.notes)
+    # Batches are visited in the same order, so what was read is what the full pass read first.
+    assert np.allclose(early.batch_losses, full.batch_losses[: early.batches], atol=1e-4)
+
+
 def test_what_fails_after_the_measuring_costs_no_more_than_itself(folder, pairs, tmp_path, monkeypatch):
     """An operation that nobody counts; then a task whose scores cannot be had."""
     model = open_model(tiny_transformer(folder / "uncounted", depth=2), dtype="float32")
@@ -390,6 +404,15 @@ def test_fewer_than_five_batches_have_no_intervals(llama, pairs):
     assert few.batches == 3
     assert all(row.loss_low is None and row.selection_probability is None and row.loss_se > 0 for row in few.rows)
     assert any("3 batches are too few for intervals" in note for note in few.notes)
+
+
+def test_early_stopping_with_texts_alone_is_refused(llama, folder):
+    texts = write(folder / "unlabelled.jsonl", [{"text": row["query"]} for row in example_pairs(20)])
+    with pytest.raises(ConfigError, match="early_stopping: needs losses, and the data are texts alone"):
+        profile(llama, texts, early_stopping=True)
+    with pytest.raises(ConfigError, match="early_stopping: needs losses"):
+        flags = ["--early-stopping", "-o", str(folder / "none")]
+        app(["profile", str(llama), "--data", str(texts), *flags], standalone_mode=False)
 
 
 def test_half_precision_gives_nearly_the_same(llama, pairs):

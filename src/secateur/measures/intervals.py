@@ -1,4 +1,4 @@
-"""How sure a measured number is: one paired bootstrap, for losses and for scores.
+"""How sure a measured number is: one paired bootstrap, for losses and for scores, and a test for early stopping.
 
 Units (rows of a task, batches of a profile) are drawn again with replacement (Efron 1979); the spread of the numbers
 that they then give is that of the number. Replicates of two models that were drawn with the same seed can be
@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count, takewhile
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, t
 
 Array = NDArray[np.float64]
@@ -128,3 +129,38 @@ def limits_of(metric: str) -> tuple[float, float]:
 def mean_of(replicates: Sequence[Array]) -> Array:
     """Replicates of the mean of several scores, drawn independently of each other."""
     return np.mean(replicates, axis=0)
+
+
+def looks(batches: int) -> tuple[int, ...]:
+    """After how many of the batches to test for early stopping: 5, 10, 20, …, and all; never with fewer than 5.
+
+    They are fixed before the first batch, and each spends an equal share of the error (Bonferroni).
+    """
+    doubled = takewhile(lambda look: look < batches, (MINIMUM_UNITS << power for power in count()))
+    return (*doubled, batches) if batches >= MINIMUM_UNITS else ()
+
+
+def has_converged(losses: ArrayLike, looks: int = 1) -> bool:
+    """Whether the lowest depth of each half is significantly below every other depth of its half.
+
+    By two-sided paired t-tests over batches. Comparing the lowest with each other one needs no further correction: the
+    error is largest where just two depths are near each other (Gutmann and Maymin 1987, "Is the selected population
+    the best?"). Both halves must pass, so that they do not add up either.
+
+    Args:
+        losses: (batches, depths); fewer than five batches are never enough.
+        looks: How many there are in all; over all of them, the probability to stop at a depth that is not the lowest
+            is 1 - :data:`CONFIDENCE`.
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    batches, depths = values.shape
+    if batches < MINIMUM_UNITS:
+        return False
+    needed = float(t.ppf(1 - (1 - CONFIDENCE) / (2 * looks), batches - 1))
+    for half in (values[:, : depths // 2], values[:, depths // 2 :]):
+        if half.shape[1] > 1:
+            lowest = int(half.mean(axis=0).argmin())
+            above = np.delete(half - half[:, [lowest]], lowest, axis=1)
+            if not (above.mean(axis=0) > needed * above.std(axis=0, ddof=1) / batches**0.5).all():
+                return False
+    return True

@@ -81,6 +81,7 @@ class ProfileOptions(Options):
     pooling: PoolingName | None = option(POOLING + " l3prune: as the paper's own code, to reproduce its curve.")
     batch_size: int = option("Pairs per batch; the loss depends on it.", 64, ge=2)
     max_examples: int = option("Maximum number of pairs or texts, evenly from all files.", 1280, ge=2)
+    early_stopping: bool = option("Stop once L3Prune's choice is significant at 95 %.", False)
     max_length: MaxLength = 512
     dtype: Dtype = option("Data type of the computation; auto: bfloat16 where the CPU has it.", "auto")
     device: Device = None
@@ -108,7 +109,8 @@ class VocabularyOptions(Options):
         given = [name for name in ("vocab_size", "vocab_coverage") if getattr(self, name) is not None]
         if len(given) == 2:
             raise ConfigError("vocab_coverage", self.vocab_coverage, "cannot go with vocab_size", "give one of them")
-        given += [name for name in ("columns", "vocab_tasks") if getattr(self, name, None)]
+        others = ("columns", "vocab_multiple", "vocab_tasks")
+        given += [name for name in others if getattr(self, name, None) not in (None, 1, [])]
         # A study counts on its own data.
         if given and not self.vocab and "data" not in type(self).model_fields:
             raise ConfigError(given[0], getattr(self, given[0]), "needs texts to count tokens on", "give --vocab FILE")
@@ -141,6 +143,7 @@ class ChooseOptions(Budget, VocabularyOptions):
     """
 
     profile: Annotated[AnyName, Names("profile")] = argument("A scout or a profile: its file or folder.")
+    max_loss_increase: float | None = option("Of a profile: share by which the loss may exceed the lowest.", ge=0)
     model: Teacher = option("The model whose vocabulary is cut, if the profile or scout does not say where it is.")
 
 
@@ -164,6 +167,7 @@ class PruneOptions(VocabularyOptions):
     )
     pooling: Pooling = None
     max_length: MaxLength = 512
+    vocab_multiple: int = option("Pad the token embeddings with rows of zeros to a multiple of this (64).", 1, ge=1)
     vocab_tasks: Tasks = option("Task folders: report the share of their tokens that stay.", [])
     dtype: Dtype = option("Data type of the written weights; auto keeps the model's own.", "auto")
     adapter: AnyName | None = option("LoRA adapter (folder or Hub id) to merge first.")

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from secateur.choosing.choose import choose
 from secateur.choosing.selectors import lowest_in_each_half, replicates_of
-from secateur.data.sources import read_sources
+from secateur.data.sources import Texts, read_sources
 from secateur.errors import ConfigError
 from secateur.files import results_folder
 from secateur.measures import metrics
 from secateur.measures.costs import Size, layer_sizes, measure_layers
-from secateur.measures.intervals import MINIMUM_UNITS, interval
+from secateur.measures.intervals import MINIMUM_UNITS, has_converged, interval, looks
 from secateur.models import model_label, model_source
 from secateur.models.compat import multiplies_bfloat16
-from secateur.models.forward import pooling_name
+from secateur.models.forward import is_out_of_memory, pooling_name
 from secateur.models.open_model import open_model
 from secateur.options import PROFILE_FILES, ProfileOptions, step
 from secateur.profiling.corpus import Batch, Corpus, check_sources, make_corpus, with_prompts
@@ -35,7 +35,6 @@ from secateur.profiling.lens import next_token_losses
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
 from secateur.results import DepthRow, LayerCost, Profile
-from secateur.runtime.core import is_out_of_memory
 
 if TYPE_CHECKING:
     from secateur.evaluation.tasks import Task
@@ -69,6 +68,8 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     seed = options.seed
     sources = read_sources(options.data, options.instruction, options.columns, most=options.max_examples, seed=seed)
     check_sources(sources, options.max_examples)
+    if options.early_stopping and all(isinstance(source, Texts) for source in sources):
+        raise ConfigError("early_stopping", True, "needs losses, and the data are texts alone", "leave it out")
     tasks = _open_tasks(options)
     model, name, sizes, notes = _open(options)
     sources = [with_prompts(source, model, options.instruction is None) for source in sources]
@@ -91,11 +92,12 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         depths=rows,
         texts=measured.texts,
         tokens=measured.tokens,
+        converged=measured.converged,
         cka=_table(metrics.linear_cka(measured.sample_vectors)),
         angular=() if measured.angles is None else _table(measured.angles / measured.texts),
         batch_losses=_table(measured.losses) if measured.batch_losses else (),
         layer_costs=layer_costs(model, sizes, notes),
-        notes=tuple(dict.fromkeys([*notes, *encoder.notes])),
+        notes=tuple(dict.fromkeys([*notes, *encoder.notes, *_batch_notes(measured, corpus)])),
         source="" if isinstance(options.model, SentenceTransformer) else model_source(options.model),
     )
     if out is not None:
@@ -132,6 +134,18 @@ def _with_scores(
     scores = tuple(score_depths(model, encoder, todo, **given, progress=progress))
     notes = tuple(dict.fromkeys([*result.notes, *encoder.notes, *notes_on(scores)]))
     return replace(result, task_scores=tuple(score.row for score in scores if score.row), notes=notes)
+
+
+def _batch_notes(measured: _Pass, corpus: Corpus) -> list[str]:
+    """That batches were left out, or have unequal numbers of pairs."""
+    notes = []
+    if measured.batches < len(corpus.batches):
+        notes.append(f"early stopping after {measured.batches} of {len(corpus.batches)} batches")
+    pairs = sorted({len(batch.anchors) for batch in corpus.batches if batch.positives})
+    if len(pairs) > 1:
+        sizes = " and ".join(map(str, pairs))
+        notes.append(f"losses of batches of {sizes} pairs were averaged: more pairs give a higher loss")
+    return notes
 
 
 def _open(options: ProfileOptions) -> tuple[SentenceTransformer, str, tuple[Size, ...], list[str]]:
@@ -176,6 +190,7 @@ class _Pass:
         self._encoder, self.corpus, self._options = encoder, corpus, options
         self._vectors: dict[int, Tensor] = {}  # (depths, dimension) of texts that a batch still needs
         self.batches = self.texts = self.tokens = 0
+        self.converged: bool | None = None
         self.batch_losses: list[Tensor] = []  # (depths,)
         self.batch_scores: list[Tensor] = []  # (3, depths): accuracy, nDCG@10 and alignment
         self.influence = torch.zeros(())
@@ -193,12 +208,13 @@ class _Pass:
         return torch.stack(list(self.sample.values()), dim=1)
 
     def run(self, progress: Progress) -> None:
-        """Read the batches."""
-        batches = self.corpus.batches
+        """Read the batches; with early stopping, convergence is tested at looks that are fixed now."""
+        batches, early = self.corpus.batches, self._options.early_stopping
         last_use = {text: number for number, batch in enumerate(batches) for text in batch.texts}
+        tests = looks(sum(bool(batch.positives) for batch in batches)) if early else ()
         # The more texts are encoded together, the more alike are the lengths in a forward pass.
         bytes_per_batch = max(len(batch.texts) for batch in batches) * self._encoder.bytes_per_text
-        size = max(1, HELD_BYTES // bytes_per_batch)
+        size = 1 if early else max(1, HELD_BYTES // bytes_per_batch)
         progress("profile", 0, len(batches))
         for start in range(0, len(batches), size):
             group = batches[start : start + size]
@@ -208,6 +224,9 @@ class _Pass:
                 progress("profile", self.batches, len(batches))
             # A copy frees the batch that a vector came with.
             self._vectors = {k: own.clone() for k, own in self._vectors.items() if last_use[k] >= self.batches}
+            if len(self.batch_losses) in tests and has_converged(self.losses, len(tests)):
+                break
+        self.converged = has_converged(self.losses, len(tests) or 1) if self.batch_losses else None
 
     def _encode(self, members: list[int]) -> None:
         """Run texts and keep their vectors."""
@@ -278,10 +297,6 @@ def _supervised(measured: _Pass, seed: int, notes: list[str]) -> dict[str, Colum
         "loss_se": (losses.std(dim=0) / math.sqrt(batches)).tolist() if batches > 1 else [None] * depths,
         **dict(zip(("accuracy", "ndcg_at_10", "alignment"), scores, strict=True)),
     }
-    sizes = sorted({len(batch.anchors) for batch in measured.corpus.batches if batch.positives})
-    if len(sizes) > 1:
-        told = " and ".join(map(str, sizes))
-        notes.append(f"losses of batches of {told} pairs were averaged: more pairs give a higher loss")
     if batches < MINIMUM_UNITS:
         few = "one batch is" if batches == 1 else f"{batches} batches are"
         notes.append(f"{few} too few for intervals and selection probabilities: it takes {MINIMUM_UNITS}")

@@ -99,8 +99,7 @@ def load(path: str | Path, kind: type[T]) -> T:
         raise DataError(
             file, f"holds {found!r}, not a {kind.kind}", f"give the file that secateur wrote as {kind.file}"
         )
-    for name in ("losses_by_pooling", "converged"):  # of earlier profiles
-        content.pop(name, None)
+    content.pop("losses_by_pooling", None)  # of earlier profiles
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         raise DataError(file, f"schema version {version}, but this secateur reads {SCHEMA_VERSION}")
@@ -193,6 +192,8 @@ class Profile(Table, kind="profile", rows_in="depths"):
     Attributes:
         batches: Batches read, of ``batch_size`` pairs (or texts).
         texts: Distinct texts run, and ``tokens`` theirs, prompts included.
+        converged: Whether the choice of L3Prune's rule is significantly better than every other depth of its half, at
+            95 % over all looks at the data (:func:`.has_converged`); None without pairs.
         cka: Linear CKA between depths, (depth, depth); null where a depth gives all texts the same vector.
         angular: Mean angular distance of the last token's states, (depth + 1, depth + 1), depth 0 being the embeddings;
             empty where an architecture's states have another layout.
@@ -215,6 +216,7 @@ class Profile(Table, kind="profile", rows_in="depths"):
     depths: tuple[DepthRow, ...]
     texts: int = 0
     tokens: int = 0
+    converged: bool | None = None
     cka: Matrix = ()
     angular: Matrix = ()
     batch_losses: Matrix = ()
