@@ -246,6 +246,20 @@ def test_budgets_of_costs(limit: str, column: str, unit: int):
         choose(table(LOSSES), **{limit: 1e9})
 
 
+def test_a_budget_of_loss_is_the_shallowest_near_enough_to_the_lowest():
+    profile = table(LOSSES, layer_costs=PARTS, batches=20)
+    for increase, depth in ((0, 4), (0.05, 4), (0.199, 4), (0.201, 1)):
+        assert choose(profile, max_loss_increase=increase) == {"budget": depth}
+    three = costs("parameters")[2]
+    assert choose(profile, max_loss_increase=0.3, max_params=three) == {"budget": 1}
+    with pytest.raises(
+        ConfigError, match=r"no depth that fits \(up to 3\) .* within 0.1 of the lowest: 0.2 allows depth 1"
+    ):
+        choose(profile, max_loss_increase=0.1, max_params=three)
+    with pytest.raises(DataError, match="texts alone"):
+        choose(table(None, depth=6, layer_costs=PARTS), max_loss_increase=0.1)
+
+
 @pytest.mark.parametrize("limit", [{"max_params": math.nan}, {"max_bytes": "five"}, {"max_params": -1}])
 def test_limits_that_are_no_numbers_are_refused(limit: dict[str, object]):
     measured = table([3.0, 2, 1])

@@ -201,6 +201,8 @@ def test_choose_prints_all_choices_side_by_side(measured: Path, run: Run):
 
 
 def test_choose_within_a_budget(measured: Path, run: Run):
+    ended = run("choose", measured, "--json", "--max-loss-increase", "1")
+    assert [len(row["blocks"]) for row in json.loads(ended.out)["rows"] if row["name"] == "budget"] == [1]
     for option in ("--max-params", "--max-bytes", "--max-latency-ms"):
         ended = run("choose", measured, option, "1e6")
         assert is_one_line(ended) and "profile again" in ended.err  # it was saved without its parts

@@ -303,6 +303,7 @@ def test_a_scout_is_taken_as_a_table_a_file_or_a_folder(place: Path):
     [
         ("choose scout --best --tolerance 1", "best: cannot go with tolerance: give one of them"),
         ("choose scout --tolerance -1", "tolerance: '-1' is not valid"),
+        ("choose scout --max-loss-increase 0.1", "max_loss_increase: applies to a profile's loss, and this is a scout"),
         ("choose profile --tolerance 1", "tolerance: needs scores after a training, and model has only a profile"),
         ("choose profile --best", "scout it: secateur scout model ..."),
         ("choose empty", "empty: holds no scout.json and no profile.json"),

@@ -11,9 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from secateur.choosing.selectors import Choice, by_rule, layers_of, losses_of, lowest_in_each_half, prefix
 from secateur.document import plural, signed, span
 from secateur.errors import ConfigError, DataError, ModelError, UnsupportedArchitecture
+from secateur.measures.intervals import Array
 from secateur.options import Budget, ChooseOptions
 from secateur.progress import Progress
 from secateur.results import Profile, RungRow, Scout, VocabularyRow
@@ -166,15 +170,33 @@ def smallest_within(rungs: Sequence[RungRow], tolerance: float) -> RungRow:
 def within(options: ChooseOptions, table: Profile, costs: Profile | None = None) -> Choice:
     """Choose a depth that the limits allow; ``costs`` is the same profile with those of a smaller vocabulary.
 
-    What L3Prune's rule would call ``large`` if the model had no more layers than fit the budget: the lowest loss of the
-    deeper half of them; with a profile of texts alone, which has no losses, the deepest of them.
+    With a limit of the loss the shallowest such depth. Without one, what L3Prune's rule would call ``large`` if the
+    model had no more layers than fit the budget: the lowest loss of the deeper half of them; with a profile of texts
+    alone, which has no losses, the deepest of them.
     """
     deepest = affordable(options, costs or table, range(1, table.depth + 1))[-1]
     fitting = f"depth {deepest} is the deepest that fits" + (" with the fewest tokens" if costs else "")
-    if any(row.loss is None for row in table.depths):
+    increase = options.max_loss_increase
+    if increase is None and any(row.loss is None for row in table.depths):
         return Choice(prefix(deepest), fitting)
-    depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1])
-    told = f"{fitting}; loss {losses_of(table)[depth - 1]:.4f}, the lowest of depths {deepest // 2 + 1} to {deepest}"
+    losses = losses_of(table)
+    if increase is None:
+        depth, chance = by_rule(table, lambda losses: lowest_in_each_half(losses[..., :deepest])[..., -1])
+        told = f"{fitting}; loss {losses[depth - 1]:.4f}, the lowest of depths {deepest // 2 + 1} to {deepest}"
+        return Choice(prefix(depth), told, selection_probability=chance)
+
+    def shallowest(losses: Array) -> NDArray[Any]:
+        """The first depth whose loss is near enough to the lowest of all; 0 where there is none."""
+        near = losses[..., :deepest] <= (1 + increase) * losses.min(axis=-1, keepdims=True)
+        return np.where(near.any(axis=-1), near.argmax(axis=-1) + 1, 0)
+
+    depth, chance = by_rule(table, shallowest)
+    above = losses / losses.min() - 1
+    if not depth:
+        best = int(above[:deepest].argmin())
+        problem = f"no depth that fits (up to {deepest}) has a loss within {increase:g} of the lowest"
+        raise ConfigError("max_loss_increase", increase, problem, f"{above[best]:.4g} allows depth {best + 1}")
+    told = f"the shallowest; loss {losses[depth - 1]:.4f}, {100 * above[depth - 1]:.1f} % above the lowest of all"
     return Choice(prefix(depth), told, selection_probability=chance)
 
 

@@ -60,7 +60,7 @@ def choose(options: ChooseOptions, *, progress: Progress = silent) -> dict[str, 
     table, _, choice, size = _decide(options, progress)
     if isinstance(table, Scout):
         told = {CHOSEN: len(choice.blocks)}
-    elif cost_limits(options):
+    elif _has_limits(options):
         told = {BUDGET: len(choice.blocks)}
     else:
         told = {name: len(choice_of(name, table.depth, table).blocks) for name in SHORT}
@@ -72,7 +72,11 @@ def _decide(
 ) -> tuple[Profile | Scout, CountedVocabulary | None, Choice, int | None]:
     """The table, the vocabulary of its model where it may be cut, and the layers and the number of tokens to keep."""
     table = read_table(options.profile)
-    if isinstance(table, Profile) and (options.best or options.tolerance is not None):
+    if isinstance(table, Scout):
+        if options.max_loss_increase is not None:
+            problem = "applies to a profile's loss, and this is a scout"
+            raise ConfigError("max_loss_increase", options.max_loss_increase, problem, "give --tolerance")
+    elif options.best or options.tolerance is not None:
         name, problem = "best" if options.best else "tolerance", f"{table.model} has only a profile"
         hint = f"scout it: secateur scout {table.model} ..."
         raise ConfigError(name, getattr(options, name), f"needs scores after a training, and {problem}", hint)
@@ -196,6 +200,10 @@ def _check_count(count: int, said: str | int | float, depth: int) -> None:
         raise IllegalDepth(said, depth, f"that would keep {count}", [1 if count < 1 else depth])
 
 
+def _has_limits(options: ChooseOptions) -> bool:
+    return bool(cost_limits(options)) or options.max_loss_increase is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate(Choice, CutCost):
     """One choice (:class:`.Choice`) with its row of the profile and what it costs.
@@ -278,7 +286,7 @@ def candidates(options: ChooseOptions, *, progress: Progress = silent) -> Candid
     found = {FULL: Choice(prefix(table.depth), "nothing is cut")}
     # Without losses nothing tells a size: half of the layers.
     sizes = set(choose(table).values() if table.can_choose else [max(1, table.depth // 2)])
-    if cost_limits(options):
+    if _has_limits(options):
         found[BUDGET] = choice
         sizes.add(len(choice.blocks))
     refused = {}
