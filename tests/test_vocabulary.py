@@ -131,10 +131,11 @@ def test_the_most_frequent_tokens_stay_and_the_coverage_is_that_of_held_out_text
 
 def test_depth_and_vocabulary_are_cut_together_and_again(folder_of, texts: Path, tmp_path: Path):
     source = folder_of("bert")
-    secateur.prune(source, 3, vocab=[texts], vocab_size=300, out=tmp_path / "both")
+    secateur.prune(source, 3, vocab=[texts], vocab_size=300, vocab_multiple=64, out=tmp_path / "both")
     one = SentenceTransformer(str(tmp_path / "both"), device="cpu")
     assert one[0].auto_model.config.num_hidden_layers == 3
-    assert one[0].auto_model.get_input_embeddings().num_embeddings == one[0].auto_model.config.vocab_size == 300
+    assert one[0].auto_model.get_input_embeddings().num_embeddings == one[0].auto_model.config.vocab_size == 320
+    assert not one[0].auto_model.get_input_embeddings().weight[300:].any()
     secateur.prune(tmp_path / "both", 2, out=tmp_path / "less")
     secateur.prune(tmp_path / "less", vocab=[texts], vocab_size=250, out=tmp_path / "least")
     record = load(tmp_path / "least", Origin)
@@ -178,6 +179,7 @@ def test_prompts_of_the_data_keep_their_tokens(folder_of, tmp_path: Path):
         ({"vocab_size": 300, "vocab_coverage": 0.9}, "cannot go with vocab_size"),
         ({"vocab_coverage": 1.5}, "less than or equal to 1"),
         ({"vocab_size": 300, "vocab": []}, "give --vocab FILE"),
+        ({"vocab_multiple": 64, "vocab": []}, "vocab_multiple: needs texts .* give --vocab FILE"),
         ({"vocab_size": 300, "trust_remote_code": True}, "own code"),
     ],
 )

@@ -123,8 +123,8 @@ def default_of(options: type[Options], name: str) -> Any:
 def step(options: type[O]) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Give a function that takes ``options`` the arguments that these are made of.
 
-    The function's own keyword arguments (``progress``) stay. Its signature lists every option, and its docstring
-    explains each under ``Args``.
+    The function's own keyword arguments (``progress``) stay. It can also be called with an instance of ``options``.
+    Its signature lists every option, and its docstring explains each under ``Args``.
     """
 
     def decorate(run: Callable[..., R]) -> Callable[..., R]:
@@ -134,6 +134,8 @@ def step(options: type[O]) -> Callable[[Callable[..., R]], Callable[..., R]]:
         @functools.wraps(run)
         def call(*args: Any, **given: Any) -> R:
             rest = {p.name: given.pop(p.name) for p in own if p.name in given}
+            if len(args) == 1 and isinstance(args[0], options) and not given:
+                return run(args[0], **rest)
             if len(args) > len(names):
                 raise TypeError(f"{run.__name__}() takes {len(names)} positional arguments, but {len(args)} were given")
             return run(make(options, dict(zip(names, args, strict=False)) | given), **rest)

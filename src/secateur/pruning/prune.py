@@ -116,7 +116,7 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
         cut(transformer, keep)
         if tokens:
             kept, tokenizer, record = tokens
-            cut_vocabulary(str(name), transformer, kept)
+            cut_vocabulary(str(name), transformer, kept, options.vocab_multiple)
             model[0].processor = tokenizer
             before = record.tokens if origin.vocabulary is None else origin.vocabulary.tokens
             origin = replace(origin, vocabulary=replace(record, tokens=before))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import re
 import tempfile
 from array import array
@@ -147,28 +148,30 @@ def renumbered(model: SentenceTransformer, kept: Sequence[int], tokenizer: PreTr
 
 
 @torch.no_grad()
-def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int]) -> None:
+def cut_vocabulary(name: str, transformer: PreTrainedModel, kept: Sequence[int], multiple: int = 1) -> None:
     """Cut a model's tables in place to some of its tokens, and renumber those that its configuration names.
 
     ``kept`` are the ids of the tokens that stay, ascending: only their rows are read, of weights that are mapped into
-    memory.
+    memory. Rows of zeros are added until the number of rows is a multiple of ``multiple``.
 
     Raises:
         UnsupportedArchitecture: No table follows the vocabulary, or something else than a table does.
     """
-    tables, values = _changes(name, transformer, kept)
+    tables, values = _changes(name, transformer, kept, multiple)
     cut: dict[torch.Tensor, torch.Tensor] = {}  # tied tables stay tied
-    for path, attribute in tables:
+    for path, attribute, rows in tables:
         module = transformer.get_submodule(path)
         table = getattr(module, attribute)
         if table not in cut:
-            smaller = table[torch.tensor([i for i in kept if i < len(table)])]
+            there = torch.tensor([i for i in kept if i < len(table)])
+            smaller = table.new_zeros((rows, *table.shape[1:]))
+            smaller[: len(there)] = table[there]
             cut[table] = nn.Parameter(smaller, table.requires_grad) if isinstance(table, nn.Parameter) else smaller
         setattr(module, attribute, cut[table])
     for path, attribute, value in values:
         setattr(transformer.get_submodule(path), attribute, value)
     for config in _configs(transformer):
-        _cut_config(config, kept)
+        _cut_config(config, kept, multiple)
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def token_tables(name: str, transformer: PreTrainedModel) -> tuple[TokenTable, .
     """The tables of a model, with or without weights; tied ones once."""
     half = {*range(text_config(transformer).vocab_size // 2), *named_ids(transformer)}
     tables: dict[torch.Tensor, str] = {}
-    for path, attribute in _changes(name, transformer, sorted(half))[0]:
+    for path, attribute, _ in _changes(name, transformer, sorted(half), 1)[0]:
         tables[getattr(transformer.get_submodule(path), attribute)] = f"{path}.{attribute}".lstrip(".")
     packed = packed_tensors(transformer)
     return tuple(
@@ -196,31 +199,31 @@ def token_tables(name: str, transformer: PreTrainedModel) -> tuple[TokenTable, .
 
 
 def _changes(
-    name: str, transformer: PreTrainedModel, kept: Sequence[int]
-) -> tuple[list[tuple[str, str]], list[tuple[str, str, Any]]]:
-    """What a smaller vocabulary changes: (module, tensor), and (module, attribute, value).
+    name: str, transformer: PreTrainedModel, kept: Sequence[int], multiple: int
+) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, Any]]]:
+    """What a smaller vocabulary changes: (module, tensor, rows), and (module, attribute, value).
 
     Told by the models that transformers builds from the configuration as it is, and cut.
     """
     config = copy.deepcopy(transformer.config)
     before = build(type(transformer), copy.deepcopy(config))
     for part in {id(part): part for part in (config, text_config(config))}.values():
-        _cut_config(part, kept)
+        _cut_config(part, kept, multiple)
     try:
         after = build(type(transformer), config)
     except Exception as error:  # of whatever kind: transformers does not take the cut configuration
         problem = f"transformers refuses a configuration of {len(kept)} tokens ({last_line(error)})"
         raise UnsupportedArchitecture(name, problem) from error
-    tables: list[tuple[str, str]] = []
+    tables: list[tuple[str, str, int]] = []
     values: list[tuple[str, str, Any]] = []
     for path, module in after.named_modules():
         old = before.get_submodule(path)
         found = len(tables)
         for attribute, was, now in changed_shapes(old, module):
-            if not was or was[1:] != now[1:] or now[:1] != (sum(i < was[0] for i in kept),):
+            if not was or now != (_rows(was[0], kept, multiple), *was[1:]):
                 problem = f"{path}.{attribute} follows the vocabulary and is no table of tokens: {was} would be {now}"
                 raise UnsupportedArchitecture(name, problem)
-            tables.append((path, attribute))
+            tables.append((path, attribute, now[0]))
         for attribute, is_, will_be in changed_values(old, module):
             if attribute == "padding_idx" and isinstance(module, nn.Embedding) and len(tables) == found:
                 problem = f"{path} counts from the id of the padding token, which would change from {is_} to {will_be}"
@@ -249,7 +252,7 @@ def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     return list({id(config): config for config in found}.values())
 
 
-def _cut_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
+def _cut_config(config: PretrainedConfig, kept: Sequence[int], multiple: int) -> None:
     """Edit a configuration in place: how many tokens there are, and the ids of those that it names."""
     place = {old: new for new, old in enumerate(kept)}
     for field, ids in _ids_in(config).items():
@@ -257,7 +260,12 @@ def _cut_config(config: PretrainedConfig, kept: Sequence[int]) -> None:
         setattr(config, field, moved if isinstance(getattr(config, field), list) else next(iter(moved), None))
     for field in SIZES:
         if isinstance(size := getattr(config, field, None), int):
-            setattr(config, field, sum(i < size for i in kept))
+            setattr(config, field, _rows(size, kept, multiple))
+
+
+def _rows(size: int, kept: Sequence[int], multiple: int) -> int:
+    """How many rows a table of ``size`` rows has afterwards."""
+    return math.ceil(sum(i < size for i in kept) / multiple) * multiple
 
 
 def _ids_in(config: PretrainedConfig) -> dict[str, list[int]]:
