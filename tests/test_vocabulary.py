@@ -210,7 +210,9 @@ def test_a_tokenizer_without_spare_tokens_is_refused(llama_folder: Path, texts: 
 
 
 def test_a_model_that_hashes_ids_is_refused():
-    config = Qwen4ExpTextConfig(num_hidden_layers=6, ple_layer_ids=[2, 5], eos_token_id=2)
+    indexer = {"n_heads": 4, "kv_heads": 1, "head_dim": 256, "budget": 16, "compress_ratio": 4}
+    hashes = {"ple_layer_ids": [2], "ngram_vocab_size_base": 50, "eos_token_id": 2}
+    config = Qwen4ExpTextConfig(num_hidden_layers=4, **hashes, **{f"indexer_{k}": n for k, n in indexer.items()})
     with pytest.raises(UnsupportedArchitecture, match=r"ple_embedding computes with the number of tokens, and so with"):
         token_tables("m", skeleton(config))
 
