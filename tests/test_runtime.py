@@ -185,6 +185,8 @@ def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path):
     says = f"model {tmp_path}: {tmp_path / 'export.json'}: no such file: give a folder that secateur export wrote"
     with pytest.raises(ModelError, match=f"^{re.escape(says)}$"):
         runtime.load(tmp_path)
+    with pytest.raises(ModelError, match=r"nobody-here.*no such file"):
+        runtime.load("~nobody-here/exported")
     (tmp_path / "export.json").write_text('{"kind": "profile"}')
     with pytest.raises(ModelError, match="is no manifest of an export"):
         runtime.load(tmp_path)
