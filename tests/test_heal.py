@@ -524,6 +524,7 @@ def test_options_of_adapters_without_effect_are_noted(llama_folder: Path, pairs_
     assert settings["train"] == "blocks"
     told = "lora_rank, lora_dropout: without effect, for the weights are trained themselves (train blocks)"
     assert list(settings["notes"]) == [told]
+    assert not {"lora_rank", "lora_alpha", "lora_dropout", "layers"} & settings.keys()
 
 
 def test_merged_weights_are_the_base_and_the_product_of_the_factors(llama_folder: Path, pairs_file: Path, tmp_path):

@@ -151,7 +151,6 @@ ARROWS = {"better": "▲", "worse": "▼"}
 def with_interval(
     value: float | None, low: float | None, high: float | None, show: Callable[[float | None], str] = score
 ) -> Cell:
-    """A number with its interval, where it has one."""
     return Cell(show(value), (span(low, high, show),) if low is not None else ())
 
 
@@ -220,8 +219,6 @@ class Table:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph, or a heading."""
-
     text: str
     is_heading: bool = False
 

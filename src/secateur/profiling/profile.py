@@ -171,7 +171,7 @@ def _open(options: ProfileOptions) -> tuple[SentenceTransformer, str, tuple[Size
                 tensor.data = tensor.data.to(dtype)
         name = str(dtype).removeprefix("torch.")
         has = "multiplies bfloat16" if dtype is torch.bfloat16 else "does not say that it multiplies bfloat16"
-        notes.append(f"dtype {name}: this processor {has}; --dtype {name} takes it on any machine")
+        notes.append(f"dtype {name}: this processor {has}; a dtype that is named is the same on any machine")
     return model, model_label(given), sizes, notes
 
 

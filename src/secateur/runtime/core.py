@@ -92,11 +92,7 @@ class Encoder(ABC):
         """Vectors (batch, dimension) of texts that share a prompt length, in one pass of the model."""
 
     def prompt_of(self, name: str | None) -> str:
-        """The text of a named prompt; of the default one, where no name is given.
-
-        Raises:
-            ConfigError: There is no such prompt.
-        """
+        """The text of a named prompt; of the default one, where no name is given."""
         name = name if name is not None else self.default_prompt
         if name is not None and name not in self.prompts:
             known = ", ".join(self.prompts) or "none"
@@ -134,14 +130,11 @@ class Encoder(ABC):
             prompt: Goes before each.
             truncate: Cut texts that are too long for the model; else they are refused.
             limit: Tokens of all texts together. Where it is given, a text that has no tokens is refused, too.
-
-        Raises:
-            TextRefused: A text is too long, or there are too many tokens.
         """
         longest = self.max_length * CHARACTERS_PER_TOKEN
         tokens: list[Tokens] = []
         for some in slices(texts, longest):
-            for found in self._read_start(some, prompt, longest) if truncate else self.read(some, prompt, False):
+            for found in self._read_start(some, prompt, longest, truncate):
                 if len(found) > self.max_length:
                     hint = f"the model reads at most {self.max_length}"
                     raise TextRefused(len(tokens), f"{len(found)} tokens are too many", hint)
@@ -152,13 +145,15 @@ class Encoder(ABC):
                 raise TextRefused(None, f"more than {limit} tokens in one request", "send fewer texts at once")
         return tokens
 
-    def _read_start(self, texts: Sequence[str], prompt: str, characters: int) -> list[Tokens]:
-        """Tokenize so many characters of each text, and more of those that have fewer tokens than the model reads."""
-        right = self.truncation_side == "right"
-        found = self.read([text[:characters] if right else text[-characters:] for text in texts], prompt, True)
+    def _read_start(self, texts: Sequence[str], prompt: str, characters: int, truncate: bool) -> list[Tokens]:
+        """Tokenize so many characters of each text, and more of those that have fewer tokens than the model reads; if
+        none are cut off, of those that have no more than that.
+        """
+        right, enough = self.truncation_side == "right", self.max_length + (not truncate)
+        found = self.read([text[:characters] if right else text[-characters:] for text in texts], prompt, truncate)
         for place, text in enumerate(texts):
-            if len(text) > characters and len(found[place]) < self.max_length:
-                (found[place],) = self._read_start([text], prompt, 2 * characters)
+            if len(text) > characters and len(found[place]) < enough:
+                (found[place],) = self._read_start([text], prompt, 2 * characters, truncate)
         return found
 
     def encode_tokens(
