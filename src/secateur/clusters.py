@@ -24,6 +24,10 @@ def ray_cluster(address: str) -> Iterator[Any]:
     Args:
         address: ``auto`` for the cluster that this machine belongs to, ``ray://host:10001``, or ``local`` for a new one
             on this machine alone. A process that is connected already stays so.
+
+    Raises:
+        MissingPackage: Ray is not installed.
+        ConfigError: There is no cluster at that address.
     """
     try:
         import ray  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -94,6 +98,9 @@ def run_command(
         folder: To run it in.
         threads: For its arithmetic.
         begun: Is given the process.
+
+    Raises:
+        StepFailed: It ended with an error.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:

@@ -151,6 +151,7 @@ ARROWS = {"better": "▲", "worse": "▼"}
 def with_interval(
     value: float | None, low: float | None, high: float | None, show: Callable[[float | None], str] = score
 ) -> Cell:
+    """A number with its interval, where it has one."""
     return Cell(show(value), (span(low, high, show),) if low is not None else ())
 
 
@@ -219,6 +220,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Text:
+    """A paragraph, or a heading."""
+
     text: str
     is_heading: bool = False
 

@@ -17,7 +17,11 @@ from secateur.errors import SYSTEM, DataError, OutputError, SecateurError, syste
 
 
 def read_json(file: Path, *, strict: bool = False) -> Any:
-    """Parse a JSON file in UTF-8; ``strict`` as for :func:`parse_json`."""
+    """Parse a JSON file in UTF-8; ``strict`` as for :func:`parse_json`.
+
+    Raises:
+        DataError: It is missing, cannot be read, or is no JSON; with the line where it is broken.
+    """
     try:
         return parse_json(file.read_bytes().decode("utf-8-sig"), strict=strict)
     except FileNotFoundError:
@@ -145,6 +149,9 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     process; where the system or the disk knows no such locks, there is none.
 
     ``wait`` for the other's end, where each holds the folder only while it writes.
+
+    Raises:
+        OutputError: Another run does.
     """
     try:
         import fcntl

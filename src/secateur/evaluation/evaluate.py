@@ -160,7 +160,11 @@ class _ScoreTable:
                 raise ConfigError("names", model, problem, "give this one another name: --names NAME")
 
     def add(self, scored: Scored, source: str) -> None:
-        """Keep a score; on disk the row comes last, so that what it names is there."""
+        """Keep a score; on disk the row comes last, so that what it names is there.
+
+        Raises:
+            ModelError: It is not a number.
+        """
         row = replace(scored.row, source=source)
         if not math.isfinite(row.score):
             raise ModelError(row.model, f"{row.metric} on {row.task} is not a number", "are its vectors all alike?")
@@ -176,6 +180,7 @@ class _ScoreTable:
             self._table({**self.rows, **rows, (row.model, row.task): row}.values(), data | self.data).save(self.out)
 
     def scores(self, wanted: Sequence[tuple[str, str]]) -> Scores:
+        """The scores of some models and tasks."""
         return self._table([self.rows[pair] for pair in wanted], self.data)
 
     def _table(self, rows: Collection[ScoreRow], data: Mapping[str, Fingerprint]) -> Scores:

@@ -52,7 +52,11 @@ def replicates_file(out: Path, name: str) -> Path:
 
 
 def read_replicates(out: str | Path, row: ScoreRow) -> Array | None:
-    """The replicates of a score in ``out/scores.json``: (replicates,); None where it was not resampled."""
+    """The replicates of a score in ``out/scores.json``: (replicates,); None where it was not resampled.
+
+    Raises:
+        DataError: The file that the row names is missing or damaged.
+    """
     if not row.draws:
         return None
     file = replicates_file(Path(out), row.draws)

@@ -61,7 +61,11 @@ class TaskFolder:
 
 
 def read_task_folder(path: str | Path) -> TaskFolder:
-    """Read and check a task folder or file."""
+    """Read and check a task folder or file.
+
+    Raises:
+        DataError: With file, line and field: something is missing or broken, or the rows make no task of this type.
+    """
     place = Path(path)
     about = _read_about(place)
     content = read_content(place, about["type"])
@@ -192,6 +196,7 @@ def sample_task(task: TaskFolder, count: int, seed: int) -> TaskFolder:
 
 
 def _draw(rows: Sequence[Row], count: int, rng: random.Random) -> tuple[Row, ...]:
+    """``count`` rows at random, in their order."""
     return tuple(rows[i] for i in sorted(rng.sample(range(len(rows)), min(count, len(rows)))))
 
 

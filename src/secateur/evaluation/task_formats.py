@@ -172,7 +172,11 @@ def _check_of(type_: str, name: str, before: Mapping[str, Sequence[Row]]) -> Che
 
 
 def read_content(place: Path, type_: str = "") -> Content:
-    """Read a file or folder in whatever format it is; ``type_`` is from ``task.json``, if it has one."""
+    """Read a file or folder in whatever format it is; ``type_`` is from ``task.json``, if it has one.
+
+    Raises:
+        DataError: It is nothing known; or a file that the type needs is missing; or the first mistake in one.
+    """
     for read in (_separate_files, _dictionaries, _rows):
         if (found := read(place, type_)) is not None:
             _check_values(found)

@@ -79,6 +79,10 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
     """Open a task folder or file, or a text task of mteb, or of one of its benchmarks, by its name.
 
     Of folders and files, at most ``sample`` test rows are drawn by ``seed`` (:func:`.sample_task`).
+
+    Raises:
+        DataError: The folder is not right, or mteb has no text task of that name.
+        ConfigError: A sample is asked of an mteb task.
     """
     if not Path(task).exists():
         return _named_task(str(task), sample)
@@ -89,7 +93,11 @@ def open_task(task: str | Path, *, sample: int | None = None, seed: int = 42) ->
 
 
 def open_tasks(tasks: Sequence[str | Path | Task], sample: int | None, seed: int) -> list[Task]:
-    """Open all tasks that are not open yet; benchmarks are expanded, and names must differ."""
+    """Open all tasks that are not open yet; benchmarks are expanded, and names must differ.
+
+    Raises:
+        DataError, ConfigError: As :func:`open_task`; or two have one name.
+    """
     opened: list[Task] = []
     for task in tasks:
         opened += [task] if isinstance(task, Task) else [open_task(t, sample=sample, seed=seed) for t in expand([task])]

@@ -104,6 +104,7 @@ class Conversion:
 
     @property
     def kept(self) -> bool:
+        """Whether it is there."""
         return is_export(self.folder)
 
     @property
@@ -121,6 +122,7 @@ class Conversion:
             write_text(_beside(self.folder), json.dumps(self.record | {what: found}, indent=1))
 
     def open(self) -> Encoder:
+        """Open it; it is made where it is not kept."""
         opening = self.opening
         if not self.kept:
             form_of(opening.backend, _precision(opening), None)  # says what is not installed before anything is opened
@@ -372,9 +374,11 @@ class _Reference:
         self.conversion_seconds += PARAMETER_SECONDS * sum(p.numel() for p in encoder.model.parameters())
 
     def seconds_for(self, count: float) -> float:
+        """About what so many texts take."""
         return self._seconds / len(self._timed) * count
 
     def measure(self, encoder: Encoder) -> Measured:
+        """Measure another encoder."""
         cosine = float(paired_cosines(self._encode(encoder), self._vectors).min())
         return Measured(cosine, self._seconds / self._time(encoder))
 

@@ -180,6 +180,7 @@ def number_texts(texts: Iterable[str], folder: Path) -> Inputs:
 
 
 def _texts(folder: Path, numbers: Iterable[float]) -> list[str]:
+    """Some of the distinct texts, in the order of their numbers."""
     with closing(sqlite3.connect(folder / DATABASE)) as database:
         wanted = ",".join(str(int(number)) for number in numbers)
         found = database.execute(f"SELECT text FROM texts WHERE number IN ({wanted}) ORDER BY number")  # noqa: S608
@@ -198,6 +199,8 @@ def _partial_folder(out: Path) -> Iterator[Path]:
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
+        if (folder / "job.json").exists():
+            raise OutputError(folder, "holds an unfinished run of an earlier version", "remove the folder")
         try:
             yield folder
         except BaseException:
@@ -302,6 +305,7 @@ def _encode_shards(
 
 
 def _write_result(folder: Path, about: dict[str, Any], ranges: Vectors | None, out: Path) -> None:
+    """Write the result from the shards, give it its name, and remove the folder."""
     precision, dimension = about["precision"], about["dimension"]
     if precision == "int8":
         ranges = _measured_ranges(folder, about) if ranges is None else ranges

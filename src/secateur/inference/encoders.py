@@ -72,14 +72,17 @@ class Opening:
 
     @property
     def exported(self) -> bool:
+        """Whether the model is a folder that ``secateur export`` wrote."""
         return is_export(self.model)
 
     @property
     def on_cpu(self) -> bool:
+        """Whether it runs on the processor."""
         return self.exported or torch.device(self.device or get_device_name()).type == "cpu"
 
 
 def open_torch(opening: Opening) -> ModelEncoder:
+    """Open a model in PyTorch."""
     if opening.threads:
         torch.set_num_threads(opening.threads)
     dtype = {AUTO: "float32" if opening.on_cpu else AUTO, STORED: AUTO}
@@ -134,11 +137,13 @@ class ModelEncoder(Encoder):
     def encode_texts(
         self, texts: Sequence[str], prompt: str = "", on_batch: OnBatch = ignore, **options: Any
     ) -> Vectors:
+        """See :meth:`Encoder.encode_texts`."""
         # The model may have been trained since, or been told to read more.
         self._prefix, self.max_length = None, longest_text(self.model) or NO_LIMIT
         return super().encode_texts(texts, prompt, on_batch, **options)
 
     def read(self, texts: Sequence[str], prompt: str, truncate: bool) -> list[Tokens]:
+        """See :meth:`Encoder.read`."""
         options = {
             "text": {"padding": False, "truncation": truncate, "verbose": False},
             "common": {"return_tensors": None},
@@ -148,6 +153,7 @@ class ModelEncoder(Encoder):
         return [Tokens(np.asarray(ids, dtype=np.int32), length) for ids in read["input_ids"]]
 
     def run(self, batch: Sequence[Tokens]) -> Vectors:
+        """See :meth:`Encoder.run`."""
         with torch.inference_mode():
             return self._as_array(self.model(self._features(batch))["sentence_embedding"])
 

@@ -29,6 +29,7 @@ class ApiError(Exception):
 
 
 def busy(seconds: int) -> ApiError:
+    """The response to a client that has to wait."""
     message = f"the server is busy; try again in {seconds} s"
     return ApiError(429, message, "server_busy", headers={"Retry-After": str(seconds)})
 

@@ -87,6 +87,7 @@ class Batcher:
 
     @property
     def ready(self) -> bool:
+        """Whether a worker takes batches."""
         return any(worker.ready() for worker in self._workers)
 
     @asynccontextmanager
@@ -127,6 +128,7 @@ class Batcher:
                 self._waiting.pop(text, None)
 
     async def _work(self, worker: Worker) -> None:
+        """One worker's batches, one after the other."""
         loop = asyncio.get_running_loop()
         while True:
             if not worker.ready():

@@ -25,6 +25,7 @@ SUFFIXES = (".parquet", ".arrow", ".feather", ".npy")
 
 
 def check_suffix(file: Path) -> None:
+    """Refuse a name whose suffix says no known format."""
     if file.suffix.lower() not in SUFFIXES:
         raise ConfigError("out", str(file), f"{file.name} is of no known format", f"one of {', '.join(SUFFIXES)}")
 

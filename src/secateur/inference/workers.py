@@ -81,6 +81,7 @@ class EncoderProcess:
         return self._process.pid
 
     def ready(self) -> bool:
+        """Whether the process lives, and can take a batch."""
         return self._loaded and self._process.is_alive()
 
     def restart(self) -> None:

@@ -61,6 +61,7 @@ class RunGroup:
 
     @property
     def first(self) -> Variant:
+        """One of its models."""
         return self.variants[0]
 
     @property
@@ -70,10 +71,12 @@ class RunGroup:
 
     @property
     def seeds(self) -> tuple[int, ...]:
+        """Seeds of its trainings."""
         return tuple(sorted({v.seed for v in self.variants if v.seed is not None and v.training is not None}))
 
     @property
     def tasks(self) -> list[str]:
+        """Tasks that all of its models have."""
         return [task for task in self.first.scores if all(task in variant.scores for variant in self.variants)]
 
     def means(self, tasks: Sequence[str]) -> list[float] | None:
@@ -96,6 +99,7 @@ class RunGroup:
 
     @cached_property
     def scores(self) -> Mapping[str, Estimate]:
+        """Task → mean over the models."""
         return {task: _estimate([self], [task]) for task in self.tasks}
 
     @cached_property
@@ -166,6 +170,8 @@ def compare_groups(group: RunGroup, reference: RunGroup) -> GroupComparison:
 
 @dataclass(frozen=True)
 class Summary:
+    """A run with its groups."""
+
     run: Run
     groups: tuple[RunGroup, ...]
 

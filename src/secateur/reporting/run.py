@@ -69,6 +69,7 @@ class Scouted:
 
     @property
     def judge(self) -> str:
+        """What its scores are of, in words."""
         return judge_of(self.table.judge, len({row.task for row in self.table.task_scores}))
 
 
@@ -114,10 +115,12 @@ class Variant:
 
     @property
     def is_full(self) -> bool:
+        """Whether it has all layers of its base model."""
         return self.depth is not None and self.depth == self.blocks
 
     @property
     def vocabulary(self) -> VocabularyCut | None:
+        """How its vocabulary was cut, if it was."""
         return self.origin.vocabulary if self.origin else None
 
     @property
@@ -178,7 +181,12 @@ class Run:
 
 
 def read_run(run: str | Path) -> Run:
-    """Read the tables of a run folder. Any of its parts may be absent."""
+    """Read the tables of a run folder. Any of its parts may be absent.
+
+    Raises:
+        DataError: The folder is missing, holds no table, or a file in it is broken or contradicts another.
+        ConfigError: Its ``study.yaml`` has an option with an invalid value.
+    """
     folder = Path(run)
     if not folder.is_dir():
         raise DataError(folder, "no such folder", "name the folder that a study wrote")

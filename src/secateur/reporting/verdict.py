@@ -206,6 +206,7 @@ def difference_in_words(item: GroupComparison) -> str:
 
 
 def _facts(item: GroupComparison) -> str:
+    """What a model loses and saves beside another."""
     facts = [difference_in_words(item)]
     if item.speed is not None:
         facts.append(f"{speed(item.speed)}{SPACE}×{SPACE}as fast")

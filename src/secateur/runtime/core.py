@@ -92,7 +92,11 @@ class Encoder(ABC):
         """Vectors (batch, dimension) of texts that share a prompt length, in one pass of the model."""
 
     def prompt_of(self, name: str | None) -> str:
-        """The text of a named prompt; of the default one, where no name is given."""
+        """The text of a named prompt; of the default one, where no name is given.
+
+        Raises:
+            ConfigError: There is no such prompt.
+        """
         name = name if name is not None else self.default_prompt
         if name is not None and name not in self.prompts:
             known = ", ".join(self.prompts) or "none"
@@ -130,6 +134,9 @@ class Encoder(ABC):
             prompt: Goes before each.
             truncate: Cut texts that are too long for the model; else they are refused.
             limit: Tokens of all texts together. Where it is given, a text that has no tokens is refused, too.
+
+        Raises:
+            TextRefused: A text is too long, or there are too many tokens.
         """
         longest = self.max_length * CHARACTERS_PER_TOKEN
         tokens: list[Tokens] = []

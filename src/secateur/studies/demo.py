@@ -35,7 +35,11 @@ SETTINGS = {"steps": 60, "batch_size": 32, "learning_rate": 5e-4, "max_length": 
 
 
 def demo_study(given: StudyOptions, run: Path, progress: Progress) -> StudyOptions:
-    """Fill in what the demo decides: model, data, task and small settings. What the user gave stays."""
+    """Fill in what the demo decides: model, data, task and small settings. What the user gave stays.
+
+    Raises:
+        DataError: Too few docstrings are installed.
+    """
     data, task = run / "data" / "api-docs.jsonl", run / "tasks" / "api-docs"
     if not (task / "task.json").is_file():
         write_demo_data(data, task, given.seed, progress)

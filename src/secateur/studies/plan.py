@@ -113,7 +113,11 @@ def _check_options(study: StudyOptions) -> None:
 
 
 def recipe_options(study: StudyOptions) -> dict[str, HealOptions]:
-    """Recipe → the options of its training, but for those that the study decides. ``none`` has none."""
+    """Recipe → the options of its training, but for those that the study decides. ``none`` has none.
+
+    Raises:
+        ConfigError: A name cannot be part of a folder's, or a setting is not valid.
+    """
     common = {name: getattr(study, name) for name in (*HealSettings.model_fields, "teacher")}
     recipes: dict[str, HealOptions] = {}
     for name, own in study.recipes.items():

@@ -344,6 +344,10 @@ def check_done(plan: Plan, run: Path) -> None:
     """Refuse to go on where a result that is there was made otherwise than it would be now.
 
     Models, depths, recipes, seeds and tasks may be added: that changes no result.
+
+    Raises:
+        ConfigError: With other options, as of an edited ``study.yaml``.
+        DataError: From a file that has changed.
     """
     known = {name for options in COMMANDS.values() for name in options.model_fields}
     there = {step.name for step in plan.steps if step.output.exists()}

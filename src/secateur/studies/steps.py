@@ -1,4 +1,10 @@
-"""What a study is made of, as plain data: models to begin with, and steps, each of which is one command."""
+"""What a study is made of, as plain data: models to begin with, and steps, each of which is one command.
+
+Folders are named ``<model>-<depth>-<state>``. The state is ``zero-shot`` for a model as it came, ``trimmed`` for one
+that only had its vocabulary cut, ``scout`` after the training of several depths, ``polished`` after the one that
+follows it, or a recipe's name; after the selector where the layers are not the first ones, and before the seed where
+there are several: ``smollm2-7-uniform-healed-seed2``.
+"""
 
 from __future__ import annotations
 
@@ -111,6 +117,7 @@ class Plan:
 
     @property
     def models(self) -> list[Step]:
+        """The steps that make the study's models."""
         return [step for step in self.steps if step.kind in ("prune", "heal") and step.output.parent.name == MODELS]
 
     def blocked(self, failed: Collection[str]) -> set[str]:
