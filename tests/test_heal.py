@@ -276,7 +276,7 @@ def test_adapters_alone_are_trained_and_in_float32(llama_folder: Path, pairs_fil
 def test_precision_is_that_of_the_computation_under_adapters_too(llama_folder: Path, pairs_file: Path, tmp_path: Path):
     """In float32, weights that are stored in bfloat16 give the loss of the same weights stored in float32."""
     sets = training_sets([read_pairs(pairs_file)], 8)
-    config = TrainingConfig(**(SETTINGS | {"steps": 1}))
+    config = TrainingConfig(**(SETTINGS | {"steps": 1, "precision": "float32"}))
     half = secateur.open_model(llama_folder, device="cpu", dtype="bfloat16")
     whole = secateur.open_model(llama_folder, device="cpu")
     whole.load_state_dict(half.state_dict())

@@ -241,14 +241,12 @@ def decide(model: SentenceTransformer, config: TrainingConfig) -> TrainingConfig
     return replace(config, train=train, learning_rate=rate)
 
 
-def prepare(
-    model: SentenceTransformer, config: TrainingConfig, device: torch.device | None = None
-) -> Mapping[str, torch.dtype]:
+def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, torch.dtype]:
     """Make a model's weights trainable as a decided configuration says, in place.
 
     What is trained is kept in float32, whatever the precision: an update is often smaller than the last bit of a
-    bfloat16. Under adapters, the others stay as they are stored where the ``device`` multiplies in bfloat16; in float32
-    nothing else is computed. Returns the dtype of each weight before, which :func:`finish` wants back.
+    bfloat16. Under adapters the others stay as they are stored, which takes half of the memory, unless float32 is asked
+    for. Returns the dtype of each weight before, which :func:`finish` wants back.
     """
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     torch.manual_seed(config.seed)
@@ -260,7 +258,7 @@ def prepare(
         for part in (blocks_of(model[0].auto_model), final_norm(model[0].auto_model)):
             part.requires_grad_(True)
     for parameter in model.parameters():
-        if parameter.requires_grad or config.train != "lora" or not config.uses_bfloat16(device):
+        if parameter.requires_grad or config.train != "lora" or config.precision == "float32":
             parameter.data = parameter.data.float()
     return dtypes
 

@@ -95,7 +95,7 @@ def train(
         ConfigError: A batch does not fit into memory; or with FSDP, the loss has weights of its own.
     """
     config = decide(model, config)
-    dtypes = prepare(model, config, device_of(model))
+    dtypes = prepare(model, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     length = model.max_seq_length
     model.max_seq_length = min(config.max_length, length or config.max_length)
