@@ -16,6 +16,7 @@ from transformers import (
     BartModel,
     DeepseekV4Config,
     Gemma3ForConditionalGeneration,
+    GlmMoeDsaConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -56,12 +57,11 @@ def reloaded(model: PreTrainedModel, folder) -> PreTrainedModel:
 
 
 class TestFinding:
-    def test_blocks_norm_and_embeddings_of_a_language_model(self):
+    def test_blocks_and_norm_of_a_language_model(self):
         model = LlamaForCausalLM(llama())
         assert blocks.find_stack(model) == blocks.Stack("model.layers", "model.norm")
         assert blocks.blocks_of(model) is model.model.layers
         assert blocks.final_norm(model) is model.model.norm
-        assert blocks.embeddings_of(model) is model.model.embed_tokens
 
     def test_post_norm_encoders_have_no_final_norm(self):
         assert isinstance(blocks.final_norm(model_of("bert")), nn.Identity)
@@ -231,6 +231,12 @@ class TestRefusals:
             cutting.check_keep(config_of("gemma4_text"), range(depth))
         assert error.value.nearest == nearest
         assert f"nearest legal: {', '.join(map(str, nearest))}" in str(error.value)
+
+    def test_a_first_layer_that_takes_what_an_earlier_one_selects_is_refused(self):
+        config = GlmMoeDsaConfig(num_hidden_layers=6, indexer_types=["full", "shared", "shared"] * 2)
+        with pytest.raises(IllegalDepth, match="layer 1 takes what an earlier one selects, and would be the first"):
+            cutting.check_keep(config, [1, 3])
+        cutting.check_keep(config, [0, 4])
 
     def test_a_depth_that_the_blocks_are_scaled_by_is_refused(self):
         with pytest.raises(IllegalDepth, match="scaling_factor depends on place or depth") as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import itertools
 import json
 import struct
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,6 @@ from architectures import model_of
 from conftest import MakeEncoder
 from secateur.errors import ConfigError, ModelError
 from secateur.measures.costs import flops_per_token
-from secateur.models.blocks import embeddings_of
 from secateur.models.open_model import open_model
 from secateur.provenance import fingerprint_files
 from secateur.reporting import cost as cost_module
@@ -60,7 +61,7 @@ def test_parameters_are_those_in_the_file(name: str, tmp_path: Path):
     model.save_pretrained(tmp_path)
     stored = tensors_of(tmp_path)
     assert sum(parameter.numel() for parameter in model.parameters()) == sum(stored.values())
-    table = embeddings_of(model).weight
+    table = model.get_input_embeddings().weight
     assert table.numel() == model.config.vocab_size * table.shape[1] in stored.values()
 
 
@@ -166,6 +167,12 @@ def test_peak_memory_and_load_time_are_those_of_a_fresh_process(make_encoder: Ma
         measure_alone(tmp_path / "nothing", "cpu", 1)
 
 
+def test_no_module_of_unix_alone_is_needed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.find_spec(cost_module.__name__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def test_texts_differ_and_long_ones_are_long():
     assert len(set(texts_of("short", 50))) == len(set(texts_of("long", 50))) == 50
     assert len(texts_of("long", 1)[0].split()) > 12 * len(texts_of("short", 1)[0].split())
@@ -174,9 +181,10 @@ def test_texts_differ_and_long_ones_are_long():
 def test_another_model_in_a_models_folder_is_not_counted(make_encoder: MakeEncoder, tmp_path: Path):
     folder = tmp_path / "model"
     make_encoder().save(str(folder))
-    before = bytes_on_disk(folder)
+    before, fingerprint = bytes_on_disk(folder), fingerprint_files(folder)
     make_encoder(depth=1).save(str(folder / "cut"))
     assert bytes_on_disk(folder) == before > bytes_on_disk(folder / "cut")
+    assert fingerprint_files(folder) == fingerprint != fingerprint_files(folder / "cut")
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path):

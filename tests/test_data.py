@@ -354,6 +354,11 @@ def test_columns_are_mapped_and_missing_ones_named(suffix: str, tmp_path: Path):
         with pytest.raises(DataError, match=says) as caught:
             read_pairs(data, columns={**MAP, role: "absent"})
         assert (caught.value.file, caught.value.field) == (str(data), "absent")
+    with pytest.raises(ConfigError, match="no data file has the column absent for text: here are premise, yes"):
+        read_sources([data], columns={"query": "premise", "positive": "yes", "text": "absent"})
+    with pytest.raises(ConfigError, match="no data file has the column absent for positive: here are query, positive"):
+        read_sources([file], columns={"positive": "absent", "query": "body"})
+    assert len(read_sources([file, data], columns={"text": "no"})) == 2  # it is in one of them
     with pytest.raises(DataError, match=r"needs query .*, or text .see --columns.*here are premise, yes"):
         read_pairs(data, columns={"positive": "yes"})
     with pytest.raises(ConfigError, match="answer is no role"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, BertModel, PreTrainedModel
 
 import secateur
 from architectures import model_of
@@ -202,6 +202,17 @@ def test_a_tensor_that_was_left_out_by_mistake_is_found(hub: StandIn, tmp_path: 
     monkeypatch.setattr(download, "wanted_tensors", lambda *args: needed(*args) - {lost})
     with pytest.raises(ModelError, match=rf"me/tiny: {lost} has only zeros: fetch the model"):
         secateur.prune("me/tiny", 1, out=tmp_path / "out")
+
+
+def test_robertas_one_type_of_tokens_is_zeros(hub: StandIn, tmp_path: Path):
+    folder = tiny_transformer(tmp_path / "m", "bert")
+    model = BertModel(BertConfig.from_pretrained(folder, type_vocab_size=1))
+    model.embeddings.token_type_embeddings.weight.data.zero_()
+    model.save_pretrained(folder)
+    for file in folder.iterdir():
+        (hub.root / file.name).write_bytes(file.read_bytes())
+    out = secateur.prune("me/tiny", 1, out=tmp_path / "out")
+    assert not load_file(out / "model.safetensors")["embeddings.token_type_embeddings.weight"].any()
 
 
 def test_a_download_that_fails_leaves_nothing(hub: StandIn, tmp_path: Path):

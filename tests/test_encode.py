@@ -481,6 +481,32 @@ def test_the_script_that_asks_for_processes_is_run_once(model: Path, reference, 
     same(np.load(tmp_path / "v.npy"), reference.encode(["one", "two"]))
 
 
+AT_THE_END = """
+import atexit, os, sys
+def tell():
+    if torch := sys.modules.get("torch"):
+        with open(f"{os.environ['TOLD']}/{os.getpid()}", "w") as file:
+            file.write(str(torch.get_num_threads()))
+atexit.register(tell)
+"""
+
+
+@pytest.mark.slow
+def test_processes_have_their_share_of_the_threads(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("python", "told"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "python" / "sitecustomize.py").write_text(AT_THE_END)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "python"), *filter(None, sys.path)]))
+    monkeypatch.setenv("TOLD", str(tmp_path / "told"))
+    file, threads = write_lines(tmp_path / "a.jsonl", ["one", "two"]), torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        encode(model, [file], out=tmp_path / "v.npy", dtype="float32", backend="torch", processes=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert [int(file.read_text()) for file in (tmp_path / "told").iterdir()] == [3, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("spawn_main", {}), ("TextEncoder", {"ray": "local"})])
 def test_a_dead_worker_is_replaced(model: Path, reference, tmp_path: Path, name: str, options):

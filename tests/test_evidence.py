@@ -262,7 +262,7 @@ def test_a_scout_on_the_terminal_fits_into_eighty_columns(capsys, monkeypatch):
     show_scout(table)
     shown = capsys.readouterr().out
     lines = shown.splitlines()
-    assert lines[0].rstrip() == "model: scores × 100 on 2 tasks, with 95 % intervals"
+    assert lines[0].rstrip() == "model: scores × 100 on your 2 tasks, with 95 % intervals"
     sentence = said(table)
     assert all(len(line) <= 80 for line in lines if line not in (sentence,)) and sentence in lines
     for words in ("−10.5 (−12.5 to −10.1)", "chosen", "24*", "* scored without", "note: a note"):

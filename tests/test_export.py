@@ -21,7 +21,7 @@ from conftest import MakeEncoder, example_pairs, tiny_transformer, write_pairs
 from secateur import runtime
 from secateur.errors import ConfigError, DataError, ExportTooFar, MissingPackage, ModelError, OutputError
 from secateur.exporting.convert import FILES, EncoderGraph, Form, SplitLinear, split_outliers
-from secateur.exporting.export import MIN_COSINE, Export, export
+from secateur.exporting.export import MIN_COSINE, Export, ScoreDifference, export
 from secateur.measures.metrics import paired_cosines
 from secateur.results import load
 from secateur.runtime.encoder import as_numbers
@@ -315,7 +315,7 @@ def test_scores_that_fall_too_far_leave_nothing(
     (tmp_path / "data").mkdir()
     for name in ("a", "b"):
         write_pairs(tmp_path / "data" / f"{name}.jsonl", example_pairs(4))
-    scores = {"sts": {"original": 0.9, "exported": 0.88}, "reranking": {"original": 0.5, "exported": 0.5}}
+    scores = ScoreDifference("sts", 0.9, 0.88), ScoreDifference("reranking", 0.5, 0.5)
     monkeypatch.setattr("secateur.exporting.export._scores", lambda *_: scores)
     options = {"to": "openvino", "data": tmp_path / "data"}
     with pytest.raises(ExportTooFar, match=r"loses 1\.00 points on the average of the tasks, more than 0\.9"):
@@ -346,7 +346,7 @@ def test_short_vectors_in_few_bits_and_scores(folders: Callable[[str], Path], tm
     np.testing.assert_allclose(encoder.encode(texts, precision="float32"), expected, atol=1e-4)
     np.testing.assert_array_equal(encoder.encode(texts), quantize_embeddings(expected, "binary"))
     np.testing.assert_array_equal(np.sign(expected), as_numbers(encoder.encode(texts), "binary", 16))
-    assert [row.task for row in result.rows] == list(result.scores_by_task)
+    assert [row.task for row in result.rows] == ["sts", "reranking"]
     lost = [row.original - row.exported for row in result.rows]
     assert result.points_lost == pytest.approx(100 * np.mean(lost))
     assert result.points_lost != 0  # one bit a dimension does not score as 32 do

@@ -103,6 +103,11 @@ def test_losses_that_are_not_numbers_leave_a_gap() -> None:
     assert not any("small" in word for word in text)
 
 
+def test_texts_alone_have_no_panel_of_losses() -> None:
+    figure = profile_figures(profile([None, None, None]))["curve"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Block Influence", "Effective rank"]
+
+
 def test_maps_draw_each_pair_of_depths_and_tick_the_choice() -> None:
     cka = ((1.0, 0.5, None), (0.5, 1.0, 0.25), (None, 0.25, 1.0))
     angular = tuple(tuple(0.1 * abs(i - j) for j in range(4)) for i in range(4))

@@ -17,6 +17,7 @@ import tqdm.auto
 import transformers
 from safetensors.numpy import save_file
 
+import secateur
 from conftest import disk_of
 from secateur.errors import ConfigError, OutputError, system_error
 from secateur.files import lock, new_folder, output_errors, write_text
@@ -71,6 +72,15 @@ def test_what_a_killed_run_held_is_free(tmp_path: Path):
     with new_folder(out) as folder:
         assert list(folder.iterdir()) == []
     assert out.is_dir()
+
+
+def test_an_unfinished_training_is_kept(llama_folder: Path, tmp_path: Path):
+    checkpoint = tmp_path / "out.partial" / "checkpoints" / "checkpoint-9"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "out.partial" / "done.json").touch()
+    with pytest.raises(OutputError, match=r"out.partial: holds an unfinished training: name another folder"):
+        secateur.prune(llama_folder, 1, out=tmp_path / "out")
+    assert checkpoint.is_dir()
 
 
 @pytest.mark.parametrize("name", [".", "..", "/"])

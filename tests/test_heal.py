@@ -273,6 +273,17 @@ def test_adapters_alone_are_trained_and_in_float32(llama_folder: Path, pairs_fil
     }
 
 
+def test_precision_is_that_of_the_computation_under_adapters_too(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    """In float32, weights that are stored in bfloat16 give the loss of the same weights stored in float32."""
+    sets = training_sets([read_pairs(pairs_file)], 8)
+    config = TrainingConfig(**(SETTINGS | {"steps": 1, "precision": "float32"}))
+    half = secateur.open_model(llama_folder, device="cpu", dtype="bfloat16")
+    whole = secateur.open_model(llama_folder, device="cpu")
+    whole.load_state_dict(half.state_dict())
+    losses = [train(own, sets, config, tmp_path / str(i)).losses for i, own in enumerate((half, whole))]
+    assert losses[0] == losses[1]
+
+
 def test_auto_trains_the_blocks_where_they_fit_and_says_so(llama_folder: Path, monkeypatch: pytest.MonkeyPatch):
     model = secateur.open_model(llama_folder, device="cpu")
     assert decide(model, TrainingConfig(train="auto")).train == "blocks"
@@ -513,6 +524,7 @@ def test_options_of_adapters_without_effect_are_noted(llama_folder: Path, pairs_
     assert settings["train"] == "blocks"
     told = "lora_rank, lora_dropout: without effect, for the weights are trained themselves (train blocks)"
     assert list(settings["notes"]) == [told]
+    assert not {"lora_rank", "lora_alpha", "lora_dropout", "layers"} & settings.keys()
 
 
 def test_merged_weights_are_the_base_and_the_product_of_the_factors(llama_folder: Path, pairs_file: Path, tmp_path):

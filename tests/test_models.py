@@ -274,12 +274,23 @@ def test_weights_that_are_missing_on_the_hub_are_told(llama_folder: Path, tmp_pa
     environment.pop("HF_HUB_CACHE", None)
     for breaks, says in (
         (lambda _: None, "(32,)"),
+        (with_weights(lambda own: own.update({"layers.0.self_attn.masked_bias": torch.tensor(-1e9)})), "(32,)"),
         (without("layers.1.mlp.up_proj"), "ModelError: model me/tiny: has no weights for layers.1.mlp.up_proj.weight"),
         (only_a_pickle, "ModelError: model me/tiny: has no safetensors: convert it"),
     ):
         breaks(folder)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
         assert says in done.stdout + done.stderr
+
+
+def test_a_checkpoint_in_a_models_folder_is_no_part_of_it(llama_folder: Path, embedder_folder: Path, tmp_path: Path):
+    for number, source in enumerate((llama_folder, embedder_folder)):
+        folder = shutil.copytree(source, tmp_path / str(number))
+        for breaks in (half_written, only_a_pickle):
+            breaks(shutil.copytree(llama_folder, folder / f"checkpoint-{breaks.__name__}"))
+        texts = ["a", "b c"]
+        found, right = (secateur.open_model(place, device="cpu").encode(texts) for place in (folder, source))
+        assert np.array_equal(found, right)
 
 
 def test_a_router_of_two_models_is_told_in_one_line(embedder_folder: Path, tmp_path: Path):

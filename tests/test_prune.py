@@ -224,6 +224,8 @@ def test_a_trained_embedder_keeps_all_but_its_blocks(tmp_path: Path):
     assert opened.tokenizer.padding_side == "left"
     for name in ("2_Dense/model.safetensors", "config_sentence_transformers.json"):
         assert (out / name).read_bytes() == (tmp_path / "trained" / name).read_bytes()
+    half = SentenceTransformer(str(secateur.prune(out, 2, dtype="bfloat16", out=tmp_path / "half")), device="cpu")
+    assert (half.encode(TEXTS) * opened.encode(TEXTS)).sum(axis=1).min() > 0.99
     with pytest.raises(ModelError, match="pools its own way"):
         secateur.prune(tmp_path / "trained", 2, pooling="cls", out=tmp_path / "other")
     (tmp_path / "trained/2_Dense/model.safetensors").rename(tmp_path / "trained/2_Dense/pytorch_model.bin")
@@ -368,7 +370,7 @@ def test_sources_that_will_not_do(source: Path, cut: Path, tmp_path: Path):
         secateur.prune(source, 1, out=cut)
 
 
-def test_a_multimodal_model_is_its_text_tower_whatever_its_tensors_were_called(tmp_path: Path):
+def test_a_multimodal_model_is_its_text_tower_whatever_its_tensors_were_called(tmp_path: Path, pairs_file: Path):
     folder = tiny_transformer(tmp_path / "m")
     model = model_of("gemma3")
     right = expected(model, folder, range(4), "mean")
@@ -393,6 +395,8 @@ def test_a_multimodal_model_is_its_text_tower_whatever_its_tensors_were_called(t
         assert "processor_class" not in (out / "tokenizer_config.json").read_text()
         assert load(out, Origin).left_out == ("multi_modal_projector", "vision_tower")
         assert "image" not in (out / "sentence_bert_config.json").read_text()
+    healed = secateur.heal(folder, pairs_file, steps=1, batch_size=8, out=tmp_path / "healed")
+    assert load(healed, Origin).left_out == ("multi_modal_projector", "vision_tower")
 
 
 @pytest.mark.slow

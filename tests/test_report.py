@@ -695,12 +695,13 @@ def test_scores_without_an_interval_say_why(run: Path) -> None:
 
 
 def test_a_card_of_the_users_own_is_left_alone(run: Path) -> None:
-    own, generated = run / "models" / "tiny-2-healed" / "README.md", run / "models" / "tiny-6-healed" / "README.md"
-    own.write_text("# My model\n")
-    generated.write_text("# X\n\nThis is a [sentence-transformers](https://www.SBERT.net) model trained.\n")
+    own, ours = run / "models" / "tiny-2-healed" / "README.md", run / "models" / "tiny-6-healed" / "README.md"
+    text = "# X\n\nThis is a [sentence-transformers](https://www.SBERT.net) model that I trained.\n"
+    own.write_text(text)  # such as an edited card of sentence-transformers
+    ours.write_text(f"{CARD_MARK}\n")
     report(run)
-    assert own.read_text() == "# My model\n"
-    assert CARD_MARK in generated.read_text(encoding="utf-8")
+    assert own.read_text() == text
+    assert ours.read_text(encoding="utf-8").count("#") > 5
 
 
 def test_other_subsets_are_named_by_layer(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,17 @@ def test_in_place_of_a_damaged_checkpoint_the_one_before_it_goes_on(
         assert not newest.exists()
         shutil.copytree(tmp_path / "kept", newest)
     (newest / "rng_state.pth").rename(newest / "rng_state_0.pth")  # the first of two processes or more
+    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-1"
+    shutil.copytree(tmp_path / "kept", newest)
+    state = json.loads((newest / "trainer_state.json").read_text())
+    assert state["log_history"][-1].pop("processes") == 1
+    state["log_history"][-1]["processes"] = 3
+    (newest / "trainer_state.json").write_text(json.dumps(state))
+    for number in range(3):
+        shutil.copy(tmp_path / "kept" / "rng_state.pth", newest / f"rng_state_{number}.pth")
+    (newest / "rng_state.pth").unlink()
+    assert last_checkpoint(checkpoints) == newest
+    (newest / "rng_state_2.pth").unlink()  # the last of three was killed before it wrote its own
     assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-1"
     shutil.copytree(tmp_path / "kept", newest)
     DAMAGES["optimizer.pt"](newest / "optimizer.pt")

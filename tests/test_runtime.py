@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from secateur import runtime
 from secateur.errors import ConfigError, DataError, ModelError
+from secateur.runtime.core import TextRefused
 from secateur.runtime.encoder import FORMATS, quantize
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz :é"
@@ -170,6 +171,17 @@ def test_of_a_long_text_as_much_is_read_as_makes_its_tokens(folder: Path, tmp_pa
     np.testing.assert_allclose(found, [mean_of_letters(text) for text in texts.values()], atol=1e-6)
 
 
+def test_of_a_text_that_is_far_too_long_the_start_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    encoder, seen = runtime.load(folder), []
+    read = encoder.read
+    monkeypatch.setattr(encoder, "read", lambda texts, *rest: seen.extend(map(len, texts)) or read(texts, *rest))
+    with pytest.raises(TextRefused, match="tokens are too many: the model reads at most 20"):
+        encoder.tokenize(["x" * 1_000_000], truncate=False)
+    assert sum(seen) < 10_000
+    (exact,) = encoder.tokenize(["x" * 20], truncate=False)
+    assert len(exact) == 20
+
+
 def test_vectors_that_are_not_finite_are_refused(folder: Path, tmp_path: Path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     rows = table()
@@ -185,6 +197,8 @@ def test_a_folder_that_is_no_export_is_refused(folder: Path, tmp_path: Path):
     says = f"model {tmp_path}: {tmp_path / 'export.json'}: no such file: give a folder that secateur export wrote"
     with pytest.raises(ModelError, match=f"^{re.escape(says)}$"):
         runtime.load(tmp_path)
+    with pytest.raises(ModelError, match=r"nobody-here.*no such file"):
+        runtime.load("~nobody-here/exported")
     (tmp_path / "export.json").write_text('{"kind": "profile"}')
     with pytest.raises(ModelError, match="is no manifest of an export"):
         runtime.load(tmp_path)

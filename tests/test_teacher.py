@@ -167,8 +167,11 @@ def test_what_may_pass_is_asked_for_again(mood: Mood, no_waiting: None):
         mood.embed(TEXTS, max_retries=2)
     assert not mood.does
     mood.url = "http://127.0.0.1:9/v1"
-    with pytest.raises(ModelError, match=r"127.0.0.1:9/v1: gives no valid answer \(Connection error. .*refused\): "):
-        mood.embed(TEXTS, max_retries=1)
+    with pytest.raises(ModelError, match=r"127.0.0.1:9/v1: cannot be reached \(.*refused\)$"):
+        mood.embed(TEXTS)  # at once
+    mood.url = "http://127.0.0.1:99999/v1"
+    with pytest.raises(ModelError, match=r"127.0.0.1:99999/v1: cannot be reached \(Port out of range 0-65535\)$"):
+        mood.embed(TEXTS)
 
 
 def test_a_server_is_left_alone_for_as_long_as_it_wants(mood: Mood):

@@ -16,12 +16,13 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen4ExpTextConfig
 
 import architectures
 import secateur
 from published import CORPUS, EVERY, PUBLISHED, SCRIPTS, SHORT, assert_same_where_all_tokens_stay, write_model
 from secateur.errors import ConfigError, DataError, UnsupportedArchitecture
+from secateur.models.blocks import skeleton
 from secateur.results import Origin, load
 from secateur.vocabulary.choice import Vocabulary, count_tokens
 from secateur.vocabulary.trim import cut_vocabulary, keep_tokens, token_tables
@@ -206,6 +207,14 @@ def test_texts_that_tell_nothing_are_refused(folder_of, tmp_path: Path):
 def test_a_tokenizer_without_spare_tokens_is_refused(llama_folder: Path, texts: Path, tmp_path: Path):
     with pytest.raises(UnsupportedArchitecture, match="WordLevel"):
         secateur.prune(llama_folder, vocab=[texts], out=tmp_path / "cut")
+
+
+def test_a_model_that_hashes_ids_is_refused():
+    indexer = {"n_heads": 4, "kv_heads": 1, "head_dim": 256, "budget": 16, "compress_ratio": 4}
+    hashes = {"ple_layer_ids": [2], "ngram_vocab_size_base": 50, "eos_token_id": 2}
+    config = Qwen4ExpTextConfig(num_hidden_layers=4, **hashes, **{f"indexer_{k}": n for k, n in indexer.items()})
+    with pytest.raises(UnsupportedArchitecture, match=r"ple_embedding computes with the number of tokens, and so with"):
+        token_tables("m", skeleton(config))
 
 
 def test_a_character_model_is_refused(folder_of, texts: Path, tmp_path: Path):

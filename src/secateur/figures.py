@@ -74,11 +74,7 @@ def rendered(figure: Figure, kind: str = "png") -> bytes:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG or SVG, by the path's suffix, whole or not at all.
-
-    Raises:
-        OutputError: The place cannot be written.
-    """
+    """Write the figure as PNG or SVG, by the path's suffix, whole or not at all."""
     write_bytes(path, rendered(figure, path.suffix[1:]))
 
 
@@ -235,8 +231,9 @@ def profile_figures(profile: Profile, choice: Mapping[str, int] | None = None) -
     for name, depth in sorted((choice or {}).items(), key=lambda item: item[1]):
         marked.setdefault(depth, []).append(name)
     marks = {depth: f"{shorten(', '.join(names))}: {depth}" for depth, names in marked.items()}
+    losses = _columns(profile.rows, "depth", "loss", "loss_low", "loss_high")
     curves = [
-        _Curve("Loss (nats)", _columns(profile.rows, "depth", "loss", "loss_low", "loss_high"), marks),
+        *([_Curve("Loss (nats)", losses, marks)] if np.isfinite(losses[1]).any() else []),
         _Curve("Block Influence", _columns(profile.rows, "depth", "block_influence")),
         _Curve("Effective rank", _columns(profile.rows, "depth", "effective_rank")),
     ]
@@ -282,7 +279,6 @@ class _Curve(NamedTuple):
 
 
 def _best_of(title: str, points: NDArray[np.float64], *, falls: bool = False) -> _Curve:
-    """A curve whose best depth is labelled."""
     depths, values = points[:2]
     best = int(depths[np.nanargmin(values) if falls else np.nanargmax(values)])
     return _Curve(title, points, {best: str(best)})

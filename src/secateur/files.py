@@ -121,13 +121,15 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Yields ``<path>.partial``; on success it is renamed to ``path``, on an error it is removed.
 
     Raises:
-        OutputError: ``path`` holds something already, or cannot be written; or another run is writing it.
+        OutputError: ``path`` holds something already, or cannot be written; or another run is writing it, or was.
     """
     path = Path(path)
     partial = partial_folder(path)
     with output_errors(path):
         partial.mkdir(parents=True, exist_ok=True)
     with lock(partial):
+        if (partial / "done.json").exists():
+            raise OutputError(partial, "holds an unfinished training", "name another folder, or remove this one")
         try:
             with output_errors(path):
                 empty_folder(partial)

@@ -77,7 +77,6 @@ def provenance(data: Sequence[Fingerprint] = (), seed: int | None = None, comman
 
 
 def now() -> str:
-    """This moment, by ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -114,9 +113,6 @@ class Made:
         Returns:
             Their names, of nested mappings the innermost ones; empty where nothing changed, and None where nothing is
             recorded. An input that is None now was not looked at.
-
-        Raises:
-            DataError: What is recorded is broken.
         """
         if not (folder / name).is_file():
             return None
@@ -128,7 +124,6 @@ class Made:
         return [name for name in dict.fromkeys(changed) if name not in ASIDE]
 
     def record(self, folder: Path, name: str = DONE) -> None:
-        """Write it into a folder, whole or not at all."""
         write_text(folder / name, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -179,30 +174,34 @@ def is_export(folder: str | Path) -> bool:
     return (Path(folder) / EXPORT).is_file()
 
 
-def model_files(model: str | Path) -> list[Path]:
-    """The files of a model folder, and of its modules' folders, that vectors may depend on; or a single file.
+def all_files(model: str | Path) -> list[Path]:
+    """The files of a model folder and of its modules' folders, and all of an export; or a single file.
 
-    Empty for what is not on this disk. Other folders in it may hold anything, such as a model that was cut from it; but
-    those of an export hold its graph.
+    Empty for what is not on this disk. Other folders in it may hold anything, such as a model that was cut from it.
     """
-    path = Path(model).expanduser()
+    path = Path(model)
     if not path.is_dir():
         return [path] if path.is_file() else []
-    parts = [path, *(part.parent for part in path.glob("*/config.json"))]
-    found = path.rglob("*") if is_export(path) else (file for part in parts for file in part.iterdir())
-    files = {file for file in found if file.is_file()}
-    return sorted(f for f in files if not (f.name.startswith(".") or f.suffix == ".md" or f.name in _DESCRIPTIONS))
+    parts = [path]
+    with contextlib.suppress(DataError, KeyError, TypeError):  # whoever opens the model says what is wrong
+        parts += [path / module["path"] for module in read_json(path / "modules.json")]
+    found = path.rglob("*") if is_export(path) else (file for part in parts if part.is_dir() for file in part.iterdir())
+    return sorted({file for file in found if file.is_file()})
+
+
+def model_files(model: str | Path) -> list[Path]:
+    """Those of :func:`all_files` that vectors may depend on."""
+    files = all_files(model)
+    return [f for f in files if not (f.name.startswith(".") or f.suffix == ".md" or f.name in _DESCRIPTIONS)]
 
 
 def fingerprint_files(model: str | Path) -> str:
     """SHA-256 over a model's files, their names and bytes, without opening it; empty for what is not on this disk."""
-    root = Path(model).expanduser()
-    told = [f"{file.relative_to(root)} {sha256_of(file)}\n" for file in model_files(model)]
+    told = [f"{file.relative_to(model)} {sha256_of(file)}\n" for file in model_files(model)]
     return hashlib.sha256("".join(told).encode()).hexdigest() if told else ""
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
     about = file.stat()
     return _hash_once(file, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 

@@ -26,7 +26,6 @@ class Command(TyperCommand):
     """A command in which ``--data a b`` is ``--data a --data b``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat an option of several values before each."""
         several = {flag for own in self.params if getattr(own, "multiple", False) for flag in own.opts}
         expanded: list[str] = []
         current = ""
@@ -45,7 +44,6 @@ class Commands(TyperGroup):
     """Commands, some of which have a name of two words: ``study status``."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command of the first words."""
         if (both := " ".join(args[:2])) in self.commands:
             args = [both, *args[2:]]
         return super().resolve_command(ctx, args)

@@ -82,7 +82,6 @@ def _fail(message: str, code: int) -> None:
 
 
 def _do(name: str, options: config.Options) -> Any:
-    """The result of the function of that name, under progress bars."""
     with terminal.work_bars(name) as progress:
         return getattr(secateur, name)(**options.given(), progress=progress)
 
@@ -212,7 +211,6 @@ def _study(given: dict[str, Any], open_page: bool) -> None:
 
 
 def _show_page(page: Path, in_browser: bool) -> None:
-    """Print where a page is; open it, too, where that is wanted."""
     _say(page)
     if in_browser and not webbrowser.open(page.resolve().as_uri()):
         typer.echo("there is no browser here to open it in", err=True)

@@ -67,7 +67,6 @@ def show_steps(state: State, console: Console | None = None) -> None:
 
 
 def show_profile(profile: Profile) -> None:
-    """Losses by depth; of tasks that were scored, scores by depth."""
     import secateur
     from secateur.reporting.tables import depth_scores_table, profile_table
 
@@ -79,7 +78,6 @@ def show_profile(profile: Profile) -> None:
 
 
 def show_scout(scout: Scout) -> None:
-    """Scores by depth, and which depth they speak for."""
     import secateur
 
     show_candidates(secateur.candidates(scout))
@@ -88,7 +86,6 @@ def show_scout(scout: Scout) -> None:
 
 
 def show_candidates(found: Candidates | Rungs) -> None:
-    """What there is to choose from, what is chosen, and why."""
     from secateur.choosing.choose import Candidates, is_prefix, ranges
 
     if not isinstance(found, Candidates):
@@ -130,10 +127,9 @@ def _show_rungs(found: Rungs) -> None:
         "speed": lambda row: doc.NONE if row.speed is None else f"{row.speed:.1f}×",
         "": lambda row: "chosen" if row.depth == found.chosen else "" if row.fits else "over budget",
     }
-    from secateur.reporting.run import JUDGES
+    from secateur.reporting.run import judge_of
 
-    judge = JUDGES.get(found.judge, doc.plural(found.tasks, "task"))
-    title = f"{found.model}: scores × 100 on {judge}, with 95 % intervals"
+    title = f"{found.model}: scores × 100 on {judge_of(found.judge, found.tasks)}, with 95 % intervals"
     _show(Table.of(title, found.rows, columns).filled())
     if not all(row.trained for row in found.rows):
         typer.echo("* scored without having been trained itself")
@@ -161,7 +157,6 @@ def _show_vocabularies(found: VocabularyCosts | None) -> None:
 
 
 def show_export(result: Export) -> None:
-    """How near an export is to the original."""
     typer.echo(f"cosine with the original: least {result.cosine_min:.5f}, mean {result.cosine_mean:.5f}")
     if result.points_lost is not None:
         typer.echo(f"points lost on {doc.plural(len(result.rows), 'task')}: {result.points_lost:.2f}")
@@ -183,7 +178,6 @@ def show_scores(scores: Scores) -> None:
 
 
 def show_checks(checks: Sequence[TaskCheck]) -> None:
-    """What each task is, or what is wrong with it."""
     for check in checks:
         if (task := check.task) is None:
             typer.echo(f"{check.path}: cannot be scored\n  wrong: {check.problem}")
@@ -197,21 +191,18 @@ def show_checks(checks: Sequence[TaskCheck]) -> None:
 
 
 def show_made_task(made: MadeTask) -> None:
-    """Where a task is from, and how large it is."""
     source = doc.plural(made.texts, "text", ",")
     typer.echo(f"{made.name}: {made.how}, made from {source}; no person judged what is relevant")
     typer.echo(f"  {made.queries:,} queries, {made.documents:,} documents")
 
 
 def show_costs(rows: Sequence[CostRow]) -> None:
-    """Costs × models."""
     from secateur.reporting.tables import cost_table
 
     _show(cost_table(rows).transposed())
 
 
 def show_comparison(comparison: Comparison) -> None:
-    """Differences of scores, costs, and the texts whose neighbours changed most."""
     rows = []
     for row in comparison.differences:
         outcome = "" if row.low is None else "significant" if row.apart else "not significant"

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 import torch
@@ -35,8 +37,8 @@ Encode = Callable[[list[str], str], NDArray[np.float32]]
 
 KEY, COMMON_KEY = "SECATEUR_ENDPOINT_KEY", "OPENAI_API_KEY"
 FORM = "https://host/v1#model-name"
-TIMEOUT = 60.0
-"""Seconds without a sign of life."""
+CONNECTING, TIMEOUT = 10.0, 60.0
+"""Seconds in which the first connection must stand, and those without a sign of life later."""
 RETRIES = 8
 HINTS = {
     0: "with --cache, what it gave is kept, and the same command continues",
@@ -150,6 +152,13 @@ class Endpoint:
         if unknown := self.prompts.keys() - {"query", "document"}:
             raise ModelError(self.url, f"is given a prompt for {min(unknown)}", f"{FORM}?query=...&document=...")
         self.client = connect(self.url)
+        parts = urlsplit(self.url)
+        try:
+            if not getproxies() or proxy_bypass(parts.netloc):  # the client would try for about a minute
+                port = parts.port or (443 if parts.scheme == "https" else 80)
+                socket.create_connection((parts.hostname, port), CONNECTING).close()
+        except (OSError, ValueError) as error:
+            raise ModelError(self.url, f"cannot be reached ({error})") from None
         self.model = model or self._only_model()
         self.fingerprint = hashlib.sha256(f"{self.url}\0{self.model}".encode()).hexdigest()
 

@@ -143,14 +143,18 @@ def read_sources(
         seed: See ``most``.
 
     Raises:
-        ConfigError: There is no such role.
+        ConfigError: There is no such role, or no such column.
         DataError: The data are missing or have no rows; or, with its line, a row is not right.
     """
-    items = _items(data)
-    share = sys.maxsize if most is None else max(2, most // max(1, len(items)))
+    opened = [item if isinstance(item, Source) else _Table(item, columns) for item in _items(data)]
+    there = [column for item in opened if isinstance(item, _Table) for column in item.there]
+    for role, name in (columns or {}).items() if there else ():
+        if role != "negative" and name not in there:  # else texts would be read where pairs are meant, or pairs as such
+            told = ", ".join(dict.fromkeys(there))
+            raise ConfigError("columns", name, f"no data file has the column {name} for {role}", f"here are {told}")
+    share = sys.maxsize if most is None else max(2, most // max(1, len(opened)))
     return [
-        item.sample(share, seed) if isinstance(item, Source) else _Table(item, columns).read(instruction, share, seed)
-        for item in items
+        item.sample(share, seed) if isinstance(item, Source) else item.read(instruction, share, seed) for item in opened
     ]
 
 
@@ -253,7 +257,8 @@ class _Table:
         if self.path is None:
             self._hub_name, data_set = load_set(data)
             self._set = data_set.select_columns(self._select(data_set.column_names))
-        has = self._roles(next(self._rows(), (0, {}))[1])
+        self.there = tuple(next(self._rows(), (0, {}))[1])
+        has = self._roles(self.there)
         alone = TEXT in has and ("positive" not in has or TEXT in columns)
         self.of_texts = self._plain or alone if of_texts is None else of_texts
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class ScoreDifference:
 
 
 @dataclass(frozen=True)
-class Export(Table, kind="export", file=EXPORT):
+class Export(Table, kind="export", file=EXPORT, rows_in="scores"):
     """``export.json``: what :mod:`.runtime` needs to know, and how near the export is to the original.
 
     Attributes:
@@ -66,7 +66,6 @@ class Export(Table, kind="export", file=EXPORT):
         files: Name → bytes.
         cosine_min: Least cosine between the original's vector and the export's, over ``compared`` texts, alone and
             with each prompt; ``cosine_mean`` their mean; ``least_cosine`` what was asked for.
-        scores_by_task: Task → the scores of ``original`` and ``exported``.
     """
 
     model: str
@@ -88,11 +87,7 @@ class Export(Table, kind="export", file=EXPORT):
     cosine_mean: float
     least_cosine: float
     compared: int
-    scores_by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> tuple[ScoreDifference, ...]:
-        return tuple(ScoreDifference(task, **scores) for task, scores in self.scores_by_task.items())
+    scores: tuple[ScoreDifference, ...] = ()
 
     @property
     def points_lost(self) -> float | None:
@@ -151,7 +146,7 @@ def export(options: ExportOptions, *, progress: Progress = silent) -> Export:
             raise ExportTooFar(options.out, problem, "another --precision or --to, or a lower --min-cosine")
         progress(STEP, 70, 100)
         about |= {"cosine_min": float(cosines.min()), "cosine_mean": float(cosines.mean())}
-        result = Export(**about, scores_by_task=_scores(model, encoder, options))
+        result = Export(**about, scores=_scores(model, encoder, options))
         if result.points_lost is not None and not result.points_lost <= options.max_loss:
             problem = f"it loses {result.points_lost:.2f} points on the average of the tasks, more than"
             hint = "another --precision or --to, or a higher --max-loss"
@@ -198,7 +193,6 @@ def _features(model: SentenceTransformer, graph: EncoderGraph, texts: Sequence[s
 
 
 def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: Vectors) -> dict[str, Any]:
-    """What the manifest says of the model and the written files."""
     found = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in found}
     return {
@@ -221,7 +215,6 @@ def _describe(model: SentenceTransformer, form: Form, folder: Path, vectors: Vec
 def _reference_vectors(
     model: SentenceTransformer, texts: Sequence[str], dimensions: int | None, prompt: str = ""
 ) -> Vectors:
-    """The original's vectors (texts, dimension)."""
     short = {} if dimensions is None else {"truncate_dim": dimensions, "normalize_embeddings": True}
     with quiet():
         vectors: Vectors = model.encode(list(texts), prompt=prompt, show_progress_bar=False, **short)
@@ -243,14 +236,12 @@ def _cosines(
 
 def _scores(
     model: SentenceTransformer, encoder: runtime.Encoder, options: ExportOptions
-) -> dict[str, dict[str, float]]:
-    """Task → the scores of the original, with vectors of the same dimension, and of the export."""
+) -> tuple[ScoreDifference, ...]:
+    """Both scores of each task, those of the original with vectors of the same dimension."""
     if not options.tasks:
-        return {}
+        return ()
     model.truncate_dim = options.dimensions or model.truncate_dim  # nothing else is done with the model
-    scores: dict[str, dict[str, float]] = {}
-    for name, given in (("original", model), ("exported", as_model(encoder))):
-        found = evaluate([given], options.tasks, sample=options.sample, seed=options.seed, names=[name])
-        for row in found.rows:
-            scores.setdefault(row.task, {})[name] = row.score
-    return scores
+    models, names = [model, as_model(encoder)], ["original", "exported"]
+    rows = evaluate(models, options.tasks, sample=options.sample, seed=options.seed, names=names).rows
+    tasks = len(rows) // 2
+    return tuple(ScoreDifference(a.task, a.score, b.score) for a, b in zip(rows[:tasks], rows[tasks:], strict=True))

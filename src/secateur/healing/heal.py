@@ -119,7 +119,9 @@ def _without_effect(options: HealOptions, config: TrainingConfig) -> list[str]:
 
 def _settings(options: HealOptions, made: Made, sets: Sequence[TrainingSet], teacher: Teacher | None) -> dict[str, Any]:
     """What the training's table says of its options."""
-    settings = {k: v for k, v in made.options.items() if teacher or k not in ("teacher_weight", "distill")}
+    idle = [*(() if teacher else ("teacher_weight", "distill")), *(() if made.options["depths"] else ("layers",))]
+    idle += () if made.options["train"] == "lora" else ADAPTERS
+    settings = {k: v for k, v in made.options.items() if k not in idle}
     settings |= {"data": {item.name: len(item.rows) for item in sets}, "instruction": options.instruction}
     if teacher:
         settings |= {"teacher": str(options.teacher), "teacher_fingerprint": teacher.fingerprint}
@@ -221,7 +223,7 @@ def _origin(options: HealOptions, model: SentenceTransformer) -> Origin:
     """Where the model comes from, by the file in its folder, be it here or on the Hub."""
     source, kept = resolve(options.model), range(depth_of(model[0].auto_model))
     folder = fetch(source, weights=False) if isinstance(source, str) else source
-    return origin_of(options.model, len(kept), kept, folder / Origin.file)
+    return origin_of(options.model, len(kept), kept, folder / Origin.file, model.left_out)
 
 
 def _write(model: SentenceTransformer, origin: Origin, table: Training, place: Path, folder: Path) -> None:

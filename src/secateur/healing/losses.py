@@ -27,7 +27,6 @@ from secateur.data.vectors import VectorCache
 from secateur.errors import ConfigError
 from secateur.healing.recipes import TrainingConfig
 from secateur.measures.metrics import cosines, false_negative_mask
-from secateur.models.blocks import embeddings_of
 from secateur.models.forward import padded_length
 from secateur.profiling.depths import check_depths, depth_vectors
 
@@ -257,6 +256,6 @@ def set_dropout(model: SentenceTransformer, config: TrainingConfig) -> None:
     for module, name in own:
         setattr(module, name, share)
     if not own:
-        embeddings_of(model[0].auto_model).register_forward_hook(
+        model[0].auto_model.get_input_embeddings().register_forward_hook(
             lambda table, _, output: functional.dropout(output, share, training=table.training)
         )

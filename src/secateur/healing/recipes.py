@@ -245,7 +245,8 @@ def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, 
     """Make a model's weights trainable as a decided configuration says, in place.
 
     What is trained is kept in float32, whatever the precision: an update is often smaller than the last bit of a
-    bfloat16. Returns the dtype of each weight before, which :func:`finish` wants back.
+    bfloat16. Under adapters the others stay as they are stored, which takes half of the memory, unless float32 is asked
+    for. Returns the dtype of each weight before, which :func:`finish` wants back.
     """
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     torch.manual_seed(config.seed)
@@ -257,7 +258,7 @@ def prepare(model: SentenceTransformer, config: TrainingConfig) -> Mapping[str, 
         for part in (blocks_of(model[0].auto_model), final_norm(model[0].auto_model)):
             part.requires_grad_(True)
     for parameter in model.parameters():
-        if parameter.requires_grad or config.train != "lora":
+        if parameter.requires_grad or config.train != "lora" or config.precision == "float32":
             parameter.data = parameter.data.float()
     return dtypes
 

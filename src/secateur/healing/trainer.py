@@ -43,9 +43,10 @@ from secateur.healing.recipes import (
 )
 from secateur.healing.training_data import TrainingSet
 from secateur.models.compat import encode_alone
-from secateur.models.forward import is_out_of_memory, padded_length
+from secateur.models.forward import padded_length
 from secateur.progress import Progress, quiet, silent
 from secateur.results import EvaluationRow, LossRow
+from secateur.runtime.core import is_out_of_memory
 
 FIRST_LOSSES = 10
 EXPLODED = 10.0
@@ -53,7 +54,8 @@ EXPLODED = 10.0
 NEAR_ZERO = 1e-3
 """Losses below count as this: a student that is its teacher has a loss of 0, or by rounding a little below."""
 
-TRAINED_WEIGHTS, SECONDS = "trained.safetensors", "seconds"
+TRAINED_WEIGHTS = "trained.safetensors"
+SECONDS, PROCESSES = "seconds", "processes"
 
 Score = Callable[[SentenceTransformer], float]
 """Higher for a better model."""
@@ -179,7 +181,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
         check_learning(self.state)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log({**logs, SECONDS: self.seconds}, *args, **kwargs)
+        super().log({**logs, SECONDS: self.seconds, PROCESSES: self.args.world_size}, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         autocast = self.args.bf16 and not self.is_fsdp_enabled
@@ -357,6 +359,7 @@ def _is_whole(checkpoint: Path) -> bool:
             with safe_open(checkpoint / TRAINED_WEIGHTS, framework="pt"):
                 pass
         states = {file.name for file in checkpoint.glob("rng_state*.pth")}  # one of each process, numbered from two on
+        count = state.log_history[-1].get(PROCESSES, len(states))
         for file in (checkpoint / name for name in (*names, *states)):
             with ZipFile(file) as archive:
                 if archive.testzip() is not None:
@@ -367,8 +370,8 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
     except Exception:  # whatever a reader makes of bytes that are not its own
         return False
-    numbered = {f"rng_state_{number}.pth" for number in range(max(2, len(states)))}
-    return checkpoint.name == f"checkpoint-{state.global_step}" and states in ({"rng_state.pth"}, numbered)
+    numbered = {f"rng_state_{number}.pth" for number in range(count)} if count > 1 else {"rng_state.pth"}
+    return checkpoint.name == f"checkpoint-{state.global_step}" and states == numbered
 
 
 def check_tracker(name: str) -> None:

@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler, ProportionalBatchSampler
 from torch.utils.data import ConcatDataset
 
+from secateur.data.rows import TEXT
 from secateur.data.sources import Pair, Pairs, Source, Texts, read_sources
 from secateur.document import plural
 from secateur.errors import ConfigError, DataError
@@ -259,7 +260,8 @@ def read_held_out(options: HealOptions) -> HeldOut:
     """Open what a training is scored by, which may be nothing."""
     sample, seed = options.eval_sample, options.seed
     pairs: list[Pairs] = []
-    for source in read_sources(options.eval_data or (), options.instruction, options.columns):
+    columns = {role: name for role, name in (options.columns or {}).items() if role != TEXT}
+    for source in read_sources(options.eval_data or (), options.instruction, columns):
         if isinstance(source, Texts):
             raise DataError(source.source.name, "holds texts alone, and what is measured is how pairs are found")
         pairs.append(source.sample(sample, seed) if sample else source)

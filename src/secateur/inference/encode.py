@@ -76,11 +76,10 @@ class Encoded:
 
 
 @step(EncodeOptions)
-def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:  # noqa: D417
+def encode(options: EncodeOptions, *, progress: Progress = silent) -> Encoded:
     """Encode files of texts into one file of vectors; a run that was killed goes on where it stopped.
 
-    Args:
-        progress: Called as work goes on; of tokens, whose total nobody knows, with a total of 0.
+    Of tokens, ``progress`` is told a total of 0, for nobody knows it.
 
     Raises:
         DataError: A file or a text cannot be read; or there are none.

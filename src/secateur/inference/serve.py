@@ -40,11 +40,7 @@ KEEP_ALIVE_SECONDS = 75
 
 
 def read_keys(file: str | Path | None) -> list[bytes]:
-    """API keys from the environment variable ``SECATEUR_API_KEYS`` and from a file, one a line.
-
-    Raises:
-        ConfigError: The file cannot be read, or holds no key; or a key is malformed. No key is in the message.
-    """
+    """API keys from the environment variable ``SECATEUR_API_KEYS`` and from a file, one a line."""
     keys = os.environ.get(API_KEYS, "").split(",")
     if any(len(key.split()) > 1 for key in keys):
         raise ConfigError(API_KEYS, None, "has blanks or line ends within a key", "keys are separated by commas")
@@ -157,7 +153,11 @@ def serve(options: ServeOptions) -> None:
         log_as_json()
         told = "" if is_decided(here) else "finds the fastest backend; the first time, this may take minutes"
         log.info("starting", extra={"facts": {"model": options.model, "told": told}})
-        chosen = thread.submit(choose, here, options.min_cosine).result()
+        try:
+            chosen = thread.submit(choose, here, options.min_cosine).result()
+        except KeyboardInterrupt:  # nothing stops a conversion, and the thread's end would be waited for
+            log.info("ended")
+            os._exit(130)
         encoder, opening = chosen.encoder, chosen.opening if here is opening else opening
         if options.workers and isinstance(encoder, ModelEncoder):
             encoder.model.to("meta")

@@ -123,10 +123,6 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     return nn.Identity() if norm is None else model.get_submodule(norm)
 
 
-def embeddings_of(model: PreTrainedModel) -> nn.Module:
-    return model.get_input_embeddings()
-
-
 def states_of(output: Any) -> torch.Tensor:
     """The hidden states in what a layer returns: itself, or the first of a tuple."""
     return output[0] if isinstance(output, (tuple, list)) else output

@@ -7,6 +7,7 @@ out, a tokenizer without its vocabulary gives every word the same id: each gives
 from __future__ import annotations
 
 import errno
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_NAME, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from secateur.errors import ModelError, SecateurError
 from secateur.files import read_json
@@ -41,12 +43,14 @@ CONVERT = "convert it: load it with transformers elsewhere and save_pretrained()
 
 def check_folder(folder: Path) -> None:
     """Say what is missing from a model folder, where libraries would not say it plainly."""
-    if not read_modules(folder) and not (folder / "config.json").is_file():
+    modules = read_modules(folder)
+    if not modules and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(folder, "is an adapter without its base", "secateur prune merges the two")
         raise ModelError(folder, "has no config.json", "a model folder holds config.json, weights and a tokenizer")
-    for pickle in folder.glob("*/pytorch_model.bin"):
-        if not any(pickle.parent.glob("*.safetensors")):
+    parts = {folder / module["path"] for module in modules} - {folder}  # others may hold anything, such as checkpoints
+    for pickle in (part / "pytorch_model.bin" for part in parts):
+        if pickle.is_file() and not any(pickle.parent.glob("*.safetensors")):
             hint = "open it with sentence-transformers and save it again"
             raise ModelError(pickle, "holds weights that only PyTorch can read", hint)
     if not any(folder.rglob("*.safetensors")):
@@ -54,7 +58,7 @@ def check_folder(folder: Path) -> None:
             raise ModelError(folder, "is an export, without weights to cut or train", "name the model that it is of")
         found = next(folder.glob("*.bin"), None)
         raise ModelError(folder, f"has no safetensors{f', only {found.name}' if found else ''}", CONVERT)
-    for file in folder.rglob("*.safetensors"):
+    for file in (file for part in (folder, *parts) for file in part.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
@@ -175,26 +179,41 @@ def check_opened(name: str | Path, model: SentenceTransformer) -> None:
     _check_vectors(name, model)
 
 
-def check_weights(name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None) -> list[str]:
-    """Refuse weights that are not those which the configuration describes; return the names of unused tensors.
+def check_weights(
+    name: str | Path, model: PreTrainedModel, key_mapping: dict[str, str] | None = None
+) -> tuple[str, ...]:
+    """Refuse weights that are not those which the configuration describes; return the modules that have no place in the
+    model: a head, a decoder, an image tower.
 
-    An unused tensor is of a head, a decoder or an image tower; one inside the model's own modules is refused, unless it
-    is a single number: a constant that older versions saved.
+    A tensor that is not used inside the model's own modules is refused, unless it is a single number: a constant that
+    older versions saved.
     """
     config = model.config
     if getattr(config, "quantization_config", None):
-        return []
+        return ()
     # What was just opened is on this disk, wherever it came from.
     where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True, "use_safetensors": True}
     unused = check_names(name, type(model), config, config.name_or_path, key_mapping=key_mapping, **where)
     misplaced = [key for key in unused if is_within(key, model)]
-    for file in Path(config.name_or_path).glob("*.safetensors") if misplaced else ():
+    for file in weight_files(model) if misplaced else ():
         with safe_open(file, framework="pt") as stored:
             constants = tuple(key for key in stored.keys() if not stored.get_slice(key).get_shape())  # noqa: SIM118
         misplaced = [key for key in misplaced if not any(constant.endswith(key) for constant in constants)]
     if misplaced:
         raise ModelError(name, f"has weights that its config.json has no place for: {misplaced[0]}", ANOTHER_MODEL)
-    return unused
+    start = rf"^((model|transformer|{re.escape(model.base_model_prefix)})\.)*"
+    left_out = {re.sub(start, "", key).partition(".")[0] for key in unused}
+    return tuple(sorted(left_out - {child for child, _ in model.named_children()}))
+
+
+def weight_files(model: PreTrainedModel) -> list[Path]:
+    """The files of the checkpoint that a model was opened from; none where it was not."""
+    revision = getattr(model.config, "_commit_hash", None)
+    try:
+        config = cached_file(model.name_or_path, CONFIG_NAME, revision=revision, local_files_only=True)
+    except OSError:
+        return []
+    return sorted(Path(str(config)).parent.glob("*.safetensors"))
 
 
 def check_names(

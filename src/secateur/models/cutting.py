@@ -68,6 +68,8 @@ def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> None:
             setattr(config, name, [place[i - 1] + 1 for i in value if i - 1 in place])
         elif isinstance(value, (list, tuple)) and len(value) == depth and not NOT_PER_LAYER.search(name):
             setattr(config, name, [value[i] for i in keep])
+            if name == "indexer_types" and value[keep[0]] == "shared":
+                raise _Misfit(f"layer {keep[0]} takes what an earlier one selects, and would be the first")
         elif name in COUNTS and isinstance(value, int):
             setattr(config, name, sum(i < value for i in keep))
         elif name == "num_kv_shared_layers" and isinstance(value, int):  # the last ones

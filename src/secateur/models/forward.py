@@ -21,8 +21,6 @@ from transformers import DynamicCache, PreTrainedModel
 from secateur.errors import DataError
 from secateur.models.compat import text_mask
 from secateur.options import PoolingName, SavedPooling
-from secateur.runtime.core import halves as halves
-from secateur.runtime.core import is_out_of_memory as is_out_of_memory
 
 BUDGET = 2048
 """Tokens in a batch, padding included."""

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from secateur.models.checks import (
 )
 from secateur.models.compat import forget_origin
 from secateur.models.forward import make_pooling, state_width
-from secateur.options import PoolingName
+from secateur.options import Dtype, PoolingName
 from secateur.progress import quiet
 
 MAX_LENGTH = 512
@@ -50,7 +50,6 @@ MAX_LENGTH = 512
 TEXT_ALONE = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 """Files of a multimodal model that its text tower alone does not have."""
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def open_model(
@@ -82,13 +81,13 @@ def open_model(
         ModelError: The model is missing, half written, not a text model, or holds no safetensors.
     """
     check_device(device)
-    if dtype not in DTYPES:
-        raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(DTYPES)}")
+    if dtype not in get_args(Dtype):
+        raise ConfigError("dtype", dtype, f"no such number format as {dtype!r}", f"one of {', '.join(get_args(Dtype))}")
     if max_length < 1:
         raise ConfigError("max_length", max_length, f"{max_length} tokens are no text", "at least 1")
     with as_model_error(name), quiet(), as_source(name) as source:
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model, _ = load_model(name, source, pooling, max_length, dtype=dtype, device=device, **where)
+        model = load_model(name, source, pooling, max_length, dtype=dtype, device=device, **where)
         check_finite(name, model)
         complete(name, model, pooling, max_length)
         return model
@@ -165,12 +164,12 @@ def load_model(
     dtype: str = "auto",
     device: str | None = None,
     **where: Any,
-) -> tuple[SentenceTransformer, list[str]]:
-    """Load a model, of a multimodal one the text tower alone, and check its weights by their names and shapes; no
-    weight is read yet.
+) -> SentenceTransformer:
+    """Load a model, of a multimodal one the text tower alone, of a bare language model its transformer alone, and check
+    its weights by their names and shapes; no weight is read yet.
 
-    ``where`` are ``revision`` and ``trust_remote_code``. Returns the model, of a bare language model its transformer
-    alone, and the names of the tensors that it does not use.
+    ``where`` are ``revision`` and ``trust_remote_code``. The model's ``left_out`` names what it does not have of the
+    checkpoint (:func:`.check_weights`).
     """
     with text_alone(source, **where) as (shown, key_mapping):
         # Weights of another shape are refused by check_weights, which names them; transformers does not.
@@ -190,13 +189,13 @@ def load_model(
         transformer = model[0].auto_model
         if place is not None:
             transformer.name_or_path = transformer.config.name_or_path = str(place)
-        unused = check_weights(name, transformer, key_mapping)
+        vars(model)["left_out"] = check_weights(name, transformer, key_mapping)
     if key_mapping:
         readable = model[0].modality_config
         model[0].modality_config = {kind: how for kind, how in readable.items() if kind in ("text", "message")}
         forget_origin(transformer)
         transformer.name_or_path = transformer.config.name_or_path = str(source)
-    return model.eval(), unused
+    return model.eval()
 
 
 def _check_embedder(

@@ -128,7 +128,7 @@ def step(options: type[O]) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """
 
     def decorate(run: Callable[..., R]) -> Callable[..., R]:
-        own = [p for p in list(inspect.signature(run).parameters.values())[1:]]
+        own = list(inspect.signature(run).parameters.values())[1:]
         names = [name for name in options.model_fields if extra(options, name, "positional")]
 
         @functools.wraps(run)
@@ -162,9 +162,6 @@ def _docstring(options: type[Options], text: str) -> str:
     """The function's docstring with the descriptions as ``Args``."""
     wrapper = textwrap.TextWrapper(116, "    ", " " * 8, break_on_hyphens=False)
     filled = "\n".join(wrapper.fill(f"{name}: {own.description}") for name, own in options.model_fields.items())
-    head, mark, rest = text.partition("\n\nArgs:\n")
-    if mark:
-        return f"{head}{mark}{filled}\n{rest}"
     sections = re.search(r"\n\n(Returns|Raises):", text)
     place = sections.start() if sections else len(text)
     head, rest = text[:place], text[place:]

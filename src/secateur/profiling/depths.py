@@ -28,7 +28,7 @@ from secateur.models.blocks import blocks_of, final_norm, states_of, tail_is_nor
 from secateur.models.cutting import bypassed, legal_depths
 from secateur.models.forward import POOLINGS, pool, pooling_name
 from secateur.models.open_model import is_causal
-from secateur.runtime.core import plan_batches
+from secateur.runtime.core import halves, is_out_of_memory, plan_batches
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """Called with a depth and the states before and after its layer, both (texts, tokens, width)."""
@@ -223,7 +223,7 @@ class DepthEncoder:
         try:
             found = self._read(tokens, rows, prefix) if self._one_pass else self._read_each(tokens, rows)
         except (MemoryError, RuntimeError) as error:
-            if not forward.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(rows) == 1:
                 problem = f"a text of {int(forward.lengths_of(tokens)[rows[0]])} tokens does not fit into memory"
@@ -233,7 +233,7 @@ class DepthEncoder:
             return
         self._budget = max(1, self._budget // 2)
         self.notes = list(dict.fromkeys([*self.notes, "a batch was too large for the memory and was halved"]))
-        for half in forward.halves(rows):
+        for half in halves(rows):
             yield from self._fit(tokens, list(half), prefix)
 
     def _share(self, tokens: dict[str, Any]) -> _Prefix | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CONFIG_NAME, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import cached_file
 
-from secateur.models.blocks import depth_of, embeddings_of, final_norm
+from secateur.models.blocks import depth_of, final_norm
+from secateur.models.checks import weight_files
 from secateur.models.forward import lengths_of, tokenize
 from secateur.models.open_model import is_causal
 from secateur.profiling.depths import ends_with_norm, layer_outputs
@@ -126,10 +125,10 @@ def _language_model(transformer: PreTrainedModel) -> PreTrainedModel | None:
     shapes = {name: parameter.shape for name, parameter in head.named_parameters()}
     found: dict[str, Tensor] = {}
     if getattr(transformer.config, "tie_word_embeddings", False):
-        found = {"weight": embeddings_of(transformer).weight.detach()}  # type: ignore[operator]
+        found = {"weight": transformer.get_input_embeddings().weight.detach()}
     else:
         path = next(name for name, module in language_model.named_modules() if module is head)
-        for file in _weights_of(transformer):
+        for file in weight_files(transformer):
             with safe_open(file, framework="pt") as tensors:
                 stored = set(tensors.keys())
                 found |= {key: tensors.get_tensor(f"{path}.{key}") for key in shapes if f"{path}.{key}" in stored}
@@ -138,13 +137,3 @@ def _language_model(transformer: PreTrainedModel) -> PreTrainedModel | None:
     weights = {key: value.to(transformer.device, transformer.dtype) for key, value in found.items()}
     head.load_state_dict(weights, assign=True)
     return language_model
-
-
-def _weights_of(transformer: PreTrainedModel) -> list[Path]:
-    """The files of the checkpoint that the model was opened from; none where it was not."""
-    revision = getattr(transformer.config, "_commit_hash", None)
-    try:
-        config = cached_file(transformer.name_or_path, CONFIG_NAME, revision=revision, local_files_only=True)
-    except OSError:
-        return []
-    return sorted(Path(str(config)).parent.glob("*.safetensors"))

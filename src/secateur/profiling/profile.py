@@ -26,7 +26,7 @@ from secateur.measures.costs import Size, layer_sizes, measure_layers
 from secateur.measures.intervals import MINIMUM_UNITS, has_converged, interval, looks
 from secateur.models import model_label, model_source
 from secateur.models.compat import multiplies_bfloat16
-from secateur.models.forward import is_out_of_memory, pooling_name
+from secateur.models.forward import pooling_name
 from secateur.models.open_model import open_model
 from secateur.options import PROFILE_FILES, ProfileOptions, step
 from secateur.profiling.corpus import Batch, Corpus, check_sources, make_corpus, with_prompts
@@ -35,6 +35,7 @@ from secateur.profiling.lens import next_token_losses
 from secateur.progress import Progress, silent
 from secateur.provenance import provenance
 from secateur.results import DepthRow, LayerCost, Profile
+from secateur.runtime.core import is_out_of_memory
 
 if TYPE_CHECKING:
     from secateur.evaluation.tasks import Task
@@ -171,7 +172,7 @@ def _open(options: ProfileOptions) -> tuple[SentenceTransformer, str, tuple[Size
                 tensor.data = tensor.data.to(dtype)
         name = str(dtype).removeprefix("torch.")
         has = "multiplies bfloat16" if dtype is torch.bfloat16 else "does not say that it multiplies bfloat16"
-        notes.append(f"dtype {name}: this processor {has}; --dtype {name} takes it on any machine")
+        notes.append(f"dtype {name}: this processor {has}; a dtype that is named is the same on any machine")
     return model, model_label(given), sizes, notes
 
 

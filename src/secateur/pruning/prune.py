@@ -97,19 +97,18 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
             hint = "prune the weights it was quantized from, and quantize the result"
             raise UnsupportedArchitecture(name, "its weights are quantized", hint)
         where: Any = {"device": "cpu", "trust_remote_code": options.trust_remote_code}
-        model, unused = load_model(name, opened, options.pooling, options.max_length, **where)
+        model = load_model(name, opened, options.pooling, options.max_length, **where)
         transformer: PreTrainedModel = model[0].auto_model
-        left_out = _left_out(transformer, unused)
         depth, path = len(blocks_of(transformer)), find_stack(transformer).path
         keep = blocks_of_choice(options, depth)
         check_keep(transformer.config, keep)
-        origin = origin_of(name, depth, keep, opened / Origin.file, left_out)
+        origin = origin_of(name, depth, keep, opened / Origin.file, model.left_out)
         progress(STEP, 30, 100)
         merge_adapters(name, transformer)
         gone = [f"{path}.{index}." for index in range(depth) if index not in keep]
         for adapter in (own, given):
             if adapter is not None:
-                merge_adapter(transformer, adapter, gone, left_out)
+                merge_adapter(transformer, adapter, gone, model.left_out)
         tokens = _cut_tokens(options, model, progress) if options.vocab else None
         with bypassed(transformer, keep), renumbered(model, *tokens[:2]) if tokens else nullcontext():
             complete(name, model, options.pooling or _measured_pooling(options), options.max_length)
@@ -123,7 +122,8 @@ def _prune(options: PruneOptions, source: str | Path, folder: Path, scratch: Pat
             origin = replace(origin, vocabulary=replace(record, tokens=before))
         check_finite(name, model)
         for path, parameter in transformer.named_parameters() if (scratch / READ).is_dir() else ():
-            if parameter.ndim > 1 and not bool(parameter.any()):  # maybe not fetched, though it should have been
+            # Maybe not fetched, though it should have been; but RoBERTa's one type of tokens is zeros.
+            if parameter.ndim > 1 and len(parameter) > 1 and not bool(parameter.any()):
                 raise ModelError(name, f"{path} has only zeros", "fetch the model (hf download) and give its folder")
     progress(STEP, 60, 100)
     if options.dtype != "auto":
@@ -165,18 +165,6 @@ def _fetch(options: PruneOptions, source: str | Path, scratch: Path, progress: P
     return fetch_kept(source, folder, partial(blocks_of_choice, options), scratch / READ, told), adapter
 
 
-def _left_out(transformer: PreTrainedModel, unused: Sequence[str]) -> tuple[str, ...]:
-    """The modules of the checkpoint that are not in the model: heads, a decoder, a vision tower."""
-    children = {child for child, _ in transformer.named_children()}
-    left_out = set()
-    for name in unused:
-        parts = name.split(".")
-        while len(parts) > 1 and parts[0] in ("model", "transformer", transformer.base_model_prefix):
-            parts.pop(0)
-        left_out |= {parts[0]} - children
-    return tuple(sorted(left_out))
-
-
 def _convert(model: SentenceTransformer, expected: np.ndarray, dtype: str, folder: Path) -> np.ndarray:
     """Check a cut model in memory, give its weights another number format, and tell what its folder should give.
 
@@ -189,6 +177,8 @@ def _convert(model: SentenceTransformer, expected: np.ndarray, dtype: str, folde
             raise VerificationFailed("the cut model", found, TOLERANCE)
         transformer.save_pretrained(folder)
         model[0].model = type(transformer).from_pretrained(folder, dtype=dtype).eval()
+        for module in list(model)[1:]:  # as sentence-transformers will, where it opens the folder
+            module.to(next(model[0].parameters()).dtype)
         return probe(model)
 
 

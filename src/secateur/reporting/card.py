@@ -30,8 +30,6 @@ from secateur.results import Origin
 
 CARD = "README.md"
 CARD_MARK = "<!-- Written by `secateur report`, which replaces it. Remove this line to keep a card of your own. -->"
-# Cards that sentence-transformers writes when a model is saved; a person's card is left alone.
-GENERATED_MARKS = (CARD_MARK, "This is a [sentence-transformers](https://www.SBERT.net) model")
 TAGS = ("sentence-transformers", "feature-extraction", "sentence-similarity", "mteb", "secateur", "pruned")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -39,11 +37,8 @@ _ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|\.\.?[/\\]")
 
 
 def may_write(card: Path) -> bool:
-    """Whether there is no card, or one that a program wrote."""
-    if not card.exists():
-        return True
-    old = card.read_text(encoding="utf-8", errors="replace")
-    return any(mark in old for mark in GENERATED_MARKS)
+    """Whether there is no card, or one that a report wrote and nobody has made theirs."""
+    return not card.exists() or CARD_MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def model_card(summary: Summary, found: Recommendation, variant: Variant, folder: Path, origin: Origin) -> str:
@@ -92,7 +87,6 @@ def _shown(value: object) -> str:
 
 
 def templates(**how: Any) -> Environment:
-    """What reads the templates of this folder."""
     loader = PackageLoader("secateur.reporting")
     lines: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     return Environment(loader=loader, undefined=StrictUndefined, **lines, **how)  # noqa: S701  said by the callers
@@ -196,7 +190,6 @@ def base_metadata(base: str) -> dict[str, Any]:
 
 
 def base_licence(base: str) -> str:
-    """The licence in the base model's own card; empty where not known."""
     licence = base_metadata(base).get("license")
     return licence if isinstance(licence, str) else ""
 

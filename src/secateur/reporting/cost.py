@@ -9,7 +9,6 @@ from round to round as far as the memory goes; the others are opened anew for ea
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,13 +36,12 @@ from secateur.errors import ConfigError, ModelError
 from secateur.files import make_folder
 from secateur.measures.costs import flops_per_token, size_of
 from secateur.models import is_endpoint, model_names, resolve
-from secateur.models.blocks import depth_of, embeddings_of, skeleton
-from secateur.models.checks import read_modules
+from secateur.models.blocks import depth_of, skeleton
 from secateur.models.forward import wait
 from secateur.models.open_model import check_device
 from secateur.options import CostOptions, step
 from secateur.progress import Progress, quiet, silent
-from secateur.provenance import fingerprint_files, is_export, provenance, versions_of
+from secateur.provenance import all_files, fingerprint_files, provenance, versions_of
 from secateur.results import CostRow, Costs
 
 SHORT = "Return element {n} of the sequence, or raise an error where there is none."
@@ -121,7 +119,6 @@ class _Timer:
 
     @property
     def model(self) -> SentenceTransformer:
-        """The model, opened where it is not."""
         if self.open is None:
             started = time.perf_counter()
             self.open = open_embedder(self.source, device=self.device)
@@ -142,7 +139,6 @@ class _Timer:
             self.batches[kind] = max(speeds, key=lambda batch: speeds[batch])
 
     def measure(self, amount: Amount) -> None:
-        """One repetition."""
         short = texts_of("short", amount.texts["short"])
         self.latencies += [self.encode([short[i % len(short)]], 1) for i in range(amount.latencies)]
         for kind, number in amount.texts.items():
@@ -197,7 +193,6 @@ class _Timer:
 
 
 def tokens_of(model: SentenceTransformer, kind: str) -> float:
-    """How many tokens a text of this kind has."""
     module, texts = model[0], texts_of(kind, 1)
     if isinstance(module, BlackBox) and isinstance(module.source, runtime.Encoder):
         return float(len(module.source.tokenize(texts)[0]))
@@ -218,7 +213,7 @@ def sizes_of(model: SentenceTransformer, source: str | Path) -> dict[str, Any]:
     else:
         whole, transformer = model, model[0].auto_model
         flops = dict(zip(("flops_per_token", "flops_tokens"), flops_per_token(model, FLOPS_TOKENS), strict=True))
-    embeddings, _ = size_of(embeddings_of(transformer))
+    embeddings, _ = size_of(transformer.get_input_embeddings())
     sizes = {"depth": depth_of(transformer), "parameters": size_of(whole)[0], "embedding_parameters": embeddings}
     return sizes | flops
 
@@ -229,24 +224,14 @@ def texts_of(kind: str, number: int) -> list[str]:
 
 
 def bytes_on_disk(model: str | Path) -> int:
-    """Bytes of a model's files: in its folder and its modules', of a GGUF file, or what the Hub's cache holds.
-
-    Other folders in a model's are no part of it, such as a model that was cut from it.
-
-    Raises:
-        ModelError: The files are not found.
-    """
+    """Bytes of :func:`.all_files` of a model, or what the Hub's cache holds."""
     path = Path(resolve(model))
     if not path.exists():
         try:
             path = Path(snapshot_download(str(model), local_files_only=True))
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
             raise ModelError(model, "its files are not found") from error
-    places = {module["path"] for module in read_modules(path)}
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    if path.is_dir() and not is_export(path):
-        files = [file for file in files if file.parent == path or file.relative_to(path).parts[0] in places]
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in all_files(path))
 
 
 # A process of its own -------------------------------------------------------------------------------------------------
@@ -259,9 +244,6 @@ def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float
 
     The peak is that of the process, of which the libraries take several hundred megabytes; on a GPU it is that of the
     device's memory.
-
-    Raises:
-        ModelError: The process failed.
     """
     command = fresh_python(_ALONE, str(model), device, str(batch))
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this module
@@ -285,5 +267,7 @@ def print_load_and_peak(model: str, device: str, batch: str) -> None:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         peak = int(line.split()[1]) * 1024
     else:
+        import resource  # of Unix alone
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     sys.stdout.write(json.dumps({"load_seconds": loaded, "peak_bytes": peak}) + "\n")

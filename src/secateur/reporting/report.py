@@ -160,8 +160,8 @@ def _depth_blocks(run: Run) -> Iterable[Block]:
         return
     decides = " The depth to cut to is chosen by the scout, not by this." if run.scouts else ""
     yield Text(
-        "Quality of the untrained model’s vectors after each layer. The loss says, before any training, how well the "
-        f"vectors tell matching texts from others; lower is better.{decides}"
+        "Quality of the untrained model’s vectors after each layer. The loss, of pairs alone, says how well they tell "
+        f"matching texts from others; lower is better.{decides}"
     )
     for place, (base, profile) in enumerate(run.profiles.items(), 1):
         yield Text(base, is_heading=True)
@@ -263,7 +263,6 @@ _POINTS = (
 
 
 def _cost_pictures(summary: Summary, found: Recommendation) -> list[Picture]:
-    """Average score against each cost that was measured."""
     drawn = []
     for name, (axis, *fields) in _COSTS.items():
         points = _points(summary, found, *fields)
@@ -274,7 +273,6 @@ def _cost_pictures(summary: Summary, found: Recommendation) -> list[Picture]:
 
 
 def _points(summary: Summary, found: Recommendation, field: str, low: str, high: str) -> list[Point]:
-    """A point for each group that is scored and has that cost."""
     told = [item.group for item in (found.ship, found.runner_up) if item]
     points: list[Point] = []
     for group in summary.groups:
@@ -338,9 +336,9 @@ def _scout_picture(scouted: Scouted, number: int, tolerance: float) -> Picture:
 
 _OF_PROFILES = {
     "curve": (
-        "Loss",
-        "Contrastive loss of the untrained model after each layer, with its 95 % interval as a band and the depths "
-        "that are chosen; Block Influence and effective rank of the layers.",
+        "Measures",
+        "Block Influence and effective rank of the layers; with pairs, the contrastive loss of the untrained model "
+        "after each, its 95 % interval as a band, and the depths that are chosen.",
     ),
     "solved": (
         "Tasks",

@@ -13,7 +13,7 @@ from secateur import document as doc
 from secateur.choosing.budgets import cut_cost, layers_at
 from secateur.choosing.choose import is_prefix, ranges
 from secateur.document import Cell, Table, with_interval
-from secateur.reporting.findings import MARGIN, GroupComparison, RunGroup, Summary
+from secateur.reporting.findings import MARGIN, Estimate, GroupComparison, RunGroup, Summary
 from secateur.reporting.run import Scouted
 from secateur.results import CostRow, DepthRow, DepthScoreRow, Origin, Profile, RungRow, Scout, Training, VocabularyCut
 
@@ -24,6 +24,7 @@ OUTCOMES = {
     "worse": "significantly worse",
     "unknown": "no interval",
 }
+TRENDS = {1: "better", 0: "", -1: "worse"}
 SPEED = "Speed is the median over repetitions, with the slowest and the fastest."
 
 # Depths ---------------------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def profile_table(profile: Profile, choice: Mapping[str, int]) -> Table:
 
 
 def _loss(row: DepthRow) -> Cell:
-    """With its interval; with its standard error where an earlier version measured no more."""
+    """With its interval; of too few batches for one, with its standard error."""
     if row.loss_low is None and row.loss_se is not None:
         return Cell(doc.loss(row.loss), (f"± {doc.loss(row.loss_se)}",))
     return with_interval(row.loss, row.loss_low, row.loss_high, doc.loss)
@@ -78,7 +79,6 @@ def depth_scores_table(measured: Profile | Scout) -> Table:
 
 
 def rung_table(scouted: Scouted) -> Table:
-    """What a scout says of each depth."""
     scout = scouted.table
     title = (
         f"{scout.model}: average score (× 100) of each depth after the scout’s training, on {scouted.judge}. "
@@ -96,11 +96,10 @@ def rung_table(scouted: Scouted) -> Table:
 
 
 def _rung_difference(row: RungRow, full: int) -> str | Cell:
-    low, high = row.difference_low, row.difference_high
     if row.depth == full:
         return doc.NONE
-    trend = "" if low is None or high is None or low <= 0 <= high else "better" if low > 0 else "worse"
-    return replace(with_interval(row.difference, low, high, doc.signed), trend=trend)
+    found = Estimate(row.difference, row.difference_low, row.difference_high)
+    return replace(with_interval(found.value, found.low, found.high, doc.signed), trend=TRENDS[found.sign])
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -190,7 +189,6 @@ def training_in_words(training: Training) -> str:
 
 
 def settings_text(training: Training, publish: Callable[[Any], Any] = lambda content: content) -> str:
-    """A training's settings and prompts as YAML."""
     content = {"settings": publish(dict(training.settings)), "prompts": dict(training.prompts)}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
 
@@ -220,8 +218,7 @@ def task_table(groups: Sequence[RunGroup], compared: Mapping[str, GroupCompariso
         difference = beside.tasks[task]
         within = doc.span(difference.low, difference.high, doc.signed)
         notes = tuple(part for part in (doc.signed(difference.value), within) if part)
-        trend = {1: "better", -1: "worse", 0: ""}[difference.sign]
-        return Cell(doc.score(own.value), notes, trend=trend, heat=difference.value)
+        return Cell(doc.score(own.value), notes, trend=TRENDS[difference.sign], heat=difference.value)
 
     rows = [(_name(group), *(cell(group, task) for task in tasks)) for group in groups]
     table = Table(title, ["Model", *(f"{task} ({about})" for task, about in tasks.items())], rows)

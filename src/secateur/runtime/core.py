@@ -141,7 +141,7 @@ class Encoder(ABC):
         longest = self.max_length * CHARACTERS_PER_TOKEN
         tokens: list[Tokens] = []
         for some in slices(texts, longest):
-            for found in self._read_start(some, prompt, longest) if truncate else self.read(some, prompt, False):
+            for found in self._read_start(some, prompt, longest, truncate):
                 if len(found) > self.max_length:
                     hint = f"the model reads at most {self.max_length}"
                     raise TextRefused(len(tokens), f"{len(found)} tokens are too many", hint)
@@ -152,13 +152,15 @@ class Encoder(ABC):
                 raise TextRefused(None, f"more than {limit} tokens in one request", "send fewer texts at once")
         return tokens
 
-    def _read_start(self, texts: Sequence[str], prompt: str, characters: int) -> list[Tokens]:
-        """Tokenize so many characters of each text, and more of those that have fewer tokens than the model reads."""
-        right = self.truncation_side == "right"
-        found = self.read([text[:characters] if right else text[-characters:] for text in texts], prompt, True)
+    def _read_start(self, texts: Sequence[str], prompt: str, characters: int, truncate: bool) -> list[Tokens]:
+        """Tokenize so many characters of each text, and more of those that have fewer tokens than the model reads; if
+        none are cut off, of those that have no more than that.
+        """
+        right, enough = self.truncation_side == "right", self.max_length + (not truncate)
+        found = self.read([text[:characters] if right else text[-characters:] for text in texts], prompt, truncate)
         for place, text in enumerate(texts):
-            if len(text) > characters and len(found[place]) < self.max_length:
-                (found[place],) = self._read_start([text], prompt, 2 * characters)
+            if len(text) > characters and len(found[place]) < enough:
+                (found[place],) = self._read_start([text], prompt, 2 * characters, truncate)
         return found
 
     def encode_tokens(

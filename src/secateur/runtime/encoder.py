@@ -6,6 +6,7 @@ graph. Batches are made by :mod:`.core`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ def load(folder: str | Path, *, threads: int | None = None, dtype: str | None = 
         ModelError: The folder is no export, or not whole.
         MissingPackage: Its backend is not installed.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))  # noqa: PTH111 - Path.expanduser fails where nobody is called so
     try:
         manifest = read_json(folder / EXPORT)
     except DataError as error:
@@ -189,7 +190,6 @@ class ExportEncoder(Encoder):
         return result[0] if isinstance(texts, str) else result
 
     def read(self, texts: Sequence[str], prompt: str, truncate: bool) -> list[Tokens]:
-        """See :meth:`Encoder.read`."""
         if truncate:
             self._tokenizer.enable_truncation(self.max_length, direction=self.truncation_side)
         else:
@@ -203,7 +203,6 @@ class ExportEncoder(Encoder):
         return [Tokens(np.asarray(encoding.ids, dtype=np.int32), length) for encoding in found]
 
     def run(self, batch: Sequence[Tokens]) -> Vectors:
-        """See :meth:`Encoder.run`."""
         ids, mask = self.pad(batch, self.settings.padding)
         prompt_length = np.array([batch[0].prompt_length], np.int64)
         return self._session({"input_ids": ids, "attention_mask": mask, "prompt_length": prompt_length})

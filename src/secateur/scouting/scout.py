@@ -156,7 +156,7 @@ def _train(options: ScoutOptions, sources: Sequence[Source], depths: Sequence[in
         exclude += sorted(map(str, (out / "tasks").glob("[!.]*")))
     given = {name: value for name, value in options.given().items() if name in HealOptions.model_fields}
     given |= {"depths": list(depths), "exclude": exclude, "cache": cache, "out": out / "model"}
-    heal(make(HealOptions, given), progress=progress)
+    heal(**given, progress=progress)
 
 
 def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Task], progress: Progress) -> Scout:

@@ -220,13 +220,16 @@ def _changes(
         old = before.get_submodule(path)
         found = len(tables)
         for attribute, was, now in changed_shapes(old, module):
-            if was[1:] != now[1:] or len(was) != len(now):
+            if not was or now != (_rows(was[0], kept, multiple), *was[1:]):
                 problem = f"{path}.{attribute} follows the vocabulary and is no table of tokens: {was} would be {now}"
                 raise UnsupportedArchitecture(name, problem)
             tables.append((path, attribute, now[0]))
         for attribute, is_, will_be in changed_values(old, module):
             if attribute == "padding_idx" and isinstance(module, nn.Embedding) and len(tables) == found:
                 problem = f"{path} counts from the id of the padding token, which would change from {is_} to {will_be}"
+                raise UnsupportedArchitecture(name, problem)
+            if "vocab" in attribute and len(tables) == found and not isinstance(module, PreTrainedModel):
+                problem = f"{path} computes with the number of tokens, and so with their ids"  # as hashes of n-grams do
                 raise UnsupportedArchitecture(name, problem)
             values.append((path, attribute, will_be))
     if not tables:
@@ -257,7 +260,12 @@ def _cut_config(config: PretrainedConfig, kept: Sequence[int], multiple: int) ->
         setattr(config, field, moved if isinstance(getattr(config, field), list) else next(iter(moved), None))
     for field in SIZES:
         if isinstance(size := getattr(config, field, None), int):
-            setattr(config, field, math.ceil(sum(i < size for i in kept) / multiple) * multiple)
+            setattr(config, field, _rows(size, kept, multiple))
+
+
+def _rows(size: int, kept: Sequence[int], multiple: int) -> int:
+    """How many rows a table of ``size`` rows has afterwards."""
+    return math.ceil(sum(i < size for i in kept) / multiple) * multiple
 
 
 def _ids_in(config: PretrainedConfig) -> dict[str, list[int]]:
