@@ -35,16 +35,20 @@ def _run_here(command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
 
 
-@pytest.fixture(scope="module")
-def quick_checks():
-    """Written models are reopened and compared in this process, and timed for a moment.
+def check_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Have written models be reopened and compared in this process, and timed for a moment.
 
     The check itself is tested with the models, and the times with the costs.
     """
+    patch.setattr(subprocess, "run", _run_here)
+    patch.setattr(cost, "LEAST_SECONDS", 0.01)
+    patch.setattr(cost, "THOROUGH", cost.QUICK._replace(latencies=10))
+
+
+@pytest.fixture(scope="module")
+def quick_checks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", _run_here)
-        patch.setattr(cost, "LEAST_SECONDS", 0.01)
-        patch.setattr(cost, "THOROUGH", cost.QUICK._replace(latencies=10))
+        check_quickly(patch)
         yield
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,21 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from forked import start
 from secateur.data.embedders import Endpoint
 
 
 @contextmanager
 def serving(folder: Path, log: Path, key: str) -> Iterator[str]:
     """``secateur serve`` with a model's folder; gives its address."""
-    command = [sys.executable, "-m", "secateur", "serve", str(folder), "--port", "0", "--device", "cpu"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stderr=stream, env=os.environ | {"SECATEUR_API_KEYS": key})
+    words = ("serve", folder, "--port", "0", "--device", "cpu", "--backend", "torch")
+    process = start(words, log.with_name("out"), log, environment={"SECATEUR_API_KEYS": key})
     try:
-        wait_until(lambda: '"serving"' in log.read_text() or process.poll() is not None)
+        wait_until(lambda: '"serving"' in log.read_text() or not process.is_alive())
         yield f"{json.loads(log.read_text().splitlines()[1])['address']}/v1"
     finally:
         process.terminate()
-        process.wait(20)
+        process.join(20)
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 300) -> None:

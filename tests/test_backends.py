@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 from conftest import LETTERS
+from forked import forked_encoders as forked_encoders
 from secateur import encode
 from secateur.cli import app
 from secateur.errors import ConfigError, MissingPackage, ModelError
@@ -226,6 +227,7 @@ def test_a_resumed_run_keeps_what_it_had_decided(ready: Path, reference, tmp_pat
     same(vectors_of(done.file), reference.encode(["one", "two"]))
 
 
+@pytest.mark.usefixtures("forked_encoders")
 def test_workers_elsewhere_take_what_was_decided(ready: Path, reference, tmp_path: Path):
     texts = [f"{i} and so on" for i in range(20)]
     done = encode(ready, [write_lines(tmp_path / "a.jsonl", texts)], out=tmp_path / "v.npy", processes=2)

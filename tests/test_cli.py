@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from transformers import ViTConfig, ViTModel
 
+import forked
 import secateur
 from conftest import disk_of, example_pairs, write_pairs
 from secateur import cli
@@ -664,23 +665,20 @@ def test_a_command_that_is_no_terminal_s_tells_how_far_it_is(place: Path, run: R
     assert str(ended.out).strip() == "out"
 
 
-def test_open_shows_the_page_in_the_browser(measured: Path, tmp_path: Path):
+def test_open_shows_the_page_in_the_browser(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     profiles = tmp_path / "a run" / "profiles"
     shutil.copytree(measured, profiles / "model")
     browser, seen = tmp_path / "browser", tmp_path / "seen"
     browser.write_text(f'#!/bin/sh\necho "$1" > "{seen}"\n')
     browser.chmod(0o755)
-    command = [sys.executable, "-m", "secateur", "report", "a run", "--open"]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"BROWSER": str(browser)}
-    )
+    monkeypatch.chdir(tmp_path)
+    ended = forked.run("report", "a run", "--open", environment={"BROWSER": str(browser)})
     page = profiles.parent / "report.html"
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.endswith(f"\n{page.relative_to(tmp_path)}\n")
     assert seen.read_text().strip() == page.as_uri()
-    graphical = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
-    none = {name: text for name, text in os.environ.items() if name not in graphical} | {"PATH": str(tmp_path / "x")}
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=none)
+    none = dict.fromkeys(("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"), "") | {"PATH": str(tmp_path / "x")}
+    ended = forked.run("report", "a run", "--open", environment=none)
     assert ended.returncode == 0 and ended.stdout.endswith(f"\n{page.relative_to(tmp_path)}\n")
     assert ended.stderr == "there is no browser here to open it in\n"
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,8 +21,10 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
+from forked import start
 from secateur.data.vectors import PROBES
 from secateur.results import Training, load
+from servers import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +68,20 @@ def launch(tmp_path: Path, *command: object, kind: str = "fsdp") -> None:
     process = started(tmp_path, *command, kind=kind)
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-5000:]
+
+
+def ranks(environment: Mapping[str, str]) -> list[dict[str, str]]:
+    """The environments of two processes as a launcher starts them. Nobody ends one of them when the other dies."""
+    with socket.socket() as given:
+        given.bind(("127.0.0.1", 0))
+        port = str(given.getsockname()[1])
+    alike = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }
+    return [{**environment, **alike, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -129,7 +146,7 @@ def ddp(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, lora, 
     command += ["then", *heal(llama_folder, pairs_file, folder / "models" / "cached", **lora, mini_batch_tokens=200)]
     taught = TAUGHT | {"teacher": teacher, "cache": folder / "cache"}
     command += ["then", *heal(llama_folder, texts, folder / "models" / "taught", **taught)]
-    launch(folder, SEVERAL, *command, kind="ddp")
+    launch(folder, SEVERAL, folder / "environment.json", *command, kind="ddp")
     return folder
 
 
@@ -140,7 +157,7 @@ def fsdp(llama_folder: Path, pairs_file: Path, texts: Path, teacher: Path, tmp_p
     command = heal(llama_folder, pairs_file, folder / "models" / "all", **ALL)
     taught = TAUGHT | {"teacher": teacher, "cache": folder / "cache"}
     command += ["then", *heal(llama_folder, texts, folder / "models" / "taught", **taught)]
-    launch(folder, SEVERAL, *command)
+    launch(folder, SEVERAL, folder / "environment.json", *command)
     return folder
 
 
@@ -158,29 +175,29 @@ def test_sharded_weights_are_trained_as_whole_ones(fsdp: Path, alone: Path):
     assert_same_weights(fsdp / "models" / "all", alone / "all")
 
 
-def kill_one(launcher: subprocess.Popen[str], root: Path, pattern: str) -> None:
-    """Kill one of the processes that a launcher started, once ``pattern`` matches below ``root``; wait for its end."""
-    while not any(root.glob(pattern)):
-        assert launcher.poll() is None, f"ended before {pattern}: {launcher.communicate()[1][-3000:]}"
-        time.sleep(0.01)
-    psutil.Process(launcher.pid).children()[-1].kill()
-    launcher.communicate(timeout=60)  # the launcher ends the others, who do not wait for the dead one
-
-
 def test_a_killed_sharded_training_goes_on_bit_for_bit(
     fsdp: Path, llama_folder: Path, pairs_file: Path, tmp_path: Path
 ):
     """From checkpoints in which each process has written its part, also in the middle of an epoch: every third step
     ends one."""
-    command = ["-m", "secateur", *heal(llama_folder, pairs_file, tmp_path / "killed", **ALL)]
+    environment = json.loads((fsdp / "environment.json").read_text())
+    command = heal(llama_folder, pairs_file, tmp_path / "killed", **ALL)
     checkpoints = tmp_path / "killed.partial" / "checkpoints"
-    kill_one(started(tmp_path, *command), checkpoints, "checkpoint-6/trainer_state.json")
+    logs = [tmp_path / name for name in "01"]
+    both = [start(command, log, log, environment=own) for log, own in zip(logs, ranks(environment), strict=True)]
+    wait_until(lambda: any(checkpoints.glob("checkpoint-6/trainer_state.json")) or not both[0].is_alive())
+    for process in reversed(both):  # as a launcher ends the others, who do not wait for the dead one
+        process.kill()
+        process.join()
     parts = {part.name for part in checkpoints.glob("checkpoint-6/*_0/*.distcp")}
-    assert parts == {"__0_0.distcp", "__1_0.distcp"}
+    assert parts == {"__0_0.distcp", "__1_0.distcp"}, logs[0].read_text()
     drawing = [torch.load(file, weights_only=False)["cpu"] for file in checkpoints.glob("checkpoint-4/rng_state_*.pth")]
     assert not torch.equal(*drawing)  # each process has a dropout of its own
     shutil.rmtree(checkpoints / "checkpoint-6")
-    launch(tmp_path, *command)
+    both = [start(command, log, log, environment=own) for log, own in zip(logs, ranks(environment), strict=True)]
+    for process in both:
+        process.join(300)
+        assert process.exitcode == 0, logs[0].read_text()
     whole = fsdp / "models" / "all"
     assert losses_of(tmp_path / "killed") == losses_of(whole)
     weights, same = (load_file(folder / "model.safetensors") for folder in (tmp_path / "killed", whole))
@@ -209,12 +226,14 @@ def test_machines_that_do_not_share_the_folder_are_refused(
     llama_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """When the training goes on, each would begin at a step of its own."""
-    for rank in "01":
-        (tmp_path / rank).mkdir()
-    script = tmp_path / "apart.py"
-    script.write_text("import os; os.chdir(os.environ['RANK']); from secateur.cli import main; main()")
-    monkeypatch.chdir(tmp_path)
-    process = started(tmp_path, script, *heal(llama_folder, pairs_file, Path("out"), **ALL), kind="ddp")
-    _, errors = process.communicate()
-    assert process.returncode
-    assert "output out.partial: does not hold what the first process has written" in errors
+    machines = []
+    for own in ranks({}):
+        (tmp_path / own["RANK"]).mkdir()
+        monkeypatch.chdir(tmp_path / own["RANK"])
+        log = tmp_path / f"log-{own['RANK']}"
+        command = heal(llama_folder, pairs_file, Path("out"), **ALL)
+        machines.append(start(command, log, log, environment=own | {"LOCAL_RANK": "0"}))
+    machines[1].join(300)
+    machines[0].kill()
+    assert machines[1].exitcode
+    assert "output out.partial: does not hold what the first process has written" in log.read_text()

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 import secateur as package
-from killing import processes
+from forked import start
 from quick_checks import quick_checks as quick_checks
 from quick_checks import quick_figures
 from secateur.cli import commands
@@ -41,8 +41,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "example" not in path.parts)]
 STEPS, TOKENS = "4", "300"
 TRAININGS = ("heal", "scout", "study")
-LANGUAGE_MODELS = {"MODEL": 12, "Qwen/Qwen3-0.6B": 12}
-EMBEDDERS = {"sentence-transformers/all-MiniLM-L6-v2": 6, "intfloat/e5-small-v2": 12}
+LANGUAGE_MODELS = {"MODEL": 8, "Qwen/Qwen3-0.6B": 8}
+EMBEDDERS = {"sentence-transformers/all-MiniLM-L6-v2": 6, "intfloat/e5-small-v2": 8}
 READY = ("profile", "scout", "cut", "healed")
 """Folders that a page may use without having made them."""
 
@@ -121,7 +121,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, quick_checks: None) -> Pa
         patch.chdir(folder)
         secateur(["profile", "MODEL", "--data", "pairs.jsonl", "-o", "profile"])
         secateur(["scout", "MODEL", "--data", "pairs.jsonl", "--tasks", "tasks/my-search", "-o", "scout"])
-        secateur(["prune", "MODEL", "--to", "7", "-o", "cut"])
+        secateur(["prune", "MODEL", "--to", "2", "-o", "cut"])
         secateur(["heal", "cut", "--data", "pairs.jsonl", "-o", "healed"])
     return folder
 
@@ -142,21 +142,14 @@ def secateur(words: list[str]) -> None:
     assert not ended.value.code, f"secateur {shlex.join(words)}"
 
 
-def serve(words: list[str]) -> None:
-    """What the process of a server does."""
-    sys.argv = ["secateur", *words]
-    commands.main()
-
-
 @contextmanager
 def server(words: list[str], port: int) -> Iterator[None]:
     """``secateur serve`` in a process of its own, until the page ends."""
-    words = [*words, "--backend", "torch", "--dtype", "float32", "--port", str(port)]
-    process = processes.Process(target=serve, args=(words,))
-    process.start()
+    log = Path("server.log")
+    process = start([*words, "--backend", "torch", "--dtype", "float32", "--port", port], log, log)
     try:
         for _ in range(600):
-            assert process.is_alive(), f"secateur {shlex.join(words)}"
+            assert process.is_alive(), log.read_text()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").close()
                 break
@@ -241,6 +234,9 @@ def test_the_notebook_runs(workshop: Path, tmp_path: Path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
+    path = f"import sys; sys.path.append({str(Path(__file__).parent)!r})"
+    quick = "import pytest, quick_checks; quick_checks.check_quickly(pytest.MonkeyPatch())"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"{path}\n{quick}"))
     for cell in notebook.cells:
         cell.source = re.sub(r"steps=\d+", f"steps={STEPS}", cell.source)
     shutil.copytree(workshop, tmp_path / "page")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 import secateur
 from architectures import model_of
 from conftest import MakeEncoder, tiny_transformer
-from hub import StandIn, serve
+from hub import StandIn, fetch_from, serve
 from secateur.errors import ModelError
 from secateur.models import cutting
 from secateur.models.open_model import fetch as fetch_model
@@ -44,13 +44,9 @@ def tiny(kind: str = "llama", **fields: object) -> PreTrainedModel:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "hub").mkdir()
     with serve(tmp_path / "hub") as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        fetch_from(server, tmp_path / "cache", monkeypatch)
         yield server
 
 

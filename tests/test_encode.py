@@ -24,7 +24,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
 from conftest import LETTERS, MakeEncoder, tiny_transformer
-from killing import run_until, signalled
+from forked import forked_encoders as forked_encoders
+from forked import run, run_until
 from secateur import accelerate, encode, evaluate, export, open_model
 from secateur.cli import app
 from secateur.data.rows import read_column
@@ -444,7 +445,9 @@ def test_a_description_that_a_killed_run_left_is_in_nobodys_way(model: Path, ref
 
 
 class Killer(threading.Thread):
-    """Kills one of this process's descendants, one whose command line holds ``name``, once ``file`` is there."""
+    """Kills one that a child of this process has started, one whose command line holds ``name``, once ``file`` is
+    there.
+    """
 
     def __init__(self, file: Path, name: str) -> None:
         super().__init__(daemon=True)
@@ -454,7 +457,7 @@ class Killer(threading.Thread):
     def run(self) -> None:
         while not (self.killed or self.over):
             for child in psutil.Process().children(recursive=True) if self.file.exists() else []:
-                if self.name_of_victim in " ".join(child.cmdline()):
+                if child.ppid() != os.getpid() and self.name_of_victim in " ".join(child.cmdline()):
                     child.kill()
                     self.killed = True
                     return
@@ -508,19 +511,21 @@ def test_processes_have_their_share_of_the_threads(model: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), [("spawn_main", {}), ("TextEncoder", {"ray": "local"})])
+@pytest.mark.usefixtures("forked_encoders")
+@pytest.mark.parametrize(("name", "options"), [("forkserver", {"processes": 2}), ("TextEncoder", {"ray": "local"})])
 def test_a_dead_worker_is_replaced(model: Path, reference, tmp_path: Path, name: str, options):
-    if options:
+    if "ray" in options:
         pytest.importorskip("ray")
     texts = [f"{i} word" for i in range(4 * SHARD)]
     file = write_lines(tmp_path / "a.jsonl", texts)
     with Killer(tmp_path / "v.npy.partial" / "00000000.npy", name) as killer:
-        done = encode(model, [file], out=tmp_path / "v.npy", dtype="float32", processes=2, **options)
+        done = encode(model, [file], out=tmp_path / "v.npy", dtype="float32", **options)
     assert killer.killed
     same(vectors_of(done.file), reference.encode(texts))
 
 
 @pytest.mark.slow  # processes start
+@pytest.mark.usefixtures("forked_encoders")
 def test_no_worker_encodes_with_a_model_that_came_later(model: Path, tmp_path: Path):
     folder, file = shutil.copytree(model, tmp_path / "model"), write_lines(tmp_path / "a.jsonl", ["one"])
 
@@ -660,7 +665,7 @@ def test_ctrl_c_is_one_line(tmp_path: Path):
     write_lines(tmp_path / "a.jsonl", (f"{i}" for i in range(100_000)))
     (tmp_path / "no model").mkdir()  # it is opened after the texts have been read
     command = ("encode", tmp_path / "no model", tmp_path / "a.jsonl", "-o", tmp_path / "v.npy")
-    done = signalled(signal.SIGINT, tmp_path / "v.npy.partial", "texts.sqlite", *command)
+    done = run(*command, watch=(signal.SIGINT, tmp_path / "v.npy.partial", "texts.sqlite"))
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.splitlines()[-1] == "secateur: interrupted; the same command goes on where it can"
     assert "Traceback" not in done.stderr
@@ -679,6 +684,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "1 row, 1 distinct text, 32 dimensions" in told.err and "encoded 1 text," in told.err
 
 
+@pytest.mark.usefixtures("forked_encoders")
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_progress_counts_texts_and_tokens(model: Path, tmp_path: Path, processes: int):
     texts = ["a" * (1 + i % 9) + str(i) for i in range(SHARD + 10)]

@@ -23,7 +23,7 @@ from tokenizers.processors import TemplateProcessing
 
 import secateur
 from conftest import MakeEncoder, disk_of, example_pairs, tiny_transformer, write_pairs
-from killing import run_until
+from forked import run_until
 from secateur.data.sources import Pairs, read_pairs
 from secateur.errors import ConfigError, DataError, ModelError, OutputError, TrainingDiverged
 from secateur.evaluation.evaluate import is_instructed

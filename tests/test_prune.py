@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -34,8 +33,9 @@ from transformers import (
 import secateur
 from architectures import bypassed, model_of
 from conftest import example_pairs, llama_model, tiny_transformer
-from hub import serve
-from killing import run_until
+from forked import run_until
+from hub import fetch_from, serve
+from secateur import cli
 from secateur.errors import ConfigError, IllegalDepth, ModelError, OutputError, SecateurError, VerificationFailed
 from secateur.models.open_model import open_model
 from secateur.models.save import difference, probe
@@ -247,21 +247,25 @@ def test_an_adapter_and_another_number_format(source: Path, tmp_path: Path):
         assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
-def test_the_command_takes_from_the_hub_only_what_stays(source: Path, cut: Path, tmp_path: Path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+def test_the_command_takes_from_the_hub_only_what_stays(
+    source: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
     words = ["prune", "me/tiny", "--keep", "0,2-3", "--revision", "v1", "-o", str(tmp_path / "out")]
     other = ["prune", "me/none", "--to", "1", "-o", str(tmp_path / "none")]
     with serve(source) as hub:
-        command = [sys.executable, Path(__file__).with_name("several.py"), *words, "then", *other]
-        environment["HF_ENDPOINT"] = hub.address
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        fetch_from(hub, tmp_path / "home", monkeypatch)
+        for command in (words, other):
+            monkeypatch.setattr(sys, "argv", ["secateur", *command])
+            with pytest.raises(SystemExit):
+                cli.main()
         small = sum(file.stat().st_size for file in source.iterdir() if file.suffix == ".json")
         assert hub.sent < 1.05 * (cut / "model.safetensors").stat().st_size + small + 20_000
         assert {line.split("/")[4] for line in hub.asked if "/me/tiny/resolve/" in line} == {hub.commit}
         assert any("/revision/v1" in line for line in hub.asked)
-    assert "left out: lm_head" in done.stderr
-    assert "me/none: no such folder, and no such model on the Hub" in done.stderr
-    assert done.stdout.strip() == str(tmp_path / "out")
+    out, err = capsys.readouterr()
+    assert "left out: lm_head" in err
+    assert "me/none: no such folder, and no such model on the Hub" in err
+    assert out.strip() == str(tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
     assert no_leftovers(tmp_path)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import secateur
 from conftest import example_pairs, tiny_transformer, write_pairs
+from forked import forked_steps as forked_steps
 from quick_checks import quick_checks as quick_checks
 from quick_checks import quick_figures
 from secateur import cli
@@ -141,6 +142,7 @@ def test_a_study_killed_at_any_point_ends_with_the_same_tables(run: Path, snapsh
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_steps")
 def test_processes_side_by_side_give_the_same_scores(run: Path, tmp_path: Path):
     copy = shutil.copytree(run, tmp_path / "run")
     for gone in (*copy.glob("models/tiny-1-*"), *copy.glob("scores/tiny-1-*")):

@@ -7,7 +7,6 @@ import base64
 import contextlib
 import json
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -23,7 +22,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import secateur
-from killing import signalled
+from forked import run, start
 from secateur.errors import ConfigError, ModelError, SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import ModelEncoder
@@ -165,7 +164,7 @@ def test_long_answers_come_whole(encoder: Encoder, model: SentenceTransformer):
         ({"input": [-1]}, "input[0]", "greater than or equal to 0"),
         ({"input": [[5], [10**30]]}, "input[1][0]", "less than 45"),
         ({"input": ["one", "x" * 129]}, "input[1]", "129 tokens are too many: the model reads at most 128"),
-        ({"input": "x" * 10_000}, "input", "8192 tokens are too many"),  # of its start
+        ({"input": "x" * 10_000}, "input", "at least 8192 tokens are too many"),
         ({"input": [[5] * 129]}, "input[0]", "at most 128 items"),
         ({"input": ["a"] * 65}, "input", "at most 64 items"),
         ({"input": ["a" * 100] * 30}, "input", "more than 2000 tokens in one request"),
@@ -370,8 +369,7 @@ def test_other_machines_are_served_only_with_a_key_or_when_told_so(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("workers", "backend"),
-    [("0", "torch"), ("0", "openvino"), pytest.param("1", "openvino", marks=pytest.mark.slow)],
+    ("workers", "backend"), [("0", "torch"), pytest.param("1", "openvino", marks=pytest.mark.slow)]
 )
 def test_the_command_serves_logs_json_without_texts_and_ends_well(
     folder: Path, model: SentenceTransformer, tmp_path: Path, workers: str, backend: str
@@ -380,21 +378,19 @@ def test_the_command_serves_logs_json_without_texts_and_ends_well(
         pytest.importorskip(backend)
     log = tmp_path / "log"
     secret = "a text that nobody should read"
-    environment = os.environ | {API_KEYS: "sesame-open"}
-    command = [sys.executable, "-m", "secateur", "serve", str(folder), "--port", "0", "--device", "cpu"]
-    command += ["--workers", workers, "--backend", backend]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stderr=stream, env=environment)
+    words = ["serve", str(folder), "--port", "0", "--device", "cpu", "--workers", workers, "--backend", backend]
+    process = start(words, tmp_path / "out", log, environment={API_KEYS: "sesame-open"})
     try:
-        wait_until(lambda: '"serving"' in log.read_text() or process.poll() is not None)
+        wait_until(lambda: '"serving"' in log.read_text() or not process.is_alive())
         first = json.loads(log.read_text().splitlines()[1])
         address = f"{first['address']}/v1"
         with openai.OpenAI(base_url=address, api_key="sesame-open", max_retries=9) as client:
             answer = client.embeddings.with_raw_response.create(model="tiny", input=[secret, "two"])
             with pytest.raises(openai.BadRequestError):
                 client.embeddings.create(model="tiny", input=secret * 100)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(300) == 0
+        process.terminate()
+        process.join(300)
+        assert process.exitcode == 0
     finally:
         process.kill()
     assert first["backend"] == backend
@@ -416,7 +412,7 @@ def test_ctrl_c_does_not_wait_for_the_conversion_of_a_first_start(folder: Path, 
     pytest.importorskip("openvino")
     model = shutil.copytree(folder, tmp_path / "tiny")
     command = ("serve", model, "--port", "0", "--device", "cpu", "--backend", "openvino")
-    done = signalled(signal.SIGINT, model, "conversions/*.partial", *command)
+    done = run(*command, watch=(signal.SIGINT, model, "conversions/*.partial"))
     assert done.returncode == 130
     assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["starting", "ended"]
     assert not [item for item in (model / "conversions").iterdir() if item.suffix != ".partial"]

@@ -23,6 +23,7 @@ import openai
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from forked import forked_encoders as forked_encoders
 from secateur.errors import SecateurError
 from secateur.inference.app import make_app
 from secateur.inference.encoders import Opening
@@ -42,7 +43,6 @@ from serving import (
     request,
     running,
     vectors,
-    worker_of,
 )
 from serving import encoder as encoder
 from serving import exported as exported
@@ -229,6 +229,7 @@ def test_processes_that_start_at_once_leave_the_script_in_its_place():
 
 
 @pytest.mark.slow  # a process starts
+@pytest.mark.usefixtures("forked_encoders")
 def test_what_an_encoder_process_cannot_open_is_told(tmp_path: Path):
     process = EncoderProcess(partial(open_worker, Opening(str(tmp_path / "none"))))
     with contextlib.closing(process), pytest.raises(SecateurError, match="no such file or folder"):
@@ -249,6 +250,7 @@ class Slow:
 
 
 @pytest.mark.slow  # two processes start
+@pytest.mark.usefixtures("forked_encoders")
 def test_a_process_that_is_starting_can_be_ended():
     """As when one worker of a run has died for the third time, and another for the first."""
     slow = Slow()
@@ -265,22 +267,26 @@ def test_a_process_that_is_starting_can_be_ended():
 
 
 @pytest.mark.slow  # six processes start, two at a time
+@pytest.mark.usefixtures("forked_encoders")
 def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
-    encoder: Encoder, folder: Path, exported: Path, model: SentenceTransformer, caplog
+    encoder: Encoder, folder: Path, exported: Path, model: SentenceTransformer, monkeypatch, caplog
 ):
+    monkeypatch.setattr("secateur.inference.queueing.LEAST_PATIENCE", 4.0)
     restarts: list[int] = []
-    make = [partial(worker_of, served) for served in (folder, exported)]
-    workers = [EncoderProcess(one, lambda: restarts.append(1)) for one in make]
+    openings = [Opening(str(folder), dtype="float32", device="cpu"), Opening(str(exported))]
+    workers = [EncoderProcess(partial(open_worker, one), lambda: restarts.append(1)) for one in openings]
+
+    def send(number: int) -> None:
+        for worker in workers:
+            os.kill(worker.pid, number)
+
+    send(signal.SIGSTOP)
     texts = [f"text {i:02}" for i in range(12)]
     expected = model.encode(texts)
     one_by_one = Held(encoder)
     one_by_one.batch_tokens = 16
     app = make_app(one_by_one, "tiny", limits(timeout=120), processes=workers)
     with running(app) as server, server.client(timeout=120) as client, ThreadPoolExecutor(12) as clients:
-
-        def send(number: int) -> None:
-            for worker in workers:
-                os.kill(worker.pid, number)
 
         def ask() -> list[Future]:
             return [clients.submit(client.embeddings.create, model="tiny", input=text) for text in texts]
@@ -290,6 +296,7 @@ def test_workers_that_hang_or_die_are_replaced_and_no_request_is_lost(
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
         assert refused(503, server.get("/ready"))["code"] == "not_ready"  # they have not loaded yet
+        send(signal.SIGCONT)
         wait_until(lambda: all(worker.ready() for worker in workers))
         send(signal.SIGSTOP)
         answers = ask()
@@ -345,6 +352,7 @@ def batcher_of(encoder: Encoder, workers: int | Sequence[EncoderProcess] = 1, **
 
 
 @pytest.mark.slow  # two processes start
+@pytest.mark.usefixtures("forked_encoders")
 def test_a_batch_that_never_ends_is_repeated_in_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 from conftest import example_pairs, llama_model, tiny_transformer, write_pairs
-from killing import run_until
+from forked import forked_steps as forked_steps
+from forked import run_until
 from quick_checks import quick_checks as quick_checks
 from quick_checks import quick_figures
 from secateur import cli
@@ -230,6 +231,7 @@ def without(run: Path, tmp_path: Path, *variants: str) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_steps")
 def test_processes_side_by_side_give_the_same_tables_after_a_kill(run: Path, tmp_path: Path):
     copy = without(run, tmp_path, *VARIANTS[1:])
     moment = "models/*.partial/checkpoints/checkpoint-*/trainer_state.json"
@@ -244,8 +246,10 @@ def test_processes_side_by_side_give_the_same_tables_after_a_kill(run: Path, tmp
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_tables(run: Path, tmp_path: Path):
     pytest.importorskip("ray")
-    copy = without(run, tmp_path, VARIANTS[2])
+    copy = copied(run, tmp_path)
+    shutil.rmtree(copy / "scores" / VARIANTS[2])
     assert secateur.study(out=copy, ray="local", jobs=2).is_file()
+    assert (copy / "logs" / f"evaluate-{VARIANTS[2]}.log").read_text().startswith("$ secateur evaluate ")
     assert_same_but_for_rounding(tables(copy), tables(run))
 
 

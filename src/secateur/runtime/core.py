@@ -141,10 +141,10 @@ class Encoder(ABC):
         longest = self.max_length * CHARACTERS_PER_TOKEN
         tokens: list[Tokens] = []
         for some in slices(texts, longest):
-            for found in self._read_start(some, prompt, longest, truncate):
+            for text, found in zip(some, self._read_start(some, prompt, longest, truncate), strict=True):
                 if len(found) > self.max_length:
-                    hint = f"the model reads at most {self.max_length}"
-                    raise TextRefused(len(tokens), f"{len(found)} tokens are too many", hint)
+                    least, hint = "at least " * (len(text) > longest), f"the model reads at most {self.max_length}"
+                    raise TextRefused(len(tokens), f"{least}{len(found)} tokens are too many", hint)
                 if limit is not None and len(found) <= found.prompt_length:
                     raise TextRefused(len(tokens), "the text has no tokens")
                 tokens.append(found)
