@@ -34,6 +34,7 @@ from torch.nn.functional import normalize
 
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.progress import quiet
+from secateur.runtime.encoder import openvino_without_telemetry
 
 PROMPT_LENGTH = "prompt_length"
 """The input that says how many tokens of each text are its prompt's, where the model does not pool them."""
@@ -255,7 +256,7 @@ def _trace(graph: EncoderGraph, exporter: Any, config: Any) -> Any:
 
 
 def _write_openvino(graph: EncoderGraph, form: Form, file: Path, samples: Sequence[Features], floats: Shapes) -> None:
-    import openvino
+    openvino = openvino_without_telemetry()
     from openvino._offline_transformations import compress_model_transformation
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 

@@ -7,6 +7,7 @@ graph. Batches are made by :mod:`.core`.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,9 +107,16 @@ def _open_onnx(file: Path, manifest: Mapping[str, Any], threads: int | None) -> 
     return run
 
 
-def _open_openvino(file: Path, manifest: Mapping[str, Any], threads: int | None) -> Session:
+def openvino_without_telemetry() -> Any:
+    """OpenVINO's module. It and NNCF report their use to Intel, but not where the package that does so is missing."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
+    return openvino
+
+
+def _open_openvino(file: Path, manifest: Mapping[str, Any], threads: int | None) -> Session:
+    openvino = openvino_without_telemetry()
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "bf16" if manifest["precision"] == "bfloat16" else "f32",
         "PERFORMANCE_HINT": "LATENCY",
