@@ -427,7 +427,7 @@ def test_auto_takes_the_number_format_by_what_the_processor_says_and_no_clock(ll
     monkeypatch.setattr("secateur.profiling.profile.multiplies_bfloat16", lambda: can)
     found = profile(llama, pairs, batch_size=8)
     assert found.dtype == dtype
-    assert f"--dtype {dtype}" in found.notes[0]
+    assert f"dtype {dtype}: this processor" in found.notes[0]
     again = profile(llama, pairs, batch_size=8, dtype=found.dtype)
     assert again.batch_losses == found.batch_losses
 

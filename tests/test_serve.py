@@ -414,7 +414,7 @@ def test_the_command_serves_logs_json_without_texts_and_ends_well(
 
 def test_ctrl_c_does_not_wait_for_the_conversion_of_a_first_start(folder: Path, tmp_path: Path):
     pytest.importorskip("openvino")
-    model = shutil.copytree(folder, tmp_path / "tiny")
+    model = shutil.copytree(folder, tmp_path / "tiny", ignore=shutil.ignore_patterns("conversions"))
     command = ("serve", model, "--port", "0", "--device", "cpu", "--backend", "openvino")
     done = run(*command, watch=(signal.SIGINT, model, "conversions/*.partial"))
     assert done.returncode == 130
