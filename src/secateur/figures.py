@@ -74,7 +74,11 @@ def rendered(figure: Figure, kind: str = "png") -> bytes:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG or SVG, by the path's suffix, whole or not at all."""
+    """Write the figure as PNG or SVG, by the path's suffix, whole or not at all.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
     write_bytes(path, rendered(figure, path.suffix[1:]))
 
 

@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 
 from secateur.errors import SYSTEM, DataError, OutputError, SecateurError, system_error
 
+DONE = "done.json"
+"""What the output beside it was made from, so that a step runs again only where something changed."""
+
 
 def read_json(file: Path, *, strict: bool = False) -> Any:
     """Parse a JSON file in UTF-8; ``strict`` as for :func:`parse_json`.
@@ -128,7 +131,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     with output_errors(path):
         partial.mkdir(parents=True, exist_ok=True)
     with lock(partial):
-        if (partial / "done.json").exists():
+        if (partial / DONE).exists():
             raise OutputError(partial, "holds an unfinished training", "name another folder, or remove this one")
         try:
             with output_errors(path):

@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import DataError
-from secateur.files import read_json, write_text
+from secateur.files import DONE, read_json, write_text
 
 LIBRARIES = ("secateur", "torch", "transformers", "sentence-transformers", "peft", "mteb", "numpy")
 DECIDING = ("secateur", "mteb", "scikit-learn", "sentence-transformers", "transformers", "torch")
 """Libraries by whose version a score may change."""
 ENCODING = ("sentence-transformers", "transformers", "torch")
 """Those by whose version a vector may change."""
-DONE = "done.json"
-"""What the output beside it was made from, so that a step runs again only where something changed."""
 ASIDE = frozenset(
     [
         *("out", "cache", "names", "vocab_tasks", "device", "report_to", "trust_remote_code"),
@@ -113,6 +111,9 @@ class Made:
         Returns:
             Their names, of nested mappings the innermost ones; empty where nothing changed, and None where nothing is
             recorded. An input that is None now was not looked at.
+
+        Raises:
+            DataError: What is recorded is broken.
         """
         if not (folder / name).is_file():
             return None

@@ -20,7 +20,7 @@ from sentence_transformers.util import get_rank
 from secateur.data.sources import Source, read_sources
 from secateur.data.vectors import fingerprint_model
 from secateur.errors import ConfigError, OutputError
-from secateur.files import empty_folder, lock, output_errors, partial_folder, rename_into_place
+from secateur.files import DONE, empty_folder, lock, output_errors, partial_folder, rename_into_place
 from secateur.healing.losses import Loss, check_dims, set_dropout
 from secateur.healing.processes import barrier, init_processes, is_sharded
 from secateur.healing.recipes import ADAPTERS, TrainingConfig, decide, training_config
@@ -42,7 +42,7 @@ from secateur.options import HealOptions
 from secateur.options.base import step
 from secateur.profiling.depths import check_depths
 from secateur.progress import Progress, silent
-from secateur.provenance import DONE, Made, provenance, read_record
+from secateur.provenance import Made, provenance, read_record
 from secateur.pruning.adapters import merge_adapters
 from secateur.pruning.prune import origin_of
 from secateur.results import Origin, Training

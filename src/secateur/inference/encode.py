@@ -24,14 +24,14 @@ from secateur.data.rows import read_column
 from secateur.data.sources import instruction_prompt
 from secateur.data.vectors import fingerprint_model, npy_bytes
 from secateur.errors import ConfigError, DataError, OutputError
-from secateur.files import lock, output_errors, write_bytes
+from secateur.files import DONE, lock, output_errors, write_bytes
 from secateur.inference.backends import choose
 from secateur.inference.encoders import AUTO, TORCH, ModelEncoder, Opening
 from secateur.inference.vector_files import check_suffix, description_file, read_description, write_vectors
 from secateur.inference.workers import Pieces, Read, Run, in_processes, on_ray
 from secateur.options import EncodeOptions, step
 from secateur.progress import Progress, silent
-from secateur.provenance import DONE, Made, fingerprint_files, read_record
+from secateur.provenance import Made, fingerprint_files, read_record
 from secateur.runtime.core import Encoder, OnBatch, Vectors
 from secateur.runtime.encoder import quantize
 

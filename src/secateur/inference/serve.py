@@ -40,7 +40,11 @@ KEEP_ALIVE_SECONDS = 75
 
 
 def read_keys(file: str | Path | None) -> list[bytes]:
-    """API keys from the environment variable ``SECATEUR_API_KEYS`` and from a file, one a line."""
+    """API keys from the environment variable ``SECATEUR_API_KEYS`` and from a file, one a line.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no key; or a key is malformed. No key is in the message.
+    """
     keys = os.environ.get(API_KEYS, "").split(",")
     if any(len(key.split()) > 1 for key in keys):
         raise ConfigError(API_KEYS, None, "has blanks or line ends within a key", "keys are separated by commas")

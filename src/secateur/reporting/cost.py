@@ -224,7 +224,11 @@ def texts_of(kind: str, number: int) -> list[str]:
 
 
 def bytes_on_disk(model: str | Path) -> int:
-    """Bytes of :func:`.all_files` of a model, or what the Hub's cache holds."""
+    """Bytes of :func:`.all_files` of a model, or of what the Hub's cache holds of it.
+
+    Raises:
+        ModelError: The files are not found.
+    """
     path = Path(resolve(model))
     if not path.exists():
         try:
@@ -244,6 +248,9 @@ def measure_alone(model: str | Path, device: str, batch: int) -> dict[str, float
 
     The peak is that of the process, of which the libraries take several hundred megabytes; on a GPU it is that of the
     device's memory.
+
+    Raises:
+        ModelError: The process failed.
     """
     command = fresh_python(_ALONE, str(model), device, str(batch))
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this module

@@ -143,8 +143,9 @@ class Encoder(ABC):
         for some in slices(texts, longest):
             for text, found in zip(some, self._read_start(some, prompt, longest, truncate), strict=True):
                 if len(found) > self.max_length:
-                    least, hint = "at least " * (len(text) > longest), f"the model reads at most {self.max_length}"
-                    raise TextRefused(len(tokens), f"{least}{len(found)} tokens are too many", hint)
+                    count = f"at least {len(found)}" if len(text) > longest else str(len(found))
+                    hint = f"the model reads at most {self.max_length}"
+                    raise TextRefused(len(tokens), f"{count} tokens are too many", hint)
                 if limit is not None and len(found) <= found.prompt_length:
                     raise TextRefused(len(tokens), "the text has no tokens")
                 tokens.append(found)
