@@ -249,7 +249,7 @@ def against_first(opened: dict[str, tuple[Any, dict[str, Any]]], way: str, args:
 
 def flops_of(own: Any, texts: Sequence[str]) -> float:
     tokens = [len(ids) for ids in own.tokenizer(texts, truncation=True, max_length=own.max_seq_length)["input_ids"]]
-    each, _ = flops_per_token(own, round(statistics.mean(tokens)))
+    (each,), _ = flops_per_token(own, round(statistics.mean(tokens)))
     return float(each * sum(tokens))
 
 

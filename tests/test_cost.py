@@ -33,7 +33,7 @@ def test_operations_per_token_of_a_llama_are_the_closed_form(make_encoder: MakeE
     c = model[0].auto_model.config
     heads = c.hidden_size * (2 + 2 * c.num_key_value_heads / c.num_attention_heads)
     for length in (16, 64):
-        flops, tokens = flops_per_token(model, length)
+        (flops,), tokens = flops_per_token(model, length)
         block = 2 * c.hidden_size * (heads + 3 * c.intermediate_size) + 4 * length * c.hidden_size
         assert tokens == length
         assert flops == 2 * block

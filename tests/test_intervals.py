@@ -25,7 +25,6 @@ from secateur.measures.intervals import (
     interval,
     limits_of,
     looks,
-    mean_of,
     mean_statistic,
     observed,
     resample,
@@ -153,7 +152,6 @@ def test_draws_are_reproducible_and_centred():
     assert not np.array_equal(draws, resample(statistic, 30, seed=6))
     assert draws.mean() == pytest.approx(observed(statistic, 30)) == 14.5
     assert draws.std() == pytest.approx(np.arange(30.0).std(ddof=1) / np.sqrt(30), rel=0.12)
-    assert mean_of([draws, draws - 2]).mean() == pytest.approx(13.5)
 
 
 def test_counts_are_of_units_drawn_with_replacement():

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from architectures import batch, model_of, padding_id, states
 from conftest import MakeEncoder, tiny_transformer
 from secateur.choosing.budgets import cut_cost
-from secateur.measures.costs import flops_by_layer, flops_per_token, layer_sizes, measure_layers
+from secateur.measures.costs import flops_per_token, layer_sizes, measure_layers
 from secateur.models.blocks import blocks_of
 from secateur.models.cutting import cut, legal_depths
 from secateur.models.open_model import open_model
@@ -76,7 +76,7 @@ def test_costs_of_a_set_of_blocks_are_those_of_the_cut_encoder(make_encoder: Mak
         cut(small[0].auto_model, blocks)
         found = cut_cost(SimpleNamespace(layer_costs=parts, depth=6), blocks)
         assert found.parameters == sum(p.numel() for p in small.parameters())
-        assert found.flops_per_token == pytest.approx(flops_per_token(small, 128)[0])
+        assert found.flops_per_token == pytest.approx(flops_per_token(small, 128)[0][0])
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deberta", "mamba"])
@@ -84,7 +84,7 @@ def test_operations_of_layers_add_up_to_those_of_the_model(name: str):
     """Experts that torch's counter does not know by itself, tables handed from module to module, a scan."""
     model = Wrapped(model_of(name))
     config = model.auto_model.config
-    outside, *layers = flops_by_layer(model, 12, blocks_of(model.auto_model))[0]
+    outside, *layers = flops_per_token(model, 12, blocks_of(model.auto_model))[0]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as dense:
         model.requires_grad_(False)(model.preprocess([]))
     experts = 0

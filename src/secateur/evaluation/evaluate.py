@@ -340,7 +340,7 @@ def _with_interval(
         found.append(intervals.resample(part.statistic, part.units, seed))
         if why := intervals.why_no_interval(found[-1], part.units):
             raise ValueError(why)
-    replicates = intervals.mean_of(found)
+    replicates = np.mean(found, axis=0)
     units = sum(part.units for part in parts)
     low, high = intervals.interval(replicates, intervals.limits_of(row.metric), units)
     identity = [row.model, row.task, row.sample, row.seed, *row.prompts, row.data, row.weights, row.versions]

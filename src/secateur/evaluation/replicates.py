@@ -33,7 +33,7 @@ from scipy.stats import entropy, pearsonr, spearmanr
 
 from secateur.errors import DataError
 from secateur.evaluation.tasks import splits_of
-from secateur.measures.intervals import Array, Statistic, interval, limits_of, mean_of, mean_statistic
+from secateur.measures.intervals import Array, Statistic, interval, limits_of, mean_statistic
 from secateur.results import DifferenceRow, ScoreRow
 
 _SIMILARITIES = {
@@ -103,7 +103,7 @@ def score_differences(
         differences += by_task
         if len(by_task) > 1:
             mean, base = np.mean([(row.score, row.reference_score) for row in by_task], axis=0).tolist()
-            low, high = interval(mean_of(paired)) if len(paired) == len(by_task) else (None, None)
+            low, high = interval(np.mean(paired, axis=0)) if len(paired) == len(by_task) else (None, None)
             scores, count = (mean, base, mean - base), len(by_task)
             differences.append(DifferenceRow(model, reference, "", "mean", *scores, low, high, "tasks", count))
     return tuple(differences)

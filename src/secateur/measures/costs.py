@@ -73,13 +73,9 @@ def _size(tensors: Collection[Tensor]) -> Size:
     return parameters, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def flops_per_token(model: SentenceTransformer, length: int) -> tuple[float, int]:
-    """Floating-point operations for each token of one text (:func:`flops_by_layer`), and the tokens that it had."""
-    (whole,), width = flops_by_layer(model, length, ())
-    return whole, width
-
-
-def flops_by_layer(model: SentenceTransformer, length: int, layers: Iterable[nn.Module]) -> tuple[list[float], int]:
+def flops_per_token(
+    model: SentenceTransformer, length: int, layers: Iterable[nn.Module] = ()
+) -> tuple[list[float], int]:
     """Count the floating-point operations of a forward pass, by torch's own counter: matrix products, 2 for each
     multiply-add (attention over all pairs of tokens, whatever a mask discards), no element-wise work and no look-ups.
 
@@ -116,7 +112,7 @@ def _grouped_flops(first: Sequence[int], *_: Any, out_shape: Sequence[int], **__
 
 def measure_layers(model: SentenceTransformer, sizes: Sequence[Size]) -> tuple[LayerCost, ...]:
     """Count operations and measure times: of all that is outside the layers (tokenizer included), then of each."""
-    flops, _ = flops_by_layer(model, FLOPS_TOKENS, blocks_of(model[0].auto_model))
+    flops, _ = flops_per_token(model, FLOPS_TOKENS, blocks_of(model[0].auto_model))
     latency, seconds = _median_seconds(model, 1, SINGLES), _median_seconds(model, BATCH, BATCHES)
     columns = zip(sizes, flops, latency, seconds, strict=True)
     return tuple(LayerCost(part, *size, *rest) for part, (size, *rest) in enumerate(columns))

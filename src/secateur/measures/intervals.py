@@ -69,12 +69,6 @@ def resample(statistic: Statistic, units: int, seed: int, replicates: int = REPL
     expanded percentiles); by 1 + 1 / n, found by simulation (``tests/test_intervals.py``), because few units hide that
     their values are skewed; and by sqrt(1 + (bias / standard deviation)²), because a bias that was left out is no less
     uncertain. A replicate on which the number is undefined (all its labels alike) is NaN.
-
-    Args:
-        statistic: What is computed.
-        units: How many units there are.
-        seed: Decides which units are drawn.
-        replicates: How often.
     """
     values = np.concatenate([statistic(counts) for counts in resampled_counts(units, seed, replicates)])
     measured = statistic(np.ones((1, units)))[0]
@@ -105,30 +99,21 @@ def interval(
     Where no two replicates differ (no error in n answers), it is that of Clopper and Pearson for so many ``units``, of
     which a share of 1 - 0.025^(1/n) may be at the other end; (None, None) without ``units``.
     """
-    if not _is_constant(replicates):
-        ends = np.nanquantile(replicates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    elif units is None or np.isnan(replicates).all():
+    known = replicates[~np.isnan(replicates)]
+    if known.size and np.ptp(known) > ROUNDING:
+        ends = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    elif units is None or not known.size:
         return None, None
     else:
         share = 1 - ((1 - CONFIDENCE) / 2) ** (1 / units)
-        ends = np.nanmean(replicates) * (1 - share) + share * np.array(limits)
+        ends = known.mean() * (1 - share) + share * np.array(limits)
     low, high = np.clip(ends, *limits)
     return float(low), float(high)
-
-
-def _is_constant(replicates: Array) -> bool:
-    known = replicates[~np.isnan(replicates)]
-    return known.size == 0 or bool(np.ptp(known) <= ROUNDING)
 
 
 def limits_of(metric: str) -> tuple[float, float]:
     """What a score can be: a correlation from -1, anything else from 0, to 1."""
     return (-1.0 if "pearson" in metric or "spearman" in metric else 0.0), 1.0
-
-
-def mean_of(replicates: Sequence[Array]) -> Array:
-    """Replicates of the mean of several scores, drawn independently of each other."""
-    return np.mean(replicates, axis=0)
 
 
 def looks(batches: int) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from secateur.clusters import fresh_python
 from secateur.data.embedders import BlackBox, open_embedder
 from secateur.errors import ConfigError, ModelError
 from secateur.files import make_folder
-from secateur.measures.costs import flops_per_token, size_of
+from secateur.measures.costs import FLOPS_TOKENS, flops_per_token, size_of
 from secateur.models import is_endpoint, model_names, resolve
 from secateur.models.blocks import depth_of, skeleton
 from secateur.models.forward import wait
@@ -47,7 +47,6 @@ from secateur.results import CostRow, Costs
 SHORT = "Return element {n} of the sequence, or raise an error where there is none."
 LONG = " ".join([SHORT] * 16)
 """A short text has some 20 tokens, a long one some 300."""
-FLOPS_TOKENS = 128
 ROOM = 0.5
 """Share of the free memory that models may hold from round to round; the rest is for the one at work."""
 LEAST_SECONDS = 0.3
@@ -209,13 +208,14 @@ def sizes_of(model: SentenceTransformer, source: str | Path) -> dict[str, Any]:
         return {"depth": 0, "parameters": size_of(model)[0], "embedding_parameters": size_of(model)[0]}
     if isinstance(model[0], BlackBox):
         transformer = whole = skeleton(AutoConfig.from_pretrained(source))
-        flops = {}
+        counted = {}
     else:
         whole, transformer = model, model[0].auto_model
-        flops = dict(zip(("flops_per_token", "flops_tokens"), flops_per_token(model, FLOPS_TOKENS), strict=True))
+        (flops,), tokens = flops_per_token(model, FLOPS_TOKENS)
+        counted = {"flops_per_token": flops, "flops_tokens": tokens}
     embeddings, _ = size_of(transformer.get_input_embeddings())
     sizes = {"depth": depth_of(transformer), "parameters": size_of(whole)[0], "embedding_parameters": embeddings}
-    return sizes | flops
+    return sizes | counted
 
 
 def texts_of(kind: str, number: int) -> list[str]:

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import t
 
 from secateur.evaluation.replicates import is_paired, read_replicates
-from secateur.measures.intervals import CONFIDENCE, Array, interval, limits_of, mean_of
+from secateur.measures.intervals import CONFIDENCE, Array, interval, limits_of
 from secateur.reporting.run import Run, Variant
 from secateur.results import CostRow
 
@@ -94,7 +94,7 @@ class RunGroup:
             rows = [variant.scores[task] for variant in self.variants]
             if all(row.draws and is_paired(row, rows[0]) for row in rows):
                 read = [read_replicates(v.results[task], row) for v, row in zip(self.variants, rows, strict=True)]
-                found[task] = mean_of([replicates for replicates in read if replicates is not None])
+                found[task] = np.mean([replicates for replicates in read if replicates is not None], axis=0)
         return found
 
     @cached_property
@@ -264,7 +264,7 @@ def _estimate(sides: Sequence[RunGroup], tasks: Sequence[str]) -> Estimate:
     least, most = np.mean([limits_of(own[0].metric) for own in rows], axis=0)
     limits = (least - most, most - least) if len(sides) > 1 else (least, most)
     if all(name in side.draws for side in sides for name in tasks):
-        own, *other = [mean_of([side.draws[name] for name in tasks]) for side in sides]
+        own, *other = [np.mean([side.draws[name] for name in tasks], axis=0) for side in sides]
         low, high = interval(own - sum(other), limits, None if other else min(row.units for (row, *_) in rows))
     if low is None or high is None:
         return Estimate(value, seed_error=error)
