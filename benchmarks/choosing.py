@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from secateur.choosing.choose import Candidate, candidates, is_prefix, ranges
+from secateur.choosing.choose import Candidate, candidates, ranges
+from secateur.choosing.selectors import is_prefix
 from secateur.files import write_text
 from secateur.models import model_label
 from secateur.models.cutting import cut

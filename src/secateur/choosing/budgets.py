@@ -8,17 +8,18 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.choosing.selectors import Choice, by_rule, layers_of, losses_of, lowest_in_each_half, prefix
+from secateur.choosing.selectors import Choice, by_rule, is_prefix, layers_of, losses_of, lowest_in_each_half, prefix
 from secateur.document import plural, signed, span
 from secateur.errors import ConfigError, DataError, ModelError, UnsupportedArchitecture
 from secateur.measures.intervals import Array
-from secateur.options import Budget, ChooseOptions
+from secateur.options import Budget, ChooseOptions, PruneOptions, command_options, command_words
 from secateur.progress import Progress
 from secateur.results import Profile, RungRow, Scout, VocabularyRow
 
@@ -154,17 +155,11 @@ def smallest_within(rungs: Sequence[RungRow], tolerance: float) -> RungRow:
     def passes(row: RungRow) -> bool:
         return row.difference_low is not None and row.difference_low >= -tolerance / 100
 
-    last, below = rungs[-1], 0
-    for row in reversed([row for row in rungs[:-1] if row.trained]):
-        if not passes(row):
-            below = row.depth
-            break
-        last = row
-    for row in reversed([row for row in rungs if not row.trained and below < row.depth < last.depth]):
-        if not passes(row):
-            break
-        last = row
-    return last
+    trained = [row for row in reversed(rungs[:-1]) if row.trained]
+    passed = [rungs[-1], *takewhile(passes, trained)]
+    ended_at = next((row.depth for row in trained if not passes(row)), 0)
+    others = [row for row in reversed(rungs) if not row.trained and ended_at < row.depth < passed[-1].depth]
+    return [*passed, *takewhile(passes, others)][-1]
 
 
 def within(options: ChooseOptions, table: Profile, costs: Profile | None = None) -> Choice:
@@ -333,11 +328,9 @@ def vocabulary_costs(
     limited = _limits_size(options) and options.vocab_size is None
     fit = f", the largest of these sizes with which {plural(len(blocks), 'layer')} fit" if limited else ""
     reason = f"{size:,} of {whole:,} tokens stay{fit}."
-    to = str(len(blocks)) if blocks == prefix(len(blocks)) else f"uniform:{len(blocks)}"
-    words, out = ["secateur", "prune", counted.model, "--to", to], f"{table.model}-{len(blocks)}"
+    to = str(len(blocks)) if is_prefix(blocks) else f"uniform:{len(blocks)}"
+    cut: dict[str, Any] = {"model": counted.model, "to": to, "out": f"{table.model}-{len(blocks)}"}
     if size < whole:
-        columns = ",".join(f"{role}={column}" for role, column in (options.columns or {}).items())
-        words += ["--vocab", *map(str, options.vocab), "--vocab-size", str(size)]
-        words, out = [*words, *(["--columns", columns] if columns else [])], f"{out}-{size}"
-    command = shlex.join([*words, "-o", out])
+        cut |= {"vocab": options.vocab, "vocab_size": size, "columns": options.columns, "out": f"{cut['out']}-{size}"}
+    command = shlex.join(command_words("prune", command_options(PruneOptions, cut)))
     return VocabularyCosts(size, len(blocks), reason, command, tuple(rows.values()))

@@ -24,7 +24,7 @@ from secateur.choosing.budgets import (
     vocabulary_costs,
     with_size,
 )
-from secateur.choosing.selectors import SEED, SELECTORS, SHORT, Choice, Question, prefix
+from secateur.choosing.selectors import SEED, SELECTORS, SHORT, Choice, Question, is_prefix, prefix
 from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.files import read_json
 from secateur.options import Budget, ChooseOptions, make, step
@@ -303,11 +303,6 @@ def candidates(options: ChooseOptions, *, progress: Progress = silent) -> Candid
         loss = {key: getattr(row, key) for key in ("loss", "loss_low", "loss_high")} if row else {}
         rows.append(Candidate(name=name, **vars(choice), **loss, **vars(cut_cost(table, choice.blocks))))
     return Candidates(table.model, table.depth, tuple(rows), refused, vocabulary)
-
-
-def is_prefix(blocks: Sequence[int]) -> bool:
-    """Whether they are the first layers."""
-    return tuple(blocks) == prefix(len(blocks))
 
 
 def ranges(blocks: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ in which it chooses the same is the selection probability.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -188,6 +188,11 @@ SHORT = {"small": "l3prune-small", "large": "l3prune-large"}
 def prefix(depth: int) -> tuple[int, ...]:
     """The first layers."""
     return tuple(range(depth))
+
+
+def is_prefix(blocks: Sequence[int]) -> bool:
+    """Whether they are the first layers."""
+    return tuple(blocks) == prefix(len(blocks))
 
 
 def layers_of(which: str, count: int, depth: int) -> tuple[int, ...]:

@@ -86,7 +86,8 @@ def show_scout(scout: Scout) -> None:
 
 
 def show_candidates(found: Candidates | Rungs) -> None:
-    from secateur.choosing.choose import Candidates, is_prefix, ranges
+    from secateur.choosing.choose import Candidates, ranges
+    from secateur.choosing.selectors import is_prefix
 
     if not isinstance(found, Candidates):
         _show_rungs(found)
@@ -127,9 +128,9 @@ def _show_rungs(found: Rungs) -> None:
         "speed": lambda row: doc.NONE if row.speed is None else f"{row.speed:.1f}×",
         "": lambda row: "chosen" if row.depth == found.chosen else "" if row.fits else "over budget",
     }
-    from secateur.reporting.run import judge_of
+    from secateur.reporting.run import judge_in_words
 
-    title = f"{found.model}: scores × 100 on {judge_of(found.judge, found.tasks)}, with 95 % intervals"
+    title = f"{found.model}: scores × 100 on {judge_in_words(found.judge, found.tasks)}, with 95 % intervals"
     _show(Table.of(title, found.rows, columns).filled())
     if not all(row.trained for row in found.rows):
         typer.echo("* scored without having been trained itself")

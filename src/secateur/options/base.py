@@ -120,6 +120,28 @@ def default_of(options: type[Options], name: str) -> Any:
     return None if default is PydanticUndefined else default
 
 
+def command_options(command: type[O], values: Mapping[str, Any]) -> O:
+    """A command's options, those at their defaults not set."""
+    own = {k: v for k, v in values.items() if k not in command.model_fields or v != default_of(command, k)}
+    return make(command, own)
+
+
+def command_words(command: str, options: Options) -> tuple[str, ...]:
+    """A command with the options that are set, word by word as it is typed; ``-o`` comes last."""
+    kind = type(options)
+    given = {name: getattr(options, name) for name in kind.model_fields if name in options.given()}
+    out = str(given.pop("out"))
+    words = ["secateur", command]
+    for name in sorted(given, key=lambda name: not extra(kind, name, "positional")):
+        flag, value = name.replace("_", "-"), given[name]
+        if isinstance(value, Mapping):
+            value = ",".join(f"{key}={item}" for key, item in value.items())
+        if not extra(kind, name, "argument"):
+            words.append(f"--no-{flag}" if value is False else f"--{flag}")
+        words += [] if isinstance(value, bool) else map(str, value if isinstance(value, list) else [value])
+    return (*words, "-o", out)
+
+
 def step(options: type[O]) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Give a function that takes ``options`` the arguments that these are made of.
 

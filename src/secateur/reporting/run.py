@@ -50,7 +50,7 @@ _NAME = re.compile(
 )
 
 
-def judge_of(kind: str, tasks: int) -> str:
+def judge_in_words(kind: str, tasks: int) -> str:
     """What scores are of, in words."""
     return JUDGES.get(kind) or ("your task" if tasks == 1 else f"your {tasks} tasks")
 
@@ -70,7 +70,7 @@ class Scouted:
     @property
     def judge(self) -> str:
         """What its scores are of, in words."""
-        return judge_of(self.table.judge, len({row.task for row in self.table.task_scores}))
+        return judge_in_words(self.table.judge, len({row.task for row in self.table.task_scores}))
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,6 @@ def read_run(run: str | Path) -> Run:
     for name in dict.fromkeys([*models, *scored, *cost]):
         measured = {"cost": cost.get(name), "scores": scored.get(name, {}), "results": places.get(name, {})}
         variants.append(_variant(name, models.get(name), profiles, scouts, name in baselines, **measured))
-    last = {entry["step"]: entry for entry in read_journal(folder)}
     return Run(
         folder=folder,
         study=text,
@@ -229,7 +228,7 @@ def read_run(run: str | Path) -> Run:
         variants=tuple(sorted(variants, key=_order)),
         scores=tuple(scores.values()),
         costs=costs,
-        failed=_failed_steps(folder, last),
+        failed=_failed_steps(folder),
     )
 
 
@@ -311,11 +310,12 @@ def _read_choice(folder: Path, table: Profile | Scout) -> dict[str, int]:
 # The journal ----------------------------------------------------------------------------------------------------------
 
 
-def _failed_steps(run: Path, last: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Step → its error, of those whose ``last`` entry is a failure and that are still part of the study.
+def _failed_steps(run: Path) -> dict[str, str]:
+    """Step → its error, of those that failed the last time and are still part of the study.
 
     What is planned changes with a scout's choice, or the options.
     """
+    last = {entry["step"]: entry for entry in read_journal(run)}
     failed = {name: str(entry["error"]) for name, entry in last.items() if entry["outcome"] == "failed"}
     if not (failed and (run / PLAN).is_file()):
         return failed

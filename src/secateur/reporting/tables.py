@@ -11,7 +11,8 @@ import yaml
 
 from secateur import document as doc
 from secateur.choosing.budgets import cut_cost, layers_at
-from secateur.choosing.choose import is_prefix, ranges
+from secateur.choosing.choose import ranges
+from secateur.choosing.selectors import is_prefix
 from secateur.document import Cell, Table, with_interval
 from secateur.reporting.findings import MARGIN, Estimate, GroupComparison, RunGroup, Summary
 from secateur.reporting.run import Scouted

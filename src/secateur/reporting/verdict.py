@@ -10,13 +10,14 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from secateur.choosing.budgets import choose_rung, cost_limits
 from secateur.document import SPACE, byte_size, count, duration, percent, plural, score, shorten, signed, span, speed
 from secateur.errors import SecateurError
 from secateur.reporting.findings import MARGIN, GroupComparison, Summary, compare_groups
-from secateur.reporting.run import POLISHED, SCOUTED, Run, Scouted, judge_of
+from secateur.reporting.run import POLISHED, SCOUTED, Run, Scouted, judge_in_words
 from secateur.results import CostRow, VocabularyCut
 
 MOST_NAMED = 3
@@ -125,12 +126,9 @@ def smallest_as_good(comparisons: Sequence[GroupComparison], margin: float = MAR
     the search, whatever is said of smaller ones. In this fixed order each test has the level of a single one, and the
     whole search errs no more often than one interval does on that side: once in forty.
     """
-    found = None
-    for item in sorted(comparisons, key=_depth, reverse=True):
-        if not item.is_as_good(margin):
-            break
-        found = item
-    return found
+    largest_first = sorted(comparisons, key=_depth, reverse=True)
+    passed = list(takewhile(lambda item: item.is_as_good(margin), largest_first))
+    return passed[-1] if passed else None
 
 
 def _by_series(cuts: Sequence[GroupComparison]) -> list[list[GroupComparison]]:
@@ -258,7 +256,7 @@ def _what_is_compared(item: GroupComparison) -> str:
     """What the points are a difference to, and what their interval covers."""
     own, full = item.group.first, item.reference.first
     scout = own.scout or full.scout
-    judge = judge_of(scout.table.judge if scout else "", len(item.tasks))
+    judge = judge_in_words(scout.table.judge if scout else "", len(item.tasks))
     said = f"Points, speed and size are relative to {shorten(item.reference.name)}, the full model, on {judge}"
     if item.difference.low is not None:
         seeds = "not over" if item.difference.seed_error is None else "and over"

@@ -22,22 +22,19 @@ from secateur.choosing.selectors import layers_of
 from secateur.errors import ConfigError, SecateurError
 from secateur.healing.recipes import TrainingConfig
 from secateur.models import is_endpoint, model_label
-from secateur.options import Budget, CostOptions, HealOptions, HealSettings, StudyOptions, default_of
+from secateur.options import (
+    Budget,
+    CostOptions,
+    HealOptions,
+    HealSettings,
+    StudyOptions,
+    command_options,
+    default_of,
+)
 from secateur.reporting.run import BASELINE, POLISHED, SCOUTED, TRIMMED, UNTRAINED
 from secateur.results import Costs, Profile, Scout
 from secateur.scouting.scout import ladder, step_cost
-from secateur.studies.steps import (
-    COMMANDS,
-    LAST,
-    MODELS,
-    Base,
-    Blocks,
-    Plan,
-    Step,
-    command_options,
-    cuts_of,
-    layers_option,
-)
+from secateur.studies.steps import COMMANDS, LAST, MODELS, Base, Blocks, Plan, Step, cuts_of, layers_option
 
 SCOUTS = "scouts"
 NO_TRAINING = "none"

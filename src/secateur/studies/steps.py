@@ -1,9 +1,6 @@
 """What a study is made of, as plain data: models to begin with, and steps, each of which is one command.
 
-Folders are named ``<model>-<depth>-<state>``. The state is ``zero-shot`` for a model as it came, ``trimmed`` for one
-that only had its vocabulary cut, ``scout`` after the training of several depths, ``polished`` after the one that
-follows it, or a recipe's name; after the selector where the layers are not the first ones, and before the seed where
-there are several: ``smollm2-7-uniform-healed-seed2``.
+How folders are named is told in :mod:`.reporting.run`, which reads them.
 """
 
 from __future__ import annotations
@@ -13,17 +10,17 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 from pydantic import Field
 
 from secateur import options as config
-from secateur.choosing.choose import blocks_to_keep, is_prefix, needs_profile
+from secateur.choosing.choose import blocks_to_keep, needs_profile
+from secateur.choosing.selectors import is_prefix
 from secateur.errors import ConfigError, SecateurError
-from secateur.options import Options, default_of, extra, make
+from secateur.options import Options, command_words
 from secateur.results import Profile, Scores
 
-O = TypeVar("O", bound=Options)  # noqa: E741 - the letter that reads as Options
 Blocks = tuple[int, ...]
 """Indices of layers."""
 
@@ -83,19 +80,8 @@ class Step:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The words of the same work on the command line; ``-o`` comes last."""
-        kind = type(self.options)
-        given = {name: getattr(self.options, name) for name in kind.model_fields if name in self.options.given()}
-        out = str(given.pop("out"))
-        words = ["secateur", self.kind]
-        for name in sorted(given, key=lambda name: not extra(kind, name, "positional")):
-            flag, value = name.replace("_", "-"), given[name]
-            if isinstance(value, Mapping):
-                value = ",".join(f"{key}={item}" for key, item in value.items())
-            if not extra(kind, name, "argument"):
-                words.append(f"--no-{flag}" if value is False else f"--{flag}")
-            words += [] if isinstance(value, bool) else map(str, value if isinstance(value, list) else [value])
-        return (*words, "-o", out)
+        """The words of the same work on the command line."""
+        return command_words(self.kind, self.options)
 
     @property
     def command_line(self) -> str:
@@ -127,12 +113,6 @@ class Plan:
             if lost.intersection(step.depends_on):
                 lost.add(step.name)
         return lost - set(failed)
-
-
-def command_options(command: type[O], values: Mapping[str, Any]) -> O:
-    """A command's options, those at their defaults not set."""
-    own = {k: v for k, v in values.items() if k not in command.model_fields or v != default_of(command, k)}
-    return make(command, own)
 
 
 def cuts_of(specs: Sequence[str], depth: int, profile: Profile | None) -> Iterator[tuple[str, Blocks | None, str]]:
