@@ -125,13 +125,12 @@ def frontier(points: Sequence[Point], cost: str) -> Figure:
     """
     figure, axes = _one_panel(3.7)
     for name in dict.fromkeys(point.series for point in points):
-        own = sorted((point.cost, 100 * point.score) for point in points if point.series == name)
-        axes.plot(*zip(*own, strict=True), linewidth=0.8, alpha=0.5, color=INK)
+        line = sorted((point.cost, 100 * point.score) for point in points if point.series == name)
+        axes.plot(*zip(*line, strict=True), linewidth=0.8, alpha=0.5, color=INK)
     for kind, (name, style) in KINDS.items():
-        if any(point.kind == kind for point in points):
-            fields = ("cost", "score", "low", "high", "cost_low", "cost_high")
-            x, y, *ends = _columns([point for point in points if point.kind == kind], *fields)
-            y, low, high, left, right = 100 * y, 100 * ends[0], 100 * ends[1], *ends[2:]
+        if own := [point for point in points if point.kind == kind]:
+            x, left, right = _columns(own, "cost", "cost_low", "cost_high")
+            y, low, high = 100 * _columns(own, "score", "low", "high")
             axes.plot(x, y, linestyle="none", label=name, clip_on=False, **style)
             scored, ranged = np.isfinite(low), np.isfinite(left)
             axes.vlines(x[scored], low[scored], high[scored], style["color"], linewidth=0.9)

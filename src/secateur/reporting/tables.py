@@ -117,15 +117,14 @@ def model_table(summary: Summary) -> Table:
     def of_cost(show: Callable[[CostRow], str | Cell]) -> Callable[[RunGroup], str | Cell]:
         return lambda group: show(group.cost) if group.cost else doc.NONE
 
-    def name(group: RunGroup) -> Cell:
-        """With its folder, as seen from the run's."""
+    def linked(group: RunGroup) -> Cell:
+        """Its name, which leads to its folder, as seen from the run's."""
         folder = group.first.folder
-        return replace(
-            _name(group), link=quote(folder.relative_to(summary.run.folder).as_posix()) + "/" if folder else ""
-        )
+        link = quote(folder.relative_to(summary.run.folder).as_posix()) + "/" if folder else ""
+        return replace(_name(group), link=link)
 
     columns: dict[str, Callable[[RunGroup], str | Cell]] = {
-        "Model": name,
+        "Model": linked,
         "Layers": _layers,
         "Tokens": lambda group: kept_tokens(group.first.vocabulary),
         **{name: of_cost(show) for name, show in SIZES.items()},
