@@ -556,7 +556,7 @@ def test_a_full_disk_is_one_line(command: tuple[str, ...], kilobytes: int, place
 def test_a_sign_that_the_code_page_lacks_is_replaced(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     depths = tuple(DepthRow(k, 3.0 - k, 0.1, 0.2, 5.0) for k in (1, 2, 3, 4))
     parts = tuple(LayerCost(part, 10, 40, 5.0, 0.001, 0.002) for part in range(5))
-    made = provenance((), 42, "secateur profile")
+    made = provenance((), 42)
     Profile(made, "模型", 4, "mean", 20.0, "float32", 8, 6, 64, "", depths, layer_costs=parts).save(tmp_path)
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=page, write_through=True) for _ in range(2))
     for name, value in (("stdout", out), ("stderr", err), ("argv", ["secateur", "choose", str(tmp_path)])):

@@ -35,7 +35,7 @@ def options(**given: object) -> StudyOptions:
 
 def profile_of(base: str, losses: list[float | None]) -> Profile:
     rows = tuple(DepthRow(i + 1, loss, 0.0, 0.1, 1.0) for i, loss in enumerate(losses))
-    return Profile(provenance(command="x"), base, len(losses), "mean", 20.0, "float32", 8, 1, 32, "", rows)
+    return Profile(provenance(), base, len(losses), "mean", 20.0, "float32", 8, 1, 32, "", rows)
 
 
 def names(plan: Plan) -> list[str]:
@@ -224,7 +224,7 @@ def scout_of(lows: dict[int, float], depth: int = 4, judge: str = "tasks", task:
     rungs.append(RungRow(depth, True, 0.5, 0.4, 0.6, 0.0))
     scores = tuple(DepthScoreRow(task, "Retrieval", "ndcg_at_10", rung.depth, 0.5) for rung in rungs)
     costs = tuple(LayerCost(layer, 100, 400, 1.0, 1e-3, 1e-3) for layer in range(depth + 1))
-    return Scout(provenance(command="x"), "tiny", depth, judge, tuple(rungs), scores, costs)
+    return Scout(provenance(), "tiny", depth, judge, tuple(rungs), scores, costs)
 
 
 def lines_of(plan: Plan) -> dict[str, str]:

@@ -62,10 +62,10 @@ class Provenance:
     hardware: Mapping[str, Any]
 
 
-def provenance(data: Sequence[Fingerprint] = (), seed: int | None = None, command: str | None = None) -> Provenance:
-    """Describe this process. ``command`` defaults to the command line that started it."""
+def provenance(data: Sequence[Fingerprint] = (), seed: int | None = None) -> Provenance:
+    """Describe this process, and the command that it does."""
     return Provenance(
-        command=command or command_line(),
+        command=command_line(),
         created=now(),
         seed=seed,
         versions={"python": platform.python_version()} | _installed(LIBRARIES),

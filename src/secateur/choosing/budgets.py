@@ -1,5 +1,6 @@
-"""Which depth to keep, and how many tokens, within limits of cost: by a scout's scores, by a rule that holds its level;
-or by a profile's losses. The vocabulary is cut before the depth (:func:`decide`).
+"""Which depth to keep, and how many tokens, within limits of cost: by a scout's scores, or by a profile's losses.
+
+The vocabulary is cut before the depth (:func:`decide`).
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def smallest_within(rungs: Sequence[RungRow], tolerance: float) -> RungRow:
     return [*passed, *takewhile(passes, others)][-1]
 
 
-def within(options: ChooseOptions, table: Profile, costs: Profile | None = None) -> Choice:
+def choose_depth(options: ChooseOptions, table: Profile, costs: Profile | None = None) -> Choice:
     """Choose a depth that the limits allow; ``costs`` is the same profile with those of a smaller vocabulary.
 
     With a limit of the loss the shallowest such depth. Without one, what L3Prune's rule would call ``large`` if the
@@ -221,10 +222,10 @@ def _difference(row: RungRow) -> str:
 
 def with_size(table: T, counted: CountedVocabulary, size: int) -> T:
     """The table of the same model with fewer tokens, as far as costs go."""
-    return table if size == len(counted.order) else without(table, counted.removed(size))
+    return table if size == len(counted.order) else without_parameters(table, counted.removed(size))
 
 
-def without(table: T, removed: tuple[int, int]) -> T:
+def without_parameters(table: T, removed: tuple[int, int]) -> T:
     """The table of a model without some parameters (:attr:`.VocabularyCut.removed`), as far as costs go."""
     if not any(removed) or not table.layer_costs:
         return table
@@ -277,7 +278,7 @@ def decide(
     does not fit with the smallest that is allowed, the depth is chosen among those that do. ``counted`` is None where
     only the depth is asked about.
     """
-    rule: Any = choose_rung if isinstance(table, Scout) else within
+    rule: Any = choose_rung if isinstance(table, Scout) else choose_depth
     if counted is None:
         return rule(options, table), None
     sizes = counted.allowed(options)

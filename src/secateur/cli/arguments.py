@@ -86,7 +86,10 @@ def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[...
             run(made, **own)
 
         fields = {name: _annotation(options, name) for name in options.model_fields}
-        parameters = [_keyword(name, own) for name, own in (fields | {"config": Annotated[str | None, CONFIG]}).items()]
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=own)
+            for name, own in (fields | {"config": Annotated[str | None, CONFIG]}).items()
+        ]
         parameters += extras
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -101,10 +104,6 @@ def command_of(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[...
 
 CONFIG = typer.Option("--config", help="YAML file with options; those given here win.")
 NUMBERS: dict[Any, str] = {int: "<int>", float: "<float>"}
-
-
-def _keyword(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _annotation(options: type[Options], name: str) -> Any:

@@ -55,7 +55,6 @@ ModelNames = Annotated[list[str] | None, BeforeValidator(listed), option(NAMES)]
 Cache = Annotated[Path | None, option("Folder that keeps vectors: no text is encoded twice by the same model.")]
 SEVERAL = BeforeValidator(lambda given: comma_separated(given) or [])
 Depths = Annotated[list[int], SEVERAL]
-Jobs = Annotated[int, option("Number of steps that run at the same time, each in a process of its own.", ge=1)]
 RAY = "Run the steps on a Ray cluster: its address, auto for this machine's, local for a new one; '' for none."
 Ray = Annotated[str | None, BeforeValidator(lambda given: given or None), option(RAY)]
 Specs = Annotated[list[str], SEVERAL, Names("layers")]
@@ -179,7 +178,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     pooling: Pooling = None
     sample: Sample = None
     cache: Path | None = option("Folder that keeps vectors [default: cache in the run folder].")
-    jobs: Jobs = 1
+    jobs: int = option("Number of steps that run at the same time, each in a process of its own.", 1, ge=1)
     ray: Ray = None
 
     @field_validator("recipes", mode="before")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.choosing.budgets import without
+from secateur.choosing.budgets import without_parameters
 from secateur.choosing.choose import CHOSEN, CHOSEN_FROM, losses_fingerprint
 from secateur.errors import DataError
 from secateur.files import read_json
@@ -282,7 +282,7 @@ def read_scout(folder: Path) -> Scout:
     trimmed = folder.parents[1] / "models" / f"{table.model.removesuffix(UNTRAINED)}{TRIMMED}"
     is_cut = table.model.endswith(UNTRAINED) and (trimmed / Origin.file).is_file()
     cut = load(trimmed, Origin).vocabulary if is_cut else None
-    return without(table, cut.removed) if cut else table
+    return without_parameters(table, cut.removed) if cut else table
 
 
 def _read_scouted(folder: Path) -> Scouted:

@@ -114,9 +114,7 @@ def load(path: str | Path, kind: type[T]) -> T:
         raise DataError(file, f"{first['input']!r:.60} is not valid", "make the file again", field=key) from None
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapter = cache(TypeAdapter)
 
 
 # Profiles and scouts --------------------------------------------------------------------------------------------------
