@@ -104,6 +104,11 @@ def test_the_tolerance_is_one_point_where_none_is_given():
     assert secateur.choose(scout([])) == {"chosen": DEPTH}
 
 
+def test_the_tolerance_is_five_points_of_similarity_where_a_teacher_judges_texts():
+    found = replace(scout(USUAL), judge="texts")
+    assert secateur.choose(found) == secateur.choose(found, tolerance=5.0) != secateur.choose(found, tolerance=1.0)
+
+
 def test_best_is_the_highest_score_and_of_equal_ones_the_smallest():
     assert secateur.choose(scout(USUAL), best=True) == {"chosen": 19}
     assert secateur.choose(scout(USUAL), best=True, max_params=cost(12, "parameters")) == {"chosen": 12}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sentence_transformers.util import cos_sim
 
 import secateur
 from architectures import config_of
@@ -235,7 +236,7 @@ def test_without_tasks_held_out_pairs_judge_and_are_never_trained_on(four_layers
     assert secateur.scout(four_layers, data, **given) == found
 
 
-def test_texts_are_judged_by_the_teachers_neighbours(four_layers: Path, tmp_path: Path, seen):
+def test_texts_are_judged_by_the_teachers_similarities(four_layers: Path, tmp_path: Path, seen):
     data = tmp_path / "texts.txt"
     data.write_text("".join(f"{row['query']}\n" for row in example_pairs(300)))
     given = {**SETTINGS, "depths": [2], "teacher": "self", "out": tmp_path / "out"}
@@ -251,12 +252,14 @@ def test_texts_are_judged_by_the_teachers_neighbours(four_layers: Path, tmp_path
     assert not set(queries.values()) & seen
     own = list(queries.values())
     vectors = open_model(four_layers).encode(own)
-    similar = vectors @ vectors.T / np.linalg.norm(vectors, axis=1) / np.linalg.norm(vectors, axis=1)[:, None]
+    cosines = cos_sim(vectors, vectors).double().numpy()
     for place, query in enumerate(queries):
         grades = {texts[r["corpus-id"]]: r["score"] for r in folder.tables["qrels"] if r["query-id"] == query}
-        order = [own[other] for other in np.argsort(-similar[place]) if other != place][:10]
-        assert sorted(grades, key=grades.get, reverse=True) == order
-        assert sorted(grades.values()) == list(range(1, 11))
+        others = np.delete(cosines[place], place)
+        above = 100 * (cosines[place] - others.mean()) / (1 - others.mean())
+        assert grades.keys() >= {text for text, grade in zip(own, above, strict=True) if grade > 1} - {own[place]}
+        assert all(abs(grade - above[own.index(text)]) < 0.51 for text, grade in grades.items())
+        assert own[place] not in grades and min(grades.values()) > 0
     assert secateur.scout(four_layers, data, **given) == found
 
 

@@ -215,6 +215,16 @@ def test_a_broken_study_is_an_error_that_names_what_is_wrong(run: Path) -> None:
         report(run)
 
 
+def test_where_a_teacher_judges_texts_a_cut_may_lose_five_points_of_similarity(run: Path) -> None:
+    for part in ("models", "scores"):
+        shutil.rmtree(run / part / "tiny-4-scout")
+    write_model(run, "tiny-4-polished", 0.554)
+    assert found(run).headline.startswith("Keep tiny-8-scout")
+    replace(load(run / "scouts" / "tiny", Scout), judge="texts").save(run / "scouts" / "tiny")
+    assert found(run).headline.startswith("Ship tiny-4-polished: −3.8 points")
+    assert "at most 5 points" in told(run)[0]
+
+
 def test_a_difference_that_may_be_none_is_called_so(run: Path) -> None:
     write_model(run, "tiny-4-polished", 0.593, own=0.01)
     assert "Ship tiny-4-polished: +0.1 points (−" in found(run).headline

@@ -27,8 +27,9 @@ from secateur.results import Profile, RungRow, Scout, VocabularyRow
 if TYPE_CHECKING:
     from secateur.vocabulary.choice import CountedVocabulary
 
-TOLERANCE = 1.0
-"""Points of average score, of 100, that may be lost where nothing else is said."""
+TOLERANCE, BY_TEXTS = 1.0, 5.0
+"""Points of average score, of 100, that may be lost where nothing else is said: on tasks and held-out pairs, and on
+texts alone, where five points are about one on tasks (docs/explanation/defaults.md)."""
 _COSTS: dict[str, tuple[str, int, Callable[[float], str]]] = {
     "max_params": ("parameters", 1, lambda limit: plural(limit, "parameter", ",.0f")),
     "max_bytes": ("bytes", 1, lambda limit: plural(limit, "byte", ",.0f")),
@@ -114,6 +115,13 @@ def _cost(limit: str, table: Profile | Scout, blocks: Sequence[int]) -> float:
 # Depths ---------------------------------------------------------------------------------------------------------------
 
 
+def tolerance_of(budget: Budget, judge: str) -> float:
+    """Points that may be lost: as asked for, or by what a scout's scores are of (:attr:`.Scout.judge`)."""
+    if budget.tolerance is not None:
+        return budget.tolerance
+    return BY_TEXTS if judge == "texts" else TOLERANCE
+
+
 def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Choice:
     """Choose a depth of those that a scout scored and the limits of costs allow.
 
@@ -130,7 +138,7 @@ def choose_rung(options: Budget, scout: Scout, costs: Scout | None = None) -> Ch
     why = "the highest score of those that fit" if cost_limits(options) else f"the highest of {len(rungs)} scores"
     warning = ""
     if not options.best:
-        tolerance = TOLERANCE if options.tolerance is None else options.tolerance
+        tolerance = tolerance_of(options, scout.judge)
         within = smallest_within(scout.depths, tolerance)
         points = f"at most {plural(tolerance, 'point', 'g')} at 95 % confidence"
         if within.depth in fitting:

@@ -121,7 +121,9 @@ class Budget(Options):
     """What a depth may cost, and what it may lose."""
 
     tolerance: float | None = option(
-        "Choose the smallest depth that loses at most this many points of score, at 95 % confidence [1.0].", ge=0
+        "Choose the smallest depth that loses at most this many points of score, at 95 % confidence [1; by texts "
+        "alone 5].",
+        ge=0,
     )
     best: bool = option("Choose the depth with the highest average score, of those that fit.", False)
     max_params: float | None = option("Maximum number of parameters, with token embeddings.", gt=0)

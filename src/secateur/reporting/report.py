@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from secateur import document as doc
 from secateur import figures
-from secateur.choosing.budgets import TOLERANCE
+from secateur.choosing.budgets import tolerance_of
 from secateur.document import Block, Bullets, Code, Picture, Section, Text, count, plural
 from secateur.figures import Point
 from secateur.files import write_bytes, write_text
@@ -139,12 +139,11 @@ def _scout_blocks(summary: Summary) -> Iterable[Block]:
         "Several depths of the model were trained at once; each is compared with the full depth of the same training. "
         "The depth to keep is chosen by these scores."
     )
-    tolerance = TOLERANCE if run.budget.tolerance is None else run.budget.tolerance
     for place, scout in enumerate(run.scouts, 1):
         if len(run.scouts) > 1:
             yield Text(scout.name, is_heading=True)
         if scout.table.rows[-1].score is not None:
-            yield _scout_picture(scout, place, tolerance)
+            yield _scout_picture(scout, place, tolerance_of(run.budget, scout.table.judge))
         yield tables.rung_table(scout)
         yield from _remarks(scout.table.notes)
         if scout.table.task_scores:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from secateur.choosing.budgets import choose_rung, cost_limits
+from secateur.choosing.budgets import choose_rung, cost_limits, tolerance_of
 from secateur.document import SPACE, byte_size, count, duration, percent, plural, score, shorten, signed, span, speed
 from secateur.errors import SecateurError
 from secateur.reporting.findings import MARGIN, GroupComparison, Summary, compare_groups
@@ -146,8 +146,9 @@ def _by_series(cuts: Sequence[GroupComparison]) -> list[list[GroupComparison]]:
 
 
 def _margin(summary: Summary) -> float:
-    tolerance = summary.run.budget.tolerance
-    return MARGIN if tolerance is None else tolerance / 100
+    budget = summary.run.budget
+    by_texts = any(scout.table.judge == "texts" for scout in summary.run.scouts)
+    return MARGIN if budget.tolerance is None and not by_texts else tolerance_of(budget, "texts") / 100
 
 
 def _replaces(item: GroupComparison, margin: float) -> bool:

@@ -253,8 +253,8 @@ class Scout(Table, kind="scout", rows_in="depths"):
     """What each depth of a model is worth after one short training of several depths at once.
 
     Attributes:
-        judge: What the scores are of: ``tasks`` (the user's), ``pairs`` (held-out ones), or ``texts`` (whether a text
-            has the neighbours that it has for the teacher).
+        judge: What the scores are of: ``tasks`` (the user's), ``pairs`` (held-out ones), or ``texts`` (how similar
+            to a text, for a teacher, its nearest ones are).
         depths: One :class:`RungRow` for each depth that was scored, ascending; the full depth is the last.
         task_scores: Tasks × depths.
         layer_costs: What each layer costs.

@@ -2,8 +2,8 @@
 
 Of pairs, the queries are anchors, and the documents are positives and negatives. Rows that share an anchor or a
 positive are held out together or not at all, and of their negatives those are documents that no other row has: so no
-row is lost to the training besides. Of texts alone, each is a query and a document; relevant to it are the ten that a
-teacher finds nearest, the nearest most.
+row is lost to the training besides. Of texts alone, each is a query and a document; the others are as relevant to it as
+they are similar by a teacher's vectors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ SHARE = 10
 """At most one row in so many of a file is held out."""
 FEWEST, FEWEST_IN_ALL = 10, 20
 """Queries of a file, and of all files together, below which a score would say nothing."""
-NEIGHBOURS = 10
+NEIGHBOURS = 100
+"""So many texts are relevant to one, if they are more similar to it than texts are on average."""
 
 Judgments = Mapping[str, Mapping[str, int]]
 """Query → document → how relevant it is, all by their texts."""
@@ -80,7 +81,7 @@ def hold_out(options: ScoutOptions, sources: Sequence[Source], folder: Path, pro
             if not rows:
                 continue
             if teacher:
-                judgments, others = _nearest(rows, source.prompt, teacher, cache, progress), set[str]()
+                judgments, others = _similar(rows, source.prompt, teacher, cache, progress), set[str]()
             else:
                 judgments, others = _relevant(rows), {text for row in rows for text in row.negatives} - known
             _write(partial / _task_name(source), source, judgments, others)
@@ -141,20 +142,29 @@ def _relevant(rows: Sequence[Pair]) -> Judgments:
     return found
 
 
-def _nearest(texts: Sequence[str], prompt: str, teacher: Teacher, cache: Path, progress: Progress) -> Judgments:
-    """For each text the ten others of the largest cosine between the teacher's vectors, graded from 10 down to 1."""
+def _similar(texts: Sequence[str], prompt: str, teacher: Teacher, cache: Path, progress: Progress) -> Judgments:
+    """For each text how similar its nearest others are by a teacher's vectors, from 1 to 100: 100 (s - m) / (1 - m) for
+    a cosine s, whose mean over all others is m.
+
+    By nDCG@10, ten texts drawn at random score about 0; those that the teacher finds itself, 1; and others that it
+    finds nearly as similar, nearly 1.
+    """
     kept = keep_vectors(teacher, {prompt: texts}, cache, progress)
     vectors = kept.read(kept.rows(texts, teacher.context(prompt))).astype(np.float64)
-    nearest = nearest_rows(vectors, min(NEIGHBOURS, len(texts) - 1)).tolist()
-    graded = [{texts[other]: NEIGHBOURS - rank for rank, other in enumerate(own)} for own in nearest]
-    return dict(zip(texts, graded, strict=True))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    total, found = unit.sum(axis=0), {}
+    for text, own, nearest in zip(texts, unit, nearest_rows(unit, min(NEIGHBOURS, len(texts) - 1)), strict=True):
+        mean = (own @ total - 1) / (len(texts) - 1)
+        grades = np.rint(100 * (unit[nearest] @ own - mean) / (1 - mean)).astype(int).tolist()
+        found[text] = {texts[other]: grade for other, grade in zip(nearest, grades, strict=True) if grade > 0}
+    return found
 
 
 def _write(folder: Path, source: Source, judgments: Judgments, others: set[str]) -> None:
     """A retrieval task. A text that is query and document has one id, by which it is no answer to itself."""
     documents = dict.fromkeys(text for own in judgments.values() for text in own) | dict.fromkeys(sorted(others))
     ids = {text: f"t{number}" for number, text in enumerate(dict.fromkeys([*judgments, *documents]))}
-    what = "anchors, among positives and negatives" if isinstance(source, Pairs) else "the teacher's nearest texts"
+    what = "anchors, among positives and negatives" if isinstance(source, Pairs) else "judged by a teacher's vectors"
     about = {
         "name": folder.name,
         "type": "retrieval",

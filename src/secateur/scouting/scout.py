@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.choosing.budgets import TOLERANCE, choose_rung
+from secateur.choosing.budgets import choose_rung, tolerance_of
 from secateur.data.sources import Source, read_sources
 from secateur.errors import ModelError
 from secateur.evaluation.tasks import Task, open_tasks
@@ -200,7 +200,8 @@ def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Tas
         layers=layers,
     )
     table.save(out)
-    figure = frontier_figure(table, len(choose_rung(make(Budget, {}), table).blocks), TOLERANCE)
+    budget = make(Budget, {})
+    figure = frontier_figure(table, len(choose_rung(budget, table).blocks), tolerance_of(budget, table.judge))
     for name in PICTURES:
         save(figure, out / name)
     return table
