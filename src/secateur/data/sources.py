@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, cast
 
 from secateur.data.hub import PREFIX, is_hub_name, load_set, parse_name
 from secateur.data.rows import CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, as_texts, parse_rows, read_rows
@@ -52,7 +52,7 @@ class _Rows:
     passage_prompt: str
     source: Fingerprint
 
-    def sample(self: S, count: int, seed: int) -> S:
+    def sample(self, count: int, seed: int) -> Self:
         """At most ``count`` rows, drawn by ``seed``, in the order of the file."""
         if count >= len(self.rows):
             return self
@@ -89,7 +89,6 @@ class Pairs(_Rows):
 
 Source = Pairs | Texts
 Data = str | Path | Source | Sequence[str | Path | Source]
-S = TypeVar("S", bound=_Rows)
 
 
 def _places(rows: int, count: int, seed: int) -> list[int]:
@@ -163,9 +162,9 @@ def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Map
     return cast("Pairs", _Table(data, columns, of_texts=False).read(instruction))
 
 
-def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str] | None = None) -> Texts:
+def read_texts(data: str | Path) -> Texts:
     """Read and check texts alone: plain text, one on each line, or a file or data set with the column ``text``."""
-    return replace(cast("Texts", _Table(data, columns, of_texts=True).read(None)), prompt=prompt, passage_prompt=prompt)
+    return cast("Texts", _Table(data, None, of_texts=True).read(None))
 
 
 def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> list[Iterator[str]]:
