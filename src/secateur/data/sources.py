@@ -297,22 +297,16 @@ class _Table:
             if len(kept) < most:
                 raise DataError(self.place, "lost rows while it was read", "run the same command again")
         rows = tuple(kept)
-        beside: Mapping[str, str] = {}
+        beside = {} if self.path is None or self.of_texts else read_beside(self.path)
         if self.path is None:
             name, source = self._hub_name.label, self._fingerprint_of_set(len(rows))
         else:
-            name, source = stem(self.path), Fingerprint(self.path.name, sha256_of(self.path), len(rows))
-            if self.of_texts:
-                name = self.path.name
-            else:
-                beside = read_beside(self.path)
-                source = replace(source, licence=beside.get("licence", ""))
+            name = self.path.name if self.of_texts else stem(self.path)
+            source = Fingerprint(self.path.name, sha256_of(self.path), len(rows), beside.get("licence", ""))
+        prompt = instruction_prompt(beside.get("query_instruction", "") if instruction is None else instruction)
         if self.of_texts:
-            prompt = instruction_prompt(instruction or "")
             return Texts(name, rows, prompt, prompt, source)
-        query = beside.get("query_instruction", "") if instruction is None else instruction
-        passage = beside.get("passage_instruction", "")
-        return Pairs(name, rows, instruction_prompt(query), instruction_prompt(passage), source)
+        return Pairs(name, rows, prompt, instruction_prompt(beside.get("passage_instruction", "")), source)
 
     def _fingerprint_of_set(self, rows: int) -> Fingerprint:
         """Its name with the revision, and the hash of the rows as JSON."""
