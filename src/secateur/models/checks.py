@@ -142,10 +142,7 @@ def _in_words(error: Exception) -> tuple[str, str]:
         case hub.RepositoryNotFoundError() | hub.HFValidationError():
             return "no such folder, and no such model on the Hub", f"check the name; if private, {login}"
         case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled() if constants.HF_HUB_OFFLINE:
-            return (
-                "is not in the local cache, and HF_HUB_OFFLINE is set",
-                "check the name, or fetch the model",
-            )
+            return "is not in the local cache, and HF_HUB_OFFLINE is set", "check the name, or fetch the model"
         case hub.LocalEntryNotFoundError():
             return "no such folder, and the Hub cannot be reached", "check the name, and the network"
         case hub.RemoteEntryNotFoundError():
