@@ -31,7 +31,7 @@ def tasks(tmp_path_factory) -> list[Path]:
 
 
 def depth_scores(model, tasks, depths=(1, 2, 3)):
-    found = list(score_depths(model, DepthEncoder(model), [(task, depths) for task in tasks]))
+    found = list(score_depths(DepthEncoder(model), [(task, depths) for task in tasks]))
     return found, notes_on(found)
 
 

@@ -118,7 +118,7 @@ def test_texts_alone_without_a_teacher_are_their_own_positives(llama_folder: Pat
 
 
 def test_a_teacher_reads_what_the_student_reads(llama_folder: Path, pairs_file: Path, texts_file: Path, tmp_path: Path):
-    sources = [read_pairs(pairs_file), read_texts(texts_file, "say;\n")]
+    sources = [read_pairs(pairs_file), replace(read_texts(texts_file), prompt="say;\n", passage_prompt="say;\n")]
     sets, _ = training_sets(sources, TAUGHT)
     sets, vectors = teach(sets, TAUGHT, teacher_of(llama_folder, device="cpu"), tmp_path)
     model = secateur.open_model(llama_folder, device="cpu")

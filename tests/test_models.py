@@ -462,7 +462,7 @@ def saved(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = secateur.open_model(llama_folder, device="cpu")
     model.prompts["query"] = "find;\n"
     folder.mkdir()
-    save_model(model, folder, origin_of(llama_folder, 3, range(3)))
+    save_model(model, folder, origin_of(llama_folder, 3, range(3), llama_folder / "secateur.json"))
     return folder
 
 

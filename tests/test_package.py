@@ -27,9 +27,9 @@ runtime
 options: base way runs
 figures
 models: compat blocks cutting forward save checks open_model static
+measures: metrics intervals costs
 data: rows hub sources vectors embedders
 vocabulary: trim choice
-measures: metrics intervals costs
 evaluation: task_formats task_folder tasks replicates evaluate
 choosing: selectors budgets choose
 profiling: depths lens depth_scores corpus profile

@@ -106,5 +106,5 @@ def test_zeros_are_another_model_but_for_one_that_gives_zeros(tmp_path: Path):
     cache = VectorCache(tmp_path, "m")
     for now in (kept, kept * 3):
         assert np.array_equal(same_as_kept("m", cache, "probes", now), kept)
-    with pytest.raises(ModelError, match=r"is not the model that the vectors in .* are of \(cosine 0.500"):
+    with pytest.raises(ModelError, match=r"is not the model that the vectors in .* are of \(cosine 0.000"):
         same_as_kept("m", cache, "probes", kept * 0)

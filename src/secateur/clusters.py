@@ -40,7 +40,7 @@ def ray_cluster(address: str) -> Iterator[Any]:
             if place.port:  # Ray tries for many minutes to reach one where nothing listens
                 socket.create_connection((place.hostname, place.port), 10).close()
             ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ConfigError("ray", address, f"no Ray cluster at {address} ({first:.200})") from None
     try:
@@ -88,7 +88,7 @@ def run_command(
     log: Path,
     folder: Path,
     threads: int,
-    begun: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
+    begun: Callable[[subprocess.Popen[bytes]], None],
 ) -> None:
     """Run a command of secateur in a process of its own, which ends when this one does.
 

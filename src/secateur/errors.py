@@ -75,7 +75,7 @@ class ConfigError(SecateurError):
         super().__init__(f"{file}, {key}: {problem}" if file else f"{key}: {problem}", hint)
 
     def of(self, key: str) -> ConfigError:
-        """The same error of the option that the value was given by, of which it is a part."""
+        """The same error, told of the option ``key``, of whose value this one is a part."""
         return ConfigError(key, self.value, *self._given)
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, cast
 
 from secateur.data.hub import PREFIX, is_hub_name, load_set, parse_name
 from secateur.data.rows import CHECKED_ROWS, PLAIN, TABLES, TEXT, Fields, Row, as_text, as_texts, parse_rows, read_rows
@@ -52,7 +52,7 @@ class _Rows:
     passage_prompt: str
     source: Fingerprint
 
-    def sample(self: S, count: int, seed: int) -> S:
+    def sample(self, count: int, seed: int) -> Self:
         """At most ``count`` rows, drawn by ``seed``, in the order of the file."""
         if count >= len(self.rows):
             return self
@@ -89,7 +89,6 @@ class Pairs(_Rows):
 
 Source = Pairs | Texts
 Data = str | Path | Source | Sequence[str | Path | Source]
-S = TypeVar("S", bound=_Rows)
 
 
 def _places(rows: int, count: int, seed: int) -> list[int]:
@@ -163,9 +162,9 @@ def read_pairs(data: str | Path, *, instruction: str | None = None, columns: Map
     return cast("Pairs", _Table(data, columns, of_texts=False).read(instruction))
 
 
-def read_texts(data: str | Path, prompt: str = "", *, columns: Mapping[str, str] | None = None) -> Texts:
+def read_texts(data: str | Path) -> Texts:
     """Read and check texts alone: plain text, one on each line, or a file or data set with the column ``text``."""
-    return replace(cast("Texts", _Table(data, columns, of_texts=True).read(None)), prompt=prompt, passage_prompt=prompt)
+    return cast("Texts", _Table(data, None, of_texts=True).read(None))
 
 
 def stream_texts(data: Data, columns: Mapping[str, str] | None = None) -> list[Iterator[str]]:
@@ -298,22 +297,16 @@ class _Table:
             if len(kept) < most:
                 raise DataError(self.place, "lost rows while it was read", "run the same command again")
         rows = tuple(kept)
-        beside: Mapping[str, str] = {}
+        beside = {} if self.path is None or self.of_texts else read_beside(self.path)
         if self.path is None:
             name, source = self._hub_name.label, self._fingerprint_of_set(len(rows))
         else:
-            name, source = stem(self.path), Fingerprint(self.path.name, sha256_of(self.path), len(rows))
-            if self.of_texts:
-                name = self.path.name
-            else:
-                beside = read_beside(self.path)
-                source = replace(source, licence=beside.get("licence", ""))
+            name = self.path.name if self.of_texts else stem(self.path)
+            source = Fingerprint(self.path.name, sha256_of(self.path), len(rows), beside.get("licence", ""))
+        prompt = instruction_prompt(beside.get("query_instruction", "") if instruction is None else instruction)
         if self.of_texts:
-            prompt = instruction_prompt(instruction or "")
             return Texts(name, rows, prompt, prompt, source)
-        query = beside.get("query_instruction", "") if instruction is None else instruction
-        passage = beside.get("passage_instruction", "")
-        return Pairs(name, rows, instruction_prompt(query), instruction_prompt(passage), source)
+        return Pairs(name, rows, prompt, instruction_prompt(beside.get("passage_instruction", "")), source)
 
     def _fingerprint_of_set(self, rows: int) -> Fingerprint:
         """Its name with the revision, and the hash of the rows as JSON."""

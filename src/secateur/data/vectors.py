@@ -24,6 +24,7 @@ from torch import uint8
 
 from secateur.errors import DataError, ModelError
 from secateur.files import write_bytes
+from secateur.measures.metrics import paired_cosines
 
 _KEYS = ".keys.npy"
 _KEY_BYTES = 16
@@ -146,10 +147,9 @@ def same_as_kept(name: str, cache: VectorCache, context: str, now: NDArray[np.fl
     if cache.dimension not in (0, now.shape[1]):
         raise ModelError(name, f"gives vectors of {now.shape[1]} numbers, and earlier of {cache.dimension}")
     kept = cache.encode(PROBES, context, lambda texts: now[[PROBES.index(text) for text in texts]])
-    before, after = (found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12) for found in (kept, now))
-    cosines = 1 - ((before - after) ** 2).sum(axis=1) / 2  # 1 where both are zeros, as a static embedding may give
-    if cosines.min() < SAME:
-        problem = f"is not the model that the vectors in {cache.folder} are of (cosine {cosines.min():.3f} on one text)"
+    cosine = paired_cosines(kept, now).min()
+    if cosine < SAME:
+        problem = f"is not the model that the vectors in {cache.folder} are of (cosine {cosine:.3f} on one text)"
         raise ModelError(name, problem, "name another folder with --cache")
     return kept
 

@@ -287,10 +287,10 @@ def make_task(options: MakeTaskOptions) -> MadeTask:
         OutputError: ``out`` cannot be written, or holds something.
     """
     pairs = _read(options.texts, options.title, options.text)
-    made = _documents(pairs)
+    titled = any(title.strip() for title, _ in pairs)
+    made = _documents(pairs, titled)
     asked = Counter(_plain(query) for query, _ in made)
     able = [index for index, (query, _) in enumerate(made) if query and asked[_plain(query)] == 1]
-    titled = any(title.strip() for title, _ in pairs)
     if not able:
         hint = "name the columns with --title and --text" if titled else "texts need two sentences or a title"
         raise DataError(options.texts, "none of its texts can have a query", hint)
@@ -340,13 +340,12 @@ def _read(file: Path, title: str | None, text: str | None) -> list[tuple[str, st
     return [(row["title"], row["text"]) for _, row in rows]
 
 
-def _documents(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def _documents(pairs: Sequence[tuple[str, str]], titled: bool) -> list[tuple[str, str]]:
     """Query, which may be empty, and document of each text that is neither nearly empty nor a copy of another.
 
-    Where no text has a title, every text that has two sentences gives up its first one, whether or not it is drawn as a
+    Where none is ``titled``, every text that has two sentences gives up its first one, whether or not it is drawn as a
     query: otherwise those that are drawn would be known by it.
     """
-    titled = any(title.strip() for title, _ in pairs)
     found: dict[str, tuple[str, str]] = {}
     for title, text in pairs:
         query, document = " ".join(title.split()), text.strip()

@@ -27,10 +27,13 @@ from secateur.data.vectors import VectorCache
 from secateur.errors import ConfigError
 from secateur.healing.recipes import TrainingConfig
 from secateur.measures.metrics import cosines, false_negative_mask
-from secateur.models.forward import padded_length
 from secateur.profiling.depths import check_depths, depth_vectors
+from secateur.runtime.core import padded_length
 
 SIMCSE_DROPOUT = 0.1
+LENGTH_STEP = 16
+"""Batches of a training are padded to a multiple of this: on a CPU every new shape costs time and memory for a kernel
+of its own, and no kernel is ever given back."""
 
 
 def of_all(tensor: Tensor) -> Tensor:
@@ -215,7 +218,7 @@ def mini_batches(features: dict[str, Any], tokens: int) -> tuple[list[dict[str, 
     """One column of a batch in mini-batches, from the longest text to the shortest, and where each text went.
 
     A mini-batch has at most so many tokens, padding counted, or one text; the number of its texts is a power of two, so
-    that shapes are few: on a CPU every new shape costs time and memory for a kernel of its own.
+    that shapes are few.
     """
     mask = features["attention_mask"]
     rows, full = mask.shape
@@ -226,7 +229,7 @@ def mini_batches(features: dict[str, Any], tokens: int) -> tuple[list[dict[str, 
     pieces: list[dict[str, Any]] = []
     begin = 0
     while begin < rows:
-        width = full if padded_left else padded_length(int(lengths[order[begin]]), full)
+        width = full if padded_left else padded_length(int(lengths[order[begin]]), LENGTH_STEP, full)
         own = order[begin : begin + 2 ** int(math.log2(max(1, tokens // width)))]
         piece = dict(features)
         for key, value in features.items():

@@ -205,7 +205,6 @@ def training_arguments(
         eval_steps=save_every,
         load_best_model_at_end=evaluated,
         metric_for_best_model=SCORE if evaluated else None,
-        greater_is_better=True if evaluated else None,
         save_strategy="steps",
         save_steps=save_every,
         save_total_limit=2,

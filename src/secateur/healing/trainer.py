@@ -30,7 +30,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from secateur.errors import ConfigError, DataError, OutputError, SecateurError, TrainingDiverged
-from secateur.healing.losses import Loss
+from secateur.healing.losses import LENGTH_STEP, Loss
 from secateur.healing.processes import device_of, gather, is_sharded, shard_by_blocks, sharded_copy
 from secateur.healing.recipes import (
     SCORE,
@@ -43,10 +43,9 @@ from secateur.healing.recipes import (
 )
 from secateur.healing.training_data import TrainingSet
 from secateur.models.compat import encode_alone
-from secateur.models.forward import padded_length
 from secateur.progress import Progress, quiet, silent
 from secateur.results import EvaluationRow, LossRow
-from secateur.runtime.core import is_out_of_memory
+from secateur.runtime.core import is_out_of_memory, padded_length
 
 FIRST_LOSSES = 10
 EXPLODED = 10.0
@@ -163,7 +162,7 @@ class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
     def train_or_resume(self, checkpoint: Path | None, patience: int | None) -> None:
         """Train what is left, and refuse a training that ended too early, or learned nothing.
 
-        The stock trainer takes a step more from the checkpoint of the last one.
+        From the checkpoint of the last step, the stock trainer would take one step more.
         """
         self._started = time.monotonic()
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
@@ -307,10 +306,9 @@ def is_over(state: TrainerState, patience: int | None) -> bool:
 
 
 def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]:
-    """``model.preprocess`` with batches padded as :func:`.padded_length` says.
+    """``model.preprocess`` with batches padded to few lengths (:data:`.LENGTH_STEP`).
 
-    On a CPU every new shape costs time and memory for a kernel of its own, and no kernel is ever given back. The
-    tokenizers' own ``pad_to_multiple_of`` refuses a ``max_length`` that is no multiple.
+    The tokenizers' own ``pad_to_multiple_of`` refuses a ``max_length`` that is no multiple.
     """
     left = model.tokenizer.padding_side == "left"
     fill = {"input_ids": model.tokenizer.pad_token_id or 0}
@@ -318,7 +316,7 @@ def rounded_lengths(model: SentenceTransformer) -> Callable[..., dict[str, Any]]
     def preprocess(texts: list[str], **options: Any) -> dict[str, Any]:
         features: dict[str, Any] = dict(model.preprocess(texts, **options))
         length = features["input_ids"].shape[1]
-        missing = padded_length(length, model.max_seq_length) - length
+        missing = padded_length(length, LENGTH_STEP, model.max_seq_length) - length
         for key, value in features.items():
             if isinstance(value, Tensor) and value.shape[:2] == (len(texts), length):
                 sides = (missing, 0) if left else (0, missing)

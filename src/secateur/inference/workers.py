@@ -225,7 +225,7 @@ def in_processes(opening: Opening, prompt: str, processes: int) -> Iterator[Run]
 def on_ray(opening: Opening, prompt: str, address: str, actors: int) -> Iterator[Run]:
     """Encode on a Ray cluster (:func:`.ray_cluster`), where the model must be found under its name on every machine.
 
-    Ray starts actors that die anew, elsewhere if need be; a single one means one for each machine.
+    Ray restarts actors that die, on another machine if need be. ``actors`` of 1 means one on each machine.
     """
     with ray_cluster(address) as ray, ExitStack() as stack:
         actors = actors if actors > 1 else sum(node["Alive"] for node in ray.nodes())

@@ -54,7 +54,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
     if model.config.is_encoder_decoder and hasattr(model, "decoder"):
         raise UnsupportedArchitecture(name, "is an encoder-decoder", "open its encoder alone")
     depth = getattr(text_config(model), "num_hidden_layers", 0)
-    prefix, tower = _text_tower(model)
+    prefix, tower = _described_part(model)
     lists = [
         path for path, module in tower.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth > 0
     ]
@@ -75,7 +75,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
     raise UnsupportedArchitecture(name, problem, SEPARATE)
 
 
-def _text_tower(model: PreTrainedModel) -> tuple[str, nn.Module]:
+def _described_part(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """The part of a model that the text configuration describes, and its path with a dot at the end."""
     config = text_config(model)
     for path, module in model.named_modules():
@@ -213,7 +213,7 @@ def text_tower(model: PreTrainedModel) -> str:
     config = text_config(model)
     if config is model.config or encoder_class(model.config):
         return ""
-    prefix, tower = _text_tower(model)
+    prefix, tower = _described_part(model)
     try:
         return prefix.rstrip(".") if type(skeleton(config)) is type(tower) else ""
     except UnsupportedArchitecture:

@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
-from transformers import CONFIG_NAME, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_NAME, PreTrainedModel
 from transformers.utils import cached_file
 
 from secateur.errors import ModelError, SecateurError
@@ -142,10 +142,7 @@ def _in_words(error: Exception) -> tuple[str, str]:
         case hub.RepositoryNotFoundError() | hub.HFValidationError():
             return "no such folder, and no such model on the Hub", f"check the name; if private, {login}"
         case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled() if constants.HF_HUB_OFFLINE:
-            return (
-                "is not in the local cache, and HF_HUB_OFFLINE is set",
-                "check the name, or fetch the model",
-            )
+            return "is not in the local cache, and HF_HUB_OFFLINE is set", "check the name, or fetch the model"
         case hub.LocalEntryNotFoundError():
             return "no such folder, and the Hub cannot be reached", "check the name, and the network"
         case hub.RemoteEntryNotFoundError():
@@ -193,7 +190,7 @@ def check_weights(
         return ()
     # What was just opened is on this disk, wherever it came from.
     where = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True, "use_safetensors": True}
-    unused = check_names(name, type(model), config, config.name_or_path, key_mapping=key_mapping, **where)
+    unused = check_names(name, model, config.name_or_path, key_mapping=key_mapping, **where)
     misplaced = [key for key in unused if is_within(key, model)]
     for file in weight_files(model) if misplaced else ():
         with safe_open(file, framework="pt") as stored:
@@ -216,16 +213,14 @@ def weight_files(model: PreTrainedModel) -> list[Path]:
     return sorted(Path(str(config)).parent.glob("*.safetensors"))
 
 
-def check_names(
-    name: str | Path, kind: type[PreTrainedModel], config: PretrainedConfig, source: str | None, **options: Any
-) -> list[str]:
-    """Refuse weights by their names and shapes, none of them read; return the names that the model has no use for.
+def check_names(name: str | Path, model: PreTrainedModel, source: str | None, **options: Any) -> list[str]:
+    """Refuse weights by their names and shapes, none of them read; return the names that a model has no use for.
 
     ``source`` is a folder or Hub id; None where ``options``, of ``from_pretrained``, hold a ``state_dict``. A pooler's
     tensor may be missing.
     """
     options |= {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    _, found = kind.from_pretrained(source, config=config, **options)
+    _, found = type(model).from_pretrained(source, config=model.config, **options)
     for key, stored, wanted in sorted(found["mismatched_keys"]):
         problem = f"{key} has the shape {tuple(stored)}, but by config.json it is {tuple(wanted)}"
         raise ModelError(name, problem, ANOTHER_MODEL)

@@ -169,8 +169,7 @@ def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
     path = find_stack(model).path
     blocks = blocks_of(model)
     plan = legal_plan(build(type(model), copy.deepcopy(model.config)), keep)
-    owner, _, attribute = path.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, nn.ModuleList([blocks[i] for i in keep]))
+    model.set_submodule(path, nn.ModuleList([blocks[i] for i in keep]))
     for module, name, value in plan.values:
         setattr(model.get_submodule(module), name, value)
     for module, name, axis in plan.packed:
@@ -197,9 +196,9 @@ def cut(model: PreTrainedModel, keep: Sequence[int]) -> None:
 def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
     """Within: the uncut model gives what it would give if it had the kept layers only, in training too.
 
-    Of the others, those before the first kept one run in vain; those after it do not, and their weights are never read.
-    Those after the last are out of the list, for a model may keep what came before a layer (Inkling 2), skipped or not.
-    It uses nothing of :func:`cut`, which is checked by it.
+    Layers before the first kept one run, and what they give is dropped. Those between kept ones are skipped, and their
+    weights never read. Those after the last are out of the list: a model may collect what each layer in it was given
+    (Inkling 2), even a skipped one. It uses nothing of :func:`cut`, which is checked by it.
     """
     last: list[Any] = []  # what the latest of the kept layers gave
 
@@ -210,18 +209,17 @@ def bypassed(model: PreTrainedModel, keep: Sequence[int]) -> Iterator[None]:
     def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         last[:] = [output]
 
-    blocks = blocks_of(model)
-    owner, _, attribute = find_stack(model).path.rpartition(".")
+    path, blocks = find_stack(model).path, blocks_of(model)
     skipped = [blocks[i] for i in range(min(keep), max(keep)) if i not in set(keep)]
     hooks = [block.register_forward_hook(hand_on, with_kwargs=True) for block in blocks[: min(keep)]]
     hooks += [blocks[i].register_forward_hook(note) for i in keep]
     for block in skipped:
         block.forward = lambda *args, **kwargs: last[0]
-    setattr(model.get_submodule(owner), attribute, nn.ModuleList(blocks[: max(keep) + 1]))
+    model.set_submodule(path, nn.ModuleList(blocks[: max(keep) + 1]))
     try:
         yield
     finally:
-        setattr(model.get_submodule(owner), attribute, blocks)
+        model.set_submodule(path, blocks)
         for hook in hooks:
             hook.remove()
         for block in skipped:

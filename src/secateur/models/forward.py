@@ -24,8 +24,6 @@ from secateur.options import PoolingName, SavedPooling
 
 BUDGET = 2048
 """Tokens in a batch, padding included."""
-LENGTH_STEP = 16
-"""What :func:`padded_length` gives multiples of: each new shape costs a CPU a new kernel."""
 SHORTEST_PREFIX = 4
 """Tokens in common below which sharing them saves nothing."""
 POOLINGS: tuple[str, ...] = get_args(SavedPooling)
@@ -58,15 +56,6 @@ def batch_of(features: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
         key: value[rows, :width] if isinstance(value, Tensor) and value.shape == shape else value
         for key, value in features.items()
     }
-
-
-def padded_length(length: int, longest: int | None = None) -> int:
-    """A length that batches are padded to where shapes come at random and should be few: a multiple of 16.
-
-    ``length`` is that of the longest text; ``longest``: not more tokens than this, unless the text itself has more.
-    """
-    full = -(-max(1, length) // LENGTH_STEP) * LENGTH_STEP
-    return full if longest is None else min(full, max(longest, length))
 
 
 def common_start(features: dict[str, Any]) -> Tensor:

@@ -52,27 +52,25 @@ class DepthScore:
 
 
 def score_depths(
-    model: SentenceTransformer,
     encoder: DepthEncoder,
     todo: Sequence[tuple[Task, Sequence[int]]],
     *,
     sample: int | None = None,
     seed: int = 42,
-    name: str = "model",
     layers: str = "first",
     progress: Progress = silent,
 ) -> Iterator[DepthScore]:
     """Score depths of a model on tasks, as :func:`.evaluate` scores the model cut to them, its prompts chosen likewise.
 
-    ``encoder`` is the model's; ``todo`` are tasks, opened with ``sample`` and ``seed``, each with the depths to score;
-    ``layers`` is the selector that says which layers a depth has (each but ``first`` takes an encoding for each depth).
+    ``todo`` are tasks, opened with ``sample`` and ``seed``, each with the depths to score; ``layers`` is the selector
+    that says which layers a depth has (each but ``first`` takes an encoding for each depth).
 
     Raises:
         ModelError: Vectors are not finite, or a text is too large for the memory.
         DataError: The data of a task cannot be had.
         OutputError: The disk of temporary files is full.
     """
-    done, total = 0, sum(len(depths) for _, depths in todo)
+    model, done, total = encoder.model, 0, sum(len(depths) for _, depths in todo)
     for task, depths in todo:
         key: dict[str, Any] = {"sample": sample, "seed": seed, "data": task.source.sha256}
         prompts = task_prompts(task, model)
@@ -82,8 +80,8 @@ def score_depths(
                 progress("tasks by depth", done, total)
                 kept = layers_of(layers, depth, encoder.depth)
                 at_depth = _lookup(model, vectors, depth) if layers == "first" else bypassed(model[0].auto_model, kept)
-                with quiet(), as_encoder(model, name, prompts, None) as served, at_depth:
-                    scored = score_task(served, name, task, 32, key)
+                with quiet(), as_encoder(model, encoder.name, prompts, None) as served, at_depth:
+                    scored = score_task(served, encoder.name, task, 32, key)
                 row, own = scored.row, None
                 if math.isfinite(row.score):
                     numbers = (depth, row.score, row.low, row.high, row.samples)

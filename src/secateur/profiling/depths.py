@@ -174,7 +174,7 @@ class DepthEncoder:
     """
 
     def __init__(self, model: SentenceTransformer, *, budget: int = forward.BUDGET, name: str = "model") -> None:
-        self._model, self._name, self._budget = model, name, budget
+        self.model, self.name, self._budget = model, name, budget
         self._transformer: PreTrainedModel = model[0].auto_model
         self._norm = final_norm(self._transformer)
         self.depth = len(blocks_of(self._transformer))
@@ -190,7 +190,7 @@ class DepthEncoder:
     @property
     def bytes_per_text(self) -> int:
         """Size of a text's vectors."""
-        return self.depth * int(self._model.get_embedding_dimension()) * 4
+        return self.depth * int(self.model.get_embedding_dimension()) * 4
 
     @torch.no_grad()
     def run(self, texts: Sequence[str], prompt: str = "") -> Iterator[Depths]:
@@ -200,13 +200,13 @@ class DepthEncoder:
             ModelError: Vectors are not finite, or a single text is too large for the memory.
             DataError: A text has no tokens, or its prompt leaves no room for them.
         """
-        tokens = forward.tokenize(self._model, texts, prompt)
+        tokens = forward.tokenize(self.model, texts, prompt)
         if prompt and self.pooling == "l3prune":
             # The blank that ends the paper's prompt belongs to the word after it, where a tokenizer joins them.
-            tokens["prompt_length"] = self._model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
+            tokens["prompt_length"] = self.model.preprocess(["a"], prompt=prompt.rstrip())["prompt_length"]
         lengths = forward.lengths_of(tokens)
         before = tokens.get("prompt_length", 0)
-        if not getattr(self._model[1], "include_prompt", True) and bool((lengths <= before).any()):
+        if not getattr(self.model[1], "include_prompt", True) and bool((lengths <= before).any()):
             problem = f"of a text nothing is left to pool after {before} tokens: its prompt fills them all"
             raise DataError("texts", problem, "shorten the instruction, or raise --max-length")
         prefix = self._share(tokens)
@@ -215,8 +215,8 @@ class DepthEncoder:
                 finite = found.vectors.isfinite().all(dim=2).all(dim=0)
                 if not bool(finite.all()):
                     problem = f"gives vectors that are not finite at depth {int(finite.long().argmin()) + 1}"
-                    raise ModelError(self._name, problem, "its weights hold NaN, or overflow in this dtype")
-                yield replace(found, vectors=found.vectors[..., : self._model.truncate_dim])
+                    raise ModelError(self.name, problem, "its weights hold NaN, or overflow in this dtype")
+                yield replace(found, vectors=found.vectors[..., : self.model.truncate_dim])
 
     def _fit(self, tokens: dict[str, Any], rows: list[int], prefix: _Prefix | None) -> Iterator[Depths]:
         """Read a batch, in halves where it does not fit into memory."""
@@ -227,7 +227,7 @@ class DepthEncoder:
                 raise
             if len(rows) == 1:
                 problem = f"a text of {int(forward.lengths_of(tokens)[rows[0]])} tokens does not fit into memory"
-                raise ModelError(self._name, problem, "lower --max-length") from None
+                raise ModelError(self.name, problem, "lower --max-length") from None
         else:
             yield found
             return
@@ -267,7 +267,7 @@ class DepthEncoder:
     def _run_prefix(self, start: Tensor) -> _Prefix:
         normed: list[Tensor] = []
         influence: list[Tensor] = []
-        mask = torch.ones(1, len(start), device=self._model.device)
+        mask = torch.ones(1, len(start), device=self.model.device)
 
         def visit(depth: int, before: Tensor, after: Tensor) -> None:
             normed.append(self._norm(after))
@@ -279,7 +279,7 @@ class DepthEncoder:
 
     def _read(self, tokens: dict[str, Any], rows: list[int], prefix: _Prefix | None) -> Depths:
         """One pass over a batch; with a prefix, over what follows it."""
-        features = batch_to_device(forward.batch_of(tokens, rows), self._model.device)
+        features = batch_to_device(forward.batch_of(tokens, rows), self.model.device)
         skipped = len(prefix.ids) if prefix else 0
         mask = features["attention_mask"][:, skipped:]
         each, last = torch.arange(len(mask)), (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
@@ -301,7 +301,7 @@ class DepthEncoder:
             if prefix:
                 forward.run_after(self._transformer, prefix, features)
             else:
-                self._model[0](dict(features))
+                self.model[0](dict(features))
         influences = torch.stack(influence).cpu().double()  # in this order, for MPS has no float64
         return Depths(
             rows=tuple(rows),
@@ -314,22 +314,22 @@ class DepthEncoder:
     def _weights(self, features: dict[str, Any]) -> Tensor:
         """What the pooling multiplies the tokens of each text with, (texts, tokens).
 
-        Those of :data:`.POOLINGS` are weighted sums of states: what they make of unit vectors are their weights. So the
+        The :data:`.POOLINGS` are weighted sums of states, so that what they make of unit vectors are their weights: the
         pooling is asked once for a batch, and a matrix product pools every depth.
         """
         texts, tokens = features["attention_mask"].shape
-        units = torch.eye(tokens, device=self._model.device).expand(texts, -1, -1)
-        weights: Tensor = self._model[1](dict(features, token_embeddings=units))["sentence_embedding"]
+        units = torch.eye(tokens, device=self.model.device).expand(texts, -1, -1)
+        weights: Tensor = self.model[1](dict(features, token_embeddings=units))["sentence_embedding"]
         return weights
 
     def _pool(self, states: Tensor, features: dict[str, Any], weights: Tensor | None) -> Tensor:
         """What the pooling, and the modules after it, make of normed states: (texts, dimension)."""
-        first, current = self._model[1], dict(features)
+        first, current = self.model[1], dict(features)
         if weights is not None:
             current["sentence_embedding"] = (weights[:, None] @ states.float())[:, 0]
         else:
             current = first(current | {"token_embeddings": states.float() if isinstance(first, Pooling) else states})
-        for module in list(self._model)[2:]:
+        for module in list(self.model)[2:]:
             weight = next(module.parameters(), None)
             if weight is not None:
                 current["sentence_embedding"] = current["sentence_embedding"].to(weight.dtype)
@@ -339,7 +339,7 @@ class DepthEncoder:
 
     def _read_each(self, tokens: dict[str, Any], rows: list[int]) -> Depths:
         """One pass for each depth, the later layers bypassed."""
-        features = batch_to_device(forward.batch_of(tokens, rows), self._model.device)
+        features = batch_to_device(forward.batch_of(tokens, rows), self.model.device)
         mask = features["attention_mask"]
         vectors: list[Tensor] = []
         influence = torch.zeros(self.depth, dtype=torch.float64)
@@ -353,5 +353,5 @@ class DepthEncoder:
 
         for depth in range(1, self.depth + 1):
             with layer_outputs(self._transformer, visit), bypassed(self._transformer, range(depth)):
-                vectors.append(self._model(dict(features))["sentence_embedding"].float().cpu())
+                vectors.append(self.model(dict(features))["sentence_embedding"].float().cpu())
         return Depths(tuple(rows), torch.stack(vectors, 1), influence, int(mask.sum()))

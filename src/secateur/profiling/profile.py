@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -71,7 +71,11 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
     check_sources(sources, options.max_examples)
     if options.early_stopping and all(isinstance(source, Texts) for source in sources):
         raise ConfigError("early_stopping", True, "needs losses, and the data are texts alone", "leave it out")
-    tasks = _open_tasks(options)
+    tasks: list[Task] = []
+    if options.tasks:
+        from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
+
+        tasks = open_tasks(options.tasks, options.sample, seed)
     model, name, sizes, notes = _open(options)
     sources = [with_prompts(source, model, options.instruction is None) for source in sources]
     corpus = make_corpus(sources, options.batch_size, seed)
@@ -98,51 +102,37 @@ def profile(options: ProfileOptions, *, progress: Progress = silent) -> Profile:
         angular=() if measured.angles is None else _table(measured.angles / measured.texts),
         batch_losses=_table(measured.losses) if measured.batch_losses else (),
         layer_costs=layer_costs(model, sizes, notes),
-        notes=tuple(dict.fromkeys([*notes, *encoder.notes, *_batch_notes(measured, corpus)])),
+        notes=tuple(dict.fromkeys([*notes, *encoder.notes, *_batch_notes(measured)])),
         source="" if isinstance(options.model, SentenceTransformer) else model_source(options.model),
     )
     if out is not None:
         result.save(out)  # what is measured stays, whatever becomes of the tasks
     if tasks:
-        result = _with_scores(result, model, encoder, tasks, options, progress)
+        result = _with_scores(result, encoder, tasks, options, progress)
     if out is not None:
         result.save(out)
         _draw(result, out)
     return result
 
 
-def _open_tasks(options: ProfileOptions) -> list[Task]:
-    if options.tasks:
-        from secateur.evaluation.tasks import open_tasks  # with mteb, which takes a while to import
-
-        return open_tasks(options.tasks, options.sample, options.seed)
-    return []
-
-
 def _with_scores(
-    result: Profile,
-    model: SentenceTransformer,
-    encoder: DepthEncoder,
-    tasks: Sequence[Task],
-    options: ProfileOptions,
-    progress: Progress,
+    result: Profile, encoder: DepthEncoder, tasks: Sequence[Task], options: ProfileOptions, progress: Progress
 ) -> Profile:
     """A profile with the scores of all depths on tasks."""
     from secateur.profiling.depth_scores import notes_on, score_depths
 
     todo = [(task, range(1, encoder.depth + 1)) for task in tasks]
-    given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": result.model}
-    scores = tuple(score_depths(model, encoder, todo, **given, progress=progress))
+    scores = tuple(score_depths(encoder, todo, sample=options.sample, seed=options.seed, progress=progress))
     notes = tuple(dict.fromkeys([*result.notes, *encoder.notes, *notes_on(scores)]))
     return replace(result, task_scores=tuple(score.row for score in scores if score.row), notes=notes)
 
 
-def _batch_notes(measured: _Pass, corpus: Corpus) -> list[str]:
+def _batch_notes(measured: _Pass) -> list[str]:
     """That batches were left out, or have unequal numbers of pairs."""
-    notes = []
-    if measured.batches < len(corpus.batches):
-        notes.append(f"early stopping after {measured.batches} of {len(corpus.batches)} batches")
-    pairs = sorted({len(batch.anchors) for batch in corpus.batches if batch.positives})
+    notes, batches = [], measured.corpus.batches
+    if measured.batches < len(batches):
+        notes.append(f"early stopping after {measured.batches} of {len(batches)} batches")
+    pairs = sorted({len(batch.anchors) for batch in batches if batch.positives})
     if len(pairs) > 1:
         sizes = " and ".join(map(str, pairs))
         notes.append(f"losses of batches of {sizes} pairs were averaged: more pairs give a higher loss")

@@ -149,7 +149,6 @@ def merge_adapters(name: str | Path, model: PreTrainedModel) -> None:
             layer.merge(safe_merge=True)
         except (NotImplementedError, RuntimeError, ValueError) as error:
             raise UnsupportedArchitecture(name, f"the adapter cannot be merged ({error})") from error
-        owner, _, attribute = place.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, base.to(dtype))
+        model.set_submodule(place, base.to(dtype))
     if adapted:
         forget_origin(model)

@@ -94,7 +94,7 @@ def wanted_tensors(
     depth = text_config(config).num_hidden_layers
     keep = set(choose(depth))
     state = {tensor: torch.empty(entry["shape"], device="meta") for tensor, entry in tensors.items()}
-    unused = {t for t in check_names(name, type(model), config, None, state_dict=state) if not is_within(t, model)}
+    unused = {t for t in check_names(name, model, None, state_dict=state) if not is_within(t, model)}
     # Those that transformers leaves out on purpose, such as T5's decoder, it does not tell.
     own, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
     unused |= {t for t in state if is_ignored(model, t) and t.removeprefix(prefix) not in own}

@@ -183,14 +183,13 @@ def _convert(model: SentenceTransformer, expected: np.ndarray, dtype: str, folde
 
 
 def origin_of(
-    model: str | Path, depth: int, keep: Sequence[int], earlier: Path | None = None, left_out: Sequence[str] = ()
+    model: str | Path, depth: int, keep: Sequence[int], earlier: Path, left_out: Sequence[str] = ()
 ) -> Origin:
     """Where a cut model comes from: what its own ``secateur.json`` (``earlier``) says, continued by this cut."""
     now = provenance()
-    file = earlier or Path(model) / Origin.file
-    if not file.is_file():
+    if not earlier.is_file():
         return Origin(now, model_label(model), depth, tuple(keep), "", 0.0, (now.command,), left_out=tuple(left_out))
-    before = load(file, Origin)
+    before = load(earlier, Origin)
     if len(before.kept) != depth:
         problem = f"its {Origin.file} lists {len(before.kept)} layers, but it has {depth}"
         raise ModelError(model, problem, "remove that file if the model was changed by other means")

@@ -154,8 +154,8 @@ class Encoder(ABC):
         return tokens
 
     def _read_start(self, texts: Sequence[str], prompt: str, characters: int, truncate: bool) -> list[Tokens]:
-        """Tokenize so many characters of each text, and more of those that have fewer tokens than the model reads; if
-        none are cut off, of those that have no more than that.
+        """Tokens of so many characters of each text, or of more where these are too few tokens: fewer than the model
+        reads or, without truncation, not more than it reads.
         """
         right, enough = self.truncation_side == "right", self.max_length + (not truncate)
         found = self.read([text[:characters] if right else text[-characters:] for text in texts], prompt, truncate)
@@ -208,8 +208,7 @@ class Encoder(ABC):
 
     def padded_length(self, length: int) -> int:
         """The length that a batch with a longest text of so many tokens is padded to."""
-        full = -(-max(1, length) // self.length_step) * self.length_step
-        return min(full, max(self.max_length, length))
+        return padded_length(length, self.length_step, self.max_length)
 
     def pad(self, batch: Sequence[Tokens], padding_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and attention mask (batch, length), padded on the right: there a text has the positions it has alone."""
@@ -233,6 +232,11 @@ def slices(texts: Sequence[str], longest: int) -> Iterator[Sequence[str]]:
         characters += length
     if start < len(texts):
         yield texts[start:]
+
+
+def padded_length(length: int, step: int, longest: int) -> int:
+    """The least multiple of ``step`` that so many tokens fit into, or ``longest`` where that is less but enough."""
+    return min(-(-max(1, length) // step) * step, max(longest, length))
 
 
 def plan_batches(

@@ -177,8 +177,8 @@ def _score(options: ScoutOptions, sources: Sequence[Source], tasks: Sequence[Tas
     check_depths(model, options.score or (), "score", layers=layers)
     name, notes = model_label(options.model), list(training.settings["notes"])
     encoder, by_name = DepthEncoder(model, name=name), {task.name: task for task in tasks}
-    given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "name": name, "layers": layers}
-    for score in score_depths(model, encoder, todo, **given, progress=progress):
+    given: dict[str, Any] = {"sample": options.sample, "seed": options.seed, "layers": layers}
+    for score in score_depths(encoder, todo, **given, progress=progress):
         keep_score(draws, by_name[score.task], score)
         scores[score.task, score.depth] = score
     found: list[DepthScore] = [score for score in scores.values() if score is not None]
