@@ -5,6 +5,7 @@ No folder appears whose vectors, or whose scores, differ from the original's by 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,11 +164,16 @@ def _texts(options: ExportOptions) -> tuple[list[str], list[str], tuple[Fingerpr
     rows = (row if isinstance(row, str) else row.positive for source in opened for row in source.rows)
     texts = list(dict.fromkeys(rows))
     if not options.data:
-        texts = [f"{summary} {body}" for summary, body in itertools.islice(pairs_of(""), count)]
+        texts = _own_texts(count)
     # Both get every second one: neighbours in a file are often alike.
     compared, calibration = texts[::2][:COMPARED], texts[1::2] or texts
     sources = tuple(source.source for source in opened)
     return [*compared, *TEN_SCRIPTS], [*calibration, *TEN_SCRIPTS][:CALIBRATED], sources
+
+
+@functools.cache  # a process may export several models, and reading takes seconds
+def _own_texts(count: int) -> list[str]:
+    return [f"{summary} {body}" for summary, body in itertools.islice(pairs_of(""), count)]
 
 
 def _long_text(model: SentenceTransformer, texts: Sequence[str]) -> str:

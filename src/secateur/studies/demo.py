@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -101,7 +102,11 @@ def _source_files(package: str) -> list[Path]:
         return []
     root = Path(spec.origin).parent if spec and spec.origin else Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    return sorted(file for file in root.rglob("*.py") if not skip.intersection(file.relative_to(root).parts))
+    found = []
+    for folder, within, files in os.walk(root):
+        within[:] = set(within) - skip  # not looked into: all that is installed may lie there
+        found += [Path(folder, file) for file in files if file.endswith(".py")]
+    return sorted(found)
 
 
 def _docstrings(file: Path) -> Iterator[str]:
