@@ -27,8 +27,11 @@ from secateur.models import save
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789;:,.?' "
 MakeEncoder = Callable[..., SentenceTransformer]
-LONGEST = ("test_docs", "test_export", "test_evaluate", "test_gguf", "test_scouted_study", "test_study", "test_serve")
-"""Files of tests that take minutes."""
+LONGEST = (
+    *("test_export", "test_gguf", "test_docs", "test_study", "test_backends", "test_scouted_study", "test_encode"),
+    *("test_serve", "test_distributed", "test_evaluate"),
+)
+"""Files of tests that take minutes, the longest first."""
 
 
 def tiny_transformer(folder: Path, architecture: str = "bert", depth: int = 3, seed: int = 0) -> Path:
@@ -125,7 +128,8 @@ def make_encoder(tmp_path: Path) -> MakeEncoder:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first: of two workers, none is left alone with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (item.path.stem not in LONGEST, -slow[item.path]))
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path.stem, len(LONGEST)), -slow[item.path]))
 
 
 @contextmanager
