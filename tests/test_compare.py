@@ -7,6 +7,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.util import cos_sim
 from sklearn.neighbors import NearestNeighbors
 from tokenizers import Tokenizer
 
@@ -16,6 +17,7 @@ from secateur.evaluation.evaluate import evaluate
 from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.tasks import open_task
 from secateur.measures.metrics import nearest_rows
+from secateur.models.open_model import open_model
 from secateur.reporting.compare import compare, overlap
 from secateur.results import Comparison, ScoreRow, load
 from task_folders import example_rows, sentences, write_task
@@ -75,6 +77,15 @@ def test_texts_alone(folders: list[Path], tmp_path: Path):
     found = compare([folders[0], folders[2]], texts=[tmp_path / "texts.txt"], neighbours=4, timed=False)
     assert (found.differences, found.scores, found.costs) == ((), (), ())
     assert found.overlaps[0].texts == 40
+    vectors = [open_model(folder).encode(texts) for folder in (folders[0], folders[2])]
+    whole, other = (cos_sim(own, own).numpy() for own in vectors)
+    shares = []
+    for place in range(40):
+        rest = np.delete(np.arange(40), place)
+        chance = whole[place, rest].mean()
+        nearest, theirs = (rest[np.argsort(-of[place, rest])[:4]] for of in (whole, other))
+        shares.append((whole[place, theirs] - chance).sum() / (whole[place, nearest] - chance).sum())
+    assert found.overlaps[0].similarity == pytest.approx(np.mean(shares), abs=1e-5)
     html = found._repr_html_()  # what a notebook shows
     assert [html.count(part) for part in ("<table", "<p>overlaps</p>", "<th>lost</th>")] == [2, 1, 1]
     assert html.count("<tr>") == len(found.overlaps) + len(found.changed)

@@ -89,12 +89,13 @@ def test_results_on_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch
     cost = CostRow("a", 3, 10_000_000, 5_000_000, 40_000_000, 100.0, 90.0, 120.0, device="cpu", threads=2)
     difference = DifferenceRow("b", "a", "t[b]", "spearman", 0.6, 0.5, 0.1, 0.05, 0.2)
     changed = ChangedRow("b", "a", "one\x07 text", 0.3, ("lost",), ("gained",))
-    overlap = OverlapRow("b", "a", 0.7, 10, 40)
+    overlap = OverlapRow("b", "a", 0.7, 10, 40, 0.9)
     terminal.show_comparison(Comparison(MADE, "a", ("a", "b"), (difference,), (overlap,), (changed,), (), (cost,)))
     shown = capsys.readouterr().out.replace(SPACE, " ")
     for words in ("2 (large)", "1.000 (0.900 to 1.100)", "30.0 (best)", "note: a note", "l3prune-small: loss 3.0"):
         assert words in shown
     for words in ("t[b] (spearman)", "60.0", "+10.0 (+5.0 to +20.0)", "significant", "10.0 M", "100 (90.0 to 120)"):
         assert words in shown
-    for words in ("b keeps 70.0 % of each text's 10 nearest texts (40 texts)", "30 %  one� text", "- lost", "+ gained"):
+    kept = "b keeps 70.0 % of each text's 10 nearest texts; those that it finds are 90.0 % as similar (40 texts)"
+    for words in (kept, "30 %  one� text", "- lost", "+ gained"):
         assert words in shown

@@ -217,6 +217,8 @@ def show_comparison(comparison: Comparison) -> None:
         show_costs(comparison.costs)
     for own in comparison.overlaps:
         share = f"{doc.percent(own.overlap)} of each text's {own.neighbours} nearest texts"
+        if own.similarity is not None:
+            share += f"; those that it finds are {doc.percent(own.similarity)} as similar"
         affected = [changed for changed in comparison.changed if changed.model == own.model]
         most = " Those that changed most:" if affected else ""
         typer.echo(f"\n{own.model} keeps {share} ({own.texts} texts).{most}")

@@ -219,6 +219,19 @@ def nearest_rows(vectors: NDArray[np.floating[Any]], k: int, *, at_once: int = 1
     return np.concatenate(found)
 
 
+def similarity_to(others: NDArray[np.int64], vectors: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """How similar each row of vectors (rows, dimension) is to some others (rows, k), above chance: (rows, k).
+
+    It is (s - m) / (1 - m) for a cosine s, whose mean over all other rows is m: 1 is the same direction, 0 a row drawn
+    at random.
+    """
+    unit = vectors.astype(np.float64)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    mean = (unit @ unit.sum(axis=0) - (unit**2).sum(axis=1)) / (len(unit) - 1)
+    cosine = np.stack([unit[own] @ row for own, row in zip(others, unit, strict=True)])
+    return (cosine - mean[:, None]) / np.maximum(1 - mean[:, None], 1e-12)
+
+
 def paired_cosines(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
     """Cosine of each row with the row beside it, (rows,), in double precision.
 

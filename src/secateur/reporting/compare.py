@@ -2,7 +2,8 @@
 
 The first model is the reference. Differences of scores have paired intervals: both models are scored on the same draws
 of rows. Two spaces are compared by neighbours, because vectors of two models have no common axes: for each text, the
-share of its k nearest texts by cosine that are the same in both.
+share of its k nearest texts by cosine that are the same in both, and how similar the k that a model finds are, by the
+vectors of the reference, beside the k nearest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from secateur.evaluation.replicates import read_replicates, score_differences
 from secateur.evaluation.task_folder import read_task_folder, texts_of
 from secateur.files import make_folder
 from secateur.measures.intervals import Array
-from secateur.measures.metrics import nearest_rows
+from secateur.measures.metrics import nearest_rows, similarity_to
 from secateur.models import is_endpoint, model_names
 from secateur.options import CompareOptions, step
 from secateur.progress import Progress, silent
@@ -33,6 +34,7 @@ from secateur.results import ChangedRow, Comparison, DifferenceRow, OverlapRow, 
 
 MOST_CHANGED = 10
 """Texts listed for each model."""
+ROUNDING = 1e-6
 
 
 @step(CompareOptions)
@@ -103,12 +105,18 @@ def _neighbourhoods(
     nearest = []
     for i, model in enumerate(options.models):
         progress("neighbours", i, len(names))
-        nearest.append(nearest_rows(_encode(model, texts, options.batch_size, vectors_folder(options, model)), k))
+        vectors = _encode(model, texts, options.batch_size, vectors_folder(options, model))
+        nearest.append(nearest_rows(vectors, k))
+        if i == 0:
+            reference = vectors
     progress("neighbours", len(names), len(names))
     overlaps, changed = [], []
     for name, own in zip(names[1:], nearest[1:], strict=True):
         shares = overlap(own, nearest[0])
-        overlaps.append(OverlapRow(name, names[0], float(shares.mean()), k, len(texts)))
+        found, best = (similarity_to(rows, reference).mean(axis=1) for rows in (own, nearest[0]))
+        # Where the reference has one vector for all texts, any text is as similar as another.
+        similarity = np.divide(found, best, out=np.ones_like(best), where=best > ROUNDING)
+        overlaps.append(OverlapRow(name, names[0], float(shares.mean()), k, len(texts), float(similarity.mean())))
         for i in np.argsort(shares, kind="stable")[:MOST_CHANGED]:
             if shares[i] < 1:
                 lost = tuple(texts[j] for j in nearest[0][i] if j not in own[i])

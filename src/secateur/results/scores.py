@@ -152,13 +152,18 @@ class DifferenceRow:
 
 @dataclass(frozen=True)
 class OverlapRow:
-    """How alike two spaces are: the mean share of a text's ``neighbours`` nearest texts that it has in both."""
+    """How alike two spaces are: the mean share of a text's ``neighbours`` nearest texts that it has in both.
+
+    ``similarity`` is that of the ones it has in the model's space to it, beside that of the nearest, by the vectors of
+    the reference (:func:`.similarity_to`): 1 where they are as similar, 0 where they might be drawn at random.
+    """
 
     model: str
     reference: str
     overlap: Float
     neighbours: int
     texts: int
+    similarity: Float | None = None
 
 
 @dataclass(frozen=True)

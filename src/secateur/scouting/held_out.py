@@ -23,7 +23,7 @@ from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import write_retrieval
 from secateur.files import new_folder
 from secateur.healing.teacher import Teacher, keep_vectors, open_teacher
-from secateur.measures.metrics import nearest_rows
+from secateur.measures.metrics import nearest_rows, similarity_to
 from secateur.options import ScoutOptions
 from secateur.progress import Progress
 
@@ -143,20 +143,18 @@ def _relevant(rows: Sequence[Pair]) -> Judgments:
 
 
 def _similar(texts: Sequence[str], prompt: str, teacher: Teacher, cache: Path, progress: Progress) -> Judgments:
-    """For each text how similar its nearest others are by a teacher's vectors, from 1 to 100: 100 (s - m) / (1 - m) for
-    a cosine s, whose mean over all others is m.
+    """For each text how similar its nearest others are by a teacher's vectors (:func:`.similarity_to`), from 1 to 100.
 
     By nDCG@10, ten texts drawn at random score about 0; those that the teacher finds itself, 1; and others that it
     finds nearly as similar, nearly 1.
     """
     kept = keep_vectors(teacher, {prompt: texts}, cache, progress)
-    vectors = kept.read(kept.rows(texts, teacher.context(prompt))).astype(np.float64)
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    total, found = unit.sum(axis=0), {}
-    for text, own, nearest in zip(texts, unit, nearest_rows(unit, min(NEIGHBOURS, len(texts) - 1)), strict=True):
-        mean = (own @ total - 1) / (len(texts) - 1)
-        grades = np.rint(100 * (unit[nearest] @ own - mean) / (1 - mean)).astype(int).tolist()
-        found[text] = {texts[other]: grade for other, grade in zip(nearest, grades, strict=True) if grade > 0}
+    vectors = kept.read(kept.rows(texts, teacher.context(prompt)))
+    nearest = nearest_rows(vectors, min(NEIGHBOURS, len(texts) - 1))
+    grades = np.rint(100 * similarity_to(nearest, vectors)).astype(int)
+    found: dict[str, dict[str, int]] = {}
+    for text, own, graded in zip(texts, nearest.tolist(), grades.tolist(), strict=True):
+        found[text] = {texts[other]: grade for other, grade in zip(own, graded, strict=True) if grade > 0}
     return found
 
 
