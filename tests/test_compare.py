@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sklearn.neighbors import NearestNeighbors
@@ -121,6 +122,14 @@ def test_scores_on_other_rows_have_no_interval():
     (found,) = score_differences(rows, "a", draws)
     assert (found.low, found.high, found.apart, found.units) == (None, None, False, 0)
     assert found.difference == pytest.approx(0.2)
+
+
+def test_models_that_answer_every_row_alike_differ_by_as_much_as_so_many_rows_can_hide():
+    known = {"units": 20, "unit": "queries", "data": "x"}
+    rows = [ScoreRow(m, t, "Retrieval", "ndcg", 0.5, 20, 1.0, **known) for m in ("a", "b") for t in ("t", "u")]
+    hidden = 1 - binomtest(20, 20).proportion_ci(0.95).low
+    for found in score_differences(rows, "a", [np.linspace(0, 1, 9)] * 4):
+        assert (found.low, found.high) == pytest.approx((-hidden, hidden))
 
 
 def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path):
