@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
-from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
+from secateur.errors import ConfigError, DataError, ModelError, UnsupportedArchitecture
 from secateur.files import read_json, write_text
 from secateur.models import resolve
 from secateur.models.blocks import skeleton, text_config, text_tower
@@ -206,8 +206,12 @@ def _check_dense(name: str | Path, source: str | Path, revision: str | None, is_
     A CrossEncoder of before sentence-transformers 6 is a transformers folder; what tells is a note in ``config.json``,
     or its only class.
     """
-    about = small_file(source, "config_sentence_transformers.json" if is_embedder else "config.json", revision) or {}
-    kind = about.get("model_type", "SentenceTransformer") if is_embedder else "SentenceTransformer"
+    kind, about = "SentenceTransformer", dict[str, Any]()
+    if is_embedder:
+        kind = (small_file(source, "config_sentence_transformers.json", revision) or {}).get("model_type", kind)
+    else:
+        with suppress(DataError):  # whoever opens it tells why
+            about = small_file(source, "config.json", revision) or {}
     classifies = any(part.endswith("ForSequenceClassification") for part in about.get("architectures") or ())
     if "sentence_transformers" in about or (classifies and len(about.get("id2label") or "01") == 1):
         kind = "CrossEncoder"
