@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,6 +202,15 @@ def test_int8_is_smaller_and_near(
     assert cosine.mean() > 0.97
     assert result.cosine_min < 1
     assert result.graph == FILES[form]
+
+
+def test_no_use_is_reported_whatever_is_written(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)  # which OpenVINO brings, and NNCF for ONNX
+    export(folders("bert"), to="onnx", out=tmp_path / "exported")
+    with pytest.raises(ImportError):
+        importlib.import_module("openvino_telemetry")
 
 
 @pytest.fixture

@@ -90,6 +90,15 @@ def test_a_place_without_a_name_is_refused(name: str, tmp_path: Path, monkeypatc
         pass
 
 
+def test_a_disk_to_which_nothing_can_be_renamed_is_refused_before_any_work(tmp_path: Path):
+    with disk_of(100, tmp_path / "volume") as disk:
+        with pytest.raises(OutputError, match="cannot be replaced by a finished folder: name a new folder in it"):
+            new_folder(disk).__enter__()
+        with new_folder(disk / "model") as folder:
+            (folder / "file").touch()
+        assert (disk / "model" / "file").exists()
+
+
 def test_a_symbolic_link_is_refused_before_any_work(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(OutputError, match="is a symbolic link: name the folder"), new_folder(tmp_path / "link"):

@@ -17,8 +17,9 @@ from secateur.provenance import Provenance
 from secateur.reporting.findings import MARGIN, Estimate, GroupComparison, Summary, compare_groups, pareto, summarize
 from secateur.reporting.report import report, size_sentences
 from secateur.reporting.run import read_run
+from secateur.reporting.tables import cost_table
 from secateur.reporting.verdict import notes, recommend, smallest_as_good
-from secateur.results import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training
+from secateur.results import CostRow, Costs, LossRow, Origin, ScoreRow, Scores, Training, load
 
 MADE = Provenance("secateur", "2026-03-04T05:06:07+00:00", None, {}, (), {})
 TASKS = ("sts", "search")
@@ -171,6 +172,21 @@ def test_seeds_widen_the_interval_by_their_pooled_spread(tmp_path: Path, seeds: 
     assert repeated == {"tiny-8-healed": seeds, "tiny-4-healed": seeds, "tiny-4-healed-seed0": 1}
 
 
+@pytest.mark.parametrize(("rows", "is_as_good"), [(100, False), (400, True)])
+def test_a_cut_that_answers_every_row_as_the_full_model_does_is_as_sure_as_there_are_rows(
+    tmp_path: Path, rows: int, is_as_good: bool
+) -> None:
+    """As one whose vocabulary lacks no token of the tasks. It has at most the errors of so many rows without any."""
+    for name, depth in (("tiny-8-healed", 8), ("tiny-4-healed", 4)):
+        write_model(tmp_path, name, depth, 0.8, own=0.0)
+        table = load(tmp_path / "scores" / name, Scores)
+        Scores(MADE, tuple(replace(row, units=rows) for row in table.scores)).save(tmp_path / "scores" / name)
+    claim = claims(tmp_path)["tiny-4-healed"]
+    unlike = 1 - binomtest(rows, rows).proportion_ci(0.95).low
+    assert (claim.difference.low, claim.difference.high) == pytest.approx((-unlike, unlike))
+    assert claim.is_as_good(0.01) is is_as_good
+
+
 def test_ways_of_choosing_and_recipes_are_other_designs(tmp_path: Path) -> None:
     names = ("tiny-8-healed", "tiny-4-healed", "tiny-4-uniform-healed", "tiny-4-distilled", "tiny-8-zero-shot")
     for name in names:
@@ -242,6 +258,19 @@ def test_models_that_were_scored_on_other_rows_have_a_full_model_of_their_own(tm
     verdict = recommend(found(tmp_path))  # the baseline was scored on the rows of the other
     assert verdict.headline.startswith("Ship wee-4-healed: −1.0 points")
     assert not any("static" in reason for reason in verdict.reasons)
+
+
+def test_speeds_that_were_measured_once_tell_nothing_apart(tmp_path: Path) -> None:
+    for once, ratio in ((False, pytest.approx(2)), (True, None)):
+        rows = []
+        for depth, rate in ((8, 100.0), (4, 200.0)):
+            write_model(tmp_path, f"tiny-{depth}-healed", depth, 0.8)
+            ends = (rate, rate) if once else (rate - 1, rate + 1)
+            rows.append(CostRow(f"tiny-{depth}-healed", depth, depth, 0, depth, rate, *ends))
+        Costs(MADE, tuple(rows)).save(tmp_path)
+        assert claims(tmp_path)["tiny-4-healed"].speed == ratio
+        (cell,) = [row[-1] for row in cost_table(rows[:1]).cells]
+        assert ("to" in cell.in_line) is not once
 
 
 def test_missing_draws_are_an_error_that_names_the_file(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +81,16 @@ def test_training_lowers_the_loss_and_leaves_a_plain_model(healed: Path, llama_f
     assert before.keys() == after.keys()
     assert changed == linear
     assert table.trained_parameters == sum(4 * sum(before[name].shape) for name in linear)
+
+
+def test_gradients_that_a_notebook_has_switched_off_are_computed(llama_folder: Path, pairs_file: Path, tmp_path: Path):
+    losses = []
+    for mode in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
+        with mode():
+            folder = secateur.heal(llama_folder, pairs_file, **SETTINGS | {"steps": 2}, out=tmp_path / mode.__name__)
+        losses.append([row.loss for row in load(folder, Training).losses])
+    assert losses[0] == losses[1] == losses[2]
+    assert len(set(losses[0])) == 2
 
 
 def test_a_healed_folder_knows_its_prompts_and_where_it_comes_from(healed: Path):
@@ -190,7 +200,7 @@ def test_a_disk_that_fills_up_on_the_way_loses_nothing(
 
         def fill(what: str, done: int, total: int) -> None:
             if done == 5 * SETTINGS["batch_size"]:
-                with suppress(OSError), filler.open("wb", buffering=0) as stream:
+                with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
                     while True:
                         stream.write(bytes(4096))
 

@@ -14,11 +14,21 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel, ViTConfig, ViTModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaModel,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import secateur
 from conftest import tiny_transformer
 from secateur.errors import ConfigError, ModelError, SecateurError, UnsupportedArchitecture
+from secateur.models import model_names
 from secateur.models.forward import pooling_name, wait
 from secateur.models.open_model import is_causal
 from secateur.models.save import save_model
@@ -149,6 +159,12 @@ def of_images(folder: Path) -> None:
     ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(folder)
 
 
+def of_images_and_texts(folder: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    parts = {"text_config": sizes | {"vocab_size": 64}, "vision_config": sizes | {"image_size": 32, "patch_size": 16}}
+    SiglipModel(SiglipConfig(**parts)).save_pretrained(folder)
+
+
 def without_tokenizer(folder: Path) -> None:
     for file in folder.glob("token*"):
         file.unlink()
@@ -167,6 +183,10 @@ BROKEN = {
     "no embeddings": (without("embed_tokens"), "embed_tokens"),
     "fewer blocks than it says": (with_config(num_hidden_layers=5), "no weights for layers.3"),
     "images": (of_images, "not a text model"),
+    "images and texts": (
+        of_images_and_texts,
+        "reads images, and its text part is no model of its own.* take a model of",
+    ),
     "no tokenizer": (without_tokenizer, "not a text model"),
     "more blocks than it says": (with_config(num_hidden_layers=2), "no place for: layers.2"),
     "a negative number of blocks": (with_config(num_hidden_layers=-3), "no place for: layers.0"),
@@ -303,14 +323,26 @@ def test_a_router_of_two_models_is_told_in_one_line(embedder_folder: Path, tmp_p
         secateur.open_model(tmp_path / "router", device="cpu")
 
 
+def test_a_folder_of_the_hubs_cache_is_called_as_the_model():
+    folder = Path("hub/models--intfloat--e5-small-v2/snapshots")
+    assert model_names([folder / ("a" * 40), "b"]) == ["e5-small-v2", "b"]
+    assert model_names([folder / "a", folder / "b"]) == [str(folder / "a"), str(folder / "b")]
+
+
 def test_a_reranker_or_a_sparse_encoder_is_no_embedder(llama_folder: Path, tmp_path: Path):
     bert = tiny_transformer(tmp_path / "bert", "bert")
     CrossEncoder(str(bert), device="cpu", num_labels=1).save_pretrained(str(tmp_path / "CrossEncoder"))
     modules = [Transformer(str(bert)), Pooling(32, "mean")]
     SparseEncoder(modules=modules, device="cpu").save_pretrained(str(tmp_path / "SparseEncoder"))
-    for kind in ("CrossEncoder", "SparseEncoder"):
+    one = shutil.copytree(tmp_path / "CrossEncoder", tmp_path / "one-class")  # as sentence-transformers wrote it once
+    for file in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (one / file).unlink()
+    noted = shutil.copytree(bert, tmp_path / "noted")  # as its versions 4 and 5, with any number of classes
+    config = json.loads((noted / "config.json").read_text()) | {"sentence_transformers": {"version": "4.0.1"}}
+    (noted / "config.json").write_text(json.dumps(config))
+    for folder, kind in (("CrossEncoder",) * 2, ("SparseEncoder",) * 2, (one, "CrossEncoder"), (noted, "CrossEncoder")):
         with pytest.raises(UnsupportedArchitecture, match=f"is a {kind}, which gives a text no dense vector"):
-            secateur.open_model(tmp_path / kind, device="cpu")
+            secateur.open_model(tmp_path / folder, device="cpu")
 
 
 def test_an_old_folder_whose_transformer_is_in_a_folder_of_its_own(embedder_folder: Path, tmp_path: Path):

@@ -26,6 +26,7 @@ from secateur.models.blocks import skeleton
 from secateur.results import Origin, load
 from secateur.vocabulary.choice import Vocabulary, count_tokens
 from secateur.vocabulary.trim import cut_vocabulary, keep_tokens, token_tables
+from task_folders import example_rows, write_task
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,12 @@ def test_what_cannot_be_is_refused(options: dict, told: str, folder_of, texts: P
     with pytest.raises(ConfigError, match=told):
         secateur.prune(folder_of("bert"), 2, **given, out=tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
+
+
+def test_tasks_of_one_name_are_refused_for_the_record_would_lack_one(folder_of, texts: Path, tmp_path: Path):
+    tasks = [write_task(tmp_path / side / "task", "sts", example_rows("sts")) for side in ("one", "other")]
+    with pytest.raises(ConfigError, match="vocab_tasks: two tasks have the same name"):
+        secateur.prune(folder_of("bert"), vocab=[texts], vocab_tasks=tasks, out=tmp_path / "cut")
 
 
 def test_texts_that_tell_nothing_are_refused(folder_of, tmp_path: Path):

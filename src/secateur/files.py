@@ -188,7 +188,7 @@ def empty_folder(folder: Path) -> None:
 def partial_folder(path: str | Path) -> Path:
     """Where a folder is prepared until it is complete."""
     path = Path(path)
-    if path.name in ("", ".."):
+    if path.name in ("", "..") or os.path.ismount(path):  # as a container's volume is, which nothing can be renamed to
         raise OutputError(path, "cannot be replaced by a finished folder", "name a new folder in it")
     if path.is_symlink():  # a folder cannot be renamed to it
         raise OutputError(path, "is a symbolic link", "name the folder that it leads to, or a new one")

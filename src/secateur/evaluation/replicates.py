@@ -96,14 +96,19 @@ def score_differences(
             if own is not None and theirs is not None and is_paired(row, other):
                 paired.append(own - theirs)
                 least, most = limits_of(row.metric)
-                low, high = interval(paired[-1], (least - most, most - least))
+                low, high = interval(paired[-1], (least - most, most - least), row.units)
                 unit, units = row.unit, row.units
             scores = row.score, other.score, row.score - other.score
             by_task.append(DifferenceRow(model, reference, task, row.metric, *scores, low, high, unit, units))
         differences += by_task
         if len(by_task) > 1:
             mean, base = np.mean([(row.score, row.reference_score) for row in by_task], axis=0).tolist()
-            low, high = interval(np.mean(paired, axis=0)) if len(paired) == len(by_task) else (None, None)
+            low = high = None
+            if len(paired) == len(by_task):
+                least, most = np.mean([limits_of(row.metric) for row in by_task], axis=0)
+                low, high = interval(
+                    np.mean(paired, axis=0), (least - most, most - least), min(row.units for row in by_task)
+                )
             scores, count = (mean, base, mean - base), len(by_task)
             differences.append(DifferenceRow(model, reference, "", "mean", *scores, low, high, "tasks", count))
     return tuple(differences)

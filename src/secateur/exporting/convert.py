@@ -34,7 +34,7 @@ from torch.nn.functional import normalize
 
 from secateur.errors import ConfigError, MissingPackage, ModelError
 from secateur.progress import quiet
-from secateur.runtime.encoder import openvino_without_telemetry
+from secateur.runtime.encoder import switch_off_telemetry
 
 PROMPT_LENGTH = "prompt_length"
 """The input that says how many tokens of each text are its prompt's, where the model does not pool them."""
@@ -226,6 +226,7 @@ def convert(graph: EncoderGraph, form: Form, folder: Path, calibration: Callable
 
     Raises ModelError where the architecture cannot be traced, ConfigError where weights do not fit the precision.
     """
+    switch_off_telemetry()
     file = folder / FILES[form]
     file.parent.mkdir(parents=True, exist_ok=True)
     write = {"onnx": _write_onnx, "openvino": _write_openvino}[form.backend]
@@ -256,7 +257,7 @@ def _trace(graph: EncoderGraph, exporter: Any, config: Any) -> Any:
 
 
 def _write_openvino(graph: EncoderGraph, form: Form, file: Path, samples: Sequence[Features], floats: Shapes) -> None:
-    openvino = openvino_without_telemetry()
+    import openvino
     from openvino._offline_transformations import compress_model_transformation
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import get_rank
 
@@ -49,6 +50,8 @@ from secateur.results import Origin, Training
 
 
 @step(HealOptions)
+@torch.inference_mode(False)  # whatever a notebook has switched off for all its cells
+@torch.enable_grad()
 def heal(options: HealOptions, *, progress: Progress = silent) -> Path:
     """Train a model on pairs, on unlabelled texts, or by a teacher, and write it as a plain model folder.
 

@@ -49,11 +49,17 @@ def is_endpoint(name: object) -> bool:
 
 
 def model_label(name: str | Path) -> str:
-    """A short name for files and tables: the last part of a path, Hub id or address, without ``.gguf``."""
+    """A short name for files and tables: the last part of a path, Hub id or address, without ``.gguf``.
+
+    That of a folder in the Hub's cache is the model's, not the commit's.
+    """
     if is_endpoint(name):
         address = urlsplit(str(name))
         name = address.fragment.partition("?")[0] or address.hostname or ""
-    return Path(str(name)).name.removesuffix(".gguf") or "model"
+    path = Path(str(name))
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name.removesuffix(".gguf") or "model"
 
 
 def model_source(name: str | Path) -> str:

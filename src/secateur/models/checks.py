@@ -151,6 +151,8 @@ def _in_words(error: Exception) -> tuple[str, str]:
             return f"its weights are damaged or half written ({said})", "copy or fetch them again"
         case OSError() if "use_safetensors" in message:
             return "has no safetensors", CONVERT
+        case OSError() if "image processor" in message:
+            return f"reads images, and its text part is no model of its own ({said})", "take a model of texts"
         case OSError() | hub.HTTPError():  # type: ignore[attr-defined]
             return f"cannot be opened ({said})", ""
         case _ if is_out_of_memory(error):

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
-from secateur.errors import ConfigError, ModelError, UnsupportedArchitecture
+from secateur.errors import ConfigError, DataError, ModelError, UnsupportedArchitecture
 from secateur.files import read_json, write_text
 from secateur.models import resolve
 from secateur.models.blocks import skeleton, text_config, text_tower
@@ -175,8 +175,10 @@ def load_model(
         # Weights of another shape are refused by check_weights, which names them; transformers does not.
         weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
         weights |= {"key_mapping": key_mapping} if key_mapping else {}
-        if is_sentence_transformer_model(str(shown), revision=where.get("revision")):
-            _check_embedder(name, shown, pooling, max_length, where.get("revision"))
+        is_embedder = is_sentence_transformer_model(str(shown), revision=where.get("revision"))
+        _check_dense(name, shown, where.get("revision"), is_embedder)
+        if is_embedder:
+            _check_options(name, pooling, max_length)
             model = SentenceTransformer(str(shown), model_kwargs=weights, device=device, **where)
             place = shown / read_modules(shown)[0]["path"] if isinstance(shown, Path) else None  # in old models, within
         else:
@@ -198,15 +200,28 @@ def load_model(
     return model.eval()
 
 
-def _check_embedder(
-    name: str | Path, source: str | Path, pooling: PoolingName | None, max_length: int, revision: str | None
-) -> None:
-    """Refuse what is no embedder, and options that a trained embedder does not take."""
-    about = small_file(source, "config_sentence_transformers.json", revision) or {}
-    kind = about.get("model_type", "SentenceTransformer")
-    if kind != "SentenceTransformer":  # of which sentence-transformers would take the transformer alone
+def _check_dense(name: str | Path, source: str | Path, revision: str | None, is_embedder: bool) -> None:
+    """Refuse what gives no dense vectors, of which the transformer alone would be taken.
+
+    A CrossEncoder of before sentence-transformers 6 is a transformers folder; what tells is a note in ``config.json``,
+    or its only class.
+    """
+    kind, about = "SentenceTransformer", dict[str, Any]()
+    if is_embedder:
+        kind = (small_file(source, "config_sentence_transformers.json", revision) or {}).get("model_type", kind)
+    else:
+        with suppress(DataError):  # whoever opens it tells why
+            about = small_file(source, "config.json", revision) or {}
+    classifies = any(part.endswith("ForSequenceClassification") for part in about.get("architectures") or ())
+    if "sentence_transformers" in about or (classifies and len(about.get("id2label") or "01") == 1):
+        kind = "CrossEncoder"
+    if kind != "SentenceTransformer":
         hint = "take an embedder, or the language model that it was made of"
         raise UnsupportedArchitecture(name, f"is a {kind}, which gives a text no dense vector", hint)
+
+
+def _check_options(name: str | Path, pooling: PoolingName | None, max_length: int) -> None:
+    """Refuse options that a trained embedder does not take."""
     if pooling is not None:
         raise ModelError(name, f"is a trained embedder and pools its own way, not by {pooling}")
     if max_length != MAX_LENGTH:

@@ -110,7 +110,7 @@ class CostOptions(Options):
     models: Models = argument(OTHERS, min_length=1)
     out: Results = option("Folder for costs.json.")
     names: ModelNames = None
-    repetitions: int = option("Number of timed rounds; speeds are their median, with the range.", 3, ge=1)
+    repetitions: int = option("Number of timed rounds; speeds are their median, with the range of several.", 3, ge=1)
     thorough: bool = option("Time more texts and batch sizes, and measure load time and peak memory.", False)
     device: Device = None
 

@@ -135,12 +135,15 @@ def _cut_tokens(
     options: PruneOptions, model: SentenceTransformer, progress: Progress
 ) -> tuple[tuple[int, ...], PreTrainedTokenizerBase, VocabularyCut]:
     """The ids that stay, ascending, the tokenizer of these, and the record of the cut; the model stays as it is."""
+    tasks = {task.name: task for task in map(read_task_folder, options.vocab_tasks)}
+    if len(tasks) < len(options.vocab_tasks):
+        hint = 'change "name" in one task.json, or rename a folder'
+        raise ConfigError("vocab_tasks", options.vocab_tasks, "two tasks have the same name", hint)
     told: Any = {"prompts": model.prompts.values(), "progress": progress}
     counted = count_vocabulary(str(options.model), model.tokenizer, model[0].auto_model, options, **told)
     size = counted.size_of(options)
     kept = counted.kept(size)
-    tasks = [read_task_folder(task) for task in options.vocab_tasks]
-    covered = {task.name: counted.coverage_of(texts_of(task), size) for task in tasks}
+    covered = {name: counted.coverage_of(texts_of(task), size) for name, task in tasks.items()}
     return kept, cut_tokenizer(model.tokenizer, kept), replace(counted.cut(size), task_coverage=covered)
 
 

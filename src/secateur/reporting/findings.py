@@ -144,11 +144,12 @@ class GroupComparison:
 
     @property
     def speed(self) -> float | None:
-        """How many times as fast, in short texts per second; None where the measured ranges overlap."""
+        """How many times as fast, in short texts per second; None where the measured ranges overlap, or are none."""
         own, full = self.group.cost, self.reference.cost
-        if own and full and full.speed_low > 0 and (own.speed_low > full.speed_high or own.speed_high < full.speed_low):
-            return own.texts_per_second / full.texts_per_second
-        return None
+        if not own or not full or any(cost.speed_low == cost.speed_high for cost in (own, full)):  # measured once
+            return None
+        is_apart = own.speed_low > full.speed_high or own.speed_high < full.speed_low
+        return own.texts_per_second / full.texts_per_second if is_apart else None
 
     @property
     def size(self) -> float | None:
@@ -265,7 +266,7 @@ def _estimate(sides: Sequence[RunGroup], tasks: Sequence[str]) -> Estimate:
     limits = (least - most, most - least) if len(sides) > 1 else (least, most)
     if all(name in side.draws for side in sides for name in tasks):
         own, *other = [np.mean([side.draws[name] for name in tasks], axis=0) for side in sides]
-        low, high = interval(own - sum(other), limits, None if other else min(row.units for (row, *_) in rows))
+        low, high = interval(own - sum(other), limits, min(row.units for (row, *_) in rows))
     if low is None or high is None:
         return Estimate(value, seed_error=error)
     ends = np.clip([value - math.hypot(value - low, half), value + math.hypot(high - value, half)], *limits)

@@ -235,7 +235,8 @@ SIZES: dict[str, Callable[[CostRow], str | Cell]] = {
 def _speed(row: CostRow, kind: str = "", length: str = "") -> str | Cell:
     """Texts per second with their range and, of texts of a ``length``, how they were timed; ``kind``: ``long_``."""
     rate = getattr(row, f"{kind}texts_per_second")
-    notes = [doc.span(getattr(row, f"{kind}speed_low"), getattr(row, f"{kind}speed_high"), doc.speed)]
+    ends = getattr(row, f"{kind}speed_low"), getattr(row, f"{kind}speed_high")
+    notes = [doc.span(*ends, doc.speed)] if ends[0] < ends[1] else []  # one repetition has no range
     if length and (batch := getattr(row, f"{length}_batch")):
         notes.append(f"{doc.number(getattr(row, f'{length}_tokens'), 'g')} tokens, batches of {batch}")
     return Cell(doc.speed(rate), tuple(notes)) if rate else doc.NONE

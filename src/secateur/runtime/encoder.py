@@ -107,16 +107,15 @@ def _open_onnx(file: Path, manifest: Mapping[str, Any], threads: int | None) -> 
     return run
 
 
-def openvino_without_telemetry() -> Any:
-    """OpenVINO's module. It and NNCF report their use to Intel, but not where the package that does so is missing."""
+def switch_off_telemetry() -> None:
+    """OpenVINO and NNCF report their use to Intel, but not where the package that does so is missing."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
 
 
 def _open_openvino(file: Path, manifest: Mapping[str, Any], threads: int | None) -> Session:
-    openvino = openvino_without_telemetry()
+    switch_off_telemetry()
+    import openvino
+
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "bf16" if manifest["precision"] == "bfloat16" else "f32",
         "PERFORMANCE_HINT": "LATENCY",

@@ -256,7 +256,7 @@ def rungs(
         low, high = (None, None) if draws is None else interval(draws.mean(axis=0), (least, most), units)
         paired: tuple[float, float] | tuple[None, None] = (None, None)
         if draws is not None and reference_draws is not None and depth != full:
-            paired = interval((draws - reference_draws).mean(axis=0), (least - most, most - least))
+            paired = interval((draws - reference_draws).mean(axis=0), (least - most, most - least), units)
         difference = float((values - reference).mean())
         rows.append(RungRow(depth, depth in trained, float(values.mean()), low, high, difference, *paired))
     told = ", ".join(map(str, missing))
