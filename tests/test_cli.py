@@ -28,7 +28,10 @@ from secateur.provenance import command_line, provenance
 from secateur.results import DepthRow, LayerCost, Profile, Scores, load
 from task_folders import example_rows, write_task
 
-COMMANDS = ("profile", "choose", "prune", "heal", "evaluate", "report", "study", "tasks check", "tasks make")
+COMMANDS = (
+    *("profile", "scout", "choose", "prune", "heal", "evaluate", "tasks check", "tasks make", "cost", "compare"),
+    *("report", "study", "study status", "study resume", "export", "encode", "serve"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,10 @@ def test_help_is_one_sentence_and_an_example(command: str, run: Run):
     usage, sentence, example = paragraphs[:3]
     assert ended.code == 0
     assert usage.startswith(f"Usage: secateur {command}")
-    assert sentence.endswith(".") and sentence.count(". ") == 0
+    assert sentence[-1] in ".?" and sentence.count(". ") == 0
     assert example.startswith(f"Example: secateur {command} ")
+    assert set(re.findall(r"`secateur ([a-z ]+)`", " ".join(ended.out.split()))) <= {*COMMANDS}
+    assert command != "cost" or "server" not in ended.out  # whose costs cannot be measured
 
 
 @pytest.mark.parametrize("command", COMMANDS)

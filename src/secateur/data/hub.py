@@ -75,11 +75,10 @@ def load_set(data: str | Path) -> tuple[HubName, datasets.Dataset]:
                     raise ValueError("a folder that was saved to disk has no configurations and revisions")
                 loaded = datasets.load_from_disk(asked.name)
                 if asked.split:
-                    if not isinstance(loaded, dict):
-                        raise ValueError("it has no splits")
-                    sizes = {name: len(rows) for name, rows in loaded.items()}
+                    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+                    sizes = {name: len(rows) for name, rows in splits.items()}
                     wanted = datasets.ReadInstruction.from_spec(asked.split).to_absolute(sizes)
-                    parts = [loaded[part.splitname].select(range(part.from_, part.to)) for part in wanted]
+                    parts = [splits[part.splitname].select(range(part.from_, part.to)) for part in wanted]
                     loaded = datasets.concatenate_datasets(parts)
             else:
                 builder = datasets.load_dataset_builder(asked.name, asked.config, revision=asked.revision)

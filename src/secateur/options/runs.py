@@ -47,7 +47,8 @@ STUDY_FILES = (
     *("data", "tasks", "models", "profiles", "scouts", "pruned", "trained"),
     *("scores", "figures", "cache", "logs", "done"),
 )
-OTHERS = f"{MODEL} Or what cannot be cut: a static embedding (model2vec), a folder that export wrote, or {ENDPOINT}"
+TIMED = f"{MODEL} Or what cannot be cut: a static embedding (model2vec), or a folder that export wrote."
+OTHERS = f"{TIMED} Or {ENDPOINT}"
 Models = Annotated[list[Annotated[str, BeforeValidator(name_only)]], BeforeValidator(listed), Names("model")]
 Results = Annotated[Path | None, Names("results")]
 NAMES = "What to call the models [default: the last part of their paths]."
@@ -68,7 +69,7 @@ class EvaluateOptions(Options):
 
     models: Annotated[list[AnyName], BeforeValidator(listed), Names("model")] = argument(OTHERS, min_length=1)
     tasks: Tasks = positional(
-        "Task folders or files (see `secateur tasks`), or names of tasks and benchmarks of mteb.", min_length=1
+        "Task folders or files (see `secateur tasks check`), or names of tasks and benchmarks of mteb.", min_length=1
     )
     out: Results = option("Folder for scores.json; scores in it are computed again only if something changed.")
     names: ModelNames = None
@@ -107,7 +108,7 @@ class CostOptions(Options):
     Example: secateur cost smollm2 smollm2-large -o costs
     """
 
-    models: Models = argument(OTHERS, min_length=1)
+    models: Models = argument(TIMED, min_length=1)
     out: Results = option("Folder for costs.json.")
     names: ModelNames = None
     repetitions: int = option("Number of timed rounds; speeds are their median, with the range of several.", 3, ge=1)
@@ -152,6 +153,10 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     """
 
     models: Models = argument(MODEL, default=[])
+    steps: int | None = option(
+        "Training budget in steps of the full model, a quarter for the scout; with --depths, of each training [1000].",
+        ge=1,
+    )
     data: Data = option(DATA, [])
     tasks: Tasks = option("Task folders or files, or names of mteb's tasks and benchmarks.", [])
     baselines: Models = option("Models to compare with, scored and timed alike; named as for evaluate.", [])
