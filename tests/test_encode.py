@@ -661,11 +661,12 @@ def test_a_number_format_that_is_none(model: Path, dtype: str):
         open_encoder(Opening(str(model), dtype=dtype, device="cpu"))
 
 
-def test_ctrl_c_is_one_line(tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_the_end_of_a_container_are_one_line(number: int, tmp_path: Path):
     write_lines(tmp_path / "a.jsonl", (f"{i}" for i in range(100_000)))
     (tmp_path / "no model").mkdir()  # it is opened after the texts have been read
     command = ("encode", tmp_path / "no model", tmp_path / "a.jsonl", "-o", tmp_path / "v.npy")
-    done = run(*command, watch=(signal.SIGINT, tmp_path / "v.npy.partial", "texts.sqlite"))
+    done = run(*command, watch=(number, tmp_path / "v.npy.partial", "texts.sqlite"))
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.splitlines()[-1] == "secateur: interrupted; the same command goes on where it can"
     assert "Traceback" not in done.stderr

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +12,7 @@ from pathlib import Path
 import mteb
 import pytest
 
+import secateur.evaluation
 from secateur.errors import ConfigError, DataError
 from secateur.evaluation.task_folder import (
     DISTRACTORS_PER_QUERY,
@@ -349,6 +352,14 @@ except DataError as error:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("STS12: mteb cannot load its data (")
     assert done.stdout.strip().endswith("go online, or give a task folder")
+
+
+def test_a_home_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()  # root may write anywhere, but not into a file
+    environment = {key: value for key, value in os.environ.items() if key != "MTEB_CACHE"}
+    monkeypatch.setattr(os, "environ", environment | {"HOME": str(tmp_path / "file")})
+    importlib.reload(secateur.evaluation)
+    assert mteb.cache.ResultCache().cache_path.is_dir()  # as mteb does when it is imported
 
 
 @pytest.mark.parametrize("type_", TYPES)

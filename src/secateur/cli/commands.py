@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 import time
 import webbrowser
@@ -49,6 +50,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a sign that a terminal's code page lacks is no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if "LOCAL_RANK" not in os.environ:  # where processes train together, their launcher wants them to end at once
+        # As Ctrl-C does. By default the first process of a container would not hear it, and no other would clean up.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # typer returns the code of a click.Exit (--help) instead of raising it; since 0.29 Ctrl-C is one, too.
         code = app(sys.argv[1:] or ["--help"], prog_name="secateur", standalone_mode=False) or 0
