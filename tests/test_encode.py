@@ -507,7 +507,8 @@ def test_processes_have_their_share_of_the_threads(model: Path, tmp_path: Path, 
         encode(model, [file], out=tmp_path / "v.npy", dtype="float32", backend="torch", processes=2)
     finally:
         torch.set_num_threads(threads)
-    assert [int(file.read_text()) for file in (tmp_path / "told").iterdir()] == [3, 3]
+    # Of two, one may be ended before it has begun: the other has done all there was.
+    assert {int(file.read_text()) for file in (tmp_path / "told").iterdir()} == {3}
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ class StudyOptions(VocabularyOptions, HealSettings, Budget):
     vocab: Data = option("Cut the finished models' vocabulary by these texts [with a size or coverage: --data].", [])
     out: Annotated[Path, Names("results", STUDY_FILES)] = option("The run folder, for all results.", ...)
     preset: Literal["demo", "paper", "shrink"] | None = option(
-        "Defaults for: demo: SmolLM2 in ten minutes; paper: L3Prune's experiments; shrink: an embedder, on texts alone."
+        "Defaults for: demo: SmolLM2 in 15 minutes; paper: L3Prune's experiments; shrink: an embedder, on texts alone."
     )
     ladder: Depths = option("Depths that the scout trains: 6,12,24 [default: about eight, as scout --depths].", [])
     polish: Depths = option("Depths to train further after the scout [default: the one that its scores choose].", [])

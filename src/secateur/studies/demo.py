@@ -32,7 +32,7 @@ BODY_WORDS = (12, 32)
 TRAIN_PAIRS = 4000
 TEST_PAIRS = 400
 SETTINGS = {"steps": 60, "batch_size": 32, "learning_rate": 5e-4, "max_length": 32, "max_examples": 320}
-"""For about ten minutes on two cores: 15 steps are the scout's, the polish costs 45. By default 1,000 of 64."""
+"""For a quarter of an hour on two cores: 15 steps are the scout's, the polish costs 45. By default 1,000 of 64."""
 
 
 def demo_study(given: StudyOptions, run: Path, progress: Progress) -> StudyOptions:
