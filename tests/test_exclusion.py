@@ -60,7 +60,7 @@ def test_no_text_of_an_excluded_task_is_trained_on(llama_folder: Path, tmp_path:
     table = load(out, Training)
     assert table.settings["exclude"] == [{"name": "judge", "sha256": read_task_folder(task).source.sha256}]
     assert table.settings["data"] == {"words": 21}
-    told = "words.jsonl: not trained on, as tasks judge by their texts: 3 of 24 rows, and negatives of others"
+    told = "words.jsonl: not trained on, as their texts judge the model: 3 of 24 rows, and negatives of others"
     assert table.settings["notes"][0] == told
     assert [item.rows for item in table.provenance.data] == [21]
 

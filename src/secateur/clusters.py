@@ -88,7 +88,7 @@ def run_command(
     log: Path,
     folder: Path,
     threads: int,
-    begun: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,  # on a Ray cluster nobody is given it
+    begun: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,  # a task on a Ray cluster needs none
 ) -> None:
     """Run a command of secateur in a process of its own, which ends when this one does.
 

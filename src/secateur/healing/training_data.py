@@ -56,7 +56,7 @@ class Excluded:
             if rows != source.rows:
                 told = f"{len(source.rows) - len(rows)} of {len(source.rows)} rows"
                 told += ", and negatives of others" if set(rows) - set(source.rows) else ""
-                notes.append(f"{source.source.name}: not trained on, as tasks judge by their texts: {told}")
+                notes.append(f"{source.source.name}: not trained on, as their texts judge the model: {told}")
             if rows:
                 kept.append(replace(source, rows=rows, source=replace(source.source, rows=len(rows))))
         if not kept:
