@@ -209,8 +209,9 @@ def test_a_killed_sharded_training_goes_on_bit_for_bit(
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_the_teachers_texts_are_shared_among_the_processes(kind: str, alone: Path, request: pytest.FixtureRequest):
     folder = request.getfixturevalue(kind)
-    sizes = sorted(len(np.load(keys)) for keys in (folder / "cache").glob("*/*.keys.npy"))
-    assert sizes == [len(PROBES), len(PROBES), 32, 32]  # of each process, and no text twice
+    *probes, first, second = sorted(len(np.load(keys)) for keys in (folder / "cache").glob("*/*.keys.npy"))
+    assert (first, second) == (32, 32)  # of each process, and no text twice
+    assert probes in ([len(PROBES)], [len(PROBES)] * 2)  # the later process may find those of the earlier one
     assert losses_of(folder / "models" / "taught") == pytest.approx(losses_of(alone / "taught"), rel=1e-4)
     assert_same_weights(folder / "models" / "taught", alone / "taught")
 
