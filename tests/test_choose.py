@@ -289,6 +289,9 @@ def test_all_choices_side_by_side():
         is_prefix = row.blocks == tuple(range(len(row.blocks)))
         assert row.loss == (LOSSES[len(row.blocks) - 1] if is_prefix else None)
     assert rows["full"].speed == 1 and len(rows["full"].blocks) == 6
+    shown = found._repr_html_()  # what a notebook shows
+    assert shown.count("<tr") == 1 + len(rows)
+    assert all(f"<td>{name}</td>" in shown for name in rows)
 
 
 def test_side_by_side_of_little_data():

@@ -100,6 +100,14 @@ def test_the_verdict_claims_what_the_interval_carries(
     assert "one seed" in " ".join(notes(found(tmp_path)))
 
 
+def test_a_significant_difference_is_never_shown_as_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path, "tiny-8-healed", 8, 0.80, own=0.00005)
+    write_model(tmp_path, "tiny-4-healed", 4, 0.7997, own=0.00005)
+    assert re.match(
+        r"Ship tiny-4-healed: −0\.03 points \(−0\.0[45] to −0\.0[12], significantly worse\)", headline(tmp_path)
+    )
+
+
 def test_the_smallest_equal_model_comes_first_and_smaller_ones_after(tmp_path: Path) -> None:
     for depth, score in ((8, 0.8), (7, 0.8), (5, 0.8), (3, 0.6), (1, 0.3)):
         write_model(tmp_path, f"tiny-{depth}-healed", depth, score)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,8 +21,8 @@ from secateur.provenance import provenance
 from secateur.reporting.run import read_journal
 from secateur.results import DepthRow, DepthScoreRow, LayerCost, Profile, RungRow, Scout
 from secateur.studies.plan import plan_steps
-from secateur.studies.runner import Executor, Scheduler, State, on_ray
-from secateur.studies.steps import Base, Plan, Step
+from secateur.studies.runner import Executor, Scheduler, on_ray
+from secateur.studies.steps import Base, Plan, State, Step
 from secateur.studies.study import PRESETS
 
 BASES = [Base("big", "org/big", 10), Base("tiny", "tiny", 4)]
@@ -337,6 +338,13 @@ def test_estimates_are_corrected_by_what_has_finished():
     assert state.seconds_left == 198.0
     state = State(Plan(steps), {"long"}, {}, {}, {"long": 200.0})
     assert state.expected == {"short": 3.0, "long": 200.0, "other": 117.0, "unknown": None}
+    shown, body = state._repr_html_().split("</p>")  # what a notebook shows
+    assert shown == "<p>1 done, 3 waiting; about 120\N{NO-BREAK SPACE}s left"
+    cells = re.findall("<td>(.*?)</td>", body)
+    times = ["about 3.0\N{NO-BREAK SPACE}s", "200\N{NO-BREAK SPACE}s", "about 117\N{NO-BREAK SPACE}s", "?"]
+    assert cells[0::4] == [*told]
+    assert cells[1::4] == ["waiting", "done", "waiting", "waiting"]
+    assert cells[3::4] == times
 
 
 # Running --------------------------------------------------------------------------------------------------------------

@@ -548,5 +548,6 @@ def test_every_error_is_one_of_secateurs(tmp_path: Path, place: Path):
 
 
 def test_a_second_study_in_a_folder_is_refused(place: Path, run: Path):
-    with lock(run / "done"), pytest.raises(OutputError, match="another run is working in it"):
+    with lock(run / "done"), pytest.raises(OutputError, match="another run is working in it") as refused:
         run_study(place)
+    assert refused.value.path == run

@@ -34,9 +34,9 @@ def score(value: float | None, digits: int = 1) -> str:
     return number(None if value is None else 100 * value, f".{digits}f")
 
 
-def signed(difference: float | None) -> str:
+def signed(difference: float | None, digits: int = 1) -> str:
     """A difference of scores as points of 100, with its sign."""
-    text = number(None if difference is None else 100 * difference, "+.1f")
+    text = number(None if difference is None else 100 * difference, f"+.{digits}f")
     return text if text.strip("+−0.") or text == NONE else text[1:]
 
 
@@ -205,6 +205,14 @@ class Table:
         for row in self.cells:
             shown.add_row(*(Text(printable(cell.in_line)) for cell in row))
         return shown
+
+    def to_html(self) -> str:
+        """The table for a notebook, under its title."""
+        import pandas as pd
+
+        rows = [[printable(cell.in_line) for cell in row] for row in self.cells]
+        shown = pd.DataFrame(rows, columns=list(self.columns)).to_html(index=False)
+        return f"<p>{html.escape(printable(self.title))}</p>{shown}"
 
     def to_markdown(self) -> str:
         """A table of GitHub's Markdown, under its title."""

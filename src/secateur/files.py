@@ -147,11 +147,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(folder: Path, *, wait: bool = False, of: Path | None = None) -> Iterator[None]:
     """Within: no other run works in this folder, which exists. The lock lies on the folder itself, and ends with the
     process; where the system or the disk knows no such locks, there is none.
 
-    ``wait`` for the other's end, where each holds the folder only while it writes.
+    ``wait`` for the other's end, where each holds the folder only while it writes. ``of`` is the user's name for it.
 
     Raises:
         OutputError: Another run does.
@@ -172,7 +172,7 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         except OSError:  # some network disks
             free = True
         if not free:
-            raise OutputError(folder, "another run is working in it", "wait for its end, or name another place")
+            raise OutputError(of or folder, "another run is working in it", "wait for its end, or name another place")
         yield
 
 

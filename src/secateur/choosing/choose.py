@@ -29,7 +29,7 @@ from secateur.errors import ConfigError, DataError, IllegalDepth, SecateurError
 from secateur.files import read_json
 from secateur.options import Budget, ChooseOptions, make, step
 from secateur.progress import Progress, silent
-from secateur.results import Profile, RungRow, Scout, load
+from secateur.results import InNotebook, Profile, RungRow, Scout, load
 
 if TYPE_CHECKING:
     from secateur.vocabulary.choice import CountedVocabulary
@@ -219,7 +219,7 @@ class Candidate(Choice, CutCost):
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(InNotebook):
     """All choices from the profile of ``model``, which has ``depth`` layers; ``refused`` is name → why not.
 
     ``vocabulary`` has the sizes of the vocabulary at the depth that the limits allow, or at ``large``; None where they
@@ -241,7 +241,7 @@ class Rung(CutCost, RungRow):
 
 
 @dataclass(frozen=True)
-class Rungs:
+class Rungs(InNotebook):
     """All depths that a scout of ``model`` scored, as :class:`Rung`; ``chosen`` is one of them, ``reason`` says why.
 
     ``judge`` says what the scores are of, ``tasks`` how many; ``vocabulary`` has the sizes of the vocabulary at the

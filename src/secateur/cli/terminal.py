@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from secateur.exporting.export import Export
     from secateur.progress import Progress
     from secateur.results import Comparison, CostRow, Profile, Scores, Scout, VocabularyRow
-    from secateur.studies.runner import State
+    from secateur.studies.steps import State
 
 
 def _show(table: Table, console: Console | None = None) -> None:
@@ -38,29 +39,13 @@ def _show(table: Table, console: Console | None = None) -> None:
     (console or Console()).print(table.to_rich())
 
 
-def summary(state: State) -> str:
-    """``5 done, 1 running, 7 waiting; about 12 min left``."""
-    found = [state.of(step) for step in state.plan.steps]
-    words = ("done", "running", "waiting", "failed", "blocked")
-    counts = ", ".join(f"{found.count(word)} {word}" for word in words if word in found)
-    left = state.seconds_left
-    return counts + (f"; about {doc.duration(left)} left" if left else "")
-
-
 def show_steps(state: State, console: Console | None = None) -> None:
-    """A plan, or how far it is; times are estimates where a step has not finished."""
+    """A plan, or how far it is, and why steps failed."""
     from rich.console import Console
 
     console = console or Console()
-    rows = []
-    for step in state.plan.steps:
-        seconds, about = state.expected[step.name], "" if step.name in state.seconds else "about "
-        needs = ", ".join(step.depends_on) if len(step.depends_on) < 4 else f"{len(step.depends_on)} steps"
-        word = state.of(step)
-        took = "" if word == "done" and about else "?" if seconds is None else about + doc.duration(seconds)
-        rows.append((step.name, word, needs, took))
-    _show(Table("", ("step", "state", "needs", "time"), rows, texts=3), console)
-    console.print(summary(state), highlight=False)
+    _show(replace(state.table, title=""), console)
+    console.print(state.summary, highlight=False)
     lines = [f"{name}: {reason}" for name, reason in state.failed.items()]
     for line in [*lines, *(f"note: {note}" for note in state.plan.notes)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -332,7 +317,7 @@ def study_bars() -> Iterator[tuple[Progress, Callable[[State], None]]]:
                     bars.remove_task(tasks.pop(name))
             told.update(ended, state.plan.notes)
             # In a log the time left is told anew each minute.
-            words, total = partial(summary, state), len(state.plan.steps)
-            bars.update(whole, completed=len(state.done), total=total, description=words(), words=words)
+            total, said = len(state.plan.steps), state.summary
+            bars.update(whole, completed=len(state.done), total=total, description=said, words=lambda: state.summary)
 
         yield partial(_move, bars, tasks), callback

@@ -10,6 +10,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -200,8 +201,12 @@ def _nothing_fits(limits: Mapping[str, float], are_known: bool = True) -> str:
 def difference_in_words(item: GroupComparison) -> str:
     """A difference with its interval, and whether it is significant."""
     own, said = item.difference, {1: "significantly better", 0: "no significant difference", -1: "significantly worse"}
-    within = f"{span(own.low, own.high, signed)}, {said[own.sign]}" if own.low is not None else "no interval"
-    return f"{signed(own.value)} points ({within})"
+    if own.low is None:
+        return f"{signed(own.value)} points (no interval)"
+    ends = [signed(own.low), signed(own.high)]
+    digits = 2 if own.sign and "0.0" in ends else 1  # what is significant is not shown as nothing
+    show = partial(signed, digits=digits)
+    return f"{show(own.value)} points ({span(own.low, own.high, show)}, {said[own.sign]})"
 
 
 def _facts(item: GroupComparison) -> str:

@@ -28,8 +28,19 @@ Float = Annotated[float, WrapValidator(lambda value, check: None if value is Non
 Matrix = tuple[tuple[float | None, ...], ...]
 
 
+class InNotebook:
+    """A dataclass that a notebook shows as tables: all rows that are in it, of each kind as one."""
+
+    def _repr_html_(self) -> str | None:
+        import pandas as pd
+
+        found = ((own.name, getattr(self, own.name)) for own in fields(cast(Any, self)))
+        tables = ((name, rows) for name, rows in found if isinstance(rows, tuple) and rows and is_dataclass(rows[0]))
+        return "".join(f"<p>{name}</p>{pd.DataFrame(rows).to_html(max_rows=60)}" for name, rows in tables) or None
+
+
 @dataclass(frozen=True)
-class Table:
+class Table(InNotebook):
     """Rows and their provenance. Subclasses say what a row is.
 
     Attributes:
@@ -67,14 +78,6 @@ class Table:
         import pandas as pd
 
         return pd.DataFrame(self.to_dicts())
-
-    def _repr_html_(self) -> str | None:
-        """What a notebook shows: all rows that are in it, of each kind as a table."""
-        import pandas as pd
-
-        found = ((own.name, getattr(self, own.name)) for own in fields(self))
-        tables = ((name, rows) for name, rows in found if isinstance(rows, tuple) and rows and is_dataclass(rows[0]))
-        return "".join(f"<p>{name}</p>{pd.DataFrame(rows).to_html(max_rows=60)}" for name, rows in tables) or None
 
     def save(self, folder: str | Path) -> Path:
         """Write the table into ``folder`` as :attr:`file`, whole or not at all."""

@@ -39,7 +39,7 @@ from secateur.pruning.prune import prune
 from secateur.reporting.cost import cost
 from secateur.reporting.run import JOURNAL, read_journal
 from secateur.scouting.scout import scout
-from secateur.studies.steps import COMMANDS, MODELS, Plan, Step
+from secateur.studies.steps import COMMANDS, MODELS, Plan, State, Step
 
 RECORDS = "done"
 MEASURED = ("evaluate", "cost")
@@ -48,50 +48,6 @@ profile, which is never made again by itself."""
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function for function in (prune, profile, heal, scout, evaluate, cost)
 }
-
-
-@dataclass
-class State:
-    """How far a study is. ``seconds`` are those of the finished steps, ``failed`` says why, ``running`` since when.
-
-    ``slots`` is how many steps run at once.
-    """
-
-    plan: Plan = field(default_factory=Plan)
-    done: Collection[str] = ()
-    running: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    slots: int = 1
-
-    @property
-    def expected(self) -> dict[str, float | None]:
-        """Step → the seconds that it took, or will take, about; None where nobody knows.
-
-        Estimates are multiplied by what the finished steps took beside theirs, as if a further tenth of the plan had
-        taken what was estimated: one short step alone says little of the long ones.
-        """
-        done = [step for step in self.plan.steps if step.name in self.seconds and step.seconds]
-        as_estimated = sum(step.seconds or 0 for step in self.plan.steps) / 10
-        estimated = sum(step.seconds or 0 for step in done) + as_estimated
-        factor = (sum(self.seconds[step.name] for step in done) + as_estimated) / estimated if estimated else 1.0
-        left = {step.name: step.seconds and step.seconds * factor for step in self.plan.steps}
-        return {name: self.seconds.get(name, seconds) for name, seconds in left.items()}
-
-    @property
-    def seconds_left(self) -> float:
-        """Estimated time of the steps that are left and can be done, as many at once as there are slots."""
-        now, expected = time.time(), self.expected
-        left = [step.name for step in self.plan.steps if self.of(step) in ("waiting", "running")]
-        work = sum(max(0.0, (expected[name] or 0.0) - (now - self.running.get(name, now))) for name in left)
-        return work / self.slots
-
-    def of(self, step: Step) -> str:
-        """``done``, ``running``, ``failed``, ``blocked`` (by one that failed) or ``waiting``."""
-        for name, steps in (("done", self.done), ("running", self.running), ("failed", self.failed)):
-            if step.name in steps:
-                return name
-        return "blocked" if step.name in self.plan.blocked(self.failed) else "waiting"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import Field
 from secateur import options as config
 from secateur.choosing.choose import blocks_to_keep, needs_profile
 from secateur.choosing.selectors import is_prefix
+from secateur.document import Table, duration
 from secateur.errors import ConfigError, SecateurError
 from secateur.options import Options, command_words
 from secateur.results import Profile, Scores
@@ -113,6 +115,73 @@ class Plan:
             if lost.intersection(step.depends_on):
                 lost.add(step.name)
         return lost - set(failed)
+
+
+@dataclass
+class State:
+    """How far a study is. ``seconds`` are those of the finished steps, ``failed`` says why, ``running`` since when.
+
+    ``slots`` is how many steps run at once.
+    """
+
+    plan: Plan = field(default_factory=Plan)
+    done: Collection[str] = ()
+    running: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    slots: int = 1
+
+    @property
+    def expected(self) -> dict[str, float | None]:
+        """Step → the seconds that it took, or will take, about; None where nobody knows.
+
+        Estimates are multiplied by what the finished steps took beside theirs, as if a further tenth of the plan had
+        taken what was estimated: one short step alone says little of the long ones.
+        """
+        done = [step for step in self.plan.steps if step.name in self.seconds and step.seconds]
+        as_estimated = sum(step.seconds or 0 for step in self.plan.steps) / 10
+        estimated = sum(step.seconds or 0 for step in done) + as_estimated
+        factor = (sum(self.seconds[step.name] for step in done) + as_estimated) / estimated if estimated else 1.0
+        left = {step.name: step.seconds and step.seconds * factor for step in self.plan.steps}
+        return {name: self.seconds.get(name, seconds) for name, seconds in left.items()}
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimated time of the steps that are left and can be done, as many at once as there are slots."""
+        now, expected = time.time(), self.expected
+        left = [step.name for step in self.plan.steps if self.of(step) in ("waiting", "running")]
+        work = sum(max(0.0, (expected[name] or 0.0) - (now - self.running.get(name, now))) for name in left)
+        return work / self.slots
+
+    def of(self, step: Step) -> str:
+        """``done``, ``running``, ``failed``, ``blocked`` (by one that failed) or ``waiting``."""
+        for name, steps in (("done", self.done), ("running", self.running), ("failed", self.failed)):
+            if step.name in steps:
+                return name
+        return "blocked" if step.name in self.plan.blocked(self.failed) else "waiting"
+
+    @property
+    def summary(self) -> str:
+        """``5 done, 1 running, 7 waiting; about 12 min left``."""
+        found = [self.of(step) for step in self.plan.steps]
+        words = ("done", "running", "waiting", "failed", "blocked")
+        counts = ", ".join(f"{found.count(word)} {word}" for word in words if word in found)
+        return counts + (f"; about {duration(left)} left" if (left := self.seconds_left) else "")
+
+    @property
+    def table(self) -> Table:
+        """The steps in their order; times are estimates where a step has not finished."""
+        rows, expected = [], self.expected
+        for step in self.plan.steps:
+            seconds, about = expected[step.name], "" if step.name in self.seconds else "about "
+            needs = ", ".join(step.depends_on) if len(step.depends_on) < 4 else f"{len(step.depends_on)} steps"
+            word = self.of(step)
+            took = "" if word == "done" and about else "?" if seconds is None else about + duration(seconds)
+            rows.append((step.name, word, needs, took))
+        return Table(self.summary, ("step", "state", "needs", "time"), rows, texts=3)
+
+    def _repr_html_(self) -> str:
+        return self.table.to_html()
 
 
 def cuts_of(specs: Sequence[str], depth: int, profile: Profile | None) -> Iterator[tuple[str, Blocks | None, str]]:

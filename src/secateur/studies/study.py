@@ -56,8 +56,8 @@ from secateur.studies import runner
 from secateur.studies.demo import demo_study
 from secateur.studies.estimate import Amounts, estimate, measure_amounts, measure_base
 from secateur.studies.plan import BY_TASKS, ITSELF, NO_TRAINING, SCOUTS, first_scout, plan_steps, recipe_options
-from secateur.studies.runner import RECORDS, Scheduler, State, is_done, taken_seconds
-from secateur.studies.steps import LAST, MODELS, Base, Plan, Step
+from secateur.studies.runner import RECORDS, Scheduler, is_done, taken_seconds
+from secateur.studies.steps import LAST, MODELS, Base, Plan, State, Step
 
 SETTINGS, TABLE = "study.yaml", "table.csv"
 HOW = frozenset({"out", "jobs", "ray"})
@@ -103,7 +103,7 @@ def study(
         raise ConfigError("out", str(options.out), "is the name of the model, or lies in it", "name another folder")
     run = results_folder(options.out, *STUDY_FILES)
     outline = _prepare(options, progress)
-    with lock(make_folder(run / RECORDS)):
+    with lock(make_folder(run / RECORDS), of=options.out):
         jobs, address = outline.study.jobs, outline.study.ray
         executor = runner.in_this_process(progress) if jobs == 1 else runner.in_processes(jobs)
         if address is not None:
