@@ -11,7 +11,9 @@ RESOLUTION ?= highest
 # Two files of tests at once, each on one thread: two threads each on two cores would slow one another down.
 # The order of the files is that of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-# To compile all that is installed takes half of the time; Python compiles what is used, once.
+# To compile all that is installed takes half of the time; Python compiles what is used, once. Images of containers
+# often forbid it to keep that: each of the tests' hundreds of processes would compile PyTorch again, for 5 seconds.
+export PYTHONDONTWRITEBYTECODE =
 INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL)
 
